@@ -1,0 +1,148 @@
+"""Reads what a task says, in every shape the API has been seen to use; pure functions, no I/O.
+
+The documents contradict each other about the `data` of a completed single run: a list of one
+wrapper (`result`, `steps`, `enrichment_data`), that wrapper alone, or the flat fields. All are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from enrich.model import Answer, State, to_micros
+
+
+class Phase(Enum):
+    """How far a task is."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    NO_DATA = "no_data"  # provisional: counts as a miss after a short grace
+    FAILED = "failed"
+    GONE = "gone"
+
+
+#: Status words in lower case; one never seen before counts as still running.
+PHASES = {
+    "completed": Phase.COMPLETED,
+    "success": Phase.COMPLETED,
+    "partially_completed": Phase.COMPLETED,
+    "no_data": Phase.NO_DATA,
+    "failed": Phase.FAILED,
+    "error": Phase.FAILED,
+    "cancelled": Phase.FAILED,
+    "gone": Phase.GONE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """The `data` of a task, taken apart. `provider` is None when the answer does not tell."""
+
+    fields: Mapping[str, Any]
+    provider: str | None
+    steps_cost: int | None
+    any_step_cost: bool
+
+
+def phase_of(task: Mapping[str, Any]) -> Phase:
+    """Tell how far the task is."""
+    return PHASES.get(str(task.get("status", "")).strip().lower(), Phase.RUNNING)
+
+
+def parse_data(data: object) -> Parsed:
+    """Take apart the `data` of a single run, whatever its shape."""
+    if isinstance(data, list):
+        data = next((item for item in data if item is not None), None)
+    if not isinstance(data, Mapping):
+        return Parsed({}, None, None, any_step_cost=False)
+    if "result" not in data or not ("steps" in data or "enrichment_data" in data):
+        return Parsed(data, None, None, any_step_cost=False)
+    result = data["result"]
+    fields = result if isinstance(result, Mapping) else _named(result, data.get("result_field"))
+    listed = data.get("steps")
+    steps = [step for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
+    costs = [to_micros(step.get("cost")) for step in steps]
+    known = [cost for cost in costs if cost is not None]
+    return Parsed(
+        fields,
+        _provider(fields, data.get("enrichment_data"), steps),
+        sum(known) if steps and len(known) == len(costs) else None,
+        any_step_cost=any(known) or len(known) != len(costs),
+    )
+
+
+def _named(result: object, names: object) -> Mapping[str, Any]:
+    """Give a bare result the name that `result_field` has for it."""
+    name = names[0] if isinstance(names, list) and names else names
+    return {name: result} if isinstance(name, str) else {}
+
+
+def _provider(fields: Mapping[str, Any], by_provider: object, steps: list[Mapping[str, Any]]) -> str | None:
+    """Name the provider whose own data holds a value of the result, else the last one that a step credits."""
+    values = [value for value in fields.values() if not is_blank(value)]
+    if not values:
+        return None
+    if isinstance(by_provider, Mapping):
+        for name, data in by_provider.items():
+            own = data.values() if isinstance(data, Mapping) else [data]
+            if any(value in values for value in own):
+                return str(name)
+    named = [step for step in steps if not is_blank(step.get("provider"))]
+    with_result = [step for step in named if any(step.get("result") == value for value in values)]
+    last = (with_result or [step for step in named if step.get("is_verified") is True] or named)[-1:]
+    return str(last[0]["provider"]) if last else None
+
+
+def is_blank(value: object) -> bool:
+    """Tell whether a value says nothing: null, blank text, [] or {}."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value in ([], {})
+
+
+def pick(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON document is anything
+    """Follow a dotted path (`person.emails.0`); a name with dots in it wins. None where it leads nowhere."""
+    if isinstance(fields, Mapping):
+        if path in fields:
+            return fields[path]
+        head, _, rest = path.partition(".")
+        return pick(fields[head], rest) if rest and head in fields else None
+    if isinstance(fields, list):
+        head, _, rest = path.partition(".")
+        if head.isdecimal() and int(head) < len(fields):
+            return pick(fields[int(head)], rest) if rest else fields[int(head)]
+    return None
+
+
+def error_text(error: object) -> str | None:
+    """Write an error (text, list of texts or an object) as one line."""
+    if is_blank(error):
+        return None
+    if isinstance(error, list):
+        return "; ".join(text for text in map(error_text, error) if text) or None
+    return " ".join(str(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)).split())
+
+
+def read_answer(task: Mapping[str, Any], phase: Phase, paths: Iterable[str]) -> Answer:
+    """Judge a task that is no longer running.
+
+    `paths` are the job's columns: the request is found when one of them has a value.
+    """
+    parsed = parse_data(task.get("data"))
+    spent = to_micros(task.get("credits_spent"))
+    cost = spent if spent is not None else parsed.steps_cost
+    raw = json.dumps(task, ensure_ascii=False, separators=(",", ":"))
+    match phase:
+        case Phase.GONE:
+            return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw)
+        case Phase.FAILED:
+            said = error_text(task.get("error")) or f"the API says: {task.get('status')}"
+            free = spent == 0 and not parsed.any_step_cost
+            return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
+        case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
+            found = any(not is_blank(pick(parsed.fields, path)) for path in paths)
+            return Answer(State.FOUND if found else State.NOT_FOUND, None, parsed.provider, cost, raw)

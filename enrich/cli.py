@@ -1,0 +1,365 @@
+"""Words, options and exit codes of the commands; no logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from enrich import __version__
+from enrich.errors import EnrichError, Exit, JobError, LedgerLocked
+from enrich.sandbox.command import sandbox
+
+if TYPE_CHECKING:
+    from enrich.credentials import Access
+    from enrich.pipeline import Options
+    from enrich.receipt import Receipt
+    from enrich.spec import Job
+
+RETRYABLE = ("failed", "expired", "in_doubt")
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def main() -> None:
+    """Run the command line; every way out has its exit code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command; return its exit code."""
+    as_json = "--json" in arguments
+    try:
+        code = cli.main(list(arguments), prog_name="enrich", standalone_mode=False)
+    except click.UsageError as error:
+        hint = f"{error.ctx.command_path} --help" if error.ctx else "enrich --help"
+        return _fail(Exit.USAGE, error.format_message(), hint, as_json=as_json)
+    except click.ClickException as error:
+        return _fail(Exit.USAGE, error.format_message(), None, as_json=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(Exit.INTERRUPTED, "interrupted", None, as_json=as_json)
+    except EnrichError as error:
+        return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
+    except BrokenPipeError:
+        # Who read our output left; Python must not complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+    except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
+        traceback.print_exc()
+        return _fail(
+            Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
+        )
+    return int(code or 0)
+
+
+def _fail(code: Exit, message: str, hint: str | None, *, as_json: bool) -> int:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    if as_json:
+        click.echo(json.dumps({"exit_code": int(code), "error": message}))
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="enrich")
+def cli() -> None:
+    """Enrich a CSV of leads with a Databar.ai waterfall.
+
+    Resumable, never paying twice, losing no answer. Start with: enrich run JOB --sandbox
+    """
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Read a duration option."""
+    if value is None:
+        return None
+    from enrich.spec import parse_duration
+
+    try:
+        return parse_duration(value).total_seconds()
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
+    """Read `failed,expired,in_doubt`."""
+    names = [name.strip() for name in (value or "").split(",") if name.strip()]
+    for name in names:
+        if name not in RETRYABLE:
+            raise click.BadParameter(f"`{name}` is none of {', '.join(RETRYABLE)}")
+    return frozenset(names)
+
+
+def _lock_wait(_: click.Context, __: click.Parameter, value: str) -> tuple[bool, float]:
+    """Read --if-locked: whether to skip, and how long to wait in seconds (-1: as long as it takes)."""
+    word, _equals, duration = value.partition("=")
+    if word == "wait":
+        seconds = _seconds(_, __, duration or None)
+        return False, -1 if seconds is None else seconds
+    if duration or word not in ("fail", "skip"):
+        raise click.BadParameter("must be fail, skip, wait or wait=10m")
+    return word == "skip", 0.0
+
+
+JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+PATHS = (
+    click.option("--input", "input_path", type=FILE, help="Read this file instead of the job's input."),
+    click.option("--output", type=FILE, help="Write this file instead of the job's output."),
+    click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
+    click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
+)
+
+
+def _paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(PATHS):
+        command = option(command)
+    return command
+
+
+def _load(
+    job_file: Path,
+    input_path: Path | None,
+    output: Path | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    max_credits: float | None = None,
+) -> Job:
+    from enrich.spec import Overrides, load_job
+
+    return load_job(job_file, Overrides(input_path, output, ledger, max_credits, use_sandbox))
+
+
+@contextmanager
+def _access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
+    """Find the key and the API's address, or start the sandbox."""
+    from enrich.credentials import Access, find_access
+
+    if not use_sandbox:
+        yield find_access(os.environ, Path.home())
+        return
+    from pydantic import SecretStr
+
+    try:
+        from enrich.sandbox.server import embedded
+    except ModuleNotFoundError as error:
+        raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
+    with ExitStack() as stack:
+        if job is None:
+            import tempfile
+
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
+        else:
+            state = job.ledger_path.with_suffix(".api.db")
+            state.parent.mkdir(parents=True, exist_ok=True)
+        server = stack.enter_context(embedded(state))
+        yield Access(server.base_url, SecretStr(server.api_key))
+
+
+@cli.command()
+@JOB_ARGUMENT
+@_paths
+@click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending.")
+@click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in this execution.")
+@click.option("--max-time", callback=_seconds, metavar="5h", help="Stop after this time; the rest stays pending.")
+@click.option(
+    "--retry", callback=_states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
+)
+@click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
+@click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
+@click.option(
+    "--if-locked",
+    default="fail",
+    show_default=True,
+    callback=_lock_wait,
+    metavar="fail|skip|wait[=10m]",
+    help="What to do when another execution holds the ledger.",
+)
+@AS_JSON
+@click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
+@click.option("--log-file", type=FILE, help="Append what happens to this file, one JSON object a line.")
+def run(
+    job_file: Path,
+    input_path: Path | None,
+    output: Path | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    limit: int | None,
+    max_credits: float | None,
+    max_time: float | None,
+    retry: frozenset[str],
+    update_providers: bool,
+    yes: bool,
+    if_locked: tuple[bool, float],
+    as_json: bool,
+    quiet: bool,
+    log_file: Path | None,
+) -> int:
+    """Enrich the leads of JOB; started again it resumes.
+
+    Collects what is outstanding, submits what was never asked, polls, writes the output and
+    prints the receipt. Nothing is paid for twice, whatever ended the run before.
+    """
+    from enrich.model import State
+    from enrich.pipeline import Options
+
+    job = _load(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    on_terminal = sys.stderr.isatty() and not quiet
+    asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
+    options = Options(
+        limit=limit,
+        max_time_s=max_time,
+        retry=frozenset(map(State, retry)),
+        update_providers=update_providers,
+        confirm=_confirm if asks else None,
+    )
+    skip, wait_s = if_locked
+    try:
+        receipt = _run(job, options, wait_s, use_sandbox=use_sandbox, on_terminal=on_terminal, log_file=log_file)
+    except LedgerLocked as error:
+        if not skip:
+            raise
+        if as_json:
+            click.echo(json.dumps({"exit_code": 0, "error": error.message}))
+        return Exit.OK
+    _show_receipt(receipt, as_json=as_json, show=on_terminal or (receipt.exit_code != Exit.OK and not quiet))
+    return receipt.exit_code
+
+
+def _run(
+    job: Job, options: Options, wait_s: float, *, use_sandbox: bool, on_terminal: bool, log_file: Path | None
+) -> Receipt:
+    """Run under the lock, with the bar and the log."""
+    from enrich.ledger import Ledger
+    from enrich.lock import hold
+    from enrich.pipeline import Progress, Surroundings, run
+    from enrich.progress import Bar, Log, log_to
+
+    with ExitStack() as stack:
+        log = Log(stack.enter_context(log_to(log_file)))
+        access = stack.enter_context(_access(job, use_sandbox=use_sandbox))
+        stack.enter_context(hold(job.ledger_path, wait_s))
+        news = _new_beside_others(job)
+        store = Ledger(job.ledger_path)
+        stack.callback(store.close)
+        bar = Bar() if on_terminal else None
+
+        def tell(text: str) -> None:
+            log.tell(text)
+            if bar is not None:
+                bar.tell(text)
+
+        def show(progress: Progress) -> None:
+            log.show(progress)
+            if bar is not None:
+                bar.show(progress)
+
+        if bar is not None:
+            stack.callback(bar.close)
+        if news:
+            tell(news)
+        receipt = run(Surroundings(job, access, store, tell=tell, show=show), options)
+        log.end(receipt.as_json())
+        return receipt
+
+
+def _new_beside_others(job: Job) -> str | None:
+    """Announce a new ledger beside existing ones: a renamed job would pay again."""
+    if job.ledger_path.exists():
+        return None
+    others = [path.name for path in job.ledger_path.parent.glob("*.db") if not path.name.endswith(".api.db")]
+    if not others:
+        return None
+    beside = ", ".join(sorted(others))
+    return f"a new ledger is made: {job.ledger_path}; there are also {beside}: `ledger:` in the job file shares one"
+
+
+def _confirm(plan: str) -> bool:
+    click.echo(plan, err=True)
+    return click.confirm("Go on?", err=True)
+
+
+def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
+    from enrich.receipt import lines
+
+    if receipt.error:
+        click.echo(f"error: {receipt.error}", err=True)
+    if receipt.hint:
+        click.echo(f"hint: {receipt.hint}", err=True)
+    if show:
+        click.echo("\n".join(lines(receipt)), err=True)
+    if as_json:
+        click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
+
+
+@cli.command()
+@JOB_ARGUMENT
+@_paths
+@click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
+@AS_JSON
+def collect(
+    job_file: Path,
+    input_path: Path | None,
+    output: Path | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    partial: bool,
+    as_json: bool,
+) -> int:
+    """Write the output of JOB from the ledger alone, without network."""
+    from enrich.lock import hold
+    from enrich.offline import collect_offline
+
+    job = _load(job_file, input_path, output, ledger, use_sandbox)
+    with hold(job.ledger_path, 0):
+        receipt = collect_offline(job, partial=partial)
+    _show_receipt(receipt, as_json=as_json, show=sys.stderr.isatty())
+    return receipt.exit_code
+
+
+@cli.command()
+@JOB_ARGUMENT
+@click.option("--ledger", type=FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@AS_JSON
+def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
+    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions."""
+    from enrich.status import lines, read_status
+
+    known = read_status(_load(job_file, None, None, ledger, use_sandbox))
+    click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
+
+
+@cli.command()
+@click.argument("identifier", required=False)
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
+@AS_JSON
+def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
+    """Show what the API offers: waterfalls, their params, fields, providers and prices."""
+    from enrich.offer import lines, read_offer
+
+    with _access(None, use_sandbox=use_sandbox) as access:
+        offer = read_offer(access, identifier)
+    if as_json:
+        told = [waterfall.model_dump() for waterfall in offer]
+        click.echo(json.dumps(told[0] if identifier else told, ensure_ascii=False))
+    else:
+        click.echo("\n".join(lines(offer, whole=identifier is not None)))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of the job file, for editors."""
+    from enrich.spec import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+cli.add_command(sandbox)

@@ -1,0 +1,292 @@
+"""The API's calls and their typed errors: the only HTTP.
+
+What an answer to a run POST means for the request, and nothing else decides it:
+
+no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
+3xx                                                            NotAccepted (never followed)
+401, 403                                                       Unauthorized
+406                                                            OutOfCredits
+429                                                            RateLimited
+400, 422 that name a param                                     BadParams
+400, 422 that name none; 404                                   JobRejected
+200 with a task id                                             accepted
+anything else: 200 without task id, every 5xx, other 4xx,
+no answer in time, reset, a body that is not JSON              Ambiguous
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from enrich import __version__
+from enrich.credentials import Access
+from enrich.errors import (
+    Ambiguous,
+    BadParams,
+    CallFailed,
+    JobRejected,
+    NotAccepted,
+    OutOfCredits,
+    RateLimited,
+    TaskUnknown,
+    Unauthorized,
+)
+from enrich.model import Clock
+from enrich.transport import Transport
+from enrich.waterfall import User, Waterfall
+
+#: POSTs on the wire at once, at most: what a kill can leave in doubt.
+POSTS_ON_THE_WIRE = 32
+POLLS_ON_THE_WIRE = 32
+#: A server may close a connection that was idle; a POST must not meet that moment.
+POST_IDLE_S = 1.0
+POLL_IDLE_S = 15.0
+CONNECT_S, POST_S, GET_S = 10.0, 60.0, 30.0
+MAX_REDIRECTS = 3
+
+
+class Client:
+    """The API over HTTP. Use as an async context manager; one event loop."""
+
+    def __init__(self, access: Access, clock: Clock, *, post_s: float = POST_S, get_s: float = GET_S) -> None:
+        """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds."""
+        self._base = access.base_url
+        self._clock = clock
+        self._post_s, self._get_s = post_s, get_s
+        headers = {"x-apikey": access.key.get_secret_value(), "user-agent": f"databar-enrich/{__version__}"}
+        timeout = {"connect": CONNECT_S, "write": None, "pool": None}
+        self._posts = httpx.AsyncClient(
+            headers=headers,
+            transport=Transport(POSTS_ON_THE_WIRE, POST_IDLE_S),
+            timeout=httpx.Timeout(read=post_s, **timeout),
+        )
+        self._gets = httpx.AsyncClient(
+            headers=headers,
+            transport=Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S),
+            timeout=httpx.Timeout(read=get_s, **timeout),
+        )
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._posts.aclose()
+        await self._gets.aclose()
+
+    async def user(self) -> User:
+        """Ask whose key it is and what the balance is. Raises Unauthorized, NotAccepted."""
+        return _parse(User, await self._get("/user/me"))
+
+    async def waterfalls(self) -> list[Waterfall]:
+        """List the waterfalls. Raises Unauthorized, NotAccepted."""
+        listed = await self._get("/waterfalls/")
+        if not isinstance(listed, list):
+            raise NotAccepted("the API's list of waterfalls is not a list")
+        return [_parse(Waterfall, item) for item in listed]
+
+    async def waterfall(self, identifier: str) -> Waterfall:
+        """Describe one waterfall. Raises JobRejected when there is none of that name, Unauthorized, NotAccepted."""
+        return _parse(Waterfall, await self._get(f"/waterfalls/{quote(identifier, safe='')}"))
+
+    async def run(self, waterfall: str, body: bytes) -> str:
+        """Submit one paid run, exactly one POST; return its task id.
+
+        Raises as the table at the top of this file says, and nothing else.
+        """
+        url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/run"
+        headers = {"content-type": "application/json"}
+        try:
+            async with asyncio.timeout(CONNECT_S + self._post_s + 1):
+                response = await self._posts.post(url, content=body, headers=headers, follow_redirects=False)
+        except httpx.ConnectError as error:
+            raise NotAccepted(f"no connection to the API: {error}") from error
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise Ambiguous(f"no answer from the API: {error or type(error).__name__}") from error
+        self._observe(response)
+        if response.status_code == httpx.codes.OK:
+            return _task_id(response)
+        raise _refusal(response)
+
+    async def task(self, task_id: str) -> dict[str, Any]:
+        """Ask how a task is; an expired one (410) has the status `gone`.
+
+        Raises TaskUnknown (404), Unauthorized, RateLimited, and NotAccepted for all that asking again may mend.
+        """
+        try:
+            task = await self._get(f"/tasks/{quote(task_id, safe='')}")
+        except _Gone:
+            return {"status": "gone"}
+        except JobRejected as error:
+            raise TaskUnknown(error.message) from error
+        if not isinstance(task, dict) or "status" not in task:
+            raise NotAccepted("the API's answer is not a task")
+        return task
+
+    async def _get(self, path: str) -> Any:  # noqa: ANN401 - JSON
+        """GET and parse; redirects are followed to the same host only, for the key goes with them."""
+        url = self._base + path
+        try:
+            async with asyncio.timeout(CONNECT_S + self._get_s + 1):
+                for _ in range(MAX_REDIRECTS):
+                    response = await self._gets.get(url, follow_redirects=False)
+                    self._observe(response)
+                    if not response.has_redirect_location:
+                        break
+                    url = str(response.url.join(response.headers["location"]))
+                    if _origin(url) != _origin(self._base):
+                        raise NotAccepted("the API redirects to another host")
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            raise NotAccepted(f"no answer from the API: {error or type(error).__name__}") from error
+        if response.status_code == httpx.codes.OK:
+            try:
+                return response.json()
+            except ValueError as error:
+                raise NotAccepted("the API's answer is not JSON") from error
+        if response.status_code == httpx.codes.GONE:
+            raise _Gone("the result expired")
+        refusal = _refusal(response)
+        raise NotAccepted(refusal.message) if isinstance(refusal, Ambiguous | BadParams) else refusal
+
+    def _observe(self, response: httpx.Response) -> None:
+        """Hear the API's clock."""
+        try:
+            at = parsedate_to_datetime(response.headers["date"])
+            self._clock.observe(int(at.timestamp() * 1000))
+        except (KeyError, ValueError, OverflowError):
+            return
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Gone(CallFailed):
+    """410."""
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _parse(kind: type[M], data: object) -> M:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise NotAccepted(f"the API's answer is not a {kind.__name__.lower()}") from error
+
+
+def _json(response: httpx.Response) -> object:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _task_id(response: httpx.Response) -> str:
+    """Read the task id; `request_id` is its older name."""
+    body = _json(response)
+    if isinstance(body, Mapping):
+        for name in ("task_id", "request_id"):
+            value = body.get(name)
+            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+                return str(value)
+    raise Ambiguous("the API answered 200 without a task id")
+
+
+def _refusal(response: httpx.Response) -> CallFailed:
+    """Say what an answer other than 200 means."""
+    status = response.status_code
+    body = _json(response)
+    said = f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}"
+    if 300 <= status < 400:  # noqa: PLR2004
+        return NotAccepted(f"HTTP {status}: the API redirects the request")
+    match status:
+        case 401 | 403:
+            return Unauthorized(f"the API refuses the key: {said}", "check the key, and that the plan has API access")
+        case 406:
+            return OutOfCredits(f"the API is out of credits: {said}")
+        case 429:
+            return RateLimited(said, _retry_after(response))
+        case 400 | 422:
+            named = named_params(body)
+            return BadParams(named) if named else JobRejected(f"the API refuses the request: {said}")
+        case 404:
+            return JobRejected(said)
+        case _:
+            return Ambiguous(said)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Read Retry-After (RFC 9110: seconds, or a date, measured against the API's own clock)."""
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+        now = parsedate_to_datetime(response.headers["date"])
+        return max(0.0, (at - now).total_seconds())
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+#: Keys of the body beside `params`: an error about them is about the job, not about the row.
+BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
+
+
+def named_params(body: object) -> str | None:
+    """Name the params that a 400 or 422 complains of, with what it says of each; None when it names none.
+
+    Read are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
+    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
+    """
+    if not isinstance(body, Mapping):
+        return None
+    complaints: dict[str, str] = {}
+    rows = body.get("rows")
+    sources = [body.get("fields"), body.get("detail"), *(rows if isinstance(rows, list) else [])]
+    for source in sources:
+        for item in source if isinstance(source, list) else [source]:
+            if not isinstance(item, Mapping):
+                continue
+            loc = item.get("loc")
+            if isinstance(loc, list):
+                if "params" in loc[:-1]:
+                    complaints[str(loc[-1])] = str(item.get("msg", "refused"))
+                continue
+            fields = item.get("fields", item)
+            if isinstance(fields, Mapping):
+                complaints |= {
+                    str(name): _words(said) for name, said in fields.items() if name not in BODY_KEYS | {"position"}
+                }
+    return "; ".join(f"{name}: {said}" for name, said in complaints.items()) or None
+
+
+def _words(said: object) -> str:
+    return " ".join(map(str, said)) if isinstance(said, list) else str(said)
+
+
+def _detail(body: object) -> str:
+    """Find the API's own words in an error body, without the input that it may echo."""
+    detail = body.get("detail") if isinstance(body, Mapping) else None
+    if isinstance(detail, str):
+        return detail[:200]
+    if isinstance(detail, list):
+        return "; ".join(
+            f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg')}"
+            for item in detail
+            if isinstance(item, Mapping)
+        )[:200]
+    return json.dumps(detail)[:200] if detail is not None else ""

@@ -1,0 +1,130 @@
+"""Asks the API who we are and what the waterfall is, and holds both against the job and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import tenacity
+
+from enrich.client import Client
+from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
+from enrich.journal import Journal
+from enrich.ledger import Ledger
+from enrich.model import to_micros
+from enrich.question import Question, default_providers, make_question
+from enrich.spec import Job, nearest
+from enrich.waterfall import Waterfall
+
+T = TypeVar("T")
+LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What was learned. `balance` in millionths, None when the API does not say; `notes` are for the person."""
+
+    question: Question
+    balance: int | None
+    bound_to: dict[str, str | None]
+    notes: list[str]
+
+
+async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
+    """Ask an unpaid question again until it is answered. Raises ApiUnreachable after so many seconds."""
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, RateLimited) and error.retry_after is not None:
+            return error.retry_after
+        return min(LONGEST_PAUSE_S, 0.25 * 2.0**state.attempt_number)
+
+    try:
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_may_mend),
+            stop=tenacity.stop_before_delay(at_most_s),
+            wait=pause,
+            reraise=True,
+        ):
+            with attempt:
+                return await ask()
+    except Unauthorized:
+        raise
+    except NotAccepted as error:
+        raise ApiUnreachable(
+            f"the API is unreachable: {error.message}", "nothing was spent; run the same command again later"
+        ) from error
+    raise AssertionError  # the loop returns or raises
+
+
+def _may_mend(error: BaseException) -> bool:
+    return isinstance(error, NotAccepted) and not isinstance(error, Unauthorized)
+
+
+async def connect(  # noqa: PLR0913 - all of them are needed once
+    client: Client, journal: Journal, job: Job, host: str, *, at_most_s: float, update_providers: bool
+) -> Connection:
+    """Learn what the run needs to know before it may spend.
+
+    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together.
+    """
+    user = await patiently(client.user, at_most_s)
+    bound_to = {"api_host": host, "workspace": user.workspace}
+    for name, value in bound_to.items():
+        bound = await journal.do(Ledger.fact, name)
+        if None not in (bound, value) and bound != value:
+            raise JobError(
+                f"{job.ledger_path}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
+                "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
+            )
+    waterfall = await _waterfall(client, job, at_most_s)
+    providers, notes = await _providers(journal, job, waterfall, update_providers=update_providers)
+    question = make_question(job, waterfall, providers)
+    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), providers)
+    return Connection(question, to_micros(user.balance), bound_to, notes)
+
+
+async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:
+    name = job.model.waterfall
+    try:
+        return await patiently(lambda: client.waterfall(name), at_most_s)
+    except JobRejected as error:
+        known = await patiently(client.waterfalls, at_most_s)
+        hint = nearest(name, [waterfall.identifier for waterfall in known])
+        raise job.error(["waterfall"], f"the API has no waterfall `{name}`", hint) from error
+
+
+async def _providers(
+    journal: Journal, job: Job, waterfall: Waterfall, *, update_providers: bool
+) -> tuple[list[int], list[str]]:
+    """Keep the default providers of the first use: a change of the vendor's is told, not followed."""
+    offered = default_providers(waterfall)
+    known = await journal.do(Ledger.waterfall, waterfall.identifier)
+    first = known[1] if known is not None else None
+    if first is None or update_providers:
+        return offered, []
+    if first != offered and job.model.enrichments is None:
+        note = (
+            f"the API's default providers of `{waterfall.identifier}` are now {_listed(offered)}; "
+            f"this ledger keeps {_listed(first)}; --update-providers takes the new ones over "
+            "(the questions are others then, and paid for again)"
+        )
+        return first, [note]
+    return first, []
+
+
+def _listed(providers: list[int]) -> str:
+    return ", ".join(map(str, providers))
+
+
+def remembered(ledger: Ledger, job: Job) -> Question:
+    """Make the question again without the API, from what the ledger keeps.
+
+    Raises Refused when this waterfall was never asked from this ledger.
+    """
+    known = ledger.waterfall(job.model.waterfall)
+    if known is None:
+        raise Refused(f"{job.ledger_path}: this job has never run: its ledger knows nothing", "enrich run it first")
+    description, providers = known
+    return make_question(job, Waterfall.model_validate(description), providers or [])

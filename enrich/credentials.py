@@ -1,0 +1,97 @@
+"""Finds the API key and the API's address in the environment; the key is in no message and no repr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from enrich.errors import JobError, KeyRefused
+
+DEFAULT_BASE_URL = "https://api.databar.ai/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Where the API is and the key to it."""
+
+    base_url: str
+    key: SecretStr
+
+    @property
+    def host(self) -> str:
+        """The API's host, without port."""
+        return urlsplit(self.base_url).hostname or ""
+
+
+def find_access(environ: Mapping[str, str], home: Path) -> Access:
+    """Read `DATABAR_BASE_URL` and the key: `DATABAR_API_KEY`, `DATABAR_API_KEY_FILE`, `~/.databar/config`.
+
+    An empty variable counts as missing. Raises JobError (base URL) or KeyRefused (no key).
+    """
+    base_url = environ.get("DATABAR_BASE_URL") or DEFAULT_BASE_URL
+    return Access(check_base_url(base_url), find_key(environ, home))
+
+
+def check_base_url(base_url: str) -> str:
+    """Refuse an address that would send the key in the clear."""
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port  # a port that is no number raises
+    except ValueError:
+        parts = urlsplit("")
+    secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+    if not secure or not parts.hostname or parts.username is not None:
+        raise JobError(
+            "DATABAR_BASE_URL: must be an https address, or http on loopback",
+            f"leave it out for {DEFAULT_BASE_URL}, or take what `enrich sandbox` prints",
+        )
+    return base_url.rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
+    """Look for the key in the documented places, in their order."""
+    if key := environ.get("DATABAR_API_KEY", "").strip():
+        return _checked(key, "DATABAR_API_KEY")
+    if name := environ.get("DATABAR_API_KEY_FILE", "").strip():
+        if key := _read(Path(name), "DATABAR_API_KEY_FILE").strip():
+            return _checked(key, f"DATABAR_API_KEY_FILE ({name})")
+        raise KeyRefused(f"{name}: the file that DATABAR_API_KEY_FILE names is empty", "put the key into it")
+    config = home / ".databar" / "config"
+    if config.is_file():
+        for line in _read(config, "databar login").splitlines():
+            name, _, value = line.partition("=")
+            if name.strip() == "api_key" and value.strip():
+                return _checked(value.strip(), str(config))
+    raise KeyRefused(
+        "no API key: DATABAR_API_KEY, DATABAR_API_KEY_FILE and ~/.databar/config have none",
+        "set DATABAR_API_KEY, or try the job without a key: enrich run JOB --sandbox",
+    )
+
+
+def _read(path: Path, named_by: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise KeyRefused(f"{path}: the key file of {named_by} cannot be read: {reason}") from error
+
+
+def _checked(key: str, source: str) -> SecretStr:
+    """Refuse what no header can carry, without showing it."""
+    if not (key.isascii() and key.isprintable()):
+        raise KeyRefused(f"{source}: the key has characters that no key has (line break, blank or accent)")
+    return SecretStr(key)

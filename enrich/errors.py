@@ -1,0 +1,148 @@
+"""Every way to fail, sorted by what the caller does about it.
+
+EnrichError                   carries the message, a hint and the exit code
+├── JobError            2     the command or the job file is wrong: fix it
+├── KeyRefused          3     no key, or the API refuses it: fix the key
+├── ApiUnreachable      4     the API does not answer: the next run resumes
+├── Refused             5     nothing was spent: look at the input, the balance, the ledger
+├── LedgerLocked       11     another execution is at work
+└── CallFailed                one API call went wrong
+    ├── NotAccepted           provably nothing was accepted: wait, ask again
+    │   ├── RateLimited       429
+    │   ├── OutOfCredits      406: stop with exit 12
+    │   └── Unauthorized      401, 403: stop with exit 3
+    ├── BadParams             400, 422 that name a param: fail the row
+    ├── TaskUnknown           404 for a task: too young, or lost
+    ├── JobRejected           any other 400, 422, and 404: stop with exit 2
+    └── Ambiguous             nobody can tell whether it was accepted: in doubt
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """The exit codes, one meaning each; other people's crontabs stand on them."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    KEY = 3
+    API = 4
+    REFUSED = 5
+    SOME_FAILED = 10
+    LOCKED = 11
+    CREDITS = 12
+    TIME = 13
+    IN_DOUBT = 14
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+#: When several hold, the first of these is the exit code.
+PRECEDENCE = (
+    Exit.BUG,
+    Exit.INTERRUPTED,
+    Exit.TERMINATED,
+    Exit.KEY,
+    Exit.USAGE,
+    Exit.CREDITS,
+    Exit.API,
+    Exit.TIME,
+    Exit.IN_DOUBT,
+    Exit.SOME_FAILED,
+    Exit.OK,
+)
+
+#: The output is written at these; at the others the old file stays.
+WRITES_OUTPUT = frozenset({Exit.OK, Exit.API, Exit.SOME_FAILED, Exit.CREDITS, Exit.TIME, Exit.IN_DOUBT})
+
+
+class EnrichError(Exception):
+    """A failure told to the person: what is wrong and where (`message`), what to do (`hint`)."""
+
+    exit_code: Exit = Exit.BUG
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class JobError(EnrichError):
+    """The command or the job file is wrong."""
+
+    exit_code = Exit.USAGE
+
+
+class KeyRefused(EnrichError):
+    """There is no API key, or the API refuses it."""
+
+    exit_code = Exit.KEY
+
+
+class ApiUnreachable(EnrichError):
+    """The API does not answer; what was begun is resumed by the next run."""
+
+    exit_code = Exit.API
+
+
+class Refused(EnrichError):
+    """Refused before anything was spent."""
+
+    exit_code = Exit.REFUSED
+
+
+class LedgerLocked(EnrichError):
+    """Another execution holds the ledger."""
+
+    exit_code = Exit.LOCKED
+
+
+class CallFailed(EnrichError):
+    """One call to the API went wrong; the subclasses say what that means for the request."""
+
+    exit_code = Exit.API
+
+
+class NotAccepted(CallFailed):
+    """Provably nothing was accepted: the call may be made again."""
+
+
+class RateLimited(NotAccepted):
+    """429. `retry_after` is the API's wish in seconds, None without one."""
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OutOfCredits(NotAccepted):
+    """406: the account is out of credits, or the plan does not allow it."""
+
+    exit_code = Exit.CREDITS
+
+
+class Unauthorized(NotAccepted):
+    """401 or 403: the key is refused."""
+
+    exit_code = Exit.KEY
+
+
+class BadParams(CallFailed):
+    """400 or 422 that names a param: this row cannot be asked."""
+
+
+class JobRejected(CallFailed):
+    """404, or a 400 or 422 that names no param: no row of this job can be asked."""
+
+    exit_code = Exit.USAGE
+
+
+class TaskUnknown(CallFailed):
+    """404 for a task id."""
+
+
+class Ambiguous(CallFailed):
+    """The call may or may not have been accepted."""

@@ -1,0 +1,138 @@
+"""One execution as its loops see it: may we go on, is there room, how far are we."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from enrich.errors import PRECEDENCE, EnrichError, Exit
+from enrich.model import Clock, State
+from enrich.pace import Breaker, Pace, PollTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How patient an execution is, in seconds."""
+
+    start_s: float = 20.0  # an API that is unreachable at the start
+    outage_s: float = 300.0  # … or gives no good answer in the middle
+    wire_s: float = 8.0  # POSTs on the wire after a signal
+    ready_s: float = 1.5  # results that are ready after a signal
+    no_data_s: float = 5.0  # until `no_data` counts as a miss
+    young_s: float = 60.0  # a task that polls 404 may be too young
+    post_s: float = 60.0  # an answer to a POST
+    get_s: float = 30.0  # an answer to a GET
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened in this execution; credits in millionths."""
+
+    submitted: int = 0
+    settled: dict[State, int] = field(default_factory=dict)
+    spent: int = 0
+    polls: int = 0
+    rate_limited: int = 0
+
+    def count(self, state: State) -> None:
+        """Count a request that came to its end."""
+        self.settled[state] = self.settled.get(state, 0) + 1
+
+
+@dataclass(slots=True)
+class Execution:
+    """The state that dispatcher and poller share; lives in one event loop."""
+
+    id: int
+    clock: Clock
+    pace: Pace
+    timing: Timing = field(default_factory=Timing)
+    in_flight_limit: int = 200
+    tally: Tally = field(default_factory=Tally)
+    breaker: Breaker = field(default_factory=Breaker)
+    poll_times: PollTimes = field(default_factory=PollTimes)
+    in_flight: int = 0
+    on_the_wire: int = 0
+    #: Exit codes that hold, with what to tell the person.
+    reasons: dict[Exit, EnrichError] = field(default_factory=dict)
+    #: No new POST leaves.
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Nothing is waited for any more.
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    failing_since: float | None = None
+    _gate: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def stop(self, code: Exit, reason: EnrichError) -> None:
+        """Send no new POST; what is on its way is still written down."""
+        self.reasons.setdefault(code, reason)
+        self.closing.set()
+        self.notify()
+
+    def leave(self) -> None:
+        """Wait for nothing any more."""
+        self.closing.set()
+        self.leaving.set()
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake those who wait for a change."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_change(self, at_most: float) -> None:
+        """Pause until something changes, at most so many seconds."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(at_most):
+                await waiter
+
+    @staticmethod
+    async def pause(seconds: float, event: asyncio.Event) -> None:
+        """Pause, at most until the event."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+
+    async def rate_slots(self, wanted: int, stop: asyncio.Event) -> int:
+        """Wait for the moment when a request may leave; tell how many of `wanted` may, 0 when `stop` came first."""
+        async with self._gate:
+            while not stop.is_set():
+                now = self.clock.monotonic()
+                granted = 0
+                while granted < wanted and not self.pace.delay(now):
+                    self.pace.take(now)
+                    granted += 1
+                if granted:
+                    return granted
+                await self.pause(self.pace.delay(now), stop)
+            return 0
+
+    def good_answer(self) -> None:
+        """Hear that the API answered sensibly."""
+        self.failing_since = None
+        self.pace.answered()
+
+    def bad_answer(self, error: EnrichError) -> None:
+        """Hear that it did not; after a long outage the execution leaves with exit 4."""
+        now = self.clock.monotonic()
+        if self.failing_since is None:
+            self.failing_since = now
+        if now - self.failing_since >= self.timing.outage_s:
+            self.reasons.setdefault(Exit.API, error)
+            self.leave()
+
+    def throttle(self, retry_after: float | None) -> None:
+        """Hear a 429."""
+        self.tally.rate_limited += 1
+        self.pace.throttled(self.clock.monotonic(), retry_after)
+
+    def exit_code(self, also: Mapping[Exit, bool]) -> Exit:
+        """Choose the exit code: of those that hold, the first in the order of the contract."""
+        held = set(self.reasons) | {code for code, holds in also.items() if holds}
+        return next((code for code in PRECEDENCE if code in held), Exit.OK)

@@ -1,0 +1,93 @@
+"""Reads YAML so that every error can name its line: no duplicate keys, no aliases, nothing constructed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from enrich.errors import JobError
+
+
+class Document:
+    """A YAML file as plain data, with the line of every key."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file. Raises JobError that names the file and the line."""
+        self.path = path
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise JobError(f"{path}: there is no such job file") from None
+        except OSError as error:
+            raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise JobError(f"{path}: the job file is not UTF-8 text", "save it as UTF-8") from error
+        try:
+            root = _Loader(text).get_single_node()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f":{mark.line + 1}" if mark else ""
+            raise JobError(f"{path}{line}: {error.problem or error.context}") from error
+        except yaml.YAMLError as error:
+            raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(root, yaml.MappingNode):
+            raise JobError(f"{path}: a job file is a mapping of keys", "start from jobs/leads.yaml")
+        self._root = root
+        self.data: dict[Any, Any] = _plain(root, path)
+
+    def line(self, where: Sequence[str | int]) -> int:
+        """Return the line (from 1) of the key that a path of keys and indices leads to, or of the last one it meets."""
+        node: yaml.Node = self._root
+        line = 0
+        for step in where:
+            if isinstance(node, yaml.MappingNode):
+                pair = next((pair for pair in node.value if _key(pair[0]) == str(step)), None)
+                if pair is None:
+                    break
+                line, node = pair[0].start_mark.line, pair[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+                line = node.start_mark.line
+            else:
+                break
+        return line + 1
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, f"YAML aliases (*{event.anchor}) are not allowed: write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _key(node: yaml.Node) -> str:
+    return str(node.value)
+
+
+def _plain(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
+    """Build plain data; a key is always text, as it is written (`NO:` is not a boolean)."""
+    if isinstance(node, yaml.MappingNode):
+        data: dict[str, Any] = {}
+        for key, value in node.value:
+            name = _key(key) if isinstance(key, yaml.ScalarNode) else None
+            line = key.start_mark.line + 1
+            if name is None:
+                raise JobError(f"{path}:{line}: a key must be text")
+            if name in data:
+                raise JobError(f"{path}:{line}: `{name}` is there twice", "remove one of the two")
+            data[name] = _plain(value, path)
+        return data
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, path) for item in node.value]
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise JobError(f"{path}:{node.start_mark.line + 1}: {error}") from error

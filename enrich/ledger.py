@@ -1,0 +1,417 @@
+"""The durable record of requests, tasks, results, credits and executions: all SQL, every move, no policy.
+
+A method is one move inside the caller's transaction: `with ledger.transaction(): …`, or many of
+them in one commit through `journal.Journal`. Durable means `synchronous=FULL` in WAL mode: a
+committed move survives a power cut (SQLite docs: "Pragma synchronous").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from enrich.errors import Refused
+from enrich.model import Answer, Call, Claim, State, Task
+from enrich.schema import migrate
+
+#: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
+OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
+
+
+class CapReached(Exception):
+    """The budget has no room for another request now; what is in flight may free some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the ledger knows of one row's request. `first`: no earlier row of this pass asked the same."""
+
+    index: int
+    first: bool
+    state: State
+    answer: str | None
+    error: str | None
+    provider: str | None
+    credits: int | None
+    task_id: str | None
+    settled_ms: int | None
+
+
+class Ledger:
+    """One SQLite file, one connection; the caller holds the lock beside it."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open the ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
+
+        Raises Refused when the file is not a ledger, is newer than this program or can't be written.
+        """
+        self.path = path
+        try:
+            if read_only:
+                self._db = self._connect(f"{path.absolute().as_uri()}?mode=ro")
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                self._db = self._connect(path.absolute().as_uri())
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+            migrate(self._db, str(path), allowed=not read_only)
+            self._db.execute("CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT)")
+            self._db.execute("CREATE TEMP TABLE seen (request_id INTEGER PRIMARY KEY, position INTEGER)")
+        except (OSError, sqlite3.Error) as error:
+            raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
+
+    @staticmethod
+    def _connect(uri: str) -> sqlite3.Connection:
+        # One thread at a time uses the connection, but not always the same one.
+        return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+
+    def close(self) -> None:
+        """Close the file; what was committed stays."""
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One commit; nothing of it stays when the block raises."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """One move of many in a transaction: when it raises, the others stay."""
+        self._db.execute("SAVEPOINT move")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK TO move")
+            raise
+        finally:
+            self._db.execute("RELEASE move")
+
+    # What the ledger is bound to
+
+    def fact(self, name: str) -> str | None:
+        """Look up what the ledger is bound to (`api_host`, `workspace`)."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def bind(self, facts: Mapping[str, str | None]) -> None:
+        """Bind the ledger, once: what is bound stays."""
+        known = [(name, value) for name, value in facts.items() if value is not None]
+        self._db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", known)
+
+    def waterfall(self, identifier: str) -> tuple[dict[str, Any], list[int] | None] | None:
+        """Return the waterfall as last described, and its default providers as first resolved."""
+        row = self._db.execute(
+            "SELECT description, providers FROM waterfalls WHERE identifier = ?", (identifier,)
+        ).fetchone()
+        return None if row is None else (json.loads(row[0]), None if row[1] is None else json.loads(row[1]))
+
+    def remember_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
+        """Keep the description; the providers are replaced too, so pass the old ones to keep them."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO waterfalls VALUES (?, ?, ?)",
+            (identifier, json.dumps(description, ensure_ascii=False), json.dumps(list(providers))),
+        )
+
+    # Executions
+
+    def recover(self, now_ms: int) -> int:
+        """Put what a crash left in `submitting` in doubt (edge d); return how many."""
+        self._db.execute(
+            "UPDATE requests SET state = 'in_doubt' "
+            f"WHERE id IN (SELECT request_id FROM attempts WHERE state = 'submitting' AND {OPEN_ATTEMPT})"
+        )
+        return self._db.execute(
+            "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, "
+            f"error = 'the program was ended between the request and its answer' "
+            f"WHERE state = 'submitting' AND {OPEN_ATTEMPT}",
+            (now_ms,),
+        ).rowcount
+
+    def start_execution(self, job: str, cap: int | None, now_ms: int) -> int:
+        """Begin an execution. What is in flight from earlier ones settles in it, so it counts against its cap."""
+        row = self._db.execute(
+            "INSERT INTO executions (job, started_ms, cap, reserved) VALUES (?, ?, ?, "
+            f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
+            (job, now_ms, cap),
+        ).fetchone()
+        return int(row[0])
+
+    def end_execution(self, execution_id: int, exit_code: int, receipt: Mapping[str, Any], now_ms: int) -> None:
+        """Write down how an execution ended."""
+        self._db.execute(
+            "UPDATE executions SET ended_ms = ?, exit_code = ?, receipt = ? WHERE id = ?",
+            (now_ms, exit_code, json.dumps(receipt), execution_id),
+        )
+
+    def execution(self, execution_id: int) -> sqlite3.Row:
+        """Return one execution, with `spent`, `reserved`, `unknown` and `submitted`."""
+        return next(self._rows("SELECT * FROM executions WHERE id = ?", execution_id))
+
+    def was_used(self) -> bool:
+        """Tell whether anything was ever submitted from this ledger."""
+        row = self._db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0)").fetchone()
+        return bool(row[0])
+
+    def executions(self, job: str | None = None, last: int = -1) -> list[sqlite3.Row]:
+        """Return the newest `last` executions (of one job), newest first."""
+        return list(
+            self._rows(
+                "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2",
+                job,
+                last,
+            )
+        )
+
+    # Enroll: from the input to the queue
+
+    def clear_queue(self) -> None:
+        """Forget what earlier executions wanted: a lead that left the file is never paid for."""
+        self._db.execute("UPDATE requests SET position = NULL WHERE position IS NOT NULL")
+
+    def begin_pass(self) -> None:
+        """Begin to read the input from its start: no request was seen yet."""
+        self._db.execute("DELETE FROM seen")
+
+    def enroll(
+        self,
+        call: Call,
+        wanted: Iterable[tuple[int, bytes, str]],
+        *,
+        retry: Collection[State] = (),
+        stale: Mapping[State, int] | None = None,
+    ) -> None:
+        """Mark the requests that this execution wants, making those that are new.
+
+        `wanted` holds (position, fingerprint, params as JSON). Requests in a state of `retry` are sent
+        back to pending (edge f); so are those of `stale` whose answer came before that time (edge h).
+        """
+        self._load(wanted)
+        canonical = json.dumps(call.body() | {"waterfall": call.waterfall}, sort_keys=True)
+        self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
+        self._db.execute(
+            "INSERT OR IGNORE INTO requests (fingerprint, call_id, params, state) "
+            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' FROM batch ORDER BY i",
+            (canonical,),
+        )
+        self._see()
+        in_batch = "id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint)"
+        for state in retry:
+            self._db.execute(
+                "UPDATE requests SET state = 'pending', attempts = 0 "
+                f"WHERE state = ? AND position IS NULL AND {in_batch}",
+                (state,),
+            )
+        for state, before_ms in (stale or {}).items():
+            self._db.execute(
+                f"UPDATE requests SET state = 'pending', attempts = 0 WHERE state = ? AND {in_batch} "
+                "AND (SELECT settled_ms FROM attempts a WHERE a.id = attempt_id) < ?",
+                (state, before_ms),
+            )
+        self._db.execute(
+            "UPDATE requests SET position = s.position FROM temp.seen s WHERE s.request_id = requests.id "
+            f"AND state IN ('pending', 'submitting', 'submitted') AND requests.position IS NULL AND {in_batch}"
+        )
+
+    def enrolled(self) -> dict[State, int]:
+        """Count the distinct requests of this pass by their state."""
+        rows = self._db.execute(
+            "SELECT state, count(*) FROM seen s JOIN requests r ON r.id = s.request_id GROUP BY state"
+        )
+        return {State(state): count for state, count in rows}
+
+    def standing(self, asked: Iterable[tuple[int, bytes]]) -> Iterator[Standing]:
+        """Tell what is known of each (position, fingerprint) of a batch; a request never enrolled is left out."""
+        self._load((position, fingerprint, None) for position, fingerprint in asked)
+        self._see()
+        rows = self._rows(
+            "SELECT b.i, s.position = b.i, "
+            "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, "
+            "a.answer, a.error, a.provider, a.credits, a.task_id, a.settled_ms "
+            "FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint "
+            "JOIN seen s ON s.request_id = r.id "
+            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) ORDER BY b.i"
+        )
+        for index, first, state, *known in rows:
+            yield Standing(index, bool(first), State(state), *known)
+
+    def _load(self, asked: Iterable[tuple[int, bytes, str | None]]) -> None:
+        self._db.execute("DELETE FROM batch")
+        self._db.executemany("INSERT INTO batch VALUES (?, ?, ?)", asked)
+
+    def _see(self) -> None:
+        self._db.execute(
+            "INSERT OR IGNORE INTO seen SELECT r.id, b.i FROM batch b "
+            "JOIN requests r ON r.fingerprint = b.fingerprint ORDER BY b.i"
+        )
+
+    # Submit: pending → submitting → submitted
+
+    def claim(self, execution_id: int, price: int, now_ms: int) -> Claim | None:
+        """Take the next wanted request (edge a), its worst price reserved; None when the queue is empty.
+
+        Raises CapReached when the cap has no room for `price` now.
+        """
+        row = self._db.execute(
+            "SELECT id, params FROM requests WHERE state = 'pending' AND position IS NOT NULL ORDER BY position LIMIT 1"
+        ).fetchone()
+        if row is None:
+            return None
+        request_id, params = row
+        reserved = self._db.execute(
+            "UPDATE executions SET reserved = reserved + ?1 "
+            "WHERE id = ?2 AND (cap IS NULL OR spent + reserved + ?1 <= cap)",
+            (price, execution_id),
+        )
+        if not reserved.rowcount:
+            raise CapReached
+        attempt = self._db.execute(
+            "INSERT INTO attempts (request_id, execution_id, state, claimed_ms, reserved) "
+            "VALUES (?, ?, 'submitting', ?, ?) RETURNING id",
+            (request_id, execution_id, now_ms, price),
+        ).fetchone()
+        self._db.execute(
+            "UPDATE requests SET state = 'submitting', attempt_id = ? WHERE id = ?", (attempt[0], request_id)
+        )
+        return Claim(attempt[0], params)
+
+    def accepted(self, attempt_id: int, task_id: str, now_ms: int, bound_to: Mapping[str, str | None]) -> None:
+        """Write down the task id (edge b) and, with the first of them, whose ledger this is."""
+        self._close(attempt_id, State.SUBMITTING, State.SUBMITTED, "submitted", task_id=task_id, submitted_ms=now_ms)
+        self._count_attempt(attempt_id)
+        self._db.execute(
+            "UPDATE executions SET submitted = submitted + 1 "
+            "WHERE id = (SELECT execution_id FROM attempts WHERE id = ?)",
+            (attempt_id,),
+        )
+        self.bind(bound_to)
+
+    def refused(self, attempt_id: int, reason: str, now_ms: int) -> None:
+        """Nothing was accepted (edge c): back to the queue, at no cost and without counting the attempt."""
+        self._close(attempt_id, State.SUBMITTING, State.PENDING, "refused", error=reason, settled_ms=now_ms, credits=0)
+        self._release(attempt_id)
+
+    def rejected(self, attempt_id: int, reason: str, now_ms: int) -> None:
+        """Fail the request whose params the API refused (edge c): it costs nothing."""
+        self._close(attempt_id, State.SUBMITTING, State.FAILED, "failed", error=reason, settled_ms=now_ms, credits=0)
+        self._release(attempt_id)
+
+    def doubt(self, attempt_id: int, reason: str, now_ms: int) -> None:
+        """Nobody can tell whether it was charged (edges d, e): the reservation stays."""
+        (state,) = self._db.execute("SELECT state FROM attempts WHERE id = ?", (attempt_id,)).fetchone()
+        self._close(attempt_id, State(state), State.IN_DOUBT, "in_doubt", error=reason, settled_ms=now_ms)
+        if state == State.SUBMITTING:
+            self._count_attempt(attempt_id)
+
+    # Settle: submitted → an answer
+
+    def tasks(self) -> list[Task]:
+        """Return all tasks that wait for their answer, nearest expiry first."""
+        rows = self._db.execute(
+            "SELECT id, task_id, submitted_ms, seen_alive FROM attempts "
+            f"WHERE state = 'submitted' AND {OPEN_ATTEMPT} ORDER BY submitted_ms"
+        )
+        return [Task(attempt_id, task_id, at, bool(alive)) for attempt_id, task_id, at, alive in rows]
+
+    def alive(self, attempt_id: int) -> None:
+        """Write down that the API knows the task."""
+        self._db.execute("UPDATE attempts SET seen_alive = 1 WHERE id = ?", (attempt_id,))
+
+    def settle(self, attempt_id: int, answer: Answer, execution_id: int, now_ms: int, max_attempts: int) -> State:
+        """Write down an answer (edge e); a failure at no charge goes back to the queue (edge g).
+
+        Returns the state that the request has now.
+        """
+        (attempts,) = self._db.execute(
+            "SELECT attempts FROM requests WHERE id = (SELECT request_id FROM attempts WHERE id = ?)", (attempt_id,)
+        ).fetchone()
+        again = answer.free_failure and attempts < max_attempts
+        state = State.PENDING if again else answer.state
+        self._close(
+            attempt_id,
+            State.SUBMITTED,
+            state,
+            answer.state,
+            settled_ms=now_ms,
+            settled_in=execution_id,
+            credits=answer.credits,
+            provider=answer.provider,
+            error=answer.error,
+            answer=answer.raw,
+        )
+        if answer.state in (State.FOUND, State.NOT_FOUND):
+            self._db.execute(
+                "UPDATE requests SET answer_id = ?1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?1) AND "
+                "(?2 = 'found' OR NOT EXISTS (SELECT 1 FROM attempts a WHERE a.id = answer_id AND a.state = 'found'))",
+                (attempt_id, answer.state),
+            )
+        known = answer.credits is not None
+        self._db.execute(
+            "UPDATE executions SET spent = spent + ?, unknown = unknown + ?, "
+            "reserved = reserved - (SELECT iif(?, reserved, 0) FROM attempts WHERE id = ?) WHERE id = ?",
+            (answer.credits or 0, not known, known, attempt_id, execution_id),
+        )
+        return state
+
+    def _close(self, attempt_id: int, before: State, after: State, outcome: str, **known: object) -> None:
+        """Move an attempt to its outcome and its request with it; both must stand where they are thought to."""
+        columns = "".join(f", {name} = :{name}" for name in known)
+        attempt = self._db.execute(
+            f"UPDATE attempts SET state = :outcome{columns} WHERE id = :id AND state = :before RETURNING request_id",
+            {"outcome": outcome, "id": attempt_id, "before": before, **known},
+        ).fetchone()
+        if attempt is None:
+            raise AssertionError(f"attempt {attempt_id} is not {before}")
+        moved = self._db.execute(
+            "UPDATE requests SET state = ? WHERE id = ? AND attempt_id = ? AND state = ?",
+            (after, attempt[0], attempt_id, before),
+        )
+        if moved.rowcount != 1:
+            raise AssertionError(f"the request of attempt {attempt_id} is not {before}")
+
+    def _count_attempt(self, attempt_id: int) -> None:
+        self._db.execute(
+            "UPDATE requests SET attempts = attempts + 1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?)",
+            (attempt_id,),
+        )
+
+    def _release(self, attempt_id: int) -> None:
+        """Give the reservation of an attempt back to the execution that made it."""
+        self._db.execute(
+            "UPDATE executions SET reserved = executions.reserved - a.reserved "
+            "FROM attempts a WHERE a.id = ? AND executions.id = a.execution_id",
+            (attempt_id,),
+        )
+
+    # Looking
+
+    def counts(self) -> dict[State, int]:
+        """Count all requests by state."""
+        rows = self._db.execute("SELECT state, count(*) FROM requests GROUP BY state")
+        return {State(state): count for state, count in rows}
+
+    def totals(self) -> tuple[int, int]:
+        """Sum the known credits of all attempts (millionths), and count the answers whose price is not known."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(credits), 0), "
+            "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
+        cursor = self._db.cursor()
+        cursor.row_factory = sqlite3.Row
+        yield from cursor.execute(sql, values)

@@ -1,0 +1,34 @@
+"""One writer per ledger, by a lock that dies with its process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from enrich.errors import LedgerLocked, Refused
+
+
+@contextmanager
+def hold(ledger: Path, wait_s: float) -> Iterator[None]:
+    """Hold the lock beside a ledger; wait for it so many seconds, -1: as long as it takes.
+
+    Raises LedgerLocked when another execution holds it.
+    """
+    path = ledger.with_name(ledger.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=wait_s, mode=0o600)
+        lock.acquire()
+    except Timeout:
+        raise LedgerLocked(
+            f"{ledger}: another execution holds this ledger", "wait for it, or use --if-locked skip or wait"
+        ) from None
+    except OSError as error:
+        raise Refused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()

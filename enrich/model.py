@@ -1,0 +1,175 @@
+"""The vocabulary: the states of a request, the moves between them, money and time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class State(StrEnum):
+    """Where a request stands."""
+
+    PENDING = "pending"  # not asked yet
+    SUBMITTING = "submitting"  # the intent is on disk, the POST may be on the wire
+    SUBMITTED = "submitted"  # the API gave a task id
+    FOUND = "found"  # one of the job's columns has a value
+    NOT_FOUND = "not_found"  # a clean miss
+    FAILED = "failed"  # the API says so
+    EXPIRED = "expired"  # the result was gone before it was fetched
+    IN_DOUBT = "in_doubt"  # nobody can tell whether it was charged
+
+
+#: Every allowed move of a request, by the letters of the drawing in ARCHITECTURE.md.
+MOVES: dict[tuple[State, State], str] = {
+    (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST leaves",
+    (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
+    (State.SUBMITTING, State.PENDING): "c: provably not accepted",
+    (State.SUBMITTING, State.FAILED): "c: the API named a param that is wrong",
+    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have left, or the process died",
+    (State.SUBMITTED, State.FOUND): "e: the poller brought the answer",
+    (State.SUBMITTED, State.NOT_FOUND): "e: the poller brought the answer",
+    (State.SUBMITTED, State.FAILED): "e: the poller brought the answer",
+    (State.SUBMITTED, State.EXPIRED): "e: the result is gone",
+    (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen alive polls 404",
+    (State.IN_DOUBT, State.PENDING): "f: only by the person's word",
+    (State.FAILED, State.PENDING): "f: only by the person's word",
+    (State.EXPIRED, State.PENDING): "f: only by the person's word",
+    (State.SUBMITTED, State.PENDING): "g: failed at no charge, attempts are left",
+    (State.FOUND, State.PENDING): "h: older than policy.refresh allows",
+    (State.NOT_FOUND, State.PENDING): "h: older than policy.refresh allows",
+}
+
+#: States in which money may be at stake: the fate is not known yet.
+OPEN = frozenset({State.SUBMITTING, State.SUBMITTED})
+#: States that a person may send back to pending (edge f).
+RETRYABLE = frozenset({State.FAILED, State.EXPIRED, State.IN_DOUBT})
+
+
+class RowStatus(StrEnum):
+    """What `enrich_status` says of a row of the output."""
+
+    FOUND = "found"
+    NOT_FOUND = "not_found"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    IN_DOUBT = "in_doubt"
+    INVALID = "invalid"  # a required param is empty or malformed: never sent
+    FILTERED = "filtered"  # the job leaves it out
+    PENDING = "pending"  # not answered yet
+
+    @classmethod
+    def of(cls, state: State) -> RowStatus:
+        """Tell how a request's state shows on its rows."""
+        return cls.PENDING if state in OPEN else cls(state.value)
+
+
+#: One credit in the ledger's unit: credits are integers there, in millionths.
+MICROS = 1_000_000
+
+
+def to_micros(credits_: object) -> int | None:
+    """Read credits as the API writes them (number or string); None when they can't be read."""
+    if credits_ is None or isinstance(credits_, bool):
+        return None
+    try:
+        amount = Decimal(str(credits_).strip())
+        return int((amount * MICROS).to_integral_value()) if amount.is_finite() and amount >= 0 else None
+    except InvalidOperation:
+        return None
+
+
+def to_credits(micros: int) -> float:
+    """Write millionths as credits."""
+    return micros / MICROS
+
+
+def iso(at_ms: int) -> str:
+    """Write a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+#: A local clock that is off by more than this is not believed.
+CLOCK_TOLERANCE_MS = 5 * 60 * 1000
+
+
+class Clock(Protocol):
+    """Time as a parameter: tests bring their own."""
+
+    def monotonic(self) -> float:
+        """Seconds that never step: for rates and pauses."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970, UTC: for ages and for people."""
+
+    def observe(self, api_ms: int) -> None:
+        """Hear what time the API has."""
+
+
+@dataclass(slots=True)
+class SystemClock:
+    """This machine's clock, corrected by the API's `Date` when it is off by more than 5 minutes."""
+
+    offset_ms: int = 0
+
+    def monotonic(self) -> float:
+        """Seconds that never step."""
+        return time.monotonic()
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970, UTC."""
+        return time.time_ns() // 1_000_000 + self.offset_ms
+
+    def observe(self, api_ms: int) -> None:
+        """Take over the API's time when ours is too far off."""
+        off = api_ms - time.time_ns() // 1_000_000
+        self.offset_ms = off if abs(off) > CLOCK_TOLERANCE_MS else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is the same for every request of a job: which waterfall, asked of whom, checked by whom."""
+
+    waterfall: str
+    enrichments: tuple[int, ...]
+    email_verifier: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return what the API is sent beside `params`."""
+        body: dict[str, Any] = {"enrichments": list(self.enrichments)}
+        if self.email_verifier is not None:
+            body["email_verifier"] = self.email_verifier
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request whose intent to submit is on disk: exactly one POST may leave for it."""
+
+    attempt_id: int
+    params: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A submitted request that waits for its answer."""
+
+    attempt_id: int
+    task_id: str
+    submitted_ms: int
+    seen_alive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a task came to, ready for the ledger. `credits` in millionths, None when not known."""
+
+    state: State
+    error: str | None = None
+    provider: str | None = None
+    credits: int | None = None
+    raw: str | None = field(default=None, repr=False)
+    free_failure: bool = False

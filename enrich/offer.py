@@ -1,0 +1,62 @@
+"""`enrich waterfalls`: what the API offers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from enrich.client import Client
+from enrich.connect import patiently
+from enrich.credentials import Access
+from enrich.errors import JobError, JobRejected
+from enrich.execution import Timing
+from enrich.model import SystemClock
+from enrich.spec import nearest
+from enrich.waterfall import Provider, Waterfall
+
+
+def read_offer(access: Access, identifier: str | None) -> list[Waterfall]:
+    """Ask for one waterfall or for all. Raises JobError for an unknown one, ApiUnreachable, Unauthorized."""
+    return asyncio.run(_read(access, identifier))
+
+
+async def _read(access: Access, identifier: str | None) -> list[Waterfall]:
+    at_most_s = Timing().start_s
+    async with Client(access, SystemClock()) as client:
+        if identifier is None:
+            return await patiently(client.waterfalls, at_most_s)
+        try:
+            return [await patiently(lambda: client.waterfall(identifier), at_most_s)]
+        except JobRejected as error:
+            known = await patiently(client.waterfalls, at_most_s)
+            hint = nearest(identifier, [waterfall.identifier for waterfall in known])
+            raise JobError(f"the API has no waterfall `{identifier}`", hint) from error
+
+
+def lines(offer: list[Waterfall], *, whole: bool) -> Iterator[str]:
+    """Write the offer for a person: one line each, or one waterfall as a whole."""
+    width = max((len(waterfall.identifier) for waterfall in offer), default=0)
+    for waterfall in offer:
+        yield f"{waterfall.identifier:<{width}}  {waterfall.name}".rstrip()
+        if not whole:
+            continue
+        if waterfall.description:
+            yield f"  {waterfall.description}"
+        yield "  params"
+        for param in waterfall.input_params:
+            yield f"    {param.name:<24}{param.type}{', required' if param.required else ''}"
+        yield "  fields"
+        for field in waterfall.output_fields:
+            yield f"    {field.name:<24}{field.label or ''}".rstrip()
+        yield "  providers (enrichments)"
+        yield from _providers(waterfall.available_enrichments)
+        if waterfall.is_email_verifying:
+            yield "  verifiers (email_verifier)"
+            yield from _providers(waterfall.email_verifiers)
+
+
+def _providers(providers: list[Provider]) -> Iterator[str]:
+    for provider in providers:
+        price = "price unknown" if provider.price is None else f"{provider.price} credits"
+        only_named = "" if provider.enabled_by_default else ", only when named"
+        yield f"    {provider.id:<8}{provider.name:<24}{price}{only_named}"

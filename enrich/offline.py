@@ -1,0 +1,42 @@
+"""`enrich collect`: the output again, from input and ledger alone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from enrich.collector import Collector
+from enrich.connect import remembered
+from enrich.errors import Exit, Refused
+from enrich.ledger import Ledger
+from enrich.model import RowStatus
+from enrich.output import prepare
+from enrich.receipt import Receipt
+from enrich.rows import Rows
+from enrich.spec import Job
+
+
+def collect_offline(job: Job, *, partial: bool) -> Receipt:
+    """Write the output; the caller holds the lock.
+
+    Raises Refused when rows are pending and `partial` is not set, or when the job never ran.
+    """
+    if not job.ledger_path.exists():
+        raise Refused(f"{job.ledger_path}: there is no ledger: this job has never run", "enrich run it first")
+    ledger = Ledger(job.ledger_path, read_only=True)
+    try:
+        question = remembered(ledger, job)
+        rows = Rows(job)
+        rows.check_new_columns(question)
+        target = job.output_path(datetime.now().astimezone())
+        prepare(target, job.input_path, job.name)
+        collector = Collector(ledger, job, question, rows)
+        pending = 0 if partial else collector.count()[RowStatus.PENDING]
+        if pending:
+            raise Refused(
+                f"{pending:,} rows are pending: the output would not be complete",
+                "enrich run goes on with them; --partial writes what is there",
+            )
+        counts = collector.write(target)
+    finally:
+        ledger.close()
+    return Receipt(job.name, int(Exit.OK), rows=counts.total(), output=str(target)).with_rows(counts)

@@ -1,0 +1,126 @@
+"""Writes the output file: whole or not at all, readable by its owner only."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import polars as pl
+from polars.io.plugins import register_io_source
+
+from enrich.csvfile import CsvProblem, CsvWriter
+from enrich.errors import JobError, Refused
+from enrich.spec import Output
+
+#: New text that a spreadsheet would run as a formula; a number or a phone behind `+` or `-` is none.
+_FORMULA = r"^[=@\t\r]"
+_SIGNED = r"^[+-]"
+_NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
+
+
+def part_of(target: Path, job: str) -> Path:
+    """The file in which the output grows; its name has no date, so that the next start finds a stale one."""
+    return target.with_name(f".{job}.enrich-part")
+
+
+def prepare(target: Path, source: Path, job: str) -> None:
+    """Make the output's folder and remove what a killed run left in it.
+
+    Raises JobError when the output would replace the input, Refused when the folder can't be made.
+    """
+    try:
+        if target == source or (target.exists() and target.samefile(source)):
+            raise JobError(f"{target}: the output would replace the input", "choose another `output`")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part_of(target, job).unlink(missing_ok=True)
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+        if target.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+    except OSError as error:
+        raise Refused(f"{target}: the output cannot be written: {error.strerror}") from error
+
+
+def write(  # noqa: PLR0913 - one file is all of these
+    target: Path,
+    output: Output,
+    *,
+    job: str,
+    schema: Mapping[str, pl.DataType],
+    frames: Iterable[pl.DataFrame],
+    new: int,
+) -> None:
+    """Write the frames, whose last `new` columns are ours. Raises Refused; the old file stays then."""
+    name = target.name.lower()
+    try:
+        with _atomic(target, part_of(target, job)) as raw:
+            if name.endswith(".parquet"):
+                _write_parquet(raw, schema, frames)
+            elif name.endswith(".gz"):
+                # No name and no time inside: equal outputs are equal bytes.
+                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
+                    _write_csv(cast("BinaryIO", packed), output, list(schema), frames, new)
+            else:
+                _write_csv(raw, output, list(schema), frames, new)
+    except CsvProblem as problem:
+        raise Refused(f"{target}: {problem.message}", problem.hint) from problem
+    except OSError as error:
+        raise Refused(f"{target}: the output cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _atomic(target: Path, part: Path) -> Iterator[BinaryIO]:
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        with os.fdopen(descriptor, "w+b") as raw:
+            yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
+        part.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new: int) -> None:
+    with CsvWriter(raw, output.separator, output.encoding) as writer:
+        writer.write_header(columns)
+        for frame in frames:
+            kept, ours = frame.get_columns()[:-new], frame.get_columns()[-new:]
+            writer.write(pl.DataFrame([*kept, *map(_as_text, ours)]))
+
+
+def _as_text(column: pl.Series) -> pl.Series:
+    """Write a new column as text that no spreadsheet runs."""
+    if column.dtype != pl.String:
+        return pl.Series(column.name, [None if value is None else _number(value) for value in column], pl.String)
+    text = pl.nth(0)
+    is_formula = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
+    guarded = pl.when(is_formula).then("'" + text).otherwise(text)
+    return column.alias("").to_frame().select(guarded.alias("")).to_series().alias(column.name)
+
+
+def _number(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def _write_parquet(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> None:
+    """Stream the frames through polars' own sink, so that they are never held together."""
+
+    def batches(
+        _columns: list[str] | None, _predicate: pl.Expr | None, _rows: int | None, _size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        yield from frames
+
+    register_io_source(batches, schema=pl.Schema(schema)).sink_parquet(raw)

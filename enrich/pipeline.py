@@ -1,0 +1,410 @@
+"""One execution from the open ledger to the receipt: rescue, enroll, dispatch and poll side by side, collect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from enrich.client import Client
+from enrich.collector import Collector
+from enrich.connect import Connection, connect
+from enrich.credentials import Access
+from enrich.dispatcher import Dispatcher
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Refused
+from enrich.execution import Execution, Timing
+from enrich.journal import Journal
+from enrich.ledger import Ledger
+from enrich.model import Clock, RowStatus, State, SystemClock, to_credits, to_micros
+from enrich.output import prepare
+from enrich.pace import Pace
+from enrich.poller import Poller
+from enrich.question import price_for_cap
+from enrich.receipt import Receipt
+from enrich.rows import Rows
+from enrich.signals import Interrupted, Signals
+from enrich.spec import Job
+
+PROGRESS_S = 0.2
+#: Counting the rows for the receipt of an interrupted run must not hold up its exit.
+COUNTED_WHEN_INTERRUPTED = 100_000
+#: Requests whose answer is reused.
+ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
+#: The share of --max-time that is kept for collecting what was submitted.
+COLLECTING_SHARE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the person asked of this execution. `confirm` is shown what it may cost and says whether to go on."""
+
+    limit: int | None = None
+    max_time_s: float | None = None
+    retry: frozenset[State] = frozenset()
+    update_providers: bool = False
+    confirm: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an execution is, in requests; `spent` in credits."""
+
+    total: int
+    done: int
+    found: int
+    spent: float
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What an execution works with; tests bring their own clock and patience.
+
+    `tell` hears what a person should know at once, `show` is called often with how far it is.
+    """
+
+    job: Job
+    access: Access
+    ledger: Ledger
+    clock: Clock = field(default_factory=SystemClock)
+    timing: Timing = field(default_factory=Timing)
+    tell: Callable[[str], None] = lambda _: None
+    show: Callable[[Progress], None] = lambda _: None
+
+
+def run(around: Surroundings, options: Options) -> Receipt:
+    """Run a job; the caller holds the lock of its ledger.
+
+    Raises EnrichError for what went wrong before an execution came to be.
+    """
+    return asyncio.run(_run(around, options))
+
+
+async def _run(around: Surroundings, options: Options) -> Receipt:
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - asyncio.run made it
+    signals = Signals(on_first=lambda _: task.cancel())
+    timing = around.timing
+    try:
+        with signals.handled():
+            client = Client(around.access, around.clock, post_s=timing.post_s, get_s=timing.get_s)
+            async with client, Journal(around.ledger) as journal:
+                return await _execute(around, options, signals, client, journal)
+    except asyncio.CancelledError:
+        signals.check()
+        raise
+
+
+async def _execute(
+    around: Surroundings, options: Options, signals: Signals, client: Client, journal: Journal
+) -> Receipt:
+    job, clock = around.job, around.clock
+    started = clock.monotonic()
+    doubtful = await journal.do(Ledger.recover, clock.now_ms())
+    rows: Rows | None = None
+    target = job.output_path(datetime.now().astimezone())
+    broken: EnrichError | None = None
+    try:
+        rows = Rows(job)
+        prepare(target, job.input_path, job.name)
+    except EnrichError as error:
+        broken = error
+        if not await journal.do(Ledger.tasks):
+            raise
+    connection = await connect(
+        client,
+        journal,
+        job,
+        around.access.host,
+        at_most_s=around.timing.start_s,
+        update_providers=options.update_providers,
+    )
+    if rows is not None:
+        rows.check_new_columns(connection.question)
+    cap = None if job.max_credits is None else to_micros(job.max_credits)
+    price = price_for_cap(job, connection.question)
+    number = await journal.do(Ledger.start_execution, job.name, cap, clock.now_ms())
+    limits = job.model.limits
+    pace = Pace(limits.requests_per_second)
+    execution = Execution(number, clock, pace, around.timing, in_flight_limit=limits.in_flight)
+    desk = _Desk(around, options, signals, client, journal, connection, execution, price, started)
+    signals.on_first = desk.interrupt
+    if doubtful:
+        desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
+    for note in connection.notes:
+        desk.note(note)
+    try:
+        await desk.rescue()
+        if rows is None or broken is not None:
+            # What was paid for is fetched even when tonight's file is broken; more is not bought.
+            raise broken or AssertionError
+        return await desk.work(rows, target)
+    except EnrichError as error:
+        execution.reasons.setdefault(error.exit_code, error)
+        return await desk.finish(execution.exit_code({}))
+
+
+@dataclass(slots=True)
+class _Desk:
+    """The steps of one execution that has a connection."""
+
+    around: Surroundings
+    options: Options
+    signals: Signals
+    client: Client
+    journal: Journal
+    connection: Connection
+    execution: Execution
+    price: int
+    started: float
+    notes: list[str] = field(default_factory=list)
+    rows_read: int | None = None
+    enrolled: dict[State, int] | None = None
+    out_of_time: bool = False
+    _poller: Poller | None = None
+    _helpers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def note(self, text: str) -> None:
+        """Tell the person, now and in the receipt."""
+        self.notes.append(text)
+        self.around.tell(text)
+
+    def interrupt(self, code: Exit) -> None:
+        """Wind down after a signal: no new POST, answers on the wire are written down, ready results fetched."""
+        self.execution.stop(code, Interrupted(code))
+        self._helpers.add(asyncio.create_task(self._wind_down()))
+
+    async def rescue(self) -> None:
+        """Ask once for everything that earlier executions left at the API, nearest expiry first."""
+        tasks = await self.journal.do(Ledger.tasks)
+        if not tasks:
+            return
+        self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
+        poller = self._new_poller()
+        poller.last_round = True
+        poller.adopt(tasks, asked_before=False)
+        await self._until_leaving(poller.run())
+
+    async def work(self, rows: Rows, target: Path) -> Receipt:
+        """Enroll, dispatch and poll, collect."""
+        execution, journal = self.execution, self.journal
+        stamp = rows.stamp()
+        await self._enroll(rows, self.options.retry)
+        await self._check_before_spending()
+        if not execution.closing.is_set():
+            await self._dispatch_and_poll()
+        await journal.do(Ledger.recover, self.around.clock.now_ms())
+        if self.out_of_time:
+            left = await journal.do(Ledger.enrolled)
+            if any(left.get(state) for state in (State.PENDING, State.SUBMITTED)):
+                reason = EnrichError("--max-time is over", "the rest is pending; the next run goes on")
+                execution.reasons.setdefault(Exit.TIME, reason)
+        if rows.stamp() != stamp:
+            reason = EnrichError("the input changed while the run was at work", "run again for the rows that are new")
+            execution.reasons.setdefault(Exit.API, reason)
+            rows = Rows(self.around.job)
+            rows.check_new_columns(self.connection.question)
+            await self._enroll(rows, frozenset())
+        return await self._collect(rows, target)
+
+    async def _enroll(self, rows: Rows, retry: frozenset[State]) -> None:
+        """Mark what this input wants; nothing is spent before it was read to its end without error."""
+        refresh = self.around.job.model.policy.refresh
+        ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
+        now_ms = self.around.clock.now_ms()
+        stale = {state: now_ms - int(age.total_seconds() * 1000) for state, age in ages.items() if age is not None}
+        question = self.connection.question
+
+        def enroll(ledger: Ledger) -> int:
+            ledger.clear_queue()
+            ledger.begin_pass()
+            count = 0
+            for batch in rows.batches(question):
+                self.signals.check()
+                ledger.enroll(question.call, batch.asked(), retry=retry, stale=stale)
+                count += batch.frame.height
+            return count
+
+        self.rows_read = await self.journal.do(enroll)
+        self.enrolled = await self.journal.do(Ledger.enrolled)
+
+    async def _check_before_spending(self) -> None:
+        """Refuse when the balance is too low for one request, or when the person says no."""
+        question, balance = self.connection.question, self.connection.balance
+        to_submit = (self.enrolled or {}).get(State.PENDING, 0)
+        if self.options.limit is not None:
+            to_submit = min(to_submit, self.options.limit)
+        if not to_submit:
+            return
+        price = question.worst_price
+        if price is not None and balance is not None and balance < price:
+            raise Refused(
+                f"the balance is {to_credits(balance):g} credits, one request may cost {to_credits(price):g}",
+                "top up the account",
+            )
+        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used):
+            most = "an unknown number of" if price is None else f"at most {to_credits(price * to_submit):,g}"
+            have = "" if balance is None else f" (balance {to_credits(balance):,g})"
+            with self.signals.asking():
+                agreed = self.options.confirm(f"{to_submit:,} requests will be sent and cost {most} credits{have}.")
+            if not agreed:
+                raise Refused("nothing was sent", "set `max_credits`, or use --yes, to run without this question")
+
+    async def _dispatch_and_poll(self) -> None:
+        poller = self._new_poller()
+        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
+        dispatcher = Dispatcher(
+            self.execution,
+            self.journal,
+            self.client,
+            self.connection.question.call,
+            self.price,
+            self.connection.bound_to,
+            poller.add,
+            self.options.limit,
+        )
+
+        async def dispatch() -> None:
+            try:
+                await dispatcher.run()
+            finally:
+                poller.no_more = True
+                self.execution.notify()
+
+        helpers = [asyncio.create_task(self._keep_showing())]
+        if self.options.max_time_s is not None:
+            helpers.append(asyncio.create_task(self._keep_time(self.options.max_time_s)))
+        try:
+            await self._until_leaving(dispatch(), poller.run())
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            self._show()
+
+    async def _collect(self, rows: Rows, target: Path) -> Receipt:
+        """Write the output when the exit code says so, and tell how the rows stand."""
+        around = self.around
+        some_failed = any(self.execution.tally.settled.get(state) for state in (State.FAILED, State.EXPIRED))
+        code = self.execution.exit_code({Exit.SOME_FAILED: some_failed})
+        if code not in WRITES_OUTPUT:
+            if (self.rows_read or 0) > COUNTED_WHEN_INTERRUPTED:
+                return await self.finish(code)
+            collector = Collector(around.ledger, around.job, self.connection.question, rows)
+            return await self.finish(code, await self.journal.do(lambda _: collector.count()))
+        collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
+        counts = await self.journal.do(lambda _: collector.write(target))
+        also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: counts[RowStatus.IN_DOUBT] > 0}
+        return await self.finish(self.execution.exit_code(also), counts, target)
+
+    async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
+        """Write the receipt, here and in the ledger."""
+        tally, clock = self.execution.tally, self.around.clock
+        await self.journal.do(Ledger.recover, clock.now_ms())
+        known = await self.journal.do(Ledger.execution, self.execution.id)
+        before = self.connection.balance
+        after = await self._balance() if tally.settled or tally.submitted else before
+        reason = self.execution.reasons.get(code)
+        enrolled = self.enrolled
+        receipt = Receipt(
+            job=self.around.job.name,
+            exit_code=int(code),
+            execution=self.execution.id,
+            rows=self.rows_read,
+            requests=None if enrolled is None else sum(enrolled.values()),
+            submitted=known["submitted"],
+            reused=None if enrolled is None else sum(enrolled.get(state, 0) for state in ANSWERED),
+            credits_spent=to_credits(known["spent"]),
+            credits_unknown=known["unknown"],
+            balance_before=None if before is None else to_credits(before),
+            balance_after=None if after is None else to_credits(after),
+            polls=tally.polls,
+            rate_limited=tally.rate_limited,
+            elapsed_s=round(clock.monotonic() - self.started, 3),
+            output=None if output is None else str(output),
+            notes=self.notes,
+            error=None if reason is None else reason.message,
+            hint=None if reason is None else reason.hint,
+        )
+        await self.journal.do(Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms())
+        return receipt
+
+    async def _balance(self) -> int | None:
+        """Ask for the balance after the run; a run that had to leave asks for nothing more."""
+        if self.execution.leaving.is_set() or self.signals.heard is not None:
+            return None
+        try:
+            async with asyncio.timeout(5):
+                return to_micros((await self.client.user()).balance)
+        except (CallFailed, TimeoutError):
+            return None
+
+    def _new_poller(self) -> Poller:
+        policy = self.around.job.model.policy
+        self._poller = Poller(
+            self.execution,
+            self.journal,
+            self.client,
+            tuple(self.connection.question.columns.values()),
+            policy.max_attempts,
+            policy.patience.total_seconds(),
+        )
+        return self._poller
+
+    async def _until_leaving(self, *loops: Coroutine[Any, Any, None]) -> None:
+        """Run the loops side by side to their end, or until the execution leaves."""
+
+        async def together() -> None:
+            async with asyncio.TaskGroup() as group:
+                for loop in loops:
+                    group.create_task(loop)
+
+        work = asyncio.create_task(together())
+        left = asyncio.create_task(self.execution.leaving.wait())
+        try:
+            await asyncio.wait([work, left], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            left.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _wind_down(self) -> None:
+        timing, execution = self.around.timing, self.execution
+        if self._poller is not None:
+            self._poller.hurry()
+        latest = self.around.clock.monotonic() + timing.wire_s
+        while execution.on_the_wire and (wait := latest - self.around.clock.monotonic()) > 0:
+            await execution.wait_change(wait)
+        await asyncio.sleep(timing.ready_s)
+        execution.leave()
+
+    async def _keep_time(self, max_time_s: float) -> None:
+        """Stop submitting early enough to collect, and leave when the time is over."""
+        left = max_time_s - (self.around.clock.monotonic() - self.started)
+        await asyncio.sleep(left * (1 - COLLECTING_SHARE))
+        self.out_of_time = True
+        self.execution.closing.set()
+        await asyncio.sleep(left * COLLECTING_SHARE)
+        self.execution.leave()
+
+    async def _keep_showing(self) -> None:
+        while True:
+            self._show()
+            await asyncio.sleep(PROGRESS_S)
+
+    def _show(self) -> None:
+        enrolled, tally = self.enrolled or {}, self.execution.tally
+        self.around.show(
+            Progress(
+                total=sum(enrolled.get(state, 0) for state in (State.PENDING, State.SUBMITTED)),
+                done=sum(tally.settled.values()),
+                found=tally.settled.get(State.FOUND, 0),
+                spent=to_credits(tally.spent),
+                in_flight=self.execution.in_flight,
+            )
+        )

@@ -1,0 +1,185 @@
+"""Brings the answer of each submitted request: asks when it pays, nearest expiry first."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from enrich.answer import Phase, phase_of, read_answer
+from enrich.client import POLLS_ON_THE_WIRE, Client
+from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
+from enrich.execution import Execution
+from enrich.journal import Journal
+from enrich.ledger import Ledger
+from enrich.model import Answer, State, Task
+
+IDLE_S = 1.0
+NO_DATA_POLL_S = 1.0
+YOUNG_POLL_S = 5.0
+FAILED_POLL_S = 2.0
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A task whose answer is not there yet. `fresh`: submitted by this execution, so its age teaches something."""
+
+    task: Task
+    fresh: bool
+    alive: bool
+    no_data_since: float | None = None
+
+
+@dataclass(slots=True)
+class Poller:
+    """submitted → settled. `paths` are the job's columns: they decide between found and not found."""
+
+    execution: Execution
+    journal: Journal
+    client: Client
+    paths: tuple[str, ...]
+    max_attempts: int
+    patience_s: float
+    #: Ask each task once more and go.
+    last_round: bool = False
+    #: Nobody will bring new tasks.
+    no_more: bool = False
+    _due: list[tuple[float, int, Waiting]] = field(default_factory=list)
+    _ready: list[tuple[int, int, Waiting]] = field(default_factory=list)
+    _asking: int = 0
+    _number: count[int] = field(default_factory=count)
+
+    def add(self, task: Task) -> None:
+        """Take on a task that was submitted just now."""
+        self._later(Waiting(task, fresh=True, alive=task.seen_alive), self.execution.poll_times.wait(0.0))
+
+    def adopt(self, tasks: Iterable[Task], *, asked_before: bool) -> None:
+        """Take on what earlier executions left at the API; ask at once unless that was done just now."""
+        for task in tasks:
+            waiting = Waiting(task, fresh=False, alive=task.seen_alive)
+            self._later(waiting, self.execution.poll_times.wait(self._age(waiting)) if asked_before else 0.0)
+            self.execution.in_flight += 1
+
+    def hurry(self) -> None:
+        """Ask every task once more, now, and go."""
+        self.last_round = True
+        self._due = sorted((0.0, number, waiting) for _, number, waiting in self._due)
+        self.execution.notify()
+
+    async def run(self) -> None:
+        """Poll until no task waits and none can come, or the execution leaves."""
+        async with asyncio.TaskGroup() as polls:
+            while not self.execution.leaving.is_set():
+                wait = self._sort_due()
+                if self._ready and self._asking < POLLS_ON_THE_WIRE:
+                    room = min(POLLS_ON_THE_WIRE - self._asking, len(self._ready))
+                    granted = await self.execution.rate_slots(room, self.execution.leaving)
+                    for _ in range(min(granted, len(self._ready))):
+                        self._asking += 1
+                        polls.create_task(self._poll(heapq.heappop(self._ready)[2]))
+                elif not (self._ready or self._due or self._asking) and (self.no_more or self.last_round):
+                    return
+                else:
+                    await self.execution.wait_change(min(wait, IDLE_S))
+
+    def _later(self, waiting: Waiting, seconds: float) -> None:
+        due = self.execution.clock.monotonic() + seconds
+        heapq.heappush(self._due, (due, next(self._number), waiting))
+        self.execution.notify()
+
+    def _sort_due(self) -> float:
+        """Put what is due in the order of its expiry; tell in how many seconds the next will be due."""
+        now = self.execution.clock.monotonic()
+        while self._due and self._due[0][0] <= now:
+            _, number, waiting = heapq.heappop(self._due)
+            heapq.heappush(self._ready, (waiting.task.submitted_ms, number, waiting))
+        return self._due[0][0] - now if self._due else IDLE_S
+
+    async def _poll(self, waiting: Waiting) -> None:
+        """Ask how one task is, and write down what came of it."""
+        execution = self.execution
+        try:
+            execution.tally.polls += 1
+            body = await self.client.task(waiting.task.task_id)
+        except RateLimited as error:
+            execution.throttle(error.retry_after)
+            self._again(waiting, 0.0)
+        except Unauthorized as error:
+            execution.stop(error.exit_code, error)
+            execution.leave()
+        except TaskUnknown:
+            execution.good_answer()
+            await self._unknown(waiting)
+        except NotAccepted as error:
+            execution.bad_answer(error)
+            self._again(waiting, FAILED_POLL_S)
+        else:
+            execution.good_answer()
+            await self._answered(waiting, body)
+        finally:
+            self._asking -= 1
+            execution.notify()
+
+    async def _answered(self, waiting: Waiting, body: dict[str, Any]) -> None:
+        execution = self.execution
+        age = self._age(waiting)
+        phase = phase_of(body)
+        if phase is Phase.RUNNING:
+            if not waiting.alive:
+                waiting.alive = True
+                await self.journal.do(Ledger.alive, waiting.task.attempt_id)
+            self._again(waiting, execution.poll_times.wait(age))
+            return
+        if phase is Phase.NO_DATA:
+            now = execution.clock.monotonic()
+            waiting.no_data_since = now if waiting.no_data_since is None else waiting.no_data_since
+            if now - waiting.no_data_since < execution.timing.no_data_s and not self.last_round:
+                self._again(waiting, NO_DATA_POLL_S)
+                return
+        elif waiting.fresh:
+            execution.poll_times.finished(age)
+        await self._settle(waiting, read_answer(body, phase, self.paths))
+
+    async def _unknown(self, waiting: Waiting) -> None:
+        """Judge a 404: too young to be known, never accepted after all, or gone."""
+        if self._age(waiting) < self.execution.timing.young_s:
+            self._again(waiting, YOUNG_POLL_S)
+        elif waiting.alive:
+            reason = "the API has forgotten the task (404) before its result was fetched"
+            await self._settle(waiting, Answer(State.EXPIRED, reason))
+        else:
+            reason = "the API gave a task id and has never known it since (404)"
+            now_ms = self.execution.clock.now_ms()
+            await self.journal.do(Ledger.doubt, waiting.task.attempt_id, reason, now_ms)
+            self.execution.in_flight -= 1
+
+    async def _settle(self, waiting: Waiting, answer: Answer) -> None:
+        execution = self.execution
+        state = await self.journal.do(
+            Ledger.settle,
+            waiting.task.attempt_id,
+            answer,
+            execution.id,
+            execution.clock.now_ms(),
+            self.max_attempts,
+        )
+        execution.in_flight -= 1
+        execution.tally.spent += answer.credits or 0
+        if state is not State.PENDING:
+            execution.tally.count(state)
+
+    def _again(self, waiting: Waiting, seconds: float) -> None:
+        """Ask again later, unless the person's patience is at its end."""
+        if self.last_round or self._age(waiting) > self.patience_s:
+            reason = EnrichError("tasks are still running at the API", "the next run asks them first")
+            if not self.last_round:
+                self.execution.reasons.setdefault(Exit.TIME, reason)
+            self.execution.in_flight -= 1
+        else:
+            self._later(waiting, seconds)
+
+    def _age(self, waiting: Waiting) -> float:
+        return (self.execution.clock.now_ms() - waiting.task.submitted_ms) / 1000

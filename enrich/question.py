@@ -1,0 +1,110 @@
+"""Turns a job and a waterfall into what is asked: the call, its worst price, its params, its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from enrich.errors import Refused
+from enrich.model import Call, to_micros
+from enrich.spec import Job, nearest
+from enrich.waterfall import Provider, Waterfall
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What every request of a job has in common.
+
+    `required` and `emails` name params; `columns` maps new columns to dotted paths;
+    `worst_price` is in millionths of a credit, None where the API names no price.
+    """
+
+    call: Call
+    required: tuple[str, ...]
+    emails: tuple[str, ...]
+    columns: Mapping[str, str]
+    worst_price: int | None
+
+
+def default_providers(waterfall: Waterfall) -> list[int]:
+    """The providers that the API enables by default, in its order."""
+    return [provider.id for provider in waterfall.available_enrichments if provider.enabled_by_default]
+
+
+def make_question(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> Question:
+    """Check the job against the waterfall. `providers` are asked when the job names none.
+
+    Raises JobError that names the key and the nearest right name.
+    """
+    model = job.model
+    known = {param.name: param for param in waterfall.input_params}
+    for name in model.params:
+        if known and name not in known:
+            hint = nearest(name, known)
+            raise job.error(["params", name], f"the waterfall `{waterfall.identifier}` has no such param", hint)
+    required = tuple(param.name for param in waterfall.input_params if param.required)
+    if missing := [name for name in required if name not in model.params]:
+        message = f"the waterfall `{waterfall.identifier}` requires `{missing[0]}`"
+        raise job.error(["params"], message, f"map it: {missing[0]}: <a column of the input>")
+    chosen = _chosen(job, waterfall, providers)
+    verifier = _verifier(job, waterfall)
+    columns = model.columns or {field.name: field.name for field in waterfall.output_fields}
+    if not columns:
+        raise job.error(["waterfall"], "the API names no output fields for it", "say which `columns` you want")
+    return Question(
+        call=Call(waterfall.identifier, tuple(provider.id for provider in chosen), model.email_verifier),
+        required=required,
+        emails=tuple(p.name for p in waterfall.input_params if p.type == "email" or p.name == "email"),
+        columns=columns,
+        worst_price=_worst_price(chosen, verifier),
+    )
+
+
+def _chosen(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> list[Provider]:
+    offered = {provider.id: provider for provider in waterfall.available_enrichments}
+    named = job.model.enrichments
+    for index, number in enumerate(named or ()):
+        if offered and number not in offered:
+            known = ", ".join(f"{provider.id} {provider.name}" for provider in offered.values())
+            raise job.error(
+                ["enrichments", index], f"`{waterfall.identifier}` has no provider {number}", f"it has {known}"
+            )
+        if number in (named or ())[:index]:
+            raise job.error(["enrichments", index], f"provider {number} is there twice", "remove one of the two")
+    chosen = list(named or providers)
+    if not chosen:
+        raise job.error(["waterfall"], "the API enables none of its providers by default", "say which `enrichments`")
+    return [offered.get(number, Provider(id=number)) for number in chosen]
+
+
+def _verifier(job: Job, waterfall: Waterfall) -> Provider | None:
+    number = job.model.email_verifier
+    if number is None:
+        return None
+    if not waterfall.is_email_verifying:
+        raise job.error(
+            ["email_verifier"], f"the waterfall `{waterfall.identifier}` verifies no e-mails", "leave it out"
+        )
+    verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
+    if verifiers and number not in verifiers:
+        known = ", ".join(f"{verifier.id} {verifier.name}" for verifier in verifiers.values())
+        raise job.error(["email_verifier"], f"`{waterfall.identifier}` has no verifier {number}", f"it has {known}")
+    return verifiers.get(number, Provider(id=number))
+
+
+def _worst_price(providers: list[Provider], verifier: Provider | None) -> int | None:
+    """Every provider asked, and what each found verified."""
+    prices = [to_micros(provider.price) for provider in providers]
+    checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
+    known = [price for price in prices + checks if price is not None]
+    return sum(known) if len(known) == len(prices + checks) else None
+
+
+def price_for_cap(job: Job, question: Question) -> int:
+    """The price to reserve for one request; a cap with an unknown price is refused."""
+    if question.worst_price is None and job.max_credits is not None:
+        raise Refused(
+            "the API names no price for a provider, so `max_credits` cannot be kept",
+            "leave such providers out of `enrichments`, or run without `max_credits`",
+        )
+    return question.worst_price or 0

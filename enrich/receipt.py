@@ -1,0 +1,97 @@
+"""What an execution came to: the object that `--json` prints and the lines that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from enrich.errors import Exit
+from enrich.model import RowStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Counts and credits as they happened; None: not known. Rows by the status that they have in the output."""
+
+    job: str
+    exit_code: int
+    execution: int | None = None
+    rows: int | None = None
+    requests: int | None = None
+    submitted: int = 0
+    reused: int | None = None
+    found: int | None = None
+    not_found: int | None = None
+    failed: int | None = None
+    expired: int | None = None
+    in_doubt: int | None = None
+    invalid: int | None = None
+    filtered: int | None = None
+    pending: int | None = None
+    credits_spent: float = 0.0
+    credits_unknown: int = 0
+    balance_before: float | None = None
+    balance_after: float | None = None
+    polls: int = 0
+    rate_limited: int = 0
+    elapsed_s: float = 0.0
+    output: str | None = None
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+    hint: str | None = None
+
+    def with_rows(self, counts: Mapping[RowStatus, int]) -> Receipt:
+        """Add the rows by status."""
+        return replace(self, **{status.value: counts.get(status, 0) for status in RowStatus})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        told = asdict(self)
+        return {name: value for name, value in told.items() if name not in ("error", "hint") or value is not None}
+
+
+def failure(exit_code: Exit, message: str) -> dict[str, Any]:
+    """Return what `--json` prints when no execution came to be."""
+    return {"exit_code": int(exit_code), "error": message}
+
+
+#: What the person may do about rows of a status.
+REMEDIES = {
+    RowStatus.FAILED: "the API could not answer them; ask again (it costs again): --retry failed",
+    RowStatus.EXPIRED: "their results were gone before they were fetched; buy them again: --retry expired",
+    RowStatus.IN_DOUBT: "nobody can tell whether they were charged; ask again (it may cost twice): --retry in_doubt",
+    RowStatus.INVALID: "a required param is empty or malformed: see enrich_error in the output",
+    RowStatus.PENDING: "not answered yet: the next run goes on",
+}
+
+
+def lines(receipt: Receipt) -> Iterator[str]:
+    """Write the receipt for a person, in lines of at most 80 columns or so."""
+    rows = receipt.rows or 0
+    yield f"{receipt.job}: {_count(rows, 'row')}, {_count(receipt.requests or 0, 'distinct request')}"
+    for status in RowStatus:
+        count = getattr(receipt, status.value)
+        if count:
+            share = f"{count / rows:6.1%}" if rows else ""
+            yield f"  {status.value:<10}{count:>9,} {share}  {REMEDIES.get(status, '')}".rstrip()
+    unknown = f" and {receipt.credits_unknown} answers of unknown price" if receipt.credits_unknown else ""
+    yield f"  submitted {receipt.submitted:>9,}         {receipt.reused or 0:,} reused from the ledger"
+    hits = f", {receipt.credits_spent / receipt.found:.3g} per hit" if receipt.found and receipt.credits_spent else ""
+    yield f"  credits   {receipt.credits_spent:>9,.2f}         spent in this execution{hits}{unknown}"
+    if receipt.balance_before is not None and receipt.balance_after is not None:
+        yield f"  balance   {receipt.balance_after:>9,.2f}         was {receipt.balance_before:,.2f}"
+    asked = f"{receipt.polls:,} polls, {receipt.rate_limited:,} answers 429"
+    yield f"  time      {_duration(receipt.elapsed_s):>9}         {asked}"
+    if receipt.output is not None:
+        yield f"  output    {receipt.output}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,257 @@
+"""The input as batches of rows, each with the question it asks; read alike for asking and for joining."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import polars as pl
+
+from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
+from enrich.errors import Refused
+from enrich.model import RowStatus
+from enrich.question import Question
+from enrich.spec import Job, Param, nearest
+
+#: The columns that we add behind the job's own; an earlier output's are replaced.
+STATUS_COLUMNS: dict[str, pl.DataType] = {
+    "enrich_status": pl.String(),
+    "enrich_error": pl.String(),
+    "enrich_provider": pl.String(),
+    "enrich_credits": pl.Float64(),
+    "enrich_task_id": pl.String(),
+    "enrich_at": pl.String(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows in the input's order. `first` is the position of the first, from 0.
+
+    The lists run along `frame`: a row either has a fingerprint and params (JSON, as sent),
+    or a status (`invalid`, `filtered`) and perhaps the reason.
+    """
+
+    first: int
+    frame: pl.DataFrame
+    fingerprints: list[bytes | None]
+    params: list[str | None]
+    statuses: list[RowStatus | None]
+    errors: list[str | None]
+
+    def asked(self) -> Iterator[tuple[int, bytes, str]]:
+        """Yield position, fingerprint and params of the rows that ask something."""
+        for index, (fingerprint, params) in enumerate(zip(self.fingerprints, self.params, strict=True)):
+            if fingerprint is not None and params is not None:
+                yield self.first + index, fingerprint, params
+
+
+class Rows:
+    """The rows of a job's input."""
+
+    def __init__(self, job: Job) -> None:
+        """Read the header and check the job against it.
+
+        Raises Refused when the input can't be read, JobError when the job names what it lacks.
+        """
+        self._job = job
+        self._source = CsvFormat(job.input_path, job.input.separator, job.input.encoding)
+        try:
+            self._header = read_header(self._source)
+        except CsvProblem as problem:
+            raise Refused(problem.message, problem.hint) from problem
+        self.columns = [name for name in self._header if name not in STATUS_COLUMNS]
+        self._check_columns()
+        self._where = self._parse_where()
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Identity, size and time of the file: it was replaced or changed when this differs. None: it is gone."""
+        try:
+            stat = self._job.input_path.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def check_new_columns(self, question: Question) -> None:
+        """Refuse new columns that the input has already."""
+        for name in question.columns:
+            if name in STATUS_COLUMNS:
+                raise self._job.error(["columns", name], "this name is taken by the status columns", "choose another")
+            if name in self.columns:
+                raise self._job.error(
+                    ["columns", name],
+                    f"the input has a column of this name already ({self._job.input_path})",
+                    "choose another name for the new column",
+                )
+
+    def batches(self, question: Question) -> Iterator[Batch]:
+        """Read the whole input once. Raises Refused that names file, row and remedy."""
+        ask = _Asking(self._job, question, self._header)
+        first = 0
+        try:
+            for frame in read_batches(self._source):
+                wanted = self._wanted(frame)
+                yield ask.batch(first, frame, wanted)
+                first += frame.height
+        except CsvProblem as problem:
+            raise Refused(problem.message, problem.hint) from problem
+
+    def _check_columns(self) -> None:
+        model = self._job.model
+        for name, param in model.params.items():
+            for column in param.columns:
+                self._check_column(column, ["params", name])
+        for index, column in enumerate(model.only_if_empty):
+            self._check_column(column, ["only_if_empty", index])
+
+    def _check_column(self, column: str, where: list[str | int]) -> None:
+        if column in self._header:
+            return
+        hint = nearest(column, self._header)
+        if other := likely_separator(self._header, self._source.separator):
+            shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
+            hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
+        raise self._job.error(where, f"the input has no column `{column}` ({self._job.input_path})", hint)
+
+    def _parse_where(self) -> pl.Expr | None:
+        """Read `where`; it must look at one row at a time, for rows come in batches."""
+        where = self._job.model.where
+        if where is None:
+            return None
+        try:
+            expression = pl.sql_expr(where)
+        except pl.exceptions.PolarsError as error:
+            raise self._job.error(["where"], f"not a polars SQL expression: {error}") from error
+        for column in expression.meta.root_names():
+            self._check_column(column, ["where"])
+        empty = pl.DataFrame(schema=dict.fromkeys(self._header, pl.String))
+        try:
+            kinds = empty.select(expression.alias("where")).dtypes
+        except pl.exceptions.PolarsError as error:
+            raise self._job.error(["where"], str(error)) from error
+        if kinds != [pl.Boolean] or not expression.meta.is_row_separable():
+            raise self._job.error(["where"], "must say yes or no for each row by itself", "for example: Country = 'DE'")
+        return expression
+
+    def _wanted(self, frame: pl.DataFrame) -> pl.Series:
+        """Tell which rows `where` and `only_if_empty` leave in."""
+        places = map(self._header.index, self._job.model.only_if_empty)
+        wanted = [pl.nth(place).str.strip_chars() == "" for place in places]
+        if self._where is not None:
+            wanted.append(self._where)
+        if not wanted:
+            return pl.repeat(value=True, n=frame.height, eager=True)
+        try:
+            return frame.select(pl.all_horizontal(wanted).fill_null(value=False).alias("wanted")).to_series()
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0].split(" for ")[0]
+            hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
+            raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+
+
+class _Asking:
+    """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
+
+    def __init__(self, job: Job, question: Question, header: list[str]) -> None:
+        self._params = job.model.params
+        self._question = question
+        self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
+        call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
+        self._prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
+        self._names = sorted(self._params)
+        self._values = [source(self._params[name], header).alias(name) for name in self._names]
+        self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
+
+    def batch(self, first: int, frame: pl.DataFrame, wanted: pl.Series) -> Batch:
+        columns = frame.get_columns()
+        batch = Batch(first, pl.DataFrame([columns[place] for place in self._kept]), [], [], [], [])
+        values = frame.select(*self._values, pl.lit(wanted).alias("wanted"))
+        for *row, keep in values.iter_rows():
+            params = {name: value for name, value in zip(self._names, row, strict=True) if value}
+            error = self._problem(params) if keep else None
+            status = RowStatus.FILTERED if not keep else RowStatus.INVALID if error else None
+            text = None
+            fingerprint = None
+            if status is None:
+                text = json.dumps(params, ensure_ascii=False, separators=(",", ":"))
+                fingerprint = self._fingerprint(text)
+            batch.fingerprints.append(fingerprint)
+            batch.params.append(text)
+            batch.statuses.append(status)
+            batch.errors.append(error)
+        return batch
+
+    def _problem(self, params: dict[str, str]) -> str | None:
+        """Say why a row cannot be asked."""
+        for name in self._question.required:
+            if name not in params:
+                return f"{name} is empty ({self._sources(name)})"
+        for name in filter(params.get, self._question.emails):
+            local, at, domain = params[name].partition("@")
+            if not (local and at and "." in domain) or "@" in domain or any(map(str.isspace, params[name])):
+                return f"{name} is no e-mail address ({self._sources(name)})"
+        return None if params else "no param has a value"
+
+    def _sources(self, name: str) -> str:
+        return ", ".join(self._params[name].columns) or "a constant"
+
+    def _fingerprint(self, params: str) -> bytes:
+        """Name a request by what is sent; stable over versions, machines and the job file's order of params."""
+        digest = self._prefix.copy()
+        digest.update(b"\0" + params.encode())
+        shared = digest.digest()
+        if self._occurrences is None:
+            return shared
+        occurrence = self._occurrences[shared]
+        self._occurrences[shared] += 1
+        if occurrence:
+            digest.update(b"\0%d" % occurrence)
+        return digest.digest()
+
+
+def source(param: Param, header: list[str]) -> pl.Expr:
+    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent.
+
+    Columns are taken by their place: polars would read a name like `^x$` as a pattern.
+    """
+    if param.value is not None:
+        return clean(pl.lit(param.value))
+    candidates = []
+    for column in param.columns:
+        value = pl.nth(header.index(column))
+        for transform in param.transform:
+            value = TRANSFORMS[transform](value)
+        value = clean(value)
+        candidates.append(pl.when(value != "").then(value))
+    return pl.coalesce([*candidates, pl.lit("")])
+
+
+def clean(text: pl.Expr) -> pl.Expr:
+    """Normalise (Unicode NFC) and cut outer blanks."""
+    return text.str.normalize("NFC").str.strip_chars()
+
+
+def domain(text: pl.Expr) -> pl.Expr:
+    """Take the domain of a URL, an e-mail address or a bare host, without `www.`; '' when there is none."""
+    return (
+        text.str.strip_chars()
+        .str.to_lowercase()
+        .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
+        .str.replace(r"[/?#].*$", "")
+        .str.replace(r"^.*@", "")
+        .str.replace(r":\d*$", "")
+        .str.replace(r"^www\.", "")
+        .str.replace(r"\.$", "")
+        .str.extract(r"^([\p{L}\p{M}\p{N}_-]+(?:\.[\p{L}\p{M}\p{N}_-]+)+)$")
+        .fill_null("")
+    )
+
+
+TRANSFORMS = {
+    "trim": lambda text: text.str.strip_chars(),
+    "lower": lambda text: text.str.to_lowercase(),
+    "domain": domain,
+}

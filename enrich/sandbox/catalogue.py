@@ -1,0 +1,177 @@
+"""What the sandbox sells: its waterfalls, with invented providers, prices and coverages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from enrich.sandbox.money import millionths
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One data provider of a waterfall; the price is a number or a text, as the API's own answers disagree."""
+
+    id: int
+    name: str
+    price: float | str
+    coverage: float
+    params: tuple[str, ...]
+    enabled: bool = True
+    cost: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cost", millionths(self.price))
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """Checks whether a mailbox exists."""
+
+    id: int
+    name: str
+    price: str
+    cost: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cost", millionths(self.price))
+
+
+@dataclass(frozen=True, slots=True)
+class Waterfall:
+    """A question that several providers are asked in turn."""
+
+    identifier: str
+    name: str
+    description: str
+    required: tuple[str, ...]
+    outputs: Mapping[str, str]
+    providers: tuple[Provider, ...]
+    optional: tuple[str, ...] = ()
+    verifiers: tuple[Verifier, ...] = ()
+
+    def default_cascade(self) -> list[int]:
+        """Give the providers that are asked when none are named."""
+        return [provider.id for provider in self.providers if provider.enabled]
+
+    def document(self) -> dict[str, Any]:
+        """Describe it as `GET /v1/waterfalls/{id}` does."""
+        inputs = [*((name, True) for name in self.required), *((name, False) for name in self.optional)]
+        return {
+            "identifier": self.identifier,
+            "name": self.name,
+            "description": self.description,
+            "input_params": [{"name": name, "type": "text", "required": needed} for name, needed in inputs],
+            "output_fields": [
+                {"name": name, "label": name.replace("_", " ").capitalize(), "type": kind}
+                for name, kind in self.outputs.items()
+            ],
+            "available_enrichments": [
+                {
+                    "id": provider.id,
+                    "name": provider.name,
+                    "description": f"{self.name} with {provider.name}",
+                    "price": provider.price,
+                    "params": list(provider.params),
+                    "enabled_by_default": provider.enabled,
+                }
+                for provider in self.providers
+            ],
+            "is_email_verifying": bool(self.verifiers),
+            "email_verifiers": [
+                {"id": verifier.id, "name": verifier.name, "description": "Checks the mailbox", "price": verifier.price}
+                for verifier in self.verifiers
+            ],
+        }
+
+
+_NAME = ("first_name", "last_name", "company")
+
+WATERFALLS: Mapping[str, Waterfall] = {
+    waterfall.identifier: waterfall
+    for waterfall in (
+        Waterfall(
+            "email_getter",
+            "Email finder",
+            "Finds a person's work email by name and company.",
+            required=_NAME,
+            optional=("linkedin",),
+            outputs={"email": "text"},
+            providers=(
+                Provider(833, "Mailhound", 0.5, 0.55, _NAME),
+                Provider(966, "Peoplegrid", 1.0, 0.5, _NAME),
+                Provider(701, "Inboxly", 0.01, 0.25, _NAME),
+                Provider(745, "Profilewell", 2.0, 0.6, (*_NAME, "linkedin")),
+                Provider(113, "Apex Contacts", 2.0, 0.65, _NAME, enabled=False),
+            ),
+            verifiers=(Verifier(10, "Mailproof", "0.01"), Verifier(12, "Bouncewatch", "0.05")),
+        ),
+        Waterfall(
+            "person_getter",
+            "Person finder",
+            "Finds who a work email belongs to.",
+            required=("email",),
+            outputs={"first_name": "text", "last_name": "text", "linkedin_url": "url"},
+            providers=(
+                Provider(833, "Mailhound", "0.5", 0.5, ("email",)),
+                Provider(912, "Whobase", "1.0", 0.5, ("email",)),
+                Provider(920, "Deepcontact", "2.0", 0.6, ("email",), enabled=False),
+            ),
+        ),
+        Waterfall(
+            "phone_getter",
+            "Phone finder",
+            "Finds a mobile phone number by profile.",
+            required=("linkedin",),
+            outputs={"phone": "phone"},
+            providers=(
+                Provider(510, "Dialdesk", 2.0, 0.4, ("linkedin",)),
+                Provider(522, "Ringbook", 3.5, 0.4, ("linkedin",)),
+                Provider(530, "Callgraph", 5.0, 0.5, ("linkedin",)),
+                Provider(541, "Directline", 10.0, 0.6, ("linkedin",), enabled=False),
+            ),
+        ),
+        Waterfall(
+            "company_lookup",
+            "Company lookup",
+            "Describes the company behind a website.",
+            required=("company_website",),
+            outputs={
+                "name": "text",
+                "industry": "text",
+                "employees": "number",
+                "headquarters": "json",
+                "technologies": "json",
+            },
+            providers=(
+                Provider(301, "Firmfacts", "0.01", 0.5, ("company_website",)),
+                Provider(317, "Orgsight", "0.5", 0.6, ("company_website",)),
+                Provider(329, "Registrar Pro", "1.0", 0.4, ("company_website",)),
+                Provider(1304, "Blendrank", "2.0", 0.7, ("company_website",), enabled=False),
+            ),
+        ),
+        Waterfall(
+            "person_by_link",
+            "Person by link",
+            "Describes the person behind a profile link.",
+            required=("link",),
+            outputs={"first_name": "text", "last_name": "text", "title": "text", "company": "json"},
+            providers=(
+                Provider(610, "Profilewell", 0.5, 0.6, ("link",)),
+                Provider(622, "Peoplegrid", 1.0, 0.5, ("link",)),
+                Provider(640, "Deepcontact", 2.0, 0.5, ("link",), enabled=False),
+            ),
+        ),
+        Waterfall(
+            "job_postings_getter",
+            "Job postings",
+            "Lists what a company is hiring for.",
+            required=("company_website",),
+            outputs={"count": "number", "job_postings": "json"},
+            providers=(
+                Provider(401, "Hirewatch", 1.0, 0.5, ("company_website",)),
+                Provider(415, "Careerscan", 1.0, 0.5, ("company_website",)),
+                Provider(430, "Jobmesh", 2.0, 0.5, ("company_website",), enabled=False),
+            ),
+        ),
+    )
+}

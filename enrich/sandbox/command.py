@@ -1,0 +1,107 @@
+"""The command `enrich sandbox`: serve the API on loopback; every setting is an option."""
+
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from enrich.sandbox.faults import KINDS, Fault
+from enrich.sandbox.settings import SandboxSettings
+
+_HELP = f"""Serve a fake of the Databar API on loopback, with people, prices, latency and faults to choose.
+
+Prints the two variables that point `enrich` to it, then serves until it is interrupted. Nothing costs anything.
+
+The faults: {", ".join(KINDS)}."""
+
+_EXTRA = "the sandbox needs its extra: pip install 'databar-enrich[sandbox]'"
+
+
+def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:  # noqa: ANN401  # a text, or the default, which has its type already
+        try:
+            return read(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    convert.__name__ = name
+    return convert
+
+
+def _type_of(hint: Any) -> Any:  # noqa: ANN401  # from a Python type to what click takes for one
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
+        return _type_of(kinds[0])
+    if get_origin(hint) is Literal:
+        return click.Choice(kinds)
+    if get_origin(hint) is UnionType:
+        return _reader(f"{kinds[0].__name__}|none", lambda text: None if text.lower() == "none" else kinds[0](text))
+    if hint is Fault:
+        return _reader("fault", Fault.parse)
+    return _reader(hint.__name__, hint)
+
+
+def _option(name: str, annotated: Any, default: Any) -> click.Option:  # noqa: ANN401  # a type and its value
+    hint, text = get_args(annotated)
+    many = get_origin(hint) is tuple
+    shown = ", ".join(default) if many else "none" if default is None else str(default)
+    return click.Option(
+        [f"--{(name.removesuffix('s') if many else name).replace('_', '-')}", name],
+        type=None if hint is bool else _type_of(hint),
+        is_flag=hint is bool,
+        multiple=many,
+        default=default,
+        show_default=shown if shown and hint is not bool else False,
+        help=text,
+    )
+
+
+def _options() -> list[click.Option]:
+    hints = get_type_hints(SandboxSettings, include_extras=True)
+    return [_option(field.name, hints[field.name], field.default) for field in fields(SandboxSettings)]
+
+
+def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401  # one for each setting
+    try:
+        settings = SandboxSettings(**values)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    try:
+        from enrich.sandbox.server import serve  # noqa: PLC0415  # needs the extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("enrich"):
+            raise
+        click.echo(f"Error: {_EXTRA}", err=True)
+        raise SystemExit(2) from error
+    with ExitStack() as stack:
+        if state is None:
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))) / "state.db"
+        try:
+            serve(state, settings, port)
+        except sqlite3.Error as error:
+            raise click.ClickException(f"{state}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+sandbox = click.Command(
+    "sandbox",
+    callback=_run,
+    help=_HELP,
+    short_help="Serve a fake of the API on loopback.",
+    params=[
+        click.Option(["--port"], type=click.IntRange(0, 65535), default=0, help="Port to listen on; 0: a free one."),
+        click.Option(
+            ["--state"],
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="File that keeps tasks and credits; by default a temporary one.",
+        ),
+        *_options(),
+    ],
+)

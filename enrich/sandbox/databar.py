@@ -1,0 +1,177 @@
+"""Does what Databar does with a request: takes runs, keeps tasks, counts credits. Knows nothing of HTTP."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from enrich.sandbox import money
+from enrich.sandbox.answers import answer
+from enrich.sandbox.catalogue import WATERFALLS, Waterfall
+from enrich.sandbox.clock import Clock
+from enrich.sandbox.faults import Fault
+from enrich.sandbox.latency import latency
+from enrich.sandbox.people import Draw
+from enrich.sandbox.questions import Question, cascade, questions
+from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.store import Quirk, Run, Store, Task
+from enrich.sandbox.tasks import TaskWriter
+
+
+class NotFoundError(Exception):
+    """There is no such waterfall or task."""
+
+
+class NoCreditsError(Exception):
+    """The balance is below what the request can cost."""
+
+
+class ExpiredError(Exception):
+    """The result is not kept any more."""
+
+
+class FinishedError(Exception):
+    """It is too late to cancel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a run or bulk-run asks for, before it is checked; empty enrichments mean the default cascade."""
+
+    waterfall: Waterfall
+    rows: Sequence[Mapping[str, Any]]
+    enrichments: Sequence[int]
+    verifier: int | None
+    bulk: bool
+
+
+class Databar:
+    """The service behind the API."""
+
+    def __init__(self, store: Store, settings: SandboxSettings) -> None:
+        self.clock = Clock(store.offset, settings.date_offset)
+        self._store = store
+        self._settings = settings
+        self._latency = latency(settings.latency)
+        self._writer = TaskWriter(settings)
+        self._polls: Counter[str] = Counter()
+
+    def waterfall(self, identifier: str) -> Waterfall:
+        """Find a waterfall."""
+        if identifier not in WATERFALLS:
+            raise NotFoundError("Waterfall not found")
+        return WATERFALLS[identifier]
+
+    def submit(self, order: Order, quirk: Fault | None = None) -> str:
+        """Accept a run for each row, or none; it is on disk when this returns its task id."""
+        asked = cascade(order.waterfall, order.enrichments, order.verifier)
+        wanted = questions(asked, order.rows, bulk=order.bulk, error_shape=self._settings.error_shape)
+        now = self.clock.now()
+        self._store.settle(now)
+        if self._store.balance < asked.worst_case * len(wanted):
+            raise NoCreditsError("Check the number of remaining credits or the tariff plan.")
+        task_id = str(uuid4())
+        with self._store.transaction():
+            self._store.add_task(
+                task_id,
+                [self._run(question, now, bulk=order.bulk) for question in wanted],
+                Quirk(quirk.name, float(next(iter(quirk.params.values()), 0))) if quirk else Quirk("", 0),
+                bulk=order.bulk,
+                now=now,
+            )
+        return task_id
+
+    def _run(self, question: Question, now: float, *, bulk: bool) -> Run:
+        asked = self._store.ask(question.key, question.canonical)
+        draw = Draw(self._settings.seed, question.person)
+        reply = answer(question, asked.times, draw, self._settings, bulk=bulk)
+        return Run(
+            ready=now + self._latency(draw("latency")),
+            outcome=reply.outcome,
+            data=reply.data,
+            error=reply.error,
+            reserved=question.cascade.worst_case,
+            cost=reply.cost,
+            state="running",
+            question=asked.id,
+        )
+
+    def poll(self, task_id: str, *, partial: bool = False) -> bytes:
+        """Give the body of a task as it is now."""
+        task, now = self._task(task_id), self.clock.now()
+        if self._writer.expired(task, now):
+            if self._settings.expired_as == "410":
+                raise ExpiredError("Task data has expired")
+            return self._writer.gone(task)
+        if task.quirk.name == "odd-status" and self._polls[task_id] < task.quirk.param:
+            self._polls[task_id] += 1
+            return self._writer.odd(task, self._polls[task_id])
+        return self._writer.body(task, now, partial=partial)
+
+    def cancel(self, task_id: str) -> bytes:
+        """Stop a task, refund what has not completed, and show the rest."""
+        task, now = self._task(task_id), self.clock.now()
+        if task.cancelled is not None or all(run.ready <= now for run in task.runs):
+            raise FinishedError("Task has already finished")
+        self._store.settle(now)
+        self._store.cancel(task, now)
+        return self._writer.body(self._task(task_id), now)
+
+    def _task(self, task_id: str) -> Task:
+        task = self._store.task(task_id)
+        if task is None or task.quirk.name == "lost-task":
+            raise NotFoundError("Task not found")
+        if task.quirk.name == "late-task" and self.clock.now() < task.created + task.quirk.param:
+            raise NotFoundError("Task not found")
+        return task
+
+    def user(self) -> dict[str, Any]:
+        """Describe the owner of the key."""
+        self._store.settle(self.clock.now())
+        return {
+            "first_name": "Sandra",
+            "email": "sandra@sandbox.example",
+            "balance": money.number(self._store.balance),
+            "plan": "sandbox",
+            "workspace": "sandbox",
+        }
+
+    def top_up(self, amount: float) -> None:
+        """Add credits."""
+        self._store.top_up(money.millionths(amount))
+
+    def advance(self, seconds: float) -> float:
+        """Move the clock forward for good, and tell the new time."""
+        self.clock.offset += seconds
+        self._store.set_offset(self.clock.offset)
+        return self.clock.now()
+
+    def audit(self, *, runs: bool) -> dict[str, Any]:
+        """Tell what was accepted and charged, after settling what is due."""
+        self._store.settle(self.clock.now())
+        totals: dict[str, Any] = {
+            **self._store.totals(),
+            "credits_charged": money.number(self._store.spent),
+            "credits_reserved": money.number(self._store.reserved),
+            "balance": money.number(self._store.balance),
+            "balance_at_start": money.number(self._store.balance_at_start),
+            "topped_up": money.number(self._store.topped_up),
+        }
+        return totals | {"runs": self._asked()} if runs else totals
+
+    def _asked(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "waterfall": waterfall,
+                "params": json.loads(params),
+                "enrichments": json.loads(enrichments),
+                "email_verifier": verifier,
+                "accepted": accepted,
+                "charged": charged,
+                "credits": money.number(cost),
+                "task_ids": task_ids.split(),
+            }
+            for waterfall, params, enrichments, verifier, accepted, charged, cost, task_ids in self._store.questions()
+        ]

@@ -1,0 +1,238 @@
+"""Stands before the routes: counts requests, limits their rate, and lets the faults happen on the wire."""
+
+import asyncio
+import re
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from enrich.sandbox.clock import Clock
+from enrich.sandbox.faults import Fault, Faults
+from enrich.sandbox.settings import SandboxSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+OK = 200
+
+# Where the server puts the connection, for the faults that need more than HTTP.
+TRANSPORT = "enrich.transport"
+# Where the fault of moment "task" is handed to the run endpoints.
+FAULT = "enrich.fault"
+
+_JSON: Headers = [(b"content-type", b"application/json")]
+_HTML: Headers = [(b"content-type", b"text/html; charset=utf-8")]
+_PAGE = b"<!doctype html><html><head><title>%d</title></head><body><h1>Something went wrong</h1></body></html>"
+
+_ERROR = b'{"detail":"Internal Server Error"}'
+_TOO_MANY = b'{"detail":"Too Many Requests"}'
+_UNAVAILABLE = b'{"detail":"Service Unavailable"}'
+_NO_CREDITS = b'{"detail":"Check the number of remaining credits or the tariff plan."}'
+_PLAIN = {
+    "rate-limit-bare": (429, _TOO_MANY),
+    "unauthorized": (401, b'{"detail":"Unauthorized"}'),
+    "forbidden": (403, b'{"detail":"Forbidden"}'),
+    "no-credits": (406, _NO_CREDITS),
+}
+
+_ENDPOINTS = (
+    ("run", re.compile(r"POST /v1/waterfalls/[^/]+/run")),
+    ("bulk_run", re.compile(r"POST /v1/waterfalls/[^/]+/bulk-run")),
+    ("task", re.compile(r"GET /v1/tasks/[^/]+")),
+    ("cancel", re.compile(r"POST /v1/tasks/[^/]+/cancel")),
+    ("me", re.compile(r"GET /v1/user/me")),
+    ("waterfalls", re.compile(r"GET /v1/waterfalls(/[^/]*)?")),
+    ("health", re.compile(r"GET /health")),
+    ("other", re.compile(r".* /v1/.*")),
+)
+
+
+def endpoint_of(method: str, path: str) -> str:
+    """Name the endpoint that a request is for."""
+    target = f"{method} {path}"
+    return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
+
+
+class Bucket:
+    """A token bucket: `rate` requests a second, and `burst` at once."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._burst = max(1, burst)
+        self._clock = clock
+        self._tokens = float(self._burst)
+        self._at = clock()
+
+    def take(self) -> bool:
+        """Say whether one more request is allowed now."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class Gate:
+    """The outermost ASGI application; `requests` counts since its start."""
+
+    def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: Faults) -> None:
+        self.requests: Counter[str] = Counter()
+        self.unavailable_until = 0.0
+        self._app = app
+        self._settings = settings
+        self._clock = clock
+        self._faults = faults
+        self._bucket = Bucket(settings.rate, settings.burst) if settings.rate else None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Let a request through, or let something happen to it."""
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"date", self._clock.date())]
+                if endpoint and message["status"] != OK:
+                    self.requests[str(message["status"])] += 1
+            await send(message)
+
+        endpoint = endpoint_of(scope["method"], scope["path"])
+        if not endpoint:
+            await self._app(scope, receive, dated)
+            return
+        self.requests[endpoint] += 1
+        if self._clock.now() < self.unavailable_until:
+            await _drain(receive)
+            await _reply(dated, 503, _UNAVAILABLE)
+        elif endpoint != "health" and self._bucket and not self._bucket.take():
+            await _drain(receive)
+            await _reply(dated, 429, _TOO_MANY, _retry_after(self._settings.retry_after))
+        elif fault := self._faults.draw(endpoint):
+            await self._suffer(fault, scope, receive, dated)
+        else:
+            await self._app(scope, receive, dated)
+
+    async def _suffer(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+        if fault.moment == "task":
+            await self._app({**scope, FAULT: fault}, receive, send)
+        elif fault.moment == "after":
+            answer = _Answer()
+            await self._app(scope, receive, answer)
+            if answer.status == OK:
+                await self._spoil(fault, answer.body, scope, receive, send)
+            else:
+                await answer.pass_on(send)
+        elif fault.name == "slow":
+            await asyncio.sleep(fault.seconds())
+            await self._app(scope, receive, send)
+        else:
+            await _drain(receive)
+            await self._refuse(fault, scope, receive, send)
+
+    async def _refuse(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+        match fault.name:
+            case name if name in _PLAIN:
+                await _reply(send, *_PLAIN[name])
+            case "rate-limit":
+                await _reply(send, 429, _TOO_MANY, _retry_after(fault.params["retry_after"]))
+            case "rate-limit-date":
+                moment = self._clock.now() + self._settings.date_offset + float(fault.params["retry_after"])
+                await _reply(send, 429, _TOO_MANY, _retry_after(Clock.http_date(moment)))
+            case "error-before":
+                await _reply(send, int(fault.params["status"]), _ERROR)
+            case "html":
+                await _page(send, int(fault.params["status"]))
+            case "redirect":
+                location = str(fault.params["location"]) or f"http://elsewhere.example{scope['path']}"
+                await _reply(send, 307, b"", [(b"location", location.encode())])
+            case "unavailable":
+                self.unavailable_until = self._clock.now() + fault.seconds()
+                await _reply(send, 503, _UNAVAILABLE)
+            case _:
+                await _hang_up(fault, scope, receive)
+
+    async def _spoil(self, fault: Fault, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
+        match fault.name:
+            case "error-after":
+                await _reply(send, int(fault.params["status"]), _ERROR)
+            case "html-200":
+                await _page(send, OK)
+            case "broken-json":
+                await _reply(send, OK, body[: len(body) // 2])
+            case "wrong-json":
+                await _reply(send, OK, b"[" + body + b"]")
+            case "no-task-id":
+                await _reply(send, OK, b'{"status":"created"}')
+            case _:
+                await _hang_up(fault, scope, receive)
+
+
+class _Answer:
+    """Keeps what the routes answer, instead of sending it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = b""
+        self._messages: list[Message] = []
+
+    async def __call__(self, message: Message) -> None:
+        self._messages.append(message)
+        self.status = message.get("status", self.status)
+        self.body += message.get("body", b"")
+
+    async def pass_on(self, send: Send) -> None:
+        for message in self._messages:
+            await send(message)
+
+
+async def _hang_up(fault: Fault, scope: Message, receive: Receive) -> None:
+    """Break the connection without an answer, at once or when the client has waited long enough."""
+    if fault.name.startswith("silence"):
+        try:
+            async with asyncio.timeout(fault.seconds()):
+                await _gone(receive)
+        except TimeoutError:
+            pass
+        else:
+            return
+    transport: asyncio.Transport = scope[TRANSPORT]
+    connection = transport.get_extra_info("socket")
+    # Lingering for no time at all makes the kernel say RST rather than FIN.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+    # Whoever runs us would answer 500 if we came back before it knows.
+    await _gone(receive)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the request to its end, so that the connection can be used again."""
+    while (await receive()).get("more_body"):
+        pass
+
+
+async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *_JSON, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _page(send: Send, status: int) -> None:
+    body = _PAGE % status
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*_HTML, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _retry_after(value: float | str | None) -> Headers:
+    return [] if value is None else [(b"retry-after", str(value).encode())]

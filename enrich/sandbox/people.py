@@ -1,0 +1,129 @@
+"""Makes up who the sandbox knows: each answer follows from the seed and the question alone."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Fields = dict[str, Any]
+
+FIRST_NAMES = ("Ada", "Bela", "Chidi", "Dolores", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kemal", "Lucía")
+LAST_NAMES = ("Abara", "Brandt", "Castellano", "Dvořák", "Eriksen", "Fontaine", "Grünwald", "Holm", "Ivers", "Jansen")
+TITLES = ("Head of Sales", "Founder", "Operations Lead", "Data Engineer", "Marketing Manager", "Finance Director")
+INDUSTRIES = ("Software", "Logistics", "Agriculture", "Textiles", "Machine tools", "Hospitality")
+CITIES = (("Lisbon", "PT"), ("Utrecht", "NL"), ("Ghent", "BE"), ("Tampere", "FI"), ("Graz", "AT"), ("Duluth", "US"))
+TECHNOLOGIES = ("PostgreSQL", "Kubernetes", "Django", "React", "Snowflake", "SAP", "Terraform")
+AREA_CODES = ("202", "303", "404", "512", "617", "702", "808", "916")
+
+
+class Draw:
+    """Gives a number between 0 and 1 for each label, always the same one for the same seed and subject."""
+
+    def __init__(self, seed: int, subject: str) -> None:
+        self._key = blake2b(f"{seed}\n{subject}".encode(), digest_size=32).digest()
+
+    def __call__(self, label: str) -> float:
+        """Draw for a label; never 0 and never 1."""
+        digest = blake2b(label.encode(), key=self._key, digest_size=8).digest()
+        return ((int.from_bytes(digest) >> 12) + 0.5) / 2**52
+
+    def pick(self, label: str, choices: Sequence[T]) -> T:
+        """Draw one of several."""
+        return choices[int(self(label) * len(choices))]
+
+
+def fields(waterfall: str, params: Mapping[str, str], draw: Draw) -> Fields:
+    """Answer a waterfall's question about a person or company that is known."""
+    return _MAKERS[waterfall](params, draw)
+
+
+def ascii_name(text: str) -> str:
+    """Spell a name with the letters of an email address: `Zoë` is `zoe`, `Łukasz` is `lukasz`, `김` is `gim`."""
+    return "".join(_spelt(character) for character in unicodedata.normalize("NFC", text))
+
+
+def _spelt(character: str) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isalnum())
+    if plain or not character.isalpha():
+        return plain.lower()
+    # A letter without an ASCII base goes by the end of its Unicode name: ZHE, HANGUL SYLLABLE GIM, IDEOGRAPH-674E.
+    name = re.sub(r" WITH .*", "", unicodedata.name(character, "x"))
+    return re.sub(r"[^a-z0-9]", "", re.split(r"[ -]", name)[-1].lower())
+
+
+def domain_of(company: str) -> str:
+    """Give the company's domain: its own when it is written as one, an invented one otherwise."""
+    bare = re.sub(r"^[a-z]+://", "", company.strip().lower()).split("/")[0].removeprefix("www.")
+    if re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+", bare):
+        return bare
+    return ("-".join(filter(None, map(ascii_name, company.split()))) or "company") + ".example"
+
+
+def email(params: Mapping[str, str], draw: Draw) -> Fields:
+    """Make a work address out of the name."""
+    first = ascii_name(params["first_name"]) or "info"
+    last = ascii_name(params["last_name"]) or "office"
+    local = draw.pick("pattern", (f"{first}.{last}", f"{first}.{last}", f"{first[0]}{last}", f"{first}_{last[0]}"))
+    return {"email": f"{local}@{domain_of(params['company'])}"}
+
+
+def _person(params: Mapping[str, str], draw: Draw) -> Fields:
+    local = params["email"].partition("@")[0]
+    words = [word.capitalize() for word in re.split(r"[^\w]+|_|\d+", local) if word]
+    first = words[0] if len(words) > 1 else draw.pick("first", FIRST_NAMES)
+    last = words[-1] if words else draw.pick("last", LAST_NAMES)
+    link = f"https://linkedin.example/in/{ascii_name(first)}-{ascii_name(last)}"
+    return {"first_name": first, "last_name": last, "linkedin_url": link}
+
+
+def _phone(_: Mapping[str, str], draw: Draw) -> Fields:
+    return {"phone": f"+1-{draw.pick('area', AREA_CODES)}-555-01{int(draw('line') * 100):02d}"}
+
+
+def _company(params: Mapping[str, str], draw: Draw) -> Fields:
+    city, country = draw.pick("city", CITIES)
+    return {
+        "name": _company_name(params["company_website"]),
+        "industry": draw.pick("industry", INDUSTRIES),
+        "employees": int(5 * 400 ** draw("employees")),
+        "headquarters": {"city": city, "country": country},
+        "technologies": sorted({draw.pick(f"technology {number}", TECHNOLOGIES) for number in range(3)}),
+    }
+
+
+def _company_name(website: str) -> str:
+    return domain_of(website).split(".")[0].replace("-", " ").title()
+
+
+def _linked(params: Mapping[str, str], draw: Draw) -> Fields:
+    words = [word.capitalize() for word in re.findall(r"[^\W\d_]+", params["link"].rstrip("/").split("/")[-1])]
+    company = f"{draw.pick('company', LAST_NAMES)} & {draw.pick('partner', LAST_NAMES)}"
+    return {
+        "first_name": words[0] if words else draw.pick("first", FIRST_NAMES),
+        "last_name": words[1] if len(words) > 1 else draw.pick("last", LAST_NAMES),
+        "title": draw.pick("title", TITLES),
+        "company": {"name": company, "website": f"https://{domain_of(company.replace(' & ', ' '))}"},
+    }
+
+
+def _jobs(params: Mapping[str, str], draw: Draw) -> Fields:
+    site = domain_of(params["company_website"])
+    titles = sorted({draw.pick(f"job {number}", TITLES) for number in range(1 + int(draw("jobs") * 4))})
+    postings = [
+        {"title": title, "location": draw.pick(title, CITIES)[0], "url": f"https://{site}/jobs/{ascii_name(title)}"}
+        for title in titles
+    ]
+    return {"count": len(postings), "job_postings": postings}
+
+
+_MAKERS: Mapping[str, Callable[[Mapping[str, str], Draw], Fields]] = {
+    "email_getter": email,
+    "person_getter": _person,
+    "phone_getter": _phone,
+    "company_lookup": _company,
+    "person_by_link": _linked,
+    "job_postings_getter": _jobs,
+}

@@ -1,0 +1,148 @@
+"""Serves the sandbox on loopback: beside a test in a thread of its own, or as a process in the foreground."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from enrich.sandbox import money
+from enrich.sandbox.app import build
+from enrich.sandbox.gate import TRANSPORT, App, Message, Receive, Send
+from enrich.sandbox.settings import DEFAULTS, SandboxSettings
+from enrich.sandbox.store import Store
+
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Where the sandbox listens, and the key it accepts."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+
+
+@contextmanager
+def embedded(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[Embedded]:
+    """Serve in the background until the block ends; the state file outlives it."""
+    with _listening(port) as listener:
+        store = Store(state, money.millionths(settings.balance))
+        try:
+            server = _Server(store, settings)
+            thread = Thread(target=server.run, args=([listener],), name="sandbox", daemon=True)
+            thread.start()
+            server.ready.wait()
+            try:
+                yield Embedded(_url(listener), settings.api_key)
+            finally:
+                server.stop()
+                thread.join()
+        finally:
+            store.close()
+
+
+def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> None:
+    """Serve in the foreground until SIGTERM or SIGINT; says on stdout where, once it listens."""
+    with _listening(port) as listener:
+        store = Store(state, money.millionths(settings.balance))
+
+        def announce() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, server.stop)
+            lines = f"DATABAR_BASE_URL={_url(listener)}\nDATABAR_API_KEY={settings.api_key}\n"
+            print(lines, end="", flush=True)  # noqa: T201  # what the command is for
+
+        try:
+            server = _Server(store, settings, announce)
+            server.run([listener])
+        finally:
+            store.close()
+
+
+def _listening(port: int) -> socket.socket:
+    # asyncio switches Nagle off, without which each answer waits 40 ms, only when the protocol is named.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_HOST, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    return f"http://{_HOST}:{listener.getsockname()[1]}/v1"
+
+
+class _Protocol(H11Protocol):
+    """Hands the connection to the application, which breaks it when a fault says so."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        app: App = self.app
+
+        async def with_transport(scope: Message, receive: Receive, send: Send) -> None:
+            scope[TRANSPORT] = transport
+            await app(scope, receive, send)
+
+        self.app = with_transport
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn that starts and stops at once, and leaves signals to whoever runs it."""
+
+    def __init__(self, store: Store, settings: SandboxSettings, announce: Callable[[], None] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(store, settings),
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_level="critical",
+                access_log=False,
+                date_header=False,
+                server_header=False,
+            )
+        )
+        self.ready = Event()
+        self._announce = announce
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            # A failed start must leave nobody waiting.
+            self.ready.set()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Stop soon; from any thread."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+
+    async def main_loop(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._announce()
+        self.ready.set()
+        await self._stopping.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002  # uvicorn's
+        """Drop every connection: a client that waits for a silent answer must not keep us."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,58 @@
+"""Every knob of the sandbox; each is also an option of `enrich sandbox`, with its help text from here."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from enrich.sandbox.faults import Fault
+from enrich.sandbox.latency import latency
+
+MissKind = Literal["null", "empty_list", "empty_object", "null_result", "blank_result", "no_data"]
+Shape = Literal["wrapped", "wrapper_object", "flat", "flat_list"]
+
+MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
+
+# Median and sigma that an asynchronous API of several providers could have.
+_LATENCY = "lognormal(1.2,0.6)"
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSettings:
+    """How the sandbox behaves. The defaults are a well-behaved API as the newest documents describe it."""
+
+    api_key: Annotated[str, "The key it accepts."] = "sandbox-key"
+    wrong_key: Annotated[Literal["403", "401"], "Status for another key."] = "403"
+    balance: Annotated[float, "Credits to begin with, when the state is new."] = 10_000
+    seed: Annotated[int, "Which people it knows: same seed, same answers."] = 1
+    hit_rate: Annotated[float, "Share of the questions that have an answer."] = 0.7
+    failure_rate: Annotated[float, "Share of the questions whose task fails."] = 0.015
+    free_failures: Annotated[float, "Share of the failures that cost nothing and succeed when asked again."] = 0.5
+    miss_kinds: Annotated[tuple[MissKind, ...], "How a miss looks; repeat for several."] = MISS_KINDS
+    no_data_seconds: Annotated[float | None, "How long `no_data` lasts before `completed`; none: for ever."] = 2.0
+    latency: Annotated[str, "How long a task takes: lognormal(median,sigma), uniform(a,b) or fixed(s)."] = _LATENCY
+    result_ttl: Annotated[float, "Seconds a result is kept after completion."] = 86_400.0
+    expired_as: Annotated[Literal["410", "gone"], "Answer for an expired task: 410, or 200 with status gone."] = "410"
+    shape: Annotated[Shape, "Shape of a result's data."] = "wrapped"
+    error_shape: Annotated[Literal["new", "fields", "old"], "Shape of the body of a 400."] = "new"
+    aliases: Annotated[bool, "Say `success` and `error` for `completed` and `failed`."] = False
+    hide_credits: Annotated[bool, "Leave `credits_spent` out."] = False
+    charge_misses: Annotated[bool, "Charge for each provider that found nothing, too."] = False
+    require_enrichments: Annotated[bool, "Answer 422 to a run without `enrichments`."] = False
+    date_offset: Annotated[float, "Seconds by which the Date header is ahead of the sandbox's clock."] = 0.0
+    rate: Annotated[float | None, "Requests a second that are allowed; none: any."] = None
+    burst: Annotated[int, "Requests allowed at once, beyond the rate."] = 10
+    retry_after: Annotated[int | None, "Seconds to send as Retry-After when over the rate; none: no header."] = 1
+    fault_seed: Annotated[int, "Which requests meet the faults."] = 1
+    faults: Annotated[tuple[Fault, ...], "[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]; repeat for several."] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hit_rate", "failure_rate", "free_failures"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1")
+        if not self.miss_kinds or set(self.miss_kinds) - set(MISS_KINDS):
+            raise ValueError(f"miss_kinds must be some of {', '.join(MISS_KINDS)}")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError("rate must be above 0, or none")
+        latency(self.latency)
+
+
+DEFAULTS = SandboxSettings()

@@ -1,0 +1,244 @@
+"""Keeps tasks, runs and credits in one SQLite file; all SQL is here.
+
+A task is what the API names by a task id; it has one run (single) or many (bulk). A run is one paid question. A run is
+reserved at its worst case, and settled at its true cost, or refunded when its task is cancelled before.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# "sbox" and the version of the schema; a file that says otherwise is somebody else's.
+_MARK = 0x73626F78
+_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT;
+CREATE TABLE questions (
+    id INTEGER PRIMARY KEY,
+    key BLOB NOT NULL UNIQUE,
+    waterfall TEXT NOT NULL,
+    params TEXT NOT NULL,
+    enrichments TEXT NOT NULL,
+    email_verifier INTEGER,
+    asked INTEGER NOT NULL
+) STRICT;
+CREATE TABLE tasks (
+    id INTEGER PRIMARY KEY,
+    task_id TEXT NOT NULL UNIQUE,
+    bulk INTEGER NOT NULL,
+    created REAL NOT NULL,
+    quirk TEXT NOT NULL,
+    quirk_param REAL NOT NULL,
+    cancelled REAL
+) STRICT;
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    task INTEGER NOT NULL REFERENCES tasks,
+    question INTEGER NOT NULL REFERENCES questions,
+    ready REAL NOT NULL,
+    outcome TEXT NOT NULL,
+    data TEXT NOT NULL,
+    error TEXT NOT NULL,
+    reserved INTEGER NOT NULL,
+    cost INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('running', 'settled', 'refunded'))
+) STRICT;
+CREATE INDEX runs_of_task ON runs (task);
+CREATE INDEX runs_of_question ON runs (question);
+CREATE INDEX runs_running ON runs (ready) WHERE state = 'running';
+-- A running one counts as charged: it will be, unless it is cancelled or fails free of charge.
+CREATE VIEW bought AS SELECT
+    question,
+    task,
+    cost * (state = 'settled') AS spent,
+    state <> 'refunded' AND NOT (state = 'settled' AND outcome = 'free') AS charged
+FROM runs;
+"""
+
+
+class Quirk(NamedTuple):
+    """What is odd about a task: lost-task, late-task, odd-status or nothing."""
+
+    name: str
+    param: float
+
+
+class Asked(NamedTuple):
+    """A question on record, and how often it has been asked by now."""
+
+    id: int
+    times: int
+
+
+class Run(NamedTuple):
+    """One paid question of a task, with its answer."""
+
+    ready: float
+    outcome: str
+    data: str
+    error: str
+    reserved: int
+    cost: int
+    state: str
+    question: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task with its runs in the order of the request."""
+
+    id: int
+    task_id: str
+    bulk: bool
+    created: float
+    quirk: Quirk
+    cancelled: float | None
+    runs: list[Run]
+
+
+class Store:
+    """The state file. `spent` and `reserved` are its totals in millionths, kept beside the commits that change them."""
+
+    def __init__(self, path: Path, balance: int) -> None:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # One connection used by one thread at a time: opened by the caller of `embedded`, used by its server thread.
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.2)
+        try:
+            self._open(path, balance)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, path: Path, balance: int) -> None:
+        # Two sandboxes on one file would each keep their own totals.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        new = self._one("SELECT count(*) FROM sqlite_master")[0] == 0
+        mark = (self._one("PRAGMA application_id")[0], self._one("PRAGMA user_version")[0])
+        if not new and mark != (_MARK, _VERSION):
+            raise ValueError(f"{path} is no state of this sandbox; choose a new file")
+        path.chmod(0o600)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        # Only a crash of the machine can lose what was committed.
+        self._db.execute("PRAGMA synchronous = OFF")
+        if new:
+            marks = f"PRAGMA application_id = {_MARK}; PRAGMA user_version = {_VERSION};"
+            self._db.executescript(f"BEGIN; {_SCHEMA} {marks}")
+            start = "INSERT INTO facts VALUES ('balance_at_start', ?), ('topped_up', 0), ('offset', 0)"
+            self._db.execute(start, [balance])
+            self._db.execute("COMMIT")
+        facts = dict(self._db.execute("SELECT name, value FROM facts"))
+        self.balance_at_start = int(facts["balance_at_start"])
+        self.topped_up = int(facts["topped_up"])
+        self.offset = float(facts["offset"])
+        self.reserved, self.spent = map(
+            int,
+            self._one(
+                "SELECT total(reserved) FILTER (WHERE state = 'running'), total(cost) FILTER (WHERE state = 'settled')"
+                " FROM runs"
+            ),
+        )
+
+    def close(self) -> None:
+        """Close the file; everything accepted is in it."""
+        self._db.close()
+
+    @property
+    def balance(self) -> int:
+        """Millionths that are neither spent nor reserved."""
+        return self.balance_at_start + self.topped_up - self.spent - self.reserved
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Commit at the end, or roll back on an error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        return self._db
+
+    def top_up(self, amount: int) -> None:
+        """Add credits."""
+        self.topped_up += amount
+        self._db.execute("UPDATE facts SET value = ? WHERE name = 'topped_up'", [self.topped_up])
+
+    def set_offset(self, offset: float) -> None:
+        """Remember how far the clock was moved."""
+        self.offset = offset
+        self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
+
+    def ask(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> Asked:
+        """Record that a question is asked once more."""
+        row = self._one(
+            "INSERT INTO questions (key, waterfall, params, enrichments, email_verifier, asked)"
+            " VALUES (?, ?, ?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
+            [key, *canonical],
+        )
+        return Asked(*row)
+
+    def add_task(self, task_id: str, runs: Iterable[Run], quirk: Quirk, *, bulk: bool, now: float) -> None:
+        """Accept a task with its runs, and reserve what they can cost."""
+        task = self._db.execute(
+            "INSERT INTO tasks (task_id, bulk, created, quirk, quirk_param) VALUES (?, ?, ?, ?, ?)",
+            [task_id, bulk, now, *quirk],
+        ).lastrowid
+        for run in runs:
+            self._db.execute(
+                "INSERT INTO runs (ready, outcome, data, error, reserved, cost, state, question, task)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [*run, task],
+            )
+            self.reserved += run.reserved
+
+    def task(self, task_id: str) -> Task | None:
+        """Find a task and its runs."""
+        rows = self._db.execute(
+            "SELECT tasks.id, bulk, created, quirk, quirk_param, cancelled,"
+            " ready, outcome, data, error, reserved, cost, state, question"
+            " FROM tasks JOIN runs ON runs.task = tasks.id WHERE task_id = ? ORDER BY runs.id",
+            [task_id],
+        ).fetchall()
+        if not rows:
+            return None
+        number, bulk, created, name, param, cancelled = rows[0][:6]
+        runs = [Run(*row[6:]) for row in rows]
+        return Task(number, task_id, bool(bulk), created, Quirk(name, param), cancelled, runs)
+
+    def settle(self, now: float) -> None:
+        """Charge what has completed by now."""
+        due = "state = 'running' AND ready <= ?"
+        freed, spent, count = self._one(f"SELECT total(reserved), total(cost), count(*) FROM runs WHERE {due}", [now])  # noqa: S608  # no text from outside
+        if count:
+            self._db.execute(f"UPDATE runs SET state = 'settled' WHERE {due}", [now])  # noqa: S608  # likewise
+            self.reserved -= int(freed)
+            self.spent += int(spent)
+
+    def cancel(self, task: Task, now: float) -> None:
+        """Refund what has not completed; the rest must be settled before."""
+        running = "task = ? AND state = 'running'"
+        with self.transaction():
+            freed = self._one(f"SELECT total(reserved) FROM runs WHERE {running}", [task.id])[0]  # noqa: S608  # likewise
+            self._db.execute(f"UPDATE runs SET state = 'refunded' WHERE {running}", [task.id])  # noqa: S608  # likewise
+            self._db.execute("UPDATE tasks SET cancelled = ? WHERE id = ?", [now, task.id])
+        self.reserved -= int(freed)
+
+    def totals(self) -> dict[str, int]:
+        """Count accepted runs and questions, and how many of these were bought twice."""
+        row = self._one(
+            "SELECT total(accepted), total(charged), count(*), total(accepted > 1), total(charged > 1) FROM"
+            " (SELECT count(*) AS accepted, sum(charged) AS charged FROM bought GROUP BY question)"
+        )
+        names = ("accepted", "charged", "distinct", "accepted_more_than_once", "paid_twice")
+        return dict(zip(names, map(int, row), strict=True))
+
+    def questions(self) -> list[tuple[Any, ...]]:
+        """List what was asked: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""
+        return self._db.execute(
+            "SELECT waterfall, params, enrichments, email_verifier, count(*), sum(charged), sum(spent),"
+            " group_concat(task_id, ' ')"
+            " FROM bought JOIN questions ON questions.id = question JOIN tasks ON tasks.id = task"
+            " GROUP BY question ORDER BY question"
+        ).fetchall()
+
+    def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row is what the SQL says
+        return self._db.execute(sql, tuple(values)).fetchone()

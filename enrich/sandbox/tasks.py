@@ -1,0 +1,102 @@
+"""Writes the body of `GET /v1/tasks/{task_id}` from what is stored, for this moment."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from enrich.sandbox import money
+from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.store import Run, Task
+
+ODD_STATUSES = ("queued", "verifying", "enriching")
+_FAILURES = ("failed", "free")
+_MISSES = ("missed", "no_data")
+
+
+class _Shown(NamedTuple):
+    """What a body says; the texts are JSON already."""
+
+    status: str
+    data: str = "null"
+    error: str = "null"
+    progress: str = ""
+    cost: int = 0
+
+
+class TaskWriter:
+    """Shows tasks in the spelling that the settings ask for."""
+
+    def __init__(self, settings: SandboxSettings) -> None:
+        self._settings = settings
+        self._completed, self._failed = ("success", "error") if settings.aliases else ("completed", "failed")
+
+    def expired(self, task: Task, now: float) -> bool:
+        """Say whether the result is gone by now."""
+        finished = task.cancelled if task.cancelled is not None else max(run.ready for run in task.runs)
+        return now - finished > self._settings.result_ttl
+
+    def gone(self, task: Task) -> bytes:
+        """Show an expired task in the form of a 200."""
+        return self._body(task, _Shown("gone", error='"Task data has expired"'))
+
+    def odd(self, task: Task, poll: int) -> bytes:
+        """Show a status that no document names."""
+        return self._body(task, _Shown(ODD_STATUSES[poll % len(ODD_STATUSES)]))
+
+    def body(self, task: Task, now: float, *, partial: bool = False) -> bytes:
+        """Show a task that has not expired."""
+        return self._body(task, self._bulk(task, now, partial=partial) if task.bulk else self._single(task, now))
+
+    def _single(self, task: Task, now: float) -> _Shown:
+        run = task.runs[0]
+        if task.cancelled is not None:
+            return _Shown("cancelled")
+        if now < run.ready:
+            return _Shown("processing")
+        status = self._failed if run.outcome in _FAILURES else self._completed
+        lasting = self._settings.no_data_seconds
+        if run.outcome == "no_data" and (lasting is None or lasting < 0 or now < run.ready + lasting):
+            status = "no_data"
+        return _Shown(status, run.data, run.error, cost=run.cost)
+
+    def _bulk(self, task: Task, now: float, *, partial: bool) -> _Shown:
+        done = [run for run in task.runs if now >= run.ready and run.state != "refunded"]
+        failed = [run for run in done if run.outcome in _FAILURES]
+        missed = sum(run.outcome in _MISSES for run in done)
+        running = 0 if task.cancelled is not None else len(task.runs) - len(done)
+        counts = {
+            "total": len(task.runs),
+            "completed": len(done) - len(failed) - missed,
+            "no_data": missed,
+            "failed": len(failed),
+            "processing": running,
+        }
+        progress, data = json.dumps(counts), f"[{','.join(run.data for run in done)}]"
+        if running:
+            # As nobody says how the finished rows of a running task are aligned, they are not.
+            return _Shown("processing", data if partial else "null", progress=progress)
+        if task.cancelled is not None:
+            status = "cancelled"
+        elif len(failed) == len(task.runs):
+            status = self._failed
+        else:
+            status = "partially_completed" if failed else self._completed
+        return _Shown(status, data, _errors(failed), progress, sum(run.cost for run in done))
+
+    def _body(self, task: Task, shown: _Shown) -> bytes:
+        progress = f'"progress":{shown.progress},' if shown.progress else ""
+        spent = "" if self._settings.hide_credits else f',"credits_spent":{money.number(shown.cost)}'
+        return (
+            f'{{"task_id":"{task.task_id}","request_id":"{task.task_id}","status":"{shown.status}",{progress}'
+            f'"data":{shown.data},"error":{shown.error}{spent}}}'
+        ).encode()
+
+
+def _errors(failed: Sequence[Run]) -> str:
+    if not failed:
+        return "null"
+    texts: list[str] = []
+    for run in failed:
+        error = json.loads(run.error)
+        texts += error if isinstance(error, list) else [error]
+    return json.dumps(texts)

@@ -1,0 +1,130 @@
+"""The ledger's tables, as a list of migrations; `PRAGMA user_version` says how many a file has had."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+from enrich.errors import Refused
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
+migration = MIGRATIONS.append
+
+
+def migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
+    """Bring a ledger up to date; one of a newer version is refused, and an older one where that is not allowed."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise Refused(
+            f"{name}: this ledger was written by a newer version of enrich",
+            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
+        )
+    if version < len(MIGRATIONS) and not allowed:
+        raise Refused(
+            f"{name}: this ledger was written by an older version of enrich", "`enrich run` brings it up to date"
+        )
+    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.execute("BEGIN IMMEDIATE")
+        step(db)
+        db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
+
+
+@migration
+def m001_initial(db: sqlite3.Connection) -> None:
+    """Times are milliseconds since 1970 (UTC), credits millionths."""
+    for statement in INITIAL.split(";\n"):
+        db.execute(statement)
+
+
+INITIAL = """
+CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE waterfalls (       -- as the API last described them
+    identifier TEXT PRIMARY KEY,
+    description TEXT NOT NULL,  -- JSON
+    providers TEXT              -- JSON list of the default enrichments, resolved at first use
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE calls (            -- what is asked of whom: waterfall, enrichments, verifier
+    id INTEGER PRIMARY KEY,
+    canonical TEXT NOT NULL UNIQUE
+) STRICT;
+
+CREATE TABLE executions (       -- one `enrich run` from start to exit
+    id INTEGER PRIMARY KEY,
+    job TEXT NOT NULL,
+    started_ms INTEGER NOT NULL,
+    ended_ms INTEGER,           -- NULL: at work, or killed
+    exit_code INTEGER,
+    cap INTEGER,                -- credits it may spend; NULL: no cap
+    reserved INTEGER NOT NULL DEFAULT 0,  -- worst price of all whose price is not known yet
+    spent INTEGER NOT NULL DEFAULT 0,     -- settled and known
+    unknown INTEGER NOT NULL DEFAULT 0,   -- answers whose price is not known
+    submitted INTEGER NOT NULL DEFAULT 0, -- POSTs accepted
+    receipt TEXT                -- JSON
+) STRICT;
+
+CREATE TABLE requests (         -- one distinct paid question
+    id INTEGER PRIMARY KEY,
+    fingerprint BLOB NOT NULL UNIQUE CHECK (length(fingerprint) = 16),
+    call_id INTEGER NOT NULL REFERENCES calls,
+    params TEXT NOT NULL,       -- JSON, as sent
+    state TEXT NOT NULL CHECK (state IN
+        ('pending', 'submitting', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
+    attempts INTEGER NOT NULL DEFAULT 0,  -- accepted or doubtful POSTs since the person's last word
+    attempt_id INTEGER REFERENCES attempts,  -- the newest attempt
+    answer_id INTEGER REFERENCES attempts,   -- the attempt whose answer stands
+    position INTEGER            -- place in the queue; NULL: the present execution does not want it
+) STRICT;
+
+CREATE INDEX queue ON requests (state, position) WHERE position IS NOT NULL;
+
+CREATE TABLE attempts (         -- one POST, never overwritten by the next
+    id INTEGER PRIMARY KEY,
+    request_id INTEGER NOT NULL REFERENCES requests,
+    execution_id INTEGER NOT NULL REFERENCES executions,
+    state TEXT NOT NULL CHECK (state IN
+        ('submitting', 'refused', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
+    task_id TEXT,
+    claimed_ms INTEGER NOT NULL,   -- the intent was written
+    submitted_ms INTEGER,          -- the task id came
+    settled_ms INTEGER,            -- the fate was known
+    settled_in INTEGER REFERENCES executions,
+    seen_alive INTEGER NOT NULL DEFAULT 0,  -- the API has known the task at least once
+    reserved INTEGER NOT NULL,     -- worst price
+    credits INTEGER,               -- true price; NULL: not known
+    provider TEXT,
+    error TEXT,
+    answer TEXT                    -- the task as the API told it, JSON
+) STRICT;
+
+CREATE INDEX attempts_of_request ON attempts (request_id);
+
+CREATE INDEX open_attempts ON attempts (state, submitted_ms) WHERE state IN ('submitting', 'submitted');
+
+CREATE VIEW readable_requests AS
+SELECT r.id, lower(hex(r.fingerprint)) AS fingerprint, r.state, r.params, a.provider,
+       a.credits / 1e6 AS credits, a.error, a.task_id,
+       strftime('%Y-%m-%dT%H:%M:%SZ', a.submitted_ms / 1000, 'unixepoch') AS submitted_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', a.settled_ms / 1000, 'unixepoch') AS settled_at
+FROM requests r LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id);
+
+CREATE VIEW readable_attempts AS
+SELECT id, request_id, execution_id, state, task_id, reserved / 1e6 AS reserved, credits / 1e6 AS credits,
+       provider, error,
+       strftime('%Y-%m-%dT%H:%M:%SZ', claimed_ms / 1000, 'unixepoch') AS claimed_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', submitted_ms / 1000, 'unixepoch') AS submitted_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', settled_ms / 1000, 'unixepoch') AS settled_at
+FROM attempts;
+
+CREATE VIEW readable_executions AS
+SELECT id, job, exit_code, submitted, spent / 1e6 AS credits_spent, unknown AS credits_unknown,
+       reserved / 1e6 AS credits_reserved, cap / 1e6 AS max_credits,
+       strftime('%Y-%m-%dT%H:%M:%SZ', started_ms / 1000, 'unixepoch') AS started_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', ended_ms / 1000, 'unixepoch') AS ended_at
+FROM executions
+"""

@@ -1,0 +1,75 @@
+"""The first signal winds an execution down, the second leaves at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from enrich.errors import EnrichError, Exit
+
+CODES = {
+    signal.SIGINT: Exit.INTERRUPTED,
+    signal.SIGTERM: Exit.TERMINATED,
+    signal.SIGHUP: Exit.TERMINATED,  # the terminal was closed
+}
+
+
+class Interrupted(EnrichError):
+    """A signal ended the execution."""
+
+    def __init__(self, code: Exit) -> None:
+        super().__init__("interrupted: what is at the API is collected by the next run")
+        self.exit_code = code
+
+
+@dataclass(slots=True)
+class Signals:
+    """What was heard so far; `on_first` is called once, in the event loop."""
+
+    on_first: Callable[[Exit], object]
+    heard: Exit | None = field(default=None, init=False)
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Listen while the block runs."""
+        self._listen()
+        try:
+            yield
+        finally:
+            self._ignore()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Let Ctrl-C end a question to the person, which blocks the event loop."""
+        self._ignore()
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(Exit.INTERRUPTED) from None
+        finally:
+            self._listen()
+
+    def check(self) -> None:
+        """Raise Interrupted when a signal came."""
+        if self.heard is not None:
+            raise Interrupted(self.heard)
+
+    def _listen(self) -> None:
+        for number, code in CODES.items():
+            with suppress(ValueError, RuntimeError):  # only the main thread's loop can
+                asyncio.get_running_loop().add_signal_handler(number, self._hear, code)
+
+    def _ignore(self) -> None:
+        for number in CODES:
+            with suppress(ValueError, RuntimeError):
+                asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _hear(self, code: Exit) -> None:
+        if self.heard is not None:
+            os._exit(code)
+        self.heard = code
+        self.on_first(code)

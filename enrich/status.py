@@ -1,0 +1,80 @@
+"""What the ledger knows: counts, credits, what expires when, past executions. Looks only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from enrich.ledger import Ledger
+from enrich.model import State, iso, to_credits
+from enrich.spec import Job
+
+SHOWN_EXECUTIONS = 10
+
+
+def read_status(job: Job) -> dict[str, Any]:
+    """Return the object of `enrich status --json`; requests by state, with the names of the receipt."""
+    if not job.ledger_path.exists():
+        return _status(job, None)
+    ledger = Ledger(job.ledger_path, read_only=True)
+    try:
+        return _status(job, ledger)
+    finally:
+        ledger.close()
+
+
+def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
+    counts = ledger.counts() if ledger else {}
+    spent, unknown = ledger.totals() if ledger else (0, 0)
+    tasks = ledger.tasks() if ledger else []
+    ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
+    executions = ledger.executions(job.name, SHOWN_EXECUTIONS) if ledger else []
+    settled = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED, State.IN_DOUBT)
+    return {
+        "job": job.name,
+        "ledger": str(job.ledger_path),
+        "requests": sum(counts.values()),
+        **{state.value: counts.get(state, 0) for state in settled},
+        "pending": sum(counts.get(state, 0) for state in (State.PENDING, State.SUBMITTING, State.SUBMITTED)),
+        "at_the_api": len(tasks),
+        "next_expiry": iso(tasks[0].submitted_ms + ttl_ms) if tasks else None,
+        "last_expiry": iso(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
+        "credits_spent": to_credits(spent),
+        "credits_unknown": unknown,
+        "executions": [
+            {
+                "execution": row["id"],
+                "started_at": iso(row["started_ms"]),
+                "ended_at": None if row["ended_ms"] is None else iso(row["ended_ms"]),
+                "exit_code": row["exit_code"],
+                "submitted": row["submitted"],
+                "credits_spent": to_credits(row["spent"]),
+                "credits_unknown": row["unknown"],
+                "receipt": None if row["receipt"] is None else json.loads(row["receipt"]),
+            }
+            for row in executions
+        ],
+    }
+
+
+def lines(status: dict[str, Any]) -> Iterator[str]:
+    """Write the status for a person."""
+    yield f"{status['job']}: {status['requests']:,} requests in {status['ledger']}"
+    for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
+        if status[state]:
+            yield f"  {state:<10}{status[state]:>9,}"
+    unknown = f" and {status['credits_unknown']} answers of unknown price" if status["credits_unknown"] else ""
+    yield f"  credits   {status['credits_spent']:>9,.2f}  spent in all{unknown}"
+    if status["at_the_api"]:
+        expiry = f"the first result expires at {status['next_expiry']}"
+        yield f"  waiting   {status['at_the_api']:>9,}  tasks at the API; {expiry}"
+    if status["executions"]:
+        yield "  execution  started               ended                 exit  submitted    credits"
+    for execution in status["executions"]:
+        ended = execution["ended_at"] or "not ended"
+        code = "-" if execution["exit_code"] is None else execution["exit_code"]
+        yield (
+            f"  {execution['execution']:>9}  {execution['started_at']}  {ended:<20}  {code:>4}"
+            f"  {execution['submitted']:>9,}  {execution['credits_spent']:>9,.2f}"
+        )

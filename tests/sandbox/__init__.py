@@ -1,0 +1,1 @@
+"""The sandbox is as strict and as nasty as the API it stands for."""

@@ -1,0 +1,108 @@
+"""A sandbox to talk to, and the words for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from enrich.sandbox.server import embedded
+from enrich.sandbox.settings import SandboxSettings
+
+ADA = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
+
+
+def people(count: int) -> list[dict[str, str]]:
+    """Make up leads."""
+    return [{"first_name": f"Ada{n}", "last_name": "Byron", "company": "engine.example"} for n in range(count)]
+
+
+class Api:
+    """A client that holds the right key, and knows the sandbox's switches."""
+
+    def __init__(self, base_url: str, api_key: str) -> None:
+        self.base_url = base_url
+        self.root = base_url.removesuffix("/v1")
+        self.http = httpx.Client(base_url=base_url, headers={"x-apikey": api_key}, timeout=5, trust_env=False)
+
+    def post_run(self, params: Any = ADA, waterfall: str = "email_getter", **body: Any) -> httpx.Response:
+        """Post a single run, whatever comes of it."""
+        return self.http.post(f"/waterfalls/{waterfall}/run", json={"params": params, **body})
+
+    def run(self, params: Any = ADA, waterfall: str = "email_getter", **body: Any) -> str:
+        """Have a single run accepted; give its task id."""
+        response = self.post_run(params, waterfall, **body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["task_id"])
+
+    def post_bulk(self, rows: Any, waterfall: str = "email_getter", **body: Any) -> httpx.Response:
+        """Post a bulk run, whatever comes of it."""
+        return self.http.post(f"/waterfalls/{waterfall}/bulk-run", json={"params": rows, **body})
+
+    def bulk(self, rows: Any, waterfall: str = "email_getter", **body: Any) -> str:
+        """Have a bulk run accepted; give its task id."""
+        response = self.post_bulk(rows, waterfall, **body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["task_id"])
+
+    def get(self, task_id: str, **query: str) -> httpx.Response:
+        """Ask for a task, whatever comes of it."""
+        return self.http.get(f"/tasks/{task_id}", params=query)
+
+    def task(self, task_id: str, **query: str) -> Any:
+        """Give the body of a task."""
+        response = self.get(task_id, **query)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def task_of(self, params: Any = ADA, **body: Any) -> Any:
+        """Give the body of the task of a new run."""
+        return self.task(self.run(params, **body))
+
+    def cancel(self, task_id: str) -> httpx.Response:
+        """Cancel a task, whatever comes of it."""
+        return self.http.post(f"/tasks/{task_id}/cancel")
+
+    def balance(self) -> float:
+        """Give the credits that are left."""
+        return float(self.http.get("/user/me").json()["balance"])
+
+    def audit(self, *, runs: bool = True) -> Any:
+        """Give the sandbox's own account."""
+        return self.http.get(f"{self.root}/__audit", params={"runs": runs}).json()
+
+    def advance(self, seconds: float) -> Any:
+        """Move the sandbox's clock."""
+        return self.http.post(f"{self.root}/__advance", json={"seconds": seconds}).json()
+
+    def fault(self, name: str, times: int = 1, scope: str = "", **params: Any) -> None:
+        """Have the next matching requests meet a fault."""
+        body = {"name": name, "next": times, "scope": scope, "params": params}
+        self.http.post(f"{self.root}/__faults", json=body).raise_for_status()
+
+
+Start = Callable[..., Api]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a sandbox whose tasks are ready at once, unless the settings say otherwise."""
+    with ExitStack() as stack:
+
+        def starter(**settings: Any) -> Api:
+            chosen = SandboxSettings(**{"latency": "fixed(0)", "hit_rate": 1.0, "failure_rate": 0.0, **settings})
+            state = tmp_path / f"{len(list(tmp_path.iterdir()))}.db"
+            running = stack.enter_context(embedded(state, chosen))
+            api = Api(running.base_url, running.api_key)
+            stack.callback(api.http.close)
+            return api
+
+        yield starter
+
+
+@pytest.fixture
+def api(start: Start) -> Api:
+    """Give a sandbox that knows everybody."""
+    return start()

@@ -1,0 +1,110 @@
+"""The audit tells what was accepted and charged, so that a test can trust no client's word."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.sandbox.conftest import ADA, Api, Start, people
+
+
+def assert_adds_up(totals: Any) -> None:
+    """Check that no credit appears or disappears."""
+    gone = totals["credits_charged"] + totals["credits_reserved"]
+    assert totals["balance_at_start"] + totals["topped_up"] - totals["balance"] == pytest.approx(gone, abs=1e-9)
+
+
+def test_counts_the_canonical_question(api: Api) -> None:
+    """Equal questions are one entry with all task ids; another provider or verifier is another question."""
+    tasks = [api.run(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
+    api.run(ADA, enrichments=[966, 833], email_verifier=10)
+    api.run(ADA, enrichments=[833, 966])
+    totals = api.audit()
+    assert (totals["accepted"], totals["charged"], totals["distinct"]) == (4, 4, 3)
+    assert (totals["accepted_more_than_once"], totals["paid_twice"]) == (1, 1)
+    entry = totals["runs"][0]
+    assert entry["credits"] > 0
+    del entry["credits"]
+    assert entry == {
+        "waterfall": "email_getter",
+        "params": ADA,
+        "enrichments": [833, 966],
+        "email_verifier": 10,
+        "accepted": 2,
+        "charged": 2,
+        "task_ids": tasks,
+    }
+
+
+def test_default_cascade_is_the_named_one(api: Api) -> None:
+    """A run without enrichments is the same question as one that names the default cascade."""
+    api.run(ADA)
+    api.run(ADA, enrichments=[833, 966, 701, 745])
+    assert api.audit()["paid_twice"] == 1
+
+
+def test_totals_alone(api: Api) -> None:
+    """The list of runs can be left out."""
+    api.run()
+    totals = api.audit(runs=False)
+    assert "runs" not in totals
+    assert totals["accepted"] == 1
+
+
+def test_needs_no_key(api: Api) -> None:
+    """The switches need no key."""
+    assert httpx.get(f"{api.root}/__audit", trust_env=False).status_code == 200
+
+
+def test_counts_requests(api: Api) -> None:
+    """Requests are counted by endpoint, and unhappy answers by status; the switches are not counted."""
+    task_id = api.run()
+    api.task(task_id)
+    api.task(task_id)
+    api.get("nothing")
+    api.cancel(task_id)
+    api.bulk([ADA])
+    api.balance()
+    api.http.get("/waterfalls/")
+    assert api.audit()["requests"] == {
+        "run": 1,
+        "task": 3,
+        "404": 1,
+        "cancel": 1,
+        "409": 1,
+        "bulk_run": 1,
+        "me": 1,
+        "waterfalls": 1,
+    }
+
+
+def test_money_adds_up(start: Start) -> None:
+    """What is gone from the balance is charged or reserved, at every moment."""
+    api = start(latency="uniform(0,100)", hit_rate=0.7, failure_rate=0.2)
+    for number, params in enumerate(people(40)):
+        task_id = api.run(params, enrichments=[833, 966], email_verifier=10)
+        if number % 10 == 0:
+            api.cancel(task_id)
+        if number % 5 == 0:
+            api.advance(7)
+            assert_adds_up(api.audit(runs=False))
+    assert api.audit(runs=False)["credits_reserved"] > 0
+    api.advance(100)
+    totals = api.audit()
+    assert_adds_up(totals)
+    assert totals["credits_reserved"] == 0
+    assert totals["credits_charged"] == pytest.approx(sum(run["credits"] for run in totals["runs"]), abs=1e-9)
+    spent = sum(api.task(run["task_ids"][0])["credits_spent"] for run in totals["runs"])
+    assert totals["credits_charged"] == pytest.approx(spent, abs=1e-9)
+
+
+def test_top_up(start: Start) -> None:
+    """Credits can be added while it runs, and are told apart from those at the start."""
+    api = start(balance=0.4)
+    assert api.post_run(ADA, enrichments=[833]).status_code == 406
+    answer = api.http.post(f"{api.root}/__topup", json={"credits": 0.1})
+    assert answer.json() == {"balance": 0.5}
+    assert api.post_run(ADA, enrichments=[833]).status_code == 200
+    totals = api.audit()
+    assert (totals["balance_at_start"], totals["topped_up"]) == (0.4, 0.1)
+    assert_adds_up(totals)

@@ -1,0 +1,148 @@
+"""The API answers each endpoint as its documents describe it."""
+
+import time
+from uuid import UUID
+
+import httpx
+import pytest
+
+from tests.sandbox.conftest import ADA, Api, Start
+
+WATERFALLS = {
+    "email_getter",
+    "person_getter",
+    "phone_getter",
+    "company_lookup",
+    "person_by_link",
+    "job_postings_getter",
+}
+ROWS = {
+    "email_getter": ADA,
+    "person_getter": {"email": "ada.byron@engine.example"},
+    "phone_getter": {"linkedin": "https://linkedin.example/in/ada-byron"},
+    "company_lookup": {"company_website": "https://www.engine.example/about"},
+    "person_by_link": {"link": "https://linkedin.example/in/ada-byron"},
+    "job_postings_getter": {"company_website": "engine.example"},
+}
+
+
+def test_health(api: Api) -> None:
+    """Health needs no key."""
+    response = httpx.get(f"{api.root}/health", trust_env=False)
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_lists_waterfalls(api: Api) -> None:
+    """The list holds each waterfall as the single form shows it."""
+    listed = api.http.get("/waterfalls/").json()
+    assert {waterfall["identifier"] for waterfall in listed} == WATERFALLS
+    for waterfall in listed:
+        assert api.http.get(f"/waterfalls/{waterfall['identifier']}").json() == waterfall
+
+
+def test_describes_a_waterfall(api: Api) -> None:
+    """A waterfall has params, output fields, priced providers and verifiers; prices are numbers or texts."""
+    email = api.http.get("/waterfalls/email_getter").json()
+    assert [param["name"] for param in email["input_params"] if param["required"]] == [*ADA]
+    assert email["output_fields"] == [{"name": "email", "label": "Email", "type": "text"}]
+    assert email["is_email_verifying"]
+    assert {"id": 10, "price": "0.01"}.items() <= email["email_verifiers"][0].items()
+    assert {833, 966} <= {provider["id"] for provider in email["available_enrichments"]}
+    assert isinstance(email["available_enrichments"][0]["price"], float)
+    person = api.http.get("/waterfalls/person_getter").json()
+    assert person["available_enrichments"][0]["price"] == "0.5"
+    assert (person["is_email_verifying"], person["email_verifiers"]) == (False, [])
+
+
+def test_every_waterfall_has_a_provider_to_be_named(api: Api) -> None:
+    """Each waterfall has three providers or more, one of them off by default."""
+    for waterfall in api.http.get("/waterfalls/").json():
+        enabled = [provider["enabled_by_default"] for provider in waterfall["available_enrichments"]]
+        assert (len(enabled) >= 3, enabled.count(False)) == (True, 1)
+
+
+@pytest.mark.parametrize("waterfall", sorted(WATERFALLS))
+def test_every_waterfall_runs(api: Api, waterfall: str) -> None:
+    """A run of each waterfall finds all of its output fields."""
+    fields = [field["name"] for field in api.http.get(f"/waterfalls/{waterfall}").json()["output_fields"]]
+    result = api.task(api.run(ROWS[waterfall], waterfall))["data"][0]["result"]
+    assert list(result) == fields
+    assert all(result.values())
+
+
+def test_run_answers_a_created_task(api: Api) -> None:
+    """A run answers its task id and nothing but `created`."""
+    body = api.post_run(ADA, enrichments=[833, 966], email_verifier=10).json()
+    assert body.keys() == {"task_id", "status"}
+    assert body["status"] == "created"
+    assert str(UUID(body["task_id"])) == body["task_id"]
+
+
+def test_task_carries_its_old_name(api: Api) -> None:
+    """A task is named by `task_id` and, deprecated, by `request_id`; a single one has no progress."""
+    task_id = api.run()
+    task = api.task(task_id)
+    assert (task["task_id"], task["request_id"]) == (task_id, task_id)
+    assert "progress" not in task
+
+
+def test_user(api: Api) -> None:
+    """The user has a balance, a plan and a workspace."""
+    user = api.http.get("/user/me").json()
+    assert user.keys() == {"first_name", "email", "balance", "plan", "workspace"}
+    assert user["balance"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("/waterfalls", "/waterfalls/"),
+        ("/waterfalls/email_getter/", "/waterfalls/email_getter"),
+        ("/user/me/", "/user/me"),
+    ],
+)
+def test_redirects_the_other_slash(api: Api, wrong: str, right: str) -> None:
+    """The form with the wrong slash answers 307 to the right one."""
+    response = api.http.get(wrong)
+    assert (response.status_code, response.headers["location"]) == (307, api.base_url + right)
+
+
+def test_run_with_a_slash_accepts_nothing(api: Api) -> None:
+    """A run posted to the wrong form is redirected and not accepted."""
+    assert api.http.post("/waterfalls/email_getter/run/", json={"params": ADA}).status_code == 307
+    assert api.audit()["accepted"] == 0
+
+
+def test_cancels_a_running_task(start: Start) -> None:
+    """Cancelling refunds a task, shows it as cancelled, and works once."""
+    api = start(latency="fixed(60)")
+    task_id = api.run(enrichments=[833, 966])
+    assert api.balance() == 9998.5
+    answer = api.cancel(task_id)
+    assert (answer.status_code, answer.json()["status"], answer.json()["credits_spent"]) == (200, "cancelled", 0)
+    assert api.balance() == 10_000
+    assert api.task(task_id)["status"] == "cancelled"
+    again = api.cancel(task_id)
+    assert (again.status_code, again.json()) == (409, {"detail": "Task has already finished"})
+    assert api.audit()["runs"][0]["charged"] == 0
+    api.advance(120)
+    assert api.task(task_id)["status"] == "cancelled"
+    assert api.balance() == 10_000
+
+
+def test_does_not_cancel_a_finished_task(api: Api) -> None:
+    """Cancelling a finished task is a 409 and changes nothing."""
+    task_id = api.run()
+    before = api.task(task_id)
+    answer = api.cancel(task_id)
+    assert (answer.status_code, answer.json()) == (409, {"detail": "Task has already finished"})
+    assert api.task(task_id) == before
+
+
+def test_idle_answers_are_prompt(api: Api) -> None:
+    """A hundred answers on one connection take no Nagle pauses of 40 ms."""
+    task_id = api.run()
+    start = time.monotonic()
+    for _ in range(50):
+        api.task(task_id)
+    assert time.monotonic() - start < 1

@@ -1,0 +1,194 @@
+"""The API refuses with the documented statuses and bodies, and accepts nothing then."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.sandbox.conftest import ADA, Api, Start
+
+BLANK = {"first_name": "Ada", "last_name": " ", "company": "engine.example"}
+
+
+def test_missing_key(api: Api) -> None:
+    """Without the key header the answer is a schema error that names it."""
+    response = httpx.get(f"{api.base_url}/user/me", trust_env=False)
+    error = response.json()["detail"][0]
+    assert (response.status_code, error["loc"], error["type"]) == (422, ["header", "x-apikey"], "missing")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/waterfalls/"),
+        ("GET", "/waterfalls/email_getter"),
+        ("POST", "/waterfalls/email_getter/run"),
+        ("POST", "/waterfalls/email_getter/bulk-run"),
+        ("GET", "/tasks/1"),
+        ("POST", "/tasks/1/cancel"),
+        ("GET", "/user/me"),
+    ],
+)
+def test_wrong_key(api: Api, method: str, path: str) -> None:
+    """A wrong key is forbidden everywhere, whatever else is wrong."""
+    response = api.http.request(method, path, headers={"x-apikey": "other"}, json={} if method == "POST" else None)
+    assert (response.status_code, response.json()) == (403, {"detail": "Forbidden"})
+
+
+def test_wrong_key_as_401(start: Start) -> None:
+    """A wrong key may be a 401 instead."""
+    response = start(wrong_key="401").http.get("/user/me", headers={"x-apikey": "other"})
+    assert (response.status_code, response.json()) == (401, {"detail": "Unauthorized"})
+
+
+def test_unknown_waterfall(api: Api) -> None:
+    """An unknown waterfall is a 404, for reading and for running."""
+    assert api.http.get("/waterfalls/nothing").status_code == 404
+    response = api.post_run(ADA, "nothing")
+    assert (response.status_code, response.json()) == (404, {"detail": "Waterfall not found"})
+
+
+def test_unknown_task(api: Api) -> None:
+    """An unknown task is a 404, for reading and for cancelling."""
+    assert (api.get("nothing").status_code, api.get("nothing").json()) == (404, {"detail": "Task not found"})
+    assert api.cancel("nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("params", "name", "text"),
+    [
+        ({"first_name": "Ada", "last_name": "Byron"}, "company", "This field is required."),
+        (BLANK, "last_name", "This field may not be blank."),
+        (ADA | {"shoe_size": "38"}, "shoe_size", "Unknown field."),
+        (ADA | {"company": 7}, "company", "Not a valid string."),
+        (ADA | {"company": None}, "company", "Not a valid string."),
+    ],
+)
+def test_bad_params(api: Api, params: dict[str, Any], name: str, text: str) -> None:
+    """Bad params are a 400 that names row, param and reason; nothing is accepted."""
+    response = api.post_run(params)
+    assert response.status_code == 400
+    assert response.json() == {
+        "error": "INVALID_PARAMS",
+        "detail": f"Row 1: {name}: {text}",
+        "rows": [{"position": 1, "fields": {name: [text]}}],
+    }
+    assert api.audit()["accepted"] == 0
+
+
+def test_half_a_surrogate_is_no_string(api: Api) -> None:
+    """A text that cannot be encoded is refused like any other non-string."""
+    body = b'{"params":{"first_name":"\\ud800","last_name":"B","company":"c"}}'
+    response = api.http.post("/waterfalls/email_getter/run", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["rows"][0]["fields"]) == (
+        400,
+        {"first_name": ["Not a valid string."]},
+    )
+
+
+def test_bad_params_in_bulk(api: Api) -> None:
+    """One bad row refuses the whole bulk run, and is named by its position."""
+    response = api.post_bulk([ADA, BLANK])
+    assert response.status_code == 400
+    assert response.json()["rows"] == [{"position": 2, "fields": {"last_name": ["This field may not be blank."]}}]
+    assert api.audit()["accepted"] == 0
+
+
+def test_bad_params_the_old_way(start: Start) -> None:
+    """The older bodies name params at once; for bulk they are a list of rows."""
+    api = start(error_shape="old")
+    fields = {"last_name": ["This field may not be blank."]}
+    assert api.post_run(BLANK).json() == {"detail": fields}
+    assert api.post_bulk([ADA, BLANK]).json() == {"detail": [{}, fields]}
+
+
+def test_bad_params_as_fields(start: Start) -> None:
+    """A single run may answer `fields` in place of `rows`."""
+    body = start(error_shape="fields").post_run(BLANK).json()
+    assert body["fields"] == {"last_name": ["This field may not be blank."]}
+    assert "rows" not in body
+
+
+@pytest.mark.parametrize(
+    ("body", "location", "kind"),
+    [
+        ({}, ["body", "params"], "missing"),
+        ({"params": []}, ["body", "params"], "dict_type"),
+        ({"params": ADA, "enrichments": []}, ["body", "enrichments"], "too_short"),
+        ({"params": ADA, "enrichments": None}, ["body", "enrichments"], "list_type"),
+        ({"params": ADA, "enrichments": ["833"]}, ["body", "enrichments", 0], "int_type"),
+        ({"params": ADA, "enrichments": [True]}, ["body", "enrichments", 0], "int_type"),
+        ({"params": ADA, "enrichments": 833}, ["body", "enrichments"], "list_type"),
+        ({"params": ADA, "email_verifier": "10"}, ["body", "email_verifier"], "int_type"),
+        ({"params": ADA, "colour": "red"}, ["body", "colour"], "extra_forbidden"),
+        ([], ["body"], "model_attributes_type"),
+    ],
+)
+def test_bad_schema(api: Api, body: Any, location: list[Any], kind: str) -> None:
+    """A body of another schema is a 422 with location and type."""
+    response = api.http.post("/waterfalls/email_getter/run", json=body)
+    error = response.json()["detail"][0]
+    assert (response.status_code, error["loc"], error["type"]) == (422, location, kind)
+    assert api.audit()["accepted"] == 0
+
+
+def test_broken_json_is_a_schema_error(api: Api) -> None:
+    """A body that is not JSON is a 422."""
+    headers = {"content-type": "application/json"}
+    response = api.http.post("/waterfalls/email_getter/run", content=b'{"params":', headers=headers)
+    assert (response.status_code, response.json()["detail"][0]["type"]) == (422, "json_invalid")
+
+
+def test_bulk_needs_rows(api: Api) -> None:
+    """A bulk run of no rows, or of one object, is a 422."""
+    assert api.post_bulk([]).status_code == 422
+    assert api.post_bulk(ADA).status_code == 422
+
+
+def test_schema_is_checked_before_the_waterfall(api: Api) -> None:
+    """An unknown waterfall shows only once the schema is right."""
+    assert api.http.post("/waterfalls/nothing/run", json={}).status_code == 422
+
+
+def test_enrichments_may_be_required(start: Start) -> None:
+    """Where enrichments are required, a run without them is a 422."""
+    api = start(require_enrichments=True)
+    response = api.post_run()
+    assert (response.status_code, response.json()["detail"][0]["loc"]) == (422, ["body", "enrichments"])
+    assert api.post_run(enrichments=[833]).status_code == 200
+
+
+def test_unknown_enrichment(api: Api) -> None:
+    """A provider of another waterfall is a 400 in the old shape."""
+    response = api.post_run(enrichments=[833, 301])
+    assert response.status_code == 400
+    assert response.json() == {"detail": {"enrichments": ["301 is not part of this waterfall."]}}
+
+
+def test_unknown_verifier(api: Api) -> None:
+    """An unknown verifier is a 400, and so is any verifier where nothing is verified."""
+    response = api.post_run(email_verifier=11)
+    assert (response.status_code, [*response.json()["detail"]]) == (400, ["email_verifier"])
+    response = api.post_run({"email": "ada@engine.example"}, "person_getter", email_verifier=10)
+    assert (response.status_code, [*response.json()["detail"]]) == (400, ["email_verifier"])
+
+
+def test_no_credits(start: Start) -> None:
+    """A balance below the worst case is a 406, though the likely price is below it."""
+    api = start(balance=1.51)
+    response = api.post_run(enrichments=[833, 966], email_verifier=10)
+    assert response.status_code == 406
+    assert response.json() == {"detail": "Check the number of remaining credits or the tariff plan."}
+    assert api.post_run(enrichments=[833, 966]).status_code == 200
+
+
+def test_params_are_checked_before_money(start: Start) -> None:
+    """Bad params show even when there are no credits."""
+    assert start(balance=0).post_run(BLANK).status_code == 400
+
+
+def test_bulk_must_be_payable_as_a_whole(start: Start) -> None:
+    """A bulk run is refused unless the worst case of all its rows is there."""
+    api = start(balance=1)
+    assert api.post_bulk([ADA, ADA, ADA], enrichments=[833]).status_code == 406
+    assert api.post_bulk([ADA, ADA], enrichments=[833]).status_code == 200

@@ -1,0 +1,268 @@
+"""Each fault looks to the client as it would in the wild, and the audit knows whether it was paid for."""
+
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from enrich.sandbox.faults import KINDS, Fault, Faults
+from tests.sandbox.conftest import ADA, Api, Start, people
+
+See = Callable[[httpx.Response], bool]
+
+
+def html(response: httpx.Response) -> bool:
+    """Say whether it is a page."""
+    return response.text.startswith("<!doctype html>") and response.headers["content-type"].startswith("text/html")
+
+
+BEFORE: list[tuple[str, dict[str, Any], int, See]] = [
+    ("rate-limit", {}, 429, lambda r: r.headers["retry-after"] == "1"),
+    ("rate-limit", {"retry_after": 7}, 429, lambda r: r.headers["retry-after"] == "7"),
+    ("rate-limit-bare", {}, 429, lambda r: "retry-after" not in r.headers),
+    ("error-before", {}, 500, lambda r: "detail" in r.json()),
+    ("error-before-502", {}, 502, lambda r: "detail" in r.json()),
+    ("error-before", {"status": 504}, 504, lambda r: "detail" in r.json()),
+    ("html", {}, 502, html),
+    ("html", {"status": 503}, 503, html),
+    ("redirect", {}, 307, lambda r: r.headers["location"].startswith("http://elsewhere.example/v1/waterfalls/")),
+    ("redirect", {"location": "/v2"}, 307, lambda r: r.headers["location"] == "/v2"),
+    ("unauthorized", {}, 401, lambda r: r.json() == {"detail": "Unauthorized"}),
+    ("forbidden", {}, 403, lambda r: r.json() == {"detail": "Forbidden"}),
+    ("no-credits", {}, 406, lambda r: "credits" in r.json()["detail"]),
+]
+
+AFTER: list[tuple[str, int, See]] = [
+    ("error-after", 500, lambda r: "detail" in r.json()),
+    ("error-after-503", 503, lambda r: "detail" in r.json()),
+    ("html-200", 200, html),
+    ("broken-json", 200, lambda r: r.text.startswith('{"task_id"') and not r.text.endswith("}")),
+    ("wrong-json", 200, lambda r: isinstance(r.json(), list)),
+    ("no-task-id", 200, lambda r: r.json() == {"status": "created"}),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "status", "see"), BEFORE)
+def test_before(api: Api, name: str, params: dict[str, Any], status: int, see: See) -> None:
+    """The client sees the answer once; nothing was accepted; the next request is well."""
+    api.fault(name, **params)
+    response = api.post_run()
+    assert (response.status_code, see(response)) == (status, True)
+    assert api.audit()["accepted"] == 0
+    assert api.post_run().status_code == 200
+
+
+@pytest.mark.parametrize(("name", "status", "see"), AFTER)
+def test_after(api: Api, name: str, status: int, see: See) -> None:
+    """The client sees a spoilt answer, but the run was accepted and charged."""
+    api.fault(name)
+    response = api.post_run()
+    assert (response.status_code, see(response)) == (status, True)
+    totals = api.audit()
+    assert (totals["accepted"], totals["runs"][0]["charged"], totals["credits_charged"] > 0) == (1, 1, True)
+    assert api.task(totals["runs"][0]["task_ids"][0])["status"] == "completed"
+
+
+def test_rate_limit_with_a_date(start: Start) -> None:
+    """Retry-After may be a date, by the clock that the Date header tells."""
+    api = start(date_offset=-3_600.0)
+    api.fault("rate-limit-date", retry_after=5)
+    headers = api.post_run().headers
+    wait = parsedate_to_datetime(headers["retry-after"]) - parsedate_to_datetime(headers["date"])
+    assert 4 <= wait.total_seconds() <= 6
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("reset-before", 0), ("reset-after", 1)])
+def test_reset(api: Api, name: str, accepted: int) -> None:
+    """The connection is reset without an answer, before or after the run was accepted."""
+    api.fault(name)
+    with pytest.raises((httpx.ReadError, httpx.WriteError), match="reset"):
+        api.post_run()
+    assert api.audit()["accepted"] == accepted
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("silence-before", 0), ("silence-after", 1)])
+def test_silence(api: Api, name: str, accepted: int) -> None:
+    """No answer comes until the client gives up, before or after the run was accepted."""
+    api.fault(name)
+    api.http.timeout = httpx.Timeout(0.2)
+    with pytest.raises(httpx.ReadTimeout):
+        api.post_run()
+    api.http.timeout = httpx.Timeout(5)
+    assert api.audit()["accepted"] == accepted
+
+
+def test_silence_ends_in_a_reset(api: Api) -> None:
+    """A client with all the patience in the world is reset in the end."""
+    api.fault("silence-before", seconds=0.1)
+    with pytest.raises(httpx.ReadError):
+        api.post_run()
+
+
+def test_slow(api: Api) -> None:
+    """The right answer comes late."""
+    api.fault("slow", seconds=0.2)
+    start = time.monotonic()
+    assert api.post_run().status_code == 200
+    assert time.monotonic() - start >= 0.2
+
+
+def test_lost_task(api: Api) -> None:
+    """An accepted run whose task is unknown for ever, and paid for."""
+    api.fault("lost-task")
+    task_id = api.run()
+    assert api.get(task_id).status_code == 404
+    api.advance(3_600)
+    assert api.get(task_id).status_code == 404
+    assert api.audit()["credits_charged"] > 0
+
+
+def test_late_task(api: Api) -> None:
+    """An accepted run whose task is unknown at first."""
+    api.fault("late-task", seconds=30)
+    task_id = api.run()
+    assert api.get(task_id).status_code == 404
+    api.advance(31)
+    assert api.task(task_id)["status"] == "completed"
+
+
+def test_odd_status(api: Api) -> None:
+    """A task reports statuses never seen before, then completes."""
+    api.fault("odd-status", polls=3)
+    task_id = api.run()
+    statuses = [api.task(task_id)["status"] for _ in range(4)]
+    assert "verifying" in statuses[:3]
+    assert not {"processing", "completed", "failed"} & set(statuses[:3])
+    assert statuses[3] == "completed"
+
+
+def test_unavailable(api: Api) -> None:
+    """For a while everything is a 503; the switches still work."""
+    task_id = api.run()
+    api.fault("unavailable", seconds=60)
+    assert [api.post_run().status_code, api.get(task_id).status_code] == [503, 503]
+    assert httpx.get(f"{api.root}/health", trust_env=False).status_code == 503
+    api.advance(61)
+    assert api.get(task_id).status_code == 200
+    assert api.audit()["accepted"] == 1
+
+
+def test_after_faults_leave_refusals_alone(api: Api) -> None:
+    """A request that is refused anyway shows why, as there is nothing to be in doubt about."""
+    api.fault("error-after")
+    assert api.post_run({}).status_code == 400
+
+
+def test_scope_of_a_get(api: Api) -> None:
+    """A fault of the scope `get` waits for the GET of a task, and spoils it."""
+    task_id = api.run()
+    api.fault("broken-json", scope="get")
+    assert api.post_run().status_code == 200
+    assert not api.get(task_id).text.endswith("}")
+    assert api.task(task_id)["status"] == "completed"
+
+
+def test_default_scope_of_charged_faults_is_the_run(api: Api) -> None:
+    """What can cost money happens to runs, single and bulk."""
+    task_id = api.run()
+    api.fault("error-after", times=2)
+    assert (api.get(task_id).status_code, api.http.get("/user/me").status_code) == (200, 200)
+    assert (api.post_run().status_code, api.post_bulk([ADA]).status_code) == (500, 500)
+
+
+def test_next_requests(api: Api) -> None:
+    """A chosen fault happens to the next N requests; the list tells what is left and what happened."""
+    api.fault("error-before", times=2, scope="me")
+    assert api.http.get(f"{api.root}/__faults").json() == {"chosen": ["error-before"] * 2, "happened": {}}
+    assert [api.http.get("/user/me").status_code for _ in range(3)] == [500, 500, 200]
+    assert api.audit()["faults"] == {"error-before": 2}
+    assert api.audit()["requests"] == {"me": 3, "500": 2}
+
+
+def test_chances_are_drawn_by_seed(start: Start) -> None:
+    """Which requests meet a fault follows from the fault seed, whatever else is asked between."""
+
+    def statuses(*, polls: bool, **settings: Any) -> list[int]:
+        api = start(faults=(Fault("error-after", 0.4),), **settings)
+        codes = []
+        for params in people(20):
+            codes.append(api.post_run(params).status_code)
+            if polls:
+                api.balance()
+        return codes
+
+    once = statuses(polls=False)
+    assert 3 < once.count(500) < 17
+    assert statuses(polls=True) == once
+    assert statuses(polls=False, fault_seed=2) != once
+
+
+def test_clear(start: Start) -> None:
+    """Clearing ends chosen faults, chances and unavailability."""
+    api = start(faults=(Fault("forbidden", 1.0),))
+    assert api.post_run().status_code == 403
+    api.fault("unavailable", seconds=60)
+    assert api.post_run().status_code == 503
+    api.fault("html", times=5)
+    answer = api.http.post(f"{api.root}/__faults", json={"clear": True}).json()
+    assert answer["chosen"] == []
+    assert api.post_run().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("html=0.5", Fault("html", 0.5, "all")),
+        ("get:reset-after=0.02", Fault("reset-after", 0.02, "get")),
+        ("post:slow=1,seconds=0.5", Fault("slow", 1.0, "post", {"seconds": 0.5})),
+        ("error-after-503=0.1", Fault("error-after", 0.1, "post", {"status": 503})),
+    ],
+)
+def test_spelling(text: str, fault: Fault) -> None:
+    """A fault is written as scope, name, probability and params."""
+    assert Fault.parse(text) == fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status", "get:lost-task=1"],
+)
+def test_misspelling(text: str) -> None:
+    """What is no fault is an error."""
+    with pytest.raises(ValueError, match=r"."):
+        Fault.parse(text)
+
+
+def test_misspelt_choice(api: Api) -> None:
+    """An unknown fault is refused at runtime, with the names there are."""
+    answer = api.http.post(f"{api.root}/__faults", json={"name": "quake"})
+    assert answer.status_code == 422
+    assert all(name in answer.json()["detail"] for name in KINDS)
+
+
+def test_chance_is_about_right() -> None:
+    """A fault happens about as often as its probability says."""
+    faults = Faults([Fault("html", 0.1)], 1)
+    assert 60 < sum(faults.draw("me") is not None for _ in range(1_000)) < 140
+
+
+def test_rate_limit_proper(start: Start) -> None:
+    """Beyond rate and burst the answer is 429; nothing is accepted then."""
+    api = start(rate=0.001, burst=3, retry_after=9)
+    answers = [api.post_run() for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+    assert answers[-1].headers["retry-after"] == "9"
+    totals = api.audit()
+    assert (totals["accepted"], totals["requests"]["429"]) == (3, 2)
+
+
+def test_rate_refills(start: Start) -> None:
+    """The rate lets requests through again after a while, and may say nothing of when."""
+    api = start(rate=20.0, burst=1, retry_after=None)
+    assert [api.post_run().status_code, api.post_run().status_code] == [200, 429]
+    assert "retry-after" not in api.post_run().headers
+    time.sleep(0.06)
+    assert api.post_run().status_code == 200
