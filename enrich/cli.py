@@ -19,9 +19,9 @@ from enrich.sandbox.command import sandbox
 
 if TYPE_CHECKING:
     from enrich.credentials import Access
-    from enrich.pipeline import Options
     from enrich.receipt import Receipt
     from enrich.spec import Job
+    from enrich.surroundings import Options
 
 RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -208,7 +208,7 @@ def run(
     prints the receipt. Nothing is paid for twice, whatever ended the run before.
     """
     from enrich.model import State
-    from enrich.pipeline import Options
+    from enrich.surroundings import Options
 
     job = _load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
@@ -239,13 +239,14 @@ def _run(
     """Run under the lock, with the bar and the log."""
     from enrich.ledger import Ledger
     from enrich.lock import hold
-    from enrich.pipeline import Progress, Surroundings, run
+    from enrich.pipeline import run
     from enrich.progress import Bar, Log, log_to
+    from enrich.surroundings import Progress, Surroundings
 
     with ExitStack() as stack:
         log = Log(stack.enter_context(log_to(log_file)))
-        access = stack.enter_context(_access(job, use_sandbox=use_sandbox))
         stack.enter_context(hold(job.ledger_path, wait_s))
+        access = stack.enter_context(_access(job, use_sandbox=use_sandbox))
         news = _new_beside_others(job)
         store = Ledger(job.ledger_path)
         stack.callback(store.close)

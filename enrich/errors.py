@@ -6,6 +6,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── ApiUnreachable      4     the API does not answer: the next run resumes
 ├── Refused             5     nothing was spent: look at the input, the balance, the ledger
 ├── LedgerLocked       11     another execution is at work
+├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
@@ -98,6 +99,10 @@ class LedgerLocked(EnrichError):
     """Another execution holds the ledger."""
 
     exit_code = Exit.LOCKED
+
+
+class LedgerFailed(EnrichError):
+    """The ledger could not be written in the middle of an execution."""
 
 
 class CallFailed(EnrichError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.model import Clock, State
@@ -99,6 +100,27 @@ class Execution:
             async with asyncio.timeout(seconds):
                 await event.wait()
 
+    async def until_leaving(self, *loops: Coroutine[Any, Any, None]) -> None:
+        """Run the loops side by side to their end, or until the execution leaves; raise what one of them raised."""
+
+        async def together() -> None:
+            async with asyncio.TaskGroup() as group:
+                for loop in loops:
+                    group.create_task(loop)
+
+        work = asyncio.create_task(together())
+        left = asyncio.create_task(self.leaving.wait())
+        try:
+            await asyncio.wait([work, left], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+        finally:
+            left.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
     async def rate_slots(self, wanted: int, stop: asyncio.Event) -> int:
         """Wait for the moment when a request may leave; tell how many of `wanted` may, 0 when `stop` came first."""
         async with self._gate:
@@ -136,3 +158,10 @@ class Execution:
         """Choose the exit code: of those that hold, the first in the order of the contract."""
         held = set(self.reasons) | {code for code, holds in also.items() if holds}
         return next((code for code in PRECEDENCE if code in held), Exit.OK)
+
+
+def _first(error: BaseException) -> BaseException:
+    """Take the first error out of its groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

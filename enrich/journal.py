@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from enrich.errors import LedgerFailed
 from enrich.ledger import Ledger
 
 P = ParamSpec("P")
@@ -90,9 +92,15 @@ class Journal:
                     try:
                         with self._ledger.savepoint():
                             move.result = move.run(self._ledger)
+                    except sqlite3.Error:
+                        raise
                     except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
                         move.error = error
         except BaseException as error:  # noqa: BLE001 - likewise
+            if isinstance(error, sqlite3.Error):
+                error = LedgerFailed(
+                    f"the ledger cannot be written: {error}", "make room or mend it, then run the same command again"
+                )
             self._broken = error
             for move in batch:
                 move.error = error

@@ -8,7 +8,6 @@ committed move survives a power cut (SQLite docs: "Pragma synchronous").
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enrich.errors import Refused
 from enrich.model import Answer, Call, Claim, State, Task
-from enrich.schema import migrate
+from enrich.schema import open_ledger
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
@@ -51,26 +49,9 @@ class Ledger:
 
         Raises Refused when the file is not a ledger, is newer than this program or can't be written.
         """
-        self.path = path
-        try:
-            if read_only:
-                self._db = self._connect(f"{path.absolute().as_uri()}?mode=ro")
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-                self._db = self._connect(path.absolute().as_uri())
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = FULL")
-            migrate(self._db, str(path), allowed=not read_only)
-            self._db.execute("CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT)")
-            self._db.execute("CREATE TEMP TABLE seen (request_id INTEGER PRIMARY KEY, position INTEGER)")
-        except (OSError, sqlite3.Error) as error:
-            raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
-
-    @staticmethod
-    def _connect(uri: str) -> sqlite3.Connection:
-        # One thread at a time uses the connection, but not always the same one.
-        return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+        self._db = open_ledger(path, read_only=read_only)
+        self._db.execute("CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT)")
+        self._db.execute("CREATE TEMP TABLE seen (request_id INTEGER PRIMARY KEY, position INTEGER)")
 
     def close(self) -> None:
         """Close the file; what was committed stays."""

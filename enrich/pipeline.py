@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from enrich.client import Client
 from enrich.collector import Collector
 from enrich.connect import Connection, connect
-from enrich.credentials import Access
 from enrich.dispatcher import Dispatcher
 from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Refused
-from enrich.execution import Execution, Timing
+from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
-from enrich.model import Clock, RowStatus, State, SystemClock, to_credits, to_micros
+from enrich.model import RowStatus, State, to_credits, to_micros
 from enrich.output import prepare
 from enrich.pace import Pace
 from enrich.poller import Poller
@@ -27,7 +24,7 @@ from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Interrupted, Signals
-from enrich.spec import Job
+from enrich.surroundings import Options, Progress, Surroundings
 
 PROGRESS_S = 0.2
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
@@ -36,44 +33,6 @@ COUNTED_WHEN_INTERRUPTED = 100_000
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
 #: The share of --max-time that is kept for collecting what was submitted.
 COLLECTING_SHARE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the person asked of this execution. `confirm` is shown what it may cost and says whether to go on."""
-
-    limit: int | None = None
-    max_time_s: float | None = None
-    retry: frozenset[State] = frozenset()
-    update_providers: bool = False
-    confirm: Callable[[str], bool] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far an execution is, in requests; `spent` in credits."""
-
-    total: int
-    done: int
-    found: int
-    spent: float
-    in_flight: int
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What an execution works with; tests bring their own clock and patience.
-
-    `tell` hears what a person should know at once, `show` is called often with how far it is.
-    """
-
-    job: Job
-    access: Access
-    ledger: Ledger
-    clock: Clock = field(default_factory=SystemClock)
-    timing: Timing = field(default_factory=Timing)
-    tell: Callable[[str], None] = lambda _: None
-    show: Callable[[Progress], None] = lambda _: None
 
 
 def run(around: Surroundings, options: Options) -> Receipt:
@@ -187,7 +146,7 @@ class _Desk:
         poller = self._new_poller()
         poller.last_round = True
         poller.adopt(tasks, asked_before=False)
-        await self._until_leaving(poller.run())
+        await self.execution.until_leaving(poller.run())
 
     async def work(self, rows: Rows, target: Path) -> Receipt:
         """Enroll, dispatch and poll, collect."""
@@ -279,7 +238,7 @@ class _Desk:
         if self.options.max_time_s is not None:
             helpers.append(asyncio.create_task(self._keep_time(self.options.max_time_s)))
         try:
-            await self._until_leaving(dispatch(), poller.run())
+            await self.execution.until_leaving(dispatch(), poller.run())
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -329,6 +288,8 @@ class _Desk:
             error=None if reason is None else reason.message,
             hint=None if reason is None else reason.hint,
         )
+        if counts is not None:
+            receipt = receipt.with_rows(counts)
         await self.journal.do(Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms())
         return receipt
 
@@ -353,25 +314,6 @@ class _Desk:
             policy.patience.total_seconds(),
         )
         return self._poller
-
-    async def _until_leaving(self, *loops: Coroutine[Any, Any, None]) -> None:
-        """Run the loops side by side to their end, or until the execution leaves."""
-
-        async def together() -> None:
-            async with asyncio.TaskGroup() as group:
-                for loop in loops:
-                    group.create_task(loop)
-
-        work = asyncio.create_task(together())
-        left = asyncio.create_task(self.execution.leaving.wait())
-        try:
-            await asyncio.wait([work, left], return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            left.cancel()
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
 
     async def _wind_down(self) -> None:
         timing, execution = self.around.timing, self.execution

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from enrich.errors import Refused
 from enrich.model import iso
-from enrich.pipeline import Progress
+from enrich.surroundings import Progress
 
 LOG_EVERY_S = 60.0
 

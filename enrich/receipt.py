@@ -43,7 +43,17 @@ class Receipt:
 
     def with_rows(self, counts: Mapping[RowStatus, int]) -> Receipt:
         """Add the rows by status."""
-        return replace(self, **{status.value: counts.get(status, 0) for status in RowStatus})
+        return replace(
+            self,
+            found=counts.get(RowStatus.FOUND, 0),
+            not_found=counts.get(RowStatus.NOT_FOUND, 0),
+            failed=counts.get(RowStatus.FAILED, 0),
+            expired=counts.get(RowStatus.EXPIRED, 0),
+            in_doubt=counts.get(RowStatus.IN_DOUBT, 0),
+            invalid=counts.get(RowStatus.INVALID, 0),
+            filtered=counts.get(RowStatus.FILTERED, 0),
+            pending=counts.get(RowStatus.PENDING, 0),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -58,11 +68,11 @@ def failure(exit_code: Exit, message: str) -> dict[str, Any]:
 
 #: What the person may do about rows of a status.
 REMEDIES = {
-    RowStatus.FAILED: "the API could not answer them; ask again (it costs again): --retry failed",
-    RowStatus.EXPIRED: "their results were gone before they were fetched; buy them again: --retry expired",
-    RowStatus.IN_DOUBT: "nobody can tell whether they were charged; ask again (it may cost twice): --retry in_doubt",
-    RowStatus.INVALID: "a required param is empty or malformed: see enrich_error in the output",
-    RowStatus.PENDING: "not answered yet: the next run goes on",
+    RowStatus.FAILED: "ask again, at a price: --retry failed",
+    RowStatus.EXPIRED: "gone before they were fetched; again: --retry expired",
+    RowStatus.IN_DOUBT: "perhaps charged; again: --retry in_doubt",
+    RowStatus.INVALID: "never sent: see enrich_error",
+    RowStatus.PENDING: "the next run goes on",
 }
 
 

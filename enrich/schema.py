@@ -1,9 +1,11 @@
-"""The ledger's tables, as a list of migrations; `PRAGMA user_version` says how many a file has had."""
+"""The ledger's file: its tables, as a list of migrations of which `PRAGMA user_version` counts those it has had."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 
 from enrich.errors import Refused
 
@@ -11,8 +13,33 @@ MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
 migration = MIGRATIONS.append
 
 
-def migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
-    """Bring a ledger up to date; one of a newer version is refused, and an older one where that is not allowed."""
+def open_ledger(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Open a ledger's file, making it (0600) and bringing it up to date unless `read_only`.
+
+    Raises Refused when it is no ledger, is newer than this program or can't be written.
+    """
+    try:
+        if read_only:
+            db = _connect(f"{path.absolute().as_uri()}?mode=ro")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            db = _connect(path.absolute().as_uri())
+            # Readers look while we write; a committed move survives a power cut.
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+        _migrate(db, str(path), allowed=not read_only)
+    except (OSError, sqlite3.Error) as error:
+        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
+    return db
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    # One thread at a time uses the connection, but not always the same one.
+    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+
+
+def _migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
         raise Refused(
@@ -20,9 +47,7 @@ def migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
             f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
         )
     if version < len(MIGRATIONS) and not allowed:
-        raise Refused(
-            f"{name}: this ledger was written by an older version of enrich", "`enrich run` brings it up to date"
-        )
+        raise Refused(f"{name}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
     for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         step(db)

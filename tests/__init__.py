@@ -1,0 +1,1 @@
+"""Behaviour, over real HTTP and real files."""

@@ -1,0 +1,225 @@
+"""What the tests stand on: the sandbox over real HTTP, a folder with a job and leads, the program as a process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+
+from enrich.credentials import Access
+from enrich.execution import Timing
+from enrich.ledger import Ledger
+from enrich.lock import hold
+from enrich.pipeline import run
+from enrich.receipt import Receipt
+from enrich.sandbox import SandboxSettings
+from enrich.sandbox.server import embedded
+from enrich.spec import load_job
+from enrich.surroundings import Options, Surroundings
+
+#: An API that answers at once and never fails: what most tests want.
+CALM = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
+#: Patience for tests that wait for the end of it.
+HASTY = Timing(start_s=0.5, outage_s=1.0, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=1.0, get_s=1.0)
+
+JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+waterfall: email_getter
+params:
+  first_name: First Name
+  last_name: Last Name
+  company: {column: [Website, Email], transform: [domain]}
+columns:
+  work_email: email
+limits: {requests_per_second: 1000}
+"""
+HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
+
+
+@dataclass(frozen=True)
+class Api:
+    """A sandbox that serves, and its switches."""
+
+    base_url: str
+    api_key: str
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables that point the program to it."""
+        return {"DATABAR_BASE_URL": self.base_url, "DATABAR_API_KEY": self.api_key}
+
+    @property
+    def access(self) -> Access:
+        """The same, for code."""
+        return Access(self.base_url, SecretStr(self.api_key))
+
+    def _switch(self, method: str, path: str, **body: Any) -> Any:
+        answer = httpx.request(method, self.base_url.removesuffix("/v1") + path, json=body or None, timeout=10)
+        answer.raise_for_status()
+        return answer.json()
+
+    def audit(self) -> dict[str, Any]:
+        """What was accepted, charged and paid twice."""
+        told: dict[str, Any] = self._switch("GET", "/__audit")
+        return told
+
+    def advance(self, seconds: float) -> None:
+        """Move the API's clock."""
+        self._switch("POST", "/__advance", seconds=seconds)
+
+    def fault(self, name: str, count: int = 1, scope: str | None = None, **params: Any) -> None:
+        """Let the next requests of a scope meet a fault."""
+        body: dict[str, Any] = {"name": name, "next": count, "params": params}
+        self._switch("POST", "/__faults", **body, **({"scope": scope} if scope else {}))
+
+    def heal(self) -> None:
+        """End all faults."""
+        self._switch("POST", "/__faults", clear=True)
+
+
+@contextmanager
+def serving(state: Path, settings: SandboxSettings = CALM, **changes: Any) -> Iterator[Api]:
+    """Serve the sandbox in this process; `changes` are settings."""
+    with embedded(state, replace(settings, **changes)) as server:
+        yield Api(server.base_url, server.api_key)
+
+
+@dataclass(frozen=True)
+class Office:
+    """A folder with a job and its leads."""
+
+    folder: Path
+
+    @property
+    def job_file(self) -> Path:
+        """The job file."""
+        return self.folder / "job.yaml"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the job's ledger is."""
+        return self.folder / ".enrich" / "job.db"
+
+    def write_job(self, text: str = JOB, **replaced: str) -> Path:
+        """Write the job file; `replaced` maps a line's key to the new line's value (or a new key at the end)."""
+        lines = text.splitlines()
+        for key, value in replaced.items():
+            at = next((number for number, line in enumerate(lines) if line.startswith(f"{key}:")), None)
+            if at is None:
+                lines.append(f"{key}: {value}")
+            else:
+                lines[at] = f"{key}: {value}"
+        self.job_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return self.job_file
+
+    def write_leads(
+        self, rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER, name: str = "leads.csv"
+    ) -> Path:
+        """Write the input."""
+        path = self.folder / name
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        return path
+
+    def output(self, name: str = "out.csv") -> list[dict[str, str]]:
+        """Read the output."""
+        with (self.folder / name).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def ledger(self) -> Ledger:
+        """Look into the ledger."""
+        return Ledger(self.ledger_path, read_only=True)
+
+    def enrich(self, *arguments: str, api: Api | None = None, **environ: str) -> Done:
+        """Run the program to its end, as cron would: with next to nothing in its environment."""
+        process = subprocess.run(
+            [sys.executable, "-m", "enrich", *arguments],
+            cwd=self.folder,
+            env=_environ(self.folder, api) | environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        return Done(process.returncode, process.stdout, process.stderr)
+
+    def start(self, *arguments: str, api: Api | None = None, **environ: str) -> subprocess.Popen[str]:
+        """Start the program; the caller ends it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "enrich", *arguments],
+            cwd=self.folder,
+            env=_environ(self.folder, api) | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, api: Api, options: Options | None = None, timing: Timing | None = None, **around: Any) -> Receipt:
+        """Run the job in this process, with any patience."""
+        job = load_job(self.job_file)
+        with hold(job.ledger_path, 0):
+            ledger = Ledger(job.ledger_path)
+            try:
+                return run(
+                    Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options()
+                )
+            finally:
+                ledger.close()
+
+
+@dataclass(frozen=True)
+class Done:
+    """How the program ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        told: dict[str, Any] = json.loads(self.stdout)
+        return told
+
+
+def _environ(home: Path, api: Api | None) -> dict[str, str]:
+    return {"PATH": os.defpath, "HOME": str(home), **(api.environ if api else {})}
+
+
+def people(count: int, start: int = 0) -> list[list[str]]:
+    """Make leads that all differ and can all be asked."""
+    return [
+        [f"First{number}", f"Last{number}", f"https://www.company{number}.example/about", "", f"note {number}"]
+        for number in range(start, start + count)
+    ]
+
+
+def until(holds: Callable[[], bool], at_most: float = 20.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + at_most
+    while not holds():
+        if time.monotonic() > end:
+            raise AssertionError("it never came to be")
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process as a power cut would."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
