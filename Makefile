@@ -1,0 +1,53 @@
+# Everything runs in .venv, made from a plain Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+SHOW := import polars as pl; pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=100, fmt_str_lengths=32); \
+	columns = ["First Name", "Company", "work_email", "enrich_status", "enrich_provider"]; \
+	print(pl.read_csv("out/leads_enriched.csv", infer_schema=False).select(columns).head(8))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types layers fmt clean
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no key, no credits)
+	@$(BIN)/enrich run jobs/leads.yaml --sandbox --log-file out/leads.log; code=$$?; \
+		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
+	@$(BIN)/python -c '$(SHOW)'
+
+test: .venv/dev ## run the tests
+	$(BIN)/pytest
+
+check: lint types layers test ## all that CI does: lint, types, layers, dependencies, tests
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/deptry .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+layers: .venv/dev
+	$(BIN)/lint-imports
+
+fmt: .venv/dev ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches; ledgers and outputs stay
+	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	find enrich tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[sandbox]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .venv/run
