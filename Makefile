@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-SHOW := import polars as pl; pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=100, fmt_str_lengths=32); \
-	columns = ["First Name", "Company", "work_email", "enrich_status", "enrich_provider"]; \
-	print(pl.read_csv("out/leads_enriched.csv", infer_schema=False).select(columns).head(8))
+SHOW := import polars as pl; \
+	leads = pl.read_csv("out/leads_enriched.csv", infer_schema=False).fill_null(""); \
+	pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120, fmt_str_lengths=40); \
+	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types layers fmt clean
@@ -13,7 +14,7 @@ help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no key, no credits)
-	@$(BIN)/enrich run jobs/leads.yaml --sandbox --log-file out/leads.log; code=$$?; \
+	@$(BIN)/enrich run jobs/leads.yaml --sandbox --receipt; code=$$?; \
 		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
 	@$(BIN)/python -c '$(SHOW)'
 

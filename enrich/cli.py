@@ -183,6 +183,7 @@ def _access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
     help="What to do when another execution holds the ledger.",
 )
 @AS_JSON
+@click.option("--receipt", "always_receipt", is_flag=True, help="Print the receipt off a terminal, too.")
 @click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
 @click.option("--log-file", type=FILE, help="Append what happens to this file, one JSON object a line.")
 def run(
@@ -199,6 +200,7 @@ def run(
     yes: bool,
     if_locked: tuple[bool, float],
     as_json: bool,
+    always_receipt: bool,
     quiet: bool,
     log_file: Path | None,
 ) -> int:
@@ -229,7 +231,8 @@ def run(
         if as_json:
             click.echo(json.dumps({"exit_code": 0, "error": error.message}))
         return Exit.OK
-    _show_receipt(receipt, as_json=as_json, show=on_terminal or (receipt.exit_code != Exit.OK and not quiet))
+    show = on_terminal or always_receipt or (receipt.exit_code != Exit.OK and not quiet)
+    _show_receipt(receipt, as_json=as_json, show=show)
     return receipt.exit_code
 
 
@@ -247,7 +250,6 @@ def _run(
         log = Log(stack.enter_context(log_to(log_file)))
         stack.enter_context(hold(job.ledger_path, wait_s))
         access = stack.enter_context(_access(job, use_sandbox=use_sandbox))
-        news = _new_beside_others(job)
         store = Ledger(job.ledger_path)
         stack.callback(store.close)
         bar = Bar() if on_terminal else None
@@ -264,22 +266,9 @@ def _run(
 
         if bar is not None:
             stack.callback(bar.close)
-        if news:
-            tell(news)
         receipt = run(Surroundings(job, access, store, tell=tell, show=show), options)
         log.end(receipt.as_json())
         return receipt
-
-
-def _new_beside_others(job: Job) -> str | None:
-    """Announce a new ledger beside existing ones: a renamed job would pay again."""
-    if job.ledger_path.exists():
-        return None
-    others = [path.name for path in job.ledger_path.parent.glob("*.db") if not path.name.endswith(".api.db")]
-    if not others:
-        return None
-    beside = ", ".join(sorted(others))
-    return f"a new ledger is made: {job.ledger_path}; there are also {beside}: `ledger:` in the job file shares one"
 
 
 def _confirm(plan: str) -> bool:
@@ -294,7 +283,7 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
         click.echo(f"error: {receipt.error}", err=True)
     if receipt.hint:
         click.echo(f"hint: {receipt.hint}", err=True)
-    if show:
+    if show and receipt.rows is not None:
         click.echo("\n".join(lines(receipt)), err=True)
     if as_json:
         click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))

@@ -41,13 +41,14 @@ class Exit(IntEnum):
     TERMINATED = 143
 
 
-#: When several hold, the first of these is the exit code.
+#: When several hold, the first of these is the exit code (11 comes before all that could hold with it).
 PRECEDENCE = (
     Exit.BUG,
     Exit.INTERRUPTED,
     Exit.TERMINATED,
     Exit.KEY,
     Exit.USAGE,
+    Exit.REFUSED,
     Exit.CREDITS,
     Exit.API,
     Exit.TIME,

@@ -24,6 +24,7 @@ from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Interrupted, Signals
+from enrich.spec import SANDBOX_SUFFIX, Job
 from enrich.surroundings import Options, Progress, Surroundings
 
 PROGRESS_S = 0.2
@@ -86,6 +87,7 @@ async def _execute(
         rows.check_new_columns(connection.question)
     cap = None if job.max_credits is None else to_micros(job.max_credits)
     price = price_for_cap(job, connection.question)
+    news = None if await journal.do(Ledger.executions, last=1) else _beside_others(job)
     number = await journal.do(Ledger.start_execution, job.name, cap, clock.now_ms())
     limits = job.model.limits
     pace = Pace(limits.requests_per_second)
@@ -94,7 +96,7 @@ async def _execute(
     signals.on_first = desk.interrupt
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
-    for note in connection.notes:
+    for note in [*connection.notes, *([news] if news else [])]:
         desk.note(note)
     try:
         await desk.rescue()
@@ -103,8 +105,29 @@ async def _execute(
             raise broken or AssertionError
         return await desk.work(rows, target)
     except EnrichError as error:
-        execution.reasons.setdefault(error.exit_code, error)
+        code = error.exit_code
+        if code is Exit.REFUSED and execution.tally.submitted:
+            code = Exit.BUG  # 5 promises that nothing was spent
+        execution.reasons.setdefault(code, error)
         return await desk.finish(execution.exit_code({}))
+
+
+def _beside_others(job: Job) -> str | None:
+    """Announce a new ledger beside others: a renamed job would pay again."""
+    sandbox = job.ledger_path.name.endswith(SANDBOX_SUFFIX)
+    others = [
+        path.name
+        for path in job.ledger_path.parent.glob("*.db")
+        if path != job.ledger_path
+        and path.name.endswith(SANDBOX_SUFFIX) is sandbox
+        and not path.name.endswith(".api.db")
+    ]
+    if not others:
+        return None
+    return (
+        f"a new ledger is made, {job.ledger_path}, beside {', '.join(sorted(others))}: "
+        "what those have answered is paid for again, unless `ledger:` in the job file names one of them"
+    )
 
 
 @dataclass(slots=True)

@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from enrich.errors import JobError
 from enrich.jobfile import Document
 
+#: The ledger of `--sandbox` lies beside the real one.
+SANDBOX_SUFFIX = ".sandbox.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
@@ -248,7 +250,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         output = output.model_copy(update={"path": str(overrides.output)})
     ledger = _absolute(home, model.ledger or f".enrich/{name}.db")
     if overrides.sandbox:
-        ledger = ledger.with_name(f"{ledger.stem}.sandbox.db")
+        ledger = ledger.with_name(ledger.stem + SANDBOX_SUFFIX)
     job = Job(
         model=model,
         document=document,
