@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,20 +42,20 @@ async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
         return min(LONGEST_PAUSE_S, 0.25 * 2.0**state.attempt_number)
 
     try:
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_may_mend),
-            stop=tenacity.stop_before_delay(at_most_s),
-            wait=pause,
-            reraise=True,
-        ):
-            with attempt:
-                return await ask()
+        async with asyncio.timeout(at_most_s):
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception(_may_mend),
+                stop=tenacity.stop_before_delay(at_most_s),
+                wait=pause,
+                reraise=True,
+            ):
+                with attempt:
+                    return await ask()
     except Unauthorized:
         raise
-    except NotAccepted as error:
-        raise ApiUnreachable(
-            f"the API is unreachable: {error.message}", "nothing was spent; run the same command again later"
-        ) from error
+    except (NotAccepted, TimeoutError) as error:
+        reason = str(error) or f"no answer in {at_most_s:g} s"
+        raise ApiUnreachable(f"the API is unreachable: {reason}", "run the same command again later") from error
     raise AssertionError  # the loop returns or raises
 
 

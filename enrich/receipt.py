@@ -87,8 +87,7 @@ def lines(receipt: Receipt) -> Iterator[str]:
             yield f"  {status.value:<10}{count:>9,} {share}  {REMEDIES.get(status, '')}".rstrip()
     unknown = f" and {receipt.credits_unknown} answers of unknown price" if receipt.credits_unknown else ""
     yield f"  submitted {receipt.submitted:>9,}         {receipt.reused or 0:,} reused from the ledger"
-    hits = f", {receipt.credits_spent / receipt.found:.3g} per hit" if receipt.found and receipt.credits_spent else ""
-    yield f"  credits   {receipt.credits_spent:>9,.2f}         spent in this execution{hits}{unknown}"
+    yield f"  credits   {receipt.credits_spent:>9,.2f}         spent in this execution{unknown}"
     if receipt.balance_before is not None and receipt.balance_after is not None:
         yield f"  balance   {receipt.balance_after:>9,.2f}         was {receipt.balance_before:,.2f}"
     asked = f"{receipt.polls:,} polls, {receipt.rate_limited:,} answers 429"
