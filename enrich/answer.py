@@ -37,6 +37,9 @@ PHASES = {
     "gone": Phase.GONE,
 }
 
+#: What tells the wrapper of a result from a flat field called `result`.
+_BESIDE_RESULT = ("steps", "enrichment_data", "result_field")
+
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
@@ -59,7 +62,7 @@ def parse_data(data: object) -> Parsed:
         data = next((item for item in data if item is not None), None)
     if not isinstance(data, Mapping):
         return Parsed({}, None, None, any_step_cost=False)
-    if "result" not in data or not ("steps" in data or "enrichment_data" in data):
+    if "result" not in data or data.keys().isdisjoint(_BESIDE_RESULT):
         return Parsed(data, None, None, any_step_cost=False)
     result = data["result"]
     fields = result if isinstance(result, Mapping) else _named(result, data.get("result_field"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from enrich import __version__
-from enrich.errors import EnrichError, Exit, JobError, LedgerLocked
+from enrich.errors import EnrichError, Exit, Interrupted, JobError, LedgerLocked
 from enrich.sandbox.command import sandbox
 
 if TYPE_CHECKING:
@@ -29,20 +30,34 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 def main() -> None:
     """Run the command line; every way out has its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     sys.exit(run_command(sys.argv[1:]))
+
+
+def _terminated(_number: int, _frame: object) -> None:
+    raise Interrupted(Exit.TERMINATED)
 
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
     as_json = "--json" in arguments
     try:
-        code = cli.main(list(arguments), prog_name="enrich", standalone_mode=False)
+        # Not cli.main(), which makes an exit of its own of a reader that left.
+        with cli.make_context("enrich", list(arguments)) as context:
+            code = cli.invoke(context)
+            sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return Exit.USAGE
     except click.UsageError as error:
         hint = f"{error.ctx.command_path} --help" if error.ctx else "enrich --help"
         return _fail(Exit.USAGE, error.format_message(), hint, as_json=as_json)
     except click.ClickException as error:
         return _fail(Exit.USAGE, error.format_message(), None, as_json=as_json)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, EOFError, KeyboardInterrupt):
         return _fail(Exit.INTERRUPTED, "interrupted", None, as_json=as_json)
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
@@ -143,7 +158,8 @@ def _access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
     from enrich.credentials import Access, find_access
 
     if not use_sandbox:
-        yield find_access(os.environ, Path.home())
+        # expanduser leaves the ~ where nobody knows a home; then there is no such file.
+        yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
         return
     from pydantic import SecretStr
 
@@ -273,7 +289,10 @@ def _run(
 
 def _confirm(plan: str) -> bool:
     click.echo(plan, err=True)
-    return click.confirm("Go on?", err=True)
+    try:
+        return click.confirm("Go on?", err=True)
+    except click.Abort:
+        raise KeyboardInterrupt from None
 
 
 def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:

@@ -64,14 +64,15 @@ class Client:
         self._post_s, self._get_s = post_s, get_s
         headers = {"x-apikey": access.key.get_secret_value(), "user-agent": f"databar-enrich/{__version__}"}
         timeout = {"connect": CONNECT_S, "write": None, "pool": None}
+        tls = httpx.create_ssl_context()
         self._posts = httpx.AsyncClient(
             headers=headers,
-            transport=Transport(POSTS_ON_THE_WIRE, POST_IDLE_S),
+            transport=Transport(POSTS_ON_THE_WIRE, POST_IDLE_S, tls),
             timeout=httpx.Timeout(read=post_s, **timeout),
         )
         self._gets = httpx.AsyncClient(
             headers=headers,
-            transport=Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S),
+            transport=Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S, tls),
             timeout=httpx.Timeout(read=get_s, **timeout),
         )
 
@@ -111,6 +112,9 @@ class Client:
                 response = await self._posts.post(url, content=body, headers=headers, follow_redirects=False)
         except httpx.ConnectError as error:
             raise NotAccepted(f"no connection to the API: {error}") from error
+        except (httpx.RemoteProtocolError, httpx.InvalidURL) as error:
+            # None of the transport's errors is of these kinds: httpx looked where a 3xx points to, and it is no URL.
+            raise NotAccepted("the API redirects the request") from error
         except (httpx.HTTPError, TimeoutError) as error:
             raise Ambiguous(f"no answer from the API: {error or type(error).__name__}") from error
         self._observe(response)
@@ -127,8 +131,10 @@ class Client:
             task = await self._get(f"/tasks/{quote(task_id, safe='')}")
         except _Gone:
             return {"status": "gone"}
-        except JobRejected as error:
+        except _Missing as error:
             raise TaskUnknown(error.message) from error
+        except JobRejected as error:
+            raise NotAccepted(error.message) from error
         if not isinstance(task, dict) or "status" not in task:
             raise NotAccepted("the API's answer is not a task")
         return task
@@ -150,7 +156,7 @@ class Client:
             raise NotAccepted(f"no answer from the API: {error or type(error).__name__}") from error
         if response.status_code == httpx.codes.OK:
             try:
-                return response.json()
+                return _parsed(response)
             except ValueError as error:
                 raise NotAccepted("the API's answer is not JSON") from error
         if response.status_code == httpx.codes.GONE:
@@ -174,9 +180,13 @@ class _Gone(CallFailed):
     """410."""
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
+class _Missing(JobRejected):
+    """404."""
+
+
+def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
+    return parts.scheme, parts.netloc.lower()
 
 
 def _parse(kind: type[M], data: object) -> M:
@@ -186,9 +196,20 @@ def _parse(kind: type[M], data: object) -> M:
         raise NotAccepted(f"the API's answer is not a {kind.__name__.lower()}") from error
 
 
+def _parsed(response: httpx.Response) -> object:
+    """Parse a body; half a character (a lone surrogate), which no file can hold, becomes `?`. Raises ValueError."""
+    try:
+        body = response.json()
+        text = json.dumps(body, ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    whole = text.encode(errors="replace").decode()
+    return body if whole == text else json.loads(whole)
+
+
 def _json(response: httpx.Response) -> object:
     try:
-        return response.json()
+        return _parsed(response)
     except ValueError:
         return None
 
@@ -208,7 +229,8 @@ def _refusal(response: httpx.Response) -> CallFailed:
     """Say what an answer other than 200 means."""
     status = response.status_code
     body = _json(response)
-    said = f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}"
+    key = response.request.headers["x-apikey"]
+    said = f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}".replace(key, "[key]")
     if 300 <= status < 400:  # noqa: PLR2004
         return NotAccepted(f"HTTP {status}: the API redirects the request")
     match status:
@@ -219,10 +241,11 @@ def _refusal(response: httpx.Response) -> CallFailed:
         case 429:
             return RateLimited(said, _retry_after(response))
         case 400 | 422:
-            named = named_params(body)
-            return BadParams(named) if named else JobRejected(f"the API refuses the request: {said}")
+            if named := named_params(body):
+                return BadParams(named.replace(key, "[key]"))
+            return JobRejected(f"the API refuses the request: {said}")
         case 404:
-            return JobRejected(said)
+            return _Missing(said)
         case _:
             return Ambiguous(said)
 
@@ -244,6 +267,8 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 #: Keys of the body beside `params`: an error about them is about the job, not about the row.
 BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
+#: Keys of an error object that names no param.
+ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
 def named_params(body: object) -> str | None:
@@ -261,21 +286,20 @@ def named_params(body: object) -> str | None:
         for item in source if isinstance(source, list) else [source]:
             if not isinstance(item, Mapping):
                 continue
-            loc = item.get("loc")
-            if isinstance(loc, list):
-                if "params" in loc[:-1]:
+            if "loc" in item:
+                loc = item["loc"]
+                if isinstance(loc, list) and "params" in loc[:-1]:
                     complaints[str(loc[-1])] = str(item.get("msg", "refused"))
                 continue
-            fields = item.get("fields", item)
-            if isinstance(fields, Mapping):
-                complaints |= {
-                    str(name): _words(said) for name, said in fields.items() if name not in BODY_KEYS | {"position"}
-                }
+            fields = item.get("fields")
+            if not isinstance(fields, Mapping):
+                fields = {name: said for name, said in item.items() if name not in ERROR_KEYS}
+            complaints |= {str(name): _words(said) for name, said in fields.items() if name not in BODY_KEYS}
     return "; ".join(f"{name}: {said}" for name, said in complaints.items()) or None
 
 
-def _words(said: object) -> str:
-    return " ".join(map(str, said)) if isinstance(said, list) else str(said)
+def _words(said: object, between: str = " ") -> str:
+    return between.join(map(str, said)) if isinstance(said, list) else str(said)
 
 
 def _detail(body: object) -> str:
@@ -285,8 +309,6 @@ def _detail(body: object) -> str:
         return detail[:200]
     if isinstance(detail, list):
         return "; ".join(
-            f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg')}"
-            for item in detail
-            if isinstance(item, Mapping)
+            f"{_words(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
         )[:200]
     return json.dumps(detail)[:200] if detail is not None else ""

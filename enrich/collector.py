@@ -64,7 +64,7 @@ class Collector:
             columns = _new_columns(batch, known, self.question)
             counts.update(map(RowStatus, columns["enrich_status"]))
             new = [pl.Series(name, values, schema[name]) for name, values in columns.items()]
-            yield pl.DataFrame([*batch.frame.get_columns(), *new])
+            yield batch.frame.hstack(new)
 
 
 def _new_schema(question: Question) -> dict[str, pl.DataType]:
@@ -90,6 +90,9 @@ def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Qu
         values = [cell(pick(fields, path)) for path in question.columns.values()]
         # Another job with other columns may have asked: this job's columns decide here.
         status = RowStatus.FOUND if any(value is not None for value in values) else RowStatus.NOT_FOUND
+    if status is RowStatus.PENDING:
+        # The last attempt was refused, failed for nothing or is at the API: no answer yet, so none of its marks.
+        return [*values, status, standing.error, None, None, standing.task_id, None]
     return [
         *values,
         status,
@@ -97,7 +100,7 @@ def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Qu
         standing.provider,
         to_credits(standing.credits) if standing.first and standing.credits is not None else None,
         standing.task_id,
-        iso(standing.settled_ms) if standing.settled_ms is not None and status is not RowStatus.PENDING else None,
+        iso(standing.settled_ms) if standing.settled_ms is not None else None,
     ]
 
 

@@ -70,7 +70,10 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
 
     Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together.
     """
-    user = await patiently(client.user, at_most_s)
+    try:
+        user = await patiently(client.user, at_most_s)
+    except JobRejected as error:
+        raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
     bound_to = {"api_host": host, "workspace": user.workspace}
     for name, value in bound_to.items():
         bound = await journal.do(Ledger.fact, name)

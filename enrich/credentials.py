@@ -33,7 +33,7 @@ def find_access(environ: Mapping[str, str], home: Path) -> Access:
 
     An empty variable counts as missing. Raises JobError (base URL) or KeyRefused (no key).
     """
-    base_url = environ.get("DATABAR_BASE_URL") or DEFAULT_BASE_URL
+    base_url = environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL
     return Access(check_base_url(base_url), find_key(environ, home))
 
 
@@ -45,7 +45,7 @@ def check_base_url(base_url: str) -> str:
     except ValueError:
         parts = urlsplit("")
     secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
-    if not secure or not parts.hostname or parts.username is not None:
+    if not secure or not parts.hostname or parts.username is not None or not base_url.isprintable():
         raise JobError(
             "DATABAR_BASE_URL: must be an https address, or http on loopback",
             f"leave it out for {DEFAULT_BASE_URL}, or take what `enrich sandbox` prints",
@@ -84,7 +84,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
 
 def _read(path: Path, named_by: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise KeyRefused(f"{path}: the key file of {named_by} cannot be read: {reason}") from error
@@ -92,6 +92,6 @@ def _read(path: Path, named_by: str) -> str:
 
 def _checked(key: str, source: str) -> SecretStr:
     """Refuse what no header can carry, without showing it."""
-    if not (key.isascii() and key.isprintable()):
+    if not (key.isascii() and key.isprintable()) or " " in key:
         raise KeyRefused(f"{source}: the key has characters that no key has (line break, blank or accent)")
     return SecretStr(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from enrich.client import POSTS_ON_THE_WIRE, Client
 from enrich.errors import (
@@ -33,7 +33,7 @@ class Dispatcher:
     """pending → submitted.
 
     `price` is what one request can cost at worst, in millionths of a credit; `limit` how many
-    requests may be accepted at most; `on_task` is told of every task.
+    requests may be asked at most; `on_task` is told of every task.
     """
 
     execution: Execution
@@ -44,13 +44,19 @@ class Dispatcher:
     bound_to: Mapping[str, str | None]
     on_task: Callable[[Task], None]
     limit: int | None = None
+    #: Attempts that are claimed and provably not on the wire yet.
+    _unsent: set[int] = field(default_factory=set)
 
     async def run(self) -> None:
         """Send until the queue is empty and nothing in flight can refill it, or the execution closes."""
-        async with asyncio.TaskGroup() as posts:
-            while (room := await self._room()) and (claims := await self._claim(room)) is not None:
-                for claim in claims:
-                    posts.create_task(self._post(claim))
+        try:
+            async with asyncio.TaskGroup() as posts:
+                while (room := await self._room()) and (claims := await self._claim(room)) is not None:
+                    for claim in claims:
+                        posts.create_task(self._post(claim))
+        finally:
+            # After the claims in the journal's order: also what was claimed while we were being cancelled.
+            await self.journal.do(self._unclaim, self.execution.clock.now_ms())
 
     async def _room(self) -> int:
         """Wait until a POST may leave; tell how many may, 0 when none may any more."""
@@ -59,7 +65,7 @@ class Dispatcher:
             flying = execution.on_the_wire + execution.in_flight
             room = min(POSTS_ON_THE_WIRE - execution.on_the_wire, execution.in_flight_limit - flying)
             if self.limit is not None:
-                left = self.limit - execution.tally.submitted
+                left = self.limit - execution.tally.submitted - execution.tally.doubtful
                 if left <= 0:
                     return 0
                 room = min(room, left - execution.on_the_wire)
@@ -79,7 +85,7 @@ class Dispatcher:
         Their POSTs leave at once: these and no others are what a kill leaves in doubt.
         """
         execution = self.execution
-        claims, capped = await self.journal.do(_claim_some, execution.id, self.price, room, execution.clock.now_ms())
+        claims, capped = await self.journal.do(self._claim_some, room, execution.clock.now_ms())
         execution.pace.give_back(room - len(claims))
         if claims:
             execution.on_the_wire += len(claims)
@@ -97,6 +103,9 @@ class Dispatcher:
         execution, attempt = self.execution, claim.attempt_id
         body = json.dumps(self.call.body())[:-1] + ', "params": ' + claim.params + "}"
         try:
+            if execution.closing.is_set():
+                return
+            self._unsent.discard(attempt)
             task_id = await self.client.run(self.call.waterfall, body.encode())
         except CallFailed as error:
             await self._not_submitted(attempt, error)
@@ -120,12 +129,12 @@ class Dispatcher:
             case BadParams():
                 execution.good_answer()
                 execution.breaker.good()
-                execution.tally.count(State.FAILED)
                 await self.journal.do(Ledger.rejected, attempt, error.message, now_ms)
+                execution.tally.count(State.FAILED)
             case NotAccepted() | JobRejected():
                 match error:
                     case RateLimited():
-                        execution.throttle(error.retry_after)
+                        execution.throttle(error)
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         execution.stop(error.exit_code, error)
                     case _:
@@ -134,6 +143,7 @@ class Dispatcher:
                 await self.journal.do(Ledger.refused, attempt, error.message, now_ms)
             case _:
                 await self.journal.do(Ledger.doubt, attempt, error.message, now_ms)
+                execution.tally.doubtful += 1
                 execution.breaker.bad(now)
                 execution.bad_answer(error)
         self._leave_an_ill_api(error)
@@ -142,20 +152,22 @@ class Dispatcher:
         """Send nothing more to an API that has taken no POST for too long; polling goes on."""
         ill_since = self.execution.breaker.ill_since
         now = self.execution.clock.monotonic()
-        if (
-            ill_since is not None
-            and now - ill_since >= self.execution.timing.outage_s
-            and isinstance(error, EnrichError)
-        ):
+        if ill_since is not None and now - ill_since >= self.execution.timing.outage_s:
             self.execution.stop(Exit.API, error)
 
+    def _claim_some(self, ledger: Ledger, room: int, now_ms: int) -> tuple[list[Claim], bool]:
+        """Claim up to `room` requests; tell also whether the cap stood in the way."""
+        claims: list[Claim] = []
+        try:
+            while len(claims) < room and (claim := ledger.claim(self.execution.id, self.price, now_ms)):
+                claims.append(claim)
+                self._unsent.add(claim.attempt_id)
+        except CapReached:
+            return claims, True
+        return claims, False
 
-def _claim_some(ledger: Ledger, execution_id: int, price: int, room: int, now_ms: int) -> tuple[list[Claim], bool]:
-    """Claim up to `room` requests; tell also whether the cap stood in the way."""
-    claims: list[Claim] = []
-    try:
-        while len(claims) < room and (claim := ledger.claim(execution_id, price, now_ms)):
-            claims.append(claim)
-    except CapReached:
-        return claims, True
-    return claims, False
+    def _unclaim(self, ledger: Ledger, now_ms: int) -> None:
+        """Put back what was claimed and not sent: it would be in doubt otherwise."""
+        for attempt_id in sorted(self._unsent):
+            ledger.refused(attempt_id, "not sent: the execution ended", now_ms)
+        self._unsent.clear()

@@ -6,6 +6,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── ApiUnreachable      4     the API does not answer: the next run resumes
 ├── Refused             5     nothing was spent: look at the input, the balance, the ledger
 ├── LedgerLocked       11     another execution is at work
+├── Interrupted    130,143  a signal ended it
 ├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
@@ -104,6 +105,14 @@ class LedgerLocked(EnrichError):
 
 class LedgerFailed(EnrichError):
     """The ledger could not be written in the middle of an execution."""
+
+
+class Interrupted(EnrichError):
+    """A signal ended the execution."""
+
+    def __init__(self, code: Exit) -> None:
+        super().__init__("interrupted: what is at the API is collected by the next run")
+        self.exit_code = code
 
 
 class CallFailed(EnrichError):

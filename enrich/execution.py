@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from enrich.errors import PRECEDENCE, EnrichError, Exit
+from enrich.errors import PRECEDENCE, EnrichError, Exit, RateLimited
 from enrich.model import Clock, State
 from enrich.pace import Breaker, Pace, PollTimes
 
@@ -32,6 +32,7 @@ class Tally:
     """What happened in this execution; credits in millionths."""
 
     submitted: int = 0
+    doubtful: int = 0
     settled: dict[State, int] = field(default_factory=dict)
     spent: int = 0
     polls: int = 0
@@ -60,6 +61,8 @@ class Execution:
     reasons: dict[Exit, EnrichError] = field(default_factory=dict)
     #: No new POST leaves.
     closing: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Nothing more is asked; POSTs on the wire are waited for, as cut off they would be in doubt.
+    giving_up: asyncio.Event = field(default_factory=asyncio.Event)
     #: Nothing is waited for any more.
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     failing_since: float | None = None
@@ -72,9 +75,15 @@ class Execution:
         self.closing.set()
         self.notify()
 
+    def give_up(self, code: Exit, reason: EnrichError) -> None:
+        """Ask nothing more; the loops end when the requests on the wire are answered."""
+        self.giving_up.set()
+        self.stop(code, reason)
+
     def leave(self) -> None:
         """Wait for nothing any more."""
         self.closing.set()
+        self.giving_up.set()
         self.leaving.set()
         self.notify()
 
@@ -141,18 +150,18 @@ class Execution:
         self.pace.answered()
 
     def bad_answer(self, error: EnrichError) -> None:
-        """Hear that it did not; after a long outage the execution leaves with exit 4."""
+        """Hear that it did not; after a long outage the execution gives up with exit 4."""
         now = self.clock.monotonic()
         if self.failing_since is None:
             self.failing_since = now
         if now - self.failing_since >= self.timing.outage_s:
-            self.reasons.setdefault(Exit.API, error)
-            self.leave()
+            self.give_up(Exit.API, error)
 
-    def throttle(self, retry_after: float | None) -> None:
-        """Hear a 429."""
+    def throttle(self, error: RateLimited) -> None:
+        """Hear a 429; an API that says nothing else for long is an outage, too."""
         self.tally.rate_limited += 1
-        self.pace.throttled(self.clock.monotonic(), retry_after)
+        self.pace.throttled(self.clock.monotonic(), error.retry_after)
+        self.bad_answer(error)
 
     def exit_code(self, also: Mapping[Exit, bool]) -> Exit:
         """Choose the exit code: of those that hold, the first in the order of the contract."""

@@ -30,9 +30,14 @@ class Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
-            raise JobError(f"{path}{line}: {error.problem or error.context}") from error
+            problem = error.problem or error.context or ""
+            hint = "put it in quotes if it is text" if "cannot start any token" in problem else None
+            # Without its cause, which quotes the file.
+            raise JobError(f"{path}{line}: {problem}", "indent with blanks" if "\\t" in problem else hint) from None
         except yaml.YAMLError as error:
-            raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+            raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise JobError(f"{path}: nested too deeply") from None
         if not isinstance(root, yaml.MappingNode):
             raise JobError(f"{path}: a job file is a mapping of keys", "start from jobs/leads.yaml")
         self._root = root
@@ -90,4 +95,5 @@ def _plain(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise JobError(f"{path}:{node.start_mark.line + 1}: {error}") from error
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+        raise JobError(f"{path}:{node.start_mark.line + 1}: {problem}", "put it in quotes if it is text") from None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enrich.model import Answer, Call, Claim, State, Task
+from enrich.model import MOVES, Answer, Call, Claim, State, Task
 from enrich.schema import open_ledger
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
@@ -76,10 +76,11 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK TO move")
+            if self._db.in_transaction:  # a full disk may have ended it
+                self._db.execute("ROLLBACK TO move")
+                self._db.execute("RELEASE move")
             raise
-        finally:
-            self._db.execute("RELEASE move")
+        self._db.execute("RELEASE move")
 
     # What the ledger is bound to
 
@@ -112,13 +113,12 @@ class Ledger:
     def recover(self, now_ms: int) -> int:
         """Put what a crash left in `submitting` in doubt (edge d); return how many."""
         self._db.execute(
-            "UPDATE requests SET state = 'in_doubt' "
+            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1 "
             f"WHERE id IN (SELECT request_id FROM attempts WHERE state = 'submitting' AND {OPEN_ATTEMPT})"
         )
         return self._db.execute(
-            "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, "
-            f"error = 'the program was ended between the request and its answer' "
-            f"WHERE state = 'submitting' AND {OPEN_ATTEMPT}",
+            "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, error = 'the program ended between the request "
+            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT}",
             (now_ms,),
         ).rowcount
 
@@ -149,13 +149,8 @@ class Ledger:
 
     def executions(self, job: str | None = None, last: int = -1) -> list[sqlite3.Row]:
         """Return the newest `last` executions (of one job), newest first."""
-        return list(
-            self._rows(
-                "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2",
-                job,
-                last,
-            )
-        )
+        sql = "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
+        return list(self._rows(sql, job, last))
 
     # Enroll: from the input to the queue
 
@@ -184,8 +179,9 @@ class Ledger:
         canonical = json.dumps(call.body() | {"waterfall": call.waterfall}, sort_keys=True)
         self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
         self._db.execute(
-            "INSERT OR IGNORE INTO requests (fingerprint, call_id, params, state) "
-            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' FROM batch ORDER BY i",
+            "INSERT INTO requests (fingerprint, call_id, params, state) "
+            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' "
+            "FROM batch WHERE true ORDER BY i ON CONFLICT (fingerprint) DO NOTHING",
             (canonical,),
         )
         self._see()
@@ -292,7 +288,9 @@ class Ledger:
 
     def doubt(self, attempt_id: int, reason: str, now_ms: int) -> None:
         """Nobody can tell whether it was charged (edges d, e): the reservation stays."""
-        (state,) = self._db.execute("SELECT state FROM attempts WHERE id = ?", (attempt_id,)).fetchone()
+        (state,) = self._db.execute(
+            "SELECT state FROM requests WHERE id = (SELECT request_id FROM attempts WHERE id = ?)", (attempt_id,)
+        ).fetchone()
         self._close(attempt_id, State(state), State.IN_DOUBT, "in_doubt", error=reason, settled_ms=now_ms)
         if state == State.SUBMITTING:
             self._count_attempt(attempt_id)
@@ -333,11 +331,10 @@ class Ledger:
             error=answer.error,
             answer=answer.raw,
         )
-        if answer.state in (State.FOUND, State.NOT_FOUND):
+        if answer.state is State.FOUND:
             self._db.execute(
-                "UPDATE requests SET answer_id = ?1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?1) AND "
-                "(?2 = 'found' OR NOT EXISTS (SELECT 1 FROM attempts a WHERE a.id = answer_id AND a.state = 'found'))",
-                (attempt_id, answer.state),
+                "UPDATE requests SET answer_id = ?1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?1)",
+                (attempt_id,),
             )
         known = answer.credits is not None
         self._db.execute(
@@ -354,8 +351,8 @@ class Ledger:
             f"UPDATE attempts SET state = :outcome{columns} WHERE id = :id AND state = :before RETURNING request_id",
             {"outcome": outcome, "id": attempt_id, "before": before, **known},
         ).fetchone()
-        if attempt is None:
-            raise AssertionError(f"attempt {attempt_id} is not {before}")
+        if attempt is None or (before, after) not in MOVES:
+            raise AssertionError(f"attempt {attempt_id} cannot go from {before} to {after}")
         moved = self._db.execute(
             "UPDATE requests SET state = ? WHERE id = ? AND attempt_id = ? AND state = ?",
             (after, attempt[0], attempt_id, before),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -71,14 +71,18 @@ class RowStatus(StrEnum):
 MICROS = 1_000_000
 
 
+#: More credits than this are no price.
+MOST_CREDITS = 1_000_000_000_000
+
+
 def to_micros(credits_: object) -> int | None:
     """Read credits as the API writes them (number or string); None when they can't be read."""
     if credits_ is None or isinstance(credits_, bool):
         return None
     try:
         amount = Decimal(str(credits_).strip())
-        return int((amount * MICROS).to_integral_value()) if amount.is_finite() and amount >= 0 else None
-    except InvalidOperation:
+        return int((amount * MICROS).to_integral_value()) if 0 <= amount <= MOST_CREDITS else None
+    except ArithmeticError:  # no number, or NaN, which compares with nothing
         return None
 
 

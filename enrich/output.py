@@ -30,11 +30,13 @@ def part_of(target: Path, job: str) -> Path:
 def prepare(target: Path, source: Path, job: str) -> None:
     """Make the output's folder and remove what a killed run left in it.
 
-    Raises JobError when the output would replace the input, Refused when the folder can't be made.
+    Raises JobError when the output would replace the input or a ledger, Refused when the folder can't be made.
     """
     try:
-        if target == source or (target.exists() and target.samefile(source)):
+        if target == source or (target.exists() and source.exists() and target.samefile(source)):
             raise JobError(f"{target}: the output would replace the input", "choose another `output`")
+        if target.is_file() and _is_database(target):
+            raise JobError(f"{target}: the output would replace a ledger", "choose another `output`")
         target.parent.mkdir(parents=True, exist_ok=True)
         part_of(target, job).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -43,6 +45,11 @@ def prepare(target: Path, source: Path, job: str) -> None:
             raise IsADirectoryError(21, "it is a folder")
     except OSError as error:
         raise Refused(f"{target}: the output cannot be written: {error.strerror}") from error
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 def write(  # noqa: PLR0913 - one file is all of these
@@ -69,7 +76,13 @@ def write(  # noqa: PLR0913 - one file is all of these
     except CsvProblem as problem:
         raise Refused(f"{target}: {problem.message}", problem.hint) from problem
     except OSError as error:
-        raise Refused(f"{target}: the output cannot be written: {error.strerror or error}") from error
+        raise Refused(
+            f"{target}: the output cannot be written: {error.strerror or error}",
+            "make room for it; the ledger has the answers: `enrich collect` writes them without paying",
+        ) from error
+    except pl.exceptions.ComputeError as error:
+        # What the disk says comes out of polars' sink as this.
+        raise Refused(f"{target}: the output cannot be written: {error}") from error
 
 
 @contextmanager
@@ -81,7 +94,9 @@ def _atomic(target: Path, part: Path) -> Iterator[BinaryIO]:
             yield raw
             raw.flush()
             os.fsync(raw.fileno())
-        part.replace(target)
+            if not os.path.samestat(os.fstat(raw.fileno()), part.stat()):
+                raise FileExistsError(17, f"another run of a job of this name writes {part}")
+            part.replace(target)
     except BaseException:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -97,8 +112,7 @@ def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterab
     with CsvWriter(raw, output.separator, output.encoding) as writer:
         writer.write_header(columns)
         for frame in frames:
-            kept, ours = frame.get_columns()[:-new], frame.get_columns()[-new:]
-            writer.write(pl.DataFrame([*kept, *map(_as_text, ours)]))
+            writer.write(frame.with_columns(map(_as_text, frame.get_columns()[-new:])))
 
 
 def _as_text(column: pl.Series) -> pl.Series:

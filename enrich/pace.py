@@ -10,6 +10,7 @@ from collections import deque
 from statistics import median
 
 SLOW_START = 10.0  # requests per second, before anything is known
+TOLD_START = 50.0  # likewise, when the person names a ceiling
 SLOWEST = 0.2
 DECREASE = 0.7
 RECOVERY_S = 1.0  # the 429s of one burst slow us once
@@ -23,8 +24,8 @@ class Pace:
     def __init__(self, ceiling: float | None) -> None:
         """Never exceed `ceiling` requests per second; None: find what the API allows."""
         self._ceiling = ceiling
-        self.rate = ceiling or SLOW_START
-        self._slow_start = ceiling is None
+        self.rate = SLOW_START if ceiling is None else min(ceiling, TOLD_START)
+        self._slow_start = True
         self._next_free = 0.0
         self._blocked_until = 0.0
         self._recovered_at = 0.0
@@ -60,7 +61,7 @@ class Pace:
         if now < self._recovered_at:
             return
         self._slow_start = False
-        self.rate = max(SLOWEST, self.rate * DECREASE)
+        self.rate = max(min(SLOWEST, self.rate), self.rate * DECREASE)
         self._recovered_at = max(self._blocked_until, now) + RECOVERY_S
 
 
@@ -90,10 +91,15 @@ class Breaker:
         return max(0.0, self._retry_at - now)
 
     def bad(self, now: float) -> None:
-        """Hear an answer that may or may not be one, or none at all."""
-        self._bad += 1
+        """Hear an answer that may or may not be one, or none at all.
+
+        POSTs that had left before a pause began say nothing new: a full wire is one hiccup, not thirty-two.
+        """
         if self.ill_since is None:
             self.ill_since = now
+        if not self.healthy and now < self._retry_at:
+            return
+        self._bad += 1
         pause = self.FIRST_PAUSE_S * 2.0 ** min(self._bad - self.TRIP, 10)
         self._retry_at = now + min(self.LONGEST_PAUSE_S, pause)
 
@@ -114,12 +120,14 @@ class PollTimes:
 
     def __init__(self) -> None:
         self._latencies: deque[float] = deque(maxlen=self.REMEMBERED)
+        self._heard = 0
         self._typical = self.FIRST_GUESS_S
 
     def finished(self, age: float) -> None:
         """Hear how old a task was when its answer was seen, in seconds."""
         self._latencies.append(age)
-        if len(self._latencies) % 10 == 1:
+        self._heard += 1
+        if self._heard % 10 == 1:
             self._typical = median(self._latencies)
 
     @property

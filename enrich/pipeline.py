@@ -12,7 +12,7 @@ from enrich.client import Client
 from enrich.collector import Collector
 from enrich.connect import Connection, connect
 from enrich.dispatcher import Dispatcher
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Refused
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, Refused
 from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
@@ -23,7 +23,7 @@ from enrich.poller import Poller
 from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
-from enrich.signals import Interrupted, Signals
+from enrich.signals import Signals
 from enrich.spec import SANDBOX_SUFFIX, Job
 from enrich.surroundings import Options, Progress, Surroundings
 
@@ -32,7 +32,7 @@ PROGRESS_S = 0.2
 COUNTED_WHEN_INTERRUPTED = 100_000
 #: Requests whose answer is reused.
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
-#: The share of --max-time that is kept for collecting what was submitted.
+#: The share of --max-time that is kept at most for collecting what was submitted.
 COLLECTING_SHARE = 0.2
 
 
@@ -98,6 +98,7 @@ async def _execute(
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
     for note in [*connection.notes, *([news] if news else [])]:
         desk.note(note)
+    timekeeper = asyncio.create_task(desk.keep_time())
     try:
         await desk.rescue()
         if rows is None or broken is not None:
@@ -110,6 +111,8 @@ async def _execute(
             code = Exit.BUG  # 5 promises that nothing was spent
         execution.reasons.setdefault(code, error)
         return await desk.finish(execution.exit_code({}))
+    finally:
+        timekeeper.cancel()
 
 
 def _beside_others(job: Job) -> str | None:
@@ -146,6 +149,7 @@ class _Desk:
     notes: list[str] = field(default_factory=list)
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
+    reused: int | None = None
     out_of_time: bool = False
     _poller: Poller | None = None
     _helpers: set[asyncio.Task[None]] = field(default_factory=set)
@@ -159,6 +163,24 @@ class _Desk:
         """Wind down after a signal: no new POST, answers on the wire are written down, ready results fetched."""
         self.execution.stop(code, Interrupted(code))
         self._helpers.add(asyncio.create_task(self._wind_down()))
+
+    async def keep_time(self) -> None:
+        """Stop submitting early enough to collect, and leave when --max-time is over."""
+        if self.options.max_time_s is None:
+            return
+        clock, deadline = self.around.clock, self.started + self.options.max_time_s
+        while (left := deadline - clock.monotonic() - self._collecting_s()) > 0:
+            await self.execution.pause(min(left, 1.0), self.execution.leaving)
+        self.out_of_time = True
+        self.execution.closing.set()
+        self.execution.notify()
+        await asyncio.sleep(deadline - clock.monotonic())
+        self.execution.leave()
+
+    def _collecting_s(self) -> float:
+        """How long it may take to collect what is in flight, in seconds."""
+        share = COLLECTING_SHARE * (self.options.max_time_s or 0.0)
+        return min(share, max(10.0, 4 * self.execution.poll_times.typical))
 
     async def rescue(self) -> None:
         """Ask once for everything that earlier executions left at the API, nearest expiry first."""
@@ -213,6 +235,8 @@ class _Desk:
 
         self.rows_read = await self.journal.do(enroll)
         self.enrolled = await self.journal.do(Ledger.enrolled)
+        if self.reused is None:
+            self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
     async def _check_before_spending(self) -> None:
         """Refuse when the balance is too low for one request, or when the person says no."""
@@ -257,14 +281,11 @@ class _Desk:
                 poller.no_more = True
                 self.execution.notify()
 
-        helpers = [asyncio.create_task(self._keep_showing())]
-        if self.options.max_time_s is not None:
-            helpers.append(asyncio.create_task(self._keep_time(self.options.max_time_s)))
+        showing = asyncio.create_task(self._keep_showing())
         try:
             await self.execution.until_leaving(dispatch(), poller.run())
         finally:
-            for helper in helpers:
-                helper.cancel()
+            showing.cancel()
             self._show()
 
     async def _collect(self, rows: Rows, target: Path) -> Receipt:
@@ -298,7 +319,7 @@ class _Desk:
             rows=self.rows_read,
             requests=None if enrolled is None else sum(enrolled.values()),
             submitted=known["submitted"],
-            reused=None if enrolled is None else sum(enrolled.get(state, 0) for state in ANSWERED),
+            reused=self.reused,
             credits_spent=to_credits(known["spent"]),
             credits_unknown=known["unknown"],
             balance_before=None if before is None else to_credits(before),
@@ -347,15 +368,6 @@ class _Desk:
             await execution.wait_change(wait)
         await asyncio.sleep(timing.ready_s)
         execution.leave()
-
-    async def _keep_time(self, max_time_s: float) -> None:
-        """Stop submitting early enough to collect, and leave when the time is over."""
-        left = max_time_s - (self.around.clock.monotonic() - self.started)
-        await asyncio.sleep(left * (1 - COLLECTING_SHARE))
-        self.out_of_time = True
-        self.execution.closing.set()
-        await asyncio.sleep(left * COLLECTING_SHARE)
-        self.execution.leave()
 
     async def _keep_showing(self) -> None:
         while True:

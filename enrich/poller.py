@@ -60,8 +60,11 @@ class Poller:
         """Take on what earlier executions left at the API; ask at once unless that was done just now."""
         for task in tasks:
             waiting = Waiting(task, fresh=False, alive=task.seen_alive)
-            self._later(waiting, self.execution.poll_times.wait(self._age(waiting)) if asked_before else 0.0)
             self.execution.in_flight += 1
+            if asked_before:
+                self._again(waiting, self.execution.poll_times.wait(self._age(waiting)))
+            else:
+                self._later(waiting, 0.0)
 
     def hurry(self) -> None:
         """Ask every task once more, now, and go."""
@@ -70,13 +73,14 @@ class Poller:
         self.execution.notify()
 
     async def run(self) -> None:
-        """Poll until no task waits and none can come, or the execution leaves."""
+        """Poll until no task waits and none can come, or the execution gives up."""
+        stop = self.execution.giving_up
         async with asyncio.TaskGroup() as polls:
-            while not self.execution.leaving.is_set():
+            while not stop.is_set():
                 wait = self._sort_due()
                 if self._ready and self._asking < POLLS_ON_THE_WIRE:
                     room = min(POLLS_ON_THE_WIRE - self._asking, len(self._ready))
-                    granted = await self.execution.rate_slots(room, self.execution.leaving)
+                    granted = await self.execution.rate_slots(room, stop)
                     for _ in range(min(granted, len(self._ready))):
                         self._asking += 1
                         polls.create_task(self._poll(heapq.heappop(self._ready)[2]))
@@ -105,11 +109,13 @@ class Poller:
             execution.tally.polls += 1
             body = await self.client.task(waiting.task.task_id)
         except RateLimited as error:
-            execution.throttle(error.retry_after)
-            self._again(waiting, 0.0)
+            execution.throttle(error)
+            if self.last_round:
+                self._later(waiting, 0.0)  # this was not the one answer that it is owed
+            else:
+                self._again(waiting, 0.0)
         except Unauthorized as error:
-            execution.stop(error.exit_code, error)
-            execution.leave()
+            execution.give_up(error.exit_code, error)
         except TaskUnknown:
             execution.good_answer()
             await self._unknown(waiting)
@@ -127,16 +133,16 @@ class Poller:
         execution = self.execution
         age = self._age(waiting)
         phase = phase_of(body)
+        if phase in (Phase.RUNNING, Phase.NO_DATA) and not waiting.alive:
+            waiting.alive = True
+            await self.journal.do(Ledger.alive, waiting.task.attempt_id)
         if phase is Phase.RUNNING:
-            if not waiting.alive:
-                waiting.alive = True
-                await self.journal.do(Ledger.alive, waiting.task.attempt_id)
             self._again(waiting, execution.poll_times.wait(age))
             return
         if phase is Phase.NO_DATA:
             now = execution.clock.monotonic()
             waiting.no_data_since = now if waiting.no_data_since is None else waiting.no_data_since
-            if now - waiting.no_data_since < execution.timing.no_data_s and not self.last_round:
+            if now - waiting.no_data_since < execution.timing.no_data_s:
                 self._again(waiting, NO_DATA_POLL_S)
                 return
         elif waiting.fresh:
@@ -145,8 +151,9 @@ class Poller:
 
     async def _unknown(self, waiting: Waiting) -> None:
         """Judge a 404: too young to be known, never accepted after all, or gone."""
-        if self._age(waiting) < self.execution.timing.young_s:
-            self._again(waiting, YOUNG_POLL_S)
+        youth = self.execution.timing.young_s - self._age(waiting)
+        if youth > 0:
+            self._again(waiting, min(YOUNG_POLL_S, youth))
         elif waiting.alive:
             reason = "the API has forgotten the task (404) before its result was fetched"
             await self._settle(waiting, Answer(State.EXPIRED, reason))
@@ -182,4 +189,5 @@ class Poller:
             self._later(waiting, seconds)
 
     def _age(self, waiting: Waiting) -> float:
-        return (self.execution.clock.now_ms() - waiting.task.submitted_ms) / 1000
+        """How old a task is in seconds; a clock that was set back makes none younger than new."""
+        return max(0.0, (self.execution.clock.now_ms() - waiting.task.submitted_ms) / 1000)

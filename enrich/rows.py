@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_task_id": pl.String(),
     "enrich_at": pl.String(),
 }
+
+#: What looks at other rows of a table than one's own; in quotes it is text or a column.
+_OTHER_ROWS = re.compile(r"\b(over|select)\b", re.IGNORECASE)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Rows:
             raise Refused(problem.message, problem.hint) from problem
         self.columns = [name for name in self._header if name not in STATUS_COLUMNS]
         self._check_columns()
-        self._where = self._parse_where()
+        self._check_where()
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Identity, size and time of the file: it was replaced or changed when this differs. None: it is gone."""
@@ -116,40 +122,42 @@ class Rows:
             hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
         raise self._job.error(where, f"the input has no column `{column}` ({self._job.input_path})", hint)
 
-    def _parse_where(self) -> pl.Expr | None:
-        """Read `where`; it must look at one row at a time, for rows come in batches."""
+    def _check_where(self) -> None:
+        """Try `where` on no rows; it must look at one row at a time, for rows come in batches."""
         where = self._job.model.where
         if where is None:
-            return None
+            return
+        lonely = "must say yes or no for each row by itself", "for example: Country = 'DE'"
+        if _OTHER_ROWS.search(_QUOTED.sub("", where)):
+            raise self._job.error(["where"], *lonely)
         try:
-            expression = pl.sql_expr(where)
+            answer = _select(where, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
         except pl.exceptions.PolarsError as error:
-            raise self._job.error(["where"], f"not a polars SQL expression: {error}") from error
-        for column in expression.meta.root_names():
-            self._check_column(column, ["where"])
-        empty = pl.DataFrame(schema=dict.fromkeys(self._header, pl.String))
-        try:
-            kinds = empty.select(expression.alias("where")).dtypes
-        except pl.exceptions.PolarsError as error:
-            raise self._job.error(["where"], str(error)) from error
-        if kinds != [pl.Boolean] or not expression.meta.is_row_separable():
-            raise self._job.error(["where"], "must say yes or no for each row by itself", "for example: Country = 'DE'")
-        return expression
+            reason = str(error).splitlines()[0]
+            if missing := _MISSING_COLUMN.match(reason):
+                self._check_column(missing[1], ["where"])
+            raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
+        if answer.schema != {"wanted": pl.Boolean} or answer.height:
+            raise self._job.error(["where"], *lonely)
 
     def _wanted(self, frame: pl.DataFrame) -> pl.Series:
         """Tell which rows `where` and `only_if_empty` leave in."""
         places = map(self._header.index, self._job.model.only_if_empty)
-        wanted = [pl.nth(place).str.strip_chars() == "" for place in places]
-        if self._where is not None:
-            wanted.append(self._where)
-        if not wanted:
-            return pl.repeat(value=True, n=frame.height, eager=True)
+        blank = [pl.nth(place).str.strip_chars() == "" for place in places]
+        wanted = frame.select(pl.all_horizontal(pl.repeat(value=True, n=pl.len()), *blank).alias("wanted")).to_series()
+        if self._job.model.where is None:
+            return wanted
         try:
-            return frame.select(pl.all_horizontal(wanted).fill_null(value=False).alias("wanted")).to_series()
+            return wanted & _select(self._job.model.where, frame).to_series().fill_null(value=False)
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0].split(" for ")[0]
             hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
             raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+
+
+def _select(where: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """Compute `where`; the line break ends a comment."""
+    return frame.sql(f"SELECT ({where}\n) AS wanted FROM leads", table_name="leads")  # noqa: S608 - over this frame only
 
 
 class _Asking:
@@ -162,12 +170,12 @@ class _Asking:
         call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
         self._prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
         self._names = sorted(self._params)
-        self._values = [source(self._params[name], header).alias(name) for name in self._names]
+        # Named by number, so that no param is in the way of another column.
+        self._values = [source(self._params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
         self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
 
     def batch(self, first: int, frame: pl.DataFrame, wanted: pl.Series) -> Batch:
-        columns = frame.get_columns()
-        batch = Batch(first, pl.DataFrame([columns[place] for place in self._kept]), [], [], [], [])
+        batch = Batch(first, frame.select(pl.nth(self._kept)), [], [], [], [])
         values = frame.select(*self._values, pl.lit(wanted).alias("wanted"))
         for *row, keep in values.iter_rows():
             params = {name: value for name, value in zip(self._names, row, strict=True) if value}
@@ -240,12 +248,13 @@ def domain(text: pl.Expr) -> pl.Expr:
         text.str.strip_chars()
         .str.to_lowercase()
         .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
-        .str.replace(r"[/?#].*$", "")
+        .str.replace(r"(?s)[/?#].*$", "")
         .str.replace(r"^.*@", "")
         .str.replace(r":\d*$", "")
-        .str.replace(r"^www\.", "")
         .str.replace(r"\.$", "")
-        .str.extract(r"^([\p{L}\p{M}\p{N}_-]+(?:\.[\p{L}\p{M}\p{N}_-]+)+)$")
+        .str.replace(r"^www\.(.*\.)", "${1}")
+        # No top-level domain is a number: what ends in one is a date, an amount or an IP address.
+        .str.extract(r"^((?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*)$")
         .fill_null("")
     )
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from enrich.errors import Refused
 
+#: "enri": a SQLite file that says otherwise is somebody else's.
+MARK = 0x656E7269
+
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
 migration = MIGRATIONS.append
 
@@ -19,35 +22,50 @@ def open_ledger(path: Path, *, read_only: bool) -> sqlite3.Connection:
     Raises Refused when it is no ledger, is newer than this program or can't be written.
     """
     try:
-        if read_only:
-            db = _connect(f"{path.absolute().as_uri()}?mode=ro")
-        else:
+        if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            db = _connect(path.absolute().as_uri())
-            # Readers look while we write; a committed move survives a power cut.
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-        _migrate(db, str(path), allowed=not read_only)
+        mode = "ro" if read_only else "rw"
+        # One thread at a time uses the connection, but not always the same one.
+        db = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=30,
+        )
+        try:
+            _check_mark(db, path)
+            if not read_only:
+                # Readers look while we write; a committed move survives a power cut.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+            _migrate(db, path, allowed=not read_only)
+        except BaseException:
+            db.close()
+            raise
     except (OSError, sqlite3.Error) as error:
         raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
     return db
 
 
-def _connect(uri: str) -> sqlite3.Connection:
-    # One thread at a time uses the connection, but not always the same one.
-    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
+def _check_mark(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse the database of another program before anything in it is changed."""
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (mark,) = db.execute("PRAGMA application_id").fetchone()
+    if tables and mark != MARK:
+        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
 
 
-def _migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
+def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
         raise Refused(
-            f"{name}: this ledger was written by a newer version of enrich",
+            f"{path}: this ledger was written by a newer version of enrich",
             f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
         )
     if version < len(MIGRATIONS) and not allowed:
-        raise Refused(f"{name}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
+        raise Refused(f"{path}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
     for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         step(db)
@@ -58,6 +76,7 @@ def _migrate(db: sqlite3.Connection, name: str, *, allowed: bool) -> None:
 @migration
 def m001_initial(db: sqlite3.Connection) -> None:
     """Times are milliseconds since 1970 (UTC), credits millionths."""
+    db.execute(f"PRAGMA application_id = {MARK}")
     for statement in INITIAL.split(";\n"):
         db.execute(statement)
 
@@ -102,7 +121,7 @@ CREATE TABLE requests (         -- one distinct paid question
         ('pending', 'submitting', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
     attempts INTEGER NOT NULL DEFAULT 0,  -- accepted or doubtful POSTs since the person's last word
     attempt_id INTEGER REFERENCES attempts,  -- the newest attempt
-    answer_id INTEGER REFERENCES attempts,   -- the attempt whose answer stands
+    answer_id INTEGER REFERENCES attempts,   -- the newest that found something: its answer stands
     position INTEGER            -- place in the queue; NULL: the present execution does not want it
 ) STRICT;
 

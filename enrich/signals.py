@@ -9,21 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from enrich.errors import EnrichError, Exit
+from enrich.errors import Exit, Interrupted
 
 CODES = {
     signal.SIGINT: Exit.INTERRUPTED,
     signal.SIGTERM: Exit.TERMINATED,
     signal.SIGHUP: Exit.TERMINATED,  # the terminal was closed
 }
-
-
-class Interrupted(EnrichError):
-    """A signal ended the execution."""
-
-    def __init__(self, code: Exit) -> None:
-        super().__init__("interrupted: what is at the API is collected by the next run")
-        self.exit_code = code
 
 
 @dataclass(slots=True)

@@ -11,7 +11,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from enrich.errors import JobError
 from enrich.jobfile import Document
@@ -19,6 +28,9 @@ from enrich.jobfile import Document
 #: The ledger of `--sandbox` lies beside the real one.
 SANDBOX_SUFFIX = ".sandbox.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+
+#: What the ledger can hold, in millionths, as a 64-bit integer.
+MOST_CREDITS = 1e12
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
@@ -29,7 +41,10 @@ def parse_duration(value: object) -> timedelta:
     if match is None or not any(match.groups()):
         raise ValueError("a duration is a number with its unit: 90d, 24h, 30m or 45s")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    try:
+        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    except OverflowError as error:
+        raise ValueError("this duration is too long") from error
 
 
 def _text(value: object) -> object:
@@ -45,13 +60,34 @@ def _yaml_word(value: object) -> str:
 
 
 def _credits(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number of credits")  # noqa: TRY004 - pydantic reports ValueErrors
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= MOST_CREDITS:
+        raise ValueError("must be a number of credits")
+    return value
+
+
+def _columns(value: object) -> object:
+    return value if isinstance(value, list) else [_text(value)]
+
+
+def _separator(value: str) -> str:
+    if len(value) != 1 or value in '"\r\n\0':
+        raise ValueError('must be one character, such as "," or ";" or "\\t", and no quote or line end')
+    return value
+
+
+def _encoding(value: str) -> str:
+    try:
+        "a".encode(value)
+    except (LookupError, ValueError) as error:
+        raise ValueError("no encoding that is known: use a name such as utf-8, cp1252 or utf-16") from error
     return value
 
 
 Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
-Constant = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+Separator = Annotated[
+    str, AfterValidator(_separator), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1})
+]
+Encoding = Annotated[Text, AfterValidator(_encoding)]
 Duration = Annotated[
     timedelta,
     BeforeValidator(parse_duration),
@@ -63,15 +99,15 @@ Transform = Literal["trim", "lower", "domain"]
 class _Strict(BaseModel):
     """A part of the job file: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
 class Input(_Strict):
     """The CSV (or TSV) of leads."""
 
     path: Text = Field(description="The file of leads; relative to the job file.")
-    separator: Annotated[str, Field(min_length=1, max_length=1)] = Field(",", description="One character.")
-    encoding: Text = Field("utf-8", description="As Python names it: utf-8, cp1252, utf-16 …")
+    separator: Separator = Field(",", description="One character.")
+    encoding: Encoding = Field("utf-8", description="As Python names it: utf-8, cp1252, utf-16 …")
 
 
 class Output(_Strict):
@@ -80,43 +116,40 @@ class Output(_Strict):
     path: Text = Field(
         description="A .csv, .csv.gz or .parquet file; strftime codes allowed; relative to the job file."
     )
-    separator: Annotated[str, Field(min_length=1, max_length=1)] = Field(",", description="One character.")
-    encoding: Text = Field("utf-8", description="As Python names it.")
+    separator: Separator = Field(",", description="One character.")
+    encoding: Encoding = Field("utf-8", description="As Python names it.")
 
 
 class Param(_Strict):
     """Where a param's value comes from: columns of the input, or a constant."""
 
-    column: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="A column, or several: the first that is not blank after the transforms counts."
+    columns: Annotated[list[Text], BeforeValidator(_columns), Field(min_length=1)] = Field(
+        [],
+        alias="column",
+        description="A column, or several: the first that is not blank after the transforms counts.",
     )
     transform: list[Transform] = Field([], description="In this order: trim, lower, domain.")
-    value: Constant | None = Field(None, description="A constant, in quotes.")
+    value: Annotated[str | None, BeforeValidator(_text), Field(min_length=1)] = Field(
+        None, description="A constant, in quotes."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Param:
-        if (self.column is None) == (self.value is None):
+        if bool(self.columns) == (self.value is not None):
             raise ValueError("needs either `column` or `value`")
         if self.value is not None and self.transform:
             raise ValueError("a constant `value` has no `transform`")
         return self
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns it reads, in the order in which they are tried."""
-        if self.column is None:
-            return []
-        return [self.column] if isinstance(self.column, str) else list(self.column)
-
 
 class Limits(_Strict):
     """What the run may use."""
 
-    requests_per_second: Annotated[float, Field(gt=0)] | None = Field(
+    requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Submits and polls together, at most; null: find what the API allows."
     )
     in_flight: Annotated[int, Field(ge=1)] = Field(200, description="Tasks at Databar at once.")
-    max_credits: Annotated[float, BeforeValidator(_credits), Field(ge=0)] | None = Field(
+    max_credits: Annotated[float, Field(ge=0), BeforeValidator(_credits)] | None = Field(
         None, description="Credits that one execution may spend; null: no cap."
     )
 
@@ -240,12 +273,15 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     except ValidationError as error:
         raise _job_error(document, error) from error
     if overrides.max_credits is not None:
+        if not 0 <= overrides.max_credits <= MOST_CREDITS:
+            raise JobError("--max-credits: must be a number of credits")
         limits = model.limits.model_copy(update={"max_credits": overrides.max_credits})
         model = model.model_copy(update={"limits": limits})
     home = path.resolve().parent
     name = model.name or path.stem
     input_path = _absolute(home, overrides.input.absolute() if overrides.input else model.input.path)
-    output = model.output or Output(path=f"{_stem(input_path)}_enriched.csv")
+    stem = _stem(input_path).replace("%", "%%")  # a name, and no strftime code
+    output = model.output or Output(path=f"{stem}_enriched.csv")
     if overrides.output is not None:
         output = output.model_copy(update={"path": str(overrides.output)})
     ledger = _absolute(home, model.ledger or f".enrich/{name}.db")
@@ -283,7 +319,10 @@ def json_schema() -> dict[str, Any]:
     defs, properties = schema["$defs"], schema["properties"]
     defs["Input"] = _with_short_form(defs["Input"], [text])
     defs["Output"] = _with_short_form(defs["Output"], [text])
-    defs["Param"] = _with_short_form(defs["Param"], [text, {"type": "array", "items": text, "minItems": 1}])
+    several = {"type": "array", "items": text, "minItems": 1}
+    column = defs["Param"]["properties"]["column"]
+    defs["Param"]["properties"]["column"] = {"anyOf": [text, several], "description": column["description"]}
+    defs["Param"] = _with_short_form(defs["Param"], [text, several])
     properties["name"]["description"] = "Default: the file's stem."
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -303,32 +342,37 @@ def _dotted(where: Sequence[str | int]) -> str:
     return ".".join(map(str, where))
 
 
-#: pydantic's words for the branches of a union: no keys of the file.
-_BRANCHES = re.compile(r"^(function-.*|constrained-.*|list\[.*|str|nullable.*)$")
+#: pydantic's kinds of errors in words of the file.
+_MESSAGES = {
+    "missing": "is missing",
+    "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "list_type": "must be a list: [...]",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
 
 
 def _job_error(document: Document, error: ValidationError) -> JobError:
-    """Write all that is wrong, each with its line."""
-    lines: dict[str, None] = {}
-    hints: list[str] = []
+    """Write all that is wrong, in the order of the lines; a single one has its hint apart."""
+    found: list[tuple[int, str, str | None]] = []
     for problem in error.errors(include_url=False):
-        where = [step for step in problem["loc"] if not _BRANCHES.match(str(step))]
-        message = problem["msg"].removeprefix("Value error, ")
+        where = [step for step in problem["loc"] if step != "[key]"]
+        message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        hint = None
         if problem["type"] == "extra_forbidden":
-            message = "unknown key"
-            if hint := nearest(str(where[-1]), _keys_beside(where)):
-                hints.append(hint)
-        elif problem["type"] == "missing":
-            message = "is missing"
+            message, hint = "unknown key", nearest(str(where[-1]), _keys_beside(where))
         line = document.line(where)
-        lines.setdefault(f"{document.path}:{line}: {_dotted(where)}: {message}")
-    return JobError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or None)
+        found.append((line, f"{document.path}:{line}: {_dotted(where)}: {message}", hint))
+    found.sort(key=lambda each: each[0])
+    if len(found) == 1:
+        return JobError(found[0][1], found[0][2])
+    return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
 
 
 def _keys_beside(where: Sequence[str | int]) -> list[str]:
     """Name the keys that are known where an unknown one was found."""
     parts: dict[tuple[str, ...], type[BaseModel]] = {
-        (): JobModel,
         ("input",): Input,
         ("output",): Output,
         ("limits",): Limits,
@@ -337,4 +381,4 @@ def _keys_beside(where: Sequence[str | int]) -> list[str]:
     }
     parent = tuple(map(str, where[:-1]))
     model = Param if parent[:1] == ("params",) else parts.get(parent, JobModel)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,14 +1,15 @@
 """The wire below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
 
-httpx's own transport costs several times the processor time . The
-stock `httpx_aiohttp` transport turns a connection that was reset after the request had left into
-`httpx.ConnectTimeout`, which reads as "never sent" and would pay twice; so the phase decides here:
-`httpx.ConnectError` means that no connection was handed over, anything later is `httpx.ReadError`.
+httpx's own transport costs several times the processor time. The stock `httpx_aiohttp` transport
+turns a connection that was reset after the request had left into `httpx.ConnectTimeout`, which reads
+as "never sent" and would pay twice; so the phase decides here: `httpx.ConnectError` means that no
+connection was handed over, anything later is `httpx.ReadError`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from contextvars import ContextVar
 
 import aiohttp
@@ -25,11 +26,11 @@ async def _on_connection(*_: object) -> None:
 class Transport(AiohttpTransport):
     """An httpx transport; environment proxies (`HTTPS_PROXY`, `NO_PROXY`) and `SSL_CERT_FILE` are honoured."""
 
-    def __init__(self, connections: int, idle_s: float) -> None:
+    def __init__(self, connections: int, idle_s: float, tls: ssl.SSLContext) -> None:
         """Keep at most `connections`, and none that was idle for more than `idle_s` seconds."""
         self._connections = connections
         self._idle_s = idle_s
-        super().__init__(client=self._session)
+        super().__init__(verify=tls, client=self._session)
 
     def _session(self) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
@@ -53,7 +54,11 @@ class Transport(AiohttpTransport):
         token = _connected.set(connected)
         try:
             response = await super().handle_async_request(request)
-            await response.aread()
+            try:
+                await response.aread()
+            finally:
+                # An answer that was not read to its end would keep its connection, and there are few.
+                await response.aclose()
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -1,0 +1,125 @@
+"""A ledger for tests: leads by number, moves that are committed one by one, and a look with plain SQL."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from enrich.ledger import Ledger
+from enrich.model import Answer, Call, Claim, State
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CALL = Call("email_getter", (833, 966, 701, 745))
+#: What one request may cost at worst, and what an answer costs here.
+PRICE, COST = 5, 2
+FOUND = Answer(State.FOUND, provider="Mailhound", credits=COST, raw='{"data":{"email":"a@b.example"}}')
+MISSED = Answer(State.NOT_FOUND, credits=0, raw='{"data":null}')
+FREE_FAILURE = Answer(State.FAILED, "try later", credits=0, free_failure=True)
+BOUND = {"api_host": "api.example", "workspace": "ours"}
+
+
+def fingerprint(number: int) -> bytes:
+    """Name the request of a lead."""
+    return number.to_bytes(16)
+
+
+def params(number: int) -> str:
+    """Ask about a lead."""
+    return json.dumps({"first_name": f"F{number}", "last_name": f"L{number}", "company": f"c{number}.example"})
+
+
+def wanted(numbers: Iterable[int], first: int = 0) -> list[tuple[int, bytes, str]]:
+    """Make one batch of the input, its first row at position `first`."""
+    return [(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
+
+
+@dataclass
+class Books:
+    """A ledger of which every move is committed by itself."""
+
+    path: Path
+    ledger: Ledger
+    execution: int = 0
+    now: int = 1_000
+
+    @classmethod
+    def open(cls, path: Path) -> Books:
+        """Open a ledger, as an execution does."""
+        return cls(path, Ledger(path))
+
+    def do(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a move and commit it."""
+        with self.ledger.transaction():
+            return move(self.ledger, *args, **kwargs)
+
+    def start(self, cap: int | None = None) -> int:
+        """Begin an execution."""
+        self.execution = self.do(Ledger.start_execution, "job", cap, self.now)
+        return self.execution
+
+    def enroll(
+        self, *batches: Iterable[int], retry: Collection[State] = (), stale: Mapping[State, int] | None = None
+    ) -> None:
+        """Read an input, batch by batch."""
+        self.do(Ledger.clear_queue)
+        self.do(Ledger.begin_pass)
+        position = 0
+        for numbers in batches:
+            batch = wanted(numbers, position)
+            position += len(batch)
+            self.do(Ledger.enroll, CALL, batch, retry=retry, stale=stale)
+
+    def claim(self, price: int = PRICE) -> Claim:
+        """Claim the next request; there must be one."""
+        claim = self.do(Ledger.claim, self.execution, price, self.now)
+        assert claim is not None
+        return claim
+
+    def submit(self, task_id: str = "task") -> int:
+        """Claim the next request and have it accepted; return its attempt."""
+        attempt = self.claim().attempt_id
+        self.do(Ledger.accepted, attempt, task_id, self.now, BOUND)
+        return attempt
+
+    def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
+        """Bring an answer."""
+        return self.do(Ledger.settle, attempt, answer, self.execution, self.now, max_attempts)
+
+    def begin(self, *numbers: int, cap: int | None = None) -> Books:
+        """Start an execution that wants these leads."""
+        self.start(cap)
+        self.enroll(numbers)
+        return self
+
+    def state(self, number: int) -> State:
+        """Tell where the request of a lead stands."""
+        return State(self.one("SELECT state FROM requests WHERE fingerprint = ?", fingerprint(number))[0])
+
+    @property
+    def money(self) -> tuple[int, int, int, int]:
+        """The execution's spent, reserved, unknown and submitted."""
+        row = self.ledger.execution(self.execution)
+        return row["spent"], row["reserved"], row["unknown"], row["submitted"]
+
+    def one(self, sql: str, *values: object) -> Any:
+        """Look with plain SQL, through a connection of its own; the first row."""
+        return self.all(sql, *values)[0]
+
+    def all(self, sql: str, *values: object) -> list[Any]:
+        """Look with plain SQL, through a connection of its own."""
+        db = sqlite3.connect(self.path)
+        try:
+            return db.execute(sql, values).fetchall()
+        finally:
+            db.close()
+
+    def reopen(self) -> None:
+        """Be killed, and start again."""
+        self.ledger.close()
+        self.ledger = Ledger(self.path)

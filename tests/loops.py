@@ -1,0 +1,172 @@
+"""The dispatcher and the poller over a real ledger, journal and client, against the sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from enrich.client import Client
+from enrich.dispatcher import Dispatcher
+from enrich.execution import Execution, Timing
+from enrich.journal import Journal
+from enrich.ledger import Ledger
+from enrich.model import Call, Clock, SystemClock
+from enrich.pace import Breaker, Pace, PollTimes
+from enrich.poller import Poller
+from tests.books import BOUND, CALL, Books
+from tests.harness import HASTY, Api
+
+#: What `CALL` costs at worst in the sandbox, in millionths.
+WORST = 3_510_000
+
+
+class Soon(PollTimes):
+    """Asks early: the sandbox answers at once."""
+
+    FIRST_GUESS_S = 0.05
+    SHORTEST_S = 0.1
+
+
+class Quick(Breaker):
+    """Does not pause for long."""
+
+    FIRST_PAUSE_S = 0.05
+    LONGEST_PAUSE_S = 0.2
+
+
+@dataclass
+class Watch:
+    """What was seen of the requests."""
+
+    execution: Execution
+    posts: int = 0
+    on_the_wire: int = 0
+    most_on_the_wire: int = 0
+    most_at_the_api: int = 0
+    asked: list[str] = field(default_factory=list)
+
+
+class WatchedClient(Client):
+    """The real client; every request is seen."""
+
+    watch: Watch
+
+    async def run(self, waterfall: str, body: bytes) -> str:
+        """Count the POSTs, and those on the wire."""
+        watch = self.watch
+        watch.posts += 1
+        watch.on_the_wire += 1
+        watch.most_on_the_wire = max(watch.most_on_the_wire, watch.on_the_wire)
+        at_the_api = watch.execution.on_the_wire + watch.execution.in_flight
+        watch.most_at_the_api = max(watch.most_at_the_api, at_the_api)
+        try:
+            return await super().run(waterfall, body)
+        finally:
+            watch.on_the_wire -= 1
+
+    async def task(self, task_id: str) -> dict[str, Any]:
+        """Remember who was asked, in order."""
+        self.watch.asked.append(task_id)
+        return await super().task(task_id)
+
+
+@dataclass
+class Floor:
+    """One execution at work."""
+
+    api: Api
+    books: Books
+    execution: Execution
+    journal: Journal
+    client: Client
+    watch: Watch
+
+    def poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
+        """Make a poller that looks for an e-mail."""
+        return Poller(self.execution, self.journal, self.client, ("email",), max_attempts, patience_s)
+
+    def dispatcher(self, poller: Poller, limit: int | None = None, call: Call = CALL, price: int = WORST) -> Dispatcher:
+        """Make a dispatcher that hands its tasks to the poller."""
+        return Dispatcher(self.execution, self.journal, self.client, call, price, BOUND, poller.add, limit)
+
+    async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
+        """Run a dispatcher to its end; then no more tasks can come."""
+        try:
+            await dispatcher.run()
+        finally:
+            poller.no_more = True
+            self.execution.notify()
+
+    async def work(self, poller: Poller | None = None, **dispatching: Any) -> None:
+        """Submit and poll side by side to the end, as the pipeline does."""
+        poller = poller or self.poller()
+        dispatcher = self.dispatcher(poller, **dispatching)
+        await self.execution.until_leaving(self.dispatch(dispatcher, poller), poller.run())
+
+    async def rescue(self, poller: Poller) -> None:
+        """Ask once for what earlier executions left at the API."""
+        poller.last_round = True
+        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=False)
+        await self.execution.until_leaving(poller.run())
+
+    def left_behind(self, *tasks: tuple[str, float], alive: bool = False) -> None:
+        """Put tasks of an earlier execution into the ledger: their ids, and how old they are in seconds."""
+        for task_id, age_s in tasks:
+            claim = self.books.claim()
+            at = self.execution.clock.now_ms() - int(age_s * 1000)
+            self.books.do(Ledger.accepted, claim.attempt_id, task_id, at, BOUND)
+            if alive:
+                self.books.do(Ledger.alive, claim.attempt_id)
+
+    async def adopt(self, poller: Poller, *, asked_before: bool = False) -> None:
+        """Poll to the end what earlier executions left at the API."""
+        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=asked_before)
+        poller.no_more = True
+        await self.execution.until_leaving(poller.run())
+
+
+async def until(holds: Callable[[], bool], at_most_s: float = 10.0) -> None:
+    """Let the loops run until something holds."""
+    async with asyncio.timeout(at_most_s):
+        while not holds():  # noqa: ASYNC110 - what is looked at tells nobody of a change
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def at_work(
+    api: Api,
+    path: Path,
+    leads: Iterable[int] = (),
+    *,
+    cap: int | None = None,
+    in_flight: int = 200,
+    rate: float | None = 1000.0,
+    timing: Timing = HASTY,
+    clock: Clock | None = None,
+) -> AsyncIterator[Floor]:
+    """Open a ledger, start an execution that wants these leads, and connect to the API."""
+    books = Books.open(path)
+    clock = clock or SystemClock()
+    books.now = clock.now_ms()
+    books.start(cap)
+    books.enroll(leads)
+    execution = Execution(
+        books.execution,
+        clock,
+        Pace(rate),
+        timing,
+        in_flight_limit=in_flight,
+        breaker=Quick(),
+        poll_times=Soon(),
+    )
+    client = WatchedClient(api.access, clock, post_s=timing.post_s, get_s=timing.get_s)
+    client.watch = Watch(execution)
+    try:
+        async with client, Journal(books.ledger) as journal:
+            yield Floor(api, books, execution, journal, client, client.watch)
+    finally:
+        books.ledger.close()

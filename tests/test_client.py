@@ -1,0 +1,564 @@
+"""What every answer of the API means, over real HTTP: the table at the top of `client`, line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pytest
+from pydantic import SecretStr
+
+from enrich.client import Client, named_params
+from enrich.credentials import Access
+from enrich.errors import (
+    Ambiguous,
+    BadParams,
+    CallFailed,
+    JobRejected,
+    NotAccepted,
+    OutOfCredits,
+    RateLimited,
+    TaskUnknown,
+    Unauthorized,
+)
+from enrich.model import SystemClock
+from tests.harness import Api, serving
+from tests.wire import Act, Reply, Seen, answering, http, unused_port
+
+T = TypeVar("T")
+
+KEY = "key-5b1f0e77-that-nobody-may-see"
+BODY = b'{"enrichments": [833], "params": {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}}'
+CREATED = http(200, {"task_id": "t-1", "status": "created"})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """Serve one API to all tests of this file."""
+    with serving(tmp_path_factory.mktemp("api") / "api.db") as api:
+        yield api
+
+
+@pytest.fixture
+def api(served: Api) -> Iterator[Api]:
+    """Take that API, without faults that another test left."""
+    yield served
+    served.heal()
+
+
+@dataclass
+class HeardClock(SystemClock):
+    """A clock that remembers what time the API has."""
+
+    heard: list[int] = field(default_factory=list)
+
+    def observe(self, api_ms: int) -> None:
+        """Remember."""
+        self.heard.append(api_ms)
+
+
+def ask(
+    base_url: str,
+    call: Callable[[Client], Awaitable[T]],
+    key: str = KEY,
+    clock: SystemClock | None = None,
+    seconds: float = 5.0,
+) -> T:
+    """Make calls with a client of their own."""
+
+    async def asking() -> T:
+        access = Access(base_url, SecretStr(key))
+        async with Client(access, clock or SystemClock(), post_s=seconds, get_s=seconds) as client:
+            return await call(client)
+
+    return asyncio.run(asking())
+
+
+def refused(
+    base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 5.0
+) -> CallFailed:
+    """Make a call that fails."""
+    return failures(base_url, [call], key, seconds)[0]
+
+
+def kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[CallFailed]]:
+    """Tell how each of the calls fails."""
+    return [type(error) for error in failures(base_url, calls)]
+
+
+def failures(
+    base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 5.0
+) -> list[CallFailed]:
+    """Make calls that fail; whatever is written down of the failures, the key is not in it."""
+
+    async def each(client: Client) -> list[CallFailed]:
+        errors = []
+        for call in calls:
+            with pytest.raises(CallFailed) as caught:
+                await call(client)
+            errors.append(caught.value)
+        return errors
+
+    errors = ask(base_url, each, key, seconds=seconds)
+    for error in errors:
+        written = "".join(traceback.format_exception(error)) + repr(error) + str(error) + str(error.hint)
+        assert key not in written
+    return errors
+
+
+def patience(fault: str) -> float:
+    """Wait long, but not for what never comes."""
+    return 0.3 if fault.startswith(("silence", "slow")) else 5.0
+
+
+async def run(client: Client) -> str:
+    """Submit one run."""
+    return await client.run("email_getter", BODY)
+
+
+async def task(client: Client) -> dict[str, Any]:
+    """Ask for a task."""
+    return await client.task("t-1")
+
+
+@pytest.mark.parametrize(
+    ("fault", "params", "kind", "accepted"),
+    [
+        ("unauthorized", {}, Unauthorized, 0),
+        ("forbidden", {}, Unauthorized, 0),
+        ("no-credits", {}, OutOfCredits, 0),
+        ("rate-limit", {}, RateLimited, 0),
+        ("rate-limit-date", {}, RateLimited, 0),
+        ("rate-limit-bare", {}, RateLimited, 0),
+        ("redirect", {}, NotAccepted, 0),
+        ("error-before", {"status": 500}, Ambiguous, 0),
+        ("error-before", {"status": 502}, Ambiguous, 0),
+        ("error-before", {"status": 503}, Ambiguous, 0),
+        ("error-before", {"status": 504}, Ambiguous, 0),
+        ("error-before", {"status": 599}, Ambiguous, 0),
+        ("error-after", {"status": 500}, Ambiguous, 1),
+        ("error-after", {"status": 503}, Ambiguous, 1),
+        ("unavailable", {"seconds": 0}, Ambiguous, 0),
+        ("html", {}, Ambiguous, 0),
+        ("html-200", {}, Ambiguous, 1),
+        ("reset-before", {}, Ambiguous, 0),
+        ("reset-after", {}, Ambiguous, 1),
+        ("silence-before", {}, Ambiguous, 0),
+        ("silence-after", {}, Ambiguous, 1),
+        ("slow", {}, Ambiguous, 0),
+        ("broken-json", {}, Ambiguous, 1),
+        ("wrong-json", {}, Ambiguous, 1),
+        ("no-task-id", {}, Ambiguous, 1),
+    ],
+)
+def test_a_fault_tells_whether_a_run_may_be_sent_again(
+    api: Api, fault: str, params: dict[str, Any], kind: type[CallFailed], accepted: int
+) -> None:
+    """Only what was provably not accepted is NotAccepted, and no fault makes the client post twice."""
+    before = api.audit()
+    api.fault(fault, count=2, scope="post", **params)
+
+    error = refused(api.base_url, run, key=api.api_key, seconds=patience(fault))
+
+    assert type(error) is kind
+    after = api.audit()
+    assert after["requests"]["run"] == before["requests"].get("run", 0) + 1
+    assert after["accepted"] == before["accepted"] + accepted
+
+
+@pytest.mark.parametrize(
+    ("fault", "params", "kind"),
+    [
+        ("unauthorized", {}, Unauthorized),
+        ("forbidden", {}, Unauthorized),
+        ("rate-limit", {}, RateLimited),
+        ("rate-limit-bare", {}, RateLimited),
+        ("redirect", {}, NotAccepted),
+        ("error-before", {"status": 500}, NotAccepted),
+        ("error-before", {"status": 503}, NotAccepted),
+        ("error-after", {"status": 502}, NotAccepted),
+        ("unavailable", {"seconds": 0}, NotAccepted),
+        ("html", {}, NotAccepted),
+        ("html-200", {}, NotAccepted),
+        ("silence-before", {}, NotAccepted),
+        ("slow", {}, NotAccepted),
+        ("broken-json", {}, NotAccepted),
+        ("wrong-json", {}, NotAccepted),
+    ],
+)
+def test_a_fault_of_a_poll_can_always_be_mended(
+    api: Api, fault: str, params: dict[str, Any], kind: type[CallFailed]
+) -> None:
+    """A task may be asked for again after anything but a refused key; none of these makes it lost."""
+    task_id = ask(api.base_url, run, api.api_key)
+    api.fault(fault, scope="get", **params)
+
+    error = refused(api.base_url, lambda client: client.task(task_id), key=api.api_key, seconds=patience(fault))
+    api.heal()
+
+    assert type(error) is kind
+    assert ask(api.base_url, lambda client: client.task(task_id), api.api_key)["task_id"] == task_id
+
+
+def test_an_accepted_run_gives_its_task(api: Api) -> None:
+    """The way of a request that nothing goes wrong with."""
+    task_id = ask(api.base_url, run, api.api_key)
+    answer = ask(api.base_url, lambda client: client.task(task_id), api.api_key)
+    assert answer["status"] == "completed"
+
+
+def test_a_wrong_key_is_refused(api: Api) -> None:
+    """It is the key that must be mended, and it is not shown."""
+    assert type(refused(api.base_url, run)) is Unauthorized
+    assert type(refused(api.base_url, lambda client: client.user())) is Unauthorized
+
+
+def test_an_unknown_waterfall_stops_the_job(api: Api) -> None:
+    """A 404 for a run is about the job; so is one for the waterfall itself."""
+    assert isinstance(refused(api.base_url, lambda client: client.run("no_such", BODY), api.api_key), JobRejected)
+    assert isinstance(refused(api.base_url, lambda client: client.waterfall("no_such"), api.api_key), JobRejected)
+
+
+def test_an_unknown_task_is_told_from_an_expired_one(api: Api) -> None:
+    """404 is an error of its own, 410 an answer."""
+    assert type(refused(api.base_url, task, api.api_key)) is TaskUnknown
+    task_id = ask(api.base_url, run, api.api_key)
+    ask(api.base_url, lambda client: client.task(task_id), api.api_key)
+    api.advance(100_000)
+    assert ask(api.base_url, lambda client: client.task(task_id), api.api_key) == {"status": "gone"}
+
+
+@pytest.mark.parametrize("error_shape", ["new", "fields", "old"])
+def test_a_400_tells_a_wrong_row_from_a_wrong_job(tmp_path: Path, error_shape: Literal["new", "fields", "old"]) -> None:
+    """In every generation of its body a complaint about a param is about the row, one about a provider is not."""
+    with serving(tmp_path / "api.db", error_shape=error_shape) as api:
+        body = BODY.replace(b', "company": "engine.example"', b"")
+        error = refused(api.base_url, lambda client: client.run("email_getter", body), api.api_key)
+        assert type(error) is BadParams
+        assert error.message == "company: This field is required."
+        body = BODY.replace(b"833", b"1")
+        assert type(refused(api.base_url, lambda client: client.run("email_getter", body), api.api_key)) is JobRejected
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (201, Ambiguous),
+        (204, Ambiguous),
+        (301, NotAccepted),
+        (302, NotAccepted),
+        (303, NotAccepted),
+        (304, NotAccepted),
+        (307, NotAccepted),
+        (308, NotAccepted),
+        (400, JobRejected),
+        (402, Ambiguous),
+        (405, Ambiguous),
+        (408, Ambiguous),
+        (409, Ambiguous),
+        (410, Ambiguous),
+        (418, Ambiguous),
+        (422, JobRejected),
+        (501, Ambiguous),
+        (505, Ambiguous),
+        (520, Ambiguous),
+    ],
+)
+def test_every_other_status_of_a_run_has_its_meaning(status: int, kind: type[CallFailed]) -> None:
+    """The status decides, whatever the body is; even a task id counts with 200 only."""
+    bodies: list[object] = [None, b"<html>", {"detail": "said"}, {"task_id": "t-1"}, ["said"]]
+    replies = iter([http(status, None if status in (204, 304) else body) for body in bodies])
+    with answering(lambda _: next(replies)) as wire:
+        assert kinds(wire.base_url, [run] * len(bodies)) == [kind] * len(bodies)
+        assert len(wire.requests) == len(bodies)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, NotAccepted),
+        (409, NotAccepted),
+        (418, NotAccepted),
+        (422, NotAccepted),
+        (500, NotAccepted),
+        (406, OutOfCredits),
+    ],
+)
+def test_no_other_status_of_a_poll_loses_the_task(status: int, kind: type[CallFailed]) -> None:
+    """A 400 for a poll is not taken for "unknown": a firewall's whim must not expire what was paid for."""
+    with answering(http(status, {"detail": [{"loc": ["path", "task_id"], "msg": "said"}]})) as wire:
+        assert type(refused(wire.base_url, task)) is kind
+
+
+@pytest.mark.parametrize(
+    "where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"]
+)
+def test_a_redirected_run_is_never_followed(where: str) -> None:
+    """Nothing was accepted, nothing is posted again, and the key goes nowhere else."""
+    with answering(CREATED) as elsewhere:
+        statuses = [301, 302, 303, 307, 308]
+        replies = iter([http(status, location=where.format(port=elsewhere.port)) for status in statuses])
+        with answering(lambda _: next(replies)) as wire:
+            assert kinds(wire.base_url, [run] * len(statuses)) == [NotAccepted] * len(statuses)
+            assert len(wire.requests) == len(statuses)
+        assert not elsewhere.requests
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirected_get_is_followed_to_the_same_host(status: int) -> None:
+    """A list that moved by a slash is still found."""
+
+    def answer(seen: Seen) -> Reply:
+        return (
+            http(200, {"workspace": "w"})
+            if seen.line.startswith("GET /v1/moved")
+            else http(status, location="/v1/moved")
+        )
+
+    with answering(answer) as wire:
+        assert ask(wire.base_url, lambda client: client.user()).workspace == "w"
+        assert [seen.line for seen in wire.requests] == ["GET /v1/user/me HTTP/1.1", "GET /v1/moved HTTP/1.1"]
+
+
+@pytest.mark.parametrize(
+    "where", ["http://127.0.0.1:{port}/steal", "//127.0.0.1:{port}/steal", "http://localhost:{port}/"]
+)
+def test_a_get_is_never_redirected_to_another_host(where: str) -> None:
+    """The key would go with it; another port is another host."""
+    with (
+        answering(http(200, {})) as elsewhere,
+        answering(http(302, location=where.format(port=elsewhere.port))) as wire,
+    ):
+        error = refused(wire.base_url, lambda client: client.user())
+        assert type(error) is NotAccepted
+        assert error.message == "the API redirects to another host"
+        assert not elsewhere.requests
+
+
+@pytest.mark.parametrize(
+    "where", ["/v1/user/me", "http://[", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "https://127.0.0.1/"]
+)
+def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
+    """Redirects that lead to no answer are one failure, and not a bug of ours."""
+    with answering(http(302, location=where)) as wire:
+        assert type(refused(wire.base_url, lambda client: client.user())) is NotAccepted
+        assert len(wire.requests) <= 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry_after": "7"}, 7.0),
+        ({"retry_after": "0.5"}, 0.5),
+        ({"retry_after": "-3"}, 0.0),
+        ({"retry_after": "nan"}, 0.0),
+        ({"retry_after": "soon"}, None),
+        ({"retry_after": ""}, None),
+        ({"retry_after": "Sun, 01 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 5.0),
+        ({"retry_after": "Sun, 01 Nov 2026 11:00:00 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 0.0),
+        ({"retry_after": "Sun, 01 Nov 2026 12:00:05 GMT"}, None),
+        ({"retry_after": "Sun, 01 Nov 2026 12:00:05 -0000", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
+        ({"retry_after": "Sun, 99 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(headers: dict[str, str], seconds: float | None) -> None:
+    """A date is measured against the API's own clock; what cannot be read is not known."""
+    with answering(http(429, {"detail": "Too Many Requests"}, **headers)) as wire:
+        error = refused(wire.base_url, run)
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("body", "task_id"),
+    [
+        ({"task_id": "abc"}, "abc"),
+        ({"request_id": "abc"}, "abc"),
+        ({"task_id": "new", "request_id": "old"}, "new"),
+        ({"task_id": None, "request_id": "old"}, "old"),
+        ({"task_id": "", "request_id": "old"}, "old"),
+        ({"task_id": 17}, "17"),
+        ({"task_id": "\ud800"}, "?"),
+    ],
+)
+def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: str) -> None:
+    """`request_id` is the older name, and no form is required of an id."""
+    with answering(http(200, body)) as wire:
+        assert ask(wire.base_url, run) == task_id
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        b"",
+        b"null",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        {},
+        [],
+        "t-1",
+        17,
+        {"task_id": True},
+        {"task_id": " "},
+        {"task_id": 1.5},
+        {"task_id": []},
+    ],
+)
+def test_a_200_without_a_task_id_is_in_doubt(body: object) -> None:
+    """It may have been accepted, so it is not sent again."""
+    with answering(http(200, body)) as wire:
+        assert type(refused(wire.base_url, run)) is Ambiguous
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(then=Act.CLOSE),
+        Reply(then=Act.RESET),
+        Reply(then=Act.SILENCE),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.CLOSE),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.RESET),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.SILENCE),
+        Reply(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"tas\r\n', Act.CLOSE),
+        Reply(b"HTTP/1.1 200 OK\r\ncontent-le", Act.CLOSE),
+        Reply(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", Act.CLOSE),
+        Reply(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nnope"),
+        Reply(b"HTTP/1.1 100 Continue\r\n\r\n", Act.CLOSE),
+    ],
+    ids=str,
+)
+def test_a_connection_that_breaks_after_the_request_left_leaves_a_doubt(reply: Reply) -> None:
+    """Nobody can tell what the API did; the client posts once and no more."""
+    with answering(reply) as wire:
+        seconds = 0.3 if reply.then is Act.SILENCE else 5.0
+        assert type(refused(wire.base_url, run, seconds=seconds)) is Ambiguous
+        assert len(wire.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "scheme"), [("127.0.0.1", "http"), ("127.0.0.1", "https"), ("no-such-host.invalid", "https")]
+)
+def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> None:
+    """A refused connection and a name that nobody has: the request may be sent again."""
+    base_url = f"{scheme}://{host}:{unused_port()}/v1"
+    assert type(refused(base_url, run)) is NotAccepted
+    assert type(refused(base_url, task)) is NotAccepted
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 406, 422, 429, 500])
+def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
+    """Messages end in the ledger, the output and the log."""
+    bodies = [
+        {"detail": f"Invalid API key {KEY}"},
+        {"detail": {"x": KEY}},
+        {"detail": [{"loc": ["header", "x-apikey"], "msg": KEY}]},
+        {"fields": {"company": [KEY]}},
+    ]
+    replies = iter([http(status, body) for body in bodies * 2])
+    with answering(lambda _: next(replies)) as wire:
+        kinds(wire.base_url, [run] * len(bodies) + [task] * len(bodies))
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"detail": {"company": ["This field is required."]}}, "company: This field is required."),
+        ({"detail": [{"company": ["Too long.", "Too odd."]}]}, "company: Too long. Too odd."),
+        (
+            {"error": "INVALID_PARAMS", "detail": "x", "rows": [{"position": 1, "fields": {"company": ["No."]}}]},
+            "company: No.",
+        ),
+        ({"error": "INVALID_PARAMS", "detail": "x", "fields": {"company": "No."}}, "company: No."),
+        ({"detail": [{"loc": ["body", "params", "company"], "msg": "No.", "type": "t"}]}, "company: No."),
+        ({"detail": [{"loc": ["body", "params", 0, "company"], "msg": "No."}]}, "company: No."),
+        ({"detail": [{"loc": ["body", "params"], "msg": "Field required"}]}, None),
+        ({"detail": [{"loc": ["body", "enrichments"], "msg": "Field required"}]}, None),
+        ({"detail": [{"loc": ["header", "x-apikey"], "msg": "Field required"}]}, None),
+        ({"detail": [{"loc": None, "msg": "No."}]}, None),
+        ({"detail": {"enrichments": ["1 is not part of this waterfall."]}}, None),
+        ({"rows": [{"position": 1, "fields": {"email_verifier": ["No."]}}]}, None),
+        ({"detail": {"code": "DISABLED", "message": "This waterfall is switched off."}}, None),
+        ({"detail": "Row 1: company: This field is required."}, None),
+        ({"detail": None, "rows": None, "fields": None}, None),
+        ({"detail": [None, 1, "x"], "rows": [None, {}]}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_params_are_named_in_every_generation_of_the_400(body: object, named: str | None) -> None:
+    """A complaint about anything else than a param is one about the job."""
+    assert named_params(body) == named
+
+
+def test_an_odd_error_body_is_no_bug_of_ours() -> None:
+    """What the API says wrongly is still what the API said."""
+    odd: list[object] = [None, 5, "body", {}, []]
+    replies = iter([http(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in odd])
+    with answering(lambda _: next(replies)) as wire:
+        assert kinds(wire.base_url, [run] * len(odd)) == [JobRejected] * len(odd)
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
+def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
+    """Without a status nothing is known of the task."""
+    with answering(http(200, body)) as wire:
+        assert type(refused(wire.base_url, task)) is NotAccepted
+
+
+@pytest.mark.parametrize("body", [[], "x", {"balance": []}, {"identifier": 5}, b"<html>"])
+def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object) -> None:
+    """The account and the waterfalls are read leniently, but they must be what they are."""
+    with answering(http(200, body)) as wire:
+        if body != {"identifier": 5}:
+            assert type(refused(wire.base_url, lambda client: client.user())) is NotAccepted
+        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is NotAccepted
+        if body != []:
+            assert type(refused(wire.base_url, lambda client: client.waterfalls())) is NotAccepted
+
+
+def test_half_a_character_does_not_stop_an_answer() -> None:
+    """A lone surrogate is legal JSON, but neither a database nor a file can hold it."""
+    with answering(http(200, rb'{"status": "completed", "data": {"email": "a\ud83d\ude00b\ud800c"}}')) as wire:
+        assert ask(wire.base_url, task)["data"] == {"email": "a\U0001f600b?c"}
+
+
+def test_the_key_and_the_call_are_sent_as_documented() -> None:
+    """One header holds the key, no cookie is kept, and names are quoted in paths."""
+    with answering(http(200, {"task_id": "t-1", "status": "x"}, set_cookie="a=b; Path=/")) as wire:
+
+        async def both(client: Client) -> None:
+            await client.run("a/b?c", BODY)
+            await client.task("../user/me")
+
+        ask(wire.base_url, both)
+        first, second = wire.requests
+    assert first.line == "POST /v1/waterfalls/a%2Fb%3Fc/run HTTP/1.1"
+    assert second.line == "GET /v1/tasks/..%2Fuser%2Fme HTTP/1.1"
+    assert first.body == BODY
+    assert f"x-apikey: {KEY}" in first.head
+    assert "content-type: application/json" in first.head
+    assert "cookie" not in second.head.lower()
+
+
+@pytest.mark.parametrize(
+    ("date", "heard"),
+    [
+        ("Sun, 01 Nov 2026 12:00:00 GMT", [1_793_534_400_000]),
+        ("yesterday", []),
+        ("", []),
+        ("Sun, 01 Nov 99999 12:00:00 GMT", []),
+    ],
+)
+def test_the_clock_hears_what_time_the_api_has(date: str, heard: list[int]) -> None:
+    """Ages are measured on the API's clock when ours is far off; an unreadable date is none."""
+    clock = HeardClock()
+    with answering(http(200, {"workspace": "w"}, date=date)) as wire:
+        ask(wire.base_url, lambda client: client.user(), clock=clock)
+    assert clock.heard == heard

@@ -1,0 +1,139 @@
+"""Where the key and the address come from, and that the key is shown nowhere."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from enrich.credentials import DEFAULT_BASE_URL, Access, check_base_url, find_access, find_key
+from enrich.errors import JobError, KeyRefused
+
+KEY = "key-5b1f0e77-that-nobody-may-see"
+
+
+def login(home: Path, text: str) -> None:
+    """Write what `databar login` writes."""
+    folder = home / ".databar"
+    folder.mkdir()
+    (folder / "config").write_text(text, encoding="utf-8")
+
+
+def test_the_key_is_looked_for_in_three_places_in_order(tmp_path: Path) -> None:
+    """The variable, then the file that a variable names, then the file of `databar login`."""
+    file = tmp_path / "key"
+    file.write_text("from-file\n", encoding="utf-8")
+    login(tmp_path, "user = ada\napi_key = from-login\n")
+    environ = {"DATABAR_API_KEY": " from-variable ", "DATABAR_API_KEY_FILE": str(file)}
+
+    assert find_key(environ, tmp_path).get_secret_value() == "from-variable"
+    assert find_key(environ | {"DATABAR_API_KEY": ""}, tmp_path).get_secret_value() == "from-file"
+    assert find_key({"DATABAR_API_KEY": " ", "DATABAR_API_KEY_FILE": ""}, tmp_path).get_secret_value() == "from-login"
+
+
+@pytest.mark.parametrize("text", ["", "\n", "api_key=\n", "api_key\n", "other=KEY\n", "# api_key=KEY\n"])
+def test_a_login_without_a_key_is_none(tmp_path: Path, text: str) -> None:
+    """The message says where was looked, and how to try without."""
+    login(tmp_path, text)
+    with pytest.raises(KeyRefused, match="no API key") as caught:
+        find_key({}, tmp_path)
+    assert "--sandbox" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("text", [KEY, f"{KEY}\r\n", f"\ufeff{KEY}\n", f"\n  {KEY}\t\n"])
+def test_a_key_file_may_end_in_a_line(tmp_path: Path, text: str) -> None:
+    """Editors add line ends, and some a byte order mark; neither is part of the key."""
+    file = tmp_path / "key"
+    file.write_text(text, encoding="utf-8", newline="")
+    assert find_key({"DATABAR_API_KEY_FILE": str(file)}, tmp_path).get_secret_value() == KEY
+
+
+def test_a_key_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    """A file that was named is not passed over in silence for another place."""
+    login(tmp_path, f"api_key={KEY}")
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.touch()
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in [
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "Is a directory"),
+        (empty, "is empty"),
+        (binary, "it is not text"),
+    ]:
+        with pytest.raises(KeyRefused, match=reason) as caught:
+            find_key({"DATABAR_API_KEY_FILE": str(path)}, tmp_path)
+        assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u200b"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path: Path, key: str) -> None:
+    """Two lines in a file, a copied blank: it is told before anything is sent, without showing it."""
+    file = tmp_path / "key"
+    file.write_text(key, encoding="utf-8")
+    for environ in ({"DATABAR_API_KEY": key}, {"DATABAR_API_KEY_FILE": str(file)}):
+        with pytest.raises(KeyRefused, match="characters that no key has") as caught:
+            find_key(environ, tmp_path)
+        assert KEY not in "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    """Neither a log nor a traceback that shows the value can tell it."""
+    access = Access(DEFAULT_BASE_URL, SecretStr(KEY))
+    assert KEY not in f"{access} {access!r} {access.key}"
+
+
+@pytest.mark.parametrize(
+    ("base_url", "host"),
+    [
+        ("https://api.databar.ai/v1", "api.databar.ai"),
+        ("https://api.databar.ai/v1/", "api.databar.ai"),
+        ("HTTPS://API.databar.ai:8443/v1", "api.databar.ai"),
+        ("http://127.0.0.1:8080/v1", "127.0.0.1"),
+        ("http://127.9.9.9/v1", "127.9.9.9"),
+        ("http://localhost:1/v1", "localhost"),
+        ("http://[::1]:1/v1", "::1"),
+        (" https://api.databar.ai/v1\n", "api.databar.ai"),
+    ],
+)
+def test_an_address_is_https_or_loopback(tmp_path: Path, base_url: str, host: str) -> None:
+    """The key travels encrypted or not at all beyond this machine."""
+    access = find_access({"DATABAR_BASE_URL": base_url, "DATABAR_API_KEY": KEY}, tmp_path)
+    assert access.host == host
+    assert not access.base_url.endswith(("/", "\n"))
+
+
+@pytest.mark.parametrize("base_url", [None, "", " "])
+def test_the_address_has_a_default(tmp_path: Path, base_url: str | None) -> None:
+    """An empty variable counts as missing."""
+    environ = {"DATABAR_API_KEY": KEY} | ({} if base_url is None else {"DATABAR_BASE_URL": base_url})
+    assert find_access(environ, tmp_path).base_url == DEFAULT_BASE_URL
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "http://api.databar.ai/v1",
+        "http://localhost.evil.example/v1",
+        "http://127.0.0.1.nip.io/v1",
+        "http://2130706433/v1",
+        "http://0.0.0.0/v1",
+        "ftp://127.0.0.1/v1",
+        "api.databar.ai/v1",
+        "//api.databar.ai/v1",
+        "https://",
+        "https:///v1",
+        "https://api.databar.ai:port/v1",
+        "https://api.databar.ai:99999/v1",
+        "https://[::1/v1",
+        "https://ada:pw@api.databar.ai/v1",
+        "https://api.data\nbar.ai/v1",
+        "https://api.databar.ai/v1\x00",
+    ],
+)
+def test_any_other_address_is_refused(base_url: str) -> None:
+    """Before anything is sent; the hint says what to write instead."""
+    with pytest.raises(JobError, match="must be an https address, or http on loopback") as caught:
+        check_base_url(base_url)
+    assert DEFAULT_BASE_URL in (caught.value.hint or "")

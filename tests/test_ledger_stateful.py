@@ -1,0 +1,329 @@
+"""The ledger against a small model: whatever happens in whatever order, money and fates agree."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from enrich.ledger import CapReached, Ledger
+from enrich.model import MOVES, RETRYABLE, Answer, State
+from tests.books import BOUND, Books, fingerprint, params
+
+LEADS = range(6)
+PRICES = st.integers(1, 9)
+MAX_ATTEMPTS = 2
+
+
+@dataclass
+class Post:
+    """An attempt as the model sees it."""
+
+    lead: int
+    execution: int
+    state: str
+    reserved: int
+    at: int
+    credits: int | None = None
+    counted_in: int | None = None  # the execution whose reservation it holds
+
+
+@dataclass
+class Lead:
+    """A request as the model sees it."""
+
+    state: State = State.PENDING
+    wanted_at: int | None = None
+    attempts: int = 0
+    newest: int | None = None
+    standing: int | None = None
+
+
+@dataclass
+class Model:
+    """All that the ledger should know."""
+
+    leads: dict[int, Lead] = field(default_factory=dict)
+    posts: dict[int, Post] = field(default_factory=dict)
+    caps: dict[int, int | None] = field(default_factory=dict)
+    adopted: dict[int, int] = field(default_factory=dict)
+    spent: Counter[int] = field(default_factory=Counter)
+    unknown: Counter[int] = field(default_factory=Counter)
+
+    def reserved(self, execution: int) -> int:
+        """Sum what an execution has set aside."""
+        return sum(post.reserved for post in self.posts.values() if post.counted_in == execution)
+
+    def among(self, *states: str) -> list[int]:
+        """List the attempts in these states."""
+        return [number for number, post in self.posts.items() if post.state in states]
+
+
+class Machine(RuleBasedStateMachine):
+    """Nights of one job: files come and go, the program is killed, the API does what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.books = Books.open(Path(self.folder.name) / "ledger.db")
+        self.model = Model()
+        self.before: dict[int, State] = {}
+        self.begin(None)
+
+    def teardown(self) -> None:
+        """Close the file."""
+        self.books.ledger.close()
+        self.folder.cleanup()
+
+    def begin(self, cap: int | None) -> None:
+        """Start an execution, as the program does: recover first."""
+        self.recover()
+        number = self.books.start(cap)
+        for post in self.model.posts.values():
+            if post.state == "submitted":
+                post.counted_in = number
+        self.model.caps[number] = cap
+        self.model.adopted[number] = self.model.reserved(number)
+
+    def recover(self) -> None:
+        """Put in doubt what was on the wire."""
+        lost = self.model.among("submitting")
+        assert self.books.do(Ledger.recover, self.books.now) == len(lost)
+        for number in lost:
+            self.close(number, State.IN_DOUBT)
+
+    def close(self, number: int, after: State, outcome: str | None = None) -> None:
+        """Move an attempt and its request in the model."""
+        post = self.model.posts[number]
+        lead = self.model.leads[post.lead]
+        if post.state == "submitting" and after in (State.IN_DOUBT, State.SUBMITTED):
+            lead.attempts += 1
+        post.state = outcome or after.value
+        post.at = self.books.now
+        lead.state = after
+
+    # What happens
+
+    @rule(seconds=st.integers(1, 50))
+    def time_passes(self, seconds: int) -> None:
+        """Let the clock go on."""
+        self.books.now += seconds
+
+    @rule(cap=st.none() | st.integers(0, 60))
+    def a_new_execution(self, cap: int | None) -> None:
+        """End this execution in order and begin the next."""
+        self.recover()
+        self.books.do(Ledger.end_execution, self.books.execution, 0, {}, self.books.now)
+        self.begin(cap)
+
+    @rule(cap=st.none() | st.integers(0, 60))
+    def a_crash(self, cap: int | None) -> None:
+        """Kill the program in the middle of a commit, and start it again."""
+        db = self.books.ledger._db
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("UPDATE requests SET state = 'found'")
+        db.execute("DELETE FROM attempts WHERE state = 'submitted'")
+        self.books.reopen()
+        self.begin(cap)
+
+    @rule(
+        batches=st.lists(st.lists(st.sampled_from(LEADS), max_size=6), max_size=3),
+        retry=st.sets(st.sampled_from(sorted(RETRYABLE)), max_size=2),
+        stale=st.dictionaries(st.sampled_from([State.FOUND, State.NOT_FOUND]), st.integers(0, 60)),
+    )
+    def a_file_is_read(self, batches: list[list[int]], retry: set[State], stale: dict[State, int]) -> None:
+        """Enroll any leads in any order, with the person's wishes."""
+        before = {state: self.books.now - age for state, age in stale.items()}
+        self.books.enroll(*batches, retry=retry, stale=before)
+        for lead in self.model.leads.values():
+            lead.wanted_at = None
+        flat = [number for batch in batches for number in batch]
+        for position, number in enumerate(flat):
+            if number in flat[:position]:
+                continue
+            lead = self.model.leads.setdefault(number, Lead())
+            old = lead.newest is not None and self.model.posts[lead.newest].at < before.get(lead.state, -1)
+            if lead.state in retry or old:
+                lead.state, lead.attempts = State.PENDING, 0
+            if lead.state in (State.PENDING, State.SUBMITTING, State.SUBMITTED):
+                lead.wanted_at = position
+        counted = Counter(self.model.leads[number].state for number in set(flat))
+        assert self.books.ledger.enrolled() == counted
+
+    @rule(price=PRICES)
+    def a_claim(self, price: int) -> None:
+        """Claim the first of the queue, when there is one and the cap has room."""
+        queue = [
+            (lead.wanted_at, number)
+            for number, lead in self.model.leads.items()
+            if lead.state is State.PENDING and lead.wanted_at is not None
+        ]
+        execution = self.books.execution
+        cap = self.model.caps[execution]
+        full = cap is not None and self.model.spent[execution] + self.model.reserved(execution) + price > cap
+        if queue and full:
+            with pytest.raises(CapReached):
+                self.books.do(Ledger.claim, execution, price, self.books.now)
+            return
+        claim = self.books.do(Ledger.claim, execution, price, self.books.now)
+        if not queue:
+            assert claim is None
+            return
+        assert claim is not None
+        number = min(queue)[1]
+        assert claim.params == params(number)
+        assert claim.attempt_id not in self.model.posts
+        lead = self.model.leads[number]
+        lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
+        self.model.posts[claim.attempt_id] = Post(
+            number, execution, "submitting", price, self.books.now, counted_in=execution
+        )
+
+    @precondition(lambda self: self.model.among("submitting"))
+    @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
+    def the_api_answers_a_post(self, data: Any, answer: str) -> None:
+        """Bring one of the four fates of a POST."""
+        number = data.draw(st.sampled_from(self.model.among("submitting")))
+        books, post = self.books, self.model.posts[number]
+        if answer == "accepted":
+            books.do(Ledger.accepted, number, f"task-{number}", books.now, BOUND)
+            self.close(number, State.SUBMITTED)
+        elif answer == "doubt":
+            books.do(Ledger.doubt, number, "reset", books.now)
+            self.close(number, State.IN_DOUBT)
+        else:
+            post.credits, post.counted_in = 0, None
+            if answer == "refused":
+                books.do(Ledger.refused, number, "429", books.now)
+                self.close(number, State.PENDING, "refused")
+            else:
+                books.do(Ledger.rejected, number, "400", books.now)
+                self.close(number, State.FAILED)
+
+    @precondition(lambda self: self.model.among("submitted"))
+    @rule(
+        data=st.data(),
+        state=st.sampled_from([State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]),
+        share=st.none() | st.integers(0, 3),
+        free=st.booleans(),
+    )
+    def a_task_is_done(self, data: Any, state: State, share: int | None, *, free: bool) -> None:
+        """Bring an answer of any kind, whose price is known or not."""
+        number = data.draw(st.sampled_from(self.model.among("submitted")))
+        books, post = self.books, self.model.posts[number]
+        lead = self.model.leads[post.lead]
+        free = free and state is State.FAILED
+        paid = 0 if free else None if share is None else post.reserved * share // 3
+        after = State.PENDING if free and lead.attempts < MAX_ATTEMPTS else state
+        answer = Answer(state, credits=paid, raw=f"{number}", free_failure=free)
+        assert books.settle(number, answer, MAX_ATTEMPTS) is after
+        self.close(number, after, state.value)
+        post.credits = paid
+        self.model.spent[books.execution] += paid or 0
+        if paid is None:
+            self.model.unknown[books.execution] += 1
+        else:
+            post.counted_in = None
+        if state is State.FOUND:
+            lead.standing = number
+
+    @precondition(lambda self: self.model.among("submitted"))
+    @rule(data=st.data())
+    def a_task_is_lost(self, data: Any) -> None:
+        """Let the API never have known a task."""
+        number = data.draw(st.sampled_from(self.model.among("submitted")))
+        self.books.do(Ledger.doubt, number, "404", self.books.now)
+        self.close(number, State.IN_DOUBT)
+
+    @precondition(lambda self: self.model.posts)
+    @rule(data=st.data(), move=st.sampled_from(["accepted", "refused", "rejected", "doubt", "settle"]))
+    def a_move_comes_too_late(self, data: Any, move: str) -> None:
+        """Try any move on any attempt that is settled: it raises and changes nothing."""
+        settled = [number for number in self.model.posts if number not in self.model.among("submitting", "submitted")]
+        if not settled:
+            return
+        number, books = data.draw(st.sampled_from(settled)), self.books
+        moves: dict[str, Callable[[], object]] = {
+            "accepted": lambda: books.do(Ledger.accepted, number, "x", books.now, BOUND),
+            "refused": lambda: books.do(Ledger.refused, number, "x", books.now),
+            "rejected": lambda: books.do(Ledger.rejected, number, "x", books.now),
+            "doubt": lambda: books.do(Ledger.doubt, number, "x", books.now),
+            "settle": lambda: books.settle(number, Answer(State.FOUND, credits=1)),
+        }
+        with pytest.raises(AssertionError):
+            moves[move]()
+
+    # What always holds
+
+    @invariant()
+    def every_request_has_one_fate(self) -> None:
+        """States, counts and places in the queue are the model's, and each move is one of the drawing's."""
+        rows = self.books.all("SELECT fingerprint, state, attempts, attempt_id, answer_id, position FROM requests")
+        known = {int.from_bytes(key): (State(state), *rest) for key, state, *rest in rows}
+        states = {number: state for number, (state, *_) in known.items()}
+        moves = {(self.before[number], states[number]) for number in self.before}
+        assert all(before is after or (before, after) in MOVES for before, after in moves)
+        self.before = states
+        assert known == {
+            number: (lead.state, lead.attempts, lead.newest, lead.standing, known[number][-1])
+            for number, lead in self.model.leads.items()
+        }
+        for number, lead in self.model.leads.items():
+            if lead.state is State.PENDING:
+                assert known[number][-1] == lead.wanted_at
+
+    @invariant()
+    def every_attempt_keeps_its_row(self) -> None:
+        """An attempt is never overwritten by the next: spending can be reconciled for ever."""
+        rows = self.books.all("SELECT id, state, execution_id, reserved, credits FROM attempts")
+        assert {row[0]: row[1:] for row in rows} == {
+            number: (post.state, post.execution, post.reserved, post.credits)
+            for number, post in self.model.posts.items()
+        }
+
+    @invariant()
+    def every_credit_is_accounted_for(self) -> None:
+        """Spent, unknown and reserved are what the attempts say, and the cap holds."""
+        model = self.model
+        for row in self.books.ledger.executions():
+            number = row["id"]
+            assert row["spent"] == model.spent[number]
+            assert row["unknown"] == model.unknown[number]
+            if number == self.books.execution:
+                assert row["reserved"] == model.reserved(number) >= 0
+            assert row["cap"] is None or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number])
+        spent, unknown = self.books.ledger.totals()
+        assert spent == sum(post.credits or 0 for post in model.posts.values()) == sum(model.spent.values())
+        assert unknown == sum(model.unknown.values())
+
+    @invariant()
+    def every_row_is_told_the_truth(self) -> None:
+        """The last found answer stands; without one, the newest fate is told."""
+        self.books.do(Ledger.begin_pass)
+        for known in self.books.ledger.standing([(number, fingerprint(number)) for number in LEADS]):
+            lead = self.model.leads[known.index]
+            stands = lead.standing if lead.standing is not None else lead.newest
+            assert known.state is (State.FOUND if lead.standing is not None else lead.state)
+            if stands is not None:
+                assert known.credits == self.model.posts[stands].credits
+            assert known.first
+        assert self.books.ledger.counts() == Counter(lead.state for lead in self.model.leads.values())
+        assert sorted(task.attempt_id for task in self.books.ledger.tasks()) == self.model.among("submitted")
+
+
+TestLedger = Machine.TestCase
+TestLedger.settings = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,484 @@
+"""The output: whole or not at all, ours only, every cell of the input as it was, every new one safe and true."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.answer import phase_of, read_answer
+from enrich.collector import Collector, cell
+from enrich.errors import EnrichError, JobError, Refused
+from enrich.ledger import Ledger
+from enrich.model import Call, RowStatus, State
+from enrich.output import part_of, prepare, write
+from enrich.question import Question
+from enrich.rows import STATUS_COLUMNS, Rows
+from enrich.spec import Job, Output, load_job
+
+CALL = Call("email_getter", (833,))
+STATUS = list(STATUS_COLUMNS)
+JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
+
+
+def written(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.String, **options: str) -> Path:
+    """Write a file of one column of the input, which says the same, and one of ours."""
+    frame = pl.DataFrame({"old": [str(value) for value in values], "new": pl.Series(values, dtype=kind)})
+    output = Output(path=target.name, **options)
+    write(target, output, job="job", schema=frame.schema, frames=iter([frame]), new=1)
+    return target
+
+
+def cells(path: Path, encoding: str = "utf-8", separator: str = ",") -> list[list[str]]:
+    """Read a CSV file."""
+    with path.open(newline="", encoding=encoding) as file:
+        return list(csv.reader(file, delimiter=separator, strict=True))
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class GivenUpError(Exception):
+    """What a signal raises between two batches."""
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
+def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, error: BaseException) -> None:
+    """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
+    frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
+    target = tmp_path / name
+    target.write_text("the old one")
+
+    def frames() -> Iterator[pl.DataFrame]:
+        yield frame
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        write(target, Output(path=name), job="job", schema=frame.schema, frames=frames(), new=1)
+    assert caught.value is error
+    assert target.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+    """It is told, and the answers are in the ledger all the same."""
+    target = tmp_path / name
+    target.write_text("the old one")
+    with little_room(1000), pytest.raises(Refused, match=f"{name}: the output cannot be written: .*File too large"):
+        written(target, [os.urandom(50).hex() for _ in range(500)])
+    assert target.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+def test_only_the_owner_can_read_it(tmp_path: Path, name: str) -> None:
+    """Personal data; also when the old file was open to all and a killed run left a part."""
+    target = tmp_path / name
+    target.write_text("old")
+    target.chmod(0o644)
+    part_of(target, "job").write_text("stale")
+    written(target, ["x"])
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """Whatever the date in the name of the next output; nothing else is touched."""
+    part_of(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
+    other = part_of(tmp_path / "out.csv", "other")
+    other.write_text("another job's")
+    prepare(tmp_path / "out-2026-11-01.csv", tmp_path / "leads.csv", "job")
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_two_jobs_of_one_name_do_not_mix_their_files(tmp_path: Path) -> None:
+    """When another run has replaced the part that we write, ours fails rather than publish theirs."""
+    target = tmp_path / "out.csv"
+    frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
+
+    def frames() -> Iterator[pl.DataFrame]:
+        yield frame
+        part_of(target, "job").unlink()
+        part_of(target, "job").write_text("theirs, half")
+
+    with pytest.raises(Refused, match="another run of a job of this name"):
+        write(target, Output(path="out.csv"), job="job", schema=frame.schema, frames=frames(), new=1)
+    assert not target.exists()
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    """At the start, not after the night."""
+    target = tmp_path / "a/b/out.csv"
+    prepare(target, tmp_path / "leads.csv", "job")
+    written(target, ["x"])
+    assert target.exists()
+
+
+def test_the_output_never_replaces_the_input(tmp_path: Path) -> None:
+    """Under whatever name the input goes: the same path, a symbolic link, a hard link, a detour."""
+    leads = tmp_path / "leads.csv"
+    leads.write_text("A\n1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "soft.csv").symlink_to(leads)
+    (tmp_path / "hard.csv").hardlink_to(leads)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("leads.csv", "folder/../leads.csv", "./leads.csv", "soft.csv", "hard.csv", "link/leads.csv"):
+        (tmp_path / "job.yaml").write_text(f"{JOB}output: {name}\nparams: {{a: A}}\n")
+        job = load_job(tmp_path / "job.yaml")
+        with pytest.raises(JobError, match="the output would replace the input"):
+            prepare(tmp_path / job.output.path, job.input_path, job.name)
+    assert leads.read_text() == "A\n1\n"
+
+
+def test_the_output_never_replaces_a_ledger(tmp_path: Path) -> None:
+    """This job's or another's: it would destroy the memory of what was paid for."""
+    path = tmp_path / "memory.csv"
+    Ledger(path).close()
+    with pytest.raises(JobError, match="the output would replace a ledger"):
+        prepare(path, tmp_path / "leads.csv", "job")
+
+
+@pytest.mark.parametrize("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
+def test_an_output_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Path, name: str) -> None:
+    """A file where a folder should be, a folder where the file should be, a name that is too long."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(Refused, match="the output cannot be written"):
+        prepare(tmp_path / name, tmp_path / "leads.csv", "job")
+
+
+FORMULAS = [
+    "=1",
+    "=cmd|'/c calc'!A0",
+    "@x",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "-x",
+    "+x",
+    "-",
+    "+",
+    "-2+3",
+    "+49 30 1234 x",
+    "-5e3",
+]
+FORMULAS += ["- item", "+1;=1", "+1\n=cmd()", "--5", "+(x)", "=", "-A1", "-5%"]
+HARMLESS = [
+    "+49 30 1234",
+    "-5",
+    "+1 (202) 555-0100 ext. 5",
+    "+1 202.555.0100 x12",
+    "+49 (0)30/1234-5",
+    "-5.25",
+    "-1,000",
+]
+HARMLESS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", "", "1-2", "(1)", "null"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
+def test_a_new_value_is_no_formula_to_a_spreadsheet(tmp_path: Path, name: str) -> None:
+    """It gets an apostrophe; numbers, phones and all cells of the input are left alone."""
+    path = written(tmp_path / name, [*FORMULAS, *HARMLESS])
+    if name.endswith(".gz"):
+        path = path.with_suffix("")
+        path.write_bytes(gzip.decompress((tmp_path / name).read_bytes()))
+    assert cells(path) == [
+        ["old", "new"],
+        *([value, "'" + value] for value in FORMULAS),
+        *([value, value] for value in HARMLESS),
+    ]
+
+
+def test_parquet_is_left_alone(tmp_path: Path) -> None:
+    """Nobody runs it: values and types are as they are, null is null."""
+    path = written(tmp_path / "out.parquet", [*FORMULAS, None])
+    assert pl.read_parquet(path)["new"].to_list() == [*FORMULAS, None]
+    path = written(tmp_path / "credits.parquet", [1.5, None, 0.0], pl.Float64)
+    assert pl.read_parquet(path)["new"].to_list() == [1.5, None, 0.0]
+
+
+def test_numbers_are_written_plainly(tmp_path: Path) -> None:
+    """Without exponents and idle noughts, to the millionth that the ledger knows; what is not known is blank."""
+    path = written(tmp_path / "out.csv", [0.0, 1.0, 2.5, 0.000001, 1234567.0, 0.1 + 0.2, 100.0, None], pl.Float64)
+    assert [row[1] for row in cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")]
+)
+def test_the_output_has_the_form_that_was_asked_for(tmp_path: Path, separator: str, encoding: str) -> None:
+    """The separator inside a value is quoted, and a spreadsheet finds the mark it needs."""
+    values = [f"Größe{separator}1,5", '"', "a\r\nb", "a\rb"]
+    path = written(tmp_path / "out.csv", values, separator=separator, encoding=encoding)
+    assert cells(path, encoding, separator) == [["old", "new"], *([value, value] for value in values)]
+
+
+def test_a_character_that_the_encoding_lacks_is_told_by_row_and_column(tmp_path: Path) -> None:
+    """The old file stays; nothing is replaced by question marks."""
+    target = tmp_path / "out.csv"
+    with pytest.raises(Refused, match="row 2, column `old`: `cp1252` has no sign") as caught:
+        written(target, ["ö", "日本"], encoding="cp1252")
+    assert "encoding: utf-8" in (caught.value.hint or "")
+    assert not target.exists()
+
+
+def test_equal_outputs_are_equal_bytes(tmp_path: Path) -> None:
+    """A compressed file holds neither its name nor the time."""
+    assert written(tmp_path / "a.csv.gz", ["x"]).read_bytes() == written(tmp_path / "b.csv.gz", ["x"]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("ada@x.example", "ada@x.example"),
+        (" padded ", " padded "),
+        (5, "5"),
+        (1.5, "1.5"),
+        (0, "0"),
+        (True, "true"),
+        (False, "false"),
+        (["a", "ö"], '["a", "ö"]'),
+        ({"a": None}, '{"a": null}'),
+        (None, None),
+        ("", None),
+        (" ", None),
+        ([], None),
+        ({}, None),
+    ],
+)
+def test_a_value_becomes_a_cell(value: object, text: str | None) -> None:
+    """Text as it is, anything else as JSON, nothing as nothing."""
+    assert cell(value) == text
+
+
+# The collector
+
+
+def job_with(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[Job, Rows, Question]:
+    """Write a job and its leads, header first."""
+    with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(leads)
+    (folder / "job.yaml").write_text(JOB + job, encoding="utf-8")
+    loaded = load_job(folder / "job.yaml")
+    return loaded, Rows(loaded), Question(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
+
+
+def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dict[str, Any] | None]) -> None:
+    """Ask all rows and settle the distinct requests, in their order, with these tasks; None leaves one pending."""
+    with ledger.transaction():
+        execution = ledger.start_execution("job", None, 0)
+        ledger.begin_pass()
+        for batch in rows.batches(question):
+            ledger.enroll(question.call, batch.asked())
+        for number, task in enumerate(tasks):
+            claim = ledger.claim(execution, 0, 0)
+            assert claim is not None
+            if task is None:
+                ledger.refused(claim.attempt_id, "not now", 0)
+                return
+            ledger.accepted(claim.attempt_id, f"t-{number}", 0, {})
+            answer = read_answer(task, phase_of(task), tuple(question.columns.values()))
+            ledger.settle(claim.attempt_id, answer, execution, 1_793_534_400_000, 1)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Open a ledger."""
+    opened = Ledger(tmp_path / "ledger.db")
+    yield opened
+    opened.close()
+
+
+def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger) -> None:
+    """Rows that ask the same share the answer; what it cost is shown once, on the first of them."""
+    leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
+    job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
+    loaded, rows, question = job_with(tmp_path, leads, job)
+    steps = [{"provider": "Mailhound", "cost": "1"}]
+    tasks: list[dict[str, Any] | None] = [
+        {
+            "status": "completed",
+            "credits_spent": 1.5,
+            "data": {"result": {"email": "=a@b.c", "person": {"tags": ["x"]}}, "steps": steps},
+        },
+        {"status": "completed", "credits_spent": 0, "data": None},
+        {"status": "failed", "error": ["-boom", "bang"], "credits_spent": None},
+        None,
+    ]
+    answered(ledger, rows, question, tasks)
+    target = tmp_path / "out.csv"
+
+    counts = Collector(ledger, loaded, question, rows).write(target)
+
+    at = "2026-11-01T12:00:00Z"
+    assert cells(target) == [
+        ["A", "Skip", "mail", "more", *STATUS],
+        ["ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "1.5", "t-0", at],
+        ["bob", "", "", "", "not_found", "", "", "0", "t-1", at],
+        [" ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "", "t-0", at],
+        ["", "", "", "", "invalid", "a is empty (A)", "", "", "", ""],
+        ["x", "yes", "", "", "filtered", "", "", "", "", ""],
+        ["cyd", "", "", "", "failed", "'-boom; bang", "", "", "t-2", at],
+        ["dan", "", "", "", "pending", "not now", "", "", "", ""],
+    ]
+    assert counts == {
+        RowStatus.FOUND: 2,
+        RowStatus.NOT_FOUND: 1,
+        RowStatus.INVALID: 1,
+        RowStatus.FILTERED: 1,
+        RowStatus.FAILED: 1,
+        RowStatus.PENDING: 1,
+    }
+    assert Collector(ledger, loaded, question, rows).count() == counts
+
+
+def test_the_job_s_columns_decide_again_at_every_collect(tmp_path: Path, ledger: Ledger) -> None:
+    """The ledger keeps the whole answer: another column is another look at it, and costs nothing."""
+    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    answered(ledger, rows, question, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}])
+    assert Collector(ledger, loaded, question, rows).count() == {RowStatus.NOT_FOUND: 1}
+    other = Question(CALL, (), (), {"phone": "phone"}, None)
+    assert Collector(ledger, loaded, other, rows).count() == {RowStatus.FOUND: 1}
+
+
+@pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_value_of_any_kind_is_collected(tmp_path: Path, ledger: Ledger, name: str, value: object) -> None:
+    """New columns are text, whatever the API sends."""
+    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    answered(ledger, rows, question, [{"status": "completed", "data": {"email": value}}])
+    target = tmp_path / name
+    Collector(ledger, loaded, question, rows).write(target)
+    found = pl.read_parquet(target)["email"].to_list() if name.endswith("parquet") else [cells(target)[1][1]]
+    assert found == [value if isinstance(value, str) else json.dumps(value)]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+def test_an_input_without_rows_gives_an_output_without_rows(tmp_path: Path, ledger: Ledger, name: str) -> None:
+    """With all its columns, in their types: the next step of a pipeline need not know."""
+    loaded, rows, question = job_with(tmp_path, [["A", ""]], "params: {a: A}\n")
+    assert Collector(ledger, loaded, question, rows).write(tmp_path / name) == {}
+    columns = ["A", "", "email", *STATUS]
+    if name.endswith(".parquet"):
+        schema = pl.read_parquet_schema(tmp_path / name)
+        assert list(schema) == columns
+        assert schema["enrich_credits"] == pl.Float64
+    else:
+        data = (tmp_path / name).read_bytes()
+        text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
+        assert text == ",".join(columns) + "\n"
+
+
+def test_the_output_of_a_night_may_be_the_input_of_the_next(tmp_path: Path, ledger: Ledger) -> None:
+    """The status columns are replaced and not added again."""
+    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    answered(ledger, rows, question, [{"status": "completed", "data": {"email": "x"}}])
+    Collector(ledger, loaded, question, rows).write(tmp_path / "first.csv")
+    job = "params: {a: A}\ncolumns: {again: email}\n"
+    loaded, rows, question = job_with(tmp_path, cells(tmp_path / "first.csv"), job)
+    Collector(ledger, loaded, question, rows).write(tmp_path / "second.csv")
+    header, row = cells(tmp_path / "second.csv")
+    assert header == ["A", "mail", "again", *STATUS]
+    assert row[:4] == ["ada", "x", "x", "found"]
+
+
+def test_giving_up_between_batches_leaves_the_old_file(tmp_path: Path, ledger: Ledger) -> None:
+    """`check` is asked before every batch."""
+
+    def check() -> None:
+        raise GivenUpError
+
+    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    target = tmp_path / "out.csv"
+    target.write_text("old")
+    with pytest.raises(GivenUpError):
+        Collector(ledger, loaded, question, rows, check).write(target)
+    assert target.read_text() == "old"
+
+
+def test_an_input_that_breaks_off_leaves_the_old_file(tmp_path: Path, ledger: Ledger) -> None:
+    """It is told as a fault of the input."""
+    loaded, rows, question = job_with(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
+    target = tmp_path / "out.parquet"
+    with pytest.raises(EnrichError, match="row 2"):
+        Collector(ledger, loaded, question, rows).write(target)
+    assert not target.exists()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
+    [
+        "007",
+        "+49 30 1",
+        "=1+1",
+        " a ",
+        '"',
+        '""',
+        ",",
+        "\r",
+        "\n",
+        "\r\n",
+        "'",
+        "NULL",
+        "1e5",
+        "\ufeff",
+        "\x1a",
+        "\u2028",
+        "ä",
+    ]
+)
+#: A header begins with a letter: a byte order mark before the first name is the file's own.
+NAME = TEXT.map("h".__add__) | st.sampled_from(["", " ", "^h.*$", "*", "column_0", "wanted", "literal", "a.b"])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[list[str]]:
+    """Draw a header and rows of its width."""
+    header = draw(st.lists(NAME, min_size=1, max_size=4, unique=True))
+    width = len(header)
+    return [header, *draw(st.lists(st.lists(TEXT, min_size=width, max_size=width), max_size=6))]
+
+
+@given(table=tables())
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_every_cell_of_the_input_comes_back_in_its_place(
+    tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]
+) -> None:
+    """Any text in any cell under any name: the very text, the very order, and the new columns behind."""
+    folder = tmp_path_factory.getbasetemp()
+    ledger = Ledger(folder / "cells.db")
+    try:
+        loaded, rows, question = job_with(folder, table, "params: {a: {value: x}}\n")
+        counts = Collector(ledger, loaded, question, rows).write(folder / name)
+    finally:
+        ledger.close()
+    if name.endswith(".parquet"):
+        frame = pl.read_parquet(folder / name)
+        back = [frame.columns, *map(list, frame.rows())]
+    else:
+        back = cells(folder / name)
+    width = len(table[0])
+    assert back[0] == [*table[0], "email", *STATUS]
+    assert [row[:width] for row in back] == table
+    assert counts.total() == len(table) - 1
+    assert {row[width + 1] for row in back[1:]} <= {State.PENDING.value}

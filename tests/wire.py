@@ -1,0 +1,154 @@
+"""A server of a few lines: it answers with the very bytes a test wants, or breaks the connection as it wants."""
+
+from __future__ import annotations
+
+import json
+import socket
+import socketserver
+import ssl
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from threading import Event, Thread
+from typing import Any
+
+
+class Act(Enum):
+    """What the server does with the connection instead of answering, or after an answer."""
+
+    KEEP = "keep"
+    CLOSE = "close"
+    RESET = "reset"
+    SILENCE = "silence"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request as it came; `connection` counts from 1."""
+
+    connection: int
+    head: str
+    body: bytes
+
+    @property
+    def line(self) -> str:
+        """The request line."""
+        return self.head.partition("\r\n")[0]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What goes back."""
+
+    data: bytes = b""
+    then: Act = Act.KEEP
+
+
+@dataclass
+class Wire:
+    """A server that was started."""
+
+    port: int
+    requests: list[Seen] = field(default_factory=list)
+    connections: int = 0
+
+    @property
+    def base_url(self) -> str:
+        """Where the API would be."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+
+def http(status: int, body: object = None, **headers: str) -> Reply:
+    """Write an HTTP answer; a body that is not bytes is written as JSON."""
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    lines = [f"HTTP/1.1 {status} Reason", f"content-length: {len(data)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return Reply("\r\n".join([*lines, "", ""]).encode() + data)
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer = answer
+        self.tls = tls
+        self.over = Event()
+        self.wire = Wire(self.server_address[1])
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        return (self.tls.wrap_socket(connection, server_side=True) if self.tls else connection), address
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing: the other side may go away at any time."""
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        wire = self.server.wire
+        wire.connections += 1
+        number = wire.connections
+        while head := self._head():
+            seen = Seen(number, head, self.rfile.read(_length(head)))
+            wire.requests.append(seen)
+            answer = self.server.answer
+            reply = answer if isinstance(answer, Reply) else answer(seen)
+            self.wfile.write(reply.data)
+            if reply.then is Act.SILENCE:
+                self.server.over.wait(30)
+            if reply.then is Act.RESET:
+                # Lingering for no time at all makes the kernel say RST rather than FIN.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if reply.then is not Act.KEEP:
+                return
+
+    def _head(self) -> str:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            try:
+                line = self.rfile.readline()
+            except OSError:
+                return ""
+            if not head and not line[:1].isalpha():
+                self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" if line else b"")
+                return ""
+            if not line:
+                return ""
+            head += line
+        return head.decode("latin-1")
+
+
+@contextmanager
+def answering(answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None = None) -> Iterator[Wire]:
+    """Serve on loopback, in threads, until the block ends."""
+    with _Server(answer, tls) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server.wire
+        finally:
+            server.over.set()
+            server.shutdown()
+            thread.join()
+
+
+def _length(head: str) -> int:
+    for line in head.splitlines():
+        name, _, value = line.partition(":")
+        if name.lower() == "content-length":
+            return int(value)
+    return 0
+
+
+def unused_port() -> int:
+    """Find a port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
