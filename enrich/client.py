@@ -16,7 +16,6 @@ no answer in time, reset, a body that is not JSON              Ambiguous
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -61,7 +60,6 @@ class Client:
         """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds."""
         self._base = access.base_url
         self._clock = clock
-        self._post_s, self._get_s = post_s, get_s
         headers = {"x-apikey": access.key.get_secret_value(), "user-agent": f"databar-enrich/{__version__}"}
         timeout = {"connect": CONNECT_S, "write": None, "pool": None}
         tls = httpx.create_ssl_context()
@@ -108,15 +106,14 @@ class Client:
         url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/run"
         headers = {"content-type": "application/json"}
         try:
-            async with asyncio.timeout(CONNECT_S + self._post_s + 1):
-                response = await self._posts.post(url, content=body, headers=headers, follow_redirects=False)
+            response = await self._posts.post(url, content=body, headers=headers, follow_redirects=False)
         except httpx.ConnectError as error:
             raise NotAccepted(f"no connection to the API: {error}") from error
         except (httpx.RemoteProtocolError, httpx.InvalidURL) as error:
             # None of the transport's errors is of these kinds: httpx looked where a 3xx points to, and it is no URL.
             raise NotAccepted("the API redirects the request") from error
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise Ambiguous(f"no answer from the API: {error or type(error).__name__}") from error
+        except httpx.HTTPError as error:
+            raise Ambiguous(f"no answer from the API: {error}") from error
         self._observe(response)
         if response.status_code == httpx.codes.OK:
             return _task_id(response)
@@ -143,17 +140,16 @@ class Client:
         """GET and parse; redirects are followed to the same host only, for the key goes with them."""
         url = self._base + path
         try:
-            async with asyncio.timeout(CONNECT_S + self._get_s + 1):
-                for _ in range(MAX_REDIRECTS):
-                    response = await self._gets.get(url, follow_redirects=False)
-                    self._observe(response)
-                    if not response.has_redirect_location:
-                        break
-                    url = str(response.url.join(response.headers["location"]))
-                    if _origin(url) != _origin(self._base):
-                        raise NotAccepted("the API redirects to another host")
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-            raise NotAccepted(f"no answer from the API: {error or type(error).__name__}") from error
+            for _ in range(MAX_REDIRECTS):
+                response = await self._gets.get(url, follow_redirects=False)
+                self._observe(response)
+                if not response.has_redirect_location:
+                    break
+                url = str(response.url.join(response.headers["location"]))
+                if _origin(url) != _origin(self._base):
+                    raise NotAccepted("the API redirects to another host")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NotAccepted(f"no answer from the API: {error}") from error
         if response.status_code == httpx.codes.OK:
             try:
                 return _parsed(response)

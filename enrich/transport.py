@@ -16,6 +16,9 @@ import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
+#: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
+STOPPED_S = 1.0
+
 _connected: ContextVar[list[bool]] = ContextVar("_connected")
 
 
@@ -46,26 +49,38 @@ class Transport(AiohttpTransport):
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request and read its whole answer.
+        """Send one request and read its whole answer, in the request's read time-out in all.
 
         Raises httpx.ConnectError when nothing can have left, httpx.ReadError when something may have.
         """
         connected: list[bool] = []
         token = _connected.set(connected)
+        timeout = request.extensions["timeout"]
+        # The time is kept here: aiohttp would give up an answer that is there already, see STOPPED_S.
+        request.extensions = {**request.extensions, "timeout": {"connect": timeout.get("connect")}}
+        exchange = asyncio.create_task(self._exchange(request))
+        _connected.reset(token)
         try:
-            response = await super().handle_async_request(request)
-            try:
-                await response.aread()
-            finally:
-                # An answer that was not read to its end would keep its connection, and there are few.
-                await response.aclose()
-        except asyncio.CancelledError:
-            raise
+            for patience in (timeout.get("read"), STOPPED_S):
+                done, _ = await asyncio.wait([exchange], timeout=patience)
+                if done:
+                    return exchange.result()
+            raise TimeoutError(f"no answer in {timeout.get('read'):g} s")
         except Exception as error:
             reason = str(error) or type(error).__name__
             if connected:
                 raise httpx.ReadError(reason, request=request) from error
             raise httpx.ConnectError(reason, request=request) from error
         finally:
-            _connected.reset(token)
+            if not exchange.done():
+                exchange.cancel()
+                await asyncio.wait([exchange])
+
+    async def _exchange(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        try:
+            await response.aread()
+        finally:
+            # An answer that was not read to its end would keep its connection, and there are few.
+            await response.aclose()
         return response

@@ -275,12 +275,11 @@ def test_an_api_that_goes_away_while_it_is_polled_is_exit_4(api: Api, office: Of
     assert receipt.exit_code == 4
     assert receipt.error is not None
     assert "503" in receipt.error
-    assert receipt.submitted == 20 - (receipt.in_doubt or 0)
     assert receipt.pending == sum(row["enrich_status"] == "pending" for row in office.output()) > 0
     api.heal()
     second = office.run(api)
-    assert (second.pending, second.submitted) == (0, 0)
-    assert api.audit()["paid_twice"] == 0
+    assert (second.pending, second.submitted) == (0, 20 - receipt.submitted - (receipt.in_doubt or 0))
+    assert api.audit()["accepted_more_than_once"] == 0
 
 
 def test_an_api_that_takes_no_posts_any_more_is_exit_4(api: Api, office: Office) -> None:

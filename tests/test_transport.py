@@ -6,13 +6,15 @@ import asyncio
 import shutil
 import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from enrich.client import Client
 from enrich.errors import Ambiguous, CallFailed, NotAccepted
-from tests.harness import until
+from enrich.sandbox import Fault
+from tests.harness import serving, until
 from tests.test_client import BODY, CREATED, KEY, ask, refused, run, task
 from tests.wire import Act, Reply, answering, http
 
@@ -163,3 +165,17 @@ def test_a_proxy_that_is_not_there_accepted_nothing(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         assert type(refused(wire.base_url, run)) is NotAccepted
         assert not wire.requests
+
+
+def test_an_answer_that_came_while_we_were_stopped_counts(tmp_path: Path) -> None:
+    """A laptop that slept finds the time-out over and the answer there: nothing is in doubt."""
+
+    async def stopped(client: Client) -> None:
+        posting = asyncio.create_task(run(client))
+        await asyncio.sleep(0.15)
+        # Nothing of ours runs meanwhile, as under SIGSTOP; the API's thread answers.
+        time.sleep(1.2)  # noqa: ASYNC251
+        assert await posting
+
+    with serving(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=0.4"),)) as api:
+        ask(api.base_url, stopped, key=api.api_key, seconds=0.8)
