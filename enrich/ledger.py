@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from enrich.database import Database
 from enrich.model import MOVES, Answer, Call, Claim, State, Task
-from enrich.schema import open_ledger
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
+#: Likewise of the index `queue`: what this execution may ask, whatever it has been asked before.
+QUEUED = "position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
 
 
 class CapReached(Exception):
@@ -41,46 +42,14 @@ class Standing:
     settled_ms: int | None
 
 
-class Ledger:
-    """One SQLite file, one connection; the caller holds the lock beside it."""
+class Ledger(Database):
+    """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open the ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
-
-        Raises Refused when the file is not a ledger, is newer than this program or can't be written.
-        """
-        self._db = open_ledger(path, read_only=read_only)
+        """Open the ledger as Database does, ready to be joined with batches of the input."""
+        super().__init__(path, read_only=read_only)
         self._db.execute("CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT)")
         self._db.execute("CREATE TEMP TABLE seen (request_id INTEGER PRIMARY KEY, position INTEGER)")
-
-    def close(self) -> None:
-        """Close the file; what was committed stays."""
-        self._db.close()
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """One commit; nothing of it stays when the block raises."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """One move of many in a transaction: when it raises, the others stay."""
-        self._db.execute("SAVEPOINT move")
-        try:
-            yield
-        except BaseException:
-            if self._db.in_transaction:  # a full disk may have ended it
-                self._db.execute("ROLLBACK TO move")
-                self._db.execute("RELEASE move")
-            raise
-        self._db.execute("RELEASE move")
 
     # What the ledger is bound to
 
@@ -113,7 +82,7 @@ class Ledger:
     def recover(self, now_ms: int) -> int:
         """Put what a crash left in `submitting` in doubt (edge d); return how many."""
         self._db.execute(
-            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1 "
+            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
             f"WHERE id IN (SELECT request_id FROM attempts WHERE state = 'submitting' AND {OPEN_ATTEMPT})"
         )
         return self._db.execute(
@@ -156,7 +125,10 @@ class Ledger:
 
     def clear_queue(self) -> None:
         """Forget what earlier executions wanted: a lead that left the file is never paid for."""
-        self._db.execute("UPDATE requests SET position = NULL WHERE position IS NOT NULL")
+        self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
+        self._db.execute(
+            f"UPDATE requests SET position = NULL WHERE id IN (SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
+        )
 
     def begin_pass(self) -> None:
         """Begin to read the input from its start: no request was seen yet."""
@@ -172,8 +144,9 @@ class Ledger:
     ) -> None:
         """Mark the requests that this execution wants, making those that are new.
 
-        `wanted` holds (position, fingerprint, params as JSON). Requests in a state of `retry` are sent
-        back to pending (edge f); so are those of `stale` whose answer came before that time (edge h).
+        `wanted` holds (position, fingerprint, params as JSON). Marked are those without an answer, those in a
+        state of `retry` (edge f), and those of `stale` whose answer came before that time (edge h). The mark
+        is a place in the queue; it ends with the execution, and so does the person's word.
         """
         self._load(wanted)
         canonical = json.dumps(call.body() | {"waterfall": call.waterfall}, sort_keys=True)
@@ -185,28 +158,24 @@ class Ledger:
             (canonical,),
         )
         self._see()
-        in_batch = "id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint)"
-        for state in retry:
-            self._db.execute(
-                "UPDATE requests SET state = 'pending', attempts = 0 "
-                f"WHERE state = ? AND position IS NULL AND {in_batch}",
-                (state,),
-            )
+        again = {"open": "state IN ('pending', 'submitting', 'submitted')"}
+        again |= {state: f"state = '{state}'" for state in retry}
         for state, before_ms in (stale or {}).items():
-            self._db.execute(
-                f"UPDATE requests SET state = 'pending', attempts = 0 WHERE state = ? AND {in_batch} "
-                "AND (SELECT settled_ms FROM attempts a WHERE a.id = attempt_id) < ?",
-                (state, before_ms),
-            )
+            settled_ms = "(SELECT settled_ms FROM attempts a WHERE a.id = attempt_id)"
+            again[state] = f"state = '{state}' AND {settled_ms} < {before_ms:d}"
         self._db.execute(
-            "UPDATE requests SET position = s.position FROM temp.seen s WHERE s.request_id = requests.id "
-            f"AND state IN ('pending', 'submitting', 'submitted') AND requests.position IS NULL AND {in_batch}"
+            "UPDATE requests SET position = s.position FROM temp.seen s "
+            "WHERE s.request_id = requests.id AND requests.position IS NULL "
+            "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint) "
+            f"AND ({' OR '.join(again.values())})"
         )
 
     def enrolled(self) -> dict[State, int]:
-        """Count the distinct requests of this pass by their state."""
+        """Count the distinct requests of this pass by their state; those in the queue are pending."""
         rows = self._db.execute(
-            "SELECT state, count(*) FROM seen s JOIN requests r ON r.id = s.request_id GROUP BY state"
+            "SELECT CASE WHEN r.position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
+            "THEN 'pending' ELSE r.state END, count(*) "
+            "FROM seen s JOIN requests r ON r.id = s.request_id GROUP BY 1"
         )
         return {State(state): count for state, count in rows}
 
@@ -243,11 +212,11 @@ class Ledger:
         Raises CapReached when the cap has no room for `price` now.
         """
         row = self._db.execute(
-            "SELECT id, params FROM requests WHERE state = 'pending' AND position IS NOT NULL ORDER BY position LIMIT 1"
+            f"SELECT id, params, state, attempt_id FROM requests WHERE {QUEUED} ORDER BY position LIMIT 1"
         ).fetchone()
         if row is None:
             return None
-        request_id, params = row
+        request_id, params, state, previous_id = row
         reserved = self._db.execute(
             "UPDATE executions SET reserved = reserved + ?1 "
             "WHERE id = ?2 AND (cap IS NULL OR spent + reserved + ?1 <= cap)",
@@ -256,12 +225,14 @@ class Ledger:
         if not reserved.rowcount:
             raise CapReached
         attempt = self._db.execute(
-            "INSERT INTO attempts (request_id, execution_id, state, claimed_ms, reserved) "
-            "VALUES (?, ?, 'submitting', ?, ?) RETURNING id",
-            (request_id, execution_id, now_ms, price),
+            "INSERT INTO attempts (request_id, execution_id, came_from, previous_id, state, claimed_ms, reserved) "
+            "VALUES (?, ?, ?, ?, 'submitting', ?, ?) RETURNING id",
+            (request_id, execution_id, state, previous_id, now_ms, price),
         ).fetchone()
         self._db.execute(
-            "UPDATE requests SET state = 'submitting', attempt_id = ? WHERE id = ?", (attempt[0], request_id)
+            "UPDATE requests SET state = 'submitting', attempt_id = ?, attempts = iif(state = 'pending', attempts, 0) "
+            "WHERE id = ?",
+            (attempt[0], request_id),
         )
         return Claim(attempt[0], params)
 
@@ -277,8 +248,18 @@ class Ledger:
         self.bind(bound_to)
 
     def refused(self, attempt_id: int, reason: str, now_ms: int) -> None:
-        """Nothing was accepted (edge c): back to the queue, at no cost and without counting the attempt."""
-        self._close(attempt_id, State.SUBMITTING, State.PENDING, "refused", error=reason, settled_ms=now_ms, credits=0)
+        """Nothing was accepted (edge c): back to where it stood, in the queue, at no cost and not counted."""
+        came_from, previous_id = self._db.execute(
+            "SELECT came_from, previous_id FROM attempts WHERE id = ?", (attempt_id,)
+        ).fetchone()
+        self._close(
+            attempt_id, State.SUBMITTING, State(came_from), "refused", error=reason, settled_ms=now_ms, credits=0
+        )
+        if came_from != State.PENDING:
+            self._db.execute(
+                "UPDATE requests SET attempt_id = ? WHERE id = (SELECT request_id FROM attempts WHERE id = ?)",
+                (previous_id, attempt_id),
+            )
         self._release(attempt_id)
 
     def rejected(self, attempt_id: int, reason: str, now_ms: int) -> None:
@@ -353,9 +334,12 @@ class Ledger:
         ).fetchone()
         if attempt is None or (before, after) not in MOVES:
             raise AssertionError(f"attempt {attempt_id} cannot go from {before} to {after}")
+        # What came to its end leaves the queue; what was refused or failed for nothing keeps its place.
+        keeps_place = outcome in ("refused", State.SUBMITTED) or after is State.PENDING
         moved = self._db.execute(
-            "UPDATE requests SET state = ? WHERE id = ? AND attempt_id = ? AND state = ?",
-            (after, attempt[0], attempt_id, before),
+            "UPDATE requests SET state = ?, position = iif(?, position, NULL) "
+            "WHERE id = ? AND attempt_id = ? AND state = ?",
+            (after, keeps_place, attempt[0], attempt_id, before),
         )
         if moved.rowcount != 1:
             raise AssertionError(f"the request of attempt {attempt_id} is not {before}")
@@ -388,8 +372,3 @@ class Ledger:
             "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
         ).fetchone()
         return int(row[0]), int(row[1])
-
-    def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
-        cursor = self._db.cursor()
-        cursor.row_factory = sqlite3.Row
-        yield from cursor.execute(sql, values)

@@ -23,24 +23,29 @@ class State(StrEnum):
     IN_DOUBT = "in_doubt"  # nobody can tell whether it was charged
 
 
-#: Every allowed move of a request, by the letters of the drawing in ARCHITECTURE.md.
+#: Every allowed move of a request, by the letters of the drawing in ARCHITECTURE.md. What f and h send back to
+#: pending moves on to submitting in the same transaction: until then it keeps its state, and when the POST is
+#: refused it has it again.
 MOVES: dict[tuple[State, State], str] = {
     (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST leaves",
     (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
     (State.SUBMITTING, State.PENDING): "c: provably not accepted",
-    (State.SUBMITTING, State.FAILED): "c: the API named a param that is wrong",
-    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have left, or the process died",
+    (State.SUBMITTING, State.FAILED): "c: the API named a param that is wrong, or refused a retry",
+    (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
+    (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
+    (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
+    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have left, or the process died, or a retry was refused",
     (State.SUBMITTED, State.FOUND): "e: the poller brought the answer",
     (State.SUBMITTED, State.NOT_FOUND): "e: the poller brought the answer",
     (State.SUBMITTED, State.FAILED): "e: the poller brought the answer",
     (State.SUBMITTED, State.EXPIRED): "e: the result is gone",
     (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen alive polls 404",
-    (State.IN_DOUBT, State.PENDING): "f: only by the person's word",
-    (State.FAILED, State.PENDING): "f: only by the person's word",
-    (State.EXPIRED, State.PENDING): "f: only by the person's word",
+    (State.IN_DOUBT, State.SUBMITTING): "f, a: only by the person's word",
+    (State.FAILED, State.SUBMITTING): "f, a: only by the person's word",
+    (State.EXPIRED, State.SUBMITTING): "f, a: only by the person's word",
     (State.SUBMITTED, State.PENDING): "g: failed at no charge, attempts are left",
-    (State.FOUND, State.PENDING): "h: older than policy.refresh allows",
-    (State.NOT_FOUND, State.PENDING): "h: older than policy.refresh allows",
+    (State.FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
+    (State.NOT_FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
 }
 
 #: States in which money may be at stake: the fate is not known yet.

@@ -300,7 +300,9 @@ class _Desk:
             return await self.finish(code, await self.journal.do(lambda _: collector.count()))
         collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
         counts = await self.journal.do(lambda _: collector.write(target))
-        also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: counts[RowStatus.IN_DOUBT] > 0}
+        # A row of a request in doubt may still show an older answer.
+        doubtful = counts[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
+        also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
         return await self.finish(self.execution.exit_code(also), counts, target)
 
     async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
@@ -339,7 +341,7 @@ class _Desk:
 
     async def _balance(self) -> int | None:
         """Ask for the balance after the run; a run that had to leave asks for nothing more."""
-        if self.execution.leaving.is_set() or self.signals.heard is not None:
+        if self.execution.giving_up.is_set() or self.signals.heard is not None:
             return None
         try:
             async with asyncio.timeout(5):

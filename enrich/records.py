@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from enrich.database import Database
 from enrich.errors import Refused
-from enrich.schema import open_ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +28,14 @@ class Money:
     unpriced: tuple[int, int]
 
 
-class Records:
+class Records(Database):
     """A ledger that is only looked into."""
 
     def __init__(self, path: Path) -> None:
         """Open it. Raises Refused when it is not there or is no ledger."""
         if not path.exists():
             raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
-        self._path = path
-        self._db = open_ledger(path, read_only=True)
-
-    def close(self) -> None:
-        """Close it."""
-        self._db.close()
+        super().__init__(path, read_only=True)
 
     def money(self, since_execution: int = 0) -> Money:
         """Sum up what attempts cost that were made or settled since an execution."""
@@ -81,7 +76,7 @@ class Records:
         """
         part = target.with_name(f".{target.name}.part")
         try:
-            if target.exists() and target.samefile(self._path):
+            if target.exists() and target.samefile(self.path):
                 raise Refused(f"{target}: this is the ledger itself", "choose another file")
             part.unlink(missing_ok=True)
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

@@ -1,76 +1,15 @@
-"""The ledger's file: its tables, as a list of migrations of which `PRAGMA user_version` counts those it has had."""
+"""The ledger's tables, as a list of migrations; `PRAGMA user_version` counts those that a file has had."""
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable
-from pathlib import Path
-
-from enrich.errors import Refused
 
 #: "enri": a SQLite file that says otherwise is somebody else's.
 MARK = 0x656E7269
 
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
 migration = MIGRATIONS.append
-
-
-def open_ledger(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """Open a ledger's file, making it (0600) and bringing it up to date unless `read_only`.
-
-    Raises Refused when it is no ledger, is newer than this program or can't be written.
-    """
-    try:
-        if not read_only:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        mode = "ro" if read_only else "rw"
-        # One thread at a time uses the connection, but not always the same one.
-        db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=30,
-        )
-        try:
-            _check_mark(db, path)
-            if not read_only:
-                # Readers look while we write; a committed move survives a power cut.
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-            _migrate(db, path, allowed=not read_only)
-        except BaseException:
-            db.close()
-            raise
-    except (OSError, sqlite3.Error) as error:
-        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
-    return db
-
-
-def _check_mark(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse the database of another program before anything in it is changed."""
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (mark,) = db.execute("PRAGMA application_id").fetchone()
-    if tables and mark != MARK:
-        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
-
-
-def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
-        raise Refused(
-            f"{path}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
-        )
-    if version < len(MIGRATIONS) and not allowed:
-        raise Refused(f"{path}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
-    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
-        db.execute("BEGIN IMMEDIATE")
-        step(db)
-        db.execute(f"PRAGMA user_version = {number}")
-        db.execute("COMMIT")
 
 
 @migration
@@ -125,12 +64,15 @@ CREATE TABLE requests (         -- one distinct paid question
     position INTEGER            -- place in the queue; NULL: the present execution does not want it
 ) STRICT;
 
-CREATE INDEX queue ON requests (state, position) WHERE position IS NOT NULL;
+CREATE INDEX queue ON requests (position)
+WHERE position IS NOT NULL AND state NOT IN ('submitting', 'submitted');
 
 CREATE TABLE attempts (         -- one POST, never overwritten by the next
     id INTEGER PRIMARY KEY,
     request_id INTEGER NOT NULL REFERENCES requests,
     execution_id INTEGER NOT NULL REFERENCES executions,
+    came_from TEXT NOT NULL,       -- where the request stood before, and stands again when this one is refused
+    previous_id INTEGER REFERENCES attempts,  -- the newest attempt before this one
     state TEXT NOT NULL CHECK (state IN
         ('submitting', 'refused', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
     task_id TEXT,

@@ -17,7 +17,7 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 #: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
-STOPPED_S = 1.0
+STOPPED_S = 0.2
 
 _connected: ContextVar[list[bool]] = ContextVar("_connected")
 

@@ -163,6 +163,8 @@ async def at_work(
         breaker=Quick(),
         poll_times=Soon(),
     )
+    if rate is not None:
+        execution.pace.rate = rate  # not felt for, as is right for a real API
     client = WatchedClient(api.access, clock, post_s=timing.post_s, get_s=timing.get_s)
     client.watch = Watch(execution)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich import schema
+from enrich import database, schema
 from enrich.errors import Refused
 from enrich.ledger import CapReached, Ledger
 from enrich.model import Answer, State, Task
@@ -105,7 +105,7 @@ class TestMoves:
 
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_a_persons_word_sends_back_what_failed(self, books: Books, state: State) -> None:
-        """Edge f: `--retry` names the state; its old attempt stays on record."""
+        """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
         attempt = books.begin(1).submit()
         if state is State.IN_DOUBT:
             books.do(Ledger.doubt, attempt, "404", books.now)
@@ -116,7 +116,8 @@ class TestMoves:
 
         books.enroll([1], retry={state})
 
-        assert books.state(1) is State.PENDING
+        assert books.state(1) is state
+        assert books.ledger.enrolled() == {State.PENDING: 1}
         assert books.submit("again") != attempt
         assert books.all("SELECT task_id FROM attempts ORDER BY id") == [("task",), ("again",)]
 
@@ -156,7 +157,35 @@ class TestMoves:
 
         books.enroll([2], retry={State.FAILED})
 
-        assert (books.state(1), books.state(2)) == (State.FAILED, State.PENDING)
+        assert books.claim().params == params(2)
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+
+    @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
+    def test_a_persons_word_lasts_for_one_execution(self, books: Books, state: State) -> None:
+        """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
+        attempt = books.begin(1).submit()
+        if state is State.IN_DOUBT:
+            books.do(Ledger.doubt, attempt, "404", books.now)
+        else:
+            books.settle(attempt, Answer(state, "gone"))
+        books.enroll([1], retry={state})
+        books.do(Ledger.refused, books.claim().attempt_id, "HTTP 429", books.now)
+
+        assert books.state(1) is state
+        assert books.ledger.enrolled() == {State.PENDING: 1}
+        books.start()
+        books.enroll([1])
+        assert books.ledger.enrolled() == {state: 1}
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+
+    def test_what_fails_again_is_not_asked_again_in_the_same_run(self, books: Books) -> None:
+        """Edge f: the person's word is good for one try, not for a circle that pays for ever."""
+        books.begin(1)
+        books.settle(books.submit(), Answer(State.FAILED, credits=COST))
+        books.enroll([1], retry={State.FAILED})
+        books.settle(books.submit("again"), Answer(State.FAILED, credits=COST))
+
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
 
     @pytest.mark.parametrize("answer", [FOUND, MISSED])
     def test_an_answer_that_is_too_old_is_asked_again(self, books: Books, answer: Answer) -> None:
@@ -168,7 +197,8 @@ class TestMoves:
 
         books.enroll([1, 2], stale={answer.state: books.now})
 
-        assert (books.state(1), books.state(2)) == (State.PENDING, answer.state)
+        assert books.ledger.enrolled() == {State.PENDING: 1, answer.state: 1}
+        assert books.claim().params == params(1)
         other = State.NOT_FOUND if answer.state is State.FOUND else State.FOUND
         books.enroll([1, 2], stale={other: books.now + 1})
         assert books.state(2) is answer.state
@@ -490,7 +520,7 @@ class TestFile:
             *schema.MIGRATIONS,
             lambda db: db.execute("CREATE TABLE more (x) STRICT" if broken else "CREATE TABLE more (x INTEGER) STRICT"),
         ]
-        monkeypatch.setattr(schema, "MIGRATIONS", steps)
+        monkeypatch.setattr(database, "MIGRATIONS", steps)
         broken = True
         with pytest.raises(Refused, match=r"ledger\.db: .*older"):
             Ledger(books.path, read_only=True)
@@ -607,6 +637,8 @@ class TestFile:
         books.settle(books.submit())
         books.do(Ledger.refused, books.claim().attempt_id, "", 1)
         books.do(Ledger.doubt, books.claim().attempt_id, "", 1)
+        books.enroll([2], retry={State.IN_DOUBT})
+        books.do(Ledger.refused, books.claim().attempt_id, "", 1)
         books.ledger.tasks()
         list(books.ledger.standing([(0, fingerprint(1))]))
         books.ledger._db.set_trace_callback(None)
@@ -620,7 +652,7 @@ class TestFile:
         assert {"queue", "open_attempts"} <= used
         # Clearing the queue reads the queue, which holds no more than the last input.
         scans = {step for plan in plans.values() for step in plan if re.match(r"SCAN (requests|attempts|r|a)\b", step)}
-        assert scans == {"SCAN requests USING INDEX queue"}
+        assert scans <= {"SCAN requests USING INDEX queue"}
 
     def test_a_fingerprint_of_another_length_is_not_swallowed(self, books: Books) -> None:
         """A question that cannot be named must not get lost."""

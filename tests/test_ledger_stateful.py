@@ -32,6 +32,8 @@ class Post:
     state: str
     reserved: int
     at: int
+    came_from: State = State.PENDING
+    previous: int | None = None
     credits: int | None = None
     counted_in: int | None = None  # the execution whose reservation it holds
 
@@ -45,6 +47,11 @@ class Lead:
     attempts: int = 0
     newest: int | None = None
     standing: int | None = None
+
+    @property
+    def queued(self) -> bool:
+        """May it be claimed."""
+        return self.wanted_at is not None and self.state not in (State.SUBMITTING, State.SUBMITTED)
 
 
 @dataclass
@@ -109,6 +116,11 @@ class Machine(RuleBasedStateMachine):
         post.state = outcome or after.value
         post.at = self.books.now
         lead.state = after
+        if post.state == "refused":
+            if after is not State.PENDING:
+                lead.newest = post.previous
+        elif after not in (State.PENDING, State.SUBMITTED):
+            lead.wanted_at = None
 
     # What happens
 
@@ -151,21 +163,15 @@ class Machine(RuleBasedStateMachine):
                 continue
             lead = self.model.leads.setdefault(number, Lead())
             old = lead.newest is not None and self.model.posts[lead.newest].at < before.get(lead.state, -1)
-            if lead.state in retry or old:
-                lead.state, lead.attempts = State.PENDING, 0
-            if lead.state in (State.PENDING, State.SUBMITTING, State.SUBMITTED):
+            if old or lead.state in {*retry, State.PENDING, State.SUBMITTING, State.SUBMITTED}:
                 lead.wanted_at = position
-        counted = Counter(self.model.leads[number].state for number in set(flat))
-        assert self.books.ledger.enrolled() == counted
+        leads = [self.model.leads[number] for number in set(flat)]
+        assert self.books.ledger.enrolled() == Counter(State.PENDING if lead.queued else lead.state for lead in leads)
 
     @rule(price=PRICES)
     def a_claim(self, price: int) -> None:
         """Claim the first of the queue, when there is one and the cap has room."""
-        queue = [
-            (lead.wanted_at, number)
-            for number, lead in self.model.leads.items()
-            if lead.state is State.PENDING and lead.wanted_at is not None
-        ]
+        queue = [(lead.wanted_at, number) for number, lead in self.model.leads.items() if lead.queued]
         execution = self.books.execution
         cap = self.model.caps[execution]
         full = cap is not None and self.model.spent[execution] + self.model.reserved(execution) + price > cap
@@ -182,10 +188,12 @@ class Machine(RuleBasedStateMachine):
         assert claim.params == params(number)
         assert claim.attempt_id not in self.model.posts
         lead = self.model.leads[number]
-        lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
         self.model.posts[claim.attempt_id] = Post(
-            number, execution, "submitting", price, self.books.now, counted_in=execution
+            number, execution, "submitting", price, self.books.now, lead.state, lead.newest, counted_in=execution
         )
+        if lead.state is not State.PENDING:
+            lead.attempts = 0
+        lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
 
     @precondition(lambda self: self.model.among("submitting"))
     @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
@@ -203,7 +211,7 @@ class Machine(RuleBasedStateMachine):
             post.credits, post.counted_in = 0, None
             if answer == "refused":
                 books.do(Ledger.refused, number, "429", books.now)
-                self.close(number, State.PENDING, "refused")
+                self.close(number, post.came_from, "refused")
             else:
                 books.do(Ledger.rejected, number, "400", books.now)
                 self.close(number, State.FAILED)
@@ -273,12 +281,9 @@ class Machine(RuleBasedStateMachine):
         assert all(before is after or (before, after) in MOVES for before, after in moves)
         self.before = states
         assert known == {
-            number: (lead.state, lead.attempts, lead.newest, lead.standing, known[number][-1])
+            number: (lead.state, lead.attempts, lead.newest, lead.standing, lead.wanted_at)
             for number, lead in self.model.leads.items()
         }
-        for number, lead in self.model.leads.items():
-            if lead.state is State.PENDING:
-                assert known[number][-1] == lead.wanted_at
 
     @invariant()
     def every_attempt_keeps_its_row(self) -> None:

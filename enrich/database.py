@@ -1,0 +1,111 @@
+"""A ledger's file: opened with care, brought up to date, written in transactions."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from enrich.errors import Refused
+from enrich.schema import MARK, MIGRATIONS
+
+
+class Database:
+    """One SQLite file, one connection."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open the ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
+
+        Raises Refused when the file is not a ledger, is newer than this program or can't be written.
+        """
+        self.path = path
+        self._db = _open(path, read_only=read_only)
+
+    def close(self) -> None:
+        """Close the file; what was committed stays."""
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One commit; nothing of it stays when the block raises."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """One move of many in a transaction: when it raises, the others stay."""
+        self._db.execute("SAVEPOINT move")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:  # a full disk may have ended it
+                self._db.execute("ROLLBACK TO move")
+                self._db.execute("RELEASE move")
+            raise
+        self._db.execute("RELEASE move")
+
+    def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
+        cursor = self._db.cursor()
+        cursor.row_factory = sqlite3.Row
+        yield from cursor.execute(sql, values)
+
+
+def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    try:
+        if not read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        mode = "ro" if read_only else "rw"
+        # One thread at a time uses the connection, but not always the same one.
+        db = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=30,
+        )
+        try:
+            _check_mark(db, path)
+            if not read_only:
+                # Readers look while we write; a committed move survives a power cut.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+            _migrate(db, path, allowed=not read_only)
+        except BaseException:
+            db.close()
+            raise
+    except (OSError, sqlite3.Error) as error:
+        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
+    return db
+
+
+def _check_mark(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse the database of another program before anything in it is changed."""
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (mark,) = db.execute("PRAGMA application_id").fetchone()
+    if tables and mark != MARK:
+        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
+
+
+def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise Refused(
+            f"{path}: this ledger was written by a newer version of enrich",
+            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
+        )
+    if version < len(MIGRATIONS) and not allowed:
+        raise Refused(f"{path}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
+    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.execute("BEGIN IMMEDIATE")
+        step(db)
+        db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
