@@ -264,7 +264,7 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield served
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(NAMES, NAMES, CELLS, CELLS, CELLS), max_size=8))
 def test_whatever_a_cell_holds_comes_back(shared_api: Api, rows: list[tuple[str, ...]]) -> None:
     """Any text in any cell: same rows, same order, same text; never a bug, and a second run pays nothing."""

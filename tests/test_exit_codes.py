@@ -655,8 +655,8 @@ def test_a_signal_winds_the_run_down(
     tmp_path: Path, office: Office, old_output: Path, number: signal.Signals, code: int
 ) -> None:
     """No new POST, every answer on the wire is written down, the old output stays, the next run goes on."""
-    office.write_leads(people(400))
-    office.write_job(limits="{requests_per_second: 1000, in_flight: 100}")
+    office.write_leads(people(150))
+    office.write_job(limits="{requests_per_second: 1000, in_flight: 60}")
     state = tmp_path / "api.db"
     with serving(state, latency="fixed(60)") as api:
         api.fault("slow", 500, "post", seconds=1)
@@ -667,15 +667,15 @@ def test_a_signal_winds_the_run_down(
         receipt = told(done, code)
         assert seconds < 10
         assert old_output.read_text() == OLD
-        assert receipt["submitted"] == audit["accepted"] < 400
-        assert (receipt["in_doubt"], receipt["pending"]) == (0, 400)
+        assert receipt["submitted"] == audit["accepted"] < 150
+        assert (receipt["in_doubt"], receipt["pending"]) == (0, 150)
         assert (audit["accepted_more_than_once"], receipt["output"]) == (0, None)
         api.heal()
         api.advance(100)
     with serving(state) as api:
         assert office.run(api).exit_code == 0
         audit = api.audit()
-    assert (audit["accepted"], audit["accepted_more_than_once"]) == (400, 0)
+    assert (audit["accepted"], audit["accepted_more_than_once"]) == (150, 0)
 
 
 def test_a_signal_does_not_wait_for_ever_for_a_silent_api(api: Api, office: Office) -> None:
@@ -857,7 +857,7 @@ def test_a_bug_is_exit_1_with_its_trace(api: Api, office: Office, monkeypatch: p
 
 def test_a_ledger_that_cannot_be_written_any_more_is_exit_1(api: Api, office: Office) -> None:
     """A full disk in the middle: nothing more is sent, and the program says so instead of spending blindly."""
-    office.write_leads(people(300))
+    office.write_leads(people(100))
     office.command("run", "job.yaml", "--limit", "0", api=api)
     with sqlite3.connect(office.ledger_path) as db:
         db.execute(

@@ -86,14 +86,14 @@ def test_killed_while_posts_are_on_the_wire(api: Api, office: Office, fault: str
 def test_killed_while_answers_stream_in(tmp_path: Path, office: Office) -> None:
     """In the thick of it, POSTs and polls side by side, three times over."""
     office.write_job(limits="{requests_per_second: 400}")
-    office.write_leads(people(300))
+    office.write_leads(people(160))
     with serving(tmp_path / "api.db", latency="uniform(0.05,0.6)", failure_rate=0.05, free_failures=0.0) as api:
-        for bought in (60, 140, 220):
+        for bought in (40, 80, 120):
             cut(office, api, lambda bought=bought: requests(api, "run") >= bought)  # type: ignore[misc]
         receipt = office.run(api)
-        audit = reconciled(office, api, receipt, 300)
+        audit = reconciled(office, api, receipt, 160)
 
-    assert (receipt.in_doubt or 0) + len({run["params"]["first_name"] for run in audit["runs"]}) >= 300
+    assert (receipt.in_doubt or 0) + len({run["params"]["first_name"] for run in audit["runs"]}) >= 160
 
 
 def test_killed_while_polling(tmp_path: Path, office: Office) -> None:
@@ -145,14 +145,14 @@ def test_a_stale_part_is_gone_even_when_the_night_fails(api: Api, office: Office
 def test_killed_again_and_again_at_random(tmp_path: Path, office: Office) -> None:
     """Kills at whatever it is doing then, and one run to the end."""
     office.write_job(limits="{requests_per_second: 300}")
-    office.write_leads(people(200))
+    office.write_leads(people(120))
     with serving(tmp_path / "api.db", latency="uniform(0.01,0.3)") as api:
-        for number in range(5):
+        for number in range(4):
             process = office.start("run", "job.yaml", api=api)
             time.sleep(0.55 + 0.13 * number)
             kill(process)
         receipt = office.run(api)
-        reconciled(office, api, receipt, 200)
+        reconciled(office, api, receipt, 120)
 
     assert receipt.exit_code in (0, 14)
 
@@ -197,14 +197,14 @@ def test_a_cap_holds_over_what_a_killed_run_left_in_flight(tmp_path: Path, offic
 def test_the_api_restarts_in_the_middle(tmp_path: Path, office: Office) -> None:
     """Refused connections are sat out, what the API had accepted it still knows, nothing is bought twice."""
     office.write_job(limits="{requests_per_second: 400}")
-    office.write_leads(people(300))
+    office.write_leads(people(150))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     state = tmp_path / "api.db"
     with serving(state, port=port, latency="fixed(0.5)") as api:
         process = office.start("run", "job.yaml", "--json", api=api)
-        until(lambda: requests(api, "run") >= 60)
+        until(lambda: requests(api, "run") >= 40)
     time.sleep(0.5)
     with serving(state, port=port, latency="fixed(0.5)") as api:
         try:
@@ -212,7 +212,7 @@ def test_the_api_restarts_in_the_middle(tmp_path: Path, office: Office) -> None:
         finally:
             kill(process)
         receipt = office.run(api)
-        reconciled(office, api, receipt, 300)
+        reconciled(office, api, receipt, 150)
 
     assert process.returncode in (0, 14), err
     assert receipt.submitted == 0
