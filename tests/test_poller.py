@@ -316,7 +316,7 @@ class TestPatience:
 
         slow = (Fault("slow", 1.0, "post", {"seconds": 0.3}),)
         with serving(tmp_path / "api.db", faults=slow, latency="fixed(60)") as api:
-            play(tmp_path, api, scene, leads=range(200))
+            play(tmp_path, api, scene, leads=range(200), timing=replace(HASTY, post_s=20))
 
     def test_a_clock_that_is_set_back_holds_nobody_up(self, api: Api, tmp_path: Path) -> None:
         """A task from the future is as new as can be, and is asked soon."""
