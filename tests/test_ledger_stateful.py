@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
         """Move an attempt and its request in the model."""
         post = self.model.posts[number]
         lead = self.model.leads[post.lead]
-        if post.state == "submitting" and after in (State.IN_DOUBT, State.SUBMITTED):
+        if post.state == "submitting" and after in (State.IN_DOUBT, State.SUBMITTED) and outcome != "refused":
             lead.attempts += 1
         post.state = outcome or after.value
         post.at = self.books.now
