@@ -7,25 +7,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from enrich import __version__
-from enrich.errors import EnrichError, Exit, Interrupted, JobError, LedgerLocked
+from enrich import __version__, options
+from enrich.errors import EnrichError, Exit, Interrupted, LedgerLocked
 from enrich.sandbox.command import sandbox
 
 if TYPE_CHECKING:
-    from enrich.credentials import Access
     from enrich.receipt import Receipt
     from enrich.spec import Job
     from enrich.surroundings import Options
-
-RETRYABLE = ("failed", "expired", "in_doubt")
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 def main() -> None:
@@ -91,102 +87,16 @@ def cli() -> None:
     """
 
 
-def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Read a duration option."""
-    if value is None:
-        return None
-    from enrich.spec import parse_duration
-
-    try:
-        return parse_duration(value).total_seconds()
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def _states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
-    """Read `failed,expired,in_doubt`."""
-    names = [name.strip() for name in (value or "").split(",") if name.strip()]
-    for name in names:
-        if name not in RETRYABLE:
-            raise click.BadParameter(f"`{name}` is none of {', '.join(RETRYABLE)}")
-    return frozenset(names)
-
-
-def _lock_wait(_: click.Context, __: click.Parameter, value: str) -> tuple[bool, float]:
-    """Read --if-locked: whether to skip, and how long to wait in seconds (-1: as long as it takes)."""
-    word, _equals, duration = value.partition("=")
-    if word == "wait":
-        seconds = _seconds(_, __, duration or None)
-        return False, -1 if seconds is None else seconds
-    if duration or word not in ("fail", "skip"):
-        raise click.BadParameter("must be fail, skip, wait or wait=10m")
-    return word == "skip", 0.0
-
-
-JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-PATHS = (
-    click.option("--input", "input_path", type=FILE, help="Read this file instead of the job's input."),
-    click.option("--output", type=FILE, help="Write this file instead of the job's output."),
-    click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
-    click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
-)
-
-
-def _paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(PATHS):
-        command = option(command)
-    return command
-
-
-def _load(
-    job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
-    ledger: Path | None,
-    use_sandbox: bool,
-    max_credits: float | None = None,
-) -> Job:
-    from enrich.spec import Overrides, load_job
-
-    return load_job(job_file, Overrides(input_path, output, ledger, max_credits, use_sandbox))
-
-
-@contextmanager
-def _access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
-    """Find the key and the API's address, or start the sandbox."""
-    from enrich.credentials import Access, find_access
-
-    if not use_sandbox:
-        # expanduser leaves the ~ where nobody knows a home; then there is no such file.
-        yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
-        return
-    from pydantic import SecretStr
-
-    try:
-        from enrich.sandbox.server import embedded
-    except ModuleNotFoundError as error:
-        raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
-    with ExitStack() as stack:
-        if job is None:
-            import tempfile
-
-            state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
-        else:
-            state = job.ledger_path.with_suffix(".api.db")
-            state.parent.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(embedded(state))
-        yield Access(server.base_url, SecretStr(server.api_key))
-
-
 @cli.command()
-@JOB_ARGUMENT
-@_paths
+@options.JOB_ARGUMENT
+@options.paths
 @click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending.")
 @click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in this execution.")
-@click.option("--max-time", callback=_seconds, metavar="5h", help="Stop after this time; the rest stays pending.")
 @click.option(
-    "--retry", callback=_states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
+    "--max-time", callback=options.seconds, metavar="5h", help="Stop after this time; the rest stays pending."
+)
+@click.option(
+    "--retry", callback=options.states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
 )
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
@@ -194,14 +104,14 @@ def _access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
     "--if-locked",
     default="fail",
     show_default=True,
-    callback=_lock_wait,
+    callback=options.lock_wait,
     metavar="fail|skip|wait[=10m]",
     help="What to do when another execution holds the ledger.",
 )
-@AS_JSON
+@options.AS_JSON
 @click.option("--receipt", "always_receipt", is_flag=True, help="Print the receipt off a terminal, too.")
 @click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
-@click.option("--log-file", type=FILE, help="Append what happens to this file, one JSON object a line.")
+@click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
 def run(
     job_file: Path,
     input_path: Path | None,
@@ -228,10 +138,10 @@ def run(
     from enrich.model import State
     from enrich.surroundings import Options
 
-    job = _load(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
-    options = Options(
+    wishes = Options(
         limit=limit,
         max_time_s=max_time,
         retry=frozenset(map(State, retry)),
@@ -240,7 +150,7 @@ def run(
     )
     skip, wait_s = if_locked
     try:
-        receipt = _run(job, options, wait_s, use_sandbox=use_sandbox, on_terminal=on_terminal, log_file=log_file)
+        receipt = _run(job, wishes, wait_s, use_sandbox=use_sandbox, on_terminal=on_terminal, log_file=log_file)
     except LedgerLocked as error:
         if not skip:
             raise
@@ -253,7 +163,7 @@ def run(
 
 
 def _run(
-    job: Job, options: Options, wait_s: float, *, use_sandbox: bool, on_terminal: bool, log_file: Path | None
+    job: Job, wishes: Options, wait_s: float, *, use_sandbox: bool, on_terminal: bool, log_file: Path | None
 ) -> Receipt:
     """Run under the lock, with the bar and the log."""
     from enrich.ledger import Ledger
@@ -265,7 +175,7 @@ def _run(
     with ExitStack() as stack:
         log = Log(stack.enter_context(log_to(log_file)))
         stack.enter_context(hold(job.ledger_path, wait_s))
-        access = stack.enter_context(_access(job, use_sandbox=use_sandbox))
+        access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
         store = Ledger(job.ledger_path)
         stack.callback(store.close)
         bar = Bar() if on_terminal else None
@@ -282,7 +192,7 @@ def _run(
 
         if bar is not None:
             stack.callback(bar.close)
-        receipt = run(Surroundings(job, access, store, tell=tell, show=show), options)
+        receipt = run(Surroundings(job, access, store, tell=tell, show=show), wishes)
         log.end(receipt.as_json())
         return receipt
 
@@ -309,10 +219,10 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
 
 
 @cli.command()
-@JOB_ARGUMENT
-@_paths
+@options.JOB_ARGUMENT
+@options.paths
 @click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
-@AS_JSON
+@options.AS_JSON
 def collect(
     job_file: Path,
     input_path: Path | None,
@@ -326,7 +236,7 @@ def collect(
     from enrich.lock import hold
     from enrich.offline import collect_offline
 
-    job = _load(job_file, input_path, output, ledger, use_sandbox)
+    job = options.load(job_file, input_path, output, ledger, use_sandbox)
     with hold(job.ledger_path, 0):
         receipt = collect_offline(job, partial=partial)
     _show_receipt(receipt, as_json=as_json, show=sys.stderr.isatty())
@@ -334,27 +244,27 @@ def collect(
 
 
 @cli.command()
-@JOB_ARGUMENT
-@click.option("--ledger", type=FILE, help="Look into this ledger instead of the job's.")
+@options.JOB_ARGUMENT
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
-@AS_JSON
+@options.AS_JSON
 def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the ledger of JOB knows: counts, credits, what expires when, past executions."""
     from enrich.status import lines, read_status
 
-    known = read_status(_load(job_file, None, None, ledger, use_sandbox))
+    known = read_status(options.load(job_file, None, None, ledger, use_sandbox))
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
 
 
 @cli.command()
 @click.argument("identifier", required=False)
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
-@AS_JSON
+@options.AS_JSON
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the API offers: waterfalls, their params, fields, providers and prices."""
     from enrich.offer import lines, read_offer
 
-    with _access(None, use_sandbox=use_sandbox) as access:
+    with options.access(None, use_sandbox=use_sandbox) as access:
         offer = read_offer(access, identifier)
     if as_json:
         told = [waterfall.model_dump() for waterfall in offer]

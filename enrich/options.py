@@ -1,0 +1,111 @@
+"""The options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from enrich.errors import JobError
+
+if TYPE_CHECKING:
+    from enrich.credentials import Access
+    from enrich.spec import Job
+
+#: States that --retry may name.
+RETRYABLE = ("failed", "expired", "in_doubt")
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Read a duration option."""
+    if value is None:
+        return None
+    from enrich.spec import parse_duration
+
+    try:
+        return parse_duration(value).total_seconds()
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
+    """Read `failed,expired,in_doubt`."""
+    names = [name.strip() for name in (value or "").split(",") if name.strip()]
+    for name in names:
+        if name not in RETRYABLE:
+            raise click.BadParameter(f"`{name}` is none of {', '.join(RETRYABLE)}")
+    return frozenset(names)
+
+
+def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tuple[bool, float]:
+    """Read --if-locked: whether to skip, and how long to wait in seconds (-1: as long as it takes)."""
+    word, _equals, duration = value.partition("=")
+    if word == "wait":
+        at_most = seconds(context, option, duration or None)
+        return False, -1 if at_most is None else at_most
+    if duration or word not in ("fail", "skip"):
+        raise click.BadParameter("must be fail, skip, wait or wait=10m")
+    return word == "skip", 0.0
+
+
+JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+PATHS = (
+    click.option("--input", "input_path", type=FILE, help="Read this file instead of the job's input."),
+    click.option("--output", type=FILE, help="Write this file instead of the job's output."),
+    click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
+    click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
+)
+
+
+def paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where its files are."""
+    for option in reversed(PATHS):
+        command = option(command)
+    return command
+
+
+def load(
+    job_file: Path,
+    input_path: Path | None,
+    output: Path | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    max_credits: float | None = None,
+) -> Job:
+    """Read the job file, with what the command line says instead."""
+    from enrich.spec import Overrides, load_job
+
+    return load_job(job_file, Overrides(input_path, output, ledger, max_credits, use_sandbox))
+
+
+@contextmanager
+def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
+    """Find the key and the API's address, or start the sandbox."""
+    from enrich.credentials import Access, find_access
+
+    if not use_sandbox:
+        # expanduser leaves the ~ where nobody knows a home; then there is no such file.
+        yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
+        return
+    from pydantic import SecretStr
+
+    try:
+        from enrich.sandbox.server import embedded
+    except ModuleNotFoundError as error:
+        raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
+    with ExitStack() as stack:
+        if job is None:
+            import tempfile
+
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
+        else:
+            state = job.ledger_path.with_suffix(".api.db")
+            state.parent.mkdir(parents=True, exist_ok=True)
+        server = stack.enter_context(embedded(state))
+        yield Access(server.base_url, SecretStr(server.api_key))
