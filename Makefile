@@ -8,7 +8,7 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers fmt clean
+.PHONY: help demo test check torture lint types layers fmt clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: .venv/dev ## run the tests
 	$(BIN)/pytest
 
 check: lint types layers test ## all that CI does: lint, types, layers, dependencies, tests
+
+torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
+	$(BIN)/python -m tests.torture
 
 lint: .venv/dev
 	$(BIN)/ruff check .

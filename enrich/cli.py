@@ -17,6 +17,7 @@ import click
 from enrich import __version__, options
 from enrich.errors import EnrichError, Exit, Interrupted, LedgerLocked
 from enrich.sandbox.command import sandbox
+from enrich.upkeep import ledger as ledger_group
 
 if TYPE_CHECKING:
     from enrich.receipt import Receipt
@@ -98,6 +99,9 @@ def cli() -> None:
 @click.option(
     "--retry", callback=options.states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
 )
+@click.option(
+    "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
+)
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
@@ -122,6 +126,7 @@ def run(
     max_credits: float | None,
     max_time: float | None,
     retry: frozenset[str],
+    accept: str | None,
     update_providers: bool,
     yes: bool,
     if_locked: tuple[bool, float],
@@ -141,10 +146,13 @@ def run(
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
+    if accept in retry:
+        raise click.UsageError("--accept and --retry in_doubt say opposite things: choose one")
     wishes = Options(
         limit=limit,
         max_time_s=max_time,
         retry=frozenset(map(State, retry)),
+        accept_doubts=accept is not None,
         update_providers=update_providers,
         confirm=_confirm if asks else None,
     )
@@ -257,6 +265,22 @@ def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool
 
 
 @cli.command()
+@options.JOB_ARGUMENT
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
+@click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
+@options.AS_JSON
+def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
+    """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
+    from enrich.reconcile import lines, reconcile_job
+
+    job = options.load(job_file, None, None, ledger, use_sandbox)
+    with options.access(job, use_sandbox=use_sandbox) as access:
+        told = reconcile_job(job, access, since)
+    click.echo(json.dumps(told.as_json()) if as_json else "\n".join(lines(told)))
+
+
+@cli.command()
 @click.argument("identifier", required=False)
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
 @options.AS_JSON
@@ -282,3 +306,4 @@ def schema() -> None:
 
 
 cli.add_command(sandbox)
+cli.add_command(ledger_group)

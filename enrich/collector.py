@@ -12,8 +12,8 @@ from typing import Any
 import polars as pl
 
 from enrich.answer import is_blank, parse_data, pick
-from enrich.ledger import Ledger, Standing
-from enrich.model import RowStatus, State, iso, to_credits
+from enrich.ledger import Ledger
+from enrich.model import RowStatus, Standing, State, iso, to_credits
 from enrich.output import write
 from enrich.question import Question
 from enrich.rows import STATUS_COLUMNS, Batch, Rows

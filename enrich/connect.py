@@ -15,7 +15,7 @@ from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question, default_providers, make_question
-from enrich.spec import Job, nearest
+from enrich.spec import SANDBOX_SUFFIX, Job, nearest
 from enrich.waterfall import Waterfall
 
 T = TypeVar("T")
@@ -85,6 +85,8 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
     waterfall = await _waterfall(client, job, at_most_s)
     providers, notes = await _providers(journal, job, waterfall, update_providers=update_providers)
     question = make_question(job, waterfall, providers)
+    if not await journal.do(Ledger.executions, last=1):
+        notes += _beside_others(job)
     await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), providers)
     return Connection(question, to_micros(user.balance), bound_to, notes)
 
@@ -120,6 +122,25 @@ async def _providers(
 
 def _listed(providers: list[int]) -> str:
     return ", ".join(map(str, providers))
+
+
+def _beside_others(job: Job) -> list[str]:
+    """Announce a new ledger beside others: a renamed job would pay again."""
+    sandbox = job.ledger_path.name.endswith(SANDBOX_SUFFIX)
+    others = [
+        path.name
+        for path in job.ledger_path.parent.glob("*.db")
+        if path != job.ledger_path
+        and path.name.endswith(SANDBOX_SUFFIX) is sandbox
+        and not path.name.endswith(".api.db")
+    ]
+    if not others:
+        return []
+    note = (
+        f"a new ledger is made, {job.ledger_path}, beside {', '.join(sorted(others))}: "
+        "what those have answered is paid for again, unless `ledger:` in the job file names one of them"
+    )
+    return [note]
 
 
 def remembered(ledger: Ledger, job: Job) -> Question:

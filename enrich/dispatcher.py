@@ -62,8 +62,7 @@ class Dispatcher:
         """Wait until a POST may leave; tell how many may, 0 when none may any more."""
         execution = self.execution
         while not execution.closing.is_set():
-            flying = execution.on_the_wire + execution.in_flight
-            room = min(POSTS_ON_THE_WIRE - execution.on_the_wire, execution.in_flight_limit - flying)
+            room = min(POSTS_ON_THE_WIRE - execution.on_the_wire, execution.room)
             if self.limit is not None:
                 left = self.limit - execution.tally.submitted - execution.tally.doubtful
                 if left <= 0:

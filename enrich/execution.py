@@ -12,6 +12,9 @@ from enrich.errors import PRECEDENCE, EnrichError, Exit, RateLimited
 from enrich.model import Clock, State
 from enrich.pace import Breaker, Pace, PollTimes
 
+#: All that is in flight must be fetchable in this share of the time for which the API keeps results.
+FETCHED_IN = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -52,6 +55,7 @@ class Execution:
     pace: Pace
     timing: Timing = field(default_factory=Timing)
     in_flight_limit: int = 200
+    result_ttl_s: float = 86_400.0
     tally: Tally = field(default_factory=Tally)
     breaker: Breaker = field(default_factory=Breaker)
     poll_times: PollTimes = field(default_factory=PollTimes)
@@ -68,6 +72,12 @@ class Execution:
     failing_since: float | None = None
     _gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        """How many more requests may be at the API: within the limit, and no more than can be fetched in time."""
+        fetchable = max(1, int(self.pace.rate * self.result_ttl_s * FETCHED_IN))
+        return min(self.in_flight_limit, fetchable) - self.in_flight - self.on_the_wire
 
     def stop(self, code: Exit, reason: EnrichError) -> None:
         """Send no new POST; what is on its way is still written down."""

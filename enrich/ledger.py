@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from enrich.database import Database
-from enrich.model import MOVES, Answer, Call, Claim, State, Task
+from enrich.model import MOVES, Answer, Call, Claim, Standing, State, Task
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
@@ -25,21 +24,6 @@ QUEUED = "position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
 
 class CapReached(Exception):
     """The budget has no room for another request now; what is in flight may free some."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the ledger knows of one row's request. `first`: no earlier row of this pass asked the same."""
-
-    index: int
-    first: bool
-    state: State
-    answer: str | None
-    error: str | None
-    provider: str | None
-    credits: int | None
-    task_id: str | None
-    settled_ms: int | None
 
 
 class Ledger(Database):
@@ -91,20 +75,27 @@ class Ledger(Database):
             (now_ms,),
         ).rowcount
 
-    def start_execution(self, job: str, cap: int | None, now_ms: int) -> int:
+    def start_execution(self, job: str, cap: int | None, now_ms: int, balance: int | None = None) -> int:
         """Begin an execution. What is in flight from earlier ones settles in it, so it counts against its cap."""
         row = self._db.execute(
-            "INSERT INTO executions (job, started_ms, cap, reserved) VALUES (?, ?, ?, "
+            "INSERT INTO executions (job, started_ms, cap, balance_before, reserved) VALUES (?, ?, ?, ?, "
             f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-            (job, now_ms, cap),
+            (job, now_ms, cap, balance),
         ).fetchone()
         return int(row[0])
 
-    def end_execution(self, execution_id: int, exit_code: int, receipt: Mapping[str, Any], now_ms: int) -> None:
+    def end_execution(
+        self,
+        execution_id: int,
+        exit_code: int,
+        receipt: Mapping[str, Any],
+        now_ms: int,
+        balance: int | None = None,
+    ) -> None:
         """Write down how an execution ended."""
         self._db.execute(
-            "UPDATE executions SET ended_ms = ?, exit_code = ?, receipt = ? WHERE id = ?",
-            (now_ms, exit_code, json.dumps(receipt), execution_id),
+            "UPDATE executions SET ended_ms = ?, exit_code = ?, receipt = ?, balance_after = ? WHERE id = ?",
+            (now_ms, exit_code, json.dumps(receipt), balance, execution_id),
         )
 
     def execution(self, execution_id: int) -> sqlite3.Row:
@@ -169,6 +160,14 @@ class Ledger(Database):
             "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint) "
             f"AND ({' OR '.join(again.values())})"
         )
+
+    def accept_doubts(self, wanted: Iterable[tuple[int, bytes, str]]) -> int:
+        """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
+        self._load(wanted)
+        return self._db.execute(
+            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' "
+            "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint)"
+        ).rowcount
 
     def enrolled(self) -> dict[State, int]:
         """Count the distinct requests of this pass by their state; those in the queue are pending."""
@@ -372,3 +371,16 @@ class Ledger(Database):
             "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
         ).fetchone()
         return int(row[0]), int(row[1])
+
+    def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
+        """Sum up the attempts that were made or settled since an execution.
+
+        Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
+        """
+        return self._db.execute(
+            "SELECT CASE WHEN credits IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
+            "count(*), coalesce(sum(credits), 0), sum(reserved) FROM attempts "
+            "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
+            "GROUP BY 1, 2",
+            (since,),
+        ).fetchall()

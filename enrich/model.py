@@ -41,6 +41,7 @@ MOVES: dict[tuple[State, State], str] = {
     (State.SUBMITTED, State.EXPIRED): "e: the result is gone",
     (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen alive polls 404",
     (State.IN_DOUBT, State.SUBMITTING): "f, a: only by the person's word",
+    (State.IN_DOUBT, State.FAILED): "f: the person takes it for lost",
     (State.FAILED, State.SUBMITTING): "f, a: only by the person's word",
     (State.EXPIRED, State.SUBMITTING): "f, a: only by the person's word",
     (State.SUBMITTED, State.PENDING): "g: failed at no charge, attempts are left",
@@ -182,3 +183,18 @@ class Answer:
     credits: int | None = None
     raw: str | None = field(default=None, repr=False)
     free_failure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the ledger knows of one row's request. `first`: no earlier row of this pass asked the same."""
+
+    index: int
+    first: bool
+    state: State
+    answer: str | None
+    error: str | None
+    provider: str | None
+    credits: int | None
+    task_id: str | None
+    settled_ms: int | None

@@ -24,7 +24,6 @@ from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
-from enrich.spec import SANDBOX_SUFFIX, Job
 from enrich.surroundings import Options, Progress, Surroundings
 
 PROGRESS_S = 0.2
@@ -87,16 +86,22 @@ async def _execute(
         rows.check_new_columns(connection.question)
     cap = None if job.max_credits is None else to_micros(job.max_credits)
     price = price_for_cap(job, connection.question)
-    news = None if await journal.do(Ledger.executions, last=1) else _beside_others(job)
-    number = await journal.do(Ledger.start_execution, job.name, cap, clock.now_ms())
+    number = await journal.do(Ledger.start_execution, job.name, cap, clock.now_ms(), connection.balance)
     limits = job.model.limits
     pace = Pace(limits.requests_per_second)
-    execution = Execution(number, clock, pace, around.timing, in_flight_limit=limits.in_flight)
+    execution = Execution(
+        number,
+        clock,
+        pace,
+        around.timing,
+        in_flight_limit=limits.in_flight,
+        result_ttl_s=job.model.policy.result_ttl.total_seconds(),
+    )
     desk = _Desk(around, options, signals, client, journal, connection, execution, price, started)
     signals.on_first = desk.interrupt
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
-    for note in [*connection.notes, *([news] if news else [])]:
+    for note in connection.notes:
         desk.note(note)
     timekeeper = asyncio.create_task(desk.keep_time())
     try:
@@ -113,24 +118,6 @@ async def _execute(
         return await desk.finish(execution.exit_code({}))
     finally:
         timekeeper.cancel()
-
-
-def _beside_others(job: Job) -> str | None:
-    """Announce a new ledger beside others: a renamed job would pay again."""
-    sandbox = job.ledger_path.name.endswith(SANDBOX_SUFFIX)
-    others = [
-        path.name
-        for path in job.ledger_path.parent.glob("*.db")
-        if path != job.ledger_path
-        and path.name.endswith(SANDBOX_SUFFIX) is sandbox
-        and not path.name.endswith(".api.db")
-    ]
-    if not others:
-        return None
-    return (
-        f"a new ledger is made, {job.ledger_path}, beside {', '.join(sorted(others))}: "
-        "what those have answered is paid for again, unless `ledger:` in the job file names one of them"
-    )
 
 
 @dataclass(slots=True)
@@ -150,6 +137,7 @@ class _Desk:
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
     reused: int | None = None
+    given_up: int = 0
     out_of_time: bool = False
     _poller: Poller | None = None
     _helpers: set[asyncio.Task[None]] = field(default_factory=set)
@@ -229,6 +217,8 @@ class _Desk:
             count = 0
             for batch in rows.batches(question):
                 self.signals.check()
+                if self.options.accept_doubts:
+                    self.given_up += ledger.accept_doubts(batch.asked())
                 ledger.enroll(question.call, batch.asked(), retry=retry, stale=stale)
                 count += batch.frame.height
             return count
@@ -291,7 +281,8 @@ class _Desk:
     async def _collect(self, rows: Rows, target: Path) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
         around = self.around
-        some_failed = any(self.execution.tally.settled.get(state) for state in (State.FAILED, State.EXPIRED))
+        settled = self.execution.tally.settled
+        some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or self.given_up)
         code = self.execution.exit_code({Exit.SOME_FAILED: some_failed})
         if code not in WRITES_OUTPUT:
             if (self.rows_read or 0) > COUNTED_WHEN_INTERRUPTED:
@@ -336,7 +327,9 @@ class _Desk:
         )
         if counts is not None:
             receipt = receipt.with_rows(counts)
-        await self.journal.do(Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms())
+        await self.journal.do(
+            Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms(), after
+        )
         return receipt
 
     async def _balance(self) -> int | None:

@@ -66,6 +66,9 @@ def failure(exit_code: Exit, message: str) -> dict[str, Any]:
     return {"exit_code": int(exit_code), "error": message}
 
 
+#: Differences below this are rounding.
+CENT = 0.005
+
 #: What the person may do about rows of a status.
 REMEDIES = {
     RowStatus.FAILED: "ask again, at a price: --retry failed",
@@ -89,7 +92,10 @@ def lines(receipt: Receipt) -> Iterator[str]:
     yield f"  submitted {receipt.submitted:>9,}         {receipt.reused or 0:,} reused from the ledger"
     yield f"  credits   {receipt.credits_spent:>9,.2f}         spent in this execution{unknown}"
     if receipt.balance_before is not None and receipt.balance_after is not None:
-        yield f"  balance   {receipt.balance_after:>9,.2f}         was {receipt.balance_before:,.2f}"
+        gone = receipt.balance_before - receipt.balance_after
+        other = gone - receipt.credits_spent
+        differs = f"; {other:+,.2f} beyond the credits spent: enrich reconcile" if abs(other) >= CENT else ""
+        yield f"  balance   {receipt.balance_after:>9,.2f}         was {receipt.balance_before:,.2f}{differs}"
     asked = f"{receipt.polls:,} polls, {receipt.rate_limited:,} answers 429"
     yield f"  time      {_duration(receipt.elapsed_s):>9}         {asked}"
     if receipt.output is not None:

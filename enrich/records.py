@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from enrich.database import Database
 from enrich.errors import Refused
+from enrich.schema import MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,36 @@ class Money:
     doubtful: tuple[int, int]
     expired: tuple[int, int]
     unpriced: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a check of a ledger found; a count is None where it cannot be read."""
+
+    problems: list[str]
+    requests: int | None = None
+    attempts: int | None = None
+    executions: int | None = None
+
+
+def check(path: Path) -> Findings:
+    """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
+    try:
+        records = Records(path)
+    except Refused as error:
+        if not _tells_of_damage(error.__cause__):
+            raise
+        return Findings([f"the file is damaged: {error.__cause__}"])
+    with closing(records):
+        return records.check()
+
+
+def _tells_of_damage(error: BaseException | None) -> bool:
+    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ)
+    # The low byte is the kind of the error, the others say which of that kind.
+    return isinstance(error, sqlite3.Error) and bool(
+        {error.sqlite_errorcode, error.sqlite_errorcode & 0xFF} & {*damage}
+    )
 
 
 class Records(Database):
@@ -59,28 +90,50 @@ class Records(Database):
             unpriced=open_ones("found", "not_found", "failed"),
         )
 
+    def check(self) -> Findings:
+        """Look at everything as it stood at one moment, though a run may go on."""
+        with suppress(sqlite3.Error):
+            self._db.execute("BEGIN")
+        try:
+            return Findings(list(self.problems()), *map(self._count, ("requests", "attempts", "executions")))
+        finally:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+
     def problems(self) -> Iterator[str]:
         """Check the file and its invariants; yield what does not hold, in words."""
-        for (said,) in self._db.execute("PRAGMA integrity_check"):
-            if said != "ok":
-                yield f"the file is damaged: {said}"
+        try:
+            for (said,) in self._db.execute("PRAGMA integrity_check"):
+                if said != "ok":
+                    yield f"the file is damaged: {said}"
+        except sqlite3.Error as error:
+            yield f"the file is damaged: {error}"
         for broken, query in INVARIANTS.items():
-            (count,) = self._db.execute(f"SELECT count(*) FROM ({query})").fetchone()
+            try:
+                (count,) = self._db.execute(f"SELECT count(*) FROM ({query})").fetchone()
+            except sqlite3.Error as error:
+                yield f"it cannot be told whether there is a {broken}: {error}"
+                continue
             if count:
                 yield f"{count:,} times: {broken}"
+
+    def _count(self, table: str) -> int | None:
+        with suppress(sqlite3.Error):
+            (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
+            return int(count)
+        return None
 
     def backup(self, target: Path) -> None:
         """Make a consistent copy (0600), whole or not at all, while a run may go on.
 
-        Raises Refused when the copy cannot be written or would replace the ledger.
+        Raises Refused when the copy cannot be written or would replace what is no copy.
         """
         part = target.with_name(f".{target.name}.part")
         try:
-            if target.exists() and target.samefile(self.path):
-                raise Refused(f"{target}: this is the ledger itself", "choose another file")
-            part.unlink(missing_ok=True)
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            with _removed_on_failure(part):
+            _check_target(target, self.path)
+            _remove(part)
+            try:
+                os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 with closing(sqlite3.connect(part)) as copy:
                     self._db.backup(copy)
                     # A copy is one file: nothing of it lies in a journal beside it.
@@ -88,47 +141,103 @@ class Records(Database):
                 with part.open("rb") as written:
                     os.fsync(written.fileno())
                 part.replace(target)
-        except (OSError, sqlite3.Error) as error:
+            finally:
+                with suppress(OSError):
+                    _remove(part)
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise Refused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
+        except sqlite3.Error as error:
+            if _tells_of_damage(error):
+                raise Refused(
+                    f"{self.path}: the ledger is damaged: {error}", "`enrich ledger check` tells more"
+                ) from error
             raise Refused(f"{target}: the copy cannot be written: {error}") from error
 
 
-@contextmanager
-def _removed_on_failure(part: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
+def _check_target(target: Path, ledger: Path) -> None:
+    """Refuse to replace anything but an older copy."""
+    if not target.exists():
+        replaces = None
+    elif target.samefile(ledger):
+        replaces = "the ledger itself"
+    elif not target.is_file():
+        replaces = "no file"
+    elif any(target.with_name(target.name + ending).exists() for ending in (".lock", "-wal", "-journal")):
+        replaces = "a ledger that is in use"
+    else:
+        with target.open("rb") as file:
+            header = file.read(_MARK_ENDS)
+        is_copy = not header or header[_MARK_BEGINS:] == MARK.to_bytes(4, "big")
+        replaces = None if is_copy else "no copy of a ledger"
+    if replaces is not None:
+        raise Refused(f"{target}: this is {replaces}", "choose another file for the copy")
+    if target.with_name(target.name + "-wal").exists():
+        # SQLite would play it into the copy.
+        raise Refused(f"{target}: beside it lies the journal of a database that is gone", "choose another file")
 
 
-#: What must hold, as queries for the rows in which it does not.
+def _remove(part: Path) -> None:
+    """Remove a copy that was not finished, with its journals: SQLite would play them into the next one."""
+    for ending in ("", "-journal", "-wal", "-shm"):
+        part.with_name(part.name + ending).unlink(missing_ok=True)
+
+
+#: Where SQLite keeps the application id in a file ("Database File Format", 1.2.20).
+_MARK_BEGINS, _MARK_ENDS = 68, 72
+
+#: What must hold, as queries for the rows in which it does not. Each reads a table a few times at most.
 INVARIANTS = {
-    "request whose newest attempt is at the API while it is not, or the reverse": (
-        "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id "
-        "WHERE (r.state IN ('submitting', 'submitted')) IS NOT (coalesce(a.state, '') IN ('submitting', 'submitted')) "
-        "OR (r.state IN ('submitting', 'submitted') AND r.state <> a.state)"
+    "request whose state is not that of its newest attempt": (
+        # A refused retry stands where it stood, with the attempt before; a failure at no charge waits again.
+        "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
+        "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') ELSE r.state IS NOT a.state END"
     ),
-    "request that is settled without an attempt of that outcome": (
-        "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id "
-        "WHERE r.state IN ('found', 'not_found', 'failed', 'expired', 'in_doubt') AND r.state IS NOT a.state"
+    "request whose newest attempt or answer is another request's": (
+        "SELECT 1 FROM requests r JOIN attempts a ON a.id IN (r.attempt_id, r.answer_id) WHERE a.request_id <> r.id"
     ),
     "request with two attempts at the API at once": (
         "SELECT 1 FROM attempts WHERE state IN ('submitting', 'submitted') GROUP BY request_id HAVING count(*) > 1"
     ),
-    "answer that belongs to another request, or is none": (
-        "SELECT 1 FROM requests r JOIN attempts a ON a.id = r.answer_id "
-        "WHERE a.request_id <> r.id OR a.state NOT IN ('found', 'not_found')"
+    "attempt at the API that its request does not wait for": (
+        "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
+        "WHERE a.state IN ('submitting', 'submitted') AND r.attempt_id IS NOT a.id"
     ),
-    "task without its id": "SELECT 1 FROM attempts WHERE state = 'submitted' AND task_id IS NULL",
-    "task id that two attempts have": (
-        "SELECT 1 FROM attempts WHERE task_id IS NOT NULL GROUP BY task_id HAVING count(*) > 1"
+    "answer that is not the newest that was found": (
+        "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.answer_id "
+        "WHERE r.answer_id IS NOT NULL AND a.state IS NOT 'found' UNION ALL "
+        "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
+        "WHERE a.state = 'found' AND a.id > coalesce(r.answer_id, 0)"
     ),
-    "attempt of no request": "SELECT 1 FROM attempts WHERE request_id NOT IN (SELECT id FROM requests)",
+    "attempt that was answered without an answer": (
+        "SELECT 1 FROM attempts WHERE state IN ('found', 'not_found') AND answer IS NULL"
+    ),
+    "task without its id": (
+        "SELECT 1 FROM attempts WHERE task_id IS NULL "
+        "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
+    ),
+    "row that refers to one that is not there": "SELECT 1 FROM pragma_foreign_key_check",
     "execution that has reserved less than nothing": "SELECT 1 FROM executions WHERE reserved < 0",
-    "execution whose spending is not the sum of what it settled": (
-        "SELECT 1 FROM executions e WHERE e.spent <> "
-        "(SELECT coalesce(sum(a.credits), 0) FROM attempts a WHERE a.settled_in = e.id)"
+    "execution that has not set aside what is at the API": (
+        "SELECT 1 FROM executions WHERE id = (SELECT max(id) FROM executions) AND reserved < "
+        "(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE state IN ('submitting', 'submitted'))"
     ),
-    "execution that spent more than its cap": "SELECT 1 FROM executions WHERE spent > cap",
+    "execution whose spending is not the sum of what it settled": (
+        "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_in, coalesce(sum(credits), 0) AS spent, "
+        "sum(credits IS NULL) AS unknown FROM attempts WHERE settled_in IS NOT NULL GROUP BY settled_in) a "
+        "ON a.settled_in = e.id WHERE e.spent <> coalesce(a.spent, 0) OR e.unknown <> coalesce(a.unknown, 0)"
+    ),
+    "execution that submitted another number than it counted": (
+        "SELECT 1 FROM executions e LEFT JOIN (SELECT execution_id, count(submitted_ms) AS submitted "
+        "FROM attempts GROUP BY execution_id) a ON a.execution_id = e.id WHERE e.submitted <> coalesce(a.submitted, 0)"
+    ),
+    "execution that bought for more than its cap": (
+        # Beyond it may be what earlier executions left at the API, and what the API charges above its worst price.
+        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id WHERE e.cap IS NOT NULL "
+        "GROUP BY e.id HAVING sum(min(coalesce(a.credits, a.reserved), a.reserved)) > e.cap"
+    ),
 }

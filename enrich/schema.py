@@ -48,6 +48,8 @@ CREATE TABLE executions (       -- one `enrich run` from start to exit
     spent INTEGER NOT NULL DEFAULT 0,     -- settled and known
     unknown INTEGER NOT NULL DEFAULT 0,   -- answers whose price is not known
     submitted INTEGER NOT NULL DEFAULT 0, -- POSTs accepted
+    balance_before INTEGER,     -- credits that the API told; NULL: it did not
+    balance_after INTEGER,
     receipt TEXT                -- JSON
 ) STRICT;
 

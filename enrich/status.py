@@ -51,11 +51,17 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
                 "submitted": row["submitted"],
                 "credits_spent": to_credits(row["spent"]),
                 "credits_unknown": row["unknown"],
+                "balance_before": _credits(row["balance_before"]),
+                "balance_after": _credits(row["balance_after"]),
                 "receipt": None if row["receipt"] is None else json.loads(row["receipt"]),
             }
             for row in executions
         ],
     }
+
+
+def _credits(micros: int | None) -> float | None:
+    return None if micros is None else to_credits(micros)
 
 
 def lines(status: dict[str, Any]) -> Iterator[str]:
@@ -69,6 +75,11 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     if status["at_the_api"]:
         expiry = f"the first result expires at {status['next_expiry']}"
         yield f"  waiting   {status['at_the_api']:>9,}  tasks at the API; {expiry}"
+    last = next((known for known in status["executions"] if known["balance_after"] is not None), None)
+    if last is not None and last["balance_before"] is not None:
+        other = last["balance_before"] - last["balance_after"] - last["credits_spent"]
+        was = f"was {last['balance_before']:,.2f} before execution {last['execution']}"
+        yield f"  balance   {last['balance_after']:>9,.2f}  {was}; {other:+,.2f} beyond the credits spent"
     if status["executions"]:
         yield "  execution  started               ended                 exit  submitted    credits"
     for execution in status["executions"]:

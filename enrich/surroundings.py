@@ -19,6 +19,7 @@ class Options:
     limit: int | None = None
     max_time_s: float | None = None
     retry: frozenset[State] = frozenset()
+    accept_doubts: bool = False
     update_providers: bool = False
     confirm: Callable[[str], bool] | None = None
 

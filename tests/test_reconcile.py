@@ -1,0 +1,173 @@
+"""The balance against the ledger, and what the person may decide of a doubt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import Exit
+from enrich.model import MICROS, State
+from enrich.reconcile import compare
+from enrich.surroundings import Options, Progress
+from tests.harness import HASTY, Api, Office, people, serving
+
+
+def credits_(amount: float) -> int:
+    """Write credits as millionths."""
+    return int(amount * MICROS)
+
+
+def test_what_is_known_explains_the_difference() -> None:
+    """Answers of known price alone: nothing is left to explain."""
+    told = compare(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
+
+    assert (told.difference, told.spent.most, told.unexplained) == (10, 10, 0)
+
+
+@pytest.mark.parametrize("gone", [10.0, 12.0, 14.0])
+def test_a_doubt_may_have_cost_anything_up_to_its_worst_price(gone: float) -> None:
+    """Between nothing and the worst price everything is explained, and no part is said to be the one."""
+    movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
+
+    told = compare(1, credits_(100), credits_(100 - gone), movements)
+
+    assert (told.in_doubt.least, told.in_doubt.most, told.unexplained) == (0, 4, 0)
+
+
+def test_what_the_ledger_cannot_know_is_told_apart() -> None:
+    """Above what all parts could cost it went elsewhere; below what they must cost it came from elsewhere."""
+    movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
+
+    assert compare(1, credits_(100), credits_(80), movements).unexplained == 8
+    assert compare(1, credits_(100), credits_(95), movements).unexplained == -5
+
+
+def test_what_was_reserved_before_can_only_give_back() -> None:
+    """A task of an earlier execution had its price reserved already: settled now, the balance may rise."""
+    movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
+
+    told = compare(2, credits_(100), credits_(102), movements)
+
+    assert (told.earlier.least, told.earlier.most) == (-2, 1)
+    assert (told.at_the_api.least, told.at_the_api.most) == (-3, 0)
+    assert told.unexplained == 0
+
+
+def test_a_night_with_doubts_is_reconciled(tmp_path: Path, office: Office) -> None:
+    """The command tells the difference, its parts, and who must decide; it changes nothing."""
+    office.write_leads(people(12))
+    with serving(tmp_path / "api.db") as api:
+        api.fault("error-after", 2, "post", status=502)
+        receipt = office.run(api, timing=HASTY)
+
+        done = office.command("reconcile", "job.yaml", "--json", api=api)
+
+        told = done.receipt
+        assert receipt.exit_code == Exit.IN_DOUBT
+        assert done.code == 0
+        assert told["difference"] == pytest.approx(api.audit()["credits_charged"])
+        assert told["spent"]["most"] == pytest.approx(receipt.credits_spent)
+        assert told["in_doubt"]["number"] == 2
+        assert told["unexplained"] == 0
+        said = office.command("reconcile", "job.yaml", api=api).stdout
+        assert "--retry in_doubt" in said
+        assert "--accept in_doubt" in said
+        assert api.audit()["accepted"] == 12
+
+
+def test_others_who_use_the_account_are_not_blamed_on_the_job(tmp_path: Path, office: Office) -> None:
+    """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
+    office.write_leads(people(5))
+    other = Office(office.folder / "other")
+    other.folder.mkdir()
+    other.write_job()
+    other.write_leads(people(5, start=100))
+    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+        office.run(api)
+        theirs = other.run(api).credits_spent
+
+        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert told["unexplained"] == pytest.approx(theirs)
+        assert "other users" in office.command("reconcile", "job.yaml", api=api).stdout
+
+        api.top_up(1_000)
+        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert told["unexplained"] == pytest.approx(theirs - 1_000)
+        assert "came in" in office.command("reconcile", "job.yaml", api=api).stdout
+
+
+def test_answers_without_a_price_are_named(tmp_path: Path, office: Office) -> None:
+    """Where the API hides what an answer cost, the difference is explained by their worst price."""
+    office.write_leads(people(4))
+    with serving(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
+        office.run(api)
+
+        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
+
+    assert told["unknown_price"]["number"] == 4
+    assert told["unexplained"] == 0
+
+
+def test_without_a_run_there_is_nothing_to_reconcile(api: Api, office: Office) -> None:
+    """A job that never ran, and an execution that is not there, are refused."""
+    office.write_leads(people(1))
+    assert office.command("reconcile", "job.yaml", api=api).code == Exit.REFUSED
+    office.run(api)
+    assert office.command("reconcile", "job.yaml", "--since", "99", api=api).code == Exit.REFUSED
+    assert office.command("reconcile", "job.yaml", "--since", "1", api=api).code == Exit.OK
+
+
+def test_a_doubt_may_be_taken_for_lost(tmp_path: Path, office: Office) -> None:
+    """`--accept in_doubt` makes it failed: told once with exit 10, never asked again by itself."""
+    office.write_leads(people(6))
+    with serving(tmp_path / "api.db") as api:
+        api.fault("error-after", 1, "post", status=500)
+        assert office.run(api, timing=HASTY).exit_code == Exit.IN_DOUBT
+
+        accepted = office.run(api, Options(accept_doubts=True), HASTY)
+
+        assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (Exit.SOME_FAILED, 0, 1)
+        assert office.run(api, timing=HASTY).exit_code == Exit.OK
+        assert api.audit()["accepted"] == 6
+        with_word = office.run(api, Options(retry=frozenset({State.FAILED})), HASTY)
+        assert (with_word.exit_code, with_word.submitted) == (Exit.OK, 1)
+
+
+def test_to_accept_and_to_retry_are_opposites(api: Api, office: Office) -> None:
+    """Both at once is a mistake of the command line."""
+    office.write_leads(people(1))
+    done = office.command("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
+    assert done.code == Exit.USAGE
+    assert api.audit()["accepted"] == 0
+
+
+def test_the_receipt_and_the_status_show_the_difference(tmp_path: Path, office: Office) -> None:
+    """The balance before and after, and what of it is not the credits spent."""
+    office.write_leads(people(8))
+    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.fault("error-after", 1, "post", status=500)
+        done = office.command("run", "job.yaml", api=api)
+
+        assert "beyond the credits spent: enrich reconcile" in done.stderr
+        execution = office.command("status", "job.yaml", "--json").receipt["executions"][0]
+        gone = execution["balance_before"] - execution["balance_after"]
+        assert gone == pytest.approx(api.audit()["credits_charged"])
+        assert gone > execution["credits_spent"]
+        assert "beyond the credits spent" in office.command("status", "job.yaml").stdout
+
+
+def test_no_more_is_submitted_than_can_be_fetched_in_time(tmp_path: Path, office: Office) -> None:
+    """With a slow allowance and results that expire soon, few are in flight, whatever `in_flight` allows."""
+    office.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
+    office.write_leads(people(40))
+    seen: list[int] = []
+
+    def show(progress: Progress) -> None:
+        seen.append(progress.in_flight)
+
+    with serving(tmp_path / "api.db", latency="fixed(0.3)") as api:
+        receipt = office.run(api, show=show)
+
+    assert receipt.exit_code == Exit.OK
+    assert 0 < max(seen) <= 40 * 1 * 0.25
