@@ -11,6 +11,12 @@ from pathlib import Path
 from enrich.errors import Refused
 from enrich.schema import MARK, MIGRATIONS
 
+#: A journal of the damaged ledger would be played into the backup.
+RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
+
+#: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
+CHECKED_AT_START = 256 * 1024 * 1024
+
 
 class Database:
     """One SQLite file, one connection."""
@@ -58,11 +64,26 @@ class Database:
         yield from cursor.execute(sql, values)
 
 
+def tells_of_damage(error: BaseException | None) -> bool:
+    """Tell whether SQLite could not make sense of the file."""
+    damage = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
+    if not isinstance(error, sqlite3.Error):
+        return False
+    code = getattr(error, "sqlite_errorcode", None) or 0
+    # The low byte is the kind of the error, the others say which of that kind.
+    return bool({code, code & 0xFF} & damage)
+
+
 def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
     try:
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            if not path.exists():
+                _make(path)
+            # SQLite would open a file that can't be written all the same, only to read.
+            os.close(os.open(path, os.O_RDWR))
+        if path.is_file() and not path.stat().st_size:
+            raise Refused(f"{path}: the ledger is damaged: it is empty", RESTORE)
         mode = "ro" if read_only else "rw"
         # One thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
@@ -79,12 +100,44 @@ def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
             _migrate(db, path, allowed=not read_only)
+            if not read_only:
+                _check_whole(db, path)
         except BaseException:
             db.close()
             raise
     except (OSError, sqlite3.Error) as error:
-        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
+        hint = RESTORE if tells_of_damage(error) else "is it a ledger, and writable?"
+        raise Refused(f"{path}: the ledger cannot be opened: {error}", hint) from error
     return db
+
+
+def _make(path: Path) -> None:
+    """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
+    part = path.with_name(f".{path.name}.new")
+    # What a journal without its ledger says, SQLite would play into the new one.
+    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in ("-journal", "-wal", "-shm"))):
+        stale.unlink(missing_ok=True)
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    db = sqlite3.connect(part, isolation_level=None)
+    try:
+        _migrate(db, path, allowed=True)
+    finally:
+        db.close()
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _check_whole(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again."""
+    if path.stat().st_size > CHECKED_AT_START:
+        return
+    (said,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if said != "ok":
+        raise Refused(f"{path}: the ledger is damaged: {' '.join(said.split())}", RESTORE)
 
 
 def _check_mark(db: sqlite3.Connection, path: Path) -> None:

@@ -21,6 +21,8 @@ _FORMULA = r"^[=@\t\r]"
 _SIGNED = r"^[+-]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
+_LATER = "make room for it; the ledger has the answers: `enrich collect` writes them without paying"
+
 
 def part_of(target: Path, job: str) -> Path:
     """The file in which the output grows; its name has no date, so that the next start finds a stale one."""
@@ -76,17 +78,16 @@ def write(  # noqa: PLR0913 - one file is all of these
     except CsvProblem as problem:
         raise Refused(f"{target}: {problem.message}", problem.hint) from problem
     except OSError as error:
-        raise Refused(
-            f"{target}: the output cannot be written: {error.strerror or error}",
-            "make room for it; the ledger has the answers: `enrich collect` writes them without paying",
-        ) from error
+        raise Refused(f"{target}: the output cannot be written: {error.strerror or error}", _LATER) from error
     except pl.exceptions.ComputeError as error:
         # What the disk says comes out of polars' sink as this.
-        raise Refused(f"{target}: the output cannot be written: {error}") from error
+        raise Refused(f"{target}: the output cannot be written: {error}", _LATER) from error
 
 
 @contextmanager
 def _atomic(target: Path, part: Path) -> Iterator[BinaryIO]:
+    # The run was long: the folder may have gone since it began.
+    target.parent.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:

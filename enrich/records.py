@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from enrich.database import Database
+from enrich.database import Database, tells_of_damage
 from enrich.errors import Refused
 from enrich.schema import MARK
 
@@ -44,19 +44,11 @@ def check(path: Path) -> Findings:
     try:
         records = Records(path)
     except Refused as error:
-        if not _tells_of_damage(error.__cause__):
-            raise
-        return Findings([f"the file is damaged: {error.__cause__}"])
+        if path.is_file() and (tells_of_damage(error.__cause__) or not path.stat().st_size):
+            return Findings([f"the file is damaged: {error.__cause__ or 'it is empty'}"])
+        raise
     with closing(records):
         return records.check()
-
-
-def _tells_of_damage(error: BaseException | None) -> bool:
-    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ)
-    # The low byte is the kind of the error, the others say which of that kind.
-    return isinstance(error, sqlite3.Error) and bool(
-        {error.sqlite_errorcode, error.sqlite_errorcode & 0xFF} & {*damage}
-    )
 
 
 class Records(Database):
@@ -101,18 +93,21 @@ class Records(Database):
                 self._db.execute("ROLLBACK")
 
     def problems(self) -> Iterator[str]:
-        """Check the file and its invariants; yield what does not hold, in words."""
+        """Check the file, and when it is whole its invariants; yield what does not hold, in words."""
+        damaged = False
         try:
             for (said,) in self._db.execute("PRAGMA integrity_check"):
                 if said != "ok":
-                    yield f"the file is damaged: {said}"
+                    damaged = True
+                    yield f"the file is damaged: {' '.join(said.split())}"
         except sqlite3.Error as error:
+            damaged = True
             yield f"the file is damaged: {error}"
-        for broken, query in INVARIANTS.items():
+        for broken, query in () if damaged else INVARIANTS.items():
             try:
                 (count,) = self._db.execute(f"SELECT count(*) FROM ({query})").fetchone()
             except sqlite3.Error as error:
-                yield f"it cannot be told whether there is a {broken}: {error}"
+                yield f"cannot be checked ({broken}): {error}"
                 continue
             if count:
                 yield f"{count:,} times: {broken}"
@@ -152,7 +147,7 @@ class Records(Database):
         except OSError as error:
             raise Refused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
         except sqlite3.Error as error:
-            if _tells_of_damage(error):
+            if tells_of_damage(error):
                 raise Refused(
                     f"{self.path}: the ledger is damaged: {error}", "`enrich ledger check` tells more"
                 ) from error
@@ -193,9 +188,10 @@ _MARK_BEGINS, _MARK_ENDS = 68, 72
 #: What must hold, as queries for the rows in which it does not. Each reads a table a few times at most.
 INVARIANTS = {
     "request whose state is not that of its newest attempt": (
-        # A refused retry stands where it stood, with the attempt before; a failure at no charge waits again.
+        # A failure at no charge waits again; of what a person gave up the attempt stays in doubt.
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
-        "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') ELSE r.state IS NOT a.state END"
+        "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') "
+        "WHEN 'failed' THEN coalesce(a.state, '') NOT IN ('failed', 'in_doubt') ELSE r.state IS NOT a.state END"
     ),
     "request whose newest attempt or answer is another request's": (
         "SELECT 1 FROM requests r JOIN attempts a ON a.id IN (r.attempt_id, r.answer_id) WHERE a.request_id <> r.id"

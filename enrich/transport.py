@@ -1,9 +1,9 @@
 """The wire below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
 
 httpx's own transport scans its whole pool and looks for a missing module (sniffio) on every request.
-The stock `httpx_aiohttp` transport turns a connection that was reset after the request had left into `httpx.ConnectTimeout`, which reads
-as "never sent" and would pay twice; so the phase decides here: `httpx.ConnectError` means that no
-connection was handed over, anything later is `httpx.ReadError`.
+The stock `httpx_aiohttp` transport turns a connection that was reset after the request had left into
+`httpx.ConnectTimeout`, which reads as "never sent" and would pay twice; so the phase decides here:
+`httpx.ConnectError` means that no connection was handed over, anything later is `httpx.ReadError`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ def _ledger_of(place: Path, instead: Path | None, *, use_sandbox: bool) -> Path:
 def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -> int:
     """Verify that a ledger is whole and agrees with itself; a run may go on meanwhile."""
     from enrich import records
+    from enrich.database import RESTORE
 
     path = _ledger_of(place, instead, use_sandbox=use_sandbox)
     found = records.check(path)
@@ -50,7 +51,7 @@ def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -
         click.echo("\n".join(found.problems))
     if found.problems:
         click.echo(f"error: {path}: the ledger is not sound", err=True)
-        click.echo("hint: restore a backup; what that buys again is in RELIABILITY.md", err=True)
+        click.echo(f"hint: {RESTORE}", err=True)
     return code
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ FAULTS = (
     "html=0.01",
     "redirect=0.005",
     "reset-before=0.01",
-    "post:slow=0.1,seconds=0.3",
+    "post:slow=0.4,seconds=0.3",
     "get:slow=0.02,seconds=1",
     "error-after-502=0.005",
     "error-after-504=0.005",
@@ -157,6 +157,7 @@ def torture(
     kills: int,
     seed: int,
     stop_s: float = 1.0,
+    faults: Iterable[str] = FAULTS,
     tamper: Callable[[Office], bool] | None = None,
 ) -> Report:
     """Run the job, killing it `kills` times, and judge it by the sandbox's audit.
@@ -167,12 +168,12 @@ def torture(
     office = Office(folder)
     office.write_job(JOB, limits="{requests_per_second: 400, in_flight: 500}", policy="{max_attempts: 5}")
     settings = SandboxSettings(
-        latency="lognormal(0.8,0.6)",
+        latency="lognormal(0.5,0.6)",
         seed=seed,
         fault_seed=seed,
         balance=1_000_000,
         no_data_seconds=0.5,
-        faults=tuple(map(Fault.parse, FAULTS)),
+        faults=tuple(map(Fault.parse, faults)),
     )
     report = Report(rows)
     town = Town(rows, kills, rng)
@@ -186,10 +187,10 @@ def torture(
             on_the_wire = _names(office, "submitting")
             report.on_the_wire_at_a_kill = max(report.on_the_wire_at_a_kill, len(on_the_wire))
             town.dawn(_accepted(api), on_the_wire)
+            night += 1
+            done = not kill and night > kills and code in (0, 10, 14) and not tamper
             if tamper and tamper(office):
                 tamper = None
-            night += 1
-            done = not kill and night > kills and code in (0, 10, 14)
             assert night < 2 * kills + PATIENCE, f"it does not end:\n{report.table()}"
         _judge(office, api, report, town)
         _buy_again(office, api, report)
@@ -223,16 +224,26 @@ def _one_night(
 
 def _moment(office: Office, rng: random.Random, night: int) -> tuple[str, Callable[[], bool], float]:
     """Choose when to strike: its name, how to know it, and for how many seconds to wait for it."""
-    wire = rng.choice((1, 8, 24))
     executions = _count(office, "executions")
+    wire = rng.choice((1, 4, 16))
+
+    def begun() -> bool:  # what the ledger says before is about the night before
+        return _count(office, "executions") > executions
+
+    def posting() -> bool:
+        return begun() and _count(office, "attempts", "submitting") >= wire
+
+    def polling() -> bool:
+        return begun() and not _count(office, "attempts", "submitting") and _count(office, "attempts", "submitted") > 0
+
     moments: list[tuple[str, Callable[[], bool], float]] = [
-        ("asleep", lambda: _count(office, "attempts", "submitting") >= wire, 3.0),
-        ("with POSTs on the wire", lambda: _count(office, "attempts", "submitting") >= wire, 3.0),
-        ("at any moment", _never, rng.uniform(0.3, 3.0)),
-        ("while polling only", lambda: _polls_only(office), 5.0),
-        ("while enrolling", lambda: _count(office, "executions") > executions, 3.0),
+        ("asleep", posting, 3.0),
+        ("with POSTs on the wire", posting, 3.0),
+        ("at any moment", _never, rng.uniform(0.1, 3.0)),
+        ("while polling only", polling, 5.0),
+        ("while enrolling", begun, 3.0),
         ("while the output is written", (office.folder / ".job.enrich-part").exists, 10.0),
-        ("at any moment", _never, rng.uniform(0.3, 3.0)),
+        ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
     return moments[night % len(moments)]
 
@@ -243,7 +254,7 @@ def _wait(process: subprocess.Popen[str], comes: Callable[[], bool], seconds: fl
     while time.monotonic() < end and process.poll() is None:
         if comes():
             return True
-        time.sleep(0.002)
+        time.sleep(0.004)
     return False
 
 
@@ -274,10 +285,6 @@ def _ask(office: Office, sql: str) -> list[Any]:
 def _count(office: Office, table: str, state: str | None = None) -> int:
     rows = _ask(office, f"SELECT count(*) FROM {table}" + (f" WHERE state = '{state}'" if state else ""))
     return int(rows[0][0]) if rows else 0
-
-
-def _polls_only(office: Office) -> bool:
-    return not _count(office, "attempts", "submitting") and _count(office, "attempts", "submitted") > 0
 
 
 def _names(office: Office, state: str) -> set[str]:

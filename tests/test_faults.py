@@ -1,0 +1,211 @@
+"""What every fault of the API leads to, at the level of a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from enrich import poller
+from enrich.errors import Exit
+from enrich.sandbox import Fault
+from enrich.sandbox.faults import KINDS
+from tests.harness import HASTY, JOB, Api, Office, people, serving
+
+#: `fault` as the sandbox names it (`get:` when it is a poll that meets it), for two of four leads. What these two
+#: are at the end of the night; whether their question is posted again by itself: `tonight` or the `next night`,
+#: as it was provably not accepted; `never`, as nobody can tell; blank: there is no need. Whether the API accepted
+#: the first POST. The exit code of the night. (A slow POST whose client has gone is not carried out by the sandbox;
+#: `silence-after` is the one that was paid for.)
+TABLE = """
+| fault                            | lead is  | posted again | accepted | exit |
+|----------------------------------|----------|--------------|----------|------|
+| rate-limit                       | answered | tonight      | no       | 0    |
+| rate-limit-date                  | answered | tonight      | no       | 0    |
+| rate-limit-bare                  | answered | tonight      | no       | 0    |
+| redirect                         | answered | tonight      | no       | 0    |
+| no-credits                       | pending  | next night   | no       | 12   |
+| unauthorized                     | pending  | next night   | no       | 3    |
+| forbidden                        | pending  | next night   | no       | 3    |
+| error-before-500                 | in_doubt | never        | no       | 14   |
+| error-before-502                 | in_doubt | never        | no       | 14   |
+| error-before-503                 | in_doubt | never        | no       | 14   |
+| error-before-504                 | in_doubt | never        | no       | 14   |
+| unavailable,seconds=0.5          | in_doubt | never        | no       | 14   |
+| html                             | in_doubt | never        | no       | 14   |
+| reset-before                     | in_doubt | never        | no       | 14   |
+| silence-before                   | in_doubt | never        | no       | 14   |
+| slow,seconds=1.5                 | in_doubt | never        | no       | 14   |
+| error-after-500                  | in_doubt | never        | yes      | 14   |
+| error-after-502                  | in_doubt | never        | yes      | 14   |
+| error-after-503                  | in_doubt | never        | yes      | 14   |
+| error-after-504                  | in_doubt | never        | yes      | 14   |
+| html-200                         | in_doubt | never        | yes      | 14   |
+| reset-after                      | in_doubt | never        | yes      | 14   |
+| silence-after                    | in_doubt | never        | yes      | 14   |
+| broken-json                      | in_doubt | never        | yes      | 14   |
+| wrong-json                       | in_doubt | never        | yes      | 14   |
+| no-task-id                       | in_doubt | never        | yes      | 14   |
+| lost-task                        | in_doubt | never        | yes      | 14   |
+| slow,seconds=0.2                 | answered |              | yes      | 0    |
+| late-task,seconds=0.2            | answered |              | yes      | 0    |
+| odd-status                       | answered |              | yes      | 0    |
+| get:rate-limit-bare              | answered |              | yes      | 0    |
+| get:error-before-500             | answered |              | yes      | 0    |
+| get:html                         | answered |              | yes      | 0    |
+| get:html-200                     | answered |              | yes      | 0    |
+| get:redirect                     | answered |              | yes      | 0    |
+| get:reset-before                 | answered |              | yes      | 0    |
+| get:silence-before               | answered |              | yes      | 0    |
+| get:slow,seconds=1.5             | answered |              | yes      | 0    |
+| get:broken-json                  | answered |              | yes      | 0    |
+| get:wrong-json                   | answered |              | yes      | 0    |
+| get:unauthorized                 | pending  |              | yes      | 3    |
+"""
+LEADS, MEET_IT = 4, 2
+#: An answer is awaited for 0.7 s, and a task that polls 404 is young for as long.
+TIMING = replace(HASTY, post_s=0.7, get_s=0.7, young_s=0.7, outage_s=30.0, start_s=5.0)
+ANSWERS = frozenset({"found", "not_found", "failed"})
+
+
+class Case(NamedTuple):
+    """A line of the table."""
+
+    fault: str
+    lead_is: str
+    posted_again: str
+    accepted: str
+    exit: str
+
+    def happen(self, api: Api) -> None:
+        """Let the next two meet it (all at once do, when the whole API is away)."""
+        name, *params = self.fault.split(",")
+        fault = Fault.parse(",".join([f"{name}=0", *params]))
+        count = 1 if fault.name == "unavailable" else MEET_IT
+        api.fault(fault.name, count, "get" if fault.scope == "get" else "post", **fault.params)
+
+
+CASES = [Case(*map(str.strip, line.strip("|").split("|"))) for line in TABLE.strip().splitlines()[2:]]
+
+
+def leads_that_are(office: Office, statuses: Collection[str]) -> set[str]:
+    """Name the leads with a status among these."""
+    return {row["First Name"] for row in office.output() if row["enrich_status"] in statuses}
+
+
+def accepted(api: Api) -> dict[str, int]:
+    """Tell how many runs the API accepted for each lead."""
+    return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
+
+
+def test_the_table_knows_every_fault() -> None:
+    """Whatever the sandbox can do wrong has its line."""
+    named = {Fault.parse(f"{case.fault.split(',')[0]}=0").name for case in CASES}
+    assert named == set(KINDS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.fault)
+def test_a_fault_leads_where_the_table_says(
+    api: Api, office: Office, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not accepted for sure: posted again by itself. Not sure: in doubt, and no plain run ever buys it again."""
+    monkeypatch.setattr(poller, "FAILED_POLL_S", 0.2)
+    office.write_leads(people(LEADS))
+    case.happen(api)
+
+    night = office.run(api, timing=TIMING)
+
+    assert night.exit_code == int(case.exit)
+    if night.exit_code == Exit.KEY:  # leaves the old output
+        assert office.command("collect", "job.yaml", "--partial").code == 0
+    met = leads_that_are(office, {case.lead_is} if case.lead_is != "answered" else ANSWERS)
+    others = LEADS - len(met)
+    assert len(leads_that_are(office, ANSWERS) - met) == others
+    if case.lead_is == "answered":
+        assert others == 0
+    elif case.lead_is == "in_doubt" and not case.fault.startswith("unavailable"):
+        assert len(met) == MEET_IT
+    runs = accepted(api)
+    was_accepted = case.accepted == "yes" or case.posted_again == "tonight"
+    assert {runs.get(name, 0) for name in met} == {int(was_accepted)}
+    posts = api.audit()["requests"]["run"]
+    refused = MEET_IT if case.posted_again == "tonight" else 0
+    assert posts <= LEADS + refused
+    assert case.posted_again == "next night" or posts == LEADS + refused
+
+    api.heal()
+    second = office.run(api, timing=TIMING)
+
+    if case.posted_again == "never":
+        assert (second.exit_code, second.submitted) == (14, 0)
+        assert leads_that_are(office, {"in_doubt"}) == met
+        assert accepted(api) == runs
+    else:
+        assert (second.exit_code, second.submitted) == (0, LEADS - len(runs))
+        assert len(leads_that_are(office, ANSWERS)) == LEADS
+    assert api.audit()["accepted_more_than_once"] == 0
+
+
+@pytest.mark.parametrize(
+    ("hours", "fault"),
+    [(2, "rate-limit-date"), (-2, "rate-limit-date"), (2, "late-task,seconds=0.2"), (-2, "lost-task")],
+)
+def test_an_api_with_a_wrong_clock_changes_nothing(tmp_path: Path, office: Office, hours: int, fault: str) -> None:
+    """Its Retry-After is measured by its own clock, and no task is too old or too young because of it."""
+    case = next(case for case in CASES if case.fault == fault)
+    office.write_leads(people(LEADS))
+    with serving(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
+        case.happen(api)
+
+        night = office.run(api, timing=TIMING)
+        second = office.run(api, timing=TIMING)
+
+        assert night.exit_code == second.exit_code == int(case.exit)
+        assert night.elapsed_s < 10
+        assert second.submitted == 0
+        assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (LEADS, 0)
+
+
+def test_a_storm_does_not_leave_a_thousand_in_doubt(tmp_path: Path, office: Office) -> None:
+    """Sending stops, probes leave one at a time after growing pauses, what is at the API is fetched; then exit 4."""
+    bought, new = 5, 150
+    office.write_job(JOB, limits="{requests_per_second: 1000, in_flight: 500}")
+    office.write_leads(people(bought))
+    with serving(tmp_path / "api.db", latency="fixed(2.5)") as api:
+        office.leave_at_the_api(api)
+        office.write_leads(people(bought + new))
+        api.fault("error-before", 10_000, "post", status=503)
+
+        night = office.run(api, timing=replace(TIMING, outage_s=2.5))
+
+        assert night.exit_code == 4
+        assert len(leads_that_are(office, ANSWERS)) == bought
+        doubts = night.in_doubt or 0
+        assert 5 <= doubts <= 40
+        assert night.pending == new - doubts
+        assert api.audit()["requests"]["run"] == bought + doubts
+        claimed = _claimed_s(office)
+        assert len(claimed) == doubts
+        pauses = [round(later - earlier, 1) for earlier, later in zip(claimed[-3:], claimed[-2:], strict=False)]
+        assert pauses[0] >= 0.9
+        assert pauses[1] >= 1.9
+        assert api.audit()["accepted"] == bought
+
+        api.heal()
+        second = office.run(api, timing=TIMING)
+
+        assert (second.exit_code, second.submitted, second.in_doubt) == (14, new - doubts, doubts)
+        assert api.audit()["accepted_more_than_once"] == 0
+
+
+def _claimed_s(office: Office) -> list[float]:
+    """Tell when each POST left that is in doubt now."""
+    ledger = office.ledger()
+    try:
+        rows = ledger._db.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()
+    finally:
+        ledger.close()
+    return [claimed_ms / 1000 for (claimed_ms,) in rows]

@@ -1,0 +1,55 @@
+"""The torture of `tests.torture`, in short; and whether its judge would notice."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Office
+from tests.torture import AT_MOST_IN_DOUBT, torture
+
+
+def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> None:
+    """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
+    report = torture(tmp_path, rows=80, kills=6, seed=3)
+
+    assert report.sound, report.table()
+    assert report.kills.total() == 6
+    assert report.stops >= 1
+    assert report.faults > 15
+    assert report.on_the_wire_at_a_kill <= AT_MOST_IN_DOUBT
+    assert report.accepted >= 80 - report.in_doubt
+
+
+#: Of the jobs that are falsified: enough for some to be found.
+ROWS = 12
+
+
+def _falsify(office: Office, sql: str) -> bool:
+    """Change one request of those who stay that found something; tell whether there was one."""
+    if not office.ledger_path.exists():
+        return False
+    stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
+    chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {stays})"
+    with closing(sqlite3.connect(office.ledger_path)) as db, db:
+        return db.execute(sql.format(chosen)).rowcount == 1
+
+
+@pytest.mark.parametrize(
+    ("sql", "noticed"),
+    [
+        ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
+        ("UPDATE attempts SET task_id = 'another' WHERE id = {}", "lost"),
+        ("UPDATE requests SET state = 'expired', answer_id = NULL WHERE attempt_id = {}", "lost"),
+    ],
+    ids=["bought again", "forgotten", "not fetched"],
+)
+def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
+    """A ledger that was falsified between two nights does not pass."""
+    report = torture(tmp_path, rows=ROWS, kills=1, seed=5, faults=(), tamper=lambda office: _falsify(office, sql))
+
+    assert not report.sound
+    assert getattr(report, noticed) == 1, report.table()
