@@ -149,7 +149,6 @@ async def task(client: Client) -> dict[str, Any]:
         ("reset-after", {}, Ambiguous, 1),
         ("silence-before", {}, Ambiguous, 0),
         ("silence-after", {}, Ambiguous, 1),
-        ("slow", {}, Ambiguous, 0),
         ("broken-json", {}, Ambiguous, 1),
         ("wrong-json", {}, Ambiguous, 1),
         ("no-task-id", {}, Ambiguous, 1),

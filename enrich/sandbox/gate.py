@@ -129,8 +129,10 @@ class Gate:
             else:
                 await answer.pass_on(send)
         elif fault.name == "slow":
+            # Read first: a client that has gone by then would take its body with it.
+            read = await _read(receive)
             await asyncio.sleep(fault.seconds())
-            await self._app(scope, receive, send)
+            await self._app(scope, read, send)
         else:
             await _drain(receive)
             await self._refuse(fault, scope, receive, send)
@@ -219,6 +221,19 @@ async def _drain(receive: Receive) -> None:
     """Read the request to its end, so that the connection can be used again."""
     while (await receive()).get("more_body"):
         pass
+
+
+async def _read(receive: Receive) -> Receive:
+    """Read the request to its end; return what gives it again."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    messages.reverse()
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from enrich.sandbox.faults import KINDS, Fault, Faults
+from tests.harness import until
 from tests.sandbox.conftest import ADA, Api, Start, people
 
 See = Callable[[httpx.Response], bool]
@@ -108,6 +109,15 @@ def test_slow(api: Api) -> None:
     start = time.monotonic()
     assert api.post_run().status_code == 200
     assert time.monotonic() - start >= 0.2
+
+
+def test_slow_is_carried_out_when_the_client_has_gone(api: Api) -> None:
+    """A time-out that is charged afterwards: what makes a repeated POST pay twice."""
+    api.fault("slow", seconds=0.3)
+    with pytest.raises(httpx.ReadTimeout):
+        api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]}, timeout=0.1)
+    assert api.audit()["accepted"] == 0
+    until(lambda: api.audit()["accepted"] == 1)
 
 
 def test_lost_task(api: Api) -> None:
