@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from enrich.errors import Exit
 from enrich.model import RowStatus
 
 
@@ -59,11 +58,6 @@ class Receipt:
         """Return the object that `--json` prints."""
         told = asdict(self)
         return {name: value for name, value in told.items() if name not in ("error", "hint") or value is not None}
-
-
-def failure(exit_code: Exit, message: str) -> dict[str, Any]:
-    """Return what `--json` prints when no execution came to be."""
-    return {"exit_code": int(exit_code), "error": message}
 
 
 #: Differences below this are rounding.

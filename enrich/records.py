@@ -1,4 +1,4 @@
-"""Reads a ledger for people: money, invariants, a copy. Never changes it, and disturbs no run."""
+"""Reads a ledger for people: is it sound, and a copy of it. Never changes it, and disturbs no run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,6 @@ from pathlib import Path
 from enrich.database import Database, tells_of_damage
 from enrich.errors import Refused
 from enrich.schema import MARK
-
-
-@dataclass(frozen=True, slots=True)
-class Money:
-    """What the ledger knows of its spending; credits in millionths.
-
-    `running`, `doubtful` and `expired` hold (number, worst price in all): what they really cost is not
-    known, and what the API had reserved for them may have been given back.
-    """
-
-    spent: int
-    running: tuple[int, int]
-    doubtful: tuple[int, int]
-    expired: tuple[int, int]
-    unpriced: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +44,6 @@ class Records(Database):
         if not path.exists():
             raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
         super().__init__(path, read_only=True)
-
-    def money(self, since_execution: int = 0) -> Money:
-        """Sum up what attempts cost that were made or settled since an execution."""
-        rows = self._db.execute(
-            "SELECT CASE WHEN credits IS NOT NULL THEN 'known' ELSE state END, "
-            "count(*), coalesce(sum(credits), 0), sum(reserved) FROM attempts "
-            "WHERE execution_id >= ?1 OR settled_in >= ?1 GROUP BY 1",
-            (since_execution,),
-        ).fetchall()
-        known = {kind: (count, credits_, reserved) for kind, count, credits_, reserved in rows}
-
-        def open_ones(*kinds: str) -> tuple[int, int]:
-            found = [known[kind] for kind in kinds if kind in known]
-            return sum(count for count, _, _ in found), sum(reserved for _, _, reserved in found)
-
-        return Money(
-            spent=known.get("known", (0, 0, 0))[1],
-            running=open_ones("submitting", "submitted"),
-            doubtful=open_ones("in_doubt"),
-            expired=open_ones("expired"),
-            unpriced=open_ones("found", "not_found", "failed"),
-        )
 
     def check(self) -> Findings:
         """Look at everything as it stood at one moment, though a run may go on."""
