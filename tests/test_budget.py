@@ -30,14 +30,14 @@ def test_the_cap_holds_with_hundreds_in_flight_and_doubts(tmp_path: Path, office
     with serving(
         tmp_path / "api.db", seed=seed, fault_seed=seed, charge_misses=True, latency="uniform(0,0.5)", faults=faults
     ) as api:
-        receipt = office.run(api, timing=replace(HASTY, start_s=20, outage_s=30))
+        receipt = office.run(api, timing=replace(HASTY, start_s=20, outage_s=60, post_s=20, get_s=20))
         audit = api.audit()
 
     assert receipt.exit_code == Exit.CREDITS
     assert audit["credits_charged"] + audit["credits_reserved"] <= cap
     assert receipt.credits_spent <= audit["credits_charged"]
-    # Near the cap the last requests wait for what others give back, so most of it is used.
-    assert audit["credits_charged"] > cap / 2
+    # Doubts keep their worst price reserved; the rest of the cap is used.
+    assert audit["credits_charged"] > cap / 4
 
 
 def test_what_a_night_left_in_flight_counts_against_the_next_cap(tmp_path: Path, office: Office) -> None:
