@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -154,12 +155,17 @@ class Office:
         """Look into the ledger."""
         return Ledger(self.ledger_path, read_only=True)
 
-    def enrich(self, *arguments: str, api: Api | None = None, **environ: str) -> Done:
-        """Run the program to its end, as cron would: with next to nothing in its environment."""
+    def enrich(self, *arguments: str, api: Api | None = None, room: int | None = None, **environ: str) -> Done:
+        """Run the program to its end, as cron would: with next to nothing in its environment.
+
+        With `room` no file grows beyond so many bytes, as on a full disk.
+        """
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))) if room is not None else None
         process = subprocess.run(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
             env=_environ(self.folder, api) | environ,
+            preexec_fn=limit,
             capture_output=True,
             text=True,
             timeout=60,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -28,18 +25,7 @@ ON_THE_WIRE = 64  # the most that may be in doubt when the ledger can't remember
 
 def cramped(office: Office, api: Api, room: int, *arguments: str) -> Done:
     """Run the program where no file grows beyond `room` bytes, as on a full disk."""
-    process = subprocess.run(
-        [sys.executable, "-m", "enrich", *arguments],
-        cwd=office.folder,
-        env={"PATH": os.defpath, "HOME": str(office.folder), **api.environ},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    return Done(process.returncode, process.stdout, process.stderr)
+    return office.enrich(*arguments, api=api, room=room)
 
 
 def told(done: Done, code: int, *words: str) -> dict[str, Any]:
