@@ -12,12 +12,12 @@ from typing import Any
 import polars as pl
 
 from enrich.answer import is_blank, parse_data, pick
+from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
 from enrich.output import write
 from enrich.question import Question
 from enrich.rows import STATUS_COLUMNS, Batch, Rows
-from enrich.spec import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import tenacity
 
 from enrich.client import Client
 from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
+from enrich.job import SANDBOX_SUFFIX, Job, nearest
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question, default_providers, make_question
-from enrich.spec import SANDBOX_SUFFIX, Job, nearest
 from enrich.waterfall import Waterfall
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from enrich.connect import patiently
 from enrich.credentials import Access
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timing
+from enrich.job import nearest
 from enrich.model import SystemClock
-from enrich.spec import nearest
 from enrich.waterfall import Provider, Waterfall
 
 

@@ -7,12 +7,12 @@ from datetime import datetime
 from enrich.collector import Collector
 from enrich.connect import remembered
 from enrich.errors import Exit, Refused
+from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus
 from enrich.output import prepare
 from enrich.receipt import Receipt
 from enrich.rows import Rows
-from enrich.spec import Job
 
 
 def collect_offline(job: Job, *, partial: bool) -> Receipt:

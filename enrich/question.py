@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from enrich.errors import Refused
+from enrich.job import Job, nearest
 from enrich.model import Call, to_micros
-from enrich.spec import Job, nearest
 from enrich.waterfall import Provider, Waterfall
 
 

@@ -12,10 +12,10 @@ from enrich.connect import patiently
 from enrich.credentials import Access
 from enrich.errors import ApiUnreachable, Refused
 from enrich.execution import Timing
+from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import SystemClock, to_credits, to_micros
 from enrich.receipt import CENT
-from enrich.spec import Job
 
 
 @dataclass(frozen=True, slots=True)

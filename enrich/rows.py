@@ -13,9 +13,10 @@ import polars as pl
 
 from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
 from enrich.errors import Refused
+from enrich.job import Job, nearest
 from enrich.model import RowStatus
 from enrich.question import Question
-from enrich.spec import Job, Param, nearest
+from enrich.spec import Param
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import State, iso, to_credits
-from enrich.spec import Job
 
 SHOWN_EXECUTIONS = 10
 

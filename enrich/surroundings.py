@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from enrich.credentials import Access
 from enrich.execution import Timing
+from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import Clock, State, SystemClock
-from enrich.spec import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from enrich.cli import run_command
 from enrich.credentials import Access
 from enrich.execution import Timing
+from enrich.job import load_job
 from enrich.ledger import Ledger
 from enrich.lock import hold
 from enrich.pace import PollTimes
@@ -31,7 +32,6 @@ from enrich.pipeline import run
 from enrich.receipt import Receipt
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded
-from enrich.spec import load_job
 from enrich.surroundings import Options, Surroundings
 
 #: An API that answers at once and never fails: what most tests want.

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from enrich.answer import phase_of, read_answer
 from enrich.collector import Collector, cell
 from enrich.errors import EnrichError, JobError, Refused
+from enrich.job import Job, load_job
 from enrich.ledger import Ledger
 from enrich.model import Call, RowStatus, State
 from enrich.output import part_of, prepare, write
 from enrich.question import Question
 from enrich.rows import STATUS_COLUMNS, Rows
-from enrich.spec import Job, Output, load_job
+from enrich.spec import Output
 
 CALL = Call("email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)

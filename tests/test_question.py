@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from enrich.errors import JobError, Refused
+from enrich.job import load_job
 from enrich.question import Question, default_providers, make_question, price_for_cap
-from enrich.spec import load_job
 from enrich.waterfall import User, Waterfall
 from tests.harness import Office
 

@@ -14,7 +14,8 @@ import pytest
 
 from enrich import __version__
 from enrich.cli import cli
-from enrich.spec import json_schema, load_job
+from enrich.job import load_job
+from enrich.spec import json_schema
 from tests.harness import CALM, serving
 
 ROOT = Path(__file__).parent.parent

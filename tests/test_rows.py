@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import JobError, Refused
+from enrich.job import load_job
 from enrich.model import Call, RowStatus
 from enrich.question import Question
 from enrich.rows import Batch, Rows
-from enrich.spec import load_job
 
 CALL = Call("email_getter", (833, 966), 10)
 

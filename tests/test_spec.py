@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
+from enrich.fields import parse_duration
+from enrich.job import Job, Overrides, load_job, nearest
 from enrich.jobfile import Document
-from enrich.spec import Job, Overrides, json_schema, load_job, nearest, parse_duration
+from enrich.spec import json_schema
 
 BASE = """\
 version: 1

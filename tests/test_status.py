@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from enrich.errors import Refused
+from enrich.job import load_job
 from enrich.ledger import Ledger
 from enrich.model import Answer, State, iso
-from enrich.spec import load_job
 from enrich.status import lines, read_status
 from tests.books import FREE_FAILURE, MISSED, Books
 from tests.harness import Api, Office, people

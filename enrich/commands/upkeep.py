@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from enrich import options
+from enrich.commands import options
 from enrich.errors import Exit
 
 PLACE = click.argument("place", metavar="JOB_OR_FILE", type=options.FILE)

@@ -14,7 +14,7 @@ from enrich.errors import JobError
 
 if TYPE_CHECKING:
     from enrich.credentials import Access
-    from enrich.spec import Job
+    from enrich.job import Job
 
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
@@ -25,7 +25,7 @@ def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float |
     """Read a duration option."""
     if value is None:
         return None
-    from enrich.spec import parse_duration
+    from enrich.fields import parse_duration
 
     try:
         return parse_duration(value).total_seconds()
@@ -79,7 +79,7 @@ def load(
     max_credits: float | None = None,
 ) -> Job:
     """Read the job file, with what the command line says instead."""
-    from enrich.spec import Overrides, load_job
+    from enrich.job import Overrides, load_job
 
     return load_job(job_file, Overrides(input_path, output, ledger, max_credits, use_sandbox))
 

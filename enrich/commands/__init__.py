@@ -1,0 +1,1 @@
+"""The commands of `enrich`: their words and options; no logic."""

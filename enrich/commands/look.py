@@ -1,0 +1,39 @@
+"""`enrich status` and `enrich reconcile`: what only looks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from enrich.commands import options
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@options.AS_JSON
+def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
+    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions."""
+    from enrich.status import lines, read_status
+
+    known = read_status(options.load(job_file, None, None, ledger, use_sandbox))
+    click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
+@click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
+@options.AS_JSON
+def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
+    """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
+    from enrich.reconcile import lines, reconcile_job
+
+    job = options.load(job_file, None, None, ledger, use_sandbox)
+    with options.access(job, use_sandbox=use_sandbox) as access:
+        told = reconcile_job(job, access, since)
+    click.echo(json.dumps(told.as_json()) if as_json else "\n".join(lines(told)))

@@ -1,0 +1,178 @@
+"""A job: its file read and checked, its paths resolved, its errors with line numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from enrich.errors import JobError
+from enrich.fields import MOST_CREDITS
+from enrich.jobfile import Document
+from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh
+
+#: The ledger of `--sandbox` lies beside the real one.
+SANDBOX_SUFFIX = ".sandbox.db"
+OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the command line says instead; its paths are relative to the working directory."""
+
+    input: Path | None = None
+    output: Path | None = None
+    ledger: Path | None = None
+    max_credits: float | None = None
+    sandbox: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job file that was read, its paths resolved."""
+
+    model: JobModel
+    document: Document
+    name: str
+    input: Input
+    input_path: Path
+    output: Output
+    output_base: Path
+    ledger_path: Path
+
+    @property
+    def max_credits(self) -> float | None:
+        """The cap of one execution, in credits."""
+        return self.model.limits.max_credits
+
+    def output_path(self, now: datetime) -> Path:
+        """The output's path at a local time, which its strftime codes stand for."""
+        path = now.strftime(self.output.path) if "%" in self.output.path else self.output.path
+        return _absolute(self.output_base, path)
+
+    def path(self, named: str, now: datetime | None = None) -> Path:
+        """Resolve a path of the job file; at a local time when strftime codes may be in it."""
+        return _absolute(self.document.path.resolve().parent, now.strftime(named) if now and "%" in named else named)
+
+    def error(self, where: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
+        """Make an error that names the file, the line and the key."""
+        return JobError(f"{self.document.path}:{self.document.line(where)}: {_dotted(where)}: {message}", hint)
+
+
+def load_job(path: Path, overrides: Overrides | None = None) -> Job:
+    """Read a job file. Raises JobError that names the file, the line, the key and the nearest right name."""
+    overrides = overrides or Overrides()
+    document = Document(path)
+    if "api_key" in document.data:
+        raise JobError(
+            f"{path}:{document.line(['api_key'])}: api_key: a job file holds no key",
+            "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
+        )
+    try:
+        model = JobModel.model_validate(document.data)
+    except ValidationError as error:
+        raise _job_error(document, error) from error
+    if overrides.max_credits is not None:
+        if not 0 <= overrides.max_credits <= MOST_CREDITS:
+            raise JobError("--max-credits: must be a number of credits")
+        limits = model.limits.model_copy(update={"max_credits": overrides.max_credits})
+        model = model.model_copy(update={"limits": limits})
+    home = path.resolve().parent
+    name = model.name or path.stem
+    input_path = _absolute(home, overrides.input.absolute() if overrides.input else model.input.path)
+    stem = _stem(input_path).replace("%", "%%")  # a name, and no strftime code
+    output = model.output or Output(path=f"{stem}_enriched.csv")
+    if overrides.output is not None:
+        output = output.model_copy(update={"path": str(overrides.output)})
+    ledger = _absolute(home, model.ledger or f".enrich/{name}.db")
+    if overrides.sandbox:
+        ledger = ledger.with_name(ledger.stem + SANDBOX_SUFFIX)
+    job = Job(
+        model=model,
+        document=document,
+        name=name,
+        input=model.input,
+        input_path=input_path,
+        output=output,
+        output_base=Path.cwd() if overrides.output else home,
+        ledger_path=overrides.ledger.absolute() if overrides.ledger else ledger,
+    )
+    if not output.path.lower().endswith(OUTPUT_SUFFIXES):
+        raise job.error(
+            ["output"], f"`{output.path}` is of no type that can be written", f"use {', '.join(OUTPUT_SUFFIXES)}"
+        )
+    return job
+
+
+def _absolute(base: Path, path: str | Path) -> Path:
+    return Path(os.path.normpath(base / path))
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Write a hint with the nearest right name, or with all of them when they are few."""
+    names = list(known)
+    by_fold = {candidate.casefold(): candidate for candidate in names}
+    close = get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean `{by_fold[close[0]]}`?"
+    few = 12
+    return f"known: {', '.join(names)}" if 0 < len(names) <= few else None
+
+
+def _dotted(where: Sequence[str | int]) -> str:
+    return ".".join(map(str, where))
+
+
+#: pydantic's kinds of errors in words of the file.
+_MESSAGES = {
+    "missing": "is missing",
+    "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "list_type": "must be a list: [...]",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+
+
+def _job_error(document: Document, error: ValidationError) -> JobError:
+    """Write all that is wrong, in the order of the lines; a single one has its hint apart."""
+    found: list[tuple[int, str, str | None]] = []
+    for problem in error.errors(include_url=False):
+        where = [step for step in problem["loc"] if step != "[key]"]
+        message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        hint = None
+        if problem["type"] == "extra_forbidden":
+            message, hint = "unknown key", nearest(str(where[-1]), _keys_beside(where))
+        line = document.line(where)
+        found.append((line, f"{document.path}:{line}: {_dotted(where)}: {message}", hint))
+    found.sort(key=lambda each: each[0])
+    if len(found) == 1:
+        return JobError(found[0][1], found[0][2])
+    return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
+
+
+def _keys_beside(where: Sequence[str | int]) -> list[str]:
+    """Name the keys that are known where an unknown one was found."""
+    parts: dict[tuple[str, ...], type[BaseModel]] = {
+        ("input",): Input,
+        ("output",): Output,
+        ("rejects",): Output,
+        ("changes",): Changes,
+        ("caps",): Caps,
+        ("canary",): Canary,
+        ("limits",): Limits,
+        ("policy",): Policy,
+        ("policy", "refresh"): Refresh,
+    }
+    parent = tuple(map(str, where[:-1]))
+    model = Param if parent[:1] == ("params",) else parts.get(parent, JobModel)
+    return [field.alias or name for name, field in model.model_fields.items()]
