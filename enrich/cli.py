@@ -86,6 +86,7 @@ def cli() -> None:
 
 for command in (
     run.run,
+    run.plan,
     run.collect,
     look.status,
     look.reconcile,

@@ -12,12 +12,13 @@ from typing import Any
 import polars as pl
 
 from enrich.answer import is_blank, parse_data, pick
+from enrich.asking import STATUS_COLUMNS, Batch
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
 from enrich.output import write
 from enrich.question import Question
-from enrich.rows import STATUS_COLUMNS, Batch, Rows
+from enrich.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,9 @@ class Collector:
 
     def _frames(self, counts: Counter[RowStatus]) -> Iterator[pl.DataFrame]:
         schema = _new_schema(self.question)
-        self.ledger.begin_pass()
         for batch in self.rows.batches(self.question):
             self.check()
-            asked = ((position, fingerprint) for position, fingerprint, _ in batch.asked())
-            known = {standing.index - batch.first: standing for standing in self.ledger.standing(asked)}
+            known = {standing.index - batch.first: standing for standing in self.ledger.standing(batch.asked())}
             columns = _new_columns(batch, known, self.question)
             counts.update(map(RowStatus, columns["enrich_status"]))
             new = [pl.Series(name, values, schema[name]) for name, values in columns.items()]
@@ -85,6 +84,11 @@ def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Qu
         return [*empty, status, batch.errors[index], None, None, None, None]
     status = RowStatus.of(standing.state)
     values = empty
+    error = standing.error
+    if standing.capped and status is RowStatus.PENDING:
+        return [*empty, RowStatus.FILTERED, "capped: enough leads of its group are asked", None, None, None, None]
+    if standing.erased_ms is not None:
+        error = f"the answer was purged at {iso(standing.erased_ms)}"
     if standing.state in (State.FOUND, State.NOT_FOUND) and standing.answer is not None:
         fields = parse_data(json.loads(standing.answer).get("data")).fields
         values = [cell(pick(fields, path)) for path in question.columns.values()]
@@ -96,7 +100,7 @@ def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Qu
     return [
         *values,
         status,
-        standing.error,
+        error,
         standing.provider,
         to_credits(standing.credits) if standing.first and standing.credits is not None else None,
         standing.task_id,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
 from enrich.client import Client
 from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
-from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question, default_providers, make_question
@@ -24,11 +23,16 @@ LONGEST_PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What was learned. `balance` in millionths, None when the API does not say; `notes` are for the person."""
+    """What was learned. `balance` in millionths, None when the API does not say; `notes` are for the person.
+
+    `providers` are those enabled by default when the waterfall was first used.
+    """
 
     question: Question
     balance: int | None
     bound_to: dict[str, str | None]
+    waterfall: Waterfall
+    providers: list[int]
     notes: list[str]
 
 
@@ -63,8 +67,23 @@ def _may_mend(error: BaseException) -> bool:
     return isinstance(error, NotAccepted) and not isinstance(error, Unauthorized)
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a ledger knows that matters here; `used`: an execution was begun from it."""
+
+    bound_to: Mapping[str, str | None]
+    waterfall: tuple[dict[str, Any], list[int] | None] | None
+    used: bool
+
+
+def recall(ledger: Ledger, identifier: str) -> Memory:
+    """Look up what the ledger is bound to, and a waterfall."""
+    bound_to = {name: ledger.fact(name) for name in ("api_host", "workspace")}
+    return Memory(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
+
+
 async def connect(  # noqa: PLR0913 - all of them are needed once
-    client: Client, journal: Journal, job: Job, host: str, *, at_most_s: float, update_providers: bool
+    client: Client, memory: Memory, job: Job, host: str, *, at_most_s: float, update_providers: bool
 ) -> Connection:
     """Learn what the run needs to know before it may spend.
 
@@ -76,19 +95,18 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
         raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
     bound_to = {"api_host": host, "workspace": user.workspace}
     for name, value in bound_to.items():
-        bound = await journal.do(Ledger.fact, name)
+        bound = memory.bound_to.get(name)
         if None not in (bound, value) and bound != value:
             raise JobError(
                 f"{job.ledger_path}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
                 "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
             )
     waterfall = await _waterfall(client, job, at_most_s)
-    providers, notes = await _providers(journal, job, waterfall, update_providers=update_providers)
+    providers, notes = _providers(memory, job, waterfall, update_providers=update_providers)
     question = make_question(job, waterfall, providers)
-    if not await journal.do(Ledger.executions, last=1):
+    if not memory.used:
         notes += _beside_others(job)
-    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), providers)
-    return Connection(question, to_micros(user.balance), bound_to, notes)
+    return Connection(question, to_micros(user.balance), bound_to, waterfall, providers, notes)
 
 
 async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:
@@ -101,13 +119,12 @@ async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:
         raise job.error(["waterfall"], f"the API has no waterfall `{name}`", hint) from error
 
 
-async def _providers(
-    journal: Journal, job: Job, waterfall: Waterfall, *, update_providers: bool
+def _providers(
+    memory: Memory, job: Job, waterfall: Waterfall, *, update_providers: bool
 ) -> tuple[list[int], list[str]]:
     """Keep the default providers of the first use: a change of the vendor's is told, not followed."""
     offered = default_providers(waterfall)
-    known = await journal.do(Ledger.waterfall, waterfall.identifier)
-    first = known[1] if known is not None else None
+    first = memory.waterfall[1] if memory.waterfall is not None else None
     if first is None or update_providers:
         return offered, []
     if first != offered and job.model.enrichments is None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from enrich.budget import Budget
 from enrich.client import POSTS_ON_THE_WIRE, Client
 from enrich.errors import (
     BadParams,
@@ -32,15 +33,15 @@ IDLE_S = 1.0
 class Dispatcher:
     """pending → submitted.
 
-    `price` is what one request can cost at worst, in millionths of a credit; `limit` how many
-    requests may be asked at most; `on_task` is told of every task.
+    `budget` has the price to reserve for each request; `limit` is how many requests the execution
+    may ask at most; `on_task` is told of every task.
     """
 
     execution: Execution
     journal: Journal
     client: Client
     call: Call
-    price: int
+    budget: Budget
     bound_to: Mapping[str, str | None]
     on_task: Callable[[Task], None]
     limit: int | None = None
@@ -91,8 +92,7 @@ class Dispatcher:
         elif execution.on_the_wire or execution.in_flight:
             await execution.wait_change(IDLE_S)
         elif capped:
-            reason = "the credits cap is reached: nothing in flight could free enough for another request"
-            execution.stop(Exit.CREDITS, EnrichError(reason, "raise `max_credits`; the rest stays pending"))
+            execution.stop(Exit.CREDITS, EnrichError(self.budget.reason, self.budget.hint))
         else:
             return None
         return claims
@@ -158,7 +158,7 @@ class Dispatcher:
         """Claim up to `room` requests; tell also whether the cap stood in the way."""
         claims: list[Claim] = []
         try:
-            while len(claims) < room and (claim := ledger.claim(self.execution.id, self.price, now_ms)):
+            while len(claims) < room and (claim := ledger.claim(self.execution.id, self.budget.price, now_ms)):
                 claims.append(claim)
                 self._unsent.add(claim.attempt_id)
         except CapReached:

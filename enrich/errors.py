@@ -7,6 +7,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── Refused             5     nothing was spent: look at the input, the balance, the ledger
 ├── LedgerLocked       11     another execution is at work
 ├── Interrupted    130,143  a signal ended it
+├── CanaryStopped      15     the first answers look wrong: nothing more is bought
 ├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
@@ -38,6 +39,7 @@ class Exit(IntEnum):
     CREDITS = 12
     TIME = 13
     IN_DOUBT = 14
+    CANARY = 15
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -50,6 +52,7 @@ PRECEDENCE = (
     Exit.KEY,
     Exit.USAGE,
     Exit.REFUSED,
+    Exit.CANARY,
     Exit.CREDITS,
     Exit.API,
     Exit.TIME,
@@ -101,6 +104,12 @@ class LedgerLocked(EnrichError):
     """Another execution holds the ledger."""
 
     exit_code = Exit.LOCKED
+
+
+class CanaryStopped(EnrichError):
+    """The first answers look wrong: the rest was not asked."""
+
+    exit_code = Exit.CANARY
 
 
 class LedgerFailed(EnrichError):

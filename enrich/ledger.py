@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from enrich.database import Database
-from enrich.model import MOVES, Answer, Call, Claim, Standing, State, Task
-
-#: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
-OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
-#: Likewise of the index `queue`: what this execution may ask, whatever it has been asked before.
-QUEUED = "position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
+from enrich.intake import OPEN_ATTEMPT, QUEUED, Intake
+from enrich.model import MOVES, Answer, Call, Claim, State, Task
+from enrich.privacy import Forgotten, read_key
 
 
 class CapReached(Exception):
     """The budget has no room for another request now; what is in flight may free some."""
 
 
-class Ledger(Database):
+class Ledger(Intake):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
-
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Open the ledger as Database does, ready to be joined with batches of the input."""
-        super().__init__(path, read_only=read_only)
-        self._db.execute("CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT)")
-        self._db.execute("CREATE TEMP TABLE seen (request_id INTEGER PRIMARY KEY, position INTEGER)")
 
     # What the ledger is bound to
 
@@ -75,12 +64,17 @@ class Ledger(Database):
             (now_ms,),
         ).rowcount
 
-    def start_execution(self, job: str, cap: int | None, now_ms: int, balance: int | None = None) -> int:
-        """Begin an execution. What is in flight from earlier ones settles in it, so it counts against its cap."""
+    def start_execution(
+        self, job: str, cap: int | None, now_ms: int, balance: int | None = None, paths: Sequence[str] = ()
+    ) -> int:
+        """Begin an execution. What is in flight from earlier ones settles in it, so it counts against its cap.
+
+        `paths` are the job's columns: whoever collects what this one leaves behind judges it by them.
+        """
         row = self._db.execute(
-            "INSERT INTO executions (job, started_ms, cap, balance_before, reserved) VALUES (?, ?, ?, ?, "
+            "INSERT INTO executions (job, started_ms, cap, balance_before, paths, reserved) VALUES (?, ?, ?, ?, ?, "
             f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-            (job, now_ms, cap, balance),
+            (job, now_ms, cap, balance, json.dumps(list(paths))),
         ).fetchone()
         return int(row[0])
 
@@ -111,97 +105,6 @@ class Ledger(Database):
         """Return the newest `last` executions (of one job), newest first."""
         sql = "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
         return list(self._rows(sql, job, last))
-
-    # Enroll: from the input to the queue
-
-    def clear_queue(self) -> None:
-        """Forget what earlier executions wanted: a lead that left the file is never paid for."""
-        self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
-        self._db.execute(
-            f"UPDATE requests SET position = NULL WHERE id IN (SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
-        )
-
-    def begin_pass(self) -> None:
-        """Begin to read the input from its start: no request was seen yet."""
-        self._db.execute("DELETE FROM seen")
-
-    def enroll(
-        self,
-        call: Call,
-        wanted: Iterable[tuple[int, bytes, str]],
-        *,
-        retry: Collection[State] = (),
-        stale: Mapping[State, int] | None = None,
-    ) -> None:
-        """Mark the requests that this execution wants, making those that are new.
-
-        `wanted` holds (position, fingerprint, params as JSON). Marked are those without an answer, those in a
-        state of `retry` (edge f), and those of `stale` whose answer came before that time (edge h). The mark
-        is a place in the queue; it ends with the execution, and so does the person's word.
-        """
-        self._load(wanted)
-        canonical = json.dumps(call.body() | {"waterfall": call.waterfall}, sort_keys=True)
-        self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
-        self._db.execute(
-            "INSERT INTO requests (fingerprint, call_id, params, state) "
-            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' "
-            "FROM batch WHERE true ORDER BY i ON CONFLICT (fingerprint) DO NOTHING",
-            (canonical,),
-        )
-        self._see()
-        again = {"open": "state IN ('pending', 'submitting', 'submitted')"}
-        again |= {state: f"state = '{state}'" for state in retry}
-        for state, before_ms in (stale or {}).items():
-            settled_ms = "(SELECT settled_ms FROM attempts a WHERE a.id = attempt_id)"
-            again[state] = f"state = '{state}' AND {settled_ms} < {before_ms:d}"
-        self._db.execute(
-            "UPDATE requests SET position = s.position FROM temp.seen s "
-            "WHERE s.request_id = requests.id AND requests.position IS NULL "
-            "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint) "
-            f"AND ({' OR '.join(again.values())})"
-        )
-
-    def accept_doubts(self, wanted: Iterable[tuple[int, bytes, str]]) -> int:
-        """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
-        self._load(wanted)
-        return self._db.execute(
-            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' "
-            "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint)"
-        ).rowcount
-
-    def enrolled(self) -> dict[State, int]:
-        """Count the distinct requests of this pass by their state; those in the queue are pending."""
-        rows = self._db.execute(
-            "SELECT CASE WHEN r.position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
-            "THEN 'pending' ELSE r.state END, count(*) "
-            "FROM seen s JOIN requests r ON r.id = s.request_id GROUP BY 1"
-        )
-        return {State(state): count for state, count in rows}
-
-    def standing(self, asked: Iterable[tuple[int, bytes]]) -> Iterator[Standing]:
-        """Tell what is known of each (position, fingerprint) of a batch; a request never enrolled is left out."""
-        self._load((position, fingerprint, None) for position, fingerprint in asked)
-        self._see()
-        rows = self._rows(
-            "SELECT b.i, s.position = b.i, "
-            "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, "
-            "a.answer, a.error, a.provider, a.credits, a.task_id, a.settled_ms "
-            "FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint "
-            "JOIN seen s ON s.request_id = r.id "
-            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) ORDER BY b.i"
-        )
-        for index, first, state, *known in rows:
-            yield Standing(index, bool(first), State(state), *known)
-
-    def _load(self, asked: Iterable[tuple[int, bytes, str | None]]) -> None:
-        self._db.execute("DELETE FROM batch")
-        self._db.executemany("INSERT INTO batch VALUES (?, ?, ?)", asked)
-
-    def _see(self) -> None:
-        self._db.execute(
-            "INSERT OR IGNORE INTO seen SELECT r.id, b.i FROM batch b "
-            "JOIN requests r ON r.fingerprint = b.fingerprint ORDER BY b.i"
-        )
 
     # Submit: pending → submitting → submitted
 
@@ -280,10 +183,14 @@ class Ledger(Database):
     def tasks(self) -> list[Task]:
         """Return all tasks that wait for their answer, nearest expiry first."""
         rows = self._db.execute(
-            "SELECT id, task_id, submitted_ms, seen_alive FROM attempts "
-            f"WHERE state = 'submitted' AND {OPEN_ATTEMPT} ORDER BY submitted_ms"
+            "SELECT a.id, a.task_id, a.submitted_ms, a.seen_alive, e.paths FROM attempts a "
+            "JOIN executions e ON e.id = a.execution_id "
+            f"WHERE a.state = 'submitted' AND a.{OPEN_ATTEMPT} ORDER BY a.submitted_ms"
         )
-        return [Task(attempt_id, task_id, at, bool(alive)) for attempt_id, task_id, at, alive in rows]
+        return [
+            Task(attempt_id, task_id, at, bool(alive), tuple(json.loads(paths)))
+            for attempt_id, task_id, at, alive, paths in rows
+        ]
 
     def alive(self, attempt_id: int) -> None:
         """Write down that the API knows the task."""
@@ -357,6 +264,46 @@ class Ledger(Database):
             (attempt_id,),
         )
 
+    # Forgetting
+
+    def forgotten(self) -> Forgotten:
+        """Tell who was forgotten. Raises Refused when the key to it is missing."""
+        rows = self._db.execute("SELECT fingerprint FROM requests WHERE erased_ms IS NOT NULL AND forgotten")
+        hashes = frozenset(row[0] for row in rows)
+        return Forgotten(read_key(self.path) if hashes else b"", hashes)
+
+    def forget(self, requests: Mapping[int, bytes], now_ms: int) -> None:
+        """Erase requests by id, with all that was answered; what stays is a hash each, states and credits."""
+        for request_id, hashed in requests.items():
+            self._db.execute(
+                "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, position = NULL "
+                f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",
+                (hashed, now_ms, request_id),
+            )
+            self._db.execute(
+                "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)",
+                (request_id,),
+            )
+            self._db.execute(
+                "UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = ? WHERE request_id = ?",
+                (now_ms, request_id),
+            )
+
+    def purge(self, before_ms: int, now_ms: int) -> int:
+        """Drop params, answers and errors of what was settled before a time; that it was paid for is remembered."""
+        purged = self._db.execute(
+            "UPDATE requests SET params = '{}', erased_ms = ? WHERE erased_ms IS NULL AND position IS NULL "
+            "AND state IN ('found', 'not_found', 'failed', 'expired') AND id NOT IN "
+            "(SELECT request_id FROM attempts WHERE settled_ms IS NULL OR settled_ms >= ?)",
+            (now_ms, before_ms),
+        ).rowcount
+        self._db.execute(
+            "UPDATE attempts SET answer = NULL, error = NULL, erased_ms = ?1 WHERE erased_ms IS NULL "
+            "AND request_id IN (SELECT id FROM requests WHERE erased_ms = ?1)",
+            (now_ms,),
+        )
+        return purged
+
     # Looking
 
     def counts(self) -> dict[State, int]:
@@ -371,6 +318,40 @@ class Ledger(Database):
             "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
         ).fetchone()
         return int(row[0]), int(row[1])
+
+    def outcomes(self, execution_id: int) -> dict[State, int]:
+        """Count what an execution's own attempts have come to; those the API refused are none."""
+        rows = self._db.execute(
+            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' GROUP BY state",
+            (execution_id,),
+        )
+        return {State(state): count for state, count in rows}
+
+    def submitted_since(self, execution_id: int, job: str) -> int:
+        """Count the POSTs accepted for a job after an execution, and those in doubt."""
+        (count,) = self._db.execute(
+            "SELECT count(*) FROM attempts a JOIN executions e ON e.id = a.execution_id "
+            "WHERE e.id > ? AND e.job = ? AND a.state NOT IN ('refused', 'submitting')",
+            (execution_id, job),
+        ).fetchone()
+        return int(count)
+
+    def experience(self, call: Call) -> tuple[int, float | None]:
+        """Count the answers to a call whose price is known, and average what they cost (millionths)."""
+        row = self._db.execute(
+            "SELECT count(*), avg(a.credits) FROM calls c JOIN requests r ON r.call_id = c.id "
+            "JOIN attempts a ON a.request_id = r.id WHERE c.canonical = ? AND a.credits IS NOT NULL "
+            "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
+            (call.canonical(),),
+        ).fetchone()
+        return int(row[0]), row[1]
+
+    def polls_per_task(self) -> float | None:
+        """Tell how often a task was polled so far, on average; None before the first."""
+        (polls, submitted) = self._db.execute(
+            "SELECT sum(json_extract(receipt, '$.polls')), sum(submitted) FROM executions WHERE receipt IS NOT NULL"
+        ).fetchone()
+        return polls / submitted if submitted else None
 
     def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
         """Sum up the attempts that were made or settled since an execution.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class State(StrEnum):
@@ -53,6 +55,30 @@ MOVES: dict[tuple[State, State], str] = {
 OPEN = frozenset({State.SUBMITTING, State.SUBMITTED})
 #: States that a person may send back to pending (edge f).
 RETRYABLE = frozenset({State.FAILED, State.EXPIRED, State.IN_DOUBT})
+
+
+class Decision(StrEnum):
+    """Whether a request, or a row, is asked by this execution, or why it isn't."""
+
+    NEW = "new"  # never answered
+    RETRY = "retry"  # asked again by the person's word
+    REFRESH = "refresh"  # asked again for its answer's age
+    FOUND = "found"  # answered before
+    NOT_FOUND = "not_found"  # answered before
+    FAILED = "failed"
+    EXPIRED = "expired"
+    IN_DOUBT = "in_doubt"
+    WAITING = "waiting"  # at the API: its answer is collected
+    CAPPED = "capped"  # the job's `caps` leave it out
+    NOT_SAMPLED = "not_sampled"  # left out by --sample
+    OVER_LIMIT = "over_limit"  # left for another execution by --limit
+    DUPLICATE = "duplicate"  # of a row: it asks what an earlier one asks
+    INVALID = "invalid"  # of a row: a required param is empty or malformed
+    FILTERED = "filtered"  # of a row: the job leaves it out
+
+
+#: What is sent and paid for.
+ASKED = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
 
 
 class RowStatus(StrEnum):
@@ -147,12 +173,50 @@ class Call:
     enrichments: tuple[int, ...]
     email_verifier: int | None = None
 
+    def canonical(self) -> str:
+        """Write the call so that equal calls are equal text (JSON)."""
+        return json.dumps(self.body() | {"waterfall": self.waterfall}, sort_keys=True)
+
     def body(self) -> dict[str, Any]:
         """Return what the API is sent beside `params`."""
         body: dict[str, Any] = {"enrichments": list(self.enrichments)}
         if self.email_verifier is not None:
             body["email_verifier"] = self.email_verifier
         return body
+
+
+class Wanted(NamedTuple):
+    """What a row asks: its position in the input, the request's name, what is sent (JSON).
+
+    `place` is where it stands in the order of asking (default: the position), `group` what `caps` counts.
+    """
+
+    position: int
+    fingerprint: bytes
+    params: str
+    place: int | None = None
+    group: str | None = None
+
+
+class Decided(NamedTuple):
+    """What was decided about a row: the position of the first that asks the same, and when it was answered (ms)."""
+
+    position: int
+    first: int
+    decision: Decision
+    settled_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Which requests an execution wants. `stale`: answers older than that (ms) are asked again."""
+
+    retry: frozenset[State] = frozenset()
+    stale: Mapping[State, int] = field(default_factory=dict)
+    max_per_group: int | None = None
+    sample: int | None = None
+    seed: int = 0
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +235,8 @@ class Task:
     task_id: str
     submitted_ms: int
     seen_alive: bool = False
+    #: The columns' paths of the job that asked; () where they are not known.
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +253,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the ledger knows of one row's request. `first`: no earlier row of this pass asked the same."""
+    """What the ledger knows of one row's request.
+
+    `first`: no earlier row of this pass asked the same. `capped`: the job's `caps` leave it out.
+    `erased_ms`: when its answer was purged.
+    """
 
     index: int
     first: bool
@@ -198,3 +268,6 @@ class Standing:
     credits: int | None
     task_id: str | None
     settled_ms: int | None
+    attempt_id: int | None = None
+    capped: bool = False
+    erased_ms: int | None = None

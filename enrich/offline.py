@@ -13,6 +13,7 @@ from enrich.model import RowStatus
 from enrich.output import prepare
 from enrich.receipt import Receipt
 from enrich.rows import Rows
+from enrich.surroundings import Options, wish
 
 
 def collect_offline(job: Job, *, partial: bool) -> Receipt:
@@ -25,11 +26,16 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
     ledger = Ledger(job.ledger_path, read_only=True)
     try:
         question = remembered(ledger, job)
-        rows = Rows(job)
+        rows = Rows(job, ledger.forgotten())
         rows.check_new_columns(question)
         target = job.output_path(datetime.now().astimezone())
         prepare(target, job.input_path, job.name)
         collector = Collector(ledger, job, question, rows)
+        ledger.begin_pass(wish(job, Options(), 0))
+        if job.model.caps is not None:
+            for batch in rows.batches(question, rows.order()):
+                ledger.look(batch.asked())
+            ledger.choose()
         pending = 0 if partial else collector.count()[RowStatus.PENDING]
         if pending:
             raise Refused(

@@ -8,23 +8,26 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from enrich.budget import Budget, make_budget
+from enrich.canary import judge
 from enrich.client import Client
 from enrich.collector import Collector
-from enrich.connect import Connection, connect
+from enrich.connect import Connection, connect, recall
+from enrich.consent import ask, check_balance
 from enrich.dispatcher import Dispatcher
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, Refused
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
 from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
-from enrich.model import RowStatus, State, to_credits, to_micros
+from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
 from enrich.output import prepare
 from enrich.pace import Pace
+from enrich.planfile import check, ground
 from enrich.poller import Poller
-from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
-from enrich.surroundings import Options, Progress, Surroundings
+from enrich.surroundings import Options, Progress, Surroundings, wish
 
 PROGRESS_S = 0.2
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
@@ -68,7 +71,7 @@ async def _execute(
     target = job.output_path(datetime.now().astimezone())
     broken: EnrichError | None = None
     try:
-        rows = Rows(job)
+        rows = Rows(job, await journal.do(Ledger.forgotten))
         prepare(target, job.input_path, job.name)
     except EnrichError as error:
         broken = error
@@ -76,7 +79,7 @@ async def _execute(
             raise
     connection = await connect(
         client,
-        journal,
+        await journal.do(recall, job.model.waterfall),
         job,
         around.access.host,
         at_most_s=around.timing.start_s,
@@ -84,9 +87,22 @@ async def _execute(
     )
     if rows is not None:
         rows.check_new_columns(connection.question)
-    cap = None if job.max_credits is None else to_micros(job.max_credits)
-    price = price_for_cap(job, connection.question)
-    number = await journal.do(Ledger.start_execution, job.name, cap, clock.now_ms(), connection.balance)
+    planned = None
+    if (plan := options.plan) is not None:
+        done = await journal.do(Ledger.submitted_since, plan.after_execution, job.name)
+        planned = None if plan.most is None else plan.most - done * (connection.question.worst_price or 0)
+        options = options.kept_to(plan, done)
+    budget = make_budget(job, connection.question, connection.balance, planned)
+    waterfall = connection.waterfall
+    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
+    number = await journal.do(
+        Ledger.start_execution,
+        job.name,
+        budget.cap,
+        clock.now_ms(),
+        connection.balance,
+        list(connection.question.columns.values()),
+    )
     limits = job.model.limits
     pace = Pace(limits.requests_per_second)
     execution = Execution(
@@ -97,7 +113,7 @@ async def _execute(
         in_flight_limit=limits.in_flight,
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
     )
-    desk = _Desk(around, options, signals, client, journal, connection, execution, price, started)
+    desk = _Desk(around, options, signals, client, journal, connection, execution, budget, started)
     signals.on_first = desk.interrupt
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
@@ -131,11 +147,12 @@ class _Desk:
     journal: Journal
     connection: Connection
     execution: Execution
-    price: int
+    budget: Budget
     started: float
     notes: list[str] = field(default_factory=list)
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
+    to_submit: int = 0
     reused: int | None = None
     given_up: int = 0
     out_of_time: bool = False
@@ -185,72 +202,77 @@ class _Desk:
         """Enroll, dispatch and poll, collect."""
         execution, journal = self.execution, self.journal
         stamp = rows.stamp()
-        await self._enroll(rows, self.options.retry)
-        await self._check_before_spending()
+        await self._enroll(rows, wish(self.around.job, self.options, self.around.clock.now_ms()))
+        await self._check_before_spending(rows)
         if not execution.closing.is_set():
             await self._dispatch_and_poll()
         await journal.do(Ledger.recover, self.around.clock.now_ms())
         if self.out_of_time:
             left = await journal.do(Ledger.enrolled)
-            if any(left.get(state) for state in (State.PENDING, State.SUBMITTED)):
+            if left.get(State.SUBMITTED) or await journal.do(Ledger.queued):
                 reason = EnrichError("--max-time is over", "the rest is pending; the next run goes on")
                 execution.reasons.setdefault(Exit.TIME, reason)
         if rows.stamp() != stamp:
             reason = EnrichError("the input changed while the run was at work", "run again for the rows that are new")
             execution.reasons.setdefault(Exit.API, reason)
-            rows = Rows(self.around.job)
+            rows = Rows(self.around.job, await journal.do(Ledger.forgotten))
             rows.check_new_columns(self.connection.question)
-            await self._enroll(rows, frozenset())
+            await self._enroll(rows, wish(self.around.job, Options(), self.around.clock.now_ms()))
         return await self._collect(rows, target)
 
-    async def _enroll(self, rows: Rows, retry: frozenset[State]) -> None:
+    async def _enroll(self, rows: Rows, wanted: Wish) -> None:
         """Mark what this input wants; nothing is spent before it was read to its end without error."""
-        refresh = self.around.job.model.policy.refresh
-        ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
-        now_ms = self.around.clock.now_ms()
-        stale = {state: now_ms - int(age.total_seconds() * 1000) for state, age in ages.items() if age is not None}
         question = self.connection.question
 
         def enroll(ledger: Ledger) -> int:
-            ledger.clear_queue()
-            ledger.begin_pass()
+            ledger.begin_pass(wanted)
             count = 0
-            for batch in rows.batches(question):
+            for batch in rows.batches(question, rows.order()):
                 self.signals.check()
                 if self.options.accept_doubts:
                     self.given_up += ledger.accept_doubts(batch.asked())
-                ledger.enroll(question.call, batch.asked(), retry=retry, stale=stale)
+                ledger.enroll(question.call, batch.asked())
                 count += batch.frame.height
+            ledger.choose()
+            ledger.mark()
             return count
 
         self.rows_read = await self.journal.do(enroll)
         self.enrolled = await self.journal.do(Ledger.enrolled)
+        decided = await self.journal.do(Ledger.decided)
+        self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
+        if self.options.limit is not None:
+            self.to_submit = min(self.to_submit, self.options.limit)
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
-    async def _check_before_spending(self) -> None:
-        """Refuse when the balance is too low for one request, or when the person says no."""
+    async def _check_before_spending(self, rows: Rows) -> None:
+        """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
         question, balance = self.connection.question, self.connection.balance
-        to_submit = (self.enrolled or {}).get(State.PENDING, 0)
-        if self.options.limit is not None:
-            to_submit = min(to_submit, self.options.limit)
-        if not to_submit:
+        if self.options.plan is not None:
+            now = ground(self.around.job, question, self.connection.waterfall, rows.digest())
+            check(self.options.plan, now)
+        if not self.to_submit:
             return
-        price = question.worst_price
-        if price is not None and balance is not None and balance < price:
-            raise Refused(
-                f"the balance is {to_credits(balance):g} credits, one request may cost {to_credits(price):g}",
-                "top up the account",
-            )
+        check_balance(self.around.job, question, balance)
         if self.options.confirm is not None and not await self.journal.do(Ledger.was_used):
-            most = "an unknown number of" if price is None else f"at most {to_credits(price * to_submit):,g}"
-            have = "" if balance is None else f" (balance {to_credits(balance):,g})"
             with self.signals.asking():
-                agreed = self.options.confirm(f"{to_submit:,} requests will be sent and cost {most} credits{have}.")
-            if not agreed:
-                raise Refused("nothing was sent", "set `max_credits`, or use --yes, to run without this question")
+                ask(self.options.confirm, self.to_submit, question, balance)
 
     async def _dispatch_and_poll(self) -> None:
+        """Send what is wanted; the first of it alone, when a canary judges the answers."""
+        canary = self.around.job.model.canary
+        if canary is not None and self.to_submit > canary.rows:
+            await self._send(canary.rows)
+            stopped = judge(canary, await self.journal.do(Ledger.outcomes, self.execution.id))
+            if not self.execution.closing.is_set() and stopped is not None:
+                self.execution.stop(Exit.CANARY, stopped)
+            if self.execution.closing.is_set():
+                return
+        await self._send(self.options.limit)
+
+    async def _send(self, limit: int | None) -> None:
+        """Submit and poll until `limit` requests in all were asked, or all, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
         dispatcher = Dispatcher(
@@ -258,10 +280,10 @@ class _Desk:
             self.journal,
             self.client,
             self.connection.question.call,
-            self.price,
+            self.budget,
             self.connection.bound_to,
             poller.add,
-            self.options.limit,
+            limit,
         )
 
         async def dispatch() -> None:

@@ -35,7 +35,10 @@ class Waiting:
 
 @dataclass(slots=True)
 class Poller:
-    """submitted → settled. `paths` are the job's columns: they decide between found and not found."""
+    """submitted → settled. `paths` are the job's columns: they decide between found and not found.
+
+    A task that another job left behind is judged by that job's.
+    """
 
     execution: Execution
     journal: Journal
@@ -147,7 +150,7 @@ class Poller:
                 return
         elif waiting.fresh:
             execution.poll_times.finished(age)
-        await self._settle(waiting, read_answer(body, phase, self.paths))
+        await self._settle(waiting, read_answer(body, phase, waiting.task.paths or self.paths))
 
     async def _unknown(self, waiting: Waiting) -> None:
         """Judge a 404: too young to be known, never accepted after all, or gone."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.model import Call, to_micros
 from enrich.waterfall import Provider, Waterfall
@@ -98,13 +97,3 @@ def _worst_price(providers: list[Provider], verifier: Provider | None) -> int | 
     checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
     known = [price for price in prices + checks if price is not None]
     return sum(known) if len(known) == len(prices + checks) else None
-
-
-def price_for_cap(job: Job, question: Question) -> int:
-    """The price to reserve for one request; a cap with an unknown price is refused."""
-    if question.worst_price is None and job.max_credits is not None:
-        raise Refused(
-            "the API names no price for a provider, so `max_credits` cannot be kept",
-            "leave such providers out of `enrichments`, or run without `max_credits`",
-        )
-    return question.worst_price or 0

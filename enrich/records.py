@@ -173,10 +173,10 @@ INVARIANTS = {
         "WHERE a.state = 'found' AND a.id > coalesce(r.answer_id, 0)"
     ),
     "attempt that was answered without an answer": (
-        "SELECT 1 FROM attempts WHERE state IN ('found', 'not_found') AND answer IS NULL"
+        "SELECT 1 FROM attempts WHERE state IN ('found', 'not_found') AND answer IS NULL AND erased_ms IS NULL"
     ),
     "task without its id": (
-        "SELECT 1 FROM attempts WHERE task_id IS NULL "
+        "SELECT 1 FROM attempts WHERE task_id IS NULL AND erased_ms IS NULL "
         "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
     ),
     "row that refers to one that is not there": "SELECT 1 FROM pragma_foreign_key_check",

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator
+from hashlib import file_digest
 
 import polars as pl
 
+from enrich.asking import STATUS_COLUMNS, Asking, Batch
 from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
 from enrich.errors import Refused
 from enrich.job import Job, nearest
-from enrich.model import RowStatus
+from enrich.order import ranks, sort_keys
+from enrich.privacy import Forgotten, read_suppression
 from enrich.question import Question
-from enrich.spec import Param
-
-#: The columns that we add behind the job's own; an earlier output's are replaced.
-STATUS_COLUMNS: dict[str, pl.DataType] = {
-    "enrich_status": pl.String(),
-    "enrich_error": pl.String(),
-    "enrich_provider": pl.String(),
-    "enrich_credits": pl.Float64(),
-    "enrich_task_id": pl.String(),
-    "enrich_at": pl.String(),
-}
 
 #: What looks at other rows of a table than one's own; in quotes it is text or a column.
 _OTHER_ROWS = re.compile(r"\b(over|select)\b", re.IGNORECASE)
@@ -34,37 +22,18 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some rows in the input's order. `first` is the position of the first, from 0.
-
-    The lists run along `frame`: a row either has a fingerprint and params (JSON, as sent),
-    or a status (`invalid`, `filtered`) and perhaps the reason.
-    """
-
-    first: int
-    frame: pl.DataFrame
-    fingerprints: list[bytes | None]
-    params: list[str | None]
-    statuses: list[RowStatus | None]
-    errors: list[str | None]
-
-    def asked(self) -> Iterator[tuple[int, bytes, str]]:
-        """Yield position, fingerprint and params of the rows that ask something."""
-        for index, (fingerprint, params) in enumerate(zip(self.fingerprints, self.params, strict=True)):
-            if fingerprint is not None and params is not None:
-                yield self.first + index, fingerprint, params
-
-
 class Rows:
     """The rows of a job's input."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, forgotten: Forgotten | None = None) -> None:
         """Read the header and check the job against it.
 
         Raises Refused when the input can't be read, JobError when the job names what it lacks.
         """
         self._job = job
+        self._forgotten = forgotten or Forgotten(b"")
+        suppress = job.model.suppress
+        self._suppression = None if suppress is None else read_suppression(job.path(suppress))
         self._source = CsvFormat(job.input_path, job.input.separator, job.input.encoding)
         try:
             self._header = read_header(self._source)
@@ -82,6 +51,14 @@ class Rows:
             return None
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
+    def digest(self) -> str:
+        """Hash the file's bytes (SHA-256, hex)."""
+        try:
+            with self._job.input_path.open("rb") as file:
+                return file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Refused(f"{self._job.input_path} cannot be read: {error.strerror}") from error
+
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
         for name in question.columns:
@@ -94,15 +71,26 @@ class Rows:
                     "choose another name for the new column",
                 )
 
-    def batches(self, question: Question) -> Iterator[Batch]:
+    def order(self) -> pl.Series | None:
+        """Read the input once to give each row its place in the order of asking; None: the input's order."""
+        if self._job.model.order_by is None:
+            return None
+        places = list(map(self._header.index, self._job.model.order_by))
+        keys = [sort_keys(frame, places) for frame in self._frames()]
+        return ranks(pl.concat(keys)) if keys else None
+
+    def batches(self, question: Question, order: pl.Series | None = None) -> Iterator[Batch]:
         """Read the whole input once. Raises Refused that names file, row and remedy."""
-        ask = _Asking(self._job, question, self._header)
+        ask = Asking(self._job, question, self._header, self._forgotten)
         first = 0
+        for frame in self._frames():
+            places = None if order is None else order[first : first + frame.height].to_list()
+            yield ask.batch(first, frame, self._wanted(frame), self._suppressed(frame), places)
+            first += frame.height
+
+    def _frames(self) -> Iterator[pl.DataFrame]:
         try:
-            for frame in read_batches(self._source):
-                wanted = self._wanted(frame)
-                yield ask.batch(first, frame, wanted)
-                first += frame.height
+            yield from read_batches(self._source)
         except CsvProblem as problem:
             raise Refused(problem.message, problem.hint) from problem
 
@@ -113,11 +101,15 @@ class Rows:
                 self._check_column(column, ["params", name])
         for index, column in enumerate(model.only_if_empty):
             self._check_column(column, ["only_if_empty", index])
+        for index, column in enumerate(model.order_by or ()):
+            self._check_column(column, ["order_by", index])
+        if model.caps is not None and model.caps.by not in model.params:
+            self._check_column(model.caps.by, ["caps", "by"], also=model.params)
 
-    def _check_column(self, column: str, where: list[str | int]) -> None:
+    def _check_column(self, column: str, where: list[str | int], also: Iterable[str] = ()) -> None:
         if column in self._header:
             return
-        hint = nearest(column, self._header)
+        hint = nearest(column, [*self._header, *also])
         if other := likely_separator(self._header, self._source.separator):
             shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
             hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
@@ -141,6 +133,12 @@ class Rows:
         if answer.schema != {"wanted": pl.Boolean} or answer.height:
             raise self._job.error(["where"], *lonely)
 
+    def _suppressed(self, frame: pl.DataFrame) -> pl.Series | None:
+        if self._suppression is None:
+            return None
+        asked_with = {self._header.index(name) for param in self._job.model.params.values() for name in param.columns}
+        return self._suppression.hits(frame, asked_with)
+
     def _wanted(self, frame: pl.DataFrame) -> pl.Series:
         """Tell which rows `where` and `only_if_empty` leave in."""
         places = map(self._header.index, self._job.model.only_if_empty)
@@ -159,109 +157,3 @@ class Rows:
 def _select(where: str, frame: pl.DataFrame) -> pl.DataFrame:
     """Compute `where`; the line break ends a comment."""
     return frame.sql(f"SELECT ({where}\n) AS wanted FROM leads", table_name="leads")  # noqa: S608 - over this frame only
-
-
-class _Asking:
-    """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
-
-    def __init__(self, job: Job, question: Question, header: list[str]) -> None:
-        self._params = job.model.params
-        self._question = question
-        self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
-        call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
-        self._prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
-        self._names = sorted(self._params)
-        # Named by number, so that no param is in the way of another column.
-        self._values = [source(self._params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
-        self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
-
-    def batch(self, first: int, frame: pl.DataFrame, wanted: pl.Series) -> Batch:
-        batch = Batch(first, frame.select(pl.nth(self._kept)), [], [], [], [])
-        values = frame.select(*self._values, pl.lit(wanted).alias("wanted"))
-        for *row, keep in values.iter_rows():
-            params = {name: value for name, value in zip(self._names, row, strict=True) if value}
-            error = self._problem(params) if keep else None
-            status = RowStatus.FILTERED if not keep else RowStatus.INVALID if error else None
-            text = None
-            fingerprint = None
-            if status is None:
-                text = json.dumps(params, ensure_ascii=False, separators=(",", ":"))
-                fingerprint = self._fingerprint(text)
-            batch.fingerprints.append(fingerprint)
-            batch.params.append(text)
-            batch.statuses.append(status)
-            batch.errors.append(error)
-        return batch
-
-    def _problem(self, params: dict[str, str]) -> str | None:
-        """Say why a row cannot be asked."""
-        for name in self._question.required:
-            if name not in params:
-                return f"{name} is empty ({self._sources(name)})"
-        for name in filter(params.get, self._question.emails):
-            local, at, domain = params[name].partition("@")
-            if not (local and at and "." in domain) or "@" in domain or any(map(str.isspace, params[name])):
-                return f"{name} is no e-mail address ({self._sources(name)})"
-        return None if params else "no param has a value"
-
-    def _sources(self, name: str) -> str:
-        return ", ".join(self._params[name].columns) or "a constant"
-
-    def _fingerprint(self, params: str) -> bytes:
-        """Name a request by what is sent; stable over versions, machines and the job file's order of params."""
-        digest = self._prefix.copy()
-        digest.update(b"\0" + params.encode())
-        shared = digest.digest()
-        if self._occurrences is None:
-            return shared
-        occurrence = self._occurrences[shared]
-        self._occurrences[shared] += 1
-        if occurrence:
-            digest.update(b"\0%d" % occurrence)
-        return digest.digest()
-
-
-def source(param: Param, header: list[str]) -> pl.Expr:
-    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent.
-
-    Columns are taken by their place: polars would read a name like `^x$` as a pattern.
-    """
-    if param.value is not None:
-        return clean(pl.lit(param.value))
-    candidates = []
-    for column in param.columns:
-        value = pl.nth(header.index(column))
-        for transform in param.transform:
-            value = TRANSFORMS[transform](value)
-        value = clean(value)
-        candidates.append(pl.when(value != "").then(value))
-    return pl.coalesce([*candidates, pl.lit("")])
-
-
-def clean(text: pl.Expr) -> pl.Expr:
-    """Normalise (Unicode NFC) and cut outer blanks."""
-    return text.str.normalize("NFC").str.strip_chars()
-
-
-def domain(text: pl.Expr) -> pl.Expr:
-    """Take the domain of a URL, an e-mail address or a bare host, without `www.`; '' when there is none."""
-    return (
-        text.str.strip_chars()
-        .str.to_lowercase()
-        .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
-        .str.replace(r"(?s)[/?#].*$", "")
-        .str.replace(r"^.*@", "")
-        .str.replace(r":\d*$", "")
-        .str.replace(r"\.$", "")
-        .str.replace(r"^www\.(.*\.)", "${1}")
-        # No top-level domain is a number: what ends in one is a date, an amount or an IP address.
-        .str.extract(r"^((?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*)$")
-        .fill_null("")
-    )
-
-
-TRANSFORMS = {
-    "trim": lambda text: text.str.strip_chars(),
-    "lower": lambda text: text.str.to_lowercase(),
-    "domain": domain,
-}

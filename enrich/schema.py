@@ -20,6 +20,13 @@ def m001_initial(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+@migration
+def m002_nights(db: sqlite3.Connection) -> None:
+    """What several jobs, a change feed and the wish to be forgotten need."""
+    for statement in NIGHTS.split(";\n"):
+        db.execute(statement)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -115,4 +122,27 @@ SELECT id, job, exit_code, submitted, spent / 1e6 AS credits_spent, unknown AS c
        strftime('%Y-%m-%dT%H:%M:%SZ', started_ms / 1000, 'unixepoch') AS started_at,
        strftime('%Y-%m-%dT%H:%M:%SZ', ended_ms / 1000, 'unixepoch') AS ended_at
 FROM executions
+"""
+
+NIGHTS = """
+-- JSON: the job's columns decide what is found
+ALTER TABLE executions ADD COLUMN paths TEXT NOT NULL DEFAULT '[]';
+
+-- params were dropped
+ALTER TABLE requests ADD COLUMN erased_ms INTEGER;
+
+-- the answer was dropped
+ALTER TABLE attempts ADD COLUMN erased_ms INTEGER;
+
+-- the fingerprint is a keyed hash of it
+ALTER TABLE requests ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;
+
+CREATE INDEX erased ON requests (fingerprint) WHERE erased_ms IS NOT NULL;
+
+CREATE TABLE delivered (        -- what the change feed of a job has told
+    job TEXT NOT NULL,
+    row_key BLOB NOT NULL,      -- a hash of the row's key columns and its request
+    attempt_id INTEGER NOT NULL REFERENCES attempts,
+    PRIMARY KEY (job, row_key)
+) STRICT, WITHOUT ROWID
 """

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from enrich.credentials import Access
 from enrich.execution import Timing
 from enrich.job import Job
 from enrich.ledger import Ledger
-from enrich.model import Clock, State, SystemClock
+from enrich.model import Clock, State, SystemClock, Wish
+from enrich.planfile import FrozenPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the person asked of this execution. `confirm` is shown what it may cost and says whether to go on."""
+    """What the person asked of this execution.
+
+    `confirm` is shown what it may cost and says whether to go on; `plan` is kept to.
+    """
 
     limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
     max_time_s: float | None = None
     retry: frozenset[State] = frozenset()
     accept_doubts: bool = False
     update_providers: bool = False
     confirm: Callable[[str], bool] | None = None
+    plan: FrozenPlan | None = None
+
+    def kept_to(self, plan: FrozenPlan, done: int) -> Options:
+        """Ask no more than a plan said, of which so many were asked already."""
+        left = max(0, plan.to_submit - done)
+        sample = None if plan.sample is None or not left else min(plan.sample, left)
+        return replace(self, limit=left, sample=sample, seed=plan.seed, retry=frozenset(plan.retry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +62,16 @@ class Surroundings:
     timing: Timing = field(default_factory=Timing)
     tell: Callable[[str], None] = lambda _: None
     show: Callable[[Progress], None] = lambda _: None
+
+
+def wish(job: Job, options: Options, now_ms: int) -> Wish:
+    """Put together which requests an execution wants: by the job, and by the person's word."""
+    refresh = job.model.policy.refresh
+    ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
+    return Wish(
+        retry=options.retry,
+        stale={state: now_ms - int(age.total_seconds() * 1000) for state, age in ages.items() if age is not None},
+        max_per_group=None if job.model.caps is None else job.model.caps.max,
+        sample=options.sample,
+        seed=options.seed,
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from enrich.ledger import Ledger
-from enrich.model import Answer, Call, Claim, State
+from enrich.model import Answer, Call, Claim, State, Wanted, Wish
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,9 +34,9 @@ def params(number: int) -> str:
     return json.dumps({"first_name": f"F{number}", "last_name": f"L{number}", "company": f"c{number}.example"})
 
 
-def wanted(numbers: Iterable[int], first: int = 0) -> list[tuple[int, bytes, str]]:
+def wanted(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
     """Make one batch of the input, its first row at position `first`."""
-    return [(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
+    return [Wanted(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
 
 
 @dataclass
@@ -67,13 +67,14 @@ class Books:
         self, *batches: Iterable[int], retry: Collection[State] = (), stale: Mapping[State, int] | None = None
     ) -> None:
         """Read an input, batch by batch."""
-        self.do(Ledger.clear_queue)
-        self.do(Ledger.begin_pass)
+        self.do(Ledger.begin_pass, Wish(frozenset(retry), stale or {}))
         position = 0
         for numbers in batches:
             batch = wanted(numbers, position)
             position += len(batch)
-            self.do(Ledger.enroll, CALL, batch, retry=retry, stale=stale)
+            self.do(Ledger.enroll, CALL, batch)
+        self.do(Ledger.choose)
+        self.do(Ledger.mark)
 
     def claim(self, price: int = PRICE) -> Claim:
         """Claim the next request; there must be one."""

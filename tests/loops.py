@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from enrich.budget import Budget
 from enrich.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import Execution, Timing
@@ -91,7 +92,8 @@ class Floor:
 
     def dispatcher(self, poller: Poller, limit: int | None = None, call: Call = CALL, price: int = WORST) -> Dispatcher:
         """Make a dispatcher that hands its tasks to the poller."""
-        return Dispatcher(self.execution, self.journal, self.client, call, price, BOUND, poller.add, limit)
+        budget = Budget(None, price, "the credits cap is reached", "raise it")
+        return Dispatcher(self.execution, self.journal, self.client, call, budget, BOUND, poller.add, limit)
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
         """Run a dispatcher to its end; then no more tasks can come."""

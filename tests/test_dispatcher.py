@@ -13,7 +13,7 @@ import pytest
 from enrich.client import POSTS_ON_THE_WIRE
 from enrich.errors import EnrichError, Exit, LedgerFailed
 from enrich.ledger import Ledger
-from enrich.model import Call, State
+from enrich.model import Call, State, Wanted
 from enrich.pace import BURST_S
 from enrich.sandbox.faults import Fault
 from tests.books import CALL, Books, wanted
@@ -231,8 +231,9 @@ class TestAnswers:
 
         async def scene() -> None:
             async with at_work(api, tmp_path / LEDGER) as floor:
-                batch = [*wanted(range(5)), (5, b"w" * 16, '{"first_name": "Ada"}')]
+                batch = [*wanted(range(5)), Wanted(5, b"w" * 16, '{"first_name": "Ada"}')]
                 floor.books.do(Ledger.enroll, CALL, batch)
+                floor.books.do(Ledger.mark)
                 await floor.work()
                 counts = floor.books.ledger.counts()
                 assert (counts[State.FAILED], sum(counts.values())) == (1, 6)

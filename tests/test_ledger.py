@@ -14,8 +14,8 @@ import pytest
 from enrich import database, schema
 from enrich.errors import Refused
 from enrich.ledger import CapReached, Ledger
-from enrich.model import Answer, State, Task
-from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, fingerprint, params, wanted
+from enrich.model import Answer, State, Task, Wanted
+from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, params, wanted
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ class TestStandingAnswer:
     def standing(self, books: Books, number: int = 1) -> tuple[State, str | None]:
         """Tell the state and the answer that the row of a lead has."""
         books.do(Ledger.begin_pass)
-        (known,) = books.ledger.standing([(0, fingerprint(number))])
+        (known,) = books.ledger.standing(wanted([number]))
         return known.state, known.answer
 
     def refresh(self, books: Books) -> int:
@@ -281,7 +281,7 @@ class TestStandingAnswer:
         """The ledger says nothing of what it does not know."""
         books.begin(1)
 
-        assert [known.index for known in books.ledger.standing(wanted_keys(9, 1))] == [1]
+        assert [known.index for known in books.ledger.standing(wanted([9, 1]))] == [1]
 
     def test_the_first_row_of_a_request_is_told_apart(self, books: Books) -> None:
         """On a second pass `first` holds once for each request, across batches."""
@@ -289,15 +289,10 @@ class TestStandingAnswer:
         books.settle(books.submit())
         books.do(Ledger.begin_pass)
 
-        batches = [wanted_keys(2, 1, 2), wanted_keys(1, 2, 1, first=3)]
+        batches = [wanted([2, 1, 2]), wanted([1, 2, 1], 3)]
         firsts = [(known.index, known.first) for batch in batches for known in books.ledger.standing(batch)]
 
         assert firsts == [(0, True), (1, True), (2, False), (3, False), (4, False), (5, False)]
-
-
-def wanted_keys(*numbers: int, first: int = 0) -> list[tuple[int, bytes]]:
-    """Make one batch of a second pass."""
-    return [(position, key) for position, key, _ in wanted(numbers, first)]
 
 
 def fail_after(_: object) -> None:
@@ -526,7 +521,7 @@ class TestFile:
             Ledger(books.path, read_only=True)
         with pytest.raises(Refused, match=r"ledger\.db"):
             Ledger(books.path)
-        assert books.one("PRAGMA user_version") == (1,)
+        assert books.one("PRAGMA user_version") == (len(steps) - 1,)
 
         broken = False
         Ledger(books.path).close()
@@ -640,7 +635,7 @@ class TestFile:
         books.enroll([2], retry={State.IN_DOUBT})
         books.do(Ledger.refused, books.claim().attempt_id, "", 1)
         books.ledger.tasks()
-        list(books.ledger.standing([(0, fingerprint(1))]))
+        list(books.ledger.standing(wanted([1])))
         books.ledger._db.set_trace_callback(None)
 
         plans: dict[str, list[str]] = {}
@@ -657,4 +652,4 @@ class TestFile:
     def test_a_fingerprint_of_another_length_is_not_swallowed(self, books: Books) -> None:
         """A question that cannot be named must not get lost."""
         with pytest.raises(sqlite3.IntegrityError), books.ledger.transaction():
-            books.ledger.enroll(CALL, [(0, b"short", "{}")])
+            books.ledger.enroll(CALL, [Wanted(0, b"short", "{}")])

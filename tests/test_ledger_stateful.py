@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from enrich.ledger import CapReached, Ledger
 from enrich.model import MOVES, RETRYABLE, Answer, State
-from tests.books import BOUND, Books, fingerprint, params
+from tests.books import BOUND, Books, params, wanted
 
 LEADS = range(6)
 PRICES = st.integers(1, 9)
@@ -313,7 +313,7 @@ class Machine(RuleBasedStateMachine):
     def every_row_is_told_the_truth(self) -> None:
         """The last found answer stands; without one, the newest fate is told."""
         self.books.do(Ledger.begin_pass)
-        for known in self.books.ledger.standing([(number, fingerprint(number)) for number in LEADS]):
+        for known in self.books.ledger.standing(wanted(LEADS)):
             lead = self.model.leads[known.index]
             stands = lead.standing if lead.standing is not None else lead.newest
             assert known.state is (State.FOUND if lead.standing is not None else lead.state)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.answer import phase_of, read_answer
+from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, cell
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job, load_job
@@ -25,7 +26,7 @@ from enrich.ledger import Ledger
 from enrich.model import Call, RowStatus, State
 from enrich.output import part_of, prepare, write
 from enrich.question import Question
-from enrich.rows import STATUS_COLUMNS, Rows
+from enrich.rows import Rows
 from enrich.spec import Output
 
 CALL = Call("email_getter", (833,))
@@ -292,6 +293,7 @@ def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dic
         ledger.begin_pass()
         for batch in rows.batches(question):
             ledger.enroll(question.call, batch.asked())
+        ledger.mark()
         for number, task in enumerate(tasks):
             claim = ledger.claim(execution, 0, 0)
             assert claim is not None

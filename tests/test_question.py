@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from enrich.budget import make_budget
 from enrich.errors import JobError, Refused
 from enrich.job import load_job
-from enrich.question import Question, default_providers, make_question, price_for_cap
+from enrich.question import Question, default_providers, make_question
 from enrich.waterfall import User, Waterfall
 from tests.harness import Office
 
@@ -87,11 +88,11 @@ def test_a_price_that_is_not_known_is_not_nought(office: Office, price: object) 
     waterfall = described(available_enrichments=[{"id": 833, "price": "1"}, {"id": 966, "price": price}])
     made = question(office, waterfall=waterfall)
     assert made.worst_price is None
-    assert price_for_cap(load_job(office.job_file), made) == 0
+    assert make_budget(load_job(office.job_file), made, None).price == 0
     capped = load_job(office.write_job(f"{JOB}limits: {{max_credits: 5}}\n"))
     with pytest.raises(Refused, match="names no price"):
-        price_for_cap(capped, made)
-    assert price_for_cap(capped, question(office)) == 1_750_000
+        make_budget(capped, made, None)
+    assert make_budget(capped, question(office), None).price == 1_750_000
 
 
 def test_a_provider_that_the_api_no_longer_lists_has_no_known_price(office: Office) -> None:

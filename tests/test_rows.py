@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.asking import Batch
 from enrich.errors import JobError, Refused
 from enrich.job import load_job
 from enrich.model import Call, RowStatus
 from enrich.question import Question
-from enrich.rows import Batch, Rows
+from enrich.rows import Rows
 
 CALL = Call("email_getter", (833, 966), 10)
 
@@ -175,7 +176,7 @@ def test_a_required_param_that_is_blank_makes_a_row_invalid(tmp_path: Path) -> N
     assert batch.statuses == [None, RowStatus.INVALID, RowStatus.INVALID]
     assert batch.errors == [None, "company is empty (Site, Mail)", "first is empty (First)"]
     assert [fingerprint is None for fingerprint in batch.fingerprints] == [False, True, True]
-    assert [position for position, _, _ in batch.asked()] == [0]
+    assert [wanted.position for wanted in batch.asked()] == [0]
 
 
 def test_a_row_that_would_send_nothing_is_invalid(tmp_path: Path) -> None:
@@ -403,7 +404,7 @@ def test_batches_count_positions_over_the_whole_input(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
     batches = list(rows.batches(Question(CALL, (), (), {"new": "x"}, None)))
     assert [(batch.first, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
-    assert [position for batch in batches for position, _, _ in batch.asked()] == list(range(20_001))
+    assert [wanted.position for batch in batches for wanted in batch.asked()] == list(range(20_001))
 
 
 def test_a_changed_input_has_another_stamp(tmp_path: Path) -> None:

@@ -70,6 +70,24 @@ def paths(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+CHOOSING = (
+    click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending."),
+    click.option("--sample", type=click.IntRange(min=1), help="Ask only N new requests, spread over the whole file."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Which sample; equal seeds choose equal rows."),
+    click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in one run."),
+    click.option(
+        "--retry", callback=states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
+    ),
+)
+
+
+def choosing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say what is asked."""
+    for option in reversed(CHOOSING):
+        command = option(command)
+    return command
+
+
 def load(
     job_file: Path,
     input_path: Path | None,

@@ -1,4 +1,4 @@
-"""`enrich run` and `enrich collect`: what writes the output."""
+"""`enrich run`, `enrich plan` and `enrich collect`: the way of a night."""
 
 from __future__ import annotations
 
@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 @click.command()
 @options.JOB_ARGUMENT
 @options.paths
-@click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending.")
-@click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in this execution.")
+@options.choosing
+@click.option("--plan", "plan_file", type=options.FILE, help="Keep to a plan that `enrich plan -o` wrote.")
 @click.option(
     "--max-time", callback=options.seconds, metavar="5h", help="Stop after this time; the rest stays pending."
-)
-@click.option(
-    "--retry", callback=options.states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
 )
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
@@ -54,9 +51,12 @@ def run(
     ledger: Path | None,
     use_sandbox: bool,
     limit: int | None,
+    sample: int | None,
+    seed: int,
     max_credits: float | None,
-    max_time: float | None,
     retry: frozenset[str],
+    plan_file: Path | None,
+    max_time: float | None,
     accept: str | None,
     update_providers: bool,
     yes: bool,
@@ -72,8 +72,14 @@ def run(
     prints the receipt. Nothing is paid for twice, whatever ended the run before.
     """
     from enrich.model import State
+    from enrich.planfile import read_plan
     from enrich.surroundings import Options
 
+    plan = None if plan_file is None else read_plan(plan_file)
+    if plan is not None:
+        if retry or not (limit is sample is max_credits is None):
+            raise click.UsageError("--plan has its own --limit, --sample, --max-credits and --retry: leave them out")
+        max_credits = plan.max_credits
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
@@ -81,11 +87,14 @@ def run(
         raise click.UsageError("--accept and --retry in_doubt say opposite things: choose one")
     wishes = Options(
         limit=limit,
+        sample=sample,
+        seed=seed,
         max_time_s=max_time,
         retry=frozenset(map(State, retry)),
         accept_doubts=accept is not None,
         update_providers=update_providers,
-        confirm=_confirm if asks else None,
+        confirm=_confirm if asks and plan is None else None,
+        plan=plan,
     )
     skip, wait_s = if_locked
     try:
@@ -155,6 +164,44 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
         click.echo("\n".join(lines(receipt)), err=True)
     if as_json:
         click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@options.paths
+@options.choosing
+@click.option("-o", "freeze", type=options.FILE, help="Freeze the plan for `enrich run --plan`.")
+@click.option("--rows", "rows_file", type=options.FILE, help="Write each row's decision to this file.")
+@options.AS_JSON
+def plan(
+    job_file: Path,
+    input_path: Path | None,
+    output: Path | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    limit: int | None,
+    sample: int | None,
+    seed: int,
+    max_credits: float | None,
+    retry: frozenset[str],
+    freeze: Path | None,
+    rows_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
+    from enrich.forecast import lines
+    from enrich.model import State
+    from enrich.plan import make_plan
+    from enrich.planfile import write_plan
+    from enrich.surroundings import Options
+
+    job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    wishes = Options(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
+    with options.access(job, use_sandbox=use_sandbox) as access:
+        planned = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
+    if freeze is not None:
+        write_plan(freeze, planned.frozen)
+    click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(lines(planned)))
 
 
 @click.command()

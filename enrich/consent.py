@@ -1,0 +1,35 @@
+"""What must hold before the first credit of an execution is spent; all of it refuses with exit 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from enrich.errors import Refused
+from enrich.job import Job
+from enrich.model import to_credits, to_micros
+from enrich.question import Question
+
+
+def check_balance(job: Job, question: Question, balance: int | None) -> None:
+    """Refuse when the balance is too low for one request, or for one that leaves `min_balance`."""
+    price = question.worst_price
+    if price is None or balance is None:
+        return
+    have = f"the balance is {to_credits(balance):,g} credits"
+    kept = to_micros(job.model.limits.min_balance)
+    if balance < price:
+        raise Refused(f"{have}, one request may cost {to_credits(price):g}", "top up the account")
+    if kept is not None and balance - kept < price:
+        raise Refused(
+            f"{have}, `min_balance` keeps {to_credits(kept):,g} of them and one request may cost {to_credits(price):g}",
+            "top up the account, or lower `min_balance`",
+        )
+
+
+def ask(confirm: Callable[[str], bool], to_submit: int, question: Question, balance: int | None) -> None:
+    """Show a person what it may cost at most. Raises Refused when she says no."""
+    price = question.worst_price
+    most = "an unknown number of" if price is None else f"at most {to_credits(price * to_submit):,g}"
+    have = "" if balance is None else f" (balance {to_credits(balance):,g})"
+    if not confirm(f"{to_submit:,} requests will be sent and cost {most} credits{have}."):
+        raise Refused("nothing was sent", "set `max_credits`, or use --yes, to run without this question")

@@ -1,0 +1,22 @@
+"""The domain of a URL, an e-mail address or a bare host."""
+
+from __future__ import annotations
+
+import polars as pl
+
+
+def domain(text: pl.Expr) -> pl.Expr:
+    """Take the domain of a URL, an e-mail address or a bare host, without `www.`; '' when there is none."""
+    return (
+        text.str.strip_chars()
+        .str.to_lowercase()
+        .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
+        .str.replace(r"(?s)[/?#].*$", "")
+        .str.replace(r"^.*@", "")
+        .str.replace(r":\d*$", "")
+        .str.replace(r"\.$", "")
+        .str.replace(r"^www\.(.*\.)", "${1}")
+        # No top-level domain is a number: what ends in one is a date, an amount or an IP address.
+        .str.extract(r"^((?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*)$")
+        .fill_null("")
+    )

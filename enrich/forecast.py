@@ -1,0 +1,176 @@
+"""What a run would do and cost: the object that `enrich plan --json` prints and the lines that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from enrich.model import ASKED, Decision, iso, to_credits
+from enrich.planfile import FrozenPlan, Priced
+
+#: Polls that a request takes, as long as the ledger has no experience.
+POLLS_GUESS = 1.5
+
+WHY = {
+    Decision.NEW: "never answered",
+    Decision.RETRY: "asked again by --retry",
+    Decision.REFRESH: "its answer is older than policy.refresh allows",
+    Decision.FOUND: "answered before",
+    Decision.NOT_FOUND: "answered before: nothing was found",
+    Decision.FAILED: "failed before; --retry failed asks again",
+    Decision.EXPIRED: "its result was gone; --retry expired asks again",
+    Decision.IN_DOUBT: "perhaps charged; decide: --retry in_doubt or --accept in_doubt",
+    Decision.WAITING: "waiting at the API; its answer is collected",
+    Decision.CAPPED: "beyond caps: enough leads of its group are asked",
+    Decision.NOT_SAMPLED: "not in the sample",
+    Decision.OVER_LIMIT: "beyond --limit",
+    Decision.DUPLICATE: "asks what an earlier row asks",
+    Decision.INVALID: "a required param is empty or malformed",
+    Decision.FILTERED: "left out by the job",
+}
+
+_OF_ROWS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do. Credits in millionths; None: not known, or not set.
+
+    `decisions` counts requests, but rows for what is said of rows alone. `likely_price` is what a request
+    has cost so far on average; `providers` and `verifier` come with their names.
+    """
+
+    job: str
+    rows: int
+    decisions: dict[Decision, int]
+    oldest_ms: int | None
+    balance: int | None
+    max_credits: int | None
+    min_balance: int | None
+    cap: int | None
+    worst_price: int | None
+    likely_price: float | None
+    requests_per_second: float | None
+    polls_per_task: float | None
+    canary: int | None
+    providers: list[tuple[Priced, str]]
+    verifier: tuple[Priced, str] | None
+    notes: list[str]
+    frozen: FrozenPlan
+
+    @property
+    def to_submit(self) -> int:
+        """How many requests would be sent."""
+        return sum(self.decisions.get(decision, 0) for decision in ASKED)
+
+    @property
+    def requests(self) -> int:
+        """How many distinct requests the input wants."""
+        return sum(count for decision, count in self.decisions.items() if decision not in _OF_ROWS)
+
+    @property
+    def likely(self) -> float | None:
+        """What it likely costs, in credits; None before the ledger has any experience."""
+        if not self.to_submit:
+            return 0.0
+        return None if self.likely_price is None else round(to_credits(round(self.likely_price * self.to_submit)), 6)
+
+    @property
+    def most(self) -> float | None:
+        """What it costs at most, in credits: every provider asked, and what each found verified."""
+        return None if self.worst_price is None else to_credits(self.worst_price * self.to_submit)
+
+    @property
+    def covered(self) -> int | None:
+        """How many requests the cap allows even at their worst price; None: there is no cap, or no price."""
+        if self.cap is None or not self.worst_price:
+            return None
+        return min(self.to_submit, self.cap // self.worst_price)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it takes at the job's rate; None when the job sets none."""
+        if self.requests_per_second is None:
+            return None
+        polls = POLLS_GUESS if self.polls_per_task is None else self.polls_per_task
+        return round(self.to_submit * (1 + polls) / self.requests_per_second, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        return {
+            "job": self.job,
+            "exit_code": 0,
+            "rows": self.rows,
+            "requests": self.requests,
+            "to_submit": self.to_submit,
+            "decisions": {decision.value: count for decision, count in self.decisions.items()},
+            "oldest_answer_at": None if self.oldest_ms is None else iso(self.oldest_ms),
+            "balance": _credits(self.balance),
+            "cost": {"min": 0.0, "likely": self.likely, "max": self.most},
+            "worst_price": _credits(self.worst_price),
+            "max_credits": _credits(self.max_credits),
+            "min_balance": _credits(self.min_balance),
+            "cap_allows": self.covered,
+            "seconds": self.seconds,
+            "providers": [_priced(*provider) for provider in self.providers],
+            "email_verifier": None if self.verifier is None else _priced(*self.verifier),
+            "notes": self.notes,
+        }
+
+
+def _credits(micros: int | None) -> float | None:
+    return None if micros is None else to_credits(micros)
+
+
+def _priced(provider: Priced, name: str) -> dict[str, Any]:
+    return {"id": provider.id, "name": name, "price": _credits(provider.price)}
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """Write the plan for a person."""
+    yield f"{plan.job}: {plan.rows:,} rows, {plan.requests:,} distinct requests: {plan.to_submit:,} would be sent"
+    for decision, why in WHY.items():
+        if count := plan.decisions.get(decision):
+            oldest = f"; the oldest at {iso(plan.oldest_ms)}" if decision is Decision.FOUND and plan.oldest_ms else ""
+            yield f"  {decision.value:<12}{count:>9,}  {'pay' if decision in ASKED else '   '}  {why}{oldest}"
+    yield from _money(plan)
+    if plan.seconds is not None:
+        polls = "guessed" if plan.polls_per_task is None else "so far"
+        per_task = POLLS_GUESS if plan.polls_per_task is None else plan.polls_per_task
+        yield (
+            f"  time      about {_minutes(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
+            f"{per_task:.1f} polls a request {polls}"
+        )
+    if plan.canary is not None and plan.to_submit > plan.canary:
+        yield f"  canary    the first {plan.canary:,} are judged before the others are sent"
+    for note in plan.notes:
+        yield f"  note      {note}"
+
+
+def _money(plan: Plan) -> Iterator[str]:
+    most = "an unknown number of" if plan.most is None else f"{plan.most:,.2f}"
+    likely = "" if plan.likely is None else f", likely {plan.likely:,.2f} (by this ledger's answers so far)"
+    yield f"  cost      0.00 to {most} credits{likely}"
+    asked = [f"{name or 'provider'} {each.id} ({_price(each)})" for each, name in plan.providers]
+    yield f"  asked     {', '.join(asked)}"
+    if plan.verifier is not None:
+        each, name = plan.verifier
+        yield f"            and what each finds is verified by {name or 'verifier'} {each.id} ({_price(each)})"
+    if plan.balance is not None:
+        kept = "" if plan.min_balance is None else f", {to_credits(plan.min_balance):,.2f} of it stays (min_balance)"
+        yield f"  balance   {to_credits(plan.balance):,.2f}{kept}"
+    if plan.covered is not None:
+        cap = to_credits(plan.cap or 0)
+        enough = "all" if plan.covered == plan.to_submit else f"{plan.covered:,} of {plan.to_submit:,}"
+        yield f"  cap       {cap:,.2f} credits: enough for {enough} even at their worst price"
+
+
+def _price(provider: Priced) -> str:
+    return "price unknown" if provider.price is None else f"{to_credits(provider.price):g}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,166 @@
+"""Makes the plan: what a run would ask and cost, and why each row is or isn't paid for. Pays and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import polars as pl
+
+from enrich.budget import make_budget
+from enrich.client import Client
+from enrich.connect import Connection, connect, recall
+from enrich.credentials import Access
+from enrich.execution import Timing
+from enrich.forecast import WHY, Plan
+from enrich.job import Job
+from enrich.ledger import Ledger
+from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso, to_micros
+from enrich.output import prepare, write
+from enrich.planfile import FrozenPlan, ground
+from enrich.question import Question
+from enrich.rows import Rows
+from enrich.spec import Output
+from enrich.surroundings import Options, wish
+
+#: The columns that `--rows` adds to the input's.
+ROW_COLUMNS = {
+    "plan_decision": pl.String(),
+    "plan_why": pl.String(),
+    "plan_same_as_row": pl.Int64(),
+    "plan_answered_at": pl.String(),
+    "plan_age_days": pl.Float64(),
+}
+
+
+def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None = None) -> Plan:
+    """Plan a run, and write each row's decision to `rows_file` (an input's columns and `plan_…`).
+
+    Raises what a run would raise before it spends.
+    """
+    with _ledger(job) as ledger:
+        rows = Rows(job, ledger.forgotten())
+        if rows_file is not None:
+            prepare(rows_file, job.input_path, f"{job.name}-plan")
+        connection = asyncio.run(_connect(job, access, ledger, options))
+        rows.check_new_columns(connection.question)
+        clock = SystemClock()
+        now_ms = clock.now_ms()
+        question = connection.question
+        budget = make_budget(job, question, connection.balance)
+        counts = dict.fromkeys(Decision, 0)
+        ledger.begin_pass(replace(wish(job, options, now_ms), limit=options.limit))
+        total = asked = 0
+        for batch in rows.batches(question, rows.order()):
+            ledger.look(batch.asked())
+            total += batch.frame.height
+            asked += sum(fingerprint is not None for fingerprint in batch.fingerprints)
+            counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
+            counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
+        ledger.choose()
+        decided = ledger.decided()
+        counts |= decided
+        counts[Decision.DUPLICATE] = asked - sum(decided.values())
+        if rows_file is not None:
+            _write_rows(rows_file, job, rows, ledger, (question, now_ms))
+        likely = ledger.experience(question.call)[1]
+        to_submit = sum(counts[decision] for decision in ASKED)
+        price = question.worst_price
+        frozen = FrozenPlan(
+            made_at=iso(now_ms),
+            ground=ground(job, question, connection.waterfall, rows.digest()),
+            limit=options.limit,
+            sample=options.sample,
+            seed=options.seed,
+            retry=sorted(options.retry),
+            max_credits=job.max_credits,
+            to_submit=to_submit,
+            most=None if price is None else price * to_submit,
+            after_execution=max((row["id"] for row in ledger.executions(last=1)), default=0),
+        )
+        named = {each.id: each.name for each in connection.waterfall.available_enrichments}
+        verifiers = {each.id: each.name for each in connection.waterfall.email_verifiers}
+        verifier = frozen.ground.verifier
+        return Plan(
+            job=job.name,
+            rows=total,
+            decisions=counts,
+            oldest_ms=ledger.oldest_answer(),
+            balance=connection.balance,
+            max_credits=to_micros(job.max_credits),
+            min_balance=to_micros(job.model.limits.min_balance),
+            cap=budget.cap,
+            worst_price=price,
+            likely_price=likely,
+            requests_per_second=job.model.limits.requests_per_second,
+            polls_per_task=ledger.polls_per_task(),
+            canary=job.model.canary.rows if job.model.canary else None,
+            providers=[(each, named.get(each.id, "")) for each in frozen.ground.providers],
+            verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
+            notes=connection.notes,
+            frozen=frozen,
+        )
+
+
+@contextmanager
+def _ledger(job: Job) -> Iterator[Ledger]:
+    """Look into the job's ledger, or into an empty one where there is none yet."""
+    with TemporaryDirectory() as folder:
+        known = job.ledger_path.exists()
+        ledger = Ledger(job.ledger_path if known else Path(folder) / "none.db", read_only=known)
+        with closing(ledger):
+            yield ledger
+
+
+async def _connect(job: Job, access: Access, ledger: Ledger, options: Options) -> Connection:
+    async with Client(access, SystemClock()) as client:
+        return await connect(
+            client,
+            recall(ledger, job.model.waterfall),
+            job,
+            access.host,
+            at_most_s=Timing().start_s,
+            update_providers=options.update_providers,
+        )
+
+
+def _write_rows(target: Path, job: Job, rows: Rows, ledger: Ledger, now: tuple[Question, int]) -> None:
+    """Write the input with each row's decision; `now` is the question and the time (ms)."""
+    question, now_ms = now
+    named = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
+    filtered = f"left out by {' or '.join(named)}"
+
+    def frames() -> Iterator[pl.DataFrame]:
+        for batch in rows.batches(question):
+            known = {told.position: told for told in ledger.decisions(batch.asked())}
+            cells = [
+                _cells(known[position], now_ms) if status is None else _not_asked(status, error or filtered)
+                for position, (status, error) in enumerate(zip(batch.statuses, batch.errors, strict=True), batch.first)
+            ]
+            new = [
+                pl.Series(name, [row[place] for row in cells], dtype)
+                for place, (name, dtype) in enumerate(ROW_COLUMNS.items())
+            ]
+            yield batch.frame.hstack(new)
+
+    schema = {name: pl.String() for name in rows.columns} | ROW_COLUMNS
+    name = f"{job.name}-plan"
+    write(target, Output(path=str(target)), job=name, schema=schema, frames=frames(), new=len(ROW_COLUMNS))
+
+
+def _not_asked(status: RowStatus, why: str) -> list[object]:
+    return [Decision(status.value), why, None, None, None]
+
+
+def _cells(told: Decided, now_ms: int) -> list[object]:
+    at, age = None, None
+    if told.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH) and told.settled_ms is not None:
+        at, age = iso(told.settled_ms), round((now_ms - told.settled_ms) / 86_400_000, 2)
+    if told.first == told.position:
+        return [told.decision, WHY[told.decision], None, at, age]
+    why = f"{WHY[Decision.DUPLICATE]}: {told.decision.value}"
+    return [Decision.DUPLICATE, why, told.first + 1, at, age]

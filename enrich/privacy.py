@@ -1,0 +1,115 @@
+"""Who is never asked about: what `suppress` lists, and who was forgotten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from secrets import token_bytes
+
+import polars as pl
+
+from enrich.domains import domain
+from enrich.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Suppression:
+    """E-mail addresses and domains that are never sent, in lower case."""
+
+    addresses: frozenset[str]
+    domains: frozenset[str]
+
+    def hits(self, frame: pl.DataFrame, asked_with: Collection[int]) -> pl.Series:
+        """Tell which rows hold one of the addresses in any cell, or one of the domains in a cell that is asked with.
+
+        A domain stands for the domains below it, too. `asked_with` are places of columns.
+        """
+        hit = pl.repeat(value=False, n=frame.height, eager=True)
+        for place, cells in enumerate(frame.iter_columns()):
+            text = cells.alias("").to_frame().select(pl.nth(0).str.strip_chars().str.to_lowercase()).to_series()
+            # An address suppresses its person; a suppressed domain all its addresses.
+            hit |= text.is_in(self.addresses)
+            if place in asked_with and self.domains:
+                hosts = cells.alias("").to_frame().select(domain(pl.nth(0))).to_series()
+                hit |= hosts.is_in([host for host in hosts.unique() if self._below(host)])
+        return hit
+
+    def _below(self, host: str) -> bool:
+        parts = host.split(".")
+        return any(".".join(parts[start:]) in self.domains for start in range(len(parts)))
+
+
+def read_suppression(path: Path) -> Suppression:
+    """Read a list of addresses and domains, one a line; `#` begins a comment.
+
+    Raises Refused that names file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise Refused(f"{path}: the list of `suppress` does not exist", "nobody is asked about without it") from None
+    except OSError as error:
+        raise Refused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
+    addresses, domains = set(), set()
+    for number, line in enumerate(lines, 1):
+        entry = line.partition("#")[0].strip().lower()
+        local, at, host = entry.rpartition("@")
+        if not entry:
+            continue
+        if any(map(str.isspace, entry)) or "." not in host:
+            raise Refused(f"{path}: line {number} is neither an e-mail address nor a domain", "one entry a line")
+        if local:
+            addresses.add(entry)
+        elif at or host:
+            domains.add(host.removeprefix("www."))
+    return Suppression(frozenset(addresses), frozenset(domains))
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Requests of people who were forgotten, known by a keyed hash alone."""
+
+    key: bytes
+    hashes: frozenset[bytes] = frozenset()
+
+    def __contains__(self, fingerprint: bytes) -> bool:
+        """Tell whether a request was forgotten."""
+        return bool(self.hashes) and keyed(self.key, fingerprint) in self.hashes
+
+
+def key_path(ledger: Path) -> Path:
+    """Where the key to a ledger's hashes lies: beside it, so that a copy of the ledger alone tells nobody."""
+    return ledger.with_name(ledger.name + ".key")
+
+
+def read_key(ledger: Path) -> bytes:
+    """Read the key. Raises Refused when it is missing: those who were forgotten would be asked about again."""
+    path = key_path(ledger)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused(
+            f"{path}: the key to those who were forgotten cannot be read: {error.strerror}",
+            "restore it from a backup: without it they would be asked about again",
+        ) from error
+
+
+def make_key(ledger: Path) -> bytes:
+    """Read the key, or make one (0600)."""
+    path = key_path(ledger)
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+    return read_key(ledger)
+
+
+def keyed(key: bytes, fingerprint: bytes) -> bytes:
+    """Hash a fingerprint so that nobody without the key can tell whose it was."""
+    return blake2b(fingerprint, key=key, digest_size=16, person=b"enrich-forgotten").digest()
