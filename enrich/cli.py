@@ -94,5 +94,7 @@ for command in (
     setup.schema,
     sandbox,
     upkeep.ledger,
+    upkeep.forget,
+    upkeep.purge,
 ):
     cli.add_command(command)

@@ -58,6 +58,14 @@ class Database:
             raise
         self._db.execute("RELEASE move")
 
+    def erase_for_good(self) -> None:
+        """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
+        self._db.execute("PRAGMA secure_delete = ON")
+
+    def empty_journal(self) -> None:
+        """Move all of the journal into the file, and empty it: nothing that was erased is left in it."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
         cursor = self._db.cursor()
         cursor.row_factory = sqlite3.Row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.intake import OPEN_ATTEMPT, QUEUED, Intake
@@ -303,6 +303,13 @@ class Ledger(Intake):
             (now_ms,),
         )
         return purged
+
+    def requests(self) -> Iterator[sqlite3.Row]:
+        """Yield all requests that were not erased: id, fingerprint, state, params and `answers` (a JSON list)."""
+        return self._rows(
+            "SELECT r.id, r.fingerprint, r.state, r.params, (SELECT json_group_array(a.answer) FROM attempts a "
+            "WHERE a.request_id = r.id AND a.answer IS NOT NULL) AS answers FROM requests r WHERE NOT r.forgotten"
+        )
 
     # Looking
 

@@ -1,8 +1,9 @@
-"""`enrich ledger`: is the record sound, and a copy of it."""
+"""`enrich ledger`, `enrich forget`, `enrich purge`: looking after the record."""
 
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -66,3 +67,69 @@ def backup(place: Path, target: Path, instead: Path | None, use_sandbox: bool) -
 
     with closing(Records(_ledger_of(place, instead, use_sandbox=use_sandbox))) as records:
         records.backup(target)
+
+
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--match", "matches", multiple=True, required=True, metavar="NAME=VALUE", help="Whom; all must hold.")
+@LEDGER
+@SANDBOX
+@YES
+@options.AS_JSON
+def forget(
+    job_file: Path, matches: tuple[str, ...], instead: Path | None, use_sandbox: bool, yes: bool, as_json: bool
+) -> None:
+    """Erase what the ledger of JOB holds of a person, who is never asked about again.
+
+    NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
+    """
+    from enrich.erasure import forget
+    from enrich.lock import hold
+
+    job = options.load(job_file, None, None, instead, use_sandbox)
+    with hold(job.ledger_path, 0):
+        count = forget(job, matches, lambda found: _agreed(f"{found:,} requests will be erased for good.", yes=yes))
+    _tell(count, "forgotten", as_json=as_json)
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--older-than", callback=options.seconds, required=True, metavar="90d", help="Settled longer ago.")
+@LEDGER
+@SANDBOX
+@YES
+@options.AS_JSON
+def purge(job_file: Path, older_than: float, instead: Path | None, use_sandbox: bool, yes: bool, as_json: bool) -> None:
+    """Drop old params and answers from the ledger of JOB; that they were paid for is remembered.
+
+    Leads that are still in the input come without these answers from then on.
+    """
+    from datetime import timedelta
+
+    from enrich.erasure import purge
+    from enrich.lock import hold
+
+    job = options.load(job_file, None, None, instead, use_sandbox)
+    agreed = _agreed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
+    count = 0
+    if agreed:
+        with hold(job.ledger_path, 0):
+            count = purge(job, timedelta(seconds=older_than))
+    _tell(count, "purged", as_json=as_json)
+
+
+def _agreed(what: str, *, yes: bool) -> bool:
+    """Ask a person; off a terminal --yes must be there."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{what} Off a terminal this needs --yes")
+    click.echo(what, err=True)
+    return click.confirm("Go on?", err=True)
+
+
+def _tell(count: int, done: str, *, as_json: bool) -> None:
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{count:,} requests {done}")

@@ -1,0 +1,303 @@
+"""The steps of one execution: rescue, enroll, dispatch and poll side by side, collect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from enrich.budget import Budget
+from enrich.canary import judge
+from enrich.client import Client
+from enrich.collector import Collector
+from enrich.connect import Connection
+from enrich.consent import ask, check_balance
+from enrich.dispatcher import Dispatcher
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
+from enrich.execution import Execution
+from enrich.journal import Journal
+from enrich.ledger import Ledger
+from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
+from enrich.planfile import check, ground
+from enrich.poller import Poller
+from enrich.receipt import Receipt
+from enrich.rows import Rows
+from enrich.signals import Signals
+from enrich.surroundings import Options, Progress, Surroundings, wish
+
+PROGRESS_S = 0.2
+#: Counting the rows for the receipt of an interrupted run must not hold up its exit.
+COUNTED_WHEN_INTERRUPTED = 100_000
+#: Requests whose answer is reused.
+ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
+#: The share of --max-time that is kept at most for collecting what was submitted.
+COLLECTING_SHARE = 0.2
+
+
+@dataclass(slots=True)
+class Desk:
+    """The steps of one execution that has a connection."""
+
+    around: Surroundings
+    options: Options
+    signals: Signals
+    client: Client
+    journal: Journal
+    connection: Connection
+    execution: Execution
+    budget: Budget
+    started: float
+    notes: list[str] = field(default_factory=list)
+    rows_read: int | None = None
+    enrolled: dict[State, int] | None = None
+    to_submit: int = 0
+    reused: int | None = None
+    given_up: int = 0
+    out_of_time: bool = False
+    _poller: Poller | None = None
+    _helpers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def note(self, text: str) -> None:
+        """Tell the person, now and in the receipt."""
+        self.notes.append(text)
+        self.around.tell(text)
+
+    def interrupt(self, code: Exit) -> None:
+        """Wind down after a signal: no new POST, answers on the wire are written down, ready results fetched."""
+        self.execution.stop(code, Interrupted(code))
+        self._helpers.add(asyncio.create_task(self._wind_down()))
+
+    async def keep_time(self) -> None:
+        """Stop submitting early enough to collect, and leave when --max-time is over."""
+        if self.options.max_time_s is None:
+            return
+        clock, deadline = self.around.clock, self.started + self.options.max_time_s
+        while (left := deadline - clock.monotonic() - self._collecting_s()) > 0:
+            await self.execution.pause(min(left, 1.0), self.execution.leaving)
+        self.out_of_time = True
+        self.execution.closing.set()
+        self.execution.notify()
+        await asyncio.sleep(deadline - clock.monotonic())
+        self.execution.leave()
+
+    def _collecting_s(self) -> float:
+        """How long it may take to collect what is in flight, in seconds."""
+        share = COLLECTING_SHARE * (self.options.max_time_s or 0.0)
+        return min(share, max(10.0, 4 * self.execution.poll_times.typical))
+
+    async def rescue(self) -> None:
+        """Ask once for everything that earlier executions left at the API, nearest expiry first."""
+        tasks = await self.journal.do(Ledger.tasks)
+        if not tasks:
+            return
+        self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
+        poller = self._new_poller()
+        poller.last_round = True
+        poller.adopt(tasks, asked_before=False)
+        await self.execution.until_leaving(poller.run())
+
+    async def work(self, rows: Rows, target: Path) -> Receipt:
+        """Enroll, dispatch and poll, collect."""
+        execution, journal = self.execution, self.journal
+        stamp = rows.stamp()
+        await self._enroll(rows, wish(self.around.job, self.options, self.around.clock.now_ms()))
+        await self._check_before_spending(rows)
+        if not execution.closing.is_set():
+            await self._dispatch_and_poll()
+        await journal.do(Ledger.recover, self.around.clock.now_ms())
+        if self.out_of_time:
+            left = await journal.do(Ledger.enrolled)
+            if left.get(State.SUBMITTED) or await journal.do(Ledger.queued):
+                reason = EnrichError("--max-time is over", "the rest is pending; the next run goes on")
+                execution.reasons.setdefault(Exit.TIME, reason)
+        if rows.stamp() != stamp:
+            reason = EnrichError("the input changed while the run was at work", "run again for the rows that are new")
+            execution.reasons.setdefault(Exit.API, reason)
+            rows = Rows(self.around.job, await journal.do(Ledger.forgotten))
+            rows.check_new_columns(self.connection.question)
+            await self._enroll(rows, wish(self.around.job, Options(), self.around.clock.now_ms()))
+        return await self._collect(rows, target)
+
+    async def _enroll(self, rows: Rows, wanted: Wish) -> None:
+        """Mark what this input wants; nothing is spent before it was read to its end without error."""
+        question = self.connection.question
+
+        def enroll(ledger: Ledger) -> int:
+            ledger.begin_pass(wanted)
+            count = 0
+            for batch in rows.batches(question, rows.order()):
+                self.signals.check()
+                if self.options.accept_doubts:
+                    self.given_up += ledger.accept_doubts(batch.asked())
+                ledger.enroll(question.call, batch.asked())
+                count += batch.frame.height
+            ledger.choose()
+            ledger.mark()
+            return count
+
+        self.rows_read = await self.journal.do(enroll)
+        self.enrolled = await self.journal.do(Ledger.enrolled)
+        decided = await self.journal.do(Ledger.decided)
+        self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
+        if self.options.limit is not None:
+            self.to_submit = min(self.to_submit, self.options.limit)
+        if self.reused is None:
+            self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
+
+    async def _check_before_spending(self, rows: Rows) -> None:
+        """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
+        question, balance = self.connection.question, self.connection.balance
+        if self.options.plan is not None:
+            now = ground(self.around.job, question, self.connection.waterfall, rows.digest())
+            check(self.options.plan, now)
+        if not self.to_submit:
+            return
+        check_balance(self.around.job, question, balance)
+        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used):
+            with self.signals.asking():
+                ask(self.options.confirm, self.to_submit, question, balance)
+
+    async def _dispatch_and_poll(self) -> None:
+        """Send what is wanted; the first of it alone, when a canary judges the answers."""
+        canary = self.around.job.model.canary
+        if canary is not None and self.to_submit > canary.rows:
+            await self._send(canary.rows)
+            stopped = judge(canary, await self.journal.do(Ledger.outcomes, self.execution.id))
+            if not self.execution.closing.is_set() and stopped is not None:
+                self.execution.stop(Exit.CANARY, stopped)
+            if self.execution.closing.is_set():
+                return
+        await self._send(self.options.limit)
+
+    async def _send(self, limit: int | None) -> None:
+        """Submit and poll until `limit` requests in all were asked, or all, and answered."""
+        poller = self._new_poller()
+        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
+        dispatcher = Dispatcher(
+            self.execution,
+            self.journal,
+            self.client,
+            self.connection.question.call,
+            self.budget,
+            self.connection.bound_to,
+            poller.add,
+            limit,
+        )
+
+        async def dispatch() -> None:
+            try:
+                await dispatcher.run()
+            finally:
+                poller.no_more = True
+                self.execution.notify()
+
+        showing = asyncio.create_task(self._keep_showing())
+        try:
+            await self.execution.until_leaving(dispatch(), poller.run())
+        finally:
+            showing.cancel()
+            self._show()
+
+    async def _collect(self, rows: Rows, target: Path) -> Receipt:
+        """Write the output when the exit code says so, and tell how the rows stand."""
+        around = self.around
+        settled = self.execution.tally.settled
+        some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or self.given_up)
+        code = self.execution.exit_code({Exit.SOME_FAILED: some_failed})
+        if code not in WRITES_OUTPUT:
+            if (self.rows_read or 0) > COUNTED_WHEN_INTERRUPTED:
+                return await self.finish(code)
+            collector = Collector(around.ledger, around.job, self.connection.question, rows)
+            return await self.finish(code, await self.journal.do(lambda _: collector.count()))
+        collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
+        counts = await self.journal.do(lambda _: collector.write(target))
+        # A row of a request in doubt may still show an older answer.
+        doubtful = counts[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
+        also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
+        return await self.finish(self.execution.exit_code(also), counts, target)
+
+    async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
+        """Write the receipt, here and in the ledger."""
+        tally, clock = self.execution.tally, self.around.clock
+        await self.journal.do(Ledger.recover, clock.now_ms())
+        known = await self.journal.do(Ledger.execution, self.execution.id)
+        before = self.connection.balance
+        after = await self._balance() if tally.settled or tally.submitted else before
+        reason = self.execution.reasons.get(code)
+        enrolled = self.enrolled
+        receipt = Receipt(
+            job=self.around.job.name,
+            exit_code=int(code),
+            execution=self.execution.id,
+            rows=self.rows_read,
+            requests=None if enrolled is None else sum(enrolled.values()),
+            submitted=known["submitted"],
+            reused=self.reused,
+            credits_spent=to_credits(known["spent"]),
+            credits_unknown=known["unknown"],
+            balance_before=None if before is None else to_credits(before),
+            balance_after=None if after is None else to_credits(after),
+            polls=tally.polls,
+            rate_limited=tally.rate_limited,
+            elapsed_s=round(clock.monotonic() - self.started, 3),
+            output=None if output is None else str(output),
+            notes=self.notes,
+            error=None if reason is None else reason.message,
+            hint=None if reason is None else reason.hint,
+        )
+        if counts is not None:
+            receipt = receipt.with_rows(counts)
+        await self.journal.do(
+            Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms(), after
+        )
+        return receipt
+
+    async def _balance(self) -> int | None:
+        """Ask for the balance after the run; a run that had to leave asks for nothing more."""
+        if self.execution.giving_up.is_set() or self.signals.heard is not None:
+            return None
+        try:
+            async with asyncio.timeout(5):
+                return to_micros((await self.client.user()).balance)
+        except (CallFailed, TimeoutError):
+            return None
+
+    def _new_poller(self) -> Poller:
+        policy = self.around.job.model.policy
+        self._poller = Poller(
+            self.execution,
+            self.journal,
+            self.client,
+            tuple(self.connection.question.columns.values()),
+            policy.max_attempts,
+            policy.patience.total_seconds(),
+        )
+        return self._poller
+
+    async def _wind_down(self) -> None:
+        timing, execution = self.around.timing, self.execution
+        if self._poller is not None:
+            self._poller.hurry()
+        latest = self.around.clock.monotonic() + timing.wire_s
+        while execution.on_the_wire and (wait := latest - self.around.clock.monotonic()) > 0:
+            await execution.wait_change(wait)
+        await asyncio.sleep(timing.ready_s)
+        execution.leave()
+
+    async def _keep_showing(self) -> None:
+        while True:
+            self._show()
+            await asyncio.sleep(PROGRESS_S)
+
+    def _show(self) -> None:
+        enrolled, tally = self.enrolled or {}, self.execution.tally
+        self.around.show(
+            Progress(
+                total=sum(enrolled.get(state, 0) for state in (State.PENDING, State.SUBMITTED)),
+                done=sum(tally.settled.values()),
+                found=tally.settled.get(State.FOUND, 0),
+                spent=to_credits(tally.spent),
+                in_flight=self.execution.in_flight,
+            )
+        )

@@ -1,0 +1,161 @@
+"""Forgetting a person and purging old answers: gone from the file, remembered as paid for, never bought again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from enrich.records import check
+from tests.harness import Api, Office, people, serving
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    """A calm API."""
+    with serving(tmp_path / "api.db") as served:
+        yield served
+
+
+@pytest.fixture
+def office(tmp_path: Path, api: Api) -> Office:
+    """A job with six leads, three of them answered."""
+    office = Office(tmp_path / "office")
+    office.folder.mkdir()
+    office.write_job()
+    office.write_leads(people(6))
+    assert office.command("run", "job.yaml", "--limit", "3", api=api).code == 0
+    return office
+
+
+def bytes_of(office: Office) -> bytes:
+    """All that the ledger's files hold."""
+    return b"".join(path.read_bytes() for path in office.ledger_path.parent.glob("job.db*"))
+
+
+def forget(office: Office, *matches: str) -> int:
+    """Forget who matches; return how many requests were."""
+    options = [word for match in matches for word in ("--match", match)]
+    done = office.command("forget", "job.yaml", *options, "--yes", "--json")
+    assert done.code == 0, done.stderr
+    return int(done.receipt["requests"])
+
+
+def test_a_forgotten_person_is_in_no_byte_of_the_ledger(office: Office) -> None:
+    """Params, answer, task and error are overwritten, not only unlinked; the books still balance."""
+    email = office.output()[1]["work_email"]
+    assert email.encode() in bytes_of(office)
+    assert b"First1" in bytes_of(office)
+
+    assert forget(office, "First Name= first1 ", "Last Name=LAST1") == 1
+
+    for trace in (b"First1", b"company1.example", email.encode(), office.output()[1]["enrich_task_id"].encode()):
+        assert trace not in bytes_of(office)
+    assert b"First0" in bytes_of(office)
+    assert check(office.ledger_path).problems == []
+
+
+def test_a_forgotten_person_is_never_asked_about_again(office: Office, api: Api) -> None:
+    """Not by the next run, nor by --retry; her row says why, and what she cost stays in the books."""
+    spent = office.command("status", "job.yaml", "--json").receipt["credits_spent"]
+    assert forget(office, "First Name=First1") == 1
+    assert forget(office, "First Name=First4") == 1
+
+    done = office.command("run", "job.yaml", "--json", "--retry", "failed,expired,in_doubt", api=api)
+
+    assert (done.code, done.receipt["submitted"], done.receipt["filtered"]) == (0, 2, 2)
+    rows = office.output()
+    assert [row["enrich_error"] for row in (rows[1], rows[4])] == ["forgotten at the person's wish"] * 2
+    assert rows[1]["work_email"] == rows[4]["work_email"] == ""
+    audit = api.audit()
+    assert audit["accepted"] == 5
+    now = office.command("status", "job.yaml", "--json").receipt["credits_spent"]
+    assert now == pytest.approx(audit["credits_charged"]) != spent
+
+
+def test_a_person_is_found_by_what_was_sent_or_answered_when_the_input_has_left_her(office: Office) -> None:
+    """By a param, by the column it came from, and by the e-mail that was found."""
+    by_answer = office.output()[2]["work_email"]
+    office.write_leads(people(1, start=50))
+
+    assert forget(office, "first_name=First0") == 1
+    assert forget(office, "Last Name=Last1", "First Name=First1") == 1
+    assert forget(office, f"work_email={by_answer}") == 1
+    assert forget(office, f"Email={by_answer}") == 0
+
+
+def test_all_that_is_asked_for_must_hold(office: Office) -> None:
+    """One person's first name with another's last name is nobody."""
+    assert forget(office, "First Name=First1", "Last Name=Last2") == 0
+
+
+def test_a_name_that_is_nowhere_is_a_mistake(office: Office) -> None:
+    """A typo must not pass for `nothing to erase`."""
+    done = office.command("forget", "job.yaml", "--match", "Frist Name=First1", "--yes")
+    assert (done.code, "did you mean `First Name`?" in done.stderr) == (2, True)
+    assert office.command("forget", "job.yaml", "--match", "First1", "--yes").code == 2
+
+
+@pytest.mark.parametrize("words", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
+def test_off_a_terminal_erasing_needs_a_yes(office: Office, words: tuple[str, ...]) -> None:
+    """Nobody is there to be asked."""
+    done = office.enrich(words[0], "job.yaml", *words[1:])
+    assert (done.code, "--yes" in done.stderr) == (2, True)
+    assert b"First1" in bytes_of(office)
+
+
+def test_who_waits_at_the_api_is_not_forgotten_yet(tmp_path: Path) -> None:
+    """The answer would come back; it is collected first."""
+    office = Office(tmp_path)
+    office.write_job()
+    office.write_leads(people(2))
+    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
+        office.leave_at_the_api(api)
+        done = office.command("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+    assert (done.code, "wait at the API" in done.stderr) == (5, True)
+
+
+def test_without_the_key_nothing_is_asked(office: Office, api: Api) -> None:
+    """Those who were forgotten could not be told from new leads."""
+    forget(office, "First Name=First1")
+    office.ledger_path.with_name("job.db.key").unlink()
+
+    done = office.command("run", "job.yaml", api=api)
+
+    assert (done.code, "job.db.key" in done.stderr) == (5, True)
+    assert api.audit()["accepted"] == 3
+
+
+def test_what_was_purged_is_not_bought_again(office: Office, api: Api) -> None:
+    """The values are gone, from the file and from the output; that they were paid for is known."""
+    emails = [row["work_email"] for row in office.output()[:3]]
+
+    done = office.command("purge", "job.yaml", "--older-than", "0s", "--yes", "--json")
+
+    assert (done.code, done.receipt["requests"]) == (0, 3)
+    assert not any(email.encode() in bytes_of(office) for email in emails if email)
+    assert b"First1" not in bytes_of(office)
+    again = office.command("run", "job.yaml", "--json", api=api)
+    assert (again.receipt["submitted"], again.receipt["reused"]) == (3, 3)
+    assert all("purged" in row["enrich_error"] and not row["work_email"] for row in office.output()[:3])
+    assert check(office.ledger_path).problems == []
+
+
+def test_what_was_purged_can_be_refreshed(office: Office, api: Api) -> None:
+    """When policy.refresh asks again, the params come from the input once more."""
+    before = office.output()
+    office.command("purge", "job.yaml", "--older-than", "0s", "--yes")
+    office.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
+
+    done = office.command("run", "job.yaml", "--json", api=api)
+
+    assert (done.code, done.receipt["submitted"]) == (0, 6)
+    assert [row["work_email"] for row in office.output()[:3]] == [row["work_email"] for row in before[:3]]
+    assert check(office.ledger_path).problems == []
+
+
+def test_younger_answers_stay(office: Office) -> None:
+    """Nothing is purged before its time."""
+    assert office.command("purge", "job.yaml", "--older-than", "1d", "--yes", "--json").receipt["requests"] == 0
+    assert b"First1" in bytes_of(office)
