@@ -28,6 +28,9 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_at": pl.String(),
 }
 
+#: The columns of the change feed behind its key.
+CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
+
 #: Why a row is filtered, where the job's expressions are not the reason.
 SUPPRESSED = "suppressed: listed as never to be sent"
 FORGOTTEN = "forgotten at the person's wish"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,18 @@ from enrich.asking import STATUS_COLUMNS, Batch
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
-from enrich.output import write
+from enrich.output import guarded, runs_formulas, write
 from enrich.question import Question
 from enrich.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A batch with what is known of its rows, by index, and its new cells, by column."""
+
+    batch: Batch
+    known: Mapping[int, Standing]
+    cells: Mapping[str, list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +46,69 @@ class Collector:
         Raises Refused when the input can't be read or the output can't be written.
         """
         counts: Counter[RowStatus] = Counter()
-        new = _new_schema(self.question)
+        merged = self.merged
+        added = {name: kind for name, kind in new_schema(self.question).items() if name not in merged}
+        schema: dict[str, pl.DataType] = {
+            name: pl.String() if name in merged else kind for name, kind in self.rows.schema.items()
+        }
         write(
             target,
             self.job.output,
             job=self.job.name,
-            schema={name: pl.String() for name in self.rows.columns} | new,
-            frames=self._frames(counts),
-            new=len(new),
+            schema=schema | added,
+            frames=self._frames(counts, added, safely=runs_formulas(target)),
+            new=len(added),
         )
         return counts
 
     def count(self) -> Counter[RowStatus]:
         """Count the rows by the status that they would have in the output."""
         counts: Counter[RowStatus] = Counter()
-        for _ in self._frames(counts):
-            pass
+        for page in self.pages():
+            counts.update(map(RowStatus, page.cells["enrich_status"]))
         return counts
 
-    def _frames(self, counts: Counter[RowStatus]) -> Iterator[pl.DataFrame]:
-        schema = _new_schema(self.question)
+    @property
+    def merged(self) -> list[str]:
+        """The job's columns that the input has already."""
+        return [name for name in self.question.columns if name in self.rows.columns]
+
+    def pages(self) -> Iterator[Page]:
+        """Read the input once, each batch with its new cells."""
+        names = [*self.question.columns, *STATUS_COLUMNS]
         for batch in self.rows.batches(self.question):
             self.check()
             known = {standing.index - batch.first: standing for standing in self.ledger.standing(batch.asked())}
-            columns = _new_columns(batch, known, self.question)
-            counts.update(map(RowStatus, columns["enrich_status"]))
-            new = [pl.Series(name, values, schema[name]) for name, values in columns.items()]
-            yield batch.frame.hstack(new)
+            cells = [_new_cells(batch, index, known.get(index), self.question) for index in range(batch.frame.height)]
+            yield Page(batch, known, {name: [row[place] for row in cells] for place, name in enumerate(names)})
+
+    def _frames(
+        self, counts: Counter[RowStatus], added: Mapping[str, pl.DataType], *, safely: bool
+    ) -> Iterator[pl.DataFrame]:
+        for page in self.pages():
+            counts.update(map(RowStatus, page.cells["enrich_status"]))
+            frame = page.batch.frame.with_columns(self.merge(page, name, safely=safely) for name in self.merged)
+            yield frame.hstack([pl.Series(name, page.cells[name], kind) for name, kind in added.items()])
+
+    def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
+        """Complete a column of the input; what was not found never blanks what is there."""
+        old = text_of(page.batch.frame.get_column(name))
+        new = pl.Series(name, page.cells[name], pl.String)
+        if safely:
+            new = guarded(new)
+        if self.job.model.merge == "fill_empty":
+            new = new.set(old.str.strip_chars() != "", None)
+        return new.fill_null(old)
 
 
-def _new_schema(question: Question) -> dict[str, pl.DataType]:
+def text_of(column: pl.Series) -> pl.Series:
+    """Take a column of the input as text; nothing is blank."""
+    return column.cast(pl.String).fill_null("")
+
+
+def new_schema(question: Question) -> dict[str, pl.DataType]:
+    """Name the new columns, with their types."""
     return {name: pl.String() for name in question.columns} | STATUS_COLUMNS
-
-
-def _new_columns(batch: Batch, known: dict[int, Standing], question: Question) -> dict[str, list[Any]]:
-    names = [*question.columns, *STATUS_COLUMNS]
-    cells = [_new_cells(batch, index, known.get(index), question) for index in range(batch.frame.height)]
-    return {name: [row[place] for row in cells] for place, name in enumerate(names)}
 
 
 def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Question) -> list[Any]:

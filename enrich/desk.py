@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from enrich.budget import Budget
 from enrich.canary import judge
@@ -16,6 +18,7 @@ from enrich.consent import ask, check_balance
 from enrich.dispatcher import Dispatcher
 from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
 from enrich.execution import Execution
+from enrich.feeds import write_changes, write_rejects
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
@@ -47,8 +50,12 @@ class Desk:
     connection: Connection
     execution: Execution
     budget: Budget
-    started: float
+    started: float = 0.0
+    #: Where the files beside the output go.
+    feeds: Mapping[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    #: What was written there.
+    fed: dict[str, Any] = field(default_factory=dict)
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
     to_submit: int = 0
@@ -212,10 +219,23 @@ class Desk:
             return await self.finish(code, await self.journal.do(lambda _: collector.count()))
         collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
         counts = await self.journal.do(lambda _: collector.write(target))
+        await self._write_feeds(collector)
         # A row of a request in doubt may still show an older answer.
         doubtful = counts[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
         also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
         return await self.finish(self.execution.exit_code(also), counts, target)
+
+    async def _write_feeds(self, collector: Collector) -> None:
+        """Write the files beside the output; what the change feed has told is remembered with it."""
+        rejects, changes = self.around.job.model.rejects, self.around.job.model.changes
+        if rejects is not None:
+            target = self.feeds["rejects"]
+            rejected = await self.journal.do(lambda _: write_rejects(collector, target, rejects))
+            self.fed |= {"rejects": str(target), "rejected": rejected}
+        if changes is not None:
+            target = self.feeds["changes"]
+            changed = await self.journal.do(lambda _: write_changes(collector, target, changes))
+            self.fed |= {"changes": str(target), "changed": changed}
 
     async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
         """Write the receipt, here and in the ledger."""
@@ -242,6 +262,7 @@ class Desk:
             rate_limited=tally.rate_limited,
             elapsed_s=round(clock.monotonic() - self.started, 3),
             output=None if output is None else str(output),
+            **self.fed,
             notes=self.notes,
             error=None if reason is None else reason.message,
             hint=None if reason is None else reason.hint,

@@ -55,6 +55,16 @@ class Job:
         path = now.strftime(self.output.path) if "%" in self.output.path else self.output.path
         return _absolute(self.output_base, path)
 
+    def feeds(self, now: datetime) -> dict[str, Path]:
+        """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
+        named = {"rejects": self.model.rejects, "changes": self.model.changes}
+        feeds = {kind: self.path(output.path, now) for kind, output in named.items() if output is not None}
+        for kind, path in feeds.items():
+            others = [self.output_path(now), *(other for name, other in feeds.items() if name != kind)]
+            if path in others:
+                raise self.error([kind], f"{path} is written twice", "give each file a name of its own")
+        return feeds
+
     def path(self, named: str, now: datetime | None = None) -> Path:
         """Resolve a path of the job file; at a local time when strftime codes may be in it."""
         return _absolute(self.document.path.resolve().parent, now.strftime(named) if now and "%" in named else named)

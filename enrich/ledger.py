@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.intake import OPEN_ATTEMPT, QUEUED, Intake
@@ -262,6 +262,27 @@ class Ledger(Intake):
             "UPDATE executions SET reserved = executions.reserved - a.reserved "
             "FROM attempts a WHERE a.id = ? AND executions.id = a.execution_id",
             (attempt_id,),
+        )
+
+    # The change feed
+
+    def undelivered(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, str | None]]:
+        """Tell which rows (index, row key, attempt) a job's feed has not told yet, and the answer it told before."""
+        self._db.execute(
+            "CREATE TEMP TABLE IF NOT EXISTS told (i INTEGER PRIMARY KEY, row_key BLOB, attempt_id INTEGER)"
+        )
+        self._db.execute("DELETE FROM told")
+        self._db.executemany("INSERT INTO told VALUES (?, ?, ?)", told)
+        return self._db.execute(
+            "SELECT t.i, a.answer FROM told t LEFT JOIN delivered d ON d.job = ? AND d.row_key = t.row_key "
+            "LEFT JOIN attempts a ON a.id = d.attempt_id WHERE d.attempt_id IS NOT t.attempt_id ORDER BY t.i",
+            (job,),
+        ).fetchall()
+
+    def deliver(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> None:
+        """Remember what a job's feed has told."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO delivered VALUES (?, ?, ?)", ((job, key, attempt) for _, key, attempt in told)
         )
 
     # Forgetting

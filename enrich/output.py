@@ -24,12 +24,12 @@ _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 _LATER = "make room for it; the ledger has the answers: `enrich collect` writes them without paying"
 
 
-def part_of(target: Path, job: str) -> Path:
+def part_of(target: Path, job: str, kind: str = "output") -> Path:
     """The file in which the output grows; its name has no date, so that the next start finds a stale one."""
-    return target.with_name(f".{job}.enrich-part")
+    return target.with_name(f".{job}.enrich-part" if kind == "output" else f".{job}.enrich-{kind}-part")
 
 
-def prepare(target: Path, source: Path, job: str) -> None:
+def prepare(target: Path, source: Path, job: str, kind: str = "output") -> None:
     """Make the output's folder and remove what a killed run left in it.
 
     Raises JobError when the output would replace the input or a ledger, Refused when the folder can't be made.
@@ -40,7 +40,7 @@ def prepare(target: Path, source: Path, job: str) -> None:
         if target.is_file() and _is_database(target):
             raise JobError(f"{target}: the output would replace a ledger", "choose another `output`")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part_of(target, job).unlink(missing_ok=True)
+        part_of(target, job, kind).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
         if target.is_dir():
@@ -62,11 +62,12 @@ def write(  # noqa: PLR0913 - one file is all of these
     schema: Mapping[str, pl.DataType],
     frames: Iterable[pl.DataFrame],
     new: int,
+    kind: str = "output",
 ) -> None:
     """Write the frames, whose last `new` columns are ours. Raises Refused; the old file stays then."""
     name = target.name.lower()
     try:
-        with _atomic(target, part_of(target, job)) as raw:
+        with _atomic(target, part_of(target, job, kind)) as raw:
             if name.endswith(".parquet"):
                 _write_parquet(raw, schema, frames)
             elif name.endswith(".gz"):
@@ -116,14 +117,24 @@ def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterab
             writer.write(frame.with_columns(map(_as_text, frame.get_columns()[-new:])))
 
 
+def runs_formulas(target: Path) -> bool:
+    """Tell whether a spreadsheet would run text of this file as a formula."""
+    return not target.name.lower().endswith(".parquet")
+
+
 def _as_text(column: pl.Series) -> pl.Series:
     """Write a new column as text that no spreadsheet runs."""
     if column.dtype != pl.String:
         return pl.Series(column.name, [None if value is None else _number(value) for value in column], pl.String)
+    return guarded(column)
+
+
+def guarded(column: pl.Series) -> pl.Series:
+    """Write text so that no spreadsheet runs it."""
     text = pl.nth(0)
     is_formula = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
-    guarded = pl.when(is_formula).then("'" + text).otherwise(text)
-    return column.alias("").to_frame().select(guarded.alias("")).to_series().alias(column.name)
+    safe = pl.when(is_formula).then("'" + text).otherwise(text)
+    return column.alias("").to_frame().select(safe.alias("")).to_series().alias(column.name)
 
 
 def _number(value: float) -> str:

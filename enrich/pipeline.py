@@ -7,7 +7,7 @@ from datetime import datetime
 
 from enrich.budget import make_budget
 from enrich.client import Client
-from enrich.connect import connect, recall
+from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Execution
@@ -51,11 +51,13 @@ async def _execute(
     started = clock.monotonic()
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
     rows: Rows | None = None
-    target = job.output_path(datetime.now().astimezone())
+    now = datetime.now().astimezone()
+    target, feeds = job.output_path(now), job.feeds(now)
     broken: EnrichError | None = None
     try:
         rows = Rows(job, await journal.do(Ledger.forgotten))
-        prepare(target, job.input_path, job.name)
+        for kind, path in {"output": target, **feeds}.items():
+            prepare(path, job.input_path, job.name, kind)
     except EnrichError as error:
         broken = error
         if not await journal.do(Ledger.tasks):
@@ -70,34 +72,9 @@ async def _execute(
     )
     if rows is not None:
         rows.check_new_columns(connection.question)
-    planned = None
-    if (plan := options.plan) is not None:
-        done = await journal.do(Ledger.submitted_since, plan.after_execution, job.name)
-        planned = None if plan.most is None else plan.most - done * (connection.question.worst_price or 0)
-        options = options.kept_to(plan, done)
-    budget = make_budget(job, connection.question, connection.balance, planned)
-    waterfall = connection.waterfall
-    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
-    number = await journal.do(
-        Ledger.start_execution,
-        job.name,
-        budget.cap,
-        clock.now_ms(),
-        connection.balance,
-        list(connection.question.columns.values()),
-    )
-    limits = job.model.limits
-    pace = Pace(limits.requests_per_second)
-    execution = Execution(
-        number,
-        clock,
-        pace,
-        around.timing,
-        in_flight_limit=limits.in_flight,
-        result_ttl_s=job.model.policy.result_ttl.total_seconds(),
-    )
-    desk = Desk(around, options, signals, client, journal, connection, execution, budget, started)
-    signals.on_first = desk.interrupt
+    desk = await _begin(around, options, signals, client, journal, connection)
+    desk.started, desk.feeds = started, feeds
+    execution = desk.execution
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
     for note in connection.notes:
@@ -117,3 +94,43 @@ async def _execute(
         return await desk.finish(execution.exit_code({}))
     finally:
         timekeeper.cancel()
+
+
+async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    around: Surroundings,
+    options: Options,
+    signals: Signals,
+    client: Client,
+    journal: Journal,
+    connection: Connection,
+) -> Desk:
+    """Write down that an execution begins, with the budget that it has."""
+    job, clock, question = around.job, around.clock, connection.question
+    planned = None
+    if (plan := options.plan) is not None:
+        done = await journal.do(Ledger.submitted_since, plan.after_execution, job.name)
+        planned = None if plan.most is None else max(0, plan.most - done * (question.worst_price or 0))
+        options = options.kept_to(plan, done)
+    budget = make_budget(job, question, connection.balance, planned)
+    waterfall = connection.waterfall
+    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
+    number = await journal.do(
+        Ledger.start_execution,
+        job.name,
+        budget.cap,
+        clock.now_ms(),
+        connection.balance,
+        list(question.columns.values()),
+    )
+    limits = job.model.limits
+    execution = Execution(
+        number,
+        clock,
+        Pace(limits.requests_per_second),
+        around.timing,
+        in_flight_limit=limits.in_flight,
+        result_ttl_s=job.model.policy.result_ttl.total_seconds(),
+    )
+    desk = Desk(around, options, signals, client, journal, connection, execution, budget)
+    signals.on_first = desk.interrupt
+    return desk

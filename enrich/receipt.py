@@ -36,6 +36,10 @@ class Receipt:
     rate_limited: int = 0
     elapsed_s: float = 0.0
     output: str | None = None
+    rejects: str | None = None
+    rejected: int | None = None
+    changes: str | None = None
+    changed: int | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
     hint: str | None = None
@@ -94,6 +98,10 @@ def lines(receipt: Receipt) -> Iterator[str]:
     yield f"  time      {_duration(receipt.elapsed_s):>9}         {asked}"
     if receipt.output is not None:
         yield f"  output    {receipt.output}"
+    if receipt.rejects is not None:
+        yield f"  rejects   {receipt.rejected:>9,}         {receipt.rejects}"
+    if receipt.changes is not None:
+        yield f"  changes   {receipt.changed:>9,}         {receipt.changes}"
 
 
 def _count(number: int, noun: str) -> str:

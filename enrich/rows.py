@@ -8,7 +8,7 @@ from hashlib import file_digest
 
 import polars as pl
 
-from enrich.asking import STATUS_COLUMNS, Asking, Batch
+from enrich.asking import CHANGE_COLUMNS, STATUS_COLUMNS, Asking, Batch
 from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
 from enrich.errors import Refused
 from enrich.job import Job, nearest
@@ -39,7 +39,9 @@ class Rows:
             self._header = read_header(self._source)
         except CsvProblem as problem:
             raise Refused(problem.message, problem.hint) from problem
-        self.columns = [name for name in self._header if name not in STATUS_COLUMNS]
+        #: The columns that are written back, with their types; a blank of text is `""` or null.
+        self.schema: dict[str, pl.DataType] = {name: pl.String() for name in self._header if name not in STATUS_COLUMNS}
+        self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
@@ -64,11 +66,11 @@ class Rows:
         for name in question.columns:
             if name in STATUS_COLUMNS:
                 raise self._job.error(["columns", name], "this name is taken by the status columns", "choose another")
-            if name in self.columns:
+            if name in self.columns and self._job.model.merge is None:
                 raise self._job.error(
                     ["columns", name],
                     f"the input has a column of this name already ({self._job.input_path})",
-                    "choose another name for the new column",
+                    "choose another name for the new column, or complete the old one: merge: fill_empty",
                 )
 
     def order(self) -> pl.Series | None:
@@ -94,6 +96,14 @@ class Rows:
         except CsvProblem as problem:
             raise Refused(problem.message, problem.hint) from problem
 
+    @property
+    def key(self) -> list[str]:
+        """The columns that tell in the change feed which lead; default: those that are asked with."""
+        model = self._job.model
+        if model.changes is not None and model.changes.key is not None:
+            return model.changes.key
+        return list(dict.fromkeys(column for param in model.params.values() for column in param.columns))
+
     def _check_columns(self) -> None:
         model = self._job.model
         for name, param in model.params.items():
@@ -103,6 +113,11 @@ class Rows:
             self._check_column(column, ["only_if_empty", index])
         for index, column in enumerate(model.order_by or ()):
             self._check_column(column, ["order_by", index])
+        for index, column in enumerate(self.key if model.changes is not None else ()):
+            self._check_column(column, ["changes", "key", index])
+            if column in CHANGE_COLUMNS:
+                hint = "choose other columns as its `key`, or rename it"
+                raise self._job.error(["changes"], f"the feed has a column `{column}` of its own", hint)
         if model.caps is not None and model.caps.by not in model.params:
             self._check_column(model.caps.by, ["caps", "by"], also=model.params)
 
