@@ -97,6 +97,10 @@ class Api:
         """Add credits to the account."""
         self._switch("POST", "/__topup", credits=credits_)
 
+    def reprice(self, prices: dict[int, float]) -> None:
+        """Give providers or verifiers another price."""
+        self._switch("POST", "/__prices", prices=prices)
+
     def heal(self) -> None:
         """End all faults."""
         self._switch("POST", "/__faults", clear=True)

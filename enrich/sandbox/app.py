@@ -7,7 +7,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from enrich.sandbox.catalogue import WATERFALLS
 from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Order
 from enrich.sandbox.faults import Fault, Faults, Param
 from enrich.sandbox.gate import FAULT, Gate
@@ -60,6 +59,10 @@ class _TopUp(_Strict):
     credits: float
 
 
+class _Prices(_Strict):
+    prices: dict[int, Annotated[float, Field(ge=0)]]
+
+
 def build(store: Store, settings: SandboxSettings) -> Gate:
     """Put the whole sandbox together, for one server."""
     databar = Databar(store, settings)
@@ -110,7 +113,7 @@ def _waterfalls(databar: Databar, settings: SandboxSettings) -> APIRouter:
 
     @api.get("/")
     async def waterfalls() -> Response:
-        return JSONResponse([waterfall.document() for waterfall in WATERFALLS.values()])
+        return JSONResponse([waterfall.document() for waterfall in databar.waterfalls()])
 
     @api.get("/{identifier}")
     async def waterfall(identifier: str) -> Response:
@@ -164,6 +167,11 @@ def _switches(databar: Databar, gate: Gate, faults: Faults) -> APIRouter:
     async def topup(body: _TopUp) -> Response:
         databar.top_up(body.credits)
         return JSONResponse({"balance": databar.user()["balance"]})
+
+    @switches.post("/__prices")
+    async def prices(body: _Prices) -> dict[str, int]:
+        databar.set_prices(body.prices)
+        return {"changed": len(body.prices)}
 
     @switches.get("/__faults")
     async def list_faults() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What the sandbox sells: its waterfalls, with invented providers, prices and coverages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from enrich.sandbox.money import millionths
@@ -52,6 +52,16 @@ class Waterfall:
     def default_cascade(self) -> list[int]:
         """Give the providers that are asked when none are named."""
         return [provider.id for provider in self.providers if provider.enabled]
+
+    def priced(self, prices: Mapping[int, float]) -> "Waterfall":
+        """Give the same waterfall at other prices, by the ids of providers and verifiers."""
+        if not prices:
+            return self
+        return replace(
+            self,
+            providers=tuple(replace(one, price=prices.get(one.id, one.price)) for one in self.providers),
+            verifiers=tuple(replace(one, price=str(prices.get(one.id, one.price))) for one in self.verifiers),
+        )
 
     def document(self) -> dict[str, Any]:
         """Describe it as `GET /v1/waterfalls/{id}` does."""

@@ -62,7 +62,11 @@ class Databar:
         """Find a waterfall."""
         if identifier not in WATERFALLS:
             raise NotFoundError("Waterfall not found")
-        return WATERFALLS[identifier]
+        return WATERFALLS[identifier].priced(self._store.prices)
+
+    def waterfalls(self) -> list[Waterfall]:
+        """List all that is sold."""
+        return [self.waterfall(identifier) for identifier in WATERFALLS]
 
     def submit(self, order: Order, quirk: Fault | None = None) -> str:
         """Accept a run for each row, or none; it is on disk when this returns its task id."""
@@ -141,6 +145,11 @@ class Databar:
     def top_up(self, amount: float) -> None:
         """Add credits."""
         self._store.top_up(money.millionths(amount))
+
+    def set_prices(self, prices: Mapping[int, float]) -> None:
+        """Change prices, by the ids of providers and verifiers; what was accepted keeps its own."""
+        for seller, price in prices.items():
+            self._store.set_price(seller, price)
 
     def advance(self, seconds: float) -> float:
         """Move the clock forward for good, and tell the new time."""

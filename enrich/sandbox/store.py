@@ -135,6 +135,7 @@ class Store:
         self.balance_at_start = int(facts["balance_at_start"])
         self.topped_up = int(facts["topped_up"])
         self.offset = float(facts["offset"])
+        self.prices = {int(name.removeprefix("price:")): facts[name] for name in facts if name.startswith("price:")}
         self.reserved, self.spent = map(
             int,
             self._one(
@@ -166,6 +167,11 @@ class Store:
         """Remember how far the clock was moved."""
         self.offset = offset
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
+
+    def set_price(self, seller: int, price: float) -> None:
+        """Remember that a provider or verifier has another price."""
+        self.prices[seller] = price
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller}", price])
 
     def ask(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> Asked:
         """Record that a question is asked once more."""

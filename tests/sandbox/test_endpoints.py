@@ -1,11 +1,14 @@
 """The API answers each endpoint as its documents describe it."""
 
 import time
+from pathlib import Path
 from uuid import UUID
 
 import httpx
 import pytest
 
+from enrich.sandbox import SandboxSettings
+from enrich.sandbox.server import embedded
 from tests.sandbox.conftest import ADA, Api, Start
 
 WATERFALLS = {
@@ -146,3 +149,18 @@ def test_idle_answers_are_prompt(api: Api) -> None:
     for _ in range(50):
         api.task(task_id)
     assert time.monotonic() - start < 1
+
+
+def test_prices_change(tmp_path: Path) -> None:
+    """A new price is told and charged from then on, after a restart, too."""
+    settings = SandboxSettings(latency="fixed(0)", hit_rate=1.0, failure_rate=0.0)
+    with embedded(tmp_path / "state.db", settings) as first:
+        switch = first.base_url.removesuffix("/v1") + "/__prices"
+        httpx.post(switch, json={"prices": {833: 4.5}}, trust_env=False).raise_for_status()
+    with embedded(tmp_path / "state.db", settings) as second:
+        api = Api(second.base_url, second.api_key)
+        offered = api.http.get("/waterfalls/email_getter").json()["available_enrichments"]
+        assert [provider["price"] for provider in offered[:2]] == [4.5, 1.0]
+        api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]})
+        assert api.audit()["credits_charged"] == 4.5
+        api.http.close()
