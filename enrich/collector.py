@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -15,9 +14,10 @@ from enrich.answer import is_blank, parse_data, pick
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
-from enrich.output import write
+from enrich.place import Place
 from enrich.question import Question
 from enrich.rows import STATUS_COLUMNS, Batch, Rows
+from enrich.tables.writing import write
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Collector:
     rows: Rows
     check: Callable[[], None] = lambda: None
 
-    def write(self, target: Path) -> Counter[RowStatus]:
+    def write(self, target: Place) -> Counter[RowStatus]:
         """Write the output from the input and the ledger alone; return the rows by status.
 
         Raises Refused when the input can't be read or the output can't be written.
@@ -41,7 +41,7 @@ class Collector:
             target,
             self.job.output,
             job=self.job.name,
-            schema={name: pl.String() for name in self.rows.columns} | new,
+            schema=self.rows.schema | new,
             frames=self._frames(counts),
             new=len(new),
         )

@@ -10,9 +10,9 @@ from enrich.errors import Exit, Refused
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus
-from enrich.output import prepare
 from enrich.receipt import Receipt
 from enrich.rows import Rows
+from enrich.tables.writing import prepare
 
 
 def collect_offline(job: Job, *, partial: bool) -> Receipt:
@@ -25,10 +25,10 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
     ledger = Ledger(job.ledger_path, read_only=True)
     try:
         question = remembered(ledger, job)
-        rows = Rows(job)
-        rows.check_new_columns(question)
         target = job.output_path(datetime.now().astimezone())
         prepare(target, job.input_path, job.name)
+        rows = Rows(job)
+        rows.check_new_columns(question)
         collector = Collector(ledger, job, question, rows)
         pending = 0 if partial else collector.count()[RowStatus.PENDING]
         if pending:

@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 
 from enrich.client import Client
 from enrich.collector import Collector
@@ -17,14 +16,15 @@ from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, State, to_credits, to_micros
-from enrich.output import prepare
 from enrich.pace import Pace
+from enrich.place import Place
 from enrich.poller import Poller
 from enrich.question import price_for_cap
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
 from enrich.surroundings import Options, Progress, Surroundings
+from enrich.tables.writing import prepare
 
 PROGRESS_S = 0.2
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
@@ -68,8 +68,9 @@ async def _execute(
     target = job.output_path(datetime.now().astimezone())
     broken: EnrichError | None = None
     try:
-        rows = Rows(job)
         prepare(target, job.input_path, job.name)
+        with signals.asking():  # a pipe or a storage may let us wait
+            rows = Rows(job)
     except EnrichError as error:
         broken = error
         if not await journal.do(Ledger.tasks):
@@ -181,7 +182,7 @@ class _Desk:
         poller.adopt(tasks, asked_before=False)
         await self.execution.until_leaving(poller.run())
 
-    async def work(self, rows: Rows, target: Path) -> Receipt:
+    async def work(self, rows: Rows, target: Place) -> Receipt:
         """Enroll, dispatch and poll, collect."""
         execution, journal = self.execution, self.journal
         stamp = rows.stamp()
@@ -278,7 +279,7 @@ class _Desk:
             showing.cancel()
             self._show()
 
-    async def _collect(self, rows: Rows, target: Path) -> Receipt:
+    async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
         around = self.around
         settled = self.execution.tally.settled
@@ -296,7 +297,9 @@ class _Desk:
         also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
         return await self.finish(self.execution.exit_code(also), counts, target)
 
-    async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
+    async def finish(
+        self, code: Exit, counts: Counter[RowStatus] | None = None, output: Place | None = None
+    ) -> Receipt:
         """Write the receipt, here and in the ledger."""
         tally, clock = self.execution.tally, self.around.clock
         await self.journal.do(Ledger.recover, clock.now_ms())

@@ -6,17 +6,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import polars as pl
 
-from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
-from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.model import RowStatus
 from enrich.question import Question
 from enrich.spec import Param
+from enrich.tables.cells import text_frame
+from enrich.tables.csvfile import likely_separator
+from enrich.tables.source import Source
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
@@ -38,8 +39,8 @@ _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 class Batch:
     """Some rows in the input's order. `first` is the position of the first, from 0.
 
-    The lists run along `frame`: a row either has a fingerprint and params (JSON, as sent),
-    or a status (`invalid`, `filtered`) and perhaps the reason.
+    `frame` has the input's columns in their types, as they are written back. The lists run along it: a row either
+    has a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason.
     """
 
     first: int
@@ -65,22 +66,17 @@ class Rows:
         Raises Refused when the input can't be read, JobError when the job names what it lacks.
         """
         self._job = job
-        self._source = CsvFormat(job.input_path, job.input.separator, job.input.encoding)
-        try:
-            self._header = read_header(self._source)
-        except CsvProblem as problem:
-            raise Refused(problem.message, problem.hint) from problem
-        self.columns = [name for name in self._header if name not in STATUS_COLUMNS]
+        self._source = Source(job.input_path, job.input)
+        self._header = list(self._source.schema)
+        #: The columns that are written back, with their types; a blank of text is `""` or null.
+        self.schema = {name: kind for name, kind in self._source.schema.items() if name not in STATUS_COLUMNS}
+        self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
-    def stamp(self) -> tuple[int, int, int] | None:
-        """Identity, size and time of the file: it was replaced or changed when this differs. None: it is gone."""
-        try:
-            stat = self._job.input_path.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    def stamp(self) -> object:
+        """Identity of the input's files: one was replaced, changed or added when this differs. None: it is gone."""
+        return self._source.stamp()
 
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
@@ -97,14 +93,13 @@ class Rows:
     def batches(self, question: Question) -> Iterator[Batch]:
         """Read the whole input once. Raises Refused that names file, row and remedy."""
         ask = _Asking(self._job, question, self._header)
+        kept = [place for place, name in enumerate(self._header) if name in self.schema]
         first = 0
-        try:
-            for frame in read_batches(self._source):
-                wanted = self._wanted(frame)
-                yield ask.batch(first, frame, wanted)
-                first += frame.height
-        except CsvProblem as problem:
-            raise Refused(problem.message, problem.hint) from problem
+        for frame in self._source.batches():
+            text = text_frame(frame)
+            batch = ask.batch(first, text, self._wanted(text))
+            yield batch if text is frame else replace(batch, frame=frame.select(pl.nth(kept)))
+            first += frame.height
 
     def _check_columns(self) -> None:
         model = self._job.model
@@ -118,7 +113,8 @@ class Rows:
         if column in self._header:
             return
         hint = nearest(column, self._header)
-        if other := likely_separator(self._header, self._source.separator):
+        written = self._job.input
+        if written.format == "csv" and (other := likely_separator(self._header, written.separator)):
             shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
             hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
         raise self._job.error(where, f"the input has no column `{column}` ({self._job.input_path})", hint)

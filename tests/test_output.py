@@ -23,10 +23,10 @@ from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job, load_job
 from enrich.ledger import Ledger
 from enrich.model import Call, RowStatus, State
-from enrich.output import part_of, prepare, write
 from enrich.question import Question
 from enrich.rows import STATUS_COLUMNS, Rows
 from enrich.spec import Output
+from enrich.tables.writing import part_of, prepare, write
 
 CALL = Call("email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 @click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
 def run(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     limit: int | None,
@@ -164,8 +164,8 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
 @options.AS_JSON
 def collect(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     partial: bool,
