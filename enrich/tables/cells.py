@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json.encoder
 import math
+from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 
@@ -19,19 +20,21 @@ _STAMP = "%Y-%m-%dT%H:%M:%S%.f"
 quoted = json.encoder.encode_basestring
 
 
-class Number(str):
-    """A number of a JSON file, as it is written there."""
+class Raw(str):
+    """JSON that is not a string, such as a number, as it is written in a file."""
 
     __slots__ = ()
 
 
 def as_text(column: pl.Series) -> pl.Series:
     """Write every cell of a column as text; a null is a blank."""
+    # Without its name: polars would take one like `^a.*$` for a pattern.
+    name, column = column.name, column.alias("")
     kind = column.dtype
     if kind == pl.String:
         text = column
     elif kind == JSON:
-        text = _series(column, [None if cell is None else _plain(cell) for cell in written(column)])
+        text = _series([None if cell is None else _plain(cell) for cell in written(column)])
     elif isinstance(kind, pl.Datetime):
         text = column.dt.strftime(_STAMP + ("%:z" if kind.time_zone else ""))
     elif kind == pl.Duration:
@@ -41,10 +44,8 @@ def as_text(column: pl.Series) -> pl.Series:
     elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum, pl.Date):
         text = column.cast(pl.String)
     else:
-        # Through its own text, a short float keeps its few digits.
-        cells = column.cast(pl.String).cast(pl.Float64) if kind.is_float() else column
-        text = _series(column, map(text_of, cells.to_list()))
-    return text.fill_null("")
+        text = _series(map(text_of, _shortest(column).to_list()))
+    return text.fill_null("").alias(name)
 
 
 def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
@@ -59,8 +60,9 @@ def as_json(column: pl.Series) -> list[str]:
     if column.dtype == JSON:
         return [cell or "null" for cell in written(column)]
     if column.dtype.is_temporal() or column.dtype == pl.Binary:
-        return ["null" if gone else quoted(cell) for cell, gone in zip(as_text(column), column.is_null(), strict=True)]
-    return list(map(compact, column.to_list()))
+        gone = column.alias("").is_null()
+        return ["null" if nothing else quoted(cell) for cell, nothing in zip(as_text(column), gone, strict=True)]
+    return list(map(compact, _shortest(column).to_list()))
 
 
 def json_column(name: str, cells: list[str | None]) -> pl.Series:
@@ -70,12 +72,12 @@ def json_column(name: str, cells: list[str | None]) -> pl.Series:
 
 def written(column: pl.Series) -> list[str | None]:
     """Return what is written in a JSON file, for each cell of a column of type JSON."""
-    return column.struct.field("enrich:json").to_list()
+    return column.alias("").struct.field("enrich:json").to_list()
 
 
 def compact(value: object) -> str:
     """Write a value as JSON without blanks; what JSON has no type for becomes text, what is no number null."""
-    if isinstance(value, Number):
+    if isinstance(value, Raw):
         return value
     if isinstance(value, str):
         return quoted(value)
@@ -122,6 +124,11 @@ def text_of(value: object) -> str:  # noqa: C901 - a table of types
             return compact(value)
 
 
+def _shortest(column: pl.Series) -> pl.Series:
+    """Let a short float keep its few digits, through its own text."""
+    return column.alias("").cast(pl.String).cast(pl.Float64) if column.dtype == pl.Float32 else column
+
+
 def _digits(value: float) -> str:
     if math.isnan(value):
         return ""
@@ -137,5 +144,5 @@ def _plain(cell: str) -> str:
     return str(json.loads(cell)) if cell.startswith('"') else cell
 
 
-def _series(column: pl.Series, cells: object) -> pl.Series:
-    return pl.Series(column.name, list(cells), pl.String)  # type: ignore[call-overload]
+def _series(cells: Iterable[str | None]) -> pl.Series:
+    return pl.Series("", list(cells), pl.String)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import polars as pl
 
-from enrich.tables.cells import JSON, Number, as_json, compact, json_column, quoted
+from enrich.tables.cells import JSON, Raw, as_json, compact, json_column, quoted
 from enrich.tables.textfile import TableFile, TableProblem, named, opened
 
 LINE_LIMIT = 50_000_000  # characters
@@ -22,7 +22,7 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     schema: dict[str, pl.DataType] = {}
     for row in _rows(source):
         for key, value in row.items():
-            if value is not None and not _is_text(value):
+            if isinstance(value, Raw):
                 schema[key] = JSON
             else:
                 schema.setdefault(key, pl.String())
@@ -44,7 +44,7 @@ def read_batches(
             if kind == JSON:
                 columns.append(json_column(name, [None if cell is None else compact(cell) for cell in cells]))
             else:
-                changed = changed or not all(cell is None or _is_text(cell) for cell in cells)
+                changed = changed or any(isinstance(cell, Raw) for cell in cells)
                 columns.append(pl.Series(name, [] if changed else cells, pl.String))
         if changed:
             raise TableProblem(f"{source} changed while it was read", "Start again when the file is complete")
@@ -64,11 +64,7 @@ class _Flaw(ValueError):
     """What is wrong with a line."""
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not isinstance(value, Number)
-
-
-def _rows(source: TableFile) -> Iterator[dict[str, Any]]:
+def _rows(source: TableFile) -> Iterator[dict[str, str | None]]:
     row = 0
     with opened(source, newline="\n") as text:
         for line, words in enumerate(iter(partial(text.readline, LINE_LIMIT + 1), ""), 1):
@@ -85,26 +81,30 @@ def _rows(source: TableFile) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def _object(line: str) -> dict[str, Any]:
-    """Parse a line; numbers stay as they are written. Raises _Flaw, which quotes no value."""
+def _object(line: str) -> dict[str, str | None]:
+    """Parse a line; what is not a string stays as it is written. Raises _Flaw, which quotes no value."""
     if len(line) > LINE_LIMIT:
         raise _Flaw(f"has more than {LINE_LIMIT:,} characters")
     try:
         found = _DECODER.decode(line)
+        if not isinstance(found, dict):
+            raise _Flaw("is no JSON object")
+        cells = {key: _cell(value) for key, value in found.items()}
     except json.JSONDecodeError as error:
         raise _Flaw(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
     except RecursionError:
         raise _Flaw("is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise _Flaw("is no JSON object")
-    if "\\u" in line:
-        if any(isinstance(cell, str) and "\0" in cell for cell in [*found, *found.values()]):
+    if "\\u" in line:  # the only way for these two into JSON
+        text = "".join([*cells, *filter(None, cells.values())])
+        if "\0" in text:
             raise _Flaw("has a NUL character")
-        try:
-            compact(found).encode()
-        except UnicodeEncodeError:
-            raise _Flaw(r"has half a character: a \ud8… without its other half") from None
-    return found
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise _Flaw("has half a character: one of two \\ud… that belong together")
+    return cells
+
+
+def _cell(value: object) -> str | None:
+    return value if value is None or isinstance(value, str) else Raw(compact(value))
 
 
 def _no_number(name: str) -> NoReturn:
@@ -119,4 +119,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=_no_number, object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(parse_int=Raw, parse_float=Raw, parse_constant=_no_number, object_pairs_hook=_unique)

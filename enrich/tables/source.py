@@ -19,6 +19,7 @@ from enrich.errors import Refused
 from enrich.place import STDIN, Place, Url, is_pattern
 from enrich.spec import Input
 from enrich.tables import csvfile, excel, jsonl, parquet, storage
+from enrich.tables.cells import JSON
 from enrich.tables.textfile import TableFile, TableProblem
 
 Schema = dict[str, pl.DataType]
@@ -126,7 +127,7 @@ def _common_schema(files: list[TableFile]) -> Schema:
     for file in files[1:]:
         other = _schema(file)
         if file.format == "jsonl":
-            schema |= {name: kind for name, kind in other.items() if schema.get(name, kind) == pl.String}
+            schema |= {name: kind for name, kind in other.items() if schema.get(name) != JSON}
         elif difference := _difference(list(schema.items()), list(other.items())):
             raise TableProblem(f"{file}: its header differs from that of {first}: {difference}", "make them equal")
     return schema
