@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from enrich.errors import JobError
 from enrich.fields import MOST_CREDITS
 from enrich.jobfile import Document
-from enrich.place import STDIN, Place, format_of, is_pattern, locate
+from enrich.place import STDIN, Place, format_of, is_pattern, locate, locate_input
 from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh
 
 _Table = TypeVar("_Table", Input, Output)
@@ -142,10 +142,8 @@ def _elsewhere(known: _Table, path: Path | str, **like: object) -> _Table:
 
 def _place(document: Document, key: str, base: Path, named: str) -> Place:
     """Find a place. Raises JobError for a URL of no use."""
-    if key == "input" and named == str(STDIN):
-        return STDIN
     try:
-        return locate(base, named)
+        return locate_input(base, named) if key == "input" else locate(base, named)
     except ValueError as error:
         raise JobError(f"{document.path}:{document.line([key])}: {key}: {error}") from error
 

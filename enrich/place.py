@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from dataclasses import dataclass
@@ -58,6 +59,14 @@ def locate(base: Path, named: str | Path) -> Place:
     if not bucket or not key or key.endswith("/"):
         raise ValueError(f"a storage URL names a bucket and an object: {scheme}://bucket/leads.csv")
     return Url(scheme, bucket, key)
+
+
+def locate_input(base: Path, named: str) -> Place:
+    """Find the input, which may be a pattern or come through a pipe; in a pattern the base stands for itself."""
+    if named == str(STDIN):
+        return STDIN
+    plain = locate(base, named)
+    return locate(Path(glob.escape(str(base))), named) if is_pattern(Path(named)) and is_pattern(plain) else plain
 
 
 def is_pattern(where: Place) -> bool:

@@ -32,7 +32,8 @@ TEXT = st.sampled_from(NASTY) | st.text(
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
     """Draw a header and rows of its width, of which none is all blank."""
-    header = draw(st.lists(TEXT.map("h".__add__), min_size=1, max_size=3, unique=True))
+    name = TEXT.map("h".__add__) | st.sampled_from(["", "^h.*$", "*", "column_0"])
+    header = draw(st.lists(name, min_size=1, max_size=3, unique=True).filter(any))
     cells = st.tuples(TEXT.map("x".__add__), *[TEXT | st.just("")] * (len(header) - 1)).map(list)
     return header, draw(st.lists(cells, min_size=1, max_size=5))
 

@@ -30,6 +30,7 @@ from enrich.tables.writing import part_of, prepare, write
 
 CALL = Call("email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)
+NAMES = ["out.csv", "out.csv.gz", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.parquet", "out.xlsx"]
 JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
 
 
@@ -62,7 +63,7 @@ class GivenUpError(Exception):
     """What a signal raises between two batches."""
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
 def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, error: BaseException) -> None:
     """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
@@ -81,7 +82,7 @@ def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, e
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     """It is told, and the answers are in the ledger all the same."""
     target = tmp_path / name
@@ -92,7 +93,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_only_the_owner_can_read_it(tmp_path: Path, name: str) -> None:
     """Personal data; also when the old file was open to all and a killed run left a part."""
     target = tmp_path / name

@@ -76,7 +76,8 @@ def run(
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
-    asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
+    listens = sys.stdin is not None and sys.stdin.isatty()
+    asks = listens and on_terminal and not yes and not use_sandbox and job.max_credits is None
     if accept in retry:
         raise click.UsageError("--accept and --retry in_doubt say opposite things: choose one")
     wishes = Options(

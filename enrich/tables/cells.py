@@ -52,7 +52,7 @@ def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
     """Write every cell of a frame as text; one that is text without nulls comes back itself."""
     if all(column.dtype == pl.String and not column.null_count() for column in frame.get_columns()):
         return frame
-    return pl.DataFrame([as_text(column) for column in frame.get_columns()])
+    return pl.DataFrame({column.name: as_text(column) for column in frame.get_columns()})
 
 
 def as_json(column: pl.Series) -> list[str]:
@@ -65,9 +65,9 @@ def as_json(column: pl.Series) -> list[str]:
     return list(map(compact, _shortest(column).to_list()))
 
 
-def json_column(name: str, cells: list[str | None]) -> pl.Series:
+def json_column(cells: list[str | None]) -> pl.Series:
     """Make a column of what is written in a JSON file."""
-    return pl.DataFrame({"enrich:json": pl.Series(cells, dtype=pl.String)}).to_struct(name)
+    return pl.DataFrame({"enrich:json": pl.Series(cells, dtype=pl.String)}).to_struct()
 
 
 def written(column: pl.Series) -> list[str | None]:

@@ -33,7 +33,7 @@ def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl
     rows = _rows(source)
     header = next(rows)
     while batch := list(islice(rows, rows_per_batch)):
-        yield pl.DataFrame([pl.Series(name, cells, pl.String) for name, *cells in zip(header, *batch, strict=True)])
+        yield pl.DataFrame(dict(zip(header, zip(*batch, strict=True), strict=True)), dict.fromkeys(header, pl.String))
 
 
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:

@@ -38,14 +38,14 @@ def read_batches(
     rows = _rows(source)
     while batch := list(islice(rows, rows_per_batch)):
         changed = any(row.keys() - schema.keys() for row in batch)
-        columns = []
+        columns = {}
         for name, kind in schema.items():
             cells = [row.get(name) for row in batch]
             if kind == JSON:
-                columns.append(json_column(name, [None if cell is None else compact(cell) for cell in cells]))
+                columns[name] = json_column([None if cell is None else compact(cell) for cell in cells])
             else:
                 changed = changed or any(isinstance(cell, Raw) for cell in cells)
-                columns.append(pl.Series(name, [] if changed else cells, pl.String))
+                columns[name] = pl.Series(values=[] if changed else cells, dtype=pl.String)
         if changed:
             raise TableProblem(f"{source} changed while it was read", "Start again when the file is complete")
         yield pl.DataFrame(columns)

@@ -38,7 +38,7 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
         _columns: list[str] | None, _predicate: pl.Expr | None, _rows: int | None, _size: int | None
     ) -> Iterator[pl.DataFrame]:
         for frame in frames:
-            yield pl.DataFrame([as_text(it) if it.dtype == JSON else it for it in frame.get_columns()])
+            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON else it for it in frame.get_columns()})
 
     types = {name: pl.String() if kind == JSON else kind for name, kind in schema.items()}
     register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw)
