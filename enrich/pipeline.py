@@ -68,8 +68,8 @@ async def _execute(
     target = job.output_path(datetime.now().astimezone())
     broken: EnrichError | None = None
     try:
-        prepare(target, job.input_path, job.name)
         with signals.asking():  # a pipe or a storage may let us wait
+            prepare(target, job.input_path, job.name)
             rows = Rows(job)
     except EnrichError as error:
         broken = error

@@ -90,6 +90,15 @@ def test_json_lines_of_several_files_have_the_keys_of_all(tmp_path: Path) -> Non
     assert sum(frame.height for frame in source.batches()) == 2
 
 
+def test_a_pattern_without_an_ending_leaves_the_format_to_the_files(tmp_path: Path) -> None:
+    """Which must be the same."""
+    several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
+    assert read(tmp_path / "*") == [("1", "2"), ("3", "4")]
+    save(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
+    with pytest.raises(Refused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
+        read(tmp_path / "*")
+
+
 def test_a_flaw_is_told_with_its_own_file_and_line(tmp_path: Path) -> None:
     """Rows and lines count from the beginning of that file."""
     pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])

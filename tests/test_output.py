@@ -7,6 +7,9 @@ import gzip
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +83,39 @@ def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, e
     assert caught.value is error
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import polars as pl
+from enrich.spec import Output
+from enrich.tables.writing import write
+
+def frames():
+    for _ in range(3):
+        yield pl.DataFrame({"old": ["x"] * 20_000, "new": ["y"] * 20_000})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+target = Path(sys.argv[1])
+schema = dict.fromkeys(["old", "new"], pl.String())
+write(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new=1)
+"""
+
+
+@pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
+def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+    """And at most one part beside it, which the next start removes."""
+    target = tmp_path / "out" / name
+    target.parent.mkdir()
+    target.write_text("the old one")
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # where a workbook grows: what a kill leaves there is ours alone
+    process = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environ, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_text() == "the old one"
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("enrich-*")} <= {0o700}
+    prepare(target, tmp_path / "leads.csv", "job")
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("name", NAMES)

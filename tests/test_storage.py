@@ -139,6 +139,16 @@ def test_an_output_that_fails_leaves_the_old_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("environ")
+def test_an_output_that_cannot_be_sent_can_be_collected_later() -> None:
+    """The bucket went during the night."""
+    url = Url("s3", "gone", "out.csv")
+    frame = pl.DataFrame({"A": ["1"]})
+    with pytest.raises(Refused, match="there is no bucket `gone`") as caught:
+        write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
+    assert "`enrich collect` writes them without paying" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("environ")
 def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
     """More than one request can carry."""
     frame = pl.DataFrame({"A": [os.urandom(5_000).hex() for _ in range(1_200)]})
@@ -153,6 +163,7 @@ def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
         (f"s3://{BUCKET}/none.csv", " does not exist"),
         ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
         (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
+        (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
         ("az://box/a.csv", ": the storage refuses these credentials (none found)"),
     ],
 )
@@ -162,6 +173,8 @@ def test_what_a_storage_refuses_is_told_before_anything_is_spent(
     """Exit 5, in one line, without what is secret."""
     if "reached" in told:
         environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    if "TLS" in told:
+        del environ["AWS_ALLOW_HTTP"]
     office.write_leads(people(1))
     done = office.command("run", "job.yaml", "--input", url, api=api, **environ)
     assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {url}{told}")

@@ -19,7 +19,7 @@ from enrich.tables.textfile import TableFile, TableProblem, named, readable, twi
 
 #: What a sheet can hold.
 MOST_ROWS, MOST_COLUMNS, MOST_CHARACTERS = 1_048_576, 16_384, 32_767
-_OTHER = "Let the output's name end in .csv or .parquet"
+_OTHER = "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying"
 _WIDTH = 18
 
 

@@ -20,7 +20,7 @@ from enrich.place import STDIN, Place, Url, is_pattern
 from enrich.spec import Input
 from enrich.tables import csvfile, excel, jsonl, parquet, storage
 from enrich.tables.cells import JSON
-from enrich.tables.textfile import TableFile, TableProblem
+from enrich.tables.textfile import CALLED, TableFile, TableProblem
 
 Schema = dict[str, pl.DataType]
 _GZIP = b"\x1f\x8b"
@@ -62,19 +62,22 @@ class Source:
         if isinstance(where, Url):
             with self._copy(where.name) as (path, into):
                 self._fetched = storage.fetch(where, into)
-            return [self._file(path, str(where))]
+            return [_file(path, self._told, str(where))]
         if where == STDIN:
-            return [self._file(self._received(), "standard input")]
+            return [_file(self._received(), self._told, "standard input")]
         if not is_pattern(where):
-            return [self._file(where)]
+            return [_file(where, self._told)]
         paths = matching(where)
         if not paths:
             raise TableProblem(f"{where}: no file matches", "check the pattern, which is relative to the job file")
-        return list(map(self._file, paths))
-
-    def _file(self, path: Path, called: str | None = None) -> TableFile:
-        told = self._told
-        return TableFile(path, told.separator, told.encoding, told.format, told.sheet, called)
+        # What the ending says, each file says for itself: the pattern may be `leads/*`.
+        said = self._told.model_dump(exclude_unset=True)
+        files = [_file(path, Input.model_validate(said | {"path": str(path)})) for path in paths]
+        for file in files:
+            if file.format != files[0].format:
+                hint = "narrow the pattern, or set `format`"
+                raise TableProblem(f"{file} is {CALLED[file.format]}, but {files[0]} is not", hint)
+        return files
 
     def _received(self) -> Path:
         """Copy what comes through the pipe: it is read more than once."""
@@ -99,6 +102,10 @@ class Source:
                 yield path, into
         except OSError as error:
             raise TableProblem(f"{path} cannot be written: {error.strerror}", "make room, or set TMPDIR") from None
+
+
+def _file(path: Path, told: Input, called: str | None = None) -> TableFile:
+    return TableFile(path, told.separator, told.encoding, told.format, told.sheet, called)
 
 
 def matching(pattern: Path) -> list[Path]:

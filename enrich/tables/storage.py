@@ -93,6 +93,8 @@ def _told(url: Url) -> Iterator[None]:
             told = Refused(f"{url} does not exist", "check the URL")
         elif re.search(r"status code: 40[13]|MissingAccount|169\.254\.|credential", words):
             told = Refused(f"{url}: the storage refuses these credentials ({code or 'none found'})", credentials)
+        elif "BadScheme" in words:
+            told = Refused(f"{url}: the endpoint has no TLS", "if that is meant, set AWS_ALLOW_HTTP=true")
         elif re.search(r"kind: (Connect|Timeout)|error sending request", words):
             told = Refused(f"{url}: the storage cannot be reached", "check the network and the endpoint")
         else:

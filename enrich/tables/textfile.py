@@ -29,7 +29,7 @@ _OTHER_KINDS = {
     b"PAR1": ("a Parquet file", "Let its name end in `.parquet`"),
     b"\x1f\x8b": ("compressed with gzip", "Let its name end in `.gz`, or unpack it"),
 }
-_CALLED = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
+CALLED = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def _binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
 def _refuse_other_kinds(source: TableFile, beginning: bytes) -> None:
     for magic, (kind, hint) in _OTHER_KINDS.items():
         if beginning.startswith(magic):
-            raise TableProblem(f"{source} is not {_CALLED[source.format]} but {kind}", hint)
+            raise TableProblem(f"{source} is not {CALLED[source.format]} but {kind}", hint)
     encoding = codecs.lookup(source.encoding).name
     mark = next((marked for mark, marked in _MARKS.items() if beginning.startswith(mark)), None)
     if mark and not encoding.startswith(mark):

@@ -26,7 +26,8 @@ _FORMULA = r"^[=@\t\r]"
 _SIGNED = r"^[+-]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
-_LATER = "make room for it; the ledger has the answers: `enrich collect` writes them without paying"
+_AGAIN = "the ledger has the answers: `enrich collect` writes them without paying"
+_LATER = f"make room for it; {_AGAIN}"
 
 
 def part_of(target: Path, job: str, kind: str = "output") -> Path:
@@ -118,7 +119,10 @@ def _whole(target: Place, job: str, kind: str) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
         file.seek(0)
-        storage.send(target, cast("BinaryIO", file))
+        try:
+            storage.send(target, cast("BinaryIO", file))
+        except Refused as error:
+            raise Refused(error.message, f"{error.hint}; {_AGAIN}") from error
 
 
 @contextmanager
