@@ -40,9 +40,9 @@ FORGOTTEN = "forgotten at the person's wish"
 class Batch:
     """Some rows in the input's order. `first` is the position of the first, from 0.
 
-    The lists run along `frame`: a row either has a fingerprint and params (JSON, as sent),
-    or a status (`invalid`, `filtered`) and perhaps the reason. `groups` are what `caps` counts,
-    `places` the order of asking; None: the input's.
+    `frame` has the input's columns in their types, as they are written back. The lists run along it: a row either
+    has a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason.
+    `groups` are what `caps` counts, `places` the order of asking; None: the input's.
     """
 
     first: int

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -16,9 +15,11 @@ from enrich.asking import STATUS_COLUMNS, Batch
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
-from enrich.output import guarded, runs_formulas, write
+from enrich.place import Place
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.tables.cells import as_text
+from enrich.tables.writing import guarded, runs_formulas, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Collector:
     rows: Rows
     check: Callable[[], None] = lambda: None
 
-    def write(self, target: Path) -> Counter[RowStatus]:
+    def write(self, target: Place) -> Counter[RowStatus]:
         """Write the output from the input and the ledger alone; return the rows by status.
 
         Raises Refused when the input can't be read or the output can't be written.
@@ -92,18 +93,13 @@ class Collector:
 
     def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
         """Complete a column of the input; what was not found never blanks what is there."""
-        old = text_of(page.batch.frame.get_column(name))
+        old = as_text(page.batch.frame.get_column(name))
         new = pl.Series(name, page.cells[name], pl.String)
         if safely:
             new = guarded(new)
         if self.job.model.merge == "fill_empty":
             new = new.set(old.str.strip_chars() != "", None)
         return new.fill_null(old)
-
-
-def text_of(column: pl.Series) -> pl.Series:
-    """Take a column of the input as text; nothing is blank."""
-    return column.cast(pl.String).fill_null("")
 
 
 def new_schema(question: Question) -> dict[str, pl.DataType]:

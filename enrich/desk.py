@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from enrich.budget import Budget
@@ -22,6 +21,7 @@ from enrich.feeds import write_changes, write_rejects
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
+from enrich.place import Place
 from enrich.planfile import check, ground
 from enrich.poller import Poller
 from enrich.receipt import Receipt
@@ -52,7 +52,7 @@ class Desk:
     budget: Budget
     started: float = 0.0
     #: Where the files beside the output go.
-    feeds: Mapping[str, Path] = field(default_factory=dict)
+    feeds: Mapping[str, Place] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     #: What was written there.
     fed: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Desk:
         poller.adopt(tasks, asked_before=False)
         await self.execution.until_leaving(poller.run())
 
-    async def work(self, rows: Rows, target: Path) -> Receipt:
+    async def work(self, rows: Rows, target: Place) -> Receipt:
         """Enroll, dispatch and poll, collect."""
         execution, journal = self.execution, self.journal
         stamp = rows.stamp()
@@ -206,7 +206,7 @@ class Desk:
             showing.cancel()
             self._show()
 
-    async def _collect(self, rows: Rows, target: Path) -> Receipt:
+    async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
         around = self.around
         settled = self.execution.tally.settled
@@ -237,7 +237,9 @@ class Desk:
             changed = await self.journal.do(lambda _: write_changes(collector, target, changes))
             self.fed |= {"changes": str(target), "changed": changed}
 
-    async def finish(self, code: Exit, counts: Counter[RowStatus] | None = None, output: Path | None = None) -> Receipt:
+    async def finish(
+        self, code: Exit, counts: Counter[RowStatus] | None = None, output: Place | None = None
+    ) -> Receipt:
         """Write the receipt, here and in the ledger."""
         tally, clock = self.execution.tally, self.around.clock
         await self.journal.do(Ledger.recover, clock.now_ms())

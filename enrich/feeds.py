@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from enrich.answer import parse_data, pick
 from enrich.asking import CHANGE_COLUMNS
-from enrich.collector import Collector, Page, cell, text_of
+from enrich.collector import Collector, Page, cell
 from enrich.model import RowStatus, iso
-from enrich.output import write
+from enrich.place import Place
 from enrich.spec import Changes, Output
+from enrich.tables.cells import as_text
+from enrich.tables.writing import write
 
 #: Rows of these can be mended, or asked again.
 REJECTED = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
@@ -23,7 +24,7 @@ REJECTED = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
 REASON = ("enrich_status", "enrich_error")
 
 
-def write_rejects(collector: Collector, target: Path, output: Output) -> int:
+def write_rejects(collector: Collector, target: Place, output: Output) -> int:
     """Write the rows that are invalid, failed or expired, as they were and why; return how many."""
     count = 0
 
@@ -40,7 +41,7 @@ def write_rejects(collector: Collector, target: Path, output: Output) -> int:
     return count
 
 
-def write_changes(collector: Collector, target: Path, changes: Changes) -> int:
+def write_changes(collector: Collector, target: Place, changes: Changes) -> int:
     """Write what is new since the last feed, one line a field; return how many lines.
 
     What is told is remembered in the caller's transaction: when that fails, it is told again.
@@ -65,7 +66,7 @@ def write_changes(collector: Collector, target: Path, changes: Changes) -> int:
 def _changed(collector: Collector, page: Page, key: list[str]) -> Iterator[list[str | None]]:
     """Yield the changes of a page, and remember them as told."""
     job, columns = collector.job.name, collector.question.columns
-    keys = page.batch.frame.select(text_of(page.batch.frame.get_column(name)) for name in key).rows()
+    keys = page.batch.frame.select(as_text(page.batch.frame.get_column(name)) for name in key).rows()
     told: list[tuple[int, bytes, int]] = []
     for index, standing in page.known.items():
         fingerprint = page.batch.fingerprints[index]
@@ -77,7 +78,7 @@ def _changed(collector: Collector, page: Page, key: list[str]) -> Iterator[list[
         earlier = _fields(before)
         for name, path in columns.items():
             if name in merged:
-                old, new = text_of(page.batch.frame.get_column(name))[index], merged[name][index]
+                old, new = as_text(page.batch.frame.get_column(name))[index], merged[name][index]
             else:
                 old, new = cell(pick(earlier, path)) or "", page.cells[name][index] or ""
             if new and new != old:

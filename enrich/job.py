@@ -8,25 +8,29 @@ from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError
 from enrich.fields import MOST_CREDITS
 from enrich.jobfile import Document
+from enrich.place import STDIN, Place, format_of, is_pattern, locate, locate_input
 from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh
+
+_Table = TypeVar("_Table", Input, Output)
 
 #: The ledger of `--sandbox` lies beside the real one.
 SANDBOX_SUFFIX = ".sandbox.db"
-OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
     """What the command line says instead; its paths are relative to the working directory."""
 
-    input: Path | None = None
-    output: Path | None = None
+    input: Path | str | None = None
+    output: Path | str | None = None
     ledger: Path | None = None
     max_credits: float | None = None
     sandbox: bool = False
@@ -34,13 +38,13 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job file that was read, its paths resolved."""
+    """A job file that was read, its paths resolved. `input_path` may be a glob, or STDIN."""
 
     model: JobModel
     document: Document
     name: str
     input: Input
-    input_path: Path
+    input_path: Place
     output: Output
     output_base: Path
     ledger_path: Path
@@ -50,24 +54,27 @@ class Job:
         """The cap of one execution, in credits."""
         return self.model.limits.max_credits
 
-    def output_path(self, now: datetime) -> Path:
-        """The output's path at a local time, which its strftime codes stand for."""
-        path = now.strftime(self.output.path) if "%" in self.output.path else self.output.path
-        return _absolute(self.output_base, path)
+    def output_path(self, now: datetime) -> Place:
+        """The output's place at a local time, which its strftime codes stand for."""
+        return locate(self.output_base, _dated(self.output.path, now))
 
-    def feeds(self, now: datetime) -> dict[str, Path]:
+    def place(self, named: str, now: datetime) -> Place:
+        """Find the place of another file of the run, such as `rejects`, at a local time."""
+        return locate(self.document.path.resolve().parent, _dated(named, now))
+
+    def feeds(self, now: datetime) -> dict[str, Place]:
         """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
         named = {"rejects": self.model.rejects, "changes": self.model.changes}
-        feeds = {kind: self.path(output.path, now) for kind, output in named.items() if output is not None}
+        feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
         for kind, path in feeds.items():
             others = [self.output_path(now), *(other for name, other in feeds.items() if name != kind)]
             if path in others:
                 raise self.error([kind], f"{path} is written twice", "give each file a name of its own")
         return feeds
 
-    def path(self, named: str, now: datetime | None = None) -> Path:
-        """Resolve a path of the job file; at a local time when strftime codes may be in it."""
-        return _absolute(self.document.path.resolve().parent, now.strftime(named) if now and "%" in named else named)
+    def path(self, named: str) -> Path:
+        """Resolve a path of the job file."""
+        return _absolute(self.document.path.resolve().parent, named)
 
     def error(self, where: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Make an error that names the file, the line and the key."""
@@ -94,11 +101,11 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model = model.model_copy(update={"limits": limits})
     home = path.resolve().parent
     name = model.name or path.stem
-    input_path = _absolute(home, overrides.input.absolute() if overrides.input else model.input.path)
-    stem = _stem(input_path).replace("%", "%%")  # a name, and no strftime code
-    output = model.output or Output(path=f"{stem}_enriched.csv")
+    given = _input(model.input, overrides.input)
+    input_path = _place(document, "input", Path.cwd() if overrides.input else home, given.path)
+    output = model.output or Output(path=f"{_stem(input_path, name)}_enriched.csv")
     if overrides.output is not None:
-        output = output.model_copy(update={"path": str(overrides.output)})
+        output = _elsewhere(output, overrides.output)
     ledger = _absolute(home, model.ledger or f".enrich/{name}.db")
     if overrides.sandbox:
         ledger = ledger.with_name(ledger.stem + SANDBOX_SUFFIX)
@@ -106,25 +113,65 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model=model,
         document=document,
         name=name,
-        input=model.input,
+        input=given,
         input_path=input_path,
         output=output,
         output_base=Path.cwd() if overrides.output else home,
         ledger_path=overrides.ledger.absolute() if overrides.ledger else ledger,
     )
-    if not output.path.lower().endswith(OUTPUT_SUFFIXES):
-        raise job.error(
-            ["output"], f"`{output.path}` is of no type that can be written", f"use {', '.join(OUTPUT_SUFFIXES)}"
-        )
+    for key, written in (("output", output), ("rejects", model.rejects), ("changes", model.changes)):
+        if written is None:
+            continue
+        _place(document, key, home, written.path)
+        if not written.path.lower().endswith(OUTPUT_SUFFIXES):
+            raise job.error(
+                [key], f"`{written.path}` is of no type that can be written", f"use {', '.join(OUTPUT_SUFFIXES)}"
+            )
     return job
+
+
+def _input(known: Input, path: Path | str | None) -> Input:
+    """Take another path from the command line; stdin has the format that the job's input has."""
+    if path is None:
+        return known
+    like = {"format": known.format, "separator": known.separator} if str(path) == str(STDIN) else {}
+    return _elsewhere(known, path, **like)
+
+
+def _elsewhere(known: _Table, path: Path | str, **like: object) -> _Table:
+    """Change the path, and with it what followed from its ending."""
+    told = known.model_dump(exclude_unset=True)
+    if format_of(str(path)) is not None:
+        told.pop("format", None)
+        told.pop("sheet", None)
+    try:
+        return type(known).model_validate({**like, **told, "path": str(path)})
+    except ValidationError:
+        raise JobError(f"`{path}` is no path of a file") from None
+
+
+def _place(document: Document, key: str, base: Path, named: str) -> Place:
+    """Find a place. Raises JobError for a URL of no use."""
+    try:
+        return locate_input(base, named) if key == "input" else locate(base, named)
+    except ValueError as error:
+        raise JobError(f"{document.path}:{document.line([key])}: {key}: {error}") from error
+
+
+def _dated(named: str, now: datetime) -> str:
+    return now.strftime(named) if "%" in named else named
 
 
 def _absolute(base: Path, path: str | Path) -> Path:
     return Path(os.path.normpath(base / path))
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+def _stem(where: Place, name: str) -> str:
+    """Name the output for its input, or for the job when that is several files; a name, and no strftime code."""
+    if where == STDIN:
+        return "stdin"
+    stem = name if is_pattern(where) else where.name.removesuffix(".gz").rsplit(".", 1)[0]
+    return stem.replace("%", "%%")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -158,6 +205,8 @@ def _job_error(document: Document, error: ValidationError) -> JobError:
     found: list[tuple[int, str, str | None]] = []
     for problem in error.errors(include_url=False):
         where = [step for step in problem["loc"] if step != "[key]"]
+        if problem["type"] == "default_factory_not_called":
+            continue  # what it follows from is an error of its own
         message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         hint = None
         if problem["type"] == "extra_forbidden":

@@ -10,10 +10,10 @@ from enrich.errors import Exit, Refused
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import RowStatus
-from enrich.output import prepare
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.surroundings import Options, wish
+from enrich.tables.writing import prepare
 
 
 def collect_offline(job: Job, *, partial: bool) -> Receipt:
@@ -26,10 +26,10 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
     ledger = Ledger(job.ledger_path, read_only=True)
     try:
         question = remembered(ledger, job)
-        rows = Rows(job, ledger.forgotten())
-        rows.check_new_columns(question)
         target = job.output_path(datetime.now().astimezone())
         prepare(target, job.input_path, job.name)
+        rows = Rows(job, ledger.forgotten())
+        rows.check_new_columns(question)
         collector = Collector(ledger, job, question, rows)
         ledger.begin_pass(wish(job, Options(), 0))
         if job.model.caps is not None:

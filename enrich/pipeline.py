@@ -13,12 +13,12 @@ from enrich.errors import EnrichError, Exit
 from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
-from enrich.output import prepare
 from enrich.pace import Pace
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
 from enrich.surroundings import Options, Surroundings
+from enrich.tables.writing import prepare
 
 
 def run(around: Surroundings, options: Options) -> Receipt:
@@ -55,9 +55,11 @@ async def _execute(
     target, feeds = job.output_path(now), job.feeds(now)
     broken: EnrichError | None = None
     try:
-        rows = Rows(job, await journal.do(Ledger.forgotten))
-        for kind, path in {"output": target, **feeds}.items():
-            prepare(path, job.input_path, job.name, kind)
+        forgotten = await journal.do(Ledger.forgotten)
+        with signals.asking():  # a pipe or a storage may let us wait
+            for kind, path in {"output": target, **feeds}.items():
+                prepare(path, job.input_path, job.name, kind)
+            rows = Rows(job, forgotten)
     except EnrichError as error:
         broken = error
         if not await journal.do(Ledger.tasks):

@@ -20,12 +20,12 @@ from enrich.forecast import WHY, Plan
 from enrich.job import Job
 from enrich.ledger import Ledger
 from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso, to_micros
-from enrich.output import prepare, write
 from enrich.planfile import FrozenPlan, ground
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.spec import Output
 from enrich.surroundings import Options, wish
+from enrich.tables.writing import prepare, write
 
 #: The columns that `--rows` adds to the input's.
 ROW_COLUMNS = {
@@ -45,7 +45,7 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
     with _ledger(job) as ledger:
         rows = Rows(job, ledger.forgotten())
         if rows_file is not None:
-            prepare(rows_file, job.input_path, f"{job.name}-plan")
+            prepare(rows_file, job.input_path, job.name, "plan")
         connection = asyncio.run(_connect(job, access, ledger, options))
         rows.check_new_columns(connection.question)
         clock = SystemClock()
@@ -147,9 +147,9 @@ def _write_rows(target: Path, job: Job, rows: Rows, ledger: Ledger, now: tuple[Q
             ]
             yield batch.frame.hstack(new)
 
-    schema = {name: pl.String() for name in rows.columns} | ROW_COLUMNS
-    name = f"{job.name}-plan"
-    write(target, Output(path=str(target)), job=name, schema=schema, frames=frames(), new=len(ROW_COLUMNS))
+    schema = rows.schema | ROW_COLUMNS
+    output = Output(path=str(target))
+    write(target, output, job=job.name, schema=schema, frames=frames(), new=len(ROW_COLUMNS), kind="plan")
 
 
 def _not_asked(status: RowStatus, why: str) -> list[object]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from hashlib import file_digest
+from dataclasses import replace
 
 import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, STATUS_COLUMNS, Asking, Batch
-from enrich.csvfile import CsvFormat, CsvProblem, likely_separator, read_batches, read_header
-from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.order import ranks, sort_keys
 from enrich.privacy import Forgotten, read_suppression
 from enrich.question import Question
+from enrich.tables.cells import text_frame
+from enrich.tables.csvfile import likely_separator
+from enrich.tables.source import Source
 
 #: What looks at other rows of a table than one's own; in quotes it is text or a column.
 _OTHER_ROWS = re.compile(r"\b(over|select)\b", re.IGNORECASE)
@@ -34,32 +35,21 @@ class Rows:
         self._forgotten = forgotten or Forgotten(b"")
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.path(suppress))
-        self._source = CsvFormat(job.input_path, job.input.separator, job.input.encoding)
-        try:
-            self._header = read_header(self._source)
-        except CsvProblem as problem:
-            raise Refused(problem.message, problem.hint) from problem
+        self._source = Source(job.input_path, job.input)
+        self._header = list(self._source.schema)
         #: The columns that are written back, with their types; a blank of text is `""` or null.
-        self.schema: dict[str, pl.DataType] = {name: pl.String() for name in self._header if name not in STATUS_COLUMNS}
+        self.schema = {name: kind for name, kind in self._source.schema.items() if name not in STATUS_COLUMNS}
         self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
-    def stamp(self) -> tuple[int, int, int] | None:
-        """Identity, size and time of the file: it was replaced or changed when this differs. None: it is gone."""
-        try:
-            stat = self._job.input_path.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    def stamp(self) -> object:
+        """Identity of the input's files: one was replaced, changed or added when this differs. None: it is gone."""
+        return self._source.stamp()
 
     def digest(self) -> str:
-        """Hash the file's bytes (SHA-256, hex)."""
-        try:
-            with self._job.input_path.open("rb") as file:
-                return file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise Refused(f"{self._job.input_path} cannot be read: {error.strerror}") from error
+        """Hash the bytes of the input's files (SHA-256, hex)."""
+        return self._source.digest()
 
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
@@ -78,23 +68,20 @@ class Rows:
         if self._job.model.order_by is None:
             return None
         places = list(map(self._header.index, self._job.model.order_by))
-        keys = [sort_keys(frame, places) for frame in self._frames()]
+        keys = [sort_keys(text_frame(frame), places) for frame in self._source.batches()]
         return ranks(pl.concat(keys)) if keys else None
 
     def batches(self, question: Question, order: pl.Series | None = None) -> Iterator[Batch]:
         """Read the whole input once. Raises Refused that names file, row and remedy."""
         ask = Asking(self._job, question, self._header, self._forgotten)
+        kept = [place for place, name in enumerate(self._header) if name in self.schema]
         first = 0
-        for frame in self._frames():
+        for frame in self._source.batches():
+            text = text_frame(frame)
             places = None if order is None else order[first : first + frame.height].to_list()
-            yield ask.batch(first, frame, self._wanted(frame), self._suppressed(frame), places)
+            batch = ask.batch(first, text, self._wanted(text), self._suppressed(text), places)
+            yield batch if text is frame else replace(batch, frame=frame.select(pl.nth(kept)))
             first += frame.height
-
-    def _frames(self) -> Iterator[pl.DataFrame]:
-        try:
-            yield from read_batches(self._source)
-        except CsvProblem as problem:
-            raise Refused(problem.message, problem.hint) from problem
 
     @property
     def key(self) -> list[str]:
@@ -125,7 +112,8 @@ class Rows:
         if column in self._header:
             return
         hint = nearest(column, [*self._header, *also])
-        if other := likely_separator(self._header, self._source.separator):
+        written = self._job.input
+        if written.format == "csv" and (other := likely_separator(self._header, written.separator)):
             shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
             hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
         raise self._job.error(where, f"the input has no column `{column}` ({self._job.input_path})", hint)

@@ -36,7 +36,7 @@ class Signals:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Let Ctrl-C end a question to the person, which blocks the event loop."""
+        """Let signals end what blocks the event loop, such as a question to the person."""
         self._ignore()
         try:
             yield
@@ -59,9 +59,15 @@ class Signals:
         for number in CODES:
             with suppress(ValueError, RuntimeError):
                 asyncio.get_running_loop().remove_signal_handler(number)
+                if number != signal.SIGINT:  # which raises KeyboardInterrupt by itself
+                    signal.signal(number, _raise)
 
     def _hear(self, code: Exit) -> None:
         if self.heard is not None:
             os._exit(code)
         self.heard = code
         self.on_first(code)
+
+
+def _raise(number: int, _frame: object) -> None:
+    raise Interrupted(CODES[signal.Signals(number)])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from enrich.fields import Columns, Credits, Duration, Encoding, Separator, Text, Url, text
+from enrich.place import Format, format_of, separator_of
 
 Transform = Literal["trim", "lower", "domain"]
 
@@ -19,21 +20,48 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
-class Input(_Strict):
-    """The CSV (or TSV) of leads."""
+def _usual_separator(known: dict[str, Any]) -> str:
+    return separator_of(known["path"])
 
-    path: Text = Field(description="The file of leads; relative to the job file.")
-    separator: Separator = Field(",", description="One character.")
+
+def _usual_format(known: dict[str, Any]) -> Format:
+    return format_of(known["path"]) or "csv"
+
+
+class Input(_Strict):
+    """The leads: a file, or several files of one format that are read as one."""
+
+    path: Text = Field(
+        description="A file, a glob such as leads/*.csv, a storage URL such as s3://bucket/leads.csv, or - for stdin; "
+        "relative to the job file."
+    )
+    separator: Separator = Field(
+        default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."
+    )
     encoding: Encoding = Field("utf-8", description="As Python names it: utf-8, cp1252, utf-16 …")
+    format: Format = Field(
+        default_factory=_usual_format,
+        description="Default: by the path's ending, which .gz may follow; csv where it says nothing.",
+    )
+    sheet: Text | None = Field(None, description="The sheet of a workbook; default: the first.")
+
+    @model_validator(mode="after")
+    def _sheet_of_a_workbook(self) -> Input:
+        if self.sheet is not None and self.format != "xlsx":
+            raise ValueError("`sheet` is for workbooks: format xlsx")
+        return self
 
 
 class Output(_Strict):
     """The enriched file."""
 
     path: Text = Field(
-        description="A .csv, .csv.gz or .parquet file; strftime codes allowed; relative to the job file."
+        description="A .csv, .tsv, .jsonl (each may be followed by .gz), .parquet or .xlsx file, or a storage URL; "
+        "strftime codes allowed; relative to the job file."
     )
-    separator: Separator = Field(",", description="One character.")
+    separator: Separator = Field(
+        default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."
+    )
     encoding: Encoding = Field("utf-8", description="As Python names it.")
 
 

@@ -14,27 +14,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.csvfile import CELL_LIMIT, CsvFormat, CsvProblem, CsvWriter, likely_separator, read_batches, read_header
+from enrich.tables.csvfile import CELL_LIMIT, CsvWriter, likely_separator, read_batches, read_header
+from enrich.tables.textfile import TableFile, TableProblem
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
-def saved(folder: Path, content: bytes | str, name: str = "leads.csv", **options: Any) -> CsvFormat:
+def saved(folder: Path, content: bytes | str, name: str = "leads.csv", **options: Any) -> TableFile:
     """Save a file and return its format."""
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return CsvFormat(path, **options)
+    return TableFile(path, **options)
 
 
-def rows_of(source: CsvFormat, rows_per_batch: int = 20_000) -> list[tuple[str, ...]]:
+def rows_of(source: TableFile, rows_per_batch: int = 20_000) -> list[tuple[str, ...]]:
     """Return the header and all rows."""
     frames = list(read_batches(source, rows_per_batch))
     return [tuple(read_header(source)), *(row for frame in frames for row in frame.rows())]
 
 
-def problem_of(source: CsvFormat) -> CsvProblem:
+def problem_of(source: TableFile) -> TableProblem:
     """Return the problem that reading the whole file meets."""
-    with pytest.raises(CsvProblem) as caught:
+    with pytest.raises(TableProblem) as caught:
         rows_of(source)
     return caught.value
 
@@ -198,7 +199,7 @@ def test_a_gz_file_is_read_through_gzip(tmp_path: Path) -> None:
         pytest.param(
             "a,b\n".encode("utf-32"), "{path} is not `utf-8` text: byte 1 (line 1)", "`encoding: utf-32`", id="utf-32"
         ),
-        pytest.param(b"PK\x03\x04\x14\0", "{path} is not CSV text but a zip archive or an Excel", "save it", id="xlsx"),
+        pytest.param(b"PK\x03\x04\x14\0", "{path} is not CSV text but a zip archive or an Excel", "`.xlsx`", id="xlsx"),
         pytest.param(gzip.compress(b"a\n"), "{path} is not CSV text but compressed with gzip", "`.gz`", id="gzip"),
         pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "no text file", id="picture"),
         pytest.param(
@@ -227,7 +228,7 @@ def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
     batches = read_batches(source, 2)
     before = [next(batches) for _ in range(at // 2)]
     assert sum(frame.height for frame in before) == at // 2 * 2
-    with pytest.raises(CsvProblem, match=rf"row {at + 1} \(line {at + 2}\)"):
+    with pytest.raises(TableProblem, match=rf"row {at + 1} \(line {at + 2}\)"):
         next(batches)
 
 
@@ -265,7 +266,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     """It is told by its name, whether one reads or writes."""
     problem = problem_of(saved(tmp_path, "a\n1\n", encoding=encoding))
     assert problem.message == f"encoding `{encoding}` is not known"
-    with pytest.raises(CsvProblem, match="is not known"):
+    with pytest.raises(TableProblem, match="is not known"):
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
@@ -273,7 +274,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
 def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separator: str) -> None:
     """Quotes and line ends have their own meaning."""
     assert "is not a single character" in problem_of(saved(tmp_path, "a\n", separator=separator)).message
-    with pytest.raises(CsvProblem, match="is not a single character"):
+    with pytest.raises(TableProblem, match="is not a single character"):
         CsvWriter(io.BytesIO(), separator)
 
 
@@ -288,16 +289,16 @@ def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     """The path stands in the message as it was given."""
-    assert problem_of(CsvFormat(tmp_path / "none.csv")).message == f"{tmp_path / 'none.csv'} does not exist"
+    assert problem_of(TableFile(tmp_path / "none.csv")).message == f"{tmp_path / 'none.csv'} does not exist"
     file = saved(tmp_path, "a\n").path
-    assert problem_of(CsvFormat(file / "below")).message == f"{file / 'below'} cannot be read: Not a directory"
+    assert problem_of(TableFile(file / "below")).message == f"{file / 'below'} cannot be read: Not a directory"
 
 
 def test_what_is_no_file_is_told(tmp_path: Path) -> None:
     """A folder cannot be read, and a named pipe would never end."""
-    assert problem_of(CsvFormat(tmp_path)).message == f"{tmp_path} is a folder"
+    assert problem_of(TableFile(tmp_path)).message == f"{tmp_path} is a folder"
     os.mkfifo(tmp_path / "pipe.csv")
-    assert problem_of(CsvFormat(tmp_path / "pipe.csv")).message.endswith("pipe.csv is not a file")
+    assert problem_of(TableFile(tmp_path / "pipe.csv")).message.endswith("pipe.csv is not a file")
 
 
 def test_a_file_of_others_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,13 +372,13 @@ def test_a_character_the_encoding_lacks_is_told() -> None:
     with CsvWriter(raw, encoding="cp1252") as writer:
         writer.write_header(["a", "b"])
         writer.write(pl.DataFrame({"a": ["é"], "b": [None]}))
-        with pytest.raises(CsvProblem, match=r"^row 3, column `b`: `cp1252` has no sign") as caught:
+        with pytest.raises(TableProblem, match=r"^row 3, column `b`: `cp1252` has no sign") as caught:
             writer.write(pl.DataFrame({"a": ["1", "2"], "b": ["3", "田"]}))
         assert caught.value.hint == "Set `encoding: utf-8` for the file to write"
-        with pytest.raises(CsvProblem, match=r"^the header, column `田`"):
+        with pytest.raises(TableProblem, match=r"^the header, column `田`"):
             writer.write_header(["a", "田"])
     assert raw.getvalue() == b"a,b\n\xe9,\n"
-    with pytest.raises(CsvProblem, match=r"^separator '¦' cannot be written"):
+    with pytest.raises(TableProblem, match=r"^separator '¦' cannot be written"):
         CsvWriter(io.BytesIO(), "¦", "ascii").write_header(["a", "b"])
 
 
@@ -429,6 +430,6 @@ def test_whatever_a_file_holds_it_is_read_or_refused(
     """Rows of one width or a problem, never another exception; the same from gzip."""
     packed = gzip.compress(content) if name.endswith(".gz") else content
     source = saved(tmp_path_factory.mktemp("any"), packed, name, encoding=encoding)
-    with suppress(CsvProblem):
+    with suppress(TableProblem):
         rows = rows_of(source, 2)
         assert {len(row) for row in rows} == {len(rows[0])}

@@ -7,6 +7,9 @@ import gzip
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +27,14 @@ from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job, load_job
 from enrich.ledger import Ledger
 from enrich.model import Call, RowStatus, State
-from enrich.output import part_of, prepare, write
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.spec import Output
+from enrich.tables.writing import part_of, prepare, write
 
 CALL = Call("email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)
+NAMES = ["out.csv", "out.csv.gz", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.parquet", "out.xlsx"]
 JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
 
 
@@ -63,7 +67,7 @@ class GivenUpError(Exception):
     """What a signal raises between two batches."""
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
 def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, error: BaseException) -> None:
     """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
@@ -82,7 +86,40 @@ def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, e
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import polars as pl
+from enrich.spec import Output
+from enrich.tables.writing import write
+
+def frames():
+    for _ in range(3):
+        yield pl.DataFrame({"old": ["x"] * 20_000, "new": ["y"] * 20_000})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+target = Path(sys.argv[1])
+schema = dict.fromkeys(["old", "new"], pl.String())
+write(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new=1)
+"""
+
+
+@pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
+def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+    """And at most one part beside it, which the next start removes."""
+    target = tmp_path / "out" / name
+    target.parent.mkdir()
+    target.write_text("the old one")
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # where a workbook grows: what a kill leaves there is ours alone
+    process = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environ, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_text() == "the old one"
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("enrich-*")} <= {0o700}
+    prepare(target, tmp_path / "leads.csv", "job")
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     """It is told, and the answers are in the ledger all the same."""
     target = tmp_path / name
@@ -93,7 +130,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+@pytest.mark.parametrize("name", NAMES)
 def test_only_the_owner_can_read_it(tmp_path: Path, name: str) -> None:
     """Personal data; also when the old file was open to all and a killed run left a part."""
     target = tmp_path / name

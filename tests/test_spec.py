@@ -271,7 +271,10 @@ def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
         ),
         (
             f"{BASE}output: out.xls\n",
-            ["6: output: `out.xls` is of no type that can be written", "hint: use .csv, .csv.gz, .parquet"],
+            [
+                "6: output: `out.xls` is of no type that can be written",
+                "hint: use .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .parquet, .xlsx",
+            ],
         ),
         (f"{BASE}waterfall: x\n", ["6: `waterfall` is there twice", "hint: remove one of the two"]),
         (f"{BASE}  company: B\n", ["6: `company` is there twice", "hint: remove one of the two"]),

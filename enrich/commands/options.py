@@ -56,8 +56,8 @@ def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tu
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 PATHS = (
-    click.option("--input", "input_path", type=FILE, help="Read this file instead of the job's input."),
-    click.option("--output", type=FILE, help="Write this file instead of the job's output."),
+    click.option("--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."),
+    click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
     click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
 )
@@ -90,8 +90,8 @@ def choosing(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def load(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     max_credits: float | None = None,

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
 def run(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     limit: int | None,
@@ -82,7 +82,8 @@ def run(
         max_credits = plan.max_credits
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
-    asks = sys.stdin.isatty() and on_terminal and not yes and not use_sandbox and job.max_credits is None
+    listens = sys.stdin is not None and sys.stdin.isatty()
+    asks = listens and on_terminal and not yes and not use_sandbox and job.max_credits is None
     if accept in retry:
         raise click.UsageError("--accept and --retry in_doubt say opposite things: choose one")
     wishes = Options(
@@ -175,8 +176,8 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
 @options.AS_JSON
 def plan(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     limit: int | None,
@@ -211,8 +212,8 @@ def plan(
 @options.AS_JSON
 def collect(
     job_file: Path,
-    input_path: Path | None,
-    output: Path | None,
+    input_path: str | None,
+    output: str | None,
     ledger: Path | None,
     use_sandbox: bool,
     partial: bool,

@@ -2,38 +2,32 @@
 
 import codecs
 import csv
-import gzip
 import io
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TextIO
 
 import polars as pl
 
+from enrich.tables.textfile import (
+    BINARY,
+    BYTE_ORDER_MARK,
+    TableFile,
+    TableProblem,
+    check_encoding,
+    named,
+    opened,
+    twice,
+)
+
 if TYPE_CHECKING:
     from _csv import Reader
 
 CELL_LIMIT = 10_000_000  # characters; csv's own limit of 131,072 is below what scraped pages and notes reach
-BYTE_ORDER_MARK = "\ufeff"
 
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, whose mark is its beginning
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-_OTHER_KINDS = {
-    b"PK\x03\x04": ("a zip archive or an Excel workbook", "Open it in a spreadsheet and save it as CSV"),
-    b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "Open it in a spreadsheet and save it as CSV"),
-    b"\x1f\x8b": ("compressed with gzip", "Let its name end in `.gz`, or unpack it"),
-}
 _SYNTAX = {  # csv tells its errors apart only by their words
     "unexpected end of data": ("has a quote that is never closed", "Close the quote, or double it if it is text"),
     "expected after": (
@@ -45,35 +39,16 @@ _SYNTAX = {  # csv tells its errors apart only by their words
         "Look for a quote that is never closed in this row, or shorten the cell",
     ),
 }
-_BINARY = "It is no text file, or one in another encoding, perhaps `encoding: utf-16-le`"
 _parsing = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class CsvFormat:
-    """Where a CSV file lies and how its text is to be understood."""
-
-    path: Path
-    separator: str = ","
-    encoding: str = "utf-8"
-
-
-class CsvProblem(Exception):
-    """What is wrong with a CSV file and, as a hint, what to do about it; no cell of the file is quoted."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
-def read_header(source: CsvFormat) -> list[str]:
+def read_header(source: TableFile) -> list[str]:
     """Return the column names as they are written."""
     with _opened(source) as text:
         return _header(source, _reader(source, text))
 
 
-def read_batches(source: CsvFormat, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
+def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
     """Yield the rows in order as frames of text; a blank cell is `""`, never null."""
     with _opened(source) as text:
         reader = _reader(source, text)
@@ -136,14 +111,14 @@ class CsvWriter:
         except UnicodeEncodeError:
             raise self._unwritable(columns, rows, first_row) from None
 
-    def _unwritable(self, columns: list[str], rows: Sequence[Sequence[object]], first_row: int) -> CsvProblem:
+    def _unwritable(self, columns: list[str], rows: Sequence[Sequence[object]], first_row: int) -> TableProblem:
         hint = "Set `encoding: utf-8` for the file to write"
         for row, cells in enumerate(rows, first_row):
             for name, cell in zip(columns, cells, strict=True):
                 if not _fits(str(cell), self._encoding):
-                    place = f"{f'row {row}' if row else 'the header'}, column {_named(name)}"
-                    return CsvProblem(f"{place}: `{self._encoding}` has no sign for a character of this cell", hint)
-        return CsvProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
+                    place = f"{f'row {row}' if row else 'the header'}, column {named(name)}"
+                    return TableProblem(f"{place}: `{self._encoding}` has no sign for a character of this cell", hint)
+        return TableProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
 
 
 class _LineFeedText(io.StringIO):
@@ -154,66 +129,21 @@ class _LineFeedText(io.StringIO):
 
 
 @contextmanager
-def _opened(source: CsvFormat) -> Iterator[TextIO]:
-    """Open the file as text past its byte order mark; whatever fails while it is read becomes a problem."""
+def _opened(source: TableFile) -> Iterator[TextIO]:
+    """Open the file; what the parser says of it becomes a problem."""
     _check(source.separator, source.encoding)
-    path = source.path
     try:
-        with _binary(path) as raw:
-            _refuse_other_kinds(source, raw.read(8))
-            raw.seek(0)
-            with io.TextIOWrapper(raw, source.encoding, newline="") as text:
-                if text.read(1) != BYTE_ORDER_MARK:
-                    text.seek(0)
-                yield text
-    except FileNotFoundError:
-        raise CsvProblem(f"{path} does not exist", "Check the path; it is relative to the current folder") from None
-    except PermissionError:
-        raise CsvProblem(f"{path} may not be read by this user", "Give yourself the right to read it") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        hint = "Fetch the file again; if it is plain text, let its name not end in `.gz`"
-        raise CsvProblem(f"{path} is not a sound gzip file", hint) from None
-    except OSError as error:
-        raise CsvProblem(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeError:
-        raise _first_undecodable(source) from None
+        with opened(source) as text:
+            yield text
     except csv.Error:
         raise _first_flaw(source) from None
-
-
-def _binary(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-        raise CsvProblem(f"{path} is {'a folder' if path.is_dir() else 'not a file'}", "Name a CSV file")
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _refuse_other_kinds(source: CsvFormat, beginning: bytes) -> None:
-    for magic, (kind, hint) in _OTHER_KINDS.items():
-        if beginning.startswith(magic):
-            raise CsvProblem(f"{source.path} is not CSV text but {kind}", hint)
-    encoding = codecs.lookup(source.encoding).name
-    mark = next((marked for mark, marked in _MARKS.items() if beginning.startswith(mark)), None)
-    if mark and not encoding.startswith(mark):
-        what, likely = f"begins a mark of {mark}", mark
-    elif beginning and not mark and encoding in {"utf-16", "utf-32"}:
-        order = "be" if beginning.startswith(b"\0") else "le"
-        what, likely = "begins no mark of it", f"{encoding}-{order}" if b"\0" in beginning else "utf-8"
-    else:
-        return
-    message = f"{source.path} is not `{source.encoding}` text: byte 1 (line 1) {what}"
-    raise CsvProblem(message, f"Set `encoding: {likely}`")
 
 
 def _check(separator: str, encoding: str) -> None:
     if len(separator) != 1 or separator in '"\r\n\0':
         message = f"separator {separator!r} is not a single character other than a quote or a line end"
-        raise CsvProblem(message, 'Use one such as "," or ";" or, for a tab, "\\t" in double quotes')
-    try:
-        codecs.lookup(encoding)
-        "a".encode(encoding)  # refuses codecs that are none of text, such as base64
-    except (LookupError, ValueError):
-        message = f"encoding `{encoding}` is not known"
-        raise CsvProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`") from None
+        raise TableProblem(message, 'Use one such as "," or ";" or, for a tab, "\\t" in double quotes')
+    check_encoding(encoding)
 
 
 def _fits(text: str, encoding: str) -> bool:
@@ -224,7 +154,7 @@ def _fits(text: str, encoding: str) -> bool:
     return True
 
 
-def _reader(source: CsvFormat, text: Iterable[str]) -> "Reader":
+def _reader(source: TableFile, text: Iterable[str]) -> "Reader":
     return csv.reader(text, delimiter=source.separator, strict=True)
 
 
@@ -245,16 +175,16 @@ def _take(reader: Iterator[list[str]], count: int) -> list[list[str]]:
         return list(islice(filter(None, reader), count))
 
 
-def _header(source: CsvFormat, reader: Iterator[list[str]]) -> list[str]:
+def _header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
     rows = _take(reader, 1)
     if not rows:
-        raise CsvProblem(f"{source.path} is empty", "The first line must hold the column names")
+        raise TableProblem(f"{source} is empty", "The first line must hold the column names")
     if _flaw(source, rows[0], rows[0]):
         raise _first_flaw(source)
     return rows[0]
 
 
-def _first_flaw(source: CsvFormat) -> CsvProblem:
+def _first_flaw(source: TableFile) -> TableProblem:
     """Read the file again, slowly, to say in which row and line it first goes wrong."""
     header: list[str] = []
     row, line = 0, 1
@@ -269,7 +199,7 @@ def _first_flaw(source: CsvFormat) -> CsvProblem:
                     row += 1
                 line = reader.line_num + 1
             else:
-                return CsvProblem(f"{source.path} changed while it was read", "Start again when the file is complete")
+                return TableProblem(f"{source} changed while it was read", "Start again when the file is complete")
         except csv.Error as error:
             known = (flaw for words, flaw in _SYNTAX.items() if words in str(error))
             flaw = next(known, ("is not well-formed CSV", "Look at its quotes"))
@@ -277,10 +207,10 @@ def _first_flaw(source: CsvFormat) -> CsvProblem:
     if reader.line_num > line:
         hint += f"; the row runs on to line {reader.line_num}"
     place = f"row {row}" if row else "the header"
-    return CsvProblem(f"{source.path}: {place} (line {line}) {what}", hint)
+    return TableProblem(f"{source}: {place} (line {line}) {what}", hint)
 
 
-def _flaw(source: CsvFormat, header: list[str], cells: list[str]) -> tuple[str, str] | None:
+def _flaw(source: TableFile, header: list[str], cells: list[str]) -> tuple[str, str] | None:
     """Tell what is wrong with a row, the header being one too, and the remedy."""
     if len(cells) != len(header):
         what = f"has {_counted(len(cells), 'cell')}, but the header has {_counted(len(header), 'column')}"
@@ -289,39 +219,9 @@ def _flaw(source: CsvFormat, header: list[str], cells: list[str]) -> tuple[str, 
             return what, f"Perhaps the separator is {separator!r}"
         return what, f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
     if any("\0" in cell for cell in cells):
-        return "has a NUL character", _BINARY
-    if cells is header and len(set(header)) < len(header):
-        places: dict[str, list[str]] = {}
-        for position, name in enumerate(header, 1):
-            places.setdefault(name, []).append(str(position))
-        repeated = [f"{_named(name)} at {', '.join(found)}" for name, found in places.items() if len(found) > 1]
-        return f"names columns twice: {'; '.join(repeated)}", "Give each column a name of its own"
-    return None
-
-
-def _first_undecodable(source: CsvFormat) -> CsvProblem:
-    """Read the file again as bytes to say which of them is none of its encoding."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(source.encoding)(), translate=True)
-    offset, line, where = 0, 1, ""
-    with _binary(source.path) as raw:
-        for chunk in chain(iter(lambda: raw.read(1 << 20), b""), [b""]):
-            pending, state = decoder.getstate()
-            try:
-                line += decoder.decode(chunk, final=not chunk).count("\n")
-            except UnicodeError as error:
-                start = getattr(error, "start", 0) - len(pending)
-                decoder.setstate((pending if start > 0 else b"", state))
-                line += decoder.decode(chunk[: max(start, 0)], final=True).count("\n")
-                where = f": byte {offset + start + 1} (line {line}) has no meaning in it"
-                break
-            offset += len(chunk)
-    usual = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
-    hint = f"Name the encoding it was saved in, perhaps `encoding: {usual}`"
-    return CsvProblem(f"{source.path} is not `{source.encoding}` text{where}", _BINARY if b"\0" in chunk else hint)
-
-
-def _named(name: str) -> str:
-    return f"`{name}`" if name else "the blank name"
+        return "has a NUL character", BINARY
+    repeated = twice(header) if cells is header else None
+    return (repeated, "Give each column a name of its own") if repeated else None
 
 
 def _counted(number: int, thing: str) -> str:

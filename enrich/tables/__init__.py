@@ -1,0 +1,1 @@
+"""Tables in files: CSV, JSON Lines, Parquet and Excel, read and written alike."""

@@ -1,0 +1,148 @@
+"""Cells of any type as the text that a person reads, and as JSON."""
+
+from __future__ import annotations
+
+import json.encoder
+import math
+from collections.abc import Iterable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+
+import polars as pl
+
+#: What a JSON file has that is not a string, as it is written there; null where it has nothing.
+JSON = pl.Struct({"enrich:json": pl.String})
+#: Whole numbers below this are exact as floats.
+_EXACT = 2**53
+_STAMP = "%Y-%m-%dT%H:%M:%S%.f"
+
+#: Write text as JSON, letters of all languages as they are.
+quoted = json.encoder.encode_basestring
+
+
+class Raw(str):
+    """JSON that is not a string, such as a number, as it is written in a file."""
+
+    __slots__ = ()
+
+
+def as_text(column: pl.Series) -> pl.Series:
+    """Write every cell of a column as text; a null is a blank."""
+    # Without its name: polars would take one like `^a.*$` for a pattern.
+    name, column = column.name, column.alias("")
+    kind = column.dtype
+    if kind == pl.String:
+        text = column
+    elif kind == JSON:
+        text = _series([None if cell is None else _plain(cell) for cell in written(column)])
+    elif isinstance(kind, pl.Datetime):
+        text = column.dt.strftime(_STAMP + ("%:z" if kind.time_zone else ""))
+    elif kind == pl.Duration:
+        text = column.dt.to_string("iso")
+    elif kind == pl.Time:
+        text = column.dt.to_string("%H:%M:%S%.f")
+    elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum, pl.Date):
+        text = column.cast(pl.String)
+    else:
+        text = _series(map(text_of, _shortest(column).to_list()))
+    return text.fill_null("").alias(name)
+
+
+def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
+    """Write every cell of a frame as text; one that is text without nulls comes back itself."""
+    if all(column.dtype == pl.String and not column.null_count() for column in frame.get_columns()):
+        return frame
+    return pl.DataFrame({column.name: as_text(column) for column in frame.get_columns()})
+
+
+def as_json(column: pl.Series) -> list[str]:
+    """Write every cell of a column as JSON."""
+    if column.dtype == JSON:
+        return [cell or "null" for cell in written(column)]
+    if column.dtype.is_temporal() or column.dtype == pl.Binary:
+        gone = column.alias("").is_null()
+        return ["null" if nothing else quoted(cell) for cell, nothing in zip(as_text(column), gone, strict=True)]
+    return list(map(compact, _shortest(column).to_list()))
+
+
+def json_column(cells: list[str | None]) -> pl.Series:
+    """Make a column of what is written in a JSON file."""
+    return pl.DataFrame({"enrich:json": pl.Series(cells, dtype=pl.String)}).to_struct()
+
+
+def written(column: pl.Series) -> list[str | None]:
+    """Return what is written in a JSON file, for each cell of a column of type JSON."""
+    return column.alias("").struct.field("enrich:json").to_list()
+
+
+def compact(value: object) -> str:
+    """Write a value as JSON without blanks; what JSON has no type for becomes text, what is no number null."""
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{quoted(key)}:{compact(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(compact, value)) + "]"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = text_of(value)
+    return text if isinstance(value, Decimal) else quoted(text)
+
+
+def text_of(value: object) -> str:  # noqa: C901 - a table of types
+    """Write a value as a person reads it: no idle `.0`, no exponent, dates as ISO 8601, nothing as nothing."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case bool():
+            return "TRUE" if value else "FALSE"
+        case int():
+            return str(value)
+        case float():
+            return _digits(value)
+        case Decimal():
+            return f"{value:f}"
+        case datetime() | date() | time():
+            return value.isoformat()
+        case timedelta():
+            minutes, seconds = divmod(round(value.total_seconds()), 60)
+            return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return value.hex()
+        case _:
+            return compact(value)
+
+
+def _shortest(column: pl.Series) -> pl.Series:
+    """Let a short float keep its few digits, through its own text."""
+    return column.alias("").cast(pl.String).cast(pl.Float64) if column.dtype == pl.Float32 else column
+
+
+def _digits(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    if value.is_integer() and abs(value) < _EXACT:
+        return str(int(value))
+    return f"{Decimal(f'{value:.15g}'):f}"
+
+
+def _plain(cell: str) -> str:
+    """Turn JSON into text: a string is its text, all else stays as it is written."""
+    return str(json.loads(cell)) if cell.startswith('"') else cell
+
+
+def _series(cells: Iterable[str | None]) -> pl.Series:
+    return pl.Series("", list(cells), pl.String)

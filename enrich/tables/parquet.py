@@ -1,0 +1,53 @@
+"""Reads and writes Parquet, batch by batch; every column keeps its type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import polars as pl
+from polars.io.plugins import register_io_source
+
+from enrich.tables.cells import JSON, as_text
+from enrich.tables.textfile import TableFile, TableProblem, readable
+
+
+def read_schema(source: TableFile) -> dict[str, pl.DataType]:
+    """Return the columns and their types."""
+    with _sound(source):
+        schema = dict(pl.read_parquet_schema(source.path))
+    if not schema:
+        raise TableProblem(f"{source} has no columns", "Name a file of leads")
+    return schema
+
+
+def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
+    """Yield the rows in order."""
+    with _sound(source):
+        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+        for frame in scan.collect_batches(chunk_size=rows_per_batch, maintain_order=True, lazy=True):
+            if frame.height:
+                yield frame
+
+
+def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> None:
+    """Stream the frames through polars' own sink, so that they are never held together; JSON becomes text."""
+
+    def batches(
+        _columns: list[str] | None, _predicate: pl.Expr | None, _rows: int | None, _size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        for frame in frames:
+            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON else it for it in frame.get_columns()})
+
+    types = {name: pl.String() if kind == JSON else kind for name, kind in schema.items()}
+    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw)
+
+
+@contextmanager
+def _sound(source: TableFile) -> Iterator[None]:
+    try:
+        with readable(source):
+            yield
+    except pl.exceptions.PolarsError:
+        raise TableProblem(f"{source} is not a sound Parquet file", "Write it again, or fetch it again") from None

@@ -1,0 +1,67 @@
+"""Tables in files of every format, written and read by other libraries than the program's own where there are any."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import polars as pl
+import xlsxwriter
+from openpyxl.utils.escape import unescape
+
+INPUTS = ("csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "parquet", "xlsx")
+OUTPUTS = ("csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx")
+
+Rows = Sequence[Sequence[str]]
+
+
+def save(path: Path, header: Sequence[str], rows: Rows) -> Path:
+    """Write a table of text in the format that the path's ending says."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pl.DataFrame([list(row) for row in rows], dict.fromkeys(header, pl.String), orient="row").write_parquet(path)
+        return path
+    if kind == "xlsx":
+        with xlsxwriter.Workbook(path) as book:
+            sheet = book.add_worksheet()
+            for number, cells in enumerate([header, *rows]):
+                for place, value in enumerate(cells):
+                    sheet.write_string(number, place, value)
+        return path
+    text = io.StringIO(newline="")
+    if kind == "jsonl":
+        text.writelines(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows)
+    else:
+        csv.writer(text, delimiter="\t" if kind == "tsv" else ",").writerows([header, *rows])
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def load(path: Path) -> list[list[Any]]:
+    """Read a file: the header, then the rows; a blank is ''."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        frame = pl.read_parquet(path)
+        return [frame.columns, *([_blank(cell) for cell in row] for row in frame.rows())]
+    if kind == "xlsx":
+        sheet = openpyxl.load_workbook(path).active
+        assert sheet is not None
+        return [[unescape(_blank(cell)) for cell in row] for row in sheet.iter_rows(values_only=True)]
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    if kind == "jsonl":
+        objects = [json.loads(line) for line in text.split("\n")[:-1]]
+        header = list(objects[0]) if objects else []
+        return [header, *([_blank(found[name]) for name in header] for found in objects)]
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == "tsv" else ",", strict=True))
+
+
+def _blank(cell: Any) -> Any:
+    return "" if cell is None else cell

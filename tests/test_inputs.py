@@ -1,0 +1,328 @@
+"""Leads from several files and through a pipe; asking and joining see the same rows in the same order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import JobError, Refused
+from enrich.job import Overrides, load_job
+from enrich.place import STDIN, Url, locate
+from enrich.spec import Input
+from enrich.tables.source import Source
+from enrich.tables.writing import prepare
+from tests.harness import HEADER, Api, Done, Office, _environ, people
+from tests.tables import load, save
+
+
+def piped(office: Office, api: Api, data: bytes | None, *arguments: str, **environ: str) -> Done:
+    """Run the program with what comes through a pipe; None: nothing is open there."""
+    process = subprocess.run(
+        [sys.executable, "-m", "enrich", *arguments],
+        cwd=office.folder,
+        env=_environ(office.folder, api) | environ,
+        input=data,
+        preexec_fn=(lambda: os.close(0)) if data is None else None,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return Done(process.returncode, process.stdout.decode(), process.stderr.decode())
+
+
+# Several files
+
+
+def several(folder: Path, *tables: list[list[str]], ending: str = "csv") -> Path:
+    """Write a.csv, b.csv … and return the pattern that matches them."""
+    for name, (header, *rows) in zip("abcdef", tables, strict=False):
+        save(folder / f"{name}.{ending}", header, rows)
+    return folder / f"*.{ending}"
+
+
+def read(pattern: Path, **told: str) -> list[tuple[object, ...]]:
+    """Read all rows."""
+    source = Source(pattern, Input.model_validate({"path": str(pattern), **told}))
+    return [row for frame in source.batches() for row in frame.rows()]
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
+def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
+    """In the order of their names; hidden files and folders are none of them."""
+    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
+    (tmp_path / f".hidden.{ending}").write_text("?")
+    (tmp_path / f"folder.{ending}").mkdir()
+    assert read(pattern) == [("1", "2"), ("3", "4"), ("5", "6")]
+
+
+@pytest.mark.parametrize(
+    ("header", "difference"),
+    [
+        (["A"], "`B` is missing"),
+        (["A", "b"], "`B` is missing, `b` is new"),
+        (["A", "B", "C"], "`C` is new"),
+        (["B", "A"], "column 1 is `B`, not `A`"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "parquet", "xlsx"])
+def test_a_file_whose_header_differs_is_named(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
+    """With the difference; silently shifted columns would be paid for."""
+    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending)
+    with pytest.raises(Refused) as caught:
+        read(pattern)
+    there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
+    assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
+
+
+def test_json_lines_of_several_files_have_the_keys_of_all(tmp_path: Path) -> None:
+    """As the lines of one file have."""
+    (tmp_path / "a.jsonl").write_text('{"A": "1"}\n')
+    (tmp_path / "b.jsonl").write_text('{"A": 2, "B": true}\n')
+    source = Source(tmp_path / "*.jsonl", Input(path="*.jsonl"))
+    assert list(source.schema) == ["A", "B"]
+    assert sum(frame.height for frame in source.batches()) == 2
+
+
+def test_a_pattern_without_an_ending_leaves_the_format_to_the_files(tmp_path: Path) -> None:
+    """Which must be the same."""
+    several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
+    assert read(tmp_path / "*") == [("1", "2"), ("3", "4")]
+    save(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
+    with pytest.raises(Refused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
+        read(tmp_path / "*")
+
+
+def test_a_flaw_is_told_with_its_own_file_and_line(tmp_path: Path) -> None:
+    """Rows and lines count from the beginning of that file."""
+    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
+    with pytest.raises(Refused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
+        read(pattern)
+
+
+def test_a_pattern_without_a_match_is_refused(office: Office, api: Api) -> None:
+    """Perhaps the export has not come yet: exit 5, and nothing is spent."""
+    office.write_job(input='"in/*.csv"')
+    done = office.command("run", "job.yaml", api=api)
+    assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/in/*.csv: no file matches")
+
+
+def test_a_file_of_this_very_name_is_itself(tmp_path: Path) -> None:
+    """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
+    folder = tmp_path / "old [1]"
+    folder.mkdir()
+    save(folder / "leads[1].csv", ["A"], [["1"]])
+    job = "version: 1\nwaterfall: w\nparams: {a: A}\ninput: "
+    for named, name in (("leads[1].csv", "leads[1]_enriched.csv"), ('"*.csv"', "job_enriched.csv")):
+        (folder / "job.yaml").write_text(job + named)
+        loaded = load_job(folder / "job.yaml")
+        assert [row for frame in Source(loaded.input_path, loaded.input).batches() for row in frame.rows()] == [("1",)]
+        assert loaded.output.path == name
+
+
+@pytest.mark.parametrize("output", ["leads/out.csv", "leads/%Y.csv", "soft.csv", "leads/../leads/x.csv"])
+def test_an_output_that_the_next_run_would_read_is_an_error(office: Office, api: Api, output: str) -> None:
+    """Exit 2 with its name, before anything is spent or read."""
+    (office.folder / "leads").mkdir()
+    leads = save(office.folder / "leads" / "a.csv", HEADER, people(1))
+    (office.folder / "soft.csv").symlink_to(leads)
+    office.write_job(input='"leads/*.csv"', output=output)
+    done = office.command("run", "job.yaml", api=api)
+    assert done.code == 2
+    assert done.stderr.startswith(f"error: {office.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
+    assert api.audit()["accepted"] == 0
+
+
+def test_other_files_of_a_run_are_kept_from_the_pattern_too(tmp_path: Path) -> None:
+    """The message says which key to change."""
+    with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
+        prepare(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
+    assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
+
+
+def test_a_file_that_comes_next_night_pays_for_its_rows_alone(office: Office, api: Api) -> None:
+    """Row positions run on; the output has the rows of all files."""
+    (office.folder / "in").mkdir()
+    office.write_job(input='"in/*.csv"')
+    save(office.folder / "in" / "2026-11-01.csv", HEADER, people(3))
+    assert office.run(api).submitted == 3
+    save(office.folder / "in" / "2026-10-31.csv", HEADER, people(2, start=2))  # one of them is known
+    receipt = office.run(api)
+    assert (receipt.rows, receipt.submitted, receipt.reused) == (5, 1, 3)
+    assert [row["First Name"][5:] for row in office.output()] == ["2", "3", "0", "1", "2"]
+    assert api.audit()["accepted"] == 4
+
+
+def test_a_file_that_comes_during_the_run_is_noticed(tmp_path: Path) -> None:
+    """As a change of the only file is."""
+    pattern = several(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
+    source = Source(pattern, Input(path="*.csv"))
+    before = source.stamp()
+    assert source.stamp() == before
+    save(tmp_path / "c.csv", ["A"], [])
+    assert source.stamp() != before
+    (tmp_path / "c.csv").unlink()
+    assert source.stamp() == before
+
+
+# Through a pipe
+
+
+@pytest.mark.parametrize("packed", ["plain", "gzip"])
+def test_leads_come_through_a_pipe(office: Office, api: Api, packed: str) -> None:
+    """They are in the format of the job's input; the copy on disk is gone at the end."""
+    office.write_job(input="leads.jsonl", output="out.jsonl")
+    (office.folder / "tmp").mkdir()
+    lines = "".join(json.dumps({**dict(zip(HEADER, lead, strict=True)), "n": 1.0}) + "\n" for lead in people(3))
+    data = gzip.compress(lines.encode()) if packed == "gzip" else lines.encode()
+
+    done = piped(office, api, data, "run", "job.yaml", "--input", "-", "--json", TMPDIR=str(office.folder / "tmp"))
+
+    assert (done.code, done.receipt["rows"], done.receipt["submitted"]) == (0, 3, 3)
+    assert [row[5] for row in load(office.folder / "out.jsonl")[1:]] == [1.0] * 3
+    assert list((office.folder / "tmp").iterdir()) == []
+
+
+def test_the_job_itself_may_read_from_a_pipe(office: Office, api: Api) -> None:
+    """CSV, when nothing else is said; the output has a name all the same."""
+    (office.folder / "job.yaml").write_text(
+        'version: 1\ninput: "-"\nwaterfall: email_getter\n'
+        "params: {first_name: A, last_name: B, company: {value: a.example}}\n"
+    )
+    assert piped(office, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").code == 0
+    assert len(office.output("stdin_enriched.csv")) == 1
+    assert piped(office, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").code == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "error: standard input is empty"),
+        (b"First Name\nx,y\n", "error: "),
+        (",".join(HEADER).encode() + b"\n1,2\n", "error: standard input: row 1 (line 2) has 2 cells"),
+        (None, "error: standard input is a terminal, or closed"),
+    ],
+)
+def test_a_pipe_that_brings_nothing_of_use_is_told(office: Office, api: Api, data: bytes | None, told: str) -> None:
+    """Nothing is spent."""
+    done = piped(office, api, data, "run", "job.yaml", "--input", "-")
+    assert (done.code, done.stderr.startswith(told)) == (2 if told == "error: " else 5, True), done.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
+    """Whoever forgot the pipe is told so."""
+    ours, theirs = os.openpty()
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+            cwd=office.folder,
+            env=_environ(office.folder, api),
+            stdin=theirs,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 5
+    assert process.stderr.startswith(b"error: standard input is a terminal")
+
+
+def test_a_signal_ends_the_wait_for_a_pipe(office: Office, api: Api) -> None:
+    """The exit code says so, and what came so far is removed."""
+    (office.folder / "tmp").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+        cwd=office.folder,
+        env=_environ(office.folder, api) | {"TMPDIR": str(office.folder / "tmp")},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(b"First Name\n")
+    process.stdin.flush()
+    while not list((office.folder / "tmp").iterdir()):
+        assert process.poll() is None
+    process.terminate()
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, b"Traceback" in told) == (143, False)
+    assert list((office.folder / "tmp").iterdir()) == []
+
+
+def test_a_copy_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Personal data; it goes with the object that reads it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (tmp_path / "leads.csv").open("w+") as file:
+        file.write("A\n1\n")
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", file)
+        source = Source(STDIN, Input(path="-"))
+    (folder,) = tmp_path.glob("enrich-*")
+    (copy,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, copy.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert source.stamp() == source.stamp()
+    del source
+    assert not folder.exists()
+
+
+# What the job file and the command line say
+
+
+@pytest.mark.parametrize(
+    ("job", "given", "kind", "separator"),
+    [
+        ("leads.csv", None, "csv", ","),
+        ("leads.TSV.gz", None, "csv", "\t"),
+        ("leads.txt", None, "csv", ","),
+        ("leads.ndjson.gz", None, "jsonl", ","),
+        ("leads.parquet", None, "parquet", ","),
+        ("leads.xlsx", None, "xlsx", ","),
+        ("{path: export, format: xlsx, sheet: New}", None, "xlsx", ","),
+        ('{path: "-", format: jsonl}', None, "jsonl", ","),
+        ("leads.tsv", "-", "csv", "\t"),
+        ("leads.jsonl", "-", "jsonl", ","),
+        ("leads.jsonl", "other.csv", "csv", ","),
+        ("{path: leads.csv, separator: ;}", "other.tsv", "csv", ";"),
+        ("{path: export, format: xlsx, sheet: New}", "other.csv", "csv", ","),
+        ("{path: export, format: jsonl}", "other", "jsonl", ","),
+    ],
+)
+def test_the_ending_tells_the_format(tmp_path: Path, job: str, given: str | None, kind: str, separator: str) -> None:
+    """Unless it is said; another input from the command line brings its own."""
+    text = f"version: 1\ninput: {job}\nwaterfall: w\nparams: {{a: A}}\n"
+    (tmp_path / "job.yaml").write_text(text.replace(";}", '";"}'))
+    told = load_job(tmp_path / "job.yaml", Overrides(input=given)).input
+    assert (told.format, told.separator) == (kind, separator)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
+        ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
+        ("input: ftp://a/b.csv", "2: input: `ftp://` is no storage that is known: use s3://, gs://, az://"),
+        ("input: s3://bucket", "2: input: a storage URL names a bucket and an object: s3://bucket/leads.csv"),
+        ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
+    ],
+)
+def test_a_mistake_about_the_input_is_told(tmp_path: Path, line: str, told: str) -> None:
+    """With file, line and key."""
+    (tmp_path / "job.yaml").write_text(f"version: 1\n{line}\nwaterfall: w\nparams: {{a: A}}\n")
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / "job.yaml")
+    assert caught.value.message == f"{tmp_path}/job.yaml:{told}"
+
+
+def test_a_place_is_a_path_or_a_url(tmp_path: Path) -> None:
+    """URLs have no working directory and keep their slashes."""
+    assert locate(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
+    assert locate(tmp_path, "S3://bucket/a//b.csv") == Url("s3", "bucket", "a//b.csv")
+    assert str(Url("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"

@@ -1,0 +1,220 @@
+"""Leads in a storage and back into one, over real HTTP against a server that speaks S3."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+import polars as pl
+import pytest
+from moto.server import ThreadedMotoServer
+
+from enrich.errors import Refused
+from enrich.place import Url
+from enrich.spec import Input, Output
+from enrich.tables import storage
+from enrich.tables.source import Source
+from enrich.tables.writing import prepare, write
+from tests.harness import HEADER, Api, Office, people
+from tests.tables import load, save
+
+SECRET = "not-to-be-told"
+BUCKET = "leads"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Serve S3 on loopback."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def environ(endpoint: str) -> Iterator[dict[str, str]]:
+    """Point to the server, in which one bucket is new."""
+    variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    variables |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+    with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
+        http.post("/moto-api/reset")
+        http.put(f"/{BUCKET}").raise_for_status()
+    with patch.dict(os.environ, variables):
+        yield variables
+
+
+def put(key: str, content: bytes) -> Url:
+    """Put an object."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        url = Url("s3", BUCKET, key)
+        storage.send(url, file)
+    return url
+
+
+def got(folder: Path, key: str) -> Path:
+    """Fetch an object."""
+    path = folder / key.rpartition("/")[2]
+    with path.open("wb") as file:
+        storage.fetch(Url("s3", BUCKET, key), file)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names", [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")], ids=" to ".join
+)
+def test_a_run_reads_from_a_storage_and_writes_to_one(
+    tmp_path: Path, office: Office, api: Api, environ: dict[str, Any], names: tuple[str, str]
+) -> None:
+    """As from and to a disk; the next run pays nothing, and the ledger alone writes the output again."""
+    leads, output = names
+    put(f"in/{leads}", save(tmp_path / leads, HEADER, people(3)).read_bytes())
+    office.write_job(input=f"s3://{BUCKET}/in/{leads}", output=f"s3://{BUCKET}/out/{output}")
+    (office.folder / "tmp").mkdir()
+    environ = environ | {"TMPDIR": str(office.folder / "tmp")}
+
+    done = office.command("run", "job.yaml", "--json", api=api, **environ)
+
+    assert (done.code, done.receipt["submitted"], done.stderr) == (0, 3, "")
+    assert done.receipt["output"].startswith(f"s3://{BUCKET}/out/o")
+    rows = load(got(tmp_path, done.receipt["output"].removeprefix(f"s3://{BUCKET}/")))
+    assert [row[:5] for row in rows] == [HEADER, *people(3)]
+    assert office.command("run", "job.yaml", "--json", api=api, **environ).receipt["submitted"] == 0
+    assert office.command("collect", "job.yaml", **environ).code == 0
+    assert list((office.folder / "tmp").iterdir()) == []
+
+
+def test_urls_come_from_the_command_line_too(office: Office, api: Api, environ: dict[str, Any]) -> None:
+    """The process itself, as cron would start it."""
+    put("leads.csv", save(office.folder / "leads.csv", HEADER, people(1)).read_bytes())
+    (office.folder / "leads.csv").unlink()
+    places = ("--input", f"s3://{BUCKET}/leads.csv", "--output", f"s3://{BUCKET}/deep/out.csv.gz")
+    done = office.enrich("run", "job.yaml", *places, api=api, **environ)
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    assert len(load(got(office.folder, "deep/out.csv.gz"))) == 2
+
+
+@pytest.mark.usefixtures("environ")
+def test_another_object_has_another_stamp() -> None:
+    """So that a run notices new leads; the rows that were fetched stay as they were."""
+    url = put("leads.csv", b"A\n1\n")
+    source = Source(url, Input(path=str(url)))
+    before = source.stamp()
+    assert source.stamp() == before
+    put("leads.csv", b"A\n2\n")
+    assert source.stamp() != before
+    assert [frame.rows() for frame in source.batches()] == [[("1",)]]
+    with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
+        assert source.stamp() is not None
+
+
+@pytest.mark.usefixtures("environ")
+def test_a_flaw_is_told_with_the_url() -> None:
+    """And not with the name of the copy."""
+    url = put("leads.csv", b"A,B\n1\n")
+    with pytest.raises(Refused, match=rf"s3://{BUCKET}/leads.csv: row 1 \(line 2\) has 1 cell"):
+        list(Source(url, Input(path=str(url))).batches())
+
+
+@pytest.mark.usefixtures("environ")
+def test_an_output_that_fails_leaves_the_old_object(tmp_path: Path) -> None:
+    """Whole or not at all."""
+    url = put("out.csv", b"the old one")
+
+    def frames() -> Iterator[pl.DataFrame]:
+        yield pl.DataFrame({"A": ["1"]})
+        raise Refused("the input changed")
+
+    with pytest.raises(Refused, match="the input changed"):
+        write(url, Output(path=str(url)), job="job", schema={"A": pl.String()}, frames=frames(), new=0)
+    assert got(tmp_path, "out.csv").read_bytes() == b"the old one"
+
+
+@pytest.mark.usefixtures("environ")
+def test_an_output_that_cannot_be_sent_can_be_collected_later() -> None:
+    """The bucket went during the night."""
+    url = Url("s3", "gone", "out.csv")
+    frame = pl.DataFrame({"A": ["1"]})
+    with pytest.raises(Refused, match="there is no bucket `gone`") as caught:
+        write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
+    assert "`enrich collect` writes them without paying" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("environ")
+def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
+    """More than one request can carry."""
+    frame = pl.DataFrame({"A": [os.urandom(5_000).hex() for _ in range(1_200)]})
+    url = Url("s3", BUCKET, "out.csv")
+    write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
+    assert [row[0] for row in load(got(tmp_path, "out.csv"))[1:]] == frame["A"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (f"s3://{BUCKET}/none.csv", " does not exist"),
+        ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
+        (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
+        (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
+        ("az://box/a.csv", ": the storage refuses these credentials (none found)"),
+    ],
+)
+def test_what_a_storage_refuses_is_told_before_anything_is_spent(
+    office: Office, api: Api, environ: dict[str, Any], url: str, told: str
+) -> None:
+    """Exit 5, in one line, without what is secret."""
+    if "reached" in told:
+        environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    if "TLS" in told:
+        del environ["AWS_ALLOW_HTTP"]
+    office.write_leads(people(1))
+    done = office.command("run", "job.yaml", "--input", url, api=api, **environ)
+    assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    if "none.csv" not in url:
+        done = office.command("run", "job.yaml", "--output", url, api=api, **environ)
+        assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    assert SECRET not in done.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_credentials_that_are_refused_are_told(endpoint: str, environ: dict[str, Any]) -> None:
+    """The server is told to look at them for once; the message names the variables and not their values."""
+    put("a.csv", b"A\n1\n")
+    with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
+        http.post("/moto-api/reset-auth", content="0")
+        try:
+            with pytest.raises(Refused, match=r"refuses these credentials") as caught:
+                Source(Url("s3", BUCKET, "a.csv"), Input(path="s3://leads/a.csv"))
+            with pytest.raises(Refused, match=r"refuses these credentials"):
+                prepare(Url("s3", BUCKET, "out.csv"), Path("/leads.csv"), "job")
+        finally:
+            http.post("/moto-api/reset-auth", content="inf")
+    assert "AWS_SECRET_ACCESS_KEY" in (caught.value.hint or "")
+    assert environ["AWS_SECRET_ACCESS_KEY"] not in f"{caught.value.message}{caught.value.hint}"
+
+
+def test_an_output_never_replaces_the_input_there(office: Office, api: Api, environ: dict[str, Any]) -> None:
+    """The same URL is an error of the job."""
+    office.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
+    done = office.command("run", "job.yaml", api=api, **environ)
+    assert (done.code, "would replace the input" in done.stderr) == (2, True)
+
+
+def test_without_its_extra_a_storage_is_told_how_to_get_it(office: Office, api: Api) -> None:
+    """One line and the remedy, also for the output."""
+    office.write_leads(people(1))
+    for option in ("--input", "--output"):
+        with patch.dict("sys.modules", {"obstore": None, "obstore.store": None}):
+            done = office.command("run", "job.yaml", option, "s3://leads/a.csv", api=api)
+        assert done.code == 2
+        assert done.stderr == (
+            "error: s3://leads/a.csv: storage URLs need their extra\nhint: pip install 'databar-enrich[storage]'\n"
+        )
