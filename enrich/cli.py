@@ -89,6 +89,8 @@ for command in (
     run.collect,
     look.status,
     look.reconcile,
+    setup.init,
+    setup.check,
     setup.waterfalls,
     setup.schema,
     sandbox,

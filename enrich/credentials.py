@@ -25,7 +25,7 @@ class Access:
     @property
     def host(self) -> str:
         """The API's host, without port."""
-        return urlsplit(self.base_url).hostname or ""
+        return host_of(self.base_url)
 
 
 def find_access(environ: Mapping[str, str], home: Path) -> Access:
@@ -33,8 +33,17 @@ def find_access(environ: Mapping[str, str], home: Path) -> Access:
 
     An empty variable counts as missing. Raises JobError (base URL) or KeyRefused (no key).
     """
-    base_url = environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL
-    return Access(check_base_url(base_url), find_key(environ, home))
+    return Access(find_base_url(environ), find_key(environ, home))
+
+
+def find_base_url(environ: Mapping[str, str]) -> str:
+    """Read `DATABAR_BASE_URL`. Raises JobError when it would send the key in the clear."""
+    return check_base_url(environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL)
+
+
+def host_of(base_url: str) -> str:
+    """Name the host of an address, without port."""
+    return urlsplit(base_url).hostname or ""
 
 
 def check_base_url(base_url: str) -> str:
