@@ -100,8 +100,8 @@ class Concept:
 OTHERS = frozenset(
     words(
         "owner manager assistant referrer parent previous former old opt optin status valid verified bounced date "
-        "source id type count photo image avatar logo facebook twitter instagram x blog notes note company firma account "
-        "billing shipping score size industry revenue country city address street zip stage"
+        "source id type count photo image avatar logo facebook twitter instagram x blog notes note company firma "
+        "account billing shipping score size industry revenue country city address street zip stage"
     )
 )
 #: A single word of fewer letters is too short to mean much among others: `Last Contacted`, `Name of the fair`.
