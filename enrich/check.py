@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -69,17 +69,17 @@ def as_json(job: Job, checked: Checked) -> dict[str, Any]:
     } | ({"error": problems[0]["message"]} if problems else {})
 
 
-def check_job(job: Job, host: str | None = None, live: Waterfall | None = None) -> Checked:
+def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | None = None) -> Checked:
     """Check a job as far as possible, all problems at once.
 
-    `host` is the API that the runs will talk to, None: not to be compared; `live` is what that says of the
-    waterfall, None: not asked.
+    `bound_to` is what the runs will work with (`api_host`, `workspace`), as far as known; `live` is what the API
+    says of the waterfall, None: not asked.
     """
     checked = Checked("")
     remembered: Waterfall | None = None
     providers: list[int] = []
     try:
-        remembered, providers = _ledger(job, host)
+        remembered, providers = _ledger(job, bound_to)
     except EnrichError as error:
         checked.problems.append(error)
     documented = DOCUMENTED.get(job.model.waterfall)
@@ -112,7 +112,7 @@ def _source(live: Waterfall | None, remembered: Waterfall | None, documented: Wa
     return f"the documentation of {READ_ON}" if documented else "nobody"
 
 
-def _ledger(job: Job, host: str | None) -> tuple[Waterfall | None, list[int]]:
+def _ledger(job: Job, bound_to: Mapping[str, str | None]) -> tuple[Waterfall | None, list[int]]:
     """Read what the ledger remembers of the waterfall. Raises what a run would."""
     path = job.ledger_path
     if not path.exists():
@@ -122,13 +122,14 @@ def _ledger(job: Job, host: str | None) -> tuple[Waterfall | None, list[int]]:
         if found.problems:
             raise Refused(f"{path}: the ledger is not sound: {'; '.join(found.problems)}", RESTORE)
     with closing(Ledger(path, read_only=True)) as ledger:
-        bound = ledger.fact("api_host")
+        bound = {name: ledger.fact(name) for name in bound_to}
         known = ledger.waterfall(job.model.waterfall)
-    if host is not None and bound not in (None, host):
-        raise JobError(
-            f"{path}: this ledger belongs to another api host: {bound}, not {host}",
-            "use another `ledger:`, or the DATABAR_BASE_URL that it was made with",
-        )
+    for name, value in bound_to.items():
+        if None not in (value, bound[name]) and value != bound[name]:
+            raise JobError(
+                f"{path}: this ledger belongs to another {name.replace('_', ' ')}: {bound[name]}, not {value}",
+                "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
+            )
     if known is None:
         return None, []
     return Waterfall.model_validate(known[0]), known[1] or []
@@ -142,30 +143,41 @@ def _unfilled(job: Job) -> Iterator[JobError]:
 
 
 def _rows(job: Job, problems: list[EnrichError]) -> Rows | None:
-    """Open the input; when the job names what it lacks, each of these is a problem and is left out then."""
+    """Open the input and hold each part of the job against it; what does not fit is a problem and left out then."""
     model = job.model
-    good: dict[str, Param] = {}
-    for name, param in model.params.items():
-        if PLACEHOLDER in param.columns:
-            continue
-        found = len(problems)
-        for column in param.columns:
-            lone = param.model_copy(update={"columns": [column]})
-            lonely = model.model_copy(update={"params": {name: lone}, "only_if_empty": [], "where": None})
-            try:
-                Rows(replace(job, model=lonely))
-            except JobError as error:
-                problems.append(error)
-            except Refused as error:
-                problems.append(error)
-                return None
-        if len(problems) == found:
-            good[name] = param
+    alone: dict[str, object] = {"params": {}, "only_if_empty": [], "where": None, "order_by": None, "caps": None}
+    bare = model.model_copy(update=alone)
+
+    def fits(**part: object) -> bool:
+        try:
+            Rows(replace(job, model=bare.model_copy(update=part)))
+        except JobError as error:
+            problems.append(error)
+            return False
+        return True
+
     try:
-        return Rows(replace(job, model=model.model_copy(update={"params": good})))
+        known = Rows(replace(job, model=bare)).columns[:1]
+        params = {name: param if _fits(name, param, fits) else Param(value="?") for name, param in model.params.items()}
+        only = [
+            column
+            for index, column in enumerate(model.only_if_empty)
+            if fits(only_if_empty=[*known * index, column])  # at its index, so that its line is named
+        ]
+        where = model.where if fits(where=model.where) else None
+        good = model.model_copy(update={"params": params, "only_if_empty": only, "where": where})
+        return Rows(replace(job, model=good))
     except EnrichError as error:
         problems.append(error)
         return None
+
+
+def _fits(name: str, param: Param, fits: Callable[..., bool]) -> bool:
+    """Try each column of a param, so that each that is missing is told."""
+    if PLACEHOLDER in param.columns:
+        return False
+    alone = [param.model_copy(update={"columns": [column]}) for column in param.columns]
+    return not [each for each in alone if not fits(params={name: each})]
 
 
 def _question(job: Job, waterfall: Waterfall, providers: list[int], problems: list[EnrichError]) -> Question | None:

@@ -64,21 +64,23 @@ def as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
 
 def examine(job: Job, visit: Visit) -> Iterator[Finding]:
     """Look at a job and everything that its runs need. Nothing is written or paid."""
-    access: Access | EnrichError | None = visit.sandbox
-    host = None
+    access = visit.sandbox
+    bound_to: dict[str, str | None] = {}
     if visit.sandbox is None:
         yield from environment(visit)
         access = _access(visit)
-        host = access.host if isinstance(access, Access) else None
+        bound_to = {"api_host": access.host} if access else {}
     live: Live | None = None
-    if isinstance(access, Access) and not visit.offline:
+    if access and not visit.offline:
         try:
             live = ask(access, job.model.waterfall)
+            if visit.sandbox is None:
+                bound_to["workspace"] = live.user.workspace
             yield Finding("ok", "api", f"{access.host} accepts the key")
             yield outlook.clock(live.ahead_s)
         except EnrichError as error:
             yield failed("key" if error.exit_code is Exit.KEY else "api", error)
-    checked = check_job(job, host, live.waterfall if live else None)
+    checked = check_job(job, bound_to, live.waterfall if live else None)
     yield from (failed("job", problem) for problem in checked.problems)
     yield from (Finding("warn", "waterfall", change, "is the job still what you want?") for change in checked.changes)
     if not checked.problems:

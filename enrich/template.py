@@ -77,7 +77,7 @@ def _providers(waterfall: Waterfall) -> Iterator[str]:
         )
         yield f"# enrichments: [{named}] # who is asked, in this order; with prices: {_comment(told)}"
     else:
-        yield "# enrichments: [] # who is asked, in this order; `enrich waterfalls` shows them with their prices"
+        yield "# enrichments: [833, 966] # who is asked, in this order; `enrich waterfalls` tells their numbers"
     if waterfall.is_email_verifying:
         verifiers = [f"{each.id} {each.name} {each.price}" for each in waterfall.email_verifiers]
         first = waterfall.email_verifiers[0].id if waterfall.email_verifiers else 10

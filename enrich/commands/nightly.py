@@ -78,7 +78,7 @@ def cron(
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
     key = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
     night = schedule.Night(*at, days)
-    paths = [*written(job, datetime.now().astimezone()).values(), log]
+    folders = {existing(path.parent) for path in (*written(job, datetime.now().astimezone()).values(), log)}
     plan = schedule.Plan(
         name=job.name,
         command=machine.executable(),
@@ -88,7 +88,7 @@ def cron(
         user=user or pwd.getpwuid(os.getuid()).pw_name,
         night=night,
         max_time=max_time.replace(" ", ""),
-        writes=sorted({existing(path.parent) for path in paths}),
+        writes=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ={name: os.environ[name] for name in TAKEN_OVER if os.environ.get(name)},
     )
     units = {f"{plan.unit}.service": schedule.service(plan), f"{plan.unit}.timer": schedule.timer(plan)}

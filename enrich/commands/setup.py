@@ -125,11 +125,13 @@ def check(
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox)
     live = None
+    bound_to: dict[str, str | None] = {} if use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
     if online:
         with options.access(None, use_sandbox=use_sandbox) as access:
-            live = ask(access, job.model.waterfall).waterfall
-    host = None if use_sandbox else host_of(find_base_url(os.environ))
-    checked = checking.check_job(job, host, live)
+            live = ask(access, job.model.waterfall)
+        if not use_sandbox:
+            bound_to["workspace"] = live.user.workspace
+    checked = checking.check_job(job, bound_to, live.waterfall if live else None)
     if as_json:
         click.echo(json.dumps(checking.as_json(job, checked), ensure_ascii=False))
     elif not checked.problems:
