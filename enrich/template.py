@@ -153,7 +153,7 @@ def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
 
 def scalar(text: str) -> str:
     """Write a text as YAML, with quotes where it needs them."""
-    plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0].isalnum()
+    plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0] not in " -/"
     if plain and text.isprintable() and text == text.strip():
         try:
             if yaml.safe_load(f"[{text}]") == [text]:
