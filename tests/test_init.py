@@ -127,9 +127,9 @@ def test_the_api_is_asked_when_there_is_a_key(sample: Office, api: Api) -> None:
 
 def test_an_api_that_is_away_is_replaced_by_the_documentation(sample: Office) -> None:
     """It is said, in the file too."""
-    gone = {"DATABAR_BASE_URL": "http://127.0.0.1:9/v1", "DATABAR_API_KEY": "key"}
+    gone = Api("http://127.0.0.1:9/v1", "key")
     with patch("enrich.offer.Timing", lambda: HASTY):
-        done = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", **gone)
+        done = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone)
     assert done.code == 0
     assert "unreachable" in done.stderr
     assert "the public documentation" in done.stdout
