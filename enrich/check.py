@@ -93,7 +93,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | No
         checked.notes.append(f"the waterfall `{job.model.waterfall}` is in no documentation: `--online` asks the API")
     elif waterfall is documented:
         checked.problems += missing_params(job, waterfall)
-        checked.notes += [problem.message for problem in unknown_params(job, waterfall)]
+        asks = f"says {checked.source}, which may be out of date: `--online` asks the API"
+        checked.notes += [f"{problem.message}, {asks}" for problem in unknown_params(job, waterfall)]
         checked.question = _documented_question(job, waterfall, checked.problems)
     else:
         checked.problems += [*unknown_params(job, waterfall), *missing_params(job, waterfall)]
