@@ -116,7 +116,7 @@ def _source(live: Waterfall | None, remembered: Waterfall | None, documented: Wa
 def _ledger(job: Job, bound_to: Mapping[str, str | None]) -> tuple[Waterfall | None, list[int]]:
     """Read what the ledger remembers of the waterfall. Raises what a run would."""
     path = job.ledger_path
-    if not path.exists():
+    if not is_there(path):
         return None, []
     if path.is_file() and path.stat().st_size <= CHECKED_AT_START:
         found = check_ledger(path)
@@ -244,11 +244,13 @@ def _paths(job: Job) -> Iterator[EnrichError]:
     for key, path in outgoing.items():
         if reason := _unwritable(path):
             yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
+    if os.path.exists(job.ledger_path) and not os.access(job.ledger_path, os.R_OK | os.W_OK):  # noqa: PTH110 - never raises
+        yield Refused(f"{job.ledger_path}: this user may not write the ledger", "run as its owner, or mend the rights")
     for key, path in incoming.items():
-        if key not in ("input", "the job file") and not (path.is_file() and os.access(path, os.R_OK)):
+        if key not in ("input", "the job file") and (not os.access(path, os.R_OK) or path.is_dir()):
             yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
     output = outgoing["output"]
-    if output.is_file() and _is_database(output):
+    if _is_database(output):
         yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
 
 
@@ -261,15 +263,25 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def _is_database(path: Path) -> bool:
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(16) == b"SQLite format 3\0"
     except OSError:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a file is there. Raises Refused where this user may not look."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner") from error
+
+
 def existing(path: Path) -> Path:
-    """Return the nearest part of a path that is there."""
-    return next(each for each in (path, *path.parents) if each.exists())
+    """Return the nearest part of a path that this user can see."""
+    return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 - never raises
 
 
 def _unwritable(path: Path) -> str | None:

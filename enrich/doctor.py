@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich import machine, outlook
-from enrich.check import Checked, check_job, existing, read_files, summary, written
+from enrich.check import Checked, check_job, existing, is_there, read_files, summary, written
 from enrich.credentials import Access, find_base_url, find_key
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.job import Job
@@ -137,7 +137,7 @@ def _access(visit: Visit) -> Access | None:
 
 def _files(job: Job, visit: Visit) -> Iterator[Finding]:
     """Look at the input's age, the output's names and the ledger's file system."""
-    if job.input_path.is_file():
+    if os.access(job.input_path, os.R_OK):
         yield outlook.input_age(job.input_path.stat().st_mtime, visit.now.timestamp())
     taken = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in read_files(job).items()}
     yield outlook.output_names(job.output_path, visit.night, {**taken, job.ledger_path: "the ledger"})
@@ -153,16 +153,16 @@ def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iter
     counts: dict[State, int] = {}
     submitted: list[int] = []
     executions: list[Any] = []
-    if path.exists():
-        try:
+    try:
+        if is_there(path):
             with closing(Ledger(path, read_only=True)) as ledger:
                 counts, executions = ledger.counts(), ledger.executions(job.name, LAST)
                 submitted = [task.submitted_ms for task in ledger.tasks()]
-        except EnrichError:
-            return  # the check has said so
-        yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
-    else:
-        yield Finding("ok", "ledger", f"{path} will be made by the first run")
+            yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
+        else:
+            yield Finding("ok", "ledger", f"{path} will be made by the first run")
+    except EnrichError:
+        return  # the check has said so
     if machine.is_locked(path.with_name(path.name + ".lock")):
         yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
@@ -191,7 +191,7 @@ def _room(job: Job, visit: Visit, checked: Checked) -> Iterator[Finding]:
     try:
         size = job.input_path.stat().st_size * (PACKED if job.input_path.suffix.lower() == ".gz" else 1)
         per_request = float(REQUEST_BYTES)
-        if job.ledger_path.exists():
+        if is_there(job.ledger_path):
             with closing(Ledger(job.ledger_path, read_only=True)) as ledger:
                 known = sum(ledger.counts().values())
             per_request = job.ledger_path.stat().st_size / known if known >= ENOUGH else per_request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,9 @@ def _try(source: CsvFormat) -> Sample | CsvProblem:
 def _encoding(path: Path) -> str:
     """Take UTF-8 when the whole file is, what its mark says, else cp1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    if not path.is_file():  # csvfile says what is wrong
-        return "utf-8"
     try:
+        if not path.is_file():
+            return "utf-8"
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
             beginning = raw.read(4)
             if marked := next((name for mark, name in _MARKS if beginning.startswith(mark)), None):
@@ -77,6 +78,6 @@ def _encoding(path: Path) -> str:
             decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return "cp1252"
-    except (OSError, EOFError):
-        return "utf-8"
+    except (OSError, EOFError, zlib.error):
+        return "utf-8"  # csvfile says what is wrong
     return "utf-8"

@@ -153,6 +153,19 @@ def test_a_folder_that_may_not_be_written(office: Office) -> None:
     assert "`output` cannot be written" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_a_ledger_that_this_user_may_not_see(office: Office) -> None:
+    """It is no new one: that would pay for everything again."""
+    office.write_leads(people(1))
+    (office.folder / ".enrich").mkdir(mode=0o000)
+    checked = office.command("check", "job.yaml")
+    doctored = office.command("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
+    (office.folder / ".enrich").chmod(0o700)
+    assert (checked.code, doctored.code) == (5, 5)
+    assert "Permission denied" in checked.stderr
+    assert "Permission denied" in doctored.stdout
+
+
 def test_the_input_is_read_to_its_end(office: Office) -> None:
     """A row that is too long is found wherever it stands."""
     office.write_leads([*people(30), ["too", "many", "", "", "", "cells"]])
