@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from enrich.database import CHECKED_AT_START, RESTORE
@@ -16,6 +12,7 @@ from enrich.drift import differences
 from enrich.errors import PRECEDENCE, EnrichError, Exit, JobError, Refused
 from enrich.job import Job
 from enrich.ledger import Ledger
+from enrich.places import clashes, is_there
 from enrich.question import Question, make_question, missing_params, unknown_params
 from enrich.records import check as check_ledger
 from enrich.rows import Rows
@@ -23,6 +20,7 @@ from enrich.snapshot import DOCUMENTED, READ_ON
 from enrich.spec import Param
 from enrich.template import PLACEHOLDER
 from enrich.waterfall import Field, Waterfall
+from enrich.waterfall import Param as Offered
 
 
 @dataclass(slots=True)
@@ -49,7 +47,9 @@ class Checked:
 
 def summary(job: Job, checked: Checked) -> str:
     """Say in one line what is fine."""
-    asking = "" if checked.rows is None else f"{checked.rows:,} rows, {checked.asking:,} can be asked, "
+    asking = ""
+    if checked.rows is not None:
+        asking = f"{checked.rows:,} {'row' if checked.rows == 1 else 'rows'}, {checked.asking:,} can be asked, "
     return f"{job.name}: {asking}{job.model.waterfall} as known from {checked.source}"
 
 
@@ -101,7 +101,7 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | No
         checked.question = _question(job, waterfall, providers, checked.problems)
     if rows is not None and checked.question is not None:
         _read(rows, checked.question, checked)
-    checked.problems += _paths(job)
+    checked.problems += clashes(job)
     return checked
 
 
@@ -182,17 +182,16 @@ def _fits(name: str, param: Param, fits: Callable[..., bool]) -> bool:
 
 
 def _question(job: Job, waterfall: Waterfall, providers: list[int], problems: list[EnrichError]) -> Question | None:
-    """Make the question; its params were looked at before."""
+    """Make the question with the params that the job has, whatever was said of them before."""
     if not providers:
         providers = [each.id for each in waterfall.available_enrichments if each.enabled_by_default]
-    known = waterfall.model_copy(update={"input_params": []})
+    offered = {param.name: param for param in waterfall.input_params}
+    mapped = [offered.get(name, Offered(name=name)) for name in job.model.params]
     try:
-        question = make_question(job, known, providers)
+        return make_question(job, waterfall.model_copy(update={"input_params": mapped}), providers)
     except JobError as error:
         problems.append(error)
         return None
-    required = tuple(each.name for each in waterfall.input_params if each.required and each.name in job.model.params)
-    return replace(question, required=required)
 
 
 def _documented_question(job: Job, waterfall: Waterfall, problems: list[EnrichError]) -> Question | None:
@@ -217,80 +216,3 @@ def _read(rows: Rows, question: Question, checked: Checked) -> None:
     except EnrichError as error:
         checked.rows = checked.asking = None
         checked.problems.append(error)
-
-
-def written(job: Job, now: datetime) -> dict[str, Path]:
-    """The files that a run writes, by their key in the job file."""
-    model = job.model
-    named = {"rejects": model.rejects and model.rejects.path, "changes": model.changes and model.changes.path}
-    paths = {"output": job.output_path(now), "ledger": job.ledger_path}
-    paths |= {key: job.path(path, now) for key, path in named.items() if path}
-    return paths | ({"metrics": job.path(model.metrics)} if model.metrics else {})
-
-
-def read_files(job: Job) -> dict[str, Path]:
-    """The files that a run reads, by their key in the job file."""
-    paths = {"the job file": job.document.path.resolve(), "input": job.input_path}
-    optional = {"suppress": job.model.suppress, "notify": job.model.notify}
-    return paths | {key: job.path(path) for key, path in optional.items() if path}
-
-
-def _paths(job: Job) -> Iterator[EnrichError]:
-    now = datetime.now().astimezone()
-    outgoing, incoming = written(job, now), read_files(job)
-    for (one, path), (other, same) in combinations((outgoing | incoming).items(), 2):
-        if one in outgoing and _is_same(path, same):
-            yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
-    for key, path in outgoing.items():
-        if reason := _unwritable(path):
-            yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
-    if os.path.exists(job.ledger_path) and not os.access(job.ledger_path, os.R_OK | os.W_OK):  # noqa: PTH110 - never raises
-        yield Refused(f"{job.ledger_path}: this user may not write the ledger", "run as its owner, or mend the rights")
-    for key, path in incoming.items():
-        if key not in ("input", "the job file") and (not os.access(path, os.R_OK) or path.is_dir()):
-            yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
-    output = outgoing["output"]
-    if _is_database(output):
-        yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one == other or one.samefile(other)
-    except OSError:  # one of them is not there, or not to be seen
-        return False
-
-
-def _is_database(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(16) == b"SQLite format 3\0"
-    except OSError:
-        return False
-
-
-def is_there(path: Path) -> bool:
-    """Tell whether a file is there. Raises Refused where this user may not look."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner") from error
-
-
-def existing(path: Path) -> Path:
-    """Return the nearest part of a path that this user can see."""
-    return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 - never raises
-
-
-def _unwritable(path: Path) -> str | None:
-    try:
-        if path.is_dir():
-            return "it is a folder"
-        folder = existing(path.parent)
-        if not folder.is_dir():
-            return f"{folder} is no folder"
-        return None if os.access(folder, os.W_OK | os.X_OK) else f"no right to write in {folder}"
-    except OSError as error:
-        return error.strerror or str(error)

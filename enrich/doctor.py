@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich import machine, outlook
-from enrich.check import Checked, check_job, existing, is_there, read_files, summary, written
+from enrich.check import Checked, check_job, summary
 from enrich.credentials import Access, find_base_url, find_key
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.job import Job
@@ -19,6 +19,7 @@ from enrich.ledger import Ledger
 from enrich.model import State, to_micros
 from enrich.online import Live, ask
 from enrich.outlook import Finding, failed
+from enrich.places import existing, is_there, read_files, written
 from enrich.question import price_for_cap
 
 #: Executions that are looked back at.

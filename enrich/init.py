@@ -54,7 +54,7 @@ def _is_our_schema(path: Path) -> bool:
 
 
 def save(text: str, target: Path, *, force: bool) -> None:
-    """Write the job file (0600). Raises Refused when there is one already, unless `force`."""
+    """Write a file (0600). Raises JobError when there is one already, unless `force`; Refused when it cannot be."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if force:
@@ -65,7 +65,7 @@ def save(text: str, target: Path, *, force: bool) -> None:
     except FileExistsError:
         raise JobError(f"{target}: there is a file of this name already", "-o another name, or --force") from None
     except OSError as error:
-        raise Refused(f"{target}: the job file cannot be written: {error.strerror or error}") from error
+        raise Refused(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def ranking(offer: Sequence[Waterfall], sample: Sample) -> Iterator[str]:

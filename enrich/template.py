@@ -41,7 +41,8 @@ def _lines(draft: Draft) -> Iterator[str]:
     if draft.schema:
         yield f"# yaml-language-server: $schema={draft.schema}"
     yield f"# {_comment(waterfall.name or waterfall.identifier)}: {_comment(draft.input)}"
-    yield f"# Written by `enrich init` from {draft.sample.rows:,} rows. Read the guesses, then: enrich check"
+    looked = f"{draft.sample.rows:,} {'row' if draft.sample.rows == 1 else 'rows'}"
+    yield f"# Written by `enrich init` from {looked}. Read the guesses, then: enrich check"
     yield f"# The waterfall's params and fields are those of {draft.source}."
     yield "version: 1"
     yield from _input(draft)

@@ -174,6 +174,15 @@ def test_the_input_is_read_to_its_end(office: Office) -> None:
     assert "row 31" in done.stderr
 
 
+def test_rows_that_cannot_be_asked_are_counted(office: Office, api: Api) -> None:
+    """As a run counts them: a blank required param, an address that is none; by documentation and by ledger alike."""
+    office.write_leads([["", "", "", mail, ""] for mail in ("ada@engine.example", "none", "")])
+    office.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
+    for _ in range(2):
+        assert "3 rows, 1 can be asked" in office.command("check", "job.yaml", api=api).stdout
+        assert office.command("run", "job.yaml", "--json", api=api).receipt["invalid"] == 2
+
+
 def test_an_expression_that_fails_on_the_rows_is_told(office: Office) -> None:
     """Its columns are there; its cells cannot be computed."""
     office.write_leads(people(2))

@@ -168,7 +168,7 @@ def test_separator_and_encoding_are_guessed(office: Office, separator: str, enco
 
     assert made.code == 0
     assert done.stderr == ""
-    assert done.stdout.startswith("ok: leads: 1 rows, 1 can be asked")
+    assert done.stdout.startswith("ok: leads: 1 row, 1 can be asked")
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def cron(
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
     from enrich import machine, schedule
-    from enrich.check import existing, written
     from enrich.fields import parse_duration
+    from enrich.places import existing, written
 
     _read_by(parse_duration, max_time)
     job = options.load(job_file, None, None, None, use_sandbox=False)
