@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.concepts import CONCEPTS, Column, describe
@@ -177,6 +177,7 @@ HEADERS = st.text(max_size=10) | st.sampled_from(
 TABLES = st.dictionaries(HEADERS, st.lists(TEXTS, max_size=5), max_size=8)
 
 
+@settings(deadline=None)
 @given(TABLES, st.lists(st.sampled_from(PARAMS), unique=True, max_size=8))
 def test_no_table_is_too_strange(table: dict[str, list[str]], params: list[str]) -> None:
     """It never raises, is the same each time, names columns that are there, and gives none to two params.
@@ -196,6 +197,7 @@ def test_no_table_is_too_strange(table: dict[str, list[str]], params: list[str])
         assert each.columns
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=6)), st.lists(st.text(min_size=1, max_size=6)))
 def test_new_names_never_clash(header: list[str], fields: list[str]) -> None:
     """Neither with the input's nor with each other."""

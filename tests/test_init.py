@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.concepts import describe
@@ -209,6 +209,7 @@ def test_a_percent_in_the_name_is_no_code(office: Office) -> None:
     assert job.output_path(datetime.now(UTC)).name == "100%d leads_enriched.csv"
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1))
 def test_a_scalar_is_read_as_it_was_meant(text: str) -> None:
     """Any text survives YAML, on one line."""
@@ -223,6 +224,7 @@ def test_a_scalar_is_read_as_it_was_meant(text: str) -> None:
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=10)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
 def test_any_header_makes_a_job_that_loads(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
     """Whatever a column is called, the file is YAML and names it rightly."""

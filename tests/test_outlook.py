@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich import outlook
@@ -63,6 +63,7 @@ def test_local_file_systems(kind: str | None) -> None:
     assert not is_network(kind)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_mountinfo_is_too_strange(text: str) -> None:
     """Another kernel may say anything."""

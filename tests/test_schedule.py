@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
@@ -75,6 +75,7 @@ PRINTABLE = st.text(
 ).filter(str.isprintable)
 
 
+@settings(deadline=None)
 @given(st.lists(PRINTABLE, min_size=3, max_size=3))
 def test_any_path_survives_the_crontab(names: Sequence[str]) -> None:
     """Per cent, quotes, backslashes, dollars, blanks, in any order."""
@@ -98,6 +99,7 @@ def test_a_real_shell_reads_the_line_so(name: str) -> None:
     assert done.stdout.splitlines()[:2] == ["run", f"/srv/{name}"]
 
 
+@settings(deadline=None)
 @given(PRINTABLE, PRINTABLE)
 def test_any_path_survives_the_unit(one: str, other: str) -> None:
     """Specifiers, variables and quotes of systemd are none in a path."""
