@@ -114,7 +114,7 @@ def _fit(concept: Concept, column: Column, columns: Sequence[Column]) -> _Fit | 
         return None
     if not named and (share < MOST or OTHERS.intersection(words(column.name))):
         return None
-    if concept is DOMAIN and _is_one_site(column):
+    if concept is DOMAIN and (_is_profiles(column) or (not named and _is_one_site(column))):
         return None
     proven = share >= PROVES
     shown = f"{share:.0%} of its values are {concept.kind}"
@@ -147,9 +147,12 @@ def _is_no_name(concept: Concept, column: Column) -> bool:
 
 
 def _is_one_site(column: Column) -> bool:
-    """Tell whether the addresses lead to one site, as those of photos and profiles do."""
-    profiles = column.shares["LinkedIn profiles"] + column.shares["LinkedIn company pages"]
-    return profiles >= PROVES or (column.filled >= FEW and column.top_host > MOST)
+    """Tell whether the addresses lead to one site, as those of photos do."""
+    return column.filled >= FEW and column.top_host > MOST
+
+
+def _is_profiles(column: Column) -> bool:
+    return column.shares["LinkedIn profiles"] + column.shares["LinkedIn company pages"] >= PROVES
 
 
 def _german_name(concept: Concept, column: Column, columns: Sequence[Column]) -> int:

@@ -132,6 +132,11 @@ def test_addresses_that_lead_to_one_site_are_no_company(header: str, values: lis
     assert chosen(["company_website"], {header: values}) == {"company_website": ()}
 
 
+def test_the_leads_of_one_company_have_one_website() -> None:
+    """A header that says so is believed."""
+    assert chosen(["company"], {"Website": ["https://engine.example"] * 9}) == {"company": ("Website",)}
+
+
 @pytest.mark.parametrize("header", ["Account Owner Email", "Parent Company", "Email Opt Out", "Last Contacted", "Name"])
 def test_a_column_about_something_else_is_left(header: str) -> None:
     """A word of the header says that it is about somebody or something else."""
