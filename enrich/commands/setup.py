@@ -95,10 +95,8 @@ def _offer(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
         with options.access(None, use_sandbox=use_sandbox) as access:
             asked = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
             return read_offer(access, None), f"{asked}, asked on {datetime.now(UTC):%Y-%m-%d}"
-    except KeyRefused:
-        click.echo("note: no API key, so the waterfalls are those of the documentation", err=True)
-    except ApiUnreachable as error:
-        click.echo(f"note: {error.message}, so the waterfalls are those of the documentation", err=True)
+    except (KeyRefused, ApiUnreachable) as error:
+        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
     return documented
 
 
