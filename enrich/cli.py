@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from enrich import __version__
-from enrich.commands import look, run, setup, upkeep
+from enrich.commands import look, nightly, run, setup, upkeep
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.sandbox.command import sandbox
 
@@ -90,7 +90,11 @@ for command in (
     run.collect,
     look.status,
     look.reconcile,
+    setup.init,
+    setup.check,
     setup.waterfalls,
+    nightly.cron,
+    nightly.doctor,
     setup.schema,
     sandbox,
     upkeep.ledger,

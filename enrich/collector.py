@@ -93,13 +93,14 @@ class Collector:
 
     def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
         """Complete a column of the input; what was not found never blanks what is there."""
-        old = as_text(page.batch.frame.get_column(name))
-        new = pl.Series(name, page.cells[name], pl.String)
+        # Without a name: polars would take one like `^a.*$` for a pattern.
+        old = as_text(page.batch.frame.get_column(name)).alias("")
+        new = pl.Series("", page.cells[name], pl.String)
         if safely:
             new = guarded(new)
         if self.job.model.merge == "fill_empty":
             new = new.set(old.str.strip_chars() != "", None)
-        return new.fill_null(old)
+        return new.fill_null(old).alias(name)
 
 
 def new_schema(question: Question) -> dict[str, pl.DataType]:

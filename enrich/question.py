@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from enrich.errors import JobError
 from enrich.job import Job, nearest
 from enrich.model import Call, to_micros
 from enrich.waterfall import Provider, Waterfall
@@ -36,15 +37,9 @@ def make_question(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> Q
     Raises JobError that names the key and the nearest right name.
     """
     model = job.model
-    known = {param.name: param for param in waterfall.input_params}
-    for name in model.params:
-        if known and name not in known:
-            hint = nearest(name, known)
-            raise job.error(["params", name], f"the waterfall `{waterfall.identifier}` has no such param", hint)
+    for problem in (*unknown_params(job, waterfall), *missing_params(job, waterfall)):
+        raise problem
     required = tuple(param.name for param in waterfall.input_params if param.required)
-    if missing := [name for name in required if name not in model.params]:
-        message = f"the waterfall `{waterfall.identifier}` requires `{missing[0]}`"
-        raise job.error(["params"], message, f"map it: {missing[0]}: <a column of the input>")
     chosen = _chosen(job, waterfall, providers)
     verifier = _verifier(job, waterfall)
     columns = model.columns or {field.name: field.name for field in waterfall.output_fields}
@@ -57,6 +52,23 @@ def make_question(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> Q
         columns=columns,
         worst_price=_worst_price(chosen, verifier),
     )
+
+
+def unknown_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
+    """Yield what is wrong with each param that the waterfall does not know."""
+    known = [param.name for param in waterfall.input_params]
+    for name in job.model.params if known else ():
+        if name not in known:
+            message = f"the waterfall `{waterfall.identifier}` has no such param"
+            yield job.error(["params", name], message, nearest(name, known))
+
+
+def missing_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
+    """Yield an error for each required param that the job does not map."""
+    for param in waterfall.input_params:
+        if param.required and param.name not in job.model.params:
+            message = f"the waterfall `{waterfall.identifier}` requires `{param.name}`"
+            yield job.error(["params"], message, f"map it: {param.name}: <a column of the input>")
 
 
 def _chosen(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> list[Provider]:

@@ -1,12 +1,18 @@
-"""`enrich waterfalls` and `enrich schema`: what sets a job up."""
+"""`enrich init`, `check`, `waterfalls` and `schema`: what sets a job up."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from enrich.commands import options
+
+if TYPE_CHECKING:
+    from enrich.waterfall import Waterfall
 
 
 @click.command()
@@ -32,3 +38,106 @@ def schema() -> None:
     from enrich.spec import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("leads", metavar="CSV", type=options.FILE)
+@click.option("--waterfall", "identifier", metavar="ID", help="What to ask; without it, say which waterfalls fit.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="JOB.yaml",
+    help="The job file to write; - prints it. Default: <the CSV's stem>.yaml here.",
+)
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox for the waterfalls.")
+@click.option("--offline", is_flag=True, help="Ask nobody: take the waterfalls of the documentation.")
+@click.option("--force", is_flag=True, help="Replace a job file that is there.")
+def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: bool, offline: bool, force: bool) -> None:
+    """Write a commented job file for CSV: its columns matched to the params of a waterfall.
+
+    Each guess says how it was made. Then: enrich check JOB.
+    """
+    from enrich.init import draft_job, ranking, save
+    from enrich.sample import take_sample
+
+    if use_sandbox and offline:
+        raise click.UsageError("--sandbox asks, --offline does not: choose one")
+    sample = take_sample(leads)
+    offer, source = _offer(use_sandbox=use_sandbox, offline=offline)
+    if identifier is None:
+        click.echo(f"Waterfalls of {source}, those that fit {leads} best first:", err=True)
+        click.echo("\n".join(ranking(offer, sample)), err=True)
+        raise click.UsageError("which one? --waterfall ID")
+    printed = out == Path("-")
+    target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
+    text = draft_job(sample, offer, identifier, source, None if printed else target)
+    if printed:
+        click.echo(text, nl=False)
+        return
+    save(text, target, force=force)
+    if sys.stderr.isatty():
+        click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
+
+
+def _offer(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+    """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
+    from datetime import UTC, datetime
+
+    from enrich.errors import ApiUnreachable, KeyRefused
+    from enrich.offer import read_offer
+    from enrich.snapshot import DOCUMENTED, READ_ON
+
+    documented = list(DOCUMENTED.values()), f"the public documentation of {READ_ON}, which may be out of date"
+    if offline:
+        return documented
+    try:
+        with options.access(None, use_sandbox=use_sandbox) as access:
+            asked = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
+            return read_offer(access, None), f"{asked}, asked on {datetime.now(UTC):%Y-%m-%d}"
+    except (KeyRefused, ApiUnreachable) as error:
+        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
+    return documented
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@options.paths
+@click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")
+@options.AS_JSON
+def check(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    online: bool,
+    as_json: bool,
+) -> int:
+    """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
+    import os
+
+    from enrich import check as checking
+    from enrich.credentials import find_base_url, host_of
+    from enrich.online import ask
+
+    job = options.load(job_file, input_path, output, ledger, use_sandbox)
+    live = None
+    bound_to: dict[str, str | None] = {} if use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
+    if online:
+        with options.access(None, use_sandbox=use_sandbox) as access:
+            live = ask(access, job.model.waterfall)
+        if not use_sandbox:
+            bound_to["workspace"] = live.user.workspace
+    checked = checking.check_job(job, bound_to, live.waterfall if live else None)
+    if as_json:
+        click.echo(json.dumps(checking.as_json(job, checked), ensure_ascii=False))
+    elif not checked.problems:
+        click.echo(f"ok: {checking.summary(job, checked)}")
+    for note in [*checked.changes, *checked.notes]:
+        click.echo(f"note: {note}", err=True)
+    for problem in checked.problems:
+        click.echo(f"error: {problem.message}", err=True)
+        if problem.hint:
+            click.echo(f"hint: {problem.hint}", err=True)
+    return checked.exit_code

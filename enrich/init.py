@@ -1,0 +1,78 @@
+"""`enrich init`: from a CSV and a waterfall to a job file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from enrich.errors import JobError, Refused
+from enrich.guess import fitness
+from enrich.job import nearest
+from enrich.sample import Sample
+from enrich.spec import json_schema
+from enrich.template import Draft, write_job
+from enrich.waterfall import Waterfall
+
+
+def draft_job(sample: Sample, offer: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:
+    """Write the text of a job file that will lie at `target`, None: in the working directory.
+
+    Raises JobError when the waterfall is not on offer.
+    """
+    waterfall = next((each for each in offer if each.identifier == identifier), None)
+    if waterfall is None:
+        hint = nearest(identifier, [each.identifier for each in offer])
+        raise JobError(f"--waterfall: {source} names no waterfall `{identifier}`", hint)
+    home = target.resolve().parent if target else Path.cwd()
+    leads = sample.format.path
+    stem = leads.name.removesuffix(".gz").rsplit(".", 1)[0]
+    return write_job(
+        Draft(
+            sample,
+            waterfall,
+            source,
+            input=_relative(leads, home),
+            output=f"{stem}_enriched.csv".replace("%", "%%"),
+            schema="schema.json" if _is_our_schema(home / "schema.json") else None,
+        )
+    )
+
+
+def _relative(path: Path, home: Path) -> str:
+    """Write a path as the job file reads it; from far away the absolute one is clearer."""
+    relative = os.path.relpath(path.absolute(), home)
+    return relative if relative.count("..") <= 1 else str(path.absolute())
+
+
+def _is_our_schema(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")) == json_schema())
+    except (OSError, ValueError):
+        return False
+
+
+def save(text: str, target: Path, *, force: bool) -> None:
+    """Write a file (0600). Raises JobError when there is one already, unless `force`; Refused when it cannot be."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if force:
+            target.unlink(missing_ok=True)
+        descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise JobError(f"{target}: there is a file of this name already", "-o another name, or --force") from None
+    except OSError as error:
+        raise Refused(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def ranking(offer: Sequence[Waterfall], sample: Sample) -> Iterator[str]:
+    """Tell how well each waterfall fits the columns, the best first."""
+    rated = [(fitness(waterfall, sample.columns), waterfall) for waterfall in offer]
+    rated.sort(key=lambda each: (each[0][1] - each[0][0], -each[0][1], each[1].identifier))
+    width = max((len(waterfall.identifier) for waterfall in offer), default=0)
+    for (found, needed), waterfall in rated:
+        needs = ", ".join(param.name for param in waterfall.input_params if param.required) or "no params named"
+        yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {needs}"

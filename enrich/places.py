@@ -1,0 +1,107 @@
+"""The files of a job: which a run reads and writes, whether it may, and whether they are each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import combinations
+from pathlib import Path
+
+from enrich.errors import EnrichError, JobError, Refused
+from enrich.job import Job
+from enrich.place import STDIN, is_pattern
+from enrich.tables.source import matching
+
+
+def written(job: Job, now: datetime) -> dict[str, Path]:
+    """The files on this machine that a run writes, by their key in the job file. Raises JobError when two are one."""
+    places = {"output": job.output_path(now), "ledger": job.ledger_path, **job.feeds(now)}
+    paths = {key: place for key, place in places.items() if isinstance(place, Path)}
+    return paths | ({"metrics": job.path(job.model.metrics)} if job.model.metrics else {})
+
+
+def inputs(job: Job) -> list[Path]:
+    """The files of leads on this machine; a storage and a pipe have none."""
+    where = job.input_path
+    if where == STDIN or not isinstance(where, Path):
+        return []
+    return matching(where) if is_pattern(where) else [where]
+
+
+def read_files(job: Job) -> dict[str, Path]:
+    """The files on this machine that a run reads, by their key in the job file."""
+    found = inputs(job)
+    numbered = {"input" if len(found) == 1 else f"input {number}": path for number, path in enumerate(found, 1)}
+    optional = {"suppress": job.model.suppress, "notify": job.model.notify}
+    return {"the job file": job.document.path.resolve(), **numbered} | {
+        key: job.path(path) for key, path in optional.items() if path
+    }
+
+
+def clashes(job: Job) -> Iterator[EnrichError]:
+    """Yield what is wrong with the places of a job's files; the input is read elsewhere."""
+    try:
+        outgoing, incoming = written(job, datetime.now().astimezone()), read_files(job)
+    except JobError as error:
+        yield error
+        return
+    for (one, path), (other, same) in combinations((outgoing | incoming).items(), 2):
+        if one in outgoing and _is_same(path, same):
+            yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
+    for key, path in outgoing.items():
+        if reason := _unwritable(path):
+            yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
+    if _is_seen(job.ledger_path) and not os.access(job.ledger_path, os.R_OK | os.W_OK):
+        yield Refused(f"{job.ledger_path}: this user may not write the ledger", "run as its owner, or mend the rights")
+    for key, path in incoming.items():
+        if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
+            yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
+    if "output" in outgoing and _is_database(outgoing["output"]):
+        yield JobError(f"{outgoing['output']}: the output would replace a ledger", "choose another `output`")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or one.samefile(other)
+    except OSError:  # one of them is not there, or not to be seen
+        return False
+
+
+def _is_database(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(16) == b"SQLite format 3\0"
+    except OSError:
+        return False
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file is there. Raises Refused where this user may not look."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner") from error
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest part of a path that this user can see."""
+    return next(each for each in (path, *path.parents) if _is_seen(each))
+
+
+def _is_seen(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - false, too, where this user may not look
+
+
+def _unwritable(path: Path) -> str | None:
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        folder = existing(path.parent)
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+        return None if os.access(folder, os.W_OK | os.X_OK) else f"no right to write in {folder}"
+    except OSError as error:
+        return error.strerror or str(error)
