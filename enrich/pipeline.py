@@ -71,6 +71,8 @@ async def _execute(
         with signals.asking():  # a pipe or a storage may let us wait
             prepare(target, job.input_path, job.name)
             rows = Rows(job)
+    except Interrupted:
+        raise
     except EnrichError as error:
         broken = error
         if not await journal.do(Ledger.tasks):

@@ -90,7 +90,7 @@ def _told(url: Url) -> Iterator[None]:
         if "NoSuchBucket" in words:
             told = Refused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
         elif isinstance(error, FileNotFoundError):
-            told = Refused(f"{url} does not exist", "check the URL")
+            told = Refused(f"{url} does not exist", "check the URL; patterns are for files")
         elif re.search(r"status code: 40[13]|MissingAccount|169\.254\.|credential", words):
             told = Refused(f"{url}: the storage refuses these credentials ({code or 'none found'})", credentials)
         elif "BadScheme" in words:
