@@ -9,7 +9,7 @@ from enrich.budget import make_budget
 from enrich.client import Client
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
-from enrich.errors import EnrichError, Exit
+from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
@@ -60,6 +60,8 @@ async def _execute(
             for kind, path in {"output": target, **feeds}.items():
                 prepare(path, job.input_path, job.name, kind)
             rows = Rows(job, forgotten)
+    except Interrupted:
+        raise
     except EnrichError as error:
         broken = error
         if not await journal.do(Ledger.tasks):

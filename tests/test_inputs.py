@@ -18,7 +18,7 @@ from enrich.place import STDIN, Url, locate
 from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
-from tests.harness import HEADER, Api, Done, Office, _environ, people
+from tests.harness import HEADER, Api, Done, Office, _environ, people, serving, until
 from tests.tables import load, save
 
 
@@ -236,24 +236,30 @@ def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
     assert process.stderr.startswith(b"error: standard input is a terminal")
 
 
-def test_a_signal_ends_the_wait_for_a_pipe(office: Office, api: Api) -> None:
-    """The exit code says so, and what came so far is removed."""
+@pytest.mark.parametrize("waiting_at_the_api", [0, 2])
+def test_a_signal_ends_the_wait_for_a_pipe(tmp_path: Path, office: Office, waiting_at_the_api: int) -> None:
+    """Whatever is to be collected: the exit code says so, nothing is asked, and what came so far is removed."""
     (office.folder / "tmp").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-        cwd=office.folder,
-        env=_environ(office.folder, api) | {"TMPDIR": str(office.folder / "tmp")},
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    process.stdin.write(b"First Name\n")
-    process.stdin.flush()
-    while not list((office.folder / "tmp").iterdir()):
-        assert process.poll() is None
-    process.terminate()
-    _, told = process.communicate(timeout=30)
-    assert (process.returncode, b"Traceback" in told) == (143, False)
+    office.write_leads(people(waiting_at_the_api))
+    with serving(tmp_path / "slow.db", latency="fixed(60)") as api:
+        if waiting_at_the_api:
+            office.leave_at_the_api(api)
+        asked = api.audit()["requests"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+            cwd=office.folder,
+            env=_environ(office.folder, api) | {"TMPDIR": str(office.folder / "tmp")},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        process.stdin.write(b"First Name\n")
+        process.stdin.flush()
+        until(lambda: process.poll() is not None or any((office.folder / "tmp").iterdir()))
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+        assert (process.returncode, b"Traceback" in told) == (143, False)
+        assert api.audit()["requests"] == asked
     assert list((office.folder / "tmp").iterdir()) == []
 
 

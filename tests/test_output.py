@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.answer import phase_of, read_answer
@@ -500,6 +500,7 @@ def tables(draw: st.DrawFn) -> list[list[str]]:
 
 
 @given(table=tables())
+@settings(deadline=None)
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
 def test_every_cell_of_the_input_comes_back_in_its_place(
     tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]

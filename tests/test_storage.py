@@ -164,7 +164,8 @@ def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
         ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
         (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
         (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
-        ("az://box/a.csv", ": the storage refuses these credentials (none found)"),
+        (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
+        ("az://box/a.csv", ": there are no credentials for the storage"),
     ],
 )
 def test_what_a_storage_refuses_is_told_before_anything_is_spent(
@@ -173,6 +174,9 @@ def test_what_a_storage_refuses_is_told_before_anything_is_spent(
     """Exit 5, in one line, without what is secret."""
     if "reached" in told:
         environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    if "no credentials" in told:
+        del environ["AWS_ACCESS_KEY_ID"], environ["AWS_SECRET_ACCESS_KEY"]
+        environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:9"
     if "TLS" in told:
         del environ["AWS_ALLOW_HTTP"]
     office.write_leads(people(1))

@@ -95,9 +95,7 @@ class Source:
     def _received(self) -> Path:
         """Copy what comes through the pipe: it is read more than once."""
         if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-            raise TableProblem(
-                "standard input is a terminal, or closed", "pipe the leads into it: cat leads.csv | enrich …"
-            )
+            raise TableProblem("standard input is a terminal, or closed", "pipe the leads into it: cat FILE | enrich …")
         beginning = sys.stdin.buffer.read(len(_GZIP))
         with self._copy("stdin.gz" if beginning == _GZIP else "stdin") as (path, into):
             into.write(beginning)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 Stamp = tuple[str | None, int, str]
-_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)|kind: (Connect|Timeout)|(169\.254\.)")
+_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
+#: Without credentials the machine itself is asked for them, as in a data centre.
+_NO_CREDENTIALS = re.compile(r"169\.254\.|/latest/api/token|metadata\.google|MissingAccount|MissingCredentials")
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -90,9 +92,11 @@ def _told(url: Url) -> Iterator[None]:
         if "NoSuchBucket" in words:
             told = Refused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
         elif isinstance(error, FileNotFoundError):
-            told = Refused(f"{url} does not exist", "check the URL")
-        elif re.search(r"status code: 40[13]|MissingAccount|169\.254\.|credential", words):
-            told = Refused(f"{url}: the storage refuses these credentials ({code or 'none found'})", credentials)
+            told = Refused(f"{url} does not exist", "check the URL; patterns are for files")
+        elif _NO_CREDENTIALS.search(words):
+            told = Refused(f"{url}: there are no credentials for the storage", credentials)
+        elif re.search(r"status code: 40[13]", words):
+            told = Refused(f"{url}: the storage refuses these credentials ({code})", credentials)
         elif "BadScheme" in words:
             told = Refused(f"{url}: the endpoint has no TLS", "if that is meant, set AWS_ALLOW_HTTP=true")
         elif re.search(r"kind: (Connect|Timeout)|error sending request", words):
