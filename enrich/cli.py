@@ -88,6 +88,8 @@ for command in (
     run.run,
     run.collect,
     look.status,
+    look.runs,
+    look.explain,
     look.reconcile,
     setup.waterfalls,
     setup.schema,
