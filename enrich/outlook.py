@@ -20,7 +20,8 @@ def outlook(state: State, attempts: Sequence[Try], policy: Policy, now_ms: int, 
         case State.SUBMITTING:
             if at_work:
                 return "is being sent right now"
-            return "was being sent when the program ended: the next run puts it in doubt"
+            was = "was being sent" if at_work is False else "is being sent, or was"
+            return f"{was} when the program ended: then the next run puts it in doubt"
         case State.SUBMITTED:
             expires = (last.submitted_ms or 0) + _ms(policy.result_ttl) if last else 0
             gone = " (so it may be gone)" if expires < now_ms else ""

@@ -82,7 +82,10 @@ def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
 def _outcome(past: Past, *, at_work: bool | None) -> str:
     if past.exit_code is not None:
         return word(past.exit_code)
-    return {True: "at work now", False: "killed", None: "at work or killed"}[at_work]
+    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
+
+
+_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
 
 
 def lines(runs: dict[str, Any]) -> Iterator[str]:
@@ -91,17 +94,22 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
     if not totals["executions"]:
         yield f"{runs['job']} has never run: {runs['ledger']} knows of no execution of it"
         return
-    yield (
-        "  run  started (UTC)           time  exit                        rows submitted found   credits  ?     balance"
+    yield _LINE.format(
+        "run", "started (UTC)", "time", "", "exit", "rows", "submitted", "hits", "credits", "?", "balance"
     )
     for run in runs["executions"]:
-        code = "-" if run["exit_code"] is None else run["exit_code"]
-        share = "-" if run["found_share"] is None else f"{run['found_share']:.0%}"
-        started = run["started_at"].replace("T", " ").removesuffix("Z")
-        yield (
-            f"{run['execution']:>5}  {started}  {_duration(run['elapsed_s']):>7}  {code:>3} {run['outcome']:<17}"
-            f"{_or_dash(run['rows'], ',')!s:>10} {run['submitted']:>9,} {share:>5} {run['credits_spent']:>9,.2f}"
-            f" {run['credits_unknown'] or '':>2} {_or_dash(run['balance_after'], ',.2f'):>11}"
+        yield _LINE.format(
+            run["execution"],
+            run["started_at"].replace("T", " ")[:16],
+            _duration(run["elapsed_s"]),
+            _or_dash(run["exit_code"], ""),
+            run["outcome"],
+            _or_dash(run["rows"], ","),
+            f"{run['submitted']:,}",
+            _or_dash(run["found_share"], ".0%"),
+            f"{run['credits_spent']:,.2f}",
+            run["credits_unknown"] or "",
+            _or_dash(run["balance_after"], ",.2f"),
         )
     unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
     yield (

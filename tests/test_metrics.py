@@ -167,7 +167,7 @@ def test_a_name_that_the_collector_would_not_read_is_exit_2(api: Api, watched: O
     done = watched.command("run", "job.yaml", api=api)
 
     assert done.code == 2
-    assert "job.yaml:11: metrics" in done.stderr
+    assert "job.yaml:12: metrics" in done.stderr
     assert ".prom" in done.stderr
 
 
@@ -197,12 +197,13 @@ KEYS = st.sampled_from(
 )
 
 
-@given(job=st.text(min_size=1), samples=st.dictionaries(KEYS, st.floats(allow_nan=False)))
+@given(
+    job=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    samples=st.dictionaries(KEYS, st.floats(allow_nan=False)),
+)
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, job: str, samples: Samples) -> None:
     """Every number of every job comes back as it was."""
     path = tmp_path_factory.getbasetemp() / "round.prom"
-    if not job.encode(errors="ignore").decode() == job:
-        return
     write(path, job, samples)
 
     assert path.read_bytes() == text(job, samples)

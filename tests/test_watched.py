@@ -16,6 +16,8 @@ from tests.harness import Api, Office, serving, until
 from tests.watch import Ear, assert_nobody_in, events, listening, log_lines, somebody
 
 LOG = ("--log-file", "run.log")
+# Apprise imports it where it is there.
+pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
