@@ -113,7 +113,8 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
         )
     unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
     yield (
-        f"in all {totals['executions']:,} executions: {totals['submitted']:,} submitted, "
+        f"in all {totals['executions']:,} execution{'' if totals['executions'] == 1 else 's'}: "
+        f"{totals['submitted']:,} submitted, "
         f"{totals['credits_spent']:,.2f} credits spent{unknown}"
     )
 
