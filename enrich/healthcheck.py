@@ -21,7 +21,11 @@ class Healthcheck:
     """The pings of one run, which share a run id. Only the URL's host may be shown: its path is a secret."""
 
     def __init__(self, url: str) -> None:
-        self._url = httpx.URL(url)
+        """Take the address. Raises ValueError, which does not show it, when nobody can be asked there."""
+        try:
+            self._url = httpx.URL(url)
+        except httpx.InvalidURL:
+            raise ValueError("must be an address that can be asked") from None
         self._run_id = str(uuid4())
         self._started: Aside | None = None
 

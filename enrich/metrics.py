@@ -36,7 +36,10 @@ GAUGES = {
     "enrich_ledger_requests_at_the_api": "Requests whose answer is still waited for.",
 }
 
-#: Name and labels (beside `job`) to a value.
+#: The one that has a label beside `job`.
+BY_STATUS = "enrich_rows"
+
+#: Name and status (blank but for BY_STATUS) to a value.
 Samples = dict[tuple[str, str], float]
 
 _OF_RECEIPT = {
@@ -55,7 +58,7 @@ _OF_RECEIPT = {
 def of_receipt(receipt: Mapping[str, Any]) -> Samples:
     """Take the gauges from a receipt; what is not known has none."""
     found = {(name, ""): receipt.get(field) for name, field in _OF_RECEIPT.items()}
-    found |= {("enrich_rows", status.value): receipt.get(status.value) for status in RowStatus}
+    found |= {(BY_STATUS, status.value): receipt.get(status.value) for status in RowStatus}
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
@@ -76,7 +79,8 @@ def read(path: Path) -> Samples:
     except (OSError, ValueError):
         return {}
     samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)
-    return {(sample.name, sample.labels.get("status", "")): sample.value for sample in samples}
+    found = {(sample.name, sample.labels.get("status", "")): sample.value for sample in samples}
+    return {key: value for key, value in found.items() if (key[0] == BY_STATUS) is bool(key[1])}
 
 
 def text(job: str, samples: Samples) -> bytes:
@@ -86,7 +90,7 @@ def text(job: str, samples: Samples) -> bytes:
         known = {status: value for (gauge, status), value in samples.items() if gauge == name}
         if not known:
             continue
-        labels = ["job", "status"] if name == "enrich_rows" else ["job"]
+        labels = ["job", "status"] if name == BY_STATUS else ["job"]
         gauge = Gauge(name, told, labels, registry=registry)
         for status, value in known.items():
             gauge.labels(*([job, status] if status else [job])).set(value)

@@ -108,7 +108,7 @@ class _Lines(RotatingFileHandler):
     def format(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, object] = getattr(record, "fields", {})
         at = iso(int(record.created * 1000))
-        return json.dumps({"v": VERSION, "at": at, **fields}, ensure_ascii=False)
+        return json.dumps({"v": VERSION, "at": at, **fields}, ensure_ascii=False, default=str)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line when it is our turn."""

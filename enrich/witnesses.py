@@ -42,7 +42,7 @@ class Witnesses:
     _ended: bool = False
 
     def start(self, job: Job, options: Options, *, sandbox: bool) -> None:
-        """Hear which job it is, before anything happens. Raises JobError when `metrics` can't be read by Prometheus."""
+        """Hear which job it is, before anything happens. Raises JobError when a witness can't be told."""
         self.job = job
         self.log.job = job.name
         self.log.line("start", **_setting(job, options), sandbox=sandbox)
@@ -50,7 +50,10 @@ class Witnesses:
         if sandbox:
             return
         if model.healthcheck is not None:
-            self._healthcheck = Healthcheck(model.healthcheck)
+            try:
+                self._healthcheck = Healthcheck(model.healthcheck)
+            except ValueError as error:
+                raise job.error(["healthcheck"], str(error), "as in https://hc.example/your-uuid") from error
         if model.notify is not None:
             self._notifier, problems = read_addresses(job.path(model.notify))
             for problem in problems:

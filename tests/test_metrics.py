@@ -178,6 +178,19 @@ def test_a_run_of_the_sandbox_leaves_no_metrics(watched: Office) -> None:
     assert not (watched.folder / PROM).parent.exists()
 
 
+def test_an_old_file_of_another_shape_is_no_hindrance(watched: Office) -> None:
+    """What somebody else wrote there is left out, and the rest is kept."""
+    (watched.folder / PROM).parent.mkdir()
+    odd = 'enrich_rows{job="job"} 3\nenrich_polls{job="job",status="found"} 1\nup 1\nenrich_requests{job="job"} 7\n'
+    (watched.folder / PROM).write_text(odd)
+
+    assert watched.command("run", "job.yaml").code == 3
+
+    told = gauges(watched)
+    assert told["enrich_requests"] == 7
+    assert not told.keys() & {"up", "enrich_rows", "enrich_polls", "enrich_polls found"}
+
+
 def test_names_follow_the_conventions() -> None:
     """A prefix, base units, and no `_total`, which is for counters."""
     for name in GAUGES:

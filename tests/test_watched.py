@@ -155,6 +155,17 @@ def test_a_server_that_does_not_answer_breaks_nothing(
     assert "secret" not in done.stderr + (pinged.folder / "run.log").read_text()
 
 
+def test_an_address_that_is_none_is_exit_2_and_is_not_shown(api: Api, pinged: Office) -> None:
+    """The line of the job file is named."""
+    pinged.write_job(healthcheck="'https://exa mple.example/secret-path'")
+
+    done = pinged.command("run", "job.yaml", api=api)
+
+    assert done.code == 2
+    assert "job.yaml:12: healthcheck: must be an address" in done.stderr
+    assert "secret" not in done.stderr
+
+
 # Notifications
 
 
