@@ -93,7 +93,7 @@ def test_who_is_locked_out_pings_nothing(api: Api, pinged: Office, ear: Ear) -> 
 
 def test_the_sandbox_pings_nothing(pinged: Office, ear: Ear) -> None:
     """Who tries something turns no dashboard green or red."""
-    assert pinged.command("run", "job.yaml", "--sandbox").code in (0, 10)
+    assert pinged.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
 
     assert ear.heard == []
 
@@ -157,7 +157,7 @@ def test_a_server_that_does_not_answer_breaks_nothing(
 
 def test_an_address_that_is_none_is_exit_2_and_is_not_shown(api: Api, pinged: Office) -> None:
     """The line of the job file is named."""
-    pinged.write_job(healthcheck="'https://exa mple.example/secret-path'")
+    pinged.write_job(healthcheck="https://1.2.3.999/secret-path")
 
     done = pinged.command("run", "job.yaml", api=api)
 
