@@ -231,4 +231,5 @@ def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
     if attempt["error"]:
         yield f"error: {attempt['error']}"
     for name, value in (attempt["answer"] or {}).items():
-        yield f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        plain = isinstance(value, str) and value.isprintable()
+        yield f"{name}: {value if plain else json.dumps(value, ensure_ascii=False)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
 WORDS = {
     0: "ok",
@@ -25,16 +27,16 @@ FINE = frozenset({0, 10, 13})
 #: Says nothing about this job's nights: another run is at work (it will tell), or somebody stopped this one.
 SILENT = frozenset({11, 130, 143})
 
-#: The commands that help, by exit code; {} is the job with its paths.
+#: The commands that help, by exit code; {run} is the job with all its paths, {look} with its ledger only.
 _HELP = {
-    1: ("enrich ledger check {}", "enrich run {}"),
-    2: ("enrich run {}",),
-    3: ("enrich run {}",),
-    4: ("enrich run {}",),
-    5: ("enrich run {}",),
-    12: ("enrich run {}",),
-    14: ("enrich reconcile {}", "enrich run {} --retry in_doubt", "enrich run {} --accept in_doubt"),
-    15: ("enrich status {}", "enrich run {}"),
+    1: ("enrich ledger check {look}", "enrich run {run}"),
+    2: ("enrich run {run}",),
+    3: ("enrich run {run}",),
+    4: ("enrich run {run}",),
+    5: ("enrich run {run}",),
+    12: ("enrich run {run}",),
+    14: ("enrich reconcile {look}", "enrich run {run} --retry in_doubt", "enrich run {run} --accept in_doubt"),
+    15: ("enrich status {look}", "enrich run {run}"),
 }
 _FIRST = {
     1: "nothing that is known is lost; look, then go on",
@@ -58,7 +60,17 @@ def needs_a_person(code: int) -> bool:
     return code not in FINE | SILENT
 
 
-def advice(code: int, target: str) -> list[str]:
-    """Tell what to do, and the exact commands; `target` is the job as the shell takes it."""
-    first = _FIRST.get(code)
-    return [f"{first}:", *(f"  {command.format(target)}" for command in _HELP[code])] if first else []
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The job as the shell takes it: after `enrich run`, and after commands that only look."""
+
+    run: str
+    look: str
+
+
+def advice(code: int, target: Target) -> list[str]:
+    """Tell what to do, and the exact commands."""
+    if code not in _HELP:
+        return []
+    commands = [command.format(run=target.run, look=target.look) for command in _HELP[code]]
+    return [f"{_FIRST[code]}:", *(f"  {command}" for command in commands)]

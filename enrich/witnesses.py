@@ -26,12 +26,12 @@ SUCCESS = ("enrich_last_success_timestamp_seconds", "")
 class Witnesses:
     """The witnesses of one run; a run of the sandbox has its log only.
 
-    `say` shows the person what one of them could not do; `target` names the job as the shell takes it.
+    `say` shows the person what one of them could not do; `target` is the job as advice names it.
     """
 
     log: Log
     say: Callable[[str], None]
-    target: str
+    target: outcome.Target
     job: Job | None = None
     _began: float = field(default_factory=time.time)
     _earlier: int | None = None

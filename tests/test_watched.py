@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,16 +185,23 @@ def test_doubts_are_told_with_the_way_out(api: Api, noticed: Office, ear: Ear) -
     """The title says what, the text has the receipt and the exact commands, and nobody's name."""
     api.fault("no-task-id")
 
-    done = noticed.command("run", "job.yaml", "--ledger", "my ledger.db", *LOG, api=api)
+    where = ("--ledger", "my ledger.db", "--output", "out.csv")
+    done = noticed.command("run", "job.yaml", *where, *LOG, api=api)
 
     assert done.code == 14
     (heard,) = ear.heard
     told = json.loads(heard.body)
     assert told["title"] == "enrich job: in doubt (exit 14)"
     assert "in_doubt          1  33.3%" in told["message"]
-    target = f"{noticed.job_file} --ledger '{noticed.folder / 'my ledger.db'}'"
-    assert f"enrich run {target} --retry in_doubt" in told["message"]
-    assert f"enrich reconcile {target}" in told["message"]
+    commands = [shlex.split(line) for line in told["message"].splitlines() if line.startswith("  enrich ")]
+    job = [str(noticed.job_file), "--ledger", str(noticed.folder / "my ledger.db")]
+    output = ["--output", str(noticed.folder / "out.csv")]
+    assert commands == [
+        ["enrich", "reconcile", *job],
+        ["enrich", "run", *job, *output, "--retry", "in_doubt"],
+        ["enrich", "run", *job, *output, "--accept", "in_doubt"],
+    ]
+    assert [noticed.command(*command[1:], api=api).code for command in commands] == [0, 0, 0]
     assert_nobody_in(told["message"], noticed)
     assert "secret" not in done.stderr + (noticed.folder / "run.log").read_text()
 
@@ -295,5 +303,5 @@ def test_every_exit_code_has_its_word_and_its_advice() -> None:
     """Nobody is woken without a command that helps, and no code is both fine and not."""
     assert {int(code) for code in Exit} <= set(outcome.WORDS)
     for code in outcome.WORDS:
-        assert bool(outcome.advice(code, "job.yaml")) is outcome.needs_a_person(code)
+        assert bool(outcome.advice(code, outcome.Target("job.yaml", "job.yaml"))) is outcome.needs_a_person(code)
     assert [code for code in outcome.WORDS if outcome.needs_a_person(code)] == [1, 2, 3, 4, 5, 12, 14, 15]

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from enrich.errors import EnrichError, Exit
+from enrich.outcome import Target
 
 
 def witnessed(command: Callable[..., int]) -> Callable[..., int]:
@@ -35,13 +36,15 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
     return with_witnesses
 
 
-def _target(given: Mapping[str, Any]) -> str:
-    """Name the job, and the paths that the command line gave, as the shell takes them."""
-    words = [str(given["job_file"].absolute())]
-    for option, name in (("--input", "input_path"), ("--output", "output"), ("--ledger", "ledger")):
+def _target(given: Mapping[str, Any]) -> Target:
+    """Name the job, with the paths that the command line gave."""
+    job, ledger, paths = [str(given["job_file"].absolute())], [], []
+    if given["ledger"] is not None:
+        ledger = ["--ledger", str(given["ledger"].absolute())]
+    for option, name in (("--input", "input_path"), ("--output", "output")):
         if given[name] is not None:
-            words += [option, str(given[name].absolute())]
-    return shlex.join(words)
+            paths += [option, str(given[name].absolute())]
+    return Target(shlex.join(job + ledger + paths), shlex.join(job + ledger))
 
 
 def _told(error: BaseException) -> tuple[int, str]:
