@@ -89,6 +89,8 @@ for command in (
     run.plan,
     run.collect,
     look.status,
+    look.runs,
+    look.explain,
     look.reconcile,
     setup.init,
     setup.check,

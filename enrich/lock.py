@@ -32,3 +32,19 @@ def hold(ledger: Path, wait_s: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(ledger: Path) -> bool | None:
+    """Tell whether an execution holds the lock, without touching it; None where the system doesn't tell."""
+    path = ledger.with_name(ledger.name + ".lock")
+    try:
+        held = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return None
+    try:
+        inode = path.stat().st_ino
+    except OSError:
+        return False
+    # `1: FLOCK  ADVISORY  WRITE 708 08:01:1311 0 EOF`; the device is left out: file systems disagree on it.
+    locks = (line.split() for line in held.splitlines())
+    return any(lock[1] == "FLOCK" and lock[5].endswith(f":{inode}") for lock in locks)

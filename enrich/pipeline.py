@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from datetime import datetime
 
 from enrich.budget import make_budget
@@ -14,6 +15,7 @@ from enrich.execution import Execution
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.pace import Pace
+from enrich.place import Place
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
@@ -50,22 +52,9 @@ async def _execute(
     job, clock = around.job, around.clock
     started = clock.monotonic()
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
-    rows: Rows | None = None
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
-    broken: EnrichError | None = None
-    try:
-        forgotten = await journal.do(Ledger.forgotten)
-        with signals.asking():  # a pipe or a storage may let us wait
-            for kind, path in {"output": target, **feeds}.items():
-                prepare(path, job.input_path, job.name, kind)
-            rows = Rows(job, forgotten)
-    except Interrupted:
-        raise
-    except EnrichError as error:
-        broken = error
-        if not await journal.do(Ledger.tasks):
-            raise
+    rows = await _open_input(around, signals, journal, {"output": target, **feeds})
     connection = await connect(
         client,
         await journal.do(recall, job.model.waterfall),
@@ -74,7 +63,7 @@ async def _execute(
         at_most_s=around.timing.start_s,
         update_providers=options.update_providers,
     )
-    if rows is not None:
+    if isinstance(rows, Rows):
         rows.check_new_columns(connection.question)
     desk = await _begin(around, options, signals, client, journal, connection)
     desk.started, desk.feeds = started, feeds
@@ -86,9 +75,8 @@ async def _execute(
     timekeeper = asyncio.create_task(desk.keep_time())
     try:
         await desk.rescue()
-        if rows is None or broken is not None:
-            # What was paid for is fetched even when tonight's file is broken; more is not bought.
-            raise broken or AssertionError
+        if isinstance(rows, EnrichError):
+            raise rows
         return await desk.work(rows, target)
     except EnrichError as error:
         code = error.exit_code
@@ -98,6 +86,28 @@ async def _execute(
         return await desk.finish(execution.exit_code({}))
     finally:
         timekeeper.cancel()
+
+
+async def _open_input(
+    around: Surroundings, signals: Signals, journal: Journal, targets: Mapping[str, Place]
+) -> Rows | EnrichError:
+    """Open tonight's files. What is wrong with them waits when there is something to collect.
+
+    What was paid for is fetched even when tonight's file is broken; more is not bought.
+    """
+    job = around.job
+    try:
+        forgotten = await journal.do(Ledger.forgotten)
+        with signals.asking():  # a pipe or a storage may let us wait
+            for kind, place in targets.items():
+                prepare(place, job.input_path, job.name, kind)
+            return Rows(job, forgotten)
+    except Interrupted:
+        raise
+    except EnrichError as error:
+        if not await journal.do(Ledger.tasks):
+            raise
+        return error
 
 
 async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once

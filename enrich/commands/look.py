@@ -1,4 +1,4 @@
-"""`enrich status` and `enrich reconcile`: what only looks."""
+"""`enrich status`, `runs`, `explain` and `reconcile`: what only looks."""
 
 from __future__ import annotations
 
@@ -37,3 +37,44 @@ def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int
     with options.access(job, use_sandbox=use_sandbox) as access:
         told = reconcile_job(job, access, since)
     click.echo(json.dumps(told.as_json()) if as_json else "\n".join(lines(told)))
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Show the newest N executions.")
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@options.AS_JSON
+def runs(job_file: Path, last: int, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
+    """List the executions of JOB, newest first (times are UTC)."""
+    from enrich.runs import lines, read_runs
+
+    known = read_runs(options.load(job_file, None, None, ledger, use_sandbox), last)
+    click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--row", type=click.IntRange(min=1), metavar="N", help="This row of the input; 1 is the first lead.")
+@click.option("--match", metavar="COLUMN=VALUE", help="The rows with this value, whatever the case of its letters.")
+@options.INPUT
+@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@options.AS_JSON
+def explain(
+    job_file: Path,
+    row: int | None,
+    match: str | None,
+    input_path: str | None,
+    ledger: Path | None,
+    use_sandbox: bool,
+    as_json: bool,
+) -> None:
+    """Tell everything that ever happened to one lead of JOB, without network."""
+    from enrich.explain import explain as tell
+    from enrich.explain import lines
+
+    if (row is None) == (match is None):
+        raise click.UsageError('say which lead: --row N or --match "Email=ada@engine.example"')
+    told = tell(options.load(job_file, input_path, None, ledger, use_sandbox), row, match)
+    click.echo(json.dumps(told, ensure_ascii=False) if as_json else "\n".join(lines(told)))

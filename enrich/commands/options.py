@@ -55,8 +55,9 @@ def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tu
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+INPUT = click.option("--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead.")
 PATHS = (
-    click.option("--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."),
+    INPUT,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
     click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),

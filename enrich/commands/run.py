@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
+from enrich.commands.witnessed import witnessed
 from enrich.errors import Exit, LedgerLocked
 
 if TYPE_CHECKING:
     from enrich.job import Job
     from enrich.receipt import Receipt
     from enrich.surroundings import Options
+    from enrich.witnesses import Witnesses
 
 
 @click.command()
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--receipt", "always_receipt", is_flag=True, help="Print the receipt off a terminal, too.")
 @click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
 @click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
+@witnessed
 def run(
     job_file: Path,
     input_path: str | None,
@@ -64,7 +67,7 @@ def run(
     as_json: bool,
     always_receipt: bool,
     quiet: bool,
-    log_file: Path | None,
+    witnesses: Witnesses,
 ) -> int:
     """Enrich the leads of JOB; started again it resumes.
 
@@ -97,32 +100,34 @@ def run(
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
     )
+    witnesses.start(job, wishes, sandbox=use_sandbox)
     skip, wait_s = if_locked
     try:
-        receipt = _run(job, wishes, wait_s, use_sandbox=use_sandbox, on_terminal=on_terminal, log_file=log_file)
+        receipt = _run(job, wishes, wait_s, witnesses, use_sandbox=use_sandbox, on_terminal=on_terminal)
     except LedgerLocked as error:
         if not skip:
             raise
+        witnesses.skipped(error.message)
         if as_json:
             click.echo(json.dumps({"exit_code": 0, "error": error.message}))
         return Exit.OK
+    witnesses.end(receipt)
     show = on_terminal or always_receipt or (receipt.exit_code != Exit.OK and not quiet)
     _show_receipt(receipt, as_json=as_json, show=show)
     return receipt.exit_code
 
 
 def _run(
-    job: Job, wishes: Options, wait_s: float, *, use_sandbox: bool, on_terminal: bool, log_file: Path | None
+    job: Job, wishes: Options, wait_s: float, witnesses: Witnesses, *, use_sandbox: bool, on_terminal: bool
 ) -> Receipt:
-    """Run under the lock, with the bar and the log."""
+    """Run under the lock, with the bar and the witnesses."""
     from enrich.ledger import Ledger
     from enrich.lock import hold
     from enrich.pipeline import run
-    from enrich.progress import Bar, Log, log_to
+    from enrich.progress import Bar
     from enrich.surroundings import Progress, Surroundings
 
     with ExitStack() as stack:
-        log = Log(stack.enter_context(log_to(log_file)))
         stack.enter_context(hold(job.ledger_path, wait_s))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
         store = Ledger(job.ledger_path)
@@ -130,20 +135,19 @@ def _run(
         bar = Bar() if on_terminal else None
 
         def tell(text: str) -> None:
-            log.tell(text)
+            witnesses.tell(text)
             if bar is not None:
                 bar.tell(text)
 
         def show(progress: Progress) -> None:
-            log.show(progress)
+            witnesses.show(progress)
             if bar is not None:
                 bar.show(progress)
 
         if bar is not None:
             stack.callback(bar.close)
-        receipt = run(Surroundings(job, access, store, tell=tell, show=show), wishes)
-        log.end(receipt.as_json())
-        return receipt
+        witnesses.admitted()
+        return run(Surroundings(job, access, store, tell=tell, show=show), wishes)
 
 
 def _confirm(plan: str) -> bool:

@@ -1,0 +1,181 @@
+"""What a ledger remembers of executions and of single leads: SQL that only reads, also while a run is at work."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from enrich.database import Database
+from enrich.errors import Refused
+from enrich.model import State
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One execution; times in milliseconds since 1970 (UTC), credits in millionths, None: not known."""
+
+    id: int
+    started_ms: int
+    ended_ms: int | None
+    exit_code: int | None
+    submitted: int
+    spent: int
+    unknown: int
+    balance_after: int | None
+    receipt: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The whole ledger, all its jobs: credits in millionths, answers of unknown price, requests."""
+
+    spent: int
+    unknown: int
+    in_doubt: int
+    at_the_api: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One request: where it stands, what was sent (JSON), and of whom it was asked."""
+
+    id: int
+    fingerprint: bytes
+    state: State
+    params: str
+    call: Mapping[str, Any]
+    attempt_id: int | None
+    answer_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One attempt: a POST and what became of it."""
+
+    id: int
+    execution: int
+    job: str
+    state: str
+    task_id: str | None
+    claimed_ms: int
+    submitted_ms: int | None
+    settled_ms: int | None
+    settled_in: int | None
+    reserved: int
+    credits: int | None
+    provider: str | None
+    error: str | None
+    answer: str | None
+
+
+T = TypeVar("T")
+_REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.call_id "
+
+
+class History(Database):
+    """A ledger that is only looked into."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it. Raises Refused when it is not there or is no ledger."""
+        if not path.exists():
+            raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
+        super().__init__(path, read_only=True)
+
+    def begin(self) -> None:
+        """See everything from now on as it stands at this moment."""
+        self._db.execute("BEGIN")
+
+    # Executions
+
+    def executions(self, job: str) -> Iterator[Past]:
+        """Yield the executions of a job, newest first."""
+        for row in self._rows("SELECT * FROM executions WHERE job = ? ORDER BY id DESC", job):
+            receipt = json.loads(row["receipt"]) if row["receipt"] else {}
+            yield Past(
+                row["id"],
+                row["started_ms"],
+                row["ended_ms"],
+                row["exit_code"],
+                row["submitted"],
+                row["spent"],
+                row["unknown"],
+                row["balance_after"],
+                receipt,
+            )
+
+    def newest(self) -> int:
+        """Return the number of the newest execution of any job, 0 when there is none."""
+        (number,) = self._db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
+        return int(number)
+
+    def last_end(self, job: str, codes: Collection[int]) -> int | None:
+        """Return when an execution of a job last ended with one of these exit codes."""
+        places = ",".join("?" * len(codes))
+        row = self._db.execute(
+            f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({places})", (job, *codes)
+        ).fetchone()
+        return None if row[0] is None else int(row[0])
+
+    def totals(self) -> Totals:
+        """Sum up the ledger."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(credits), 0), "
+            "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0), "
+            "(SELECT count(*) FROM requests WHERE state = 'in_doubt'), "
+            "coalesce(sum(state = 'submitted'), 0) FROM attempts"
+        ).fetchone()
+        return Totals(*map(int, row))
+
+    # One lead
+
+    def request(self, fingerprint: bytes) -> Known | None:
+        """Look up a request."""
+        return next(map(_known, self._rows(_REQUEST + "WHERE r.fingerprint = ?", fingerprint)), None)
+
+    def same_params(self, params: str) -> Iterator[Known]:
+        """Yield the requests that sent the same, of whomever it was asked."""
+        return map(_known, self._rows(_REQUEST + "WHERE r.params = ? ORDER BY r.id", params))
+
+    def with_param(self, wanted: Mapping[str, str]) -> Iterator[Known]:
+        """Yield the requests that sent one of these values for its param, whatever the case of its letters."""
+        folded = {name: value.casefold() for name, value in wanted.items()}
+        for row in self._rows(_REQUEST + "ORDER BY r.id"):
+            params = json.loads(row["params"])
+            if any(str(params.get(name, "")).casefold() == value for name, value in folded.items()):
+                yield _known(row)
+
+    def attempts(self, request_id: int) -> list[Try]:
+        """Return every attempt of a request, in order."""
+        rows = self._rows(
+            "SELECT a.*, e.job FROM attempts a JOIN executions e ON e.id = a.execution_id "
+            "WHERE a.request_id = ? ORDER BY a.id",
+            request_id,
+        )
+        names = "state task_id claimed_ms submitted_ms settled_ms settled_in reserved credits provider error answer"
+        return [Try(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split())) for row in rows]
+
+
+def glance(path: Path, ask: Callable[[History], T]) -> T | None:
+    """Ask one question; None when the ledger is not there or can't be read."""
+    try:
+        with closing(History(path)) as history:
+            return ask(history)
+    except (Refused, sqlite3.Error):
+        return None
+
+
+def _known(row: sqlite3.Row) -> Known:
+    return Known(
+        row["id"],
+        row["fingerprint"],
+        State(row["state"]),
+        row["params"],
+        json.loads(row["canonical"]),
+        row["attempt_id"],
+        row["answer_id"],
+    )

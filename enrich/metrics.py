@@ -1,0 +1,110 @@
+"""Gauges of the last run as a file for the textfile collector of Prometheus, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from enrich.history import Totals
+from enrich.model import RowStatus, to_credits
+
+#: Every gauge: what it tells.
+GAUGES = {
+    "enrich_last_start_timestamp_seconds": "When the last run started.",
+    "enrich_last_end_timestamp_seconds": "When the last run ended.",
+    "enrich_last_success_timestamp_seconds": "When a run last ended with exit code 0, 10 or 13.",
+    "enrich_exit_code": "The exit code of the last run.",
+    "enrich_duration_seconds": "How long the last execution took.",
+    "enrich_rows": "Rows of the input by the status they have in the output.",
+    "enrich_requests": "Distinct requests that the input asks for.",
+    "enrich_requests_submitted": "Requests that the API accepted in the last execution.",
+    "enrich_requests_reused": "Requests that were answered from the ledger.",
+    "enrich_credits_spent": "Known credits of the last execution.",
+    "enrich_answers_price_unknown": "Answers of the last execution whose price is not known.",
+    "enrich_balance_credits": "The account's balance after the last execution.",
+    "enrich_polls": "Polls of the last execution.",
+    "enrich_rate_limited": "Answers 429 in the last execution.",
+    "enrich_ledger_credits_spent": "Known credits of all attempts in the ledger.",
+    "enrich_ledger_answers_price_unknown": "Answers in the ledger whose price is not known.",
+    "enrich_ledger_requests_in_doubt": "Requests in doubt: a person must decide.",
+    "enrich_ledger_requests_at_the_api": "Requests whose answer is still waited for.",
+}
+
+#: The one that has a label beside `job`.
+BY_STATUS = "enrich_rows"
+
+#: Name and status (blank but for BY_STATUS) to a value.
+Samples = dict[tuple[str, str], float]
+
+_OF_RECEIPT = {
+    "enrich_duration_seconds": "elapsed_s",
+    "enrich_requests": "requests",
+    "enrich_requests_submitted": "submitted",
+    "enrich_requests_reused": "reused",
+    "enrich_credits_spent": "credits_spent",
+    "enrich_answers_price_unknown": "credits_unknown",
+    "enrich_balance_credits": "balance_after",
+    "enrich_polls": "polls",
+    "enrich_rate_limited": "rate_limited",
+}
+
+
+def of_receipt(receipt: Mapping[str, Any]) -> Samples:
+    """Take the gauges from a receipt; what is not known has none."""
+    found = {(name, ""): receipt.get(field) for name, field in _OF_RECEIPT.items()}
+    found |= {(BY_STATUS, status.value): receipt.get(status.value) for status in RowStatus}
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def of_ledger(totals: Totals) -> Samples:
+    """Take the gauges of the whole ledger."""
+    return {
+        ("enrich_ledger_credits_spent", ""): to_credits(totals.spent),
+        ("enrich_ledger_answers_price_unknown", ""): totals.unknown,
+        ("enrich_ledger_requests_in_doubt", ""): totals.in_doubt,
+        ("enrich_ledger_requests_at_the_api", ""): totals.at_the_api,
+    }
+
+
+def read(path: Path) -> Samples:
+    """Read what an earlier run wrote; nothing when it can't be read."""
+    try:
+        families = list(text_string_to_metric_families(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+    samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)
+    found = {(sample.name, sample.labels.get("status", "")): sample.value for sample in samples}
+    return {key: value for key, value in found.items() if (key[0] == BY_STATUS) is bool(key[1])}
+
+
+def text(job: str, samples: Samples) -> bytes:
+    """Write the gauges in Prometheus' text format."""
+    registry = CollectorRegistry()
+    for name, told in GAUGES.items():
+        known = {status: value for (gauge, status), value in samples.items() if gauge == name}
+        if not known:
+            continue
+        labels = ["job", "status"] if name == BY_STATUS else ["job"]
+        gauge = Gauge(name, told, labels, registry=registry)
+        for status, value in known.items():
+            gauge.labels(*([job, status] if status else [job])).set(value)
+    return generate_latest(registry)
+
+
+def write(path: Path, job: str, samples: Samples) -> None:
+    """Replace the file (0600) at once, as the collector may read at any moment. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text(job, samples))
+        os.replace(part, path)  # noqa: PTH105 - the part is a name
+    except BaseException:
+        os.unlink(part)  # noqa: PTH108 - likewise
+        raise

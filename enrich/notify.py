@@ -1,0 +1,72 @@
+"""Tells people through Apprise (optional extra) when something needs them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from enrich.aside import Aside
+
+PATIENCE_S = 20.0
+OTHERS = 0o077
+
+
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """Whom to tell. The addresses are secrets: only their file and line may be shown."""
+
+    path: Path
+    addresses: list[tuple[int, str]]
+
+    def send(self, title: str, text: str) -> str | None:
+        """Send it to all of them; return what went wrong, None when nothing did."""
+        if not self.addresses:
+            return None
+        problem = Aside(lambda: _send(self.addresses, title, text)).wait(PATIENCE_S)
+        return f"{self.path}: not everybody was notified: {problem}" if problem else None
+
+
+def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
+    """Read a file of Apprise URLs, one a line; tell what is wrong with it, without showing any."""
+    problems = []
+    if find_spec("apprise") is None:
+        return Notifier(path, []), ["nobody can be notified without the extra: pip install 'databar-enrich[notify]'"]
+    addresses: list[tuple[int, str]] = []
+    try:
+        if path.stat().st_mode & OTHERS:
+            problems.append(f"{path}: others may read the addresses in it: chmod 600 {path}")
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if (url := line.strip()) and not url.startswith("#"):
+                addresses.append((number, url))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        problems.append(f"{path}: nobody can be notified: {reason}")
+    else:
+        if not addresses:
+            problems.append(f"{path}: nobody can be notified: it names no address")
+    return Notifier(path, addresses), problems
+
+
+def _send(addresses: list[tuple[int, str]], title: str, text: str) -> str | None:
+    import apprise  # noqa: PLC0415 - it takes long to import, and is optional
+
+    logger = logging.getLogger("apprise")
+    # It would write its complaints, with the addresses, to stderr.
+    logger.propagate = False
+    logger.addHandler(logging.NullHandler())
+    wrong, deaf = [], []
+    for number, url in addresses:
+        one = apprise.Apprise()
+        if not one.add(url):
+            wrong.append(number)
+        elif not one.notify(title=title, body=text, body_format=apprise.NotifyFormat.TEXT):
+            deaf.append(number)
+    told = [f"line {_listed(wrong)} is no Apprise URL"] if wrong else []
+    told += [f"line {_listed(deaf)} did not take it"] if deaf else []
+    return "; ".join(told) or None
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

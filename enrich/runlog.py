@@ -1,0 +1,165 @@
+"""The run log: one JSON object a line, versioned, UTC, rotated; no personal data, and no cell of any file.
+
+Several processes may write to one file. Each line is written under a lock on the file itself, by the file that has
+the name at that moment: whoever renames it (we at 10 MB, or logrotate) loses nobody's line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from enrich.errors import Refused
+from enrich.model import iso
+from enrich.surroundings import Progress
+
+VERSION = 1
+EVERY_S = 60.0
+LARGEST = 10_000_000  # bytes
+KEPT = 5
+
+#: What follows may quote what was sent (the API's own words), or the header, which is a lead when it is missing.
+_MAY_QUOTE = re.compile(r"(HTTP \d{3}|names columns twice|cannot be computed|not a polars SQL expression).*", re.DOTALL)
+
+
+def without_data(message: str) -> str:
+    """Cut off what an error message may quote; stderr has all of it."""
+    return _MAY_QUOTE.sub(r"\1", message)
+
+
+class Log:
+    """The lines of one run; without a handler there is no log."""
+
+    def __init__(self, handler: logging.Handler | None, job: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.job = job
+        self._handler = handler
+        self._clock = clock
+        self._next = clock() + EVERY_S
+
+    def line(self, event: str, **known: object) -> None:
+        """Write a line; what is None is left out."""
+        if self._handler is None:
+            return
+        told = {name: value for name, value in known.items() if value is not None}
+        fields = {"event": event, "job": self.job, "pid": os.getpid(), **told}
+        record = logging.LogRecord("enrich", logging.INFO, "", 0, event, None, None)
+        record.fields = fields
+        self._handler.handle(record)
+
+    def progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
+        """Write a line a minute."""
+        if self._handler is None or self._clock() < self._next:
+            return
+        self._next = self._clock() + EVERY_S
+        self.line(
+            "progress",
+            execution=execution(),
+            done=progress.done,
+            total=progress.total,
+            found=progress.found,
+            in_flight=progress.in_flight,
+            credits=progress.spent,
+        )
+
+
+@contextmanager
+def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iterator[Log]:
+    """Log to a file (0600), or nowhere. `complain` hears once when it can't be written any more.
+
+    Raises Refused when it can't be written at the start.
+    """
+    if path is None:
+        yield Log(None, job)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A link is followed: it would be rotated away, and the file that it leads to would grow.
+        handler = _Lines(path.resolve() if path.is_file() else path, complain)
+    except OSError as error:
+        raise Refused(f"{path}: the log cannot be written: {error.strerror}") from error
+    try:
+        yield Log(handler, job)
+    finally:
+        with suppress(OSError):
+            handler.close()
+
+
+class _Lines(RotatingFileHandler):
+    """Appends whole lines, and rotates in turn with the other processes."""
+
+    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
+        self._complain = complain
+        self._complained = False
+        super().__init__(path, maxBytes=LARGEST, backupCount=KEPT, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        return os.fdopen(descriptor, "a", encoding="utf-8")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        at = iso(int(record.created * 1000))
+        return json.dumps({"v": VERSION, "at": at, **fields}, ensure_ascii=False, default=str)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line when it is our turn."""
+        try:
+            with self._turn():
+                super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Lock the file that has the name now."""
+        while True:
+            if self.stream is None:
+                self.stream = self._open()
+            # Its own descriptor: rotating closes the stream, and the turn must last longer.
+            lock = os.dup(self.stream.fileno())
+            try:
+                with suppress(OSError):  # a pipe, or a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._has_the_name(lock):
+                    try:
+                        yield
+                    finally:
+                        with suppress(OSError):
+                            fcntl.flock(lock, fcntl.LOCK_UN)
+                    return
+            finally:
+                os.close(lock)
+            self.stream.close()
+            self.stream = self._open()
+
+    def _has_the_name(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), Path(self.baseFilename).stat())
+        except FileNotFoundError:
+            return False
+
+    def doRollover(self) -> None:  # noqa: N802 - logging's name
+        """Rotate, or go on in the same file where its folder does not let us."""
+        try:
+            super().doRollover()
+        except OSError as error:
+            self.stream = self._open()
+            self._tell(f"cannot be rotated: {error.strerror}")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
+        """Tell once; the run goes on without."""
+        self._tell("cannot be written any more")
+
+    def _tell(self, what: str) -> None:
+        if not self._complained:
+            self._complained = True
+            self._complain(f"{self.baseFilename}: the log {what}")

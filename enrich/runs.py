@@ -1,0 +1,131 @@
+"""`enrich runs`: the executions of a job, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from enrich.history import History, Past
+from enrich.job import Job
+from enrich.lock import is_held
+from enrich.model import iso, to_credits
+from enrich.outcome import word
+
+
+@dataclass(slots=True)
+class _Totals:
+    """All executions of the job together; credits in millionths."""
+
+    executions: int = 0
+    submitted: int = 0
+    spent: int = 0
+    unknown: int = 0
+
+    def count(self, past: Past) -> None:
+        self.executions += 1
+        self.submitted += past.submitted
+        self.spent += past.spent
+        self.unknown += past.unknown
+
+
+def read_runs(job: Job, last: int) -> dict[str, Any]:
+    """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
+    shown: list[dict[str, Any]] = []
+    totals = _Totals()
+    if job.ledger_path.exists():
+        with closing(History(job.ledger_path)) as history:
+            history.begin()
+            held = is_held(job.ledger_path)
+            newest = history.newest()
+            executions = history.executions(job.name)
+            for past in islice(executions, last):
+                totals.count(past)
+                shown.append(_told(past, at_work=held if past.id == newest else False))
+            for past in executions:
+                totals.count(past)
+    return {
+        "job": job.name,
+        "ledger": str(job.ledger_path),
+        "executions": shown,
+        "totals": {
+            "executions": totals.executions,
+            "submitted": totals.submitted,
+            "credits_spent": to_credits(totals.spent),
+            "credits_unknown": totals.unknown,
+        },
+    }
+
+
+def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
+    receipt = past.receipt
+    rows, found = receipt.get("rows"), receipt.get("found")
+    return {
+        "execution": past.id,
+        "started_at": iso(past.started_ms),
+        "ended_at": None if past.ended_ms is None else iso(past.ended_ms),
+        "elapsed_s": None if past.ended_ms is None else round((past.ended_ms - past.started_ms) / 1000, 3),
+        "exit_code": past.exit_code,
+        "outcome": _outcome(past, at_work=at_work),
+        "rows": rows,
+        "submitted": past.submitted,
+        "found": found,
+        "found_share": round(found / rows, 4) if rows and found is not None else None,
+        "credits_spent": to_credits(past.spent),
+        "credits_unknown": past.unknown,
+        "balance_after": None if past.balance_after is None else to_credits(past.balance_after),
+    }
+
+
+def _outcome(past: Past, *, at_work: bool | None) -> str:
+    if past.exit_code is not None:
+        return word(past.exit_code)
+    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
+
+
+_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
+
+
+def lines(runs: dict[str, Any]) -> Iterator[str]:
+    """Write them for a person, in lines of at most 100 columns."""
+    totals = runs["totals"]
+    if not totals["executions"]:
+        yield f"{runs['job']} has never run: {runs['ledger']} knows of no execution of it"
+        return
+    yield _LINE.format(
+        "run", "started (UTC)", "time", "", "exit", "rows", "submitted", "hits", "credits", "?", "balance"
+    )
+    for run in runs["executions"]:
+        yield _LINE.format(
+            run["execution"],
+            run["started_at"].replace("T", " ")[:16],
+            _duration(run["elapsed_s"]),
+            _or_dash(run["exit_code"], ""),
+            run["outcome"],
+            _or_dash(run["rows"], ","),
+            f"{run['submitted']:,}",
+            _or_dash(run["found_share"], ".0%"),
+            f"{run['credits_spent']:,.2f}",
+            run["credits_unknown"] or "",
+            _or_dash(run["balance_after"], ",.2f"),
+        )
+    unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
+    yield (
+        f"in all {totals['executions']:,} execution{'' if totals['executions'] == 1 else 's'}: "
+        f"{totals['submitted']:,} submitted, "
+        f"{totals['credits_spent']:,.2f} credits spent{unknown}"
+    )
+
+
+def _or_dash(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
