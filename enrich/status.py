@@ -77,7 +77,7 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
         yield f"  waiting   {status['at_the_api']:>9,}  tasks at the API; {expiry}"
     last = next((known for known in status["executions"] if known["balance_after"] is not None), None)
     if last is not None and last["balance_before"] is not None:
-        other = last["balance_before"] - last["balance_after"] - last["credits_spent"]
+        other = round(last["balance_before"] - last["balance_after"] - last["credits_spent"], 2) + 0.0
         was = f"was {last['balance_before']:,.2f} before execution {last['execution']}"
         yield f"  balance   {last['balance_after']:>9,.2f}  {was}; {other:+,.2f} beyond the credits spent"
     if status["executions"]:

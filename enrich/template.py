@@ -133,6 +133,7 @@ def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     group = scalar(([param.name for param in waterfall.input_params if param.required] or header)[-1])
     where = scalar("\"{}\" <> ''".format(header[0].replace('"', '""')))
     yield "# More that a job may say; take the # away to use it."
+    yield "# merge: fill_empty # let columns of the job be columns of the input, and fill their blanks (or: overwrite)"
     yield f"# only_if_empty: [{example}] # ask only for rows where this is blank"
     yield f"# where: {where} # ask only for these rows: polars SQL, cells are text"
     yield f"# order_by: {number} # ask the rows with the largest values first"
@@ -140,7 +141,7 @@ def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     yield "# canary: {rows: 50, min_hit_rate: 0.2} # judge the first answers before the others are sent"
     yield "# suppress: do-not-ask.txt # addresses and domains that are never sent, one a line"
     yield "# rejects: rejects.csv # the rows that are invalid, failed or expired, with the reason"
-    yield "# changes: changes-%Y-%m-%d.csv # what is new since the last run"
+    yield "# changes: changes-%Y-%m-%dT%H%M%S.csv # what is new since the last run"
     yield "# metrics: enrich.prom # for the textfile collector of Prometheus"
     yield "# healthcheck: https://monitor.example/ping/my-job # is told of start, success and failure"
     yield "# notify: notify.txt # addresses that are told when something needs a person"
