@@ -21,6 +21,9 @@ class Budget:
     hint: str
 
 
+NO_BUDGET = Budget(0, 0, "nothing may be spent", "")
+
+
 def make_budget(job: Job, question: Question, balance: int | None, planned: int | None = None) -> Budget:
     """Keep `max_credits`, `min_balance` and what a plan said at most (millionths), whichever leaves least.
 

@@ -32,3 +32,17 @@ def hold(ledger: Path, wait_s: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(ledger: Path) -> bool:
+    """Tell whether an execution holds a ledger now; makes nothing."""
+    path = ledger.with_name(ledger.name + ".lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0, mode=0o600):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # it belongs to somebody else: who only looks cannot tell
+        return False

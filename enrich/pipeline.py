@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from enrich.budget import Budget, make_budget
+from enrich.budget import NO_BUDGET, Budget, make_budget
 from enrich.canary import judge
 from enrich.client import Client
 from enrich.collector import Collector
@@ -88,11 +88,16 @@ async def _execute(
     if rows is not None:
         rows.check_new_columns(connection.question)
     planned = None
-    if (plan := options.plan) is not None:
-        done = await journal.do(Ledger.submitted_since, plan.after_execution, job.name)
-        planned = None if plan.most is None else plan.most - done * (connection.question.worst_price or 0)
-        options = options.kept_to(plan, done)
-    budget = make_budget(job, connection.question, connection.balance, planned)
+    if (plan := options.plan) is not None and connection.question.worst_price is not None:
+        left = plan.to_submit - await journal.do(Ledger.asked_since, plan.after_execution, job.name)
+        planned = max(0, left) * connection.question.worst_price + await journal.do(Ledger.reserved)
+    budget = NO_BUDGET
+    try:
+        budget = make_budget(job, connection.question, connection.balance, planned)
+    except EnrichError as error:
+        broken = broken or error
+        if not await journal.do(Ledger.tasks):
+            raise
     waterfall = connection.waterfall
     await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
     number = await journal.do(
@@ -123,7 +128,7 @@ async def _execute(
     try:
         await desk.rescue()
         if rows is None or broken is not None:
-            # What was paid for is fetched even when tonight's file is broken; more is not bought.
+            # What was paid for is fetched even when tonight's file or cap is no good; more is not bought.
             raise broken or AssertionError
         return await desk.work(rows, target)
     except EnrichError as error:
@@ -241,8 +246,6 @@ class _Desk:
         self.enrolled = await self.journal.do(Ledger.enrolled)
         decided = await self.journal.do(Ledger.decided)
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
-        if self.options.limit is not None:
-            self.to_submit = min(self.to_submit, self.options.limit)
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
@@ -250,12 +253,12 @@ class _Desk:
         """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
         question, balance = self.connection.question, self.connection.balance
         if self.options.plan is not None:
-            now = ground(self.around.job, question, self.connection.waterfall, rows.digest())
+            now = ground(self.around.job, question, self.connection.waterfall, rows)
             check(self.options.plan, now)
         if not self.to_submit:
             return
         check_balance(self.around.job, question, balance)
-        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used):
+        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used, self.around.job.name):
             with self.signals.asking():
                 ask(self.options.confirm, self.to_submit, question, balance)
 
@@ -269,10 +272,10 @@ class _Desk:
                 self.execution.stop(Exit.CANARY, stopped)
             if self.execution.closing.is_set():
                 return
-        await self._send(self.options.limit)
+        await self._send()
 
-    async def _send(self, limit: int | None) -> None:
-        """Submit and poll until `limit` requests in all were asked, or all, and answered."""
+    async def _send(self, limit: int | None = None) -> None:
+        """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
         dispatcher = Dispatcher(

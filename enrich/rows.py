@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import file_digest
+from pathlib import Path
 
 import polars as pl
 
@@ -53,11 +54,12 @@ class Rows:
 
     def digest(self) -> str:
         """Hash the file's bytes (SHA-256, hex)."""
-        try:
-            with self._job.input_path.open("rb") as file:
-                return file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise Refused(f"{self._job.input_path} cannot be read: {error.strerror}") from error
+        return _digest(self._job.input_path)
+
+    def suppressed_digest(self) -> str | None:
+        """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
+        suppress = self._job.model.suppress
+        return None if suppress is None else _digest(self._job.path(suppress))
 
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
@@ -84,7 +86,11 @@ class Rows:
         ask = Asking(self._job, question, self._header, self._forgotten)
         first = 0
         for frame in self._frames():
-            places = None if order is None else order[first : first + frame.height].to_list()
+            places = None
+            if order is not None:
+                known = order.slice(first, frame.height).to_list()
+                # The file may have grown since its order was read.
+                places = [*known, *range(first + len(known), first + frame.height)]
             yield ask.batch(first, frame, self._wanted(frame), self._suppressed(frame), places)
             first += frame.height
 
@@ -136,8 +142,10 @@ class Rows:
     def _suppressed(self, frame: pl.DataFrame) -> pl.Series | None:
         if self._suppression is None:
             return None
-        asked_with = {self._header.index(name) for param in self._job.model.params.values() for name in param.columns}
-        return self._suppression.hits(frame, asked_with)
+        params = self._job.model.params.values()
+        if any(param.value is not None and self._suppression.lists(param.value) for param in params):
+            return pl.repeat(value=True, n=frame.height, eager=True)
+        return self._suppression.hits(frame, {self._header.index(name) for param in params for name in param.columns})
 
     def _wanted(self, frame: pl.DataFrame) -> pl.Series:
         """Tell which rows `where` and `only_if_empty` leave in."""
@@ -152,6 +160,14 @@ class Rows:
             reason = str(error).splitlines()[0].split(" for ")[0]
             hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
             raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _select(where: str, frame: pl.DataFrame) -> pl.DataFrame:
