@@ -104,15 +104,13 @@ class Intake(Database):
         at the API is marked, too: when it fails at no charge, it is asked again. Where the person said how
         many are asked at most, that holds only for what this wish has asked itself.
         """
-        waiting = ("planned",) if self._wish.narrowed else ("planned", "waiting")
         self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
-        self._db.execute(
-            f"UPDATE requests SET position = NULL WHERE id IN (SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
-        )
-        self._db.execute(
-            "UPDATE requests SET position = s.place FROM temp.seen s WHERE s.fingerprint = requests.fingerprint "
-            f"AND (s.{_ASKED} OR requests.{OPEN_ATTEMPT} AND s.decision IN ({', '.join(map(repr, waiting))}))"
-        )
+        at_the_api = f"(SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
+        self._db.execute(f"UPDATE requests SET position = NULL WHERE id IN {at_the_api}")
+        place = "UPDATE requests SET position = s.place FROM temp.seen s WHERE s.fingerprint = requests.fingerprint AND"
+        waiting = "" if self._wish.narrowed else " OR s.decision = 'waiting'"
+        self._db.execute(f"{place} (s.{_ASKED}{waiting})")
+        self._db.execute(f"{place} s.decision = 'planned' AND requests.id IN {at_the_api}")
 
     def accept_doubts(self, wanted: Iterable[Wanted]) -> int:
         """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
@@ -201,8 +199,8 @@ class Intake(Database):
             cases[f"r.state <> 'pending' AND {newest(f'a.execution_id > {wish.since:d}')}"] = Decision.PLANNED
             cases |= {f"r.state = '{state}' AND {settled}": Decision(state.value) for state in wish.retry}
         cases["r.state IS NULL OR r.state = 'pending'"] = Decision.NEW
-        if not wish.at_work:
-            # Left on the wire by an execution that was killed: the next one begins with finding that out.
+        if wish.killed:
+            # The next execution begins with putting it in doubt.
             again = State.IN_DOUBT in wish.retry
             cases["r.state = 'submitting'"] = Decision.RETRY if again else Decision.IN_DOUBT
         cases[f"r.{OPEN_ATTEMPT}"] = Decision.WAITING
@@ -219,5 +217,5 @@ def spread(count: int, sample: int, seed: int) -> list[int]:
     """Choose `sample` of the numbers below `count`: one at random of each of as many equal stretches."""
     sample = min(sample, count)
     chance = random.Random(seed)  # noqa: S311 - a sample is no secret
-    edges = [number * count // sample for number in range(sample + 1)]
-    return [chance.randrange(low, high) for low, high in pairwise(edges) if low < high]
+    edges = [number * count // sample for number in range(sample + 1)] if sample else []
+    return [chance.randrange(low, high) for low, high in pairwise(edges)]

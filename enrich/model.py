@@ -213,7 +213,7 @@ class Wish:
     """Which requests an execution wants. `stale`: answers older than that (ms) are asked again.
 
     `since`: choose as if nothing had been asked after this execution, the newest when a plan was made.
-    `at_work`: another execution holds the ledger, so what is on the wire will be answered.
+    `killed`: no execution is at work, so what seems to be on the wire was left there by one that was killed.
     """
 
     retry: frozenset[State] = frozenset()
@@ -223,7 +223,7 @@ class Wish:
     seed: int = 0
     limit: int | None = None
     since: int | None = None
-    at_work: bool = False
+    killed: bool = False
 
     @property
     def narrowed(self) -> bool:

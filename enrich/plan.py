@@ -58,7 +58,7 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
         budget = make_budget(job, question, connection.balance)
         counts = dict.fromkeys(WHY, 0)
         at_work = is_held(job.ledger_path)
-        ledger.begin_pass(replace(wish(job, options, now_ms), at_work=at_work))
+        ledger.begin_pass(replace(wish(job, options, now_ms), killed=not at_work))
         total = asked = 0
         for batch in rows.batches(question, rows.order()):
             ledger.look(batch.asked())
