@@ -110,7 +110,7 @@ def played(api: Api, case: Case, number: int) -> Iterator[Office]:
                 office.run(api, Options(limit=count))
                 api.heal()
             elif what in ("limit", "sample"):
-                office.run(api, Options(**{what: count}))
+                office.run(api, Options(limit=count) if what == "limit" else Options(sample=count))
             elif office.ledger_path.exists():
                 alter(office, HISTORY[what].format(count=count))
         office.write_job(**case.job)
@@ -287,7 +287,6 @@ def test_it_costs_nothing_and_leaves_nothing(api: Api, office: Office) -> None:
     assert done.code == 0
     assert "3 would be sent" in done.stdout
     assert sorted(path.name for path in office.folder.iterdir()) == ["job.yaml", "leads.csv"]
-    assert "post" not in " ".join(api.audit()["requests"]).lower() or api.audit()["accepted"] == 0
     assert api.audit()["accepted"] == 0
 
 
@@ -418,8 +417,7 @@ def test_the_credits_of_a_plan_are_its_cap(api: Api, office: Office) -> None:
 
     done = office.command("run", "job.yaml", "--plan", name, "--json", api=api)
 
-    assert (done.code, done.receipt["submitted"]) == (5, 0) or done.code == 12
-    assert api.audit()["credits_charged"] <= 3
+    assert (done.code, done.receipt["submitted"]) == (12, 0)
 
 
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
