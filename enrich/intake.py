@@ -22,6 +22,9 @@ _ASKED = f"decision IN ({', '.join(repr(decision.value) for decision in ASKED)})
 #: What a limit and a sample count: also what was asked since the plan that says them.
 _COUNTED = f"decision IN ({', '.join(repr(decision.value) for decision in (*ASKED, Decision.PLANNED))})"
 
+#: More than SQLite's integers can't count.
+MOST = 2**62
+
 _PASS = (
     "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT, place INTEGER, grp TEXT)",
     """CREATE TEMP TABLE seen (fingerprint BLOB PRIMARY KEY, position INTEGER NOT NULL, place INTEGER NOT NULL,
@@ -77,7 +80,7 @@ class Intake(Database):
                 "SELECT fingerprint FROM (SELECT fingerprint, decision, row_number() OVER "
                 "(PARTITION BY grp ORDER BY decision = 'new', place) AS number FROM seen WHERE grp IS NOT NULL) "
                 "WHERE decision = 'new' AND number > ?",
-                wish.max_per_group,
+                min(wish.max_per_group, MOST),
             )
         if wish.sample is not None:
             (count,) = self._db.execute(f"SELECT count(*) FROM seen WHERE {_COUNTED}").fetchone()
@@ -94,7 +97,7 @@ class Intake(Database):
             self._leave_out(
                 Decision.OVER_LIMIT,
                 f"SELECT fingerprint FROM seen WHERE {_COUNTED} ORDER BY place LIMIT -1 OFFSET ?",
-                wish.limit,
+                min(wish.limit, MOST),
             )
 
     def mark(self) -> None:

@@ -16,7 +16,7 @@ from enrich.client import Client
 from enrich.connect import Connection, connect, recall
 from enrich.consent import check_balance
 from enrich.credentials import Access
-from enrich.errors import Refused
+from enrich.errors import JobError, Refused
 from enrich.execution import Timing
 from enrich.forecast import WHY, Plan
 from enrich.job import Job
@@ -49,6 +49,8 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
         rows = Rows(job, ledger.forgotten())
         stamp = rows.stamp()
         if rows_file is not None:
+            if rows_file.exists() and rows_file.samefile(job.document.path):
+                raise JobError(f"{rows_file}: the rows would replace the job file", "choose another name")
             prepare(rows_file, job.input_path, f"{job.name}-plan")
         connection = asyncio.run(_connect(job, access, ledger, options))
         rows.check_new_columns(connection.question)

@@ -237,6 +237,16 @@ def test_the_rows_of_an_earlier_plan_are_replaced(api: Api, office: Office) -> N
     assert (office.folder / "again.csv").read_text() == (office.folder / "rows.csv").read_text()
 
 
+def test_the_rows_replace_neither_the_job_nor_the_input(api: Api, office: Office) -> None:
+    """Nor a ledger: exit 2, and the files stay."""
+    office.write_leads(people(2))
+    office.run(api)
+    for path in (office.job_file, office.folder / "leads.csv", office.ledger_path):
+        before = path.read_bytes()
+        assert plan(office, api, "--rows", str(path)).code == 2
+        assert path.read_bytes() == before
+
+
 def test_what_is_at_the_api_waits_and_is_not_paid_again(tmp_path: Path, office: Office) -> None:
     """A task of an earlier run is collected; it is kept out of what the cap has room for."""
     office.write_job(limits="{requests_per_second: 1000, max_credits: 10}")

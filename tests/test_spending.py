@@ -1,4 +1,4 @@
-"""Spending where it matters: `order_by`, `caps`, `--sample`, `--limit` and `min_balance`, against the API's own audit."""
+"""Spending where it matters: `order_by`, `caps`, `--sample`, `--limit`, `min_balance`, by the API's own audit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_largest_are_asked_first(api: Api, office: Office) -> None:
     office.write_job(order_by="Size")
     office.write_leads(sized("5", "", "1,200", "900", "n/a", "51-200"), HEADER)
 
-    nights = []
+    nights: list[str] = []
     for _ in range(6):
         before = asked(api)
         office.run(api, Options(limit=1))
@@ -117,7 +117,7 @@ def test_a_cap_leaves_retries_and_refreshes_alone(tmp_path: Path, office: Office
 def test_run_plan_and_collect_agree_about_the_capped(api: Api, office: Office) -> None:
     """With an order, a limit and a lead that came after the last run."""
     office.write_job(caps="{by: company, max: 2}", order_by="Note")
-    leads = [firm(n, "acme.example")[:4] + [str(n)] for n in range(5)]
+    leads = [[*firm(n, "acme.example")[:4], str(n)] for n in range(5)]
     office.write_leads(leads)
     office.run(api, Options(limit=1))
     assert asked(api) == {"First4"}
@@ -161,6 +161,13 @@ def test_all_of_them_together(api: Api, office: Office) -> None:
     stretches = sorted(int(name.removeprefix("First")) // 4 for name in asked(api))
     assert stretches == [1, 2]  # one of each third, of these the two with the largest numbers
     assert all(int(name.removeprefix("First")) % 2 for name in asked(api))
+
+
+def test_numbers_may_be_as_large_as_you_like(api: Api, office: Office) -> None:
+    """All is all."""
+    office.write_job(caps=f"{{by: company, max: {10**30}}}", canary=f"{{rows: {10**30}, min_hit_rate: 1}}")
+    office.write_leads(people(2))
+    assert office.run(api, Options(limit=10**30, seed=10**30)).submitted == 2
 
 
 def test_a_limit_is_of_requests_and_not_of_tries(tmp_path: Path, office: Office) -> None:
