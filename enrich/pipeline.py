@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from enrich.budget import NO_BUDGET, Budget, make_budget
+from enrich.budget import Budget, afford
 from enrich.canary import judge
 from enrich.client import Client
 from enrich.collector import Collector
@@ -17,7 +17,6 @@ from enrich.consent import ask, check_balance
 from enrich.dispatcher import Dispatcher
 from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
 from enrich.execution import Execution
-from enrich.job import Job
 from enrich.journal import Journal
 from enrich.ledger import Ledger
 from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
@@ -88,7 +87,8 @@ async def _execute(
     )
     if rows is not None:
         rows.check_new_columns(connection.question)
-    budget, refused = await _afford(job, options, connection, journal)
+    plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
+    budget, refused = await journal.do(afford, job, connection.question, connection.balance, plan)
     broken = broken or refused
     waterfall = connection.waterfall
     await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
@@ -131,22 +131,6 @@ async def _execute(
         return await desk.finish(execution.exit_code({}))
     finally:
         timekeeper.cancel()
-
-
-async def _afford(
-    job: Job, options: Options, connection: Connection, journal: Journal
-) -> tuple[Budget, EnrichError | None]:
-    """Work out what may be spent. A cap that can't be kept is told once nothing is left at the API to collect."""
-    planned, price = None, connection.question.worst_price
-    if (plan := options.plan) is not None and price is not None:
-        left = plan.to_submit - await journal.do(Ledger.asked_since, plan.after_execution, job.name)
-        planned = max(0, left) * price + await journal.do(Ledger.reserved)
-    try:
-        return make_budget(job, connection.question, connection.balance, planned), None
-    except EnrichError as error:
-        if not await journal.do(Ledger.tasks):
-            raise
-        return NO_BUDGET, error
 
 
 @dataclass(slots=True)

@@ -288,6 +288,35 @@ def test_likely_is_what_requests_have_cost_so_far(api: Api, office: Office) -> N
     assert told.likely == pytest.approx(receipt.credits_spent / 12 * 8, abs=1e-5)
 
 
+def test_a_price_that_nobody_knows_is_not_shown_as_nothing(
+    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cost and cap are null, and unknown in words; with a cap the plan is refused as the run would be."""
+    office.write_leads(people(2))
+    monkeypatch.setattr("enrich.question._worst_price", lambda *_: None)
+
+    told = plan(office, api, "--json").receipt
+
+    assert (told["to_submit"], told["cost"]["max"], told["cap_allows"], told["worst_price"]) == (2, None, None, None)
+    assert "0.00 to an unknown number of credits" in plan(office, api).stdout
+    assert plan(office, api, "--max-credits", "5").code == Refused.exit_code
+
+
+def test_one_run_for_every_row_is_planned_as_such(api: Api, office: Office) -> None:
+    """With `dedupe: false` equal rows are paid for each, and each has its own decision."""
+    office.write_job(dedupe="false")
+    office.write_leads(people(2) * 3)
+    office.run(api, Options(limit=3))
+
+    told = planned(office, api, Options(limit=2), office.folder / "rows.csv")
+    receipt = office.run(api, Options(plan=told.frozen))
+
+    assert (told.requests, told.to_submit, receipt.submitted) == (6, 2, 2)
+    rows = [row["plan_decision"] for row in decisions(office.folder / "rows.csv")]
+    assert rows[3:] == ["new", "new", "over_limit"]
+    assert set(rows[:3]) <= {"found", "not_found"}
+
+
 def test_it_costs_nothing_and_leaves_nothing(api: Api, office: Office) -> None:
     """No POST, no ledger, no lock, no output."""
     office.write_leads(people(3))

@@ -6,9 +6,11 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from enrich.model import State
+from enrich.rows import Rows
 from enrich.surroundings import Options
 from tests.harness import HASTY, Api, Office, people, serving
 
@@ -66,6 +68,17 @@ def test_a_column_that_the_input_lacks_is_named(api: Api, office: Office) -> Non
         office.write_job(**{key: value})
         done = office.command("run", "job.yaml", api=api)
         assert (done.code, f"job.yaml:12: {key}" in done.stderr) == (2, True), done.stderr
+
+
+def test_rows_that_come_while_the_order_is_read_are_last(
+    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that grows under the run's eyes is no bug."""
+    office.write_job(order_by="Note")
+    office.write_leads(people(4))
+    monkeypatch.setattr(Rows, "order", lambda _: pl.Series([1, 0]))
+    office.run(api, Options(limit=3))
+    assert asked(api) == {"First0", "First1", "First2"}
 
 
 # caps
