@@ -10,6 +10,9 @@ from filelock import FileLock, Timeout
 
 from enrich.errors import LedgerLocked, Refused
 
+#: `is_held` takes the lock for less than this to look: nobody must fail for that.
+A_MOMENT_S = 0.2
+
 
 @contextmanager
 def hold(ledger: Path, wait_s: float) -> Iterator[None]:
@@ -20,7 +23,7 @@ def hold(ledger: Path, wait_s: float) -> Iterator[None]:
     path = ledger.with_name(ledger.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=wait_s, mode=0o600)
+        lock = FileLock(path, timeout=wait_s or A_MOMENT_S, mode=0o600)
         lock.acquire()
     except Timeout:
         raise LedgerLocked(
@@ -35,7 +38,7 @@ def hold(ledger: Path, wait_s: float) -> Iterator[None]:
 
 
 def is_held(ledger: Path) -> bool:
-    """Tell whether an execution holds a ledger now; makes nothing."""
+    """Tell whether an execution holds a ledger now."""
     path = ledger.with_name(ledger.name + ".lock")
     if not path.exists():
         return False
