@@ -13,7 +13,7 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused
 from enrich.spec import Canary
 from enrich.surroundings import Options
-from tests.harness import HASTY, Office, kill, people, serving, until
+from tests.harness import Office, kill, people, serving, until
 
 LEADS = 30
 CANARY = "{rows: 6, min_hit_rate: 0.5}"
@@ -126,7 +126,7 @@ def test_refusals_by_the_rate_do_not_count(tmp_path: Path, careful: Office) -> N
     """A 429 is no answer about a lead."""
     with serving(tmp_path / "api.db", hit_rate=0.0) as api:
         api.fault("rate-limit", 5, "post", retry_after=0)
-        receipt = careful.run(api, timing=HASTY)
+        receipt = careful.run(api)
         assert api.audit()["accepted"] == 6
     assert (receipt.exit_code, receipt.submitted) == (15, 6)
 
