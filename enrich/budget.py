@@ -7,6 +7,7 @@ from math import inf
 
 from enrich.errors import Refused
 from enrich.job import Job
+from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question
 
@@ -45,6 +46,27 @@ def make_budget(job: Job, question: Question, balance: int | None, planned: int 
     said, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
     reason = f"{said}: nothing in flight could free enough for another request"
     return Budget(cap, price, reason, f"{remedy}; the rest stays pending")
+
+
+def afford(
+    ledger: Ledger, job: Job, question: Question, balance: int | None, plan: tuple[int, int] | None
+) -> tuple[Budget, Refused | None]:
+    """Make the budget of an execution; `plan`: how many it sends, and the newest execution when it was made.
+
+    A cap that can't be kept is raised, or returned when something at the API has to be collected first.
+    """
+    planned = None
+    if plan is not None and question.worst_price is not None:
+        to_submit, since = plan
+        # What is at the API settles in this execution, so its reservations come on top.
+        left = max(0, to_submit - ledger.asked_since(since, job.name))
+        planned = left * question.worst_price + ledger.reserved()
+    try:
+        return make_budget(job, question, balance, planned), None
+    except Refused as error:
+        if not ledger.tasks():
+            raise
+        return Budget(0, 0, error.message, error.hint or ""), error
 
 
 def _named(job: Job) -> str:

@@ -16,7 +16,8 @@ def judge(canary: Canary, outcomes: Mapping[State, int]) -> CanaryStopped | None
     """Tell why the rest must not be sent; None when the first answers look right."""
     judged = sum(outcomes.get(state, 0) for state in _JUDGED)
     found = outcomes.get(State.FOUND, 0)
-    if judged and found >= canary.min_hit_rate * judged:
+    # Not `found >= rate * judged`: 0.55 * 100 is more than 55.
+    if judged and found / judged >= canary.min_hit_rate:
         return None
     others = ", ".join(f"{count:,} {state.value}" for state, count in outcomes.items() if state is not State.FOUND)
     seen = f"{found:,} of {judged:,} answers found something ({found / judged:.0%})" if judged else "no answer came"

@@ -164,7 +164,10 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
             f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
         )
     if version < len(MIGRATIONS) and not allowed:
-        raise Refused(f"{path}: this ledger is of an older version of enrich", "`enrich run` brings it up to date")
+        raise Refused(
+            f"{path}: this ledger is of an older version of enrich",
+            "a run brings it up to date; with --limit 0 it asks nothing new",
+        )
     for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         step(db)

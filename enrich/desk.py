@@ -147,8 +147,6 @@ class Desk:
         self.enrolled = await self.journal.do(Ledger.enrolled)
         decided = await self.journal.do(Ledger.decided)
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
-        if self.options.limit is not None:
-            self.to_submit = min(self.to_submit, self.options.limit)
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
@@ -156,12 +154,12 @@ class Desk:
         """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
         question, balance = self.connection.question, self.connection.balance
         if self.options.plan is not None:
-            now = ground(self.around.job, question, self.connection.waterfall, rows.digest())
+            now = ground(self.around.job, question, self.connection.waterfall, rows)
             check(self.options.plan, now)
         if not self.to_submit:
             return
         check_balance(self.around.job, question, balance)
-        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used):
+        if self.options.confirm is not None and not await self.journal.do(Ledger.was_used, self.around.job.name):
             with self.signals.asking():
                 ask(self.options.confirm, self.to_submit, question, balance)
 
@@ -175,10 +173,10 @@ class Desk:
                 self.execution.stop(Exit.CANARY, stopped)
             if self.execution.closing.is_set():
                 return
-        await self._send(self.options.limit)
+        await self._send()
 
-    async def _send(self, limit: int | None) -> None:
-        """Submit and poll until `limit` requests in all were asked, or all, and answered."""
+    async def _send(self, limit: int | None = None) -> None:
+        """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
         dispatcher = Dispatcher(

@@ -34,7 +34,7 @@ class Dispatcher:
     """pending → submitted.
 
     `budget` has the price to reserve for each request; `limit` is how many requests the execution
-    may ask at most; `on_task` is told of every task.
+    may ask at most (a canary's); `on_task` is told of every task.
     """
 
     execution: Execution
@@ -65,7 +65,7 @@ class Dispatcher:
         while not execution.closing.is_set():
             room = min(POSTS_ON_THE_WIRE - execution.on_the_wire, execution.room)
             if self.limit is not None:
-                left = self.limit - execution.tally.submitted - execution.tally.doubtful
+                left = self.limit - execution.tally.asked
                 if left <= 0:
                     return 0
                 room = min(room, left - execution.on_the_wire)
@@ -129,6 +129,7 @@ class Dispatcher:
                 execution.good_answer()
                 execution.breaker.good()
                 await self.journal.do(Ledger.rejected, attempt, error.message, now_ms)
+                execution.tally.rejected += 1
                 execution.tally.count(State.FAILED)
             case NotAccepted() | JobRejected():
                 match error:

@@ -36,10 +36,16 @@ class Tally:
 
     submitted: int = 0
     doubtful: int = 0
+    rejected: int = 0
     settled: dict[State, int] = field(default_factory=dict)
     spent: int = 0
     polls: int = 0
     rate_limited: int = 0
+
+    @property
+    def asked(self) -> int:
+        """How many POSTs came to something: a task, a doubt, or a refusal of that very request."""
+        return self.submitted + self.doubtful + self.rejected
 
     def count(self, state: State) -> None:
         """Count a request that came to its end."""

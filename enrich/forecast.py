@@ -38,7 +38,8 @@ class Plan:
     """What a run would do. Credits in millionths; None: not known, or not set.
 
     `decisions` counts requests, but rows for what is said of rows alone. `likely_price` is what a request
-    has cost so far on average; `providers` and `verifier` come with their names.
+    has cost so far on average, `reserved` what those may cost that are at the API; `providers` and `verifier`
+    come with their names.
     """
 
     job: str
@@ -51,6 +52,7 @@ class Plan:
     cap: int | None
     worst_price: int | None
     likely_price: float | None
+    reserved: int
     requests_per_second: float | None
     polls_per_task: float | None
     canary: int | None
@@ -86,7 +88,7 @@ class Plan:
         """How many requests the cap allows even at their worst price; None: there is no cap, or no price."""
         if self.cap is None or not self.worst_price:
             return None
-        return min(self.to_submit, self.cap // self.worst_price)
+        return min(self.to_submit, max(0, self.cap - self.reserved) // self.worst_price)
 
     @property
     def seconds(self) -> float | None:
@@ -163,7 +165,8 @@ def _money(plan: Plan) -> Iterator[str]:
     if plan.covered is not None:
         cap = to_credits(plan.cap or 0)
         enough = "all" if plan.covered == plan.to_submit else f"{plan.covered:,} of {plan.to_submit:,}"
-        yield f"  cap       {cap:,.2f} credits: enough for {enough} even at their worst price"
+        waiting = f", {to_credits(plan.reserved):,.2f} of them kept for those at the API" if plan.reserved else ""
+        yield f"  cap       {cap:,.2f} credits{waiting}: enough for {enough} even at their worst price"
 
 
 def _price(provider: Priced) -> str:

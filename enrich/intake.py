@@ -19,6 +19,11 @@ OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
 #: Likewise of the index `queue`: what this execution may ask, whatever it has been asked before.
 QUEUED = "position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
 _ASKED = f"decision IN ({', '.join(repr(decision.value) for decision in ASKED)})"
+#: What a limit and a sample count: also what was asked since the plan that says them.
+_COUNTED = f"decision IN ({', '.join(repr(decision.value) for decision in (*ASKED, Decision.PLANNED))})"
+
+#: More than SQLite's integers can't count.
+MOST = 2**62
 
 _PASS = (
     "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT, place INTEGER, grp TEXT)",
@@ -75,40 +80,40 @@ class Intake(Database):
                 "SELECT fingerprint FROM (SELECT fingerprint, decision, row_number() OVER "
                 "(PARTITION BY grp ORDER BY decision = 'new', place) AS number FROM seen WHERE grp IS NOT NULL) "
                 "WHERE decision = 'new' AND number > ?",
-                wish.max_per_group,
+                min(wish.max_per_group, MOST),
             )
         if wish.sample is not None:
-            count = sum(self.decided().get(decision, 0) for decision in ASKED)
+            (count,) = self._db.execute(f"SELECT count(*) FROM seen WHERE {_COUNTED}").fetchone()
             self._db.execute("CREATE TEMP TABLE chosen (number INTEGER PRIMARY KEY)")
             numbers = spread(count, wish.sample, wish.seed)
             self._db.executemany("INSERT INTO chosen VALUES (?)", ((number,) for number in numbers))
             self._leave_out(
                 Decision.NOT_SAMPLED,
                 "SELECT fingerprint FROM (SELECT fingerprint, row_number() OVER (ORDER BY position) - 1 AS number "
-                f"FROM seen WHERE {_ASKED}) WHERE number NOT IN (SELECT number FROM chosen)",
+                f"FROM seen WHERE {_COUNTED}) WHERE number NOT IN (SELECT number FROM chosen)",
             )
             self._db.execute("DROP TABLE chosen")
         if wish.limit is not None:
             self._leave_out(
                 Decision.OVER_LIMIT,
-                f"SELECT fingerprint FROM seen WHERE {_ASKED} ORDER BY place LIMIT -1 OFFSET ?",
-                wish.limit,
+                f"SELECT fingerprint FROM seen WHERE {_COUNTED} ORDER BY place LIMIT -1 OFFSET ?",
+                min(wish.limit, MOST),
             )
 
     def mark(self) -> None:
         """Put what is wanted into the queue; a lead that left the file is forgotten there, and never paid for.
 
         The mark is a place in the queue; it ends with the execution, and so does the person's word. What is
-        at the API is marked, too: when it fails at no charge, it is asked again.
+        at the API is marked, too: when it fails at no charge, it is asked again. Where the person said how
+        many are asked at most, that holds only for what this wish has asked itself.
         """
         self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
-        self._db.execute(
-            f"UPDATE requests SET position = NULL WHERE id IN (SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
-        )
-        self._db.execute(
-            "UPDATE requests SET position = s.place FROM temp.seen s WHERE s.fingerprint = requests.fingerprint "
-            f"AND (s.{_ASKED} OR s.decision = 'waiting')"
-        )
+        at_the_api = f"(SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
+        self._db.execute(f"UPDATE requests SET position = NULL WHERE id IN {at_the_api}")
+        place = "UPDATE requests SET position = s.place FROM temp.seen s WHERE s.fingerprint = requests.fingerprint AND"
+        waiting = "" if self._wish.narrowed else " OR s.decision = 'waiting'"
+        self._db.execute(f"{place} (s.{_ASKED}{waiting})")
+        self._db.execute(f"{place} s.decision = 'planned' AND requests.id IN {at_the_api}")
 
     def accept_doubts(self, wanted: Iterable[Wanted]) -> int:
         """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
@@ -158,16 +163,17 @@ class Intake(Database):
         return int(count)
 
     def standing(self, asked: Iterable[Wanted]) -> Iterator[Standing]:
-        """Tell what is known of each row of a batch; a request never enrolled is left out."""
+        """Tell what is known of each row of a batch; a request never enrolled is left out, unless it is capped."""
         self.look(asked)
         rows = self._rows(
             "SELECT b.i, s.position = b.i, "
-            "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, "
+            "CASE WHEN r.answer_id IS NULL THEN coalesce(r.state, 'pending') ELSE a.state END, "
             "a.answer, a.error, a.provider, a.credits, a.task_id, a.settled_ms, a.id, "
             "s.decision = 'capped', a.erased_ms "
-            "FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint "
-            "JOIN seen s ON s.fingerprint = b.fingerprint "
-            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) ORDER BY b.i"
+            "FROM batch b JOIN seen s ON s.fingerprint = b.fingerprint "
+            "LEFT JOIN requests r ON r.fingerprint = b.fingerprint "
+            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
+            "WHERE r.id IS NOT NULL OR s.decision = 'capped' ORDER BY b.i"
         )
         for index, first, state, *known in rows:
             yield Standing(index, bool(first), State(state), *known)
@@ -177,19 +183,33 @@ class Intake(Database):
         self._db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?)", wanted)
 
     def _see(self) -> None:
+        # Of rows that ask the same, the first in the order of asking says when, the first in the input whose group.
         self._db.execute(
-            "INSERT INTO seen SELECT b.fingerprint, min(b.i), min(coalesce(b.place, b.i)), b.grp, "
-            f"{self._decision()} FROM batch b LEFT JOIN requests r ON r.fingerprint = b.fingerprint "
-            "GROUP BY b.fingerprint ON CONFLICT (fingerprint) DO UPDATE SET place = min(place, excluded.place)"
+            f"INSERT INTO seen SELECT b.fingerprint, b.i, coalesce(b.place, b.i), b.grp, {self._decision()} "
+            "FROM batch b LEFT JOIN requests r ON r.fingerprint = b.fingerprint WHERE true ORDER BY b.i "
+            "ON CONFLICT (fingerprint) DO UPDATE SET place = min(place, excluded.place)"
         )
 
     def _decision(self) -> str:
         """Write what is decided about a request before the whole input was seen."""
-        cases = {"r.state IS NULL OR r.state = 'pending'": Decision.NEW, f"r.{OPEN_ATTEMPT}": Decision.WAITING}
-        cases |= {f"r.state = '{state}'": Decision.RETRY for state in self._wish.retry}
-        for state, before_ms in self._wish.stale.items():
-            settled_ms = "(SELECT settled_ms FROM attempts a WHERE a.id = r.attempt_id)"
-            cases[f"r.state = '{state}' AND {settled_ms} < {before_ms:d}"] = Decision.REFRESH
+        wish = self._wish
+        newest = "EXISTS (SELECT 1 FROM attempts a WHERE a.id = r.attempt_id AND {})".format
+        cases: dict[str, Decision] = {}
+        if wish.since is not None:
+            settled = newest(f"a.settled_in > {wish.since:d} AND a.execution_id <= {wish.since:d}")
+            # What waited when the plan was made is none of those that it said would be asked.
+            cases[f"r.state = 'pending' AND {settled}"] = Decision.WAITING
+            cases[f"r.state <> 'pending' AND {newest(f'a.execution_id > {wish.since:d}')}"] = Decision.PLANNED
+            cases |= {f"r.state = '{state}' AND {settled}": Decision(state.value) for state in wish.retry}
+        cases["r.state IS NULL OR r.state = 'pending'"] = Decision.NEW
+        if wish.killed:
+            # The next execution begins with putting it in doubt.
+            again = State.IN_DOUBT in wish.retry
+            cases["r.state = 'submitting'"] = Decision.RETRY if again else Decision.IN_DOUBT
+        cases[f"r.{OPEN_ATTEMPT}"] = Decision.WAITING
+        cases |= {f"r.state = '{state}'": Decision.RETRY for state in wish.retry}
+        for state, before_ms in wish.stale.items():
+            cases[f"r.state = '{state}' AND {newest(f'a.settled_ms < {before_ms:d}')}"] = Decision.REFRESH
         return "CASE " + "".join(f"WHEN {case} THEN '{name}' " for case, name in cases.items()) + "ELSE r.state END"
 
     def _leave_out(self, decision: Decision, which: str, *values: object) -> None:
@@ -198,6 +218,7 @@ class Intake(Database):
 
 def spread(count: int, sample: int, seed: int) -> list[int]:
     """Choose `sample` of the numbers below `count`: one at random of each of as many equal stretches."""
+    sample = min(sample, count)
     chance = random.Random(seed)  # noqa: S311 - a sample is no secret
-    edges = [number * count // sample for number in range(sample + 1)]
-    return [chance.randrange(low, high) for low, high in pairwise(edges) if low < high]
+    edges = [number * count // sample for number in range(sample + 1)] if sample else []
+    return [chance.randrange(low, high) for low, high in pairwise(edges)]

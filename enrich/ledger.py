@@ -96,9 +96,10 @@ class Ledger(Intake):
         """Return one execution, with `spent`, `reserved`, `unknown` and `submitted`."""
         return next(self._rows("SELECT * FROM executions WHERE id = ?", execution_id))
 
-    def was_used(self) -> bool:
-        """Tell whether anything was ever submitted from this ledger."""
-        row = self._db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0)").fetchone()
+    def was_used(self, job: str | None = None) -> bool:
+        """Tell whether anything was ever submitted from this ledger (for a job)."""
+        sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (?1 IS NULL OR job = ?1))"
+        row = self._db.execute(sql, (job,)).fetchone()
         return bool(row[0])
 
     def executions(self, job: str | None = None, last: int = -1) -> list[sqlite3.Row]:
@@ -355,14 +356,19 @@ class Ledger(Intake):
         )
         return {State(state): count for state, count in rows}
 
-    def submitted_since(self, execution_id: int, job: str) -> int:
-        """Count the POSTs accepted for a job after an execution, and those in doubt."""
+    def asked_since(self, execution_id: int, job: str) -> int:
+        """Count the requests that were asked for a job after an execution; what is pending again is none of them."""
         (count,) = self._db.execute(
-            "SELECT count(*) FROM attempts a JOIN executions e ON e.id = a.execution_id "
-            "WHERE e.id > ? AND e.job = ? AND a.state NOT IN ('refused', 'submitting')",
+            "SELECT count(*) FROM requests r JOIN attempts a ON a.id = r.attempt_id "
+            "JOIN executions e ON e.id = a.execution_id WHERE e.id > ? AND e.job = ? AND r.state <> 'pending'",
             (execution_id, job),
         ).fetchone()
         return int(count)
+
+    def reserved(self) -> int:
+        """Sum up what those may cost that are at the API (millionths): they settle in the next execution."""
+        row = self._db.execute(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}").fetchone()
+        return int(row[0])
 
     def experience(self, call: Call) -> tuple[int, float | None]:
         """Count the answers to a call whose price is known, and average what they cost (millionths)."""

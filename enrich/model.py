@@ -69,6 +69,7 @@ class Decision(StrEnum):
     EXPIRED = "expired"
     IN_DOUBT = "in_doubt"
     WAITING = "waiting"  # at the API: its answer is collected
+    PLANNED = "planned"  # asked since the plan was made that this execution keeps to
     CAPPED = "capped"  # the job's `caps` leave it out
     NOT_SAMPLED = "not_sampled"  # left out by --sample
     OVER_LIMIT = "over_limit"  # left for another execution by --limit
@@ -209,7 +210,11 @@ class Decided(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Which requests an execution wants. `stale`: answers older than that (ms) are asked again."""
+    """Which requests an execution wants. `stale`: answers older than that (ms) are asked again.
+
+    `since`: choose as if nothing had been asked after this execution, the newest when a plan was made.
+    `killed`: no execution is at work, so what seems to be on the wire was left there by one that was killed.
+    """
 
     retry: frozenset[State] = frozenset()
     stale: Mapping[State, int] = field(default_factory=dict)
@@ -217,6 +222,13 @@ class Wish:
     sample: int | None = None
     seed: int = 0
     limit: int | None = None
+    since: int | None = None
+    killed: bool = False
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the person said how many are asked at most."""
+        return not (self.limit is self.sample is self.since is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import polars as pl
 
-#: A number at the start of a cell, as people write it: `1,200`, `$ 5.5`, `51-200` (its 51).
-_NUMBER = r"^\D{0,2}?(-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?)"
+#: A number at the start of a cell as people write it: `1,200`, `-5`, `$ 5.50`, `51-200` (its 51).
+_SIGN, _SYMBOL = r"(-?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
+_NUMBER = rf"^{_SIGN}{_SYMBOL}(-?)(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
 
 
 def sort_keys(frame: pl.DataFrame, places: list[int]) -> pl.DataFrame:
-    """Make the keys by which the rows of a frame are compared: for each column its number, then its text."""
+    """Make the keys by which the rows of a frame are compared: for each column its number, then its text.
+
+    What is a number and nothing else has no text: `1,200` and `1200` are equal.
+    """
     keys = []
     for number, place in enumerate(places):
         text = pl.nth(place).str.strip_chars()
-        size = text.str.extract(_NUMBER).str.replace_all(",", "", literal=True).cast(pl.Float64, strict=False)
-        keys += [size.alias(f"{number}n"), pl.when(text != "").then(text).alias(f"{number}t")]
+        signs = pl.concat_str(text.str.extract(_NUMBER, 1), text.str.extract(_NUMBER, 2))
+        digits = text.str.extract(_NUMBER, 3).str.replace_all(",", "", literal=True).cast(pl.Float64, strict=False)
+        size = pl.when(signs == "-").then(-digits).otherwise(digits)
+        is_more = (text != "") & ~(text.str.contains(_NUMBER + "$") & size.is_not_null())
+        keys += [size.alias(f"{number}n"), pl.when(is_more).then(text).alias(f"{number}t")]
     return frame.select(keys)
 
 

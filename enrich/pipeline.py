@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 
-from enrich.budget import make_budget
+from enrich.budget import afford
 from enrich.client import Client
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
@@ -65,7 +65,7 @@ async def _execute(
     )
     if isinstance(rows, Rows):
         rows.check_new_columns(connection.question)
-    desk = await _begin(around, options, signals, client, journal, connection)
+    desk, refused = await _begin(around, options, signals, client, journal, connection)
     desk.started, desk.feeds = started, feeds
     execution = desk.execution
     if doubtful:
@@ -77,6 +77,8 @@ async def _execute(
         await desk.rescue()
         if isinstance(rows, EnrichError):
             raise rows
+        if refused is not None:
+            raise refused
         return await desk.work(rows, target)
     except EnrichError as error:
         code = error.exit_code
@@ -117,15 +119,11 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     client: Client,
     journal: Journal,
     connection: Connection,
-) -> Desk:
-    """Write down that an execution begins, with the budget that it has."""
+) -> tuple[Desk, EnrichError | None]:
+    """Write down that an execution begins, with the budget that it has, or why it can have none."""
     job, clock, question = around.job, around.clock, connection.question
-    planned = None
-    if (plan := options.plan) is not None:
-        done = await journal.do(Ledger.submitted_since, plan.after_execution, job.name)
-        planned = None if plan.most is None else max(0, plan.most - done * (question.worst_price or 0))
-        options = options.kept_to(plan, done)
-    budget = make_budget(job, question, connection.balance, planned)
+    plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
+    budget, refused = await journal.do(afford, job, question, connection.balance, plan)
     waterfall = connection.waterfall
     await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
     number = await journal.do(
@@ -147,4 +145,4 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     )
     desk = Desk(around, options, signals, client, journal, connection, execution, budget)
     signals.on_first = desk.interrupt
-    return desk
+    return desk, refused

@@ -14,11 +14,14 @@ import polars as pl
 from enrich.budget import make_budget
 from enrich.client import Client
 from enrich.connect import Connection, connect, recall
+from enrich.consent import check_balance
 from enrich.credentials import Access
+from enrich.errors import JobError, Refused
 from enrich.execution import Timing
 from enrich.forecast import WHY, Plan
 from enrich.job import Job
 from enrich.ledger import Ledger
+from enrich.lock import is_held
 from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso, to_micros
 from enrich.planfile import FrozenPlan, ground
 from enrich.question import Question
@@ -44,7 +47,10 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
     """
     with _ledger(job) as ledger:
         rows = Rows(job, ledger.forgotten())
+        stamp = rows.stamp()
         if rows_file is not None:
+            if rows_file.exists() and rows_file.samefile(job.document.path):
+                raise JobError(f"{rows_file}: the rows would replace the job file", "choose another name")
             prepare(rows_file, job.input_path, job.name, "plan")
         connection = asyncio.run(_connect(job, access, ledger, options))
         rows.check_new_columns(connection.question)
@@ -52,8 +58,9 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
         now_ms = clock.now_ms()
         question = connection.question
         budget = make_budget(job, question, connection.balance)
-        counts = dict.fromkeys(Decision, 0)
-        ledger.begin_pass(replace(wish(job, options, now_ms), limit=options.limit))
+        counts = dict.fromkeys(WHY, 0)
+        at_work = bool(is_held(job.ledger_path))
+        ledger.begin_pass(replace(wish(job, options, now_ms), killed=not at_work))
         total = asked = 0
         for batch in rows.batches(question, rows.order()):
             ledger.look(batch.asked())
@@ -69,22 +76,22 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
             _write_rows(rows_file, job, rows, ledger, (question, now_ms))
         likely = ledger.experience(question.call)[1]
         to_submit = sum(counts[decision] for decision in ASKED)
-        price = question.worst_price
         frozen = FrozenPlan(
-            made_at=iso(now_ms),
-            ground=ground(job, question, connection.waterfall, rows.digest()),
+            made_ms=now_ms,
+            ground=ground(job, question, connection.waterfall, rows),
             limit=options.limit,
             sample=options.sample,
             seed=options.seed,
             retry=sorted(options.retry),
             max_credits=job.max_credits,
             to_submit=to_submit,
-            most=None if price is None else price * to_submit,
             after_execution=max((row["id"] for row in ledger.executions(last=1)), default=0),
         )
         named = {each.id: each.name for each in connection.waterfall.available_enrichments}
         verifiers = {each.id: each.name for each in connection.waterfall.email_verifiers}
         verifier = frozen.ground.verifier
+        if rows.stamp() != stamp:
+            raise Refused(f"{job.input_path}: the input changed while the plan was made", "plan again")
         return Plan(
             job=job.name,
             rows=total,
@@ -94,16 +101,27 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
             max_credits=to_micros(job.max_credits),
             min_balance=to_micros(job.model.limits.min_balance),
             cap=budget.cap,
-            worst_price=price,
+            worst_price=question.worst_price,
+            reserved=ledger.reserved(),
             likely_price=likely,
             requests_per_second=job.model.limits.requests_per_second,
             polls_per_task=ledger.polls_per_task(),
             canary=job.model.canary.rows if job.model.canary else None,
             providers=[(each, named.get(each.id, "")) for each in frozen.ground.providers],
             verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
-            notes=connection.notes,
+            notes=[*connection.notes, *_notes(job, connection, to_submit, at_work=at_work)],
             frozen=frozen,
         )
+
+
+def _notes(job: Job, connection: Connection, to_submit: int, *, at_work: bool) -> Iterator[str]:
+    if at_work:
+        yield "a run is at work in this ledger: what it does from now on is not in this plan"
+    if to_submit:
+        try:
+            check_balance(job, connection.question, connection.balance)
+        except Refused as error:
+            yield f"a run would be refused: {error.message}"
 
 
 @contextmanager
@@ -137,6 +155,8 @@ def _write_rows(target: Path, job: Job, rows: Rows, ledger: Ledger, now: tuple[Q
     def frames() -> Iterator[pl.DataFrame]:
         for batch in rows.batches(question):
             known = {told.position: told for told in ledger.decisions(batch.asked())}
+            if len(known) != batch.statuses.count(None):
+                raise Refused(f"{job.input_path}: the input changed while the plan was made", "plan again")
             cells = [
                 _cells(known[position], now_ms) if status is None else _not_asked(status, error or filtered)
                 for position, (status, error) in enumerate(zip(batch.statuses, batch.errors, strict=True), batch.first)
@@ -145,9 +165,10 @@ def _write_rows(target: Path, job: Job, rows: Rows, ledger: Ledger, now: tuple[Q
                 pl.Series(name, [row[place] for row in cells], dtype)
                 for place, (name, dtype) in enumerate(ROW_COLUMNS.items())
             ]
-            yield batch.frame.hstack(new)
+            yield batch.frame.select(pl.exclude(*ROW_COLUMNS)).hstack(new)
 
-    schema = rows.schema | ROW_COLUMNS
+    # The columns of an earlier plan are replaced.
+    schema = {name: kind for name, kind in rows.schema.items() if name not in ROW_COLUMNS} | ROW_COLUMNS
     output = Output(path=str(target))
     write(target, output, job=job.name, schema=schema, frames=frames(), new=len(ROW_COLUMNS), kind="plan")
 

@@ -7,13 +7,15 @@ import os
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.errors import JobError, Refused
+from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job
-from enrich.model import State, to_micros
+from enrich.model import State, iso, to_micros
 from enrich.question import Question
+from enrich.rows import Rows
 from enrich.waterfall import Provider, Waterfall
 
 
@@ -27,24 +29,25 @@ class Priced(BaseModel):
 
 
 class Ground(BaseModel):
-    """What a plan stands on: digests of the job and of the input, and who is asked at what price."""
+    """What a plan stands on: digests of the job, the input and the list of `suppress`; who is asked at what price."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     job: str
     input: str
+    suppress: str | None
     waterfall: str
     providers: list[Priced]
     verifier: Priced | None
 
 
 class FrozenPlan(BaseModel):
-    """What `enrich plan -o FILE` writes and `enrich run --plan FILE` keeps to. `most` in millionths of a credit."""
+    """What `enrich plan -o FILE` writes and `enrich run --plan FILE` keeps to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = 1
-    made_at: str
+    version: Literal[1] = 1
+    made_ms: int
     ground: Ground
     limit: int | None
     sample: int | None
@@ -52,12 +55,11 @@ class FrozenPlan(BaseModel):
     retry: list[State]
     max_credits: float | None
     to_submit: int
-    most: int | None
-    #: The newest execution when it was made: what later ones submitted was submitted for it.
+    #: The newest execution when it was made: what later ones asked was asked for it.
     after_execution: int
 
 
-def ground(job: Job, question: Question, waterfall: Waterfall, input_digest: str) -> Ground:
+def ground(job: Job, question: Question, waterfall: Waterfall, rows: Rows) -> Ground:
     """Gather what must not change between the plan and the run."""
     resolved = [job.name, job.model.model_dump_json(), str(job.ledger_path)]
     prices = {provider.id: provider for provider in waterfall.available_enrichments}
@@ -65,7 +67,8 @@ def ground(job: Job, question: Question, waterfall: Waterfall, input_digest: str
     verifier = question.call.email_verifier
     return Ground(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
-        input=input_digest,
+        input=rows.digest(),
+        suppress=rows.suppressed_digest(),
         waterfall=question.call.waterfall,
         providers=[_priced(number, prices.get(number)) for number in question.call.enrichments],
         verifier=None if verifier is None else _priced(verifier, verifiers.get(verifier)),
@@ -83,6 +86,8 @@ def changes(then: Ground, now: Ground) -> Sequence[str]:
         changed.append("the job file, or the options")
     if then.input != now.input:
         changed.append("the input")
+    if then.suppress != now.suppress:
+        changed.append("the list of `suppress`")
     asked = [
         [provider.id for provider in [*each.providers, *([each.verifier] if each.verifier else [])]]
         for each in (then, now)
@@ -98,11 +103,18 @@ def check(plan: FrozenPlan, now: Ground) -> None:
     """Raise Refused when something changed since the plan was made."""
     if changed := changes(plan.ground, now):
         what = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
-        raise Refused(f"{what} changed since the plan was made ({plan.made_at})", "make a new one: enrich plan -o FILE")
+        raise Refused(
+            f"{what} changed since the plan was made ({iso(plan.made_ms)})", "make a new one: enrich plan -o FILE"
+        )
 
 
 def write_plan(path: Path, plan: FrozenPlan) -> None:
-    """Write a plan (0600), whole or not at all."""
+    """Write a plan (0600), whole or not at all. Raises JobError when that would replace what is no plan."""
+    try:
+        if path.exists() and path.read_bytes():
+            read_plan(path)
+    except EnrichError as error:
+        raise JobError(f"{path}: this is there already, and no plan", "choose another name for the plan") from error
     part = path.with_name(f".{path.name}.part")
     try:
         part.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,32 +16,50 @@ import polars as pl
 from enrich.domains import domain
 from enrich.errors import Refused
 
+#: An e-mail address, alone in a cell or among other text.
+_ADDRESS = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
+
 
 @dataclass(frozen=True, slots=True)
 class Suppression:
-    """E-mail addresses and domains that are never sent, in lower case."""
+    """E-mail addresses and domains that are never sent, in lower case and NFC."""
 
     addresses: frozenset[str]
     domains: frozenset[str]
 
     def hits(self, frame: pl.DataFrame, asked_with: Collection[int]) -> pl.Series:
-        """Tell which rows hold one of the addresses in any cell, or one of the domains in a cell that is asked with.
+        """Tell which rows hold a suppressed address in any cell, or a suppressed domain in a cell that is asked with.
 
-        A domain stands for the domains below it, too. `asked_with` are places of columns.
+        A domain stands for all addresses at it, and for the domains below it. `asked_with` are places of columns.
         """
         hit = pl.repeat(value=False, n=frame.height, eager=True)
         for place, cells in enumerate(frame.iter_columns()):
-            text = cells.alias("").to_frame().select(pl.nth(0).str.strip_chars().str.to_lowercase()).to_series()
-            # An address suppresses its person; a suppressed domain all its addresses.
-            hit |= text.is_in(self.addresses)
+            text = cells.alias("").str.normalize("NFC").str.to_lowercase()
+            found = text.str.extract_all(_ADDRESS)
+            named = found.explode().drop_nulls().unique()
+            listed = [address for address in named if self._lists_address(address)]
+            if listed:
+                hit |= found.list.eval(pl.element().is_in(listed)).list.any()
             if place in asked_with and self.domains:
-                hosts = cells.alias("").to_frame().select(domain(pl.nth(0))).to_series()
+                hosts = _domains(text)
                 hit |= hosts.is_in([host for host in hosts.unique() if self._below(host)])
         return hit
+
+    def lists(self, text: str) -> bool:
+        """Tell whether a constant is one of them."""
+        return bool(self.hits(pl.DataFrame({"": [text]}), [0]).any())
+
+    def _lists_address(self, address: str) -> bool:
+        address = address.rstrip(".")
+        return address in self.addresses or self._below(address.rpartition("@")[2])
 
     def _below(self, host: str) -> bool:
         parts = host.split(".")
         return any(".".join(parts[start:]) in self.domains for start in range(len(parts)))
+
+
+def _domains(texts: pl.Series) -> pl.Series:
+    return texts.alias("").to_frame().select(domain(pl.nth(0))).to_series()
 
 
 def read_suppression(path: Path) -> Suppression:
@@ -56,17 +76,19 @@ def read_suppression(path: Path) -> Suppression:
     except UnicodeDecodeError as error:
         raise Refused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
     addresses, domains = set(), set()
-    for number, line in enumerate(lines, 1):
-        entry = line.partition("#")[0].strip().lower()
-        local, at, host = entry.rpartition("@")
+    entries = [unicodedata.normalize("NFC", line.partition("#")[0].strip().lower()) for line in lines]
+    # `*.acme.example`, `*@acme.example`, `@acme.example` and `https://acme.example/` all mean the domain.
+    hosts = _domains(pl.Series("", [re.sub(r"^\*?[.@]", "", entry) for entry in entries], pl.String))
+    for number, (entry, host) in enumerate(zip(entries, hosts, strict=True), 1):
         if not entry:
             continue
-        if any(map(str.isspace, entry)) or "." not in host:
+        is_address = re.fullmatch(_ADDRESS, entry) is not None and not entry.startswith("*@")
+        if any(map(str.isspace, entry)) or not host or ("@" in entry[2:] and not is_address):
             raise Refused(f"{path}: line {number} is neither an e-mail address nor a domain", "one entry a line")
-        if local:
+        if is_address:
             addresses.add(entry)
-        elif at or host:
-            domains.add(host.removeprefix("www."))
+        else:
+            domains.add(host)
     return Suppression(frozenset(addresses), frozenset(domains))
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from hashlib import file_digest
+from pathlib import Path
 
 import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, STATUS_COLUMNS, Asking, Batch
+from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.order import ranks, sort_keys
 from enrich.privacy import Forgotten, read_suppression
@@ -51,6 +54,11 @@ class Rows:
         """Hash the bytes of the input's files (SHA-256, hex)."""
         return self._source.digest()
 
+    def suppressed_digest(self) -> str | None:
+        """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
+        suppress = self._job.model.suppress
+        return None if suppress is None else _digest(self._job.path(suppress))
+
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
         for name in question.columns:
@@ -78,7 +86,11 @@ class Rows:
         first = 0
         for frame in self._source.batches():
             text = text_frame(frame)
-            places = None if order is None else order[first : first + frame.height].to_list()
+            places = None
+            if order is not None:
+                known = order.slice(first, frame.height).to_list()
+                # The file may have grown since its order was read.
+                places = [*known, *range(first + len(known), first + frame.height)]
             batch = ask.batch(first, text, self._wanted(text), self._suppressed(text), places)
             yield batch if text is frame else replace(batch, frame=frame.select(pl.nth(kept)))
             first += frame.height
@@ -139,8 +151,10 @@ class Rows:
     def _suppressed(self, frame: pl.DataFrame) -> pl.Series | None:
         if self._suppression is None:
             return None
-        asked_with = {self._header.index(name) for param in self._job.model.params.values() for name in param.columns}
-        return self._suppression.hits(frame, asked_with)
+        params = self._job.model.params.values()
+        if any(param.value is not None and self._suppression.lists(param.value) for param in params):
+            return pl.repeat(value=True, n=frame.height, eager=True)
+        return self._suppression.hits(frame, {self._header.index(name) for param in params for name in param.columns})
 
     def _wanted(self, frame: pl.DataFrame) -> pl.Series:
         """Tell which rows `where` and `only_if_empty` leave in."""
@@ -155,6 +169,14 @@ class Rows:
             reason = str(error).splitlines()[0].split(" for ")[0]
             hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
             raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _select(where: str, frame: pl.DataFrame) -> pl.DataFrame:

@@ -119,7 +119,7 @@ class Policy(_Strict):
 
 
 class Caps(_Strict):
-    """How many leads of one group are asked, by all runs together."""
+    """How many leads of one group are asked; those of the input that were asked before count first."""
 
     by: Text = Field(description="A param or a column; rows where it is blank are not capped.")
     max: Annotated[int, Field(ge=1)] = Field(description="So many leads with the same value.")

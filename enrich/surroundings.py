@@ -30,12 +30,6 @@ class Options:
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
 
-    def kept_to(self, plan: FrozenPlan, done: int) -> Options:
-        """Ask no more than a plan said, of which so many were asked already."""
-        left = max(0, plan.to_submit - done)
-        sample = None if plan.sample is None or not left else min(plan.sample, left)
-        return replace(self, limit=left, sample=sample, seed=plan.seed, retry=frozenset(plan.retry))
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -65,7 +59,16 @@ class Surroundings:
 
 
 def wish(job: Job, options: Options, now_ms: int) -> Wish:
-    """Put together which requests an execution wants: by the job, and by the person's word."""
+    """Put together which requests an execution wants: by the job, and by the person's word.
+
+    A plan is kept to as if it were still the time when it was made, so that it chooses the same requests.
+    """
+    plan = options.plan
+    if plan is not None:
+        options = replace(
+            options, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry), plan=None
+        )
+        now_ms = plan.made_ms
     refresh = job.model.policy.refresh
     ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
     return Wish(
@@ -74,4 +77,6 @@ def wish(job: Job, options: Options, now_ms: int) -> Wish:
         max_per_group=None if job.model.caps is None else job.model.caps.max,
         sample=options.sample,
         seed=options.seed,
+        limit=options.limit,
+        since=None if plan is None else plan.after_execution,
     )

@@ -14,6 +14,7 @@ from enrich.errors import Exit
 from enrich.healthcheck import Healthcheck
 from enrich.history import History, glance
 from enrich.job import Job
+from enrich.model import iso
 from enrich.notify import Notifier, read_addresses
 from enrich.receipt import Receipt, lines
 from enrich.runlog import Log, without_data
@@ -175,5 +176,5 @@ def _setting(job: Job, options: Options) -> dict[str, Any]:
         "output": str(job.output_path(datetime.now().astimezone())),
         "ledger": str(job.ledger_path),
         "options": {name: sorted(value) if isinstance(value, frozenset) else value for name, value in wishes.items()}
-        | {"max_credits": job.max_credits, "plan": None if options.plan is None else options.plan.made_at},
+        | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso(options.plan.made_ms)},
     }

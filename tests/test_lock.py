@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import LedgerLocked, Refused
-from enrich.lock import hold
+from enrich.lock import hold, is_held
 
 HOLDER = """
 import sys, time
@@ -102,3 +102,17 @@ def test_a_place_without_locks_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "leads.db", Path("/proc/enrich/leads.db")):
         with pytest.raises(Refused, match=r"leads\.db\.lock"), hold(path, 0):
             pytest.fail("held nothing")
+
+
+def test_a_look_tells_who_is_at_work(tmp_path: Path) -> None:
+    """Held or not, looking changes nothing for who holds it, and makes no file."""
+    ledger = tmp_path / "ledger.db"
+    assert not is_held(ledger)
+    assert list(tmp_path.iterdir()) == []
+    with hold(ledger, 0):
+        assert is_held(ledger)
+        with pytest.raises(LedgerLocked), hold(ledger, 0):
+            pass
+    assert not is_held(ledger)
+    with hold(ledger, 0):
+        pass

@@ -195,6 +195,7 @@ def plan(
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
     from enrich.forecast import lines
+    from enrich.lock import is_held
     from enrich.model import State
     from enrich.plan import make_plan
     from enrich.planfile import write_plan
@@ -202,6 +203,8 @@ def plan(
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     wishes = Options(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
+    if freeze is not None and is_held(job.ledger_path):
+        raise LedgerLocked(f"{job.ledger_path}: a run is at work, so no plan can be kept to", "freeze one after it")
     with options.access(job, use_sandbox=use_sandbox) as access:
         planned = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
     if freeze is not None:

@@ -1,0 +1,155 @@
+"""Several jobs with one ledger: an answer serves them all, executions and receipts stay apart."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import LedgerLocked
+from enrich.job import load_job
+from enrich.lock import hold
+from enrich.model import State
+from enrich.surroundings import Options
+from tests.harness import Api, Office, people, serving
+
+LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}", "ledger": "shared.db"}
+
+
+def of(office: Office, name: str) -> Office:
+    """Another job of the same folder; its outputs are called like it."""
+
+    class Other(Office):
+        """An office that works on another job file."""
+
+        @property
+        def job_file(self) -> Path:
+            return self.folder / f"{name}.yaml"
+
+        @property
+        def ledger_path(self) -> Path:
+            return self.folder / "shared.db"
+
+    other = Other(office.folder)
+    other.write_job(ledger="shared.db", output=f"{name}.csv")
+    return other
+
+
+@pytest.fixture
+def alpha(office: Office) -> Office:
+    """Make a job."""
+    return of(office, "alpha")
+
+
+@pytest.fixture
+def beta(office: Office) -> Office:
+    """Make another job with the same ledger."""
+    return of(office, "beta")
+
+
+def test_an_answer_for_one_job_answers_the_other(api: Api, alpha: Office, beta: Office) -> None:
+    """The same question of another job is reused, under other columns too."""
+    beta.write_job(ledger="shared.db", output="beta.csv", columns="{mail: email}")
+    alpha.write_leads(people(5))
+    first = alpha.run(api)
+    alpha.write_leads(people(7))
+
+    second = beta.run(api)
+
+    assert (first.submitted, second.submitted, second.reused) == (5, 2, 5)
+    answers = {row["First Name"]: row["work_email"] for row in alpha.output("alpha.csv")}
+    assert {row["First Name"]: row["mail"] for row in beta.output("beta.csv")[:5]} == answers
+    assert any(answers.values())
+
+
+def test_executions_and_receipts_stay_apart(api: Api, alpha: Office, beta: Office) -> None:
+    """`status` shows a job its own executions."""
+    alpha.write_leads(people(2))
+    alpha.run(api)
+    beta.run(api)
+    alpha.run(api)
+
+    shown = {
+        name: office.command("status", f"{name}.yaml", "--json").receipt["executions"]
+        for name, office in (("alpha", alpha), ("beta", beta))
+    }
+
+    assert [each["execution"] for each in shown["alpha"]] == [3, 1]
+    assert [each["execution"] for each in shown["beta"]] == [2]
+    assert {each["receipt"]["job"] for each in shown["alpha"]} == {"alpha"}
+
+
+def test_a_task_left_behind_is_judged_by_the_job_that_asked(tmp_path: Path, alpha: Office, beta: Office) -> None:
+    """Collected by a job that looks for another field, it is found all the same, for who asked for it."""
+    alpha.write_job(columns="{industry: industry}", output="alpha.csv", **LOOKUP)
+    beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
+    alpha.write_leads(people(4))
+    with serving(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        alpha.leave_at_the_api(api)
+        api.advance(90)
+        collected = beta.run(api)
+        again = alpha.run(api)
+        assert api.audit()["accepted"] == 4
+
+    with closing(alpha.ledger()) as ledger:
+        assert ledger.counts() == {State.FOUND: 4}
+    assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
+    assert (again.submitted, again.found) == (0, 4)
+
+
+def test_what_waits_for_another_job_is_waited_for(tmp_path: Path, alpha: Office, beta: Office) -> None:
+    """The same question at the API is not asked twice; the plan says that it waits."""
+    alpha.write_leads(people(3))
+    with serving(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        alpha.leave_at_the_api(api)
+        told = beta.command("plan", "beta.yaml", "--json", api=api).receipt
+        api.advance(90)
+        receipt = beta.run(api)
+    assert (told["to_submit"], told["decisions"]["waiting"]) == (0, 3)
+    assert (receipt.submitted, receipt.found) == (0, 3)
+
+
+def test_the_queue_of_one_job_is_not_paid_for_by_the_other(api: Api, alpha: Office, beta: Office) -> None:
+    """What a job left pending is its own affair, even after it was killed before it could send."""
+    alpha.write_leads(people(6))
+    alpha.run(api, Options(limit=2))
+    alpha.write_leads(people(1, start=50))
+
+    receipt = beta.run(api)
+
+    assert (receipt.submitted, api.audit()["accepted"]) == (1, 3)
+
+
+def test_one_at_a_time(api: Api, alpha: Office, beta: Office) -> None:
+    """The ledger is locked for all of its jobs."""
+    alpha.write_leads(people(1))
+    with hold(load_job(alpha.job_file).ledger_path, 0):
+        assert beta.command("run", "beta.yaml", api=api).code == LedgerLocked.exit_code
+
+
+def test_a_plan_of_one_job_minds_what_the_other_asks(api: Api, alpha: Office, beta: Office) -> None:
+    """Between the plan and its run the other job answers a part: only the rest is asked."""
+    alpha.write_leads(people(6))
+    assert alpha.command("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).code == 0
+    beta.run(api, Options(limit=3))
+
+    receipt = alpha.command("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).receipt
+
+    assert (receipt["exit_code"], receipt["submitted"], receipt["pending"]) == (0, 1, 2)
+
+
+def test_each_job_is_asked_about_its_first_real_run(api: Api, alpha: Office, beta: Office) -> None:
+    """That another job has spent before is no leave for this one."""
+    asked: list[str] = []
+
+    def refuse(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    alpha.write_leads(people(2))
+    alpha.run(api)
+    alpha.write_leads(people(4))
+    assert beta.run(api, Options(confirm=refuse)).exit_code == 5
+    assert alpha.run(api, Options(confirm=refuse)).submitted == 2
+    assert len(asked) == 1

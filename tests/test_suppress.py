@@ -1,0 +1,138 @@
+"""`suppress`: who is listed is never sent, however the row names them."""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.errors import Refused
+from enrich.privacy import Suppression, read_suppression
+from enrich.surroundings import Options
+from tests.harness import Api, Office, people
+
+HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
+
+
+def listed(folder: Path, text: str) -> Suppression:
+    """Read a list."""
+    path = folder / "never.txt"
+    path.write_text(text, encoding="utf-8")
+    return read_suppression(path)
+
+
+def hit(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
+    """Tell whether a row is suppressed that is asked with its website, and has a note."""
+    (answer,) = suppression.hits(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
+    return bool(answer)
+
+
+ADDRESS = "Jane.Doe@acme.example"
+DOMAIN = "acme.example"
+
+
+@pytest.mark.parametrize(
+    ("entry", "website", "note", "expected"),
+    [
+        (ADDRESS, "", "jane.doe@ACME.example", True),
+        (ADDRESS, "", " JANE.DOE@acme.example ", True),
+        (ADDRESS, "", "Jane Doe <jane.doe@acme.example>; bob@b.example", True),
+        (ADDRESS, "mailto:jane.doe@acme.example?subject=x", "", True),
+        (ADDRESS, "", "ask jane.doe@acme.example.", True),
+        (ADDRESS, "", "mary-jane.doe@acme.example", False),
+        (ADDRESS, "acme.example", "john@acme.example", False),
+        (DOMAIN, "https://www.Acme.example/team", "", True),
+        (DOMAIN, "shop.eu.acme.example", "", True),
+        (DOMAIN, "ACME.EXAMPLE.", "", True),
+        (DOMAIN, "notacme.example", "", False),
+        (DOMAIN, "acme.example.org", "", False),
+        (DOMAIN, "", "bob@mail.acme.example", True),
+        (DOMAIN, "", "acme.example", False),  # in a cell that is not asked with
+        ("shop.acme.example", "acme.example", "", False),
+        ("@acme.example", "acme.example", "", True),
+        ("*@acme.example", "", "bob@acme.example", True),
+        ("*.acme.example", "shop.acme.example", "", True),
+        ("https://www.acme.example/", "acme.example", "", True),
+        ("  ACME.example   # since May", "acme.example", "", True),
+        ("m\u00fcnchen.example", "http://mu\u0308nchen.example", "", True),
+        ("mu\u0308nchen.example", "http://M\u00dcNCHEN.example", "", True),
+    ],
+)
+def test_who_is_suppressed(tmp_path: Path, entry: str, website: str, note: str, *, expected: bool) -> None:
+    """An address in any cell; a domain and what is below it where it is asked with, and all addresses at it."""
+    assert hit(listed(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
+)
+def test_a_line_that_would_suppress_nobody_is_refused(tmp_path: Path, line: str) -> None:
+    """It is named with its file and line: a list that is misread must not be a list that is ignored."""
+    with pytest.raises(Refused, match=r"never\.txt: line 2 is neither"):
+        listed(tmp_path, f"acme.example\n{line}\n")
+
+
+def test_a_list_that_cannot_be_read_is_refused(api: Api, office: Office) -> None:
+    """Missing, a folder, no text: nobody is asked about."""
+    office.write_job(suppress="never.txt")
+    office.write_leads(people(1))
+    path = office.folder / "never.txt"
+    said = [office.command("run", "job.yaml", api=api)]
+    path.mkdir()
+    said.append(office.command("run", "job.yaml", api=api))
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe\x00")
+    said.append(office.command("plan", "job.yaml", api=api))
+
+    assert [(done.code, "never.txt" in done.stderr) for done in said] == [(5, True)] * 3
+    assert api.audit()["accepted"] == 0
+
+
+NAMES = st.text(string.ascii_lowercase, min_size=1, max_size=3)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=4), st.lists(NAMES, min_size=1, max_size=4), st.integers())
+def test_a_domain_covers_what_ends_in_it(listed_: list[str], asked: list[str], seed: int) -> None:
+    """And nothing else, in whatever case."""
+    domain, host = ".".join([*listed_, "example"]), ".".join([*asked, "example"])
+    chance = random.Random(seed)
+    written = "".join(chance.choice((letter, letter.upper())) for letter in host)
+    expected = f".{host}".endswith(f".{domain}")
+
+    suppression = Suppression(frozenset(), frozenset({domain}))
+
+    assert hit(suppression, website=f"https://{written}/x") is expected
+    assert hit(suppression, note=f"someone@{written}") is expected
+
+
+def test_the_suppressed_are_never_sent(api: Api, office: Office) -> None:
+    """Their rows say so, in the output and in the plan; a lead that waited in the queue is taken out of it."""
+    office.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(people(4))])
+    office.run(api, Options(limit=1))
+    (office.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
+    office.write_job(suppress="never.txt")
+
+    office.run(api)
+
+    assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"First0", "First3"}
+    assert [(row["enrich_status"], row["enrich_error"]) for row in office.output()[1:3]] == [
+        ("filtered", "suppressed: listed as never to be sent")
+    ] * 2
+
+
+def test_a_constant_can_be_suppressed(api: Api, office: Office) -> None:
+    """When the company that all rows are asked with is listed, nothing is sent."""
+    params = "{first_name: First Name, last_name: Last Name, company: {value: www.acme.example}}"
+    office.write_job(params=params, suppress="never.txt")
+    (office.folder / "never.txt").write_text("acme.example\n")
+    office.write_leads(people(3))
+
+    receipt = office.run(api)
+
+    assert (receipt.filtered, receipt.submitted, api.audit()["accepted"]) == (3, 0, 0)
