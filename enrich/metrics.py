@@ -75,7 +75,7 @@ def of_ledger(totals: Totals) -> Samples:
 def read(path: Path) -> Samples:
     """Read what an earlier run wrote; nothing when it can't be read."""
     try:
-        families = list(text_string_to_metric_families(path.read_text(encoding="utf-8")))
+        families = list(text_string_to_metric_families(path.read_bytes().decode()))
     except (OSError, ValueError):
         return {}
     samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -214,6 +214,7 @@ KEYS = st.sampled_from(
     job=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     samples=st.dictionaries(KEYS, st.floats(allow_nan=False)),
 )
+@example(job="\r", samples={("enrich_polls", ""): 1.0})
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, job: str, samples: Samples) -> None:
     """Every number of every job comes back as it was."""
     path = tmp_path_factory.getbasetemp() / "round.prom"
