@@ -7,9 +7,9 @@ from math import inf
 
 from enrich.errors import Refused
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question
+from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

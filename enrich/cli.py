@@ -55,7 +55,7 @@ def run_command(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
-        from enrich.database import RESTORE, tells_of_damage
+        from enrich.store.database import RESTORE, tells_of_damage
 
         if tells_of_damage(error):
             return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)

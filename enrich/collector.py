@@ -10,14 +10,14 @@ from typing import Any
 
 import polars as pl
 
-from enrich.answer import is_blank, parse_data, pick
+from enrich.api.answer import is_blank, parse_data, pick
 from enrich.asking import STATUS_COLUMNS, Batch
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import RowStatus, Standing, State, iso, to_credits
 from enrich.place import Place
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.ledger import Ledger
 from enrich.tables.cells import as_text
 from enrich.tables.writing import guarded, runs_formulas, write
 

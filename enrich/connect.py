@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from enrich.client import Client
+from enrich.api.client import Client
+from enrich.api.waterfall import Waterfall
 from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
-from enrich.ledger import Ledger
 from enrich.model import to_micros
 from enrich.question import Question, default_providers, make_question
-from enrich.waterfall import Waterfall
+from enrich.store.ledger import Ledger
 
 T = TypeVar("T")
 LONGEST_PAUSE_S = 5.0

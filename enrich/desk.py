@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from enrich.api.client import Client
 from enrich.budget import Budget
 from enrich.canary import judge
-from enrich.client import Client
 from enrich.collector import Collector
 from enrich.connect import Connection
 from enrich.consent import ask, check_balance
@@ -18,8 +18,6 @@ from enrich.dispatcher import Dispatcher
 from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
-from enrich.journal import Journal
-from enrich.ledger import Ledger
 from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
 from enrich.place import Place
 from enrich.planfile import check, ground
@@ -27,6 +25,8 @@ from enrich.poller import Poller
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
+from enrich.store.journal import Journal
+from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Progress, Surroundings, wish
 
 PROGRESS_S = 0.2

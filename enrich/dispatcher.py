@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from enrich.api.client import POSTS_ON_THE_WIRE, Client
 from enrich.budget import Budget
-from enrich.client import POSTS_ON_THE_WIRE, Client
 from enrich.errors import (
     BadParams,
     CallFailed,
@@ -21,9 +21,9 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.execution import Execution
-from enrich.journal import Journal
-from enrich.ledger import CapReached, Ledger
 from enrich.model import Call, Claim, State, Task
+from enrich.store.journal import Journal
+from enrich.store.ledger import CapReached, Ledger
 
 #: How often to look again when nobody has told of a change.
 IDLE_S = 1.0

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from enrich.answer import is_blank, parse_data, pick
+from enrich.api.answer import is_blank, parse_data, pick
 from enrich.connect import remembered
 from enrich.errors import JobError, Refused
 from enrich.job import Job, nearest
-from enrich.ledger import Ledger
 from enrich.model import OPEN, SystemClock
 from enrich.privacy import keyed, make_key
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.ledger import Ledger
 
 
 def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from enrich.answer import parse_data, pick
+from enrich.api.answer import parse_data, pick
 from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, Page, cell
 from enrich.model import RowStatus, iso

@@ -8,10 +8,10 @@ from enrich.collector import Collector
 from enrich.connect import remembered
 from enrich.errors import Exit, Refused
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import RowStatus
 from enrich.receipt import Receipt
 from enrich.rows import Rows
+from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, wish
 from enrich.tables.writing import prepare
 

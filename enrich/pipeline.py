@@ -6,19 +6,19 @@ import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 
+from enrich.api.client import Client
 from enrich.budget import afford
-from enrich.client import Client
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.execution import Execution
-from enrich.journal import Journal
-from enrich.ledger import Ledger
 from enrich.pace import Pace
 from enrich.place import Place
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
+from enrich.store.journal import Journal
+from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Surroundings
 from enrich.tables.writing import prepare
 

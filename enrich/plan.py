@@ -11,22 +11,22 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 
+from enrich.api.client import Client
+from enrich.api.credentials import Access
 from enrich.budget import make_budget
-from enrich.client import Client
 from enrich.connect import Connection, connect, recall
 from enrich.consent import check_balance
-from enrich.credentials import Access
 from enrich.errors import JobError, Refused
 from enrich.execution import Timing
 from enrich.forecast import WHY, Plan
 from enrich.job import Job
-from enrich.ledger import Ledger
-from enrich.lock import is_held
 from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso, to_micros
 from enrich.planfile import FrozenPlan, ground
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.spec import Output
+from enrich.store.ledger import Ledger
+from enrich.store.lock import is_held
 from enrich.surroundings import Options, wish
 from enrich.tables.writing import prepare, write
 

@@ -11,12 +11,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from enrich.api.waterfall import Provider, Waterfall
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job
 from enrich.model import State, iso, to_micros
 from enrich.question import Question
 from enrich.rows import Rows
-from enrich.waterfall import Provider, Waterfall
 
 
 class Priced(BaseModel):

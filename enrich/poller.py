@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from enrich.answer import Phase, phase_of, read_answer
-from enrich.client import POLLS_ON_THE_WIRE, Client
+from enrich.api.answer import Phase, phase_of, read_answer
+from enrich.api.client import POLLS_ON_THE_WIRE, Client
 from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
 from enrich.execution import Execution
-from enrich.journal import Journal
-from enrich.ledger import Ledger
 from enrich.model import Answer, State, Task
+from enrich.store.journal import Journal
+from enrich.store.ledger import Ledger
 
 IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0

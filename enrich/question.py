@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from enrich.api.waterfall import Provider, Waterfall
 from enrich.errors import JobError
 from enrich.job import Job, nearest
 from enrich.model import Call, to_micros
-from enrich.waterfall import Provider, Waterfall
 
 
 @dataclass(frozen=True, slots=True)

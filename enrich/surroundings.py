@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from enrich.credentials import Access
+from enrich.api.credentials import Access
 from enrich.execution import Timing
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import Clock, State, SystemClock, Wish
 from enrich.planfile import FrozenPlan
+from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from enrich.ledger import Ledger
 from enrich.model import Answer, Call, Claim, State, Wanted, Wish
+from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -21,17 +21,17 @@ from unittest.mock import patch
 import httpx
 from pydantic import SecretStr
 
+from enrich.api.credentials import Access
 from enrich.cli import run_command
-from enrich.credentials import Access
 from enrich.execution import Timing
 from enrich.job import load_job
-from enrich.ledger import Ledger
-from enrich.lock import hold
 from enrich.pace import PollTimes
 from enrich.pipeline import run
 from enrich.receipt import Receipt
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded
+from enrich.store.ledger import Ledger
+from enrich.store.lock import hold
 from enrich.surroundings import Options, Surroundings
 
 #: An API that answers at once and never fails: what most tests want.

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from enrich.api.client import Client
 from enrich.budget import Budget
-from enrich.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import Execution, Timing
-from enrich.journal import Journal
-from enrich.ledger import Ledger
 from enrich.model import Call, Clock, SystemClock
 from enrich.pace import Breaker, Pace, PollTimes
 from enrich.poller import Poller
+from enrich.store.journal import Journal
+from enrich.store.ledger import Ledger
 from tests.books import BOUND, CALL, Books
 from tests.harness import HASTY, Api
 

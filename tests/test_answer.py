@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.answer import Phase, error_text, is_blank, parse_data, phase_of, pick, read_answer
+from enrich.api.answer import Phase, error_text, is_blank, parse_data, phase_of, pick, read_answer
 from enrich.model import Answer, State
 
 EMAIL = "ada@engine.example"

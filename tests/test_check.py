@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from enrich.drift import differences
+from enrich.api.waterfall import Waterfall
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.waterfall import Waterfall
+from enrich.setup.drift import differences
 from tests.harness import JOB, Api, Office, people
 
 
@@ -220,7 +220,7 @@ def test_online_tells_what_the_vendor_changed(office: Office, api: Api) -> None:
     assert (same.code, same.stderr) == (0, "")
     assert "as known from the API now" in same.stdout
 
-    from enrich.ledger import Ledger  # noqa: PLC0415
+    from enrich.store.ledger import Ledger  # noqa: PLC0415
 
     ledger = Ledger(office.ledger_path)
     described, providers = ledger.waterfall("email_getter") or ({}, None)

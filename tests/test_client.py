@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import pytest
 from pydantic import SecretStr
 
-from enrich.client import Client, named_params
-from enrich.credentials import Access
+from enrich.api.client import Client, named_params
+from enrich.api.credentials import Access
 from enrich.errors import (
     Ambiguous,
     BadParams,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.credentials import DEFAULT_BASE_URL, Access, check_base_url, find_access, find_key
+from enrich.api.credentials import DEFAULT_BASE_URL, Access, check_base_url, find_access, find_key
 from enrich.errors import JobError, KeyRefused
 
 KEY = "key-5b1f0e77-that-nobody-may-see"

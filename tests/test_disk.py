@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from enrich.errors import Refused
-from enrich.ledger import Ledger
-from enrich.records import Records
+from enrich.store.ledger import Ledger
+from enrich.store.records import Records
 from tests.books import Books
 from tests.harness import Api, Done, Office, people, serving, until
 

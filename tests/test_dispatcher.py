@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from enrich.client import POSTS_ON_THE_WIRE
+from enrich.api.client import POSTS_ON_THE_WIRE
 from enrich.errors import EnrichError, Exit, LedgerFailed
-from enrich.ledger import Ledger
 from enrich.model import Call, State, Wanted
 from enrich.pace import BURST_S
 from enrich.sandbox.faults import Fault
+from enrich.store.ledger import Ledger
 from tests.books import CALL, Books, wanted
 from tests.harness import HASTY, Api, serving
 from tests.loops import WORST, at_work, until

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from enrich.ledger import Ledger
-from enrich.lock import hold
+from enrich.store.ledger import Ledger
+from enrich.store.lock import hold
 from tests.harness import HASTY, Api, Done, Office, people, serving
 
 
@@ -106,7 +106,7 @@ def test_a_key_that_others_may_read(ready: Office, api: Api) -> None:
 def test_an_api_that_is_away(ready: Office) -> None:
     """Exit 4."""
     away = Api("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.online.Timing", lambda: HASTY):
+    with patch("enrich.setup.online.Timing", lambda: HASTY):
         done = doctor(ready, away)
     assert done.code == 4
     assert "unreachable" in findings(done, "fail")["api"]
@@ -190,7 +190,7 @@ def test_a_cap_that_stopped_the_last_night(ready: Office, api: Api) -> None:
 def test_a_ledger_on_a_network_file_system(ready: Office, api: Api) -> None:
     """Its locks cannot be trusted."""
     mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready.folder)} rw - nfs4 nas:/x rw\n"
-    with patch("enrich.machine.mountinfo", lambda: mounts):
+    with patch("enrich.nights.machine.mountinfo", lambda: mounts):
         done = doctor(ready, api)
     assert done.code == 0
     assert "network file system (nfs4)" in findings(done, "warn")["ledger"]
@@ -199,7 +199,7 @@ def test_a_ledger_on_a_network_file_system(ready: Office, api: Api) -> None:
 def test_a_clock_that_is_off(ready: Office, api: Api) -> None:
     """Against the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
-    with patch("enrich.online.time.time_ns", lambda: an_hour_ago):
+    with patch("enrich.setup.online.time.time_ns", lambda: an_hour_ago):
         done = doctor(ready, api)
     assert done.code == 0
     assert "behind the API's" in findings(done, "warn")["clock"]

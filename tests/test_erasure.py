@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.records import check
+from enrich.store.records import check
 from tests.harness import Api, Office, people, serving
 
 

@@ -16,10 +16,10 @@ import pytest
 
 from enrich.errors import ApiUnreachable
 from enrich.execution import Timing
-from enrich.lock import hold
 from enrich.model import State
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.questions import Refused as ApiRefusal
+from enrich.store.lock import hold
 from enrich.surroundings import Options
 from tests.harness import HASTY, Api, Done, Office, kill, people, serving, until
 

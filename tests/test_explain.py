@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from enrich.lock import hold
+from enrich.look.prospects import outlook
 from enrich.model import State
-from enrich.prospects import outlook
 from enrich.spec import Policy, Refresh
+from enrich.store.lock import hold
 from enrich.surroundings import Options
 from tests.harness import Api, Office, kill, people, serving, until
 

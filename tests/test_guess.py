@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.concepts import CONCEPTS, Column, describe
-from enrich.guess import Guess, fitness, guess, new_names, unmatched
-from enrich.snapshot import DOCUMENTED
+from enrich.setup.concepts import CONCEPTS, Column, describe
+from enrich.setup.guess import Guess, fitness, guess, new_names, unmatched
+from enrich.setup.snapshot import DOCUMENTED
 
 EMAIL_GETTER = ("first_name", "last_name", "company")
 MAILS = ["ada@engine.example", "grace@cobol.example", "", "alan@bombe.example"]

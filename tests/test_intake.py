@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.intake import spread
-from enrich.ledger import Ledger
 from enrich.model import Answer, Decision, State, Wanted, Wish
 from enrich.order import ranks, sort_keys
+from enrich.store.intake import spread
+from enrich.store.ledger import Ledger
 from tests.books import CALL, FOUND, FREE_FAILURE, MISSED, Books, fingerprint, params, wanted
 
 NEW, CAPPED, WAITING = Decision.NEW, Decision.CAPPED, Decision.WAITING

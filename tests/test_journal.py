@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from enrich.errors import EnrichError, LedgerFailed
-from enrich.journal import Journal
-from enrich.ledger import CapReached, Ledger
 from enrich.model import State
+from enrich.store.journal import Journal
+from enrich.store.ledger import CapReached, Ledger
 from tests.books import PRICE, Books
 
 

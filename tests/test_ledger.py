@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from enrich import database, schema
 from enrich.errors import Refused
-from enrich.ledger import CapReached, Ledger
 from enrich.model import Answer, State, Task, Wanted
+from enrich.store import database, schema
+from enrich.store.ledger import CapReached, Ledger
 from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, params, wanted
 
 

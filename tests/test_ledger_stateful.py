@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from enrich.ledger import CapReached, Ledger
 from enrich.model import MOVES, RETRYABLE, Answer, State
+from enrich.store.ledger import CapReached, Ledger
 from tests.books import BOUND, Books, params, wanted
 
 LEADS = range(6)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import LedgerLocked, Refused
-from enrich.lock import hold, is_held
+from enrich.store.lock import hold, is_held
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from enrich.lock import hold
+from enrich.store.lock import hold
 with hold(Path(sys.argv[1]), 0):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

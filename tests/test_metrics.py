@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from enrich.lock import hold
-from enrich.metrics import GAUGES, Samples, of_receipt, read, text, write
 from enrich.model import RowStatus
+from enrich.store.lock import hold
+from enrich.watch.metrics import GAUGES, Samples, of_receipt, read, text, write
 from tests.harness import Api, Office, serving
 from tests.watch import assert_nobody_in, somebody
 

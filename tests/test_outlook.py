@@ -13,11 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich import outlook
 from enrich.errors import Exit
-from enrich.machine import file_system, is_locked, is_network, names_files_in, open_to_others, read_environ, starts
 from enrich.model import MICROS
-from enrich.outlook import Finding
+from enrich.nights import outlook
+from enrich.nights.machine import (
+    file_system,
+    is_locked,
+    is_network,
+    names_files_in,
+    open_to_others,
+    read_environ,
+    starts,
+)
+from enrich.nights.outlook import Finding
 
 NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
 MOUNTS = """\

@@ -20,16 +20,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.answer import phase_of, read_answer
+from enrich.api.answer import phase_of, read_answer
 from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, cell
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job, load_job
-from enrich.ledger import Ledger
 from enrich.model import Call, RowStatus, State
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.spec import Output
+from enrich.store.ledger import Ledger
 from enrich.tables.writing import part_of, prepare, write
 
 CALL = Call("email_getter", (833,))

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from enrich.errors import EnrichError, JobError, LedgerLocked, Refused
 from enrich.forecast import Plan
 from enrich.job import load_job
-from enrich.lock import hold
 from enrich.model import ASKED, Decision, State
 from enrich.plan import make_plan
 from enrich.planfile import read_plan, write_plan
+from enrich.store.lock import hold
 from enrich.surroundings import Options
 from tests.harness import Api, Done, Office, people, serving
 

@@ -13,10 +13,10 @@ import pytest
 
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Timing
-from enrich.ledger import Ledger
 from enrich.model import MICROS, State, SystemClock
 from enrich.pace import PollTimes
 from enrich.sandbox.faults import Fault
+from enrich.store.ledger import Ledger
 from tests.harness import HASTY, Api, serving
 from tests.loops import Floor, at_work, until
 

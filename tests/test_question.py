@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from enrich.api.waterfall import User, Waterfall
 from enrich.budget import make_budget
 from enrich.errors import JobError, Refused
 from enrich.job import load_job
 from enrich.question import Question, default_providers, make_question
-from enrich.waterfall import User, Waterfall
 from tests.harness import Office
 
 JOB = """\

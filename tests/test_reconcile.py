@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import Exit
+from enrich.look.reconcile import compare
 from enrich.model import MICROS, State
-from enrich.reconcile import compare
 from enrich.surroundings import Options, Progress
 from tests.harness import HASTY, Api, Office, people, serving
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from enrich import __version__, runlog
+from enrich import __version__
 from enrich.execution import Timing
-from enrich.lock import hold
 from enrich.model import State
-from enrich.runlog import Log, log_to, without_data
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused as ApiRefusal
+from enrich.store.lock import hold
 from enrich.surroundings import Progress
+from enrich.watch import runlog
+from enrich.watch.runlog import Log, log_to, without_data
 from tests.harness import HASTY, Api, Office, kill, serving, until
 from tests.watch import assert_nobody_in, events, log_lines, somebody
 
@@ -291,7 +292,7 @@ def test_no_more_than_five_old_files_are_kept(tmp_path: Path, complaints: list[s
 WRITER = """
 import sys
 from pathlib import Path
-from enrich import runlog
+from enrich.watch import runlog
 runlog.LARGEST = 8_000
 with runlog.log_to(Path("run.log"), "job", print) as log:
     for number in range(100):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from enrich.job import load_job
-from enrich.ledger import Ledger
-from enrich.lock import hold, is_held
-from enrich.runs import lines, read_runs
+from enrich.look.runs import lines, read_runs
+from enrich.store.ledger import Ledger
+from enrich.store.lock import hold, is_held
 from tests.books import MISSED, Books
 from tests.harness import Api, Office, people, serving
 
@@ -95,7 +95,7 @@ def test_where_the_system_does_not_tell_of_locks_nothing_is_claimed(
     books = books_of(office)
     books.start()
     books.ledger.close()
-    monkeypatch.setattr("enrich.runs.is_held", lambda _: None)
+    monkeypatch.setattr("enrich.look.runs.is_held", lambda _: None)
 
     (run,) = read_runs(load_job(office.job_file), 5)["executions"]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
-from enrich.schedule import Night, Plan, crontab_line, on_calendar, parse_at, parse_days, service, timer
+from enrich.nights.schedule import Night, Plan, crontab_line, on_calendar, parse_at, parse_days, service, timer
 from tests.harness import Office, people, serving
 
 

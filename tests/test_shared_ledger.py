@@ -9,8 +9,8 @@ import pytest
 
 from enrich.errors import LedgerLocked
 from enrich.job import load_job
-from enrich.lock import hold
 from enrich.model import State
+from enrich.store.lock import hold
 from enrich.surroundings import Options
 from tests.harness import Api, Office, people, serving
 

@@ -6,9 +6,9 @@ import pytest
 
 from enrich.errors import Refused
 from enrich.job import load_job
-from enrich.ledger import Ledger
+from enrich.look.status import lines, read_status
 from enrich.model import Answer, State, iso
-from enrich.status import lines, read_status
+from enrich.store.ledger import Ledger
 from tests.books import FREE_FAILURE, MISSED, Books
 from tests.harness import Api, Office, people
 

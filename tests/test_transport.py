@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.client import Client
+from enrich.api.client import Client
 from enrich.errors import Ambiguous, CallFailed, NotAccepted
 from enrich.sandbox import Fault
 from tests.harness import serving, until

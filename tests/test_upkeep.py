@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import invariant
 
 from enrich.errors import Refused
-from enrich.ledger import Ledger
 from enrich.model import State
-from enrich.records import INVARIANTS, Findings, Records, check
+from enrich.store.ledger import Ledger
+from enrich.store.records import INVARIANTS, Findings, Records, check
 from enrich.surroundings import Options
 from tests.books import BOUND, FREE_FAILURE, MISSED, PRICE, Books
 from tests.harness import HASTY, Api, Done, Office, kill, people, serving, until

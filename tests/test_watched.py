@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from enrich import healthcheck, notify, outcome
 from enrich.errors import Exit
-from enrich.lock import hold
+from enrich.store.lock import hold
+from enrich.watch import healthcheck, notify, outcome
 from tests.harness import Api, Office, serving, until
 from tests.watch import Ear, assert_nobody_in, events, listening, log_lines, somebody
 

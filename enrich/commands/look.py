@@ -17,7 +17,7 @@ from enrich.commands import options
 @options.AS_JSON
 def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the ledger of JOB knows: counts, credits, what expires when, past executions."""
-    from enrich.status import lines, read_status
+    from enrich.look.status import lines, read_status
 
     known = read_status(options.load(job_file, None, None, ledger, use_sandbox))
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
@@ -31,7 +31,7 @@ def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool
 @options.AS_JSON
 def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
     """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
-    from enrich.reconcile import lines, reconcile_job
+    from enrich.look.reconcile import lines, reconcile_job
 
     job = options.load(job_file, None, None, ledger, use_sandbox)
     with options.access(job, use_sandbox=use_sandbox) as access:
@@ -47,7 +47,7 @@ def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int
 @options.AS_JSON
 def runs(job_file: Path, last: int, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
     """List the executions of JOB, newest first (times are UTC)."""
-    from enrich.runs import lines, read_runs
+    from enrich.look.runs import lines, read_runs
 
     known = read_runs(options.load(job_file, None, None, ledger, use_sandbox), last)
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
@@ -71,8 +71,8 @@ def explain(
     as_json: bool,
 ) -> None:
     """Tell everything that ever happened to one lead of JOB, without network."""
-    from enrich.explain import explain as tell
-    from enrich.explain import lines
+    from enrich.look.explain import explain as tell
+    from enrich.look.explain import lines
 
     if (row is None) == (match is None):
         raise click.UsageError('say which lead: --row N or --match "Email=ada@engine.example"')

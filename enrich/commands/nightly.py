@@ -17,7 +17,7 @@ from enrich.commands import options
 from enrich.errors import EnrichError
 
 if TYPE_CHECKING:
-    from enrich.outlook import Finding
+    from enrich.nights.outlook import Finding
 
 T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -33,13 +33,13 @@ def _read_by(read: Callable[[str], T], value: str) -> T:
 
 
 def _at(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    from enrich.schedule import parse_at
+    from enrich.nights.schedule import parse_at
 
     return _read_by(parse_at, value)
 
 
 def _days(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
-    from enrich.schedule import parse_days
+    from enrich.nights.schedule import parse_days
 
     return () if value is None else _read_by(parse_days, value)
 
@@ -69,9 +69,9 @@ def cron(
     force: bool,
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
-    from enrich import machine, schedule
     from enrich.fields import parse_duration
-    from enrich.places import existing, written
+    from enrich.nights import machine, schedule
+    from enrich.setup.places import existing, written
 
     _read_by(parse_duration, max_time)
     job = options.load(job_file, None, None, None, use_sandbox=False)
@@ -102,7 +102,7 @@ def cron(
 
 
 def _write(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    from enrich.init import save
+    from enrich.setup.init import save
 
     for name, text in units.items():
         save(text, folder / name, force=force)
@@ -131,8 +131,8 @@ def doctor(
     It sees the world as cron will: without the variables of this shell. Nothing is written or paid. Exit 0
     when nothing fails, else the exit code that the run would have.
     """
-    from enrich import doctor as practice
-    from enrich.outlook import failed, next_night
+    from enrich.nights import doctor as practice
+    from enrich.nights.outlook import failed, next_night
 
     environ = _cron_environ(given, env_file)
     now = datetime.now().astimezone()
@@ -156,7 +156,7 @@ def doctor(
 
 def _cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
     """Make the environment that cron will give: next to nothing, and what the crontab sets."""
-    from enrich.machine import read_environ
+    from enrich.nights.machine import read_environ
 
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:

@@ -13,7 +13,7 @@ import click
 from enrich.errors import JobError
 
 if TYPE_CHECKING:
-    from enrich.credentials import Access
+    from enrich.api.credentials import Access
     from enrich.job import Job
 
 #: States that --retry may name.
@@ -106,7 +106,7 @@ def load(
 @contextmanager
 def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
     """Find the key and the API's address, or start the sandbox."""
-    from enrich.credentials import Access, find_access
+    from enrich.api.credentials import Access, find_access
 
     if not use_sandbox:
         # expanduser leaves the ~ where nobody knows a home; then there is no such file.

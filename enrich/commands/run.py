@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from enrich.job import Job
     from enrich.receipt import Receipt
     from enrich.surroundings import Options
-    from enrich.witnesses import Witnesses
+    from enrich.watch.witnesses import Witnesses
 
 
 @click.command()
@@ -121,11 +121,11 @@ def _run(
     job: Job, wishes: Options, wait_s: float, witnesses: Witnesses, *, use_sandbox: bool, on_terminal: bool
 ) -> Receipt:
     """Run under the lock, with the bar and the witnesses."""
-    from enrich.ledger import Ledger
-    from enrich.lock import hold
     from enrich.pipeline import run
-    from enrich.progress import Bar
+    from enrich.store.ledger import Ledger
+    from enrich.store.lock import hold
     from enrich.surroundings import Progress, Surroundings
+    from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
         stack.enter_context(hold(job.ledger_path, wait_s))
@@ -195,10 +195,10 @@ def plan(
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
     from enrich.forecast import lines
-    from enrich.lock import is_held
     from enrich.model import State
     from enrich.plan import make_plan
     from enrich.planfile import write_plan
+    from enrich.store.lock import is_held
     from enrich.surroundings import Options
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
@@ -227,8 +227,8 @@ def collect(
     as_json: bool,
 ) -> int:
     """Write the output of JOB from the ledger alone, without network."""
-    from enrich.lock import hold
     from enrich.offline import collect_offline
+    from enrich.store.lock import hold
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox)
     with hold(job.ledger_path, 0):

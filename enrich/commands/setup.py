@@ -12,7 +12,7 @@ import click
 from enrich.commands import options
 
 if TYPE_CHECKING:
-    from enrich.waterfall import Waterfall
+    from enrich.api.waterfall import Waterfall
 
 
 @click.command()
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @options.AS_JSON
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the API offers: waterfalls, their params, fields, providers and prices."""
-    from enrich.offer import lines, read_offer
+    from enrich.look.offer import lines, read_offer
 
     with options.access(None, use_sandbox=use_sandbox) as access:
         offer = read_offer(access, identifier)
@@ -58,8 +58,8 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
 
     Each guess says how it was made. Then: enrich check JOB.
     """
-    from enrich.init import draft_job, ranking, save
-    from enrich.sample import take_sample
+    from enrich.setup.init import draft_job, ranking, save
+    from enrich.setup.sample import take_sample
 
     if use_sandbox and offline:
         raise click.UsageError("--sandbox asks, --offline does not: choose one")
@@ -85,8 +85,8 @@ def _offer(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
     from datetime import UTC, datetime
 
     from enrich.errors import ApiUnreachable, KeyRefused
-    from enrich.offer import read_offer
-    from enrich.snapshot import DOCUMENTED, READ_ON
+    from enrich.look.offer import read_offer
+    from enrich.setup.snapshot import DOCUMENTED, READ_ON
 
     documented = list(DOCUMENTED.values()), f"the public documentation of {READ_ON}, which may be out of date"
     if offline:
@@ -117,9 +117,9 @@ def check(
     """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
     import os
 
-    from enrich import check as checking
-    from enrich.credentials import find_base_url, host_of
-    from enrich.online import ask
+    from enrich.api.credentials import find_base_url, host_of
+    from enrich.setup import check as checking
+    from enrich.setup.online import ask
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox)
     live = None

@@ -38,8 +38,8 @@ def _ledger_of(place: Path, instead: Path | None, *, use_sandbox: bool) -> Path:
 @options.AS_JSON
 def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -> int:
     """Verify that a ledger is whole and agrees with itself; a run may go on meanwhile."""
-    from enrich import records
-    from enrich.database import RESTORE
+    from enrich.store import records
+    from enrich.store.database import RESTORE
 
     path = _ledger_of(place, instead, use_sandbox=use_sandbox)
     found = records.check(path)
@@ -63,7 +63,7 @@ def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -
 @SANDBOX
 def backup(place: Path, target: Path, instead: Path | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET, consistent though a run goes on; an older copy is replaced."""
-    from enrich.records import Records
+    from enrich.store.records import Records
 
     with closing(Records(_ledger_of(place, instead, use_sandbox=use_sandbox))) as records:
         records.backup(target)
@@ -87,7 +87,7 @@ def forget(
     NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
     """
     from enrich.erasure import forget
-    from enrich.lock import hold
+    from enrich.store.lock import hold
 
     job = options.load(job_file, None, None, instead, use_sandbox)
     with hold(job.ledger_path, 0):
@@ -110,7 +110,7 @@ def purge(job_file: Path, older_than: float, instead: Path | None, use_sandbox: 
     from datetime import timedelta
 
     from enrich.erasure import purge
-    from enrich.lock import hold
+    from enrich.store.lock import hold
 
     job = options.load(job_file, None, None, instead, use_sandbox)
     agreed = _agreed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)

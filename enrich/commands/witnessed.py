@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from enrich.errors import EnrichError, Exit
-from enrich.outcome import Target
+from enrich.watch.outcome import Target
 
 
 def witnessed(command: Callable[..., int]) -> Callable[..., int]:
@@ -19,8 +19,8 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def with_witnesses(*, log_file: Path | None, **given: Any) -> int:  # noqa: ANN401 - click's options
-        from enrich.runlog import log_to
-        from enrich.witnesses import Witnesses
+        from enrich.watch.runlog import log_to
+        from enrich.watch.witnesses import Witnesses
 
         def say(text: str) -> None:
             click.echo(text, err=True)
@@ -61,7 +61,7 @@ def _told(error: BaseException) -> tuple[int, str]:
             return Exit.USAGE, error.format_message()
         case click.Abort() | EOFError() | KeyboardInterrupt():
             return Exit.INTERRUPTED, "interrupted"
-    from enrich.database import tells_of_damage
+    from enrich.store.database import tells_of_damage
 
     if tells_of_damage(error):
         return Exit.REFUSED, "the ledger is damaged"

@@ -12,9 +12,9 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from enrich.intake import OPEN_ATTEMPT, QUEUED, Intake
 from enrich.model import MOVES, Answer, Call, Claim, State, Task
 from enrich.privacy import Forgotten, read_key
+from enrich.store.intake import OPEN_ATTEMPT, QUEUED, Intake
 
 
 class CapReached(Exception):

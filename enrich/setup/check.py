@@ -7,21 +7,21 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from enrich.database import CHECKED_AT_START, RESTORE
-from enrich.drift import differences
+from enrich.api.waterfall import Field, Waterfall
+from enrich.api.waterfall import Param as Offered
 from enrich.errors import PRECEDENCE, EnrichError, Exit, JobError, Refused
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.place import STDIN, Url
-from enrich.places import clashes, is_there
 from enrich.question import Question, make_question, missing_params, unknown_params
-from enrich.records import check as check_ledger
 from enrich.rows import Rows
-from enrich.snapshot import DOCUMENTED, READ_ON
+from enrich.setup.drift import differences
+from enrich.setup.places import clashes, is_there
+from enrich.setup.snapshot import DOCUMENTED, READ_ON
+from enrich.setup.template import PLACEHOLDER
 from enrich.spec import Param
-from enrich.template import PLACEHOLDER
-from enrich.waterfall import Field, Waterfall
-from enrich.waterfall import Param as Offered
+from enrich.store.database import CHECKED_AT_START, RESTORE
+from enrich.store.ledger import Ledger
+from enrich.store.records import check as check_ledger
 
 
 @dataclass(slots=True)

@@ -9,16 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich import __version__, metrics, outcome
+from enrich import __version__
 from enrich.errors import Exit
-from enrich.healthcheck import Healthcheck
-from enrich.history import History, glance
 from enrich.job import Job
 from enrich.model import iso
-from enrich.notify import Notifier, read_addresses
 from enrich.receipt import Receipt, lines
-from enrich.runlog import Log, without_data
+from enrich.store.history import History, glance
 from enrich.surroundings import Options, Progress
+from enrich.watch import metrics, outcome
+from enrich.watch.healthcheck import Healthcheck
+from enrich.watch.notify import Notifier, read_addresses
+from enrich.watch.runlog import Log, without_data
 
 SUCCESS = ("enrich_last_success_timestamp_seconds", "")
 

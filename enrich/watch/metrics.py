@@ -11,8 +11,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from enrich.history import Totals
 from enrich.model import RowStatus, to_credits
+from enrich.store.history import Totals
 
 #: Every gauge: what it tells.
 GAUGES = {

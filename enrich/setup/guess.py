@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from enrich.concepts import (
+from enrich.api.waterfall import Waterfall
+from enrich.setup.concepts import (
     COMPANY_NAME,
     DOMAIN,
     EMAIL,
@@ -19,7 +20,6 @@ from enrich.concepts import (
     concept_of,
     words,
 )
-from enrich.waterfall import Waterfall
 
 Sure = Literal["sure", "likely", "a guess"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from enrich.database import Database
 from enrich.errors import Refused
 from enrich.model import State
+from enrich.store.database import Database
 
 
 @dataclass(frozen=True, slots=True)

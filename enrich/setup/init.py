@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from enrich.api.waterfall import Waterfall
 from enrich.errors import JobError, Refused
-from enrich.guess import fitness
 from enrich.job import nearest
-from enrich.sample import Sample
+from enrich.setup.guess import fitness
+from enrich.setup.sample import Sample
+from enrich.setup.template import Draft, write_job
 from enrich.spec import json_schema
-from enrich.template import Draft, write_job
-from enrich.waterfall import Waterfall
 
 
 def draft_job(sample: Sample, offer: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:

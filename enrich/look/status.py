@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import State, iso, to_credits
+from enrich.store.ledger import Ledger
 
 SHOWN_EXECUTIONS = 10
 

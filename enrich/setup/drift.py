@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from enrich.api.waterfall import Provider, Waterfall
 from enrich.model import to_credits, to_micros
-from enrich.waterfall import Provider, Waterfall
 
 
 def differences(before: Waterfall, now: Waterfall) -> Iterator[str]:

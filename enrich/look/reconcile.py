@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from enrich.client import Client
+from enrich.api.client import Client
+from enrich.api.credentials import Access
 from enrich.connect import patiently
-from enrich.credentials import Access
 from enrich.errors import ApiUnreachable, Refused
 from enrich.execution import Timing
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import SystemClock, to_credits, to_micros
 from enrich.receipt import CENT
+from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

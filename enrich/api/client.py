@@ -28,7 +28,9 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
-from enrich.credentials import Access
+from enrich.api.credentials import Access
+from enrich.api.transport import Transport
+from enrich.api.waterfall import User, Waterfall
 from enrich.errors import (
     Ambiguous,
     BadParams,
@@ -41,8 +43,6 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.model import Clock
-from enrich.transport import Transport
-from enrich.waterfall import User, Waterfall
 
 #: POSTs on the wire at once, at most: what a kill can leave in doubt.
 POSTS_ON_THE_WIRE = 32

@@ -9,9 +9,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from enrich.database import Database, tells_of_damage
 from enrich.errors import Refused
-from enrich.schema import MARK
+from enrich.store.database import Database, tells_of_damage
+from enrich.store.schema import MARK
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import httpx
 
-from enrich.aside import Aside
-from enrich.outcome import FINE, SILENT
+from enrich.watch.aside import Aside
+from enrich.watch.outcome import FINE, SILENT
 
 TRIES = 3
 TRY_S = 5.0

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import yaml
 
+from enrich.api.waterfall import Waterfall
 from enrich.asking import STATUS_COLUMNS
-from enrich.guess import Guess, already_known, guess, new_names, unmatched
-from enrich.sample import Sample
-from enrich.waterfall import Waterfall
+from enrich.setup.guess import Guess, already_known, guess, new_names, unmatched
+from enrich.setup.sample import Sample
 
 #: Stands where a column is missing; `enrich check` knows it.
 PLACEHOLDER = "FILL THIS IN"

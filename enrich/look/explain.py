@@ -9,18 +9,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.answer import is_blank, parse_data, pick
+from enrich.api.answer import is_blank, parse_data, pick
 from enrich.connect import remembered
-from enrich.history import History, Known, Try
 from enrich.job import Job
-from enrich.leads import SHOWN, Lead, matching, numbered, parse_match, places_of, would_send
-from enrich.ledger import Ledger
-from enrich.lock import is_held
+from enrich.look.leads import SHOWN, Lead, matching, numbered, parse_match, places_of, would_send
+from enrich.look.prospects import outlook
 from enrich.model import Call, RowStatus, State, iso, to_credits
 from enrich.privacy import Forgotten
-from enrich.prospects import outlook
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.history import History, Known, Try
+from enrich.store.ledger import Ledger
+from enrich.store.lock import is_held
 
 
 def explain(job: Job, row: int | None, match: str | None) -> dict[str, Any]:

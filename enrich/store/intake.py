@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from enrich.database import Database
 from enrich.model import ASKED, Call, Decided, Decision, Standing, State, Wanted, Wish
+from enrich.store.database import Database
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"

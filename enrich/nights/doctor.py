@@ -10,17 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich import machine, outlook
+from enrich.api.credentials import Access, find_base_url, find_key
 from enrich.budget import make_budget
-from enrich.check import Checked, check_job, summary
-from enrich.credentials import Access, find_base_url, find_key
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.job import Job
-from enrich.ledger import Ledger
 from enrich.model import State, to_micros
-from enrich.online import Live, ask
-from enrich.outlook import Finding, failed
-from enrich.places import existing, inputs, is_there, read_files, written
+from enrich.nights import machine, outlook
+from enrich.nights.outlook import Finding, failed
+from enrich.setup.check import Checked, check_job, summary
+from enrich.setup.online import Live, ask
+from enrich.setup.places import existing, inputs, is_there, read_files, written
+from enrich.store.ledger import Ledger
 
 #: Executions that are looked back at.
 LAST = 7

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from enrich.aside import Aside
+from enrich.watch.aside import Aside
 
 PATIENCE_S = 20.0
 OTHERS = 0o077

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enrich.waterfall import Field, Param, Waterfall
+from enrich.api.waterfall import Field, Param, Waterfall
 
 #: When the documentation was read.
 READ_ON = "2026-11"

@@ -6,13 +6,13 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from enrich.client import Client
+from enrich.api.client import Client
+from enrich.api.credentials import Access
+from enrich.api.waterfall import User, Waterfall
 from enrich.connect import patiently
-from enrich.credentials import Access
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timing
 from enrich.model import SystemClock
-from enrich.waterfall import User, Waterfall
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from enrich.errors import Refused
-from enrich.schema import MARK, MIGRATIONS
+from enrich.store.schema import MARK, MIGRATIONS
 
 #: A journal of the damaged ledger would be played into the backup.
 RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"

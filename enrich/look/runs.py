@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from enrich.history import History, Past
 from enrich.job import Job
-from enrich.lock import is_held
 from enrich.model import iso, to_credits
-from enrich.outcome import word
+from enrich.store.history import History, Past
+from enrich.store.lock import is_held
+from enrich.watch.outcome import word
 
 
 @dataclass(slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-from enrich.history import Try
 from enrich.model import State, iso
 from enrich.spec import Policy
+from enrich.store.history import Try
 
 
 def outlook(state: State, attempts: Sequence[Try], policy: Policy, now_ms: int, *, at_work: bool | None) -> str:

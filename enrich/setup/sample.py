@@ -10,9 +10,9 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.concepts import Column, describe
 from enrich.errors import Refused
 from enrich.place import format_of
+from enrich.setup.concepts import Column, describe
 from enrich.spec import Input
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import read_batches, read_header

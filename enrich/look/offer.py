@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from enrich.client import Client
+from enrich.api.client import Client
+from enrich.api.credentials import Access
+from enrich.api.waterfall import Provider, Waterfall
 from enrich.connect import patiently
-from enrich.credentials import Access
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timing
 from enrich.job import nearest
 from enrich.model import SystemClock
-from enrich.waterfall import Provider, Waterfall
 
 
 def read_offer(access: Access, identifier: str | None) -> list[Waterfall]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import LedgerFailed
-from enrich.ledger import Ledger
+from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Databar's API: calls, answers, who we are."""

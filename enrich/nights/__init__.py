@@ -1,0 +1,1 @@
+"""Every night: `enrich cron` and `enrich doctor`."""

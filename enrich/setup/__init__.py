@@ -1,0 +1,1 @@
+"""Setting a job up: `enrich init` and `enrich check`."""
