@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from enrich.errors import Refused
 from enrich.job import Job
 from enrich.model import to_credits, to_micros
@@ -24,12 +22,3 @@ def check_balance(job: Job, question: Question, balance: int | None) -> None:
             f"{have}, `min_balance` keeps {to_credits(kept):,g} of them and one request may cost {to_credits(price):g}",
             "top up the account, or lower `min_balance`",
         )
-
-
-def ask(confirm: Callable[[str], bool], to_submit: int, question: Question, balance: int | None) -> None:
-    """Show a person what it may cost at most. Raises Refused when she says no."""
-    price = question.worst_price
-    most = "an unknown number of" if price is None else f"at most {to_credits(price * to_submit):,g}"
-    have = "" if balance is None else f" (balance {to_credits(balance):,g})"
-    if not confirm(f"{to_submit:,} requests will be sent and cost {most} credits{have}."):
-        raise Refused("nothing was sent", "set `max_credits`, or use --yes, to run without this question")

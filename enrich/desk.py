@@ -13,12 +13,13 @@ from enrich.budget import Budget
 from enrich.canary import judge
 from enrich.collector import Collector
 from enrich.connect import Connection
-from enrich.consent import ask, check_balance
+from enrich.consent import check_balance
 from enrich.dispatcher import Dispatcher
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
-from enrich.model import ASKED, RowStatus, State, Wish, to_credits, to_micros
+from enrich.forecast import Plan, foresee, lines
+from enrich.model import ASKED, Decision, RowStatus, State, Wish, to_credits, to_micros
 from enrich.place import Place
 from enrich.planfile import check, ground
 from enrich.poller import Poller
@@ -59,6 +60,8 @@ class Desk:
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
     to_submit: int = 0
+    #: What was decided about rows rather than requests.
+    of_rows: Counter[Decision] = field(default_factory=Counter)
     reused: int | None = None
     given_up: int = 0
     out_of_time: bool = False
@@ -132,15 +135,19 @@ class Desk:
 
         def enroll(ledger: Ledger) -> int:
             ledger.begin_pass(wanted)
-            count = 0
+            self.of_rows = Counter()
+            count = asked = 0
             for batch in rows.batches(question, rows.order()):
                 self.signals.check()
                 if self.options.accept_doubts:
                     self.given_up += ledger.accept_doubts(batch.asked())
                 ledger.enroll(question.call, batch.asked())
+                self.of_rows += Counter(Decision(status.value) for status in batch.statuses if status is not None)
                 count += batch.frame.height
+                asked += sum(fingerprint is not None for fingerprint in batch.fingerprints)
             ledger.choose()
             ledger.mark()
+            self.of_rows[Decision.DUPLICATE] = asked - sum(ledger.decided().values())
             return count
 
         self.rows_read = await self.journal.do(enroll)
@@ -160,8 +167,15 @@ class Desk:
             return
         check_balance(self.around.job, question, balance)
         if self.options.confirm is not None and not await self.journal.do(Ledger.was_used, self.around.job.name):
+            plan = await self.journal.do(self._foresee)
             with self.signals.asking():
-                ask(self.options.confirm, self.to_submit, question, balance)
+                agreed = self.options.confirm("\n".join(lines(plan)))
+            if not agreed:
+                raise Refused("nothing was sent", "set `max_credits`, or use --yes, to run without this question")
+
+    def _foresee(self, ledger: Ledger) -> Plan:
+        decisions = Counter(ledger.decided()) + self.of_rows
+        return foresee(self.around.job, self.connection, ledger, self.rows_read or 0, decisions, self.budget.cap)
 
     async def _dispatch_and_poll(self) -> None:
         """Send what is wanted; the first of it alone, when a canary judges the answers."""

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.model import ASKED, Decision, iso, to_credits
-from enrich.planfile import FrozenPlan, Priced
+from enrich.connect import Connection
+from enrich.job import Job
+from enrich.model import ASKED, Decision, iso, to_credits, to_micros
+from enrich.planfile import Priced, asked
+from enrich.store.ledger import Ledger
 
 #: Polls that a request takes, as long as the ledger has no experience.
 POLLS_GUESS = 1.5
@@ -59,7 +62,6 @@ class Plan:
     providers: list[tuple[Priced, str]]
     verifier: tuple[Priced, str] | None
     notes: list[str]
-    frozen: FrozenPlan
 
     @property
     def to_submit(self) -> int:
@@ -119,6 +121,35 @@ class Plan:
             "email_verifier": None if self.verifier is None else _priced(*self.verifier),
             "notes": self.notes,
         }
+
+
+def foresee(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    job: Job, connection: Connection, ledger: Ledger, rows: int, decisions: dict[Decision, int], cap: int | None
+) -> Plan:
+    """Put together what is known once the whole input was seen in a pass of the ledger."""
+    question, waterfall = connection.question, connection.waterfall
+    providers, verifier = asked(question, waterfall)
+    named = {each.id: each.name for each in waterfall.available_enrichments}
+    verifiers = {each.id: each.name for each in waterfall.email_verifiers}
+    return Plan(
+        job=job.name,
+        rows=rows,
+        decisions=decisions,
+        oldest_ms=ledger.oldest_answer(),
+        balance=connection.balance,
+        max_credits=to_micros(job.max_credits),
+        min_balance=to_micros(job.model.limits.min_balance),
+        cap=cap,
+        worst_price=question.worst_price,
+        reserved=ledger.reserved(),
+        likely_price=ledger.experience(question.call)[1],
+        requests_per_second=job.model.limits.requests_per_second,
+        polls_per_task=ledger.polls_per_task(),
+        canary=job.model.canary.rows if job.model.canary else None,
+        providers=[(each, named.get(each.id, "")) for each in providers],
+        verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
+        notes=connection.notes,
+    )
 
 
 def _credits(micros: int | None) -> float | None:

@@ -18,9 +18,9 @@ from enrich.connect import Connection, connect, recall
 from enrich.consent import check_balance
 from enrich.errors import JobError, Refused
 from enrich.execution import Timing
-from enrich.forecast import WHY, Plan
+from enrich.forecast import WHY, Plan, foresee
 from enrich.job import Job
-from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso, to_micros
+from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso
 from enrich.planfile import FrozenPlan, ground
 from enrich.question import Question
 from enrich.rows import Rows
@@ -40,8 +40,8 @@ ROW_COLUMNS = {
 }
 
 
-def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None = None) -> Plan:
-    """Plan a run, and write each row's decision to `rows_file` (an input's columns and `plan_…`).
+def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None = None) -> tuple[Plan, FrozenPlan]:
+    """Plan a run, for a person and to be kept to; write each row's decision to `rows_file`, if there is one.
 
     Raises what a run would raise before it spends.
     """
@@ -74,7 +74,6 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
         counts[Decision.DUPLICATE] = asked - sum(decided.values())
         if rows_file is not None:
             _write_rows(rows_file, job, rows, ledger, (question, now_ms))
-        likely = ledger.experience(question.call)[1]
         to_submit = sum(counts[decision] for decision in ASKED)
         frozen = FrozenPlan(
             made_ms=now_ms,
@@ -87,31 +86,10 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
             to_submit=to_submit,
             after_execution=max((row["id"] for row in ledger.executions(last=1)), default=0),
         )
-        named = {each.id: each.name for each in connection.waterfall.available_enrichments}
-        verifiers = {each.id: each.name for each in connection.waterfall.email_verifiers}
-        verifier = frozen.ground.verifier
         if rows.stamp() != stamp:
             raise Refused(f"{job.input_path}: the input changed while the plan was made", "plan again")
-        return Plan(
-            job=job.name,
-            rows=total,
-            decisions=counts,
-            oldest_ms=ledger.oldest_answer(),
-            balance=connection.balance,
-            max_credits=to_micros(job.max_credits),
-            min_balance=to_micros(job.model.limits.min_balance),
-            cap=budget.cap,
-            worst_price=question.worst_price,
-            reserved=ledger.reserved(),
-            likely_price=likely,
-            requests_per_second=job.model.limits.requests_per_second,
-            polls_per_task=ledger.polls_per_task(),
-            canary=job.model.canary.rows if job.model.canary else None,
-            providers=[(each, named.get(each.id, "")) for each in frozen.ground.providers],
-            verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
-            notes=[*connection.notes, *_notes(job, connection, to_submit, at_work=at_work)],
-            frozen=frozen,
-        )
+        plan = foresee(job, connection, ledger, total, counts, budget.cap)
+        return replace(plan, notes=[*plan.notes, *_notes(job, connection, to_submit, at_work=at_work)]), frozen
 
 
 def _notes(job: Job, connection: Connection, to_submit: int, *, at_work: bool) -> Iterator[str]:

@@ -62,16 +62,25 @@ class FrozenPlan(BaseModel):
 def ground(job: Job, question: Question, waterfall: Waterfall, rows: Rows) -> Ground:
     """Gather what must not change between the plan and the run."""
     resolved = [job.name, job.model.model_dump_json(), str(job.ledger_path)]
-    prices = {provider.id: provider for provider in waterfall.available_enrichments}
-    verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
-    verifier = question.call.email_verifier
+    providers, verifier = asked(question, waterfall)
     return Ground(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
         input=rows.digest(),
         suppress=rows.suppressed_digest(),
         waterfall=question.call.waterfall,
-        providers=[_priced(number, prices.get(number)) for number in question.call.enrichments],
-        verifier=None if verifier is None else _priced(verifier, verifiers.get(verifier)),
+        providers=providers,
+        verifier=verifier,
+    )
+
+
+def asked(question: Question, waterfall: Waterfall) -> tuple[list[Priced], Priced | None]:
+    """Price the providers that are asked, and the verifier."""
+    prices = {provider.id: provider for provider in waterfall.available_enrichments}
+    verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
+    verifier = question.call.email_verifier
+    return (
+        [_priced(number, prices.get(number)) for number in question.call.enrichments],
+        None if verifier is None else _priced(verifier, verifiers.get(verifier)),
     )
 
 

@@ -366,11 +366,11 @@ def test_a_person_at_a_terminal_sees_the_receipt(tmp_path: Path, office: Office)
         assert api.audit()["accepted"] == 5
 
     assert refused[0] == 5
-    assert "5 requests will be sent" in refused[1]
-    assert "at most 17.55 credits" in refused[1]
+    assert "5 distinct requests: 5 would be sent" in refused[1]
+    assert "0.00 to 17.55 credits" in refused[1]
     assert agreed[0] == 0
     assert "job: 5 rows, 5 distinct requests" in agreed[1]
-    receipt = agreed[1][agreed[1].index("job: 5 rows") :]
+    receipt = agreed[1][agreed[1].rindex("job: 5 rows") :]
     assert max(map(len, receipt.splitlines()[:-1])) <= 80
 
 

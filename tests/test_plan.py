@@ -21,7 +21,7 @@ from enrich.forecast import Plan
 from enrich.job import load_job
 from enrich.model import ASKED, Decision, State
 from enrich.plan import make_plan
-from enrich.planfile import read_plan, write_plan
+from enrich.planfile import FrozenPlan, read_plan, write_plan
 from enrich.store.lock import hold
 from enrich.surroundings import Options
 from tests.harness import Api, Done, Office, people, serving
@@ -33,7 +33,12 @@ PAID = {decision.value for decision in ASKED}
 
 def planned(office: Office, api: Api, options: Options | None = None, rows: Path | None = None) -> Plan:
     """Make a plan in this process."""
-    return make_plan(load_job(office.job_file), api.access, options or Options(), rows)
+    return make_plan(load_job(office.job_file), api.access, options or Options(), rows)[0]
+
+
+def frozen_plan(office: Office, api: Api, options: Options | None = None, rows: Path | None = None) -> FrozenPlan:
+    """Make a plan to be kept to."""
+    return make_plan(load_job(office.job_file), api.access, options or Options(), rows)[1]
 
 
 def plan(office: Office, api: Api, *arguments: str) -> Done:
@@ -150,12 +155,12 @@ _numbers = iter(range(10**6))
 def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen: bool) -> None:
     """For any input and any past: the same rows, the same requests, no more credits than at most."""
     with played(mixed, case, next(_numbers)) as office:
-        said = planned(office, mixed, case.options, office.folder / "rows.csv")
+        said, kept = make_plan(load_job(office.job_file), mixed.access, case.options, office.folder / "rows.csv")
         rows = decisions(office.folder / "rows.csv")
         before, spent = accepted(mixed), mixed.audit()["credits_charged"]
         assert (said.rows, len(rows)) == (len(case.leads), len(case.leads))
 
-        receipt = office.run(mixed, Options(plan=said.frozen) if frozen else case.options)
+        receipt = office.run(mixed, Options(plan=kept) if frozen else case.options)
 
         now = accepted(mixed)
         assert {name for name in now if now[name] != before.get(name, 0)} == {
@@ -169,7 +174,7 @@ def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen
         shown = [row for row in office.output() if row["enrich_error"].startswith("capped")]
         assert capped <= len(shown) == sum(row["enrich_status"] == "filtered" for row in shown)
         if frozen:
-            assert office.run(mixed, Options(plan=said.frozen)).submitted == 0
+            assert office.run(mixed, Options(plan=kept)).submitted == 0
         written = (office.folder / "out.csv").read_bytes()
         assert office.command("collect", "job.yaml", "--partial").code == 0
         assert (office.folder / "out.csv").read_bytes() == written
@@ -180,12 +185,12 @@ def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen
 def test_a_plan_that_was_cut_short_is_gone_on_with(mixed: Api, case: Case) -> None:
     """Started again it asks what is left of the plan: in all the very requests that it named, each once."""
     with played(mixed, case, next(_numbers)) as office:
-        said = planned(office, mixed, case.options, office.folder / "rows.csv")
+        said, kept = make_plan(load_job(office.job_file), mixed.access, case.options, office.folder / "rows.csv")
         before = accepted(mixed)
         mixed.fault("no-credits", 1, "post")
-        nights = [office.run(mixed, Options(plan=said.frozen))]
+        nights = [office.run(mixed, Options(plan=kept))]
         mixed.heal()
-        nights += [office.run(mixed, Options(plan=said.frozen)) for _ in range(2)]
+        nights += [office.run(mixed, Options(plan=kept)) for _ in range(2)]
 
         now = accepted(mixed)
         assert {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)} == {
@@ -308,8 +313,8 @@ def test_one_run_for_every_row_is_planned_as_such(api: Api, office: Office) -> N
     office.write_leads(people(2) * 3)
     office.run(api, Options(limit=3))
 
-    told = planned(office, api, Options(limit=2), office.folder / "rows.csv")
-    receipt = office.run(api, Options(plan=told.frozen))
+    told, kept = make_plan(load_job(office.job_file), api.access, Options(limit=2), office.folder / "rows.csv")
+    receipt = office.run(api, Options(plan=kept))
 
     assert (told.requests, told.to_submit, receipt.submitted) == (6, 2, 2)
     rows = [row["plan_decision"] for row in decisions(office.folder / "rows.csv")]
@@ -424,7 +429,7 @@ def test_a_plan_is_refused_when_its_ground_changed(api: Api, office: Office, wha
 def test_a_plan_is_refused_when_a_price_changed(api: Api, office: Office) -> None:
     """What would cost other than it said is not bought."""
     office.write_leads(people(2))
-    told = planned(office, api).frozen
+    told = frozen_plan(office, api)
     first, *others = told.ground.providers
     dearer = [first.model_copy(update={"price": 1}), *others]
     ground = told.ground.model_copy(update={"providers": dearer})
@@ -439,7 +444,7 @@ def test_a_plan_that_was_killed_half_way_spends_no_more_than_it_said(tmp_path: P
     """What is at the API from the first start counts once: the second asks all that is left."""
     office.write_leads(people(6))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-        told = planned(office, api).frozen
+        told = frozen_plan(office, api)
         first = office.run(api, Options(limit=3, max_time_s=1.0))
         api.advance(90)
     with serving(tmp_path / "api.db", latency="fixed(0)") as api:
@@ -494,7 +499,7 @@ def test_a_plan_replaces_only_a_plan(api: Api, office: Office) -> None:
 def test_a_plan_survives_its_file(api: Api, office: Office) -> None:
     """What is read is what was written."""
     office.write_leads(people(2))
-    told = planned(office, api, Options(sample=1, seed=7, retry=frozenset({State.FAILED}))).frozen
+    told = frozen_plan(office, api, Options(sample=1, seed=7, retry=frozenset({State.FAILED})))
     path = office.folder / "night.plan"
 
     write_plan(path, told)

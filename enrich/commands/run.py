@@ -206,9 +206,9 @@ def plan(
     if freeze is not None and is_held(job.ledger_path):
         raise LedgerLocked(f"{job.ledger_path}: a run is at work, so no plan can be kept to", "freeze one after it")
     with options.access(job, use_sandbox=use_sandbox) as access:
-        planned = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
+        planned, frozen = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
     if freeze is not None:
-        write_plan(freeze, planned.frozen)
+        write_plan(freeze, frozen)
     click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(lines(planned)))
 
 
