@@ -318,6 +318,8 @@ def main() -> int:
     folder = parser.parse_args().folder
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            parser.error(f"{folder} is not empty")
         return live(folder.resolve())
     with tempfile.TemporaryDirectory(prefix="week-") as made:
         return live(Path(made))
