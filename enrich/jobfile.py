@@ -76,11 +76,9 @@ class _Loader(yaml.SafeLoader):
 
 def _leads(path: Path) -> str | None:
     """Tell who gives the leads instead of a job how to get one."""
-    return (
-        None
-        if path.suffix in (".yaml", ".yml")
-        else f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
-    )
+    if path.suffix in (".yaml", ".yml"):
+        return None
+    return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
 
 
 def _key(node: yaml.Node) -> str:
