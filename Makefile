@@ -8,7 +8,7 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check torture lint types layers fmt clean
+.PHONY: help demo week test check torture lint types layers fmt clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 	@$(BIN)/enrich run jobs/leads.yaml --sandbox --receipt; code=$$?; \
 		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
 	@$(BIN)/python -c '$(SHOW)'
+
+week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
+	$(BIN)/python examples/week.py
 
 test: .venv/dev ## run the tests
 	$(BIN)/pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ class Document:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            raise JobError(f"{path}: there is no such job file") from None
+            raise JobError(f"{path}: there is no such job file", "enrich init LEADS writes one") from None
         except OSError as error:
             raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise JobError(f"{path}: the job file is not UTF-8 text", "save it as UTF-8") from error
+            raise JobError(f"{path}: the job file is not UTF-8 text", _leads(path) or "save it as UTF-8") from error
         try:
             root = _Loader(text).get_single_node()
         except yaml.MarkedYAMLError as error:
@@ -39,7 +40,7 @@ class Document:
         except RecursionError:
             raise JobError(f"{path}: nested too deeply") from None
         if not isinstance(root, yaml.MappingNode):
-            raise JobError(f"{path}: a job file is a mapping of keys", "start from jobs/leads.yaml")
+            raise JobError(f"{path}: a job file is a mapping of keys", _leads(path) or "start from jobs/leads.yaml")
         self._root = root
         self.data: dict[Any, Any] = _plain(root, path)
 
@@ -71,6 +72,13 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"YAML aliases (*{event.anchor}) are not allowed: write the value out", event.start_mark
             )
         return super().compose_node(parent, index)
+
+
+def _leads(path: Path) -> str | None:
+    """Tell who gives the leads instead of a job how to get one."""
+    if path.suffix in (".yaml", ".yml"):
+        return None
+    return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
 
 
 def _key(node: yaml.Node) -> str:

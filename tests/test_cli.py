@@ -50,6 +50,11 @@ def test_help_lists_all_commands(office: Office, option: str) -> None:
         assert re.search(rf"^  {name}\s+\S", done.stdout, re.MULTILINE)
 
 
+def test_the_first_page_fits_a_terminal(office: Office) -> None:
+    """No command's line is cut off at 80 columns."""
+    assert "..." not in office.command("--help", COLUMNS="80").stdout.partition("Commands:")[2]
+
+
 def test_the_version_is_told(office: Office) -> None:
     """`--version` for reports of bugs."""
     assert __version__ in office.command("--version").stdout

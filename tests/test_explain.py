@@ -102,6 +102,7 @@ def test_rows_that_are_never_asked_say_why(api: Api, office: Office) -> None:
     assert [row["request"] for row in told[:3]] == [None, None, None]
     assert told[3]["request"] is not None
     assert "row 2: filtered, only_if_empty: Email has a value" in shown(office, "--row", "2")
+    assert "first_name  not asked  from First Name: 'Ada'" in shown(office, "--row", "1")
 
 
 def test_rows_that_share_a_request_name_each_other(api: Api, office: Office) -> None:

@@ -122,7 +122,7 @@ def test_the_api_is_asked_when_there_is_a_key(sample: Office, api: Api) -> None:
     """The file says whom it was asked of, and when."""
     text = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api).stdout
     assert re.search(r"those of the API at 127.0.0.1, asked on \d{4}-\d\d-\d\d", text)
-    assert "833 Mailhound 0.5" in text
+    assert "833 Mailhound: 0.5 credits" in text
 
 
 def test_an_api_that_is_away_is_replaced_by_the_documentation(sample: Office) -> None:

@@ -309,6 +309,16 @@ def test_a_mistake_is_told_with_its_line(tmp_path: Path, text: str | bytes, told
     assert found == told if told is not None else found
 
 
+@pytest.mark.parametrize("text", [b"Vorname;Nachname\nS\xf6ren;Wei\xdf\n", b"First Name\nAda\n"])
+def test_leads_are_no_job(tmp_path: Path, text: bytes) -> None:
+    """Who gives the leads instead of the job is told which command makes one of them, and it runs as it stands."""
+    path = tmp_path / "my leads.csv"
+    path.write_bytes(text)
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    assert caught.value.hint == f"a job is a YAML file; for leads: enrich init '{path}'"
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     """In the order of the lines, each with its own nearest name: nobody mends a file one error at a time."""
     text = """\

@@ -29,7 +29,7 @@ def test_a_job_that_never_ran_has_a_status(office: Office) -> None:
     assert status["next_expiry"] is None
     assert status["executions"] == []
     assert not office.ledger_path.parent.exists()
-    assert "0 requests" in next(lines(status))
+    assert "never run" in next(lines(status))
 
 
 def test_the_status_agrees_with_the_ledger(office: Office) -> None:

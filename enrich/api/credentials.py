@@ -88,7 +88,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
                 return _checked(value.strip(), str(config))
     raise KeyRefused(
         "no API key: DATABAR_API_KEY, DATABAR_API_KEY_FILE and ~/.databar/config have none",
-        "set DATABAR_API_KEY, or try the job without a key: enrich run JOB --sandbox",
+        "set DATABAR_API_KEY, or try it without a key: --sandbox",
     )
 
 

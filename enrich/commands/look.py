@@ -10,7 +10,7 @@ import click
 from enrich.commands import options
 
 
-@click.command()
+@click.command(short_help="Show what the ledger of JOB knows.")
 @options.JOB_ARGUMENT
 @click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
@@ -23,7 +23,7 @@ def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
 
 
-@click.command()
+@click.command(short_help="Hold the account's balance against the ledger of JOB.")
 @options.JOB_ARGUMENT
 @click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
@@ -53,7 +53,7 @@ def runs(job_file: Path, last: int, ledger: Path | None, use_sandbox: bool, as_j
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
 
 
-@click.command()
+@click.command(short_help="Tell all that ever happened to one lead of JOB.")
 @options.JOB_ARGUMENT
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="This row of the input; 1 is the first lead.")
 @click.option("--match", metavar="COLUMN=VALUE", help="The rows with this value, whatever the case of its letters.")

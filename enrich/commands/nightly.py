@@ -44,7 +44,7 @@ def _days(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int
     return () if value is None else _read_by(parse_days, value)
 
 
-@click.command()
+@click.command(short_help="Print the crontab line and the systemd units for JOB.")
 @options.JOB_ARGUMENT
 @click.option("--at", default="02:00", show_default=True, callback=_at, metavar="HH:MM", help="When, in local time.")
 @click.option("--days", callback=_days, metavar="mon-fri", help="On these days; default: every day.")
@@ -109,7 +109,7 @@ def _write(folder: Path, units: dict[str, str], *, force: bool) -> None:
         click.echo(f"{folder / name} is written", err=True)
 
 
-@click.command()
+@click.command(short_help="Say what will go wrong with JOB tonight.")
 @options.JOB_ARGUMENT
 @click.option("--env", "given", multiple=True, metavar="NAME=VALUE", help="A variable that the crontab sets.")
 @click.option("--env-file", type=click.File(encoding="utf-8"), help="A file of such variables, one a line.")

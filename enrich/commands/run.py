@@ -171,7 +171,7 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
         click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
 
 
-@click.command()
+@click.command(short_help="Show what a run of JOB would ask and cost; costs nothing.")
 @options.JOB_ARGUMENT
 @options.paths
 @options.choosing
@@ -212,7 +212,7 @@ def plan(
     click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(lines(planned)))
 
 
-@click.command()
+@click.command(short_help="Write the output of JOB from the ledger alone.")
 @options.JOB_ARGUMENT
 @options.paths
 @click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
+from enrich.errors import JobError
 
 if TYPE_CHECKING:
     from enrich.api.waterfall import Waterfall
 
 
-@click.command()
+@click.command(short_help="Show what the API offers, with params and prices.")
 @click.argument("identifier", required=False)
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
 @options.AS_JSON
@@ -40,7 +42,7 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-@click.command()
+@click.command(short_help="Write a commented job file for a CSV.")
 @click.argument("leads", metavar="CSV", type=options.FILE)
 @click.option("--waterfall", "identifier", metavar="ID", help="What to ask; without it, say which waterfalls fit.")
 @click.option(
@@ -68,7 +70,7 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
     if identifier is None:
         click.echo(f"Waterfalls of {source}, those that fit {leads} best first:", err=True)
         click.echo("\n".join(ranking(offer, sample)), err=True)
-        raise click.UsageError("which one? --waterfall ID")
+        raise JobError("which one?", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
     printed = out == Path("-")
     target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
     text = draft_job(sample, offer, identifier, source, None if printed else target)
@@ -100,7 +102,7 @@ def _offer(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
     return documented
 
 
-@click.command()
+@click.command(short_help="Check JOB before it runs; pays and changes nothing.")
 @options.JOB_ARGUMENT
 @options.paths
 @click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")

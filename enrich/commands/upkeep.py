@@ -72,7 +72,7 @@ def backup(place: Path, target: Path, instead: Path | None, use_sandbox: bool) -
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-@click.command()
+@click.command(short_help="Erase what the ledger of JOB holds of a person.")
 @options.JOB_ARGUMENT
 @click.option("--match", "matches", multiple=True, required=True, metavar="NAME=VALUE", help="Whom; all must hold.")
 @LEDGER
@@ -91,11 +91,11 @@ def forget(
 
     job = options.load(job_file, None, None, instead, use_sandbox)
     with hold(job.ledger_path, 0):
-        count = forget(job, matches, lambda found: _agreed(f"{found:,} requests will be erased for good.", yes=yes))
+        count = forget(job, matches, lambda found: _agreed(f"{_requests(found)} will be erased for good.", yes=yes))
     _tell(count, "forgotten", as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Drop old params and answers from the ledger of JOB.")
 @options.JOB_ARGUMENT
 @click.option("--older-than", callback=options.seconds, required=True, metavar="90d", help="Settled longer ago.")
 @LEDGER
@@ -132,4 +132,8 @@ def _agreed(what: str, *, yes: bool) -> bool:
 
 
 def _tell(count: int, done: str, *, as_json: bool) -> None:
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{count:,} requests {done}")
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{_requests(count)} {done}")
+
+
+def _requests(count: int) -> str:
+    return f"{count:,} request{'' if count == 1 else 's'}"

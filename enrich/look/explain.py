@@ -196,7 +196,8 @@ def _row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
         of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
-        yield f"  {param:<12}{'nothing' if sent is None else repr(sent)}  from {of}"
+        asked = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not asked"
+        yield f"  {param:<12}{asked}  from {of}"
     if shared := row["shared_with"]:
         more = f" and {len(shared) - SHOWN:,} more" if len(shared) > SHOWN else ""
         yield f"  the same is asked by row {', '.join(map(str, shared[:SHOWN]))}{more}; paid once"

@@ -66,7 +66,11 @@ def _credits(micros: int | None) -> float | None:
 
 def lines(status: dict[str, Any]) -> Iterator[str]:
     """Write the status for a person."""
-    yield f"{status['job']}: {status['requests']:,} requests in {status['ledger']}"
+    requests = status["requests"]
+    if not requests and not status["executions"]:
+        yield f"{status['job']} has never run: {status['ledger']} knows of no request"
+        return
+    yield f"{status['job']}: {requests:,} request{'' if requests == 1 else 's'} in {status['ledger']}"
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
         if status[state]:
             yield f"  {state:<10}{status[state]:>9,}"

@@ -24,7 +24,7 @@ def draft_job(sample: Sample, offer: Sequence[Waterfall], identifier: str, sourc
     waterfall = next((each for each in offer if each.identifier == identifier), None)
     if waterfall is None:
         hint = nearest(identifier, [each.identifier for each in offer])
-        raise JobError(f"--waterfall: {source} names no waterfall `{identifier}`", hint)
+        raise JobError(f"--waterfall: there is no `{identifier}`, says {source}", hint)
     home = target.resolve().parent if target else Path.cwd()
     leads = sample.format.path
     stem = leads.name.removesuffix(".gz").rsplit(".", 1)[0]

@@ -71,12 +71,11 @@ def _providers(waterfall: Waterfall) -> Iterator[str]:
     offered = waterfall.available_enrichments
     if offered:
         named = ", ".join(str(each.id) for each in offered if each.enabled_by_default)
-        told = ", ".join(
-            f"{each.id} {each.name} {'?' if each.price is None else each.price}"
-            f"{'' if each.enabled_by_default else ' (only when named)'}"
-            for each in offered
-        )
-        yield f"# enrichments: [{named}] # who is asked, in this order; with prices: {_comment(told)}"
+        yield f"# enrichments: [{named}] # who is asked, in this order"
+        for each in offered:
+            price = "price not known" if each.price is None else f"{each.price} credits"
+            more = "" if each.enabled_by_default else ", only when named"
+            yield f"#   {each.id} {_comment(each.name)}: {price}{more}"
     else:
         yield "# enrichments: [833, 966] # who is asked, in this order; `enrich waterfalls` tells their numbers"
     if waterfall.is_email_verifying:

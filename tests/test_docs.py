@@ -1,0 +1,118 @@
+"""The documents are true: what they show is run, what they name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from enrich.cli import cli
+from enrich.job import load_job
+from enrich.spec import JobModel
+from tests.documents import (
+    ALL_DOCUMENTS,
+    DOCUMENTS,
+    ROOT,
+    blocks,
+    check_console,
+    code,
+    invocations,
+    lay_out,
+    links,
+)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def keys_of_a_job() -> set[str]:
+    """All keys that a job file may have, at any depth."""
+    schema = JobModel.model_json_schema()
+    models = [schema, *schema["$defs"].values()]
+    return {key for model in models for key in model["properties"]}
+
+
+def parse(arguments: list[str]) -> None:
+    """Read arguments as the command line does; raises click.UsageError for a command or an option that is not there."""
+    command: click.Command = cli
+    while isinstance(command, click.Group) and arguments:
+        name, *arguments = arguments
+        if name in ("-h", "--help", "--version"):
+            return
+        known = command.commands.get(name)
+        if known is None:
+            raise click.UsageError(f"there is no command {name}")
+        command = known
+    command.make_parser(click.Context(command)).parse_args(arguments)
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_the_console_says_what_a_document_shows(document: Path, tmp_path: Path) -> None:
+    """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""
+    shown = document.read_text(encoding="utf-8").count("\n$ ")
+    assert check_console(document, lay_out(tmp_path)) == shown
+
+
+@each_document
+def test_every_job_shown_loads(document: Path, tmp_path: Path) -> None:
+    """Every block that is a whole job file is a right one; parts of one have keys that there are."""
+    for number, block in enumerate(blocks(document, "yaml")):
+        if re.search(r"^version:", block, re.MULTILINE):
+            path = tmp_path / f"job{number}.yaml"
+            path.write_text(block, encoding="utf-8")
+            load_job(path)
+        elif isinstance(part := yaml.safe_load(block), dict):
+            assert part.keys() <= JobModel.model_fields.keys()
+
+
+def test_every_job_that_ships_loads() -> None:
+    """The examples' jobs and those of `jobs/` are right."""
+    jobs = [*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "examples" / "jobs").glob("*.yaml")]
+    assert len(jobs) >= 4
+    for job in jobs:
+        load_job(job)
+
+
+def test_every_key_is_explained() -> None:
+    """No key of the job file is unknown to the documents."""
+    shown = "\n".join(map(code, DOCUMENTS))
+    alone = {key for path in re.findall(r"^[\w.]+$", shown, re.MULTILINE) for key in path.split(".")}
+    assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
+
+
+@each_document
+def test_every_command_shown_is_there(document: Path) -> None:
+    """Every `enrich …` in a block or in a sentence names a command and options that exist."""
+    wrong = []
+    for arguments in invocations(code(document)):
+        try:
+            parse(arguments)
+        except click.UsageError as error:
+            wrong.append(f"enrich {' '.join(arguments)}: {error.format_message()}")
+    assert not wrong
+
+
+def test_commands_that_are_not_there_would_be_found() -> None:
+    """The check itself: wrong commands and options are told, in all the forms in which documents show them."""
+    shown = (
+        "enrich rnu job\nX=y enrich run job --max-tiem 5h | tee x\n15 2 * * * K=/k /opt/bin/enrich ledger chekc J; ls"
+    )
+    found = list(invocations(shown))
+    assert len(found) == 3
+    for arguments in found:
+        with pytest.raises(click.UsageError):
+            parse(arguments)
+
+
+@pytest.mark.parametrize("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    """Relative links point to files that are there, and to headings that they have."""
+    for link in links(document):
+        name, _, heading = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
