@@ -8,7 +8,7 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo week test check torture lint types layers fmt clean
+.PHONY: help demo week test stories check torture lint types layers fmt clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,10 +21,13 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
 	$(BIN)/python examples/week.py
 
-test: .venv/dev ## run the tests
+test: .venv/dev ## run the tests, in under two minutes
 	$(BIN)/pytest
 
-check: lint types layers test ## all that CI does: lint, types, layers, dependencies, tests
+stories: .venv/dev ## run the long tests: a week, a torture in short, every document's examples
+	$(BIN)/pytest -m long
+
+check: lint types layers test stories ## all that CI does: lint, types, layers, dependencies, tests, stories
 
 torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
 	$(BIN)/python -m tests.torture

@@ -48,6 +48,7 @@ def parse(arguments: list[str]) -> None:
     command.make_parser(click.Context(command)).parse_args(arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_the_console_says_what_a_document_shows(document: Path, tmp_path: Path) -> None:
     """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""

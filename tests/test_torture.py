@@ -11,6 +11,8 @@ import pytest
 from tests.harness import Office
 from tests.torture import AT_MOST_IN_DOUBT, torture
 
+pytestmark = pytest.mark.long
+
 
 def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> None:
     """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WEEK = Path(__file__).parent.parent / "examples" / "week.py"
+
+pytestmark = pytest.mark.long
 
 
 def test_the_receipts_of_a_week_are_the_vendors_bill(tmp_path: Path) -> None:
