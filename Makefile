@@ -24,7 +24,7 @@ week: .venv/run ## live through a week with the sandbox: a crash, new prices, no
 test: .venv/dev ## run the tests, in under two minutes
 	$(BIN)/pytest
 
-stories: .venv/dev ## run the long tests: a week, a torture in short, every document's examples
+stories: .venv/dev ## run the long tests: a week, a torture in short, every example of the documents
 	$(BIN)/pytest -m long
 
 check: lint types layers test stories ## all that CI does: lint, types, layers, dependencies, tests, stories

@@ -60,6 +60,7 @@ class Desk:
     rows_read: int | None = None
     enrolled: dict[State, int] | None = None
     to_submit: int = 0
+    new: int = 0
     #: What was decided about rows rather than requests.
     of_rows: Counter[Decision] = field(default_factory=Counter)
     reused: int | None = None
@@ -154,6 +155,7 @@ class Desk:
         self.enrolled = await self.journal.do(Ledger.enrolled)
         decided = await self.journal.do(Ledger.decided)
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
+        self.new = decided.get(Decision.NEW, 0)
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
@@ -180,8 +182,9 @@ class Desk:
     async def _dispatch_and_poll(self) -> None:
         """Send what is wanted; the first of it alone, when a canary judges the answers."""
         canary = self.around.job.model.canary
-        if canary is not None and self.to_submit > canary.rows:
-            await self._send(canary.rows)
+        if canary is not None and self.new > canary.rows:
+            # What is asked again says nothing: the misses of last month will be misses again.
+            await self._send(canary.rows, only_new=True)
             stopped = judge(canary, await self.journal.do(Ledger.outcomes, self.execution.id))
             if not self.execution.closing.is_set() and stopped is not None:
                 self.execution.stop(Exit.CANARY, stopped)
@@ -189,7 +192,7 @@ class Desk:
                 return
         await self._send()
 
-    async def _send(self, limit: int | None = None) -> None:
+    async def _send(self, limit: int | None = None, *, only_new: bool = False) -> None:
         """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
@@ -202,6 +205,7 @@ class Desk:
             self.connection.bound_to,
             poller.add,
             limit,
+            only_new,
         )
 
         async def dispatch() -> None:

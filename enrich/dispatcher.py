@@ -45,6 +45,8 @@ class Dispatcher:
     bound_to: Mapping[str, str | None]
     on_task: Callable[[Task], None]
     limit: int | None = None
+    #: Pass over what was answered before.
+    only_new: bool = False
     #: Attempts that are claimed and provably not on the wire yet.
     _unsent: set[int] = field(default_factory=set)
 
@@ -159,7 +161,9 @@ class Dispatcher:
         """Claim up to `room` requests; tell also whether the cap stood in the way."""
         claims: list[Claim] = []
         try:
-            while len(claims) < room and (claim := ledger.claim(self.execution.id, self.budget.price, now_ms)):
+            while len(claims) < room and (
+                claim := ledger.claim(self.execution.id, self.budget.price, now_ms, only_new=self.only_new)
+            ):
                 claims.append(claim)
                 self._unsent.add(claim.attempt_id)
         except CapReached:

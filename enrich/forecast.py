@@ -175,7 +175,7 @@ def lines(plan: Plan) -> Iterator[str]:
             f"  time      about {_minutes(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
             f"{per_task:.1f} polls a request {polls}"
         )
-    if plan.canary is not None and plan.to_submit > plan.canary:
+    if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
         yield f"  canary    the first {plan.canary:,} are judged before the others are sent"
     for note in plan.notes:
         yield f"  note      {note}"

@@ -163,3 +163,38 @@ def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
         canary = Canary(rows=of, min_hit_rate=found / of)
         assert judge(canary, {State.FOUND: found, State.NOT_FOUND: of - found}) is None
         assert judge(canary, {State.FOUND: found - 1, State.NOT_FOUND: of - found + 1}) is not None
+
+
+def test_what_is_asked_again_is_no_canary(tmp_path: Path, careful: Office) -> None:
+    """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
+    with serving(tmp_path / "api.db", hit_rate=0.5) as api:
+        careful.write_job(ledger="scout.db")
+        careful.run(api)
+        found = {row["Last Name"] for row in careful.output() if row["enrich_status"] == "found"}
+        misses = [row for row in people(LEADS) if row[1] not in found]
+        hits = [row for row in people(LEADS) if row[1] in found]
+        assert min(len(misses), len(hits)) > 6
+        careful.write_leads(misses)
+        careful.write_job()
+        assert careful.run(api).not_found == len(misses)
+
+        careful.write_leads([*misses, *hits])
+        careful.write_job(canary=CANARY, policy="{refresh: {not_found: 0s}}")
+        receipt = careful.run(api)
+
+    assert (receipt.exit_code, receipt.submitted, receipt.found) == (0, LEADS, len(hits))
+
+
+def test_only_what_is_new_is_judged(tmp_path: Path, careful: Office) -> None:
+    """Due answers that come back do not hide that the new leads find nothing."""
+    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+        careful.write_job()
+        careful.run(api)
+    careful.write_leads([*people(LEADS), *people(10, start=LEADS)])
+    careful.write_job(canary=CANARY, policy="{refresh: {found: 0s}}")
+
+    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
+        stopped = careful.run(api)
+
+    assert (stopped.exit_code, stopped.submitted) == (15, 6)
+    assert "0 of 6 answers" in (stopped.error or "")

@@ -23,11 +23,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_out(tmp_path_factory.mktemp("checkout"))
 
 
+@pytest.mark.long
 def test_the_console_says_what_the_readme_shows(checkout: Path) -> None:
     """Every `$ command` of the README prints what stands below it, in the README's order."""
     assert check_console(README, checkout) >= 3
 
 
+@pytest.mark.long
 def test_the_commands_for_the_real_api_work(checkout: Path, tmp_path: Path) -> None:
     """The commands with a key run as they stand, against an API that accepts this key."""
     (block,) = blocks(README, "sh")

@@ -109,13 +109,16 @@ class Ledger(Intake):
 
     # Submit: pending → submitting → submitted
 
-    def claim(self, execution_id: int, price: int, now_ms: int) -> Claim | None:
+    def claim(self, execution_id: int, price: int, now_ms: int, *, only_new: bool = False) -> Claim | None:
         """Take the next wanted request (edge a), its worst price reserved; None when the queue is empty.
 
-        Raises CapReached when the cap has no room for `price` now.
+        `only_new` passes over those that were answered before. Raises CapReached when the cap has no room for
+        `price` now.
         """
         row = self._db.execute(
-            f"SELECT id, params, state, attempt_id FROM requests WHERE {QUEUED} ORDER BY position LIMIT 1"
+            f"SELECT id, params, state, attempt_id FROM requests WHERE {QUEUED} "
+            f"{'AND +state = ?1 ' if only_new else ''}ORDER BY position LIMIT 1",
+            (State.PENDING,) if only_new else (),
         ).fetchone()
         if row is None:
             return None
@@ -349,9 +352,10 @@ class Ledger(Intake):
         return int(row[0]), int(row[1])
 
     def outcomes(self, execution_id: int) -> dict[State, int]:
-        """Count what an execution's own attempts have come to; those the API refused are none."""
+        """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
         rows = self._db.execute(
-            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' GROUP BY state",
+            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' "
+            "AND came_from = 'pending' GROUP BY state",
             (execution_id,),
         )
         return {State(state): count for state, count in rows}
