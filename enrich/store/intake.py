@@ -179,8 +179,16 @@ class Intake(Database):
             yield Standing(index, bool(first), State(state), *known)
 
     def _load(self, wanted: Iterable[Wanted]) -> None:
-        self._db.execute("DELETE FROM batch")
-        self._db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?)", wanted)
+        # Who only looks has no transaction, and each row would be a commit of its own.
+        looking = not self._db.in_transaction
+        if looking:
+            self._db.execute("BEGIN")
+        try:
+            self._db.execute("DELETE FROM batch")
+            self._db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?)", wanted)
+        finally:
+            if looking:
+                self._db.execute("COMMIT")
 
     def _see(self) -> None:
         # Of rows that ask the same, the first in the order of asking says when, the first in the input whose group.
