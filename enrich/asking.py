@@ -127,10 +127,9 @@ class Asking:
         if error := self._problem(params):
             return _Ask(status=RowStatus.INVALID, error=error)
         text = _written(params)
-        fingerprint = self._fingerprint(text)
-        if fingerprint in self._forgotten:
+        if text in self._forgotten:
             return _Ask(status=RowStatus.FILTERED, error=FORGOTTEN)
-        return _Ask(fingerprint, text)
+        return _Ask(self._fingerprint(text), text)
 
     def _problem(self, params: dict[str, str]) -> str | None:
         """Say why a row cannot be asked."""

@@ -10,13 +10,14 @@ from typing import Any
 
 from enrich.api.answer import is_blank, parse_data, pick
 from enrich.connect import remembered
-from enrich.errors import JobError, Refused
+from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job, nearest
 from enrich.model import OPEN, SystemClock
-from enrich.privacy import keyed, make_key
+from enrich.privacy import make_key
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
+from enrich.tables.cells import text_frame
 
 
 def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
@@ -40,10 +41,15 @@ def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> 
             raise Refused(f"{waiting} of them wait at the API for their answer", "enrich run collects them; then again")
         if not found or not confirm(len(found)):
             return 0
+        ledger.forgotten()  # refuses when the key to earlier ones is gone: a new one would not know them
         key = make_key(job.ledger_path)
         with ledger.transaction():
-            hashes = {known["id"]: keyed(key, known["fingerprint"]) for known in found}
-            ledger.forget(hashes, SystemClock().now_ms())
+            # What was purged has no params any more; then the input tells them.
+            told = (
+                (known["id"], known["fingerprint"], asking.get(known["fingerprint"], known["params"]))
+                for known in found
+            )
+            ledger.forget(key, told, SystemClock().now_ms())
         return len(found)
 
 
@@ -79,12 +85,12 @@ def _folded(value: str) -> str:
     return value.strip().casefold()
 
 
-def _asking_rows(job: Job, question: Question, wanted: Mapping[str, str]) -> set[bytes]:
-    """Name the requests of the rows of the input that match; none when tonight's file is not there."""
+def _asking_rows(job: Job, question: Question, wanted: Mapping[str, str]) -> dict[bytes, str]:
+    """Name the requests of the rows of the input that match, with their params; none when tonight's file is no good."""
     rows = None
     try:
         rows = Rows(job)
-    except Refused:
+    except EnrichError:
         columns: list[str] = []
     else:
         columns = rows.columns
@@ -95,13 +101,17 @@ def _asking_rows(job: Job, question: Question, wanted: Mapping[str, str]) -> set
             hint = nearest(name, known)
             raise JobError(f"--match {name}=…: neither the input nor the job has a column `{name}`", hint)
     if rows is None or not set(wanted) <= set(columns):
-        return set()
+        return {}
     places = {columns.index(name): value for name, value in wanted.items()}
     return {
-        fingerprint
+        fingerprint: params
         for batch in rows.batches(question)
-        for cells, fingerprint in zip(batch.frame.iter_rows(), batch.fingerprints, strict=True)
-        if fingerprint is not None and all(_folded(str(cells[place])) == value for place, value in places.items())
+        for cells, fingerprint, params in zip(
+            text_frame(batch.frame).iter_rows(), batch.fingerprints, batch.params, strict=True
+        )
+        if fingerprint is not None
+        and params is not None
+        and all(_folded(str(cells[place])) == value for place, value in places.items())
     }
 
 

@@ -66,10 +66,16 @@ class Job:
         """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
         named = {"rejects": self.model.rejects, "changes": self.model.changes}
         feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
-        for kind, path in feeds.items():
-            others = [self.output_path(now), *(other for name, other in feeds.items() if name != kind)]
-            if path in others:
-                raise self.error([kind], f"{path} is written twice", "give each file a name of its own")
+        model = self.model
+        beside = {key: self.path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))}
+        taken = {"output": self.output_path(now), "the job file": self.document.path, "ledger": self.ledger_path}
+        taken |= beside
+        for kind, place in feeds.items():
+            if other := next((key for key, path in taken.items() if _is_same(place, path)), None):
+                raise self.error(
+                    [kind], f"{place} is written twice: it is `{other}`", "give each file a name of its own"
+                )
+            taken[kind] = place
         return feeds
 
     def path(self, named: str) -> Path:
@@ -160,6 +166,13 @@ def _place(document: Document, key: str, base: Path, named: str) -> Place:
 
 def _dated(named: str, now: datetime) -> str:
     return now.strftime(named) if "%" in named else named
+
+
+def _is_same(one: Place, other: Place) -> bool:
+    """Tell whether two places are one, whatever links lead there."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return one == other
 
 
 def _absolute(base: Path, path: str | Path) -> Path:

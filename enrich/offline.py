@@ -26,7 +26,9 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
     ledger = Ledger(job.ledger_path, read_only=True)
     try:
         question = remembered(ledger, job)
-        target = job.output_path(datetime.now().astimezone())
+        now = datetime.now().astimezone()
+        target = job.output_path(now)
+        job.feeds(now)  # refuses an output that is one of them
         prepare(target, job.input_path, job.name)
         rows = Rows(job, ledger.forgotten())
         rows.check_new_columns(question)

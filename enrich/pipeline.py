@@ -64,7 +64,12 @@ async def _execute(
         update_providers=options.update_providers,
     )
     if isinstance(rows, Rows):
-        rows.check_new_columns(connection.question)
+        try:
+            rows.check_new_columns(connection.question)
+        except EnrichError as error:
+            if not await journal.do(Ledger.tasks):
+                raise
+            rows = error
     desk, refused = await _begin(around, options, signals, client, journal, connection)
     desk.started, desk.feeds = started, feeds
     execution = desk.execution

@@ -119,6 +119,8 @@ def check(plan: FrozenPlan, now: Ground) -> None:
 
 def write_plan(path: Path, plan: FrozenPlan) -> None:
     """Write a plan (0600), whole or not at all. Raises JobError when that would replace what is no plan."""
+    if path.exists() and not path.is_file():
+        raise Refused(f"{path}: the plan cannot be written: it is no file")
     try:
         if path.exists() and path.read_bytes():
             read_plan(path)

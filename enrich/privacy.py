@@ -19,6 +19,9 @@ from enrich.errors import Refused
 #: An e-mail address, alone in a cell or among other text.
 _ADDRESS = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
 
+#: What stands around an address in a sentence, and signs that nobody sees.
+_AROUND = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|[.!?…*_`]+$|^[*_`]+")
+
 
 @dataclass(frozen=True, slots=True)
 class Suppression:
@@ -50,7 +53,7 @@ class Suppression:
         return bool(self.hits(pl.DataFrame({"": [text]}), [0]).any())
 
     def _lists_address(self, address: str) -> bool:
-        address = address.rstrip(".")
+        address = _AROUND.sub("", address)
         return address in self.addresses or self._below(address.rpartition("@")[2])
 
     def _below(self, host: str) -> bool:
@@ -94,14 +97,17 @@ def read_suppression(path: Path) -> Suppression:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Requests of people who were forgotten, known by a keyed hash alone."""
+    """What was asked about people who were forgotten, known by keyed hashes alone."""
 
     key: bytes
     hashes: frozenset[bytes] = frozenset()
 
-    def __contains__(self, fingerprint: bytes) -> bool:
-        """Tell whether a request was forgotten."""
-        return bool(self.hashes) and keyed(self.key, fingerprint) in self.hashes
+    def __contains__(self, params: str) -> bool:
+        """Tell whether this (JSON, as sent) was asked about one of them."""
+        return bool(self.hashes) and keyed(self.key, params.encode()) in self.hashes
+
+
+_KEY_BYTES = 32
 
 
 def key_path(ledger: Path) -> Path:
@@ -109,29 +115,42 @@ def key_path(ledger: Path) -> Path:
     return ledger.with_name(ledger.name + ".key")
 
 
-def read_key(ledger: Path) -> bytes:
-    """Read the key. Raises Refused when it is missing: those who were forgotten would be asked about again."""
+def read_key(ledger: Path, known_by: str | None) -> bytes:
+    """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
     path = key_path(ledger)
     try:
-        return path.read_bytes()
+        key = path.read_bytes()
     except OSError as error:
-        raise Refused(
-            f"{path}: the key to those who were forgotten cannot be read: {error.strerror}",
-            "restore it from a backup: without it they would be asked about again",
-        ) from error
+        reason = error.strerror
+    else:
+        if len(key) == _KEY_BYTES and known_by in (None, proof(key)):
+            return key
+        reason = "it is not the one that they were forgotten with"
+    raise Refused(
+        f"{path}: the key to those who were forgotten cannot be used: {reason}",
+        "restore it from a backup: without it they would be asked about again",
+    )
 
 
 def make_key(ledger: Path) -> bytes:
-    """Read the key, or make one (0600)."""
+    """Read the key, or make one (0600), whole or not at all."""
     path = key_path(ledger)
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(token_bytes(32))
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(token_bytes(_KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-    return read_key(ledger)
+        part.replace(path)
+    return read_key(ledger, None)
 
 
-def keyed(key: bytes, fingerprint: bytes) -> bytes:
-    """Hash a fingerprint so that nobody without the key can tell whose it was."""
-    return blake2b(fingerprint, key=key, digest_size=16, person=b"enrich-forgotten").digest()
+def keyed(key: bytes, said: bytes) -> bytes:
+    """Hash what tells of a person so that nobody without the key can tell of whom."""
+    return blake2b(said, key=key, digest_size=16, person=b"enrich-forgotten").digest()
+
+
+def proof(key: bytes) -> str:
+    """Name a key without telling it."""
+    return blake2b(key, digest_size=16, person=b"enrich-key").hexdigest()

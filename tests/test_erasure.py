@@ -127,6 +127,46 @@ def test_without_the_key_nothing_is_asked(office: Office, api: Api) -> None:
     assert api.audit()["accepted"] == 3
 
 
+@pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
+def test_another_key_is_not_believed(office: Office, api: Api, key: bytes | None) -> None:
+    """Neither a run nor the next wish to be forgotten goes on with it: the first would be asked about again."""
+    forget(office, "First Name=First1")
+    path = office.ledger_path.with_name("job.db.key")
+    path.unlink()
+    if key is not None:
+        path.write_bytes(key)
+
+    run = office.command("run", "job.yaml", api=api)
+    again = office.command("forget", "job.yaml", "--match", "First Name=First2", "--yes")
+
+    assert (run.code, again.code) == (5, 5)
+    assert "job.db.key" in run.stderr
+    assert "job.db.key" in again.stderr
+    assert api.audit()["accepted"] == 3
+
+
+@pytest.mark.parametrize("change", [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
+def test_a_forgotten_person_is_not_asked_of_others_either(office: Office, api: Api, change: dict[str, str]) -> None:
+    """Whoever is asked, and however often she is in the file, the question is about her."""
+    forget(office, "First Name=First1")
+    office.write_leads([*people(6), people(2)[1]])
+    office.write_job(**change)
+
+    done = office.command("run", "job.yaml", "--json", api=api)
+
+    assert (done.code, done.receipt["filtered"]) == (0, 2)
+    assert sum(run["accepted"] for run in api.audit()["runs"] if run["params"]["first_name"] == "First1") == 1
+
+
+def test_who_was_purged_can_still_be_forgotten(office: Office, api: Api) -> None:
+    """Her row of the input tells what was sent, when the ledger does not any more."""
+    office.command("purge", "job.yaml", "--older-than", "0s", "--yes")
+    assert forget(office, "First Name=First1") == 1
+    office.write_job(email_verifier="10")
+    done = office.command("run", "job.yaml", "--json", api=api)
+    assert (done.code, done.receipt["filtered"]) == (0, 1)
+
+
 def test_what_was_purged_is_not_bought_again(office: Office, api: Api) -> None:
     """The values are gone, from the file and from the output; that they were paid for is known."""
     emails = [row["work_email"] for row in office.output()[:3]]

@@ -141,13 +141,27 @@ def test_a_feed_that_could_not_be_written_is_told_again(office: Office, api: Api
         ({"rejects": "out.csv"}, "written twice"),
         ({"rejects": "x.csv", "changes": "x.csv"}, "written twice"),
         ({"rejects": "leads.csv"}, "replace the input"),
+        ({"rejects": "alias/out.csv"}, "it is `output`"),
+        ({"suppress": "never.csv", "rejects": "never.csv"}, "it is `suppress`"),
+        ({"rejects": "feed.csv", "changes": "feed.csv"}, "it is `rejects`"),
     ],
 )
 def test_a_wrong_feed_is_found_before_anything_is_spent(
     office: Office, api: Api, replaced: dict[str, str], words: str
 ) -> None:
     """Exit 2, with the key of the job file."""
+    (office.folder / "alias").symlink_to(office.folder)
+    (office.folder / "never.csv").write_text("nobody.example\n")
     office.write_job(**replaced)
     done = office.command("run", "job.yaml", api=api)
     assert (done.code, words in done.stderr) == (2, True), done.stderr
     assert api.audit()["accepted"] == 0
+
+
+def test_collect_spares_the_feeds_too(office: Office, api: Api) -> None:
+    """An output from the command line must not replace the rejects."""
+    office.write_job(rejects="rejects.csv")
+    assert office.command("run", "job.yaml", api=api).code == 0
+    done = office.command("collect", "job.yaml", "--output", "rejects.csv")
+    assert (done.code, "written twice" in done.stderr) == (2, True)
+    assert len(office.output("rejects.csv")) == 1

@@ -7,6 +7,7 @@ import json
 import random
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -574,3 +575,27 @@ def test_nothing_waits_for_a_patient_api(api: Api, office: Office) -> None:
     after = api.audit()["requests"]
     assert receipt.polls == 0
     assert {name: after[name] - before[name] for name in after} == {"me": 1, "waterfalls": 1, "run": 0, "task": 0}
+
+
+def test_answers_are_collected_though_tonights_header_clashes(office: Office, tmp_path: Path) -> None:
+    """What was paid for is fetched before the clash of columns ends the run."""
+    office.write_leads(people(3))
+    with serving(tmp_path / "api.db", latency="fixed(20)") as api:
+        office.leave_at_the_api(api)
+        api.advance(60)
+        leads = office.folder / "leads.csv"
+        leads.write_text(leads.read_text().replace("Note", "work_email"))
+
+        done = office.command("run", "job.yaml", "--json", api=api)
+
+    assert (done.code, "already" in done.stderr) == (2, True)
+    with closing(office.ledger()) as ledger:
+        assert not ledger.tasks()
+
+
+def test_what_is_taken_for_lost_is_not_asked_again_in_the_same_breath(office: Office) -> None:
+    """`--accept in_doubt` makes them failed: `--retry failed` beside it would pay for them once more."""
+    office.write_leads(people(1))
+    for states in ("failed", "expired,in_doubt"):
+        done = office.command("run", "job.yaml", "--accept", "in_doubt", "--retry", states)
+        assert (done.code, "would ask them again" in done.stderr) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -509,3 +510,13 @@ def test_a_plan_survives_its_file(api: Api, office: Office) -> None:
     assert json.loads(path.read_text())["version"] == 1
     with pytest.raises(EnrichError):
         write_plan(office.folder / "missing" / "night.plan", told)
+
+
+def test_what_is_no_file_is_not_replaced(office: Office, api: Api) -> None:
+    """A device or a pipe that is named by mistake stays what it is."""
+    office.write_leads(people(1))
+    os.mkfifo(office.folder / "pipe.csv")
+    for words in (("-o", "pipe.csv"), ("--rows", "pipe.csv")):
+        done = plan(office, api, *words)
+        assert (done.code, "it is no file" in done.stderr) == (5, True)
+    assert (office.folder / "pipe.csv").is_fifo()

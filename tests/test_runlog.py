@@ -25,7 +25,7 @@ from enrich.store.lock import hold
 from enrich.surroundings import Progress
 from enrich.watch import runlog
 from enrich.watch.runlog import Log, log_to, without_data
-from tests.harness import HASTY, Api, Office, kill, serving, until
+from tests.harness import HASTY, Api, Office, kill, people, serving, until
 from tests.watch import assert_nobody_in, events, log_lines, somebody
 
 AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -357,7 +357,7 @@ def test_a_disk_that_fills_up_does_not_break_the_run(api: Api, office: Office) -
     """The log stays behind, is told of once on stderr, and the leads are enriched."""
     office.write_leads(somebody(2))
     room = 3_000_000
-    (office.folder / "run.log").write_text("{}\n" * (room // 3))
+    (office.folder / "run.log").write_text('{"v": 1}\n' * (room // 9))
 
     done = office.enrich("run", "job.yaml", *LOG, api=api, room=room)
 
@@ -393,3 +393,18 @@ def test_progress_is_a_line_a_minute(tmp_path: Path, complaints: list[str]) -> N
     assert {"event": "progress", "execution": 7, "done": 3, "total": 9, "found": 2, "credits": 1.5}.items() <= (
         lines[0].items()
     )
+
+
+@pytest.mark.parametrize("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
+def test_what_is_no_log_is_not_written_into(tmp_path: Path, name: str) -> None:
+    """A slip of the pen must not append to the leads, or rotate a ledger away."""
+    office = Office(tmp_path)
+    office.write_job()
+    office.write_leads(people(1))
+    (tmp_path / "leads.jsonl").write_text('{"First Name": "Ada"}\n')
+    with serving(tmp_path / "api.db") as api:
+        assert office.command("run", "job.yaml", api=api).code == 0
+        before = (tmp_path / name).read_bytes()
+        done = office.command("run", "job.yaml", "--log-file", name, api=api)
+    assert (done.code, "no log" in done.stderr) == (5, True)
+    assert (tmp_path / name).read_bytes() == before

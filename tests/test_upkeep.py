@@ -16,8 +16,10 @@ from hypothesis.stateful import invariant
 
 from enrich.errors import Refused
 from enrich.model import State
+from enrich.store.database import Database
 from enrich.store.ledger import Ledger
 from enrich.store.records import INVARIANTS, Findings, Records, check
+from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
 from tests.books import BOUND, FREE_FAILURE, MISSED, PRICE, Books
 from tests.harness import HASTY, Api, Done, Office, kill, people, serving, until
@@ -155,6 +157,22 @@ def test_what_a_cap_did_not_buy_does_not_break_it(tmp_path: Path) -> None:
 
     assert check(books.path).problems == []
     books.ledger.close()
+
+
+def test_an_older_ledger_can_be_copied_before_it_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way back to the older program is a copy that was made before."""
+    office = Office(tmp_path)
+    office.write_job()
+    office.ledger_path.parent.mkdir()
+    with monkeypatch.context() as older:
+        older.setattr("enrich.store.database.MIGRATIONS", MIGRATIONS[:1])
+        Database(office.ledger_path).close()
+
+    done = office.command("ledger", "backup", "job.yaml", "copy.db")
+
+    assert done.code == 0, done.stderr
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 def test_a_retry_that_is_refused_leaves_a_sound_ledger(tmp_path: Path) -> None:

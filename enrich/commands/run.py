@@ -87,8 +87,11 @@ def run(
     on_terminal = sys.stderr.isatty() and not quiet
     listens = sys.stdin is not None and sys.stdin.isatty()
     asks = listens and on_terminal and not yes and not use_sandbox and job.max_credits is None
-    if accept in retry:
-        raise click.UsageError("--accept and --retry in_doubt say opposite things: choose one")
+    if accept is not None and retry & {accept, "failed"}:
+        said = ",".join(sorted(retry & {accept, "failed"}))
+        raise click.UsageError(
+            f"--accept {accept} takes them for lost, and --retry {said} would ask them again: choose one"
+        )
     wishes = Options(
         limit=limit,
         sample=sample,

@@ -65,7 +65,7 @@ def backup(place: Path, target: Path, instead: Path | None, use_sandbox: bool) -
     """Copy a ledger to TARGET, consistent though a run goes on; an older copy is replaced."""
     from enrich.store.records import Records
 
-    with closing(Records(_ledger_of(place, instead, use_sandbox=use_sandbox))) as records:
+    with closing(Records(_ledger_of(place, instead, use_sandbox=use_sandbox), any_version=True)) as records:
         records.backup(target)
 
 

@@ -21,13 +21,13 @@ CHECKED_AT_START = 256 * 1024 * 1024
 class Database:
     """One SQLite file, one connection."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, any_version: bool = False) -> None:
         """Open the ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
 
         Raises Refused when the file is not a ledger, is newer than this program or can't be written.
         """
         self.path = path
-        self._db = _open(path, read_only=read_only)
+        self._db = _open(path, read_only=read_only, any_version=any_version)
 
     def close(self) -> None:
         """Close the file; what was committed stays."""
@@ -82,7 +82,7 @@ def tells_of_damage(error: BaseException | None) -> bool:
     return bool({code, code & 0xFF} & damage)
 
 
-def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
+def _open(path: Path, *, read_only: bool, any_version: bool) -> sqlite3.Connection:
     try:
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,8 @@ def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
                 # Readers look while we write; a committed move survives a power cut.
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
-            _migrate(db, path, allowed=not read_only)
+            if not any_version:
+                _migrate(db, path, allowed=not read_only)
             if not read_only:
                 _check_whole(db, path)
         except BaseException:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.model import MOVES, Answer, Call, Claim, State, Task
-from enrich.privacy import Forgotten, read_key
+from enrich.privacy import Forgotten, keyed, proof, read_key
 from enrich.store.intake import OPEN_ATTEMPT, QUEUED, Intake
 
 
@@ -292,14 +292,19 @@ class Ledger(Intake):
     # Forgetting
 
     def forgotten(self) -> Forgotten:
-        """Tell who was forgotten. Raises Refused when the key to it is missing."""
-        rows = self._db.execute("SELECT fingerprint FROM requests WHERE erased_ms IS NOT NULL AND forgotten")
-        hashes = frozenset(row[0] for row in rows)
-        return Forgotten(read_key(self.path) if hashes else b"", hashes)
+        """Tell who was forgotten. Raises Refused when the key to it is missing, or another."""
+        hashes = frozenset(row[0] for row in self._db.execute("SELECT hash FROM forgotten"))
+        return Forgotten(read_key(self.path, self.fact("forgotten_key")), hashes) if hashes else Forgotten(b"")
 
-    def forget(self, requests: Mapping[int, bytes], now_ms: int) -> None:
-        """Erase requests by id, with all that was answered; what stays is a hash each, states and credits."""
-        for request_id, hashed in requests.items():
+    def forget(self, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int) -> None:
+        """Erase requests (id, fingerprint, params) with all that was answered.
+
+        What stays is hashes under the key, states and credits.
+        """
+        self.bind({"forgotten_key": proof(key)})
+        for request_id, fingerprint, params in requests:
+            hashed = keyed(key, fingerprint)
+            self._db.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (keyed(key, params.encode()),))
             self._db.execute(
                 "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, position = NULL "
                 f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",

@@ -39,11 +39,11 @@ def check(path: Path) -> Findings:
 class Records(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, path: Path) -> None:
-        """Open it. Raises Refused when it is not there or is no ledger."""
+    def __init__(self, path: Path, *, any_version: bool = False) -> None:
+        """Open it, though it be older with `any_version`. Raises Refused when it is not there or is no ledger."""
         if not path.exists():
             raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(path, read_only=True)
+        super().__init__(path, read_only=True, any_version=any_version)
 
     def check(self) -> Findings:
         """Look at everything as it stood at one moment, though a run may go on."""

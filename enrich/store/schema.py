@@ -139,6 +139,10 @@ ALTER TABLE requests ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;
 
 CREATE INDEX erased ON requests (fingerprint) WHERE erased_ms IS NOT NULL;
 
+CREATE TABLE forgotten (        -- whom nobody asks about again, whoever is asked
+    hash BLOB PRIMARY KEY       -- of the params, under the key that lies beside the ledger
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE delivered (        -- what the change feed of a job has told
     job TEXT NOT NULL,
     row_key BLOB NOT NULL,      -- a hash of the row's key columns and its request

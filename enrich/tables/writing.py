@@ -55,6 +55,8 @@ def prepare(target: Place, source: Place, job: str, kind: str = "output") -> Non
             raise PermissionError(13, "Permission denied")
         if target.is_dir():
             raise IsADirectoryError(21, "it is a folder")
+        if target.exists() and not target.is_file():
+            raise OSError(0, "it is no file")
     except OSError as error:
         raise Refused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
 

@@ -27,8 +27,12 @@ EVERY_S = 60.0
 LARGEST = 10_000_000  # bytes
 KEPT = 5
 
-#: What follows may quote what was sent (the API's own words), or the header, which is a lead when it is missing.
-_MAY_QUOTE = re.compile(r"(HTTP \d{3}|names columns twice|cannot be computed|not a polars SQL expression).*", re.DOTALL)
+#: What follows may quote what was sent (the API's own words), or a header, which is a lead where it is missing.
+_MAY_QUOTE = re.compile(
+    r"(HTTP \d{3}|names columns twice|its header differs from that of|cannot be computed|"
+    r"not a polars SQL expression).*",
+    re.DOTALL,
+)
 
 
 def without_data(message: str) -> str:
@@ -82,6 +86,7 @@ def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iter
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_is_log(path)
         # A link is followed: it would be rotated away, and the file that it leads to would grow.
         handler = _Lines(path.resolve() if path.is_file() else path, complain)
     except OSError as error:
@@ -91,6 +96,14 @@ def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iter
     finally:
         with suppress(OSError):
             handler.close()
+
+
+def _check_is_log(path: Path) -> None:
+    """Refuse to write into, and to rotate away, what is no log: the leads, a ledger."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) not in (b"", b'{"v"'):
+                raise Refused(f"{path}: this is there already, and no log", "choose another `--log-file`")
 
 
 class _Lines(RotatingFileHandler):
