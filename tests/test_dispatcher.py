@@ -33,6 +33,10 @@ def nothing_is_reserved(books: Books) -> bool:
     return books.money[1] == 0
 
 
+#: Seconds of processor time in a second: a loop that spins would use most of it.
+IDLE = 0.15
+
+
 class TestLimits:
     """How many POSTs leave, and when none does any more."""
 
@@ -378,13 +382,17 @@ class TestEnding:
             knob: dict[str, Any] = knobs[waiting_for]
             async with at_work(api, tmp_path / LEDGER, leads, **knob) as floor:
                 work = asyncio.create_task(floor.work())
-                await asyncio.sleep(0.5)
-                before = time.thread_time()
-                await asyncio.sleep(1)
-                used = time.thread_time() - before
+                used = 1.0
+                for _ in range(5):  # on a busy machine the submitting may not be over at first
+                    await asyncio.sleep(0.5)
+                    before = time.thread_time()
+                    await asyncio.sleep(1)
+                    used = time.thread_time() - before
+                    if used < IDLE:
+                        break
                 floor.execution.leave()
                 await work
                 return used
 
         with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-            assert asyncio.run(scene(api)) < 0.15
+            assert asyncio.run(scene(api)) < IDLE

@@ -1,0 +1,76 @@
+"""What a ledger adds up to: counts, credits, experience. Looks only."""
+
+from __future__ import annotations
+
+from enrich.model import Call, State
+from enrich.store.intake import OPEN_ATTEMPT, Intake
+
+
+class Figures(Intake):
+    """A ledger that can be counted."""
+
+    def counts(self) -> dict[State, int]:
+        """Count all requests by state."""
+        rows = self._db.execute("SELECT state, count(*) FROM requests GROUP BY state")
+        return {State(state): count for state, count in rows}
+
+    def totals(self) -> tuple[int, int]:
+        """Sum the known credits of all attempts (millionths), and count the answers whose price is not known."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(credits), 0), "
+            "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def outcomes(self, execution_id: int) -> dict[State, int]:
+        """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
+        rows = self._db.execute(
+            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' "
+            "AND came_from = 'pending' GROUP BY state",
+            (execution_id,),
+        )
+        return {State(state): count for state, count in rows}
+
+    def asked_since(self, execution_id: int, job: str) -> int:
+        """Count the requests that were asked for a job after an execution; what is pending again is none of them."""
+        (count,) = self._db.execute(
+            "SELECT count(*) FROM requests r JOIN attempts a ON a.id = r.attempt_id "
+            "JOIN executions e ON e.id = a.execution_id WHERE e.id > ? AND e.job = ? AND r.state <> 'pending'",
+            (execution_id, job),
+        ).fetchone()
+        return int(count)
+
+    def reserved(self) -> int:
+        """Sum up what those may cost that are at the API (millionths): they settle in the next execution."""
+        row = self._db.execute(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}").fetchone()
+        return int(row[0])
+
+    def experience(self, call: Call) -> tuple[int, float | None]:
+        """Count the answers to a call whose price is known, and average what they cost (millionths)."""
+        row = self._db.execute(
+            "SELECT count(*), avg(a.credits) FROM calls c JOIN requests r ON r.call_id = c.id "
+            "JOIN attempts a ON a.request_id = r.id WHERE c.canonical = ? AND a.credits IS NOT NULL "
+            "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
+            (call.canonical(),),
+        ).fetchone()
+        return int(row[0]), row[1]
+
+    def polls_per_task(self) -> float | None:
+        """Tell how often a task was polled so far, on average; None before the first."""
+        (polls, submitted) = self._db.execute(
+            "SELECT sum(json_extract(receipt, '$.polls')), sum(submitted) FROM executions WHERE receipt IS NOT NULL"
+        ).fetchone()
+        return polls / submitted if submitted else None
+
+    def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
+        """Sum up the attempts that were made or settled since an execution.
+
+        Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
+        """
+        return self._db.execute(
+            "SELECT CASE WHEN credits IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
+            "count(*), coalesce(sum(credits), 0), sum(reserved) FROM attempts "
+            "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
+            "GROUP BY 1, 2",
+            (since,),
+        ).fetchall()
