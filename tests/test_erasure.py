@@ -199,3 +199,12 @@ def test_younger_answers_stay(office: Office) -> None:
     """Nothing is purged before its time."""
     assert office.command("purge", "job.yaml", "--older-than", "1d", "--yes", "--json").receipt["requests"] == 0
     assert b"First1" in bytes_of(office)
+
+
+def test_what_was_purged_can_be_explained(office: Office) -> None:
+    """Its story is known, but for what was said."""
+    office.command("purge", "job.yaml", "--older-than", "0s", "--yes")
+    told = office.command("explain", "job.yaml", "--row", "2", "--json").receipt
+    (row,) = told["rows"]
+    assert (row["status"], "purged" in row["why"]) == (office.output()[1]["enrich_status"], True)
+    assert [attempt["answer"] for attempt in row["request"]["attempts"]] == [None]

@@ -119,7 +119,7 @@ class _Teller:
         if lead.fingerprint is None or lead.params is None:
             return told
         alike = list(self.history.same_params(lead.params))
-        known = next((one for one in alike if one.fingerprint == lead.fingerprint), None)
+        known = self.history.request(lead.fingerprint)
         call = self.question.call.body() | {"waterfall": self.question.call.waterfall}
         told["shared_with"] = [number for number in places.get(lead.fingerprint, []) if number != lead.number]
         told["other_questions"] = [self.request(one) for one in alike if one.call != call]
@@ -145,8 +145,10 @@ class _Teller:
         attempts = {attempt.id: attempt for attempt in self.history.attempts(known.id)}
         shown = attempts.get(known.answer_id or known.attempt_id or 0)
         state = State.FOUND if known.answer_id else known.state
-        if shown is None or shown.answer is None or state not in (State.FOUND, State.NOT_FOUND):
+        if shown is None or state not in (State.FOUND, State.NOT_FOUND):
             return RowStatus.of(state), None if shown is None else shown.error
+        if shown.answer is None:
+            return RowStatus.of(state), "its answer was purged; that it was paid for is remembered"
         fields = _fields(shown)
         has = any(not is_blank(pick(fields, path)) for path in self.question.columns.values())
         return RowStatus.FOUND if has else RowStatus.NOT_FOUND, shown.error
