@@ -282,7 +282,8 @@ def test_a_where_that_fails_at_a_cell_is_told_without_the_cell(tmp_path: Path, w
     error = refusal(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert "where: cannot be computed" in error.message
     assert "TRY_CAST" in (error.hint or "")
-    assert not any(cell in error.message for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
+    told = error.message.replace(str(tmp_path), "")  # which has numbers, and may have those of a cell
+    assert not any(cell in told for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
 
 
 def test_rows_are_asked_for_only_if_columns_are_blank(tmp_path: Path) -> None:
