@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
+import orjson
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
@@ -61,21 +62,18 @@ class Client:
         """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds."""
         self._base = access.base_url
         self._clock = clock
-        headers = {"x-apikey": access.key.get_secret_value(), "user-agent": f"databar-enrich/{__version__}"}
-        timeout = {"connect": CONNECT_S, "write": None, "pool": None}
+        self._told_date = ""
+        self._headers = {
+            "x-apikey": access.key.get_secret_value(),
+            "user-agent": f"databar-enrich/{__version__}",
+            "accept-encoding": "gzip, deflate",  # what httpx can always read
+        }
+        self._post_time, self._get_time = {"timeout": {"read": post_s}}, {"timeout": {"read": get_s}}
         # Reading the certificates takes longer than a whole run on loopback.
         secure = access.base_url.startswith("https:")
         tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._posts = httpx.AsyncClient(
-            headers=headers,
-            transport=Transport(POSTS_ON_THE_WIRE, POST_IDLE_S, tls),
-            timeout=httpx.Timeout(read=post_s, **timeout),
-        )
-        self._gets = httpx.AsyncClient(
-            headers=headers,
-            transport=Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S, tls),
-            timeout=httpx.Timeout(read=get_s, **timeout),
-        )
+        self._posts = Transport(POSTS_ON_THE_WIRE, POST_IDLE_S, CONNECT_S, tls)
+        self._gets = Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S, CONNECT_S, tls)
 
     async def __aenter__(self) -> Client:
         return self
@@ -88,33 +86,33 @@ class Client:
 
     async def user(self) -> User:
         """Ask whose key it is and what the balance is. Raises Unauthorized, NotAccepted."""
-        return _parse(User, await self._get("/user/me"))
+        return _parse(User, (await self._get("/user/me"))[0])
 
     async def waterfalls(self) -> list[Waterfall]:
         """List the waterfalls. Raises Unauthorized, NotAccepted."""
-        listed = await self._get("/waterfalls/")
+        listed, _ = await self._get("/waterfalls/")
         if not isinstance(listed, list):
             raise NotAccepted("the API's list of waterfalls is not a list")
         return [_parse(Waterfall, item) for item in listed]
 
     async def waterfall(self, identifier: str) -> Waterfall:
         """Describe one waterfall. Raises JobRejected when there is none of that name, Unauthorized, NotAccepted."""
-        return _parse(Waterfall, await self._get(f"/waterfalls/{quote(identifier, safe='')}"))
+        described, _ = await self._get(f"/waterfalls/{quote(identifier, safe='')}")
+        return _parse(Waterfall, described)
 
-    async def run(self, waterfall: str, body: bytes) -> str:
-        """Submit one paid run, exactly one POST; return its task id.
+    async def run(self, waterfall: str, body: bytes, *, bulk: bool = False) -> str:
+        """Submit one paid run, or one task for many rows, exactly one POST; return its task id.
 
         Raises as the table at the top of this file says, and nothing else.
         """
-        url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/run"
-        headers = {"content-type": "application/json"}
+        url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/{'bulk-run' if bulk else 'run'}"
+        headers = self._headers | {"content-type": "application/json"}
         try:
-            response = await self._posts.post(url, content=body, headers=headers, follow_redirects=False)
+            response = await self._posts.handle_async_request(
+                httpx.Request("POST", url, headers=headers, content=body, extensions=self._post_time)
+            )
         except httpx.ConnectError as error:
             raise NotAccepted(f"no connection to the API: {error}") from error
-        except (httpx.RemoteProtocolError, httpx.InvalidURL) as error:
-            # None of the transport's errors is of these kinds: httpx looked where a 3xx points to, and it is no URL.
-            raise NotAccepted("the API redirects the request") from error
         except httpx.HTTPError as error:
             raise Ambiguous(f"no answer from the API: {error}") from error
         self._observe(response)
@@ -122,40 +120,42 @@ class Client:
             return _task_id(response)
         raise _refusal(response)
 
-    async def task(self, task_id: str) -> dict[str, Any]:
-        """Ask how a task is; an expired one (410) has the status `gone`.
+    async def task(self, task_id: str) -> tuple[dict[str, Any], str]:
+        """Ask how a task is; return it parsed, and as the API wrote it (JSON). One that expired (410) is `gone`.
 
         Raises TaskUnknown (404), Unauthorized, RateLimited, and NotAccepted for all that asking again may mend.
         """
         try:
-            task = await self._get(f"/tasks/{quote(task_id, safe='')}")
+            task, text = await self._get(f"/tasks/{quote(task_id, safe='')}")
         except _Gone:
-            return {"status": "gone"}
+            return {"status": "gone"}, '{"status":"gone"}'
         except _Missing as error:
             raise TaskUnknown(error.message) from error
         except JobRejected as error:
             raise NotAccepted(error.message) from error
         if not isinstance(task, dict) or "status" not in task:
             raise NotAccepted("the API's answer is not a task")
-        return task
+        return task, text
 
-    async def _get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        """GET and parse; redirects are followed to the same host only, for the key goes with them."""
-        url = self._base + path
+    async def _get(self, path: str) -> tuple[Any, str]:
+        """GET; return the JSON, parsed and as text. Redirects are followed to the same host only: the key goes too."""
+        url = httpx.URL(self._base + path)
         try:
             for _ in range(MAX_REDIRECTS):
-                response = await self._gets.get(url, follow_redirects=False)
+                response = await self._gets.handle_async_request(
+                    httpx.Request("GET", url, headers=self._headers, extensions=self._get_time)
+                )
                 self._observe(response)
                 if not response.has_redirect_location:
                     break
-                url = str(response.url.join(response.headers["location"]))
-                if _origin(url) != _origin(self._base):
+                url = response.url.join(response.headers["location"])
+                if _origin(str(url)) != _origin(self._base):
                     raise NotAccepted("the API redirects to another host")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NotAccepted(f"no answer from the API: {error}") from error
         if response.status_code == httpx.codes.OK:
             try:
-                return _parsed(response)
+                return _parsed(response.content)
             except ValueError as error:
                 raise NotAccepted("the API's answer is not JSON") from error
         if response.status_code == httpx.codes.GONE:
@@ -164,11 +164,14 @@ class Client:
         raise NotAccepted(refusal.message) if isinstance(refusal, Ambiguous | BadParams) else refusal
 
     def _observe(self, response: httpx.Response) -> None:
-        """Hear the API's clock."""
+        """Hear the API's clock, once a second."""
+        told = response.headers.get("date", "")
+        if told == self._told_date:
+            return
+        self._told_date = told
         try:
-            at = parsedate_to_datetime(response.headers["date"])
-            self._clock.observe(int(at.timestamp() * 1000))
-        except (KeyError, ValueError, OverflowError):
+            self._clock.observe(int(parsedate_to_datetime(told).timestamp() * 1000))
+        except (ValueError, OverflowError):
             return
 
 
@@ -195,20 +198,22 @@ def _parse(kind: type[M], data: object) -> M:
         raise NotAccepted(f"the API's answer is not a {kind.__name__.lower()}") from error
 
 
-def _parsed(response: httpx.Response) -> object:
+def _parsed(body: bytes) -> tuple[object, str]:
     """Parse a body; half a character (a lone surrogate), which no file can hold, becomes `?`. Raises ValueError."""
     try:
-        body = response.json()
-        text = json.dumps(body, ensure_ascii=False)
+        return orjson.loads(body), body.decode()
+    except ValueError:
+        pass  # broken, or of the things that Python reads and JSON does not have
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace").decode()
+        return json.loads(text), text
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    whole = text.encode(errors="replace").decode()
-    return body if whole == text else json.loads(whole)
 
 
 def _json(response: httpx.Response) -> object:
     try:
-        return _parsed(response)
+        return _parsed(response.content)[0]
     except ValueError:
         return None
 

@@ -1,86 +1,93 @@
 """The wire below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
 
 httpx's own transport scans its whole pool and looks for a missing module (sniffio) on every request.
-The stock `httpx_aiohttp` transport turns a connection that was reset after the request had left into
-`httpx.ConnectTimeout`, which reads as "never sent" and would pay twice; so the phase decides here:
-`httpx.ConnectError` means that no connection was handed over, anything later is `httpx.ReadError`.
+The stock `httpx_aiohttp` transport asks a thread for the proxy each time, and turns a connection that
+was reset after the request had left into `httpx.ConnectTimeout`, which reads as "never sent" and would
+pay twice; so the phase decides here: `httpx.ConnectError` means that no connection was handed over,
+anything later is `httpx.ReadError`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from contextvars import ContextVar
+from types import SimpleNamespace
+from urllib.request import getproxies
 
 import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
+from multidict import CIMultiDict
+from yarl import URL
 
 #: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
 STOPPED_S = 0.2
 
-_connected: ContextVar[list[bool]] = ContextVar("_connected")
+
+async def _on_connection(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    connected: list[bool] = context.trace_request_ctx
+    connected.append(True)
 
 
-async def _on_connection(*_: object) -> None:
-    _connected.get([]).append(True)
+class Transport(httpx.AsyncBaseTransport):
+    """An httpx transport for one event loop; environment proxies (`HTTPS_PROXY`, `NO_PROXY`) are honoured."""
 
-
-class Transport(AiohttpTransport):
-    """An httpx transport; environment proxies (`HTTPS_PROXY`, `NO_PROXY`) and `SSL_CERT_FILE` are honoured."""
-
-    def __init__(self, connections: int, idle_s: float, tls: ssl.SSLContext) -> None:
-        """Keep at most `connections`, and none that was idle for more than `idle_s` seconds."""
+    def __init__(self, connections: int, idle_s: float, connect_s: float, tls: ssl.SSLContext) -> None:
+        """Keep at most `connections`, none idle for more than `idle_s`; one must stand within `connect_s` seconds."""
         self._connections = connections
         self._idle_s = idle_s
-        super().__init__(verify=tls, client=self._session)
-
-    def _session(self) -> aiohttp.ClientSession:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_on_connection)
-        trace.on_connection_reuseconn.append(_on_connection)
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._connections, keepalive_timeout=self._idle_s, ssl=self.ssl_context
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[trace],
-            trust_env=True,
-        )
+        self._connect_s = connect_s
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request and read its whole answer, in the request's read time-out in all.
 
         Raises httpx.ConnectError when nothing can have left, httpx.ReadError when something may have.
         """
+        session = self._session or self._open()
+        headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw)
+        seconds = request.extensions["timeout"]["read"]
         connected: list[bool] = []
-        token = _connected.set(connected)
-        timeout = request.extensions["timeout"]
-        # The time is kept here: aiohttp would give up an answer that is there already, see STOPPED_S.
-        request.extensions = {**request.extensions, "timeout": {"connect": timeout.get("connect")}}
-        exchange = asyncio.create_task(self._exchange(request))
-        _connected.reset(token)
+        loop = asyncio.get_running_loop()
         try:
-            for patience in (timeout.get("read"), STOPPED_S):
-                done, _ = await asyncio.wait([exchange], timeout=patience)
-                if done:
-                    return exchange.result()
-            raise TimeoutError(f"no answer in {timeout.get('read'):g} s")
+            async with asyncio.timeout(None) as limit:
+                # Not at once: what came while we were stopped is read before.
+                over = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + STOPPED_S))
+                try:
+                    async with session.request(
+                        request.method,
+                        URL(str(request.url), encoded=True),
+                        headers=headers,
+                        data=request.content or None,
+                        allow_redirects=False,
+                        trace_request_ctx=connected,
+                    ) as response:
+                        body = await response.read()
+                finally:
+                    over.cancel()
+            return httpx.Response(response.status, headers=response.raw_headers, content=body, request=request)
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            if connected:
-                raise httpx.ReadError(reason, request=request) from error
-            raise httpx.ConnectError(reason, request=request) from error
-        finally:
-            if not exchange.done():
-                exchange.cancel()
-                await asyncio.wait([exchange])
+            reason = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+            kind = httpx.ReadError if connected else httpx.ConnectError
+            raise kind(reason or type(error).__name__, request=request) from error
 
-    async def _exchange(self, request: httpx.Request) -> httpx.Response:
-        response = await super().handle_async_request(request)
-        try:
-            await response.aread()
-        finally:
-            # An answer that was not read to its end would keep its connection, and there are few.
-            await response.aclose()
-        return response
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        """Begin with the first request: a session belongs to its loop."""
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_on_connection)
+        trace.on_connection_reuseconn.append(_on_connection)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=self._idle_s, ssl=self._tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trace_configs=[trace],
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
+            # Where there is none, a thread would look for one with every request.
+            trust_env=bool(getproxies()),
+        )
+        return self._session
