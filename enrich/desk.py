@@ -206,6 +206,7 @@ class Desk:
             poller.add,
             limit,
             only_new,
+            self.around.job.model.dispatch.bulk,
         )
 
         async def dispatch() -> None:

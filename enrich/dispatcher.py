@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
 
-from enrich.api.client import POSTS_ON_THE_WIRE, Client
+from enrich.api.client import BULK_POSTS_ON_THE_WIRE, POSTS_ON_THE_WIRE, Client
 from enrich.budget import Budget
 from enrich.errors import (
     BadParams,
@@ -23,7 +25,8 @@ from enrich.errors import (
 from enrich.execution import Execution
 from enrich.model import Call, Claim, State, Task
 from enrich.store.journal import Journal
-from enrich.store.ledger import CapReached, Ledger
+from enrich.store.ledger import Ledger
+from enrich.store.moves import CapReached
 
 #: How often to look again when nobody has told of a change.
 IDLE_S = 1.0
@@ -47,30 +50,48 @@ class Dispatcher:
     limit: int | None = None
     #: Pass over what was answered before.
     only_new: bool = False
+    #: Send up to so many requests as one task; None: each by itself.
+    bulk: int | None = None
     #: Attempts that are claimed and provably not on the wire yet.
     _unsent: set[int] = field(default_factory=set)
+    #: Requests that are claimed, and whose POST was not answered yet.
+    _unanswered: int = 0
+    _head: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Write what all bodies begin with."""
+        self._head = json.dumps(self.call.body())[:-1] + ', "params": '
 
     async def run(self) -> None:
         """Send until the queue is empty and nothing in flight can refill it, or the execution closes."""
         try:
             async with asyncio.TaskGroup() as posts:
-                while (room := await self._room()) and (claims := await self._claim(room)) is not None:
-                    for claim in claims:
-                        posts.create_task(self._post(claim))
+                while (room := await self._room()) and (claimed := await self._claim(room)) is not None:
+                    for claims in claimed:
+                        posts.create_task(self._post(claims))
         finally:
             # After the claims in the journal's order: also what was claimed while we were being cancelled.
             await self.journal.do(self._unclaim, self.execution.clock.now_ms())
+
+    @property
+    def _size(self) -> int:
+        """How many requests a POST carries at most."""
+        return self.bulk or 1
+
+    @property
+    def _most_on_the_wire(self) -> int:
+        return POSTS_ON_THE_WIRE if self.bulk is None else BULK_POSTS_ON_THE_WIRE
 
     async def _room(self) -> int:
         """Wait until a POST may leave; tell how many may, 0 when none may any more."""
         execution = self.execution
         while not execution.closing.is_set():
-            room = min(POSTS_ON_THE_WIRE - execution.on_the_wire, execution.room)
+            room = min(self._most_on_the_wire - execution.on_the_wire, execution.room)
             if self.limit is not None:
                 left = self.limit - execution.tally.asked
                 if left <= 0:
                     return 0
-                room = min(room, left - execution.on_the_wire)
+                room = min(room, ceil((left - self._unanswered) / self._size))
             now = execution.clock.monotonic()
             ill = execution.breaker.delay(now, execution.on_the_wire)
             if room <= 0 or ill is None:
@@ -81,58 +102,74 @@ class Dispatcher:
                 return await execution.rate_slots(room if execution.breaker.healthy else 1, execution.closing)
         return 0
 
-    async def _claim(self, room: int) -> list[Claim] | None:
-        """Write down the intents of up to `room` requests; None when there is nothing more to send.
+    async def _claim(self, room: int) -> list[list[Claim]] | None:
+        """Write down the intents of up to `room` POSTs; None when there is nothing more to send.
 
-        Their POSTs leave at once: these and no others are what a kill leaves in doubt.
+        They leave at once: these and no others are what a kill leaves in doubt.
         """
         execution = self.execution
-        claims, capped = await self.journal.do(self._claim_some, room, execution.clock.now_ms())
-        execution.pace.give_back(room - len(claims))
-        if claims:
-            execution.on_the_wire += len(claims)
+        rows = room * self._size
+        if self.limit is not None:
+            rows = min(rows, self.limit - execution.tally.asked - self._unanswered)
+        posts, capped = await self.journal.do(self._claim_some, rows, execution.clock.now_ms())
+        execution.pace.give_back(room - len(posts))
+        if posts:
+            execution.on_the_wire += len(posts)
+            self._unanswered += sum(map(len, posts))
         elif execution.on_the_wire or execution.in_flight:
             await execution.wait_change(IDLE_S)
         elif capped:
             execution.stop(Exit.CREDITS, EnrichError(self.budget.reason, self.budget.hint))
         else:
             return None
-        return claims
+        return posts
 
-    async def _post(self, claim: Claim) -> None:
-        """Send one request, exactly once, and write down what became of it."""
-        execution, attempt = self.execution, claim.attempt_id
-        body = json.dumps(self.call.body())[:-1] + ', "params": ' + claim.params + "}"
+    async def _post(self, claims: list[Claim]) -> None:
+        """Send one POST, exactly once, and write down what became of it."""
+        execution = self.execution
+        attempts = tuple(claim.attempt_id for claim in claims)
+        params = ",".join(claim.params for claim in claims)
+        body = self._head + (f"[{params}]" if self.bulk else params) + "}"
         try:
             if execution.closing.is_set():
                 return
-            self._unsent.discard(attempt)
-            task_id = await self.client.run(self.call.waterfall, body.encode())
+            self._unsent.difference_update(attempts)
+            task_id = await self.client.run(self.call.waterfall, body.encode(), len(claims) if self.bulk else None)
         except CallFailed as error:
-            await self._not_submitted(attempt, error)
+            await self._not_submitted(attempts, error)
         else:
             now_ms = execution.clock.now_ms()
-            await self.journal.do(Ledger.accepted, attempt, task_id, now_ms, self.bound_to)
-            execution.tally.submitted += 1
+            told = [(attempt, task_id, now_ms) for attempt in attempts]
+            await self.journal.together(Ledger.accepted, told, self.bound_to)
+            execution.tally.submitted += len(claims)
             execution.in_flight += 1
             execution.breaker.good()
             execution.good_answer()
-            self.on_task(Task(attempt, task_id, now_ms))
+            self.on_task(Task(attempts, task_id, now_ms, bundle=claims[0].bundle))
         finally:
             execution.on_the_wire -= 1
+            self._unanswered -= len(claims)
             execution.notify()
 
-    async def _not_submitted(self, attempt: int, error: CallFailed) -> None:
+    async def _not_submitted(self, attempts: Sequence[int], error: CallFailed) -> None:
         """Decide by the kind of error alone; see the table in `client`."""
         execution = self.execution
         now, now_ms = execution.clock.monotonic(), execution.clock.now_ms()
+        told = [(attempt, error.message, now_ms) for attempt in attempts]
         match error:
             case BadParams():
                 execution.good_answer()
                 execution.breaker.good()
-                await self.journal.do(Ledger.rejected, attempt, error.message, now_ms)
-                execution.tally.rejected += 1
-                execution.tally.count(State.FAILED)
+                wrong = [(attempts[row], said, now_ms) for row, said in error.rows.items()]
+                fine = [one for row, one in enumerate(told) if row not in error.rows]
+                await self.journal.together(Ledger.rejected, wrong)
+                if fine:
+                    # Nothing of the POST was accepted: the others are sent again.
+                    await self.journal.together(
+                        Ledger.refused, [(one, "sent with wrong rows", at) for one, _, at in fine]
+                    )
+                execution.tally.rejected += len(wrong)
+                execution.tally.count(State.FAILED, len(wrong))
             case NotAccepted() | JobRejected():
                 match error:
                     case RateLimited():
@@ -142,10 +179,10 @@ class Dispatcher:
                     case _:
                         execution.breaker.bad(now)
                         execution.bad_answer(error)
-                await self.journal.do(Ledger.refused, attempt, error.message, now_ms)
+                await self.journal.together(Ledger.refused, told)
             case _:
-                await self.journal.do(Ledger.doubt, attempt, error.message, now_ms)
-                execution.tally.doubtful += 1
+                await self.journal.together(Ledger.doubt, told)
+                execution.tally.doubtful += len(told)
                 execution.breaker.bad(now)
                 execution.bad_answer(error)
         self._leave_an_ill_api(error)
@@ -157,21 +194,28 @@ class Dispatcher:
         if ill_since is not None and now - ill_since >= self.execution.timing.outage_s:
             self.execution.stop(Exit.API, error)
 
-    def _claim_some(self, ledger: Ledger, room: int, now_ms: int) -> tuple[list[Claim], bool]:
-        """Claim up to `room` requests; tell also whether the cap stood in the way."""
-        claims: list[Claim] = []
+    def _claim_some(self, ledger: Ledger, rows: int, now_ms: int) -> tuple[list[list[Claim]], bool]:
+        """Claim up to so many requests, in POSTs; tell also whether the cap stood in the way."""
+        posts: list[list[Claim]] = []
+        claim = partial(
+            ledger.claim,
+            self.execution.id,
+            self.budget.price,
+            now_ms,
+            only_new=self.only_new,
+            bulk=self.bulk is not None,
+        )
         try:
-            while len(claims) < room and (
-                claim := ledger.claim(self.execution.id, self.budget.price, now_ms, only_new=self.only_new)
-            ):
-                claims.append(claim)
-                self._unsent.add(claim.attempt_id)
+            while rows > 0 and (claims := claim(room=min(rows, self.bulk or rows))):
+                self._unsent.update(one.attempt_id for one in claims)
+                posts += [claims] if self.bulk else [[one] for one in claims]
+                rows -= len(claims)
         except CapReached:
-            return claims, True
-        return claims, False
+            return posts, True
+        return posts, False
 
     def _unclaim(self, ledger: Ledger, now_ms: int) -> None:
         """Put back what was claimed and not sent: it would be in doubt otherwise."""
-        for attempt_id in sorted(self._unsent):
-            ledger.refused(attempt_id, "not sent: the execution ended", now_ms)
+        if self._unsent:
+            ledger.refused([(attempt, "not sent: the execution ended", now_ms) for attempt in sorted(self._unsent)])
         self._unsent.clear()

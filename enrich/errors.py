@@ -22,6 +22,7 @@ EnrichError                   carries the message, a hint and the exit code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -155,7 +156,11 @@ class Unauthorized(NotAccepted):
 
 
 class BadParams(CallFailed):
-    """400 or 422 that names a param: this row cannot be asked."""
+    """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked."""
+
+    def __init__(self, rows: Mapping[int, str]) -> None:
+        super().__init__("; ".join(rows.values()))
+        self.rows = rows
 
 
 class JobRejected(CallFailed):

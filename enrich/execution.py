@@ -47,9 +47,9 @@ class Tally:
         """How many POSTs came to something: a task, a doubt, or a refusal of that very request."""
         return self.submitted + self.doubtful + self.rejected
 
-    def count(self, state: State) -> None:
-        """Count a request that came to its end."""
-        self.settled[state] = self.settled.get(state, 0) + 1
+    def count(self, state: State, requests: int = 1) -> None:
+        """Count requests that came to their end."""
+        self.settled[state] = self.settled.get(state, 0) + requests
 
 
 @dataclass(slots=True)

@@ -233,22 +233,24 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A request whose intent to submit is on disk: exactly one POST may leave for it."""
+    """A request whose intent to submit is on disk: exactly one POST may leave for it, or for all of its bundle."""
 
     attempt_id: int
     params: str
+    bundle: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A submitted request that waits for its answer."""
+    """What waits for its answer at the API: the attempt of one request, or those of a bundle in the order sent."""
 
-    attempt_id: int
+    attempts: tuple[int, ...]
     task_id: str
     submitted_ms: int
     seen_alive: bool = False
     #: The columns' paths of the job that asked; () where they are not known.
     paths: tuple[str, ...] = ()
+    bundle: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 from enrich.api.answer import Phase, phase_of, read_answer
+from enrich.api.bundle import read_bundle
 from enrich.api.client import POLLS_ON_THE_WIRE, Client
 from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
 from enrich.execution import Execution
@@ -110,7 +111,7 @@ class Poller:
         execution = self.execution
         try:
             execution.tally.polls += 1
-            body = await self.client.task(waiting.task.task_id)
+            body, raw = await self.client.task(waiting.task.task_id)
         except RateLimited as error:
             execution.throttle(error)
             if self.last_round:
@@ -127,18 +128,18 @@ class Poller:
             self._again(waiting, FAILED_POLL_S)
         else:
             execution.good_answer()
-            await self._answered(waiting, body)
+            await self._answered(waiting, body, raw)
         finally:
             self._asking -= 1
             execution.notify()
 
-    async def _answered(self, waiting: Waiting, body: dict[str, Any]) -> None:
+    async def _answered(self, waiting: Waiting, body: dict[str, Any], raw: str) -> None:
         execution = self.execution
         age = self._age(waiting)
         phase = phase_of(body)
         if phase in (Phase.RUNNING, Phase.NO_DATA) and not waiting.alive:
             waiting.alive = True
-            await self.journal.do(Ledger.alive, waiting.task.attempt_id)
+            await self.journal.together(Ledger.alive, waiting.task.attempts)
         if phase is Phase.RUNNING:
             self._again(waiting, execution.poll_times.wait(age))
             return
@@ -150,7 +151,11 @@ class Poller:
                 return
         elif waiting.fresh:
             execution.poll_times.finished(age)
-        await self._settle(waiting, read_answer(body, phase, waiting.task.paths or self.paths))
+        paths = waiting.task.paths or self.paths
+        if waiting.task.bundle is None:
+            await self._settle(waiting, read_answer(body, raw, phase, paths))
+        else:
+            await self._settle_bundle(waiting, *read_bundle(body, raw, phase, len(waiting.task.attempts), paths))
 
     async def _unknown(self, waiting: Waiting) -> None:
         """Judge a 404: too young to be known, never accepted after all, or gone."""
@@ -159,27 +164,36 @@ class Poller:
             self._again(waiting, min(YOUNG_POLL_S, youth))
         elif waiting.alive:
             reason = "the API has forgotten the task (404) before its result was fetched"
-            await self._settle(waiting, Answer(State.EXPIRED, reason))
+            expired = Answer(State.EXPIRED, reason)
+            if waiting.task.bundle is None:
+                await self._settle(waiting, expired)
+            else:
+                await self._settle_bundle(waiting, [expired] * len(waiting.task.attempts), None)
         else:
             reason = "the API gave a task id and has never known it since (404)"
             now_ms = self.execution.clock.now_ms()
-            await self.journal.do(Ledger.doubt, waiting.task.attempt_id, reason, now_ms)
+            await self.journal.together(Ledger.doubt, [(attempt, reason, now_ms) for attempt in waiting.task.attempts])
             self.execution.in_flight -= 1
 
     async def _settle(self, waiting: Waiting, answer: Answer) -> None:
         execution = self.execution
-        state = await self.journal.do(
-            Ledger.settle,
-            waiting.task.attempt_id,
-            answer,
-            execution.id,
-            execution.clock.now_ms(),
-            self.max_attempts,
-        )
-        execution.in_flight -= 1
-        execution.tally.spent += answer.credits or 0
-        if state is not State.PENDING:
-            execution.tally.count(state)
+        told = [(waiting.task.attempts[0], answer, execution.clock.now_ms())]
+        states = await self.journal.together(Ledger.settle, told, execution.id, self.max_attempts)
+        self._count(states, answer.credits)
+
+    async def _settle_bundle(self, waiting: Waiting, answers: list[Answer], credits_: int | None) -> None:
+        execution, now_ms = self.execution, self.execution.clock.now_ms()
+        told = [(attempt, answer, now_ms) for attempt, answer in zip(waiting.task.attempts, answers, strict=True)]
+        states = await self.journal.do(Ledger.settle_bundle, told, execution.id, self.max_attempts, credits_)
+        self._count(states, credits_)
+
+    def _count(self, states: list[State], credits_: int | None) -> None:
+        """Count a task that is settled."""
+        self.execution.in_flight -= 1
+        self.execution.tally.spent += credits_ or 0
+        for state in states:
+            if state is not State.PENDING:
+                self.execution.tally.count(state)
 
     def _again(self, waiting: Waiting, seconds: float) -> None:
         """Ask again later, unless the person's patience is at its end."""

@@ -118,6 +118,14 @@ class Policy(_Strict):
     )
 
 
+class Dispatch(_Strict):
+    """How requests are sent: each as a task of its own, or many as one."""
+
+    bulk: Annotated[int, Field(ge=2, le=1000)] | None = Field(
+        None, description="Up to so many requests as one task: fewer calls, but no price and no error of each row."
+    )
+
+
 class Caps(_Strict):
     """How many leads of one group are asked; those of the input that were asked before count first."""
 
@@ -200,6 +208,7 @@ class JobModel(_Strict):
     )
     limits: Limits = Limits()
     policy: Policy = Policy()
+    dispatch: Dispatch = Dispatch()
     rejects: Annotated[Output, BeforeValidator(_short_input)] | None = Field(
         None, description="A file for the rows that are invalid, failed or expired, with the reason."
     )

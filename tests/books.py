@@ -78,19 +78,19 @@ class Books:
 
     def claim(self, price: int = PRICE) -> Claim:
         """Claim the next request; there must be one."""
-        claim = self.do(Ledger.claim, self.execution, price, self.now)
-        assert claim is not None
+        (claim,) = self.do(Ledger.claim, self.execution, price, self.now)
         return claim
 
     def submit(self, task_id: str = "task") -> int:
         """Claim the next request and have it accepted; return its attempt."""
         attempt = self.claim().attempt_id
-        self.do(Ledger.accepted, attempt, task_id, self.now, BOUND)
+        self.do(Ledger.accepted, [(attempt, task_id, self.now)], BOUND)
         return attempt
 
     def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
         """Bring an answer."""
-        return self.do(Ledger.settle, attempt, answer, self.execution, self.now, max_attempts)
+        (state,) = self.do(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
+        return state
 
     def begin(self, *numbers: int, cap: int | None = None) -> Books:
         """Start an execution that wants these leads."""

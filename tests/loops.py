@@ -56,7 +56,7 @@ class WatchedClient(Client):
 
     watch: Watch
 
-    async def run(self, waterfall: str, body: bytes) -> str:
+    async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
         """Count the POSTs, and those on the wire."""
         watch = self.watch
         watch.posts += 1
@@ -65,11 +65,11 @@ class WatchedClient(Client):
         at_the_api = watch.execution.on_the_wire + watch.execution.in_flight
         watch.most_at_the_api = max(watch.most_at_the_api, at_the_api)
         try:
-            return await super().run(waterfall, body)
+            return await super().run(waterfall, body, rows)
         finally:
             watch.on_the_wire -= 1
 
-    async def task(self, task_id: str) -> dict[str, Any]:
+    async def task(self, task_id: str) -> tuple[dict[str, Any], str]:
         """Remember who was asked, in order."""
         self.watch.asked.append(task_id)
         return await super().task(task_id)
@@ -120,9 +120,9 @@ class Floor:
         for task_id, age_s in tasks:
             claim = self.books.claim()
             at = self.execution.clock.now_ms() - int(age_s * 1000)
-            self.books.do(Ledger.accepted, claim.attempt_id, task_id, at, BOUND)
+            self.books.do(Ledger.accepted, [(claim.attempt_id, task_id, at)], BOUND)
             if alive:
-                self.books.do(Ledger.alive, claim.attempt_id)
+                self.books.do(Ledger.alive, [claim.attempt_id])
 
     async def adopt(self, poller: Poller, *, asked_before: bool = False) -> None:
         """Poll to the end what earlier executions left at the API."""

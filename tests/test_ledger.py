@@ -14,7 +14,8 @@ import pytest
 from enrich.errors import Refused
 from enrich.model import Answer, State, Task, Wanted
 from enrich.store import database, schema
-from enrich.store.ledger import CapReached, Ledger
+from enrich.store.ledger import Ledger
+from enrich.store.moves import CapReached
 from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, params, wanted
 
 
@@ -50,7 +51,7 @@ class TestMoves:
     def test_a_refused_request_goes_back_and_costs_nothing(self, books: Books) -> None:
         """Edge c: the reservation is released and the attempt does not count."""
         claim = books.begin(1).claim()
-        books.do(Ledger.refused, claim.attempt_id, "HTTP 429", books.now)
+        books.do(Ledger.refused, [(claim.attempt_id, "HTTP 429", books.now)])
 
         assert books.state(1) is State.PENDING
         assert books.money == (0, 0, 0, 0)
@@ -61,7 +62,7 @@ class TestMoves:
     def test_a_rejected_request_fails_free(self, books: Books) -> None:
         """Edge c: a param that the API names fails the request, at no cost."""
         claim = books.begin(1).claim()
-        books.do(Ledger.rejected, claim.attempt_id, "company: unknown", books.now)
+        books.do(Ledger.rejected, [(claim.attempt_id, "company: unknown", books.now)])
 
         assert books.state(1) is State.FAILED
         assert books.money == (0, 0, 0, 0)
@@ -69,7 +70,7 @@ class TestMoves:
     def test_a_doubt_keeps_its_reservation(self, books: Books) -> None:
         """Edge d: nobody can tell whether it was charged, so the price stays set aside."""
         claim = books.begin(1).claim()
-        books.do(Ledger.doubt, claim.attempt_id, "no answer", books.now)
+        books.do(Ledger.doubt, [(claim.attempt_id, "no answer", books.now)])
 
         assert books.state(1) is State.IN_DOUBT
         assert books.money == (0, PRICE, 0, 0)
@@ -97,7 +98,7 @@ class TestMoves:
     def test_a_task_that_was_never_known_is_in_doubt(self, books: Books) -> None:
         """Edge e: a lost task keeps its reservation, as it may have been charged."""
         attempt = books.begin(1).submit()
-        books.do(Ledger.doubt, attempt, "404", books.now)
+        books.do(Ledger.doubt, [(attempt, "404", books.now)])
 
         assert books.state(1) is State.IN_DOUBT
         assert books.money == (0, PRICE, 0, 1)
@@ -108,11 +109,11 @@ class TestMoves:
         """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
         attempt = books.begin(1).submit()
         if state is State.IN_DOUBT:
-            books.do(Ledger.doubt, attempt, "404", books.now)
+            books.do(Ledger.doubt, [(attempt, "404", books.now)])
         else:
             books.settle(attempt, Answer(state, "gone"))
         books.enroll([1])
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
         books.enroll([1], retry={state})
 
@@ -133,7 +134,7 @@ class TestMoves:
         """Edge g ends at `max_attempts`; what the API refused does not count."""
         books.begin(1)
         for _ in range(2):
-            books.do(Ledger.refused, books.claim().attempt_id, "HTTP 429", books.now)
+            books.do(Ledger.refused, [(books.claim().attempt_id, "HTTP 429", books.now)])
 
         outcomes = [books.settle(books.submit(), FREE_FAILURE, max_attempts=3) for _ in range(3)]
 
@@ -158,25 +159,25 @@ class TestMoves:
         books.enroll([2], retry={State.FAILED})
 
         assert books.claim().params == params(2)
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_a_persons_word_lasts_for_one_execution(self, books: Books, state: State) -> None:
         """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
         attempt = books.begin(1).submit()
         if state is State.IN_DOUBT:
-            books.do(Ledger.doubt, attempt, "404", books.now)
+            books.do(Ledger.doubt, [(attempt, "404", books.now)])
         else:
             books.settle(attempt, Answer(state, "gone"))
         books.enroll([1], retry={state})
-        books.do(Ledger.refused, books.claim().attempt_id, "HTTP 429", books.now)
+        books.do(Ledger.refused, [(books.claim().attempt_id, "HTTP 429", books.now)])
 
         assert books.state(1) is state
         assert books.ledger.enrolled() == {State.PENDING: 1}
         books.start()
         books.enroll([1])
         assert books.ledger.enrolled() == {state: 1}
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     def test_what_fails_again_is_not_asked_again_in_the_same_run(self, books: Books) -> None:
         """Edge f: the person's word is good for one try, not for a circle that pays for ever."""
@@ -185,7 +186,7 @@ class TestMoves:
         books.enroll([1], retry={State.FAILED})
         books.settle(books.submit("again"), Answer(State.FAILED, credits=COST))
 
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     @pytest.mark.parametrize("answer", [FOUND, MISSED])
     def test_an_answer_that_is_too_old_is_asked_again(self, books: Books, answer: Answer) -> None:
@@ -206,11 +207,11 @@ class TestMoves:
     @pytest.mark.parametrize(
         "move",
         [
-            lambda ledger, attempt: ledger.refused(attempt, "x", 1),
-            lambda ledger, attempt: ledger.rejected(attempt, "x", 1),
-            lambda ledger, attempt: ledger.accepted(attempt, "other", 1, BOUND),
-            lambda ledger, attempt: ledger.doubt(attempt, "x", 1),
-            lambda ledger, attempt: ledger.settle(attempt, FOUND, 1, 1, 3),
+            lambda ledger, attempt: ledger.refused([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.rejected([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.accepted([(attempt, "other", 1)], BOUND),
+            lambda ledger, attempt: ledger.doubt([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.settle([(attempt, FOUND, 1)], 1, 3),
         ],
         ids=["refused", "rejected", "accepted", "doubt", "settle"],
     )
@@ -228,11 +229,11 @@ class TestMoves:
     def test_an_attempt_that_is_not_the_newest_moves_nothing(self, books: Books) -> None:
         """A late word about a refused attempt does not touch the attempt that followed it."""
         first = books.begin(1).claim()
-        books.do(Ledger.refused, first.attempt_id, "HTTP 429", books.now)
+        books.do(Ledger.refused, [(first.attempt_id, "HTTP 429", books.now)])
         books.claim()
 
         with pytest.raises(AssertionError), books.ledger.transaction():
-            books.ledger.accepted(first.attempt_id, "late", books.now, BOUND)
+            books.ledger.accepted([(first.attempt_id, "late", books.now)], BOUND)
 
         assert books.state(1) is State.SUBMITTING
 
@@ -273,7 +274,7 @@ class TestStandingAnswer:
 
         attempt = self.refresh(books)
         assert self.standing(books)[0] is State.SUBMITTED
-        books.do(Ledger.doubt, attempt, "404", books.now)
+        books.do(Ledger.doubt, [(attempt, "404", books.now)])
 
         assert self.standing(books)[0] is State.IN_DOUBT
 
@@ -317,7 +318,7 @@ class TestQueue:
         books.enroll([3, 5], [1, 4, 2])
 
         assert [books.claim().params for _ in range(5)] == [params(number) for number in (3, 5, 1, 4, 2)]
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     def test_a_lead_that_left_the_file_is_not_claimed(self, books: Books) -> None:
         """Only what this execution wants is paid for."""
@@ -325,7 +326,7 @@ class TestQueue:
         books.enroll([2])
 
         assert books.claim().params == params(2)
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     def test_a_failure_of_a_lead_that_left_the_file_is_not_asked_again(self, books: Books) -> None:
         """Edge g puts it to pending, and there it waits until a file wants it."""
@@ -334,18 +335,18 @@ class TestQueue:
         books.settle(attempt, FREE_FAILURE)
 
         assert books.claim().params == params(2)
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
     def test_what_is_answered_is_not_asked(self, books: Books) -> None:
         """Found, missed, failed and doubtful requests are reused, not claimed."""
         books.begin(1, 2, 3, 4)
         for answer in (FOUND, MISSED, Answer(State.FAILED)):
             books.settle(books.submit(), answer)
-        books.do(Ledger.doubt, books.claim().attempt_id, "reset", books.now)
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
 
         books.enroll([1, 2, 3, 4])
 
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
         assert books.ledger.enrolled() == dict.fromkeys((State.FOUND, State.NOT_FOUND, State.FAILED, State.IN_DOUBT), 1)
 
     def test_the_cap_is_never_exceeded(self, books: Books) -> None:
@@ -368,7 +369,7 @@ class TestQueue:
         """With nothing left to ask, a cap of 0 is not reached."""
         books.begin(cap=0)
 
-        assert books.do(Ledger.claim, books.execution, PRICE, books.now) is None
+        assert books.do(Ledger.claim, books.execution, PRICE, books.now) == []
 
 
 class TestExecutions:
@@ -390,7 +391,7 @@ class TestExecutions:
     def test_an_execution_adopts_the_reservations_of_living_tasks(self, books: Books) -> None:
         """What is in flight settles in the new execution, so it counts against its cap; doubts stay behind."""
         attempt = books.begin(1, 2, 3).submit()
-        books.do(Ledger.doubt, books.claim().attempt_id, "reset", books.now)
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
         first = books.execution
 
         second = books.start(cap=2 * PRICE - 1)
@@ -417,7 +418,7 @@ class TestExecutions:
     def test_a_ledger_knows_whether_it_was_used(self, books: Books) -> None:
         """Used means that the API accepted something."""
         books.begin(1)
-        books.do(Ledger.refused, books.claim().attempt_id, "HTTP 429", books.now)
+        books.do(Ledger.refused, [(books.claim().attempt_id, "HTTP 429", books.now)])
         assert not books.ledger.was_used()
 
         books.submit()
@@ -429,20 +430,20 @@ class TestExecutions:
         books.begin(1, 2, 3)
         claims = [books.claim() for _ in range(3)]
         for at, claim in zip((30, 10, 20), claims, strict=True):
-            books.do(Ledger.accepted, claim.attempt_id, f"t{at}", at, BOUND)
-        books.do(Ledger.alive, claims[2].attempt_id)
+            books.do(Ledger.accepted, [(claim.attempt_id, f"t{at}", at)], BOUND)
+        books.do(Ledger.alive, [claims[2].attempt_id])
 
         assert books.ledger.tasks() == [
-            Task(claims[1].attempt_id, "t10", 10),
-            Task(claims[2].attempt_id, "t20", 20, seen_alive=True),
-            Task(claims[0].attempt_id, "t30", 30),
+            Task((claims[1].attempt_id,), "t10", 10),
+            Task((claims[2].attempt_id,), "t20", 20, seen_alive=True),
+            Task((claims[0].attempt_id,), "t30", 30),
         ]
 
     def test_a_ledger_is_bound_once(self, books: Books) -> None:
         """The first accepted POST binds it; what is unknown binds nothing."""
         books.begin(1, 2)
-        books.do(Ledger.accepted, books.claim().attempt_id, "t", 1, {"api_host": "first", "workspace": None})
-        books.do(Ledger.accepted, books.claim().attempt_id, "t", 1, {"api_host": "second", "workspace": "ours"})
+        books.do(Ledger.accepted, [(books.claim().attempt_id, "t", 1)], {"api_host": "first", "workspace": None})
+        books.do(Ledger.accepted, [(books.claim().attempt_id, "t", 1)], {"api_host": "second", "workspace": "ours"})
 
         assert books.ledger.fact("api_host") == "first"
         assert books.ledger.fact("workspace") == "ours"
@@ -599,7 +600,7 @@ class TestFile:
         """The views show credits as credits and times as times."""
         books.now = 1_750_000_000_000
         books.begin(1, cap=2_500_000)
-        books.do(Ledger.accepted, books.claim(2_000_000).attempt_id, "t", books.now, BOUND)
+        books.do(Ledger.accepted, [(books.claim(2_000_000).attempt_id, "t", books.now)], BOUND)
         books.settle(1, Answer(State.FOUND, provider="Mailhound", credits=1_500_000))
 
         assert books.one("SELECT state, provider, credits, task_id, settled_at FROM readable_requests") == (
@@ -630,10 +631,10 @@ class TestFile:
         books.start()
         books.enroll([1, 2, 3], retry={State.FAILED}, stale={State.FOUND: 1})
         books.settle(books.submit())
-        books.do(Ledger.refused, books.claim().attempt_id, "", 1)
-        books.do(Ledger.doubt, books.claim().attempt_id, "", 1)
+        books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "", 1)])
         books.enroll([2], retry={State.IN_DOUBT})
-        books.do(Ledger.refused, books.claim().attempt_id, "", 1)
+        books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
         books.ledger.tasks()
         list(books.ledger.standing(wanted([1])))
         books.ledger._db.set_trace_callback(None)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from enrich.model import MOVES, RETRYABLE, Answer, State
-from enrich.store.ledger import CapReached, Ledger
+from enrich.store.ledger import Ledger
+from enrich.store.moves import CapReached
 from tests.books import BOUND, Books, params, wanted
 
 LEADS = range(6)
@@ -179,11 +180,11 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(CapReached):
                 self.books.do(Ledger.claim, execution, price, self.books.now)
             return
-        claim = self.books.do(Ledger.claim, execution, price, self.books.now)
+        claims = self.books.do(Ledger.claim, execution, price, self.books.now)
         if not queue:
-            assert claim is None
+            assert not claims
             return
-        assert claim is not None
+        (claim,) = claims
         number = min(queue)[1]
         assert claim.params == params(number)
         assert claim.attempt_id not in self.model.posts
@@ -202,18 +203,18 @@ class Machine(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(self.model.among("submitting")))
         books, post = self.books, self.model.posts[number]
         if answer == "accepted":
-            books.do(Ledger.accepted, number, f"task-{number}", books.now, BOUND)
+            books.do(Ledger.accepted, [(number, f"task-{number}", books.now)], BOUND)
             self.close(number, State.SUBMITTED)
         elif answer == "doubt":
-            books.do(Ledger.doubt, number, "reset", books.now)
+            books.do(Ledger.doubt, [(number, "reset", books.now)])
             self.close(number, State.IN_DOUBT)
         else:
             post.credits, post.counted_in = 0, None
             if answer == "refused":
-                books.do(Ledger.refused, number, "429", books.now)
+                books.do(Ledger.refused, [(number, "429", books.now)])
                 self.close(number, post.came_from, "refused")
             else:
-                books.do(Ledger.rejected, number, "400", books.now)
+                books.do(Ledger.rejected, [(number, "400", books.now)])
                 self.close(number, State.FAILED)
 
     @precondition(lambda self: self.model.among("submitted"))
@@ -248,7 +249,7 @@ class Machine(RuleBasedStateMachine):
     def a_task_is_lost(self, data: Any) -> None:
         """Let the API never have known a task."""
         number = data.draw(st.sampled_from(self.model.among("submitted")))
-        self.books.do(Ledger.doubt, number, "404", self.books.now)
+        self.books.do(Ledger.doubt, [(number, "404", self.books.now)])
         self.close(number, State.IN_DOUBT)
 
     @precondition(lambda self: self.model.posts)
@@ -260,10 +261,10 @@ class Machine(RuleBasedStateMachine):
             return
         number, books = data.draw(st.sampled_from(settled)), self.books
         moves: dict[str, Callable[[], object]] = {
-            "accepted": lambda: books.do(Ledger.accepted, number, "x", books.now, BOUND),
-            "refused": lambda: books.do(Ledger.refused, number, "x", books.now),
-            "rejected": lambda: books.do(Ledger.rejected, number, "x", books.now),
-            "doubt": lambda: books.do(Ledger.doubt, number, "x", books.now),
+            "accepted": lambda: books.do(Ledger.accepted, [(number, "x", books.now)], BOUND),
+            "refused": lambda: books.do(Ledger.refused, [(number, "x", books.now)]),
+            "rejected": lambda: books.do(Ledger.rejected, [(number, "x", books.now)]),
+            "doubt": lambda: books.do(Ledger.doubt, [(number, "x", books.now)]),
             "settle": lambda: books.settle(number, Answer(State.FOUND, credits=1)),
         }
         with pytest.raises(AssertionError):
@@ -321,7 +322,7 @@ class Machine(RuleBasedStateMachine):
                 assert known.credits == self.model.posts[stands].credits
             assert known.first
         assert self.books.ledger.counts() == Counter(lead.state for lead in self.model.leads.values())
-        assert sorted(task.attempt_id for task in self.books.ledger.tasks()) == self.model.among("submitted")
+        assert sorted(task.attempts[0] for task in self.books.ledger.tasks()) == self.model.among("submitted")
 
 
 TestLedger = Machine.TestCase

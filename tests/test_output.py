@@ -332,14 +332,14 @@ def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dic
             ledger.enroll(question.call, batch.asked())
         ledger.mark()
         for number, task in enumerate(tasks):
-            claim = ledger.claim(execution, 0, 0)
-            assert claim is not None
+            (claim,) = ledger.claim(execution, 0, 0)
             if task is None:
-                ledger.refused(claim.attempt_id, "not now", 0)
+                ledger.refused([(claim.attempt_id, "not now", 0)])
                 return
-            ledger.accepted(claim.attempt_id, f"t-{number}", 0, {})
-            answer = read_answer(task, phase_of(task), tuple(question.columns.values()))
-            ledger.settle(claim.attempt_id, answer, execution, 1_793_534_400_000, 1)
+            ledger.accepted([(claim.attempt_id, f"t-{number}", 0)], {})
+            written = json.dumps(task, ensure_ascii=False)
+            answer = read_answer(task, written, phase_of(task), tuple(question.columns.values()))
+            ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
 
 
 @pytest.fixture

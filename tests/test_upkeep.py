@@ -56,11 +56,11 @@ def night(tmp_path: Path) -> Path:
     books.settle(books.submit("a"))
     books.settle(books.submit("b"), MISSED)
     books.submit("c")
-    books.do(Ledger.doubt, books.claim().attempt_id, "reset", books.now)
+    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
     books.claim()
-    books.do(Ledger.rejected, books.claim().attempt_id, "company: Bad.", books.now)
+    books.do(Ledger.rejected, [(books.claim().attempt_id, "company: Bad.", books.now)])
     books.settle(books.submit("d"), FREE_FAILURE)
-    books.do(Ledger.refused, books.claim().attempt_id, "429", books.now)
+    books.do(Ledger.refused, [(books.claim().attempt_id, "429", books.now)])
     books.ledger.close()
     return path
 
@@ -179,9 +179,9 @@ def test_a_retry_that_is_refused_leaves_a_sound_ledger(tmp_path: Path) -> None:
     """The request stands where it stood, with the attempt before; what was given up has its doubt on record."""
     books = Books.open(tmp_path / "ledger.db").begin(1, 2)
     for _ in range(2):
-        books.do(Ledger.doubt, books.claim().attempt_id, "reset", books.now)
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
     books.enroll((1,), retry={State.IN_DOUBT})
-    books.do(Ledger.refused, books.claim().attempt_id, "429", books.now)
+    books.do(Ledger.refused, [(books.claim().attempt_id, "429", books.now)])
     assert check(books.path).problems == []
     with books.ledger.transaction():
         books.ledger._db.execute("UPDATE requests SET state = 'failed' WHERE state = 'in_doubt'")
@@ -189,7 +189,7 @@ def test_a_retry_that_is_refused_leaves_a_sound_ledger(tmp_path: Path) -> None:
     assert check(books.path).problems == []
     books.enroll((1, 2), retry={State.FAILED})
     books.submit("later")
-    books.do(Ledger.refused, books.claim().attempt_id, "429", books.now)
+    books.do(Ledger.refused, [(books.claim().attempt_id, "429", books.now)])
     assert check(books.path).problems == []
     books.ledger.close()
 
@@ -400,7 +400,7 @@ def test_a_price_above_the_worst_is_no_damage(tmp_path: Path) -> None:
     """An API that charges more than it said breaks its word, not the ledger."""
     books = Books.open(tmp_path / "ledger.db").begin(1, cap=PRICE)
     attempt = books.claim().attempt_id
-    books.do(Ledger.accepted, attempt, "t", books.now, BOUND)
+    books.do(Ledger.accepted, [(attempt, "t", books.now)], BOUND)
     books.settle(attempt, replace(MISSED, credits=PRICE * 3))
 
     assert check(books.path).problems == []

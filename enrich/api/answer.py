@@ -121,24 +121,30 @@ def pick(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON 
     return None
 
 
+def has_value(fields: Mapping[str, Any], paths: Iterable[str]) -> bool:
+    """Tell whether one of the job's columns has a value: then the request is found."""
+    return any(not is_blank(pick(fields, path)) for path in paths)
+
+
 def error_text(error: object) -> str | None:
     """Write an error (text, list of texts or an object) as one line."""
     if is_blank(error):
         return None
     if isinstance(error, list):
         return "; ".join(text for text in map(error_text, error) if text) or None
-    return " ".join(str(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)).split())
+    text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    # SQLite's JSON ends a text at the first NUL.
+    return " ".join(text.replace("\0", " ").split())
 
 
-def read_answer(task: Mapping[str, Any], phase: Phase, paths: Iterable[str]) -> Answer:
-    """Judge a task that is no longer running.
+def read_answer(task: Mapping[str, Any], raw: str, phase: Phase, paths: Iterable[str]) -> Answer:
+    """Judge a task that is no longer running; `raw` is its JSON, for the ledger.
 
     `paths` are the job's columns: the request is found when one of them has a value.
     """
     parsed = parse_data(task.get("data"))
     spent = to_micros(task.get("credits_spent"))
     cost = spent if spent is not None else parsed.steps_cost
-    raw = json.dumps(task, ensure_ascii=False, separators=(",", ":"))
     match phase:
         case Phase.GONE:
             return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw)
@@ -147,5 +153,5 @@ def read_answer(task: Mapping[str, Any], phase: Phase, paths: Iterable[str]) -> 
             free = spent == 0 and not parsed.any_step_cost
             return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
         case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
-            found = any(not is_blank(pick(parsed.fields, path)) for path in paths)
+            found = has_value(parsed.fields, paths)
             return Answer(State.FOUND if found else State.NOT_FOUND, None, parsed.provider, cost, raw)

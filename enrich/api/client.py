@@ -7,7 +7,7 @@ no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
 401, 403                                                       Unauthorized
 406                                                            OutOfCredits
 429                                                            RateLimited
-400, 422 that name a param                                     BadParams
+400, 422 that name a param, in bulk also of which row           BadParams
 400, 422 that name none; 404                                   JobRejected
 200 with a task id                                             accepted
 anything else: 200 without task id, every 5xx, other 4xx,
@@ -29,6 +29,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
+from enrich.api.complaints import named_params, named_rows, words
 from enrich.api.credentials import Access
 from enrich.api.transport import Transport
 from enrich.api.waterfall import User, Waterfall
@@ -47,6 +48,8 @@ from enrich.model import Clock
 
 #: POSTs on the wire at once, at most: what a kill can leave in doubt.
 POSTS_ON_THE_WIRE = 32
+#: Each has many requests in it, and all of them are in doubt when its answer is lost.
+BULK_POSTS_ON_THE_WIRE = 4
 POLLS_ON_THE_WIRE = 32
 #: A server may close a connection that was idle; a POST must not meet that moment.
 POST_IDLE_S = 1.0
@@ -100,12 +103,12 @@ class Client:
         described, _ = await self._get(f"/waterfalls/{quote(identifier, safe='')}")
         return _parse(Waterfall, described)
 
-    async def run(self, waterfall: str, body: bytes, *, bulk: bool = False) -> str:
-        """Submit one paid run, or one task for many rows, exactly one POST; return its task id.
+    async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
+        """Submit one paid run, or in bulk so many rows as one task, by exactly one POST; return the task id.
 
         Raises as the table at the top of this file says, and nothing else.
         """
-        url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/{'bulk-run' if bulk else 'run'}"
+        url = f"{self._base}/waterfalls/{quote(waterfall, safe='')}/{'run' if rows is None else 'bulk-run'}"
         headers = self._headers | {"content-type": "application/json"}
         try:
             response = await self._posts.handle_async_request(
@@ -118,7 +121,7 @@ class Client:
         self._observe(response)
         if response.status_code == httpx.codes.OK:
             return _task_id(response)
-        raise _refusal(response)
+        raise _refusal(response, rows)
 
     async def task(self, task_id: str) -> tuple[dict[str, Any], str]:
         """Ask how a task is; return it parsed, and as the API wrote it (JSON). One that expired (410) is `gone`.
@@ -229,8 +232,8 @@ def _task_id(response: httpx.Response) -> str:
     raise Ambiguous("the API answered 200 without a task id")
 
 
-def _refusal(response: httpx.Response) -> CallFailed:
-    """Say what an answer other than 200 means."""
+def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
+    """Say what an answer other than 200 means; `rows`: how many were sent in bulk."""
     status = response.status_code
     body = _json(response)
     key = response.request.headers["x-apikey"]
@@ -245,8 +248,8 @@ def _refusal(response: httpx.Response) -> CallFailed:
         case 429:
             return RateLimited(said, _retry_after(response))
         case 400 | 422:
-            if named := named_params(body):
-                return BadParams(named.replace(key, "[key]"))
+            if named := named_params(body) if rows is None else named_rows(body, rows):
+                return BadParams({row: said.replace(key, "[key]") for row, said in named.items()})
             return JobRejected(f"the API refuses the request: {said}")
         case 404:
             return _Missing(said)
@@ -269,43 +272,6 @@ def _retry_after(response: httpx.Response) -> float | None:
         return None
 
 
-#: Keys of the body beside `params`: an error about them is about the job, not about the row.
-BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
-#: Keys of an error object that names no param.
-ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
-
-
-def named_params(body: object) -> str | None:
-    """Name the params that a 400 or 422 complains of, with what it says of each; None when it names none.
-
-    Read are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
-    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
-    """
-    if not isinstance(body, Mapping):
-        return None
-    complaints: dict[str, str] = {}
-    rows = body.get("rows")
-    sources = [body.get("fields"), body.get("detail"), *(rows if isinstance(rows, list) else [])]
-    for source in sources:
-        for item in source if isinstance(source, list) else [source]:
-            if not isinstance(item, Mapping):
-                continue
-            if "loc" in item:
-                loc = item["loc"]
-                if isinstance(loc, list) and "params" in loc[:-1]:
-                    complaints[str(loc[-1])] = str(item.get("msg", "refused"))
-                continue
-            fields = item.get("fields")
-            if not isinstance(fields, Mapping):
-                fields = {name: said for name, said in item.items() if name not in ERROR_KEYS}
-            complaints |= {str(name): _words(said) for name, said in fields.items() if name not in BODY_KEYS}
-    return "; ".join(f"{name}: {said}" for name, said in complaints.items()) or None
-
-
-def _words(said: object, between: str = " ") -> str:
-    return between.join(map(str, said)) if isinstance(said, list) else str(said)
-
-
 def _detail(body: object) -> str:
     """Find the API's own words in an error body, without the input that it may echo."""
     detail = body.get("detail") if isinstance(body, Mapping) else None
@@ -313,6 +279,6 @@ def _detail(body: object) -> str:
         return detail[:200]
     if isinstance(detail, list):
         return "; ".join(
-            f"{_words(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
+            f"{words(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
         )[:200]
     return json.dumps(detail)[:200] if detail is not None else ""

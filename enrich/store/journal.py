@@ -9,7 +9,7 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import LedgerFailed
@@ -17,16 +17,25 @@ from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741 - an item
 
 
 class _Move(Generic[T]):
-    """One move, and what came of it."""
+    """One move, and what came of it. `items`: what it tells, which others like it may tell in one with it."""
 
-    __slots__ = ("error", "future", "result", "run")
+    __slots__ = ("args", "error", "future", "items", "result", "run")
 
-    def __init__(self, run: Callable[[Ledger], T], future: asyncio.Future[T]) -> None:
+    def __init__(
+        self,
+        run: Callable[..., T],
+        future: asyncio.Future[T],
+        args: tuple[object, ...] = (),
+        items: Sequence[Any] | None = None,
+    ) -> None:
         self.run = run
         self.future = future
+        self.args = args
+        self.items = items
         self.result: T | None = None
         self.error: BaseException | None = None
 
@@ -63,6 +72,17 @@ class Journal:
         self._moves.put(_Move(lambda ledger: move(ledger, *args, **kwargs), future))
         return future
 
+    def together(
+        self, move: Callable[Concatenate[Ledger, Sequence[I], P], T], items: Sequence[I], *args: P.args, **_: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Make a move that tells of several items, in one with those that come at the same time with equal `args`.
+
+        What the move returns runs along its items, and so does each future's part of it; or it returns None.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._moves.put(_Move(move, future, args, items))
+        return future
+
     def _work(self) -> None:
         last = False
         while not last:
@@ -88,14 +108,15 @@ class Journal:
             if self._broken is not None:
                 raise self._broken
             with self._ledger.transaction():
-                for move in batch:
+                for moves in _grouped(batch):
                     try:
                         with self._ledger.savepoint():
-                            move.result = move.run(self._ledger)
+                            _make(moves, self._ledger)
                     except sqlite3.Error:
                         raise
                     except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
-                        move.error = error
+                        for move in moves:
+                            move.error = error
         except BaseException as error:  # noqa: BLE001 - likewise
             if isinstance(error, sqlite3.Error):
                 error = LedgerFailed(
@@ -104,6 +125,37 @@ class Journal:
             self._broken = error
             for move in batch:
                 move.error = error
+
+
+def _grouped(batch: list[_Move[Any]]) -> list[list[_Move[Any]]]:
+    """Put moves that can be made in one together; otherwise the order stays."""
+    groups: list[list[_Move[Any]]] = []
+    for move in batch:
+        alike = (
+            group
+            for group in groups
+            if move.items is not None
+            and group[0].items is not None
+            and (group[0].run, group[0].args) == (move.run, move.args)
+        )
+        if (group := next(alike, None)) is None:
+            groups.append([move])
+        else:
+            group.append(move)
+    return groups
+
+
+def _make(moves: list[_Move[Any]], ledger: Ledger) -> None:
+    first = moves[0]
+    if first.items is None:
+        first.result = first.run(ledger)
+        return
+    results = first.run(ledger, [item for move in moves for item in move.items or ()], *first.args)
+    start = 0
+    for move in moves:
+        end = start + len(move.items or ())
+        move.result = None if results is None else results[start:end]
+        start = end
 
 
 def _resolve(batch: list[_Move[Any]]) -> None:

@@ -12,17 +12,12 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from enrich.model import MOVES, Answer, Claim, State, Task
 from enrich.privacy import Forgotten, keyed, proof, read_key
-from enrich.store.figures import Figures
-from enrich.store.intake import OPEN_ATTEMPT, QUEUED
+from enrich.store.intake import OPEN_ATTEMPT
+from enrich.store.moves import Moves
 
 
-class CapReached(Exception):
-    """The budget has no room for another request now; what is in flight may free some."""
-
-
-class Ledger(Figures):
+class Ledger(Moves):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     # What the ledger is bound to
@@ -31,11 +26,6 @@ class Ledger(Figures):
         """Look up what the ledger is bound to (`api_host`, `workspace`)."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
-
-    def bind(self, facts: Mapping[str, str | None]) -> None:
-        """Bind the ledger, once: what is bound stays."""
-        known = [(name, value) for name, value in facts.items() if value is not None]
-        self._db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", known)
 
     def waterfall(self, identifier: str) -> tuple[dict[str, Any], list[int] | None] | None:
         """Return the waterfall as last described, and its default providers as first resolved."""
@@ -107,167 +97,6 @@ class Ledger(Figures):
         """Return the newest `last` executions (of one job), newest first."""
         sql = "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
         return list(self._rows(sql, job, last))
-
-    # Submit: pending → submitting → submitted
-
-    def claim(self, execution_id: int, price: int, now_ms: int, *, only_new: bool = False) -> Claim | None:
-        """Take the next wanted request (edge a), its worst price reserved; None when the queue is empty.
-
-        `only_new` passes over those that were answered before. Raises CapReached when the cap has no room for
-        `price` now.
-        """
-        row = self._db.execute(
-            f"SELECT id, params, state, attempt_id FROM requests WHERE {QUEUED} "
-            f"{'AND +state = ?1 ' if only_new else ''}ORDER BY position LIMIT 1",
-            (State.PENDING,) if only_new else (),
-        ).fetchone()
-        if row is None:
-            return None
-        request_id, params, state, previous_id = row
-        reserved = self._db.execute(
-            "UPDATE executions SET reserved = reserved + ?1 "
-            "WHERE id = ?2 AND (cap IS NULL OR spent + reserved + ?1 <= cap)",
-            (price, execution_id),
-        )
-        if not reserved.rowcount:
-            raise CapReached
-        attempt = self._db.execute(
-            "INSERT INTO attempts (request_id, execution_id, came_from, previous_id, state, claimed_ms, reserved) "
-            "VALUES (?, ?, ?, ?, 'submitting', ?, ?) RETURNING id",
-            (request_id, execution_id, state, previous_id, now_ms, price),
-        ).fetchone()
-        self._db.execute(
-            "UPDATE requests SET state = 'submitting', attempt_id = ?, attempts = iif(state = 'pending', attempts, 0) "
-            "WHERE id = ?",
-            (attempt[0], request_id),
-        )
-        return Claim(attempt[0], params)
-
-    def accepted(self, attempt_id: int, task_id: str, now_ms: int, bound_to: Mapping[str, str | None]) -> None:
-        """Write down the task id (edge b) and, with the first of them, whose ledger this is."""
-        self._close(attempt_id, State.SUBMITTING, State.SUBMITTED, "submitted", task_id=task_id, submitted_ms=now_ms)
-        self._count_attempt(attempt_id)
-        self._db.execute(
-            "UPDATE executions SET submitted = submitted + 1 "
-            "WHERE id = (SELECT execution_id FROM attempts WHERE id = ?)",
-            (attempt_id,),
-        )
-        self.bind(bound_to)
-
-    def refused(self, attempt_id: int, reason: str, now_ms: int) -> None:
-        """Nothing was accepted (edge c): back to where it stood, in the queue, at no cost and not counted."""
-        came_from, previous_id = self._db.execute(
-            "SELECT came_from, previous_id FROM attempts WHERE id = ?", (attempt_id,)
-        ).fetchone()
-        self._close(
-            attempt_id, State.SUBMITTING, State(came_from), "refused", error=reason, settled_ms=now_ms, credits=0
-        )
-        if came_from != State.PENDING:
-            self._db.execute(
-                "UPDATE requests SET attempt_id = ? WHERE id = (SELECT request_id FROM attempts WHERE id = ?)",
-                (previous_id, attempt_id),
-            )
-        self._release(attempt_id)
-
-    def rejected(self, attempt_id: int, reason: str, now_ms: int) -> None:
-        """Fail the request whose params the API refused (edge c): it costs nothing."""
-        self._close(attempt_id, State.SUBMITTING, State.FAILED, "failed", error=reason, settled_ms=now_ms, credits=0)
-        self._release(attempt_id)
-
-    def doubt(self, attempt_id: int, reason: str, now_ms: int) -> None:
-        """Nobody can tell whether it was charged (edges d, e): the reservation stays."""
-        (state,) = self._db.execute(
-            "SELECT state FROM requests WHERE id = (SELECT request_id FROM attempts WHERE id = ?)", (attempt_id,)
-        ).fetchone()
-        self._close(attempt_id, State(state), State.IN_DOUBT, "in_doubt", error=reason, settled_ms=now_ms)
-        if state == State.SUBMITTING:
-            self._count_attempt(attempt_id)
-
-    # Settle: submitted → an answer
-
-    def tasks(self) -> list[Task]:
-        """Return all tasks that wait for their answer, nearest expiry first."""
-        rows = self._db.execute(
-            "SELECT a.id, a.task_id, a.submitted_ms, a.seen_alive, e.paths FROM attempts a "
-            "JOIN executions e ON e.id = a.execution_id "
-            f"WHERE a.state = 'submitted' AND a.{OPEN_ATTEMPT} ORDER BY a.submitted_ms"
-        )
-        return [
-            Task(attempt_id, task_id, at, bool(alive), tuple(json.loads(paths)))
-            for attempt_id, task_id, at, alive, paths in rows
-        ]
-
-    def alive(self, attempt_id: int) -> None:
-        """Write down that the API knows the task."""
-        self._db.execute("UPDATE attempts SET seen_alive = 1 WHERE id = ?", (attempt_id,))
-
-    def settle(self, attempt_id: int, answer: Answer, execution_id: int, now_ms: int, max_attempts: int) -> State:
-        """Write down an answer (edge e); a failure at no charge goes back to the queue (edge g).
-
-        Returns the state that the request has now.
-        """
-        (attempts,) = self._db.execute(
-            "SELECT attempts FROM requests WHERE id = (SELECT request_id FROM attempts WHERE id = ?)", (attempt_id,)
-        ).fetchone()
-        again = answer.free_failure and attempts < max_attempts
-        state = State.PENDING if again else answer.state
-        self._close(
-            attempt_id,
-            State.SUBMITTED,
-            state,
-            answer.state,
-            settled_ms=now_ms,
-            settled_in=execution_id,
-            credits=answer.credits,
-            provider=answer.provider,
-            error=answer.error,
-            answer=answer.raw,
-        )
-        if answer.state is State.FOUND:
-            self._db.execute(
-                "UPDATE requests SET answer_id = ?1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?1)",
-                (attempt_id,),
-            )
-        known = answer.credits is not None
-        self._db.execute(
-            "UPDATE executions SET spent = spent + ?, unknown = unknown + ?, "
-            "reserved = reserved - (SELECT iif(?, reserved, 0) FROM attempts WHERE id = ?) WHERE id = ?",
-            (answer.credits or 0, not known, known, attempt_id, execution_id),
-        )
-        return state
-
-    def _close(self, attempt_id: int, before: State, after: State, outcome: str, **known: object) -> None:
-        """Move an attempt to its outcome and its request with it; both must stand where they are thought to."""
-        columns = "".join(f", {name} = :{name}" for name in known)
-        attempt = self._db.execute(
-            f"UPDATE attempts SET state = :outcome{columns} WHERE id = :id AND state = :before RETURNING request_id",
-            {"outcome": outcome, "id": attempt_id, "before": before, **known},
-        ).fetchone()
-        if attempt is None or (before, after) not in MOVES:
-            raise AssertionError(f"attempt {attempt_id} cannot go from {before} to {after}")
-        # What came to its end leaves the queue; what was refused or failed for nothing keeps its place.
-        keeps_place = outcome in ("refused", State.SUBMITTED) or after is State.PENDING
-        moved = self._db.execute(
-            "UPDATE requests SET state = ?, position = iif(?, position, NULL) "
-            "WHERE id = ? AND attempt_id = ? AND state = ?",
-            (after, keeps_place, attempt[0], attempt_id, before),
-        )
-        if moved.rowcount != 1:
-            raise AssertionError(f"the request of attempt {attempt_id} is not {before}")
-
-    def _count_attempt(self, attempt_id: int) -> None:
-        self._db.execute(
-            "UPDATE requests SET attempts = attempts + 1 WHERE id = (SELECT request_id FROM attempts WHERE id = ?)",
-            (attempt_id,),
-        )
-
-    def _release(self, attempt_id: int) -> None:
-        """Give the reservation of an attempt back to the execution that made it."""
-        self._db.execute(
-            "UPDATE executions SET reserved = executions.reserved - a.reserved "
-            "FROM attempts a WHERE a.id = ? AND executions.id = a.execution_id",
-            (attempt_id,),
-        )
 
     # The change feed
 

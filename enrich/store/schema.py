@@ -27,6 +27,13 @@ def m002_nights(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+@migration
+def m003_bundles(db: sqlite3.Connection) -> None:
+    """What requests that are sent together have in common."""
+    for statement in BUNDLES.split(";\n"):
+        db.execute(statement)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -149,4 +156,20 @@ CREATE TABLE delivered (        -- what the change feed of a job has told
     attempt_id INTEGER NOT NULL REFERENCES attempts,
     PRIMARY KEY (job, row_key)
 ) STRICT, WITHOUT ROWID
+"""
+
+BUNDLES = """
+CREATE TABLE bundles (          -- requests that were sent as one task (`dispatch: bulk`)
+    id INTEGER PRIMARY KEY,
+    execution_id INTEGER NOT NULL REFERENCES executions,
+    size INTEGER NOT NULL,
+    settled_ms INTEGER,
+    settled_in INTEGER REFERENCES executions,
+    credits INTEGER             -- price of the whole task; NULL: not known
+) STRICT;
+
+ALTER TABLE attempts ADD COLUMN bundle_id INTEGER REFERENCES bundles;
+
+-- place in the bundle's list, from 0
+ALTER TABLE attempts ADD COLUMN place INTEGER
 """

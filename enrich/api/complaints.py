@@ -1,0 +1,81 @@
+"""Reads from a refusal (400, 422) which params are wrong, and of which rows; pure functions, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+#: Keys of the body beside `params`: an error about them is about the job, not about the row.
+BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
+#: Keys of an error object that names no param.
+ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
+
+
+def named_params(body: object) -> dict[int, str]:
+    """Name the params of a single run that are complained of, with what is said of each; {}: it names none.
+
+    Read are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
+    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
+    """
+    said = _told(complaint for _, complaint in _complaints(body))
+    return {0: said} if said else {}
+
+
+def named_rows(body: object, size: int) -> dict[int, str]:
+    """Name the rows of a bulk run that are complained of (from 0), with what is said of each.
+
+    {}: it names none, or one that was not sent. Read are `{"rows": [{"position": FROM_1, "fields": {…}}]}`,
+    `{"detail": [{…}, …]}` with an object for each row, and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
+    """
+    rows: dict[int, list[tuple[str, str]]] = {}
+    for row, complaint in _complaints(body, size):
+        if row is None or not 0 <= row < size:
+            return {}
+        rows.setdefault(row, []).append(complaint)
+    return {row: _told(complaints) for row, complaints in rows.items()}
+
+
+def words(said: object, between: str = " ") -> str:
+    """Write a text, or a list of them, as one."""
+    return between.join(map(str, said)) if isinstance(said, list) else str(said)
+
+
+def _told(complaints: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {said}" for name, said in dict(complaints).items())
+
+
+def _complaints(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+    """Yield each complaint with the row that it is about; None where it does not say."""
+    if not isinstance(body, Mapping):
+        return
+    detail, rows = body.get("detail"), body.get("rows")
+    yield from ((None, complaint) for complaint in _fields(body.get("fields")))
+    if isinstance(detail, list):
+        aligned = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
+        for place, item in enumerate(detail):
+            if isinstance(item, Mapping) and "loc" in item:
+                yield from _located(item)
+            else:
+                yield from ((place if aligned else None, complaint) for complaint in _fields(item))
+    else:
+        yield from ((None, complaint) for complaint in _fields(detail))
+    for item in rows if isinstance(rows, list) else []:
+        position = item.get("position") if isinstance(item, Mapping) else None
+        row = position - 1 if isinstance(position, int) else None
+        yield from ((row, complaint) for complaint in _fields(item))
+
+
+def _located(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
+    """Read an error of FastAPI's."""
+    loc = item["loc"]
+    if isinstance(loc, list) and "params" in loc[:-1]:
+        row = loc[loc.index("params") + 1]
+        yield row if isinstance(row, int) else None, (str(loc[-1]), str(item.get("msg", "refused")))
+
+
+def _fields(item: object) -> Iterator[tuple[str, str]]:
+    if not isinstance(item, Mapping):
+        return
+    fields = item.get("fields")
+    if not isinstance(fields, Mapping):
+        fields = {name: said for name, said in item.items() if name not in ERROR_KEYS}
+    yield from ((str(name), words(said)) for name, said in fields.items() if name not in BODY_KEYS)
