@@ -1,6 +1,9 @@
 """What `enrich run` costs on top of its requests: against plain loops that keep nothing, in one run.
 
 `python -m benchmarks.overhead --rows 5000 --rounds 3`
+
+`at work` leaves out the interpreter's start; the ratios are of `at work`, to the best loop of each kind. A run begins
+slowly, for it does not know what the API allows; its steady state is what each row beyond the short run's takes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, l
 from benchmarks.server import serving
 
 BULK = 100
+SHORT, LONG = "enrich run", "enrich run, long"
+LONGER = 3
 HEADER = (
     "one process, loopback",
     "rows",
@@ -36,7 +41,8 @@ def contenders(rows: int) -> list[Contender]:
         loop("transport", 50, rows),
         loop("transport", 50, rows, uvloop=True),
         loop("aiohttp", 50, rows, uvloop=True),
-        enrich_run("enrich run", rows),
+        enrich_run(SHORT, rows),
+        enrich_run(LONG, LONGER * rows),
         *bulk,
     ]
 
@@ -44,6 +50,17 @@ def contenders(rows: int) -> list[Contender]:
 def best(results: list[Result], kind: str) -> float:
     """Rows per second of the best loop of a kind, without the interpreter's start."""
     return max(result.working for result in results if result.name.startswith(f"{kind}, "))
+
+
+def steady(results: list[Result]) -> float:
+    """Rows per second of what the long run has beyond the short one: no start, all that a row costs."""
+    short, long = (min(one.trials, key=lambda trial: trial.working_s) for one in _named(results, SHORT, LONG))
+    return (long.rows - short.rows) / (long.working_s - short.working_s)
+
+
+def _named(results: list[Result], *names: str) -> list[Result]:
+    by_name = {result.name: result for result in results}
+    return [by_name[name] for name in names]
 
 
 def lines(results: list[Result]) -> list[list[str]]:
@@ -76,6 +93,9 @@ def main() -> None:
     with serving() as server:
         results = compete(contenders(options.rows), server, options.rounds)
     print(table(HEADER, lines(results)))
+    rate = steady(results)
+    plain, ours = rate / best(results, "httpx"), rate / best(results, "transport")
+    print(f"\nenrich run, steady state: {rate:,.0f} rows/s, {plain:.2f} of httpx, {ours:.2f} of ours")
 
 
 if __name__ == "__main__":
