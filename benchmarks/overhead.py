@@ -9,6 +9,7 @@ slowly, for it does not know what the API allows; its steady state is what each 
 from __future__ import annotations
 
 import argparse
+from math import nan
 
 from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, loop, table
 from benchmarks.server import serving
@@ -55,7 +56,8 @@ def best(results: list[Result], kind: str) -> float:
 def steady(results: list[Result]) -> float:
     """Rows per second of what the long run has beyond the short one: no start, all that a row costs."""
     short, long = (min(one.trials, key=lambda trial: trial.working_s) for one in _named(results, SHORT, LONG))
-    return (long.rows - short.rows) / (long.working_s - short.working_s)
+    longer_s = long.working_s - short.working_s
+    return (long.rows - short.rows) / longer_s if longer_s > 0 else nan
 
 
 def _named(results: list[Result], *names: str) -> list[Result]:
