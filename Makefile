@@ -8,7 +8,7 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo week test stories check torture lint types layers fmt clean
+.PHONY: help demo week test stories check torture bench lint types layers fmt clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: lint types layers test stories ## all that CI does: lint, types, layers, 
 
 torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
 	$(BIN)/python -m tests.torture
+
+bench: .venv/bench ## measure against plain loops and the vendor's SDK, in under five minutes
+	@$(BIN)/python -m benchmarks
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -60,4 +63,8 @@ clean: ## remove .venv and caches; ledgers and outputs stay
 
 .venv/dev: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .venv/run
+
+.venv/bench: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench,sandbox]'
 	@touch $@ .venv/run

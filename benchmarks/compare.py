@@ -1,0 +1,68 @@
+"""`enrich run` against what one would use instead: a plain httpx loop, and the vendor's SDK.
+
+`python -m benchmarks.compare --rows 5000 --rounds 3`
+
+All on the same server, each a process of its own, from its start to its end. Only `enrich` keeps a ledger and writes
+an output; the others keep their answers in memory and throw them away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+
+from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, loop, table
+from benchmarks.server import serving
+
+BULK = 100
+HEADER = ("who", "rows", "rows/s", "median", "spread", "CPU s/1,000", "peak MiB", "requests/row", "rows/request")
+
+
+def vendor(name: str, rows: int, *options: str) -> Contender:
+    """Make a contender of the vendor's SDK, see `benchmarks.vendor`."""
+    command = [sys.executable, "-m", "benchmarks.vendor", "--rows", str(rows), *options]
+    return Contender(name, rows, lambda _, url: [*command, "--base-url", url])
+
+
+def contenders(rows: int) -> list[Contender]:
+    """Choose who runs: the slow ones with fewer rows, so that all take about as long."""
+    bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
+    sdk = [
+        vendor("databar SDK, 50 threads", rows // 5, "--threads", "50"),
+        vendor("databar SDK, one bulk call", 2 * rows, "--bulk"),
+    ]
+    if find_spec("databar") is None:
+        print("the vendor's SDK is not installed: pip install -e '.[bench]'", file=sys.stderr)
+        sdk = []
+    return [enrich_run("enrich run", rows), *bulk, loop("httpx", 10, rows // 4), *sdk]
+
+
+def line(result: Result) -> list[str]:
+    """Write down what one contender took."""
+    return [
+        result.name,
+        f"{result.trials[0].rows:,}",
+        f"{result.best:,.0f}",
+        f"{result.median:,.0f}",
+        f"{result.spread:.0%}",
+        f"{result.cpu:.2f}",
+        f"{result.peak_mib:.0f}",
+        f"{result.requests:.2f}",
+        f"{1 / result.requests:.1f}",
+    ]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
+    parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the others get more or fewer")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with serving() as server:
+        results = compete(contenders(options.rows), server, options.rounds)
+    print(table(HEADER, map(line, results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The leads and the job that the benchmarks share: invented people who all differ."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+#: The providers that the job and the loops name: what is sent is the same.
+ENRICHMENTS = [833, 966]
+
+JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+waterfall: email_getter
+enrichments: [833, 966]
+params:
+  first_name: First Name
+  last_name: Last Name
+  company: Company
+columns:
+  work_email: email
+limits:
+  requests_per_second: 100000 # no limit of ours
+  in_flight: 5000
+"""
+
+
+def params(number: int) -> dict[str, str]:
+    """What is sent for one lead."""
+    return {"first_name": f"First{number}", "last_name": f"Last{number}", "company": f"company{number}.example"}
+
+
+def write_job(folder: Path, rows: int, bulk: int | None = None) -> Path:
+    """Write a job and its leads into a folder; `bulk`: so many requests to a task."""
+    with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Lead", "First Name", "Last Name", "Company", "Note"])
+        writer.writerows([number, *params(number).values(), f"note {number}"] for number in range(rows))
+    job = folder / "job.yaml"
+    job.write_text(JOB + (f"dispatch: {{bulk: {bulk}}}\n" if bulk else ""), encoding="utf-8")
+    return job

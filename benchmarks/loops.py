@@ -1,0 +1,106 @@
+"""What a person would write in an afternoon: POST, then GET the answer, side by side. No ledger, no output.
+
+`python -m benchmarks.loops httpx --tasks 10 --rows 2000 --base-url http://127.0.0.1:8000/v1`
+
+The same loop over httpx as it is installed, over httpx with our transport, and over aiohttp alone; for a server that
+has every answer at once. It prints one JSON object: how many rows were answered, in how many seconds after the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import httpx
+import uvloop
+
+from benchmarks.leads import ENRICHMENTS, params
+from benchmarks.server import API_KEY, WATERFALL
+
+HEADERS = {"x-apikey": API_KEY}
+#: Sends a method, a URL and a body; returns the answer's JSON.
+Ask = Callable[[str, str, Any], Awaitable[Any]]
+
+
+def own_transport(connections: int) -> httpx.AsyncBaseTransport:
+    """The transport of `enrich`: the only place here that knows how it is made."""
+    from enrich.api.transport import Transport  # noqa: PLC0415 - the other loops need not have it in memory
+
+    return Transport(connections, 15.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+
+@asynccontextmanager
+async def over_httpx(transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[Ask]:
+    """Ask with httpx; None: over its own transport."""
+    async with httpx.AsyncClient(headers=HEADERS, transport=transport, timeout=30) as client:
+
+        async def ask(method: str, url: str, body: Any) -> Any:
+            response = await client.request(method, url, json=body)
+            response.raise_for_status()
+            return response.json()
+
+        yield ask
+
+
+@asynccontextmanager
+async def over_aiohttp() -> AsyncIterator[Ask]:
+    """Ask with aiohttp alone."""
+    async with aiohttp.ClientSession(headers=HEADERS) as session:
+
+        async def ask(method: str, url: str, body: Any) -> Any:
+            async with session.request(method, url, json=body) as response:
+                response.raise_for_status()
+                return await response.json()
+
+        yield ask
+
+
+async def worker(ask: Ask, base_url: str, numbers: Iterator[int]) -> int:
+    """Take leads until none is left; return how many were answered."""
+    answered = 0
+    for number in numbers:
+        body = {"params": params(number), "enrichments": ENRICHMENTS}
+        task_id = (await ask("POST", f"{base_url}/waterfalls/{WATERFALL}/run", body))["task_id"]
+        task = await ask("GET", f"{base_url}/tasks/{task_id}", None)
+        if task["status"] != "completed":
+            raise RuntimeError("this loop is for a server without latency")
+        answered += bool(task["data"][0]["result"]["email"])
+    return answered
+
+
+async def enrich(kind: str, base_url: str, tasks: int, rows: int) -> int:
+    """Enrich so many rows with so many tasks side by side."""
+    numbers = iter(range(rows))
+    way = {
+        "httpx": lambda: over_httpx(None),
+        "transport": lambda: over_httpx(own_transport(tasks)),
+        "aiohttp": over_aiohttp,
+    }[kind]
+    async with way() as ask:
+        return sum(await asyncio.gather(*(worker(ask, base_url, numbers) for _ in range(tasks))))
+
+
+def main() -> None:
+    """Run one loop and tell what it did."""
+    parser = argparse.ArgumentParser(prog="benchmarks.loops", description=__doc__)
+    parser.add_argument("kind", choices=("httpx", "transport", "aiohttp"))
+    parser.add_argument("--base-url", required=True)
+    parser.add_argument("--tasks", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--uvloop", action="store_true")
+    options = parser.parse_args()
+    runner = uvloop.run if options.uvloop else asyncio.run
+    began = time.perf_counter()
+    rows = runner(enrich(options.kind, options.base_url, options.tasks, options.rows))
+    print(json.dumps({"rows": rows, "elapsed_s": round(time.perf_counter() - began, 3)}))
+
+
+if __name__ == "__main__":
+    main()

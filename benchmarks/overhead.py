@@ -1,0 +1,104 @@
+"""What `enrich run` costs on top of its requests: against plain loops that keep nothing, in one run.
+
+`python -m benchmarks.overhead --rows 5000 --rounds 3`
+
+`at work` leaves out the interpreter's start; the ratios are of `at work`, to the best loop of each kind. A run begins
+slowly, for it does not know what the API allows; its steady state is what each row beyond the short run's takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from math import nan
+
+from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, loop, table
+from benchmarks.server import serving
+
+BULK = 100
+SHORT, LONG = "enrich run", "enrich run, long"
+LONGER = 3
+HEADER = (
+    "one process, loopback",
+    "rows",
+    "rows/s",
+    "median",
+    "spread",
+    "at work",
+    "of httpx",
+    "of ours",
+    "CPU s/1,000",
+    "peak MiB",
+    "requests/row",
+)
+
+
+def contenders(rows: int) -> list[Contender]:
+    """Choose who runs: the loops with so many rows that all take about as long."""
+    bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
+    return [
+        loop("httpx", 10, rows // 4),
+        loop("httpx", 50, rows // 8),
+        loop("transport", 10, rows),
+        loop("transport", 50, rows),
+        loop("transport", 50, rows, uvloop=True),
+        loop("aiohttp", 50, rows, uvloop=True),
+        enrich_run(SHORT, rows),
+        enrich_run(LONG, LONGER * rows),
+        *bulk,
+    ]
+
+
+def best(results: list[Result], kind: str) -> float:
+    """Rows per second of the best loop of a kind, without the interpreter's start."""
+    return max(result.working for result in results if result.name.startswith(f"{kind}, "))
+
+
+def steady(results: list[Result]) -> float:
+    """Rows per second of what the long run has beyond the short one: no start, all that a row costs."""
+    short, long = (min(one.trials, key=lambda trial: trial.working_s) for one in _named(results, SHORT, LONG))
+    longer_s = long.working_s - short.working_s
+    return (long.rows - short.rows) / longer_s if longer_s > 0 else nan
+
+
+def _named(results: list[Result], *names: str) -> list[Result]:
+    by_name = {result.name: result for result in results}
+    return [by_name[name] for name in names]
+
+
+def lines(results: list[Result]) -> list[list[str]]:
+    """Write down what came of it, a line for each contender."""
+    plain, ours = best(results, "httpx"), best(results, "transport")
+    return [
+        [
+            result.name,
+            f"{result.trials[0].rows:,}",
+            f"{result.best:,.0f}",
+            f"{result.median:,.0f}",
+            f"{result.spread:.0%}",
+            f"{result.working:,.0f}",
+            f"{result.working / plain:.2f}",
+            f"{result.working / ours:.2f}",
+            f"{result.cpu:.2f}",
+            f"{result.peak_mib:.0f}",
+            f"{result.requests:.2f}",
+        ]
+        for result in results
+    ]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
+    parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the slow loops get fewer")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with serving() as server:
+        results = compete(contenders(options.rows), server, options.rounds)
+    print(table(HEADER, lines(results)))
+    rate = steady(results)
+    plain, ours = rate / best(results, "httpx"), rate / best(results, "transport")
+    print(f"\nenrich run, steady state: {rate:,.0f} rows/s, {plain:.2f} of httpx, {ours:.2f} of ours")
+
+
+if __name__ == "__main__":
+    main()

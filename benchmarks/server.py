@@ -1,0 +1,312 @@
+"""A fake API that is never the limit: HTTP/1.1 by hand on uvloop, in a process of its own; `email_getter` only.
+
+`python -m benchmarks.server --port 8000 --latency "lognormal(4,0.6)" --rate 100 --retry-after 1`
+
+It prints its address when it listens. `GET /__counts` tells how many requests were answered, by endpoint and status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any, cast
+from urllib.request import urlopen
+from uuid import uuid4
+
+import orjson
+import uvloop
+
+from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.latency import Latency, latency
+
+ROOT = Path(__file__).parent.parent
+API_KEY = "benchmark"
+WATERFALL = "email_getter"
+PRICE = 0.51
+BALANCE = 1e9
+
+
+def _wrapper(name: str, email: str) -> str:
+    """Shape one answer as the vendor does: found by the second provider, about 500 bytes."""
+    step = {"details": None, "is_verified": False, "provider_logo": "https://logos.example/833.png"}
+    wrapper = {
+        "result": {"email": email},
+        "result_field": ["email"],
+        "enrichment_data": {"Mailhound": {}, name: {"email": email, "score": 91}},
+        "steps": [
+            {"action": "search", "provider": "Mailhound", "result": "not_found", "cost": "0", **step},
+            {"action": "search", "provider": name, "result": "found", "cost": str(PRICE), **step},
+        ],
+    }
+    return json.dumps(wrapper, separators=(",", ":"))
+
+
+WRAPPER = _wrapper("Peoplegrid", "lead-%(lead)s@engine.example").encode()
+DONE = (
+    b'{"task_id":"%(task)s","request_id":"%(task)s","status":"completed",%(progress)s"data":[%(data)s],'
+    b'"error":null,"credits_spent":%(spent)s}'
+)
+RUNNING = (
+    b'{"task_id":"%(task)s","request_id":"%(task)s","status":"processing",%(progress)s"data":null,'
+    b'"error":null,"credits_spent":0}'
+)
+PROGRESS = b'"progress":{"total":%d,"completed":%d,"no_data":0,"failed":0,"processing":%d},'
+WORDS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429: b"Too Many Requests"}
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A token bucket: `rate` requests per second, `burst` at once; 0: everybody may."""
+
+    rate: float
+    burst: float
+    retry_after: float | None
+    _tokens: float = 0.0
+    _at: float = 0.0
+
+    def take(self, now: float) -> bool:
+        """Say whether a request may pass at `now`, in seconds."""
+        if not self.rate:
+            return True
+        self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is answered, and as what it is counted."""
+
+    endpoint: str
+    status: int
+    body: bytes
+
+
+class Api:
+    """Takes runs and shows tasks. A task is the moments at which its rows are ready; a single run has one."""
+
+    def __init__(self, sample: Latency, bucket: Bucket) -> None:
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.bucket = bucket
+        self._sample = sample
+        self._tasks: dict[bytes, float | list[float]] = {}
+        self._suffix = str(uuid4())[8:].encode()
+        self._rows = 0
+        self._chance = random.Random(0)
+        self._document = WATERFALLS[WATERFALL].document()
+
+    def answer(self, method: bytes, path: bytes, body: bytes) -> Reply:
+        """Answer one request."""
+        if path == b"/__counts":
+            return Reply("counts", 200, self._told())
+        now = time.monotonic()
+        endpoint, task = _route(method, path)
+        if not self.bucket.take(now):
+            reply = Reply(endpoint, 429, b'{"detail":"Too many requests"}')
+        elif endpoint == "task":
+            reply = self._show(task, now)
+        elif endpoint in {"run", "bulk-run"}:
+            reply = self._submit(endpoint, body, now)
+        else:
+            reply = self._describe(endpoint)
+        self.counts[reply.endpoint, reply.status] += 1
+        return reply
+
+    def _submit(self, endpoint: str, body: bytes, now: float) -> Reply:
+        params = orjson.loads(body).get("params")
+        if not isinstance(params, dict if endpoint == "run" else list) or not params:
+            return Reply(endpoint, 422, b'{"detail":[{"loc":["body","params"],"msg":"Field required"}]}')
+        task = b"%08x%s" % (len(self._tasks), self._suffix)
+        if endpoint == "run":
+            self._tasks[task] = self._ready(now)
+        else:
+            self._tasks[task] = sorted(self._ready(now) for _ in params)
+        self._rows += 1 if endpoint == "run" else len(params)
+        return Reply(endpoint, 200, b'{"task_id":"%s","request_id":"%s","status":"created"}' % (task, task))
+
+    def _ready(self, now: float) -> float:
+        # The latency's distributions are open at both ends.
+        return now + self._sample(self._chance.uniform(1e-9, 1 - 1e-9))
+
+    def _show(self, task: bytes, now: float) -> Reply:
+        ready = self._tasks.get(task)
+        if ready is None:
+            return Reply("task", 404, b'{"detail":"Task not found"}')
+        if isinstance(ready, list):
+            done, rows = bisect_right(ready, now), len(ready)
+            progress = PROGRESS % (rows, done, rows - done)
+        else:
+            done, rows, progress = int(ready <= now), 1, b""
+        facts = {b"task": task, b"progress": progress}
+        if done < rows:
+            return Reply("task", 200, RUNNING % facts)
+        number = task[:8]
+        leads = [number] if isinstance(ready, float) else [b"%s-%d" % (number, row) for row in range(rows)]
+        facts[b"data"] = b",".join([WRAPPER % {b"lead": lead} for lead in leads])
+        facts[b"spent"] = b"%.2f" % (PRICE * rows)
+        return Reply("task", 200, DONE % facts)
+
+    def _describe(self, endpoint: str) -> Reply:
+        documents: dict[str, Any] = {
+            "user": {
+                "first_name": "Ada",
+                "email": "ada@engine.example",
+                "balance": round(BALANCE - PRICE * self._rows, 2),
+                "plan": "benchmark",
+                "workspace": "benchmark",
+            },
+            "waterfalls": [self._document],
+            "waterfall": self._document,
+        }
+        if endpoint not in documents:
+            return Reply("unknown", 404, b'{"detail":"Not Found"}')
+        return Reply(endpoint, 200, orjson.dumps(documents[endpoint]))
+
+    def _told(self) -> bytes:
+        told: dict[str, dict[str, int]] = {}
+        for (endpoint, status), count in sorted(self.counts.items()):
+            told.setdefault(endpoint, {})[str(status)] = count
+        return orjson.dumps(told)
+
+
+def _route(method: bytes, path: bytes) -> tuple[str, bytes]:
+    """Name the endpoint, and the task that is asked for."""
+    match method, path.partition(b"?")[0].split(b"/")[1:]:
+        case b"GET", [b"v1", b"tasks", task]:
+            return "task", task
+        case b"POST", [b"v1", b"waterfalls", b"email_getter", (b"run" | b"bulk-run") as run]:
+            return run.decode(), b""
+        case b"GET", [b"v1", b"user", b"me"]:
+            return "user", b""
+        case b"GET", [b"v1", b"waterfalls", b""]:
+            return "waterfalls", b""
+        case b"GET", [b"v1", b"waterfalls", b"email_getter"]:
+            return "waterfall", b""
+    return "unknown", b""
+
+
+class Wire(asyncio.Protocol):
+    """One connection: requests with a content-length or no body, answered in their order."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._pending = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember whom to answer."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+
+    def data_received(self, data: bytes) -> None:
+        """Answer every request that is complete."""
+        assert self._transport is not None
+        pending = self._pending + data
+        while (end := pending.find(b"\r\n\r\n")) >= 0:
+            head = pending[:end]
+            at = head.lower().find(b"\r\ncontent-length:")
+            size = int(head[at + 17 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            if len(pending) < end + 4 + size:
+                break
+            method, path, _ = head.split(b" ", 2)
+            self._transport.write(self._response(self._api.answer(method, path, pending[end + 4 : end + 4 + size])))
+            pending = pending[end + 4 + size :]
+        self._pending = pending
+
+    def _response(self, reply: Reply) -> bytes:
+        wait = self._api.bucket.retry_after if reply.status == 429 else None
+        return b"HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s" % (
+            reply.status,
+            WORDS[reply.status],
+            formatdate(usegmt=True).encode(),
+            b"" if wait is None else b"Retry-After: %g\r\n" % wait,
+            len(reply.body),
+            reply.body,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that runs; `pid` is its process."""
+
+    url: str
+    pid: int
+
+    @property
+    def base_url(self) -> str:
+        """What a client is given."""
+        return f"{self.url}/v1"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables that point `enrich` to it."""
+        return {"DATABAR_BASE_URL": self.base_url, "DATABAR_API_KEY": API_KEY}
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many requests were answered, by endpoint and status."""
+        with urlopen(f"{self.url}/__counts", timeout=10) as answer:  # noqa: S310 - loopback
+            told: dict[str, dict[str, int]] = json.load(answer)
+        return told
+
+    def answered(self) -> int:
+        """How many requests were answered in all."""
+        return sum(sum(by_status.values()) for by_status in self.counts().values())
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[Server]:
+    """Start a server as a process, on a free port unless `options` name one; end it afterwards."""
+    command = [sys.executable, "-m", "benchmarks.server", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            if not url:
+                raise RuntimeError("the server did not start")
+            yield Server(url, process.pid)
+        finally:
+            process.terminate()
+
+
+async def _serve(api: Api, port: int) -> None:
+    listening = await asyncio.get_running_loop().create_server(lambda: Wire(api), "127.0.0.1", port, backlog=1024)
+    host, port = listening.sockets[0].getsockname()[:2]
+    print(f"http://{host}:{port}", flush=True)
+    await listening.serve_forever()
+
+
+def main() -> None:
+    """Serve until the process is ended."""
+    parser = argparse.ArgumentParser(prog="benchmarks.server", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0: any that is free")
+    parser.add_argument(
+        "--latency", type=_latency, default="0", help="seconds, or fixed(s), uniform(a,b), lognormal(median,sigma)"
+    )
+    parser.add_argument("--rate", type=float, default=0, help="requests per second that are allowed; 0: all")
+    parser.add_argument("--burst", type=float, default=10, help="how many may come at once")
+    parser.add_argument("--retry-after", type=float, help="seconds that a 429 tells to wait; else it tells nothing")
+    options = parser.parse_args()
+    api = Api(options.latency, Bucket(options.rate, max(1.0, options.burst), options.retry_after))
+    uvloop.run(_serve(api, options.port))
+
+
+def _latency(text: str) -> Latency:
+    return latency(f"fixed({text})" if text.replace(".", "", 1).isdigit() else text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The vendor's SDK as its users run it on a list: a call a row in a pool of threads, or everything in one bulk call.
+
+`python -m benchmarks.vendor --threads 50 --rows 1000 --base-url http://127.0.0.1:8000/v1`
+
+It asks for an answer as soon as it can (`poll_interval_s=0`). It keeps nothing and writes nothing. It prints one JSON
+object: how many rows were answered, in how many seconds after the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from databar import DatabarClient
+
+from benchmarks.leads import ENRICHMENTS, params
+from benchmarks.server import API_KEY, WATERFALL
+
+
+def main() -> None:
+    """Enrich and tell what was done."""
+    parser = argparse.ArgumentParser(prog="benchmarks.vendor", description=__doc__)
+    parser.add_argument("--base-url", required=True)
+    parser.add_argument("--threads", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--bulk", action="store_true", help="one POST for all rows, without threads")
+    options = parser.parse_args()
+    leads = [params(number) for number in range(options.rows)]
+    began = time.perf_counter()
+    with DatabarClient(API_KEY, options.base_url, poll_interval_s=0) as client:
+        if options.bulk:
+            answers = client.run_waterfall_bulk_sync(WATERFALL, leads, ENRICHMENTS)
+        else:
+            with ThreadPoolExecutor(options.threads) as pool:
+                singles = pool.map(lambda lead: client.run_waterfall_sync(WATERFALL, lead, ENRICHMENTS), leads)
+                answers = [answer for single in singles for answer in single]
+    rows = sum(bool(answer["result"]["email"]) for answer in answers)
+    print(json.dumps({"rows": rows, "elapsed_s": round(time.perf_counter() - began, 3)}))
+
+
+if __name__ == "__main__":
+    main()

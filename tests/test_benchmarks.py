@@ -1,0 +1,153 @@
+"""The benchmarks run and print their tables; what they measure decides no test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+import pytest
+
+from benchmarks.__main__ import Script, told, with_tables
+from benchmarks.meter import Contender, Result, Trial, measure, table
+from benchmarks.overhead import LONG, SHORT, best, steady
+from benchmarks.server import Server, serving
+
+ROOT = Path(__file__).parent.parent
+LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
+
+
+def run(name: str, *options: str) -> str:
+    """Run a benchmark as a person would, and return what it prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def first_cells(printed: str) -> list[str]:
+    """Name the rows of a table."""
+    return [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+
+
+def test_overhead_prints_a_line_for_each_way() -> None:
+    """Plain loops and whole runs stand side by side."""
+    printed = run("overhead", "--rows", "24", "--rounds", "1")
+
+    names = first_cells(printed)
+    assert {"httpx, 10 tasks", "transport, 50 tasks", SHORT, LONG} <= set(names)
+    assert "steady state" in printed
+
+
+def test_compare_prints_a_line_for_each_contender() -> None:
+    """The vendor's SDK is left out when it is not installed, and nothing fails for it."""
+    names = first_cells(run("compare", "--rows", "20", "--rounds", "1"))
+
+    assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
+
+
+def test_the_sdk_enriches_every_row() -> None:
+    """The vendor's SDK understands the fake API, by single calls and in bulk."""
+    pytest.importorskip("databar", reason="the extra `bench` is not installed")
+    with serving() as server:
+        single = run("vendor", "--rows", "6", "--threads", "3", "--base-url", server.base_url)
+        bulk = run("vendor", "--rows", "6", "--bulk", "--base-url", server.base_url)
+
+        assert '"rows": 6' in single
+        assert '"rows": 6' in bulk
+        assert server.counts() == {"run": {"200": 6}, "bulk-run": {"200": 1}, "task": {"200": 7}}
+
+
+def _post(server: Server, path: str, params: object) -> str:
+    body = {"params": params, "enrichments": [833]}
+    answer = httpx.post(f"{server.base_url}/waterfalls/email_getter/{path}", json=body, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    task_id: str = answer.json()["task_id"]
+    UUID(task_id)
+    return task_id
+
+
+def test_the_server_answers_as_the_api_does() -> None:
+    """A single run is one wrapper in a list; a bulk run is a list aligned to its inputs, with its progress."""
+    with serving() as server:
+        tasks = [_post(server, "run", LEAD), _post(server, "bulk-run", [LEAD] * 3)]
+        single, bulk = (httpx.get(f"{server.base_url}/tasks/{task}", trust_env=False).json() for task in tasks)
+        unknown = httpx.get(f"{server.base_url}/tasks/none", trust_env=False)
+
+    assert single["status"] == bulk["status"] == "completed"
+    assert set(single["data"][0]) == {"result", "result_field", "enrichment_data", "steps"}
+    assert len({answer["result"]["email"] for answer in bulk["data"]}) == 3
+    assert bulk["progress"] == {"total": 3, "completed": 3, "no_data": 0, "failed": 0, "processing": 0}
+    assert (single["credits_spent"], bulk["credits_spent"]) == (0.51, 1.53)
+    assert unknown.status_code == 404
+
+
+def test_the_server_takes_its_time() -> None:
+    """With a latency a task is running first."""
+    with serving("--latency", "30") as server:
+        task = httpx.get(f"{server.base_url}/tasks/{_post(server, 'run', LEAD)}", trust_env=False).json()
+
+    assert (task["status"], task["data"], task["credits_spent"]) == ("processing", None, 0)
+
+
+def test_the_server_allows_so_many_requests() -> None:
+    """Beyond the burst a request is answered 429, which says when to come again, and counted."""
+    with serving("--rate", "0.001", "--burst", "2", "--retry-after", "1") as server:
+        answers = [httpx.get(f"{server.base_url}/user/me", trust_env=False) for _ in range(3)]
+
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert answers[2].headers["retry-after"] == "1"
+        assert server.counts() == {"user": {"200": 2, "429": 1}}
+
+
+def test_who_does_not_answer_every_row_is_not_measured(tmp_path: Path) -> None:
+    """A contender that leaves rows out would be the fastest."""
+    script = tmp_path / "quick.py"
+    script.write_text('print(\'{"rows": 1, "elapsed_s": 0.1}\')')
+    with serving() as server, pytest.raises(RuntimeError, match="not every row"):
+        measure(Contender("quick", 2, lambda *_: [sys.executable, str(script)]), server)
+
+
+def test_figures() -> None:
+    """The steady state is what the long run has beyond the short one; the best of a kind has no interpreter's start."""
+
+    def result(name: str, rows: int, *seconds: float) -> Result:
+        return Result(name, tuple(Trial(rows, took + 1, took, 0.5, 50.0, 2 * rows) for took in seconds))
+
+    results = [result("httpx, 10 tasks", 100, 1.0, 2.0), result(SHORT, 100, 3.0, 2.0), result(LONG, 300, 3.0, 9.0)]
+
+    assert best(results, "httpx") == 100
+    assert steady(results) == 200
+    assert results[0].best == 50
+    assert results[0].median == pytest.approx((50 + 100 / 3) / 2)
+    assert results[0].spread == pytest.approx(0.4)
+    assert (results[0].cpu, results[0].requests) == (5.0, 2.0)
+
+
+def test_a_table_is_markdown() -> None:
+    """Numbers stand to the right."""
+    assert table(("who", "rows/s"), [("a loop", "10")]).splitlines() == [
+        "| who    | rows/s |",
+        "| ------ | -----: |",
+        "| a loop |     10 |",
+    ]
+
+
+def test_a_script_that_takes_too_long_is_ended() -> None:
+    """What it started ends with it, and the others go on."""
+    began = time.monotonic()
+
+    assert told(Script("server", (), 0.5)) == "stopped: it took longer than 0.5 s"
+    assert time.monotonic() - began < 60
+
+
+def test_tables_go_between_their_marks() -> None:
+    """Written twice, the page is the same as written once."""
+    page = "words\n<!-- measured -->\nold\n<!-- end -->\nmore words\n"
+    once = with_tables(page, "today", ["## New\n"])
+
+    assert once == "words\n<!-- measured -->\nMeasured today.\n\n## New\n<!-- end -->\nmore words\n"
+    assert with_tables(once, "today", ["## New\n"]) == once
