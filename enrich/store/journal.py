@@ -53,7 +53,9 @@ class Journal:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._moves: queue.SimpleQueue[_Move[Any] | None] = queue.SimpleQueue()
+        #: What was asked for in this round of the event loop; it goes to the thread in one piece.
+        self._asked: list[_Move[Any]] = []
+        self._batches: queue.SimpleQueue[list[_Move[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._broken: BaseException | None = None
 
@@ -63,13 +65,14 @@ class Journal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._moves.put(None)
+        self._hand_over()
+        self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def do(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Make one move; the future is done when it is durable, or carries what the move raised."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._moves.put(_Move(lambda ledger: move(ledger, *args, **kwargs), future))
+        self._ask(_Move(lambda ledger: move(ledger, *args, **kwargs), future))
         return future
 
     def together(
@@ -80,27 +83,35 @@ class Journal:
         What the move returns runs along its items, and so does each future's part of it; or it returns None.
         """
         future: asyncio.Future[T] = self._loop.create_future()
-        self._moves.put(_Move(move, future, args, items))
+        self._ask(_Move(move, future, args, items))
         return future
+
+    def _ask(self, move: _Move[Any]) -> None:
+        if not self._asked:
+            self._loop.call_soon(self._hand_over)
+        self._asked.append(move)
+
+    def _hand_over(self) -> None:
+        if self._asked:
+            self._batches.put(self._asked)
+            self._asked = []
 
     def _work(self) -> None:
         last = False
         while not last:
-            batch: list[_Move[Any]] = []
+            moves: list[_Move[Any]] = []
             block = True
-            while True:
+            while not last:
                 try:
-                    move = self._moves.get(block=block)
+                    batch = self._batches.get(block=block)
                 except queue.Empty:
                     break
-                if move is None:
-                    last = True
-                    break
-                batch.append(move)
+                last = batch is None
+                moves += batch or ()
                 block = False
-            if batch:
-                self._commit(batch)
-                self._loop.call_soon_threadsafe(_resolve, batch)
+            if moves:
+                self._commit(moves)
+                self._loop.call_soon_threadsafe(_resolve, moves)
 
     def _commit(self, batch: list[_Move[Any]]) -> None:
         """Commit the batch as one; after a commit that failed nothing is written any more."""
