@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import orjson
+
 from enrich.api.answer import Phase, error_text, has_value, parse_data
 from enrich.model import Answer, State, to_micros
 
@@ -47,6 +49,13 @@ def _row(row: object, paths: tuple[str, ...]) -> Answer:
     return Answer(
         state, None, parsed.provider, raw=json.dumps({"data": row}, ensure_ascii=False, separators=(",", ":"))
     )
+
+
+def _written(row: object) -> str:
+    try:
+        return orjson.dumps(row).decode()
+    except TypeError:  # a number that is too large for it
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
 
 
 def _blank(progress: object, nulls: int, said: str | None) -> Answer:
