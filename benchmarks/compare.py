@@ -4,8 +4,8 @@
 
 All on the same server, each a process of its own, from its start to its end. Only `enrich` keeps a ledger and writes
 an output; the others keep their answers in memory and throw them away. The SDK asks a row at a time in 50 threads, as
-soon as it can (`poll_interval_s=0`); its bulk command sends everything in one POST, which it sends again when the answer
-is lost, and remembers nothing.
+soon as it can (`poll_interval_s=0`); its bulk command sends everything in one POST, sends that again when the answer is
+lost, and remembers nothing.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 `python -m benchmarks.overhead --rows 5000 --rounds 3`
 
-A row is one POST and one GET. `httpx` is the plain loop over httpx as it is installed, `transport` the same loop over our
-own transport, `aiohttp` that loop without httpx, for scale. `enrich run` is the whole command: leads read, ledger durable,
-output written. `at work` are the rows/s without the interpreter's start; `of httpx` and `of ours` compare them with the
-best loop of that kind. A run begins slowly, for it does not know what the API allows: its steady state is what each row
-of the long run beyond the short run's takes.
+A row is one POST and one GET. `httpx` is the plain loop over httpx as it is installed, `transport` the same loop over
+our own transport, `aiohttp` that loop without httpx, for scale. `enrich run` is the whole command: leads read, ledger
+durable, output written. `at work` are the rows/s without the interpreter's start; `of httpx` and `of ours` compare them
+with the best loop of that kind. A run begins slowly, for it does not know what the API allows: its steady state is what
+each row of the long run beyond the short run's takes.
 """
 
 from __future__ import annotations
