@@ -44,11 +44,11 @@ def line(result: Result) -> list[str]:
     """Write down what one contender took."""
     return [
         result.name,
-        f"{result.trials[0].rows:,}",
+        f"{result.rows:,}",
         f"{result.best:,.0f}",
         f"{result.median:,.0f}",
         f"{result.spread:.0%}",
-        f"{result.cpu:.2f}",
+        f"{1000 * result.cpu_s / result.rows:.2f}",
         f"{result.peak_mib:.0f}",
         f"{result.requests:.2f}",
         f"{1 / result.requests:.1f}",

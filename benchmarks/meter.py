@@ -57,7 +57,7 @@ class Result:
     @property
     def rates(self) -> list[float]:
         """Rows per second, as a process, of each trial."""
-        return [trial.rows / trial.wall_s for trial in self.trials]
+        return [self.rows / trial.wall_s for trial in self.trials]
 
     @property
     def best(self) -> float:
@@ -70,19 +70,24 @@ class Result:
         return median(self.rates)
 
     @property
-    def working(self) -> float:
-        """Rows per second of the best trial, without the interpreter's start."""
-        return max(trial.rows / trial.working_s for trial in self.trials)
+    def rows(self) -> int:
+        """How many were answered in each trial."""
+        return self.trials[0].rows
+
+    @property
+    def working_s(self) -> float:
+        """How long the best trial worked, without the interpreter's start, in seconds."""
+        return min(trial.working_s for trial in self.trials)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the middle trial."""
+        return median(trial.cpu_s for trial in self.trials)
 
     @property
     def spread(self) -> float:
         """How far apart the trials are: the range of the rates as a share of their median."""
         return (max(self.rates) - min(self.rates)) / self.median
-
-    @property
-    def cpu(self) -> float:
-        """CPU seconds for 1,000 rows, median."""
-        return median(1000 * trial.cpu_s / trial.rows for trial in self.trials)
 
     @property
     def peak_mib(self) -> float:
@@ -92,7 +97,7 @@ class Result:
     @property
     def requests(self) -> float:
         """API requests for each row."""
-        return median(trial.requests / trial.rows for trial in self.trials)
+        return median(trial.requests for trial in self.trials) / self.rows
 
 
 def loop(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Contender:

@@ -53,40 +53,39 @@ def contenders(rows: int) -> list[Contender]:
 
 def best(results: list[Result], kind: str) -> float:
     """Rows per second of the best loop of a kind, without the interpreter's start."""
-    return max(result.working for result in results if result.name.startswith(f"{kind}, "))
+    return max(result.rows / result.working_s for result in results if result.name.startswith(f"{kind}, "))
 
 
-def steady(results: list[Result]) -> float:
-    """Rows per second of what the long run has beyond the short one: no start, all that a row costs."""
-    short, long = (min(one.trials, key=lambda trial: trial.working_s) for one in _named(results, SHORT, LONG))
-    longer_s = long.working_s - short.working_s
-    return (long.rows - short.rows) / longer_s if longer_s > 0 else nan
-
-
-def _named(results: list[Result], *names: str) -> list[Result]:
+def steady(results: list[Result]) -> tuple[float, float]:
+    """Rows per second, and CPU seconds for 1,000, of what the long run has beyond the short one."""
     by_name = {result.name: result for result in results}
-    return [by_name[name] for name in names]
+    short, long = by_name[SHORT], by_name[LONG]
+    rows, seconds = long.rows - short.rows, long.working_s - short.working_s
+    return (rows / seconds if seconds > 0 else nan), 1000 * (long.cpu_s - short.cpu_s) / rows
 
 
-def lines(results: list[Result]) -> list[list[str]]:
-    """Write down what came of it, a line for each contender."""
+def report(results: list[Result]) -> str:
+    """Write down what came of it: a line for each contender, and the steady state."""
     plain, ours = best(results, "httpx"), best(results, "transport")
-    return [
+    lines = [
         [
             result.name,
-            f"{result.trials[0].rows:,}",
+            f"{result.rows:,}",
             f"{result.best:,.0f}",
             f"{result.median:,.0f}",
             f"{result.spread:.0%}",
-            f"{result.working:,.0f}",
-            f"{result.working / plain:.2f}",
-            f"{result.working / ours:.2f}",
-            f"{result.cpu:.2f}",
+            f"{result.rows / result.working_s:,.0f}",
+            f"{result.rows / result.working_s / plain:.2f}",
+            f"{result.rows / result.working_s / ours:.2f}",
+            f"{1000 * result.cpu_s / result.rows:.2f}",
             f"{result.peak_mib:.0f}",
             f"{result.requests:.2f}",
         ]
         for result in results
     ]
+    rate, cpu = steady(results)
+    ratios = f"{rate / plain:.2f} of httpx, {rate / ours:.2f} of ours"
+    return f"{table(HEADER, lines)}\n\n{SHORT}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
 
 
 def main() -> None:
@@ -97,10 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     with serving() as server:
         results = compete(contenders(options.rows), server, options.rounds)
-    print(table(HEADER, lines(results)))
-    rate = steady(results)
-    plain, ours = rate / best(results, "httpx"), rate / best(results, "transport")
-    print(f"\nenrich run, steady state: {rate:,.0f} rows/s, {plain:.2f} of httpx, {ours:.2f} of ours")
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -120,11 +120,11 @@ def test_figures() -> None:
     results = [result("httpx, 10 tasks", 100, 1.0, 2.0), result(SHORT, 100, 3.0, 2.0), result(LONG, 300, 3.0, 9.0)]
 
     assert best(results, "httpx") == 100
-    assert steady(results) == 200
+    assert steady(results) == (200, 0)
     assert results[0].best == 50
     assert results[0].median == pytest.approx((50 + 100 / 3) / 2)
     assert results[0].spread == pytest.approx(0.4)
-    assert (results[0].cpu, results[0].requests) == (5.0, 2.0)
+    assert (results[0].cpu_s, results[0].requests) == (0.5, 2.0)
 
 
 def test_a_table_is_markdown() -> None:
