@@ -47,12 +47,12 @@ class Script:
 
 #: Together under five minutes.
 SCRIPTS = (
-    Script("overhead", ("--rows", "3000", "--rounds", "2"), 90),
-    Script("compare", ("--rows", "3000", "--rounds", "2"), 60),
+    Script("overhead", ("--rows", "3000", "--seconds", "80"), 110),
+    Script("compare", ("--rows", "3000", "--seconds", "50"), 70),
     Script("allowance", (), 30),
-    Script("polls", (), 30),
-    Script("million", ("--rows", "200000"), 50),
-    Script("processes", (), 40),
+    Script("polls", (), 20),
+    Script("million", ("--rows", "200000"), 40),
+    Script("processes", (), 30),
 )
 
 

@@ -1,6 +1,6 @@
 """`enrich run` against what one would use instead: a plain httpx loop, and the vendor's SDK.
 
-`python -m benchmarks.compare --rows 5000 --rounds 3`
+`python -m benchmarks.compare --rows 5000 --seconds 60`
 
 All on the same server, each a process of its own, from its start to its end. Only `enrich` keeps a ledger and writes
 an output; the others keep their answers in memory and throw them away. The SDK asks a row at a time in 50 threads, as
@@ -59,11 +59,11 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
     parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the others get more or fewer")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60, help="as many rounds as fit, at least one")
     options = parser.parse_args()
     with serving() as server:
-        results = compete(contenders(options.rows), server, options.rounds)
-    print(table(HEADER, map(line, results)))
+        results = compete(contenders(options.rows), server, options.seconds)
+    print(f"{table(HEADER, map(line, results))}\n\nrounds: {len(results[0].trials)}")
 
 
 if __name__ == "__main__":

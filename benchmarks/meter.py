@@ -1,4 +1,4 @@
-"""Runs contenders as processes of their own, in turn and several times, and tells what each run took.
+"""Runs contenders as processes of their own, in turn and as often as there is time, and tells what each run took.
 
 The process that measures must stay small: on Linux a child's peak memory begins at its parent's.
 """
@@ -154,14 +154,21 @@ def measure(contender: Contender, server: Server) -> Trial:
         )
 
 
-def compete(contenders: Sequence[Contender], server: Server, rounds: int) -> list[Result]:
-    """Let all run in turn, `rounds` times: what disturbs the machine for a while disturbs all."""
+def compete(contenders: Sequence[Contender], server: Server, seconds: float) -> list[Result]:
+    """Let all run in turn, for as many rounds as fit into `seconds`, at least one.
+
+    In turn, because what disturbs the machine for a while shall disturb them all.
+    """
     trials: list[list[Trial]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    began = round_began = time.perf_counter()
+    while True:
         for contender, mine in zip(contenders, trials, strict=True):
             mine.append(measure(contender, server))
             print(f"  {contender.name}: {mine[-1].rows / mine[-1].wall_s:,.0f} rows/s", file=sys.stderr)
-    return [Result(one.name, tuple(mine)) for one, mine in zip(contenders, trials, strict=True)]
+        now = time.perf_counter()
+        if now - began + (now - round_began) > seconds:
+            return [Result(one.name, tuple(mine)) for one, mine in zip(contenders, trials, strict=True)]
+        round_began = now
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

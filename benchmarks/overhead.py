@@ -1,6 +1,6 @@
 """What `enrich run` costs on top of its requests: against plain loops that keep nothing, in one run.
 
-`python -m benchmarks.overhead --rows 5000 --rounds 3`
+`python -m benchmarks.overhead --rows 5000 --seconds 120`
 
 A row is one POST and one GET. `httpx` is the plain loop over httpx as it is installed, `transport` the same loop over
 our own transport, `aiohttp` that loop without httpx, for scale. `enrich run` is the whole command: leads read, ledger
@@ -85,17 +85,18 @@ def report(results: list[Result]) -> str:
     ]
     rate, cpu = steady(results)
     ratios = f"{rate / plain:.2f} of httpx, {rate / ours:.2f} of ours"
-    return f"{table(HEADER, lines)}\n\n{SHORT}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
+    steadily = f"{SHORT}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
+    return f"{table(HEADER, lines)}\n\n{steadily}\nrounds: {len(results[0].trials)}"
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
     parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the slow loops get fewer")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=120, help="as many rounds as fit, at least one")
     options = parser.parse_args()
     with serving() as server:
-        results = compete(contenders(options.rows), server, options.rounds)
+        results = compete(contenders(options.rows), server, options.seconds)
     print(report(results))
 
 
