@@ -23,6 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "BENCHMARKS.md"
 GENERATED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"^(?=## )", re.MULTILINE)
 GIB = 1024**3
 
 
@@ -82,12 +83,17 @@ def machine() -> str:
 
 def section(script: Script, table: str) -> str:
     """Write one table below the words of its script."""
-    return f"## {script.name.capitalize()}\n\n{script.words}\n\n```text\n{table}\n```\n"
+    return f"## {script.name.capitalize()}\n\n{script.words}\n\nMeasured {machine()}:\n\n```text\n{table}\n```\n\n"
 
 
-def with_tables(document: str, measured_on: str, sections: Sequence[str]) -> str:
-    """Put sections into a document, in place of those that it has."""
-    return GENERATED.sub(lambda _: "\n".join([f"Measured {measured_on}.\n", *sections]), document)
+def with_tables(document: str, sections: Sequence[str]) -> str:
+    """Put sections into a document, in place of those with the same heading; others stay."""
+
+    def merged(found: re.Match[str]) -> str:
+        parts = [part for part in SECTION.split(found[0]) if part.strip()]
+        return "".join({part.splitlines()[0]: part for part in [*parts, *sections]}.values())
+
+    return GENERATED.sub(merged, document)
 
 
 def chosen(only: str | None, scripts: Sequence[Script] = SCRIPTS) -> list[Script]:
@@ -102,15 +108,15 @@ def main() -> None:
     parser.add_argument("--only", help="some of: " + ", ".join(script.name for script in chosen(None)))
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARKS.md")
     options = parser.parse_args()
+    print(f"{machine()}\n")
     sections = []
-    print(machine())
     for script in chosen(options.only):
-        print(f"\n{script.name} (at most {script.seconds:g} s)", flush=True)
+        print(f"{script.name} (at most {script.seconds:g} s)", flush=True)
         table = told(script)
-        print(table, flush=True)
+        print(f"{table}\n", flush=True)
         sections.append(section(script, table))
     if options.write:
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), machine(), sections), encoding="utf-8")
+        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

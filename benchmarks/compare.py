@@ -47,7 +47,7 @@ def line(result: Result) -> list[str]:
         f"{result.rows:,}",
         f"{result.best:,.0f}",
         f"{result.median:,.0f}",
-        f"{result.spread:.0%}",
+        result.spread,
         f"{1000 * result.cpu_s / result.rows:.2f}",
         f"{result.peak_mib:.0f}",
         f"{result.requests:.2f}",

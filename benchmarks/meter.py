@@ -85,9 +85,9 @@ class Result:
         return median(trial.cpu_s for trial in self.trials)
 
     @property
-    def spread(self) -> float:
+    def spread(self) -> str:
         """How far apart the trials are: the range of the rates as a share of their median."""
-        return (max(self.rates) - min(self.rates)) / self.median
+        return f"{(max(self.rates) - min(self.rates)) / self.median:.0%}" if len(self.trials) > 1 else "-"
 
     @property
     def peak_mib(self) -> float:

@@ -73,7 +73,7 @@ def report(results: list[Result]) -> str:
             f"{result.rows:,}",
             f"{result.best:,.0f}",
             f"{result.median:,.0f}",
-            f"{result.spread:.0%}",
+            result.spread,
             f"{result.rows / result.working_s:,.0f}",
             f"{result.rows / result.working_s / plain:.2f}",
             f"{result.rows / result.working_s / ours:.2f}",

@@ -123,7 +123,9 @@ def test_figures() -> None:
     assert steady(results) == (200, 0)
     assert results[0].best == 50
     assert results[0].median == pytest.approx((50 + 100 / 3) / 2)
-    assert results[0].spread == pytest.approx(0.4)
+    assert results[0].spread == "40%"
+    assert results[1].spread == "18%"
+    assert result("alone", 1, 1.0).spread == "-"
     assert (results[0].cpu_s, results[0].requests) == (0.5, 2.0)
 
 
@@ -145,9 +147,9 @@ def test_a_script_that_takes_too_long_is_ended() -> None:
 
 
 def test_tables_go_between_their_marks() -> None:
-    """Written twice, the page is the same as written once."""
-    page = "words\n<!-- measured -->\nold\n<!-- end -->\nmore words\n"
-    once = with_tables(page, "today", ["## New\n"])
+    """A section replaces the one with its heading; the others and the page's words stay."""
+    page = "words\n<!-- measured -->\n## A\nold\n\n## B\nold\n\n<!-- end -->\nmore words\n"
+    new = with_tables(page, ["## B\nnew\n\n", "## C\nnew\n\n"])
 
-    assert once == "words\n<!-- measured -->\nMeasured today.\n\n## New\n<!-- end -->\nmore words\n"
-    assert with_tables(once, "today", ["## New\n"]) == once
+    sections = "## A\nold\n\n## B\nnew\n\n## C\nnew\n\n"
+    assert new == f"words\n<!-- measured -->\n{sections}<!-- end -->\nmore words\n"
