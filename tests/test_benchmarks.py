@@ -124,7 +124,7 @@ def test_figures() -> None:
     assert results[0].best == 50
     assert results[0].median == pytest.approx((50 + 100 / 3) / 2)
     assert results[0].spread == "40%"
-    assert results[1].spread == "18%"
+    assert results[1].spread == "29%"
     assert result("alone", 1, 1.0).spread == "-"
     assert (results[0].cpu_s, results[0].requests) == (0.5, 2.0)
 
