@@ -34,8 +34,7 @@ from enrich.sandbox.latency import Latency, latency
 ROOT = Path(__file__).parent.parent
 API_KEY = "benchmark"
 WATERFALL = "email_getter"
-PRICE = 0.51
-BALANCE = 1e9
+PRICE, BALANCE = 0.51, 1e9
 
 
 def _wrapper(name: str, email: str) -> str:
