@@ -48,12 +48,12 @@ class Script:
 
 #: Together under five minutes.
 SCRIPTS = (
-    Script("overhead", ("--rows", "3000", "--seconds", "80"), 110),
-    Script("compare", ("--rows", "3000", "--seconds", "50"), 70),
-    Script("allowance", (), 30),
+    Script("overhead", ("--rows", "3000", "--seconds", "100"), 140),
+    Script("compare", ("--rows", "3000", "--seconds", "45"), 60),
+    Script("allowance", (), 20),
     Script("polls", (), 20),
-    Script("million", ("--rows", "200000"), 40),
-    Script("processes", (), 30),
+    Script("million", ("--rows", "200000"), 35),
+    Script("processes", (), 25),
 )
 
 

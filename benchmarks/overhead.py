@@ -57,11 +57,15 @@ def best(results: list[Result], kind: str) -> float:
 
 
 def steady(results: list[Result]) -> tuple[float, float]:
-    """Rows per second, and CPU seconds for 1,000, of what the long run has beyond the short one."""
+    """Rows per second, and CPU seconds for 1,000, of what the long run has beyond the short one.
+
+    Not known (nan) from one round: a short run that was disturbed would make it look fast.
+    """
     by_name = {result.name: result for result in results}
     short, long = by_name[SHORT], by_name[LONG]
     rows, seconds = long.rows - short.rows, long.working_s - short.working_s
-    return (rows / seconds if seconds > 0 else nan), 1000 * (long.cpu_s - short.cpu_s) / rows
+    known = seconds > 0 and len(long.trials) > 1
+    return (rows / seconds if known else nan), 1000 * (long.cpu_s - short.cpu_s) / rows
 
 
 def report(results: list[Result]) -> str:
