@@ -1,6 +1,6 @@
 """Runs the benchmarks one after another, each within its time, and prints their tables; `make bench`.
 
-`python -m benchmarks --only overhead,compare --write` also puts the tables into BENCHMARKS.md, each below the words of
+`python -m benchmarks --only overhead compare --write` also puts the tables into BENCHMARKS.md, each below the words of
 its script.
 """
 
@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,17 +58,22 @@ SCRIPTS = (
 
 
 def told(script: Script) -> str:
-    """Run a script and return what it prints; one that takes too long is ended, with all that it started."""
+    """Run a script and return what it prints; one that takes too long is ended, with all that it started.
+
+    Raises RuntimeError when it did not come to its end.
+    """
     command = [sys.executable, "-m", f"benchmarks.{script.name}", *script.options]
     with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
             printed, _ = process.communicate(timeout=script.seconds)
-        except subprocess.TimeoutExpired:
-            return f"stopped: it took longer than {script.seconds:g} s"
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{script.name} took longer than {script.seconds:g} s") from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    return printed.rstrip() if process.returncode == 0 else f"failed with exit code {process.returncode}"
+    if process.returncode:
+        raise RuntimeError(f"{script.name} failed with exit code {process.returncode}")
+    return str(printed).rstrip()
 
 
 def machine() -> str:
@@ -96,27 +101,27 @@ def with_tables(document: str, sections: Sequence[str]) -> str:
     return GENERATED.sub(merged, document)
 
 
-def chosen(only: str | None, scripts: Sequence[Script] = SCRIPTS) -> list[Script]:
-    """Choose the scripts that are there, or those that are named. Raises KeyError for a name that is none."""
-    by_name: Mapping[str, Script] = {script.name: script for script in scripts if script.path.exists()}
-    return [by_name[name] for name in only.split(",")] if only else list(by_name.values())
-
-
 def main() -> None:
     """Run them all."""
+    present = {script.name: script for script in SCRIPTS if script.path.exists()}
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--only", help="some of: " + ", ".join(script.name for script in chosen(None)))
+    parser.add_argument("--only", nargs="+", choices=present, default=list(present))
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARKS.md")
     options = parser.parse_args()
     print(f"{machine()}\n")
-    sections = []
-    for script in chosen(options.only):
+    sections, failures = [], []
+    for script in (present[name] for name in options.only):
         print(f"{script.name} (at most {script.seconds:g} s)", flush=True)
-        table = told(script)
-        print(f"{table}\n", flush=True)
-        sections.append(section(script, table))
+        try:
+            table = told(script)
+        except RuntimeError as error:
+            failures.append(str(error))
+        else:
+            print(f"{table}\n", flush=True)
+            sections.append(section(script, table))
     if options.write:
         DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), sections), encoding="utf-8")
+    sys.exit("\n".join(failures) or None)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def contenders(rows: int) -> list[Contender]:
     """Choose who runs: the slow ones with fewer rows, so that all take about as long."""
     bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
     sdk = [
-        vendor("databar SDK, 50 threads", rows // 5, "--threads", "50"),
+        vendor("databar SDK, 50 threads", max(1, rows // 5), "--threads", "50"),
         vendor("databar SDK, one bulk call", 10 * rows, "--bulk"),
     ]
     if find_spec("databar") is None:
         print("the vendor's SDK is not installed: pip install -e '.[bench]'", file=sys.stderr)
         sdk = []
-    return [enrich_run("enrich run", rows), *bulk, loop("httpx", 10, rows // 4), *sdk]
+    return [enrich_run("enrich run", rows), *bulk, loop("httpx", 10, max(1, rows // 4)), *sdk]
 
 
 def line(result: Result) -> list[str]:

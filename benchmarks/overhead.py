@@ -39,8 +39,8 @@ def contenders(rows: int) -> list[Contender]:
     """Choose who runs: the loops with so many rows that all take about as long."""
     bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
     return [
-        loop("httpx", 10, rows // 4),
-        loop("httpx", 50, rows // 8),
+        loop("httpx", 10, max(1, rows // 4)),
+        loop("httpx", 50, max(1, rows // 8)),
         loop("transport", 10, rows),
         loop("transport", 50, rows),
         loop("transport", 50, rows, uvloop=True),
