@@ -1,6 +1,6 @@
 """Runs the benchmarks one after another, each within its time, and prints their tables; `make bench`.
 
-`python -m benchmarks --only overhead,compare --write` also puts the tables into BENCHMARKS.md, each below the words of
+`python -m benchmarks --only overhead compare --write` also puts the tables into BENCHMARKS.md, each below the words of
 its script.
 """
 
@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "BENCHMARKS.md"
 GENERATED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"^(?=## )", re.MULTILINE)
 GIB = 1024**3
 
 
@@ -47,27 +48,32 @@ class Script:
 
 #: Together under five minutes.
 SCRIPTS = (
-    Script("overhead", ("--rows", "3000", "--rounds", "2"), 90),
-    Script("compare", ("--rows", "3000", "--rounds", "2"), 60),
-    Script("allowance", (), 30),
-    Script("polls", (), 30),
-    Script("million", ("--rows", "200000"), 50),
-    Script("processes", (), 40),
+    Script("overhead", ("--rows", "3000", "--seconds", "100"), 140),
+    Script("compare", ("--rows", "3000", "--seconds", "45"), 60),
+    Script("allowance", (), 20),
+    Script("polls", (), 20),
+    Script("million", ("--rows", "200000"), 35),
+    Script("processes", (), 25),
 )
 
 
 def told(script: Script) -> str:
-    """Run a script and return what it prints; one that takes too long is ended, with all that it started."""
+    """Run a script and return what it prints; one that takes too long is ended, with all that it started.
+
+    Raises RuntimeError when it did not come to its end.
+    """
     command = [sys.executable, "-m", f"benchmarks.{script.name}", *script.options]
     with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
             printed, _ = process.communicate(timeout=script.seconds)
-        except subprocess.TimeoutExpired:
-            return f"stopped: it took longer than {script.seconds:g} s"
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{script.name} took longer than {script.seconds:g} s") from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    return printed.rstrip() if process.returncode == 0 else f"failed with exit code {process.returncode}"
+    if process.returncode:
+        raise RuntimeError(f"{script.name} failed with exit code {process.returncode}")
+    return str(printed).rstrip()
 
 
 def machine() -> str:
@@ -82,35 +88,40 @@ def machine() -> str:
 
 def section(script: Script, table: str) -> str:
     """Write one table below the words of its script."""
-    return f"## {script.name.capitalize()}\n\n{script.words}\n\n```text\n{table}\n```\n"
+    return f"## {script.name.capitalize()}\n\n{script.words}\n\nMeasured {machine()}:\n\n```text\n{table}\n```\n\n"
 
 
-def with_tables(document: str, measured_on: str, sections: Sequence[str]) -> str:
-    """Put sections into a document, in place of those that it has."""
-    return GENERATED.sub(lambda _: "\n".join([f"Measured {measured_on}.\n", *sections]), document)
+def with_tables(document: str, sections: Sequence[str]) -> str:
+    """Put sections into a document, in place of those with the same heading; others stay."""
 
+    def merged(found: re.Match[str]) -> str:
+        parts = [part for part in SECTION.split(found[0]) if part.strip()]
+        return "".join({part.splitlines()[0]: part for part in [*parts, *sections]}.values())
 
-def chosen(only: str | None, scripts: Sequence[Script] = SCRIPTS) -> list[Script]:
-    """Choose the scripts that are there, or those that are named. Raises KeyError for a name that is none."""
-    by_name: Mapping[str, Script] = {script.name: script for script in scripts if script.path.exists()}
-    return [by_name[name] for name in only.split(",")] if only else list(by_name.values())
+    return GENERATED.sub(merged, document)
 
 
 def main() -> None:
     """Run them all."""
+    present = {script.name: script for script in SCRIPTS if script.path.exists()}
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--only", help="some of: " + ", ".join(script.name for script in chosen(None)))
+    parser.add_argument("--only", nargs="+", choices=present, default=list(present))
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARKS.md")
     options = parser.parse_args()
-    sections = []
-    print(machine())
-    for script in chosen(options.only):
-        print(f"\n{script.name} (at most {script.seconds:g} s)", flush=True)
-        table = told(script)
-        print(table, flush=True)
-        sections.append(section(script, table))
+    print(f"{machine()}\n")
+    sections, failures = [], []
+    for script in (present[name] for name in options.only):
+        print(f"{script.name} (at most {script.seconds:g} s)", flush=True)
+        try:
+            table = told(script)
+        except RuntimeError as error:
+            failures.append(str(error))
+        else:
+            print(f"{table}\n", flush=True)
+            sections.append(section(script, table))
     if options.write:
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), machine(), sections), encoding="utf-8")
+        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), sections), encoding="utf-8")
+    sys.exit("\n".join(failures) or None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs contenders as processes of their own, in turn and several times, and tells what each run took.
+"""Runs contenders as processes of their own, in turn and as often as there is time, and tells what each run took.
 
 The process that measures must stay small: on Linux a child's peak memory begins at its parent's.
 """
@@ -57,7 +57,7 @@ class Result:
     @property
     def rates(self) -> list[float]:
         """Rows per second, as a process, of each trial."""
-        return [trial.rows / trial.wall_s for trial in self.trials]
+        return [self.rows / trial.wall_s for trial in self.trials]
 
     @property
     def best(self) -> float:
@@ -70,19 +70,24 @@ class Result:
         return median(self.rates)
 
     @property
-    def working(self) -> float:
-        """Rows per second of the best trial, without the interpreter's start."""
-        return max(trial.rows / trial.working_s for trial in self.trials)
+    def rows(self) -> int:
+        """How many were answered in each trial."""
+        return self.trials[0].rows
 
     @property
-    def spread(self) -> float:
+    def working_s(self) -> float:
+        """How long the best trial worked, without the interpreter's start, in seconds."""
+        return min(trial.working_s for trial in self.trials)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the middle trial."""
+        return median(trial.cpu_s for trial in self.trials)
+
+    @property
+    def spread(self) -> str:
         """How far apart the trials are: the range of the rates as a share of their median."""
-        return (max(self.rates) - min(self.rates)) / self.median
-
-    @property
-    def cpu(self) -> float:
-        """CPU seconds for 1,000 rows, median."""
-        return median(1000 * trial.cpu_s / trial.rows for trial in self.trials)
+        return f"{(max(self.rates) - min(self.rates)) / self.median:.0%}" if len(self.trials) > 1 else "-"
 
     @property
     def peak_mib(self) -> float:
@@ -92,7 +97,7 @@ class Result:
     @property
     def requests(self) -> float:
         """API requests for each row."""
-        return median(trial.requests / trial.rows for trial in self.trials)
+        return median(trial.requests for trial in self.trials) / self.rows
 
 
 def loop(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Contender:
@@ -149,14 +154,21 @@ def measure(contender: Contender, server: Server) -> Trial:
         )
 
 
-def compete(contenders: Sequence[Contender], server: Server, rounds: int) -> list[Result]:
-    """Let all run in turn, `rounds` times: what disturbs the machine for a while disturbs all."""
+def compete(contenders: Sequence[Contender], server: Server, seconds: float) -> list[Result]:
+    """Let all run in turn, for as many rounds as fit into `seconds`, at least one.
+
+    In turn, because what disturbs the machine for a while shall disturb them all.
+    """
     trials: list[list[Trial]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    began = round_began = time.perf_counter()
+    while True:
         for contender, mine in zip(contenders, trials, strict=True):
             mine.append(measure(contender, server))
             print(f"  {contender.name}: {mine[-1].rows / mine[-1].wall_s:,.0f} rows/s", file=sys.stderr)
-    return [Result(one.name, tuple(mine)) for one, mine in zip(contenders, trials, strict=True)]
+        now = time.perf_counter()
+        if now - began + (now - round_began) > seconds:
+            return [Result(one.name, tuple(mine)) for one, mine in zip(contenders, trials, strict=True)]
+        round_began = now
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

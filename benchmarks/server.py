@@ -34,8 +34,7 @@ from enrich.sandbox.latency import Latency, latency
 ROOT = Path(__file__).parent.parent
 API_KEY = "benchmark"
 WATERFALL = "email_getter"
-PRICE = 0.51
-BALANCE = 1e9
+PRICE, BALANCE = 0.51, 1e9
 
 
 def _wrapper(name: str, email: str) -> str:
@@ -54,13 +53,9 @@ def _wrapper(name: str, email: str) -> str:
 
 
 WRAPPER = _wrapper("Peoplegrid", "lead-%(lead)s@engine.example").encode()
-DONE = (
-    b'{"task_id":"%(task)s","request_id":"%(task)s","status":"completed",%(progress)s"data":[%(data)s],'
-    b'"error":null,"credits_spent":%(spent)s}'
-)
-RUNNING = (
-    b'{"task_id":"%(task)s","request_id":"%(task)s","status":"processing",%(progress)s"data":null,'
-    b'"error":null,"credits_spent":0}'
+TASK = (
+    b'{"task_id":"%(task)s","request_id":"%(task)s","status":"%(status)s",%(progress)s"data":%(data)s,'
+    b'"error":null,"credits_spent":%(spent).2f}'
 )
 PROGRESS = b'"progress":{"total":%d,"completed":%d,"no_data":0,"failed":0,"processing":%d},'
 WORDS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429: b"Too Many Requests"}
@@ -152,29 +147,23 @@ class Api:
             progress = PROGRESS % (rows, done, rows - done)
         else:
             done, rows, progress = int(ready <= now), 1, b""
-        facts = {b"task": task, b"progress": progress}
+        facts: dict[bytes, Any] = {b"task": task, b"progress": progress}
         if done < rows:
-            return Reply("task", 200, RUNNING % facts)
+            return Reply("task", 200, TASK % {**facts, b"status": b"processing", b"data": b"null", b"spent": 0})
         number = task[:8]
         leads = [number] if isinstance(ready, float) else [b"%s-%d" % (number, row) for row in range(rows)]
-        facts[b"data"] = b",".join([WRAPPER % {b"lead": lead} for lead in leads])
-        facts[b"spent"] = b"%.2f" % (PRICE * rows)
-        return Reply("task", 200, DONE % facts)
+        data = b"[%s]" % b",".join([WRAPPER % {b"lead": lead} for lead in leads])
+        return Reply("task", 200, TASK % {**facts, b"status": b"completed", b"data": data, b"spent": PRICE * rows})
 
     def _describe(self, endpoint: str) -> Reply:
+        balance = round(BALANCE - PRICE * self._rows, 2)
         documents: dict[str, Any] = {
-            "user": {
-                "first_name": "Ada",
-                "email": "ada@engine.example",
-                "balance": round(BALANCE - PRICE * self._rows, 2),
-                "plan": "benchmark",
-                "workspace": "benchmark",
-            },
+            "user": {"email": "ada@engine.example", "balance": balance, "plan": "benchmark", "workspace": "benchmark"},
             "waterfalls": [self._document],
             "waterfall": self._document,
         }
         if endpoint not in documents:
-            return Reply("unknown", 404, b'{"detail":"Not Found"}')
+            return Reply(endpoint, 404, b'{"detail":"Not Found"}')
         return Reply(endpoint, 200, orjson.dumps(documents[endpoint]))
 
     def _told(self) -> bytes:
@@ -241,10 +230,9 @@ class Wire(asyncio.Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs; `pid` is its process."""
+    """A server that runs."""
 
     url: str
-    pid: int
 
     @property
     def base_url(self) -> str:
@@ -277,7 +265,7 @@ def serving(*options: str) -> Iterator[Server]:
             url = process.stdout.readline().strip()
             if not url:
                 raise RuntimeError("the server did not start")
-            yield Server(url, process.pid)
+            yield Server(url)
         finally:
             process.terminate()
 
@@ -293,9 +281,8 @@ def main() -> None:
     """Serve until the process is ended."""
     parser = argparse.ArgumentParser(prog="benchmarks.server", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0: any that is free")
-    parser.add_argument(
-        "--latency", type=_latency, default="0", help="seconds, or fixed(s), uniform(a,b), lognormal(median,sigma)"
-    )
+    help_ = "seconds, or fixed(s), uniform(a,b), lognormal(median,sigma)"
+    parser.add_argument("--latency", type=_latency, default="0", help=help_)
     parser.add_argument("--rate", type=float, default=0, help="requests per second that are allowed; 0: all")
     parser.add_argument("--burst", type=float, default=10, help="how many may come at once")
     parser.add_argument("--retry-after", type=float, help="seconds that a 429 tells to wait; else it tells nothing")

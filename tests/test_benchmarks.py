@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from uuid import UUID
 
@@ -35,7 +34,7 @@ def first_cells(printed: str) -> list[str]:
 
 def test_overhead_prints_a_line_for_each_way() -> None:
     """Plain loops and whole runs stand side by side."""
-    printed = run("overhead", "--rows", "24", "--rounds", "1")
+    printed = run("overhead", "--rows", "24", "--seconds", "0")
 
     names = first_cells(printed)
     assert {"httpx, 10 tasks", "transport, 50 tasks", SHORT, LONG} <= set(names)
@@ -44,7 +43,7 @@ def test_overhead_prints_a_line_for_each_way() -> None:
 
 def test_compare_prints_a_line_for_each_contender() -> None:
     """The vendor's SDK is left out when it is not installed, and nothing fails for it."""
-    names = first_cells(run("compare", "--rows", "20", "--rounds", "1"))
+    names = first_cells(run("compare", "--rows", "20", "--seconds", "0"))
 
     assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
 
@@ -120,11 +119,13 @@ def test_figures() -> None:
     results = [result("httpx, 10 tasks", 100, 1.0, 2.0), result(SHORT, 100, 3.0, 2.0), result(LONG, 300, 3.0, 9.0)]
 
     assert best(results, "httpx") == 100
-    assert steady(results) == 200
+    assert steady(results) == (200, 0)
     assert results[0].best == 50
     assert results[0].median == pytest.approx((50 + 100 / 3) / 2)
-    assert results[0].spread == pytest.approx(0.4)
-    assert (results[0].cpu, results[0].requests) == (5.0, 2.0)
+    assert results[0].spread == "40%"
+    assert results[1].spread == "29%"
+    assert result("alone", 1, 1.0).spread == "-"
+    assert (results[0].cpu_s, results[0].requests) == (0.5, 2.0)
 
 
 def test_a_table_is_markdown() -> None:
@@ -137,17 +138,15 @@ def test_a_table_is_markdown() -> None:
 
 
 def test_a_script_that_takes_too_long_is_ended() -> None:
-    """What it started ends with it, and the others go on."""
-    began = time.monotonic()
-
-    assert told(Script("server", (), 0.5)) == "stopped: it took longer than 0.5 s"
-    assert time.monotonic() - began < 60
+    """It does not hold up the others."""
+    with pytest.raises(RuntimeError, match="server took longer"):
+        told(Script("server", (), 0.5))
 
 
 def test_tables_go_between_their_marks() -> None:
-    """Written twice, the page is the same as written once."""
-    page = "words\n<!-- measured -->\nold\n<!-- end -->\nmore words\n"
-    once = with_tables(page, "today", ["## New\n"])
+    """A section replaces the one with its heading; the others and the page's words stay."""
+    page = "words\n<!-- measured -->\n## A\nold\n\n## B\nold\n\n<!-- end -->\nmore words\n"
+    new = with_tables(page, ["## B\nnew\n\n", "## C\nnew\n\n"])
 
-    assert once == "words\n<!-- measured -->\nMeasured today.\n\n## New\n<!-- end -->\nmore words\n"
-    assert with_tables(once, "today", ["## New\n"]) == once
+    sections = "## A\nold\n\n## B\nnew\n\n## C\nnew\n\n"
+    assert new == f"words\n<!-- measured -->\n{sections}<!-- end -->\nmore words\n"
