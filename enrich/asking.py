@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from itertools import count, repeat
 
 import polars as pl
 
@@ -17,6 +17,7 @@ from enrich.model import RowStatus, Wanted
 from enrich.privacy import Forgotten
 from enrich.question import Question
 from enrich.spec import Param
+from enrich.tables.cells import quoted
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
@@ -31,8 +32,12 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
 #: The columns of the change feed behind its key.
 CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
-#: Writes params as they are sent; made once, as json.dumps would for every row.
-_written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+#: What JSON does not write as it stands.
+_ESCAPED = r'["\\\x00-\x1f]'
+#: One `@` with something before it and a dot behind it.
+_EMAIL = r"^[^@]+@[^@]*\.[^@]*$"
+#: What Python's `str.isspace` takes for a blank.
+_BLANK = r"[\s\x1c-\x1f]"
 
 #: Why a row is filtered, where the job's expressions are not the reason.
 SUPPRESSED = "suppressed: listed as never to be sent"
@@ -59,35 +64,24 @@ class Batch:
 
     def asked(self) -> Iterator[Wanted]:
         """Yield what the rows ask that ask something."""
-        rows = zip(self.fingerprints, self.params, self.groups, strict=True)
-        for index, (fingerprint, params, group) in enumerate(rows):
-            if fingerprint is not None and params is not None:
-                place = self.places[index] if self.places else None
-                yield Wanted(self.first + index, fingerprint, params, place, group)
-
-
-class _Ask(NamedTuple):
-    """What a row asks, or why it doesn't."""
-
-    fingerprint: bytes | None = None
-    params: str | None = None
-    status: RowStatus | None = None
-    error: str | None = None
+        places = self.places or repeat(None)
+        rows = zip(count(self.first), self.fingerprints, self.params, places, self.groups, strict=False)
+        return (Wanted._make(row) for row in rows if row[1] is not None)
 
 
 class Asking:
     """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
 
     def __init__(self, job: Job, question: Question, header: list[str], forgotten: Forgotten) -> None:
-        self._params = job.model.params
-        self._question = question
+        params = job.model.params
         self._forgotten = forgotten
         self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
         call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
-        self._prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
-        self._names = sorted(self._params)
+        self._prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
+        self._names = sorted(params)
         # Named by number, so that no param is in the way of another column.
-        self._values = [source(self._params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
+        self._values = [source(params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
+        self._problem = _problem(self._names, params, question)
         self._group = _group(job, header).alias("group")
         self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
 
@@ -102,61 +96,78 @@ class Asking:
         """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
         vetoed = pl.lit(value=False) if suppressed is None else pl.lit(suppressed)
         values = frame.select(*self._values, self._group, pl.lit(wanted).alias("wanted"), vetoed.alias("vetoed"))
-        asks: list[_Ask] = []
-        groups: list[str | None] = []
-        for *row, group, keep, veto in values.iter_rows():
-            asks.append(self._ask(row, keep=keep, veto=veto))
-            groups.append(group)
-        return Batch(
-            first,
-            frame.select(pl.nth(self._kept)),
-            [ask.fingerprint for ask in asks],
-            [ask.params for ask in asks],
-            [ask.status for ask in asks],
-            [ask.error for ask in asks],
-            groups,
-            places,
+        left_out = ~pl.col("wanted") | pl.col("vetoed")
+        why = pl.when("wanted").then(pl.lit(SUPPRESSED))
+        facts = values.select(
+            pl.when(left_out).then(why).otherwise(self._problem).alias("error"),
+            pl.when(left_out).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
         )
+        asked = facts.get_column("status") == 0
+        params = pl.select(pl.when(asked).then(as_json(self._names, values))).to_series()
+        texts: list[str | None] = params.to_list()
+        errors: list[str | None] = facts.get_column("error").to_list()
+        statuses = [_STATUSES[status] for status in facts.get_column("status")]
+        fingerprints = self._fingerprints(params.cast(pl.Binary).to_list())
+        for index, text in enumerate(texts) if self._forgotten.hashes else ():
+            if text is not None and text in self._forgotten:
+                statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN
+                texts[index] = fingerprints[index] = None
+        kept = frame.select(pl.nth(self._kept))
+        return Batch(first, kept, fingerprints, texts, statuses, errors, values.get_column("group").to_list(), places)
 
-    def _ask(self, row: list[str], *, keep: bool, veto: bool) -> _Ask:
-        if not keep:
-            return _Ask(status=RowStatus.FILTERED)
-        if veto:
-            return _Ask(status=RowStatus.FILTERED, error=SUPPRESSED)
-        params = {name: value for name, value in zip(self._names, row, strict=True) if value}
-        if error := self._problem(params):
-            return _Ask(status=RowStatus.INVALID, error=error)
-        text = _written(params)
-        if text in self._forgotten:
-            return _Ask(status=RowStatus.FILTERED, error=FORGOTTEN)
-        return _Ask(self._fingerprint(text), text)
+    def _fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
+        """Name requests by what is sent; stable over versions, machines and the job file's order of params."""
+        prefix, occurrences = self._prefix, self._occurrences
+        names: list[bytes | None] = []
+        for text in params:
+            if text is None:
+                names.append(None)
+                continue
+            digest = prefix.copy()
+            digest.update(text)
+            name = digest.digest()
+            if occurrences is not None:
+                occurrence = occurrences[name]
+                occurrences[name] += 1
+                if occurrence:
+                    digest.update(b"\0%d" % occurrence)
+                    name = digest.digest()
+            names.append(name)
+        return names
 
-    def _problem(self, params: dict[str, str]) -> str | None:
-        """Say why a row cannot be asked."""
-        for name in self._question.required:
-            if name not in params:
-                return f"{name} is empty ({self._sources(name)})"
-        for name in filter(params.get, self._question.emails):
-            local, at, domain = params[name].partition("@")
-            if not (local and at and "." in domain) or "@" in domain or any(map(str.isspace, params[name])):
-                return f"{name} is no e-mail address ({self._sources(name)})"
-        return None if params else "no param has a value"
 
-    def _sources(self, name: str) -> str:
-        return ", ".join(self._params[name].columns) or "a constant"
+#: By the numbers that a frame has for them.
+_STATUSES = (None, RowStatus.FILTERED, RowStatus.INVALID)
 
-    def _fingerprint(self, params: str) -> bytes:
-        """Name a request by what is sent; stable over versions, machines and the job file's order of params."""
-        digest = self._prefix.copy()
-        digest.update(b"\0" + params.encode())
-        shared = digest.digest()
-        if self._occurrences is None:
-            return shared
-        occurrence = self._occurrences[shared]
-        self._occurrences[shared] += 1
-        if occurrence:
-            digest.update(b"\0%d" % occurrence)
-        return digest.digest()
+
+def _problem(names: list[str], params: Mapping[str, Param], question: Question) -> pl.Expr:
+    """Say why a row cannot be asked, whose params are the columns `0`, `1` …; null where it can."""
+
+    def of(name: str) -> tuple[pl.Expr, str]:
+        return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
+
+    blank = pl.all_horizontal(pl.col(str(number)) == "" for number in range(len(names)))
+    problem = pl.when(blank).then(pl.lit("no param has a value"))
+    for name in (name for name in reversed(question.emails) if name in names):
+        value, where = of(name)
+        fine = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_BLANK))
+        problem = pl.when(fine).then(problem).otherwise(pl.lit(f"{name} is no e-mail address {where}"))
+    for name in reversed(question.required):
+        value, where = of(name)
+        problem = pl.when(value != "").then(problem).otherwise(pl.lit(f"{name} is empty {where}"))
+    return problem
+
+
+def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
+    """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out."""
+    pairs = []
+    for name, value in zip(names, values.iter_columns(), strict=False):
+        if value.str.contains(_ESCAPED).any():
+            text = pl.lit(pl.Series(list(map(quoted, value)), dtype=pl.String))
+        else:
+            text = '"' + pl.lit(value) + '"'
+        pairs.append(pl.when(pl.lit(value) != "").then(pl.lit(f"{quoted(name)}:") + text))
+    return pl.select("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").to_series()
 
 
 def _group(job: Job, header: list[str]) -> pl.Expr:
