@@ -79,10 +79,10 @@ class Asking:
         call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
         self._prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
         self._names = sorted(params)
-        # Named by number, so that no param is in the way of another column.
-        self._values = [source(params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
+        self._params = [params[name] for name in self._names]
         self._problem = _problem(self._names, params, question)
-        self._group = _group(job, header).alias("group")
+        self._header = header
+        self._group = job.model.caps.by if job.model.caps else None
         self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
 
     def batch(
@@ -94,11 +94,13 @@ class Asking:
         places: list[int] | None,
     ) -> Batch:
         """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
-        vetoed = pl.lit(value=False) if suppressed is None else pl.lit(suppressed)
-        values = frame.select(*self._values, self._group, pl.lit(wanted).alias("wanted"), vetoed.alias("vetoed"))
-        left_out = ~pl.col("wanted") | pl.col("vetoed")
-        why = pl.when("wanted").then(pl.lit(SUPPRESSED))
-        facts = values.select(
+        values = [source(param, frame, self._header) for param in self._params]
+        # Named by number, so that no param is in the way of another column.
+        table = pl.DataFrame({str(number): value for number, value in enumerate(values)})
+        vetoed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
+        left_out = pl.lit(~wanted | vetoed)
+        why = pl.when(pl.lit(wanted)).then(pl.lit(SUPPRESSED))
+        facts = table.select(
             pl.when(left_out).then(why).otherwise(self._problem).alias("error"),
             pl.when(left_out).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
         )
@@ -113,7 +115,7 @@ class Asking:
                 statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN
                 texts[index] = fingerprints[index] = None
         kept = frame.select(pl.nth(self._kept))
-        return Batch(first, kept, fingerprints, texts, statuses, errors, values.get_column("group").to_list(), places)
+        return Batch(first, kept, fingerprints, texts, statuses, errors, self._grouped(values, frame), places)
 
     def _fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
         """Name requests by what is sent; stable over versions, machines and the job file's order of params."""
@@ -134,6 +136,17 @@ class Asking:
                     name = digest.digest()
             names.append(name)
         return names
+
+
+    def _grouped(self, values: Sequence[pl.Series], frame: pl.DataFrame) -> list[str | None]:
+        """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
+        if self._group is None:
+            return [None] * frame.height
+        if self._group in self._names:
+            value = pl.lit(values[self._names.index(self._group)])
+        else:
+            value = clean(pl.lit(frame.to_series(self._header.index(self._group))))
+        return pl.select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
 
 
 #: By the numbers that a frame has for them.
@@ -158,10 +171,10 @@ def _problem(names: list[str], params: Mapping[str, Param], question: Question) 
     return problem
 
 
-def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
+def as_json(names: Sequence[str], values: Sequence[pl.Series]) -> pl.Series:
     """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out."""
     pairs = []
-    for name, value in zip(names, values.iter_columns(), strict=False):
+    for name, value in zip(names, values, strict=True):
         if value.str.contains(_ESCAPED).any():
             text = pl.lit(pl.Series(list(map(quoted, value)), dtype=pl.String))
         else:
@@ -170,31 +183,23 @@ def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     return pl.select("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").to_series()
 
 
-def _group(job: Job, header: list[str]) -> pl.Expr:
-    """Compute what `caps` counts: a param as it is sent, or a column; null where it is blank."""
-    if job.model.caps is None:
-        return pl.lit(None, pl.String)
-    by = job.model.caps.by
-    param = job.model.params.get(by)
-    value = clean(pl.nth(header.index(by))) if param is None else source(param, header)
-    return pl.when(value != "").then(value.str.to_lowercase())
-
-
-def source(param: Param, header: list[str]) -> pl.Expr:
-    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent.
-
-    Columns are taken by their place: polars would read a name like `^x$` as a pattern.
-    """
+def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
+    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent."""
     if param.value is not None:
-        return clean(pl.lit(param.value))
-    candidates = []
+        return pl.select(clean(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
+    text = pl.repeat("", frame.height, dtype=pl.String, eager=True)
     for column in param.columns:
-        value = pl.nth(header.index(column))
-        for transform in param.transform:
-            value = TRANSFORMS[transform](value)
-        value = clean(value)
-        candidates.append(pl.when(value != "").then(value))
-    return pl.coalesce([*candidates, pl.lit("")])
+        # Most rows have their value in the first column: the others are computed for the rest alone.
+        rest = (text == "").arg_true()
+        if len(rest):
+            # By its place: polars would read a name like `^x$` as a pattern.
+            cells = frame.to_series(header.index(column))
+            value = pl.lit(cells if len(rest) == len(cells) else cells.gather(rest))
+            for transform in param.transform:
+                value = TRANSFORMS[transform](value)
+            found = pl.select(clean(value)).to_series()
+            text = found if len(found) == len(text) else text.scatter(rest, found)
+    return text
 
 
 def clean(text: pl.Expr) -> pl.Expr:
