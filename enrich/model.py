@@ -263,12 +263,11 @@ class Answer:
     free_failure: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the ledger knows of one row's request.
+class Standing(NamedTuple):
+    """What the ledger knows of one request of a batch.
 
-    `first`: no earlier row of this pass asked the same. `capped`: the job's `caps` leave it out.
-    `erased_ms`: when its answer was purged.
+    `index` is the position of the first row of the batch that asks it; `first`: no earlier row of this pass did.
+    `capped`: the job's `caps` leave it out. `erased_ms`: when its answer was purged.
     """
 
     index: int
