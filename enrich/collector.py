@@ -124,18 +124,18 @@ def new_schema(question: Question) -> dict[str, pl.DataType]:
 #: What is used of a standing as it is.
 _FACTS = {
     "index": pl.Int64,
-    "first": pl.Boolean,
+    "first": pl.Int8,
     "state": pl.String,
     "error": pl.String,
     "provider": pl.String,
     "credits": pl.Int64,
     "task_id": pl.String,
     "settled_ms": pl.Int64,
-    "capped": pl.Boolean,
+    "capped": pl.Int8,
     "erased_ms": pl.Int64,
 }
 _WAITS = pl.col("state").is_in([State.PENDING.value, *(state.value for state in OPEN)])
-_CAPPED = _WAITS & pl.col("capped")
+_CAPPED = _WAITS & (pl.col("capped") == 1)
 
 
 def _iso(column: str) -> pl.Expr:
@@ -176,7 +176,7 @@ def _new_cells(
             .alias("enrich_error"),
             # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
             pl.when(~_WAITS).then("provider").alias("enrich_provider"),
-            pl.when(~_WAITS & pl.col("first")).then(pl.col("credits") / MICROS).alias("enrich_credits"),
+            pl.when(~_WAITS & (pl.col("first") == 1)).then(pl.col("credits") / MICROS).alias("enrich_credits"),
             pl.when(~_CAPPED).then("task_id").alias("enrich_task_id"),
             pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
         )
@@ -200,18 +200,19 @@ def _new_cells(
     return new | {name: rows.get_column(name) for name in STATUS_COLUMNS}
 
 
-def _values(standing: Standing, paths: Iterable[str]) -> list[str | None] | None:
+def _values(standing: Standing, paths: Sequence[str]) -> list[str | None] | None:
     """Take the job's columns out of an answer; None where there is none to judge."""
-    if standing.answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
+    answer = standing.answer
+    if answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
         return None
     try:
-        values = _picked(orjson.loads(standing.answer), paths)
+        values = _picked(orjson.loads(answer), paths)
     except orjson.JSONDecodeError:
         values = None
     if values is None or not all(value is None or isinstance(value, str) for value in values):
-        # Slowly: every digit of a number, and what JSON has no word for.
-        values = _picked(json.loads(standing.answer), paths)
-    return [cell(value) for value in values]
+        # More slowly, for every digit of a number counts, and what JSON has no word for.
+        values = _picked(json.loads(answer), paths)
+    return list(map(cell, values))
 
 
 def _picked(task: Mapping[str, object], paths: Iterable[str]) -> list[object]:

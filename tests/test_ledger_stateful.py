@@ -316,7 +316,7 @@ class Machine(RuleBasedStateMachine):
         for known in self.books.ledger.standing(wanted(LEADS)):
             lead = self.model.leads[known.index]
             stands = lead.standing if lead.standing is not None else lead.newest
-            assert known.state is (State.FOUND if lead.standing is not None else lead.state)
+            assert known.state == (State.FOUND if lead.standing is not None else lead.state)
             if stands is not None:
                 assert known.credits == self.model.posts[stands].credits
             assert known.first

@@ -80,7 +80,12 @@ def fields_of(data: object) -> Mapping[str, Any]:
 
 
 def _single(data: object) -> object:
-    return next((item for item in data if item is not None), None) if isinstance(data, list) else data
+    if not isinstance(data, list):
+        return data
+    for item in data:
+        if item is not None:
+            return item
+    return None
 
 
 def _fields(data: object) -> Mapping[str, Any]:

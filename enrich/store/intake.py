@@ -27,15 +27,12 @@ _COUNTED = f"decision IN ({', '.join(repr(decision.value) for decision in (*ASKE
 _REQUESTS = "requests k ON k.fingerprint = b.fingerprint"
 _STRANGERS = "(SELECT -id AS id, fingerprint FROM strangers) k ON k.fingerprint = b.fingerprint"
 
-_STATES = {state.value: state for state in State}
-
 #: More than SQLite's integers can't count.
 MOST = 2**62
 
 _PASS = (
     # The distinct questions of a batch, each with the first row that asks it.
-    """CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, params TEXT, place INTEGER NOT NULL,
-    grp TEXT)""",
+    "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, place INTEGER NOT NULL, grp TEXT)",
     # Which requests they are. What the ledger does not know is a stranger, whose number is negative.
     "CREATE TEMP TABLE asks (i INTEGER PRIMARY KEY, id INTEGER NOT NULL)",
     "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL UNIQUE)",
@@ -74,22 +71,26 @@ class Intake(Database):
 
     def enroll(self, call: Call, wanted: Iterable[Wanted]) -> None:
         """See the requests of a batch, making those that are new; `mark` puts what is wanted into the queue."""
-        self._load(wanted)
-        canonical = call.canonical()
-        self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
-        made = self._db.execute(
-            "INSERT INTO requests (fingerprint, call_id, params, state) "
-            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' "
-            "FROM batch WHERE i NOT IN (SELECT i FROM asks) ORDER BY i",
-            (canonical,),
-        )
-        if made.rowcount:
+        params = self._load(wanted)
+        strange = self._db.execute("SELECT i, fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks)").fetchall()
+        if strange:
+            canonical = call.canonical()
+            self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
+            (number,) = self._db.execute("SELECT id FROM calls WHERE canonical = ?", (canonical,)).fetchone()
+            self._db.executemany(
+                "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending')",
+                [(name, number, params[name]) for _, name in strange],
+            )
             self._know(_REQUESTS)
         self._see()
         # What was purged is known by its name alone until it is to be asked again.
-        self._db.execute(
-            "UPDATE requests SET params = b.params, erased_ms = NULL FROM asks JOIN batch b USING (i) "
-            f"WHERE requests.id = asks.id AND erased_ms IS NOT NULL AND asks.id IN (SELECT id FROM seen WHERE {_ASKED})"
+        purged = self._db.execute(
+            "SELECT fingerprint, id FROM requests WHERE erased_ms IS NOT NULL "
+            f"AND id IN (SELECT id FROM asks JOIN seen USING (id) WHERE {_ASKED})"
+        ).fetchall()
+        self._db.executemany(
+            "UPDATE requests SET params = ?, erased_ms = NULL WHERE id = ?",
+            [(params[name], number) for name, number in purged],
         )
 
     def choose(self) -> None:
@@ -202,10 +203,7 @@ class Intake(Database):
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
             "WHERE asks.id > 0 OR s.decision = 'capped' ORDER BY asks.i"
         )
-        return [
-            Standing(index, bool(first), _STATES[state], *known, bool(capped), erased_ms)
-            for index, first, state, *known, capped, erased_ms in rows
-        ]
+        return list(map(Standing._make, rows))
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
@@ -219,20 +217,28 @@ class Intake(Database):
         finally:
             self._db.execute("COMMIT")
 
-    def _load(self, wanted: Iterable[Wanted]) -> None:
-        """Load the distinct questions of a batch, and find the requests that they are."""
-        distinct: dict[bytes, Wanted] = {}
-        for row in wanted:
-            first = distinct.setdefault(row.fingerprint, row)
-            # Of rows that ask the same, the first in the order of asking says when, the first in the input whose group.
-            if row.place is not None and first.place is not None and row.place < first.place:
-                distinct[row.fingerprint] = first._replace(place=row.place)
+    def _load(self, wanted: Iterable[Wanted]) -> dict[bytes, str]:
+        """Load the distinct questions of a batch, and find the requests that they are; return their params."""
+        rows = list(wanted)
+        # Of rows that ask the same, the first in the input says whose group, the first in the order of asking when.
+        distinct = {row.fingerprint: row for row in reversed(rows)}
+        places: dict[bytes, int] = {}
+        for position, name, _, place, _ in rows if len(distinct) < len(rows) else ():
+            place = position if place is None else place
+            places[name] = min(place, places.get(name, place))
         self._db.execute("DELETE FROM batch")
         self._db.execute("DELETE FROM asks")
-        self._db.executemany("INSERT INTO batch VALUES (?1, ?2, ?3, coalesce(?4, ?1), ?5)", distinct.values())
+        self._db.executemany(
+            "INSERT INTO batch VALUES (?, ?, ?, ?)",
+            [
+                (position, name, places.get(name, position if place is None else place), group)
+                for position, name, _, place, group in reversed(distinct.values())
+            ],
+        )
         # A stranger remains one in this pass, though somebody else may enroll it meanwhile.
         self._know(_STRANGERS)
         self._know(_REQUESTS)
+        return {name: row.params for name, row in distinct.items()}
 
     def _know(self, where: str) -> None:
         self._db.execute(f"INSERT OR IGNORE INTO asks SELECT b.i, k.id FROM batch b CROSS JOIN {where}")
