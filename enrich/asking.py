@@ -137,7 +137,6 @@ class Asking:
             names.append(name)
         return names
 
-
     def _grouped(self, values: Sequence[pl.Series], frame: pl.DataFrame) -> list[str | None]:
         """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
         if self._group is None:

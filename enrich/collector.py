@@ -142,9 +142,7 @@ def _iso(column: str) -> pl.Expr:
     return pl.from_epoch(column, "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _new_cells(
-    batch: Batch, known: Sequence[Standing], places: pl.Series, question: Question
-) -> dict[str, pl.Series]:
+def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, question: Question) -> dict[str, pl.Series]:
     """Make the new cells of a batch; `places` tells for each row which of what is known is its own."""
     paths = list(question.columns.values())
     values = [_values(row, paths) for row in known]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import polars as pl
 
-
 #: No top-level domain is a number: what ends in one is a date, an amount or an IP address.
 _HOST = r"^(?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*$"
 

@@ -144,8 +144,7 @@ class Intake(Database):
         """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
         self._load(wanted)
         return self._db.execute(
-            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' "
-            "AND id IN (SELECT id FROM asks)"
+            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' AND id IN (SELECT id FROM asks)"
         ).rowcount
 
     def decided(self) -> dict[Decision, int]:
