@@ -151,8 +151,7 @@ def apart(work: Callable[..., None], *arguments: object) -> Taken:
     begun = time.perf_counter()
     process.start()
     assert process.pid is not None
-    taken = _wait(process.pid, begun)
-    return taken
+    return _wait(process.pid, begun)
 
 
 def command(folder: Path, environ: dict[str, str], *words: str) -> Taken:
@@ -162,8 +161,7 @@ def command(folder: Path, environ: dict[str, str], *words: str) -> Taken:
         actions = [(os.POSIX_SPAWN_DUP2, said.fileno(), 1), (os.POSIX_SPAWN_DUP2, said.fileno(), 2)]
         program = [sys.executable, "-m", "enrich", *words]
         pid = os.posix_spawn(sys.executable, program, os.environ | environ, file_actions=actions)
-    taken = _wait(pid, begun)
-    return taken
+    return _wait(pid, begun)
 
 
 def _wait(pid: int, begun: float) -> Taken:

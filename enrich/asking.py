@@ -94,18 +94,17 @@ class Asking:
         places: list[int] | None,
     ) -> Batch:
         """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
-        values = [source(param, frame, self._header) for param in self._params]
         # Named by number, so that no param is in the way of another column.
-        table = pl.DataFrame({str(number): value for number, value in enumerate(values)})
+        values = pl.DataFrame({str(i): source(param, frame, self._header) for i, param in enumerate(self._params)})
         vetoed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
-        left_out = pl.lit(~wanted | vetoed)
-        why = pl.when(pl.lit(wanted)).then(pl.lit(SUPPRESSED))
-        facts = table.select(
-            pl.when(left_out).then(why).otherwise(self._problem).alias("error"),
-            pl.when(left_out).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
+        facts = values.with_columns(
+            as_json(self._names, values), wanted.alias("wanted"), vetoed.alias("vetoed")
+        ).select(
+            pl.when(_LEFT_OUT).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
+            pl.when(_LEFT_OUT).then(_WHY_LEFT_OUT).otherwise(self._problem).alias("error"),
+            pl.when(~_LEFT_OUT & self._problem.is_null()).then("params").alias("params"),
         )
-        asked = facts.get_column("status") == 0
-        params = pl.select(pl.when(asked).then(as_json(self._names, values))).to_series()
+        params = facts.get_column("params")
         texts: list[str | None] = params.to_list()
         errors: list[str | None] = facts.get_column("error").to_list()
         statuses = [_STATUSES[status] for status in facts.get_column("status")]
@@ -137,19 +136,21 @@ class Asking:
             names.append(name)
         return names
 
-    def _grouped(self, values: Sequence[pl.Series], frame: pl.DataFrame) -> list[str | None]:
+    def _grouped(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
         """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
         if self._group is None:
             return [None] * frame.height
         if self._group in self._names:
-            value = pl.lit(values[self._names.index(self._group)])
+            value, group = pl.nth(0), values.to_series(self._names.index(self._group))
         else:
-            value = clean(pl.lit(frame.to_series(self._header.index(self._group))))
-        return pl.select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
+            value, group = clean(pl.nth(0)), frame.to_series(self._header.index(self._group))
+        return group.to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
 
 
 #: By the numbers that a frame has for them.
 _STATUSES = (None, RowStatus.FILTERED, RowStatus.INVALID)
+_LEFT_OUT = ~pl.col("wanted") | pl.col("vetoed")
+_WHY_LEFT_OUT = pl.when("wanted").then(pl.lit(SUPPRESSED))
 
 
 def _problem(names: list[str], params: Mapping[str, Param], question: Question) -> pl.Expr:
@@ -159,7 +160,7 @@ def _problem(names: list[str], params: Mapping[str, Param], question: Question) 
         return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
 
     blank = pl.all_horizontal(pl.col(str(number)) == "" for number in range(len(names)))
-    problem = pl.when(blank).then(pl.lit("no param has a value"))
+    problem: pl.Expr = pl.when(blank).then(pl.lit("no param has a value"))
     for name in (name for name in reversed(question.emails) if name in names):
         value, where = of(name)
         fine = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_BLANK))
@@ -170,16 +171,23 @@ def _problem(names: list[str], params: Mapping[str, Param], question: Question) 
     return problem
 
 
-def as_json(names: Sequence[str], values: Sequence[pl.Series]) -> pl.Series:
-    """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out."""
+def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
+    """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out.
+
+    The columns of `values` are named by the number of each param.
+    """
     pairs = []
-    for name, value in zip(names, values, strict=True):
+    texts = values
+    for name, value in zip(names, values.iter_columns(), strict=True):
+        key, text = pl.lit(f"{quoted(name)}:"), pl.col(value.name)
         if value.str.contains(_ESCAPED).any():
-            text = pl.lit(pl.Series(list(map(quoted, value)), dtype=pl.String))
+            texts = texts.with_columns(pl.Series(f"quoted {value.name}", map(quoted, value), pl.String))
+            pairs.append(pl.when(text != "").then(key + pl.col(f"quoted {value.name}")))
         else:
-            text = '"' + pl.lit(value) + '"'
-        pairs.append(pl.when(pl.lit(value) != "").then(pl.lit(f"{quoted(name)}:") + text))
-    return pl.select("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").to_series()
+            pairs.append(pl.when(text != "").then(key + '"' + text + '"'))
+    return texts.select(
+        ("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").alias("params")
+    ).to_series()
 
 
 def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
@@ -193,10 +201,10 @@ def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
         if len(rest):
             # By its place: polars would read a name like `^x$` as a pattern.
             cells = frame.to_series(header.index(column))
-            value = pl.lit(cells if len(rest) == len(cells) else cells.gather(rest))
+            value = pl.nth(0)
             for transform in param.transform:
                 value = TRANSFORMS[transform](value)
-            found = pl.select(clean(value)).to_series()
+            found = cells.gather(rest).to_frame().select(clean(value)).to_series()
             text = found if len(found) == len(text) else text.scatter(rest, found)
     return text
 

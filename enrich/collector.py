@@ -86,7 +86,7 @@ class Collector:
         for batch in self.rows.batches(self.question):
             self.check()
             known = self.ledger.standing(batch.asked())
-            numbers = {batch.fingerprints[row.index - batch.first]: number for number, row in enumerate(known)}
+            numbers = {batch.fingerprints[row.position - batch.first]: number for number, row in enumerate(known)}
             places = [numbers.get(fingerprint) for fingerprint in batch.fingerprints]
             cells = _new_cells(batch, known, pl.Series(places, dtype=pl.UInt32), self.question)
             yield Page(batch, [None if place is None else known[place] for place in places], cells)
@@ -123,7 +123,7 @@ def new_schema(question: Question) -> dict[str, pl.DataType]:
 
 #: What is used of a standing as it is.
 _FACTS = {
-    "index": pl.Int64,
+    "position": pl.Int64,
     "first": pl.Int8,
     "state": pl.String,
     "error": pl.String,
@@ -149,20 +149,21 @@ def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, quest
     told = dict(zip(Standing._fields, zip(*known, strict=True), strict=True)) if known else {}
     facts = pl.DataFrame({name: pl.Series(told.get(name, ()), dtype=kind) for name, kind in _FACTS.items()})
     # Another job with other columns may have asked: this job's columns decide here what is found.
-    found = pl.Series([None if row is None else any(row) for row in values], dtype=pl.Boolean)
+    found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
     no_values = [None] * len(paths)
     cells = zip(*(row or no_values for row in values), strict=True) if values else ((),) * len(paths)
-    is_own = pl.col("index") == pl.int_range(batch.first, batch.first + len(places))
+    is_own = pl.col("position") == pl.int_range(batch.first, batch.first + len(places))
     rows = (
-        facts.select(
-            pl.col("index"),
+        facts.with_columns(found)
+        .select(
+            "position",
             pl.when(_CAPPED)
             .then(pl.lit(RowStatus.FILTERED.value))
             .when(_WAITS)
             .then(pl.lit(RowStatus.PENDING.value))
-            .when(found)
+            .when("found")
             .then(pl.lit(RowStatus.FOUND.value))
-            .when(~found)
+            .when(~pl.col("found"))
             .then(pl.lit(RowStatus.NOT_FOUND.value))
             .otherwise("state")
             .alias("enrich_status"),
@@ -179,12 +180,14 @@ def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, quest
             pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
         )
         .select(pl.all().gather(places))
+        .with_columns(
+            pl.Series("row_status", batch.statuses, pl.String),
+            pl.Series("row_error", batch.errors, pl.String),
+            places.alias("place"),
+        )
         .select(
-            pl.coalesce("enrich_status", pl.lit(pl.Series(batch.statuses, dtype=pl.String)), pl.lit("pending")),
-            pl.when(pl.lit(places.is_null()))
-            .then(pl.lit(pl.Series(batch.errors, dtype=pl.String)))
-            .otherwise("enrich_error")
-            .alias("enrich_error"),
+            pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
+            pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
             "enrich_provider",
             pl.when(is_own).then("enrich_credits").alias("enrich_credits"),
             "enrich_task_id",
@@ -200,9 +203,13 @@ def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, quest
 
 def _values(standing: Standing, paths: Sequence[str]) -> list[str | None] | None:
     """Take the job's columns out of an answer; None where there is none to judge."""
-    answer = standing.answer
-    if answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
+    if standing.answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
         return None
+    return cell_texts(standing.answer, paths)
+
+
+def cell_texts(answer: str, paths: Sequence[str]) -> list[str | None]:
+    """Read values of an answer (JSON) as cells."""
     try:
         values = _picked(orjson.loads(answer), paths)
     except orjson.JSONDecodeError:

@@ -266,11 +266,11 @@ class Answer:
 class Standing(NamedTuple):
     """What the ledger knows of one request of a batch, as it comes out of it; 1 is for yes.
 
-    `index` is the position of the first row of the batch that asks it; `first`: no earlier row of this pass did.
+    `position` is that of the first row of the batch that asks it; `first`: no earlier row of this pass did.
     `state` is the value of a State. `capped`: the job's `caps` leave it out. `erased_ms`: when its answer was purged.
     """
 
-    index: int
+    position: int
     first: int
     state: str
     answer: str | None

@@ -281,7 +281,7 @@ class TestStandingAnswer:
         """The ledger says nothing of what it does not know."""
         books.begin(1)
 
-        assert [known.index for known in books.ledger.standing(wanted([9, 1]))] == [1]
+        assert [known.position for known in books.ledger.standing(wanted([9, 1]))] == [1]
 
     def test_the_first_row_of_a_request_is_told_apart(self, books: Books) -> None:
         """On a second pass each batch tells a request once, and `first` holds once, across batches."""
@@ -290,7 +290,7 @@ class TestStandingAnswer:
         books.do(Ledger.begin_pass)
 
         batches = [wanted([2, 1, 2]), wanted([1, 2, 1], 3)]
-        firsts = [(known.index, known.first) for batch in batches for known in books.ledger.standing(batch)]
+        firsts = [(known.position, known.first) for batch in batches for known in books.ledger.standing(batch)]
 
         assert firsts == [(0, True), (1, True), (3, False), (4, False)]
 

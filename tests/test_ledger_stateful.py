@@ -314,7 +314,7 @@ class Machine(RuleBasedStateMachine):
         """The last found answer stands; without one, the newest fate is told."""
         self.books.do(Ledger.begin_pass)
         for known in self.books.ledger.standing(wanted(LEADS)):
-            lead = self.model.leads[known.index]
+            lead = self.model.leads[known.position]
             stands = lead.standing if lead.standing is not None else lead.newest
             assert known.state == (State.FOUND if lead.standing is not None else lead.state)
             if stands is not None:

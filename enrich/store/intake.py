@@ -222,8 +222,8 @@ class Intake(Database):
         # Of rows that ask the same, the first in the input says whose group, the first in the order of asking when.
         distinct = {row.fingerprint: row for row in reversed(rows)}
         places: dict[bytes, int] = {}
-        for position, name, _, place, _ in rows if len(distinct) < len(rows) else ():
-            place = position if place is None else place
+        for position, name, _, told, _ in rows if len(distinct) < len(rows) else ():
+            place = position if told is None else told
             places[name] = min(place, places.get(name, place))
         self._db.execute("DELETE FROM batch")
         self._db.execute("DELETE FROM asks")
