@@ -144,7 +144,9 @@ class Asking:
             value, group = pl.nth(0), values.to_series(self._names.index(self._group))
         else:
             value, group = clean(pl.nth(0)), frame.to_series(self._header.index(self._group))
-        return group.to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
+        return (
+            group.alias("").to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
+        )
 
 
 #: By the numbers that a frame has for them.
@@ -199,8 +201,8 @@ def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
         # Most rows have their value in the first column: the others are computed for the rest alone.
         rest = (text == "").arg_true()
         if len(rest):
-            # By its place: polars would read a name like `^x$` as a pattern.
-            cells = frame.to_series(header.index(column))
+            # Without its name: polars would take one like `^a.*$` for a pattern.
+            cells = frame.to_series(header.index(column)).alias("")
             value = pl.nth(0)
             for transform in param.transform:
                 value = TRANSFORMS[transform](value)

@@ -122,7 +122,7 @@ def new_schema(question: Question) -> dict[str, pl.DataType]:
 
 
 #: What is used of a standing as it is.
-_FACTS = {
+_STANDING = {
     "position": pl.Int64,
     "first": pl.Int8,
     "state": pl.String,
@@ -146,59 +146,62 @@ def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, quest
     """Make the new cells of a batch; `places` tells for each row which of what is known is its own."""
     paths = list(question.columns.values())
     values = [_values(row, paths) for row in known]
-    told = dict(zip(Standing._fields, zip(*known, strict=True), strict=True)) if known else {}
-    facts = pl.DataFrame({name: pl.Series(told.get(name, ()), dtype=kind) for name, kind in _FACTS.items()})
     # Another job with other columns may have asked: this job's columns decide here what is found.
     found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
-    no_values = [None] * len(paths)
-    cells = zip(*(row or no_values for row in values), strict=True) if values else ((),) * len(paths)
     is_own = pl.col("position") == pl.int_range(batch.first, batch.first + len(places))
-    rows = (
-        facts.with_columns(found)
-        .select(
-            "position",
-            pl.when(_CAPPED)
-            .then(pl.lit(RowStatus.FILTERED.value))
-            .when(_WAITS)
-            .then(pl.lit(RowStatus.PENDING.value))
-            .when("found")
-            .then(pl.lit(RowStatus.FOUND.value))
-            .when(~pl.col("found"))
-            .then(pl.lit(RowStatus.NOT_FOUND.value))
-            .otherwise("state")
-            .alias("enrich_status"),
-            pl.when(_CAPPED)
-            .then(pl.lit("capped: enough leads of its group are asked"))
-            .when(~_WAITS & pl.col("erased_ms").is_not_null())
-            .then("the answer was purged at " + _iso("erased_ms"))
-            .otherwise("error")
-            .alias("enrich_error"),
-            # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
-            pl.when(~_WAITS).then("provider").alias("enrich_provider"),
-            pl.when(~_WAITS & (pl.col("first") == 1)).then(pl.col("credits") / MICROS).alias("enrich_credits"),
-            pl.when(~_CAPPED).then("task_id").alias("enrich_task_id"),
-            pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
-        )
+    of_rows = (
+        _facts(known, found)
         .select(pl.all().gather(places))
         .with_columns(
+            places.alias("place"),
             pl.Series("row_status", batch.statuses, pl.String),
             pl.Series("row_error", batch.errors, pl.String),
-            places.alias("place"),
         )
-        .select(
+        .with_columns(
             pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
             pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
-            "enrich_provider",
+            # What an answer cost is shown once.
             pl.when(is_own).then("enrich_credits").alias("enrich_credits"),
-            "enrich_task_id",
-            "enrich_at",
         )
     )
+    nothing = [None] * len(paths)
+    cells = zip(*(row or nothing for row in values), strict=True) if values else ((),) * len(paths)
     new = {
-        name: pl.Series(name, column, pl.String).gather(places)
+        # Without its name: polars would take one like `^a.*$` for a pattern.
+        name: pl.Series("", column, pl.String).gather(places).alias(name)
         for name, column in zip(question.columns, cells, strict=True)
     }
-    return new | {name: rows.get_column(name) for name in STATUS_COLUMNS}
+    return new | {name: of_rows.get_column(name) for name in STATUS_COLUMNS}
+
+
+def _facts(known: Sequence[Standing], found: pl.Series) -> pl.DataFrame:
+    """Make the status columns of each request, beside its position; `found` is null where there is no answer."""
+    told = dict(zip(Standing._fields, zip(*known, strict=True), strict=True)) if known else {}
+    facts = pl.DataFrame({name: pl.Series(told.get(name, ()), dtype=kind) for name, kind in _STANDING.items()})
+    return facts.with_columns(found).select(
+        "position",
+        pl.when(_CAPPED)
+        .then(pl.lit(RowStatus.FILTERED.value))
+        .when(_WAITS)
+        .then(pl.lit(RowStatus.PENDING.value))
+        .when("found")
+        .then(pl.lit(RowStatus.FOUND.value))
+        .when(~pl.col("found"))
+        .then(pl.lit(RowStatus.NOT_FOUND.value))
+        .otherwise("state")
+        .alias("enrich_status"),
+        pl.when(_CAPPED)
+        .then(pl.lit("capped: enough leads of its group are asked"))
+        .when(~_WAITS & pl.col("erased_ms").is_not_null())
+        .then("the answer was purged at " + _iso("erased_ms"))
+        .otherwise("error")
+        .alias("enrich_error"),
+        # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
+        pl.when(~_WAITS).then("provider").alias("enrich_provider"),
+        pl.when(~_WAITS & (pl.col("first") == 1)).then(pl.col("credits") / MICROS).alias("enrich_credits"),
+        pl.when(~_CAPPED).then("task_id").alias("enrich_task_id"),
+        pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
+    )
 
 
 def _values(standing: Standing, paths: Sequence[str]) -> list[str | None] | None:
