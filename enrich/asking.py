@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from itertools import count, repeat
 
 import polars as pl
 
@@ -17,6 +17,7 @@ from enrich.model import RowStatus, Wanted
 from enrich.privacy import Forgotten
 from enrich.question import Question
 from enrich.spec import Param
+from enrich.tables.cells import quoted
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
@@ -31,8 +32,12 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
 #: The columns of the change feed behind its key.
 CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
-#: Writes params as they are sent; made once, as json.dumps would for every row.
-_written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+#: What JSON does not write as it stands.
+_ESCAPED = r'["\\\x00-\x1f]'
+#: One `@` with something before it and a dot behind it.
+_EMAIL = r"^[^@]+@[^@]*\.[^@]*$"
+#: What Python's `str.isspace` takes for a blank.
+_BLANK = r"[\s\x1c-\x1f]"
 
 #: Why a row is filtered, where the job's expressions are not the reason.
 SUPPRESSED = "suppressed: listed as never to be sent"
@@ -59,36 +64,25 @@ class Batch:
 
     def asked(self) -> Iterator[Wanted]:
         """Yield what the rows ask that ask something."""
-        rows = zip(self.fingerprints, self.params, self.groups, strict=True)
-        for index, (fingerprint, params, group) in enumerate(rows):
-            if fingerprint is not None and params is not None:
-                place = self.places[index] if self.places else None
-                yield Wanted(self.first + index, fingerprint, params, place, group)
-
-
-class _Ask(NamedTuple):
-    """What a row asks, or why it doesn't."""
-
-    fingerprint: bytes | None = None
-    params: str | None = None
-    status: RowStatus | None = None
-    error: str | None = None
+        places = self.places or repeat(None)
+        rows = zip(count(self.first), self.fingerprints, self.params, places, self.groups, strict=False)
+        return (Wanted._make(row) for row in rows if row[1] is not None)
 
 
 class Asking:
     """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
 
     def __init__(self, job: Job, question: Question, header: list[str], forgotten: Forgotten) -> None:
-        self._params = job.model.params
-        self._question = question
+        params = job.model.params
         self._forgotten = forgotten
         self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
         call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
-        self._prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
-        self._names = sorted(self._params)
-        # Named by number, so that no param is in the way of another column.
-        self._values = [source(self._params[name], header).alias(str(i)) for i, name in enumerate(self._names)]
-        self._group = _group(job, header).alias("group")
+        self._prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
+        self._names = sorted(params)
+        self._params = [params[name] for name in self._names]
+        self._problem = _problem(self._names, params, question)
+        self._header = header
+        self._group = job.model.caps.by if job.model.caps else None
         self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
 
     def batch(
@@ -100,90 +94,121 @@ class Asking:
         places: list[int] | None,
     ) -> Batch:
         """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
-        vetoed = pl.lit(value=False) if suppressed is None else pl.lit(suppressed)
-        values = frame.select(*self._values, self._group, pl.lit(wanted).alias("wanted"), vetoed.alias("vetoed"))
-        asks: list[_Ask] = []
-        groups: list[str | None] = []
-        for *row, group, keep, veto in values.iter_rows():
-            asks.append(self._ask(row, keep=keep, veto=veto))
-            groups.append(group)
-        return Batch(
-            first,
-            frame.select(pl.nth(self._kept)),
-            [ask.fingerprint for ask in asks],
-            [ask.params for ask in asks],
-            [ask.status for ask in asks],
-            [ask.error for ask in asks],
-            groups,
-            places,
+        # Named by number, so that no param is in the way of another column.
+        values = pl.DataFrame({str(i): source(param, frame, self._header) for i, param in enumerate(self._params)})
+        vetoed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
+        facts = values.with_columns(
+            as_json(self._names, values), wanted.alias("wanted"), vetoed.alias("vetoed")
+        ).select(
+            pl.when(_LEFT_OUT).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
+            pl.when(_LEFT_OUT).then(_WHY_LEFT_OUT).otherwise(self._problem).alias("error"),
+            pl.when(~_LEFT_OUT & self._problem.is_null()).then("params").alias("params"),
+        )
+        params = facts.get_column("params")
+        texts: list[str | None] = params.to_list()
+        errors: list[str | None] = facts.get_column("error").to_list()
+        statuses = [_STATUSES[status] for status in facts.get_column("status")]
+        fingerprints = self._fingerprints(params.cast(pl.Binary).to_list())
+        for index, text in enumerate(texts) if self._forgotten.hashes else ():
+            if text is not None and text in self._forgotten:
+                statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN
+                texts[index] = fingerprints[index] = None
+        kept = frame.select(pl.nth(self._kept))
+        return Batch(first, kept, fingerprints, texts, statuses, errors, self._grouped(values, frame), places)
+
+    def _fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
+        """Name requests by what is sent; stable over versions, machines and the job file's order of params."""
+        prefix, occurrences = self._prefix, self._occurrences
+        names: list[bytes | None] = []
+        for text in params:
+            if text is None:
+                names.append(None)
+                continue
+            digest = prefix.copy()
+            digest.update(text)
+            name = digest.digest()
+            if occurrences is not None:
+                occurrence = occurrences[name]
+                occurrences[name] += 1
+                if occurrence:
+                    digest.update(b"\0%d" % occurrence)
+                    name = digest.digest()
+            names.append(name)
+        return names
+
+    def _grouped(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
+        """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
+        if self._group is None:
+            return [None] * frame.height
+        if self._group in self._names:
+            value, group = pl.nth(0), values.to_series(self._names.index(self._group))
+        else:
+            value, group = clean(pl.nth(0)), frame.to_series(self._header.index(self._group))
+        return (
+            group.alias("").to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
         )
 
-    def _ask(self, row: list[str], *, keep: bool, veto: bool) -> _Ask:
-        if not keep:
-            return _Ask(status=RowStatus.FILTERED)
-        if veto:
-            return _Ask(status=RowStatus.FILTERED, error=SUPPRESSED)
-        params = {name: value for name, value in zip(self._names, row, strict=True) if value}
-        if error := self._problem(params):
-            return _Ask(status=RowStatus.INVALID, error=error)
-        text = _written(params)
-        if text in self._forgotten:
-            return _Ask(status=RowStatus.FILTERED, error=FORGOTTEN)
-        return _Ask(self._fingerprint(text), text)
 
-    def _problem(self, params: dict[str, str]) -> str | None:
-        """Say why a row cannot be asked."""
-        for name in self._question.required:
-            if name not in params:
-                return f"{name} is empty ({self._sources(name)})"
-        for name in filter(params.get, self._question.emails):
-            local, at, domain = params[name].partition("@")
-            if not (local and at and "." in domain) or "@" in domain or any(map(str.isspace, params[name])):
-                return f"{name} is no e-mail address ({self._sources(name)})"
-        return None if params else "no param has a value"
-
-    def _sources(self, name: str) -> str:
-        return ", ".join(self._params[name].columns) or "a constant"
-
-    def _fingerprint(self, params: str) -> bytes:
-        """Name a request by what is sent; stable over versions, machines and the job file's order of params."""
-        digest = self._prefix.copy()
-        digest.update(b"\0" + params.encode())
-        shared = digest.digest()
-        if self._occurrences is None:
-            return shared
-        occurrence = self._occurrences[shared]
-        self._occurrences[shared] += 1
-        if occurrence:
-            digest.update(b"\0%d" % occurrence)
-        return digest.digest()
+#: By the numbers that a frame has for them.
+_STATUSES = (None, RowStatus.FILTERED, RowStatus.INVALID)
+_LEFT_OUT = ~pl.col("wanted") | pl.col("vetoed")
+_WHY_LEFT_OUT = pl.when("wanted").then(pl.lit(SUPPRESSED))
 
 
-def _group(job: Job, header: list[str]) -> pl.Expr:
-    """Compute what `caps` counts: a param as it is sent, or a column; null where it is blank."""
-    if job.model.caps is None:
-        return pl.lit(None, pl.String)
-    by = job.model.caps.by
-    param = job.model.params.get(by)
-    value = clean(pl.nth(header.index(by))) if param is None else source(param, header)
-    return pl.when(value != "").then(value.str.to_lowercase())
+def _problem(names: list[str], params: Mapping[str, Param], question: Question) -> pl.Expr:
+    """Say why a row cannot be asked, whose params are the columns `0`, `1` …; null where it can."""
+
+    def of(name: str) -> tuple[pl.Expr, str]:
+        return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
+
+    blank = pl.all_horizontal(pl.col(str(number)) == "" for number in range(len(names)))
+    problem: pl.Expr = pl.when(blank).then(pl.lit("no param has a value"))
+    for name in (name for name in reversed(question.emails) if name in names):
+        value, where = of(name)
+        fine = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_BLANK))
+        problem = pl.when(fine).then(problem).otherwise(pl.lit(f"{name} is no e-mail address {where}"))
+    for name in reversed(question.required):
+        value, where = of(name)
+        problem = pl.when(value != "").then(problem).otherwise(pl.lit(f"{name} is empty {where}"))
+    return problem
 
 
-def source(param: Param, header: list[str]) -> pl.Expr:
-    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent.
+def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
+    """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out.
 
-    Columns are taken by their place: polars would read a name like `^x$` as a pattern.
+    The columns of `values` are named by the number of each param.
     """
+    pairs = []
+    texts = values
+    for name, value in zip(names, values.iter_columns(), strict=True):
+        key, text = pl.lit(f"{quoted(name)}:"), pl.col(value.name)
+        if value.str.contains(_ESCAPED).any():
+            texts = texts.with_columns(pl.Series(f"quoted {value.name}", map(quoted, value), pl.String))
+            pairs.append(pl.when(text != "").then(key + pl.col(f"quoted {value.name}")))
+        else:
+            pairs.append(pl.when(text != "").then(key + '"' + text + '"'))
+    return texts.select(
+        ("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").alias("params")
+    ).to_series()
+
+
+def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
+    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent."""
     if param.value is not None:
-        return clean(pl.lit(param.value))
-    candidates = []
+        return pl.select(clean(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
+    text = pl.repeat("", frame.height, dtype=pl.String, eager=True)
     for column in param.columns:
-        value = pl.nth(header.index(column))
-        for transform in param.transform:
-            value = TRANSFORMS[transform](value)
-        value = clean(value)
-        candidates.append(pl.when(value != "").then(value))
-    return pl.coalesce([*candidates, pl.lit("")])
+        # Most rows have their value in the first column: the others are computed for the rest alone.
+        rest = (text == "").arg_true()
+        if len(rest):
+            # Without its name: polars would take one like `^a.*$` for a pattern.
+            cells = frame.to_series(header.index(column)).alias("")
+            value = pl.nth(0)
+            for transform in param.transform:
+                value = TRANSFORMS[transform](value)
+            found = cells.gather(rest).to_frame().select(clean(value)).to_series()
+            text = found if len(found) == len(text) else text.scatter(rest, found)
+    return text
 
 
 def clean(text: pl.Expr) -> pl.Expr:

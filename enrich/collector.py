@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import orjson
 import polars as pl
 
-from enrich.api.answer import is_blank, parse_data, pick
+from enrich.api.answer import fields_of, is_blank, pick
 from enrich.asking import STATUS_COLUMNS, Batch
+from enrich.errors import Refused
 from enrich.job import Job
-from enrich.model import RowStatus, Standing, State, iso, to_credits
+from enrich.model import MICROS, OPEN, RowStatus, Standing, State
 from enrich.place import Place
 from enrich.question import Question
 from enrich.rows import Rows
@@ -24,11 +25,16 @@ from enrich.tables.writing import guarded, runs_formulas, write
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A batch with what is known of its rows, by index, and its new cells, by column."""
+    """A batch with what is known of the requests of its rows, None where nothing is, and its new cells, by column."""
 
     batch: Batch
-    known: Mapping[int, Standing]
-    cells: Mapping[str, list[Any]]
+    known: Sequence[Standing | None]
+    cells: Mapping[str, pl.Series]
+
+    def statuses(self) -> Counter[RowStatus]:
+        """Count the rows by their status."""
+        names, counts = self.cells["enrich_status"].value_counts()
+        return Counter({RowStatus(name): count for name, count in zip(names, counts, strict=True)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,11 @@ class Collector:
     rows: Rows
     check: Callable[[], None] = lambda: None
 
-    def write(self, target: Place) -> Counter[RowStatus]:
+    def write(self, target: Place, *, partial: bool = True) -> Counter[RowStatus]:
         """Write the output from the input and the ledger alone; return the rows by status.
 
-        Raises Refused when the input can't be read or the output can't be written.
+        Raises Refused when the input can't be read, the output can't be written, or rows are pending that is not to be
+        `partial`.
         """
         counts: Counter[RowStatus] = Counter()
         merged = self.merged
@@ -57,7 +64,7 @@ class Collector:
             self.job.output,
             job=self.job.name,
             schema=schema | added,
-            frames=self._frames(counts, added, safely=runs_formulas(target)),
+            frames=self._frames(counts, added, partial=partial, safely=runs_formulas(target)),
             new=len(added),
         )
         return counts
@@ -66,7 +73,7 @@ class Collector:
         """Count the rows by the status that they would have in the output."""
         counts: Counter[RowStatus] = Counter()
         for page in self.pages():
-            counts.update(map(RowStatus, page.cells["enrich_status"]))
+            counts += page.statuses()
         return counts
 
     @property
@@ -76,26 +83,32 @@ class Collector:
 
     def pages(self) -> Iterator[Page]:
         """Read the input once, each batch with its new cells."""
-        names = [*self.question.columns, *STATUS_COLUMNS]
         for batch in self.rows.batches(self.question):
             self.check()
-            known = {standing.index - batch.first: standing for standing in self.ledger.standing(batch.asked())}
-            cells = [_new_cells(batch, index, known.get(index), self.question) for index in range(batch.frame.height)]
-            yield Page(batch, known, {name: [row[place] for row in cells] for place, name in enumerate(names)})
+            known = self.ledger.standing(batch.asked())
+            numbers = {batch.fingerprints[row.position - batch.first]: number for number, row in enumerate(known)}
+            places = [numbers.get(fingerprint) for fingerprint in batch.fingerprints]
+            cells = _new_cells(batch, known, pl.Series(places, dtype=pl.UInt32), self.question)
+            yield Page(batch, [None if place is None else known[place] for place in places], cells)
 
     def _frames(
-        self, counts: Counter[RowStatus], added: Mapping[str, pl.DataType], *, safely: bool
+        self, counts: Counter[RowStatus], added: Mapping[str, pl.DataType], *, partial: bool, safely: bool
     ) -> Iterator[pl.DataFrame]:
         for page in self.pages():
-            counts.update(map(RowStatus, page.cells["enrich_status"]))
+            counts += page.statuses()
             frame = page.batch.frame.with_columns(self.merge(page, name, safely=safely) for name in self.merged)
-            yield frame.hstack([pl.Series(name, page.cells[name], kind) for name, kind in added.items()])
+            yield frame.hstack([page.cells[name] for name in added])
+        if counts[RowStatus.PENDING] and not partial:
+            raise Refused(
+                f"{counts[RowStatus.PENDING]:,} rows are pending: the output would not be complete",
+                "enrich run goes on with them; --partial writes what is there",
+            )
 
     def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
         """Complete a column of the input; what was not found never blanks what is there."""
         # Without a name: polars would take one like `^a.*$` for a pattern.
         old = as_text(page.batch.frame.get_column(name)).alias("")
-        new = pl.Series("", page.cells[name], pl.String)
+        new = page.cells[name].alias("")
         if safely:
             new = guarded(new)
         if self.job.model.merge == "fill_empty":
@@ -108,36 +121,111 @@ def new_schema(question: Question) -> dict[str, pl.DataType]:
     return {name: pl.String() for name in question.columns} | STATUS_COLUMNS
 
 
-def _new_cells(batch: Batch, index: int, standing: Standing | None, question: Question) -> list[Any]:
-    """Make the new cells of one row: the job's columns, then the status columns."""
-    empty: list[Any] = [None] * len(question.columns)
-    if standing is None:
-        status = batch.statuses[index] or RowStatus.PENDING
-        return [*empty, status, batch.errors[index], None, None, None, None]
-    status = RowStatus.of(standing.state)
-    values = empty
-    error = standing.error
-    if standing.capped and status is RowStatus.PENDING:
-        return [*empty, RowStatus.FILTERED, "capped: enough leads of its group are asked", None, None, None, None]
-    if standing.erased_ms is not None:
-        error = f"the answer was purged at {iso(standing.erased_ms)}"
-    if standing.state in (State.FOUND, State.NOT_FOUND) and standing.answer is not None:
-        fields = parse_data(json.loads(standing.answer).get("data")).fields
-        values = [cell(pick(fields, path)) for path in question.columns.values()]
-        # Another job with other columns may have asked: this job's columns decide here.
-        status = RowStatus.FOUND if any(value is not None for value in values) else RowStatus.NOT_FOUND
-    if status is RowStatus.PENDING:
-        # The last attempt was refused, failed for nothing or is at the API: no answer yet, so none of its marks.
-        return [*values, status, standing.error, None, None, standing.task_id, None]
-    return [
-        *values,
-        status,
-        error,
-        standing.provider,
-        to_credits(standing.credits) if standing.first and standing.credits is not None else None,
-        standing.task_id,
-        iso(standing.settled_ms) if standing.settled_ms is not None else None,
-    ]
+#: What is used of a standing as it is.
+_STANDING = {
+    "position": pl.Int64,
+    "first": pl.Int8,
+    "state": pl.String,
+    "error": pl.String,
+    "provider": pl.String,
+    "credits": pl.Int64,
+    "task_id": pl.String,
+    "settled_ms": pl.Int64,
+    "capped": pl.Int8,
+    "erased_ms": pl.Int64,
+}
+_WAITS = pl.col("state").is_in([State.PENDING.value, *(state.value for state in OPEN)])
+_CAPPED = _WAITS & (pl.col("capped") == 1)
+
+
+def _iso(column: str) -> pl.Expr:
+    return pl.from_epoch(column, "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, question: Question) -> dict[str, pl.Series]:
+    """Make the new cells of a batch; `places` tells for each row which of what is known is its own."""
+    paths = list(question.columns.values())
+    values = [_values(row, paths) for row in known]
+    # Another job with other columns may have asked: this job's columns decide here what is found.
+    found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
+    is_own = pl.col("position") == pl.int_range(batch.first, batch.first + len(places))
+    of_rows = (
+        _facts(known, found)
+        .select(pl.all().gather(places))
+        .with_columns(
+            places.alias("place"),
+            pl.Series("row_status", batch.statuses, pl.String),
+            pl.Series("row_error", batch.errors, pl.String),
+        )
+        .with_columns(
+            pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
+            pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
+            # What an answer cost is shown once.
+            pl.when(is_own).then("enrich_credits").alias("enrich_credits"),
+        )
+    )
+    nothing = [None] * len(paths)
+    cells = zip(*(row or nothing for row in values), strict=True) if values else ((),) * len(paths)
+    new = {
+        # Without its name: polars would take one like `^a.*$` for a pattern.
+        name: pl.Series("", column, pl.String).gather(places).alias(name)
+        for name, column in zip(question.columns, cells, strict=True)
+    }
+    return new | {name: of_rows.get_column(name) for name in STATUS_COLUMNS}
+
+
+def _facts(known: Sequence[Standing], found: pl.Series) -> pl.DataFrame:
+    """Make the status columns of each request, beside its position; `found` is null where there is no answer."""
+    told = dict(zip(Standing._fields, zip(*known, strict=True), strict=True)) if known else {}
+    facts = pl.DataFrame({name: pl.Series(told.get(name, ()), dtype=kind) for name, kind in _STANDING.items()})
+    return facts.with_columns(found).select(
+        "position",
+        pl.when(_CAPPED)
+        .then(pl.lit(RowStatus.FILTERED.value))
+        .when(_WAITS)
+        .then(pl.lit(RowStatus.PENDING.value))
+        .when("found")
+        .then(pl.lit(RowStatus.FOUND.value))
+        .when(~pl.col("found"))
+        .then(pl.lit(RowStatus.NOT_FOUND.value))
+        .otherwise("state")
+        .alias("enrich_status"),
+        pl.when(_CAPPED)
+        .then(pl.lit("capped: enough leads of its group are asked"))
+        .when(~_WAITS & pl.col("erased_ms").is_not_null())
+        .then("the answer was purged at " + _iso("erased_ms"))
+        .otherwise("error")
+        .alias("enrich_error"),
+        # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
+        pl.when(~_WAITS).then("provider").alias("enrich_provider"),
+        pl.when(~_WAITS & (pl.col("first") == 1)).then(pl.col("credits") / MICROS).alias("enrich_credits"),
+        pl.when(~_CAPPED).then("task_id").alias("enrich_task_id"),
+        pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
+    )
+
+
+def _values(standing: Standing, paths: Sequence[str]) -> list[str | None] | None:
+    """Take the job's columns out of an answer; None where there is none to judge."""
+    if standing.answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
+        return None
+    return cell_texts(standing.answer, paths)
+
+
+def cell_texts(answer: str, paths: Sequence[str]) -> list[str | None]:
+    """Read values of an answer (JSON) as cells."""
+    try:
+        values = _picked(orjson.loads(answer), paths)
+    except orjson.JSONDecodeError:
+        values = None
+    if values is None or not all(value is None or isinstance(value, str) for value in values):
+        # More slowly, for every digit of a number counts, and what JSON has no word for.
+        values = _picked(json.loads(answer), paths)
+    return list(map(cell, values))
+
+
+def _picked(task: Mapping[str, object], paths: Iterable[str]) -> list[object]:
+    fields = fields_of(task.get("data"))
+    return [fields[path] if path in fields else pick(fields, path) for path in paths]
 
 
 def cell(value: object) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from enrich.api.answer import parse_data, pick
+from enrich.api.answer import fields_of, pick
 from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, Page, cell
 from enrich.model import RowStatus, iso
@@ -31,7 +31,7 @@ def write_rejects(collector: Collector, target: Place, output: Output) -> int:
     def frames() -> Iterator[pl.DataFrame]:
         nonlocal count
         for page in collector.pages():
-            reason = [pl.Series(name, page.cells[name], pl.String) for name in REASON]
+            reason = [page.cells[name] for name in REASON]
             frame = page.batch.frame.hstack(reason).filter(pl.col("enrich_status").is_in(REJECTED))
             count += frame.height
             yield frame
@@ -68,21 +68,23 @@ def _changed(collector: Collector, page: Page, key: list[str]) -> Iterator[list[
     job, columns = collector.job.name, collector.question.columns
     keys = page.batch.frame.select(as_text(page.batch.frame.get_column(name)) for name in key).rows()
     told: list[tuple[int, bytes, int]] = []
-    for index, standing in page.known.items():
-        fingerprint = page.batch.fingerprints[index]
-        found = page.cells["enrich_status"][index] == RowStatus.FOUND and standing.erased_ms is None
-        if found and fingerprint is not None and standing.attempt_id is not None:
+    statuses = page.cells["enrich_status"]
+    for index, (standing, fingerprint, status) in enumerate(
+        zip(page.known, page.batch.fingerprints, statuses, strict=True)
+    ):
+        if standing is None or fingerprint is None or standing.attempt_id is None:
+            continue
+        if status == RowStatus.FOUND and standing.erased_ms is None:
             told.append((index, _row_key(keys[index], fingerprint), standing.attempt_id))
     merged = {name: collector.merge(page, name) for name in collector.merged}
     for index, before in collector.ledger.undelivered(job, told):
-        earlier = _fields(before)
+        standing, earlier = page.known[index], _fields(before)
         for name, path in columns.items():
             if name in merged:
                 old, new = as_text(page.batch.frame.get_column(name))[index], merged[name][index]
             else:
                 old, new = cell(pick(earlier, path)) or "", page.cells[name][index] or ""
-            if new and new != old:
-                standing = page.known[index]
+            if standing is not None and new and new != old:
                 at = None if standing.settled_ms is None else iso(standing.settled_ms)
                 yield [*keys[index], name, old, new, standing.provider, at]
     collector.ledger.deliver(job, told)
@@ -93,4 +95,4 @@ def _row_key(cells: tuple[str, ...], fingerprint: bytes) -> bytes:
 
 
 def _fields(answer: str | None) -> Mapping[str, Any]:
-    return {} if answer is None else parse_data(json.loads(answer).get("data")).fields
+    return {} if answer is None else fields_of(json.loads(answer).get("data"))

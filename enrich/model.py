@@ -265,23 +265,22 @@ class Answer:
     free_failure: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the ledger knows of one row's request.
+class Standing(NamedTuple):
+    """What the ledger knows of one request of a batch, as it comes out of it; 1 is for yes.
 
-    `first`: no earlier row of this pass asked the same. `capped`: the job's `caps` leave it out.
-    `erased_ms`: when its answer was purged.
+    `position` is that of the first row of the batch that asks it; `first`: no earlier row of this pass did.
+    `state` is the value of a State. `capped`: the job's `caps` leave it out. `erased_ms`: when its answer was purged.
     """
 
-    index: int
-    first: bool
-    state: State
+    position: int
+    first: int
+    state: str
     answer: str | None
     error: str | None
     provider: str | None
     credits: int | None
     task_id: str | None
     settled_ms: int | None
-    attempt_id: int | None = None
-    capped: bool = False
-    erased_ms: int | None = None
+    attempt_id: int | None
+    capped: int
+    erased_ms: int | None

@@ -8,7 +8,6 @@ from enrich.collector import Collector
 from enrich.connect import remembered
 from enrich.errors import Exit, Refused
 from enrich.job import Job
-from enrich.model import RowStatus
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
@@ -38,13 +37,7 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
             for batch in rows.batches(question, rows.order()):
                 ledger.look(batch.asked())
             ledger.choose()
-        pending = 0 if partial else collector.count()[RowStatus.PENDING]
-        if pending:
-            raise Refused(
-                f"{pending:,} rows are pending: the output would not be complete",
-                "enrich run goes on with them; --partial writes what is there",
-            )
-        counts = collector.write(target)
+        counts = collector.write(target, partial=partial)
     finally:
         ledger.close()
     return Receipt(job.name, int(Exit.OK), rows=counts.total(), output=str(target)).with_rows(counts)

@@ -217,6 +217,18 @@ def test_odd_headers_are_only_names(api: Api, office: Office) -> None:
     assert api.audit()["runs"][0]["params"] == {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
+def test_new_columns_may_be_called_anything(api: Api, office: Office) -> None:
+    """Even what polars would take for a pattern."""
+    office.write_job(columns='{"^new.*$": email, "*": email, new: email}')
+    office.write_leads(people(5))
+
+    office.run(api)
+
+    told = [{row["^new.*$"], row["*"], row["new"]} for row in office.output()]
+    assert all(len(cells) == 1 for cells in told)
+    assert any("@" in cell for cells in told for cell in cells)
+
+
 def test_blank_lines_between_rows_are_no_rows(api: Api, office: Office) -> None:
     """Spreadsheets leave empty lines at the end; they are neither asked nor written."""
     path = office.write_leads(people(3))

@@ -101,7 +101,7 @@ class TestCaps:
         rows = [row(0, 1, group="a"), row(1, 2, group="a"), row(2, 3)]
         assert look(books, rows, Wish(max_per_group=1)) == [NEW, CAPPED, NEW]
 
-        assert [(known.index, known.capped) for known in books.ledger.standing(rows)] == [(0, False), (1, True)]
+        assert [(known.position, known.capped) for known in books.ledger.standing(rows)] == [(0, False), (1, True)]
 
 
 class TestLimits:

@@ -245,7 +245,7 @@ class TestStandingAnswer:
         """Tell the state and the answer that the row of a lead has."""
         books.do(Ledger.begin_pass)
         (known,) = books.ledger.standing(wanted([number]))
-        return known.state, known.answer
+        return State(known.state), known.answer
 
     def refresh(self, books: Books) -> int:
         """Ask again what is old; return the new attempt."""
@@ -282,18 +282,18 @@ class TestStandingAnswer:
         """The ledger says nothing of what it does not know."""
         books.begin(1)
 
-        assert [known.index for known in books.ledger.standing(wanted([9, 1]))] == [1]
+        assert [known.position for known in books.ledger.standing(wanted([9, 1]))] == [1]
 
     def test_the_first_row_of_a_request_is_told_apart(self, books: Books) -> None:
-        """On a second pass `first` holds once for each request, across batches."""
+        """On a second pass each batch tells a request once, and `first` holds once, across batches."""
         books.begin(1, 2)
         books.settle(books.submit())
         books.do(Ledger.begin_pass)
 
         batches = [wanted([2, 1, 2]), wanted([1, 2, 1], 3)]
-        firsts = [(known.index, known.first) for batch in batches for known in books.ledger.standing(batch)]
+        firsts = [(known.position, known.first) for batch in batches for known in books.ledger.standing(batch)]
 
-        assert firsts == [(0, True), (1, True), (2, False), (3, False), (4, False), (5, False)]
+        assert firsts == [(0, True), (1, True), (3, False), (4, False)]
 
 
 def fail_after(_: object) -> None:

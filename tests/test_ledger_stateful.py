@@ -315,9 +315,9 @@ class Machine(RuleBasedStateMachine):
         """The last found answer stands; without one, the newest fate is told."""
         self.books.do(Ledger.begin_pass)
         for known in self.books.ledger.standing(wanted(LEADS)):
-            lead = self.model.leads[known.index]
+            lead = self.model.leads[known.position]
             stands = lead.standing if lead.standing is not None else lead.newest
-            assert known.state is (State.FOUND if lead.standing is not None else lead.state)
+            assert known.state == (State.FOUND if lead.standing is not None else lead.state)
             if stands is not None:
                 assert known.credits == self.model.posts[stands].credits
             assert known.first

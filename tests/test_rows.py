@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.asking import Batch
@@ -506,6 +506,7 @@ def sent_of(cells: Mapping[str, str]) -> dict[str, str]:
 
 
 @given(leads=st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=8))
+@settings(deadline=None)
 def test_equal_questions_and_no_others_have_equal_names(
     tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]
 ) -> None:

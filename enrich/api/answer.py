@@ -58,14 +58,10 @@ def phase_of(task: Mapping[str, Any]) -> Phase:
 
 def parse_data(data: object) -> Parsed:
     """Take apart the `data` of a single run, whatever its shape."""
-    if isinstance(data, list):
-        data = next((item for item in data if item is not None), None)
-    if not isinstance(data, Mapping):
-        return Parsed({}, None, None, any_step_cost=False)
-    if "result" not in data or data.keys().isdisjoint(_BESIDE_RESULT):
-        return Parsed(data, None, None, any_step_cost=False)
-    result = data["result"]
-    fields = result if isinstance(result, Mapping) else _named(result, data.get("result_field"))
+    data = _single(data)
+    fields = _fields(data)
+    if not isinstance(data, Mapping) or fields is data:
+        return Parsed(fields, None, None, any_step_cost=False)
     listed = data.get("steps")
     steps = [step for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
     costs = [to_micros(step.get("cost")) for step in steps]
@@ -76,6 +72,29 @@ def parse_data(data: object) -> Parsed:
         sum(known) if steps and len(known) == len(costs) else None,
         any_step_cost=any(known) or len(known) != len(costs),
     )
+
+
+def fields_of(data: object) -> Mapping[str, Any]:
+    """Find the fields in the `data` of a single run, whatever its shape."""
+    return _fields(_single(data))
+
+
+def _single(data: object) -> object:
+    if not isinstance(data, list):
+        return data
+    for item in data:
+        if item is not None:
+            return item
+    return None
+
+
+def _fields(data: object) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        return {}
+    if "result" not in data or data.keys().isdisjoint(_BESIDE_RESULT):
+        return data
+    result = data["result"]
+    return result if isinstance(result, dict) else _named(result, data.get("result_field"))
 
 
 def _named(result: object, names: object) -> Mapping[str, Any]:

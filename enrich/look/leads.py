@@ -104,5 +104,5 @@ def would_send(job: Job, column: str, value: str) -> dict[str, str]:
         if column in param.columns
     }
     frame = pl.DataFrame({column: [value]}, schema={column: pl.String})
-    sent = {name: frame.select(source(param, [column])).item() for name, param in params.items()}
+    sent = {name: source(param, frame, [column]).item() for name, param in params.items()}
     return {name: text for name, text in sent.items() if text}

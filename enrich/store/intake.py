@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,13 +23,22 @@ _ASKED = f"decision IN ({', '.join(repr(decision.value) for decision in ASKED)})
 #: What a limit and a sample count: also what was asked since the plan that says them.
 _COUNTED = f"decision IN ({', '.join(repr(decision.value) for decision in (*ASKED, Decision.PLANNED))})"
 
+#: Where the number of a question of `batch b` is looked up.
+_REQUESTS = "requests k ON k.fingerprint = b.fingerprint"
+_STRANGERS = "(SELECT -id AS id, fingerprint FROM strangers) k ON k.fingerprint = b.fingerprint"
+
 #: More than SQLite's integers can't count.
 MOST = 2**62
 
 _PASS = (
-    "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB, params TEXT, place INTEGER, grp TEXT)",
-    """CREATE TEMP TABLE seen (fingerprint BLOB PRIMARY KEY, position INTEGER NOT NULL, place INTEGER NOT NULL,
-    grp TEXT, decision TEXT NOT NULL) WITHOUT ROWID""",
+    # The distinct questions of a batch, each with the first row that asks it.
+    "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, place INTEGER NOT NULL, grp TEXT)",
+    # Which requests they are. What the ledger does not know is a stranger, whose number is negative.
+    "CREATE TEMP TABLE asks (i INTEGER PRIMARY KEY, id INTEGER NOT NULL)",
+    "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL UNIQUE)",
+    # By number rather than by fingerprint: a file's requests stand in the ledger nearly in its order.
+    """CREATE TEMP TABLE seen (id INTEGER PRIMARY KEY, position INTEGER NOT NULL, place INTEGER NOT NULL,
+    grp TEXT, decision TEXT NOT NULL)""",
 )
 
 
@@ -46,28 +56,41 @@ class Intake(Database):
         """Begin to read the input from its start: no request was seen yet."""
         self._wish = wish or Wish()
         self._db.execute("DELETE FROM seen")
+        self._db.execute("DELETE FROM strangers")
 
     def look(self, wanted: Iterable[Wanted]) -> None:
         """See the requests of a batch; decide about those not seen before in this pass."""
-        self._load(wanted)
-        self._see()
+        with self._looking():
+            self._load(wanted)
+            self._db.execute(
+                "INSERT INTO strangers (fingerprint) SELECT fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks) "
+                "ORDER BY i"
+            )
+            self._know(_STRANGERS)
+            self._see()
 
     def enroll(self, call: Call, wanted: Iterable[Wanted]) -> None:
         """See the requests of a batch, making those that are new; `mark` puts what is wanted into the queue."""
-        self._load(wanted)
-        canonical = call.canonical()
-        self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
-        self._db.execute(
-            "INSERT INTO requests (fingerprint, call_id, params, state) "
-            "SELECT fingerprint, (SELECT id FROM calls WHERE canonical = ?), params, 'pending' "
-            "FROM batch WHERE true ORDER BY i ON CONFLICT (fingerprint) DO NOTHING",
-            (canonical,),
-        )
+        params = self._load(wanted)
+        strange = self._db.execute("SELECT i, fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks)").fetchall()
+        if strange:
+            canonical = call.canonical()
+            self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
+            (number,) = self._db.execute("SELECT id FROM calls WHERE canonical = ?", (canonical,)).fetchone()
+            self._db.executemany(
+                "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending')",
+                [(name, number, params[name]) for _, name in strange],
+            )
+            self._know(_REQUESTS)
         self._see()
         # What was purged is known by its name alone until it is to be asked again.
-        self._db.execute(
-            "UPDATE requests SET params = b.params, erased_ms = NULL FROM batch b JOIN seen s USING (fingerprint) "
-            f"WHERE requests.erased_ms IS NOT NULL AND requests.fingerprint = b.fingerprint AND s.{_ASKED}"
+        purged = self._db.execute(
+            "SELECT fingerprint, id FROM requests WHERE erased_ms IS NOT NULL "
+            f"AND id IN (SELECT id FROM asks JOIN seen USING (id) WHERE {_ASKED})"
+        ).fetchall()
+        self._db.executemany(
+            "UPDATE requests SET params = ?, erased_ms = NULL WHERE id = ?",
+            [(params[name], number) for name, number in purged],
         )
 
     def choose(self) -> None:
@@ -77,7 +100,7 @@ class Intake(Database):
             # What was asked before counts first.
             self._leave_out(
                 Decision.CAPPED,
-                "SELECT fingerprint FROM (SELECT fingerprint, decision, row_number() OVER "
+                "SELECT id FROM (SELECT id, decision, row_number() OVER "
                 "(PARTITION BY grp ORDER BY decision = 'new', place) AS number FROM seen WHERE grp IS NOT NULL) "
                 "WHERE decision = 'new' AND number > ?",
                 min(wish.max_per_group, MOST),
@@ -89,14 +112,14 @@ class Intake(Database):
             self._db.executemany("INSERT INTO chosen VALUES (?)", ((number,) for number in numbers))
             self._leave_out(
                 Decision.NOT_SAMPLED,
-                "SELECT fingerprint FROM (SELECT fingerprint, row_number() OVER (ORDER BY position) - 1 AS number "
+                "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS number "
                 f"FROM seen WHERE {_COUNTED}) WHERE number NOT IN (SELECT number FROM chosen)",
             )
             self._db.execute("DROP TABLE chosen")
         if wish.limit is not None:
             self._leave_out(
                 Decision.OVER_LIMIT,
-                f"SELECT fingerprint FROM seen WHERE {_COUNTED} ORDER BY place LIMIT -1 OFFSET ?",
+                f"SELECT id FROM seen WHERE {_COUNTED} ORDER BY place LIMIT -1 OFFSET ?",
                 min(wish.limit, MOST),
             )
 
@@ -110,17 +133,18 @@ class Intake(Database):
         self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
         at_the_api = f"(SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
         self._db.execute(f"UPDATE requests SET position = NULL WHERE id IN {at_the_api}")
-        place = "UPDATE requests SET position = s.place FROM temp.seen s WHERE s.fingerprint = requests.fingerprint AND"
-        waiting = "" if self._wish.narrowed else " OR s.decision = 'waiting'"
-        self._db.execute(f"{place} (s.{_ASKED}{waiting})")
-        self._db.execute(f"{place} s.decision = 'planned' AND requests.id IN {at_the_api}")
+        waiting = "" if self._wish.narrowed else " OR decision = 'waiting'"
+        planned = f"decision = 'planned' AND id IN {at_the_api}"
+        self._db.execute(
+            "UPDATE requests SET position = (SELECT place FROM seen WHERE seen.id = requests.id) "
+            f"WHERE id IN (SELECT id FROM seen WHERE {_ASKED}{waiting} OR {planned})"
+        )
 
     def accept_doubts(self, wanted: Iterable[Wanted]) -> int:
         """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
         self._load(wanted)
         return self._db.execute(
-            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' "
-            "AND id IN (SELECT r.id FROM batch b JOIN requests r ON r.fingerprint = b.fingerprint)"
+            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' AND id IN (SELECT id FROM asks)"
         ).rowcount
 
     def decided(self) -> dict[Decision, int]:
@@ -131,29 +155,33 @@ class Intake(Database):
     def oldest_answer(self) -> int | None:
         """Tell when the oldest answer came (ms) that is used again in this pass; None: there is none."""
         (oldest_ms,) = self._db.execute(
-            "SELECT min(a.settled_ms) FROM seen s JOIN requests r ON r.fingerprint = s.fingerprint "
+            "SELECT min(a.settled_ms) FROM seen s JOIN requests r ON r.id = s.id "
             "JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.decision IN ('found', 'not_found')"
         ).fetchone()
         return None if oldest_ms is None else int(oldest_ms)
 
     def decisions(self, wanted: Iterable[Wanted]) -> Iterator[Decided]:
         """Tell what was decided about each row of a batch, now that the whole input was seen."""
-        self._load(wanted)
-        rows = self._db.execute(
-            "SELECT b.i, s.position, s.decision, a.settled_ms FROM batch b "
-            "JOIN seen s ON s.fingerprint = b.fingerprint "
-            "LEFT JOIN requests r ON r.fingerprint = b.fingerprint "
-            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) ORDER BY b.i"
-        )
-        for position, first, decision, settled_ms in rows:
-            yield Decided(position, first, Decision(decision), settled_ms)
+        rows = list(wanted)
+        with self._looking():
+            self._load(rows)
+            known = self._db.execute(
+                "SELECT b.fingerprint, s.position, s.decision, a.settled_ms "
+                "FROM asks CROSS JOIN batch b ON b.i = asks.i JOIN seen s ON s.id = asks.id "
+                "LEFT JOIN requests r ON r.id = asks.id "
+                "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)"
+            )
+            told = {name: (first, Decision(decision), settled_ms) for name, first, decision, settled_ms in known}
+        for row in rows:
+            if row.fingerprint in told:
+                yield Decided(row.position, *told[row.fingerprint])
 
     def enrolled(self) -> dict[State, int]:
         """Count the distinct requests of this pass by their state; those in the queue are pending."""
         rows = self._db.execute(
             "SELECT CASE WHEN r.position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
             "THEN 'pending' ELSE r.state END, count(*) "
-            "FROM seen s JOIN requests r ON r.fingerprint = s.fingerprint GROUP BY 1"
+            "FROM seen s JOIN requests r ON r.id = s.id GROUP BY 1"
         )
         return {State(state): count for state, count in rows}
 
@@ -162,40 +190,63 @@ class Intake(Database):
         (count,) = self._db.execute(f"SELECT count(*) FROM requests WHERE {QUEUED}").fetchone()
         return int(count)
 
-    def standing(self, asked: Iterable[Wanted]) -> Iterator[Standing]:
-        """Tell what is known of each row of a batch; a request never enrolled is left out, unless it is capped."""
+    def standing(self, asked: Iterable[Wanted]) -> list[Standing]:
+        """Tell what is known of each request of a batch; one never enrolled is left out, unless it is capped."""
         self.look(asked)
-        rows = self._rows(
-            "SELECT b.i, s.position = b.i, "
+        rows = self._db.execute(
+            "SELECT asks.i, s.position = asks.i, "
             "CASE WHEN r.answer_id IS NULL THEN coalesce(r.state, 'pending') ELSE a.state END, "
             "a.answer, a.error, a.provider, a.credits, a.task_id, a.settled_ms, a.id, "
             "s.decision = 'capped', a.erased_ms "
-            "FROM batch b JOIN seen s ON s.fingerprint = b.fingerprint "
-            "LEFT JOIN requests r ON r.fingerprint = b.fingerprint "
+            "FROM asks CROSS JOIN seen s ON s.id = asks.id LEFT JOIN requests r ON r.id = asks.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
-            "WHERE r.id IS NOT NULL OR s.decision = 'capped' ORDER BY b.i"
+            "WHERE asks.id > 0 OR s.decision = 'capped' ORDER BY asks.i"
         )
-        for index, first, state, *known in rows:
-            yield Standing(index, bool(first), State(state), *known)
+        return list(map(Standing._make, rows))
 
-    def _load(self, wanted: Iterable[Wanted]) -> None:
-        # Who only looks has no transaction, and each row would be a commit of its own.
-        looking = not self._db.in_transaction
-        if looking:
-            self._db.execute("BEGIN")
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Make one commit of it for who only looks, and has no transaction."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN")
         try:
-            self._db.execute("DELETE FROM batch")
-            self._db.executemany("INSERT INTO batch VALUES (?, ?, ?, ?, ?)", wanted)
+            yield
         finally:
-            if looking:
-                self._db.execute("COMMIT")
+            self._db.execute("COMMIT")
+
+    def _load(self, wanted: Iterable[Wanted]) -> dict[bytes, str]:
+        """Load the distinct questions of a batch, and find the requests that they are; return their params."""
+        rows = list(wanted)
+        # Of rows that ask the same, the first in the input says whose group, the first in the order of asking when.
+        distinct = {row.fingerprint: row for row in reversed(rows)}
+        places: dict[bytes, int] = {}
+        for position, name, _, told, _ in rows if len(distinct) < len(rows) else ():
+            place = position if told is None else told
+            places[name] = min(place, places.get(name, place))
+        self._db.execute("DELETE FROM batch")
+        self._db.execute("DELETE FROM asks")
+        self._db.executemany(
+            "INSERT INTO batch VALUES (?, ?, ?, ?)",
+            [
+                (position, name, places.get(name, position if place is None else place), group)
+                for position, name, _, place, group in reversed(distinct.values())
+            ],
+        )
+        # A stranger remains one in this pass, though somebody else may enroll it meanwhile.
+        self._know(_STRANGERS)
+        self._know(_REQUESTS)
+        return {name: row.params for name, row in distinct.items()}
+
+    def _know(self, where: str) -> None:
+        self._db.execute(f"INSERT OR IGNORE INTO asks SELECT b.i, k.id FROM batch b CROSS JOIN {where}")
 
     def _see(self) -> None:
-        # Of rows that ask the same, the first in the order of asking says when, the first in the input whose group.
         self._db.execute(
-            f"INSERT INTO seen SELECT b.fingerprint, b.i, coalesce(b.place, b.i), b.grp, {self._decision()} "
-            "FROM batch b LEFT JOIN requests r ON r.fingerprint = b.fingerprint WHERE true ORDER BY b.i "
-            "ON CONFLICT (fingerprint) DO UPDATE SET place = min(place, excluded.place)"
+            f"INSERT INTO seen SELECT asks.id, b.i, b.place, b.grp, {self._decision()} "
+            "FROM asks CROSS JOIN batch b ON b.i = asks.i LEFT JOIN requests r ON r.id = asks.id WHERE true "
+            "ON CONFLICT (id) DO UPDATE SET place = excluded.place WHERE excluded.place < place"
         )
 
     def _decision(self) -> str:
@@ -221,7 +272,7 @@ class Intake(Database):
         return "CASE " + "".join(f"WHEN {case} THEN '{name}' " for case, name in cases.items()) + "ELSE r.state END"
 
     def _leave_out(self, decision: Decision, which: str, *values: object) -> None:
-        self._db.execute(f"UPDATE seen SET decision = '{decision}' WHERE fingerprint IN ({which})", values)
+        self._db.execute(f"UPDATE seen SET decision = '{decision}' WHERE id IN ({which})", values)
 
 
 def spread(count: int, sample: int, seed: int) -> list[int]:

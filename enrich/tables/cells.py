@@ -43,8 +43,13 @@ def as_text(column: pl.Series) -> pl.Series:
         text = column.dt.to_string("%H:%M:%S%.f")
     elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum, pl.Date):
         text = column.cast(pl.String)
+    elif kind.is_float():
+        # Prices are a few numbers, again and again.
+        numbers = _shortest(column).to_list()
+        texts = {number: text_of(number) for number in set(numbers)}
+        text = _series(map(texts.__getitem__, numbers))
     else:
-        text = _series(map(text_of, _shortest(column).to_list()))
+        text = _series(map(text_of, column.to_list()))
     return text.fill_null("").alias(name)
 
 

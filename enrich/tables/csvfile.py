@@ -4,7 +4,7 @@ import codecs
 import csv
 import io
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
@@ -25,6 +25,8 @@ from enrich.tables.textfile import (
 
 if TYPE_CHECKING:
     from _csv import Reader
+
+Rows = Sequence[Sequence[object]]
 
 CELL_LIMIT = 10_000_000  # characters; csv's own limit of 131,072 is below what scraped pages and notes reach
 
@@ -93,25 +95,27 @@ class CsvWriter:
     def write_header(self, header: list[str]) -> None:
         """Write the column names."""
         # Unquoted, a byte order mark that belongs to the first name would be taken for that of the file.
-        self._write(header, [header], first_row=0, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
+        text = _text([header], self._separator, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
+        self._write(text, header, lambda: [header], first_row=0)
 
     def write(self, frame: pl.DataFrame) -> None:
-        """Write the rows of a frame; a null becomes a blank cell."""
-        self._write(frame.columns, frame.rows(), first_row=self._rows + 1)
+        """Write the rows of a frame of text; a null becomes a blank cell."""
+        if frame.width > 1 and self._separator.isascii():
+            # The same text as csv writes, ten times as fast; polars would quote what is blank, but not what is null.
+            filled = frame.select(pl.when(pl.all() != "").then(pl.all()))
+            text = filled.write_csv(include_header=False, separator=self._separator)
+        else:
+            text = _text(frame.rows(), self._separator)
+        self._write(text, frame.columns, frame.rows, first_row=self._rows + 1)
         self._rows += frame.height
 
-    def _write(
-        self, columns: list[str], rows: Sequence[Sequence[object]], first_row: int, *, quote_all: bool = False
-    ) -> None:
-        text = _LineFeedText()
-        rule: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
-        csv.writer(text, delimiter=self._separator, quoting=rule).writerows(rows)
+    def _write(self, text: str, columns: list[str], rows: Callable[[], Rows], first_row: int) -> None:
         try:
-            self._raw.write(self._encoder.encode(text.getvalue()))
+            self._raw.write(self._encoder.encode(text))
         except UnicodeEncodeError:
-            raise self._unwritable(columns, rows, first_row) from None
+            raise self._unwritable(columns, rows(), first_row) from None
 
-    def _unwritable(self, columns: list[str], rows: Sequence[Sequence[object]], first_row: int) -> TableProblem:
+    def _unwritable(self, columns: list[str], rows: Rows, first_row: int) -> TableProblem:
         hint = "Set `encoding: utf-8` for the file to write"
         for row, cells in enumerate(rows, first_row):
             for name, cell in zip(columns, cells, strict=True):
@@ -119,6 +123,13 @@ class CsvWriter:
                     place = f"{f'row {row}' if row else 'the header'}, column {named(name)}"
                     return TableProblem(f"{place}: `{self._encoding}` has no sign for a character of this cell", hint)
         return TableProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
+
+
+def _text(rows: Rows, separator: str, *, quote_all: bool = False) -> str:
+    text = _LineFeedText()
+    rule: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+    csv.writer(text, delimiter=separator, quoting=rule).writerows(rows)
+    return text.getvalue()
 
 
 class _LineFeedText(io.StringIO):

@@ -12,6 +12,9 @@ from polars.io.plugins import register_io_source
 from enrich.tables.cells import JSON, as_text
 from enrich.tables.textfile import TableFile, TableProblem, readable
 
+#: So many rows are held in memory, when they are read and when they are written.
+AT_ONCE = 100_000
+
 
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     """Return the columns and their types."""
@@ -26,9 +29,10 @@ def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl
     """Yield the rows in order."""
     with _sound(source):
         scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
-        for frame in scan.collect_batches(chunk_size=rows_per_batch, maintain_order=True, lazy=True):
-            if frame.height:
-                yield frame
+        # In pieces of our own: polars would read several row groups ahead, whatever their size.
+        (height,) = scan.select(pl.len()).collect().row(0)
+        for start in range(0, height, AT_ONCE):
+            yield from scan.slice(start, AT_ONCE).collect().iter_slices(rows_per_batch)
 
 
 def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> None:
@@ -41,7 +45,7 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
             yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON else it for it in frame.get_columns()})
 
     types = {name: pl.String() if kind == JSON else kind for name, kind in schema.items()}
-    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw)
+    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw, row_group_size=AT_ONCE)
 
 
 @contextmanager

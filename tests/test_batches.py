@@ -1,0 +1,200 @@
+"""What is done a batch at a time comes to the very same as row by row, and asks the ledger no more often."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.collector import cell_texts
+from enrich.job import load_job
+from enrich.model import Call, Decision, RowStatus
+from enrich.question import Question
+from enrich.rows import Rows
+from enrich.store.ledger import Ledger
+from enrich.tables.csvfile import CsvWriter
+from tests.books import CALL as ASKED
+from tests.books import FOUND, Books, wanted
+
+CALL = Call("email_getter", (833, 966), 10)
+JOB = """\
+version: 1
+input: leads.csv
+waterfall: email_getter
+dedupe: {dedupe}
+params: {{'b "q"': B, email: {{column: [E, F]}}, a: A, c: {{value: US}}}}
+"""
+CELLS = st.text(alphabet='aZ@. \u00a0"\\/\b\f\n\r\t\x01\x1f\x7f\u2028\u2029e\u0301\u00e9\U0001f600', max_size=6)
+#: The White_Space of Unicode, as Rust cuts it; Python cuts \x1c to \x1f, too.
+BLANKS = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+MAILS = st.sampled_from(["a@b.example", "a@b", "@b.example", "a@b@c.d", "a b@c.d", "a\u2003b@c.d", "a@.", "a@\n."])
+
+
+def row_by_row(
+    leads: Sequence[Mapping[str, str]], *, dedupe: bool
+) -> list[tuple[str | None, bytes | None, str | None]]:
+    """Ask for each row as the first version did: params, fingerprint, reason. All ledgers stand on these bytes."""
+    written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    call = json.dumps([1, "run", CALL.waterfall, CALL.body()], sort_keys=True)
+    prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
+    times: dict[bytes, int] = {}
+    asked: list[tuple[str | None, bytes | None, str | None]] = []
+    for lead in leads:
+        clean = {name: unicodedata.normalize("NFC", cell).strip(BLANKS) for name, cell in lead.items()}
+        sent = {"a": clean["A"], 'b "q"': clean["B"], "c": "US", "email": clean["E"] or clean["F"]}
+        params = {name: sent[name] for name in sorted(sent) if sent[name]}
+        error = None
+        if "a" not in params:
+            error = "a is empty (A)"
+        elif "email" in params:
+            local, at, domain = params["email"].partition("@")
+            if not (local and at and "." in domain) or "@" in domain or any(map(str.isspace, params["email"])):
+                error = "email is no e-mail address (E, F)"
+        if error:
+            asked.append((None, None, error))
+            continue
+        text = written(params)
+        digest = prefix.copy()
+        digest.update(b"\0" + text.encode())
+        name = digest.digest()
+        if not dedupe:
+            times[name] = times.get(name, -1) + 1
+            if times[name]:
+                digest.update(b"\0%d" % times[name])
+        asked.append((text, digest.digest(), None))
+    return asked
+
+
+@given(
+    leads=st.lists(st.fixed_dictionaries({"A": CELLS, "B": CELLS, "E": CELLS | MAILS, "F": MAILS}), min_size=1),
+    dedupe=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_requests_have_the_very_names_that_they_always_had(
+    tmp_path_factory: pytest.TempPathFactory, leads: list[dict[str, str]], *, dedupe: bool
+) -> None:
+    """Another byte in params or fingerprint, and everybody would pay for everything again."""
+    folder = tmp_path_factory.mktemp("leads")
+    with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["A", "B", "E", "F"], *([lead[name] for name in "ABEF"] for lead in leads)])
+    job = folder / "job.yaml"
+    job.write_text(JOB.format(dedupe=str(dedupe).lower()), encoding="utf-8")
+    question = Question(CALL, ("a",), ("email",), {"new": "email"}, None)
+    (batch,) = Rows(load_job(job)).batches(question)
+    assert list(zip(batch.params, batch.fingerprints, batch.errors, strict=True)) == row_by_row(leads, dedupe=dedupe)
+    assert [status is RowStatus.INVALID for status in batch.statuses] == [name is None for name in batch.fingerprints]
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.none() | st.text("ab ,;\t\"'\r\n|\0\ufeff\u2028é", max_size=4)] * 3), max_size=6),
+    separator=st.sampled_from([",", ";", "\t", "|", " ", "a"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], separator: str) -> None:
+    """Quotes where they are needed and nowhere else, blanks as nothing, whoever writes it."""
+    raw, text = io.BytesIO(), io.StringIO()
+    with CsvWriter(raw, separator) as writer:
+        writer.write(pl.DataFrame(rows, schema=dict.fromkeys(["^a$", "", "c"], pl.String), orient="row"))
+    for row in rows:
+        line = io.StringIO()
+        csv.writer(line, delimiter=separator).writerow(row)
+        text.write(line.getvalue().removesuffix("\r\n") + "\n")
+    assert raw.getvalue() == text.getvalue().encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('"a@b.example"', "a@b.example"),
+        ('" "', None),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+        ("1.10", "1.1"),
+        ("NaN", "NaN"),
+        ('[1e400, "\\ud83d\\ude00"]', '[Infinity, "\U0001f600"]'),
+        ('{"a": 18446744073709551617}', '{"a": 18446744073709551617}'),
+        ("true", "true"),
+        ("[]", None),
+    ],
+)
+def test_every_digit_of_an_answer_counts(value: str, text: str | None) -> None:
+    """What the fast parser would round or refuse is read by the exact one."""
+    answer = f'{{"data": [{{"result": {{"found": {value}, "name": "Ada"}}, "steps": []}}]}}'
+    assert cell_texts(answer, ["found", "name", "none"]) == [text, "Ada", None]
+
+
+def statements(ledger: Ledger, work: Callable[[], object]) -> int:
+    """Count what SQLite is asked to do; a statement for many rows counts once for each."""
+    count = 0
+
+    def heard(_: str) -> None:
+        nonlocal count
+        count += 1
+
+    ledger._db.set_trace_callback(heard)
+    work()
+    ledger._db.set_trace_callback(None)
+    return count
+
+
+class TestStatements:
+    """A batch costs the ledger one statement a row, to load it, and a few more."""
+
+    ROWS, FEW = 1_000, 25
+
+    @pytest.fixture
+    def books(self, tmp_path: Path) -> Books:
+        """Open a ledger."""
+        return Books.open(tmp_path / "ledger.db")
+
+    def test_new_requests_cost_two_a_row(self, books: Books) -> None:
+        """One to load it, one to make it."""
+        batch = wanted(range(self.ROWS))
+        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < 2 * self.ROWS + self.FEW
+
+    def test_known_requests_cost_one_a_row(self, books: Books) -> None:
+        """To enroll them again, to look at them, and to collect their answers."""
+        books.enroll(range(self.ROWS))
+        batch = wanted(range(self.ROWS))
+        books.do(Ledger.begin_pass)
+        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < self.ROWS + self.FEW
+        assert statements(books.ledger, lambda: books.ledger.look(batch)) < self.ROWS + self.FEW
+        assert statements(books.ledger, lambda: books.ledger.standing(batch)) < self.ROWS + self.FEW
+
+    def test_rows_that_ask_the_same_cost_next_to_nothing(self, books: Books) -> None:
+        """They are loaded once."""
+        batch = wanted([1, 2, 3] * self.ROWS)
+        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < self.FEW
+        assert statements(books.ledger, lambda: books.ledger.standing(batch)) < self.FEW
+
+    def test_all_that_follows_costs_a_few(self, books: Books) -> None:
+        """Choosing, marking and counting ask nothing row by row."""
+        books.do(Ledger.begin_pass)
+        books.do(Ledger.enroll, ASKED, wanted(range(self.ROWS)))
+
+        def follow() -> None:
+            for move in (Ledger.choose, Ledger.mark, Ledger.decided, Ledger.enrolled, Ledger.oldest_answer):
+                books.do(move)
+
+        assert statements(books.ledger, follow) < self.FEW
+
+
+def test_a_plan_counts_once_what_a_run_enrolls_meanwhile(tmp_path: Path) -> None:
+    """What was unknown when it was first seen stays one request, under whatever number it is known now."""
+    books = Books.open(tmp_path / "ledger.db")
+    reader = Ledger(books.path, read_only=True)
+    reader.look(wanted([1, 2]))
+    books.begin(1).settle(books.submit(), FOUND)
+    reader.look(wanted([1, 2, 3], 2))
+    assert reader.decided() == {Decision.NEW: 3}
+    assert [told.first for told in reader.decisions(wanted([3, 2, 1]))] == [4, 1, 0]
+    reader.close()
+    books.ledger.close()
