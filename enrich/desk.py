@@ -31,6 +31,8 @@ from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Progress, Surroundings, wish
 
 PROGRESS_S = 0.2
+#: How often it is written down what was learned: a kill loses no more.
+LEARNED_S = 30.0
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
 COUNTED_WHEN_INTERRUPTED = 100_000
 #: Requests whose answer is reused.
@@ -215,11 +217,12 @@ class Desk:
                 poller.no_more = True
                 self.execution.notify()
 
-        showing = asyncio.create_task(self._keep_showing())
+        besides = [asyncio.create_task(self._keep_showing()), asyncio.create_task(self._keep_learned())]
         try:
             await self.execution.until_leaving(dispatch(), poller.run())
         finally:
-            showing.cancel()
+            for task in besides:
+                task.cancel()
             self._show()
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
@@ -264,6 +267,7 @@ class Desk:
         after = await self._balance() if tally.settled or tally.submitted else before
         reason = self.execution.reasons.get(code)
         enrolled = self.enrolled
+        await self._remember()
         receipt = Receipt(
             job=self.around.job.name,
             exit_code=int(code),
@@ -328,6 +332,17 @@ class Desk:
         while True:
             self._show()
             await asyncio.sleep(PROGRESS_S)
+
+    async def _keep_learned(self) -> None:
+        while True:
+            await asyncio.sleep(LEARNED_S)
+            await self._remember()
+
+    async def _remember(self) -> None:
+        """Write down how long tasks take, for the next execution."""
+        times = self.execution.poll_times
+        if times.heard:
+            await self.journal.do(Ledger.remember_latencies, self.connection.question.call, times.learned)
 
     def _show(self) -> None:
         enrolled, tally = self.enrolled or {}, self.execution.tally

@@ -14,7 +14,7 @@ import pytest
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Timing
 from enrich.model import MICROS, State, SystemClock
-from enrich.pace import PollTimes
+from enrich.polls import PollTimes
 from enrich.sandbox.faults import Fault
 from enrich.store.ledger import Ledger
 from tests.harness import HASTY, Api, serving

@@ -27,6 +27,12 @@ def m002_nights(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+@migration
+def m003_latencies(db: sqlite3.Connection) -> None:
+    """How long the tasks of each call took lately: when to ask is learned once, not every night."""
+    db.execute(LATENCIES)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -148,5 +154,14 @@ CREATE TABLE delivered (        -- what the change feed of a job has told
     row_key BLOB NOT NULL,      -- a hash of the row's key columns and its request
     attempt_id INTEGER NOT NULL REFERENCES attempts,
     PRIMARY KEY (job, row_key)
+) STRICT, WITHOUT ROWID
+"""
+
+LATENCIES = """
+CREATE TABLE latencies (
+    call TEXT NOT NULL,         -- as in calls.canonical
+    seconds REAL NOT NULL,      -- at most so many, and more than in the row before
+    answers REAL NOT NULL,      -- how many answers took so long; old ones count less
+    PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID
 """
