@@ -1,21 +1,35 @@
 """How much of an allowance that nobody told is used, and how many requests are answered 429.
 
 `python -m benchmarks.allowance` plays the program's pace against servers of several kinds on a virtual clock: the
-same numbers on every machine.
+same numbers on every machine. `--real` then runs the program itself against the sandbox, a minute for each allowance.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
+import os
 import random
+import subprocess
+import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import click
 
 from enrich.pace import Pace
+from enrich.sandbox.server import embedded
+from enrich.sandbox.settings import SandboxSettings
+
+JOB = """version: 1
+input: leads.csv
+waterfall: email_getter
+params: {first_name: First, last_name: Last, company: Site}
+"""
 
 #: Requests a second at some moment.
 Allowed = Callable[[float], float]
@@ -87,13 +101,20 @@ SERVERS: dict[str, Callable[[Allowed], Server]] = {
 }
 
 
+RATES = (20.0, 100.0, 500.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What came of a night: requests accepted and refused, and how many could have been accepted."""
+    """What came of a night: requests accepted and refused, and how many could have been accepted.
+
+    `silent`: requests that left before a Retry-After was over.
+    """
 
     accepted: int
     refused: int
     possible: float
+    silent: int
 
     @property
     def used(self) -> float:
@@ -128,49 +149,51 @@ class Night:
 def play(night: Night) -> Seen:
     """Send as much as the pace allows, all night."""
     chance = random.Random(1)
-    pace, server, now = Pace(night.ceiling), night.server(night.allowed), 0.0
+    pace, server, others = Pace(night.ceiling), night.server(night.allowed), Others(night.others)
     answers: list[tuple[float, int, bool]] = []
-    count, theirs = [0, 0], 0
-    next_of_others = 0.0
-    wake = 0.0
+    accepted = refused = silent = 0
+    now = wake = quiet_until = 0.0
     while now < night.seconds:
-        full = len(answers) >= night.wire
-        if answers and (full or answers[0][0] <= wake):
+        if answers and (len(answers) >= night.wire or answers[0][0] <= wake):
             now, _, good = heapq.heappop(answers)
             if good:
                 pace.answered(now)
             else:
                 pace.throttled(now, night.retry_after)
-            wake = max(wake, now) if not full else max(wake, now)
+                quiet_until = max(quiet_until, now + (night.retry_after or 0.0))
+            wake = max(wake, now)
             continue
         now = max(now, wake)
         if wait := pace.delay(now):
             wake = now + wait + chance.random() * night.late
             continue
-        next_of_others, theirs = _others(night, server, next_of_others, now, theirs)
+        arrives = now + night.latency_s / 2
+        others.send(server, arrives)
         pace.take(now)
-        good = server.take(now + night.latency_s / 2)
-        count[good] += 1
-        heapq.heappush(answers, (now + night.latency_s * (0.9 + 0.2 * chance.random()), sum(count), good))
-    step = 0.01
-    possible = (
-        sum(
-            min(night.allowed(i * step) - night.others(i * step), night.wire / night.latency_s)
-            for i in range(int(night.seconds / step))
-        )
-        * step
-    )
-    return Seen(count[True], count[False], possible)
+        silent += now < quiet_until
+        good = server.take(arrives)
+        accepted += good
+        refused += not good
+        heapq.heappush(answers, (now + night.latency_s * (0.9 + 0.2 * chance.random()), accepted + refused, good))
+    moments = [second / 10 for second in range(int(night.seconds * 10))]
+    free = sum(min(night.allowed(at) - night.others(at), night.wire / night.latency_s) for at in moments) / 10
+    return Seen(accepted, refused, free + others.refused, silent)
 
 
-def _others(night: Night, server: Server, at: float, now: float, theirs: int) -> tuple[float, int]:
-    """Let somebody else send what is due."""
-    while at <= now:
-        rate = night.others(at)
-        if rate:
-            theirs += server.take(at + night.latency_s / 2)
-        at += 1 / rate if rate else 0.1
-    return at, theirs
+@dataclass(slots=True)
+class Others:
+    """Somebody else who sends at a steady rate, whatever is answered."""
+
+    rate: Allowed
+    refused: int = 0
+    at: float = 0.0
+
+    def send(self, server: Server, until: float) -> None:
+        """Send what is due."""
+        while self.at <= until:
+            rate = self.rate(self.at)
+            self.refused += bool(rate) and not server.take(self.at)
+            self.at += 1 / rate if rate else 0.1
 
 
 def steady(rate: float) -> Allowed:
@@ -201,20 +224,48 @@ def nights(rate: float) -> dict[str, Callable[[Callable[[Allowed], Server]], Nig
     }
 
 
+def real(rate: float, rows: int, retry_after: int | None) -> None:
+    """Run the program against the sandbox that allows so many requests a second, and print what came of it."""
+    with tempfile.TemporaryDirectory(prefix="allowance-") as name:
+        folder = Path(name)
+        (folder / "leads.csv").write_text(
+            "First,Last,Site\n" + "".join(f"F{row},L{row},company{row}.example\n" for row in range(rows))
+        )
+        (folder / "job.yaml").write_text(JOB)
+        settings = SandboxSettings(rate=rate, burst=10, retry_after=retry_after, balance=1e9, failure_rate=0.0)
+        with embedded(folder / "api.db", settings) as sandbox:
+            access = {"DATABAR_API_KEY": sandbox.api_key, "DATABAR_BASE_URL": sandbox.base_url}
+            command = [sys.executable, "-m", "enrich", "run", str(folder / "job.yaml"), "--yes", "--json"]
+            done = subprocess.run(command, env=os.environ | access, capture_output=True, text=True, check=False)
+    receipt = json.loads(done.stdout)
+    requests = receipt["submitted"] + receipt["polls"] + receipt["rate_limited"]
+    print(
+        f"{rate:.0f}/s for real, Retry-After {retry_after}: "
+        f"{receipt['submitted']} rows in {receipt['elapsed_s']:.1f} s, "
+        f"{receipt['polls'] / receipt['submitted']:.2f} polls a row, "
+        f"{receipt['rate_limited'] / requests:.2%} answered 429, "
+        f"{(receipt['submitted'] + receipt['polls'] - receipt['rate_limited']) / receipt['elapsed_s'] / rate:.1%} used"
+    )
+
+
 @click.command()
 @click.option("--latency", default=0.1, show_default=True, help="Seconds until a request is answered.")
-def main(latency: float) -> None:
+@click.option("--late", default=0.002, show_default=True, help="Seconds that a timer is late at most.")
+@click.option("--real", "for_real", is_flag=True, help="Run the program against the sandbox, too.")
+def main(latency: float, late: float, *, for_real: bool) -> None:
     """Print the share of the allowance that is used, and of the requests that are answered 429."""
-    from dataclasses import replace
-
-    print(f"{'':36}" + "".join(f"{name:>20}" for name in SERVERS))
-    for rate in (20.0, 100.0, 500.0):
+    print(f"{'':38}" + "".join(f"{name:^16}" for name in SERVERS))
+    for rate in RATES:
         for name, night in nights(rate).items():
             cells = []
             for server in SERVERS.values():
-                seen = play(replace(night(server), latency_s=latency))
-                cells.append(f"{seen.used:>12.1%} {seen.refused_share:>6.2%}")
-            print(f"{rate:>4.0f}/s {name:30}" + " ".join(cells))
+                seen = play(replace(night(server), latency_s=latency, late=late))
+                cells.append(f"{seen.used:>7.1%} {seen.refused_share:>6.2%}  ")
+            print(f"{rate:>4.0f}/s {name:32}" + "".join(cells))
+    if for_real:
+        for rate in RATES:
+            for retry_after in (None, 1):
+                real(rate, int(rate * 28), retry_after)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import click
 
-from enrich.polls import PollTimes
+from enrich.polls import PollTimes, Price
 
 IN_FLIGHT, PER_SECOND = 200, 20.0
 
@@ -68,7 +68,7 @@ class Dear:
 
     def wait(self, age: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
-        return self.times.wait(age, scarce=True)
+        return self.times.wait(age, Price.HIGH)
 
     def finished(self, after: float, by: float) -> None:
         """Hear when a task ran and when it was done."""

@@ -12,7 +12,7 @@ from enrich.breaker import Breaker
 from enrich.errors import PRECEDENCE, EnrichError, Exit, RateLimited
 from enrich.model import Clock, State
 from enrich.pace import Pace
-from enrich.polls import PollTimes
+from enrich.polls import PollTimes, Price
 
 #: All that is in flight must be fetchable in this share of the time for which the API keeps results.
 FETCHED_IN = 0.25
@@ -88,9 +88,9 @@ class Execution:
         return min(self.in_flight_limit, fetchable) - self.in_flight - self.on_the_wire
 
     @property
-    def scarce(self) -> bool:
-        """Tell whether a poll takes the slot of a submit: the rate holds us back, and there is room at the API."""
-        return self.pace.scarce and not self.closing.is_set() and self.room > self.in_flight_limit // 2
+    def poll_price(self) -> Price:
+        """What a poll costs now, while submits want the same slots."""
+        return Price.of(scarce=self.pace.scarce, room=self.room / self.in_flight_limit)
 
     def stop(self, code: Exit, reason: EnrichError) -> None:
         """Send no new POST; what is on its way is still written down."""

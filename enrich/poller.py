@@ -14,6 +14,7 @@ from enrich.api.client import POLLS_ON_THE_WIRE, Client
 from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
 from enrich.execution import FETCHED_IN, Execution
 from enrich.model import Answer, State, Task
+from enrich.polls import Price
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 
@@ -109,7 +110,8 @@ class Poller:
     def _worth(self, age: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll, soon enough to fetch its result in time."""
         execution = self.execution
-        wait = execution.poll_times.wait(age, scarce=execution.scarce and not (self.no_more or self.last_round))
+        alone = self.no_more or self.last_round or execution.closing.is_set()
+        wait = execution.poll_times.wait(age, Price.FAIR if alone else execution.poll_price)
         return min(wait, execution.result_ttl_s * FETCHED_IN)
 
     def _later(self, waiting: Waiting, seconds: float) -> None:

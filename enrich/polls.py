@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from enum import Enum
 from itertools import accumulate, pairwise
 from math import inf
 
@@ -32,9 +33,25 @@ ENOUGH = 4.0
 PLANNED_EVERY = 16
 #: Tasks that outlive all but this share are asked ever less often.
 TAIL = 0.02
-#: What a poll costs: as much as so many typical latencies of delay, when there are slots enough, and when it takes the
-#: slot of a submit.
-CHEAP, DEAR = 0.5, 3.0
+MUCH_ROOM, LITTLE_ROOM = 0.5, 0.1
+
+
+class Price(Enum):
+    """What a poll costs: as much as so many typical latencies of delay."""
+
+    LOW = 0.05  # no submit can leave before an answer came, and slots are left over
+    FAIR = 0.5
+    HIGH = 3.0  # it takes the slot of a submit
+
+    @classmethod
+    def of(cls, *, scarce: bool, room: float) -> Price:
+        """Choose by whether all slots are used, and the share of what may be at the API that is free.
+
+        Either the slots or the room is what makes a run long; a poll costs the one and makes the other.
+        """
+        if scarce:
+            return cls.HIGH if room > MUCH_ROOM else cls.FAIR
+        return cls.LOW if room < LITTLE_ROOM else cls.FAIR
 
 
 class PollTimes:
@@ -51,8 +68,10 @@ class PollTimes:
         self._weights = [0.0] * len(AGES)
         self._newest = 1.0
         self._heard = 0
-        #: For each age at which a task may still run the next at which to ask, as indexes of AGES: cheap and dear.
-        self._plans: tuple[list[int], list[int]] | None = None
+        #: The share of tasks that are done before each age; empty: nothing is planned.
+        self._done: list[float] = []
+        #: For each age at which a task may still run the next at which to ask, as indexes of AGES.
+        self._plans: dict[Price, list[int]] = {}
         self._typical: float | None = None
         for seconds, answers in learned:
             self._weights[_index(seconds)] += answers
@@ -96,12 +115,16 @@ class PollTimes:
         if self._heard < PLANNED_EVERY or not self._heard % PLANNED_EVERY:
             self._plan()
 
-    def wait(self, age: float, *, scarce: bool = False) -> float:
-        """Tell in how many seconds a task of this age is worth a poll; `scarce`: it takes the slot of a submit."""
-        at = bisect_right(AGES, age)
-        if self._plans is not None and at < len(self._plans[scarce]):
-            return max(AGES[self._plans[scarce][at]] - age, self.SHORTEST_S if age else 0.0)
-        if self._plans is None and age < self.typical * 0.8:
+    def wait(self, age: float, price: Price = Price.FAIR) -> float:
+        """Tell in how many seconds a task of this age is worth a poll."""
+        if self._done:
+            if price not in self._plans:
+                self._plans[price] = _cheapest(self._done, price.value * self.typical)
+            plan = self._plans[price]
+            at = bisect_right(AGES, age)
+            if at < len(plan):
+                return max(AGES[plan[at]] - age, self.SHORTEST_S if age else 0.0)
+        elif age < self.typical * 0.8:
             return self.typical * 0.9 - age
         return min(self.LONGEST_S, max(self.SHORTEST_S, age * self.GROWTH))
 
@@ -110,9 +133,9 @@ class PollTimes:
             return
         believed = [weight + UNKNOWN * self._newest for weight in self._weights]
         total = sum(believed)
-        done = list(accumulate((weight / total for weight in believed), initial=0.0))
-        self._typical = typical = AGES[bisect_left(done, 0.5) - 1]
-        self._plans = _cheapest(done, CHEAP * typical), _cheapest(done, DEAR * typical)
+        self._done = list(accumulate((weight / total for weight in believed), initial=0.0))
+        self._typical = AGES[bisect_left(self._done, 0.5) - 1]
+        self._plans.clear()
 
 
 def _index(seconds: float) -> int:
