@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from enrich.collector import Collector
 from enrich.connect import Connection
 from enrich.consent import check_balance
 from enrich.dispatcher import Dispatcher
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, Refused
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Plan, foresee, lines
@@ -334,9 +335,10 @@ class Desk:
             await asyncio.sleep(PROGRESS_S)
 
     async def _keep_learned(self) -> None:
-        while True:
-            await asyncio.sleep(LEARNED_S)
-            await self._remember()
+        with suppress(LedgerFailed):  # whoever writes next tells it
+            while True:
+                await asyncio.sleep(LEARNED_S)
+                await self._remember()
 
     async def _remember(self) -> None:
         """Write down how long tasks take, for the next execution."""
