@@ -108,11 +108,11 @@ class Poller:
         heapq.heapify(self._due)
 
     def _worth(self, age: float) -> float:
-        """Tell in how many seconds a task of this age is worth a poll, soon enough to fetch its result in time."""
+        """Tell in how many seconds a task of this age is worth a poll, before its result or our patience is gone."""
         execution = self.execution
         alone = self.no_more or self.last_round or execution.closing.is_set()
         wait = execution.poll_times.wait(age, Price.FAIR if alone else execution.poll_price)
-        return min(wait, execution.result_ttl_s * FETCHED_IN)
+        return min(wait, execution.result_ttl_s * FETCHED_IN, max(0.0, self.patience_s - age))
 
     def _later(self, waiting: Waiting, seconds: float) -> None:
         due = self.execution.clock.monotonic() + seconds

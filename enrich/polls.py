@@ -32,7 +32,7 @@ UNKNOWN = 1 / len(AGES)
 ENOUGH = 4.0
 PLANNED_EVERY = 16
 #: Tasks that outlive all but this share are asked ever less often.
-TAIL = 0.02
+TAIL = 0.05
 MUCH_ROOM, LITTLE_ROOM = 0.5, 0.1
 
 

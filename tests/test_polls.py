@@ -138,11 +138,12 @@ def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
 def test_few_polls_bring_the_answers_soon() -> None:
     """For the latencies that such an API has: beginner's polls included.
 
-    Who knew the distribution and planned for just this would need 1.74 polls for a median delay of 1.5 s.
+    Who knew the distribution beforehand and planned for just this would need 1.74 polls for a median delay of 1.5 s,
+    and with 1.7 polls would see the median answer after 1.57 s.
     """
-    seen = [play(PollTimes(), LATENCIES["lognormal(4 s, 0.6)"], seed=seed) for seed in range(3)]
-    assert sum(run.polls for run in seen) / 3 <= 1.72
-    assert sum(run.median for run in seen) / 3 <= 2.0
+    seen = [play(PollTimes(), LATENCIES["lognormal(4 s, 0.6)"], seed=seed) for seed in range(4)]
+    assert sum(run.polls for run in seen) / 4 <= 1.7
+    assert sum(run.median for run in seen) / 4 <= 1.9
 
 
 @pytest.mark.parametrize("name", LATENCIES)
