@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from enrich.collector import Collector
 from enrich.connect import Connection
 from enrich.consent import check_balance
 from enrich.dispatcher import Dispatcher
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, Refused
+from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Plan, foresee, lines
@@ -31,6 +32,8 @@ from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Progress, Surroundings, wish
 
 PROGRESS_S = 0.2
+#: How often it is written down what was learned: a kill loses no more.
+LEARNED_S = 30.0
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
 COUNTED_WHEN_INTERRUPTED = 100_000
 #: Requests whose answer is reused.
@@ -216,11 +219,12 @@ class Desk:
                 poller.no_more = True
                 self.execution.notify()
 
-        showing = asyncio.create_task(self._keep_showing())
+        besides = [asyncio.create_task(self._keep_showing()), asyncio.create_task(self._keep_learned())]
         try:
             await self.execution.until_leaving(dispatch(), poller.run())
         finally:
-            showing.cancel()
+            for task in besides:
+                task.cancel()
             self._show()
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
@@ -265,6 +269,7 @@ class Desk:
         after = await self._balance() if tally.settled or tally.submitted else before
         reason = self.execution.reasons.get(code)
         enrolled = self.enrolled
+        await self._remember()
         receipt = Receipt(
             job=self.around.job.name,
             exit_code=int(code),
@@ -329,6 +334,18 @@ class Desk:
         while True:
             self._show()
             await asyncio.sleep(PROGRESS_S)
+
+    async def _keep_learned(self) -> None:
+        with suppress(LedgerFailed):  # whoever writes next tells it
+            while True:
+                await asyncio.sleep(LEARNED_S)
+                await self._remember()
+
+    async def _remember(self) -> None:
+        """Write down how long tasks take, for the next execution."""
+        times = self.execution.poll_times
+        if times.heard:
+            await self.journal.do(Ledger.remember_latencies, self.connection.question.call, times.learned)
 
     def _show(self) -> None:
         enrolled, tally = self.enrolled or {}, self.execution.tally

@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from enrich.breaker import Breaker
 from enrich.errors import PRECEDENCE, EnrichError, Exit, RateLimited
 from enrich.model import Clock, State
-from enrich.pace import Breaker, Pace, PollTimes
+from enrich.pace import Pace
+from enrich.polls import PollTimes, Price
 
 #: All that is in flight must be fetchable in this share of the time for which the API keeps results.
 FETCHED_IN = 0.25
@@ -84,6 +86,11 @@ class Execution:
         """How many more requests may be at the API: within the limit, and no more than can be fetched in time."""
         fetchable = max(1, int(self.pace.rate * self.result_ttl_s * FETCHED_IN))
         return min(self.in_flight_limit, fetchable) - self.in_flight - self.on_the_wire
+
+    @property
+    def poll_price(self) -> Price:
+        """What a poll costs now, while submits want the same slots."""
+        return Price.of(scarce=self.pace.scarce, room=self.room / self.in_flight_limit)
 
     def stop(self, code: Exit, reason: EnrichError) -> None:
         """Send no new POST; what is on its way is still written down."""
@@ -163,21 +170,26 @@ class Execution:
     def good_answer(self) -> None:
         """Hear that the API answered sensibly."""
         self.failing_since = None
-        self.pace.answered()
+        self.pace.answered(self.clock.monotonic())
 
     def bad_answer(self, error: EnrichError) -> None:
         """Hear that it did not; after a long outage the execution gives up with exit 4."""
         now = self.clock.monotonic()
+        self.pace.lost(now)
+        self._failing(now, error)
+
+    def throttle(self, error: RateLimited) -> None:
+        """Hear a 429; an API that says nothing else for long is an outage, too."""
+        now = self.clock.monotonic()
+        self.tally.rate_limited += 1
+        self.pace.throttled(now, error.retry_after)
+        self._failing(now, error)
+
+    def _failing(self, now: float, error: EnrichError) -> None:
         if self.failing_since is None:
             self.failing_since = now
         if now - self.failing_since >= self.timing.outage_s:
             self.give_up(Exit.API, error)
-
-    def throttle(self, error: RateLimited) -> None:
-        """Hear a 429; an API that says nothing else for long is an outage, too."""
-        self.tally.rate_limited += 1
-        self.pace.throttled(self.clock.monotonic(), error.retry_after)
-        self.bad_answer(error)
 
     def exit_code(self, also: Mapping[Exit, bool]) -> Exit:
         """Choose the exit code: of those that hold, the first in the order of the contract."""

@@ -14,6 +14,7 @@ from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.execution import Execution
 from enrich.pace import Pace
 from enrich.place import Place
+from enrich.polls import PollTimes
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
@@ -147,6 +148,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
         around.timing,
         in_flight_limit=limits.in_flight,
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
+        poll_times=PollTimes(await journal.do(Ledger.latencies, question.call)),
     )
     desk = Desk(around, options, signals, client, journal, connection, execution, budget)
     signals.on_first = desk.interrupt

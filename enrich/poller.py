@@ -13,8 +13,9 @@ from enrich.api.answer import Phase, phase_of, read_answer
 from enrich.api.bundle import read_bundle
 from enrich.api.client import POLLS_ON_THE_WIRE, Client
 from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
-from enrich.execution import Execution
+from enrich.execution import FETCHED_IN, Execution
 from enrich.model import Answer, State, Task
+from enrich.polls import Price
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 
@@ -31,6 +32,8 @@ class Waiting:
     task: Task
     fresh: bool
     alive: bool
+    #: How old it was in seconds when it was last seen at work.
+    ran_s: float = 0.0
     no_data_since: float | None = None
 
 
@@ -54,11 +57,12 @@ class Poller:
     _due: list[tuple[float, int, Waiting]] = field(default_factory=list)
     _ready: list[tuple[int, int, Waiting]] = field(default_factory=list)
     _asking: int = 0
+    _relaxed: bool = False
     _number: count[int] = field(default_factory=count)
 
     def add(self, task: Task) -> None:
         """Take on a task that was submitted just now."""
-        self._later(Waiting(task, fresh=True, alive=task.seen_alive), self.execution.poll_times.wait(0.0))
+        self._later(Waiting(task, fresh=True, alive=task.seen_alive), self._worth(0.0))
 
     def adopt(self, tasks: Iterable[Task], *, asked_before: bool) -> None:
         """Take on what earlier executions left at the API; ask at once unless that was done just now."""
@@ -66,7 +70,7 @@ class Poller:
             waiting = Waiting(task, fresh=False, alive=task.seen_alive)
             self.execution.in_flight += 1
             if asked_before:
-                self._again(waiting, self.execution.poll_times.wait(self._age(waiting)))
+                self._again(waiting, self._worth(self._age(waiting)))
             else:
                 self._later(waiting, 0.0)
 
@@ -81,6 +85,8 @@ class Poller:
         stop = self.execution.giving_up
         async with asyncio.TaskGroup() as polls:
             while not stop.is_set():
+                if self.no_more and not self._relaxed:
+                    self._relax()
                 wait = self._sort_due()
                 if self._ready and self._asking < POLLS_ON_THE_WIRE:
                     room = min(POLLS_ON_THE_WIRE - self._asking, len(self._ready))
@@ -92,6 +98,22 @@ class Poller:
                     return
                 else:
                     await self.execution.wait_change(min(wait, IDLE_S))
+
+    def _relax(self) -> None:
+        """Ask sooner than was meant while each poll took the slot of a submit: none waits any more."""
+        self._relaxed = True
+        now = self.execution.clock.monotonic()
+        self._due = [
+            (min(due, now + self._worth(self._age(waiting))), number, waiting) for due, number, waiting in self._due
+        ]
+        heapq.heapify(self._due)
+
+    def _worth(self, age: float) -> float:
+        """Tell in how many seconds a task of this age is worth a poll, before its result or our patience is gone."""
+        execution = self.execution
+        alone = self.no_more or self.last_round or execution.closing.is_set()
+        wait = execution.poll_times.wait(age, Price.FAIR if alone else execution.poll_price)
+        return min(wait, execution.result_ttl_s * FETCHED_IN, max(0.0, self.patience_s - age))
 
     def _later(self, waiting: Waiting, seconds: float) -> None:
         due = self.execution.clock.monotonic() + seconds
@@ -141,7 +163,8 @@ class Poller:
             waiting.alive = True
             await self.journal.together(Ledger.alive, waiting.task.attempts)
         if phase is Phase.RUNNING:
-            self._again(waiting, execution.poll_times.wait(age))
+            waiting.ran_s = age
+            self._again(waiting, self._worth(age))
             return
         if phase is Phase.NO_DATA:
             now = execution.clock.monotonic()
@@ -150,7 +173,7 @@ class Poller:
                 self._again(waiting, NO_DATA_POLL_S)
                 return
         elif waiting.fresh:
-            execution.poll_times.finished(age)
+            execution.poll_times.finished(waiting.ran_s, age)
         paths = waiting.task.paths or self.paths
         if waiting.task.bundle is None:
             await self._settle(waiting, read_answer(body, raw, phase, paths))

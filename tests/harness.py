@@ -25,8 +25,8 @@ from enrich.api.credentials import Access
 from enrich.cli import run_command
 from enrich.execution import Timing
 from enrich.job import load_job
-from enrich.pace import PollTimes
 from enrich.pipeline import run
+from enrich.polls import PollTimes
 from enrich.receipt import Receipt
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from enrich.api.client import Client
+from enrich.breaker import Breaker
 from enrich.budget import Budget
 from enrich.dispatcher import Dispatcher
 from enrich.execution import Execution, Timing
 from enrich.model import Call, Clock, SystemClock
-from enrich.pace import Breaker, Pace, PollTimes
+from enrich.pace import Pace
 from enrich.poller import Poller
+from enrich.polls import PollTimes
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from tests.books import BOUND, CALL, Books

@@ -14,7 +14,7 @@ import pytest
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Timing
 from enrich.model import MICROS, State, SystemClock
-from enrich.pace import PollTimes
+from enrich.polls import PollTimes, Price
 from enrich.sandbox.faults import Fault
 from enrich.store.ledger import Ledger
 from tests.harness import HASTY, Api, serving
@@ -365,6 +365,22 @@ class TestPatience:
 
         with serving(tmp_path / "api.db", latency="fixed(2)") as api:
             play(tmp_path, api, scene, leads=range(50))
+
+    def test_who_gave_way_to_submits_is_asked_when_none_waits_any_more(self, tmp_path: Path) -> None:
+        """A poll that was put off for a slot's sake is not put off at the end of the run."""
+
+        async def scene(floor: Floor) -> None:
+            for latency in (0.5, 1.0, 1.5, 2.0, 3.0) * 10:
+                floor.execution.poll_times.finished(0.9 * latency, latency)
+            assert floor.execution.poll_price is Price.HIGH
+            await floor.dispatcher(poller := floor.poller(), limit=3).run()
+            meant = min(due for due, _, _ in poller._due)
+            poller.no_more = True
+            poller._relax()
+            assert max(due for due, _, _ in poller._due) < meant
+
+        with serving(tmp_path / "api.db") as api:
+            play(tmp_path, api, scene, leads=range(3), rate=20.0)
 
     def test_a_broken_ledger_ends_the_loop_with_its_error(self, api: Api, tmp_path: Path) -> None:
         """An answer that cannot be written is not counted; the error comes out bare."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from enrich.model import ASKED, Call, Decided, Decision, Standing, State, Wanted, Wish
-from enrich.store.database import Database
+from enrich.store.latencies import Latencies
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
@@ -42,7 +42,7 @@ _PASS = (
 )
 
 
-class Intake(Database):
+class Intake(Latencies):
     """A ledger that is joined with batches of the input."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:

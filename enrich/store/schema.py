@@ -34,6 +34,12 @@ def m003_bundles(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+@migration
+def m004_latencies(db: sqlite3.Connection) -> None:
+    """How long the tasks of each call took lately: when to ask is learned once, not every night."""
+    db.execute(LATENCIES)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -172,4 +178,13 @@ ALTER TABLE attempts ADD COLUMN bundle_id INTEGER REFERENCES bundles;
 
 -- place in the bundle's list, from 0
 ALTER TABLE attempts ADD COLUMN place INTEGER
+"""
+
+LATENCIES = """
+CREATE TABLE latencies (
+    call TEXT NOT NULL,         -- as in calls.canonical
+    seconds REAL NOT NULL,      -- at most so many, and more than in the row before
+    answers REAL NOT NULL,      -- how many answers took so long; old ones count less
+    PRIMARY KEY (call, seconds)
+) STRICT, WITHOUT ROWID
 """

@@ -1,0 +1,57 @@
+"""How long tasks take is kept in the ledger from night to night."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from enrich.store import schema
+from enrich.store.database import Database
+from enrich.store.ledger import Ledger
+from enrich.store.records import check
+from tests.books import CALL, Books
+from tests.harness import Office, people, serving
+
+
+def test_what_was_learned_is_remembered_by_call(tmp_path: Path) -> None:
+    """Another call has its own latencies; the newest replace the older ones."""
+    books = Books.open(tmp_path / "ledger.db")
+    other = type(CALL)(CALL.waterfall, (*CALL.enrichments, 99))
+    books.do(Ledger.remember_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
+    books.do(Ledger.remember_latencies, other, [(9.0, 1.0)])
+    books.do(Ledger.remember_latencies, CALL, [(4.0, 2.0)])
+    assert books.ledger.latencies(CALL) == [(4.0, 2.0)]
+    assert books.ledger.latencies(other) == [(9.0, 1.0)]
+    assert check(books.path).problems == []
+    books.ledger.close()
+
+
+def test_the_second_night_knows_when_to_ask(tmp_path: Path) -> None:
+    """It asks for each row about once, when the first had to find out."""
+    office = Office(tmp_path)
+    office.write_job()
+    polls = []
+    with serving(tmp_path / "api.db", latency="fixed(0.8)") as api:
+        for night in range(2):
+            office.write_leads(people(30, start=100 * night))
+            receipt = office.run(api)
+            polls.append(receipt.polls)
+    assert polls[1] < polls[0]
+    assert polls[1] <= 1.5 * 30
+    with closing(sqlite3.connect(office.ledger_path)) as db:
+        ((rows, seconds),) = db.execute("SELECT count(*), sum(seconds * answers) / sum(answers) FROM latencies")
+    assert rows < 151
+    assert 0.5 < seconds < 1.5
+
+
+def test_a_ledger_of_the_version_before_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows nothing of latencies, and learns."""
+    path = tmp_path / "ledger.db"
+    with monkeypatch.context() as older:
+        older.setattr("enrich.store.database.MIGRATIONS", schema.MIGRATIONS[:2])
+        Database(path).close()
+    with closing(Ledger(path)) as ledger:
+        assert ledger.latencies(CALL) == []

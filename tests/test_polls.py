@@ -1,0 +1,177 @@
+"""When a poll pays: learned from intervals, planned by price, relearned when the API changes."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import tight
+from benchmarks.polls import LATENCIES, Every, Seen, play
+from enrich.polls import AGES, ENOUGH, INHERITED, PollTimes, Price
+
+
+def taught(*ages: float, times: int = 40) -> PollTimes:
+    """Make poll times that have seen tasks take so long, closely watched."""
+    learned = PollTimes()
+    for _ in range(times):
+        for age in ages:
+            learned.finished(age * 0.97, age)
+    return learned
+
+
+def asked(times: PollTimes, price: Price = Price.FAIR, until: float = 60.0) -> list[float]:
+    """List the ages at which a task is asked that runs so long."""
+    ages = [times.wait(0.0, price)]
+    while ages[-1] < until:
+        ages.append(ages[-1] + times.wait(ages[-1], price))
+    return ages
+
+
+def test_before_anything_is_known_polls_come_early_and_then_less_and_less_often() -> None:
+    """The first guess is a second; nothing waits longer than half a minute for the next poll."""
+    ages = asked(PollTimes(), until=200.0)
+    assert ages[0] == pytest.approx(0.9)
+    gaps = [after - before for before, after in pairwise(ages)]
+    assert gaps == sorted(gaps)
+    assert gaps[0] == pytest.approx(PollTimes.SHORTEST_S)
+    assert gaps[-1] == PollTimes.LONGEST_S
+    assert PollTimes().typical == PollTimes.FIRST_GUESS_S
+
+
+def test_a_task_that_always_takes_as_long_is_asked_once() -> None:
+    """Just after it is done."""
+    first = taught(4.0).wait(0.0)
+    assert 4.0 <= first < 4.7
+
+
+def test_two_kinds_of_tasks_are_asked_at_two_times() -> None:
+    """Nobody asks in between, when none can be done."""
+    ages = asked(taught(2.0, 20.0), until=18.0)
+    assert 2.0 <= ages[0] < 2.5
+    assert ages[1] >= 18.0
+
+
+def test_a_dear_poll_comes_later_and_a_cheap_one_sooner() -> None:
+    """The price of a poll decides how sure it must be."""
+    times = taught(2.0, 3.0, 4.0, 5.0, 7.0)
+    low, fair, high = (len(asked(times, price, until=7.0)) for price in Price)
+    assert low > fair > high >= 1
+    assert times.wait(0.0, Price.LOW) < times.wait(0.0, Price.HIGH)
+
+
+@pytest.mark.parametrize(
+    ("scarce", "room", "price"),
+    [(True, 0.9, Price.HIGH), (True, 0.2, Price.FAIR), (False, 0.9, Price.FAIR), (False, 0.0, Price.LOW)],
+)
+def test_what_makes_a_run_long_sets_the_price(scarce: bool, room: float, price: Price) -> None:  # noqa: FBT001 - a table
+    """Slots that submits want make a poll dear; a full house and slots left over make it cheap."""
+    assert Price.of(scarce=scarce, room=room) is price
+
+
+def test_an_api_that_changed_is_learned_anew_within_some_tens_of_answers() -> None:
+    """After thousands of quick tasks a hundred slow ones decide."""
+    times = taught(1.0, times=1000)
+    assert times.typical == pytest.approx(1.0, rel=0.1)
+    for _ in range(60):
+        times.finished(29.0, 30.0)
+    assert times.typical == pytest.approx(30.0, rel=0.1)
+    assert times.wait(0.0) > 0
+
+
+def test_an_interval_teaches_no_more_than_it_says() -> None:
+    """A laptop that slept, a poll that was late: done at some time in these hours agrees with what is known."""
+    times = taught(4.0)
+    for _ in range(30):
+        times.finished(0.0, 30_000.0)
+    assert times.typical == pytest.approx(4.0, rel=0.1)
+
+
+def test_our_own_poll_times_do_not_bend_what_is_learned() -> None:
+    """Asked every ten seconds, tasks of 4 or 13 seconds teach that they took at most 10 and 20, not 10 and 20."""
+    times, chance = PollTimes(), random.Random(1)
+    for _ in range(200):
+        latency = chance.choice([4.0, 4.0, 13.0])
+        after = chance.uniform(0.0, latency)
+        times.finished(after, latency + chance.uniform(0.0, 6.0))
+    assert 3.0 < times.typical < 6.0
+
+
+def test_a_clock_that_was_set_back_teaches_nothing() -> None:
+    """A task cannot be done before it was seen at work."""
+    times = PollTimes()
+    times.finished(10.0, 3.0)
+    assert times.learned == []
+
+
+def test_another_night_begins_where_this_one_ended_but_believes_its_own_answers_more() -> None:
+    """What was inherited weighs as much as a few answers."""
+    times = PollTimes(taught(8.0).learned)
+    assert sum(answers for _, answers in times.learned) == pytest.approx(INHERITED)
+    assert 8.0 <= times.wait(0.0) < 9.5
+    for _ in range(40):
+        times.finished(1.9, 2.0)
+    assert 2.0 <= times.wait(0.0) < 2.5
+
+
+@given(
+    intervals=st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=40),
+    age=st.floats(0, 1e6),
+    price=st.sampled_from(Price),
+)
+def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
+    intervals: list[tuple[float, float]], age: float, price: Price
+) -> None:
+    """The wait is above nothing, and at most until the oldest age that is known."""
+    times = PollTimes()
+    for after, longer in intervals:
+        times.finished(after, after + longer)
+    wait = times.wait(age, price)
+    assert 0 < wait <= max(PollTimes.LONGEST_S, AGES[-1])
+    assert not age or wait >= PollTimes.SHORTEST_S or times.heard <= ENOUGH
+    assert sum(answers for _, answers in times.learned) <= 61
+
+
+def test_few_polls_bring_the_answers_soon() -> None:
+    """For the latencies that such an API has: beginner's polls included.
+
+    Who knew the distribution beforehand and planned for just this would need 1.74 polls for a median delay of 1.5 s,
+    and with 1.7 polls would see the median answer after 1.57 s.
+    """
+    seen = [play(PollTimes(), LATENCIES["lognormal(4 s, 0.6)"], seed=seed) for seed in range(4)]
+    assert sum(run.polls for run in seen) / 4 <= 1.7
+    assert sum(run.median for run in seen) / 4 <= 1.9
+
+
+@pytest.mark.parametrize("name", LATENCIES)
+def test_learning_beats_every_fixed_interval_somewhere_and_loses_nowhere_by_much(name: str) -> None:
+    """In polls and typical latencies of delay together, at the price that is fair."""
+    latency = LATENCIES[name]
+    chance = random.Random(1)
+    typical = sorted(latency(chance) for _ in range(999))[499]
+
+    def cost(seen: Seen) -> float:
+        return seen.polls * Price.FAIR.value * typical + sum(seen.delays) / len(seen.delays)
+
+    best = min(cost(play(Every(seconds), latency)) for seconds in (1.0, 2.0, 5.0))
+    assert cost(play(PollTimes(), latency)) < 1.15 * best
+
+
+def test_under_a_tight_allowance_nearly_half_of_the_slots_are_submits() -> None:
+    """With one poll a row half would be the most."""
+    for name in ("constant 4 s", "lognormal(4 s, 0.2)", "lognormal(4 s, 0.6)", "2 s or 12 s"):
+        seen = tight.play(PollTimes(), LATENCIES[name], arbitrated=True, rate=20.0, rows=2000)
+        assert seen.rows_per_s >= 0.9 * 20 / 2
+        assert seen.polls_per_row <= 1.1
+
+
+def test_where_the_room_is_the_limit_cheap_polls_make_it_again() -> None:
+    """Answers that are fetched sooner make room for the next submits."""
+    latency = LATENCIES["lognormal(60 s, 0.6)"]
+    given_way, fair = (
+        tight.play(PollTimes(), latency, arbitrated=arbitrated, rate=20.0, rows=1500) for arbitrated in (True, False)
+    )
+    assert given_way.rows_per_s > 1.2 * fair.rows_per_s
