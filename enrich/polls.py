@@ -30,7 +30,7 @@ INHERITED = 15.0
 UNKNOWN = 1 / len(AGES)
 #: With fewer answers nothing is planned.
 ENOUGH = 4.0
-PLANNED_EVERY = 32
+PLANNED_EVERY = 16
 #: Tasks that outlive all but this share are asked ever less often.
 TAIL = 0.05
 MUCH_ROOM, LITTLE_ROOM = 0.5, 0.1
@@ -112,7 +112,7 @@ class PollTimes:
             self._weights = [weight / self._newest for weight in self._weights]
             self._newest = 1.0
         self._heard += 1
-        if self._heard <= ENOUGH * 4 or not self._heard % PLANNED_EVERY:
+        if self._heard < PLANNED_EVERY or not self._heard % PLANNED_EVERY:
             self._plan()
 
     def wait(self, age: float, price: Price = Price.FAIR) -> float:
