@@ -107,6 +107,8 @@ def _open(path: Path, *, read_only: bool, any_version: bool) -> sqlite3.Connecti
                 # Readers look while we write; a committed move survives a power cut.
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
+            # Requests are found by their fingerprints, which lie anywhere (KiB, as SQLite wants it: negative).
+            db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
             if not read_only:
