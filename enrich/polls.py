@@ -74,7 +74,8 @@ class PollTimes:
         self._plans: dict[Price, list[int]] = {}
         self._typical: float | None = None
         for seconds, answers in learned:
-            self._weights[_index(seconds)] += answers
+            if 0 < seconds < inf and 0 < answers < LARGE:  # the file is the person's to change
+                self._weights[_index(seconds)] += answers
         inherited = sum(self._weights)
         if inherited > INHERITED:
             self._weights = [weight * INHERITED / inherited for weight in self._weights]

@@ -160,8 +160,8 @@ CREATE TABLE delivered (        -- what the change feed of a job has told
 LATENCIES = """
 CREATE TABLE latencies (
     call TEXT NOT NULL,         -- as in calls.canonical
-    seconds REAL NOT NULL,      -- at most so many, and more than in the row before
-    answers REAL NOT NULL,      -- how many answers took so long; old ones count less
+    seconds REAL NOT NULL CHECK (seconds > 0),  -- at most so many, and more than in the row before
+    answers REAL NOT NULL CHECK (answers > 0),  -- how many took so long; old ones count less
     PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID
 """
