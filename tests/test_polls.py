@@ -94,7 +94,7 @@ def test_an_api_that_becomes_faster_or_slower_is_noticed(before: float, after: f
     times = PollTimes()
     seen = play(times, latency, rows=1600)
     assert times.typical == pytest.approx(after, rel=0.2)
-    assert median(seen.delays[1100:]) < 0.6 * after
+    assert median(seen.delays[1400:]) < 0.6 * after
 
 
 def test_an_interval_teaches_no_more_than_it_says() -> None:
@@ -195,4 +195,4 @@ def test_where_the_room_is_the_limit_cheap_polls_make_it_again() -> None:
     given_way, fair = (
         tight.play(PollTimes(), latency, arbitrated=arbitrated, rate=20.0, rows=1500) for arbitrated in (True, False)
     )
-    assert given_way.rows_per_s > 1.2 * fair.rows_per_s
+    assert given_way.rows_per_s > 1.15 * fair.rows_per_s
