@@ -56,6 +56,9 @@ class Asker(Protocol):
     def wait(self, age: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
 
+    def first(self) -> float:
+        """Tell the same of a new task."""
+
     def finished(self, after: float, by: float) -> None:
         """Hear when a task ran and when it was done."""
 
@@ -69,6 +72,10 @@ class Dear:
     def wait(self, age: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
         return self.times.wait(age, Price.HIGH)
+
+    def first(self) -> float:
+        """Tell the same of a new task."""
+        return self.times.first(Price.HIGH)
 
     def finished(self, after: float, by: float) -> None:
         """Hear when a task ran and when it was done."""
@@ -84,6 +91,10 @@ class Every:
     def wait(self, age: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
         del age
+        return self.seconds
+
+    def first(self) -> float:
+        """Tell the same of a new task."""
         return self.seconds
 
     def finished(self, after: float, by: float) -> None:
@@ -116,7 +127,7 @@ def play(asker: Asker, latency: Latency, rows: int = 3000, seed: int = 1) -> See
     submitted = 0
     while len(delays) < rows:
         if submitted < rows and len(due) < IN_FLIGHT and (not due or now <= due[0][0]):
-            heapq.heappush(due, (now + asker.wait(0.0), submitted, Running(now, now + latency(chance))))
+            heapq.heappush(due, (now + asker.first(), submitted, Running(now, now + latency(chance))))
             submitted += 1
             now += 1 / PER_SECOND
             continue

@@ -38,9 +38,11 @@ def play(times: PollTimes | Every, latency: Latency, *, arbitrated: bool, rate: 
     now = idle = 0.0
 
     def wait(age: float) -> float:
-        if isinstance(times, Every) or not arbitrated:
+        if isinstance(times, Every):
             return times.wait(age)
-        return times.wait(age, Price.of(scarce=idle < 0.1, room=1 - (len(due) + len(ready)) / limit))
+        room = 1 - (len(due) + len(ready)) / limit
+        price = Price.of(scarce=idle < 0.1, room=room) if arbitrated else Price.FAIR
+        return times.wait(age, price) if age else times.first(price)
 
     while submitted < rows:
         now += 1 / rate

@@ -112,7 +112,8 @@ class Poller:
         """Tell in how many seconds a task of this age is worth a poll, before its result or our patience is gone."""
         execution = self.execution
         alone = self.no_more or self.last_round or execution.closing.is_set()
-        wait = execution.poll_times.wait(age, Price.FAIR if alone else execution.poll_price)
+        price = Price.FAIR if alone else execution.poll_price
+        wait = execution.poll_times.wait(age, price) if age else execution.poll_times.first(price)
         return min(wait, execution.result_ttl_s * FETCHED_IN, max(0.0, self.patience_s - age))
 
     def _later(self, waiting: Waiting, seconds: float) -> None:

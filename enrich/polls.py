@@ -33,6 +33,10 @@ ENOUGH = 4.0
 PLANNED_EVERY = 16
 #: Tasks that outlive all but this share are asked ever less often.
 TAIL = 0.05
+#: One task in so many is asked long before its time: else an API that has become faster would never be noticed.
+PROBED_EVERY, PROBED_AT = 20, 0.5
+#: When that finds one done, though less than this share should be, what was learned shrinks to so many answers.
+SURPRISE, SHAKEN = 0.02, 1.0
 MUCH_ROOM, LITTLE_ROOM = 0.5, 0.1
 
 
@@ -40,7 +44,7 @@ class Price(Enum):
     """What a poll costs: as much as so many typical latencies of delay."""
 
     LOW = 0.05  # no submit can leave before an answer came, and slots are left over
-    FAIR = 0.5
+    FAIR = 0.6
     HIGH = 3.0  # it takes the slot of a submit
 
     @classmethod
@@ -68,13 +72,15 @@ class PollTimes:
         self._weights = [0.0] * len(AGES)
         self._newest = 1.0
         self._heard = 0
+        self._begun = 0
         #: The share of tasks that are done before each age; empty: nothing is planned.
         self._done: list[float] = []
         #: For each age at which a task may still run the next at which to ask, as indexes of AGES.
         self._plans: dict[Price, list[int]] = {}
         self._typical: float | None = None
         for seconds, answers in learned:
-            self._weights[_index(seconds)] += answers
+            if 0 < seconds < inf and 0 < answers < LARGE:  # the file is the person's to change
+                self._weights[_index(seconds)] += answers
         inherited = sum(self._weights)
         if inherited > INHERITED:
             self._weights = [weight * INHERITED / inherited for weight in self._weights]
@@ -104,6 +110,9 @@ class PollTimes:
         last = max(bisect_right(_MIDDLES, by), first + 1)
         first = min(first, len(AGES) - 1)
         self._newest /= 1 - 1 / MEMORY
+        total = sum(self._weights)
+        if self._done and sum(self._weights[:last]) < SURPRISE * total:
+            self._weights = [weight * SHAKEN * self._newest / total for weight in self._weights]
         believed = [weight + UNKNOWN * self._newest for weight in self._weights[first:last]]
         share = self._newest / sum(believed)
         for index, weight in enumerate(believed, first):
@@ -114,6 +123,11 @@ class PollTimes:
         self._heard += 1
         if self._heard < PLANNED_EVERY or not self._heard % PLANNED_EVERY:
             self._plan()
+
+    def first(self, price: Price = Price.FAIR) -> float:
+        """Tell in how many seconds a task that was submitted just now is worth a poll; now and then feel earlier."""
+        self._begun += 1
+        return self.wait(0.0, price) * (PROBED_AT if self._done and not self._begun % PROBED_EVERY else 1.0)
 
     def wait(self, age: float, price: Price = Price.FAIR) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from itertools import count, pairwise
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import tight
 from benchmarks.polls import LATENCIES, Every, Seen, play
-from enrich.polls import AGES, ENOUGH, INHERITED, PollTimes, Price
+from enrich.polls import AGES, INHERITED, PollTimes, Price
 
 
 def taught(*ages: float, times: int = 40) -> PollTimes:
@@ -82,6 +83,20 @@ def test_an_api_that_changed_is_learned_anew_within_some_tens_of_answers() -> No
     assert times.wait(0.0) > 0
 
 
+@pytest.mark.parametrize(("before", "after"), [(30.0, 2.0), (4.0, 1.0), (2.0, 30.0)])
+def test_an_api_that_becomes_faster_or_slower_is_noticed(before: float, after: float) -> None:
+    """Also when every answer is there at the time at which it was expected: one in twenty is looked for earlier."""
+    tasks = count()
+
+    def latency(chance: random.Random) -> float:
+        return (before if next(tasks) < 600 else after) * chance.uniform(0.9, 1.1)
+
+    times = PollTimes()
+    seen = play(times, latency, rows=1600)
+    assert times.typical == pytest.approx(after, rel=0.2)
+    assert median(seen.delays[1400:]) < 0.6 * after
+
+
 def test_an_interval_teaches_no_more_than_it_says() -> None:
     """A laptop that slept, a poll that was late: done at some time in these hours agrees with what is known."""
     times = taught(4.0)
@@ -105,6 +120,13 @@ def test_a_clock_that_was_set_back_teaches_nothing() -> None:
     times = PollTimes()
     times.finished(10.0, 3.0)
     assert times.learned == []
+
+
+def test_a_ledger_that_somebody_changed_teaches_nothing_wrong() -> None:
+    """What cannot be is passed over."""
+    odd = [(4.0, -5.0), (float("inf"), 3.0), (-1.0, 3.0), (2.0, 1e300), (float("nan"), 1.0), (1.0, float("nan"))]
+    assert PollTimes(odd).learned == []
+    assert PollTimes([*odd, (3.0, 6.0)]).typical == pytest.approx(3.0, rel=0.1)
 
 
 def test_another_night_begins_where_this_one_ended_but_believes_its_own_answers_more() -> None:
@@ -131,7 +153,6 @@ def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
         times.finished(after, after + longer)
     wait = times.wait(age, price)
     assert 0 < wait <= max(PollTimes.LONGEST_S, AGES[-1])
-    assert not age or wait >= PollTimes.SHORTEST_S or times.heard <= ENOUGH
     assert sum(answers for _, answers in times.learned) <= 61
 
 
@@ -143,7 +164,7 @@ def test_few_polls_bring_the_answers_soon() -> None:
     """
     seen = [play(PollTimes(), LATENCIES["lognormal(4 s, 0.6)"], seed=seed) for seed in range(4)]
     assert sum(run.polls for run in seen) / 4 <= 1.7
-    assert sum(run.median for run in seen) / 4 <= 1.9
+    assert sum(run.median for run in seen) / 4 <= 2.0
 
 
 @pytest.mark.parametrize("name", LATENCIES)
@@ -174,4 +195,4 @@ def test_where_the_room_is_the_limit_cheap_polls_make_it_again() -> None:
     given_way, fair = (
         tight.play(PollTimes(), latency, arbitrated=arbitrated, rate=20.0, rows=1500) for arbitrated in (True, False)
     )
-    assert given_way.rows_per_s > 1.2 * fair.rows_per_s
+    assert given_way.rows_per_s > 1.15 * fair.rows_per_s

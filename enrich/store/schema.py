@@ -183,8 +183,8 @@ ALTER TABLE attempts ADD COLUMN place INTEGER
 LATENCIES = """
 CREATE TABLE latencies (
     call TEXT NOT NULL,         -- as in calls.canonical
-    seconds REAL NOT NULL,      -- at most so many, and more than in the row before
-    answers REAL NOT NULL,      -- how many answers took so long; old ones count less
+    seconds REAL NOT NULL CHECK (seconds > 0),  -- at most so many, and more than in the row before
+    answers REAL NOT NULL CHECK (answers > 0),  -- how many took so long; old ones count less
     PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID
 """
