@@ -17,8 +17,8 @@ class Figures(Intake):
     def totals(self) -> tuple[int, int]:
         """Sum the known credits of all attempts (millionths), and count the answers whose price is not known."""
         row = self._db.execute(
-            "SELECT coalesce(sum(credits), 0), "
-            "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM attempts"
+            "SELECT coalesce(sum(paid), 0), "
+            "coalesce(sum(paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0) FROM billed"
         ).fetchone()
         return int(row[0]), int(row[1])
 
@@ -48,8 +48,8 @@ class Figures(Intake):
     def experience(self, call: Call) -> tuple[int, float | None]:
         """Count the answers to a call whose price is known, and average what they cost (millionths)."""
         row = self._db.execute(
-            "SELECT count(*), avg(a.credits) FROM calls c JOIN requests r ON r.call_id = c.id "
-            "JOIN attempts a ON a.request_id = r.id WHERE c.canonical = ? AND a.credits IS NOT NULL "
+            "SELECT count(*), avg(a.paid) FROM calls c JOIN requests r ON r.call_id = c.id "
+            "JOIN billed a ON a.request_id = r.id WHERE c.canonical = ? AND a.paid IS NOT NULL "
             "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
             (call.canonical(),),
         ).fetchone()
@@ -60,7 +60,10 @@ class Figures(Intake):
         (polls, submitted) = self._db.execute(
             "SELECT sum(json_extract(receipt, '$.polls')), sum(submitted) FROM executions WHERE receipt IS NOT NULL"
         ).fetchone()
-        return polls / submitted if submitted else None
+        (together,) = self._db.execute(
+            "SELECT coalesce(sum(size - 1), 0) FROM bundles WHERE settled_ms IS NOT NULL"
+        ).fetchone()
+        return polls / max(1, submitted - together) if submitted else None
 
     def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
         """Sum up the attempts that were made or settled since an execution.
@@ -68,8 +71,8 @@ class Figures(Intake):
         Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
         """
         return self._db.execute(
-            "SELECT CASE WHEN credits IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            "count(*), coalesce(sum(credits), 0), sum(reserved) FROM attempts "
+            "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
+            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed "
             "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
             "GROUP BY 1, 2",
             (since,),
