@@ -63,7 +63,7 @@ def _complaints(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple
         yield from ((None, complaint) for complaint in _fields(detail))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
-        row = position - 1 if isinstance(position, int) else None
+        row = position - 1 if isinstance(position, int) and position is not True else None
         yield from ((row, complaint) for complaint in _fields(item))
 
 
