@@ -186,7 +186,9 @@ class Dispatcher:
             # Some are wrong, and nobody says which: in smaller POSTs they are found.
             self._size = max(1, min(self._size, len(attempts) // 2))
         wrong = [(attempts[row], said, now_ms) for row, said in error.rows.items()]
-        fine = [(attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows]
+        fine = [
+            (attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows
+        ]
         # Asked for at once, and so on disk in one commit.
         moves = [(Ledger.rejected, wrong), (Ledger.refused, fine)]
         await asyncio.gather(*(self.journal.together(move, told) for move, told in moves if told))

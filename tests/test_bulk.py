@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import tempfile
@@ -17,12 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.api.client import BULK_POSTS_ON_THE_WIRE
-from enrich.errors import Exit
+from enrich.dispatcher import Dispatcher
+from enrich.errors import EnrichError, Exit
+from enrich.model import State
 from enrich.receipt import Receipt
 from enrich.sandbox import Fault, questions
 from enrich.store.records import check
 from enrich.surroundings import Options
 from tests.harness import HASTY, Api, Office, kill, people, serving, until
+from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
 
 LEADS, SIZE = 25, 10
@@ -105,9 +109,10 @@ def test_a_plan_counts_tasks_for_its_time(api: Api, office: Office) -> None:
     """Ten requests in a POST take a tenth of the time."""
     office.write_job(limits="{requests_per_second: 1}", dispatch="{bulk: 25}")
     assert office.command("plan", "job.yaml", "--json", api=api).receipt["seconds"] == 2.5
-    assert "polls a task of 25" in office.command("plan", "job.yaml", api=api).stderr + office.command(
-        "plan", "job.yaml", api=api
-    ).stdout
+    assert (
+        "polls a task of 25"
+        in office.command("plan", "job.yaml", api=api).stderr + office.command("plan", "job.yaml", api=api).stdout
+    )
 
 
 def test_a_second_run_asks_nothing(api: Api, office: Office) -> None:
@@ -344,13 +349,14 @@ def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "in_doubt"), [("lost-task", 14, SIZE), ("late-task", 0, 0), ("odd-status", 0, 0)]
+    ("fault", "code", "in_doubt"),
+    [("lost-task=1", 14, SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
 )
 def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: int, in_doubt: int) -> None:
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
-    params = {"late-task": {"seconds": 0.2}}.get(fault, {})
     with serving(tmp_path / "api.db") as api:
-        api.fault(fault, 1, **params)
+        parsed = Fault.parse(fault)
+        api.fault(parsed.name, 1, **parsed.params)
         receipt = office.run(api, timing=HASTY)
     assert (receipt.exit_code, receipt.in_doubt) == (code, in_doubt)
     assert check(office.ledger_path).problems == []
@@ -422,6 +428,29 @@ def on_the_wire(office: Office) -> int:
     """Count the requests whose POST was not answered yet."""
     with closing(sqlite3.connect(f"{office.ledger_path.as_uri()}?mode=ro", uri=True)) as db:
         return int(db.execute("SELECT count(*) FROM attempts WHERE state = 'submitting'").fetchone()[0])
+
+
+def test_what_was_claimed_and_not_sent_waits_again(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the execution closes between the claim and the POST, nothing is in doubt and nothing set aside."""
+    claim = Dispatcher._claim
+
+    async def claim_and_close(dispatcher: Dispatcher, room: int) -> Any:
+        claims = await claim(dispatcher, room)
+        dispatcher.execution.stop(Exit.API, EnrichError("enough"))
+        return claims
+
+    monkeypatch.setattr(Dispatcher, "_claim", claim_and_close)
+
+    async def scene() -> None:
+        async with at_work(api, tmp_path / "ledger.db", range(LEADS)) as floor:
+            await floor.work(bulk=SIZE)
+            assert floor.books.ledger.counts() == {State.PENDING: LEADS}
+            assert floor.books.money == (0, 0, 0, 0)
+            assert [size for (size,) in floor.books.all("SELECT size FROM bundles")] == [10, 10, 5]
+        assert check(tmp_path / "ledger.db").problems == []
+
+    asyncio.run(scene())
+    assert api.audit()["accepted"] == 0
 
 
 def test_old_answers_are_asked_again(api: Api, office: Office) -> None:
@@ -567,7 +596,7 @@ def test_what_is_old_is_purged_with_its_task(tmp_path: Path, office: Office) -> 
         with closing(sqlite3.connect(office.ledger_path)) as db, db:
             db.execute("UPDATE attempts SET settled_ms = settled_ms - 864000000")
             db.execute("UPDATE bundles SET settled_ms = settled_ms - 864000000")
-        office.run(api, Options(retry=frozenset({"failed"}), limit=1))  # type: ignore[arg-type] # as a State
+        office.run(api, Options(retry=frozenset({State.FAILED}), limit=1))
     done = office.command("purge", "job.yaml", "--older-than", "5d", "--yes", "--json")
 
     assert done.code == 0, done.stderr

@@ -69,7 +69,13 @@ def test_what_cannot_be_aligned_fails_every_row(data: object) -> None:
 
 @pytest.mark.parametrize(
     ("failed", "rest", "free"),
-    [(0, "not_found", False), (1, "failed", False), (2, "failed", True), (9, "failed", True), ("2", "not_found", False)],
+    [
+        (0, "not_found", False),
+        (1, "failed", False),
+        (2, "failed", True),
+        (9, "failed", True),
+        ("2", "not_found", False),
+    ],
 )
 def test_rows_without_an_answer_are_misses_unless_some_failed(failed: object, rest: str, *, free: bool) -> None:
     """Which of them failed nobody says; only when all did at no charge they are asked again."""

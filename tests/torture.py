@@ -165,7 +165,8 @@ def torture(
 ) -> Report:
     """Run the job, killing it `kills` times, and judge it by the sandbox's audit.
 
-    `bulk`: send so many requests as one task. `tamper` may falsify the ledger between nights, until it tells that it did: to see the judge find it.
+    `bulk`: send so many requests as one task. `tamper` may falsify the ledger between nights, until it tells that
+    it did: to see the judge find it.
     """
     rng = random.Random(seed)
     office = Office(folder)

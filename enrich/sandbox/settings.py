@@ -34,7 +34,9 @@ class SandboxSettings:
     expired_as: Annotated[Literal["410", "gone"], "Answer for an expired task: 410, or 200 with status gone."] = "410"
     shape: Annotated[Shape, "Shape of a result's data."] = "wrapped"
     error_shape: Annotated[ErrorShape, "Shape of a 400; `old_short` lists in bulk the wrong rows alone."] = "new"
-    bulk_data: Annotated[Literal["aligned", "hits"], "A bulk task's data: along its rows, or the hits alone."] = "aligned"
+    bulk_data: Annotated[Literal["aligned", "hits"], "A bulk task's data: along its rows, or the hits alone."] = (
+        "aligned"
+    )
     bulk_limit: Annotated[int | None, "Rows that a bulk-run may have; none: any number."] = None
     aliases: Annotated[bool, "Say `success` and `error` for `completed` and `failed`."] = False
     hide_credits: Annotated[bool, "Leave `credits_spent` out."] = False
