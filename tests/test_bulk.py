@@ -356,7 +356,7 @@ def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: in
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
     with serving(tmp_path / "api.db") as api:
         parsed = Fault.parse(fault)
-        api.fault(parsed.name, 1, **parsed.params)
+        api.fault(parsed.name, 1, "post", **parsed.params)
         receipt = office.run(api, timing=HASTY)
     assert (receipt.exit_code, receipt.in_doubt) == (code, in_doubt)
     assert check(office.ledger_path).problems == []
