@@ -469,7 +469,7 @@ def test_what_a_refusal_in_bulk_means(status: int, body: object, kind: type, row
     """Which rows are wrong, if the API says so; that there are too many; or that nobody can tell."""
     with answering(http(status, body)) as wire:
         error = refused(wire.base_url, lambda client: client.run("email_getter", b'{"params": []}', rows=3))
-        assert type(error) is kind
+        assert isinstance(error, kind)
         assert getattr(error, "rows", None) == rows
         assert wire.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
 
