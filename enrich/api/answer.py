@@ -7,7 +7,7 @@ wrapper (`result`, `steps`, `enrichment_data`), that wrapper alone, or the flat 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -47,8 +47,14 @@ class Parsed:
 
     fields: Mapping[str, Any]
     provider: str | None
-    steps_cost: int | None
-    any_step_cost: bool
+    steps: Sequence[Mapping[str, Any]] = ()
+
+    def steps_cost(self) -> tuple[int | None, bool]:
+        """Sum up what the steps cost (millionths; None: not all tell), and tell whether any may have cost something."""
+        costs = [to_micros(step.get("cost")) for step in self.steps]
+        known = [cost for cost in costs if cost is not None]
+        whole = len(known) == len(costs)
+        return sum(known) if costs and whole else None, any(known) or not whole
 
 
 def phase_of(task: Mapping[str, Any]) -> Phase:
@@ -61,21 +67,14 @@ def parse_data(data: object) -> Parsed:
     if isinstance(data, list):
         data = next((item for item in data if item is not None), None)
     if not isinstance(data, Mapping):
-        return Parsed({}, None, None, any_step_cost=False)
+        return Parsed({}, None)
     if "result" not in data or data.keys().isdisjoint(_BESIDE_RESULT):
-        return Parsed(data, None, None, any_step_cost=False)
+        return Parsed(data, None)
     result = data["result"]
     fields = result if isinstance(result, Mapping) else _named(result, data.get("result_field"))
     listed = data.get("steps")
     steps = [step for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
-    costs = [to_micros(step.get("cost")) for step in steps]
-    known = [cost for cost in costs if cost is not None]
-    return Parsed(
-        fields,
-        _provider(fields, data.get("enrichment_data"), steps),
-        sum(known) if steps and len(known) == len(costs) else None,
-        any_step_cost=any(known) or len(known) != len(costs),
-    )
+    return Parsed(fields, _provider(fields, data.get("enrichment_data"), steps), steps)
 
 
 def _named(result: object, names: object) -> Mapping[str, Any]:
@@ -144,13 +143,14 @@ def read_answer(task: Mapping[str, Any], raw: str, phase: Phase, paths: Iterable
     """
     parsed = parse_data(task.get("data"))
     spent = to_micros(task.get("credits_spent"))
-    cost = spent if spent is not None else parsed.steps_cost
+    steps_cost, any_cost = parsed.steps_cost()
+    cost = spent if spent is not None else steps_cost
     match phase:
         case Phase.GONE:
             return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw)
         case Phase.FAILED:
             said = error_text(task.get("error")) or f"the API says: {task.get('status')}"
-            free = spent == 0 and not parsed.any_step_cost
+            free = spent == 0 and not any_cost
             return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
         case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
             found = has_value(parsed.fields, paths)
