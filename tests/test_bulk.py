@@ -366,6 +366,20 @@ def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: in
     assert check(office.ledger_path).problems == []
 
 
+def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
+    """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
+    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
+        office.leave_at_the_api(api)
+    # Old enough to be known by now.
+    with closing(sqlite3.connect(office.ledger_path)) as db, db:
+        assert db.execute("UPDATE attempts SET submitted_ms = submitted_ms - 600000 WHERE seen_alive").rowcount == LEADS
+    with serving(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
+        receipt = office.run(other)
+        assert other.audit()["accepted"] == 0
+    assert (receipt.exit_code, receipt.expired, receipt.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
+    assert check(office.ledger_path).problems == []
+
+
 def test_a_task_that_somebody_cancelled(tmp_path: Path, office: Office) -> None:
     """It failed; at no charge, so it is asked again, and paid for once."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
