@@ -130,7 +130,7 @@ def test_a_second_run_asks_nothing(api: Api, office: Office) -> None:
     assert set(accepted(api).values()) == {1}
 
 
-@settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(1, 1000),
     size=st.integers(2, 20),
