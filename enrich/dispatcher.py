@@ -56,7 +56,7 @@ class Dispatcher:
     _unsent: set[int] = field(default_factory=set)
     #: Requests that are claimed, and whose POST was not answered yet.
     _unanswered: int = 0
-    #: How many requests a POST carries at most: fewer while the API does not say which of them are wrong.
+    #: How many requests a POST carries at most: fewer after one that was too dear, or wrong in rows nobody named.
     _size: int = field(init=False)
     _head: str = field(init=False)
 
@@ -165,6 +165,8 @@ class Dispatcher:
                 match error:
                     case RateLimited():
                         execution.throttle(error)
+                    case OutOfCredits() if len(attempts) > 1:
+                        self._narrow(len(attempts))  # fewer may be affordable
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         execution.stop(error.exit_code, error)
                     case _:
@@ -183,8 +185,7 @@ class Dispatcher:
         if error.rows:
             self._widen()
         else:
-            # Some are wrong, and nobody says which: in smaller POSTs they are found.
-            self._size = max(1, min(self._size, len(attempts) // 2))
+            self._narrow(len(attempts))  # some are wrong, and nobody says which: in smaller POSTs they are found
         wrong = [(attempts[row], said, now_ms) for row, said in error.rows.items()]
         fine = [
             (attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows
@@ -194,6 +195,9 @@ class Dispatcher:
         await asyncio.gather(*(self.journal.together(move, told) for move, told in moves if told))
         self.execution.tally.rejected += len(wrong)
         self.execution.tally.count(State.FAILED, len(wrong))
+
+    def _narrow(self, size: int) -> None:
+        self._size = max(1, min(self._size, size // 2))
 
     def _widen(self) -> None:
         self._size = min(self.bulk or 1, self._size * 2)

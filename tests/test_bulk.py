@@ -185,12 +185,24 @@ def test_what_was_not_accepted_is_sent_again(api: Api, office: Office, fault: st
 @pytest.mark.parametrize(("fault", "code"), [("unauthorized", Exit.KEY), ("no-credits", Exit.CREDITS)])
 def test_what_stops_the_run_leaves_the_rest_pending(api: Api, office: Office, fault: str, code: Exit) -> None:
     """401 and 406 mean what they mean for single runs."""
-    api.fault(fault, 4, "post")
+    api.fault(fault, 99, "post")
     receipt = office.run(api, timing=HASTY)
     assert (receipt.exit_code, receipt.pending, receipt.in_doubt) == (code, LEADS, 0)
     api.heal()
     assert office.run(api).exit_code == Exit.OK
     assert api.audit()["accepted"] == LEADS
+
+
+def test_the_last_credits_buy_what_they_can(tmp_path: Path, office: Office) -> None:
+    """Where a whole task is too dear (406), smaller ones are sent; no night buys nothing, or anything twice."""
+    with serving(tmp_path / "api.db", balance=8 * WORST, hit_rate=1.0) as api:
+        nights = [office.run(api)]
+        while nights[-1].exit_code == Exit.CREDITS:
+            assert nights[-1].submitted > 0
+            nights.append(office.run(api))
+        assert asked(api, "406") > 0
+        assert accepted(api) == dict.fromkeys(names(range(LEADS)), 1)
+    assert nights[-1].exit_code == Exit.OK
 
 
 def test_an_api_that_takes_fewer_rows_says_so(tmp_path: Path, office: Office) -> None:
