@@ -56,10 +56,13 @@ class Dispatcher:
     _unsent: set[int] = field(default_factory=set)
     #: Requests that are claimed, and whose POST was not answered yet.
     _unanswered: int = 0
+    #: How many requests a POST carries at most: fewer after one that was too dear, or wrong in rows nobody named.
+    _size: int = field(init=False)
     _head: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Write what all bodies begin with."""
+        self._size = self.bulk or 1
         self._head = json.dumps(self.call.body())[:-1] + ', "params": '
 
     async def run(self) -> None:
@@ -72,11 +75,6 @@ class Dispatcher:
         finally:
             # After the claims in the journal's order: also what was claimed while we were being cancelled.
             await self.journal.do(self._unclaim, self.execution.clock.now_ms())
-
-    @property
-    def _size(self) -> int:
-        """How many requests a POST carries at most."""
-        return self.bulk or 1
 
     @property
     def _most_on_the_wire(self) -> int:
@@ -108,10 +106,11 @@ class Dispatcher:
         They leave at once: these and no others are what a kill leaves in doubt.
         """
         execution = self.execution
-        rows = room * self._size
+        size = self._size
+        rows = room * size
         if self.limit is not None:
             rows = min(rows, self.limit - execution.tally.asked - self._unanswered)
-        posts, capped = await self.journal.do(self._claim_some, rows, execution.clock.now_ms())
+        posts, capped = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
         execution.pace.give_back(room - len(posts))
         if posts:
             execution.on_the_wire += len(posts)
@@ -141,6 +140,7 @@ class Dispatcher:
             now_ms = execution.clock.now_ms()
             told = [(attempt, task_id, now_ms) for attempt in attempts]
             await self.journal.together(Ledger.accepted, told, self.bound_to)
+            self._widen()
             execution.tally.submitted += len(claims)
             execution.in_flight += 1
             execution.breaker.good()
@@ -160,20 +160,13 @@ class Dispatcher:
             case BadParams():
                 execution.good_answer()
                 execution.breaker.good()
-                wrong = [(attempts[row], said, now_ms) for row, said in error.rows.items()]
-                fine = [one for row, one in enumerate(told) if row not in error.rows]
-                await self.journal.together(Ledger.rejected, wrong)
-                if fine:
-                    # Nothing of the POST was accepted: the others are sent again.
-                    await self.journal.together(
-                        Ledger.refused, [(one, "sent with wrong rows", at) for one, _, at in fine]
-                    )
-                execution.tally.rejected += len(wrong)
-                execution.tally.count(State.FAILED, len(wrong))
+                await self._reject(attempts, error, now_ms)
             case NotAccepted() | JobRejected():
                 match error:
                     case RateLimited():
                         execution.throttle(error)
+                    case OutOfCredits() if len(attempts) > 1:
+                        self._narrow(len(attempts))  # fewer may be affordable
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         execution.stop(error.exit_code, error)
                     case _:
@@ -187,6 +180,28 @@ class Dispatcher:
                 execution.bad_answer(error)
         self._leave_an_ill_api(error)
 
+    async def _reject(self, attempts: Sequence[int], error: BadParams, now_ms: int) -> None:
+        """Fail the requests that are wrong. Nothing of the POST was accepted: the others are sent again."""
+        if error.rows:
+            self._widen()
+        else:
+            self._narrow(len(attempts))  # some are wrong, and nobody says which: in smaller POSTs they are found
+        wrong = [(attempts[row], said, now_ms) for row, said in error.rows.items()]
+        fine = [
+            (attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows
+        ]
+        # Asked for at once, and so on disk in one commit.
+        moves = [(Ledger.rejected, wrong), (Ledger.refused, fine)]
+        await asyncio.gather(*(self.journal.together(move, told) for move, told in moves if told))
+        self.execution.tally.rejected += len(wrong)
+        self.execution.tally.count(State.FAILED, len(wrong))
+
+    def _narrow(self, size: int) -> None:
+        self._size = max(1, min(self._size, size // 2))
+
+    def _widen(self) -> None:
+        self._size = min(self.bulk or 1, self._size * 2)
+
     def _leave_an_ill_api(self, error: CallFailed) -> None:
         """Send nothing more to an API that has taken no POST for too long; polling goes on."""
         ill_since = self.execution.breaker.ill_since
@@ -194,7 +209,7 @@ class Dispatcher:
         if ill_since is not None and now - ill_since >= self.execution.timing.outage_s:
             self.execution.stop(Exit.API, error)
 
-    def _claim_some(self, ledger: Ledger, rows: int, now_ms: int) -> tuple[list[list[Claim]], bool]:
+    def _claim_some(self, ledger: Ledger, rows: int, size: int, now_ms: int) -> tuple[list[list[Claim]], bool]:
         """Claim up to so many requests, in POSTs; tell also whether the cap stood in the way."""
         posts: list[list[Claim]] = []
         claim = partial(
@@ -206,7 +221,7 @@ class Dispatcher:
             bulk=self.bulk is not None,
         )
         try:
-            while rows > 0 and (claims := claim(room=min(rows, self.bulk or rows))):
+            while rows > 0 and (claims := claim(room=min(rows, size) if self.bulk else rows)):
                 self._unsent.update(one.attempt_id for one in claims)
                 posts += [claims] if self.bulk else [[one] for one in claims]
                 rows -= len(claims)

@@ -156,10 +156,13 @@ class Unauthorized(NotAccepted):
 
 
 class BadParams(CallFailed):
-    """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked."""
+    """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked.
 
-    def __init__(self, rows: Mapping[int, str]) -> None:
-        super().__init__("; ".join(rows.values()))
+    None of many (bulk): some of them can't, and the API does not say which.
+    """
+
+    def __init__(self, rows: Mapping[int, str], said: str = "") -> None:
+        super().__init__("; ".join(rows.values()) or said)
         self.rows = rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from enrich.connect import Connection
@@ -58,6 +59,7 @@ class Plan:
     reserved: int
     requests_per_second: float | None
     polls_per_task: float | None
+    bulk: int | None
     canary: int | None
     providers: list[tuple[Priced, str]]
     verifier: tuple[Priced, str] | None
@@ -98,7 +100,8 @@ class Plan:
         if self.requests_per_second is None:
             return None
         polls = POLLS_GUESS if self.polls_per_task is None else self.polls_per_task
-        return round(self.to_submit * (1 + polls) / self.requests_per_second, 1)
+        tasks = ceil(self.to_submit / (self.bulk or 1))
+        return round(tasks * (1 + polls) / self.requests_per_second, 1)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -145,6 +148,7 @@ def foresee(  # noqa: PLR0913, PLR0917 - all of them are needed once
         likely_price=ledger.experience(question.call)[1],
         requests_per_second=job.model.limits.requests_per_second,
         polls_per_task=ledger.polls_per_task(),
+        bulk=job.model.dispatch.bulk,
         canary=job.model.canary.rows if job.model.canary else None,
         providers=[(each, named.get(each.id, "")) for each in providers],
         verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
@@ -173,7 +177,7 @@ def lines(plan: Plan) -> Iterator[str]:
         per_task = POLLS_GUESS if plan.polls_per_task is None else plan.polls_per_task
         yield (
             f"  time      about {_minutes(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
-            f"{per_task:.1f} polls a request {polls}"
+            f"{per_task:.1f} polls a {f'task of {plan.bulk:,}' if plan.bulk else 'request'} {polls}"
         )
     if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
         yield f"  canary    the first {plan.canary:,} are judged before the others are sent"

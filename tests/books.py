@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -91,6 +91,22 @@ class Books:
         """Bring an answer."""
         (state,) = self.do(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
         return state
+
+    def submit_bundle(self, size: int, task_id: str = "bundle") -> list[int]:
+        """Claim the next requests as one task and have it accepted; return their attempts."""
+        claims = self.do(Ledger.claim, self.execution, PRICE, self.now, size, bulk=True)
+        attempts = [claim.attempt_id for claim in claims]
+        self.do(Ledger.accepted, [(attempt, task_id, self.now) for attempt in attempts], BOUND)
+        return attempts
+
+    def settle_bundle(self, attempts: Iterable[int], *answers: Answer, credits_: int | None) -> list[State]:
+        """Bring the answers of a task of several, all alike when there is one, and its price."""
+        attempts = list(attempts)
+        alike = answers if len(answers) > 1 else answers * len(attempts)
+        told = [
+            (attempt, replace(answer, credits=None), self.now) for attempt, answer in zip(attempts, alike, strict=True)
+        ]
+        return self.do(Ledger.settle_bundle, told, self.execution, 3, credits_)
 
     def begin(self, *numbers: int, cap: int | None = None) -> Books:
         """Start an execution that wants these leads."""

@@ -92,10 +92,17 @@ class Floor:
         """Make a poller that looks for an e-mail."""
         return Poller(self.execution, self.journal, self.client, ("email",), max_attempts, patience_s)
 
-    def dispatcher(self, poller: Poller, limit: int | None = None, call: Call = CALL, price: int = WORST) -> Dispatcher:
+    def dispatcher(
+        self,
+        poller: Poller,
+        limit: int | None = None,
+        call: Call = CALL,
+        price: int = WORST,
+        bulk: int | None = None,
+    ) -> Dispatcher:
         """Make a dispatcher that hands its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
-        return Dispatcher(self.execution, self.journal, self.client, call, budget, BOUND, poller.add, limit)
+        return Dispatcher(self.execution, self.journal, self.client, call, budget, BOUND, poller.add, limit, bulk=bulk)
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
         """Run a dispatcher to its end; then no more tasks can come."""

@@ -452,6 +452,28 @@ def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> No
     assert type(refused(base_url, task)) is NotAccepted
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "rows"),
+    [
+        (400, {"rows": [{"position": 2, "fields": {"company": ["Bad."]}}]}, BadParams, {1: "company: Bad."}),
+        (422, {"detail": [{"loc": ["body", "params", 0, "x"], "msg": "no"}]}, BadParams, {0: "x: no"}),
+        (400, {"detail": [{"company": ["Bad."]}]}, BadParams, {}),
+        (400, {"error": "BATCH_TOO_LARGE", "detail": "At most 2 rows."}, JobRejected, None),
+        (404, {"detail": "Not Found"}, JobRejected, None),
+        (413, b"<html>", JobRejected, None),
+        (409, {}, Ambiguous, None),
+        (502, b"<html>", Ambiguous, None),
+    ],
+)
+def test_what_a_refusal_in_bulk_means(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
+    """Which rows are wrong, if the API says so; that there are too many; or that nobody can tell."""
+    with answering(http(status, body)) as wire:
+        error = refused(wire.base_url, lambda client: client.run("email_getter", b'{"params": []}', rows=3))
+        assert isinstance(error, kind)
+        assert getattr(error, "rows", None) == rows
+        assert wire.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 406, 422, 429, 500])
 def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
     """Messages end in the ledger, the output and the log."""

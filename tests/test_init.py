@@ -67,7 +67,18 @@ def test_what_is_commented_out_is_right(sample: Office) -> None:
 
     model = load_job(sample.folder / "job.yaml").model
 
-    offered = {"order_by", "caps", "canary", "suppress", "rejects", "changes", "metrics", "healthcheck", "notify"}
+    offered = {
+        "order_by",
+        "caps",
+        "canary",
+        "suppress",
+        "dispatch",
+        "rejects",
+        "changes",
+        "metrics",
+        "healthcheck",
+        "notify",
+    }
     assert offered <= model.model_fields_set
     assert model.limits.min_balance == 50
     assert model.email_verifier == 10

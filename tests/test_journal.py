@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from enrich.model import State
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import PRICE, Books
+from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books
 
 
 @pytest.fixture
@@ -106,6 +107,92 @@ def test_a_move_that_fails_harms_no_other(books: Books) -> None:
 
     assert [type(result).__name__ for result in results] == ["NoneType", "list", "CapReached", "list", "list"]
     assert books.money == (0, 3 * PRICE, 0, 0)
+
+
+def test_what_comes_together_is_told_in_one(books: Books) -> None:
+    """Each asker gets its own part of what the move returned, though it was made once for all."""
+    attempts = [books.submit(f"task {number}") for number in range(4)]
+    answers = [MISSED, FOUND, FREE_FAILURE, FOUND]
+    statements: list[str] = []
+
+    async def scene() -> list[list[State]]:
+        async with Journal(books.ledger) as journal:
+            slow = journal.do(sleep)
+            told = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
+            parts = [told[:1], told[1:3], told[3:]]
+            states = [journal.together(Ledger.settle, part, books.execution, 3) for part in parts]
+            await slow
+            return list(await asyncio.gather(*states))
+
+    books.ledger._db.set_trace_callback(statements.append)
+    assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
+    assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
+    assert books.money == (2 * COST, 0, 0, 4)
+
+
+def test_what_differs_is_not_told_in_one(books: Books) -> None:
+    """Other arguments, or another move: a group of its own, in the order asked for."""
+    attempts = [books.submit(f"task {number}") for number in range(3)]
+
+    async def scene() -> list[object]:
+        async with Journal(books.ledger) as journal:
+            last, again = (
+                journal.together(Ledger.settle, [(attempt, FREE_FAILURE, 5)], books.execution, max_attempts)
+                for attempt, max_attempts in zip(attempts, (1, 2), strict=False)
+            )
+            lost = journal.together(Ledger.doubt, [(attempts[2], "404", 5)])
+            return list(await asyncio.gather(last, again, lost))
+
+    assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
+
+
+def test_a_group_that_fails_harms_no_other(books: Books) -> None:
+    """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
+    first, second, third = (books.submit(f"task {number}") for number in range(3))
+    books.settle(third)
+
+    async def scene() -> list[object]:
+        async with Journal(books.ledger) as journal:
+            moves: list[asyncio.Future[Any]] = [
+                journal.together(Ledger.settle, [(first, FOUND, 5)], books.execution, 3),
+                journal.together(Ledger.settle, [(third, FOUND, 5)], books.execution, 3),
+                journal.together(Ledger.doubt, [(second, "404", 5)]),
+            ]
+            return list(await asyncio.gather(*moves, return_exceptions=True))
+
+    results = asyncio.run(scene())
+
+    assert [type(result).__name__ for result in results] == ["AssertionError", "AssertionError", "NoneType"]
+    assert [books.state(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
+    assert books.money == (COST, 2 * PRICE, 0, 3)
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+def test_32_requests_take_less_than_a_statement_each(books: Books, *, bulk: bool) -> None:
+    """From the claim over the task ids to the answers: what comes at once is written at once."""
+    statements: list[str] = []
+
+    async def scene() -> None:
+        async with Journal(books.ledger) as journal:
+            claims = await journal.do(Ledger.claim, books.execution, PRICE, 1, 32, bulk=bulk)
+            attempts = [claim.attempt_id for claim in claims]
+            accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
+            await asyncio.gather(*(journal.together(Ledger.accepted, [told], BOUND) for told in accepted))
+            if bulk:
+                told = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
+                await journal.do(Ledger.settle_bundle, told, books.execution, 3, 32 * COST)
+            else:
+                moves = (
+                    journal.together(Ledger.settle, [(attempt, FOUND, 3)], books.execution, 3) for attempt in attempts
+                )
+                await asyncio.gather(*moves)
+
+    books.ledger._db.set_trace_callback(statements.append)
+    asyncio.run(scene())
+
+    assert len(statements) < 32, statements
+    assert books.ledger.counts() == {State.PENDING: 68, State.FOUND: 32}
+    assert books.money == (32 * COST, 0, 0, 32)
 
 
 def test_a_move_is_made_even_when_nobody_waits_any_more(books: Books) -> None:

@@ -37,6 +37,7 @@ class Post:
     previous: int | None = None
     credits: int | None = None
     counted_in: int | None = None  # the execution whose reservation it holds
+    bundle: int | None = None  # what it was sent with
 
 
 @dataclass
@@ -65,6 +66,8 @@ class Model:
     adopted: dict[int, int] = field(default_factory=dict)
     spent: Counter[int] = field(default_factory=Counter)
     unknown: Counter[int] = field(default_factory=Counter)
+    #: What bundles have cost; None: not known.
+    bundles: dict[int, int | None] = field(default_factory=dict)
 
     def reserved(self, execution: int) -> int:
         """Sum what an execution has set aside."""
@@ -73,6 +76,11 @@ class Model:
     def among(self, *states: str) -> list[int]:
         """List the attempts in these states."""
         return [number for number, post in self.posts.items() if post.state in states]
+
+    def together(self, number: int) -> list[int]:
+        """List the attempts that were sent with one as one task, itself too."""
+        bundle = self.posts[number].bundle
+        return [number] if bundle is None else [other for other, post in self.posts.items() if post.bundle == bundle]
 
 
 class Machine(RuleBasedStateMachine):
@@ -169,53 +177,57 @@ class Machine(RuleBasedStateMachine):
         leads = [self.model.leads[number] for number in set(flat)]
         assert self.books.ledger.enrolled() == Counter(State.PENDING if lead.queued else lead.state for lead in leads)
 
-    @rule(price=PRICES)
-    def a_claim(self, price: int) -> None:
-        """Claim the first of the queue, when there is one and the cap has room."""
-        queue = [(lead.wanted_at, number) for number, lead in self.model.leads.items() if lead.queued]
+    @rule(price=PRICES, room=st.integers(1, 4), bulk=st.booleans())
+    def a_claim(self, price: int, room: int, *, bulk: bool) -> None:
+        """Claim the first of the queue, as many as there are and the cap has room for, alone or as one task."""
+        queue = sorted((lead.wanted_at, number) for number, lead in self.model.leads.items() if lead.queued)
         execution = self.books.execution
         cap = self.model.caps[execution]
-        full = cap is not None and self.model.spent[execution] + self.model.reserved(execution) + price > cap
-        if queue and full:
-            with pytest.raises(CapReached):
-                self.books.do(Ledger.claim, execution, price, self.books.now)
-            return
-        claims = self.books.do(Ledger.claim, execution, price, self.books.now)
-        if not queue:
-            assert not claims
-            return
-        (claim,) = claims
-        number = min(queue)[1]
-        assert claim.params == params(number)
-        assert claim.attempt_id not in self.model.posts
-        lead = self.model.leads[number]
-        self.model.posts[claim.attempt_id] = Post(
-            number, execution, "submitting", price, self.books.now, lead.state, lead.newest, counted_in=execution
-        )
-        if lead.state is not State.PENDING:
-            lead.attempts = 0
-        lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
+        if cap is not None:
+            left = cap - self.model.spent[execution] - self.model.reserved(execution)
+            if queue and price > left:
+                with pytest.raises(CapReached):
+                    self.books.do(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+                return
+            room = min(room, left // price)
+        claims = self.books.do(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+        for claim, (_, number) in zip(claims, queue[:room], strict=True):
+            assert claim.params == params(number)
+            assert claim.attempt_id not in self.model.posts
+            assert (claim.bundle is not None) is bulk
+            lead = self.model.leads[number]
+            post = Post(number, execution, "submitting", price, self.books.now, lead.state, lead.newest)
+            post.counted_in, post.bundle = execution, claim.bundle
+            self.model.posts[claim.attempt_id] = post
+            if lead.state is not State.PENDING:
+                lead.attempts = 0
+            lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
 
     @precondition(lambda self: self.model.among("submitting"))
     @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
     def the_api_answers_a_post(self, data: Any, answer: str) -> None:
-        """Bring one of the four fates of a POST."""
-        number = data.draw(st.sampled_from(self.model.among("submitting")))
-        books, post = self.books, self.model.posts[number]
+        """Bring one of the four fates of a POST; of one with several rows some may be wrong."""
+        numbers = self.model.together(data.draw(st.sampled_from(self.model.among("submitting"))))
+        books = self.books
         if answer == "accepted":
-            books.do(Ledger.accepted, [(number, f"task-{number}", books.now)], BOUND)
-            self.close(number, State.SUBMITTED)
+            books.do(Ledger.accepted, [(number, f"task-{numbers[0]}", books.now) for number in numbers], BOUND)
+            for number in numbers:
+                self.close(number, State.SUBMITTED)
         elif answer == "doubt":
-            books.do(Ledger.doubt, [(number, "reset", books.now)])
-            self.close(number, State.IN_DOUBT)
+            books.do(Ledger.doubt, [(number, "reset", books.now) for number in numbers])
+            for number in numbers:
+                self.close(number, State.IN_DOUBT)
         else:
-            post.credits, post.counted_in = 0, None
-            if answer == "refused":
-                books.do(Ledger.refused, [(number, "429", books.now)])
-                self.close(number, post.came_from, "refused")
-            else:
-                books.do(Ledger.rejected, [(number, "400", books.now)])
-                self.close(number, State.FAILED)
+            wrong = data.draw(st.sets(st.sampled_from(numbers), min_size=1)) if answer == "rejected" else set()
+            for number in numbers:
+                post = self.model.posts[number]
+                post.credits, post.counted_in = 0, None
+                if number in wrong:
+                    books.do(Ledger.rejected, [(number, "400", books.now)])
+                    self.close(number, State.FAILED)
+                else:
+                    books.do(Ledger.refused, [(number, "429", books.now)])
+                    self.close(number, post.came_from, "refused")
 
     @precondition(lambda self: self.model.among("submitted"))
     @rule(
@@ -228,6 +240,9 @@ class Machine(RuleBasedStateMachine):
         """Bring an answer of any kind, whose price is known or not."""
         number = data.draw(st.sampled_from(self.model.among("submitted")))
         books, post = self.books, self.model.posts[number]
+        if post.bundle is not None:
+            self.a_bundle_is_done(data, self.model.together(number), share)
+            return
         lead = self.model.leads[post.lead]
         free = free and state is State.FAILED
         paid = 0 if free else None if share is None else post.reserved * share // 3
@@ -244,13 +259,47 @@ class Machine(RuleBasedStateMachine):
         if state is State.FOUND:
             lead.standing = number
 
+    def a_bundle_is_done(self, data: Any, numbers: list[int], share: int | None) -> None:
+        """Bring the answers of a task of several, each of any kind, at one price."""
+        books, model = self.books, self.model
+        fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
+        answers = [
+            Answer(state, raw=f"{number}", free_failure=state is State.FAILED and share == 0)
+            for number, state in zip(
+                numbers, data.draw(st.tuples(*[st.sampled_from(fates)] * len(numbers))), strict=True
+            )
+        ]
+        paid = None if share is None else sum(model.posts[number].reserved for number in numbers) * share // 3
+        after = [
+            State.PENDING
+            if answer.free_failure and model.leads[model.posts[number].lead].attempts < MAX_ATTEMPTS
+            else answer.state
+            for number, answer in zip(numbers, answers, strict=True)
+        ]
+        told = [(number, answer, books.now) for number, answer in zip(numbers, answers, strict=True)]
+        assert books.do(Ledger.settle_bundle, told, books.execution, MAX_ATTEMPTS, paid) == after
+        bundle = model.posts[numbers[0]].bundle
+        assert bundle is not None
+        model.bundles[bundle] = paid
+        model.spent[books.execution] += paid or 0
+        for number, answer, state in zip(numbers, answers, after, strict=True):
+            post = model.posts[number]
+            self.close(number, state, answer.state.value)
+            if paid is None:
+                model.unknown[books.execution] += 1
+            else:
+                post.counted_in = None
+            if state is State.FOUND:
+                model.leads[post.lead].standing = number
+
     @precondition(lambda self: self.model.among("submitted"))
     @rule(data=st.data())
     def a_task_is_lost(self, data: Any) -> None:
         """Let the API never have known a task."""
-        number = data.draw(st.sampled_from(self.model.among("submitted")))
-        self.books.do(Ledger.doubt, [(number, "404", self.books.now)])
-        self.close(number, State.IN_DOUBT)
+        numbers = self.model.together(data.draw(st.sampled_from(self.model.among("submitted"))))
+        self.books.do(Ledger.doubt, [(number, "404", self.books.now) for number in numbers])
+        for number in numbers:
+            self.close(number, State.IN_DOUBT)
 
     @precondition(lambda self: self.model.posts)
     @rule(data=st.data(), move=st.sampled_from(["accepted", "refused", "rejected", "doubt", "settle"]))
@@ -307,7 +356,8 @@ class Machine(RuleBasedStateMachine):
                 assert row["reserved"] == model.reserved(number) >= 0
             assert row["cap"] is None or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number])
         spent, unknown = self.books.ledger.totals()
-        assert spent == sum(post.credits or 0 for post in model.posts.values()) == sum(model.spent.values())
+        alone = sum(post.credits or 0 for post in model.posts.values())
+        assert spent == alone + sum(paid or 0 for paid in model.bundles.values()) == sum(model.spent.values())
         assert unknown == sum(model.unknown.values())
 
     @invariant()
@@ -322,7 +372,9 @@ class Machine(RuleBasedStateMachine):
                 assert known.credits == self.model.posts[stands].credits
             assert known.first
         assert self.books.ledger.counts() == Counter(lead.state for lead in self.model.leads.values())
-        assert sorted(task.attempts[0] for task in self.books.ledger.tasks()) == self.model.among("submitted")
+        tasks = self.books.ledger.tasks()
+        assert sorted(number for task in tasks for number in task.attempts) == self.model.among("submitted")
+        assert all(list(task.attempts) == self.model.together(task.attempts[0]) for task in tasks)
 
 
 TestLedger = Machine.TestCase

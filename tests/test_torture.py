@@ -26,6 +26,16 @@ def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> N
     assert report.accepted >= 80 - report.in_doubt
 
 
+def test_killed_at_any_moment_in_bulk(tmp_path: Path) -> None:
+    """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
+    report = torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
+
+    assert report.sound, report.table()
+    assert report.kills.total() == 5
+    assert report.faults > 5
+    assert report.accepted >= 120 - report.in_doubt
+
+
 #: Of the jobs that are falsified: enough for some to be found.
 ROWS = 12
 

@@ -21,7 +21,7 @@ from enrich.store.ledger import Ledger
 from enrich.store.records import INVARIANTS, Findings, Records, check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
-from tests.books import BOUND, FREE_FAILURE, MISSED, PRICE, Books
+from tests.books import BOUND, COST, FREE_FAILURE, MISSED, PRICE, Books
 from tests.harness import HASTY, Api, Done, Office, kill, people, serving, until
 from tests.test_ledger_stateful import Machine
 
@@ -45,6 +45,8 @@ BREAKS = {
     "execution whose spending is not the sum of what it settled": "UPDATE executions SET spent = spent + 1",
     "execution that submitted another number than it counted": "UPDATE executions SET submitted = submitted - 1",
     "execution that bought for more than its cap": "UPDATE executions SET cap = 3",
+    "bundle that is not what its attempts say": "UPDATE bundles SET size = 2",
+    "row of a bundle with a price of its own": "UPDATE attempts SET credits = 1 WHERE place = 1",
 }
 
 
@@ -52,7 +54,7 @@ BREAKS = {
 def night(tmp_path: Path) -> Path:
     """Make a ledger with requests in many states: found, missed, at the API, in doubt, on the wire, failed, waiting."""
     path = tmp_path / "ledger.db"
-    books = Books.open(path).begin(1, 2, 3, 4, 5, 6, 7, cap=100)
+    books = Books.open(path).begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     books.settle(books.submit("a"))
     books.settle(books.submit("b"), MISSED)
     books.submit("c")
@@ -61,6 +63,8 @@ def night(tmp_path: Path) -> Path:
     books.do(Ledger.rejected, [(books.claim().attempt_id, "company: Bad.", books.now)])
     books.settle(books.submit("d"), FREE_FAILURE)
     books.do(Ledger.refused, [(books.claim().attempt_id, "429", books.now)])
+    # The last three as one task: it waits again, and is asked with two that are new.
+    books.settle_bundle(books.submit_bundle(3), MISSED, credits_=COST)
     books.ledger.close()
     return path
 
@@ -130,7 +134,7 @@ def test_a_ledger_that_is_not_there_is_told(office: Office) -> None:
 
 def test_a_mixed_night_is_sound(night: Path) -> None:
     """Every state that a request can have holds the invariants."""
-    assert check(night) == Findings([], requests=7, attempts=8, executions=1)
+    assert check(night) == Findings([], requests=9, attempts=11, executions=1)
 
 
 @pytest.mark.parametrize("broken", INVARIANTS)

@@ -7,7 +7,7 @@ wrapper (`result`, `steps`, `enrichment_data`), that wrapper alone, or the flat 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -47,8 +47,14 @@ class Parsed:
 
     fields: Mapping[str, Any]
     provider: str | None
-    steps_cost: int | None
-    any_step_cost: bool
+    steps: Sequence[Mapping[str, Any]] = ()
+
+    def steps_cost(self) -> tuple[int | None, bool]:
+        """Sum up what the steps cost (millionths; None: not all tell), and tell whether any may have cost something."""
+        costs = [to_micros(step.get("cost")) for step in self.steps]
+        known = [cost for cost in costs if cost is not None]
+        whole = len(known) == len(costs)
+        return sum(known) if costs and whole else None, any(known) or not whole
 
 
 def phase_of(task: Mapping[str, Any]) -> Phase:
@@ -61,17 +67,10 @@ def parse_data(data: object) -> Parsed:
     data = _single(data)
     fields = _fields(data)
     if not isinstance(data, Mapping) or fields is data:
-        return Parsed(fields, None, None, any_step_cost=False)
+        return Parsed(fields, None)
     listed = data.get("steps")
     steps = [step for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
-    costs = [to_micros(step.get("cost")) for step in steps]
-    known = [cost for cost in costs if cost is not None]
-    return Parsed(
-        fields,
-        _provider(fields, data.get("enrichment_data"), steps),
-        sum(known) if steps and len(known) == len(costs) else None,
-        any_step_cost=any(known) or len(known) != len(costs),
-    )
+    return Parsed(fields, _provider(fields, data.get("enrichment_data"), steps), steps)
 
 
 def fields_of(data: object) -> Mapping[str, Any]:
@@ -163,13 +162,14 @@ def read_answer(task: Mapping[str, Any], raw: str, phase: Phase, paths: Iterable
     """
     parsed = parse_data(task.get("data"))
     spent = to_micros(task.get("credits_spent"))
-    cost = spent if spent is not None else parsed.steps_cost
+    steps_cost, any_cost = parsed.steps_cost()
+    cost = spent if spent is not None else steps_cost
     match phase:
         case Phase.GONE:
             return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw)
         case Phase.FAILED:
             said = error_text(task.get("error")) or f"the API says: {task.get('status')}"
-            free = spent == 0 and not parsed.any_step_cost
+            free = spent == 0 and not any_cost
             return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
         case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
             found = has_value(parsed.fields, paths)

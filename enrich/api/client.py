@@ -7,8 +7,8 @@ no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
 401, 403                                                       Unauthorized
 406                                                            OutOfCredits
 429                                                            RateLimited
-400, 422 that name a param, in bulk also of which row           BadParams
-400, 422 that name none; 404                                   JobRejected
+400, 422 that name a param                                     BadParams
+400, 422 that name none; 404; in bulk 413                      JobRejected
 200 with a task id                                             accepted
 anything else: 200 without task id, every 5xx, other 4xx,
 no answer in time, reset, a body that is not JSON              Ambiguous
@@ -255,9 +255,12 @@ def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
         case 429:
             return RateLimited(said, _retry_after(response))
         case 400 | 422:
-            if named := named_params(body) if rows is None else named_rows(body, rows):
-                return BadParams({row: said.replace(key, "[key]") for row, said in named.items()})
+            named = named_params(body) or None if rows is None else named_rows(body, rows)
+            if named is not None:
+                return BadParams({row: told.replace(key, "[key]") for row, told in named.items()}, said)
             return JobRejected(f"the API refuses the request: {said}")
+        case 413 if rows is not None:
+            return JobRejected(f"the API refuses so many rows at once: {said}", "lower `dispatch.bulk`")
         case 404:
             return _Missing(said)
         case _:

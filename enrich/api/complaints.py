@@ -20,18 +20,21 @@ def named_params(body: object) -> dict[int, str]:
     return {0: said} if said else {}
 
 
-def named_rows(body: object, size: int) -> dict[int, str]:
+def named_rows(body: object, size: int) -> dict[int, str] | None:
     """Name the rows of a bulk run that are complained of (from 0), with what is said of each.
 
-    {}: it names none, or one that was not sent. Read are `{"rows": [{"position": FROM_1, "fields": {…}}]}`,
-    `{"detail": [{…}, …]}` with an object for each row, and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
+    None: no param is complained of; {}: one is, but nobody can tell of which rows. Read are
+    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with an object for each row,
+    and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
     """
+    if size == 1:
+        return named_params(body) or None
     rows: dict[int, list[tuple[str, str]]] = {}
     for row, complaint in _complaints(body, size):
         if row is None or not 0 <= row < size:
             return {}
         rows.setdefault(row, []).append(complaint)
-    return {row: _told(complaints) for row, complaints in rows.items()}
+    return {row: _told(complaints) for row, complaints in rows.items()} or None
 
 
 def words(said: object, between: str = " ") -> str:
@@ -60,7 +63,7 @@ def _complaints(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple
         yield from ((None, complaint) for complaint in _fields(detail))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
-        row = position - 1 if isinstance(position, int) else None
+        row = position - 1 if isinstance(position, int) and position is not True else None
         yield from ((row, complaint) for complaint in _fields(item))
 
 

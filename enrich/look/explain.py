@@ -171,6 +171,8 @@ def _attempt(attempt: Try) -> dict[str, Any]:
         "settled_in": attempt.settled_in,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": None if attempt.credits is None else to_credits(attempt.credits),
+        "together": attempt.together,
+        "task_credits": None if attempt.task_credits is None else to_credits(attempt.task_credits),
         "provider": attempt.provider,
         "error": attempt.error,
         "answer": dict(_fields(attempt)) or None,
@@ -226,9 +228,10 @@ def _request_lines(request: Mapping[str, Any]) -> Iterator[str]:
 def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
     yield f"{attempt['intent_at']}  intent written, {attempt['credits_reserved']:,.2f} credits reserved at most"
     if attempt["submitted_at"]:
-        yield f"{attempt['submitted_at']}  accepted as task {attempt['task_id']}"
+        others = f", with {attempt['together'] - 1:,} others" if (attempt["together"] or 1) > 1 else ""
+        yield f"{attempt['submitted_at']}  accepted as task {attempt['task_id']}{others}"
     if attempt["settled_at"]:
-        price = "price not known" if attempt["credits"] is None else f"{attempt['credits']:,.2f} credits"
+        price = _price(attempt)
         by = f", by {attempt['provider']}" if attempt["provider"] else ""
         within = attempt["settled_in"]
         where = f" in execution {within}" if within not in (None, attempt["execution"]) else ""
@@ -238,3 +241,10 @@ def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
     for name, value in (attempt["answer"] or {}).items():
         plain = isinstance(value, str) and value.isprintable()
         yield f"{name}: {value if plain else json.dumps(value, ensure_ascii=False)}"
+
+
+def _price(attempt: Mapping[str, Any]) -> str:
+    if attempt["task_credits"] is not None:
+        whole = f" for all {attempt['together']:,} of the task" if attempt["together"] > 1 else ""
+        return f"{attempt['task_credits']:,.2f} credits{whole}"
+    return "price not known" if attempt["credits"] is None else f"{attempt['credits']:,.2f} credits"

@@ -37,7 +37,7 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
         "requests": sum(counts.values()),
         **{state.value: counts.get(state, 0) for state in settled},
         "pending": sum(counts.get(state, 0) for state in (State.PENDING, State.SUBMITTING, State.SUBMITTED)),
-        "at_the_api": len(tasks),
+        "at_the_api": sum(len(task.attempts) for task in tasks),
         "next_expiry": iso(tasks[0].submitted_ms + ttl_ms) if tasks else None,
         "last_expiry": iso(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
@@ -78,7 +78,7 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     yield f"  credits   {status['credits_spent']:>9,.2f}  spent in all{unknown}"
     if status["at_the_api"]:
         expiry = f"the first result expires at {status['next_expiry']}"
-        yield f"  waiting   {status['at_the_api']:>9,}  tasks at the API; {expiry}"
+        yield f"  waiting   {status['at_the_api']:>9,}  requests at the API; {expiry}"
     last = next((known for known in status["executions"] if known["balance_after"] is not None), None)
     if last is not None and last["balance_before"] is not None:
         other = round(last["balance_before"] - last["balance_after"] - last["credits_spent"], 2) + 0.0

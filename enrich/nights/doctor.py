@@ -158,7 +158,7 @@ def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iter
         if is_there(path):
             with closing(Ledger(path, read_only=True)) as ledger:
                 counts, executions = ledger.counts(), ledger.executions(job.name, LAST)
-                submitted = [task.submitted_ms for task in ledger.tasks()]
+                submitted = [task.submitted_ms for task in ledger.tasks() for _ in task.attempts]
             yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
         else:
             yield Finding("ok", "ledger", f"{path} will be made by the first run")

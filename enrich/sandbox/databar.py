@@ -14,7 +14,7 @@ from enrich.sandbox.clock import Clock
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.latency import latency
 from enrich.sandbox.people import Draw
-from enrich.sandbox.questions import Question, cascade, questions
+from enrich.sandbox.questions import Question, Refused, cascade, questions
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import Quirk, Run, Store, Task
 from enrich.sandbox.tasks import TaskWriter
@@ -70,6 +70,9 @@ class Databar:
 
     def submit(self, order: Order, quirk: Fault | None = None) -> str:
         """Accept a run for each row, or none; it is on disk when this returns its task id."""
+        limit = self._settings.bulk_limit
+        if order.bulk and limit is not None and len(order.rows) > limit:
+            raise Refused({"error": "BATCH_TOO_LARGE", "detail": f"At most {limit} rows are allowed."})
         asked = cascade(order.waterfall, order.enrichments, order.verifier)
         wanted = questions(asked, order.rows, bulk=order.bulk, error_shape=self._settings.error_shape)
         now = self.clock.now()

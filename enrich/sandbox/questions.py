@@ -114,7 +114,9 @@ def _mistakes(waterfall: Waterfall, params: Mapping[str, Any]) -> Mistakes:
 
 
 def _body(mistakes: list[Mistakes], *, bulk: bool, error_shape: str) -> dict[str, Any]:
-    if error_shape == "old":
+    if error_shape == "old_short":
+        mistakes = [fields for fields in mistakes if fields]
+    if error_shape.startswith("old"):
         return {"detail": mistakes if bulk else mistakes[0]}
     rows = [{"position": position, "fields": fields} for position, fields in enumerate(mistakes, 1) if fields]
     detail = "; ".join(

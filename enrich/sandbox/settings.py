@@ -8,6 +8,7 @@ from enrich.sandbox.latency import latency
 
 MissKind = Literal["null", "empty_list", "empty_object", "null_result", "blank_result", "no_data"]
 Shape = Literal["wrapped", "wrapper_object", "flat", "flat_list"]
+ErrorShape = Literal["new", "fields", "old", "old_short"]
 
 MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
 
@@ -32,7 +33,11 @@ class SandboxSettings:
     result_ttl: Annotated[float, "Seconds a result is kept after completion."] = 86_400.0
     expired_as: Annotated[Literal["410", "gone"], "Answer for an expired task: 410, or 200 with status gone."] = "410"
     shape: Annotated[Shape, "Shape of a result's data."] = "wrapped"
-    error_shape: Annotated[Literal["new", "fields", "old"], "Shape of the body of a 400."] = "new"
+    error_shape: Annotated[ErrorShape, "Shape of a 400; `old_short` lists in bulk the wrong rows alone."] = "new"
+    bulk_data: Annotated[Literal["aligned", "hits"], "A bulk task's data: along its rows, or the hits alone."] = (
+        "aligned"
+    )
+    bulk_limit: Annotated[int | None, "Rows that a bulk-run may have; none: any number."] = None
     aliases: Annotated[bool, "Say `success` and `error` for `completed` and `failed`."] = False
     hide_credits: Annotated[bool, "Leave `credits_spent` out."] = False
     charge_misses: Annotated[bool, "Charge for each provider that found nothing, too."] = False

@@ -71,7 +71,9 @@ class TaskWriter:
             "failed": len(failed),
             "processing": running,
         }
-        progress, data = json.dumps(counts), f"[{','.join(run.data for run in done)}]"
+        # Before July 2026 it was the hits alone, in no order.
+        told = done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
+        progress, data = json.dumps(counts), f"[{','.join(run.data for run in told)}]"
         if running:
             # As nobody says how the finished rows of a running task are aligned, they are not.
             return _Shown("processing", data if partial else "null", progress=progress)

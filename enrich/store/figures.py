@@ -56,10 +56,10 @@ class Figures(Intake):
     def experience(self, call: Call) -> tuple[int, float | None]:
         """Count the newest answers to a call whose price is known, and average what they cost (millionths)."""
         row = self._db.execute(
-            "SELECT count(*), avg(a.credits) FROM (SELECT request_id, state, credits, task_id FROM attempts "
+            "SELECT count(*), avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
             "ORDER BY id DESC LIMIT ?) a "
             "CROSS JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
-            "WHERE c.canonical = ? AND a.credits IS NOT NULL "
+            "WHERE c.canonical = ? AND a.paid IS NOT NULL "
             "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
             (EXPERIENCE, call.canonical()),
         ).fetchone()
@@ -70,7 +70,10 @@ class Figures(Intake):
         (polls, submitted) = self._db.execute(
             "SELECT sum(json_extract(receipt, '$.polls')), sum(submitted) FROM executions WHERE receipt IS NOT NULL"
         ).fetchone()
-        return polls / submitted if submitted else None
+        (together,) = self._db.execute(
+            "SELECT coalesce(sum(size - 1), 0) FROM bundles WHERE settled_ms IS NOT NULL"
+        ).fetchone()
+        return polls / max(1, submitted - together) if submitted else None
 
     def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
         """Sum up the attempts that were made or settled since an execution.
@@ -78,8 +81,8 @@ class Figures(Intake):
         Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
         """
         return self._db.execute(
-            "SELECT CASE WHEN credits IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            "count(*), coalesce(sum(credits), 0), sum(reserved) FROM attempts "
+            "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
+            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed "
             "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
             "GROUP BY 1, 2",
             (since,),

@@ -71,6 +71,9 @@ class Try:
     provider: str | None
     error: str | None
     answer: str | None
+    #: How many were sent with it as one task, itself too, and the price of that task; None: it was sent alone.
+    together: int | None = None
+    task_credits: int | None = None
 
 
 T = TypeVar("T")
@@ -124,10 +127,10 @@ class History(Database):
     def totals(self) -> Totals:
         """Sum up the ledger."""
         row = self._db.execute(
-            "SELECT coalesce(sum(credits), 0), "
-            "coalesce(sum(credits IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0), "
+            "SELECT coalesce(sum(paid), 0), "
+            "coalesce(sum(paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0), "
             "(SELECT count(*) FROM requests WHERE state = 'in_doubt'), "
-            "coalesce(sum(state = 'submitted'), 0) FROM attempts"
+            "coalesce(sum(state = 'submitted'), 0) FROM billed"
         ).fetchone()
         return Totals(*map(int, row))
 
@@ -152,11 +155,13 @@ class History(Database):
     def attempts(self, request_id: int) -> list[Try]:
         """Return every attempt of a request, in order."""
         rows = self._rows(
-            "SELECT a.*, e.job FROM attempts a JOIN executions e ON e.id = a.execution_id "
+            "SELECT a.*, e.job, b.size AS together, b.credits AS task_credits FROM attempts a "
+            "JOIN executions e ON e.id = a.execution_id LEFT JOIN bundles b ON b.id = a.bundle_id "
             "WHERE a.request_id = ? ORDER BY a.id",
             request_id,
         )
-        names = "state task_id claimed_ms submitted_ms settled_ms settled_in reserved credits provider error answer"
+        names = "state task_id claimed_ms submitted_ms settled_ms settled_in reserved credits provider error answer "
+        names += "together task_credits"
         return [Try(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split())) for row in rows]
 
 

@@ -144,6 +144,18 @@ class Ledger(Moves):
                 "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)",
                 (request_id,),
             )
+            # What the API said of a whole task may be about anybody in it.
+            self._db.execute(
+                "UPDATE attempts SET answer = NULL, error = 'failed; what the API said was erased with a person of the "
+                "same task' WHERE state = 'failed' AND task_id IS NOT NULL "
+                "AND bundle_id IN (SELECT bundle_id FROM attempts WHERE request_id = ?)",
+                (request_id,),
+            )
+            self._db.execute(
+                "UPDATE attempts SET answer = NULL WHERE state = 'expired' "
+                "AND bundle_id IN (SELECT bundle_id FROM attempts WHERE request_id = ?)",
+                (request_id,),
+            )
             self._db.execute(
                 "UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = ? WHERE request_id = ?",
                 (now_ms, request_id),
@@ -161,6 +173,12 @@ class Ledger(Moves):
             "UPDATE attempts SET answer = NULL, error = NULL, erased_ms = ?1 WHERE erased_ms IS NULL "
             "AND request_id IN (SELECT id FROM requests WHERE erased_ms = ?1)",
             (now_ms,),
+        )
+        # The answer of a whole task lies with its first request, which may have been asked again since.
+        self._db.execute(
+            "UPDATE attempts SET answer = NULL WHERE state IN ('failed', 'expired') AND answer IS NOT NULL "
+            "AND bundle_id IN (SELECT id FROM bundles WHERE settled_ms < ?)",
+            (before_ms,),
         )
         return purged
 

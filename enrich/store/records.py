@@ -186,8 +186,8 @@ INVARIANTS = {
         "(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE state IN ('submitting', 'submitted'))"
     ),
     "execution whose spending is not the sum of what it settled": (
-        "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_in, coalesce(sum(credits), 0) AS spent, "
-        "sum(credits IS NULL) AS unknown FROM attempts WHERE settled_in IS NOT NULL GROUP BY settled_in) a "
+        "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_in, coalesce(sum(paid), 0) AS spent, "
+        "sum(paid IS NULL) AS unknown FROM billed WHERE settled_in IS NOT NULL GROUP BY settled_in) a "
         "ON a.settled_in = e.id WHERE e.spent <> coalesce(a.spent, 0) OR e.unknown <> coalesce(a.unknown, 0)"
     ),
     "execution that submitted another number than it counted": (
@@ -196,7 +196,16 @@ INVARIANTS = {
     ),
     "execution that bought for more than its cap": (
         # Beyond it may be what earlier executions left at the API, and what the API charges above its worst price.
-        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id WHERE e.cap IS NOT NULL "
-        "GROUP BY e.id HAVING sum(min(coalesce(a.credits, a.reserved), a.reserved)) > e.cap"
+        # What a bundle cost is shared out evenly, as its rows reserve the same; the half is for rounding.
+        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bundles b ON b.id = a.bundle_id "
+        "WHERE e.cap IS NOT NULL GROUP BY e.id "
+        "HAVING sum(min(coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved), a.reserved)) > e.cap + 0.5"
     ),
+    "bundle that is not what its attempts say": (
+        "SELECT 1 FROM bundles b LEFT JOIN attempts a ON a.bundle_id = b.id GROUP BY b.id HAVING count(a.id) <> b.size "
+        "OR count(DISTINCT a.place) <> b.size OR min(a.place) <> 0 OR max(a.place) <> b.size - 1 "
+        "OR count(DISTINCT a.task_id) > 1 OR sum(a.execution_id <> b.execution_id) > 0 "
+        "OR sum(a.settled_in IS NOT b.settled_in AND a.task_id IS NOT NULL) > 0"
+    ),
+    "row of a bundle with a price of its own": "SELECT 1 FROM attempts WHERE bundle_id IS NOT NULL AND credits <> 0",
 }

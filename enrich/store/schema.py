@@ -177,7 +177,23 @@ CREATE TABLE bundles (          -- requests that were sent as one task (`dispatc
 ALTER TABLE attempts ADD COLUMN bundle_id INTEGER REFERENCES bundles;
 
 -- place in the bundle's list, from 0
-ALTER TABLE attempts ADD COLUMN place INTEGER
+ALTER TABLE attempts ADD COLUMN place INTEGER;
+
+CREATE INDEX attempts_of_bundle ON attempts (bundle_id) WHERE bundle_id IS NOT NULL;
+
+-- each attempt with what it adds to the bill (`paid`; NULL: not known): the price of a bundle stands with its first
+CREATE VIEW billed AS
+SELECT a.*, CASE WHEN b.credits IS NULL THEN a.credits ELSE iif(a.place = 0, b.credits, 0) END AS paid
+FROM attempts a LEFT JOIN bundles b ON b.id = a.bundle_id;
+
+CREATE VIEW readable_bundles AS
+SELECT b.id, b.execution_id, b.size, a.task_id, b.credits / 1e6 AS credits, b.settled_in,
+       strftime('%Y-%m-%dT%H:%M:%SZ', a.claimed_ms / 1000, 'unixepoch') AS claimed_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', a.submitted_ms / 1000, 'unixepoch') AS submitted_at,
+       strftime('%Y-%m-%dT%H:%M:%SZ', b.settled_ms / 1000, 'unixepoch') AS settled_at,
+       (SELECT group_concat(state || ': ' || number, ', ') FROM (SELECT state, count(*) AS number FROM attempts
+        WHERE bundle_id = b.id GROUP BY state ORDER BY 2 DESC)) AS states
+FROM bundles b JOIN attempts a ON a.bundle_id = b.id AND a.place = 0
 """
 
 LATENCIES = """

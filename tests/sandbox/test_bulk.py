@@ -79,3 +79,20 @@ def test_each_row_is_a_run(api: Api) -> None:
     api.bulk([ADA, ADA, *people(3)])
     totals = api.audit()
     assert (totals["accepted"], totals["distinct"], totals["accepted_more_than_once"]) == (5, 4, 1)
+
+
+def test_hits_alone(start: Start) -> None:
+    """Before July 2026 the data was the hits, in no order; the counts were the same."""
+    api = start(hit_rate=0.5, bulk_data="hits")
+    task = api.task(api.bulk(people(20)))
+    assert None not in task["data"]
+    assert len(task["data"]) == task["progress"]["completed"] < 20
+
+
+def test_too_many_rows(start: Start) -> None:
+    """Where there is a limit, a bulk-run beyond it is a 400 that names no row; nothing is accepted."""
+    api = start(bulk_limit=3)
+    answer = api.post_bulk(people(4))
+    assert (answer.status_code, answer.json()["error"]) == (400, "BATCH_TOO_LARGE")
+    assert api.audit()["accepted"] == 0
+    assert api.task(api.bulk(people(3)))["status"] == "completed"

@@ -94,6 +94,14 @@ def test_bad_params_in_bulk(api: Api) -> None:
     assert api.audit()["accepted"] == 0
 
 
+def test_bad_rows_without_the_good_ones(start: Start) -> None:
+    """`old_short` lists the wrong rows of a bulk run alone: nobody can tell which they were."""
+    api = start(error_shape="old_short")
+    assert api.post_bulk([ADA, {"first_name": "Ada"}, ADA]).json() == {
+        "detail": [{"last_name": ["This field is required."], "company": ["This field is required."]}]
+    }
+
+
 def test_bad_params_the_old_way(start: Start) -> None:
     """The older bodies name params at once; for bulk they are a list of rows."""
     api = start(error_shape="old")
