@@ -345,7 +345,12 @@ class Desk:
         """Write down how long tasks take, for the next execution."""
         times = self.execution.poll_times
         if times.heard:
-            await self.journal.do(Ledger.remember_latencies, self.connection.question.call, times.learned)
+            await self.journal.do(
+                Ledger.remember_latencies,
+                self.connection.question.call,
+                times.learned,
+                self.around.job.model.dispatch.bulk,
+            )
 
     def _show(self) -> None:
         enrolled, tally = self.enrolled or {}, self.execution.tally

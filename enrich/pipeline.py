@@ -148,7 +148,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
         around.timing,
         in_flight_limit=limits.in_flight,
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
-        poll_times=PollTimes(await journal.do(Ledger.latencies, question.call)),
+        poll_times=PollTimes(await journal.do(Ledger.latencies, question.call, job.model.dispatch.bulk)),
     )
     desk = Desk(around, options, signals, client, journal, connection, execution, budget)
     signals.on_first = desk.interrupt

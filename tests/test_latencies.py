@@ -25,6 +25,9 @@ def test_what_was_learned_is_remembered_by_call(tmp_path: Path) -> None:
     books.do(Ledger.remember_latencies, CALL, [(4.0, 2.0)])
     assert books.ledger.latencies(CALL) == [(4.0, 2.0)]
     assert books.ledger.latencies(other) == [(9.0, 1.0)]
+    books.do(Ledger.remember_latencies, CALL, [(30.0, 1.0)], 100)
+    assert books.ledger.latencies(CALL, 100) == [(30.0, 1.0)]
+    assert books.ledger.latencies(CALL) == [(4.0, 2.0)]
     assert check(books.path).problems == []
     books.ledger.close()
 

@@ -11,16 +11,23 @@ from enrich.store.database import Database
 class Latencies(Database):
     """A ledger that remembers when it pays to ask."""
 
-    def latencies(self, call: Call) -> list[tuple[float, float]]:
-        """Tell how many answers took at most how many seconds, as it was remembered; nothing before the first."""
+    def latencies(self, call: Call, bulk: int | None = None) -> list[tuple[float, float]]:
+        """Tell how many answers took at most how many seconds, as it was remembered; nothing before the first.
+
+        `bulk`: those of tasks for so many requests.
+        """
         return self._db.execute(
-            "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (call.canonical(),)
+            "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (_name(call, bulk),)
         ).fetchall()
 
-    def remember_latencies(self, call: Call, learned: Iterable[tuple[float, float]]) -> None:
+    def remember_latencies(self, call: Call, learned: Iterable[tuple[float, float]], bulk: int | None = None) -> None:
         """Remember this instead of what was remembered of the call."""
-        self._db.execute("DELETE FROM latencies WHERE call = ?", (call.canonical(),))
+        name = _name(call, bulk)
+        self._db.execute("DELETE FROM latencies WHERE call = ?", (name,))
         self._db.executemany(
-            "INSERT INTO latencies VALUES (?, ?, ?)",
-            ((call.canonical(), seconds, answers) for seconds, answers in learned),
+            "INSERT INTO latencies VALUES (?, ?, ?)", ((name, seconds, answers) for seconds, answers in learned)
         )
+
+
+def _name(call: Call, bulk: int | None) -> str:
+    return call.canonical() + ("" if bulk is None else f" bulk {bulk}")

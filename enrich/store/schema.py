@@ -198,7 +198,7 @@ FROM bundles b JOIN attempts a ON a.bundle_id = b.id AND a.place = 0
 
 LATENCIES = """
 CREATE TABLE latencies (
-    call TEXT NOT NULL,         -- as in calls.canonical
+    call TEXT NOT NULL,         -- as in calls.canonical; in bulk with the size
     seconds REAL NOT NULL CHECK (seconds > 0),  -- at most so many, and more than in the row before
     answers REAL NOT NULL CHECK (answers > 0),  -- how many took so long; old ones count less
     PRIMARY KEY (call, seconds)
