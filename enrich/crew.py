@@ -27,6 +27,8 @@ from enrich.worker import Errand, Told, Word
 
 #: So long a process that shall leave may take to write down what it knows.
 LEAVE_S = 3.0
+#: Not `-m`: what it tells is of the module `enrich.worker`, which would be called `__main__`.
+START = "from enrich.worker import main; main()"
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class Crew:
     async def _start(self, pace: IO[bytes], tasks: tuple[Task, ...]) -> None:
         ours, theirs = Pipe()
         inherited = [theirs.fileno(), pace.fileno(), *([] if self.lock is None else [self.lock])]
-        command = [sys.executable, "-P", "-m", "enrich.worker", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-c", START, str(theirs.fileno())]
         with theirs, _deaf():
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)  # noqa: ASYNC220, S603 - it is quick, and ourselves
         worker = Worker(process, ours)

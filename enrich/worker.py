@@ -168,7 +168,3 @@ def main() -> None:
     """Take the errand from the socket whose descriptor is the argument, and do it."""
     with Connection(int(sys.argv[1])) as boss, suppress(EOFError):  # nobody is there any more
         asyncio.run(work(boss, boss.recv()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,60 @@
+"""What more processes bring: `enrich run --processes`, with 1, 2 and 4 of them, single and in bulk.
+
+`python -m benchmarks.processes --rows 5000 --rounds 3`
+
+`at work` leaves out the interpreter's start; the ratio is of `at work`, to one process. `cores` is how many cores were
+busy for the run on average. The server takes a core of its own, as the API would not: with two cores in all there is
+one left for the run, whatever it is told, so the table shows what sharing costs and not what it brings; how many
+cores the machine has is said above it. Rows/s grow with processes while there are cores that are idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, table
+from benchmarks.server import serving
+
+PROCESSES = (1, 2, 4)
+BULK = 100
+HEADER = ("processes", "rows", "rows/s", "median", "spread", "at work", "of one", "CPU s/1,000", "cores", "peak MiB")
+
+
+def contenders(kind: str, rows: int, bulk: int | None = None) -> list[Contender]:
+    """Choose who runs."""
+    return [enrich_run(f"{kind}, {count}", rows, bulk, ["--processes", str(count)]) for count in PROCESSES]
+
+
+def lines(results: list[Result]) -> list[list[str]]:
+    """Write down what came of it; the first is one process."""
+    return [
+        [
+            result.name,
+            f"{result.trials[0].rows:,}",
+            f"{result.best:,.0f}",
+            f"{result.median:,.0f}",
+            f"{result.spread:.0%}",
+            f"{result.working:,.0f}",
+            f"{result.working / results[0].working:.2f}",
+            f"{result.cpu:.2f}",
+            f"{max(trial.cpu_s / trial.wall_s for trial in result.trials):.2f}",
+            f"{result.peak_mib:.0f}",
+        ]
+        for result in results
+    ]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.processes", description=__doc__)
+    parser.add_argument("--rows", type=int, default=5000, help="of single runs; in bulk ten times as many")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with serving() as server:
+        single = compete(contenders("single", options.rows), server, options.rounds)
+        bulk = compete(contenders(f"bulk {BULK}", 10 * options.rows, BULK), server, options.rounds) if has_bulk() else []
+    print(table(HEADER, [*lines(single), *lines(bulk)]))
+
+
+if __name__ == "__main__":
+    main()
