@@ -52,7 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     with serving() as server:
         single = compete(contenders("single", options.rows), server, options.rounds)
-        bulk = compete(contenders(f"bulk {BULK}", 10 * options.rows, BULK), server, options.rounds) if has_bulk() else []
+        bulk = (
+            compete(contenders(f"bulk {BULK}", 10 * options.rows, BULK), server, options.rounds) if has_bulk() else []
+        )
     print(table(HEADER, [*lines(single), *lines(bulk)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,12 +27,13 @@ class Slate:
     written nothing, and the system gives the lock to the next.
     """
 
+    SIZE = 1 + 2 * LARGEST
+
     def __init__(self, file: int) -> None:
         """Share the open file of this descriptor, of `Slate.SIZE` bytes."""
         self._file = file
         self._memory = mmap(file, self.SIZE)
-
-    SIZE = 1 + 2 * LARGEST
+        self._turns = os.open(f"/dev/fd/{file}", os.O_RDWR)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -41,6 +43,15 @@ class Slate:
             yield
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep the others waiting who want to do this, too: SQLite alone would look again only every now and then."""
+        fcntl.flock(self._turns, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turns, fcntl.LOCK_UN)
 
     def read(self) -> dict[str, Any]:
         """Read the state that counts."""

@@ -135,10 +135,11 @@ def tell(boss: Connection, execution: Execution, *, ended: bool = False) -> None
 async def work(boss: Connection, errand: Errand) -> None:
     """Do the errand, and tell how it ended."""
     clock = SystemClock(errand.clock_offset_ms)
+    slate = Slate(errand.pace)
     execution = Execution(
         errand.execution,
         clock,
-        SharedPace(Slate(errand.pace)),
+        SharedPace(slate),
         errand.timing,
         in_flight_limit=errand.in_flight_limit,
         result_ttl_s=errand.result_ttl_s,
@@ -147,7 +148,7 @@ async def work(boss: Connection, errand: Errand) -> None:
     try:
         with closing(Ledger(errand.ledger)) as ledger:
             client = Client(errand.access, clock, post_s=errand.timing.post_s, get_s=errand.timing.get_s)
-            async with client, Journal(ledger) as journal:
+            async with client, Journal(ledger, slate.turn) as journal:
                 poller = errand.shift.poller(execution, journal, client)
                 poller.adopt(errand.tasks, asked_before=True)
                 member = Member(boss, execution, poller)
