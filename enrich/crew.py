@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from subprocess import DEVNULL
 from typing import IO
 
 from enrich.errors import EnrichError
@@ -84,6 +85,7 @@ class Crew:
                     task.cancel()
                 await self._dismiss()
                 vars(self.execution.pace).update(slate.read())
+                slate.close()
                 self.execution.in_flight = self.execution.on_the_wire = 0
 
     def hurry(self) -> None:
@@ -95,7 +97,7 @@ class Crew:
         inherited = [theirs.fileno(), pace.fileno(), *([] if self.lock is None else [self.lock])]
         command = [sys.executable, "-P", "-c", START, str(theirs.fileno())]
         with theirs, _deaf():
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)  # noqa: ASYNC220, S603 - it is quick, and ourselves
+            process = subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, pass_fds=inherited)  # noqa: ASYNC220, S603 - it is quick, and ourselves
         worker = Worker(process, ours)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, worker)

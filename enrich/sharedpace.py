@@ -31,18 +31,18 @@ class Slate:
 
     def __init__(self, file: int) -> None:
         """Share the open file of this descriptor, of `Slate.SIZE` bytes."""
-        self._file = file
+        self.file = file
         self._memory = mmap(file, self.SIZE)
         self._turns = os.open(f"/dev/fd/{file}", os.O_RDWR)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the others waiting, some microseconds."""
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        fcntl.lockf(self.file, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            fcntl.lockf(self.file, fcntl.LOCK_UN)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -62,21 +62,30 @@ class Slate:
 
     def write(self, state: dict[str, Any]) -> None:
         """Write a state that counts from now on."""
+        self._memory[0] = self.begin(state)
+
+    def begin(self, state: dict[str, Any]) -> int:
+        """Write a state that does not count yet; return where it lies."""
         other = 1 - self._memory[0]
         written = pickle.dumps(state, pickle.HIGHEST_PROTOCOL)
         start = 1 + LARGEST * other
         self._memory[start : start + _LENGTH + len(written)] = len(written).to_bytes(_LENGTH, "little") + written
-        self._memory[0] = other
+        return other
+
+    def close(self) -> None:
+        """Keep nothing open but the file."""
+        self._memory.close()
+        os.close(self._turns)
 
 
 class SharedPace(Pace):
     """A pace of which others know: each call begins with what they did, and tells them what it changed."""
 
-    __slots__ = ("_held", "_slate")  # not among the attributes that are shared
+    __slots__ = ("_held", "slate")  # not among the attributes that are shared
 
     def __init__(self, slate: Slate) -> None:
         """Go on with what the slate says."""
-        self._slate = slate
+        self.slate = slate
         self._held = False
         vars(self).update(slate.read())
 
@@ -84,12 +93,12 @@ class SharedPace(Pace):
         """Call a method of Pace on the state that all share."""
         if self._held:
             return method(self, *args, **kwargs)
-        with self._slate.held():
+        with self.slate.held():
             self._held = True
             try:
-                vars(self).update(self._slate.read())
+                vars(self).update(self.slate.read())
                 result = method(self, *args, **kwargs)
-                self._slate.write(vars(self))
+                self.slate.write(vars(self))
             finally:
                 self._held = False
         return result
