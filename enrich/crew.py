@@ -40,11 +40,20 @@ class Worker:
     line: Connection
     told: Told = field(default_factory=Told)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    #: It has its errand, and hears words.
+    listening: bool = False
+
+    def hand_over(self, errand: Errand) -> None:
+        """Tell it what to do; takes as long as its start."""
+        with suppress(OSError):  # not there any more: its line will tell
+            self.line.send(errand)
+            self.listening = True
 
     def say(self, word: Word) -> None:
-        """Tell it what to do, if it is still there."""
+        """Tell it how to go on, if it is still there."""
         with suppress(OSError):
-            self.line.send(word)
+            if self.listening:
+                self.line.send(word)
 
 
 @dataclass(slots=True)
@@ -65,44 +74,55 @@ class Crew:
 
     async def run(self, tasks: Sequence[Task]) -> None:
         """Send and poll to the end; `tasks` were left at the API before. No process is left when this returns."""
-        self._before = self.execution.tally
-        count = self.errand.shift.processes
+        execution = self.execution
+        self._before = execution.tally
         with tempfile.TemporaryFile() as file:
             file.truncate(Slate.SIZE)
             slate = Slate(file.fileno())
-            slate.write(vars(self.execution.pace))
-            passing_on = [
-                asyncio.create_task(self._pass_on(self.execution.closing, Word.CLOSE)),
-                asyncio.create_task(self._pass_on(self.execution.giving_up, Word.GIVE_UP)),
-            ]
+            slate.write(vars(execution.pace))
+            passing_on: list[asyncio.Task[None]] = []
             try:
-                for number in range(count):
-                    await self._start(file, tuple(tasks[number::count]))
+                await self._start_all(file, tasks)
+                for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
+                    passing_on.append(asyncio.create_task(self._pass_on(event, word)))
                 for worker in self._workers:
                     await worker.gone.wait()
             finally:
-                for task in passing_on:
-                    task.cancel()
+                for passing in passing_on:
+                    passing.cancel()
                 await self._dismiss()
-                vars(self.execution.pace).update(slate.read())
+                vars(execution.pace).update(slate.read())
                 slate.close()
-                self.execution.in_flight = self.execution.on_the_wire = 0
+                execution.in_flight = execution.on_the_wire = 0
 
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
         self._say(Word.HURRY)
 
-    async def _start(self, pace: IO[bytes], tasks: tuple[Task, ...]) -> None:
+    async def _start_all(self, pace: IO[bytes], tasks: Sequence[Task]) -> None:
+        """Start the processes, and give each its part of the tasks."""
+        count = self.errand.shift.processes
+        for number in range(count):
+            try:
+                worker = self._start(pace.fileno())
+            except OSError:  # the system has no room for another
+                self.lost = True
+                break
+            errand = replace(self.errand, pace=pace.fileno(), tasks=tuple(tasks[number::count]))
+            await asyncio.to_thread(worker.hand_over, errand)
+        if self.lost:
+            self._say(Word.CLOSE)
+
+    def _start(self, pace: int) -> Worker:
         ours, theirs = Pipe()
-        inherited = [theirs.fileno(), pace.fileno(), *([] if self.lock is None else [self.lock])]
+        inherited = [theirs.fileno(), pace, *([] if self.lock is None else [self.lock])]
         command = [sys.executable, "-P", "-c", START, str(theirs.fileno())]
         with theirs, _deaf():
-            process = subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, pass_fds=inherited)  # noqa: ASYNC220, S603 - it is quick, and ourselves
+            process = subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, pass_fds=inherited)  # noqa: S603 - ourselves
         worker = Worker(process, ours)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, worker)
-        with suppress(OSError):  # not there any more: its line will tell
-            await asyncio.to_thread(ours.send, replace(self.errand, pace=pace.fileno(), tasks=tasks))
+        return worker
 
     def _hear(self, worker: Worker) -> None:
         """Hear how far a worker is, or that it is gone."""
@@ -144,13 +164,14 @@ class Crew:
     async def _dismiss(self) -> None:
         """Let them leave, and end who doesn't; listen to the last word of each."""
         self._say(Word.LEAVE)
-        for worker in self._workers:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                for worker in self._workers:
                     await worker.gone.wait()
+        for worker in self._workers:
             if not worker.gone.is_set():
                 worker.process.kill()
-                await worker.gone.wait()
+            await worker.gone.wait()
             await asyncio.to_thread(worker.process.wait)
             worker.line.close()
 

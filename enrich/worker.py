@@ -167,5 +167,9 @@ async def work(boss: Connection, errand: Errand) -> None:
 
 def main() -> None:
     """Take the errand from the socket whose descriptor is the argument, and do it."""
-    with Connection(int(sys.argv[1])) as boss, suppress(EOFError):  # nobody is there any more
-        asyncio.run(work(boss, boss.recv()))
+    with Connection(int(sys.argv[1])) as boss:
+        try:
+            errand = boss.recv()
+        except (EOFError, OSError):
+            return  # nobody is there any more
+        asyncio.run(work(boss, errand))
