@@ -52,7 +52,7 @@ SCRIPTS = (
     Script("allowance", (), 30),
     Script("polls", (), 30),
     Script("million", ("--rows", "200000"), 50),
-    Script("processes", (), 40),
+    Script("processes", ("--rows", "2000", "--rounds", "1"), 40),
 )
 
 

@@ -2,10 +2,10 @@
 
 `python -m benchmarks.processes --rows 5000 --rounds 3`
 
-`at work` leaves out the interpreter's start; the ratio is of `at work`, to one process. `cores` is how many cores were
-busy for the run on average. The server takes a core of its own, as the API would not: with two cores in all there is
-one left for the run, whatever it is told, so the table shows what sharing costs and not what it brings; how many
-cores the machine has is said above it. Rows/s grow with processes while there are cores that are idle.
+`at work` leaves out the interpreter's start; the ratio is of `at work`, to the first of its kind. `cores` is how many
+cores were busy for the run. The server takes a core of its own, as the API would not: with two cores in all one is
+left for the run, whatever it is told, so the table shows what sharing costs rather than what it brings. Rows/s grow with
+processes while cores are idle.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import argparse
 from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, table
 from benchmarks.server import serving
 
-PROCESSES = (1, 2, 4)
 BULK = 100
-HEADER = ("processes", "rows", "rows/s", "median", "spread", "at work", "of one", "CPU s/1,000", "cores", "peak MiB")
+HEADER = ("processes", "rows", "rows/s", "median", "spread", "at work", "of first", "CPU s/1,000", "cores", "peak MiB")
 
 
-def contenders(kind: str, rows: int, bulk: int | None = None) -> list[Contender]:
-    """Choose who runs."""
-    return [enrich_run(f"{kind}, {count}", rows, bulk, ["--processes", str(count)]) for count in PROCESSES]
+def contenders(counts: list[str], kind: str, rows: int, bulk: int | None = None) -> list[Contender]:
+    """Choose who runs, each with so many processes."""
+    return [enrich_run(f"{kind}, {count}", rows, bulk, ["--processes", count]) for count in counts]
 
 
 def lines(results: list[Result]) -> list[list[str]]:
-    """Write down what came of it; the first is one process."""
+    """Write down what came of it; held to the first."""
     return [
         [
             result.name,
@@ -48,14 +47,16 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.processes", description=__doc__)
     parser.add_argument("--rows", type=int, default=5000, help="of single runs; in bulk ten times as many")
+    parser.add_argument("--processes", default="1,2,4", help="so many, in turn; the others are held to the first")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    counts = options.processes.split(",")
+    kinds = [contenders(counts, "single", options.rows)]
+    if has_bulk():
+        kinds.append(contenders(counts, f"bulk {BULK}", 10 * options.rows, BULK))
     with serving() as server:
-        single = compete(contenders("single", options.rows), server, options.rounds)
-        bulk = (
-            compete(contenders(f"bulk {BULK}", 10 * options.rows, BULK), server, options.rounds) if has_bulk() else []
-        )
-    print(table(HEADER, [*lines(single), *lines(bulk)]))
+        results = [compete(kind, server, options.rounds) for kind in kinds]
+    print(table(HEADER, [line for result in results for line in lines(result)]))
 
 
 if __name__ == "__main__":

@@ -102,18 +102,18 @@ class Crew:
     async def _start_all(self, pace: IO[bytes], tasks: Sequence[Task]) -> None:
         """Start the processes, and give each its part of the tasks."""
         count = self.errand.shift.processes
-        for number in range(count):
-            try:
-                worker = self._start(pace.fileno())
-            except OSError:  # the system has no room for another
-                self.lost = True
-                break
+        try:
+            for _ in range(count):
+                self._start(pace.fileno())
+        except OSError:  # the system has no room for another
+            self.lost = True
+        for number, worker in enumerate(self._workers):
             errand = replace(self.errand, pace=pace.fileno(), tasks=tuple(tasks[number::count]))
             await asyncio.to_thread(worker.hand_over, errand)
         if self.lost:
             self._say(Word.CLOSE)
 
-    def _start(self, pace: int) -> Worker:
+    def _start(self, pace: int) -> None:
         ours, theirs = Pipe()
         inherited = [theirs.fileno(), pace, *([] if self.lock is None else [self.lock])]
         command = [sys.executable, "-P", "-c", START, str(theirs.fileno())]
@@ -122,7 +122,6 @@ class Crew:
         worker = Worker(process, ours)
         self._workers.append(worker)
         asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, worker)
-        return worker
 
     def _hear(self, worker: Worker) -> None:
         """Hear how far a worker is, or that it is gone."""

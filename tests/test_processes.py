@@ -98,9 +98,9 @@ def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, di
     office.write_job(dispatch=dispatch)
     office.write_leads(people(90))
     told = []
-    for number in (1, 3):
+    for number in (1, 2):
         with serving(tmp_path / f"{number}.db", failure_rate=0.1) as api:
-            done = office.enrich(*RUN, "--processes", str(number), "--ledger", f"{number}.ledger", api=api)
+            done = office.command(*RUN, "--processes", str(number), "--ledger", f"{number}.ledger", api=api)
             audit = api.audit()
         assert (done.stderr if done.code == 0 else "") == ""
         assert audit["paid_twice"] == 0
@@ -123,7 +123,7 @@ def test_all_keep_to_one_cap(tmp_path: Path, office: Office) -> None:
     office.write_job(limits="{requests_per_second: 1000, max_credits: 12}")
     office.write_leads(people(90))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-        done = office.enrich(*RUN, "--processes", "3", api=api)
+        done = office.command(*RUN, "--processes", "3", api=api)
         audit = api.audit()
     with closing(office.ledger()) as ledger:
         (worst,) = ledger._db.execute("SELECT max(reserved) FROM attempts").fetchone()
@@ -138,7 +138,7 @@ def test_a_limit_and_a_canary_count_for_all(api: Api, office: Office) -> None:
     office.write_job(canary="{rows: 5, min_hit_rate: 0.01}")
     office.write_leads(people(40))
 
-    done = office.enrich(*RUN, "--processes", "2", "--limit", "30", api=api)
+    done = office.command(*RUN, "--processes", "2", "--limit", "30", api=api)
 
     assert (done.code, done.receipt.get("submitted"), done.receipt.get("pending")) == (0, 30, 10), done.stderr
     assert accepted(api) == 30
@@ -146,10 +146,10 @@ def test_a_limit_and_a_canary_count_for_all(api: Api, office: Office) -> None:
 
 def test_all_keep_to_one_rate(tmp_path: Path, office: Office) -> None:
     """Each at the ceiling alone would be answered 429; together they are not."""
-    office.write_job(limits="{requests_per_second: 40}")
+    office.write_job(limits="{requests_per_second: 50}")
     office.write_leads(people(60))
-    with serving(tmp_path / "api.db", rate=44.0, burst=15) as api:
-        done = office.enrich(*RUN, "--processes", "3", api=api)
+    with serving(tmp_path / "api.db", rate=55.0, burst=15) as api:
+        done = office.command(*RUN, "--processes", "2", api=api)
 
     assert (done.code, done.receipt["rate_limited"]) == (0, 0)
 
@@ -212,7 +212,7 @@ def test_a_killed_process_is_replaced(tmp_path: Path, office: Office) -> None:
     office.write_job(limits="{requests_per_second: 120}")
     office.write_leads(people(120))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api, at_work(office, api) as process:
-        until(lambda: accepted(api) >= 30)
+        until(lambda: accepted(api) >= 30 and len(workers(process)) == 2)
         os.kill(workers(process)[0], signal.SIGKILL)
         out, err = process.communicate(timeout=40)
         receipt = Receipt(**json.loads(out))
@@ -228,7 +228,7 @@ def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
     office.write_job(limits="{requests_per_second: 200}")
     office.write_leads(people(120))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-        with at_work(office, api, 3) as process:
+        with at_work(office, api) as process:
             until(lambda: accepted(api) >= 20)
             api.fault("slow", 500, "post", seconds=1)
             bought = accepted(api)
@@ -241,6 +241,7 @@ def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
             with pytest.raises(LedgerLocked), hold(office.ledger_path, 0):
                 pass
             until(lambda: not any(map(alive, left)), 8)
+            assert len(left) == 2
         assert is_held(office.ledger_path) is False
         api.heal()
         receipt = office.run(api)
@@ -280,7 +281,7 @@ def test_a_refused_key_stops_all(api: Api, office: Office) -> None:
     """One hears 401, none sends any more."""
     office.write_job(limits="{requests_per_second: 60}")
     office.write_leads(people(150))
-    with at_work(office, api, 3) as process:
+    with at_work(office, api) as process:
         until(lambda: accepted(api) >= 20)
         api.fault("unauthorized", 1, "post")
         out, err = process.communicate(timeout=20)
@@ -295,10 +296,10 @@ def test_the_time_is_over_for_all(tmp_path: Path, office: Office) -> None:
     """At --max-time the processes go; the next run collects what they left, with several again."""
     office.write_leads(people(30))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-        first = office.enrich(*RUN, "--processes", "2", "--max-time", "5s", api=api)
+        first = office.command(*RUN, "--processes", "2", "--max-time", "5s", api=api)
     with serving(tmp_path / "api.db") as api:
         api.advance(90)
-        second = office.enrich(*RUN, "--processes", "2", api=api)
+        second = office.command(*RUN, "--processes", "2", api=api)
 
         assert (first.code, first.receipt["pending"]) == (13, 30)
         assert (second.code, second.receipt["pending"]) == (0, 0)
@@ -309,7 +310,7 @@ def test_no_key_is_to_be_seen(tmp_path: Path, office: Office) -> None:
     """Neither the arguments of the processes nor anything that they write have it."""
     office.write_leads(people(40))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api, at_work(office, api) as process:
-        until(lambda: accepted(api) >= 10)
+        until(lambda: accepted(api) >= 10 and len(workers(process)) == 2)
         seen = [Path(f"/proc/{number}/cmdline").read_text(encoding="utf-8") for number in workers(process)]
 
     assert len(seen) == 2
