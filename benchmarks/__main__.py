@@ -48,12 +48,12 @@ class Script:
 
 #: Together under five minutes.
 SCRIPTS = (
-    Script("overhead", ("--rows", "3000", "--seconds", "100"), 140),
+    Script("overhead", ("--rows", "3000", "--seconds", "90"), 125),
     Script("compare", ("--rows", "3000", "--seconds", "45"), 60),
     Script("allowance", (), 20),
     Script("polls", (), 20),
     Script("million", ("--rows", "200000"), 35),
-    Script("processes", (), 25),
+    Script("processes", ("--rows", "4000", "--seconds", "1"), 40),
 )
 
 

@@ -109,12 +109,12 @@ def loop(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Contender
     )
 
 
-def enrich_run(name: str, rows: int, bulk: int | None = None) -> Contender:
+def enrich_run(name: str, rows: int, bulk: int | None = None, options: Sequence[str] = ()) -> Contender:
     """Make a contender of `enrich run`, with a new ledger each time; `bulk`: so many requests to a task."""
 
     def command(folder: Path, _: str) -> list[str]:
         job = write_job(folder, rows, bulk)
-        return [sys.executable, "-m", "enrich", "run", str(job), "--json", "--yes"]
+        return [sys.executable, "-m", "enrich", "run", str(job), "--json", "--yes", *options]
 
     return Contender(name, rows, command)
 

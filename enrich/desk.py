@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,21 +15,24 @@ from enrich.canary import judge
 from enrich.collector import Collector
 from enrich.connect import Connection
 from enrich.consent import check_balance
-from enrich.dispatcher import Dispatcher
+from enrich.crew import Crew
+from enrich.dispatcher import posts_on_the_wire
 from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Plan, foresee, lines
-from enrich.model import ASKED, Decision, RowStatus, State, Wish, to_credits, to_micros
+from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits, to_micros
 from enrich.place import Place
 from enrich.planfile import check, ground
 from enrich.poller import Poller
 from enrich.receipt import Receipt
 from enrich.rows import Rows
+from enrich.shift import Shift
 from enrich.signals import Signals
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Progress, Surroundings, wish
+from enrich.worker import Errand
 
 PROGRESS_S = 0.2
 #: How often it is written down what was learned: a kill loses no more.
@@ -69,7 +72,8 @@ class Desk:
     reused: int | None = None
     given_up: int = 0
     out_of_time: bool = False
-    _poller: Poller | None = None
+    #: Who polls, and shall hurry when a signal came.
+    _hurries: Poller | Crew | None = None
     _helpers: set[asyncio.Task[None]] = field(default_factory=set)
 
     def note(self, text: str) -> None:
@@ -193,35 +197,49 @@ class Desk:
                 self.execution.stop(Exit.CANARY, stopped)
             if self.execution.closing.is_set():
                 return
-        await self._send()
+        if not await self._send_in_several_processes():
+            await self._send()
 
     async def _send(self, limit: int | None = None, *, only_new: bool = False) -> None:
         """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
-        dispatcher = Dispatcher(
-            self.execution,
-            self.journal,
-            self.client,
-            self.connection.question.call,
-            self.budget,
-            self.connection.bound_to,
-            poller.add,
-            limit,
-            only_new,
-            self.around.job.model.dispatch.bulk,
+        with self._showing():
+            await self._shift().work(poller, limit, only_new=only_new)
+
+    async def _send_in_several_processes(self) -> bool:
+        """Do as `_send` does, with the help of others; tell whether nothing is left for us."""
+        execution, clock = self.execution, self.around.clock
+        tasks = await self.journal.do(Ledger.tasks)
+        most = min(execution.in_flight_limit, posts_on_the_wire(self.around.job.model.dispatch.bulk))
+        processes = min(self.options.processes, most, self.to_submit + len(tasks))
+        if processes <= 1:
+            return False
+        errand = Errand(
+            self._shift(processes),
+            self.around.access,
+            self.around.ledger.path,
+            execution.id,
+            self.around.timing,
+            execution.in_flight_limit // processes,
+            execution.result_ttl_s / processes,  # each has its share of the rate to fetch with
+            clock.now_ms() - SystemClock().now_ms(),
+            execution.poll_times,
         )
+        crew = self._hurries = Crew(execution, errand, self.around.lock)
+        with self._showing():
+            await execution.until_leaving(crew.run(tasks))
+        if crew.lost:
+            doubtful = await self.journal.do(Ledger.recover, clock.now_ms())
+            self.note(f"a process of the run was killed: {doubtful} requests are in doubt; one process goes on alone")
+        return not crew.lost
 
-        async def dispatch() -> None:
-            try:
-                await dispatcher.run()
-            finally:
-                poller.no_more = True
-                self.execution.notify()
-
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Show how far the execution is, and keep what is learned, while something runs."""
         besides = [asyncio.create_task(self._keep_showing()), asyncio.create_task(self._keep_learned())]
         try:
-            await self.execution.until_leaving(dispatch(), poller.run())
+            yield
         finally:
             for task in besides:
                 task.cancel()
@@ -308,25 +326,28 @@ class Desk:
         except (CallFailed, TimeoutError):
             return None
 
-    def _new_poller(self) -> Poller:
-        policy = self.around.job.model.policy
-        self._poller = Poller(
-            self.execution,
-            self.journal,
-            self.client,
-            tuple(self.connection.question.columns.values()),
-            policy.max_attempts,
-            policy.patience.total_seconds(),
+    def _shift(self, processes: int = 1) -> Shift:
+        model, connection = self.around.job.model, self.connection
+        return Shift(
+            connection.question.call,
+            self.budget,
+            connection.bound_to,
+            model.dispatch.bulk,
+            tuple(connection.question.columns.values()),
+            model.policy.max_attempts,
+            model.policy.patience.total_seconds(),
+            processes,
         )
-        return self._poller
+
+    def _new_poller(self) -> Poller:
+        poller = self._hurries = self._shift().poller(self.execution, self.journal, self.client)
+        return poller
 
     async def _wind_down(self) -> None:
         timing, execution = self.around.timing, self.execution
-        if self._poller is not None:
-            self._poller.hurry()
-        latest = self.around.clock.monotonic() + timing.wire_s
-        while execution.on_the_wire and (wait := latest - self.around.clock.monotonic()) > 0:
-            await execution.wait_change(wait)
+        if self._hurries is not None:
+            self._hurries.hurry()
+        await execution.wire_empty(timing.wire_s)
         await asyncio.sleep(timing.ready_s)
         execution.leave()
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
+from math import ceil, inf
 
 from enrich.api.client import BULK_POSTS_ON_THE_WIRE, POSTS_ON_THE_WIRE, Client
 from enrich.budget import Budget
@@ -32,6 +32,11 @@ from enrich.store.moves import CapReached
 IDLE_S = 1.0
 
 
+def posts_on_the_wire(bulk: int | None) -> int:
+    """Tell how many POSTs may be on the wire at once."""
+    return POSTS_ON_THE_WIRE if bulk is None else BULK_POSTS_ON_THE_WIRE
+
+
 @dataclass(slots=True)
 class Dispatcher:
     """pending → submitted.
@@ -52,6 +57,10 @@ class Dispatcher:
     only_new: bool = False
     #: Send up to so many requests as one task; None: each by itself.
     bulk: int | None = None
+    #: So many processes work at this queue, and share the wire.
+    processes: int = 1
+    #: After so many seconds none of them waits for a task any more.
+    patience_s: float = inf
     #: Attempts that are claimed and provably not on the wire yet.
     _unsent: set[int] = field(default_factory=set)
     #: Requests that are claimed, and whose POST was not answered yet.
@@ -78,7 +87,7 @@ class Dispatcher:
 
     @property
     def _most_on_the_wire(self) -> int:
-        return POSTS_ON_THE_WIRE if self.bulk is None else BULK_POSTS_ON_THE_WIRE
+        return posts_on_the_wire(self.bulk) // self.processes
 
     async def _room(self) -> int:
         """Wait until a POST may leave; tell how many may, 0 when none may any more."""
@@ -110,12 +119,12 @@ class Dispatcher:
         rows = room * size
         if self.limit is not None:
             rows = min(rows, self.limit - execution.tally.asked - self._unanswered)
-        posts, capped = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
+        posts, capped, awaited = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
         execution.pace.give_back(room - len(posts))
         if posts:
             execution.on_the_wire += len(posts)
             self._unanswered += sum(map(len, posts))
-        elif execution.on_the_wire or execution.in_flight:
+        elif execution.on_the_wire or execution.in_flight or awaited:
             await execution.wait_change(IDLE_S)
         elif capped:
             execution.stop(Exit.CREDITS, EnrichError(self.budget.reason, self.budget.hint))
@@ -166,6 +175,7 @@ class Dispatcher:
                     case RateLimited():
                         execution.throttle(error)
                     case OutOfCredits() if len(attempts) > 1:
+                        execution.good_answer()
                         self._narrow(len(attempts))  # fewer may be affordable
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         execution.stop(error.exit_code, error)
@@ -209,8 +219,11 @@ class Dispatcher:
         if ill_since is not None and now - ill_since >= self.execution.timing.outage_s:
             self.execution.stop(Exit.API, error)
 
-    def _claim_some(self, ledger: Ledger, rows: int, size: int, now_ms: int) -> tuple[list[list[Claim]], bool]:
-        """Claim up to so many requests, in POSTs; tell also whether the cap stood in the way."""
+    def _claim_some(self, ledger: Ledger, rows: int, size: int, now_ms: int) -> tuple[list[list[Claim]], bool, bool]:
+        """Claim up to so many requests, in POSTs of at most that size.
+
+        Tell also whether the cap stood in the way, and whether what other processes wait for may yet free some.
+        """
         posts: list[list[Claim]] = []
         claim = partial(
             ledger.claim,
@@ -226,8 +239,9 @@ class Dispatcher:
                 posts += [claims] if self.bulk else [[one] for one in claims]
                 rows -= len(claims)
         except CapReached:
-            return posts, True
-        return posts, False
+            awaited = self.processes > 1 and ledger.awaits(now_ms - self.patience_s * 1000)
+            return posts, True, awaited
+        return posts, False, False
 
     def _unclaim(self, ledger: Ledger, now_ms: int) -> None:
         """Put back what was claimed and not sent: it would be in doubt otherwise."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from enrich.breaker import Breaker
@@ -48,6 +49,12 @@ class Tally:
     def asked(self) -> int:
         """How many POSTs came to something: a task, a doubt, or a refusal of that very request."""
         return self.submitted + self.doubtful + self.rejected
+
+    def __add__(self, other: Tally) -> Tally:
+        """Add up what happened in two processes."""
+        settled = Counter(self.settled) + Counter(other.settled)
+        numbers = (f.name for f in fields(self) if f.name != "settled")
+        return Tally(settled=settled, **{name: getattr(self, name) + getattr(other, name) for name in numbers})
 
     def count(self, state: State, requests: int = 1) -> None:
         """Count requests that came to their end."""
@@ -124,6 +131,12 @@ class Execution:
         with suppress(TimeoutError):
             async with asyncio.timeout(at_most):
                 await waiter
+
+    async def wire_empty(self, at_most: float) -> None:
+        """Wait until no POST is on the wire, at most so many seconds."""
+        latest = self.clock.monotonic() + at_most
+        while self.on_the_wire and (wait := latest - self.clock.monotonic()) > 0:
+            await self.wait_change(wait)
 
     @staticmethod
     async def pause(seconds: float, event: asyncio.Event) -> None:

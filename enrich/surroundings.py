@@ -29,6 +29,7 @@ class Options:
     update_providers: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Surroundings:
     timing: Timing = field(default_factory=Timing)
     tell: Callable[[str], None] = lambda _: None
     show: Callable[[Progress], None] = lambda _: None
+    #: The descriptor of the ledger's lock, for the processes that work with us.
+    lock: int | None = None
 
 
 def wish(job: Job, options: Options, now_ms: int) -> Wish:

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Send and poll with so many processes, when one core is the limit.",
+)
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
@@ -61,6 +68,7 @@ def run(
     plan_file: Path | None,
     max_time: float | None,
     accept: str | None,
+    processes: int,
     update_providers: bool,
     yes: bool,
     if_locked: tuple[bool, float],
@@ -102,6 +110,7 @@ def run(
         update_providers=update_providers,
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
+        processes=processes,
     )
     witnesses.start(job, wishes, sandbox=use_sandbox)
     skip, wait_s = if_locked
@@ -131,7 +140,7 @@ def _run(
     from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
-        stack.enter_context(hold(job.ledger_path, wait_s))
+        lock = stack.enter_context(hold(job.ledger_path, wait_s))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
         store = Ledger(job.ledger_path)
         stack.callback(store.close)
@@ -150,7 +159,7 @@ def _run(
         if bar is not None:
             stack.callback(bar.close)
         witnesses.admitted()
-        return run(Surroundings(job, access, store, tell=tell, show=show), wishes)
+        return run(Surroundings(job, access, store, tell=tell, show=show, lock=lock), wishes)
 
 
 def _confirm(plan: str) -> bool:

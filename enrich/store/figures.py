@@ -55,6 +55,15 @@ class Figures(Intake):
         row = self._db.execute(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}").fetchone()
         return int(row[0])
 
+    def awaits(self, since_ms: float) -> bool:
+        """Tell whether anything that was asked since then (ms) has no answer yet."""
+        row = self._db.execute(
+            f"SELECT EXISTS (SELECT 1 FROM attempts WHERE {OPEN_ATTEMPT} "
+            "AND (state = 'submitting' OR submitted_ms > ?))",
+            (since_ms,),
+        ).fetchone()
+        return bool(row[0])
+
     def experience(self, call: Call) -> tuple[int, float | None]:
         """Count the newest answers to a call whose price is known, and average what they cost (millionths)."""
         row = self._db.execute(

@@ -6,10 +6,12 @@ A move's future is resolved only after its commit: who awaits it knows that it i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import LedgerFailed
@@ -51,8 +53,12 @@ class _Move(Generic[T]):
 class Journal:
     """The door to the ledger while an execution is at work. Use as an async context manager."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(
+        self, ledger: Ledger, turn: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    ) -> None:
+        """Write to a ledger; `turn` waits until no other process writes, where there are several."""
         self._ledger = ledger
+        self._turn = turn
         #: What was asked for in this round of the event loop; it goes to the thread in one piece.
         self._asked: list[_Move[Any]] = []
         self._batches: queue.SimpleQueue[list[_Move[Any]] | None] = queue.SimpleQueue()
@@ -118,7 +124,7 @@ class Journal:
         try:
             if self._broken is not None:
                 raise self._broken
-            with self._ledger.transaction():
+            with self._turn(), self._ledger.transaction():
                 for moves in _grouped(batch):
                     try:
                         with self._ledger.savepoint():

@@ -12,9 +12,10 @@ from enrich.errors import LedgerLocked, Refused
 
 
 @contextmanager
-def hold(ledger: Path, wait_s: float) -> Iterator[None]:
+def hold(ledger: Path, wait_s: float) -> Iterator[int | None]:
     """Hold the lock beside a ledger; wait for it so many seconds, -1: as long as it takes.
 
+    Yields its descriptor, if it has one: a process that inherits it holds the lock, too, for as long as it lives.
     Raises LedgerLocked when another execution holds it.
     """
     path = ledger.with_name(ledger.name + ".lock")
@@ -29,7 +30,7 @@ def hold(ledger: Path, wait_s: float) -> Iterator[None]:
     except OSError as error:
         raise Refused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
     try:
-        yield
+        yield lock._context.lock_file_fd  # noqa: SLF001 - older versions don't lend it otherwise
     finally:
         lock.release()
 
