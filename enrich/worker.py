@@ -18,8 +18,8 @@ from enrich.api.credentials import Access
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
-from enrich.polls import PollTimes
 from enrich.poller import Poller
+from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
 from enrich.store.journal import Journal
