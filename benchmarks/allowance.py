@@ -1,7 +1,7 @@
 """How much of an allowance that nobody told is used, and how many requests are answered 429.
 
 `python -m benchmarks.allowance` plays the program's pace against servers of several kinds on a virtual clock: the
-same numbers on every machine. `--real` then runs the program itself against the sandbox, a minute for each allowance.
+same numbers on every machine. `--real` then runs the program itself over loopback, most of a minute for each allowance.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,15 +22,9 @@ from typing import Protocol
 
 import click
 
+from benchmarks.leads import write_job
+from benchmarks.server import serving
 from enrich.pace import Pace
-from enrich.sandbox.server import embedded
-from enrich.sandbox.settings import SandboxSettings
-
-JOB = """version: 1
-input: leads.csv
-waterfall: email_getter
-params: {first_name: First, last_name: Last, company: Site}
-"""
 
 #: Requests a second at some moment.
 Allowed = Callable[[float], float]
@@ -225,33 +220,42 @@ def nights(rate: float) -> dict[str, Callable[[Callable[[Allowed], Server]], Nig
 
 
 def real(rate: float, rows: int, retry_after: int | None) -> None:
-    """Run the program against the sandbox that allows so many requests a second, and print what came of it."""
-    with tempfile.TemporaryDirectory(prefix="allowance-") as name:
-        folder = Path(name)
-        (folder / "leads.csv").write_text(
-            "First,Last,Site\n" + "".join(f"F{row},L{row},company{row}.example\n" for row in range(rows))
-        )
-        (folder / "job.yaml").write_text(JOB)
-        settings = SandboxSettings(rate=rate, burst=10, retry_after=retry_after, balance=1e9, failure_rate=0.0)
-        with embedded(folder / "api.db", settings) as sandbox:
-            access = {"DATABAR_API_KEY": sandbox.api_key, "DATABAR_BASE_URL": sandbox.base_url}
-            command = [sys.executable, "-m", "enrich", "run", str(folder / "job.yaml"), "--yes", "--json"]
-            done = subprocess.run(command, env=os.environ | access, capture_output=True, text=True, check=False)
-    receipt = json.loads(done.stdout)
-    requests = receipt["submitted"] + receipt["polls"] + receipt["rate_limited"]
+    """Run the program against a server that allows so many requests a second, and print what came of it.
+
+    The time is that from the first POST to the last: starting, and waiting for the last answers, use no allowance.
+    """
+    options = ["--rate", str(rate), *(["--retry-after", str(retry_after)] if retry_after else [])]
+    with tempfile.TemporaryDirectory(prefix="allowance-") as name, serving(*options) as server:
+        job = write_job(Path(name), rows)
+        text = job.read_text(encoding="utf-8")
+        job.write_text(text.replace("  requests_per_second: 100000 # no limit of ours\n", ""), encoding="utf-8")
+        command = [sys.executable, "-m", "enrich", "run", str(job), "--yes", "--json"]
+        seen = [(0.0, 0, 0)]
+        with subprocess.Popen(command, env=os.environ | server.environ, stdout=subprocess.PIPE) as running:
+            while running.poll() is None:
+                counts = server.counts()
+                posts = sum(counts.get("run", {}).values())
+                if posts > seen[-1][1] or (posts and not seen[-1][1]):
+                    accepted = sum(told.get("200", 0) for told in counts.values())
+                    seen.append((time.monotonic(), posts, accepted))
+                time.sleep(0.2)
+            assert running.stdout is not None
+            receipt = json.load(running.stdout)
+        counts = server.counts()
+    (begun, _, before), (ended, _, after) = seen[1], seen[-1]
+    refused = sum(told.get("429", 0) for told in counts.values()) / sum(sum(told.values()) for told in counts.values())
     print(
-        f"{rate:.0f}/s for real, Retry-After {retry_after}: "
-        f"{receipt['submitted']} rows in {receipt['elapsed_s']:.1f} s, "
-        f"{receipt['polls'] / receipt['submitted']:.2f} polls a row, "
-        f"{receipt['rate_limited'] / requests:.2%} answered 429, "
-        f"{(receipt['submitted'] + receipt['polls'] - receipt['rate_limited']) / receipt['elapsed_s'] / rate:.1%} used"
+        f"{rate:>4.0f}/s for real, Retry-After {retry_after or '-'}: {rows:,} rows in {receipt['elapsed_s']:.1f} s, "
+        f"{receipt['polls'] / rows:.2f} polls a row, {(after - before) / (ended - begun) / rate:.1%} used, "
+        f"{refused:.2%} answered 429",
+        flush=True,
     )
 
 
 @click.command()
 @click.option("--latency", default=0.1, show_default=True, help="Seconds until a request is answered.")
 @click.option("--late", default=0.002, show_default=True, help="Seconds that a timer is late at most.")
-@click.option("--real", "for_real", is_flag=True, help="Run the program against the sandbox, too.")
+@click.option("--real", "for_real", is_flag=True, help="Run the program against a server, too.")
 def main(latency: float, late: float, *, for_real: bool) -> None:
     """Print the share of the allowance that is used, and of the requests that are answered 429."""
     print(f"{'':38}" + "".join(f"{name:^16}" for name in SERVERS))
@@ -265,7 +269,7 @@ def main(latency: float, late: float, *, for_real: bool) -> None:
     if for_real:
         for rate in RATES:
             for retry_after in (None, 1):
-                real(rate, int(rate * 28), retry_after)
+                real(rate, int(rate * 20), retry_after)
 
 
 if __name__ == "__main__":
