@@ -161,7 +161,8 @@ async def work(boss: Connection, errand: Errand) -> None:
                     telling.cancel()
                     loop.remove_reader(boss.fileno())
     except EnrichError as error:
-        execution.stop(error.exit_code, error)
+        # 5 promises that nothing was spent.
+        execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
     tell(boss, execution, ended=True)
 
 
