@@ -551,6 +551,14 @@ def test_half_a_character_does_not_stop_an_answer() -> None:
         assert ask(wire.base_url, task)["data"] == {"email": "a\U0001f600b?c"}
 
 
+def test_every_digit_of_a_number_counts() -> None:
+    """A whole number of more digits than a machine's word holds stays whole: it may be the id of a paid task."""
+    number = 123456789012345678901234
+    with answering(http(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})) as wire:
+        assert ask(wire.base_url, run) == str(number)
+        assert ask(wire.base_url, task)["data"] == [number, -(2**63) - 1]
+
+
 def test_the_key_and_the_call_are_sent_as_documented() -> None:
     """One header holds the key, no cookie is kept, and names are quoted in paths."""
     with answering(http(200, {"task_id": "t-1", "status": "x"}, set_cookie="a=b; Path=/")) as wire:
