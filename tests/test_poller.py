@@ -340,7 +340,7 @@ class TestPatience:
             started = time.monotonic()
             floor.execution.leave()
             await work
-            assert time.monotonic() - started < 0.3
+            assert time.monotonic() - started < 3
             assert same(floor, submitted=3)
 
         slow = (Fault("slow", 1.0, "get", {"seconds": 5}),)
