@@ -527,6 +527,25 @@ def test_an_odd_error_body_is_no_bug_of_ours() -> None:
         assert kinds(wire.base_url, [run] * len(odd)) == [JobRejected] * len(odd)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{KEY} is not HTTP\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\n{KEY}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}{'a' * 10_000}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{KEY}\r\n",
+    ],
+)
+def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
+    """Messages end in the ledger, the output and the log, each on a line; what came may be about anybody."""
+    with answering(Reply(answer.encode(), Act.CLOSE)) as wire:
+        error = refused(wire.base_url, run)
+    assert (type(error), error.message) == (
+        Ambiguous,
+        "no answer from the API: what came broke off, or is not HTTP",
+    )
+
+
 @pytest.mark.parametrize("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
 def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
     """Without a status nothing is known of the task."""
