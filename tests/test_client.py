@@ -532,6 +532,8 @@ def test_an_odd_error_body_is_no_bug_of_ours() -> None:
     [
         f"{KEY} is not HTTP\r\n\r\n",
         f"HTTP/1.1 200 OK\r\n{KEY}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}\r\n",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}\r\ncontent-length: 9\r\n\r\n{KEY[0]}",
         f"HTTP/1.1 200 OK\r\nx: {KEY}{'a' * 10_000}\r\n\r\n",
         f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{KEY}\r\n",
     ],
@@ -542,7 +544,7 @@ def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
         error = refused(wire.base_url, run)
     assert (type(error), error.message) == (
         Ambiguous,
-        "no answer from the API: what came broke off, or is not HTTP",
+        "no answer from the API: the connection ended too early, or what came is not HTTP",
     )
 
 

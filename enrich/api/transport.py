@@ -76,9 +76,11 @@ class Transport(httpx.AsyncBaseTransport):
                     over.cancel()
             return httpx.Response(response.status, headers=response.raw_headers, content=body, request=request)
         except Exception as error:
-            if connected and isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientResponseError):
-                # Its words quote the answer, which may be about anybody.
-                raise httpx.ReadError("what came broke off, or is not HTTP", request=request) from None
+            if connected and isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
+                # Its words quote what came, which may be about anybody.
+                raise httpx.ReadError(
+                    "the connection ended too early, or what came is not HTTP", request=request
+                ) from None
             # aiohttp's own time-outs, of a kind below it, say what they are.
             reason = f"no answer in {seconds:g} s" if type(error) is TimeoutError else str(error)
             kind = httpx.ReadError if connected else httpx.ConnectError
