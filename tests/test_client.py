@@ -527,6 +527,27 @@ def test_an_odd_error_body_is_no_bug_of_ours() -> None:
         assert kinds(wire.base_url, [run] * len(odd)) == [JobRejected] * len(odd)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{KEY} is not HTTP\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\n{KEY}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}\r\n",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}\r\ncontent-length: 9\r\n\r\n{KEY[0]}",
+        f"HTTP/1.1 200 OK\r\nx: {KEY}{'a' * 10_000}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{KEY}\r\n",
+    ],
+)
+def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
+    """Messages end in the ledger, the output and the log, each on a line; what came may be about anybody."""
+    with answering(Reply(answer.encode(), Act.CLOSE)) as wire:
+        error = refused(wire.base_url, run)
+    assert (type(error), error.message) == (
+        Ambiguous,
+        "no answer from the API: the connection ended too early, or what came is not HTTP",
+    )
+
+
 @pytest.mark.parametrize("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
 def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
     """Without a status nothing is known of the task."""
@@ -549,6 +570,14 @@ def test_half_a_character_does_not_stop_an_answer() -> None:
     """A lone surrogate is legal JSON, but neither a database nor a file can hold it."""
     with answering(http(200, rb'{"status": "completed", "data": {"email": "a\ud83d\ude00b\ud800c"}}')) as wire:
         assert ask(wire.base_url, task)["data"] == {"email": "a\U0001f600b?c"}
+
+
+def test_every_digit_of_a_number_counts() -> None:
+    """A whole number of more digits than a machine's word holds stays whole: it may be the id of a paid task."""
+    number = 123456789012345678901234
+    with answering(http(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})) as wire:
+        assert ask(wire.base_url, run) == str(number)
+        assert ask(wire.base_url, task)["data"] == [number, -(2**63) - 1]
 
 
 def test_the_key_and_the_call_are_sent_as_documented() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,13 +75,20 @@ def test_moves_are_made_in_the_order_they_were_asked_for(books: Books) -> None:
 def test_moves_that_come_together_share_a_commit(books: Books) -> None:
     """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
     statements: list[str] = []
+    begun, asked = threading.Event(), threading.Event()
+
+    def slow(_: Ledger) -> None:
+        begun.set()
+        asked.wait(10)
 
     async def scene() -> None:
         async with Journal(books.ledger) as journal:
-            slow = journal.do(sleep)
-            await asyncio.sleep(0.01)
-            claims = [journal.do(Ledger.claim, books.execution, PRICE, 1) for _ in range(100)]
-            await asyncio.gather(slow, *claims)
+            moves: list[asyncio.Future[Any]] = [journal.do(slow)]
+            await asyncio.to_thread(begun.wait, 10)
+            moves += [journal.do(Ledger.claim, books.execution, PRICE, 1) for _ in range(100)]
+            await asyncio.sleep(0)
+            asked.set()
+            await asyncio.gather(*moves)
 
     books.ledger._db.set_trace_callback(statements.append)
     asyncio.run(scene())

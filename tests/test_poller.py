@@ -242,10 +242,9 @@ class TestOrder:
             poller.adopt(floor.books.ledger.tasks(), asked_before=True)
             floor.execution.poll_times.SHORTEST_S = floor.execution.poll_times.LONGEST_S = 60.0
             running = asyncio.create_task(poller.run())
-            await asyncio.sleep(0.3)
-            assert len(floor.watch.asked) == 5
+            await until(lambda: len(floor.watch.asked) == 5 and not poller._asking)
             poller.hurry()
-            await asyncio.wait_for(running, 1)
+            await asyncio.wait_for(running, 10)  # not the minute after which they are due
             assert sorted(floor.watch.asked[:5]) == sorted(floor.watch.asked[5:])
             assert (floor.execution.in_flight, floor.execution.reasons) == (0, {})
 
@@ -275,9 +274,7 @@ class TestPatience:
             await submitted(floor, 1)
             await floor.rescue(floor.poller(patience_s=0.0))
             await asyncio.sleep(0.01)
-            started = time.monotonic()
             await floor.adopt(floor.poller(patience_s=0.0), asked_before=True)
-            assert time.monotonic() - started < 0.1
             assert len(floor.watch.asked) == 1
             assert set(floor.execution.reasons) == {Exit.TIME}
             assert floor.execution.in_flight == 0
@@ -343,7 +340,7 @@ class TestPatience:
             started = time.monotonic()
             floor.execution.leave()
             await work
-            assert time.monotonic() - started < 0.3
+            assert time.monotonic() - started < 3
             assert same(floor, submitted=3)
 
         slow = (Fault("slow", 1.0, "get", {"seconds": 5}),)

@@ -240,7 +240,7 @@ def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
             assert is_held(office.ledger_path)
             with pytest.raises(LedgerLocked), hold(office.ledger_path, 0):
                 pass
-            until(lambda: not any(map(alive, left)), 8)
+            until(lambda: not any(map(alive, left)))
             assert len(left) == 2
         until(lambda: is_held(office.ledger_path) is False, 2)  # the threads of a process end one by one
         api.heal()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import socket
 import ssl
 import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from enrich.api.client import Client
+from enrich.api.transport import Transport
 from enrich.errors import Ambiguous, CallFailed, NotAccepted
 from enrich.sandbox import Fault
 from tests.harness import serving, until
@@ -165,6 +169,25 @@ def test_a_proxy_that_is_not_there_accepted_nothing(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         assert type(refused(wire.base_url, run)) is NotAccepted
         assert not wire.requests
+
+
+def test_a_connection_that_does_not_stand_in_time_is_told_as_such() -> None:
+    """Its time-out is its own: nobody reads that no answer came in a time that was not waited."""
+
+    async def knock(port: int) -> None:
+        transport = Transport(1, 1.0, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        request = httpx.Request("POST", f"http://127.0.0.1:{port}/", extensions={"timeout": {"read": 5.0}})
+        with pytest.raises(httpx.ConnectError, match="Connection timeout"):
+            await transport.handle_async_request(request)
+        await transport.aclose()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as crowd:
+        # Once its queue is full, the kernel lets nobody else in.
+        for _ in range(4):
+            caller = crowd.enter_context(socket.socket())
+            caller.setblocking(False)  # noqa: FBT003 - its only argument
+            caller.connect_ex(deaf.getsockname())
+        asyncio.run(knock(deaf.getsockname()[1]))
 
 
 def test_an_answer_that_came_while_we_were_stopped_counts(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ no answer in time, reset, a body that is not JSON              Ambiguous
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -188,6 +189,10 @@ class Client:
 M = TypeVar("M", bound=BaseModel)
 
 
+#: Perhaps a whole number of more than 64 bits: orjson would make a float of it.
+_LONG_NUMBER = re.compile(rb"[1-9][0-9]{18}")
+
+
 class _Gone(CallFailed):
     """410."""
 
@@ -211,7 +216,8 @@ def _parse(kind: type[M], data: object) -> M:
 def _parsed(body: bytes) -> tuple[object, str]:
     """Parse a body; half a character (a lone surrogate), which no file can hold, becomes `?`. Raises ValueError."""
     try:
-        return orjson.loads(body), body.decode()
+        if not _LONG_NUMBER.search(body):
+            return orjson.loads(body), body.decode()
     except ValueError:
         pass  # broken, or of the things that Python reads and JSON does not have
     try:

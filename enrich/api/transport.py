@@ -24,7 +24,6 @@ from yarl import URL
 #: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
 STOPPED_S = 0.2
 
-
 #: Whether the request at hand was given a connection.
 _connected: ContextVar[list[bool]] = ContextVar("_connected")
 
@@ -77,7 +76,13 @@ class Transport(httpx.AsyncBaseTransport):
                     over.cancel()
             return httpx.Response(response.status, headers=response.raw_headers, content=body, request=request)
         except Exception as error:
-            reason = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+            if connected and isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
+                # Its words quote what came, which may be about anybody.
+                raise httpx.ReadError(
+                    "the connection ended too early, or what came is not HTTP", request=request
+                ) from None
+            # aiohttp's own time-outs, of a kind below it, say what they are.
+            reason = f"no answer in {seconds:g} s" if type(error) is TimeoutError else str(error)
             kind = httpx.ReadError if connected else httpx.ConnectError
             raise kind(reason or type(error).__name__, request=request) from error
 
