@@ -43,6 +43,11 @@ class Worker:
     #: It has its errand, and hears words.
     listening: bool = False
 
+    def on_the_wire(self, *, closing: bool) -> int:
+        """Tell how many POSTs it has on the wire; until it tells that it sends no more, at least one may be there."""
+        unknown = closing and self.listening and not (self.told.closing or self.told.ended or self.gone.is_set())
+        return max(self.told.on_the_wire, int(unknown))
+
     def hand_over(self, errand: Errand) -> None:
         """Tell it what to do; takes as long as its start."""
         with suppress(OSError):  # not there any more: its line will tell
@@ -98,6 +103,7 @@ class Crew:
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
         self._say(Word.HURRY)
+        self._add_up()  # what was told before is not all that is on the wire
 
     async def _start_all(self, pace: IO[bytes], tasks: Sequence[Task]) -> None:
         """Start the processes, and give each its part of the tasks."""
@@ -140,7 +146,6 @@ class Crew:
         execution, all_told = self.execution, [worker.told for worker in self._workers]
         execution.tally = sum((told.tally for told in all_told), self._before)
         execution.in_flight = sum(told.in_flight for told in all_told)
-        execution.on_the_wire = sum(told.on_the_wire for told in all_told)
         execution.poll_times = next((told.poll_times for told in all_told if told.poll_times), execution.poll_times)
         for told in all_told:
             for code, (message, hint) in told.reasons.items():
@@ -150,6 +155,8 @@ class Crew:
                     execution.giving_up.set()
                 if told.closing:
                     execution.closing.set()
+        closing = execution.closing.is_set()
+        execution.on_the_wire = sum(worker.on_the_wire(closing=closing) for worker in self._workers)
         execution.notify()
 
     async def _pass_on(self, event: asyncio.Event, word: Word) -> None:

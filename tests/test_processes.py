@@ -277,6 +277,23 @@ def test_a_signal_to_all_is_the_first_ones_to_obey(
     assert "Traceback" not in err
 
 
+def test_a_signal_finds_posts_that_nobody_has_told_of(tmp_path: Path, office: Office) -> None:
+    """The first POSTs left just now: their answers are waited for, though the first process has not heard of them."""
+    office.write_leads(people(60))
+    with serving(tmp_path / "api.db") as api, at_work(office, api) as process:
+        api.fault("slow", 500, "post", seconds=3)
+        until(lambda: len(workers(process)) == 2)
+        with closing(office.ledger()) as ledger:
+            until(lambda: State.SUBMITTING in ledger.counts())
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+            counts = ledger.counts()
+
+        assert process.returncode == 130, err
+        assert State.IN_DOUBT not in counts
+        assert counts[State.SUBMITTED] == accepted(api)
+
+
 def test_a_refused_key_stops_all(api: Api, office: Office) -> None:
     """One hears 401, none sends any more."""
     office.write_job(limits="{requests_per_second: 60}")
