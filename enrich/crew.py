@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -72,7 +72,8 @@ class Crew:
     execution: Execution
     errand: Errand
     lock: int | None
-    #: Whether one ended before its work did: killed, perhaps. The others are stopped then; what is left is another's.
+    #: Whether one ended before its work did, killed perhaps, or could not be started. The others are stopped then;
+    #: what is left is another's.
     lost: bool = False
     _workers: list[Worker] = field(default_factory=list)
     _before: Tally = field(default_factory=Tally)
@@ -81,8 +82,12 @@ class Crew:
         """Send and poll to the end; `tasks` were left at the API before. No process is left when this returns."""
         execution = self.execution
         self._before = execution.tally
-        with tempfile.TemporaryFile() as file:
-            file.truncate(Slate.SIZE)
+        try:
+            file = _paper()
+        except OSError:  # the system has no room for it
+            self.lost = True
+            return
+        with file:
             slate = Slate(file.fileno())
             slate.write(vars(execution.pace))
             passing_on: list[asyncio.Task[None]] = []
@@ -180,6 +185,16 @@ class Crew:
             await worker.gone.wait()
             await asyncio.to_thread(worker.process.wait)
             worker.line.close()
+
+
+def _paper() -> IO[bytes]:
+    """Make the file of a slate; its room is taken now, since who finds none later in its memory is killed."""
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        file.write(bytes(Slate.SIZE))
+        file.flush()
+        stack.pop_all()
+        return file
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -221,6 +222,19 @@ def test_a_killed_process_is_replaced(tmp_path: Path, office: Office) -> None:
     assert process.returncode in (0, 14), err
     assert process.returncode == (14 if receipt.in_doubt else 0)
     assert any("was killed" in note for note in receipt.notes)
+
+
+def test_no_room_for_what_the_processes_share(api: Api, office: Office) -> None:
+    """A full disk where temporary files lie is told; one process does it all."""
+    office.write_leads(people(10))
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch("enrich.crew.tempfile.TemporaryFile", side_effect=full):
+        done = office.command(*RUN, "--processes", "2", api=api)
+
+    assert done.code == 0, done.stderr
+    assert any("one process goes on alone" in note for note in done.receipt["notes"])
+    assert len(office.output()) == accepted(api) == 10
 
 
 def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
