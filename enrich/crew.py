@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -43,6 +43,11 @@ class Worker:
     #: It has its errand, and hears words.
     listening: bool = False
 
+    def on_the_wire(self, *, closing: bool) -> int:
+        """Tell how many POSTs it has on the wire; until it tells that it sends no more, at least one may be there."""
+        unknown = closing and self.listening and not (self.told.closing or self.told.ended or self.gone.is_set())
+        return max(self.told.on_the_wire, int(unknown))
+
     def hand_over(self, errand: Errand) -> None:
         """Tell it what to do; takes as long as its start."""
         with suppress(OSError):  # not there any more: its line will tell
@@ -67,7 +72,8 @@ class Crew:
     execution: Execution
     errand: Errand
     lock: int | None
-    #: Whether one ended before its work did: killed, perhaps. The others are stopped then; what is left is another's.
+    #: Whether one ended before its work did, killed perhaps, or could not be started. The others are stopped then;
+    #: what is left is another's.
     lost: bool = False
     _workers: list[Worker] = field(default_factory=list)
     _before: Tally = field(default_factory=Tally)
@@ -76,8 +82,12 @@ class Crew:
         """Send and poll to the end; `tasks` were left at the API before. No process is left when this returns."""
         execution = self.execution
         self._before = execution.tally
-        with tempfile.TemporaryFile() as file:
-            file.truncate(Slate.SIZE)
+        try:
+            file = _paper()
+        except OSError:  # the system has no room for it
+            self.lost = True
+            return
+        with file:
             slate = Slate(file.fileno())
             slate.write(vars(execution.pace))
             passing_on: list[asyncio.Task[None]] = []
@@ -98,6 +108,7 @@ class Crew:
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
         self._say(Word.HURRY)
+        self._add_up()  # what was told before is not all that is on the wire
 
     async def _start_all(self, pace: IO[bytes], tasks: Sequence[Task]) -> None:
         """Start the processes, and give each its part of the tasks."""
@@ -140,7 +151,6 @@ class Crew:
         execution, all_told = self.execution, [worker.told for worker in self._workers]
         execution.tally = sum((told.tally for told in all_told), self._before)
         execution.in_flight = sum(told.in_flight for told in all_told)
-        execution.on_the_wire = sum(told.on_the_wire for told in all_told)
         execution.poll_times = next((told.poll_times for told in all_told if told.poll_times), execution.poll_times)
         for told in all_told:
             for code, (message, hint) in told.reasons.items():
@@ -150,6 +160,8 @@ class Crew:
                     execution.giving_up.set()
                 if told.closing:
                     execution.closing.set()
+        closing = execution.closing.is_set()
+        execution.on_the_wire = sum(worker.on_the_wire(closing=closing) for worker in self._workers)
         execution.notify()
 
     async def _pass_on(self, event: asyncio.Event, word: Word) -> None:
@@ -173,6 +185,16 @@ class Crew:
             await worker.gone.wait()
             await asyncio.to_thread(worker.process.wait)
             worker.line.close()
+
+
+def _paper() -> IO[bytes]:
+    """Make the file of a slate; its room is taken now, since who finds none later in its memory is killed."""
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        file.write(bytes(Slate.SIZE))
+        file.flush()
+        stack.pop_all()
+        return file
 
 
 @contextmanager

@@ -231,7 +231,8 @@ class Desk:
             await execution.until_leaving(crew.run(tasks))
         if crew.lost:
             doubtful = await self.journal.do(Ledger.recover, clock.now_ms())
-            self.note(f"a process of the run was killed: {doubtful} requests are in doubt; one process goes on alone")
+            what = "a process of the run was killed or could not be started"
+            self.note(f"{what}: {doubtful} requests are in doubt; one process goes on alone")
         return not crew.lost
 
     @contextmanager

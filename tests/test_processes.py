@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -223,6 +224,19 @@ def test_a_killed_process_is_replaced(tmp_path: Path, office: Office) -> None:
     assert any("was killed" in note for note in receipt.notes)
 
 
+def test_no_room_for_what_the_processes_share(api: Api, office: Office) -> None:
+    """A full disk where temporary files lie is told; one process does it all."""
+    office.write_leads(people(10))
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch("enrich.crew.tempfile.TemporaryFile", side_effect=full):
+        done = office.command(*RUN, "--processes", "2", api=api)
+
+    assert done.code == 0, done.stderr
+    assert any("one process goes on alone" in note for note in done.receipt["notes"])
+    assert len(office.output()) == accepted(api) == 10
+
+
 def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
     """Left alone, the processes write down what is on the wire and go; until then nobody gets the ledger."""
     office.write_job(limits="{requests_per_second: 200}")
@@ -275,6 +289,23 @@ def test_a_signal_to_all_is_the_first_ones_to_obey(
         assert counts[State.SUBMITTED] == accepted(api)
     assert json.loads(out)["exit_code"] == code
     assert "Traceback" not in err
+
+
+def test_a_signal_finds_posts_that_nobody_has_told_of(tmp_path: Path, office: Office) -> None:
+    """The first POSTs left just now: their answers are waited for, though the first process has not heard of them."""
+    office.write_leads(people(60))
+    with serving(tmp_path / "api.db") as api, at_work(office, api) as process:
+        api.fault("slow", 500, "post", seconds=3)
+        until(lambda: len(workers(process)) == 2)
+        with closing(office.ledger()) as ledger:
+            until(lambda: State.SUBMITTING in ledger.counts())
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+            counts = ledger.counts()
+
+        assert process.returncode == 130, err
+        assert State.IN_DOUBT not in counts
+        assert counts[State.SUBMITTED] == accepted(api)
 
 
 def test_a_refused_key_stops_all(api: Api, office: Office) -> None:
