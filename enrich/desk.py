@@ -87,7 +87,7 @@ class Desk:
         self._helpers.add(asyncio.create_task(self._wind_down()))
 
     async def keep_time(self) -> None:
-        """Stop submitting early enough to collect, and leave when --max-time is over."""
+        """Stop submitting early enough to collect, and leave when --max-time is over and the wire is empty."""
         if self.options.max_time_s is None:
             return
         clock, deadline = self.around.clock, self.started + self.options.max_time_s
@@ -97,6 +97,8 @@ class Desk:
         self.execution.closing.set()
         self.execution.notify()
         await asyncio.sleep(deadline - clock.monotonic())
+        # Cut off now, a slow POST would be in doubt.
+        await self.execution.wire_empty(self.around.timing.wire_s)
         self.execution.leave()
 
     def _collecting_s(self) -> float:

@@ -67,11 +67,13 @@ class Dispatcher:
     _unanswered: int = 0
     #: How many requests a POST carries at most: fewer after one that was too dear, or wrong in rows nobody named.
     _size: int = field(init=False)
+    #: It grows again up to this: less once the credits were too few for more.
+    _widest: int = field(init=False)
     _head: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Write what all bodies begin with."""
-        self._size = self.bulk or 1
+        self._size = self._widest = self.bulk or 1
         self._head = json.dumps(self.call.body())[:-1] + ', "params": '
 
     async def run(self) -> None:
@@ -177,6 +179,7 @@ class Dispatcher:
                     case OutOfCredits() if len(attempts) > 1:
                         execution.good_answer()
                         self._narrow(len(attempts))  # fewer may be affordable
+                        self._widest = self._size
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         execution.stop(error.exit_code, error)
                     case _:
@@ -210,7 +213,7 @@ class Dispatcher:
         self._size = max(1, min(self._size, size // 2))
 
     def _widen(self) -> None:
-        self._size = min(self.bulk or 1, self._size * 2)
+        self._size = min(self._widest, self._size * 2)
 
     def _leave_an_ill_api(self, error: CallFailed) -> None:
         """Send nothing more to an API that has taken no POST for too long; polling goes on."""

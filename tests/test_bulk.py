@@ -205,6 +205,17 @@ def test_the_last_credits_buy_what_they_can(tmp_path: Path, office: Office) -> N
     assert nights[-1].exit_code == Exit.OK
 
 
+def test_near_the_end_of_the_credits_tasks_stay_small(tmp_path: Path, office: Office) -> None:
+    """A task that was too dear teaches for the whole run: POSTs that buy nothing use the allowance, too."""
+    office.write_job(dispatch="{bulk: 64}")
+    office.write_leads(people(400))
+    with serving(tmp_path / "api.db", balance=30 * WORST, hit_rate=1.0) as api:
+        receipt = office.run(api)
+        assert receipt.exit_code == Exit.CREDITS
+        # Six times halved, and four on the wire each time.
+        assert asked(api, "406") <= 6 * 4
+
+
 def test_an_api_that_takes_fewer_rows_says_so(tmp_path: Path, office: Office) -> None:
     """Too many at once is a mistake of the job file: nothing is bought, and the API's words are told."""
     office.write_leads(people(2 * SIZE))

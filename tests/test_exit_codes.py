@@ -17,6 +17,7 @@ import pytest
 from enrich.errors import ApiUnreachable
 from enrich.execution import Timing
 from enrich.model import State
+from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.questions import Refused as ApiRefusal
 from enrich.store.lock import hold
@@ -549,6 +550,14 @@ def test_the_end_of_the_time_is_exit_13(tmp_path: Path, office: Office) -> None:
     assert (receipt["pending"], receipt["submitted"]) == (5, 5)
     assert (second.exit_code, second.submitted, second.pending) == (0, 0, 0)
     assert (audit["accepted"], audit["paid_twice"]) == (5, 0)
+
+
+def test_the_end_of_the_time_leaves_no_slow_post_in_doubt(tmp_path: Path, office: Office) -> None:
+    """What is on the wire when the time is over is waited for, as after a signal."""
+    office.write_leads(people(4))
+    with serving(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=2"),)) as api:
+        receipt = office.run(api, Options(max_time_s=1.0))
+    assert (receipt.submitted, receipt.in_doubt) == (4, 0)
 
 
 def test_the_time_holds_for_what_earlier_nights_left_too(tmp_path: Path, office: Office) -> None:
