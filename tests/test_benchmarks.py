@@ -15,6 +15,9 @@ from benchmarks.meter import Contender, Result, Trial, measure, table
 from benchmarks.overhead import LONG, SHORT, best, steady
 from benchmarks.server import Server, serving
 
+#: What is measured is no behaviour of the program.
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
