@@ -22,6 +22,9 @@ def main() -> None:
     """Run the command line; every way out has its exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # A KeyboardInterrupt in the middle of an import makes `python -m` die of the signal, however it was handled.
+        signal.signal(signal.SIGINT, _interrupted)
     # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
     gc.set_threshold(100_000, 50, 100)
     sys.exit(run_command(sys.argv[1:]))
@@ -29,6 +32,10 @@ def main() -> None:
 
 def _terminated(_number: int, _frame: object) -> None:
     raise Interrupted(Exit.TERMINATED)
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    raise Interrupted(Exit.INTERRUPTED)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -427,3 +427,23 @@ def test_a_reader_that_leaves_is_no_bug(api: Api, office: Office) -> None:
     assert process.wait(10) == 0
     assert err == ""
     assert httpx.get(api.base_url.removesuffix("/v1") + "/health").status_code == 200
+
+
+def test_ctrl_c_in_the_middle_of_an_import_has_its_exit_code(tmp_path: Path) -> None:
+    """Classes are made by `exec`, out of which `python -m` takes a KeyboardInterrupt for one that nobody handled."""
+    (tmp_path / "importing.py").write_text("""
+import os, signal, time
+from enrich import cli
+
+def run(_):
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    except (KeyboardInterrupt, cli.Interrupted):
+        return cli.Exit.INTERRUPTED
+
+cli.run_command = run
+cli.main()
+""")
+    command = [sys.executable, "-m", "importing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
