@@ -119,6 +119,7 @@ def test_one_process_is_the_default_and_starts_none(api: Api, office: Office) ->
         assert office.command(*RUN, "--processes", "8", api=api).receipt["submitted"] == 0
 
 
+@pytest.mark.long
 def test_all_keep_to_one_cap(tmp_path: Path, office: Office) -> None:
     """Never above it; and none stops while what another waits for may free some."""
     office.write_job(limits="{requests_per_second: 1000, max_credits: 12}")
@@ -208,6 +209,7 @@ def test_who_dies_holding_the_rate_leaves_it_whole(office: Office) -> None:
         assert mine.rate == 7.0
 
 
+@pytest.mark.long
 def test_a_killed_process_is_replaced(tmp_path: Path, office: Office) -> None:
     """What it had on the wire is in doubt and told so; all else is answered, and nothing is bought twice."""
     office.write_job(limits="{requests_per_second: 120}")
@@ -237,6 +239,7 @@ def test_no_room_for_what_the_processes_share(api: Api, office: Office) -> None:
     assert len(office.output()) == accepted(api) == 10
 
 
+@pytest.mark.long
 def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
     """Left alone, the processes write down what is on the wire and go; until then nobody gets the ledger."""
     office.write_job(limits="{requests_per_second: 200}")
@@ -264,6 +267,7 @@ def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
     assert (receipt.exit_code, receipt.in_doubt) == (0, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
 def test_a_signal_to_all_is_the_first_ones_to_obey(
     tmp_path: Path, office: Office, number: signal.Signals, code: int
@@ -323,6 +327,7 @@ def test_a_refused_key_stops_all(api: Api, office: Office) -> None:
     assert "refuses the key" in err
 
 
+@pytest.mark.long
 def test_the_time_is_over_for_all(tmp_path: Path, office: Office) -> None:
     """At --max-time the processes go; the next run collects what they left, with several again."""
     office.write_leads(people(30))
