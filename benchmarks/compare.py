@@ -43,12 +43,8 @@ def contenders(rows: int) -> list[Contender]:
 def line(result: Result) -> list[str]:
     """Write down what one contender took."""
     return [
-        result.name,
-        f"{result.rows:,}",
-        f"{result.best:,.0f}",
-        f"{result.median:,.0f}",
-        result.spread,
-        f"{1000 * result.cpu_s / result.rows:.2f}",
+        *result.speeds,
+        f"{result.cpu_per_1000:.2f}",
         f"{result.peak_mib:.0f}",
         f"{result.requests:.2f}",
         f"{1 / result.requests:.1f}",

@@ -85,6 +85,16 @@ class Result:
         return median(trial.cpu_s for trial in self.trials)
 
     @property
+    def cpu_per_1000(self) -> float:
+        """CPU seconds for 1,000 rows."""
+        return 1000 * self.cpu_s / self.rows
+
+    @property
+    def speeds(self) -> list[str]:
+        """The cells that every table begins with: name, rows, the best rate, the middle one, how far apart they are."""
+        return [self.name, f"{self.rows:,}", f"{self.best:,.0f}", f"{self.median:,.0f}", self.spread]
+
+    @property
     def spread(self) -> str:
         """How far apart the trials are: the range of the rates as a share of their median."""
         return f"{(max(self.rates) - min(self.rates)) / self.median:.0%}" if len(self.trials) > 1 else "-"

@@ -73,15 +73,11 @@ def report(results: list[Result]) -> str:
     plain, ours = best(results, "httpx"), best(results, "transport")
     lines = [
         [
-            result.name,
-            f"{result.rows:,}",
-            f"{result.best:,.0f}",
-            f"{result.median:,.0f}",
-            result.spread,
+            *result.speeds,
             f"{result.rows / result.working_s:,.0f}",
             f"{result.rows / result.working_s / plain:.2f}",
             f"{result.rows / result.working_s / ours:.2f}",
-            f"{1000 * result.cpu_s / result.rows:.2f}",
+            f"{result.cpu_per_1000:.2f}",
             f"{result.peak_mib:.0f}",
             f"{result.requests:.2f}",
         ]

@@ -1,6 +1,6 @@
 """What more processes bring: `enrich run --processes`, with 1, 2 and 4 of them, single and in bulk.
 
-`python -m benchmarks.processes --rows 5000 --rounds 3`
+`python -m benchmarks.processes --rows 5000 --seconds 60`
 
 `at work` leaves out the interpreter's start; the ratio is of `at work`, to the first of its kind. `cores` is how many
 cores were busy for the run. The server takes a core of its own, as the API would not: with two cores in all one is
@@ -28,14 +28,10 @@ def lines(results: list[Result]) -> list[list[str]]:
     """Write down what came of it; held to the first."""
     return [
         [
-            result.name,
-            f"{result.rows:,}",
-            f"{result.best:,.0f}",
-            f"{result.median:,.0f}",
-            result.spread,
+            *result.speeds,
             f"{result.rows / result.working_s:,.0f}",
             f"{results[0].working_s / result.working_s:.2f}",
-            f"{1000 * result.cpu_s / result.rows:.2f}",
+            f"{result.cpu_per_1000:.2f}",
             f"{max(trial.cpu_s / trial.wall_s for trial in result.trials):.2f}",
             f"{result.peak_mib:.0f}",
         ]
