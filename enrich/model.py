@@ -11,6 +11,8 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
+import orjson
+
 
 class State(StrEnum):
     """Where a request stands."""
@@ -122,6 +124,14 @@ def to_micros(credits_: object) -> int | None:
 def to_credits(micros: int) -> float:
     """Write millionths as credits."""
     return micros / MICROS
+
+
+def written(value: object) -> str:
+    """Write a value as JSON. Raises RecursionError when it is nested too deeply."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # a number that is too large for it, half a character, or nested deeply
+        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
 def iso(at_ms: int) -> str:

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import orjson
-
 from enrich.api.answer import Phase, error_text, has_value, is_blank, parse_data
-from enrich.model import Answer, State, to_micros
+from enrich.model import Answer, State, to_micros, written
 
 
 def read_bundle(
@@ -49,16 +46,9 @@ def _row(row: object, paths: tuple[str, ...]) -> Answer:
     parsed = parse_data(row)
     state = State.FOUND if has_value(parsed.fields, paths) else State.NOT_FOUND
     try:
-        return Answer(state, None, parsed.provider, raw=_written({"data": row}))
+        return Answer(state, None, parsed.provider, raw=written({"data": row}))
     except RecursionError:
         return Answer(State.FAILED, "the API's answer is nested too deeply")
-
-
-def _written(row: object) -> str:
-    try:
-        return orjson.dumps(row).decode()
-    except TypeError:  # a number that is too large for it, half a character, or nested deeply
-        return json.dumps(row, ensure_ascii=False).encode(errors="replace").decode()
 
 
 def _blank(progress: object, blanks: int, said: str | None, *, free: bool) -> Answer:

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import orjson
-
-from enrich.model import Answer, Claim, State, Task
+from enrich.model import Answer, Claim, State, Task, written
 from enrich.store.figures import Figures
 from enrich.store.intake import OPEN_ATTEMPT, QUEUED
 
@@ -65,7 +63,7 @@ class Moves(Figures):
             "(request_id, execution_id, came_from, previous_id, state, claimed_ms, reserved, bundle_id, place) "
             "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, ?4, ?5, iif(?5 IS NULL, NULL, key) "
             "FROM json_each(?1) JOIN requests r ON r.id = value ORDER BY key",
-            (_written(wanted), execution_id, now_ms, price, bundle),
+            (written(wanted), execution_id, now_ms, price, bundle),
         ).lastrowid
         assert last is not None  # noqa: S101 - something was inserted
         # One writer in one transaction: their ids follow each other.
@@ -147,7 +145,7 @@ class Moves(Figures):
     def alive(self, attempts: Sequence[int]) -> None:
         """Write down that the API knows the tasks."""
         self._db.execute(
-            "UPDATE attempts SET seen_alive = 1 WHERE id IN (SELECT value FROM json_each(?))", (_written(attempts),)
+            "UPDATE attempts SET seen_alive = 1 WHERE id IN (SELECT value FROM json_each(?))", (written(attempts),)
         )
 
     def settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
@@ -199,7 +197,7 @@ class Moves(Figures):
         rows = self._db.execute(
             "SELECT r.state FROM json_each(?) JOIN attempts a ON a.id = value JOIN requests r ON r.id = a.request_id "
             "ORDER BY key",
-            (_written([number for number, _, _ in told]),),
+            (written([number for number, _, _ in told]),),
         )
         return [State(row[0]) for row in rows]
 
@@ -213,18 +211,18 @@ class Moves(Figures):
 
         What is told is `value`, the attempt is `a`.
         """
-        written = _written(told)
+        what = written(told)
         stood = ", ".join(f"'{state}'" for state in before)
         moved = self._db.execute(
             f"UPDATE requests SET {request} FROM json_each(?) JOIN attempts a ON a.id = value->>0 "
             f"WHERE requests.id = a.request_id AND attempt_id = a.id AND requests.state = a.state "
             f"AND a.state IN ({stood})",
-            (written,),
+            (what,),
         ).rowcount
         closed = self._db.execute(
             f"UPDATE attempts SET {attempt} FROM json_each(?) "
             f"WHERE attempts.id = value->>0 AND attempts.state IN ({stood})",
-            (written,),
+            (what,),
         ).rowcount
         if not moved == closed == len(told):
             numbers = ", ".join(str(first[0]) for first in told)
@@ -236,7 +234,7 @@ class Moves(Figures):
             "UPDATE executions SET reserved = executions.reserved - freed.reserved FROM (SELECT execution_id, "
             "sum(reserved) AS reserved FROM attempts WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1) freed "
             "WHERE executions.id = freed.execution_id",
-            (_written([first[0] for first in told]),),
+            (written([first[0] for first in told]),),
         )
 
     def _charge(self, execution_id: int, spent: int, unknown: int, known: Sequence[int]) -> None:
@@ -244,13 +242,5 @@ class Moves(Figures):
         self._db.execute(
             "UPDATE executions SET spent = spent + ?2, unknown = unknown + ?3, reserved = reserved - (SELECT "
             "coalesce(sum(reserved), 0) FROM attempts WHERE id IN (SELECT value FROM json_each(?4))) WHERE id = ?1",
-            (execution_id, spent, unknown, _written(known)),
+            (execution_id, spent, unknown, written(known)),
         )
-
-
-def _written(told: object) -> str:
-    """Write what is told as JSON, for SQLite to take apart."""
-    try:
-        return orjson.dumps(told).decode()
-    except TypeError:  # half a character, from the words of the system perhaps
-        return json.dumps(told, ensure_ascii=False).encode(errors="replace").decode()
