@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 
 class _Lenient(BaseModel):
@@ -38,6 +38,13 @@ class Provider(_Lenient):
     name: str = ""
     price: float | str | None = None
     enabled_by_default: bool = True
+    #: The inputs that it needs; empty when the API does not tell.
+    params: list[str] = []
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _names(cls, params: object) -> list[str]:
+        return [name for name in params if isinstance(name, str)] if isinstance(params, list) else []
 
 
 class Waterfall(_Lenient):

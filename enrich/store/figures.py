@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from enrich.model import Call, State
+from collections.abc import Iterator
+
+from enrich.model import Call, Settled, State
 from enrich.store.intake import OPEN_ATTEMPT, Intake
 
 #: So many of the newest attempts tell what a request costs today.
@@ -49,6 +51,18 @@ class Figures(Intake):
             (execution_id, job),
         ).fetchone()
         return int(count)
+
+    def settled(self, job: str, execution_id: int | None = None) -> Iterator[Settled]:
+        """Yield the attempts that the executions of a job settled, or one of them, in the order they were made."""
+        rows = self._db.execute(
+            "SELECT a.request_id, a.settled_in, a.state, c.canonical, r.params, a.submitted_ms, a.settled_ms, a.paid, "
+            "a.provider, a.answer, a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
+            "FROM billed a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+            "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 AND (?2 IS NULL OR id = ?2)) "
+            "ORDER BY a.id",
+            (job, execution_id),
+        )
+        return map(Settled._make, rows)
 
     def reserved(self) -> int:
         """Sum up what those may cost that are at the API (millionths): they settle in the next execution."""

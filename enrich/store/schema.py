@@ -40,6 +40,13 @@ def m004_latencies(db: sqlite3.Connection) -> None:
     db.execute(LATENCIES)
 
 
+@migration
+def m005_pulse(db: sqlite3.Connection) -> None:
+    """How far a run is, for those who watch it; and its answers found again without reading all others."""
+    for statement in PULSE.split(";\n"):
+        db.execute(statement)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -203,4 +210,11 @@ CREATE TABLE latencies (
     answers REAL NOT NULL CHECK (answers > 0),  -- how many took so long; old ones count less
     PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID
+"""
+
+PULSE = """
+-- JSON: how far it is and how fast it went, written while it is at work
+ALTER TABLE executions ADD COLUMN pulse TEXT;
+
+CREATE INDEX settled ON attempts (settled_in) WHERE settled_in IS NOT NULL
 """
