@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 import polars as pl
@@ -38,6 +38,19 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """Rows by the status that they have in the output, and by each new column in which a value was found."""
+
+    statuses: Counter[RowStatus] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+
+    def add(self, page: Page) -> None:
+        """Count the rows of a batch."""
+        self.statuses.update(page.statuses())
+        self.hits.update({name: cells.count() for name, cells in page.cells.items() if name not in STATUS_COLUMNS})
+
+
+@dataclass(frozen=True, slots=True)
 class Collector:
     """What the output is made of. `check` is called before every batch and may raise to give up."""
 
@@ -47,13 +60,13 @@ class Collector:
     rows: Rows
     check: Callable[[], None] = lambda: None
 
-    def write(self, target: Place, *, partial: bool = True) -> Counter[RowStatus]:
-        """Write the output from the input and the ledger alone; return the rows by status.
+    def write(self, target: Place, *, partial: bool = True) -> Counted:
+        """Write the output from the input and the ledger alone; return what is in it.
 
         Raises Refused when the input can't be read, the output can't be written, or rows are pending that is not to be
         `partial`.
         """
-        counts: Counter[RowStatus] = Counter()
+        counted = Counted()
         merged = self.merged
         added = {name: kind for name, kind in new_schema(self.question).items() if name not in merged}
         schema: dict[str, pl.DataType] = {
@@ -64,17 +77,17 @@ class Collector:
             self.job.output,
             job=self.job.name,
             schema=schema | added,
-            frames=self._frames(counts, added, partial=partial, safely=runs_formulas(target)),
+            frames=self._frames(counted, added, partial=partial, safely=runs_formulas(target)),
             new=len(added),
         )
-        return counts
+        return counted
 
-    def count(self) -> Counter[RowStatus]:
-        """Count the rows by the status that they would have in the output."""
-        counts: Counter[RowStatus] = Counter()
+    def count(self) -> Counted:
+        """Count what would be in the output."""
+        counted = Counted()
         for page in self.pages():
-            counts += page.statuses()
-        return counts
+            counted.add(page)
+        return counted
 
     @property
     def merged(self) -> list[str]:
@@ -92,15 +105,16 @@ class Collector:
             yield Page(batch, [None if place is None else known[place] for place in places], cells)
 
     def _frames(
-        self, counts: Counter[RowStatus], added: Mapping[str, pl.DataType], *, partial: bool, safely: bool
+        self, counted: Counted, added: Mapping[str, pl.DataType], *, partial: bool, safely: bool
     ) -> Iterator[pl.DataFrame]:
         for page in self.pages():
-            counts += page.statuses()
+            counted.add(page)
             frame = page.batch.frame.with_columns(self.merge(page, name, safely=safely) for name in self.merged)
             yield frame.hstack([page.cells[name] for name in added])
-        if counts[RowStatus.PENDING] and not partial:
+        pending = counted.statuses[RowStatus.PENDING]
+        if pending and not partial:
             raise Refused(
-                f"{counts[RowStatus.PENDING]:,} rows are pending: the output would not be complete",
+                f"{pending:,} rows are pending: the output would not be complete",
                 "enrich run goes on with them; --partial writes what is there",
             )
 

@@ -12,16 +12,17 @@ from typing import Any
 from enrich.api.client import Client
 from enrich.budget import Budget
 from enrich.canary import judge
-from enrich.collector import Collector
+from enrich.closing import Closing
+from enrich.collector import Collector, Counted
 from enrich.connect import Connection
 from enrich.consent import check_balance
 from enrich.crew import Crew
 from enrich.dispatcher import posts_on_the_wire
-from enrich.errors import WRITES_OUTPUT, CallFailed, EnrichError, Exit, Interrupted, LedgerFailed, Refused
+from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
-from enrich.forecast import Plan, foresee, lines
-from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits, to_micros
+from enrich.forecast import Cost, Plan, foresee, lines
+from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits
 from enrich.place import Place
 from enrich.planfile import check, ground
 from enrich.poller import Poller
@@ -64,6 +65,9 @@ class Desk:
     #: What was written there.
     fed: dict[str, Any] = field(default_factory=dict)
     rows_read: int | None = None
+    #: What this execution was to cost once its input was read, and of that what it found at the API.
+    planned: Cost | None = None
+    carried: Cost | None = None
     enrolled: dict[State, int] | None = None
     to_submit: int = 0
     new: int = 0
@@ -112,6 +116,7 @@ class Desk:
         if not tasks:
             return
         self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
+        self.carried = await self.journal.do(self._carry, sum(len(task.attempts) for task in tasks))
         poller = self._new_poller()
         poller.last_round = True
         poller.adopt(tasks, asked_before=False)
@@ -165,8 +170,17 @@ class Desk:
         decided = await self.journal.do(Ledger.decided)
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
         self.new = decided.get(Decision.NEW, 0)
+        if self.planned is None:
+            likely = (await self.journal.do(Ledger.experience, question.call))[1]
+            cost = Cost.of(self.to_submit, likely, question.worst_price)
+            self.planned = cost if self.carried is None else cost + self.carried
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
+
+    def _carry(self, ledger: Ledger, requests: int) -> Cost:
+        """Price what earlier executions left at the API."""
+        likely = Cost.of(requests, ledger.experience(self.connection.question.call)[1], None).likely
+        return Cost(likely, to_credits(ledger.reserved()))
 
     async def _check_before_spending(self, rows: Rows) -> None:
         """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
@@ -260,12 +274,12 @@ class Desk:
             collector = Collector(around.ledger, around.job, self.connection.question, rows)
             return await self.finish(code, await self.journal.do(lambda _: collector.count()))
         collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
-        counts = await self.journal.do(lambda _: collector.write(target))
+        counted = await self.journal.do(lambda _: collector.write(target))
         await self._write_feeds(collector)
         # A row of a request in doubt may still show an older answer.
-        doubtful = counts[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
+        doubtful = counted.statuses[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
         also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
-        return await self.finish(self.execution.exit_code(also), counts, target)
+        return await self.finish(self.execution.exit_code(also), counted, target)
 
     async def _write_feeds(self, collector: Collector) -> None:
         """Write the files beside the output; what the change feed has told is remembered with it."""
@@ -279,55 +293,28 @@ class Desk:
             changed = await self.journal.do(lambda _: write_changes(collector, target, changes))
             self.fed |= {"changes": str(target), "changed": changed}
 
-    async def finish(
-        self, code: Exit, counts: Counter[RowStatus] | None = None, output: Place | None = None
-    ) -> Receipt:
+    async def finish(self, code: Exit, counted: Counted | None = None, output: Place | None = None) -> Receipt:
         """Write the receipt, here and in the ledger."""
-        tally, clock = self.execution.tally, self.around.clock
-        await self.journal.do(Ledger.recover, clock.now_ms())
-        known = await self.journal.do(Ledger.execution, self.execution.id)
-        before = self.connection.balance
-        after = await self._balance() if tally.settled or tally.submitted else before
-        reason = self.execution.reasons.get(code)
-        enrolled = self.enrolled
+        reason, enrolled = self.execution.reasons.get(code), self.enrolled
         await self._remember()
         receipt = Receipt(
             job=self.around.job.name,
             exit_code=int(code),
-            execution=self.execution.id,
             rows=self.rows_read,
             requests=None if enrolled is None else sum(enrolled.values()),
-            submitted=known["submitted"],
             reused=self.reused,
-            credits_spent=to_credits(known["spent"]),
-            credits_unknown=known["unknown"],
-            balance_before=None if before is None else to_credits(before),
-            balance_after=None if after is None else to_credits(after),
-            polls=tally.polls,
-            rate_limited=tally.rate_limited,
-            elapsed_s=round(clock.monotonic() - self.started, 3),
+            planned=None if self.planned is None else self.planned.as_json(),
+            elapsed_s=round(self.around.clock.monotonic() - self.started, 3),
             output=None if output is None else str(output),
             **self.fed,
             notes=self.notes,
             error=None if reason is None else reason.message,
             hint=None if reason is None else reason.hint,
         )
-        if counts is not None:
-            receipt = receipt.with_rows(counts)
-        await self.journal.do(
-            Ledger.end_execution, self.execution.id, int(code), receipt.as_json(), clock.now_ms(), after
-        )
-        return receipt
-
-    async def _balance(self) -> int | None:
-        """Ask for the balance after the run; a run that had to leave asks for nothing more."""
-        if self.execution.giving_up.is_set() or self.signals.heard is not None:
-            return None
-        try:
-            async with asyncio.timeout(5):
-                return to_micros((await self.client.user()).balance)
-        except (CallFailed, TimeoutError):
-            return None
+        if counted is not None:
+            receipt = receipt.with_rows(counted.statuses, counted.hits)
+        closing = Closing(self.execution, self.connection, self.client, self.journal, self.signals)
+        return await closing.close(receipt)
 
     def _shift(self, processes: int = 1) -> Shift:
         model, connection = self.around.job.model, self.connection

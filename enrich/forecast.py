@@ -38,6 +38,36 @@ _OF_ROWS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What requests are to cost, in credits; `likely` is None before the ledger has any experience.
+
+    `most`: every provider asked, and what each found verified; None where a price is not known.
+    """
+
+    likely: float | None
+    most: float | None
+
+    @classmethod
+    def of(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
+        """Price requests; prices are in millionths."""
+        likely = None if likely_price is None else to_credits(round(likely_price * requests))
+        most = None if worst_price is None else to_credits(worst_price * requests)
+        return cls(likely if requests else 0.0, most if requests else 0.0)
+
+    def __add__(self, other: Cost) -> Cost:
+        """Add up what is known."""
+        return Cost(_sum(self.likely, other.likely), _sum(self.most, other.most))
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return what `--json` prints."""
+        return {"min": 0.0, "likely": self.likely, "max": self.most}
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else round(one + other, 6)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a run would do. Credits in millionths; None: not known, or not set.
 
@@ -76,16 +106,9 @@ class Plan:
         return sum(count for decision, count in self.decisions.items() if decision not in _OF_ROWS)
 
     @property
-    def likely(self) -> float | None:
-        """What it likely costs, in credits; None before the ledger has any experience."""
-        if not self.to_submit:
-            return 0.0
-        return None if self.likely_price is None else round(to_credits(round(self.likely_price * self.to_submit)), 6)
-
-    @property
-    def most(self) -> float | None:
-        """What it costs at most, in credits: every provider asked, and what each found verified."""
-        return None if self.worst_price is None else to_credits(self.worst_price * self.to_submit)
+    def cost(self) -> Cost:
+        """What it costs."""
+        return Cost.of(self.to_submit, self.likely_price, self.worst_price)
 
     @property
     def covered(self) -> int | None:
@@ -114,7 +137,7 @@ class Plan:
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
             "oldest_answer_at": None if self.oldest_ms is None else iso(self.oldest_ms),
             "balance": _credits(self.balance),
-            "cost": {"min": 0.0, "likely": self.likely, "max": self.most},
+            "cost": self.cost.as_json(),
             "worst_price": _credits(self.worst_price),
             "max_credits": _credits(self.max_credits),
             "min_balance": _credits(self.min_balance),
@@ -186,8 +209,9 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def _money(plan: Plan) -> Iterator[str]:
-    most = "an unknown number of" if plan.most is None else f"{plan.most:,.2f}"
-    likely = "" if plan.likely is None else f", likely {plan.likely:,.2f} (by this ledger's answers so far)"
+    cost = plan.cost
+    most = "an unknown number of" if cost.most is None else f"{cost.most:,.2f}"
+    likely = "" if cost.likely is None else f", likely {cost.likely:,.2f} (by this ledger's answers so far)"
     yield f"  cost      0.00 to {most} credits{likely}"
     asked = [f"{name or 'provider'} {each.id} ({_price(each)})" for each, name in plan.providers]
     yield f"  asked     {', '.join(asked)}"

@@ -37,7 +37,8 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
             for batch in rows.batches(question, rows.order()):
                 ledger.look(batch.asked())
             ledger.choose()
-        counts = collector.write(target, partial=partial)
+        counted = collector.write(target, partial=partial)
     finally:
         ledger.close()
-    return Receipt(job.name, int(Exit.OK), rows=counts.total(), output=str(target)).with_rows(counts)
+    number = counted.statuses.total()
+    return Receipt(job.name, int(Exit.OK), rows=number, output=str(target)).with_rows(counted.statuses, counted.hits)

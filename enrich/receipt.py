@@ -1,8 +1,8 @@
-"""What an execution came to: the object that `--json` prints and the lines that a person reads."""
+"""What an execution came to: the object that `--json` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,14 @@ from enrich.model import RowStatus
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Counts and credits as they happened; None: not known. Rows by the status that they have in the output."""
+    """Counts and credits as they happened; None: not known. Rows by the status that they have in the output.
+
+    `planned` is what the execution was to cost when it had read its input (`min`, `likely`, `max`). `answers` counts
+    the requests that it settled, `columns` the rows that have a value; `cost_per_hit` holds what was settled in this
+    execution against what it found. `providers` are those of its answers, in the order they were asked;
+    `providers_untold` answers do not say whom they asked, and `credits_elsewhere` were paid to nobody that an answer
+    names. `difference` takes apart what the balance lost, where that is not what was spent.
+    """
 
     job: str
     exit_code: int
@@ -30,6 +37,14 @@ class Receipt:
     pending: int | None = None
     credits_spent: float = 0.0
     credits_unknown: int = 0
+    planned: Mapping[str, float | None] | None = None
+    cost_per_hit: float | None = None
+    answers: int | None = None
+    columns: Mapping[str, int] | None = None
+    providers: Sequence[Mapping[str, Any]] = ()
+    providers_untold: int | None = None
+    credits_elsewhere: float | None = None
+    difference: Mapping[str, Any] | None = None
     balance_before: float | None = None
     balance_after: float | None = None
     polls: int = 0
@@ -44,8 +59,8 @@ class Receipt:
     error: str | None = None
     hint: str | None = None
 
-    def with_rows(self, counts: Mapping[RowStatus, int]) -> Receipt:
-        """Add the rows by status."""
+    def with_rows(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> Receipt:
+        """Add the rows by status, and those that have a value in the new columns."""
         return replace(
             self,
             found=counts.get(RowStatus.FOUND, 0),
@@ -56,59 +71,10 @@ class Receipt:
             invalid=counts.get(RowStatus.INVALID, 0),
             filtered=counts.get(RowStatus.FILTERED, 0),
             pending=counts.get(RowStatus.PENDING, 0),
+            columns=dict(columns),
         )
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         told = asdict(self)
         return {name: value for name, value in told.items() if name not in ("error", "hint") or value is not None}
-
-
-#: Differences below this are rounding.
-CENT = 0.005
-
-#: What the person may do about rows of a status.
-REMEDIES = {
-    RowStatus.FAILED: "ask again, at a price: --retry failed",
-    RowStatus.EXPIRED: "gone before they were fetched; again: --retry expired",
-    RowStatus.IN_DOUBT: "perhaps charged; again: --retry in_doubt",
-    RowStatus.INVALID: "never sent: see enrich_error",
-    RowStatus.PENDING: "the next run goes on",
-}
-
-
-def lines(receipt: Receipt) -> Iterator[str]:
-    """Write the receipt for a person, in lines of at most 80 columns or so."""
-    rows = receipt.rows or 0
-    yield f"{receipt.job}: {_count(rows, 'row')}, {_count(receipt.requests or 0, 'distinct request')}"
-    for status in RowStatus:
-        count = getattr(receipt, status.value)
-        if count:
-            share = f"{count / rows:6.1%}" if rows else ""
-            yield f"  {status.value:<10}{count:>9,} {share}  {REMEDIES.get(status, '')}".rstrip()
-    unknown = f" and {receipt.credits_unknown} answers of unknown price" if receipt.credits_unknown else ""
-    yield f"  submitted {receipt.submitted:>9,}         {receipt.reused or 0:,} reused from the ledger"
-    yield f"  credits   {receipt.credits_spent:>9,.2f}         spent in this execution{unknown}"
-    if receipt.balance_before is not None and receipt.balance_after is not None:
-        gone = receipt.balance_before - receipt.balance_after
-        other = gone - receipt.credits_spent
-        differs = f"; {other:+,.2f} beyond the credits spent: enrich reconcile" if abs(other) >= CENT else ""
-        yield f"  balance   {receipt.balance_after:>9,.2f}         was {receipt.balance_before:,.2f}{differs}"
-    asked = f"{receipt.polls:,} polls, {receipt.rate_limited:,} answers 429"
-    yield f"  time      {_duration(receipt.elapsed_s):>9}         {asked}"
-    if receipt.output is not None:
-        yield f"  output    {receipt.output}"
-    if receipt.rejects is not None:
-        yield f"  rejects   {receipt.rejected:>9,}         {receipt.rejects}"
-    if receipt.changes is not None:
-        yield f"  changes   {receipt.changed:>9,}         {receipt.changes}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -369,7 +369,7 @@ def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger
     answered(ledger, rows, question, tasks)
     target = tmp_path / "out.csv"
 
-    counts = Collector(ledger, loaded, question, rows).write(target)
+    counted = Collector(ledger, loaded, question, rows).write(target)
 
     at = "2026-11-01T12:00:00Z"
     assert cells(target) == [
@@ -382,7 +382,7 @@ def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger
         ["cyd", "", "", "", "failed", "'-boom; bang", "", "", "t-2", at],
         ["dan", "", "", "", "pending", "not now", "", "", "", ""],
     ]
-    assert counts == {
+    assert counted.statuses == {
         RowStatus.FOUND: 2,
         RowStatus.NOT_FOUND: 1,
         RowStatus.INVALID: 1,
@@ -390,16 +390,17 @@ def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger
         RowStatus.FAILED: 1,
         RowStatus.PENDING: 1,
     }
-    assert Collector(ledger, loaded, question, rows).count() == counts
+    assert counted.hits == {"mail": 2, "more": 2}
+    assert Collector(ledger, loaded, question, rows).count() == counted
 
 
 def test_the_job_s_columns_decide_again_at_every_collect(tmp_path: Path, ledger: Ledger) -> None:
     """The ledger keeps the whole answer: another column is another look at it, and costs nothing."""
     loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     answered(ledger, rows, question, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}])
-    assert Collector(ledger, loaded, question, rows).count() == {RowStatus.NOT_FOUND: 1}
+    assert Collector(ledger, loaded, question, rows).count().statuses == {RowStatus.NOT_FOUND: 1}
     other = Question(CALL, (), (), {"phone": "phone"}, None)
-    assert Collector(ledger, loaded, other, rows).count() == {RowStatus.FOUND: 1}
+    assert Collector(ledger, loaded, other, rows).count().statuses == {RowStatus.FOUND: 1}
 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
@@ -418,7 +419,7 @@ def test_a_value_of_any_kind_is_collected(tmp_path: Path, ledger: Ledger, name: 
 def test_an_input_without_rows_gives_an_output_without_rows(tmp_path: Path, ledger: Ledger, name: str) -> None:
     """With all its columns, in their types: the next step of a pipeline need not know."""
     loaded, rows, question = job_with(tmp_path, [["A", ""]], "params: {a: A}\n")
-    assert Collector(ledger, loaded, question, rows).write(tmp_path / name) == {}
+    assert Collector(ledger, loaded, question, rows).write(tmp_path / name).statuses == {}
     columns = ["A", "", "email", *STATUS]
     if name.endswith(".parquet"):
         schema = pl.read_parquet_schema(tmp_path / name)
@@ -510,7 +511,7 @@ def test_every_cell_of_the_input_comes_back_in_its_place(
     ledger = Ledger(folder / "cells.db")
     try:
         loaded, rows, question = job_with(folder, table, "params: {a: {value: x}}\n")
-        counts = Collector(ledger, loaded, question, rows).write(folder / name)
+        counted = Collector(ledger, loaded, question, rows).write(folder / name)
     finally:
         ledger.close()
     if name.endswith(".parquet"):
@@ -521,5 +522,5 @@ def test_every_cell_of_the_input_comes_back_in_its_place(
     width = len(table[0])
     assert back[0] == [*table[0], "email", *STATUS]
     assert [row[:width] for row in back] == table
-    assert counts.total() == len(table) - 1
+    assert counted.statuses.total() == len(table) - 1
     assert {row[width + 1] for row in back[1:]} <= {State.PENDING.value}

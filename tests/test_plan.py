@@ -169,8 +169,8 @@ def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen
         }
         assert sum(now.values()) - sum(before.values()) == said.to_submit == receipt.submitted
         assert (receipt.rows, receipt.requests) == (said.rows, said.requests)
-        assert said.most is not None
-        assert mixed.audit()["credits_charged"] - spent <= said.most + 1e-9
+        assert said.cost.most is not None
+        assert mixed.audit()["credits_charged"] - spent <= said.cost.most + 1e-9
         capped = sum(row["plan_decision"] == "capped" for row in rows)
         shown = [row for row in office.output() if row["enrich_error"].startswith("capped")]
         assert capped <= len(shown) == sum(row["enrich_status"] == "filtered" for row in shown)
@@ -291,7 +291,7 @@ def test_likely_is_what_requests_have_cost_so_far(api: Api, office: Office) -> N
     told = planned(office, api)
 
     assert told.to_submit == 8
-    assert told.likely == pytest.approx(receipt.credits_spent / 12 * 8, abs=1e-5)
+    assert told.cost.likely == pytest.approx(receipt.credits_spent / 12 * 8, abs=1e-5)
 
 
 def test_a_price_that_nobody_knows_is_not_shown_as_nothing(

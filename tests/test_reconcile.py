@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from enrich.difference import compare
 from enrich.errors import Exit
-from enrich.look.reconcile import compare
 from enrich.model import MICROS, State
 from enrich.surroundings import Options, Progress
 from tests.harness import HASTY, Api, Office, people, serving
@@ -149,7 +149,9 @@ def test_the_receipt_and_the_status_show_the_difference(tmp_path: Path, office: 
         api.fault("error-after", 1, "post", status=500)
         done = office.command("run", "job.yaml", api=api)
 
-        assert "beyond the credits spent: enrich reconcile" in done.stderr
+        assert "7 answers of known price" in done.stderr
+        assert "1 in doubt, or 0.00" in done.stderr
+        assert "enrich reconcile job.yaml" in done.stderr
         execution = office.command("status", "job.yaml", "--json").receipt["executions"][0]
         gone = execution["balance_before"] - execution["balance_after"]
         assert gone == pytest.approx(api.audit()["credits_charged"])

@@ -192,7 +192,7 @@ def test_doubts_are_told_with_the_way_out(api: Api, noticed: Office, ear: Ear) -
     (heard,) = ear.heard
     told = json.loads(heard.body)
     assert told["title"] == "enrich job: in doubt (exit 14)"
-    assert "in_doubt          1  33.3%" in told["message"]
+    assert "in_doubt              1  33.3%" in told["message"]
     commands = [shlex.split(line) for line in told["message"].splitlines() if line.startswith("  enrich ")]
     job = [str(noticed.job_file), "--ledger", str(noticed.folder / "my ledger.db")]
     output = ["--output", str(noticed.folder / "out.csv")]
@@ -303,5 +303,5 @@ def test_every_exit_code_has_its_word_and_its_advice() -> None:
     """Nobody is woken without a command that helps, and no code is both fine and not."""
     assert {int(code) for code in Exit} <= set(outcome.WORDS)
     for code in outcome.WORDS:
-        assert bool(outcome.advice(code, outcome.Target("job.yaml", "job.yaml"))) is outcome.needs_a_person(code)
+        assert bool(outcome.needs(code, {}, outcome.Target("job.yaml", "job.yaml"))) is outcome.needs_a_person(code)
     assert [code for code in outcome.WORDS if outcome.needs_a_person(code)] == [1, 2, 3, 4, 5, 12, 14, 15]

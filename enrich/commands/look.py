@@ -36,7 +36,7 @@ def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int
     job = options.load(job_file, None, None, ledger, use_sandbox)
     with options.access(job, use_sandbox=use_sandbox) as access:
         told = reconcile_job(job, access, since)
-    click.echo(json.dumps(told.as_json()) if as_json else "\n".join(lines(told)))
+    click.echo(json.dumps({"exit_code": 0, **told.as_json()}) if as_json else "\n".join(lines(told)))
 
 
 @click.command()

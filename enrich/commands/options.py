@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -128,3 +129,16 @@ def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
             state.parent.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(embedded(state))
         yield Access(server.base_url, SecretStr(server.api_key))
+
+
+def painter() -> Callable[[str, str], str]:
+    """Colours what is written to stderr where a person sees colours (https://no-color.org)."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return lambda text, _: text
+
+    def paint(text: str, name: str) -> str:
+        if name == "bold":
+            return click.style(text, bold=True)
+        return click.style(text, fg=name) if name else text
+
+    return paint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
-from enrich.commands.witnessed import witnessed
+from enrich.commands.witnessed import target, witnessed
 from enrich.errors import Exit, LedgerLocked
 
 if TYPE_CHECKING:
@@ -171,14 +171,19 @@ def _confirm(plan: str) -> bool:
 
 
 def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
-    from enrich.receipt import lines
+    from enrich.slip import lines
+    from enrich.watch.outcome import advice, needs
 
+    paint = options.painter()
     if receipt.error:
-        click.echo(f"error: {receipt.error}", err=True)
+        click.echo(f"{paint('error', 'red')}: {receipt.error}", err=True)
     if receipt.hint:
         click.echo(f"hint: {receipt.hint}", err=True)
     if show and receipt.rows is not None:
-        click.echo("\n".join(lines(receipt)), err=True)
+        click.echo("\n".join(lines(receipt, paint)), err=True)
+        here = target(click.get_current_context().params, from_here=True)
+        if needed := needs(receipt.exit_code, receipt.as_json(), here):
+            click.echo("\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in advice(needed))]), err=True)
     if as_json:
         click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
 

@@ -26,7 +26,7 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
             click.echo(text, err=True)
 
         with log_to(log_file, given["job_file"].stem, lambda text: say(f"note: {text}")) as log:
-            witnesses = Witnesses(log, say, _target(given))
+            witnesses = Witnesses(log, say, target(given, from_here=False))
             try:
                 return command(**given, witnesses=witnesses)
             except BaseException as error:
@@ -36,20 +36,21 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
     return with_witnesses
 
 
-def _target(given: Mapping[str, Any]) -> Target:
-    """Name the job, with the paths that the command line gave."""
-    job, ledger, paths = [str(given["job_file"].absolute())], [], []
+def target(given: Mapping[str, Any], *, from_here: bool) -> Target:
+    """Name the job with the paths that the command line gave: as they were typed, or for anywhere."""
+
+    def path(named: Path | str) -> str:
+        anywhere = from_here or str(named) == "-" or "://" in str(named)
+        return str(named) if anywhere else str(Path(named).absolute())
+
+    look = [path(given["job_file"]), *(["--sandbox"] if given["use_sandbox"] else [])]
     if given["ledger"] is not None:
-        ledger = ["--ledger", str(given["ledger"].absolute())]
+        look += ["--ledger", path(given["ledger"])]
+    run = list(look)
     for option, name in (("--input", "input_path"), ("--output", "output")):
         if given[name] is not None:
-            paths += [option, _from_anywhere(given[name])]
-    return Target(shlex.join(job + ledger + paths), shlex.join(job + ledger))
-
-
-def _from_anywhere(place: str) -> str:
-    """Make a path absolute; a URL and stdin are what they are."""
-    return place if place == "-" or "://" in place else str(Path(place).absolute())
+            run += [option, path(given[name])]
+    return Target(shlex.join(run), shlex.join(look))
 
 
 def _told(error: BaseException) -> tuple[int, str]:

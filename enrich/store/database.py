@@ -143,10 +143,13 @@ def _make(path: Path) -> None:
 
 
 def _check_whole(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again."""
+    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
+
+    The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
+    """
     if path.stat().st_size > CHECKED_AT_START:
         return
-    (said,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if said != "ok":
         raise Refused(f"{path}: the ledger is damaged: {' '.join(said.split())}", RESTORE)
 

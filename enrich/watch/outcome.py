@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from enrich.model import RowStatus
 
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
 WORDS = {
@@ -21,6 +24,8 @@ WORDS = {
     130: "interrupted",
     143: "terminated",
 }
+
+_DOUBT = 14
 
 #: The leads are enriched as far as it goes tonight: 10 is told by its counts, 13 goes on by itself.
 FINE = frozenset({0, 10, 13})
@@ -68,9 +73,36 @@ class Target:
     look: str
 
 
-def advice(code: int, target: Target) -> list[str]:
-    """Tell what to do, and the exact commands."""
-    if code not in _HELP:
-        return []
-    commands = [command.format(run=target.run, look=target.look) for command in _HELP[code]]
-    return [f"{_FIRST[code]}:", *(f"  {command}" for command in commands)]
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What waits for a person, and the exact commands that help."""
+
+    text: str
+    commands: tuple[str, ...]
+
+
+#: What rows of a status need, and the exit code whose commands help; without one the run asks them again.
+_OF_ROWS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
+    RowStatus.IN_DOUBT: (f"in doubt: {_FIRST[14]}", _HELP[14]),
+    RowStatus.FAILED: ("failed: ask again (costs again)", ("enrich run {run} --retry failed",)),
+    RowStatus.EXPIRED: ("expired: ask again (costs again)", ("enrich run {run} --retry expired",)),
+}
+
+
+def needs(code: int, rows: Mapping[str, int], target: Target) -> list[Need]:
+    """Tell what to do, and the exact commands: for an exit code, and for rows by their status."""
+    found = []
+    if code in _HELP and not (code == _DOUBT and rows.get(RowStatus.IN_DOUBT)):
+        found.append((_FIRST[code], _HELP[code]))
+    for status, (text, commands) in _OF_ROWS.items():
+        if count := rows.get(status):
+            found.append((f"{count:,} row{'' if count == 1 else 's'} {text}", commands))
+    return [
+        Need(text, tuple(each.format(run=target.run, look=target.look) for each in commands))
+        for text, commands in found
+    ]
+
+
+def advice(needed: Iterable[Need]) -> list[str]:
+    """Write needs as lines."""
+    return [line for need in needed for line in (f"{need.text}:", *(f"  {command}" for command in need.commands))]

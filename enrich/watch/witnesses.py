@@ -13,7 +13,8 @@ from enrich import __version__
 from enrich.errors import Exit
 from enrich.job import Job
 from enrich.model import iso
-from enrich.receipt import Receipt, lines
+from enrich.receipt import Receipt
+from enrich.slip import lines
 from enrich.store.history import History, glance
 from enrich.surroundings import Options, Progress
 from enrich.watch import metrics, outcome
@@ -91,8 +92,9 @@ class Witnesses:
         told = {name: value for name, value in receipt.as_json().items() if name not in ("error", "hint")}
         error = None if receipt.error is None else without_data(receipt.error)
         self.log.line("end", execution=receipt.execution, exit_code=receipt.exit_code, error=error, receipt=told)
-        counts = [] if receipt.rows is None else list(lines(receipt))
-        self._spread(receipt.exit_code, metrics.of_receipt(told), error, counts)
+        counts = [] if receipt.rows is None else lines(receipt)
+        needed = outcome.needs(receipt.exit_code, told, self.target)
+        self._spread(receipt.exit_code, metrics.of_receipt(told), error, counts, needed)
 
     def failed(self, code: int, message: str) -> None:
         """Hear that the run ended before an execution could say how."""
@@ -102,9 +104,11 @@ class Witnesses:
         error = without_data(message)
         self.log.line("error", execution=self._number(), exit_code=code, error=error)
         before = {} if self._metrics is None else metrics.read(self._metrics)
-        self._spread(code, before, error, [])
+        self._spread(code, before, error, [], outcome.needs(code, {}, self.target))
 
-    def _spread(self, code: int, samples: metrics.Samples, error: str | None, told: list[str]) -> None:
+    def _spread(
+        self, code: int, samples: metrics.Samples, error: str | None, told: list[str], needed: list[outcome.Need]
+    ) -> None:
         """Tell those who are not here."""
         if self.job is None:
             return
@@ -113,10 +117,10 @@ class Witnesses:
         if self._metrics is not None:
             self._write_metrics(self._metrics, code, samples)
         if self._healthcheck is not None:
-            counts = [" ".join(line.split()) for line in told if not line.startswith("  output")]
+            counts = [" ".join(line.split()) for line in told if line and not line.startswith("  output")]
             self._complain(self._healthcheck.end(code, "; ".join([summary, *counts])))
         if self._notifier is not None and outcome.needs_a_person(code):
-            text = [*([error] if error else []), *told, "", *outcome.advice(code, self.target)]
+            text = [*([error] if error else []), *told, "", *outcome.advice(needed)]
             self._complain(self._notifier.send(f"enrich {name}: {outcome.word(code)} (exit {code})", "\n".join(text)))
 
     def _write_metrics(self, path: Path, code: int, samples: metrics.Samples) -> None:

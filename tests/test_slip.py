@@ -1,0 +1,228 @@
+"""The receipt as a person reads it: aligned, honest about what is not known, and within 80 columns."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.difference import compare
+from enrich.model import RowStatus
+from enrich.receipt import Receipt
+from enrich.slip import lines
+from enrich.watch.outcome import Target, advice, needs
+from tests.harness import HASTY, Api, Office, people, serving
+
+TARGET = Target("job.yaml", "job.yaml")
+NUMBERS = st.integers(0, 5_000_000)
+CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
+
+
+def provider(name: str, **known: Any) -> dict[str, Any]:
+    """A provider of a receipt."""
+    nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
+    return {"name": name, **nothing, "cost_per_hit": None, **known}
+
+
+def told(receipt: Receipt) -> list[list[str]]:
+    """The words of each line."""
+    return [line.split() for line in lines(receipt)]
+
+
+@given(st.data())
+def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
+    """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
+    names = st.text(min_size=1, max_size=60)
+    receipt = Receipt(
+        job=data.draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)),
+        exit_code=0,
+        execution=data.draw(st.integers(1, 99_999)),
+        rows=data.draw(NUMBERS),
+        requests=data.draw(NUMBERS),
+        submitted=data.draw(NUMBERS),
+        reused=data.draw(NUMBERS),
+        answers=data.draw(NUMBERS),
+        credits_spent=data.draw(CREDITS),
+        credits_unknown=data.draw(st.integers(0, 99)),
+        cost_per_hit=data.draw(st.none() | st.floats(0, 999)),
+        planned=data.draw(st.none() | st.fixed_dictionaries({"min": CREDITS, "likely": st.none() | CREDITS, "max": CREDITS})),
+        balance_before=data.draw(CREDITS),
+        balance_after=data.draw(CREDITS),
+        polls=data.draw(NUMBERS),
+        rate_limited=data.draw(st.integers(0, 9_999)),
+        elapsed_s=data.draw(st.floats(0, 90_000)),
+        providers=[
+            provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
+            for name in data.draw(st.lists(names, max_size=4))
+        ],
+        providers_untold=data.draw(NUMBERS),
+        credits_elsewhere=data.draw(CREDITS),
+    ).with_rows(
+        {status: data.draw(NUMBERS) for status in RowStatus},
+        {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
+    )
+
+    for line in lines(receipt):
+        assert len(line) <= 80
+        assert line == line.rstrip()
+        assert line.isprintable()
+
+
+def test_what_is_not_known_is_not_shown_as_nothing() -> None:
+    """No hits have no price, no plan has no figure, no balance has no line."""
+    words = [
+        word
+        for line in told(Receipt("job", 0, rows=1, polls=3).with_rows({RowStatus.PENDING: 1}, {"a": 0}))
+        for word in line
+    ]
+
+    assert "balance" not in words
+    assert "hit" not in words
+    assert "planned" not in words
+    assert "a" not in words  # nothing was answered, so nothing can be said of a column
+
+
+def test_a_price_that_is_not_known_is_counted() -> None:
+    """What was spent is then at least so much."""
+    receipt = Receipt(
+        "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
+    )
+
+    text = "\n".join(lines(receipt))
+    assert "planned 3.00, at an unknown price" in text
+    assert "2         answers of unknown price" in text
+
+
+def test_a_difference_that_is_just_what_was_spent_needs_no_words() -> None:
+    """Any other is taken apart, to what nobody can explain."""
+    receipt = Receipt("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
+    movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
+    difference = compare(1, 10_000_000, 2_000_000, movements)
+
+    text = "\n".join(lines(replace(receipt, difference=difference.as_json())))
+
+    assert "3.00         2 answers of known price" in text
+    assert "2.00         1 in doubt, or 0.00" in text
+    assert "3.00         went elsewhere, not explained: enrich reconcile" in text
+    assert "known price" not in "\n".join(lines(replace(receipt, balance_after=7)))
+
+
+@pytest.mark.parametrize(
+    ("code", "rows", "commands"),
+    [
+        (0, {}, []),
+        (10, {"failed": 2}, ["enrich run job.yaml --retry failed"]),
+        (10, {"expired": 1}, ["enrich run job.yaml --retry expired"]),
+        (0, {"failed": 1, "invalid": 3, "not_found": 4}, ["enrich run job.yaml --retry failed"]),
+        (12, {"pending": 5}, ["enrich run job.yaml"]),
+        (13, {"pending": 5}, []),
+        (
+            14,
+            {"in_doubt": 1},
+            [
+                "enrich reconcile job.yaml",
+                "enrich run job.yaml --retry in_doubt",
+                "enrich run job.yaml --accept in_doubt",
+            ],
+        ),
+    ],
+)
+def test_what_needs_a_person_has_its_command(code: int, rows: dict[str, int], commands: list[str]) -> None:
+    """Each once, ready to be pasted."""
+    needed = needs(code, rows, TARGET)
+
+    assert [command for need in needed for command in need.commands] == commands
+    assert [line.strip() for line in advice(needed) if line.startswith("  ")] == commands
+
+
+def test_the_receipt_adds_up_to_the_bill(tmp_path: Path, office: Office) -> None:
+    """Providers, what is of no provider, and the columns: all of it is what the API charged and answered."""
+    office.write_leads(people(80))
+    office.write_job(email_verifier="10")
+    with serving(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
+        receipt = office.run(api)
+        audit = api.audit()
+
+    by_provider = sum(each["credits"] for each in receipt.providers)
+    assert receipt.credits_spent == pytest.approx(audit["credits_charged"])
+    assert by_provider + (receipt.credits_elsewhere or 0) == pytest.approx(receipt.credits_spent)
+    assert sum(each["found"] for each in receipt.providers) == receipt.found
+    assert receipt.columns == {"work_email": receipt.found}
+    assert receipt.cost_per_hit == pytest.approx(receipt.credits_spent / (receipt.found or 0), abs=1e-6)
+    assert receipt.planned is not None
+    assert receipt.credits_spent <= (receipt.planned["max"] or 0)
+    assert receipt.difference is None
+    first, *others = [each for each in receipt.providers if not each["verifies"]]
+    assert first["asked"] + first["presumed"] + (receipt.providers_untold or 0) == audit["accepted"]
+    for before, after in zip([first, *others], others, strict=False):
+        passed_on = before["asked"] + before["presumed"] - before["found"]
+        assert after["asked"] + after["presumed"] <= passed_on
+
+
+def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: Office) -> None:
+    """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
+    office.write_leads(people(12))
+    with serving(tmp_path / "api.db", latency="fixed(1.5)") as api:
+        office.leave_at_the_api(api)
+        receipt = office.run(api)
+
+    assert receipt.balance_before is not None
+    assert receipt.balance_after is not None
+    assert receipt.balance_before - receipt.balance_after < receipt.credits_spent
+    assert receipt.difference is not None
+    assert receipt.difference["unexplained"] == 0
+    assert "answers submitted before" in "\n".join(lines(receipt))
+
+
+def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
+    """Run the job on a terminal of 80 columns and return what was shown."""
+    leader, follower = pty.openpty()
+    variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
+    command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
+    with subprocess.Popen(
+        command, cwd=office.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
+    ) as run:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                shown += (chunk := os.read(leader, 65536))
+            except OSError:  # the other side is closed
+                break
+            if not chunk:
+                break
+        run.wait(timeout=60)
+    os.close(leader)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_colours_unless_they_are_not_wanted(api: Api, office: Office) -> None:
+    """NO_COLOR and dumb terminals have the same words, plain."""
+    office.write_leads([*people(3), ["", "", "", "", ""]])
+    office.run(api, timing=HASTY)
+
+    coloured = on_a_terminal(office, api)
+    plain = on_a_terminal(office, api, NO_COLOR="1")
+
+    assert "\x1b[32mfound" in coloured
+    assert "\x1b[" not in plain[plain.index("job: 4 rows") :]
+    assert "\x1b[" not in on_a_terminal(office, api, TERM="dumb")
+    assert "1  25.0%  never sent: see enrich_error" in plain
+
+
+def test_commands_are_those_of_the_command_line(tmp_path: Path, office: Office) -> None:
+    """With the paths as they were typed: they work where they are read."""
+    office.write_leads(people(30))
+    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        done = office.command("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
+
+        assert done.code == 10
+        assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in done.stderr
