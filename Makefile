@@ -16,7 +16,7 @@ help: ## say what can be made
 demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no key, no credits)
 	@$(BIN)/enrich run jobs/leads.yaml --sandbox --receipt; code=$$?; \
 		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
-	@$(BIN)/python -c '$(SHOW)'
+	@echo; $(BIN)/python -c '$(SHOW)'
 
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
 	$(BIN)/python examples/week.py

@@ -171,7 +171,7 @@ class Desk:
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
         self.new = decided.get(Decision.NEW, 0)
         if self.planned is None:
-            likely = (await self.journal.do(Ledger.experience, question.call))[1]
+            likely = (await self.journal.do(Ledger.experience, question.call))[1] if self.to_submit else None
             cost = Cost.of(self.to_submit, likely, question.worst_price)
             self.planned = cost if self.carried is None else cost + self.carried
         if self.reused is None:
