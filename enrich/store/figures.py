@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 
 from enrich.model import Call, Settled, State
 from enrich.store.intake import OPEN_ATTEMPT, Intake
 
 #: So many of the newest attempts tell what a request costs today.
 EXPERIENCE = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class Latest:
-    """The newest execution of a job; times in milliseconds since 1970 (UTC), credits in millionths.
-
-    `newest` is that of all jobs of the ledger; `oldest_ms` is when that was sent which waits longest at the API.
-    """
-
-    id: int
-    started_ms: int
-    ended_ms: int | None
-    exit_code: int | None
-    cap: int | None
-    reserved: int
-    spent: int
-    unknown: int
-    submitted: int
-    balance_after: int | None
-    receipt: str | None
-    pulse: str | None
-    newest: int
-    oldest_ms: int | None
 
 
 class Figures(Intake):
@@ -57,20 +33,6 @@ class Figures(Intake):
         # Each execution has its sums; to read all answers would take long.
         row = self._db.execute("SELECT coalesce(sum(spent), 0), coalesce(sum(unknown), 0) FROM executions").fetchone()
         return int(row[0]), int(row[1])
-
-    def latest(self, job: str) -> Latest | None:
-        """Return the newest execution of a job, by next to no reading; the ledger may be of an older version."""
-        cursor = self._db.execute(
-            "SELECT *, (SELECT max(id) FROM executions) AS newest, "
-            f"(SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted') AS oldest_ms "
-            "FROM executions WHERE job = ? ORDER BY id DESC LIMIT 1",
-            (job,),
-        )
-        row = cursor.fetchone()
-        if row is None:
-            return None
-        known = {"pulse": None, **dict(zip((column[0] for column in cursor.description), row, strict=True))}
-        return Latest(**{each.name: known[each.name] for each in fields(Latest)})
 
     def outcomes(self, execution_id: int) -> dict[State, int]:
         """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
