@@ -10,14 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from enrich.model import iso, to_credits
 from enrich.pulse import Counts, Pulse
 from enrich.store.history import Latest
 from enrich.surroundings import Progress
 from enrich.watch.outcome import word
-from enrich.watch.progress import UNIT, postfix
+from enrich.watch.progress import draw, look
 
 #: Narrower than this nothing can be read; what is wider is cut off by the terminal.
 NARROWEST = 20
@@ -142,16 +140,9 @@ def bar(picture: Picture, columns: int, *, plain: bool) -> str | None:
         return None
     lately, over_s = picture.speed
     progress = Progress(pulse.total, pulse.done, pulse.found, to_credits(run.spent), pulse.in_flight)
-    return tqdm.format_meter(
-        pulse.done,
-        pulse.total,
-        pulse.elapsed_s,
-        ncols=columns,
-        ascii=plain,
-        unit=UNIT,
-        rate=lately.answered / over_s if over_s else None,
-        postfix=postfix(progress, pulse.elapsed_s, columns),
-    )
+    rate = lately.answered / over_s if over_s else None
+    chosen = look(progress, pulse.elapsed_s, columns)
+    return draw(progress, pulse.elapsed_s, chosen, columns=columns, rate=rate, plain=plain)
 
 
 def facts(picture: Picture) -> Iterator[tuple[str, str]]:
