@@ -108,8 +108,8 @@ class Screen:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Take the terminal, give it back as it was, and leave how the run ended on it."""
-        self.out.write(ENTER)
         try:
+            self.out.write(ENTER)
             yield
         finally:
             with suppress(OSError):  # the window was closed
