@@ -27,7 +27,7 @@ from enrich.job import load_job
 from enrich.look.lookout import Lookout
 from enrich.look.picture import Picture, Sign, headline, line, lines
 from enrich.look.status import read_status
-from enrich.look.watch import ENTER, LEAVE, WAITING, Screen, watch_job
+from enrich.look.watch import ENTER, HOPING, LEAVE, WAITING, Lines, Screen, watch_job
 from enrich.model import iso
 from enrich.pulse import Counts, Doing, Meter, Pulse
 from enrich.store.history import Latest
@@ -123,6 +123,17 @@ def test_what_is_not_known_is_not_shown_as_nothing() -> None:
     assert reading.to_go_s is None
 
 
+def test_a_silent_run_is_told_by_what_it_last_said() -> None:
+    """Its counts are of its last word, and it is waited for."""
+    silent = picture(Sign.SILENT)
+
+    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(lines(silent, 99))
+    out = io.StringIO()
+    Lines(out, as_json=False).show(silent, waiting=True)
+    assert "killed, asleep or stopped while asking" in out.getvalue()
+    assert out.getvalue().endswith(f"; {HOPING}\n")
+
+
 SIGNS = (
     picture(),
     picture(Sign.SILENT),
@@ -180,7 +191,7 @@ def test_each_picture_is_drawn_over_the_last_one(monkeypatch: pytest.MonkeyPatch
     sizes = [(80, 24)]
     out = Terminal()
     screen = Screen(out, coloured=False, size=lambda: sizes[-1])
-    screen.show(picture(), waiting=True)
+    screen.show(picture(Sign.ENDED, ended_ms=NOW), waiting=True)
     first = out.getvalue()
     monkeypatch.setattr("enrich.look.watch.time.sleep", lambda _: sizes.append((30, 4)))
     screen.pause(0.01)

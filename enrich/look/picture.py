@@ -150,7 +150,9 @@ def facts(picture: Picture) -> Iterator[tuple[str, str]]:
     run, pulse = picture.run, picture.pulse
     if run is None:
         return
-    yield "answers", _answers(run, pulse)
+    # What a silent run has done since its last word is in the ledger, and would have to be counted.
+    then = ", when it last told" if pulse is not None and picture.sign is Sign.SILENT else ""
+    yield "answers", _answers(run, pulse) + then
     cap = "" if run.cap is None else f" of {to_credits(run.cap):,.2f} at most"
     unknown = f" and {run.unknown:,} answers of unknown price" if run.unknown else ""
     reserved = f"; {to_credits(run.reserved):,.2f} more are reserved" if run.reserved else ""
@@ -165,7 +167,8 @@ def facts(picture: Picture) -> Iterator[tuple[str, str]]:
         yield "speed", f"{sent:,.1f} submitted/s, {heard:,.1f} answered/s in the last {over_s:.0f} s"
     yield "asked", f"{run.submitted:,} submitted, {totals.polls:,} polls, {totals.rate_limited:,} answers 429"
     if picture.next_expiry_ms is not None:
-        yield "waiting", f"{pulse.in_flight:,} at the API; the first result expires at {iso(picture.next_expiry_ms)}"
+        how_many = f"{pulse.in_flight:,} at the API; " if picture.sign is Sign.AT_WORK else ""
+        yield "waiting", f"{how_many}the first result expires at {iso(picture.next_expiry_ms)}"
     if picture.sign is Sign.AT_WORK:
         yield "breathes", f"{max(0, picture.now_ms - pulse.at_ms) / 1000:.0f} s ago"
 

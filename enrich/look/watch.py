@@ -17,6 +17,7 @@ from enrich.look.lookout import Lookout
 from enrich.look.picture import Picture, Sign, line, lines
 
 WAITING = "no run is at work: waiting for the next; Ctrl-C leaves"
+HOPING = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
 #: Another screen without a cursor, and back (xterm's control sequences, as all terminals of today know them).
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 HOME, END_OF_LINE, BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
@@ -24,6 +25,11 @@ HOME, END_OF_LINE, BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 RESIZED_S = 0.2
 EVERY_S = 2.0
 COLOURS = {Sign.AT_WORK: "green", Sign.SILENT: "red"}
+
+
+def _wait(picture: Picture) -> str:
+    """Say what is waited for."""
+    return HOPING if picture.sign is Sign.SILENT else WAITING
 
 
 class View(Protocol):
@@ -68,7 +74,7 @@ class Lines:
         if self.as_json:
             said = json.dumps(picture.as_json(), ensure_ascii=False)
         else:
-            said = line(picture) + (f"; {WAITING}" if waiting else "")
+            said = line(picture) + (f"; {_wait(picture)}" if waiting else "")
         self.out.write(said + "\n")
         self.out.flush()
 
@@ -123,7 +129,7 @@ class Screen:
         head, *rest = lines(picture, columns, plain=plain)
         if self.coloured:
             head = click.style(head, bold=True, fg=COLOURS.get(picture.sign))
-        return [head, *rest, *(("", WAITING[: max(0, columns)]) if waiting else ())]
+        return [head, *rest, *(("", _wait(picture)[: max(0, columns)]) if waiting else ())]
 
 
 def watch_job(lookout: Lookout, out: TextIO, environ: Mapping[str, str], every_s: float, *, as_json: bool) -> int:
