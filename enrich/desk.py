@@ -123,7 +123,6 @@ class Desk:
         """Enroll, dispatch and poll, collect."""
         execution, journal = self.execution, self.journal
         stamp = rows.stamp()
-        await self.heart.begin(Doing.ENROLL)
         await self._enroll(rows, wish(self.around.job, self.options, self.around.clock.now_ms()))
         await self._check_before_spending(rows)
         if not execution.closing.is_set():
@@ -146,6 +145,7 @@ class Desk:
     async def _enroll(self, rows: Rows, wanted: Wish) -> None:
         """Mark what this input wants; nothing is spent before it was read to its end without error."""
         question = self.connection.question
+        await self.heart.begin(Doing.ENROLL)
 
         def enroll(ledger: Ledger) -> int:
             ledger.begin_pass(wanted)
