@@ -124,14 +124,14 @@ def assert_tells(pulse: Pulse, receipt: Any) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_last_pulse_is_the_receipt(tmp_path: Path, office: Office, processes: int) -> None:
     """All that was sent and heard is in it, also when several processes did it, and some of it was told to wait."""
-    office.write_leads(people(30))
+    office.write_leads(people(15))
     with serving(tmp_path / "api.db", rate=100.0, burst=1, retry_after=None) as api:
         receipt = office.run(api, Options(processes=processes))
 
     pulse = pulse_of(office)
     assert receipt.exit_code == 0
     assert_tells(pulse, receipt)
-    assert pulse.traffic.totals().answered == pulse.done == pulse.total == 30
+    assert pulse.traffic.totals().answered == pulse.done == pulse.total == 15
     assert (pulse.found, pulse.in_flight, pulse.doing) == (receipt.found, 0, Doing.COLLECT)
 
 

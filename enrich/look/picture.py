@@ -167,8 +167,11 @@ def facts(picture: Picture) -> Iterator[tuple[str, str]]:
         yield "speed", f"{sent:,.1f} submitted/s, {heard:,.1f} answered/s in the last {over_s:.0f} s"
     yield "asked", f"{run.submitted:,} submitted, {totals.polls:,} polls, {totals.rate_limited:,} answers 429"
     if picture.next_expiry_ms is not None:
-        how_many = f"{pulse.in_flight:,} at the API; " if picture.sign is Sign.AT_WORK else ""
-        yield "waiting", f"{how_many}the first result expires at {iso(picture.next_expiry_ms)}"
+        at = iso(picture.next_expiry_ms)
+        if picture.sign is Sign.AT_WORK:
+            yield "waiting", f"{pulse.in_flight:,} at the API; the first result expires at {at}"
+        else:
+            yield "expires", f"what is left at the API, from {at} on"
     if picture.sign is Sign.AT_WORK:
         yield "breathes", f"{max(0, picture.now_ms - pulse.at_ms) / 1000:.0f} s ago"
 
