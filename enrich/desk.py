@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,20 +22,21 @@ from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerF
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
+from enrich.heartbeat import Heartbeat
 from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits
 from enrich.place import Place
 from enrich.planfile import check, ground
 from enrich.poller import Poller
+from enrich.pulse import Doing
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.shift import Shift
 from enrich.signals import Signals
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options, Progress, Surroundings, wish
+from enrich.surroundings import Options, Surroundings, wish
 from enrich.worker import Errand
 
-PROGRESS_S = 0.2
 #: How often it is written down what was learned: a kill loses no more.
 LEARNED_S = 30.0
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
@@ -58,6 +59,7 @@ class Desk:
     connection: Connection
     execution: Execution
     budget: Budget
+    heart: Heartbeat
     started: float = 0.0
     #: Where the files beside the output go.
     feeds: Mapping[str, Place] = field(default_factory=dict)
@@ -142,11 +144,13 @@ class Desk:
             rows = Rows(self.around.job, await journal.do(Ledger.forgotten))
             rows.check_new_columns(self.connection.question)
             await self._enroll(rows, wish(self.around.job, Options(), self.around.clock.now_ms()))
+        await self.heart.begin(Doing.COLLECT)
         return await self._collect(rows, target)
 
     async def _enroll(self, rows: Rows, wanted: Wish) -> None:
         """Mark what this input wants; nothing is spent before it was read to its end without error."""
         question = self.connection.question
+        await self.heart.begin(Doing.ENROLL)
 
         def enroll(ledger: Ledger) -> int:
             ledger.begin_pass(wanted)
@@ -204,8 +208,11 @@ class Desk:
 
     async def _dispatch_and_poll(self) -> None:
         """Send what is wanted; the first of it alone, when a canary judges the answers."""
-        canary = self.around.job.model.canary
+        canary, heart = self.around.job.model.canary, self.heart
+        at_the_api = sum(len(task.attempts) for task in await self.journal.do(Ledger.tasks))
+        heart.total = heart.done + self.to_submit + at_the_api
         if canary is not None and self.new > canary.rows:
+            heart.doing = Doing.CANARY
             # What is asked again says nothing: the misses of last month will be misses again.
             await self._send(canary.rows, only_new=True)
             stopped = judge(canary, await self.journal.do(Ledger.outcomes, self.execution.id))
@@ -213,6 +220,7 @@ class Desk:
                 self.execution.stop(Exit.CANARY, stopped)
             if self.execution.closing.is_set():
                 return
+        heart.doing = Doing.ASK
         if not await self._send_in_several_processes():
             await self._send()
 
@@ -220,8 +228,7 @@ class Desk:
         """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
-        with self._showing():
-            await self._shift().work(poller, limit, only_new=only_new)
+        await self._shift().work(poller, limit, only_new=only_new)
 
     async def _send_in_several_processes(self) -> bool:
         """Do as `_send` does, with the help of others; tell whether nothing is left for us."""
@@ -243,24 +250,12 @@ class Desk:
             execution.poll_times,
         )
         crew = self._hurries = Crew(execution, errand, self.around.lock)
-        with self._showing():
-            await execution.until_leaving(crew.run(tasks))
+        await execution.until_leaving(crew.run(tasks))
         if crew.lost:
             doubtful = await self.journal.do(Ledger.recover, clock.now_ms())
             what = "a process of the run was killed or could not be started"
             self.note(f"{what}: {doubtful} requests are in doubt; one process goes on alone")
         return not crew.lost
-
-    @contextmanager
-    def _showing(self) -> Iterator[None]:
-        """Show how far the execution is, and keep what is learned, while something runs."""
-        besides = [asyncio.create_task(self._keep_showing()), asyncio.create_task(self._keep_learned())]
-        try:
-            yield
-        finally:
-            for task in besides:
-                task.cancel()
-            self._show()
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
@@ -341,12 +336,8 @@ class Desk:
         await asyncio.sleep(timing.ready_s)
         execution.leave()
 
-    async def _keep_showing(self) -> None:
-        while True:
-            self._show()
-            await asyncio.sleep(PROGRESS_S)
-
-    async def _keep_learned(self) -> None:
+    async def keep_learned(self) -> None:
+        """Write down now and then what was learned, so that a kill does not lose it."""
         with suppress(LedgerFailed):  # whoever writes next tells it
             while True:
                 await asyncio.sleep(LEARNED_S)
@@ -362,15 +353,3 @@ class Desk:
                 times.learned,
                 self.around.job.model.dispatch.bulk,
             )
-
-    def _show(self) -> None:
-        enrolled, tally = self.enrolled or {}, self.execution.tally
-        self.around.show(
-            Progress(
-                total=sum(enrolled.get(state, 0) for state in (State.PENDING, State.SUBMITTED)),
-                done=sum(tally.settled.values()),
-                found=tally.settled.get(State.FOUND, 0),
-                spent=to_credits(tally.spent),
-                in_flight=self.execution.in_flight,
-            )
-        )

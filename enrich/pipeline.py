@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
+from typing import Any
 
 from enrich.api.client import Client
 from enrich.budget import afford
@@ -12,9 +14,11 @@ from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.execution import Execution
+from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
 from enrich.place import Place
 from enrich.polls import PollTimes
+from enrich.pulse import Doing
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
@@ -71,29 +75,39 @@ async def _execute(
             if not await journal.do(Ledger.tasks):
                 raise
             rows = error
-    desk, refused = await _begin(around, options, signals, client, journal, connection)
-    desk.started, desk.feeds = started, feeds
+    desk, refused = await _begin(around, options, signals, client, journal, connection, started)
+    desk.feeds = feeds
     execution = desk.execution
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
     for note in connection.notes:
         desk.note(note)
-    timekeeper = asyncio.create_task(desk.keep_time())
+    with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
+        try:
+            await desk.rescue()
+            if isinstance(rows, EnrichError):
+                raise rows
+            if refused is not None:
+                raise refused
+            return await desk.work(rows, target)
+        except EnrichError as error:
+            code = error.exit_code
+            if code is Exit.REFUSED and execution.tally.submitted:
+                code = Exit.BUG  # 5 promises that nothing was spent
+            execution.reasons.setdefault(code, error)
+            await desk.heart.begin(Doing.COLLECT)
+            return await desk.finish(execution.exit_code({}))
+
+
+@contextmanager
+def _besides(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Let loops run for as long as the block."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
     try:
-        await desk.rescue()
-        if isinstance(rows, EnrichError):
-            raise rows
-        if refused is not None:
-            raise refused
-        return await desk.work(rows, target)
-    except EnrichError as error:
-        code = error.exit_code
-        if code is Exit.REFUSED and execution.tally.submitted:
-            code = Exit.BUG  # 5 promises that nothing was spent
-        execution.reasons.setdefault(code, error)
-        return await desk.finish(execution.exit_code({}))
+        yield
     finally:
-        timekeeper.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 async def _open_input(
@@ -125,6 +139,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     client: Client,
     journal: Journal,
     connection: Connection,
+    started: float,
 ) -> tuple[Desk, EnrichError | None]:
     """Write down that an execution begins, with the budget that it has, or why it can have none."""
     job, clock, question = around.job, around.clock, connection.question
@@ -150,6 +165,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
         poll_times=PollTimes(await journal.do(Ledger.latencies, question.call, job.model.dispatch.bulk)),
     )
-    desk = Desk(around, options, signals, client, journal, connection, execution, budget)
+    heart = Heartbeat(around, execution, journal, started)
+    desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
     signals.on_first = desk.interrupt
     return desk, refused

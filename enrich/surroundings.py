@@ -34,13 +34,16 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an execution is, in requests; `spent` in credits."""
+    """How far an execution is, in requests; `spent` in credits, `total` None: not known yet."""
 
-    total: int
+    total: int | None
     done: int
     found: int
     spent: float
     in_flight: int
+    submitted: int = 0
+    polls: int = 0
+    rate_limited: int = 0
 
 
 @dataclass(frozen=True, slots=True)

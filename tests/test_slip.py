@@ -32,11 +32,6 @@ def provider(name: str, **known: Any) -> dict[str, Any]:
     return {"name": name, **nothing, "cost_per_hit": None, **known}
 
 
-def told(receipt: Receipt) -> list[list[str]]:
-    """The words of each line."""
-    return [line.split() for line in lines(receipt)]
-
-
 @given(st.data())
 def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
     """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
@@ -53,7 +48,9 @@ def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
         credits_spent=data.draw(CREDITS),
         credits_unknown=data.draw(st.integers(0, 99)),
         cost_per_hit=data.draw(st.none() | st.floats(0, 999)),
-        planned=data.draw(st.none() | st.fixed_dictionaries({"min": CREDITS, "likely": st.none() | CREDITS, "max": CREDITS})),
+        planned=data.draw(
+            st.none() | st.fixed_dictionaries({"min": CREDITS, "likely": st.none() | CREDITS, "max": CREDITS})
+        ),
         balance_before=data.draw(CREDITS),
         balance_after=data.draw(CREDITS),
         polls=data.draw(NUMBERS),

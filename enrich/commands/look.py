@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -14,13 +16,35 @@ from enrich.commands import options
 @options.JOB_ARGUMENT
 @click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@click.option("--watch", "watching", is_flag=True, help="Show the run that is at work, until it ends.")
+@click.option(
+    "--every", callback=options.seconds, metavar="2s", help="With --watch: look so often; default: every 2 seconds."
+)
 @options.AS_JSON
-def status(job_file: Path, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
-    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions."""
+def status(
+    job_file: Path, ledger: Path | None, use_sandbox: bool, watching: bool, every: float | None, as_json: bool
+) -> int:
+    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions.
+
+    With --watch it shows the run that is at work, again and again, and leaves with 0 when that ends, however it does.
+    When none is at work it waits for the next; Ctrl-C leaves. Off a terminal each look is a line, with --json an
+    object. A run is not disturbed by it.
+    """
     from enrich.look.status import lines, read_status
 
-    known = read_status(options.load(job_file, None, None, ledger, use_sandbox))
+    job = options.load(job_file, None, None, ledger, use_sandbox)
+    if watching:
+        from enrich.look.lookout import Lookout
+        from enrich.look.watch import EVERY_S, watch_job
+
+        if every == 0:
+            raise click.UsageError("--every 0s is too often: at least 1s")
+        return watch_job(Lookout(job), sys.stdout, os.environ, every or EVERY_S, as_json=as_json)
+    if every is not None:
+        raise click.UsageError("--every says how often --watch looks: it needs --watch")
+    known = read_status(job)
     click.echo(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(lines(known)))
+    return 0
 
 
 @click.command(short_help="Hold the account's balance against the ledger of JOB.")

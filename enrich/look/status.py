@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from enrich.job import Job
+from enrich.look.lookout import Lookout
+from enrich.look.picture import Sign
 from enrich.model import State, iso, to_credits
+from enrich.pulse import Doing
 from enrich.store.ledger import Ledger
 
 SHOWN_EXECUTIONS = 10
@@ -30,6 +33,7 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
     tasks = ledger.tasks() if ledger else []
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     executions = ledger.executions(job.name, SHOWN_EXECUTIONS) if ledger else []
+    seen = Lookout(job).look() if ledger else None
     settled = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED, State.IN_DOUBT)
     return {
         "job": job.name,
@@ -42,6 +46,7 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
         "last_expiry": iso(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
         "credits_unknown": unknown,
+        "at_work": seen.as_json() if seen is not None and seen.sign is Sign.AT_WORK else None,
         "executions": [
             {
                 "execution": row["id"],
@@ -64,6 +69,12 @@ def _credits(micros: int | None) -> float | None:
     return None if micros is None else to_credits(micros)
 
 
+def _how_far(at_work: dict[str, Any]) -> str:
+    if at_work["total"] is None:
+        return Doing[at_work["doing"].upper()].value if at_work["doing"] else "it has just begun"
+    return f"{at_work['done']:,} of {at_work['total']:,} requests"
+
+
 def lines(status: dict[str, Any]) -> Iterator[str]:
     """Write the status for a person."""
     requests = status["requests"]
@@ -71,6 +82,8 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
         yield f"{status['job']} has never run: {status['ledger']} knows of no request"
         return
     yield f"{status['job']}: {requests:,} request{'' if requests == 1 else 's'} in {status['ledger']}"
+    if (at_work := status["at_work"]) is not None:
+        yield f"  at work since {at_work['started_at']}: {_how_far(at_work)}; --watch shows how it goes on"
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
         if status[state]:
             yield f"  {state:<10}{status[state]:>9,}"

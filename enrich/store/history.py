@@ -6,13 +6,14 @@ import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from enrich.errors import Refused
 from enrich.model import State
 from enrich.store.database import Database
+from enrich.store.intake import OPEN_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,29 @@ class Past:
     unknown: int
     balance_after: int | None
     receipt: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The newest execution of a job; times in milliseconds since 1970 (UTC), credits in millionths.
+
+    `newest` is that of all jobs of the ledger; `oldest_ms` is when that was sent which waits longest at the API.
+    """
+
+    id: int
+    started_ms: int
+    ended_ms: int | None
+    exit_code: int | None
+    cap: int | None
+    reserved: int
+    spent: int
+    unknown: int
+    submitted: int
+    balance_after: int | None
+    receipt: str | None
+    pulse: str | None
+    newest: int
+    oldest_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +107,14 @@ _REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.cal
 class History(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, path: Path) -> None:
-        """Open it. Raises Refused when it is not there or is no ledger."""
+    def __init__(self, path: Path, *, any_version: bool = False) -> None:
+        """Open it; `any_version` for questions that an older one can answer.
+
+        Raises Refused when it is not there or is no ledger.
+        """
         if not path.exists():
             raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(path, read_only=True)
+        super().__init__(path, read_only=True, any_version=any_version)
 
     def begin(self) -> None:
         """See everything from now on as it stands at this moment."""
@@ -115,6 +142,20 @@ class History(Database):
         """Return the number of the newest execution of any job, 0 when there is none."""
         (number,) = self._db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
         return int(number)
+
+    def latest(self, job: str) -> Latest | None:
+        """Return the newest execution of a job, by next to no reading; the ledger may be of an older version."""
+        cursor = self._db.execute(
+            "SELECT *, (SELECT max(id) FROM executions) AS newest, "
+            f"(SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted') AS oldest_ms "
+            "FROM executions WHERE job = ? ORDER BY id DESC LIMIT 1",
+            (job,),
+        )
+        row = cursor.fetchone()
+        if row is None:
+            return None
+        known = {"pulse": None, **dict(zip((column[0] for column in cursor.description), row, strict=True))}
+        return Latest(**{each.name: known[each.name] for each in fields(Latest)})
 
     def last_end(self, job: str, codes: Collection[int]) -> int | None:
         """Return when an execution of a job last ended with one of these exit codes."""

@@ -74,6 +74,10 @@ class Ledger(Moves):
         ).fetchone()
         return int(row[0])
 
+    def write_pulse(self, execution_id: int, pulse: str) -> None:
+        """Write down how far an execution is (JSON), unless it has ended."""
+        self._db.execute("UPDATE executions SET pulse = ? WHERE id = ? AND ended_ms IS NULL", (pulse, execution_id))
+
     def end_execution(
         self,
         execution_id: int,

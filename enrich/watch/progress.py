@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Never
 
 from tqdm import tqdm
 
 from enrich.surroundings import Progress
+
+UNIT = " requests"
+#: tqdm's own form without the speed.
+SHORT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+#: Of a terminal that does not say how wide it is.
+COLUMNS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How tqdm draws a bar: its `bar_format`, and what it says at the end."""
+
+    form: str | None
+    said: str
+
+
+def look(progress: Progress, elapsed_s: float, columns: int) -> Look:
+    """Tell as much as a bar of ten columns and the time to go leave room for; the speed goes first."""
+    hits = f"{progress.found / progress.done:.0%}" if progress.done else "-"
+    told = [f"{hits} hits", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
+    looks = [Look(None, ", ".join(told)), *(Look(SHORT, ", ".join(told[:some])) for some in (3, 2, 1, 0))]
+    return next((look for look in looks if len(draw(progress, elapsed_s, look)) <= columns), looks[-1])
+
+
+def draw(  # noqa: PLR0913 - a bar has these
+    progress: Progress,
+    elapsed_s: float,
+    look: Look,
+    *,
+    columns: int | None = None,
+    rate: float | None = None,
+    plain: bool = False,
+) -> str:
+    """Draw a bar so wide, or as wide as it likes to be, `plain` without block letters; `rate` in requests/s."""
+    return tqdm.format_meter(
+        progress.done,
+        progress.total or 0,
+        elapsed_s,
+        ncols=columns,
+        ascii=plain,
+        unit=UNIT,
+        rate=rate,
+        bar_format=look.form,
+        postfix=look.said,
+    )
 
 
 class Bar:
@@ -21,10 +67,12 @@ class Bar:
         if self._bar is None:
             if not progress.total:
                 return
-            self._bar = tqdm(total=progress.total, unit=" requests", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(total=progress.total, unit=UNIT, dynamic_ncols=True, smoothing=0.05)
         self._bar.n = progress.done
-        hits = f"{progress.found / progress.done:.0%}" if progress.done else "-"
-        self._bar.set_postfix_str(f"{hits} hits, {progress.spent:.2f} credits, {progress.in_flight} in flight")
+        known = self._bar.format_dict
+        chosen = look(progress, known["elapsed"], known["ncols"] or COLUMNS)
+        self._bar.bar_format = chosen.form
+        self._bar.set_postfix_str(chosen.said)
 
     def tell(self, text: str) -> None:
         """Print a line above the bar."""

@@ -47,7 +47,8 @@ class Log:
         self.job = job
         self._handler = handler
         self._clock = clock
-        self._next = clock() + EVERY_S
+        self._told_at = clock()
+        self._told = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
 
     def line(self, event: str, **known: object) -> None:
         """Write a line; what is None is left out."""
@@ -60,10 +61,11 @@ class Log:
         self._handler.handle(record)
 
     def progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
-        """Write a line a minute."""
-        if self._handler is None or self._clock() < self._next:
+        """Write a line a minute; rates are those since the line before."""
+        if self._handler is None or (passed_s := self._clock() - self._told_at) < EVERY_S:
             return
-        self._next = self._clock() + EVERY_S
+        before, self._told = self._told, progress
+        self._told_at += passed_s
         self.line(
             "progress",
             execution=execution(),
@@ -72,6 +74,10 @@ class Log:
             found=progress.found,
             in_flight=progress.in_flight,
             credits=progress.spent,
+            polls=progress.polls,
+            rate_limited=progress.rate_limited,
+            submitted_per_minute=round(60 * (progress.submitted - before.submitted) / passed_s, 1),
+            done_per_minute=round(60 * (progress.done - before.done) / passed_s, 1),
         )
 
 

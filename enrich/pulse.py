@@ -1,0 +1,128 @@
+"""The pulse of an execution: how far it is and how fast it went, as it writes it down for those who watch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+#: More bins are merged, so that a night of hours is no longer than a minute.
+MOST_BINS = 240
+#: A speed is told over at least so many seconds, if there were as many.
+SPEED_OVER_S = 10.0
+
+
+class Doing(StrEnum):
+    """What an execution is at."""
+
+    RESCUE = "collecting what was left at the API"
+    ENROLL = "reading the input"
+    CANARY = "asking the canary"
+    ASK = "asking"
+    COLLECT = "writing the output"
+
+    @property
+    def holds_its_breath(self) -> bool:
+        """Whether the ledger is busy with one long move, so that no pulse can be written."""
+        return self in (Doing.ENROLL, Doing.COLLECT)
+
+
+class Counts(NamedTuple):
+    """What happened since the start of the execution."""
+
+    submitted: int = 0
+    answered: int = 0
+    polls: int = 0
+    rate_limited: int = 0
+
+
+class Traffic(BaseModel):
+    """What was sent and heard: counts for each `width_s` seconds from the start."""
+
+    model_config = ConfigDict(frozen=True)
+
+    width_s: float
+    submitted: tuple[int, ...]
+    answered: tuple[int, ...]
+    polls: tuple[int, ...]
+    rate_limited: tuple[int, ...]
+
+    def totals(self) -> Counts:
+        """Add up all bins."""
+        return Counts(sum(self.submitted), sum(self.answered), sum(self.polls), sum(self.rate_limited))
+
+    def lately(self, elapsed_s: float) -> tuple[Counts, float]:
+        """Add up the last bins, and tell how many seconds of the `elapsed_s` since the start they cover."""
+        # The last bin has only begun, so as many before it are taken as it needs.
+        first = max(0, int((elapsed_s - SPEED_OVER_S) // self.width_s))
+        seen = (self.submitted, self.answered, self.polls, self.rate_limited)
+        return Counts(*(sum(bins[first:]) for bins in seen)), elapsed_s - first * self.width_s
+
+
+class Pulse(BaseModel):
+    """How far an execution was at a moment; requests, `spent` in millionths of a credit.
+
+    `at_ms` is of the machine's own clock (UTC), not corrected by the API's: who watches has the same one. `elapsed_s`,
+    like the bins, is of the clock that never steps and stands still while the machine sleeps.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    at_ms: int
+    elapsed_s: float
+    doing: Doing
+    #: How many the execution brings to an end if nothing comes between; None: not known yet.
+    total: int | None
+    done: int
+    found: int
+    spent: int
+    in_flight: int
+    #: What is done, by state.
+    states: Mapping[str, int]
+    traffic: Traffic
+
+
+def read_pulse(text: str | None) -> Pulse | None:
+    """Read what an execution wrote down; None when there is nothing, or nothing that we understand."""
+    if text is None:
+        return None
+    try:
+        return Pulse.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+@dataclass(slots=True)
+class Meter:
+    """Sorts what happens into bins of time; is told now and then how much happened since the start."""
+
+    width_s: float = 1.0
+    _bins: tuple[list[int], ...] = field(default_factory=lambda: tuple([] for _ in Counts._fields))
+    _seen: Counts = field(default_factory=Counts)
+    _latest_s: float = 0.0
+
+    def count(self, elapsed_s: float, seen: Counts) -> None:
+        """Hear of all that happened in the seconds since the start; what is new falls into the bin of now."""
+        self._latest_s = max(self._latest_s, elapsed_s)
+        while self._latest_s // self.width_s >= MOST_BINS:
+            self._merge()
+        now = int(self._latest_s // self.width_s)
+        for bins, before, after in zip(self._bins, self._seen, seen, strict=True):
+            bins.extend([0] * (now + 1 - len(bins)))
+            bins[now] += max(0, after - before)
+        self._seen = Counts(*map(max, self._seen, seen))
+
+    def traffic(self) -> Traffic:
+        """Tell all that was counted."""
+        submitted, answered, polls, rate_limited = map(tuple, self._bins)
+        return Traffic(
+            width_s=self.width_s, submitted=submitted, answered=answered, polls=polls, rate_limited=rate_limited
+        )
+
+    def _merge(self) -> None:
+        self.width_s *= 2
+        for bins in self._bins:
+            bins[:] = [sum(bins[at : at + 2]) for at in range(0, len(bins), 2)]

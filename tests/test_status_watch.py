@@ -1,0 +1,287 @@
+"""`enrich status --watch`: what is seen of a run from outside, how, and that the run does not notice."""
+
+from __future__ import annotations
+
+import io
+import re
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.job import load_job
+from enrich.look.lookout import Lookout
+from enrich.look.picture import Picture, Sign, headline, line, lines
+from enrich.look.watch import ENTER, HOPING, LEAVE, WAITING, Lines, Screen, watch_job
+from enrich.model import iso
+from enrich.pulse import Counts, Doing, Meter, Pulse
+from enrich.store.history import Latest
+from enrich.store.ledger import Ledger
+from enrich.store.lock import hold
+from enrich.surroundings import Progress
+from enrich.watch.progress import draw, look
+from tests.books import Books
+from tests.harness import Office
+
+NOW = 1_795_000_000_000
+RUN = Latest(
+    id=7,
+    started_ms=NOW - 252_000,
+    ended_ms=None,
+    exit_code=None,
+    cap=100_000_000,
+    reserved=30_000_000,
+    spent=41_200_000,
+    unknown=0,
+    submitted=200,
+    balance_after=None,
+    receipt=None,
+    pulse=None,
+    newest=7,
+    oldest_ms=NOW - 60_000,
+)
+
+
+def pulse(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
+    """Make the pulse of an execution that has sent 12 and heard 10 requests a second, for twenty seconds."""
+    meter = Meter()
+    for second in range(20):
+        meter.count(second + 0.5, Counts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
+    return Pulse(
+        at_ms=NOW - 1_000,
+        elapsed_s=20.0,
+        doing=doing,
+        total=total,
+        done=200,
+        found=140,
+        spent=41_000_000,
+        in_flight=40,
+        states={"found": 140, "not_found": 58, "failed": 2},
+        traffic=meter.traffic(),
+    )
+
+
+def picture(sign: Sign = Sign.AT_WORK, told: Pulse | None = None, **run: Any) -> Picture:
+    """Make a picture of execution 7."""
+    return Picture("leads", Path("/jobs/.enrich/leads.db"), 86_400_000, NOW, sign, replace(RUN, **run), told or pulse())
+
+
+# What is shown
+
+
+def test_the_picture_tells_what_a_person_wants_to_know() -> None:
+    """How far, how fast, what it cost, what expires, whether it breathes."""
+    shown = list(lines(picture(), 79))
+
+    assert shown[0] == f"leads: execution 7, at work since {iso(RUN.started_ms)} (0:04:12): asking"
+    text = "\n".join(shown)
+    for said in (
+        "200/500",
+        "70% hits, 41.20 credits, 40 in flight",
+        "200 of 500: 140 found, 58 not_found, 2 failed",
+        "41.20 of 100.00 at most spent; 30.00 more are reserved",
+        "12.0 submitted/s, 10.0 answered/s in the last 10 s",
+        "200 submitted, 400 polls, 3 answers 429",
+        "40 at the API; the first result expires at",
+        "1 s ago",
+    ):
+        assert said in text
+    assert "0:00:30 to go" in line(picture())
+    assert "\n" not in line(picture())
+
+
+def test_what_is_not_known_is_not_shown_as_nothing() -> None:
+    """An execution that just began, or of an older version, has no counts; null in JSON."""
+    unborn = Picture("leads", Path("x.db"), 1, NOW, Sign.AT_WORK, RUN)
+    text = "\n".join(lines(unborn, 79))
+
+    assert "not known" in text
+    assert "%" not in text
+    told = unborn.as_json()
+    assert told["done"] is told["total"] is told["polls"] is told["submitted_per_s"] is told["to_go_s"] is None
+    reading = picture(told=pulse(Doing.ENROLL, total=None))
+    assert "reading the input" in headline(reading)
+    assert reading.to_go_s is None
+
+
+def test_a_silent_run_is_told_by_what_it_last_said() -> None:
+    """Its counts are of its last word, and it is waited for."""
+    silent = picture(Sign.SILENT)
+
+    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(lines(silent, 99))
+    out = io.StringIO()
+    Lines(out, as_json=False).show(silent, waiting=True)
+    assert "killed, asleep or stopped while asking" in out.getvalue()
+    assert out.getvalue().endswith(f"; {HOPING}\n")
+
+
+SIGNS = (
+    picture(),
+    picture(Sign.SILENT),
+    picture(Sign.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
+    picture(told=pulse(Doing.RESCUE, total=None)),
+    Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NO_LEDGER),
+    Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NEVER),
+)
+
+
+@given(st.sampled_from(SIGNS), st.integers(20, 200))
+def test_no_line_is_wider_than_the_window(shown: Picture, columns: int) -> None:
+    """Down to twenty columns."""
+    assert max(map(len, lines(shown, columns))) <= columns
+
+
+@given(
+    st.builds(Progress, *[st.integers(1, 10_000_000)] * 3, st.floats(0, 100_000), st.integers(0, 5_000)),
+    st.floats(0, 100_000),
+)
+def test_the_bar_of_a_run_fits_and_keeps_the_time_to_go(progress: Progress, elapsed_s: float) -> None:
+    """In 80 columns with the hits, in 40 at least how far it is."""
+    progress = replace(progress, done=min(progress.done, progress.total or 0))
+    for columns in (80, 40):
+        chosen = look(progress, elapsed_s, columns)
+        drawn = draw(progress, elapsed_s, chosen, columns=columns)
+        assert len(drawn) <= columns
+        assert f"{progress.done}/{progress.total}" in drawn or columns == 40
+    assert "hits" in look(replace(progress, total=500, done=100, found=50), 60.0, 80).said
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Press Ctrl-C after so many pauses."""
+    pauses = iter(range(after))
+
+    def sleep(_: float) -> None:
+        if next(pauses, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("enrich.look.watch.time.sleep", sleep)
+
+
+def test_each_picture_is_drawn_over_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more lines than the window has, and drawn again when that changes its size."""
+    sizes = [(80, 24)]
+    out = Terminal()
+    screen = Screen(out, coloured=False, size=lambda: sizes[-1])
+    screen.show(picture(Sign.ENDED, ended_ms=NOW), waiting=True)
+    first = out.getvalue()
+    monkeypatch.setattr("enrich.look.watch.time.sleep", lambda _: sizes.append((30, 4)))
+    screen.pause(0.01)
+
+    assert "\x1b[2J" not in out.getvalue()
+    assert WAITING in first
+    second = out.getvalue()[len(first) :].split("\x1b[H")[1]
+    shown = re.sub(r"\x1b\[\w", "", second).split("\r\n")
+    assert len(shown) == 4
+    assert max(map(len, shown)) < 30
+
+
+@pytest.mark.parametrize(
+    ("environ", "draws", "colours"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_a_terminal_gets_what_it_can_show(
+    office: Office, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], *, draws: bool, colours: bool
+) -> None:
+    """A dumb one gets lines; NO_COLOR is honoured; Ctrl-C leaves it as it was, without a word."""
+    stopping(monkeypatch, after=0)
+    out = Terminal()
+    code = watch_job(Lookout(load_job(office.job_file)), out, environ, 1.0, as_json=False)
+
+    assert code == 130
+    assert out.getvalue().startswith(ENTER) == out.getvalue().endswith(LEAVE) == draws
+    assert ("\x1b[1m" in out.getvalue()) == colours
+    assert ("\x1b" in out.getvalue()) == draws
+
+
+# What is told of a run that gives no sign
+
+
+def written(office: Office, told: Pulse) -> Books:
+    """Open a ledger with an execution that has this pulse."""
+    books = Books.open(load_job(office.job_file).ledger_path)
+    books.now = NOW
+    books.start()
+    books.do(Ledger.write_pulse, books.execution, told.model_dump_json())
+    return books
+
+
+def test_a_clock_that_was_set_does_not_kill_a_run(office: Office) -> None:
+    """A pulse of another time is not believed, unless it changes; when it stops to change it is."""
+    now = 0.0
+    told = pulse()
+    books = written(office, told)
+    lookout = Lookout(load_job(office.job_file), patience_s=15.0, clock=lambda: now)
+    assert lookout.look().sign is Sign.SILENT
+
+    now = 2.0
+    books.do(Ledger.write_pulse, books.execution, told.model_copy(update={"at_ms": 1}).model_dump_json())
+    assert lookout.look().sign is Sign.AT_WORK
+    now = 17.0
+    assert lookout.look().sign is Sign.AT_WORK
+    now = 17.1
+    assert lookout.look().sign is Sign.SILENT
+    books.do(Ledger.end_execution, books.execution, 0, {}, NOW)
+    assert lookout.look().sign is Sign.ENDED
+    books.ledger.close()
+
+
+def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
+    """As long as it holds its ledger it is believed; without the lock it was killed."""
+    books = written(office, pulse(Doing.ENROLL, total=None))
+    lookout = Lookout(load_job(office.job_file), patience_s=1.0)
+    with hold(office.ledger_path, 0):
+        assert lookout.look().sign is Sign.AT_WORK
+        books.do(Ledger.start_execution, "other", None, NOW)
+        assert lookout.look().sign is Sign.SILENT
+    assert lookout.look().sign is Sign.SILENT
+    books.ledger.close()
+
+
+def test_the_ledger_of_an_older_version_can_be_watched(office: Office) -> None:
+    """The night's run will bring it up to date; until then its executions have no pulse."""
+    books = Books.open(load_job(office.job_file).ledger_path)
+    books.start()
+    books.do(Ledger.end_execution, books.execution, 0, {}, NOW)
+    books.ledger.close()
+    with closing(sqlite3.connect(office.ledger_path)) as db:
+        db.execute("ALTER TABLE executions DROP COLUMN pulse")
+        db.execute("PRAGMA user_version = 4")
+
+    seen = Lookout(load_job(office.job_file)).look()
+
+    assert (seen.sign, seen.pulse) == (Sign.ENDED, None)
+
+
+def test_looking_takes_no_lock_and_leaves_nothing_open(office: Office) -> None:
+    """A run may start at any moment, and what it wrote can be tidied up."""
+    job = load_job(office.job_file)
+    lookout = Lookout(job)
+    assert lookout.look().sign is Sign.NO_LEDGER
+    assert not office.ledger_path.parent.exists()
+    books = written(office, pulse())
+    lookout.look()
+
+    assert not list(office.ledger_path.parent.glob("*.lock"))
+    with closing(sqlite3.connect(office.ledger_path)) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    books.ledger.close()
