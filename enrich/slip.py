@@ -27,7 +27,7 @@ COLOURS = {
     RowStatus.PENDING: "yellow",
 }
 #: The narrowest and the widest first column.
-NARROW, WIDE = 12, 16
+NARROW, WIDE = 12, 14
 
 #: Puts a text into a colour, or into `bold`.
 Paint = Callable[[str, str], str]
