@@ -1,0 +1,155 @@
+"""Writes the report as one HTML file that needs no network and no script. Equal facts make equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from enrich.report import grids, sections, words
+from enrich.report.facts import Night, Report
+from enrich.report.grids import Cell
+
+#: So many nights stand open; older ones are folded away.
+NIGHTS_SHOWN = 14
+#: A change smaller than this is rounding.
+LEAST_CHANGE = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One of the key numbers, with a note, and its change against the night before; `good` where that is a judgement."""
+
+    label: str
+    cell: Cell
+    about: str
+    note: str
+    change: str | None = None
+    good: bool | None = None
+
+
+def render(report: Report) -> str:
+    """Write the page."""
+    folder = files("enrich.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clean": words.clean, "moment": words.moment, "count": words.count}
+    template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
+    compared = report.comparison
+    return template.render(
+        report=report,
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        night=report.nights[-1] if report.nights else None,
+        tiles=list(tiles(report)),
+        waterfall=sections.waterfall(report.waterfall),
+        sections=list(sections.sections(report)),
+        compared=compared and (grids.common(compared), grids.sides(compared)),
+        sides=compared and _sides(report),
+        nights=grids.nights(report.nights[-NIGHTS_SHOWN:], "The last nights, newest first"),
+        older=grids.nights(report.nights[:-NIGHTS_SHOWN], "Older nights, newest first"),
+        requests=grids.statuses(report.requests.items(), "Requests in the ledger by state", "State"),
+        leads=report.leads and grids.leads(report.leads),
+        totals=_totals(report),
+        total_cell=grids.credits("credits_spent", report.credits_spent),
+        rows_cell=grids.whole("rows", report.rows),
+        dash=words.DASH,
+    )
+
+
+def tiles(report: Report) -> Iterator[Tile]:
+    """Yield the key numbers of the last night."""
+    if not report.nights:
+        return
+    night, before = report.nights[-1], report.nights[-2] if len(report.nights) > 1 else None
+    about = f"night {night.execution}"
+
+    def changed(of: Callable[[Night], float | None], write: Callable[[float], str]) -> str | None:
+        old, new = before and of(before), of(night)
+        return None if old is None or new is None else _change(new - old, write)
+
+    def better(of: Callable[[Night], float | None], sign: int) -> bool | None:
+        old, new = before and of(before), of(night)
+        return None if old is None or new is None or abs(new - old) < LEAST_CHANGE else (new - old) * sign > 0
+
+    yield Tile(
+        "Hit rate",
+        Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
+        about,
+        f"{night.found:,} of {night.answered:,} answered",
+        changed(lambda each: each.hit_rate, lambda change: f"{abs(change) * 100:.1f} points"),
+        better(lambda each: each.hit_rate, 1),
+    )
+    yield Tile(
+        "Leads found",
+        grids.whole("found", night.found),
+        about,
+        f"{night.submitted:,} sent",
+        changed(lambda each: each.found, lambda change: f"{abs(change):,.0f}"),
+    )
+    yield Tile(
+        "Credits",
+        grids.credits("credits_spent", night.credits_spent),
+        about,
+        _planned(report.planned, night),
+        changed(lambda each: each.credits_spent, lambda change: f"{abs(change):,.2f}"),
+    )
+    yield Tile(
+        "Cost per hit",
+        grids.credits("per_hit", night.per_hit),
+        about,
+        "credits" if night.per_hit is not None else "no hit tonight",
+        changed(lambda each: each.per_hit, lambda change: f"{abs(change):,.2f}"),
+        better(lambda each: each.per_hit, -1),
+    )
+    yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
+
+
+def _change(change: float, write: Callable[[float], str]) -> str:
+    if abs(change) < LEAST_CHANGE:
+        return "as the night before"
+    return f"{'▲' if change > 0 else '▼'} {write(change)} {'more' if change > 0 else 'less'}"
+
+
+def _planned(planned: Mapping[str, float | None] | None, night: Night) -> str:
+    unknown = f"; {night.credits_unknown:,} of unknown price" if night.credits_unknown else ""
+    known = {name: amount for name, amount in (planned or {}).items() if amount is not None}
+    if "likely" in known:
+        return f"planned {words.credits(known['likely'])}{unknown}"
+    if "max" in known:
+        return f"planned at most {words.credits(known['max'])}{unknown}"
+    return f"no plan is known{unknown}"
+
+
+def _balance(night: Night) -> str:
+    if night.balance_after is None:
+        return "not known"
+    if night.balance_before is None:
+        return "credits left"
+    other = night.balance_before - night.balance_after - night.credits_spent
+    explained = "all explained" if abs(other) < 0.005 else f"{other:+,.2f} unexplained"  # noqa: PLR2004 - half a cent
+    return f"was {words.credits(night.balance_before)}; {explained}"
+
+
+def _totals(report: Report) -> list[tuple[str, Cell, str]]:
+    facts = report.waterfall
+    return [
+        ("answers", grids.whole("answers", facts.answers), "waterfall"),
+        ("found", grids.whole("found", facts.found), "waterfall"),
+        ("of them with nobody knows whom asked", grids.whole("untold", facts.untold), "waterfall"),
+        ("credits spent", grids.credits("spent", facts.spent), "waterfall"),
+        ("of them in no provider's steps", grids.credits("elsewhere", facts.elsewhere), "waterfall"),
+    ]
+
+
+def _sides(report: Report) -> list[grids.Table]:
+    compared = report.comparison
+    if compared is None:
+        return []
+    pairs = ((compared.left, compared.left_providers, "left"), (compared.right, compared.right_providers, "right"))
+    return [
+        grids.providers(providers, f"Providers of {words.clean(side.label)}", f"{about} provider")
+        for side, providers, about in pairs
+        if providers
+    ]

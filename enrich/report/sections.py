@@ -1,0 +1,192 @@
+"""What the page is made of: each chart with the sentence that says what it shows, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from enrich.report import charts, grids, staircase, words
+from enrich.report.facts import STATUSES, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
+from enrich.report.grids import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart: its title, what it shows in a sentence, its pictures for each size of screen, its table."""
+
+    title: str
+    finding: str
+    pictures: Sequence[Markup]
+    table: Table | None = None
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with its figures; `empty` is said where there are none."""
+
+    key: str
+    title: str
+    figures: Sequence[Figure]
+    empty: str = ""
+
+
+def sections(report: Report) -> Iterator[Section]:
+    """Yield what comes after the waterfall, in the order of the page."""
+    yield Section("rows", "What the rows came to", list(_rows(report)), "No row was looked at yet.")
+    yield Section("money", "What it cost", list(_money(report.nights)), "No credits were spent yet.")
+    yield Section("speed", "How the run went", list(_speed(report)), "The last run sent nothing.")
+    ages = list(_ages(report))
+    if ages:
+        yield Section("ages", "How old the answers are", ages)
+
+
+def waterfall(facts: Waterfall) -> Figure | None:
+    """Draw the waterfall; None before the first answer."""
+    if not facts.answers or not any(not each.verifies for each in facts.providers):
+        return None
+    finding = _staircase(facts)
+    return Figure("The waterfall", finding, [staircase.draw(facts, finding)], grids.waterfall(facts), wide=True)
+
+
+def _staircase(facts: Waterfall) -> str:
+    told = f"Of {words.many(facts.answers, 'answered lead')}, {facts.found:,} were found"
+    told += f" ({words.percent(words.share(facts.found, facts.answers))})."
+    best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
+    if best.found:
+        part = words.percent(words.share(best.found, facts.found))
+        told += f" {words.clean(best.name)} found most of them: {best.found:,} ({part} of all finds)."
+    priced = [each for each in facts.providers if each.per_hit is not None and not each.verifies]
+    if len(priced) > 1:
+        dear = max(priced, key=lambda each: each.per_hit or 0.0)
+        told += f" A hit costs most at {words.clean(dear.name)}: {words.credits(dear.per_hit)} credits."
+    return told
+
+
+def _rows(report: Report) -> Iterator[Figure]:
+    counts = grids.in_order(report.statuses, STATUSES)
+    finding = _outcome(counts)
+    yield from _figure("Rows by status", finding, charts.statuses, counts, grids.statuses(counts, finding, "Status"))
+    if report.columns:
+        finding = _rates(report.columns, "Every column was filled equally often")
+        table = grids.hits(report.columns, "Hit rate by output column", "Column", "column")
+        yield from _figure("Hit rate by column", finding, charts.rates, report.columns, table)
+    for each in report.groups:
+        yield from _figure(
+            f"Hit rate by {words.clean(each.column)}", _grouped(each), charts.rates, each.groups, grids.groups(each)
+        )
+
+
+def _outcome(counts: Sequence[tuple[str, int]]) -> str:
+    whole = sum(count for _, count in counts)
+    most = max(counts, key=lambda pair: pair[1], default=("", 0))
+    if not whole:
+        return "The input has no rows."
+    rate = words.percent(words.share(most[1], whole))
+    return f"Of {words.many(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
+
+
+def _rates(hits: Sequence[Hits], equal: str) -> str:
+    known = [each for each in hits if each.answered]
+    if not known:
+        return "None of these rows was answered yet."
+    best = max(known, key=lambda each: each.found / each.answered)
+    least = min(known, key=lambda each: each.found / each.answered)
+    high, low = (words.percent(each.found / each.answered) for each in (best, least))
+    if len(known) == 1:
+        return f"{words.clean(best.name, '(blank)')} has a value in {high} of the answered rows."
+    if high == low:
+        return f"{equal}: {high}."
+    return f"From {low} ({words.clean(least.name, '(blank)')}) to {high} ({words.clean(best.name, '(blank)')})."
+
+
+def _grouped(groups: Groups) -> str:
+    told = _rates(groups.groups, "All groups have the same hit rate")
+    if len(groups.groups) > charts.MOST_BARS:
+        told += f" The first {charts.MOST_BARS} of {len(groups.groups)} are drawn; the table has all."
+    if groups.rest:
+        told += f" The last group stands for {words.many(groups.rest, 'further value')}."
+    return told
+
+
+def _money(nights: Sequence[Night]) -> Iterator[Figure]:
+    spent = sum(night.credits_spent for night in nights)
+    table = grids.spending(nights)
+    if spent:
+        dearest = max(nights, key=lambda night: night.credits_spent)
+        finding = f"{words.credits(spent)} credits in {words.many(len(nights), 'night')}"
+        if len(nights) > 1:
+            finding += f"; most in execution {dearest.execution}, {words.credits(dearest.credits_spent)}"
+        label = f"{finding}."
+        pictures = [charts.night_credits(nights, label), charts.all_credits(nights, f"Added up. {label}")]
+        yield Figure("Credits per night and in all", label, [each for each in pictures if each], table)
+    finding = _per_hit(nights)
+    picture = charts.per_hit(nights, finding)
+    if picture:
+        yield Figure("Cost per hit", finding, [picture], _hits_of(nights))
+
+
+def _hits_of(nights: Sequence[Night]) -> Table:
+    lines = [
+        grids.Line(
+            f"per_hit {night.execution}",
+            f"{words.moment(night.started_at)} (#{night.execution})",
+            (grids.whole("found", night.found), grids.credits("per_hit", night.per_hit)),
+        )
+        for night in reversed(nights)
+    ]
+    return Table("Cost per hit, newest night first", ("Night", "Found", "Per hit"), lines)
+
+
+def _per_hit(nights: Sequence[Night]) -> str:
+    known = [night.per_hit for night in nights if night.per_hit is not None]
+    if not known:
+        return "No hit yet."
+    if len(known) == 1:
+        return f"A hit cost {words.credits(known[0])} credits."
+    spread = f"between {words.credits(min(known))} and {words.credits(max(known))}"
+    return f"A hit cost {words.credits(known[-1])} credits in the last night with one, {spread} over all."
+
+
+def _speed(report: Report) -> Iterator[Figure]:
+    if report.latencies is not None:
+        finding = _waited(report.latencies)
+        table = grids.latencies(report.latencies)
+        yield from _figure("Time until an answer", finding, charts.latencies, report.latencies, table)
+    if report.traffic is not None:
+        finding = _sent(report.traffic)
+        pictures = [charts.throughput(report.traffic, finding), charts.limited(report.traffic, finding)]
+        drawn = [each for each in pictures if each]
+        if drawn:
+            yield Figure("Sent, answered and held back", finding, drawn, grids.traffic(report.traffic))
+
+
+def _waited(times: Latencies) -> str:
+    half, most, longest = (words.seconds(each) for each in (times.median, times.p90, times.longest))
+    return f"Half of {words.many(times.count, 'task')} were answered within {half}, 90% within {most}; the slowest took {longest}."
+
+
+def _sent(traffic: Traffic) -> str:
+    sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
+    told = f"Execution {traffic.execution} sent {words.many(sent, 'request')} and heard {words.many(answered, 'answer')}"
+    return f"{told}; the API said 429 (too fast) {words.many(limited, 'time')}." if limited else f"{told}; it was never held back (no 429)."
+
+
+def _ages(report: Report) -> Iterator[Figure]:
+    whole = sum(each.found + each.not_found for each in report.ages)
+    if whole:
+        finding = f"{words.many(whole, 'answer')} in use, as found + not found."
+        yield from _figure("Age of the answers in use", finding, charts.ages, report.ages, grids.ages(report.ages))
+
+
+def _figure(
+    title: str, finding: str, draw: Callable[[Any, str], Markup | None], facts: Any, table: Table
+) -> Iterator[Figure]:
+    picture = draw(facts, finding)
+    if picture:
+        yield Figure(title, finding, [picture], table)
+    elif table.lines:
+        yield Figure(title, finding, [], table)
