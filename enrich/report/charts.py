@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
-from markupsafe import Markup
-
 from enrich.report import drawing, words
-from enrich.report.drawing import HALF, NAME_PX, NARROW, Frame, Ink, Size
+from enrich.report.drawing import HALF, NAME_PX, NARROW, Frame, Ink, Picture, Size
 from enrich.report.facts import Age, Hits, Latencies, Night, Traffic
 
 #: More bars than these are nobody's reading; the table has them all.
@@ -33,7 +31,7 @@ class Bar:
     track: float = 0.0
 
 
-def bars(rows: Sequence[Bar], label: str) -> Markup | None:
+def bars(rows: Sequence[Bar], label: str) -> Picture | None:
     """Draw bars with names before and words behind them."""
     shown = [row for row in rows[:MOST_BARS] if row.parts or row.track]
     longest = max((max(row.track, sum(value for value, _ in row.parts)) for row in shown), default=0.0)
@@ -76,7 +74,7 @@ def _lay(spans: dict[Ink, list[dict[str, float]]], ink: Ink, x: float, x2: float
     spans.setdefault(ink, []).append({"x": x, "x2": x2, "y": middle - bar / 2, "y2": middle + bar / 2})
 
 
-def statuses(counts: Sequence[tuple[str, int]], label: str) -> Markup | None:
+def statuses(counts: Sequence[tuple[str, int]], label: str) -> Picture | None:
     """Draw how many rows came to what."""
     whole = sum(count for _, count in counts)
     inks = {"found": Ink.FOUND, "not_found": Ink.NOBODY, "failed": Ink.TROUBLE}
@@ -92,7 +90,7 @@ def statuses(counts: Sequence[tuple[str, int]], label: str) -> Markup | None:
     return bars(made, label)
 
 
-def rates(hits: Sequence[Hits], label: str) -> Markup | None:
+def rates(hits: Sequence[Hits], label: str) -> Picture | None:
     """Draw hit rates, each on a track that is all of what was answered."""
     made = [
         Bar(
@@ -106,7 +104,7 @@ def rates(hits: Sequence[Hits], label: str) -> Markup | None:
     return bars(made, label)
 
 
-def ages(answers: Sequence[Age], label: str) -> Markup | None:
+def ages(answers: Sequence[Age], label: str) -> Picture | None:
     """Draw how old the answers are, hits first."""
     made = [
         Bar(
@@ -119,7 +117,7 @@ def ages(answers: Sequence[Age], label: str) -> Markup | None:
     return bars(made, label)
 
 
-def night_credits(nights: Sequence[Night], label: str) -> Markup | None:
+def night_credits(nights: Sequence[Night], label: str) -> Picture | None:
     """Draw the credits of each night."""
     rows = [
         {"x": place - 0.38, "x2": place + 0.38, "v": 0, "v2": night.credits_spent} for place, night in enumerate(nights)
@@ -127,7 +125,7 @@ def night_credits(nights: Sequence[Night], label: str) -> Markup | None:
     return _columns(rows, nights, "credits per night", label) if any(row["v2"] for row in rows) else None
 
 
-def all_credits(nights: Sequence[Night], label: str) -> Markup | None:
+def all_credits(nights: Sequence[Night], label: str) -> Picture | None:
     """Draw the credits of all nights up to each."""
     total, rows = 0.0, []
     for place, night in enumerate(nights):
@@ -136,51 +134,40 @@ def all_credits(nights: Sequence[Night], label: str) -> Markup | None:
     return _columns(rows, nights, "credits in all", label, Ink.PASSED) if total else None
 
 
-def per_hit(nights: Sequence[Night], label: str) -> Markup | None:
+def per_hit(nights: Sequence[Night], label: str) -> Picture | None:
     """Draw what a hit cost in each night; a night without hits is a gap."""
-    rows = [{"x": place, "v": None if night.per_hit is None else round(night.per_hit, 6)} for place, night in enumerate(nights)]
-    known = [row for row in rows if row["v"] is not None]
-    if not known:
-        return None
-
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
-        frame = _frame(size)
-        data = alt.InlineData(values=rows)
-        dots = alt.InlineData(values=known if len(rows) <= MOST_POINTS else known[-1:])
-        x = _night_axis(nights, size)
-        y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.axis("credits per hit", 4, orient="left"))
-        line = alt.Chart(data).mark_line(color=Ink.FOUND.value, strokeWidth=2, invalid="break-paths-show-domains")
-        points = alt.Chart(dots).mark_point(color=Ink.FOUND.value, filled=True, size=36, opacity=1)
-        return alt.layer(line.encode(x=x, y=y), points.encode(x=x, y=y)), frame
-
-    return drawing.picture((NARROW, HALF), sized, label)
+    return _line([night.per_hit for night in nights], nights, "credits per hit", label)
 
 
-def latencies(times: Latencies, label: str) -> Markup | None:
+def night_rates(nights: Sequence[Night], label: str) -> Picture | None:
+    """Draw the hit rate of each night; a night without answers is a gap."""
+    return _line([night.hit_rate for night in nights], nights, "hit rate", label, format=".0%")
+
+
+def latencies(times: Latencies, label: str) -> Picture | None:
     """Draw how long answers took; the median and the ninth decile are marked."""
     if not times.count or not times.bars:
         return None
     unit, name = _unit(times.bars[-1].end)
     domain = (times.bars[0].start / unit, max(times.bars[-1].end, times.p90, times.median) / unit)
     marks = [(times.median, f"median {words.seconds(times.median)}"), (times.p90, f"90% {words.seconds(times.p90)}")]
-    rows = [
-        {"x": bar.start / unit, "x2": bar.end / unit, "v": 0, "v2": bar.count} for bar in times.bars if bar.count
-    ]
+    rows = [{"x": bar.start / unit, "x2": bar.end / unit, "v": 0, "v2": bar.count} for bar in times.bars if bar.count]
 
     def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
         frame = _frame(size, top=36)
         span = (domain[1] - domain[0]) or 1.0
-        rules: list[dict[str, float]] = []
+        marked: list[dict[str, float]] = []
         told: dict[str, list[dict[str, float | str]]] = {"left": [], "right": []}
         for place, (at, text) in enumerate(marks):
             px = frame.inner * (at / unit - domain[0]) / span
             top = -28.0 + 16 * place
-            rules.append({"x": at / unit, "y": top - 6, "y2": frame.height - frame.top - frame.bottom})
+            marked.append({"x": at / unit, "y": top - 6, "y2": frame.height - frame.top - frame.bottom})
             align, away = ("right", -6) if px > frame.inner / 2 else ("left", 6)
             told[align].append({"px": px + away, "py": top, "text": text})
+        axis = drawing.axis(f"{name} until the answer", 5, orient="bottom", grid=False)
         chart = alt.layer(
-            _standing(rows, domain, drawing.axis(f"{name} until the answer", 5, orient="bottom"), "tasks", Ink.PASSED),
-            drawing.lines_between(rules, domain, Ink.TEXT),
+            _standing(rows, domain, axis, "tasks", Ink.PASSED),
+            drawing.rules(marked, domain, axis, Ink.TEXT),
             *(drawing.texts(rows, Ink.TEXT, align=align) for align, rows in told.items()),
         )
         return chart, frame
@@ -188,7 +175,7 @@ def latencies(times: Latencies, label: str) -> Markup | None:
     return drawing.picture((NARROW, HALF), sized, label)
 
 
-def throughput(traffic: Traffic, label: str) -> Markup | None:
+def throughput(traffic: Traffic, label: str) -> Picture | None:
     """Draw what was sent and what was answered over the run."""
     sent, answered, width_s = _thinned(traffic.submitted, traffic), _thinned(traffic.answered, traffic), _width(traffic)
     if not any(sent) and not any(answered):
@@ -221,7 +208,7 @@ def throughput(traffic: Traffic, label: str) -> Markup | None:
     return drawing.picture((NARROW, HALF), sized, label)
 
 
-def limited(traffic: Traffic, label: str) -> Markup | None:
+def limited(traffic: Traffic, label: str) -> Picture | None:
     """Draw when the API asked to slow down."""
     counts, width_s = _thinned(traffic.rate_limited, traffic), _width(traffic)
     if not any(counts):
@@ -236,25 +223,50 @@ def limited(traffic: Traffic, label: str) -> Markup | None:
 
     def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
         axis = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        return alt.layer(_standing(rows, domain, axis, "answers 429", Ink.TROUBLE)), _frame(size, height=PANEL - 20)
+        return alt.layer(_standing(rows, domain, axis, "answers 429", Ink.TROUBLE, ticks=2)), _frame(
+            size, height=PANEL - 20
+        )
+
+    return drawing.picture((NARROW, HALF), sized, label)
+
+
+def _line(
+    values: Sequence[float | None], nights: Sequence[Night], title: str, label: str, **axis: str
+) -> Picture | None:
+    rows = [{"x": place, "v": None if value is None else round(value, 6)} for place, value in enumerate(values)]
+    known = [row for row in rows if row["v"] is not None]
+    if not known:
+        return None
+
+    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+        frame = _frame(size)
+        data = alt.InlineData(values=rows)
+        dots = alt.InlineData(values=known if len(rows) <= MOST_POINTS else known[-1:])
+        x = _night_axis(nights, size)
+        y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.axis(title, 4, orient="left", **axis))
+        line = alt.Chart(data).mark_line(color=Ink.FOUND.value, strokeWidth=2, invalid="break-paths-show-domains")
+        points = alt.Chart(dots).mark_point(color=Ink.FOUND.value, filled=True, size=36, opacity=1)
+        return alt.layer(line.encode(x=x, y=y), points.encode(x=x, y=y)), frame
 
     return drawing.picture((NARROW, HALF), sized, label)
 
 
 def _columns(
     rows: Sequence[drawing.Row], nights: Sequence[Night], title: str, label: str, ink: Ink = Ink.FOUND
-) -> Markup:
+) -> Picture:
     def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
         x = _night_axis(nights, size, "x")
         y = alt.Y("v:Q", axis=drawing.axis(title, 4, orient="left"))
         data = alt.InlineData(values=[dict(row) for row in rows])
-        return alt.layer(alt.Chart(data).mark_rect(color=ink.value).encode(x=x, x2="x2:Q", y=y, y2="v2:Q")), _frame(size)
+        return alt.layer(alt.Chart(data).mark_rect(color=ink.value).encode(x=x, x2="x2:Q", y=y, y2="v2:Q")), _frame(
+            size
+        )
 
     return drawing.picture((NARROW, HALF), sized, label)
 
 
 def _standing(
-    rows: Sequence[drawing.Row], domain: tuple[float, float], axis: alt.Axis, title: str, ink: Ink
+    rows: Sequence[drawing.Row], domain: tuple[float, float], axis: alt.Axis, title: str, ink: Ink, ticks: int = 4
 ) -> alt.Chart:
     """Draw bars that stand, from `x` to `x2`, as high as their counts."""
     return (
@@ -263,7 +275,7 @@ def _standing(
         .encode(
             x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
             x2="x2:Q",
-            y=alt.Y("v:Q", axis=drawing.axis(title, 4, orient="left", tickMinStep=1)),
+            y=alt.Y("v:Q", axis=drawing.axis(title, ticks, orient="left", tickMinStep=1)),
             y2="v2:Q",
         )
     )

@@ -47,6 +47,15 @@ HALF = Size("wide", 470)
 MEDIUM = Size("medium", 688)
 FULL = Size("wide", 980)
 
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A chart in all its sizes; `height` is that on a narrow screen."""
+
+    svg: Markup
+    height: float
+
+
 Row = Mapping[str, Any]
 
 _INK = re.compile(r'"(#fe000[1-8])"')
@@ -76,9 +85,10 @@ class Frame:
         return self.size.width - self.left - self.right
 
 
-def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[alt.LayerChart, Frame]], label: str) -> Markup:
+def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[alt.LayerChart, Frame]], label: str) -> Picture:
     """Draw a chart in each of the sizes; `label` is what is said of it to those who can't see it."""
-    return Markup("\n").join(_svg(*draw(size), label) for size in sizes)
+    drawn = [draw(size) for size in sizes]
+    return Picture(Markup("\n").join(_svg(*each, label) for each in drawn), drawn[0][1].height)
 
 
 def _svg(chart: alt.LayerChart, frame: Frame, label: str) -> Markup:
@@ -105,7 +115,7 @@ def _tidy(tag: str) -> str:
 
 
 def rects(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
-    """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels."""
+    """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels. All layers of a chart share its axis."""
     return _chart(rows, alt.Chart.mark_rect, ink, style).encode(
         x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
         x2="x2:Q",
@@ -121,10 +131,10 @@ def texts(rows: Sequence[Row], ink: Ink, **style: Any) -> alt.Chart:  # noqa: AN
     return encoded.encode(x=_pixels("px", alt.X), y=_pixels("py", alt.Y), text="text:N")
 
 
-def lines_between(rows: Sequence[Row], domain: tuple[float, float], ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+def rules(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
     """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
     return _chart(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
-        x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=None),
+        x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
         y=_pixels("y", alt.Y),
         y2="y2:Q",
     )
@@ -136,7 +146,7 @@ def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - wha
         **{
             "title": title,
             "tickCount": ticks,
-            "format": ",",
+            "format": ",~f",
             "labelFontSize": TEXT_PX,
             "titleFontSize": TEXT_PX,
             "titleFontWeight": "normal",

@@ -6,7 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from enrich.report import words
-from enrich.report.facts import Age, Comparison, Groups, Hits, Latencies, Night, Provider, Rows, Side, Traffic, Waterfall
+from enrich.report.facts import (
+    Age,
+    Comparison,
+    Groups,
+    Hits,
+    Latencies,
+    Night,
+    Provider,
+    Rows,
+    Side,
+    Traffic,
+    Waterfall,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +41,17 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; `text` columns are set to the left, all others are numbers."""
+    """A table, of whose cells texts are set to the left and numbers to the right."""
 
     caption: str
     heads: Sequence[str]
     lines: Sequence[Line]
-    text: bool = False
+
+    @property
+    def sides(self) -> list[str]:
+        """Tell for each column whether it holds `words` or numbers (an empty text)."""
+        cells = self.lines[0].cells if self.lines else ()
+        return ["words", *("words" if isinstance(cell, str) else "" for cell in cells)]
 
 
 def whole(name: str, number: int | None) -> Cell:
@@ -59,7 +76,6 @@ def providers(asked: Sequence[Provider], caption: str, about: str = "provider") 
     lines = []
     for each in asked:
         reached = each.asked + each.presumed
-        none = each.verifies
         lines.append(
             Line(
                 f"{about} {each.name}",
@@ -67,12 +83,12 @@ def providers(asked: Sequence[Provider], caption: str, about: str = "provider") 
                 (
                     Cell(words.count(reached), "asked_in_all", reached),
                     whole("presumed", each.presumed),
-                    words.DASH if none else whole("found", each.found),
-                    words.DASH if none else rate(each.found, reached, "found_of_asked"),
-                    words.DASH if none else whole("rejected", each.rejected),
-                    words.DASH if none else whole("passed_on", each.passed_on),
+                    whole("found", None if each.verifies else each.found),
+                    rate(each.found, 0 if each.verifies else reached, "found_of_asked"),
+                    whole("rejected", None if each.verifies else each.rejected),
+                    whole("passed_on", None if each.verifies else each.passed_on),
                     credits("credits", each.credits),
-                    words.DASH if none else credits("per_hit", each.per_hit),
+                    credits("per_hit", each.per_hit),
                 ),
             )
         )
@@ -137,16 +153,14 @@ def spending(nights: Sequence[Night]) -> Table:
 
 def nights(facts: Sequence[Night], caption: str) -> Table:
     """Tell all that is kept of each night, newest first."""
-    heads = ("Execution", "Started (UTC)", "Outcome", "Rows", "Sent", "Found", "Not found", "Failed", "Expired")
-    heads += ("Hit rate", "Credits", "Per hit", "Balance after", "Polls", "429s", "Time")
+    heads = ("Night", "Outcome", "Sent", "Found", "Not found", "Failed", "Expired", "Hit rate")
+    heads += ("Credits", "Per hit", "Balance", "Polls", "429s", "Time")
     lines = [
         Line(
             f"night {night.execution}",
-            f"#{night.execution}",
+            f"#{night.execution} · {words.date(night.started_at)}",
             (
-                words.moment(night.started_at),
                 words.clean(night.outcome, words.DASH),
-                whole("rows", night.rows),
                 whole("submitted", night.submitted),
                 whole("found", night.found),
                 whole("not_found", night.not_found),
@@ -249,10 +263,14 @@ def common(compared: Comparison) -> Table:
 def leads(rows: Rows) -> Table:
     """Give the rows of the output, as they were asked for."""
     lines = [
-        Line("lead", words.clean(cells[0], words.DASH) if cells else words.DASH, [words.clean(cell, "") for cell in cells[1:]])
+        Line(
+            "lead",
+            words.clean(cells[0], words.DASH) if cells else words.DASH,
+            [words.clean(cell, "") for cell in cells[1:]],
+        )
         for cells in rows.cells
     ]
-    return Table("Rows of the output", [words.clean(name) for name in rows.columns], lines, text=True)
+    return Table("Rows of the output", [words.clean(name) for name in rows.columns], lines)
 
 
 def in_order(counts: Mapping[str, int], order: Sequence[str]) -> list[tuple[str, int]]:

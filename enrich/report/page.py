@@ -46,7 +46,7 @@ def render(report: Report) -> str:
         waterfall=sections.waterfall(report.waterfall),
         sections=list(sections.sections(report)),
         compared=compared and (grids.common(compared), grids.sides(compared)),
-        sides=compared and _sides(report),
+        sides=list(sections.sides(compared)) if compared else [],
         nights=grids.nights(report.nights[-NIGHTS_SHOWN:], "The last nights, newest first"),
         older=grids.nights(report.nights[:-NIGHTS_SHOWN], "Older nights, newest first"),
         requests=grids.statuses(report.requests.items(), "Requests in the ledger by state", "State"),
@@ -132,24 +132,7 @@ def _balance(night: Night) -> str:
     return f"was {words.credits(night.balance_before)}; {explained}"
 
 
-def _totals(report: Report) -> list[tuple[str, Cell, str]]:
+def _totals(report: Report) -> dict[str, Cell]:
     facts = report.waterfall
-    return [
-        ("answers", grids.whole("answers", facts.answers), "waterfall"),
-        ("found", grids.whole("found", facts.found), "waterfall"),
-        ("of them with nobody knows whom asked", grids.whole("untold", facts.untold), "waterfall"),
-        ("credits spent", grids.credits("spent", facts.spent), "waterfall"),
-        ("of them in no provider's steps", grids.credits("elsewhere", facts.elsewhere), "waterfall"),
-    ]
-
-
-def _sides(report: Report) -> list[grids.Table]:
-    compared = report.comparison
-    if compared is None:
-        return []
-    pairs = ((compared.left, compared.left_providers, "left"), (compared.right, compared.right_providers, "right"))
-    return [
-        grids.providers(providers, f"Providers of {words.clean(side.label)}", f"{about} provider")
-        for side, providers, about in pairs
-        if providers
-    ]
+    counts = {name: grids.whole(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
+    return counts | {name: grids.credits(name, getattr(facts, name)) for name in ("spent", "elsewhere")}

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from enrich.report import charts, grids, staircase, words
-from enrich.report.facts import STATUSES, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
+from enrich.report.drawing import HALF, NARROW, Picture
+from enrich.report.facts import STATUSES, Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
 from enrich.report.grids import Table
 
 
@@ -19,7 +18,7 @@ class Figure:
 
     title: str
     finding: str
-    pictures: Sequence[Markup]
+    pictures: Sequence[Picture]
     table: Table | None = None
     wide: bool = False
 
@@ -31,17 +30,29 @@ class Section:
     key: str
     title: str
     figures: Sequence[Figure]
-    empty: str = ""
+    empty: str
+
+    @property
+    def stacks(self) -> list[list[Figure]]:
+        """Put the figures into two columns of about the same height."""
+        stacks: list[list[Figure]] = [[], []]
+        for figure in self.figures:
+            min(stacks, key=_height).append(figure)
+        return [stack for stack in stacks if stack]
+
+
+def _height(stack: Sequence[Figure]) -> float:
+    around = 100.0
+    return sum(around + sum(picture.height for picture in figure.pictures) for figure in stack)
 
 
 def sections(report: Report) -> Iterator[Section]:
     """Yield what comes after the waterfall, in the order of the page."""
     yield Section("rows", "What the rows came to", list(_rows(report)), "No row was looked at yet.")
-    yield Section("money", "What it cost", list(_money(report.nights)), "No credits were spent yet.")
+    yield Section(
+        "money", "Night by night", list(_money(report.nights)), "No credits were spent and nothing was answered yet."
+    )
     yield Section("speed", "How the run went", list(_speed(report)), "The last run sent nothing.")
-    ages = list(_ages(report))
-    if ages:
-        yield Section("ages", "How old the answers are", ages)
 
 
 def waterfall(facts: Waterfall) -> Figure | None:
@@ -49,7 +60,23 @@ def waterfall(facts: Waterfall) -> Figure | None:
     if not facts.answers or not any(not each.verifies for each in facts.providers):
         return None
     finding = _staircase(facts)
+    finding += _verified(facts)
     return Figure("The waterfall", finding, [staircase.draw(facts, finding)], grids.waterfall(facts), wide=True)
+
+
+def sides(compared: Comparison) -> Iterator[Figure]:
+    """Draw the waterfall of each side."""
+    pairs = ((compared.left, compared.left_providers, "left"), (compared.right, compared.right_providers, "right"))
+    for side, providers, about in pairs:
+        answers = side.found + side.not_found
+        if not answers or all(each.verifies for each in providers):
+            continue
+        label = words.clean(side.label)
+        facts = Waterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
+        rate = words.percent(words.share(side.found, answers))
+        finding = f"{side.found:,} of {answers:,} found ({rate}) for {words.credits(side.credits)} credits."
+        table = grids.providers(providers, f"Providers of {label}", f"{about} provider")
+        yield Figure(label, finding, [staircase.draw(facts, finding, (NARROW, HALF))], table)
 
 
 def _staircase(facts: Waterfall) -> str:
@@ -66,14 +93,30 @@ def _staircase(facts: Waterfall) -> str:
     return told
 
 
+def _verified(facts: Waterfall) -> str:
+    told = (
+        f" {words.clean(each.name)} verified {words.many(each.asked, 'find')} for {words.credits(each.credits)} credits."
+        for each in facts.providers
+        if each.verifies
+    )
+    return "".join(told)
+
+
 def _rows(report: Report) -> Iterator[Figure]:
     counts = grids.in_order(report.statuses, STATUSES)
     finding = _outcome(counts)
-    yield from _figure("Rows by status", finding, charts.statuses, counts, grids.statuses(counts, finding, "Status"))
+    yield from _figure(
+        "Rows by status",
+        finding,
+        charts.statuses,
+        counts,
+        grids.statuses(counts, "Rows of the input by status", "Status"),
+    )
     if report.columns:
         finding = _rates(report.columns, "Every column was filled equally often")
         table = grids.hits(report.columns, "Hit rate by output column", "Column", "column")
         yield from _figure("Hit rate by column", finding, charts.rates, report.columns, table)
+    yield from _ages(report)
     for each in report.groups:
         yield from _figure(
             f"Hit rate by {words.clean(each.column)}", _grouped(each), charts.rates, each.groups, grids.groups(each)
@@ -127,6 +170,10 @@ def _money(nights: Sequence[Night]) -> Iterator[Figure]:
     picture = charts.per_hit(nights, finding)
     if picture:
         yield Figure("Cost per hit", finding, [picture], _hits_of(nights))
+    finding = _night_rates(nights)
+    picture = charts.night_rates(nights, finding)
+    if picture:
+        yield Figure("Hit rate of each night", finding, [picture], _rates_of(nights))
 
 
 def _hits_of(nights: Sequence[Night]) -> Table:
@@ -139,6 +186,32 @@ def _hits_of(nights: Sequence[Night]) -> Table:
         for night in reversed(nights)
     ]
     return Table("Cost per hit, newest night first", ("Night", "Found", "Per hit"), lines)
+
+
+def _rates_of(nights: Sequence[Night]) -> Table:
+    lines = [
+        grids.Line(
+            f"hit_rate {night.execution}",
+            f"{words.moment(night.started_at)} (#{night.execution})",
+            (
+                grids.whole("answered", night.answered),
+                grids.whole("found", night.found),
+                grids.rate(night.found, night.answered),
+            ),
+        )
+        for night in reversed(nights)
+    ]
+    return Table("Hit rate, newest night first", ("Night", "Answered", "Found", "Hit rate"), lines)
+
+
+def _night_rates(nights: Sequence[Night]) -> str:
+    known = [night.hit_rate for night in nights if night.hit_rate is not None]
+    if not known:
+        return "Nothing was answered yet."
+    if len(known) == 1:
+        return f"{words.percent(known[0])} of what was answered was found."
+    spread = f"between {words.percent(min(known))} and {words.percent(max(known))}"
+    return f"{words.percent(known[-1])} in the last night with an answer, {spread} over all."
 
 
 def _per_hit(nights: Sequence[Night]) -> str:
@@ -171,8 +244,14 @@ def _waited(times: Latencies) -> str:
 
 def _sent(traffic: Traffic) -> str:
     sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
-    told = f"Execution {traffic.execution} sent {words.many(sent, 'request')} and heard {words.many(answered, 'answer')}"
-    return f"{told}; the API said 429 (too fast) {words.many(limited, 'time')}." if limited else f"{told}; it was never held back (no 429)."
+    told = (
+        f"Execution {traffic.execution} sent {words.many(sent, 'request')} and heard {words.many(answered, 'answer')}"
+    )
+    return (
+        f"{told}; the API said 429 (too fast) {words.many(limited, 'time')}."
+        if limited
+        else f"{told}; it was never held back (no 429)."
+    )
 
 
 def _ages(report: Report) -> Iterator[Figure]:
@@ -183,7 +262,7 @@ def _ages(report: Report) -> Iterator[Figure]:
 
 
 def _figure(
-    title: str, finding: str, draw: Callable[[Any, str], Markup | None], facts: Any, table: Table
+    title: str, finding: str, draw: Callable[[Any, str], Picture | None], facts: Any, table: Table
 ) -> Iterator[Figure]:
     picture = draw(facts, finding)
     if picture:

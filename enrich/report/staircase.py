@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
-from markupsafe import Markup
-
 from enrich.report import drawing, words
-from enrich.report.drawing import FULL, MEDIUM, NAME_PX, NARROW, Frame, Ink, Size
+from enrich.report.drawing import FULL, MEDIUM, NAME_PX, NARROW, Frame, Ink, Picture, Size
 from enrich.report.facts import Provider, Waterfall
 
 NOBODY = "Nobody found"
@@ -45,14 +43,14 @@ def steps(waterfall: Waterfall) -> list[Step]:
     return [*made, Step(NOBODY, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
 
 
-def draw(waterfall: Waterfall, label: str) -> Markup:
-    """Draw the staircase for wide, middling and narrow screens."""
+def draw(waterfall: Waterfall, label: str, sizes: Sequence[Size] = (NARROW, MEDIUM, FULL)) -> Picture:
+    """Draw the staircase for narrow, middling and wide screens, or for less room."""
     made = steps(waterfall)
 
     def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
         return _beside(made, size) if size is FULL else _stacked(made, size)
 
-    return drawing.picture((NARROW, MEDIUM, FULL), sized, label)
+    return drawing.picture(sizes, sized, label)
 
 
 def _beside(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
@@ -72,7 +70,7 @@ def _beside(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
     ]
     tall = {"baseline": "middle", "fontSize": NAME_PX}
     chart = alt.layer(
-        *_bars(made, [middle - bar / 2 for middle in middles], bar, 6),
+        *_bars(made, [middle - bar / 2 for middle in middles], bar, 6, joined=True),
         drawing.texts(names, Ink.TEXT, fontWeight=600, **tall),
         drawing.texts(heads, Ink.MUTED, align="right"),
         drawing.texts(numbers, Ink.TEXT, align="right", **tall),
@@ -82,33 +80,35 @@ def _beside(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
 
 def _stacked(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
     """Draw each bar below its words, as there is no room beside it."""
-    narrow = size is NARROW
-    head, bar = (40.0, 16.0) if narrow else (24.0, 18.0)
-    pitch = head + bar + (16.0 if narrow else 14.0)
-    frame = Frame(size, pitch * len(made) + 44, left=1, right=1, bottom=44)
-    tops = [pitch * place for place in range(len(made))]
-    found = [_found(step) for step in made]
-    facts = [_facts(step) for step in made]
-    first = found if narrow else [f"{a} · {b}" if b else a for a, b in zip(found, facts, strict=True)]
-    right = [{"px": frame.inner, "py": top + 11, "text": text} for text, top in zip(first, tops, strict=True)]
-    names = [
-        {"px": 0, "py": top + 11, "text": words.fit(step.name, size.width - words.width(text, 12) - 12, NAME_PX)}
-        for step, top, text in zip(made, tops, first, strict=True)
-    ]
-    below = [{"px": 0, "py": top + 28, "text": text} for text, top in zip(facts, tops, strict=True) if narrow and text]
+    narrow = size is not MEDIUM
+    bar, gap = 16.0, 14.0
+    found, facts = [_found(step) for step in made], [_facts(step) for step in made]
+    right = found if narrow else [f"{a} · {b}" if b else a for a, b in zip(found, facts, strict=True)]
+    below = facts if narrow else [""] * len(made)
+    heads = [42.0 if text else 24.0 for text in below]
+    tops = [sum(heads[:place]) + (bar + gap) * place for place in range(len(made))]
+    frame = Frame(size, sum(heads) + (bar + gap) * len(made) + 36, left=1, right=1, bottom=44)
+    rooms = [size.width - words.width(text, drawing.TEXT_PX) - 12 for text in right]
+    names = [words.fit(step.name, room, NAME_PX) for step, room in zip(made, rooms, strict=True)]
     chart = alt.layer(
-        *_bars(made, [top + head for top in tops], bar, 3 if narrow else 5),
-        drawing.texts(names, Ink.TEXT, fontWeight=600, fontSize=NAME_PX),
-        drawing.texts(right, Ink.TEXT, align="right"),
-        drawing.texts(below, Ink.MUTED, fontSize=11),
+        *_bars(made, [top + head for top, head in zip(tops, heads, strict=True)], bar, 3 if narrow else 5),
+        drawing.texts(_lines(names, tops, 0, 12), Ink.TEXT, fontWeight=600, fontSize=NAME_PX),
+        drawing.texts(_lines(right, tops, frame.inner, 12), Ink.TEXT, align="right"),
+        drawing.texts(_lines(below, tops, 0, 30), Ink.MUTED),
     )
     return chart, frame
 
 
-def _bars(made: Sequence[Step], tops: Sequence[float], bar: float, ticks: int) -> list[alt.Chart]:
-    """Draw the bars at these heights, and what joins each find to the next."""
+def _lines(written: Sequence[str], tops: Sequence[float], px: float, below: float) -> list[dict[str, float | str]]:
+    return [{"px": px, "py": top + below, "text": text} for text, top in zip(written, tops, strict=True) if text]
+
+
+def _bars(
+    made: Sequence[Step], tops: Sequence[float], bar: float, ticks: int, *, joined: bool = False
+) -> list[alt.Chart]:
+    """Draw the bars at these heights, `joined` where no words are between them."""
     domain = (0.0, float(max(1, *(step.end for step in made))))
-    axis = drawing.axis("leads", ticks, orient="bottom", labelFlush=True)
+    axis = drawing.axis("leads", ticks, orient="bottom", labelFlush=True, grid=joined)
     spans = list(zip(made, tops, strict=True))
     passed = [_span(step.start + step.found, step.end - step.presumed, top, bar) for step, top in spans[:-1]]
     presumed = [_span(step.end - step.presumed, step.end, top + 0.5, bar - 1) for step, top in spans if step.presumed]
@@ -117,13 +117,14 @@ def _bars(made: Sequence[Step], tops: Sequence[float], bar: float, ticks: int) -
     joints = [
         {"x": step.start + step.found, "y": top + bar, "y2": below}
         for (step, top), below in zip(spans[:-1], tops[1:], strict=True)
+        if joined
     ]
     return [
         drawing.rects(passed, domain, axis, Ink.PASSED),
-        drawing.rects(presumed, domain, None, Ink.TRACK, stroke=Ink.MUTED.value, strokeDash=[3, 3], strokeWidth=1),
-        drawing.rects(nobody, domain, None, Ink.NOBODY),
-        drawing.lines_between(joints, domain, Ink.MUTED, strokeDash=[2, 2]),
-        drawing.rects(found, domain, None, Ink.FOUND),
+        drawing.rects(presumed, domain, axis, Ink.TRACK, stroke=Ink.MUTED.value, strokeDash=[3, 3], strokeWidth=1),
+        drawing.rects(nobody, domain, axis, Ink.NOBODY),
+        drawing.rules(joints, domain, axis, Ink.MUTED, strokeDash=[2, 2]),
+        drawing.rects(found, domain, axis, Ink.FOUND),
     ]
 
 

@@ -42,10 +42,12 @@ def seconds(time_s: float | None) -> str:
     if time_s is None:
         return DASH
     if time_s < MINUTE_S:
-        return f"{time_s:.0f} s" if time_s >= 10 or time_s == int(time_s) else f"{time_s:.1f} s"  # noqa: PLR2004 - two digits
+        return f"{time_s:.1f}".removesuffix(".0") + " s"
     minutes, rest = divmod(round(time_s), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    if hours:
+        return f"{hours:,} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if rest else f"{minutes} min"
 
 
 def share(part: float, whole: float) -> float | None:
@@ -63,6 +65,12 @@ def day(iso: str) -> str:
     """Write the day of a time."""
     at = _time(iso)
     return f"{at.day} {at:%b}" if at else clean(iso, DASH)
+
+
+def date(iso: str) -> str:
+    """Write the day of a time, with its year."""
+    at = _time(iso)
+    return f"{at.day} {at:%b %Y}" if at else clean(iso, DASH)
 
 
 def clean(text: str, otherwise: str = "(no name)") -> str:
