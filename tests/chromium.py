@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium and looks at it, by the DevTools protocol over a pipe: no port, no further package."""
+"""Opens a page in headless Chromium and looks at it: the DevTools protocol over a pipe, no port, no further package."""
 
 from __future__ import annotations
 

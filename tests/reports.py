@@ -26,15 +26,27 @@ from enrich.report.facts import (
 START = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
-def provider(name: str, asked: int, found: int, credits: float, presumed: int = 0, rejected: int = 0) -> Provider:
+def provider(name: str, asked: int, found: int, spent: float, presumed: int = 0) -> Provider:
     """Make a provider that passes on what it does not find."""
-    passed_on = asked + presumed - found
     return Provider(
-        name, False, asked, presumed, found, rejected, passed_on, credits, round(credits / found, 6) if found else None
+        name=name,
+        verifies=False,
+        asked=asked,
+        presumed=presumed,
+        found=found,
+        rejected=found // 40,
+        passed_on=asked + presumed - found,
+        credits=spent,
+        per_hit=round(spent / found, 6) if found else None,
     )
 
 
-def night(number: int, found: int, not_found: int, credits: float, **more: object) -> Night:
+def verifier(name: str, asked: int, spent: float) -> Provider:
+    """Make a verifier."""
+    return replace(provider(name, asked, 0, spent), verifies=True, passed_on=0)
+
+
+def night(number: int, found: int, not_found: int, spent: float, **more: object) -> Night:
     """Make a night, one a day."""
     start = START + timedelta(days=number - 1)
     told: dict[str, object] = {
@@ -49,10 +61,10 @@ def night(number: int, found: int, not_found: int, credits: float, **more: objec
         "not_found": not_found,
         "failed": 2,
         "expired": 0,
-        "credits_spent": credits,
+        "credits_spent": spent,
         "credits_unknown": 0,
         "balance_before": 9000 - 300.0 * number,
-        "balance_after": round(9000 - 300.0 * number - credits, 2),
+        "balance_after": round(9000 - 300.0 * number - spent, 2),
         "polls": 5210,
         "rate_limited": 12,
         "elapsed_s": 2843.2,
@@ -64,12 +76,12 @@ def night(number: int, found: int, not_found: int, credits: float, **more: objec
 def rich() -> Report:
     """Make the report of a usual job in its second week."""
     providers = (
-        provider("Apollo", 1090, 412, 412.0, 74, 9),
-        provider("Hunter", 610, 187, 374.0, 133, 4),
-        provider("Prospeo", 438, 61, 183.0, 118, 3),
+        provider("Apollo", 1090, 412, 412.0, 74),
+        provider("Hunter", 610, 187, 374.0, 133),
+        provider("Prospeo", 438, 61, 183.0, 118),
         provider("Findymail", 371, 58, 145.0, 124),
-        provider("LeadMagic", 313, 17, 85.0, 124, 1),
-        Provider("ZeroBounce", True, 752, 0, 0, 0, 0, 37.6, None),
+        provider("LeadMagic", 313, 17, 85.0, 124),
+        verifier("ZeroBounce", 752, 37.6),
     )
     nights = [
         night(1, 201, 160, 312.4),

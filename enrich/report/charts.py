@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
+
 from enrich.report import drawing, words
 from enrich.report.drawing import HALF, NAME_PX, NARROW, Frame, Ink, Picture, Size
 from enrich.report.facts import Age, Hits, Latencies, Night, Traffic
@@ -38,21 +40,21 @@ def bars(rows: Sequence[Bar], label: str) -> Picture | None:
     if not longest:
         return None
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         pitch, bar = 26.0, 14.0
         text = max(words.width(row.text, drawing.TEXT_PX) for row in shown) + 10
         names = min(max(words.width(words.clean(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36)
         frame = Frame(size, pitch * len(shown) + 4, left=names, right=min(text, size.width * 0.48), top=2, bottom=2)
         domain = (0.0, longest)
         middles = [pitch * (place + 0.5) for place in range(len(shown))]
+        tops = [middle - bar / 2 for middle in middles]
         spans: dict[Ink, list[dict[str, float]]] = {}
-        for row, middle in zip(shown, middles, strict=True):
-            at = 0.0
-            if row.track:
-                _lay(spans, Ink.TRACK, 0, row.track, middle, bar)
-            for value, ink in row.parts:
-                _lay(spans, ink, at, at + value, middle, bar)
-                at += value
+        for row, top in zip(shown, tops, strict=True):
+            ends = list(itertools.accumulate((value for value, _ in row.parts), initial=0.0))
+            laid = [(0.0, row.track, Ink.TRACK)] if row.track else []
+            laid += [(start, end, ink) for start, end, (_, ink) in zip(ends, ends[1:], row.parts, strict=False)]
+            for start, end, ink in laid:
+                spans.setdefault(ink, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
         named = [
             {"px": -names, "py": middle, "text": words.fit(words.clean(row.name), names - 8, NAME_PX)}
             for row, middle in zip(shown, middles, strict=True)
@@ -68,10 +70,6 @@ def bars(rows: Sequence[Bar], label: str) -> Picture | None:
         return chart, frame
 
     return drawing.picture((NARROW, HALF), sized, label)
-
-
-def _lay(spans: dict[Ink, list[dict[str, float]]], ink: Ink, x: float, x2: float, middle: float, bar: float) -> None:
-    spans.setdefault(ink, []).append({"x": x, "x2": x2, "y": middle - bar / 2, "y2": middle + bar / 2})
 
 
 def statuses(counts: Sequence[tuple[str, int]], label: str) -> Picture | None:
@@ -153,7 +151,7 @@ def latencies(times: Latencies, label: str) -> Picture | None:
     marks = [(times.median, f"median {words.seconds(times.median)}"), (times.p90, f"90% {words.seconds(times.p90)}")]
     rows = [{"x": bar.start / unit, "x2": bar.end / unit, "v": 0, "v2": bar.count} for bar in times.bars if bar.count]
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size, top=36)
         span = (domain[1] - domain[0]) or 1.0
         marked: list[dict[str, float]] = []
@@ -166,7 +164,7 @@ def latencies(times: Latencies, label: str) -> Picture | None:
             told[align].append({"px": px + away, "py": top, "text": text})
         axis = drawing.axis(f"{name} until the answer", 5, orient="bottom", grid=False)
         chart = alt.layer(
-            _standing(rows, domain, axis, "tasks", Ink.PASSED),
+            _standing(rows, drawing.across(domain, axis), "tasks", Ink.PASSED),
             drawing.rules(marked, domain, axis, Ink.TEXT),
             *(drawing.texts(rows, Ink.TEXT, align=align) for align, rows in told.items()),
         )
@@ -187,13 +185,9 @@ def throughput(traffic: Traffic, label: str) -> Picture | None:
     def rows(counts: Sequence[int]) -> list[dict[str, float]]:
         return [{"x": (at + 0.5) * width_s / unit, "v": count * per / width_s} for at, count in enumerate(counts)]
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size, top=26)
-        x = alt.X(
-            "x:Q",
-            scale=alt.Scale(domain=domain, nice=False),
-            axis=drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False),
-        )
+        x = drawing.across(domain, drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False))
         y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.axis(f"per {per_name}", 4, orient="left"))
         layers = [
             alt.Chart(alt.InlineData(values=rows(counts)))
@@ -221,9 +215,9 @@ def limited(traffic: Traffic, label: str) -> Picture | None:
         if count
     ]
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         axis = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        return alt.layer(_standing(rows, domain, axis, "answers 429", Ink.TROUBLE, ticks=2)), _frame(
+        return alt.layer(_standing(rows, drawing.across(domain, axis), "answers 429", Ink.TROUBLE, ticks=2)), _frame(
             size, height=PANEL - 20
         )
 
@@ -238,7 +232,7 @@ def _line(
     if not known:
         return None
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size)
         data = alt.InlineData(values=rows)
         dots = alt.InlineData(values=known if len(rows) <= MOST_POINTS else known[-1:])
@@ -254,7 +248,7 @@ def _line(
 def _columns(
     rows: Sequence[drawing.Row], nights: Sequence[Night], title: str, label: str, ink: Ink = Ink.FOUND
 ) -> Picture:
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         x = _night_axis(nights, size, "x")
         y = alt.Y("v:Q", axis=drawing.axis(title, 4, orient="left"))
         data = alt.InlineData(values=[dict(row) for row in rows])
@@ -265,20 +259,12 @@ def _columns(
     return drawing.picture((NARROW, HALF), sized, label)
 
 
-def _standing(
-    rows: Sequence[drawing.Row], domain: tuple[float, float], axis: alt.Axis, title: str, ink: Ink, ticks: int = 4
-) -> alt.Chart:
+def _standing(rows: Sequence[drawing.Row], x: alt.X, title: str, ink: Ink, ticks: int = 4) -> alt.Chart:
     """Draw bars that stand, from `x` to `x2`, as high as their counts."""
-    return (
-        alt.Chart(alt.InlineData(values=[dict(row) for row in rows]))
-        .mark_rect(color=ink.value)
-        .encode(
-            x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
-            x2="x2:Q",
-            y=alt.Y("v:Q", axis=drawing.axis(title, ticks, orient="left", tickMinStep=1)),
-            y2="v2:Q",
-        )
-    )
+    y = alt.Y("v:Q", axis=drawing.axis(title, ticks, orient="left", tickMinStep=1))
+    chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
+    encoded: alt.Chart = chart.encode(x=x, x2="x2:Q", y=y, y2="v2:Q")
+    return encoded
 
 
 def _night_axis(nights: Sequence[Night], size: Size, field: str = "x") -> alt.X:

@@ -57,6 +57,7 @@ class Picture:
 
 
 Row = Mapping[str, Any]
+Chart = alt.LayerChart | alt.FacetChart
 
 _INK = re.compile(r'"(#fe000[1-8])"')
 _LONG_NUMBER = re.compile(r"(?<![#\w])-?\d+\.\d{3,}")
@@ -85,13 +86,13 @@ class Frame:
         return self.size.width - self.left - self.right
 
 
-def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[alt.LayerChart, Frame]], label: str) -> Picture:
+def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[Chart, Frame]], label: str) -> Picture:
     """Draw a chart in each of the sizes; `label` is what is said of it to those who can't see it."""
     drawn = [draw(size) for size in sizes]
     return Picture(Markup("\n").join(_svg(*each, label) for each in drawn), drawn[0][1].height)
 
 
-def _svg(chart: alt.LayerChart, frame: Frame, label: str) -> Markup:
+def _svg(chart: Chart, frame: Frame, label: str) -> Markup:
     inside = {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom}
     whole = chart.properties(
         width=frame.inner,
@@ -115,9 +116,9 @@ def _tidy(tag: str) -> str:
 
 
 def rects(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
-    """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels. All layers of a chart share its axis."""
+    """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _chart(rows, alt.Chart.mark_rect, ink, style).encode(
-        x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
+        x=across(domain, axis),
         x2="x2:Q",
         y=_pixels("y", alt.Y),
         y2="y2:Q",
@@ -134,10 +135,15 @@ def texts(rows: Sequence[Row], ink: Ink, **style: Any) -> alt.Chart:  # noqa: AN
 def rules(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
     """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
     return _chart(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
-        x=alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis),
+        x=across(domain, axis),
         y=_pixels("y", alt.Y),
         y2="y2:Q",
     )
+
+
+def across(domain: tuple[float, float], axis: alt.Axis | None) -> alt.X:
+    """Lay `x` out over just this domain."""
+    return alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis)
 
 
 def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes

@@ -140,25 +140,45 @@ def spending(nights: Sequence[Night]) -> Table:
     total, lines = 0.0, []
     for night in nights:
         total += night.credits_spent
-        cells = (credits("credits_spent", night.credits_spent), credits("so_far", round(total, 6)))
-        lines.append(
-            Line(
-                f"spending {night.execution}",
-                f"{words.moment(night.started_at)} (#{night.execution})",
-                (*cells, credits("per_hit", night.per_hit)),
-            )
+        cells = credits("credits_spent", night.credits_spent), credits("so_far", round(total, 6))
+        lines.append(Line(f"spending {night.execution}", _named(night), cells))
+    return Table("Credits, newest night first", ("Night", "Credits", "In all"), lines[::-1])
+
+
+def per_hit(nights: Sequence[Night]) -> Table:
+    """Tell what a hit cost in each night, newest first."""
+    lines = [
+        Line(
+            f"per_hit {night.execution}",
+            _named(night),
+            (whole("found", night.found), credits("per_hit", night.per_hit)),
         )
-    return Table("Credits, newest night first", ("Night", "Credits", "In all", "Per hit"), lines[::-1])
+        for night in reversed(nights)
+    ]
+    return Table("Cost per hit, newest night first", ("Night", "Found", "Per hit"), lines)
+
+
+def night_rates(nights: Sequence[Night]) -> Table:
+    """Tell the hit rate of each night, newest first."""
+    lines = [
+        Line(
+            f"hit_rate {night.execution}",
+            _named(night),
+            (whole("answered", night.answered), whole("found", night.found), rate(night.found, night.answered)),
+        )
+        for night in reversed(nights)
+    ]
+    return Table("Hit rate, newest night first", ("Night", "Answered", "Found", "Hit rate"), lines)
 
 
 def nights(facts: Sequence[Night], caption: str) -> Table:
     """Tell all that is kept of each night, newest first."""
-    heads = ("Night", "Outcome", "Sent", "Found", "Not found", "Failed", "Expired", "Hit rate")
+    heads: tuple[str, ...] = ("Night", "Outcome", "Sent", "Found", "Not found", "Failed", "Expired", "Hit rate")
     heads += ("Credits", "Per hit", "Balance", "Polls", "429s", "Time")
     lines = [
         Line(
             f"night {night.execution}",
-            f"#{night.execution} · {words.date(night.started_at)}",
+            _named(night),
             (
                 words.clean(night.outcome, words.DASH),
                 whole("submitted", night.submitted),
@@ -277,3 +297,7 @@ def in_order(counts: Mapping[str, int], order: Sequence[str]) -> list[tuple[str,
     """Put counts in their order, without what did not happen; names that are not in it come last."""
     names = [*(name for name in order if name in counts), *(name for name in counts if name not in order)]
     return [(name, counts[name]) for name in names if counts[name]]
+
+
+def _named(night: Night) -> str:
+    return f"#{night.execution} · {words.date(night.started_at)}"

@@ -15,13 +15,13 @@ from enrich.report.grids import Cell
 
 #: So many nights stand open; older ones are folded away.
 NIGHTS_SHOWN = 14
-#: A change smaller than this is rounding.
-LEAST_CHANGE = 5e-4
+#: Less than this between two balances is rounding.
+CENT = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One of the key numbers, with a note, and its change against the night before; `good` where that is a judgement."""
+    """A key number with a note, and its change against the night before; `good` where that can be judged."""
 
     label: str
     cell: Cell
@@ -62,54 +62,61 @@ def tiles(report: Report) -> Iterator[Tile]:
     """Yield the key numbers of the last night."""
     if not report.nights:
         return
-    night, before = report.nights[-1], report.nights[-2] if len(report.nights) > 1 else None
-    about = f"night {night.execution}"
+    night, about = report.nights[-1], f"night {report.nights[-1].execution}"
 
-    def changed(of: Callable[[Night], float | None], write: Callable[[float], str]) -> str | None:
-        old, new = before and of(before), of(night)
-        return None if old is None or new is None else _change(new - old, write)
+    def change(of: Callable[[Night], float | None]) -> float | None:
+        old, new = of(report.nights[-2]) if len(report.nights) > 1 else None, of(night)
+        return None if old is None or new is None else new - old
 
-    def better(of: Callable[[Night], float | None], sign: int) -> bool | None:
-        old, new = before and of(before), of(night)
-        return None if old is None or new is None or abs(new - old) < LEAST_CHANGE else (new - old) * sign > 0
-
+    rate, found, spent, cost = (
+        change(of)
+        for of in (
+            lambda each: each.hit_rate,
+            lambda each: each.found,
+            lambda each: each.credits_spent,
+            lambda each: each.per_hit,
+        )
+    )
     yield Tile(
         "Hit rate",
         Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
         about,
         f"{night.found:,} of {night.answered:,} answered",
-        changed(lambda each: each.hit_rate, lambda change: f"{abs(change) * 100:.1f} points"),
-        better(lambda each: each.hit_rate, 1),
+        _change(rate, lambda points: f"{points * 100:.1f} points"),
+        None if not rate else rate > 0,
     )
     yield Tile(
         "Leads found",
         grids.whole("found", night.found),
         about,
         f"{night.submitted:,} sent",
-        changed(lambda each: each.found, lambda change: f"{abs(change):,.0f}"),
+        _change(found, words.count),
     )
     yield Tile(
         "Credits",
         grids.credits("credits_spent", night.credits_spent),
         about,
         _planned(report.planned, night),
-        changed(lambda each: each.credits_spent, lambda change: f"{abs(change):,.2f}"),
+        _change(spent, words.credits),
     )
     yield Tile(
         "Cost per hit",
         grids.credits("per_hit", night.per_hit),
         about,
         "credits" if night.per_hit is not None else "no hit tonight",
-        changed(lambda each: each.per_hit, lambda change: f"{abs(change):,.2f}"),
-        better(lambda each: each.per_hit, -1),
+        _change(cost, words.credits),
+        None if not cost else cost < 0,
     )
     yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
 
 
-def _change(change: float, write: Callable[[float], str]) -> str:
-    if abs(change) < LEAST_CHANGE:
+def _change(change: float | None, write: Callable[[float], str]) -> str | None:
+    if change is None:
+        return None
+    size = write(abs(change))
+    if size == write(0.0):
         return "as the night before"
-    return f"{'▲' if change > 0 else '▼'} {write(change)} {'more' if change > 0 else 'less'}"
+    return f"▲ {size} more" if change > 0 else f"▼ {size} less"
 
 
 def _planned(planned: Mapping[str, float | None] | None, night: Night) -> str:
@@ -128,7 +135,7 @@ def _balance(night: Night) -> str:
     if night.balance_before is None:
         return "credits left"
     other = night.balance_before - night.balance_after - night.credits_spent
-    explained = "all explained" if abs(other) < 0.005 else f"{other:+,.2f} unexplained"  # noqa: PLR2004 - half a cent
+    explained = "all explained" if abs(other) < CENT else f"{other:+,.2f} unexplained"
     return f"was {words.credits(night.balance_before)}; {explained}"
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from enrich.report import charts, grids, staircase, words
 from enrich.report.drawing import HALF, NARROW, Picture
@@ -95,7 +94,7 @@ def _staircase(facts: Waterfall) -> str:
 
 def _verified(facts: Waterfall) -> str:
     told = (
-        f" {words.clean(each.name)} verified {words.many(each.asked, 'find')} for {words.credits(each.credits)} credits."
+        f" {words.clean(each.name)} verified {words.many(each.asked, 'find')}: {words.credits(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -104,23 +103,22 @@ def _verified(facts: Waterfall) -> str:
 
 def _rows(report: Report) -> Iterator[Figure]:
     counts = grids.in_order(report.statuses, STATUSES)
-    finding = _outcome(counts)
-    yield from _figure(
-        "Rows by status",
-        finding,
-        charts.statuses,
-        counts,
-        grids.statuses(counts, "Rows of the input by status", "Status"),
-    )
+    if counts:
+        finding = _outcome(counts)
+        table = grids.statuses(counts, "Rows of the input by status", "Status")
+        yield _figure("Rows by status", finding, table, charts.statuses(counts, finding))
     if report.columns:
         finding = _rates(report.columns, "Every column was filled equally often")
         table = grids.hits(report.columns, "Hit rate by output column", "Column", "column")
-        yield from _figure("Hit rate by column", finding, charts.rates, report.columns, table)
-    yield from _ages(report)
+        yield _figure("Hit rate by column", finding, table, charts.rates(report.columns, finding))
+    whole = sum(each.found + each.not_found for each in report.ages)
+    if whole:
+        finding = f"{words.many(whole, 'answer')} in use, as found + not found."
+        yield _figure("Age of the answers", finding, grids.ages(report.ages), charts.ages(report.ages, finding))
     for each in report.groups:
-        yield from _figure(
-            f"Hit rate by {words.clean(each.column)}", _grouped(each), charts.rates, each.groups, grids.groups(each)
-        )
+        if each.groups:
+            finding, table = _grouped(each), grids.groups(each)
+            yield _figure(table.caption, finding, table, charts.rates(each.groups, finding))
 
 
 def _outcome(counts: Sequence[tuple[str, int]]) -> str:
@@ -157,57 +155,24 @@ def _grouped(groups: Groups) -> str:
 
 def _money(nights: Sequence[Night]) -> Iterator[Figure]:
     spent = sum(night.credits_spent for night in nights)
-    table = grids.spending(nights)
     if spent:
         dearest = max(nights, key=lambda night: night.credits_spent)
         finding = f"{words.credits(spent)} credits in {words.many(len(nights), 'night')}"
         if len(nights) > 1:
             finding += f"; most in execution {dearest.execution}, {words.credits(dearest.credits_spent)}"
-        label = f"{finding}."
-        pictures = [charts.night_credits(nights, label), charts.all_credits(nights, f"Added up. {label}")]
-        yield Figure("Credits per night and in all", label, [each for each in pictures if each], table)
-    finding = _per_hit(nights)
-    picture = charts.per_hit(nights, finding)
-    if picture:
-        yield Figure("Cost per hit", finding, [picture], _hits_of(nights))
-    finding = _night_rates(nights)
-    picture = charts.night_rates(nights, finding)
-    if picture:
-        yield Figure("Hit rate of each night", finding, [picture], _rates_of(nights))
-
-
-def _hits_of(nights: Sequence[Night]) -> Table:
-    lines = [
-        grids.Line(
-            f"per_hit {night.execution}",
-            f"{words.moment(night.started_at)} (#{night.execution})",
-            (grids.whole("found", night.found), grids.credits("per_hit", night.per_hit)),
-        )
-        for night in reversed(nights)
-    ]
-    return Table("Cost per hit, newest night first", ("Night", "Found", "Per hit"), lines)
-
-
-def _rates_of(nights: Sequence[Night]) -> Table:
-    lines = [
-        grids.Line(
-            f"hit_rate {night.execution}",
-            f"{words.moment(night.started_at)} (#{night.execution})",
-            (
-                grids.whole("answered", night.answered),
-                grids.whole("found", night.found),
-                grids.rate(night.found, night.answered),
-            ),
-        )
-        for night in reversed(nights)
-    ]
-    return Table("Hit rate, newest night first", ("Night", "Answered", "Found", "Hit rate"), lines)
+        finding += "."
+        pictures = charts.night_credits(nights, finding), charts.all_credits(nights, f"Added up. {finding}")
+        yield _figure("Credits per night and in all", finding, grids.spending(nights), *pictures)
+    if any(night.per_hit is not None for night in nights):
+        finding = _per_hit(nights)
+        yield _figure("Cost per hit", finding, grids.per_hit(nights), charts.per_hit(nights, finding))
+    if any(night.answered for night in nights):
+        finding = _night_rates(nights)
+        yield _figure("Hit rate of each night", finding, grids.night_rates(nights), charts.night_rates(nights, finding))
 
 
 def _night_rates(nights: Sequence[Night]) -> str:
     known = [night.hit_rate for night in nights if night.hit_rate is not None]
-    if not known:
-        return "Nothing was answered yet."
     if len(known) == 1:
         return f"{words.percent(known[0])} of what was answered was found."
     spread = f"between {words.percent(min(known))} and {words.percent(max(known))}"
@@ -216,8 +181,6 @@ def _night_rates(nights: Sequence[Night]) -> str:
 
 def _per_hit(nights: Sequence[Night]) -> str:
     known = [night.per_hit for night in nights if night.per_hit is not None]
-    if not known:
-        return "No hit yet."
     if len(known) == 1:
         return f"A hit cost {words.credits(known[0])} credits."
     spread = f"between {words.credits(min(known))} and {words.credits(max(known))}"
@@ -225,21 +188,20 @@ def _per_hit(nights: Sequence[Night]) -> str:
 
 
 def _speed(report: Report) -> Iterator[Figure]:
-    if report.latencies is not None:
-        finding = _waited(report.latencies)
-        table = grids.latencies(report.latencies)
-        yield from _figure("Time until an answer", finding, charts.latencies, report.latencies, table)
-    if report.traffic is not None:
-        finding = _sent(report.traffic)
-        pictures = [charts.throughput(report.traffic, finding), charts.limited(report.traffic, finding)]
-        drawn = [each for each in pictures if each]
-        if drawn:
-            yield Figure("Sent, answered and held back", finding, drawn, grids.traffic(report.traffic))
+    times, traffic = report.latencies, report.traffic
+    if times is not None and times.count:
+        finding = _waited(times)
+        yield _figure("Time until an answer", finding, grids.latencies(times), charts.latencies(times, finding))
+    if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
+        finding = _sent(traffic)
+        pictures = charts.throughput(traffic, finding), charts.limited(traffic, finding)
+        yield _figure("Sent, answered and held back", finding, grids.traffic(traffic), *pictures)
 
 
 def _waited(times: Latencies) -> str:
     half, most, longest = (words.seconds(each) for each in (times.median, times.p90, times.longest))
-    return f"Half of {words.many(times.count, 'task')} were answered within {half}, 90% within {most}; the slowest took {longest}."
+    told = f"Half of {words.many(times.count, 'task')} were answered within {half}, 90% within {most}"
+    return f"{told}; the slowest took {longest}."
 
 
 def _sent(traffic: Traffic) -> str:
@@ -254,18 +216,5 @@ def _sent(traffic: Traffic) -> str:
     )
 
 
-def _ages(report: Report) -> Iterator[Figure]:
-    whole = sum(each.found + each.not_found for each in report.ages)
-    if whole:
-        finding = f"{words.many(whole, 'answer')} in use, as found + not found."
-        yield from _figure("Age of the answers in use", finding, charts.ages, report.ages, grids.ages(report.ages))
-
-
-def _figure(
-    title: str, finding: str, draw: Callable[[Any, str], Picture | None], facts: Any, table: Table
-) -> Iterator[Figure]:
-    picture = draw(facts, finding)
-    if picture:
-        yield Figure(title, finding, [picture], table)
-    elif table.lines:
-        yield Figure(title, finding, [], table)
+def _figure(title: str, finding: str, table: Table, *pictures: Picture | None) -> Figure:
+    return Figure(title, finding, [picture for picture in pictures if picture], table)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import altair as alt
+
 from enrich.report import drawing, words
 from enrich.report.drawing import FULL, MEDIUM, NAME_PX, NARROW, Frame, Ink, Picture, Size
 from enrich.report.facts import Provider, Waterfall
@@ -47,13 +48,13 @@ def draw(waterfall: Waterfall, label: str, sizes: Sequence[Size] = (NARROW, MEDI
     """Draw the staircase for narrow, middling and wide screens, or for less room."""
     made = steps(waterfall)
 
-    def sized(size: Size) -> tuple[alt.LayerChart, Frame]:
+    def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         return _beside(made, size) if size is FULL else _stacked(made, size)
 
     return drawing.picture(sizes, sized, label)
 
 
-def _beside(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
+def _beside(made: Sequence[Step], size: Size) -> tuple[drawing.Chart, Frame]:
     """Draw names left of the bars and columns of numbers right of them."""
     pitch, bar = 36.0, 22.0
     frame = Frame(size, 34 + pitch * len(made) + 40, left=NAMES, right=COLUMNS["per hit"] + 4, top=34, bottom=40)
@@ -78,7 +79,7 @@ def _beside(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
     return chart, frame
 
 
-def _stacked(made: Sequence[Step], size: Size) -> tuple[alt.LayerChart, Frame]:
+def _stacked(made: Sequence[Step], size: Size) -> tuple[drawing.Chart, Frame]:
     """Draw each bar below its words, as there is no room beside it."""
     narrow = size is not MEDIUM
     bar, gap = 16.0, 14.0
@@ -151,5 +152,5 @@ def _found(step: Step) -> str:
 def _facts(step: Step) -> str:
     if step.provider is None:
         return ""
-    asked, _, _, credits, per_hit = _numbers(step)
-    return f"asked {asked} · {credits} credits · {per_hit} per hit"
+    asked, _, _, spent, per_hit = _numbers(step)
+    return f"asked {asked} · {spent} credits · {per_hit} per hit"
