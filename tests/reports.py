@@ -229,3 +229,88 @@ def empty() -> Report:
         needs=(),
         notes=(),
     )
+
+
+def full() -> Report:
+    """Make a report with all that a page can hold."""
+    return peopled(compared(rich()))
+
+
+#: Names as they come from outside, at their worst.
+NASTY = (
+    "<script>alert(1)</script>",
+    "</style></svg><img src=x onerror=alert(1)>",
+    "W" * 300,
+    "\N{RIGHT-TO-LEFT OVERRIDE}שלום עולם مرحبا",
+    "\N{PILE OF POO}\N{FAMILY}" * 30,
+    "",
+    "a\x00b\x1b[31m\ud800\u2028c\ufffe",
+    'fill="#fe0004" {{ 7 * 7 }} &amp; %s',
+)
+
+
+def nasty() -> Report:
+    """Make a report in which every text from outside is hostile."""
+    report = full()
+    first = NASTY[1]
+    providers = [provider(name, 1000 - 100 * place, 90, 90.0) for place, name in enumerate(NASTY)]
+    hits = [Hits(name, 900, 800, 100 * place) for place, name in enumerate(NASTY)]
+    side = replace(report.comparison.left, label=NASTY[2], providers=NASTY) if report.comparison else None
+    return replace(
+        report,
+        job=NASTY[0] + NASTY[2],
+        made_at=NASTY[6],
+        ledger=NASTY[2],
+        input=first,
+        output=NASTY[3],
+        waterfall=Waterfall(NASTY[2], [*providers, verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0),
+        nights=[replace(each, outcome=first, started_at=NASTY[6]) for each in report.nights],
+        statuses={**report.statuses, NASTY[2]: 4, first: 2},
+        columns=hits,
+        groups=[Groups(name, hits) for name in NASTY[:3]],
+        ages=[Age(name, 3, 4) for name in NASTY],
+        anomalies=[Anomaly(name, name) for name in NASTY],
+        needs=[Need(name, name) for name in NASTY],
+        notes=NASTY,
+        comparison=replace(report.comparison, left=side, right=side, verdict=NASTY[2])
+        if report.comparison and side
+        else None,
+        leads=Rows(NASTY, [NASTY] * 5, 0),
+    )
+
+
+def millions() -> Report:
+    """Make a report of a million rows, a dozen providers, sixty groups and four hundred nights."""
+    providers = [
+        provider(f"Provider of data number {place}", 1_000_000 - 75_000 * place, 70_000, 140_000.5, 4_000)
+        for place in range(12)
+    ]
+    nights = [night(number, 3000 + number * 7 % 900, 2000, 6000.25, rows=1_000_000) for number in range(1, 401)]
+    return replace(
+        rich(),
+        waterfall=Waterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
+        nights=nights,
+        rows=1_000_000,
+        statuses={"found": 840_000, "not_found": 159_999, "in_doubt": 1},
+        groups=[Groups("Country", [Hits(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
+        latencies=Latencies([Bar(place * 600.0, place * 600.0 + 600, 90_000) for place in range(40)], 1, 60, 61, 9e4),
+        traffic=Traffic(400, 10.0, [500] * 4000, [490] * 4000, [900] * 4000, [0, 1] * 2000),
+    )
+
+
+def nothing_found() -> Report:
+    """Make the report of a first night that found nothing, of a single provider."""
+    return replace(
+        rich(),
+        waterfall=Waterfall("email_getter", [provider("Apollo", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
+        nights=[night(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
+        statuses={"not_found": 12},
+        columns=[Hits("work_email", 12, 12, 0)],
+        groups=[Groups("Country", [Hits("DE", 12, 0, 0)])],
+        planned={"min": None, "likely": None, "max": None},
+        traffic=Traffic(1, 5.0, [], [], [], []),
+        latencies=Latencies([Bar(0.0, 0.5, 12)], 12, 0.2, 0.4, 0.5),
+        ages=[],
+        anomalies=[],
+        needs=[],
+    )

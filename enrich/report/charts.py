@@ -20,7 +20,6 @@ WEEK = 7
 #: More points than these on a line are a smear.
 MOST_POINTS = 40
 PANEL = 150.0
-LEFT = 56.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +151,7 @@ def latencies(times: Latencies, label: str) -> Picture | None:
     rows = [{"x": bar.start / unit, "x2": bar.end / unit, "v": 0, "v2": bar.count} for bar in times.bars if bar.count]
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
-        frame = _frame(size, top=36)
+        frame = _frame(size, top=44)
         span = (domain[1] - domain[0]) or 1.0
         marked: list[dict[str, float]] = []
         told: dict[str, list[dict[str, float | str]]] = {"left": [], "right": []}
@@ -186,17 +185,17 @@ def throughput(traffic: Traffic, label: str) -> Picture | None:
         return [{"x": (at + 0.5) * width_s / unit, "v": count * per / width_s} for at, count in enumerate(counts)]
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
-        frame = _frame(size, top=26)
+        frame = _frame(size)
         x = drawing.across(domain, drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False))
-        y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.axis(f"per {per_name}", 4, orient="left"))
+        y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.upright(f"per {per_name}", 4, max(*sent, *answered)))
         layers = [
             alt.Chart(alt.InlineData(values=rows(counts)))
             .mark_line(color=ink.value, strokeWidth=2, strokeDash=dash)
             .encode(x=x, y=y)
             for counts, ink, dash in ((sent, Ink.TEXT, [4, 3]), (answered, Ink.FOUND, [1, 0]))
         ]
-        told = [{"px": 0, "py": -14, "text": "sent (dashed)"}]
-        both = [{"px": 100, "py": -14, "text": "answered (solid)"}]
+        told = [{"px": 50, "py": -16, "text": "sent (dashed)"}]
+        both = [{"px": 150, "py": -16, "text": "answered (solid)"}]
         return alt.layer(*layers, drawing.texts(told, Ink.TEXT), drawing.texts(both, Ink.FOUND)), frame
 
     return drawing.picture((NARROW, HALF), sized, label)
@@ -218,7 +217,7 @@ def limited(traffic: Traffic, label: str) -> Picture | None:
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         axis = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
         return alt.layer(_standing(rows, drawing.across(domain, axis), "answers 429", Ink.TROUBLE, ticks=2)), _frame(
-            size, height=PANEL - 20
+            size, height=PANEL - 4
         )
 
     return drawing.picture((NARROW, HALF), sized, label)
@@ -237,7 +236,11 @@ def _line(
         data = alt.InlineData(values=rows)
         dots = alt.InlineData(values=known if len(rows) <= MOST_POINTS else known[-1:])
         x = _night_axis(nights, size)
-        y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.axis(title, 4, orient="left", **axis))
+        y = alt.Y(
+            "v:Q",
+            scale=alt.Scale(zero=True),
+            axis=drawing.upright(title, 4, max(row["v"] or 0.0 for row in rows), **axis),
+        )
         line = alt.Chart(data).mark_line(color=Ink.FOUND.value, strokeWidth=2, invalid="break-paths-show-domains")
         points = alt.Chart(dots).mark_point(color=Ink.FOUND.value, filled=True, size=36, opacity=1)
         return alt.layer(line.encode(x=x, y=y), points.encode(x=x, y=y)), frame
@@ -250,7 +253,7 @@ def _columns(
 ) -> Picture:
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         x = _night_axis(nights, size, "x")
-        y = alt.Y("v:Q", axis=drawing.axis(title, 4, orient="left"))
+        y = alt.Y("v:Q", axis=drawing.upright(title, 4, max(row["v2"] for row in rows)))
         data = alt.InlineData(values=[dict(row) for row in rows])
         return alt.layer(alt.Chart(data).mark_rect(color=ink.value).encode(x=x, x2="x2:Q", y=y, y2="v2:Q")), _frame(
             size
@@ -261,7 +264,7 @@ def _columns(
 
 def _standing(rows: Sequence[drawing.Row], x: alt.X, title: str, ink: Ink, ticks: int = 4) -> alt.Chart:
     """Draw bars that stand, from `x` to `x2`, as high as their counts."""
-    y = alt.Y("v:Q", axis=drawing.axis(title, ticks, orient="left", tickMinStep=1))
+    y = alt.Y("v:Q", axis=drawing.upright(title, ticks, max(row["v2"] for row in rows), tickMinStep=1))
     chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
     encoded: alt.Chart = chart.encode(x=x, x2="x2:Q", y=y, y2="v2:Q")
     return encoded
@@ -275,14 +278,21 @@ def _night_axis(nights: Sequence[Night], size: Size, field: str = "x") -> alt.X:
     places = list(range(len(nights) - 1, -1, -step))[::-1]
     days = [words.day(nights[place].started_at) for place in places]
     named = days if len(set(days)) == len(days) else [f"#{nights[place].execution}" for place in places]
-    shown = json.dumps(dict(zip(map(str, places), named, strict=True)))
     title = "night" if named is days else "execution"
-    axis = drawing.axis(title, 6, orient="bottom", values=places, labelExpr=f"({shown})[datum.value]", grid=False)
+    names = f"({json.dumps(dict(zip(map(str, places), named, strict=True)))})[datum.value]"
+    axis = drawing.axis(
+        "night" if named is days else "execution",
+        6,
+        orient="bottom",
+        values=places,
+        labelExpr=f"({shown})[datum.value]",
+        grid=False,
+    )
     return alt.X(f"{field}:Q", scale=alt.Scale(domain=[-0.5, slots - 0.5], nice=False), axis=axis)
 
 
-def _frame(size: Size, height: float = PANEL + 52, top: float = 10) -> Frame:
-    return Frame(size, height + top - 10, left=LEFT, right=18, top=top, bottom=44)
+def _frame(size: Size, height: float = PANEL + 66, top: float = 26) -> Frame:
+    return Frame(size, height + top - 26, left=drawing.LEFT, right=18, top=top, bottom=44)
 
 
 def _unit(longest_s: float) -> tuple[float, str]:

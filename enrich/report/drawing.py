@@ -16,8 +16,12 @@ import altair as alt
 import vl_convert
 from markupsafe import Markup
 
+from enrich.report import words
+
 NAME_PX = 13
 TEXT_PX = 12
+#: The room for the numbers of an axis on the left.
+LEFT = 46.0
 
 
 class Ink(StrEnum):
@@ -168,6 +172,13 @@ def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - wha
             **more,
         }
     )
+
+
+def upright(title: str, ticks: int, most: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
+    """Make a quiet axis on the left for values up to `most`, its title lying above it."""
+    large = {"format": "~s"} if most >= words.LARGE else {}
+    placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT, "titleY": -10}
+    return axis(title, ticks, orient="left", **{**placed, **large, **more})
 
 
 def _chart(rows: Sequence[Row], mark: Callable[..., alt.Chart], ink: Ink, style: Mapping[str, Any]) -> alt.Chart:

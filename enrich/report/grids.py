@@ -20,6 +20,9 @@ from enrich.report.facts import (
     Waterfall,
 )
 
+#: So many nights have a row in the tables below their charts; all are in the list of nights.
+RECENT = 60
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -142,7 +145,7 @@ def spending(nights: Sequence[Night]) -> Table:
         total += night.credits_spent
         cells = credits("credits_spent", night.credits_spent), credits("so_far", round(total, 6))
         lines.append(Line(f"spending {night.execution}", _named(night), cells))
-    return Table("Credits, newest night first", ("Night", "Credits", "In all"), lines[::-1])
+    return Table(_caption("Credits", nights), ("Night", "Credits", "In all"), lines[: -RECENT - 1 : -1])
 
 
 def per_hit(nights: Sequence[Night]) -> Table:
@@ -153,9 +156,9 @@ def per_hit(nights: Sequence[Night]) -> Table:
             _named(night),
             (whole("found", night.found), credits("per_hit", night.per_hit)),
         )
-        for night in reversed(nights)
+        for night in nights[: -RECENT - 1 : -1]
     ]
-    return Table("Cost per hit, newest night first", ("Night", "Found", "Per hit"), lines)
+    return Table(_caption("Cost per hit", nights), ("Night", "Found", "Per hit"), lines)
 
 
 def night_rates(nights: Sequence[Night]) -> Table:
@@ -166,9 +169,9 @@ def night_rates(nights: Sequence[Night]) -> Table:
             _named(night),
             (whole("answered", night.answered), whole("found", night.found), rate(night.found, night.answered)),
         )
-        for night in reversed(nights)
+        for night in nights[: -RECENT - 1 : -1]
     ]
-    return Table("Hit rate, newest night first", ("Night", "Answered", "Found", "Hit rate"), lines)
+    return Table(_caption("Hit rate", nights), ("Night", "Answered", "Found", "Hit rate"), lines)
 
 
 def nights(facts: Sequence[Night], caption: str) -> Table:
@@ -301,3 +304,8 @@ def in_order(counts: Mapping[str, int], order: Sequence[str]) -> list[tuple[str,
 
 def _named(night: Night) -> str:
     return f"#{night.execution} · {words.date(night.started_at)}"
+
+
+def _caption(what: str, nights: Sequence[Night]) -> str:
+    cut = f"the last {RECENT} of {len(nights):,} nights" if len(nights) > RECENT else "nights"
+    return f"{what}: {cut}, newest first"

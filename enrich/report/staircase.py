@@ -109,7 +109,7 @@ def _bars(
 ) -> list[alt.Chart]:
     """Draw the bars at these heights, `joined` where no words are between them."""
     domain = (0.0, float(max(1, *(step.end for step in made))))
-    axis = drawing.axis("leads", ticks, orient="bottom", labelFlush=True, grid=joined)
+    axis = drawing.axis("leads", ticks, orient="bottom", labelFlush=30, grid=joined)
     spans = list(zip(made, tops, strict=True))
     passed = [_span(step.start + step.found, step.end - step.presumed, top, bar) for step, top in spans[:-1]]
     presumed = [_span(step.end - step.presumed, step.end, top + 0.5, bar - 1) for step, top in spans if step.presumed]

@@ -74,8 +74,8 @@ def date(iso: str) -> str:
 
 
 def clean(text: str, otherwise: str = "(no name)") -> str:
-    """Return a name from outside without what no page may hold: control characters, halves of characters."""
-    printable = "".join(" " if unicodedata.category(each) in {"Cc", "Cs", "Zl", "Zp"} else each for each in text)
+    """Return a name from outside without what XML forbids: the library that draws would end the process."""
+    printable = "".join(" " if _is_forbidden(each) else each for each in text)
     return " ".join(printable.split()) or otherwise
 
 
@@ -108,3 +108,8 @@ def _time(iso: str) -> datetime | None:
         return datetime.fromisoformat(iso)
     except ValueError:
         return None
+
+
+def _is_forbidden(character: str) -> bool:
+    """Tell control characters, halves of characters and what will never be a character."""
+    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & 0xFFFE == 0xFFFE  # noqa: PLR2004 - the last two of each plane
