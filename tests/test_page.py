@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from enrich.report import staircase
 from enrich.report.facts import Report
 from enrich.report.page import render
-from enrich.report.words import DASH, clean, fit, width
+from enrich.report.words import DASH, clean, fit
+from enrich.report.words import width as width_of
 from tests import reports
 from tests.chromium import ABSENT, PROGRAM, Browser, Scheme, browsing
 
@@ -186,7 +187,7 @@ def test_any_name_can_be_drawn(name: str) -> None:
 def test_long_names_are_shortened(name: str, room: int) -> None:
     """A name that is too wide for its place ends in an ellipsis; one that fits stays."""
     fitted = fit(name, room, 13)
-    assert width(fitted, 13) <= room
+    assert width_of(fitted, 13) <= room
     assert fitted == name or fitted.endswith("…")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import altair as alt
 import vl_convert
+from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
 from enrich.report import words
@@ -92,8 +93,9 @@ class Frame:
 
 def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[Chart, Frame]], label: str) -> Picture:
     """Draw a chart in each of the sizes; `label` is what is said of it to those who can't see it."""
-    drawn = [draw(size) for size in sizes]
-    return Picture(Markup("\n").join(_svg(*each, label) for each in drawn), drawn[0][1].height)
+    with debug_mode(arg=False):  # what is drawn here is no user's chart: to validate it takes longer than to draw it
+        drawn = [draw(size) for size in sizes]
+        return Picture(Markup("\n").join(_svg(*each, label) for each in drawn), drawn[0][1].height)
 
 
 def _svg(chart: Chart, frame: Frame, label: str) -> Markup:
@@ -105,7 +107,7 @@ def _svg(chart: Chart, frame: Frame, label: str) -> Markup:
         autosize="none",
         background="transparent",
     ).configure_view(stroke=None)
-    drawn = vl_convert.vegalite_to_svg(whole.to_dict())
+    drawn = vl_convert.vegalite_to_svg(whole.to_dict(validate=False))
     drawn = _TAG.sub(lambda tag: _tidy(tag[0]), drawn)
     opened = (
         Markup('<svg class="chart {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">')
@@ -123,9 +125,9 @@ def rects(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | Non
     """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _chart(rows, alt.Chart.mark_rect, ink, style).encode(
         x=across(domain, axis),
-        x2="x2:Q",
+        x2=alt.X2("x2:Q"),
         y=_pixels("y", alt.Y),
-        y2="y2:Q",
+        y2=alt.Y2("y2:Q"),
     )
 
 
@@ -133,7 +135,7 @@ def texts(rows: Sequence[Row], ink: Ink, **style: Any) -> alt.Chart:  # noqa: AN
     """Texts at `px`, `py` in pixels from the marks' left upper corner."""
     style = {"align": "left", "baseline": "middle", "fontSize": TEXT_PX, **style}
     encoded = _chart(rows, alt.Chart.mark_text, ink, style)
-    return encoded.encode(x=_pixels("px", alt.X), y=_pixels("py", alt.Y), text="text:N")
+    return encoded.encode(x=_pixels("px", alt.X), y=_pixels("py", alt.Y), text=alt.Text("text:N"))
 
 
 def rules(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
@@ -141,7 +143,7 @@ def rules(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | Non
     return _chart(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
         x=across(domain, axis),
         y=_pixels("y", alt.Y),
-        y2="y2:Q",
+        y2=alt.Y2("y2:Q"),
     )
 
 

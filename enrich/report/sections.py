@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from enrich.report import charts, grids, staircase, words
+from enrich.report import charts, grids, staircase, timelines, words
 from enrich.report.drawing import HALF, NARROW, Picture
 from enrich.report.facts import STATUSES, Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
 from enrich.report.grids import Table
@@ -161,14 +161,16 @@ def _money(nights: Sequence[Night]) -> Iterator[Figure]:
         if len(nights) > 1:
             finding += f"; most in execution {dearest.execution}, {words.credits(dearest.credits_spent)}"
         finding += "."
-        pictures = charts.night_credits(nights, finding), charts.all_credits(nights, f"Added up. {finding}")
+        pictures = timelines.night_credits(nights, finding), timelines.all_credits(nights, f"Added up. {finding}")
         yield _figure("Credits per night and in all", finding, grids.spending(nights), *pictures)
     if any(night.per_hit is not None for night in nights):
         finding = _per_hit(nights)
-        yield _figure("Cost per hit", finding, grids.per_hit(nights), charts.per_hit(nights, finding))
+        yield _figure("Cost per hit", finding, grids.per_hit(nights), timelines.per_hit(nights, finding))
     if any(night.answered for night in nights):
         finding = _night_rates(nights)
-        yield _figure("Hit rate of each night", finding, grids.night_rates(nights), charts.night_rates(nights, finding))
+        yield _figure(
+            "Hit rate of each night", finding, grids.night_rates(nights), timelines.night_rates(nights, finding)
+        )
 
 
 def _night_rates(nights: Sequence[Night]) -> str:
@@ -191,10 +193,10 @@ def _speed(report: Report) -> Iterator[Figure]:
     times, traffic = report.latencies, report.traffic
     if times is not None and times.count:
         finding = _waited(times)
-        yield _figure("Time until an answer", finding, grids.latencies(times), charts.latencies(times, finding))
+        yield _figure("Time until an answer", finding, grids.latencies(times), timelines.latencies(times, finding))
     if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
         finding = _sent(traffic)
-        pictures = charts.throughput(traffic, finding), charts.limited(traffic, finding)
+        pictures = timelines.throughput(traffic, finding), timelines.limited(traffic, finding)
         yield _figure("Sent, answered and held back", finding, grids.traffic(traffic), *pictures)
 
 
