@@ -82,41 +82,40 @@ def tiles(report: Report) -> Iterator[Tile]:
         Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
         about,
         f"{night.found:,} of {night.answered:,} answered",
-        _change(rate, lambda points: f"{points * 100:.1f} points"),
-        None if not rate else rate > 0,
+        *_change(rate, lambda points: f"{points * 100:.1f} points", better=1),
     )
     yield Tile(
         "Leads found",
         grids.whole("found", night.found),
         about,
         f"{night.submitted:,} sent",
-        _change(found, words.count),
+        *_change(found, words.count),
     )
     yield Tile(
         "Credits",
         grids.credits("credits_spent", night.credits_spent),
         about,
         _planned(report.planned, night),
-        _change(spent, words.credits),
+        *_change(spent, words.credits),
     )
     yield Tile(
         "Cost per hit",
         grids.credits("per_hit", night.per_hit),
         about,
         "credits" if night.per_hit is not None else "no hit tonight",
-        _change(cost, words.credits),
-        None if not cost else cost < 0,
+        *_change(cost, words.credits, better=-1),
     )
     yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
 
 
-def _change(change: float | None, write: Callable[[float], str]) -> str | None:
+def _change(change: float | None, write: Callable[[float], str], *, better: int = 0) -> tuple[str | None, bool | None]:
+    """Write a change, and judge it where `better` says which way is good."""
     if change is None:
-        return None
+        return None, None
     size = write(abs(change))
     if size == write(0.0):
-        return "as the night before"
-    return f"▲ {size} more" if change > 0 else f"▼ {size} less"
+        return "as the night before", None
+    return f"▲ {size} more" if change > 0 else f"▼ {size} less", change * better > 0 if better else None
 
 
 def _planned(planned: Mapping[str, float | None] | None, night: Night) -> str:

@@ -10,6 +10,9 @@ from enrich.report.drawing import HALF, NARROW, Picture
 from enrich.report.facts import STATUSES, Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
 from enrich.report.grids import Table
 
+#: So many nights make a trend.
+TREND = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -48,9 +51,7 @@ def _height(stack: Sequence[Figure]) -> float:
 def sections(report: Report) -> Iterator[Section]:
     """Yield what comes after the waterfall, in the order of the page."""
     yield Section("rows", "What the rows came to", list(_rows(report)), "No row was looked at yet.")
-    yield Section(
-        "money", "Night by night", list(_money(report.nights)), "No credits were spent and nothing was answered yet."
-    )
+    yield Section("money", "Night by night", list(_money(report.nights)), "One night makes no trend: the next will.")
     yield Section("speed", "How the run went", list(_speed(report)), "The last run sent nothing.")
 
 
@@ -154,13 +155,13 @@ def _grouped(groups: Groups) -> str:
 
 
 def _money(nights: Sequence[Night]) -> Iterator[Figure]:
+    if len(nights) < TREND:
+        return
     spent = sum(night.credits_spent for night in nights)
     if spent:
         dearest = max(nights, key=lambda night: night.credits_spent)
-        finding = f"{words.credits(spent)} credits in {words.many(len(nights), 'night')}"
-        if len(nights) > 1:
-            finding += f"; most in execution {dearest.execution}, {words.credits(dearest.credits_spent)}"
-        finding += "."
+        finding = f"{words.credits(spent)} credits in {words.many(len(nights), 'night')}; most in execution "
+        finding += f"{dearest.execution}, {words.credits(dearest.credits_spent)}."
         pictures = timelines.night_credits(nights, finding), timelines.all_credits(nights, f"Added up. {finding}")
         yield _figure("Credits per night and in all", finding, grids.spending(nights), *pictures)
     if any(night.per_hit is not None for night in nights):

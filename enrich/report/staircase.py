@@ -14,7 +14,8 @@ from enrich.report.facts import Provider, Waterfall
 NOBODY = "Nobody found"
 #: The columns of numbers right of the bars, with their right edges.
 COLUMNS = {"asked": 82.0, "found": 164.0, "of asked": 226.0, "credits": 310.0, "per hit": 372.0}
-NAMES = 150.0
+#: Names have so much room at most, and so much at least.
+NAMES = (110.0, 230.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,12 @@ def draw(waterfall: Waterfall, label: str, sizes: Sequence[Size] = (NARROW, MEDI
 def _beside(made: Sequence[Step], size: Size) -> tuple[drawing.Chart, Frame]:
     """Draw names left of the bars and columns of numbers right of them."""
     pitch, bar = 36.0, 22.0
-    frame = Frame(size, 34 + pitch * len(made) + 40, left=NAMES, right=COLUMNS["per hit"] + 4, top=34, bottom=40)
+    least, most = NAMES
+    room = min(most, max(least, *(words.width(step.name, NAME_PX) + 18 for step in made)))
+    frame = Frame(size, 34 + pitch * len(made) + 40, left=room, right=COLUMNS["per hit"] + 4, top=34, bottom=40)
     middles = [pitch * (place + 0.5) for place in range(len(made))]
     names = [
-        {"px": -NAMES, "py": middle, "text": words.fit(step.name, NAMES - 14, NAME_PX)}
+        {"px": -room, "py": middle, "text": words.fit(step.name, room - 14, NAME_PX)}
         for step, middle in zip(made, middles, strict=True)
     ]
     heads = [{"px": frame.inner + edge, "py": -12, "text": name} for name, edge in COLUMNS.items()]

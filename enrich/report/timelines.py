@@ -69,7 +69,7 @@ def latencies(times: Latencies, label: str) -> Picture | None:
             told[align].append({"px": px + away, "py": top, "text": text})
         axis = drawing.axis(f"{name} until the answer", 5, orient="bottom", grid=False)
         chart = alt.layer(
-            _standing(rows, drawing.across(domain, axis), "tasks", Ink.PASSED),
+            _standing(rows, drawing.across(domain, axis), "tasks", Ink.PASSED, step=1),
             drawing.rules(marked, domain, axis, Ink.TEXT),
             *(drawing.texts(rows, Ink.TEXT, align=align) for align, rows in told.items()),
         )
@@ -122,9 +122,9 @@ def limited(traffic: Traffic, label: str) -> Picture | None:
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         axis = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        return alt.layer(_standing(rows, drawing.across(domain, axis), "answers 429", Ink.TROUBLE, ticks=2)), _frame(
-            size, height=PANEL - 70
-        )
+        return alt.layer(
+            _standing(rows, drawing.across(domain, axis), "answers 429", Ink.TROUBLE, ticks=2, step=1)
+        ), _frame(size, height=PANEL - 70)
 
     return drawing.picture((NARROW, HALF), sized, label)
 
@@ -157,26 +157,32 @@ def _line(
 def _columns(
     rows: Sequence[drawing.Row], nights: Sequence[Night], title: str, label: str, ink: Ink = Ink.FOUND
 ) -> Picture:
+    """Draw a column for each night; very many become one shape."""
+    many = len(rows) > MOST_POINTS
+
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
-        x = _night_axis(nights, size, "x")
-        y = alt.Y("v:Q", axis=drawing.upright(title, 4, max(row["v2"] for row in rows)))
-        data = alt.InlineData(values=[dict(row) for row in rows])
-        return alt.layer(alt.Chart(data).mark_rect(color=ink.value).encode(x=x, x2=alt.X2("x2:Q"), y=y, y2=alt.Y2("v2:Q"))), _frame(
-            size
-        )
+        x = _night_axis(nights, size)
+        if not many:
+            return alt.layer(_standing(rows, x, title, ink)), _frame(size)
+        y = alt.Y("v2:Q", axis=drawing.upright(title, 4, max(row["v2"] for row in rows)))
+        data = alt.InlineData(values=[{"x": place, "v2": row["v2"]} for place, row in enumerate(rows)])
+        shape = alt.Chart(data).mark_area(color=ink.value, interpolate="step").encode(x=x, y=y)
+        return alt.layer(shape), _frame(size)
 
     return drawing.picture((NARROW, HALF), sized, label)
 
 
-def _standing(rows: Sequence[drawing.Row], x: alt.X, title: str, ink: Ink, ticks: int = 4) -> alt.Chart:
-    """Draw bars that stand, from `x` to `x2`, as high as their counts."""
-    y = alt.Y("v:Q", axis=drawing.upright(title, ticks, max(row["v2"] for row in rows), tickMinStep=1))
+def _standing(
+    rows: Sequence[drawing.Row], x: alt.X, title: str, ink: Ink, *, ticks: int = 4, step: int = 0
+) -> alt.Chart:
+    """Draw bars that stand, from `x` to `x2`; `step` 1 is for counts, which have no fractions."""
+    y = alt.Y("v:Q", axis=drawing.upright(title, ticks, max(row["v2"] for row in rows), tickMinStep=step))
     chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
     encoded: alt.Chart = chart.encode(x=x, x2=alt.X2("x2:Q"), y=y, y2=alt.Y2("v2:Q"))
     return encoded
 
 
-def _night_axis(nights: Sequence[Night], size: Size, field: str = "x") -> alt.X:
+def _night_axis(nights: Sequence[Night], size: Size) -> alt.X:
     """Name a few nights by their days; equal days in a row by their executions."""
     slots = max(len(nights), WEEK)
     room = max(1, (4 if size is NARROW else 6) - 1)
@@ -187,7 +193,7 @@ def _night_axis(nights: Sequence[Night], size: Size, field: str = "x") -> alt.X:
     title = "night" if named is days else "execution"
     names = f"({json.dumps(dict(zip(map(str, places), named, strict=True)))})[datum.value]"
     axis = drawing.axis(title, 6, orient="bottom", values=places, labelExpr=names, grid=False)
-    return alt.X(f"{field}:Q", scale=alt.Scale(domain=[-0.5, slots - 0.5], nice=False), axis=axis)
+    return alt.X("x:Q", scale=alt.Scale(domain=[-0.5, slots - 0.5], nice=False), axis=axis)
 
 
 def _frame(size: Size, height: float = PANEL, top: float = 26) -> Frame:

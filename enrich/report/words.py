@@ -8,6 +8,8 @@ from datetime import datetime
 DASH = "\N{EN DASH}"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
+#: The last two code points of each plane of Unicode end so; they are no characters.
+LAST_OF_PLANE = 0xFFFE
 #: From here on, a picture leaves the hundredths of credits away.
 LARGE = 10_000
 
@@ -111,5 +113,7 @@ def _time(iso: str) -> datetime | None:
 
 
 def _is_forbidden(character: str) -> bool:
-    """Tell control characters, halves of characters and what will never be a character."""
-    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & 0xFFFE == 0xFFFE  # noqa: PLR2004 - the last two of each plane
+    """Tell controls, halves of characters, what will never be a character, and what turns the words after it around."""
+    if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & LAST_OF_PLANE == LAST_OF_PLANE:
+        return True
+    return unicodedata.bidirectional(character) in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
