@@ -179,7 +179,7 @@ def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - wha
 def upright(title: str, ticks: int, most: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
     """Make a quiet axis on the left for values up to `most`, its title lying above it."""
     large = {"format": "~s"} if most >= words.LARGE else {}
-    placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT, "titleY": -10}
+    placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT, "titleY": -13}
     return axis(title, ticks, orient="left", **{**placed, **large, **more})
 
 

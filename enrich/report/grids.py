@@ -303,7 +303,7 @@ def in_order(counts: Mapping[str, int], order: Sequence[str]) -> list[tuple[str,
 
 
 def _named(night: Night) -> str:
-    return f"#{night.execution} · {words.date(night.started_at)}"
+    return f"#{night.execution}{words.SPACE}·{words.SPACE}{words.date(night.started_at)}"
 
 
 def _caption(what: str, nights: Sequence[Night]) -> str:

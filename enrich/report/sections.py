@@ -51,7 +51,9 @@ def _height(stack: Sequence[Figure]) -> float:
 def sections(report: Report) -> Iterator[Section]:
     """Yield what comes after the waterfall, in the order of the page."""
     yield Section("rows", "What the rows came to", list(_rows(report)), "No row was looked at yet.")
-    yield Section("money", "Night by night", list(_money(report.nights)), "One night makes no trend: the next will.")
+    yield Section(
+        "money", "Night by night", list(_money(report.nights)), "There are too few nights with answers to show a trend."
+    )
     yield Section("speed", "How the run went", list(_speed(report)), "The last run sent nothing.")
 
 

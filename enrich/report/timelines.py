@@ -68,8 +68,9 @@ def latencies(times: Latencies, label: str) -> Picture | None:
             align, away = ("right", -6) if px > frame.inner / 2 else ("left", 6)
             told[align].append({"px": px + away, "py": top, "text": text})
         axis = drawing.axis(f"{name} until the answer", 5, orient="bottom", grid=False)
+        counts = drawing.upright("tasks", 4, _most(rows), tickMinStep=1)
         chart = alt.layer(
-            _standing(rows, drawing.across(domain, axis), "tasks", Ink.PASSED, step=1),
+            _standing(rows, drawing.across(domain, axis), counts, Ink.PASSED),
             drawing.rules(marked, domain, axis, Ink.TEXT),
             *(drawing.texts(rows, Ink.TEXT, align=align) for align, rows in told.items()),
         )
@@ -100,8 +101,8 @@ def throughput(traffic: Traffic, label: str) -> Picture | None:
             .encode(x=x, y=y)
             for counts, ink, dash in ((sent, Ink.TEXT, [4, 3]), (answered, Ink.FOUND, [1, 0]))
         ]
-        told = [{"px": 50, "py": -16, "text": "sent (dashed)"}]
-        both = [{"px": 150, "py": -16, "text": "answered (solid)"}]
+        told = [{"px": 50, "py": -19, "text": "sent (dashed)"}]
+        both = [{"px": 150, "py": -19, "text": "answered (solid)"}]
         return alt.layer(*layers, drawing.texts(told, Ink.TEXT), drawing.texts(both, Ink.FOUND)), frame
 
     return drawing.picture((NARROW, HALF), sized, label)
@@ -121,10 +122,10 @@ def limited(traffic: Traffic, label: str) -> Picture | None:
     ]
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
-        axis = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        return alt.layer(
-            _standing(rows, drawing.across(domain, axis), "answers 429", Ink.TROUBLE, ticks=2, step=1)
-        ), _frame(size, height=PANEL - 70)
+        along = drawing.axis(f"{name} from the start", 5, orient="bottom", grid=False)
+        upright = drawing.upright("answers 429", 2, _most(rows), tickMinStep=1)
+        bars = _standing(rows, drawing.across(domain, along), upright, Ink.TROUBLE)
+        return alt.layer(bars), _frame(size, height=PANEL - 70)
 
     return drawing.picture((NARROW, HALF), sized, label)
 
@@ -161,24 +162,20 @@ def _columns(
     many = len(rows) > MOST_POINTS
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
-        x = _night_axis(nights, size)
+        x, axis = _night_axis(nights, size), drawing.upright(title, 4, _most(rows))
         if not many:
-            return alt.layer(_standing(rows, x, title, ink)), _frame(size)
-        y = alt.Y("v2:Q", axis=drawing.upright(title, 4, max(row["v2"] for row in rows)))
+            return alt.layer(_standing(rows, x, axis, ink)), _frame(size)
         data = alt.InlineData(values=[{"x": place, "v2": row["v2"]} for place, row in enumerate(rows)])
-        shape = alt.Chart(data).mark_area(color=ink.value, interpolate="step").encode(x=x, y=y)
+        shape = alt.Chart(data).mark_area(color=ink.value, interpolate="step").encode(x=x, y=alt.Y("v2:Q", axis=axis))
         return alt.layer(shape), _frame(size)
 
     return drawing.picture((NARROW, HALF), sized, label)
 
 
-def _standing(
-    rows: Sequence[drawing.Row], x: alt.X, title: str, ink: Ink, *, ticks: int = 4, step: int = 0
-) -> alt.Chart:
-    """Draw bars that stand, from `x` to `x2`; `step` 1 is for counts, which have no fractions."""
-    y = alt.Y("v:Q", axis=drawing.upright(title, ticks, max(row["v2"] for row in rows), tickMinStep=step))
+def _standing(rows: Sequence[drawing.Row], x: alt.X, axis: alt.Axis, ink: Ink) -> alt.Chart:
+    """Draw bars that stand, from `x` to `x2`."""
     chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
-    encoded: alt.Chart = chart.encode(x=x, x2=alt.X2("x2:Q"), y=y, y2=alt.Y2("v2:Q"))
+    encoded: alt.Chart = chart.encode(x=x, x2=alt.X2("x2:Q"), y=alt.Y("v:Q", axis=axis), y2=alt.Y2("v2:Q"))
     return encoded
 
 
@@ -207,6 +204,10 @@ def _unit(longest_s: float) -> tuple[float, str]:
     if longest_s <= 5 * words.HOUR_S:
         return words.MINUTE_S, "minutes"
     return words.HOUR_S, "hours"
+
+
+def _most(rows: Sequence[drawing.Row]) -> float:
+    return float(max(row["v2"] for row in rows))
 
 
 def _bins(traffic: Traffic) -> int:

@@ -6,6 +6,7 @@ import unicodedata
 from datetime import datetime
 
 DASH = "\N{EN DASH}"
+SPACE = "\N{NO-BREAK SPACE}"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
 #: The last two code points of each plane of Unicode end so; they are no characters.
@@ -40,16 +41,16 @@ def percent(share: float | None) -> str:
 
 
 def seconds(time_s: float | None) -> str:
-    """Write a length of time."""
+    """Write a length of time; no line breaks within it."""
     if time_s is None:
         return DASH
     if time_s < MINUTE_S:
-        return f"{time_s:.1f}".removesuffix(".0") + " s"
+        return f"{time_s:.1f}".removesuffix(".0") + f"{SPACE}s"
     minutes, rest = divmod(round(time_s), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours:,} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if rest else f"{minutes} min"
+        return f"{hours:,}{SPACE}h{SPACE}{minutes:02}{SPACE}min"
+    return f"{minutes}{SPACE}min{SPACE}{rest:02}{SPACE}s" if rest else f"{minutes}{SPACE}min"
 
 
 def share(part: float, whole: float) -> float | None:
@@ -72,7 +73,7 @@ def day(iso: str) -> str:
 def date(iso: str) -> str:
     """Write the day of a time, with its year."""
     at = _time(iso)
-    return f"{at.day} {at:%b %Y}" if at else clean(iso, DASH)
+    return f"{at.day}{SPACE}{at:%b}{SPACE}{at:%Y}" if at else clean(iso, DASH)
 
 
 def clean(text: str, otherwise: str = "(no name)") -> str:
@@ -100,7 +101,7 @@ def _em(character: str) -> float:
         return 0.0
     if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
         return 1.3
-    if character in " .,:;·()'|!iljI":
+    if character in f"{SPACE} .,:;·()'|!iljI":
         return 0.42
     return 1.0 if character in "MWmw@%" else 0.66
 
