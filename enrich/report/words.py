@@ -1,0 +1,120 @@
+"""How the page writes numbers, times and names. What is not known is written as a dash, never as 0."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import datetime
+
+DASH = "\N{EN DASH}"
+SPACE = "\N{NO-BREAK SPACE}"
+MINUTE_S = 60.0
+HOUR_S = 3600.0
+#: The last two code points of each plane of Unicode end so; they are no characters.
+LAST_OF_PLANE = 0xFFFE
+#: From here on, a picture leaves the hundredths of credits away.
+LARGE = 10_000
+
+
+def count(number: float | None) -> str:
+    """Write a whole number."""
+    return DASH if number is None else f"{number:,.0f}"
+
+
+def many(number: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def credits(amount: float | None) -> str:  # noqa: A001 - the word of the trade
+    """Write an amount of credits, without the unit."""
+    return DASH if amount is None else f"{amount + 0.0:,.2f}"
+
+
+def briefly(amount: float | None) -> str:
+    """Write an amount of credits where there is little room."""
+    return credits(amount) if amount is None or abs(amount) < LARGE else count(amount)
+
+
+def percent(share: float | None) -> str:
+    """Write a share of 1."""
+    return DASH if share is None else f"{share:.1%}"
+
+
+def seconds(time_s: float | None) -> str:
+    """Write a length of time; no line breaks within it."""
+    if time_s is None:
+        return DASH
+    if time_s < MINUTE_S:
+        return f"{time_s:.1f}".removesuffix(".0") + f"{SPACE}s"
+    minutes, rest = divmod(round(time_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,}{SPACE}h{SPACE}{minutes:02}{SPACE}min"
+    return f"{minutes}{SPACE}min{SPACE}{rest:02}{SPACE}s" if rest else f"{minutes}{SPACE}min"
+
+
+def share(part: float, whole: float) -> float | None:
+    """Return the part as a share of the whole; None where there is no whole."""
+    return part / whole if whole else None
+
+
+def moment(iso: str | None) -> str:
+    """Write a time to the minute; what is no time stays as it is."""
+    at = _time(iso or "")
+    return f"{at.day} {at:%b %Y, %H:%M}" if at else clean(iso or "", DASH)
+
+
+def day(iso: str) -> str:
+    """Write the day of a time."""
+    at = _time(iso)
+    return f"{at.day} {at:%b}" if at else clean(iso, DASH)
+
+
+def date(iso: str) -> str:
+    """Write the day of a time, with its year."""
+    at = _time(iso)
+    return f"{at.day}{SPACE}{at:%b}{SPACE}{at:%Y}" if at else clean(iso, DASH)
+
+
+def clean(text: str, otherwise: str = "(no name)") -> str:
+    """Return a name from outside without what XML forbids: the library that draws would end the process."""
+    printable = "".join(" " if _is_forbidden(each) else each for each in text)
+    return " ".join(printable.split()) or otherwise
+
+
+def width(text: str, size: float) -> float:
+    """Estimate how wide a text becomes, in pixels, in any of the usual fonts: rather too wide than too narrow."""
+    return sum(_em(each) for each in text) * size
+
+
+def fit(text: str, room: float, size: float) -> str:
+    """Shorten a name so that it fits."""
+    if width(text, size) <= room:
+        return text
+    while text and width(f"{text}…", size) > room:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def _em(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
+        return 1.3
+    if character in f"{SPACE} .,:;·()'|!iljI":
+        return 0.42
+    return 1.0 if character in "MWmw@%" else 0.66
+
+
+def _time(iso: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(iso)
+    except ValueError:
+        return None
+
+
+def _is_forbidden(character: str) -> bool:
+    """Tell controls, halves of characters, what will never be a character, and what turns the words after it around."""
+    if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & LAST_OF_PLANE == LAST_OF_PLANE:
+        return True
+    return unicodedata.bidirectional(character) in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}

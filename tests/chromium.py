@@ -1,0 +1,141 @@
+"""Opens a page in headless Chromium and looks at it: the DevTools protocol over a pipe, no port, no further package."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+#: The names under which package managers install it.
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
+ABSENT = "no Chromium on the PATH (apt-get install chromium)"
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
+
+Scheme = Literal["light", "dark"]
+
+
+@dataclass
+class Browser:
+    """A browser with one page; `events` are what it told since the page was opened."""
+
+    commands: IO[bytes]
+    answers: IO[bytes]
+    session: str | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _heard: bytes = b""
+
+    def do(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send a command and return its result; what happens meanwhile is kept in `events`."""
+        number = next(self._numbers)
+        command = {"id": number, "method": method, "params": params}
+        if self.session:
+            command["sessionId"] = self.session
+        self.commands.write(json.dumps(command).encode() + b"\0")
+        self.commands.flush()
+        while (answer := self._next()).get("id") != number:
+            self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return dict(answer["result"])
+
+    def open(self, page: Path, width: int, scheme: Scheme = "light", height: int = 900) -> None:
+        """Open a file at a width in pixels and wait until it is loaded."""
+        self.look(width, scheme, height)
+        self.events.clear()
+        self.do("Page.navigate", url=page.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+
+    def look(self, width: int, scheme: Scheme = "light", height: int = 900) -> None:
+        """Take another width and colour scheme for the page that is open."""
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def evaluate(self, script: str) -> Any:
+        """Return the value of an expression in the page."""
+        told = self.do("Runtime.evaluate", expression=script, returnByValue=True)
+        if "exceptionDetails" in told:
+            raise RuntimeError(json.dumps(told["exceptionDetails"]))
+        return told["result"].get("value")
+
+    def requests(self) -> list[str]:
+        """Name the addresses that the page asked for."""
+        asked = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in asked]
+
+    def complaints(self) -> list[str]:
+        """Tell what the page wrote to the console, and what went wrong in it."""
+        kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
+        return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
+
+    def screenshot(self) -> bytes:
+        """Return a PNG of the whole page."""
+        return base64.b64decode(self.do("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+    def pdf(self) -> bytes:
+        """Print the page."""
+        return base64.b64decode(self.do("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._heard:
+            piece = os.read(self.answers.fileno(), 1 << 20)
+            if not piece:
+                raise RuntimeError("the browser is gone")
+            self._heard += piece
+        message, _, self._heard = self._heard.partition(b"\0")
+        return dict(json.loads(message))
+
+
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """Start a browser with a profile of its own and open an empty page in it."""
+    if PROGRAM is None:
+        raise RuntimeError(ABSENT)
+    (his_in, our_out), (our_in, his_out) = os.pipe(), os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        # It reads commands from 3 and answers on 4; only the shell can give it just these.
+        wired = f'exec "$@" 3<&{his_in} 4>&{his_out}'
+        with subprocess.Popen(
+            ["bash", "-c", wired, "bash", PROGRAM, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(his_in, his_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            os.close(his_in)
+            os.close(his_out)
+            try:
+                with os.fdopen(our_out, "wb") as commands, os.fdopen(our_in, "rb") as answers:
+                    browser = Browser(commands, answers)
+                    target = browser.do("Target.createTarget", url="about:blank")["targetId"]
+                    browser.session = browser.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+                    for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
+                        browser.do(f"{domain}.enable")
+                    yield browser
+            finally:
+                process.kill()

@@ -1,0 +1,316 @@
+"""A rich report about an invented job, for the tests of the page; and reports at the edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from enrich.report.facts import (
+    Age,
+    Anomaly,
+    Bar,
+    Comparison,
+    Groups,
+    Hits,
+    Latencies,
+    Need,
+    Night,
+    Provider,
+    Report,
+    Rows,
+    Side,
+    Traffic,
+    Waterfall,
+)
+
+START = datetime(2026, 11, 9, 2, tzinfo=UTC)
+
+
+def provider(name: str, asked: int, found: int, spent: float, presumed: int = 0) -> Provider:
+    """Make a provider that passes on what it does not find."""
+    return Provider(
+        name=name,
+        verifies=False,
+        asked=asked,
+        presumed=presumed,
+        found=found,
+        rejected=found // 40,
+        passed_on=asked + presumed - found,
+        credits=spent,
+        per_hit=round(spent / found, 6) if found else None,
+    )
+
+
+def verifier(name: str, asked: int, spent: float) -> Provider:
+    """Make a verifier."""
+    return replace(provider(name, asked, 0, spent), verifies=True, passed_on=0)
+
+
+def night(number: int, found: int, not_found: int, spent: float, **more: object) -> Night:
+    """Make a night, one a day."""
+    start = START + timedelta(days=number - 1)
+    told: dict[str, object] = {
+        "execution": number,
+        "started_at": start.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ended_at": (start + timedelta(minutes=47)).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "exit_code": 0,
+        "outcome": "ok",
+        "rows": 1204,
+        "submitted": found + not_found + 2,
+        "found": found,
+        "not_found": not_found,
+        "failed": 2,
+        "expired": 0,
+        "credits_spent": spent,
+        "credits_unknown": 0,
+        "balance_before": 9000 - 300.0 * number,
+        "balance_after": round(9000 - 300.0 * number - spent, 2),
+        "polls": 5210,
+        "rate_limited": 12,
+        "elapsed_s": 2843.2,
+        **more,
+    }
+    return Night(**told)  # type: ignore[arg-type]
+
+
+def rich() -> Report:
+    """Make the report of a usual job in its second week."""
+    providers = (
+        provider("Apollo", 1090, 412, 412.0, 74),
+        provider("Hunter", 610, 187, 374.0, 133),
+        provider("Prospeo", 438, 61, 183.0, 118),
+        provider("Findymail", 371, 58, 145.0, 124),
+        provider("LeadMagic", 313, 17, 85.0, 124),
+        verifier("ZeroBounce", 752, 37.6),
+    )
+    nights = [
+        night(1, 201, 160, 312.4),
+        night(2, 88, 64, 131.0),
+        night(3, 74, 70, 120.5),
+        night(4, 0, 12, 0.0, outcome="out of credits", exit_code=12, balance_before=None, balance_after=None),
+        night(5, 92, 66, 141.75),
+        night(6, 81, 58, 121.0),
+        night(7, 77, 71, 139.4),
+        night(8, 70, 49, 99.2),
+        night(9, 52, 63, 171.35, outcome="in doubt", exit_code=14, ended_at=None, credits_unknown=3),
+    ]
+    return Report(
+        job="leads",
+        made_at="2026-11-17T07:12:09Z",
+        ledger="jobs/.enrich/leads.db",
+        input="sample_data/leads.csv",
+        output="out/leads_enriched.csv",
+        waterfall=Waterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999),
+        nights=nights,
+        rows=1301,
+        statuses={
+            "found": 735,
+            "not_found": 428,
+            "failed": 11,
+            "expired": 0,
+            "in_doubt": 3,
+            "invalid": 41,
+            "filtered": 60,
+            "pending": 23,
+        },
+        requests={"found": 735, "not_found": 428, "failed": 11, "in_doubt": 3, "pending": 23},
+        credits_spent=1236.6,
+        credits_unknown=3,
+        planned={"min": 96.0, "likely": 142.5, "max": 310.0},
+        columns=[
+            Hits("work_email", 1301, 1163, 735),
+            Hits("email_status", 1301, 1163, 731),
+            Hits("mobile_phone", 1301, 1163, 204),
+        ],
+        groups=[
+            Groups(
+                "Country",
+                [
+                    Hits("DE", 402, 371, 271),
+                    Hits("US", 390, 344, 240),
+                    Hits("France", 188, 171, 95),
+                    Hits("United Kingdom of Great Britain", 120, 104, 61),
+                    Hits("日本", 80, 72, 21),
+                    Hits("", 64, 51, 20),
+                    Hits("others", 57, 50, 27),
+                ],
+                9,
+            )
+        ],
+        latencies=Latencies(
+            [
+                Bar(4.0 * place, 4.0 * place + 4, tasks)
+                for place, tasks in enumerate([21, 190, 310, 222, 140, 96, 70, 44, 31, 19, 12, 8, 5, 3, 0, 1])
+            ],
+            1172,
+            12.6,
+            31.0,
+            63.2,
+        ),
+        traffic=Traffic(
+            9,
+            60.0,
+            [0, 22, 31, 30, 18, 24, 8, 4, 2, 0, 0, 0],
+            [0, 4, 20, 28, 22, 21, 14, 9, 6, 3, 1, 1],
+            [0, 40, 92, 110, 84, 90, 60, 40, 31, 20, 9, 4],
+            [0, 0, 5, 0, 2, 4, 0, 0, 0, 0, 0, 1],
+        ),
+        ages=[
+            Age("under a day", 52, 63),
+            Age("1 to 7 days", 394, 237),
+            Age("7 to 30 days", 289, 128),
+            Age("over 30 days", 0, 0),
+        ],
+        anomalies=[
+            Anomaly("hit_rate", "The hit rate fell to 45.2%; in the five nights before it was 57.0%."),
+            Anomaly("per_hit", "A hit cost 3.30 credits; in the five nights before 1.57."),
+        ],
+        needs=[
+            Need(
+                "3 requests are in doubt: each may have been charged, and every run ends with 14 until you decide.",
+                "enrich reconcile jobs/leads.yaml",
+            ),
+            Need("The balance is enough for about 40 nights like this.", None),
+        ],
+        notes=["Prices of Hunter changed on 12 Nov: 2.00 credits, was 1.50."],
+    )
+
+
+def compared(report: Report) -> Report:
+    """Add another order of the providers beside it."""
+    left = Side("jobs/leads.yaml", ["Apollo", "Hunter", "Prospeo"], 1180, 735, 428, 1261.6, 1.7165)
+    right = Side("jobs/cheap-first.yaml", ["Prospeo", "Hunter"], 410, 231, 170, 371.0, 1.606)
+    return replace(
+        report,
+        comparison=Comparison(
+            left,
+            right,
+            report.waterfall.providers,
+            [provider("Prospeo", 410, 120, 240.0), provider("Hunter", 290, 111, 131.0)],
+            common=398,
+            both=201,
+            only_left=37,
+            only_right=18,
+            neither=142,
+            common_left_credits=421.5,
+            common_right_credits=352.25,
+            verdict="On the same 398 leads, jobs/leads.yaml found 19 more, at 1.77 against 1.61 credits per hit.",
+        ),
+    )
+
+
+def peopled(report: Report) -> Report:
+    """Add rows, as `--with-rows` does."""
+    cells = [("Ada", "Example", "northwind.example", "ada@northwind.example", "found", "Apollo")] * 3
+    return replace(
+        report, leads=Rows(("First Name", "Last Name", "Website", "work_email", "enrich_status", "by"), cells, 1298)
+    )
+
+
+def empty() -> Report:
+    """Make the report of a job that has never run."""
+    nothing = rich()
+    return replace(
+        nothing,
+        waterfall=Waterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
+        nights=(),
+        rows=None,
+        statuses={},
+        requests={},
+        credits_spent=0.0,
+        credits_unknown=0,
+        planned=None,
+        columns=(),
+        groups=(),
+        latencies=None,
+        traffic=None,
+        ages=(),
+        anomalies=(),
+        needs=(),
+        notes=(),
+    )
+
+
+def full() -> Report:
+    """Make a report with all that a page can hold."""
+    return peopled(compared(rich()))
+
+
+#: Names as they come from outside, at their worst.
+NASTY = (
+    "<script>alert(1)</script>",
+    "</style></svg><img src=x onerror=alert(1)>",
+    "W" * 300,
+    "\N{RIGHT-TO-LEFT OVERRIDE}שלום עולם مرحبا",
+    "\N{PILE OF POO}\N{FAMILY}" * 30,
+    "",
+    "a\x00b\x1b[31m\ud800\u2028c\ufffe",
+    'fill="#fe0004" {{ 7 * 7 }} &amp; %s',
+)
+
+
+def nasty() -> Report:
+    """Make a report in which every text from outside is hostile."""
+    report = full()
+    first = NASTY[1]
+    providers = [provider(name, 1000 - 100 * place, 90, 90.0) for place, name in enumerate(NASTY)]
+    hits = [Hits(name, 900, 800, 100 * place) for place, name in enumerate(NASTY)]
+    side = replace(report.comparison.left, label=NASTY[2], providers=NASTY) if report.comparison else None
+    return replace(
+        report,
+        job=NASTY[0] + NASTY[2],
+        made_at=NASTY[6],
+        ledger=NASTY[2],
+        input=first,
+        output=NASTY[3],
+        waterfall=Waterfall(NASTY[2], [*providers, verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0),
+        nights=[replace(each, outcome=first, started_at=NASTY[6]) for each in report.nights],
+        statuses={**report.statuses, NASTY[2]: 4, first: 2},
+        columns=hits,
+        groups=[Groups(name, hits) for name in NASTY[:3]],
+        ages=[Age(name, 3, 4) for name in NASTY],
+        anomalies=[Anomaly(name, name) for name in NASTY],
+        needs=[Need(name, name) for name in NASTY],
+        notes=NASTY,
+        comparison=replace(report.comparison, left=side, right=side, verdict=NASTY[2])
+        if report.comparison and side
+        else None,
+        leads=Rows(NASTY, [NASTY] * 5, 0),
+    )
+
+
+def millions() -> Report:
+    """Make a report of a million rows, a dozen providers, sixty groups and four hundred nights."""
+    providers = [
+        provider(f"Provider of data number {place}", 1_000_000 - 75_000 * place, 70_000, 140_000.5, 4_000)
+        for place in range(12)
+    ]
+    nights = [night(number, 3000 + number * 7 % 900, 2000, 6000.25, rows=1_000_000) for number in range(1, 401)]
+    return replace(
+        rich(),
+        waterfall=Waterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
+        nights=nights,
+        rows=1_000_000,
+        statuses={"found": 840_000, "not_found": 159_999, "in_doubt": 1},
+        groups=[Groups("Country", [Hits(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
+        latencies=Latencies([Bar(place * 600.0, place * 600.0 + 600, 90_000) for place in range(40)], 1, 60, 61, 9e4),
+        traffic=Traffic(400, 10.0, [500] * 4000, [490] * 4000, [900] * 4000, [0, 1] * 2000),
+    )
+
+
+def nothing_found() -> Report:
+    """Make the report of a first night that found nothing, of a single provider."""
+    return replace(
+        rich(),
+        waterfall=Waterfall("email_getter", [provider("Apollo", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
+        nights=[night(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
+        statuses={"not_found": 12},
+        columns=[Hits("work_email", 12, 12, 0)],
+        groups=[Groups("Country", [Hits("DE", 12, 0, 0)])],
+        planned={"min": None, "likely": None, "max": None},
+        traffic=Traffic(1, 5.0, [], [], [], []),
+        latencies=Latencies([Bar(0.0, 0.5, 12)], 12, 0.2, 0.4, 0.5),
+        ages=[],
+        anomalies=[],
+        needs=[],
+    )

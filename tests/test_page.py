@@ -1,0 +1,283 @@
+"""The report's page: what it says, that it is safe with any name, and how it looks in a browser."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from html import escape, unescape
+from pathlib import Path
+from typing import Any, get_args
+
+import pypdf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.report import staircase
+from enrich.report.facts import Report
+from enrich.report.page import render
+from enrich.report.words import DASH, clean, fit
+from enrich.report.words import width as width_of
+from tests import reports
+from tests.chromium import ABSENT, PROGRAM, Browser, Scheme, browsing
+
+MADE = {
+    "full": reports.full,
+    "nasty": reports.nasty,
+    "millions": reports.millions,
+    "nothing found": reports.nothing_found,
+    "empty": reports.empty,
+}
+WIDTHS = (390, 1024, 1600)
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+#: A usual report stays below, in bytes.
+SMALL = 400_000
+
+browsed = pytest.mark.skipif(PROGRAM is None, reason=ABSENT)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start one browser for all tests of this file."""
+    with browsing() as opened:
+        yield opened
+
+
+@cache
+def page_of(make: Callable[[], Report]) -> str:
+    """Write a report once for all tests that read it."""
+    return render(make())
+
+
+def written(folder: Path, make: Callable[[], Report]) -> Path:
+    """Put a report into a file."""
+    path = folder / "report.html"
+    path.write_text(page_of(make), encoding="utf-8")
+    return path
+
+
+def marked(page: str, about: str, name: str) -> list[float | None]:
+    """Read the numbers of a page that carry these marks."""
+    parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
+    values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
+    return [float(value) if value else None for found in values for value in found]
+
+
+# --- What it says -------------------------------------------------------------------------------------------------
+
+
+def test_equal_facts_make_equal_bytes() -> None:
+    """A report can be compared with an older one byte by byte."""
+    assert render(reports.full()) == page_of(reports.full)
+
+
+def test_numbers_carry_their_names_and_values() -> None:
+    """A program reads from the page what `--json` tells, to the last digit."""
+    report = reports.rich()
+    page = page_of(reports.rich)
+    assert marked(page, "job", "credits_spent") == [1236.6]
+    assert set(marked(page, "night 9", "credits_spent")) == {171.35}
+    assert set(marked(page, "night 9", "found")) == {52.0}
+    assert set(marked(page, "night 4", "balance_after")) == {None}
+    assert marked(page, "waterfall", "answers") == [1180.0]
+    for provider in report.waterfall.providers:
+        assert marked(page, f"provider {provider.name}", "credits") == [provider.credits]
+        assert marked(page, f"provider {provider.name}", "per_hit") == [provider.per_hit]
+    for status, count in report.statuses.items():
+        assert marked(page, "statuses", status)[:1] == ([float(count)] if count else [])
+
+
+def test_what_is_not_known_is_no_zero() -> None:
+    """A balance that nobody told is a dash, and an amount of unknown price is named."""
+    page = page_of(reports.nothing_found)
+    assert re.search(rf'data-name="balance_after">{DASH}<', page)
+    assert re.search(rf'data-name="per_hit">{DASH}<', page)
+    assert "3 answers of unknown price" in page
+
+
+def test_a_night_is_held_against_the_night_before() -> None:
+    """The key numbers say by how much they changed; the first night has nothing to be held against."""
+    page = page_of(reports.rich)
+    assert "▼ 13.6 points less" in page
+    assert "▲ 1.88 more" in page
+    first = render(replace(reports.rich(), nights=reports.rich().nights[:1]))
+    assert "night before" not in first
+
+
+def test_needs_come_first_with_their_commands() -> None:
+    """What waits for a person stands before all numbers; when nothing does, the page says so."""
+    page = page_of(reports.rich)
+    assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
+    assert "What needs you" in page
+    calm = render(replace(reports.rich(), needs=(), anomalies=()))
+    assert "Nothing needs you" in calm
+    assert "What needs you" not in calm
+
+
+def test_a_comparison_stands_before_the_waterfall() -> None:
+    """Who compares two sides wants the verdict first; without a comparison there is no such section."""
+    page = page_of(reports.full)
+    assert page.index("found 19 more") < page.index('id="waterfall"')
+    assert set(marked(page, "common left", "common_found")) == {238.0}
+    assert "compared" not in page_of(reports.rich)
+
+
+def test_rows_are_there_only_when_given() -> None:
+    """Without `--with-rows` no lead is on the page."""
+    assert "ada@northwind.example" in page_of(reports.full)
+    assert "personal data" not in page_of(reports.rich)
+
+
+def test_a_job_that_never_ran_has_a_page() -> None:
+    """Sections without facts are left out, and the page says why."""
+    page = page_of(reports.empty)
+    assert "has never run" in page
+    assert "<svg" not in page
+
+
+# --- The staircase ------------------------------------------------------------------------------------------------
+
+
+def test_finds_make_a_staircase() -> None:
+    """Each provider's finds start where those before it ended; what nobody found is what is left."""
+    steps = staircase.steps(reports.rich().waterfall)
+    assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
+    assert steps[0].end == 1090 + 74
+    assert steps[0].presumed == 74
+    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (staircase.NOBODY, 1180 - 735)
+
+
+def test_verifiers_are_no_steps() -> None:
+    """A verifier finds nothing: it stands in the table and in the words."""
+    assert "ZeroBounce" not in [step.name for step in staircase.steps(reports.rich().waterfall)]
+    page = page_of(reports.rich)
+    assert "ZeroBounce (verifier)" in page
+    assert "ZeroBounce verified 752 finds: 37.60 credits." in page
+
+
+# --- Names from outside -------------------------------------------------------------------------------------------
+
+
+def test_hostile_names_stay_text() -> None:
+    """No name becomes an element, an attribute or a template, in the page or in a picture."""
+    page = page_of(reports.nasty)
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("</style>") == 1
+    assert page.count("<svg") == page.count("</svg>")
+    assert "{{ 7 * 7 }}" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", unescape(page))
+    page.encode()
+
+
+@given(st.text(st.characters(codec=None)))
+def test_any_name_can_be_drawn(name: str) -> None:
+    """What is cleaned can stand in XML, and is never nothing: the library that draws ends the process otherwise."""
+    assert clean(name)
+    ET.fromstring(f"<text>{escape(clean(name))}</text>".encode())  # noqa: S314 - made here
+
+
+@given(st.text(min_size=1), st.integers(min_value=20, max_value=300))
+def test_long_names_are_shortened(name: str, room: int) -> None:
+    """A name that is too wide for its place ends in an ellipsis; one that fits stays."""
+    fitted = fit(name, room, 13)
+    assert width_of(fitted, 13) <= room
+    assert fitted == name or fitted.endswith("…")
+
+
+def test_a_page_names_no_other_place() -> None:
+    """Nothing in it can be loaded or run: no script, no address but those of the SVG format itself."""
+    page = page_of(reports.full)
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|link|iframe|img|object|base)\b|\bon\w+=|https?:|url\((?!#)|@import", page)
+
+
+# --- Size ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_small() -> None:
+    """A usual report can be sent by mail; even one of a million rows and 400 nights opens at once."""
+    assert len(page_of(reports.full).encode()) < SMALL
+    assert len(page_of(reports.millions).encode()) < 2.5 * SMALL
+
+
+# --- In the browser -----------------------------------------------------------------------------------------------
+
+#: Looks at the page that is open and tells what is wrong, and what is there.
+LOOK = Path(__file__).with_name("look.js").read_text(encoding="utf-8")
+
+
+def looked(browser: Browser) -> dict[str, Any]:
+    """Tell what the page that is open looks like."""
+    return dict(browser.evaluate(LOOK))
+
+
+@browsed
+@pytest.mark.parametrize("name", list(MADE))
+def test_it_looks_right(browser: Browser, tmp_path: Path, name: str) -> None:
+    """At any width and in both schemes: quiet, within its bounds, legible, with marks in every picture."""
+    path = written(tmp_path, MADE[name])
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        browser.open(path, width, scheme)
+        seen = looked(browser)
+        where = f"{name} at {width} pixels, {scheme}"
+        assert browser.complaints() == [], where
+        assert browser.requests() == [path.as_uri()], where
+        assert seen["width"] <= width, where
+        assert [seen[wrong] for wrong in ("overflowing", "outside", "overlapping", "faint")] == [[]] * 4, where
+        assert all(picture["marks"] and picture["texts"] >= 2 for picture in seen["pictures"]), where
+        assert bool(seen["pictures"]) is (name != "empty"), where
+        assert seen["smallest"] is None or seen["smallest"] >= 11, where
+        assert seen["dark"] is (scheme == "dark"), where
+    check_structure(seen)
+
+
+def check_structure(seen: dict[str, Any]) -> None:
+    """One main heading, no level left out, named tables and pictures, ids that are there once."""
+    levels = seen["headings"]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert seen["nameless"] == []
+    assert seen["ids"] == sorted(set(seen["ids"]))
+    assert seen["lang"] == "en"
+
+
+@browsed
+def test_it_prints(browser: Browser, tmp_path: Path) -> None:
+    """On paper it is light, and what is folded on a screen is open."""
+    browser.open(written(tmp_path, reports.full), 1024, "dark")
+    printed = pypdf.PdfReader(io.BytesIO(browser.pdf()))
+    text = " ".join(" ".join(page.extract_text() for page in printed.pages).split())
+    assert 3 <= len(printed.pages) <= 12
+    for number in ("45.2%", "171.35", "6,128.65", "1,236.60", "of it presumed"):
+        assert number in text
+    browser.do("Emulation.setEmulatedMedia", media="print")
+    seen = looked(browser)
+    assert seen["dark"] is False
+    assert seen["faint"] == []
+
+
+@browsed
+def test_a_page_that_is_wrong_is_noticed(browser: Browser, tmp_path: Path) -> None:
+    """The eyes of these tests see: a faint word, a word too wide, an image from elsewhere, an error."""
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text(
+        "<body style='margin:0;background:#fff'><p style='color:#ccc'>faint</p>"
+        "<div style='width:3000px'>wide</div><img src='gone.png'><script>undefined_name()</script>"
+    )
+    browser.open(wrong, 390)
+    deadline = time.monotonic() + 5
+    while not browser.complaints() and time.monotonic() < deadline:
+        browser.evaluate("1")
+    seen = looked(browser)
+    assert seen["faint"]
+    assert seen["overflowing"]
+    assert len(browser.requests()) == 2
+    assert browser.complaints()
