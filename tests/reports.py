@@ -76,12 +76,12 @@ def night(number: int, found: int, not_found: int, spent: float, **more: object)
 def rich() -> Report:
     """Make the report of a usual job in its second week."""
     providers = (
-        provider("Apollo", 1090, 412, 412.0, 74),
-        provider("Hunter", 610, 187, 374.0, 133),
-        provider("Prospeo", 438, 61, 183.0, 118),
-        provider("Findymail", 371, 58, 145.0, 124),
-        provider("LeadMagic", 313, 17, 85.0, 124),
-        verifier("ZeroBounce", 752, 37.6),
+        provider("Mailhound", 1090, 412, 412.0, 74),
+        provider("Peoplegrid", 610, 187, 374.0, 133),
+        provider("Profilewell", 438, 61, 183.0, 118),
+        provider("Inboxly", 371, 58, 145.0, 124),
+        provider("Apex Contacts", 313, 17, 85.0, 124),
+        verifier("Mailproof", 752, 37.6),
     )
     nights = [
         night(1, 201, 160, 312.4),
@@ -172,21 +172,21 @@ def rich() -> Report:
             ),
             Need("The balance is enough for about 40 nights like this.", None),
         ],
-        notes=["Prices of Hunter changed on 12 Nov: 2.00 credits, was 1.50."],
+        notes=["Prices of Peoplegrid changed on 12 Nov: 2.00 credits, was 1.50."],
     )
 
 
 def compared(report: Report) -> Report:
     """Add another order of the providers beside it."""
-    left = Side("jobs/leads.yaml", ["Apollo", "Hunter", "Prospeo"], 1180, 735, 428, 1261.6, 1.7165)
-    right = Side("jobs/cheap-first.yaml", ["Prospeo", "Hunter"], 410, 231, 170, 371.0, 1.606)
+    left = Side("jobs/leads.yaml", ["Mailhound", "Peoplegrid", "Profilewell"], 1180, 735, 428, 1261.6, 1.7165)
+    right = Side("jobs/cheap-first.yaml", ["Profilewell", "Peoplegrid"], 410, 231, 170, 371.0, 1.606)
     return replace(
         report,
         comparison=Comparison(
             left,
             right,
             report.waterfall.providers,
-            [provider("Prospeo", 410, 120, 240.0), provider("Hunter", 290, 111, 131.0)],
+            [provider("Profilewell", 410, 120, 240.0), provider("Peoplegrid", 290, 111, 131.0)],
             common=398,
             both=201,
             only_left=37,
@@ -201,7 +201,7 @@ def compared(report: Report) -> Report:
 
 def peopled(report: Report) -> Report:
     """Add rows, as `--with-rows` does."""
-    cells = [("Ada", "Example", "northwind.example", "ada@northwind.example", "found", "Apollo")] * 3
+    cells = [("Ada", "Example", "northwind.example", "ada@northwind.example", "found", "Mailhound")] * 3
     return replace(
         report, leads=Rows(("First Name", "Last Name", "Website", "work_email", "enrich_status", "by"), cells, 1298)
     )
@@ -302,7 +302,7 @@ def nothing_found() -> Report:
     """Make the report of a first night that found nothing, of a single provider."""
     return replace(
         rich(),
-        waterfall=Waterfall("email_getter", [provider("Apollo", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
+        waterfall=Waterfall("email_getter", [provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
         nights=[night(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
         statuses={"not_found": 12},
         columns=[Hits("work_email", 12, 12, 0)],

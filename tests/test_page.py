@@ -155,10 +155,10 @@ def test_finds_make_a_staircase() -> None:
 
 def test_verifiers_are_no_steps() -> None:
     """A verifier finds nothing: it stands in the table and in the words."""
-    assert "ZeroBounce" not in [step.name for step in staircase.steps(reports.rich().waterfall)]
+    assert "Mailproof" not in [step.name for step in staircase.steps(reports.rich().waterfall)]
     page = page_of(reports.rich)
-    assert "ZeroBounce (verifier)" in page
-    assert "ZeroBounce verified 752 finds: 37.60 credits." in page
+    assert "Mailproof (verifier)" in page
+    assert "Mailproof verified 752 finds: 37.60 credits." in page
 
 
 # --- Names from outside -------------------------------------------------------------------------------------------
