@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from enrich.commands import options
+from enrich.commands.report import leave_report
 from enrich.commands.witnessed import witnessed
 from enrich.errors import Exit, LedgerLocked
 
@@ -112,6 +114,7 @@ def run(
         plan=plan,
         processes=processes,
     )
+    job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
     witnesses.start(job, wishes, sandbox=use_sandbox)
     skip, wait_s = if_locked
     try:
@@ -126,6 +129,8 @@ def run(
     witnesses.end(receipt)
     show = on_terminal or always_receipt or (receipt.exit_code != Exit.OK and not quiet)
     _show_receipt(receipt, as_json=as_json, show=show)
+    if receipt.exit_code not in (Exit.INTERRUPTED, Exit.TERMINATED):
+        witnesses.complain(leave_report(job, witnesses.target))
     return receipt.exit_code
 
 

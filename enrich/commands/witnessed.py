@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
             click.echo(text, err=True)
 
         with log_to(log_file, given["job_file"].stem, lambda text: say(f"note: {text}")) as log:
-            witnesses = Witnesses(log, say, _target(given))
+            paths = (given[name] for name in ("job_file", "input_path", "output", "ledger"))
+            witnesses = Witnesses(log, say, target_of(*paths, use_sandbox=given["use_sandbox"]))
             try:
                 return command(**given, witnesses=witnesses)
             except BaseException as error:
@@ -36,15 +37,19 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
     return with_witnesses
 
 
-def _target(given: Mapping[str, Any]) -> Target:
+def target_of(
+    job_file: Path, input_path: str | None, output: str | None, ledger: Path | None, *, use_sandbox: bool
+) -> Target:
     """Name the job, with the paths that the command line gave."""
-    job, ledger, paths = [str(given["job_file"].absolute())], [], []
-    if given["ledger"] is not None:
-        ledger = ["--ledger", str(given["ledger"].absolute())]
-    for option, name in (("--input", "input_path"), ("--output", "output")):
-        if given[name] is not None:
-            paths += [option, _from_anywhere(given[name])]
-    return Target(shlex.join(job + ledger + paths), shlex.join(job + ledger))
+    job, more, paths = [str(job_file.absolute())], [], []
+    if ledger is not None:
+        more = ["--ledger", str(ledger.absolute())]
+    if use_sandbox:
+        more.append("--sandbox")
+    for option, given in (("--input", input_path), ("--output", output)):
+        if given is not None:
+            paths += [option, _from_anywhere(given)]
+    return Target(shlex.join(job + more + paths), shlex.join(job + more))
 
 
 def _from_anywhere(place: str) -> str:

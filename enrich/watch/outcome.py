@@ -55,6 +55,13 @@ def word(code: int) -> str:
     return WORDS.get(code, "unknown")
 
 
+def ending(code: int | None, *, at_work: bool | None) -> str:
+    """Say how an execution ended; one without an exit code is at work, or was killed (None: nobody knows which)."""
+    if code is not None:
+        return word(code)
+    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
+
+
 def needs_a_person(code: int) -> bool:
     """Tell whether somebody should look."""
     return code not in FINE | SILENT
