@@ -75,12 +75,11 @@ class Nights:
     values: dict[str, Often] = field(default_factory=dict)
     fields: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
-    #: Of the answers of known price: how many, their hits, and the sums of c, c² and c·h (c: credits, h: 1 for a hit).
-    priced: int = 0
+    #: Of the answers of known price: their hits, and the sums of c, c² and c·h (c: millionths, h: 1 for a hit).
     hits: int = 0
-    cost: float = 0.0
-    cost_squared: float = 0.0
-    cost_of_hits: float = 0.0
+    cost: int = 0
+    cost_squared: int = 0
+    cost_of_hits: int = 0
 
     @property
     def answered(self) -> int:
@@ -94,12 +93,10 @@ class Nights:
         self.not_found += settled.state == State.NOT_FOUND
         self.failed += settled.state == State.FAILED
         if settled.paid is not None:
-            paid = settled.paid / MICROS
-            self.priced += 1
             self.hits += found
-            self.cost += paid
-            self.cost_squared += paid * paid
-            self.cost_of_hits += paid * found
+            self.cost += settled.paid
+            self.cost_squared += settled.paid * settled.paid
+            self.cost_of_hits += settled.paid * found
         if settled.answer is not None:
             self._read(read_task(settled.answer), found=found)
 
@@ -161,9 +158,10 @@ def z_of_cost(last: Nights, before: Nights) -> float:
 
 def _variance(side: Nights) -> float:
     """The variance of a cost per hit R, by the spread of c - R·h over all answers."""
-    ratio = side.cost / side.hits
-    spread = side.cost_squared - 2 * ratio * side.cost_of_hits + ratio * ratio * side.hits
-    return max(0.0, spread) / (side.hits * side.hits)
+    hits, cost = side.hits, side.cost
+    # In whole numbers, times hits²: prices that never vary have no spread at all.
+    spread = side.cost_squared * hits * hits - 2 * cost * hits * side.cost_of_hits + cost * cost * hits
+    return spread / hits**4
 
 
 def chance_of_none(there: int, of: int, other: int) -> float:
@@ -201,7 +199,8 @@ def _cost_per_hit(last: Nights, before: Nights) -> Iterator[Anomaly]:
         return
     now, then = last.cost / last.hits, before.cost / before.hits
     if now >= (1 + DEARER) * then and z_of_cost(last, before) > SIGMAS:
-        text = f"a hit cost {now:,.2f} credits; before it was {then:,.2f} ({now / then - 1:+.0%})"
+        prices = f"{now / MICROS:,.2f} credits; before it was {then / MICROS:,.2f}"
+        text = f"a hit cost {prices} ({now / then - 1:+.0%})"
         yield Anomaly("cost_per_hit", text)
 
 
