@@ -19,7 +19,7 @@ from enrich.report.anomalies import Nights, Often, anomalies, chance_of_none, z_
 PATHS = {"work_email": "email", "city": "office.city"}
 
 
-def hit(number: int, paid: int | None = 500_000, status: str = "completed", **fields: object) -> Settled:
+def hit(number: int, paid: int | None = 500_000, status: str = "completed", **fields: Any) -> Settled:
     """Make a hit; its address is its own unless it is said."""
     result = {"email": f"person{number}@firm.example", "office": {"city": f"city {number}"}} | fields
     return answer(State.FOUND, paid, {"status": status, "data": result})
@@ -48,7 +48,7 @@ def nights(answers: Iterable[Settled]) -> Nights:
     return made
 
 
-def usual(hits: int, misses: int = 0, **fields: object) -> list[Settled]:
+def usual(hits: int, misses: int = 0, **fields: Any) -> list[Settled]:
     """Make a usual night."""
     return [hit(number, **fields) for number in range(hits)] + [miss() for _ in range(misses)]
 
@@ -111,7 +111,7 @@ def test_what_has_no_price_is_left_out_of_the_cost() -> None:
 
 def test_a_column_is_empty() -> None:
     """It had values before; one that seldom has any may be empty by chance."""
-    nowhere = {"office": {"city": ""}}
+    nowhere: Any = {"office": {"city": ""}}
     said = text(usual(40, **nowhere), usual(400))
     assert said == "the column `city` has no value in 40 hits; before, 400 of 400 had one"
     assert kinds(usual(40, **nowhere), [*usual(4), *usual(396, **nowhere)]) == []
@@ -152,7 +152,7 @@ def test_the_schema_changed() -> None:
 
 def test_names_of_fields_that_may_be_data_are_not_told() -> None:
     """An address as a key."""
-    secret = {"by": {"ada@engine.example": 1, "Ada Lovelace": 2, "x" * 80: 3}}
+    secret: Any = {"by": {"ada@engine.example": 1, "Ada Lovelace": 2, "x" * 80: 3}}
     said = text(usual(60, **secret), usual(60))
     assert said == "answers have `by`, which was never there before"
 

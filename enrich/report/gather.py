@@ -8,6 +8,8 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import ValidationError
+
 from enrich.cascade import Cascade
 from enrich.connect import remembered
 from enrich.errors import EnrichError, Refused
@@ -15,6 +17,7 @@ from enrich.job import Job
 from enrich.model import Settled, State, to_credits
 from enrich.offline import joined
 from enrich.place import STDIN
+from enrich.question import Question
 from enrich.report.anomalies import Nights, anomalies
 from enrich.report.earned import as_waterfall, offers
 from enrich.report.facts import Night, Report, Waterfall
@@ -111,7 +114,7 @@ def _present(job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool) -> tuple
     try:
         if job.input_path == STDIN:
             raise Refused("the input came through a pipe; --input names a file instead")
-        collector = joined(ledger, job, remembered(ledger, job))
+        collector = joined(ledger, job, _question(ledger, job))
         report = job.model.report
         by = [] if report is None else [column for column in report.by if column in collector.rows.columns]
         return read_present(collector, by, now_ms, with_rows=with_rows), []
@@ -119,12 +122,21 @@ def _present(job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool) -> tuple
         return None, [f"nothing is known of the rows: {without_data(error.message)}"]
 
 
+def _question(ledger: Ledger, job: Job) -> Question:
+    try:
+        return remembered(ledger, job)
+    except ValidationError as error:
+        raise Refused(
+            "nobody understands what the ledger remembers of the waterfall", "enrich run asks again"
+        ) from error
+
+
 class _Answers:
     """What all answers of the job add up to, each read once: who earned it, and what the nights were like."""
 
     def __init__(self, ledger: Ledger, job: Job, told: Sequence[Night]) -> None:
         try:
-            paths: Mapping[str, str] = remembered(ledger, job).columns
+            paths: Mapping[str, str] = _question(ledger, job).columns
         except EnrichError:
             paths = job.model.columns or {}
         answered = [night.execution for night in told if night.answered + night.failed]
