@@ -208,25 +208,25 @@ def test_mcnemar_of_very_many_agrees_with_the_exact_one() -> None:
     assert mcnemar(1_000_000, 1_010_000) < 1e-6
 
 
-def comparison(*leads: int, credits_: tuple[float, float]) -> Comparison:
+def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> Comparison:
     """Make a comparison of the leads that both asked for: found by both, only left, only right, neither."""
     sides = [Side(label, (), 0, 0, 0, 0.0, None) for label in ("a.yaml", "b.yaml")]
-    return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, *credits_, "")
+    return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
 
 
 @pytest.mark.parametrize(
     ("told", "unknown", "said"),
     [
         (
-            comparison(60, 29, 41, 20, credits_=(89 * 0.50, 101 * 0.39)),
+            comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
             0,
             (
-                "`b.yaml` found 12 more of the 150 leads that both asked for (41 only there, 29 only here: may be chance) "
-                "at 0.11 credits less per hit"
+                "`b.yaml` found 12 more of the 150 leads that both asked for (41 only there, 29 only here: may be "
+                "chance) at 0.11 credits less per hit"
             ),
         ),
         (
-            comparison(60, 40, 0, 0, credits_=(100, 90)),
+            comparison((60, 40, 0, 0), 100, 90),
             0,
             (
                 "`b.yaml` found 40 fewer of the 100 leads that both asked for (0 only there, 40 only here: no chance: "
@@ -234,23 +234,23 @@ def comparison(*leads: int, credits_: tuple[float, float]) -> Comparison:
             ),
         ),
         (
-            comparison(60, 5, 17, 0, credits_=(65, 77)),
+            comparison((60, 5, 17, 0), 65, 77),
             0,
             (
-                "`b.yaml` found 12 more of the 82 leads that both asked for (17 only there, 5 only here: hardly chance: "
-                "p = 0.017) at the same cost per hit"
+                "`b.yaml` found 12 more of the 82 leads that both asked for (17 only there, 5 only here: hardly "
+                "chance: p = 0.017) at the same cost per hit"
             ),
         ),
         (
-            comparison(1, 0, 0, 0, credits_=(1, 1)),
+            comparison((1, 0, 0, 0), 1, 1),
             1,
             (
-                "`b.yaml` found as many of the 1 lead that both asked for (0 only there, 0 only here); what that cost is "
-                "not known of 1 answer"
+                "`b.yaml` found as many of the 1 lead that both asked for (0 only there, 0 only here); what that "
+                "cost is not known of 1 answer"
             ),
         ),
         (
-            comparison(0, 0, 0, 3, credits_=(1, 2.5)),
+            comparison((0, 0, 0, 3), 1, 2.5),
             0,
             (
                 "`b.yaml` found as many of the 3 leads that both asked for (0 only there, 0 only here) "
@@ -258,7 +258,7 @@ def comparison(*leads: int, credits_: tuple[float, float]) -> Comparison:
             ),
         ),
         (
-            comparison(0, 0, 0, 0, credits_=(0, 0)),
+            comparison((0, 0, 0, 0), 0, 0),
             0,
             "no lead was answered on both sides: compare the rates with care, the leads differ",
         ),
