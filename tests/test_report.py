@@ -396,6 +396,14 @@ def test_rows_are_grouped_by_a_column_of_the_input(api: Api, office: Office) -> 
     assert [group["name"] for group in website["groups"]] == ["all others"]
     assert website["rest"] == 9
 
+    with patch("enrich.report.present.MOST_VALUES", 4):
+        report = told(office)
+    assert report["groups"] == []
+    assert report["notes"] == [
+        f"the column `{name}` makes no groups: it has more than 100,000 different values"
+        for name in ("Note", "Website")
+    ]
+
 
 def test_leads_are_told_only_when_asked_for(done: Office) -> None:
     """Personal data is in no report else; at most a thousand rows, the rest is counted."""

@@ -23,7 +23,7 @@ from enrich.report.earned import as_waterfall, offers
 from enrich.report.facts import Night, Report, Waterfall
 from enrich.report.needs import needs
 from enrich.report.nights import latencies, nights, traffic
-from enrich.report.present import Present, read_present
+from enrich.report.present import MOST_VALUES, Present, read_present
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
 from enrich.watch.outcome import Target
@@ -171,6 +171,8 @@ def _notes(told: Sequence[Night], present: Present | None, erased: int, *, other
         yield f"execution {told[-1].execution} is at work now: its numbers still grow"
     if erased:
         yield f"{erased:,} answers were purged or forgotten: nobody can tell any more whom they asked"
+    for column in [] if present is None else present.ungrouped:
+        yield f"the column `{column}` makes no groups: it has more than {MOST_VALUES:,} different values"
     if present is not None and present.purged:
         yield f"{present.purged:,} rows have an answer that was purged: they are left out of the columns' hit rates"
     if unknown := sum(night.credits_unknown for night in told):

@@ -20,6 +20,8 @@ DAY_MS = 86_400_000
 #: So many values of a column are told by name, and only those that so many rows share: a single one may be a person.
 NAMED, SHARED = 15, 2
 BLANK, REST = "(blank)", "all others"
+#: A column of more different values than these makes no groups.
+MOST_VALUES = 100_000
 #: So many rows are told at most, when they are asked for.
 MOST_ROWS = 1_000
 ANSWERED = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
@@ -27,7 +29,10 @@ ANSWERED = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
 
 @dataclass(slots=True)
 class Present:
-    """What the present input comes to. `purged` rows have an answer of which nobody knows the values any more."""
+    """What the present input comes to.
+
+    Of `purged` rows nobody knows any more what the answer was; `ungrouped` columns have too many values for groups.
+    """
 
     rows: int = 0
     statuses: Counter[RowStatus] = field(default_factory=Counter)
@@ -35,6 +40,7 @@ class Present:
     groups: list[Groups] = field(default_factory=list)
     ages: list[Age] = field(default_factory=list)
     purged: int = 0
+    ungrouped: list[str] = field(default_factory=list)
     leads: Rows | None = None
 
     def by_status(self) -> dict[str, int]:
@@ -68,7 +74,12 @@ def read_present(collector: Collector, by: Sequence[str], now_ms: int, *, with_r
             leads += _cells(collector, page).head(MOST_ROWS - len(leads)).rows()
     told = sum(present.statuses[RowStatus(name)] for name in ANSWERED) - present.purged
     present.columns = [Hits(name, present.rows, told, found) for name, found in known.items()]
-    present.groups = [groups.told() for groups in grouped.values()]
+    for column, groups in grouped.items():
+        told_groups = groups.told()
+        if told_groups is None:
+            present.ungrouped.append(column)
+        else:
+            present.groups.append(told_groups)
     present.ages = [Age(label, count["found"], count["not_found"]) for label, count in ages.items()]
     if with_rows:
         present.leads = Rows(_shown(collector), leads, present.rows - len(leads))
@@ -93,13 +104,14 @@ def _age(age_ms: int) -> str:
 
 @dataclass(slots=True)
 class _Grouped:
-    """Rows by the values of a column, kept as small as tables are."""
+    """Rows by the values of a column, as long as these are not too many."""
 
     column: str
-    _parts: list[pl.DataFrame] = field(default_factory=list)
-    _merged: int = 0
+    _parts: list[pl.DataFrame] | None = field(default_factory=list)
 
     def add(self, cells: pl.Series, status: pl.Series) -> None:
+        if self._parts is None:
+            return
         frame = pl.DataFrame({"value": as_text(cells).alias("value").str.strip_chars(), "status": status})
         self._parts.append(
             frame.group_by("value").agg(
@@ -108,27 +120,28 @@ class _Grouped:
                 (pl.col("status") == RowStatus.FOUND.value).sum().alias("found"),
             )
         )
-        # A column in which all differ would be merged again for every batch otherwise.
-        if sum(part.height for part in self._parts) > 2 * self._merged + 10_000:
-            self._merge()
+        if sum(part.height for part in self._parts) > 2 * MOST_VALUES:
+            whole = self._merged()
+            self._parts = None if whole is None else [whole]
 
-    def _merge(self) -> pl.DataFrame:
-        whole = pl.concat(self._parts).group_by("value").agg(pl.exclude("value").sum())
-        self._parts, self._merged = [whole], whole.height
-        return whole
-
-    def told(self) -> Groups:
-        """Tell the largest groups by their names, and the others as one."""
+    def _merged(self) -> pl.DataFrame | None:
         if not self._parts:
-            return Groups(self.column, ())
-        whole = self._merge().sort(["rows", "value"], descending=[True, False])
-        named = whole.filter((pl.col("rows") >= SHARED) | (pl.col("value") == "")).head(NAMED)
-        others = whole.join(named, on="value", how="anti")
+            return None
+        whole = pl.concat(self._parts).group_by("value").agg(pl.exclude("value").sum())
+        return whole if whole.height <= MOST_VALUES else None
+
+    def told(self) -> Groups | None:
+        """Tell the largest groups by their names, and the others as one; None when there are too many values."""
+        whole = self._merged()
+        if whole is None:
+            return Groups(self.column, ()) if self._parts == [] else None
+        shared = whole.filter((pl.col("rows") >= SHARED) | (pl.col("value") == ""))
+        named = shared.sort(["rows", "value"], descending=[True, False]).head(NAMED)
         groups = [Hits(value or BLANK, *counts) for value, *counts in named.rows()]
-        if others.height:
-            rest = others.select(pl.exclude("value").sum()).row(0)
-            groups.append(Hits(REST, *rest))
-        return Groups(self.column, groups, others.height)
+        if rest := whole.height - named.height:
+            counts = ("rows", "answered", "found")
+            groups.append(Hits(REST, *(int(whole[name].sum()) - int(named[name].sum()) for name in counts)))
+        return Groups(self.column, groups, rest)
 
 
 def _shown(collector: Collector) -> list[str]:
