@@ -30,7 +30,7 @@ from enrich.report.nights import latencies, of_pulse
 from enrich.store.lock import hold
 from enrich.watch.outcome import Target
 from tests.books import FREE_FAILURE, MISSED, Books
-from tests.harness import CALM, Api, Office, kill, people, serving, until
+from tests.harness import CALM, HEADER, Api, Office, kill, people, serving, until
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = Target("job.yaml --output out.csv", "job.yaml")
@@ -646,12 +646,13 @@ def test_an_interrupted_run_leaves_fast(tmp_path: Path, office: Office) -> None:
         ("{by: []}", "report"),
         ("{bye: Note}", "did you mean `by`?"),
         ("{by: Nota}", "did you mean `Note`?"),
+        ("{by: enrich_status}", "job.yaml:12: report.by.0: `enrich_status` is a column of the output"),
         ("{by: [Note, Contry]}", "job.yaml:12: report.by.1: the input has no column `Contry`"),
     ],
 )
 def test_a_wrong_key_names_its_line(office: Office, report: str, said: str) -> None:
     """And the nearest right name; the check says what the run says."""
-    office.write_leads(people(1))
+    office.write_leads([[*people(1)[0], "found"]], [*HEADER, "enrich_status"])
     office.write_job(report=report)
     for command in ("check", "run"):
         done = office.command(command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1")

@@ -115,8 +115,7 @@ def _present(job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool) -> tuple
         if job.input_path == STDIN:
             raise Refused("the input came through a pipe; --input names a file instead")
         collector = joined(ledger, job, _question(ledger, job))
-        report = job.model.report
-        by = [] if report is None else [column for column in report.by if column in collector.rows.columns]
+        by = [] if job.model.report is None else job.model.report.by
         return read_present(collector, by, now_ms, with_rows=with_rows), []
     except EnrichError as error:
         return None, [f"nothing is known of the rows: {without_data(error.message)}"]

@@ -100,12 +100,12 @@ def traffic(ledger: Ledger, executions: Sequence[Lived], now_ms: int) -> Traffic
 def of_pulse(execution: int, pulse: str | None) -> Traffic | None:
     """Read what an execution wrote down while it was at work; None when that is nothing of use."""
     try:
-        told = json.loads(pulse or "")["traffic"]
+        told: dict[str, Any] = dict(json.loads(pulse or "")["traffic"])
         width_s = float(told["width_s"])
         submitted, answered, polls, limited = (
             _counts(told.get(name)) for name in ("submitted", "answered", "polls", "rate_limited")
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
     if not (0 < width_s < float("inf")) or not any((submitted, answered, polls)):
         return None
