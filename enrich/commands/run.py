@@ -114,8 +114,8 @@ def run(
         plan=plan,
         processes=processes,
     )
-    job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
     witnesses.start(job, wishes, sandbox=use_sandbox)
+    job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
     skip, wait_s = if_locked
     try:
         receipt = _run(job, wishes, wait_s, witnesses, use_sandbox=use_sandbox, on_terminal=on_terminal)
