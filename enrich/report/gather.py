@@ -51,8 +51,11 @@ def gather(job: Job, target: Target, now: datetime, *, with_rows: bool = False) 
 
 def _gather(job: Job, ledger: Ledger, target: Target, now: datetime, *, with_rows: bool) -> Report:
     now_ms = int(now.timestamp() * 1000)
+    held = is_held(job.ledger_path)
     lived = ledger.lived(job.name)
-    told = nights(lived, ledger.fates(job.name), ledger.newest_execution(), at_work=is_held(job.ledger_path))
+    # A run may have begun just before this moment of the ledger, or ended just after it: neither was killed.
+    held = held or is_held(job.ledger_path)
+    told = nights(lived, ledger.fates(job.name), ledger.newest_execution(), at_work=held)
     last = told[-1] if told else None
     present, notes = _present(job, ledger, now_ms, with_rows=with_rows)
     answers = _Answers(ledger, job, told)
@@ -165,7 +168,7 @@ def _notes(told: Sequence[Night], present: Present | None, erased: int, *, other
         yield "other jobs use this ledger, too: the requests are those of all, nights and credits are this job's own"
     if killed := [night.execution for night in told if night.outcome == "killed"]:
         was = f"execution {killed[0]} was" if len(killed) == 1 else f"{len(killed):,} executions were"
-        yield f"{was} killed and left no receipt: rows, polls, 429s, time and balance are not known"
+        yield f"{was} killed and left no receipt: rows, polls, 429s, time and last balance are not known"
     if told and told[-1].outcome == "at work now":
         yield f"execution {told[-1].execution} is at work now: its numbers still grow"
     if erased:
