@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from enrich.api.answer import Parsed, is_blank, parse_data
 from enrich.api.waterfall import Waterfall
@@ -37,8 +39,8 @@ class Earned:
 
     @property
     def passed_on(self) -> int:
-        """How many leads it was asked for and did not find."""
-        return self.asked + self.presumed - self.found
+        """How many leads it was asked for and did not find; a verifier looks for none."""
+        return 0 if self.verifies else self.asked + self.presumed - self.found
 
     @property
     def per_hit(self) -> float | None:
@@ -50,7 +52,8 @@ class Earned:
 class Earnings:
     """All providers in the order they are asked, and what the answers do not tell; credits in millionths.
 
-    `answers` were counted; of `untold` nobody knows whom they asked. `elsewhere` was paid and is in no step.
+    `answers` were counted; of `untold` nobody knows whom they asked. `elsewhere` was paid and is in no step; below
+    0 the steps tell more than was paid. Answers of unknown price are in neither.
     """
 
     providers: Sequence[Earned] = ()
@@ -93,8 +96,8 @@ class Cascade:
             return
         self._answers += 1
         self._found += settled.state == State.FOUND
-        parsed = _parsed(settled.answer)
-        asked = [step for step in parsed.steps if not is_blank(step.get("provider"))]
+        parsed = parse_data(read_task(settled.answer).get("data"))
+        asked = [step for step in parsed.steps if _is_name(step.get("provider"))]
         if asked:
             self._add_steps(asked, settled, parsed)
         elif settled.state == State.FAILED or not self._presume(settled, parsed.provider):
@@ -115,28 +118,38 @@ class Cascade:
         _, verifier = self._cascade(settled.call)
         before: str | None = None
         asked: dict[str, None] = {}
-        verified = set()
+        checked: dict[str, None] = {}
+        verifiers = set()
         for step in steps:
             name = str(step["provider"])
             count = self._counts.setdefault(name, _Count())
             cost = to_micros(step.get("cost")) or 0
             count.credits += cost
-            self._told += cost
+            if settled.paid is not None:
+                self._told += cost
             if name == verifier or str(step.get("action", "")).lower().startswith("verif"):
                 count.verifies = True
-                verified.add(name)
-                if before is not None and before != parsed.provider:
-                    self._counts[before].rejected += 1
+                verifiers.add(name)
+                if before is not None:
+                    checked[before] = None
             else:
                 asked[name] = None
                 before = name
+        # Who verified an answer has not found it: that was the one before.
+        winner = before if parsed.provider in verifiers else parsed.provider
+        found = winner if settled.state == State.FOUND else None
+        if found is not None and found not in asked:
+            self._counts.setdefault(found, _Count())
+            asked[found] = None
         for place, name in enumerate(asked):
             self._counts[name].asked += 1
             self._counts[name].places += place
-        for name in verified:
+        for name in verifiers:
             self._counts[name].asked += 1
-        if settled.state == State.FOUND and parsed.provider in asked:
-            self._counts[parsed.provider].found += 1
+        for name in checked:
+            self._counts[name].rejected += name != winner
+        if found is not None:
+            self._counts[found].found += 1
 
     def _presume(self, settled: Settled, provider: str | None) -> bool:
         """Count whom a waterfall must have asked for an answer without steps; tell whether that is known."""
@@ -144,7 +157,7 @@ class Cascade:
         found = settled.state == State.FOUND
         if settled.erased or not cascade or (found and provider not in dict(cascade)):
             return False
-        sent = frozenset(json.loads(settled.params))
+        sent = frozenset(json.loads(settled.params))  # its keys
         for place, (name, needed) in enumerate(cascade):
             if needed <= sent or name == provider:
                 count = self._counts.setdefault(name, _Count())
@@ -178,12 +191,20 @@ class Cascade:
         return count.verifies, count.places / max(1, count.asked + count.presumed), name
 
 
-def _parsed(answer: str | None) -> Parsed:
+def _is_name(provider: object) -> bool:
+    return isinstance(provider, str) and not is_blank(provider)
+
+
+def read_task(answer: str | None) -> Mapping[str, Any]:
+    """Read a task as the ledger keeps it; empty where there is none or nobody can read it."""
     try:
-        task = orjson.loads(answer) if answer else {}
-    except orjson.JSONDecodeError:
-        task = json.loads(answer or "{}")
-    return parse_data(task.get("data") if isinstance(task, dict) else None)
+        try:
+            task = orjson.loads(answer) if answer else {}
+        except orjson.JSONDecodeError:  # a number that is too large for it, or half a character
+            task = json.loads(answer or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return task if isinstance(task, dict) else {}
 
 
 def earnings(answers: Iterator[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
@@ -192,3 +213,12 @@ def earnings(answers: Iterator[Settled], offers: Mapping[str, Waterfall]) -> Ear
     for answer in answers:
         cascade.add(answer)
     return cascade.earnings()
+
+
+def read_offers(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:
+    """Read waterfalls as they were last described; a description that can't be read is as good as none."""
+    known = {}
+    for identifier, told in described.items():
+        with suppress(ValidationError):
+            known[identifier] = Waterfall.model_validate(told)
+    return known

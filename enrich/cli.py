@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from enrich import __version__
-from enrich.commands import look, nightly, run, setup, upkeep
+from enrich.commands import look, nightly, report, run, setup, upkeep
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.sandbox.command import sandbox
 
@@ -102,6 +102,7 @@ for command in (
     look.runs,
     look.explain,
     look.reconcile,
+    report.report,
     setup.init,
     setup.check,
     setup.waterfalls,

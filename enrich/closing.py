@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from enrich.api.client import Client
-from enrich.api.waterfall import Waterfall
-from enrich.cascade import Earned, earnings
+from enrich.cascade import Earned, earnings, read_offers
 from enrich.connect import Connection
 from enrich.difference import CENT, compare
 from enrich.errors import CallFailed
@@ -81,7 +80,7 @@ class Closing:
         if not receipt.answers or (self.signals.heard is not None and receipt.answers > READ_WHEN_INTERRUPTED):
             return {}
         told = await self.journal.do(
-            lambda ledger: earnings(ledger.settled(receipt.job, receipt.execution), offers(ledger))
+            lambda ledger: earnings(ledger.settled(receipt.job, receipt.execution), read_offers(ledger.waterfalls()))
         )
         return {
             "providers": list(in_credits(told.providers)),
@@ -97,11 +96,6 @@ class Closing:
             return None
         movements = await self.journal.do(Ledger.movements, self.execution.id)
         return asdict(compare(self.execution.id, before, after, movements))
-
-
-def offers(ledger: Ledger) -> dict[str, Waterfall]:
-    """Read the waterfalls as the API last described them."""
-    return {name: Waterfall.model_validate(told) for name, told in ledger.descriptions().items()}
 
 
 def in_credits(providers: Sequence[Earned]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 from enrich.errors import JobError
 from enrich.fields import MOST_CREDITS
 from enrich.jobfile import Document
-from enrich.place import STDIN, Place, format_of, is_pattern, locate, locate_input
-from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh
+from enrich.place import STDIN, Place, Url, format_of, is_pattern, locate, locate_input
+from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh, Report
 
 _Table = TypeVar("_Table", Input, Output)
 
@@ -64,19 +64,34 @@ class Job:
 
     def feeds(self, now: datetime) -> dict[str, Place]:
         """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
-        named = {"rejects": self.model.rejects, "changes": self.model.changes}
-        feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
+        taken = self.taken(now)
+        return {kind: taken[kind] for kind in ("rejects", "changes") if kind in taken}
+
+    def report_path(self, now: datetime) -> Path | None:
+        """The report that every run writes, if any. Raises JobError when it is another file of the job."""
+        report = self.model.report
+        if report is None or report.path is None:
+            return None
+        place = self.path(_dated(report.path, now))
+        self._check_apart("report", place, self.taken(now) | {"input": self.input_path})
+        return place
+
+    def taken(self, now: datetime) -> dict[str, Place]:
+        """All files of the job but the input and the report. Raises JobError when two are one."""
         model = self.model
-        beside = {key: self.path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))}
-        taken = {"output": self.output_path(now), "the job file": self.document.path, "ledger": self.ledger_path}
-        taken |= beside
+        named = {"rejects": model.rejects, "changes": model.changes}
+        feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
+        taken: dict[str, Place] = {"output": self.output_path(now), "the job file": self.document.path}
+        taken["ledger"] = self.ledger_path
+        taken |= {key: self.path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))}
         for kind, place in feeds.items():
-            if other := next((key for key, path in taken.items() if _is_same(place, path)), None):
-                raise self.error(
-                    [kind], f"{place} is written twice: it is `{other}`", "give each file a name of its own"
-                )
+            self._check_apart(kind, place, taken)
             taken[kind] = place
-        return feeds
+        return taken
+
+    def _check_apart(self, kind: str, place: Place, taken: Mapping[str, Place]) -> None:
+        if other := next((key for key, path in taken.items() if _is_same(place, path)), None):
+            raise self.error([kind], f"{place} is written twice: it is `{other}`", "give each file a name of its own")
 
     def path(self, named: str) -> Path:
         """Resolve a path of the job file."""
@@ -125,15 +140,25 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         output_base=Path.cwd() if overrides.output else home,
         ledger_path=overrides.ledger.absolute() if overrides.ledger else ledger,
     )
-    for key, written in (("output", output), ("rejects", model.rejects), ("changes", model.changes)):
+    _check_written(job, home)
+    return job
+
+
+def _check_written(job: Job, home: Path) -> None:
+    """Refuse files to be written that no run can write."""
+    model = job.model
+    for key, written in (("output", job.output), ("rejects", model.rejects), ("changes", model.changes)):
         if written is None:
             continue
-        _place(document, key, home, written.path)
+        _place(job.document, key, home, written.path)
         if not written.path.lower().endswith(OUTPUT_SUFFIXES):
             raise job.error(
                 [key], f"`{written.path}` is of no type that can be written", f"use {', '.join(OUTPUT_SUFFIXES)}"
             )
-    return job
+    if model.report is not None and model.report.path is not None:
+        place = _place(job.document, "report", home, model.report.path)
+        if isinstance(place, Url) or place.suffix.lower() not in (".html", ".htm"):
+            raise job.error(["report"], f"`{model.report.path}` is no HTML file on this machine", "as in report.html")
 
 
 def _input(known: Input, path: Path | str | None) -> Input:
@@ -241,6 +266,7 @@ def _keys_beside(where: Sequence[str | int]) -> list[str]:
         ("changes",): Changes,
         ("caps",): Caps,
         ("canary",): Canary,
+        ("report",): Report,
         ("limits",): Limits,
         ("policy",): Policy,
         ("policy", "refresh"): Refresh,

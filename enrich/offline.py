@@ -8,6 +8,7 @@ from enrich.collector import Collector
 from enrich.connect import remembered
 from enrich.errors import Exit, Refused
 from enrich.job import Job
+from enrich.question import Question
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
@@ -29,16 +30,20 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
         target = job.output_path(now)
         job.feeds(now)  # refuses an output that is one of them
         prepare(target, job.input_path, job.name)
-        rows = Rows(job, ledger.forgotten())
-        rows.check_new_columns(question)
-        collector = Collector(ledger, job, question, rows)
-        ledger.begin_pass(wish(job, Options(), 0))
-        if job.model.caps is not None:
-            for batch in rows.batches(question, rows.order()):
-                ledger.look(batch.asked())
-            ledger.choose()
-        counted = collector.write(target, partial=partial)
+        counted = joined(ledger, job, question).write(target, partial=partial)
     finally:
         ledger.close()
-    number = counted.statuses.total()
-    return Receipt(job.name, int(Exit.OK), rows=number, output=str(target)).with_rows(counted.statuses, counted.hits)
+    rows = counted.statuses.total()
+    return Receipt(job.name, int(Exit.OK), rows=rows, output=str(target)).with_rows(counted.statuses, counted.hits)
+
+
+def joined(ledger: Ledger, job: Job, question: Question) -> Collector:
+    """Make ready to join the present input with the ledger alone. Raises EnrichError when the input can't be read."""
+    rows = Rows(job, ledger.forgotten())
+    rows.check_new_columns(question)
+    ledger.begin_pass(wish(job, Options(), 0))
+    if job.model.caps is not None:
+        for batch in rows.batches(question, rows.order()):
+            ledger.look(batch.asked())
+        ledger.choose()
+    return Collector(ledger, job, question, rows)

@@ -117,6 +117,11 @@ class Rows:
             if column in CHANGE_COLUMNS:
                 hint = "choose other columns as its `key`, or rename it"
                 raise self._job.error(["changes"], f"the feed has a column `{column}` of its own", hint)
+        for index, column in enumerate(model.report.by if model.report is not None else ()):
+            self._check_column(column, ["report", "by", index])
+            if column in STATUS_COLUMNS:
+                message = f"`{column}` is a column of the output, and every run writes it anew"
+                raise self._job.error(["report", "by", index], message, "group by a column of your own")
         if model.caps is not None and model.caps.by not in model.params:
             self._check_column(model.caps.by, ["caps", "by"], also=model.params)
 

@@ -151,6 +151,21 @@ class Changes(Output):
     )
 
 
+class Report(_Strict):
+    """The report of the job, for people."""
+
+    path: Text | None = Field(
+        None, description="The .html file that every run writes at its end; strftime codes allowed; default: none."
+    )
+    by: Columns = Field([], description="Columns of the input by which the report groups the rows.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Report:
+        if self.path is None and not self.by:
+            raise ValueError("needs `path` or `by`")
+        return self
+
+
 def _short_input(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
@@ -215,6 +230,9 @@ class JobModel(_Strict):
     changes: Annotated[Changes, BeforeValidator(_short_input)] | None = Field(
         None, description="A file for what is new since the last one: key columns, field, old, new, provider, time."
     )
+    report: Annotated[Report, BeforeValidator(_short_input)] | None = Field(
+        None, description="The report: a path, or an object."
+    )
     metrics: Text | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")
     healthcheck: Url | None = Field(
         None, description="Is pinged at the start (/start), after a success, and after a failure (/fail)."
@@ -232,6 +250,7 @@ def json_schema() -> dict[str, Any]:
     defs["Input"] = _with_short_form(defs["Input"], [text])
     defs["Output"] = _with_short_form(defs["Output"], [text])
     defs["Changes"] = _with_short_form(defs["Changes"], [text])
+    defs["Report"] = _with_short_form(defs["Report"], [text])
     column = defs["Param"]["properties"]["column"]
     defs["Param"] = _with_short_form(defs["Param"], column["anyOf"])
     properties["name"]["description"] = "Default: the file's stem."

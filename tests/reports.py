@@ -13,7 +13,6 @@ from enrich.report.facts import (
     Groups,
     Hits,
     Latencies,
-    Need,
     Night,
     Provider,
     Report,
@@ -22,6 +21,7 @@ from enrich.report.facts import (
     Traffic,
     Waterfall,
 )
+from enrich.watch.outcome import Need
 
 START = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
@@ -168,9 +168,9 @@ def rich() -> Report:
         needs=[
             Need(
                 "3 requests are in doubt: each may have been charged, and every run ends with 14 until you decide.",
-                "enrich reconcile jobs/leads.yaml",
+                ("enrich reconcile jobs/leads.yaml",),
             ),
-            Need("The balance is enough for about 40 nights like this.", None),
+            Need("The balance is enough for about 40 nights like this.", ()),
         ],
         notes=["Prices of Peoplegrid changed on 12 Nov: 2.00 credits, was 1.50."],
     )
@@ -270,7 +270,7 @@ def nasty() -> Report:
         groups=[Groups(name, hits) for name in NASTY[:3]],
         ages=[Age(name, 3, 4) for name in NASTY],
         anomalies=[Anomaly(name, name) for name in NASTY],
-        needs=[Need(name, name) for name in NASTY],
+        needs=[Need(name, (name,)) for name in NASTY],
         notes=NASTY,
         comparison=replace(report.comparison, left=side, right=side, verdict=NASTY[2])
         if report.comparison and side

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from enrich.commands import options
-from enrich.commands.witnessed import target, witnessed
+from enrich.commands.report import leave_report
+from enrich.commands.witnessed import target_of, witnessed
 from enrich.errors import Exit, LedgerLocked
 
 if TYPE_CHECKING:
     from enrich.job import Job
     from enrich.receipt import Receipt
     from enrich.surroundings import Options
+    from enrich.watch.outcome import Target
     from enrich.watch.witnesses import Witnesses
 
 
@@ -113,6 +116,7 @@ def run(
         processes=processes,
     )
     witnesses.start(job, wishes, sandbox=use_sandbox)
+    job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
     skip, wait_s = if_locked
     try:
         receipt = _run(job, wishes, wait_s, witnesses, use_sandbox=use_sandbox, on_terminal=on_terminal)
@@ -126,6 +130,8 @@ def run(
     witnesses.end(receipt)
     show = on_terminal or always_receipt or (receipt.exit_code != Exit.OK and not quiet)
     _show_receipt(receipt, as_json=as_json, show=show)
+    if receipt.exit_code not in (Exit.INTERRUPTED, Exit.TERMINATED):
+        witnesses.complain(leave_report(job, witnesses.target))
     return receipt.exit_code
 
 
@@ -181,11 +187,17 @@ def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
         click.echo(f"hint: {receipt.hint}", err=True)
     if show and receipt.rows is not None:
         click.echo("\n".join(lines(receipt, paint)), err=True)
-        here = target(click.get_current_context().params, from_here=True)
-        if needed := needs(receipt.exit_code, receipt.as_json(), here):
+        if needed := needs(receipt.exit_code, receipt.as_json(), _here()):
             click.echo("\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in advice(needed))]), err=True)
     if as_json:
         click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
+
+
+def _here() -> Target:
+    """Name the job as it was typed: its commands work where they are read."""
+    given = click.get_current_context().params
+    paths = (given[name] for name in ("job_file", "input_path", "output", "ledger"))
+    return target_of(*paths, use_sandbox=given["use_sandbox"], from_here=True)
 
 
 @click.command(short_help="Show what a run of JOB would ask and cost; costs nothing.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
             click.echo(text, err=True)
 
         with log_to(log_file, given["job_file"].stem, lambda text: say(f"note: {text}")) as log:
-            witnesses = Witnesses(log, say, target(given, from_here=False))
+            paths = (given[name] for name in ("job_file", "input_path", "output", "ledger"))
+            witnesses = Witnesses(log, say, target_of(*paths, use_sandbox=given["use_sandbox"]))
             try:
                 return command(**given, witnesses=witnesses)
             except BaseException as error:
@@ -36,20 +37,30 @@ def witnessed(command: Callable[..., int]) -> Callable[..., int]:
     return with_witnesses
 
 
-def target(given: Mapping[str, Any], *, from_here: bool) -> Target:
-    """Name the job with the paths that the command line gave: as they were typed, or for anywhere."""
+def target_of(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: Path | None,
+    *,
+    use_sandbox: bool,
+    from_here: bool = False,
+) -> Target:
+    """Name the job with the paths that the command line gave: for anywhere, or as they were typed."""
 
     def path(named: Path | str) -> str:
-        anywhere = from_here or str(named) == "-" or "://" in str(named)
-        return str(named) if anywhere else str(Path(named).absolute())
+        as_it_is = from_here or str(named) == "-" or "://" in str(named)
+        return str(named) if as_it_is else str(Path(named).absolute())
 
-    look = [path(given["job_file"]), *(["--sandbox"] if given["use_sandbox"] else [])]
-    if given["ledger"] is not None:
-        look += ["--ledger", path(given["ledger"])]
+    look = [path(job_file)]
+    if ledger is not None:
+        look += ["--ledger", path(ledger)]
+    if use_sandbox:
+        look.append("--sandbox")
     run = list(look)
-    for option, name in (("--input", "input_path"), ("--output", "output")):
-        if given[name] is not None:
-            run += [option, path(given[name])]
+    for option, given in (("--input", input_path), ("--output", output)):
+        if given is not None:
+            run += [option, path(given)]
     return Target(shlex.join(run), shlex.join(look))
 
 

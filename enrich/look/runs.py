@@ -12,7 +12,7 @@ from enrich.job import Job
 from enrich.model import iso, to_credits
 from enrich.store.history import History, Past
 from enrich.store.lock import is_held
-from enrich.watch.outcome import word
+from enrich.watch.outcome import ending
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
         "ended_at": None if past.ended_ms is None else iso(past.ended_ms),
         "elapsed_s": None if past.ended_ms is None else round((past.ended_ms - past.started_ms) / 1000, 3),
         "exit_code": past.exit_code,
-        "outcome": _outcome(past, at_work=at_work),
+        "outcome": ending(past.exit_code, at_work=at_work),
         "rows": rows,
         "submitted": past.submitted,
         "found": found,
@@ -77,12 +77,6 @@ def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
         "credits_unknown": past.unknown,
         "balance_after": None if past.balance_after is None else to_credits(past.balance_after),
     }
-
-
-def _outcome(past: Past, *, at_work: bool | None) -> str:
-    if past.exit_code is not None:
-        return word(past.exit_code)
-    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
 
 
 _LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"

@@ -17,6 +17,7 @@ from enrich.job import Job
 from enrich.model import State, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, failed
+from enrich.report.file import EXTRA, lacks_extra
 from enrich.setup.check import Checked, check_job, summary
 from enrich.setup.online import Live, ask
 from enrich.setup.places import existing, inputs, is_there, read_files, written
@@ -86,6 +87,8 @@ def examine(job: Job, visit: Visit) -> Iterator[Finding]:
     yield from (Finding("warn", "waterfall", change, "is the job still what you want?") for change in checked.changes)
     if not checked.problems:
         yield Finding("ok", "job", summary(job, checked))
+    if job.model.report is not None and job.model.report.path is not None and lacks_extra():
+        yield Finding("warn", "report", "tonight's run cannot write the `report` without its extra", EXTRA)
     yield from _files(job, visit)
     yield from _ledger(job, visit, checked, live)
     yield from _room(job, visit, checked)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from enrich.watch.outcome import Need
+
 #: Statuses of rows and states of requests, in the order in which they are shown.
 STATUSES = ("found", "not_found", "failed", "expired", "in_doubt", "invalid", "filtered", "pending")
 
@@ -155,14 +157,6 @@ class Anomaly:
 
     kind: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What waits for a person, and the command for it."""
-
-    text: str
-    command: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,16 @@ _STUBBORN = 0.3  # share of the free failures that fail a second time
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a run comes to: JSON texts for the task's body, and the true cost in millionths."""
+    """What a run comes to: JSON texts for the task's body, and the true cost in millionths.
+
+    `steps` is a JSON list of who was asked, also where the body tells none: name, did it find the answer, millionths.
+    """
 
     outcome: Outcome
     data: str
     error: str
     cost: int
+    steps: str = "[]"
 
 
 @dataclass(slots=True)
@@ -35,9 +39,11 @@ class _Trail:
     result: Fields | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     by_provider: dict[str, Fields] = field(default_factory=dict)
+    asked: list[tuple[str, bool, int]] = field(default_factory=list)
 
     def step(self, action: str, who: Provider | Verifier, result: str, cost: int, *, verified: bool = False) -> None:
         self.cost += cost
+        self.asked.append((who.name, False, cost))
         self.steps.append(
             {
                 "action": action,
@@ -60,9 +66,10 @@ def answer(question: Question, attempt: int, draw: Draw, settings: SandboxSettin
             return Answer("free", "null", _error(draw, "Provider unavailable, please try again later."), 0)
     trail = _descend(question, draw, settings)
     if trail.result is not None:
-        return Answer("found", _shaped(trail.result, trail, settings, bulk=bulk), "null", trail.cost)
+        data = _shaped(trail.result, trail, settings, bulk=bulk)
+        return Answer("found", data, "null", trail.cost, json.dumps(trail.asked))
     if bulk:
-        return Answer("missed", "null", "null", trail.cost)
+        return Answer("missed", "null", "null", trail.cost, json.dumps(trail.asked))
     return _miss(question, trail, draw, settings)
 
 
@@ -88,6 +95,7 @@ def _descend(question: Question, draw: Draw, settings: SandboxSettings) -> _Trai
             trail.by_provider[provider.name] = {name: f"old-{value}" for name, value in found.items()}
             continue
         trail.step("search", provider, "found", provider.cost, verified=verifier is not None)
+        trail.asked[-1] = (provider.name, True, provider.cost)
         if verifier:
             trail.step("verify", verifier, "valid", verifier.cost, verified=True)
         trail.by_provider[provider.name] = {**found, "score": 60 + int(draw("score") * 40)}
@@ -101,7 +109,7 @@ def _miss(question: Question, trail: _Trail, draw: Draw, settings: SandboxSettin
     outputs = question.cascade.waterfall.outputs
     match kind:
         case "no_data":
-            return Answer("no_data", "null", "null", trail.cost)
+            return Answer("no_data", "null", "null", trail.cost, json.dumps(trail.asked))
         case "empty_list":
             data = "[]"
         case "empty_object":
@@ -112,7 +120,7 @@ def _miss(question: Question, trail: _Trail, draw: Draw, settings: SandboxSettin
             data = _shaped(dict.fromkeys(outputs, ""), trail, settings)
         case _:
             data = "null"
-    return Answer("missed", data, "null", trail.cost)
+    return Answer("missed", data, "null", trail.cost, json.dumps(trail.asked))
 
 
 def _charged_failure(question: Question, draw: Draw, settings: SandboxSettings, *, bulk: bool) -> Answer:
@@ -121,7 +129,9 @@ def _charged_failure(question: Question, draw: Draw, settings: SandboxSettings, 
     trail.step("search", provider, "error", provider.cost)
     shows_steps = not bulk and draw("failure shows steps") < 1 / 2
     data = _shaped({}, trail, settings) if shows_steps else "null"
-    return Answer("failed", data, _error(draw, f"{provider.name}: unexpected response."), trail.cost)
+    return Answer(
+        "failed", data, _error(draw, f"{provider.name}: unexpected response."), trail.cost, json.dumps(trail.asked)
+    )
 
 
 def _error(draw: Draw, text: str) -> str:

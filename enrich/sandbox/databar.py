@@ -90,11 +90,11 @@ class Databar:
             )
         return task_id
 
-    def _run(self, question: Question, now: float, *, bulk: bool) -> Run:
+    def _run(self, question: Question, now: float, *, bulk: bool) -> tuple[Run, str]:
         asked = self._store.ask(question.key, question.canonical)
         draw = Draw(self._settings.seed, question.person)
         reply = answer(question, asked.times, draw, self._settings, bulk=bulk)
-        return Run(
+        run = Run(
             ready=now + self._latency(draw("latency")),
             outcome=reply.outcome,
             data=reply.data,
@@ -104,6 +104,7 @@ class Databar:
             state="running",
             question=asked.id,
         )
+        return run, reply.steps
 
     def poll(self, task_id: str, *, partial: bool = False) -> bytes:
         """Give the body of a task as it is now."""
@@ -170,6 +171,10 @@ class Databar:
             "balance": money.number(self._store.balance),
             "balance_at_start": money.number(self._store.balance_at_start),
             "topped_up": money.number(self._store.topped_up),
+            "by_provider": {
+                name: {"asked": asked, "found": found, "credits": money.number(cost)}
+                for name, asked, found, cost in self._store.earned()
+            },
         }
         return totals | {"runs": self._asked()} if runs else totals
 

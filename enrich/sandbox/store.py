@@ -61,6 +61,10 @@ FROM runs;
 """
 
 
+# Who was asked for a run: a JSON list of name, found, millionths. A state of before has none of it.
+_STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES runs, told TEXT NOT NULL) STRICT"
+
+
 class Quirk(NamedTuple):
     """What is odd about a task: lost-task, late-task, odd-status or nothing."""
 
@@ -131,6 +135,7 @@ class Store:
             start = "INSERT INTO facts VALUES ('balance_at_start', ?), ('topped_up', 0), ('offset', 0)"
             self._db.execute(start, [balance])
             self._db.execute("COMMIT")
+        self._db.execute(_STEPS)
         facts = dict(self._db.execute("SELECT name, value FROM facts"))
         self.balance_at_start = int(facts["balance_at_start"])
         self.topped_up = int(facts["topped_up"])
@@ -182,18 +187,19 @@ class Store:
         )
         return Asked(*row)
 
-    def add_task(self, task_id: str, runs: Iterable[Run], quirk: Quirk, *, bulk: bool, now: float) -> None:
-        """Accept a task with its runs, and reserve what they can cost."""
+    def add_task(self, task_id: str, runs: Iterable[tuple[Run, str]], quirk: Quirk, *, bulk: bool, now: float) -> None:
+        """Accept a task with its runs, each with its steps (JSON), and reserve what they can cost."""
         task = self._db.execute(
             "INSERT INTO tasks (task_id, bulk, created, quirk, quirk_param) VALUES (?, ?, ?, ?, ?)",
             [task_id, bulk, now, *quirk],
         ).lastrowid
-        for run in runs:
-            self._db.execute(
+        for run, steps in runs:
+            number = self._db.execute(
                 "INSERT INTO runs (ready, outcome, data, error, reserved, cost, state, question, task)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [*run, task],
-            )
+            ).lastrowid
+            self._db.execute("INSERT INTO steps VALUES (?, ?)", [number, steps])
             self.reserved += run.reserved
 
     def task(self, task_id: str) -> Task | None:
@@ -236,6 +242,13 @@ class Store:
         )
         names = ("accepted", "charged", "distinct", "accepted_more_than_once", "paid_twice")
         return dict(zip(names, map(int, row), strict=True))
+
+    def earned(self) -> list[tuple[str, int, int, int]]:
+        """Add up by provider and verifier what was charged: name, runs that it was asked for, finds, millionths."""
+        return self._db.execute(
+            "SELECT value->>0 AS name, count(DISTINCT run), sum(value->>1), sum(value->>2)"
+            " FROM steps JOIN runs ON runs.id = run JOIN json_each(told) WHERE state = 'settled' GROUP BY 1 ORDER BY 1"
+        ).fetchall()
 
     def questions(self) -> list[tuple[Any, ...]]:
         """List what was asked: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""

@@ -13,6 +13,7 @@ from enrich.errors import PRECEDENCE, EnrichError, Exit, JobError, Refused
 from enrich.job import Job
 from enrich.place import STDIN, Url
 from enrich.question import Question, make_question, missing_params, unknown_params
+from enrich.report.file import EXTRA, lacks_extra
 from enrich.rows import Rows
 from enrich.setup.drift import differences
 from enrich.setup.places import clashes, is_there
@@ -107,6 +108,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | No
     if rows is not None and checked.question is not None:
         _read(rows, checked.question, checked)
     checked.problems += clashes(job)
+    if job.model.report is not None and job.model.report.path is not None and lacks_extra():
+        checked.notes.append(f"no run can write the `report` without its extra: {EXTRA}")
     return checked
 
 
@@ -151,7 +154,10 @@ def _unfilled(job: Job) -> Iterator[JobError]:
 def _rows(job: Job, problems: list[EnrichError]) -> Rows | None:
     """Open the input and hold each part of the job against it; what does not fit is a problem and left out then."""
     model = job.model
-    alone = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes")) | {"params": {}, "only_if_empty": []}
+    alone = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
+        "params": {},
+        "only_if_empty": [],
+    }
     bare = model.model_copy(update=alone)
 
     def fits(**part: object) -> bool:
@@ -173,7 +179,7 @@ def _rows(job: Job, problems: list[EnrichError]) -> Rows | None:
         good: dict[str, object] = {"params": params, "only_if_empty": only}
         order = [column for index, column in enumerate(model.order_by or ()) if fits(order_by=[*known * index, column])]
         good["order_by"] = order or None
-        for key in ("where", "caps", "suppress", "changes"):
+        for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             good[key] = part if part is None or fits(params=params, **{key: part}) else None
         return Rows(replace(job, model=model.model_copy(update=good)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job
 from enrich.place import STDIN, is_pattern
+from enrich.report.file import is_ours
 from enrich.tables.source import matching
 
 
@@ -18,6 +19,8 @@ def written(job: Job, now: datetime) -> dict[str, Path]:
     """The files on this machine that a run writes, by their key in the job file. Raises JobError when two are one."""
     places = {"output": job.output_path(now), "ledger": job.ledger_path, **job.feeds(now)}
     paths = {key: place for key, place in places.items() if isinstance(place, Path)}
+    report = job.report_path(now)
+    paths |= {} if report is None else {"report": report}
     return paths | ({"metrics": job.path(job.model.metrics)} if job.model.metrics else {})
 
 
@@ -57,8 +60,16 @@ def clashes(job: Job) -> Iterator[EnrichError]:
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
             yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
-    if "output" in outgoing and _is_database(outgoing["output"]):
-        yield JobError(f"{outgoing['output']}: the output would replace a ledger", "choose another `output`")
+    yield from _strangers(outgoing)
+
+
+def _strangers(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
+    """Yield the files that a run would replace and must not."""
+    output, report = outgoing.get("output"), outgoing.get("report")
+    if output is not None and _is_database(output):
+        yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
+    if report is not None and _is_strange(report):
+        yield JobError(f"{report} is there already, and no report of enrich", "choose another `report`")
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -66,6 +77,13 @@ def _is_same(one: Path, other: Path) -> bool:
         return one == other or one.samefile(other)
     except OSError:  # one of them is not there, or not to be seen
         return False
+
+
+def _is_strange(report: Path) -> bool:
+    try:
+        return report.exists() and not is_ours(report)
+    except OSError:
+        return False  # where nobody may look, nobody can write
 
 
 def _is_database(path: Path) -> bool:

@@ -142,6 +142,7 @@ def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     yield "# dispatch: {bulk: 100} # so many requests as one task: fewer calls, but no price and no error of each row"
     yield "# rejects: rejects.csv # the rows that are invalid, failed or expired, with the reason"
     yield "# changes: changes-%Y-%m-%dT%H%M%S.csv # what is new since the last run"
+    yield "# report: report.html # what every night got, what it cost and who earned it, to look at"
     yield "# metrics: enrich.prom # for the textfile collector of Prometheus"
     yield "# healthcheck: https://monitor.example/ping/my-job # is told of start, success and failure"
     yield "# notify: notify.txt # addresses that are told when something needs a person"

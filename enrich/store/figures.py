@@ -53,13 +53,13 @@ class Figures(Intake):
         return int(count)
 
     def settled(self, job: str, execution_id: int | None = None) -> Iterator[Settled]:
-        """Yield the attempts that the executions of a job settled, or one of them, in the order they were made."""
+        """Yield the attempts that the executions of a job settled, or one of them, execution by execution."""
         rows = self._db.execute(
             "SELECT a.request_id, a.settled_in, a.state, c.canonical, r.params, a.submitted_ms, a.settled_ms, a.paid, "
             "a.provider, a.answer, a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
             "FROM billed a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
             "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 AND (?2 IS NULL OR id = ?2)) "
-            "ORDER BY a.id",
+            "ORDER BY a.settled_in, a.id",
             (job, execution_id),
         )
         return map(Settled._make, rows)

@@ -34,11 +34,6 @@ class Ledger(Moves):
         ).fetchone()
         return None if row is None else (json.loads(row[0]), None if row[1] is None else json.loads(row[1]))
 
-    def descriptions(self) -> dict[str, dict[str, Any]]:
-        """Return all waterfalls as last described, by their identifiers."""
-        rows = self._db.execute("SELECT identifier, description FROM waterfalls")
-        return {identifier: json.loads(description) for identifier, description in rows}
-
     def remember_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
         """Keep the description; the providers are replaced too, so pass the old ones to keep them."""
         self._db.execute(

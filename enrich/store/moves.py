@@ -13,8 +13,8 @@ from itertools import groupby
 from typing import Any
 
 from enrich.model import Answer, Claim, State, Task, written
-from enrich.store.figures import Figures
 from enrich.store.intake import OPEN_ATTEMPT, QUEUED
+from enrich.store.review import Review
 
 #: An attempt, what is told of it, and when (ms).
 Told = tuple[int, str, int]
@@ -24,7 +24,7 @@ class CapReached(Exception):
     """The budget has no room for another request now; what is in flight may free some."""
 
 
-class Moves(Figures):
+class Moves(Review):
     """A ledger whose requests are submitted and settled."""
 
     # Submit: pending → submitting → submitted

@@ -60,6 +60,13 @@ def word(code: int) -> str:
     return WORDS.get(code, "unknown")
 
 
+def ending(code: int | None, *, at_work: bool | None) -> str:
+    """Say how an execution ended; one without an exit code is at work, or was killed (None: nobody knows which)."""
+    if code is not None:
+        return word(code)
+    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
+
+
 def needs_a_person(code: int) -> bool:
     """Tell whether somebody should look."""
     return code not in FINE | SILENT
@@ -89,14 +96,14 @@ _OF_ROWS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def needs(code: int, rows: Mapping[str, int], target: Target) -> list[Need]:
-    """Tell what to do, and the exact commands: for an exit code, and for rows by their status."""
+def needs(code: int, rows: Mapping[str, int], target: Target, what: str = "row") -> list[Need]:
+    """Tell what to do, and the exact commands: for an exit code, and for rows (or `what` is counted) by status."""
     found = []
     if code in _HELP and not (code == _DOUBT and rows.get(RowStatus.IN_DOUBT)):
         found.append((_FIRST[code], _HELP[code]))
     for status, (text, commands) in _OF_ROWS.items():
         if count := rows.get(status):
-            found.append((f"{count:,} row{'' if count == 1 else 's'} {text}", commands))
+            found.append((f"{count:,} {what}{'' if count == 1 else 's'} {text}", commands))
     return [
         Need(text, tuple(each.format(run=target.run, look=target.look) for each in commands))
         for text, commands in found

@@ -60,7 +60,7 @@ class Witnesses:
         if model.notify is not None:
             self._notifier, problems = read_addresses(job.path(model.notify))
             for problem in problems:
-                self._complain(problem)
+                self.complain(problem)
         if model.metrics is not None:
             if not model.metrics.endswith(".prom"):
                 message = f"`{model.metrics}` would not be read: the textfile collector takes *.prom only"
@@ -118,10 +118,10 @@ class Witnesses:
             self._write_metrics(self._metrics, code, samples)
         if self._healthcheck is not None:
             counts = [" ".join(line.split()) for line in told if line and not line.startswith("  output")]
-            self._complain(self._healthcheck.end(code, "; ".join([summary, *counts])))
+            self.complain(self._healthcheck.end(code, "; ".join([summary, *counts])))
         if self._notifier is not None and outcome.needs_a_person(code):
             text = [*([error] if error else []), *told, "", *outcome.advice(needed)]
-            self._complain(self._notifier.send(f"enrich {name}: {outcome.word(code)} (exit {code})", "\n".join(text)))
+            self.complain(self._notifier.send(f"enrich {name}: {outcome.word(code)} (exit {code})", "\n".join(text)))
 
     def _write_metrics(self, path: Path, code: int, samples: metrics.Samples) -> None:
         before = metrics.read(path).get(SUCCESS)
@@ -139,7 +139,7 @@ class Witnesses:
         try:
             metrics.write(path, self._job().name, known)
         except OSError as error:
-            self._complain(f"{path}: the metrics cannot be written: {error.strerror}")
+            self.complain(f"{path}: the metrics cannot be written: {error.strerror}")
 
     def _of_ledger(self) -> metrics.Samples:
         """Take what the ledger knows; nothing when it can't be read."""
@@ -163,7 +163,8 @@ class Witnesses:
         assert self.job is not None  # noqa: S101 - all who ask have been told which it is
         return self.job
 
-    def _complain(self, problem: str | None) -> None:
+    def complain(self, problem: str | None) -> None:
+        """Hear what could not be done beside the run, if anything: the log and the person are told."""
         if problem is not None:
             self.log.line("note", text=problem)
             self.say(f"note: {problem}")

@@ -108,3 +108,22 @@ def test_top_up(start: Start) -> None:
     totals = api.audit()
     assert (totals["balance_at_start"], totals["topped_up"]) == (0.4, 0.1)
     assert_adds_up(totals)
+
+
+def test_who_earned_it_adds_up(start: Start) -> None:
+    """By provider and verifier, whatever the answers tell of it; what was refunded is nobody's."""
+    api = start(latency="uniform(10,100)", charge_misses=True, hit_rate=0.7, failure_rate=0.2, shape="flat")
+    for number, person in enumerate(people(24)):
+        task_id = api.run(person, enrichments=[833, 966], email_verifier=10)
+        if number % 6 == 0:
+            api.cancel(task_id)
+    assert api.audit(runs=False)["by_provider"] == {}
+    api.advance(100)
+    totals = api.audit(runs=False)
+
+    earned = totals["by_provider"]
+    assert set(earned) == {"Mailhound", "Peoplegrid", "Mailproof"}
+    assert sum(each["credits"] for each in earned.values()) == pytest.approx(totals["credits_charged"])
+    assert earned["Mailhound"]["asked"] <= totals["charged"] <= 20
+    assert 0 < earned["Peoplegrid"]["asked"] <= 20 - earned["Mailhound"]["found"]
+    assert earned["Mailproof"]["found"] == 0

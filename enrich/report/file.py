@@ -1,0 +1,70 @@
+"""The file of a report: where it lies, and that it replaces nothing but an earlier report."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+from enrich.errors import JobError, Refused
+from enrich.job import Job
+
+#: The last line of every report that we write: what lacks it is somebody else's file.
+MARK = b"\n<!-- a report of enrich -->\n"
+EXTRA = "pip install 'databar-enrich[report]'"
+_LIBRARIES = ("altair", "jinja2", "vl_convert")
+
+
+def lacks_extra() -> bool:
+    """Tell whether the libraries are missing that draw a report."""
+    return any(find_spec(name) is None for name in _LIBRARIES)
+
+
+def usual_place(job: Job, now: datetime) -> Path:
+    """Say where the report of a job is written: where it says, else beside its output, else beside the job file."""
+    named = job.report_path(now)
+    if named is not None:
+        return named
+    output = job.output_path(now)
+    folder = output.parent if isinstance(output, Path) else job.document.path.resolve().parent
+    return folder / f"{job.name}_report.html"
+
+
+def write(path: Path, page: str, job: Job, now: datetime) -> None:
+    """Write a report (0600), whole or not at all.
+
+    Raises JobError when it would replace anything but a report, Refused when it can't be written.
+    """
+    named = job.taken(now) | {"input": job.input_path}
+    if other := next((key for key, place in named.items() if place == path), None):
+        raise JobError(f"{path}: the report would replace `{other}`", "choose another file: -o FILE")
+    try:
+        if path.exists() and not is_ours(path):
+            raise JobError(f"{path} is there already, and no report of enrich", "choose another file: -o FILE")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(page.encode(errors="replace") + MARK)
+            os.replace(part, path)  # noqa: PTH105 - the part is a name
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)  # noqa: PTH108 - likewise
+            raise
+    except OSError as error:
+        raise Refused(
+            f"{path}: the report cannot be written: {error.strerror}", "choose another file: -o FILE"
+        ) from error
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a file is a report that we wrote, or has nothing in it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(MARK)))
+        return not size or file.read() == MARK

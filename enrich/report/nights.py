@@ -1,0 +1,123 @@
+"""The nights of a job, how long its tasks took, and what one night sent and heard."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from math import ceil
+
+from enrich.model import iso, to_credits
+from enrich.pulse import read_pulse
+from enrich.report.facts import Bar, Latencies, Night, Traffic
+from enrich.store.ledger import Ledger
+from enrich.store.review import Lived
+from enrich.watch.outcome import ending
+
+#: Edges of the bars, in seconds: readable ones, about three in a power of ten.
+EDGES = (0, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)
+#: Stretches of a night's traffic, at most so many, in seconds.
+STRETCHES = 120
+WIDTHS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
+
+
+def nights(
+    executions: Sequence[Lived], fates: Iterable[tuple[int, str, int]], newest: int, *, at_work: bool | None
+) -> list[Night]:
+    """Tell what each execution came to; `at_work`: is anybody now (None: not known), who is then the `newest`."""
+    counted: dict[int, dict[str, int]] = {}
+    for execution, state, number in fates:
+        counted.setdefault(execution, {})[state] = number
+    return [_night(row, counted.get(row.id, {}), at_work=at_work if row.id == newest else False) for row in executions]
+
+
+def _night(row: Lived, settled: Mapping[str, int], *, at_work: bool | None) -> Night:
+    receipt = json.loads(row.receipt) if row.receipt else {}
+    ended_ms, started_ms = row.ended_ms, row.started_ms
+    return Night(
+        execution=row.id,
+        started_at=iso(started_ms),
+        ended_at=None if ended_ms is None else iso(ended_ms),
+        exit_code=row.exit_code,
+        outcome=ending(row.exit_code, at_work=at_work),
+        rows=receipt.get("rows"),
+        submitted=row.submitted,
+        found=settled.get("found", 0),
+        not_found=settled.get("not_found", 0),
+        failed=settled.get("failed", 0),
+        expired=settled.get("expired", 0),
+        credits_spent=to_credits(row.spent),
+        credits_unknown=row.unknown,
+        balance_before=_credits(row.balance_before),
+        balance_after=_credits(row.balance_after),
+        polls=receipt.get("polls"),
+        rate_limited=receipt.get("rate_limited"),
+        elapsed_s=None if ended_ms is None else round((ended_ms - started_ms) / 1000, 3),
+    )
+
+
+def _credits(micros: int | None) -> float | None:
+    return None if micros is None else to_credits(micros)
+
+
+def latencies(waits_ms: Iterable[int]) -> Latencies | None:
+    """Sort waits (ms, ascending) into bars, from the first that has one to the last; None: there are none."""
+    waits = array("q", waits_ms)
+    if not waits:
+        return None
+    edges = [1000 * edge for edge in (*EDGES, max(2 * EDGES[-1], waits[-1] / 1000 + 1))]
+    counts = [0] * (len(edges) - 1)
+    place = 0
+    for wait in waits:
+        while wait >= edges[place + 1]:
+            place += 1
+        counts[place] += 1
+    bars = [Bar(start / 1000, end / 1000, count) for (start, end), count in zip(pairwise(edges), counts, strict=True)]
+    filled = [number for number, count in enumerate(counts) if count]
+    return Latencies(
+        bars[filled[0] : filled[-1] + 1],
+        count=len(waits),
+        median=quantile(waits, 0.5),
+        p90=quantile(waits, 0.9),
+        longest=waits[-1] / 1000,
+    )
+
+
+def quantile(waits: Sequence[int], share: float) -> float:
+    """Take the wait (ms, ascending) that this share of all does not exceed; in seconds."""
+    return waits[max(0, ceil(share * len(waits)) - 1)] / 1000
+
+
+def traffic(ledger: Ledger, executions: Sequence[Lived], now_ms: int) -> Traffic | None:
+    """Tell the traffic of the newest execution that submitted something: by its pulse, else by its attempts' times."""
+    row = next((row for row in reversed(executions) if row.submitted), None)
+    if row is None:
+        return None
+    return _of_pulse(row.id, row.pulse) or _of_attempts(ledger, row, now_ms)
+
+
+def _of_pulse(execution: int, text: str | None) -> Traffic | None:
+    """Read what an execution wrote down while it was at work; None when that is nothing of use."""
+    pulse = read_pulse(text)
+    if pulse is None or not any(pulse.traffic.totals()):
+        return None
+    return Traffic(execution, **pulse.traffic.model_dump())
+
+
+def _of_attempts(ledger: Ledger, row: Lived, now_ms: int) -> Traffic:
+    """Tell what the attempts know: of polls and 429s they know nothing."""
+    end_ms = row.ended_ms or ledger.last_sign(row.id) or now_ms
+    lasted_s = max(0, end_ms - row.started_ms) / 1000
+    width_s = next((width for width in WIDTHS if lasted_s <= width * STRETCHES), ceil(lasted_s / STRETCHES))
+    submitted, answered = ledger.beats(row.id, row.started_ms, width_s * 1000)
+    # A clock that jumped shows no more than this.
+    length = min(max((*submitted, *answered), default=-1) + 1, 2 * STRETCHES)
+    return Traffic(
+        row.id,
+        float(width_s),
+        [submitted.get(stretch, 0) for stretch in range(length)],
+        [answered.get(stretch, 0) for stretch in range(length)],
+        polls=(),
+        rate_limited=(),
+    )
