@@ -17,6 +17,7 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 	@$(BIN)/enrich run jobs/leads.yaml --sandbox --receipt; code=$$?; \
 		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
 	@echo; $(BIN)/python -c '$(SHOW)'
+	@$(BIN)/enrich report jobs/leads.yaml --sandbox -o out/leads_report.html && echo 'Open out/leads_report.html for the picture.'
 
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
 	$(BIN)/python examples/week.py
@@ -58,7 +59,7 @@ clean: ## remove .venv and caches; ledgers and outputs stay
 	$(PYTHON) -m venv .venv
 
 .venv/run: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[sandbox]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report,sandbox]'
 	@touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml
@@ -66,5 +67,5 @@ clean: ## remove .venv and caches; ledgers and outputs stay
 	@touch $@ .venv/run
 
 .venv/bench: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench,sandbox]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench,report,sandbox]'
 	@touch $@ .venv/run

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 #: More bins are merged, so that a night of hours is no longer than a minute.
 MOST_BINS = 240
@@ -44,7 +44,7 @@ class Traffic(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    width_s: float
+    width_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     submitted: tuple[int, ...]
     answered: tuple[int, ...]
     polls: tuple[int, ...]

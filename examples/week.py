@@ -32,6 +32,7 @@ WEEK = 7 * 24 * HOUR
 MONDAY = 4 * 24 * HOUR  # the first one of Unix time
 #: How a night ends when all went well; 10: the vendor failed at some rows.
 WELL = (0, 10)
+COUNTRIES = ("DE", "FR", "US", "GB", "")
 HEADER = ("night", "what", "exit", "rows", "submitted", "reused", "found", "credits", "sold twice")
 TABLE = "{:<10}{:<38}{:>5}{:>6}{:>10}{:>8}{:>7}{:>9}{:>12}"
 
@@ -40,14 +41,18 @@ def lead(number: int) -> list[str]:
     """Invent a lead; every tenth works for one large company, every thirtieth lacks a name."""
     company = "big-oak" if number % 10 == 0 else f"company{number}"
     last = "" if number % 30 == 7 else f"Last{number}"
-    return [f"L-{number:03}", f"First{number}", last, f"https://www.{company}.example/about", str(number * 37 % 400)]
+    country = COUNTRIES[number * 7 % 11 % len(COUNTRIES)]
+    website = f"https://www.{company}.example/about"
+    return [f"L-{number:03}", f"First{number}", last, website, str(number * 37 % 400), country]
 
 
 def write_leads(folder: Path, count: int, *, twice: int = 0, left: int = 0) -> None:
     """Export the CRM: `count` leads without the first `left`; `twice` of them are in it once more."""
     rows = [lead(number) for number in range(left, count)]
     again = [["L-" + row[0], *row[1:]] for row in rows[-twice:]] if twice else []
-    _write(folder / "leads.csv", [["Lead", "First Name", "Last Name", "Website", "Team Size"], *rows, *again])
+    _write(
+        folder / "leads.csv", [["Lead", "First Name", "Last Name", "Website", "Team Size", "Country"], *rows, *again]
+    )
 
 
 def write_fair(folder: Path) -> None:
@@ -267,6 +272,15 @@ def sunday(week: Week) -> None:
     week.expect(due.receipt["submitted"] > 0, "the refresh asks")
 
 
+def look(week: Week) -> Iterator[str]:
+    """Put the week of the CRM's leads on a page, and hold it against the receipts."""
+    page = week.ask("report", "leads.yaml", "-o", "report.html")
+    spent = week.ask("runs", "leads.yaml")["totals"]["credits_spent"]
+    told = [page["credits_spent"], page["waterfall"]["spent"], sum(night["credits_spent"] for night in page["nights"])]
+    week.expect({round(each, 6) for each in told} == {round(spent, 6)}, "the report adds up to the receipts")
+    yield f"the report        {page['credits_spent']:>9.2f} credits for leads.yaml: report.html"
+
+
 def bill(week: Week) -> Iterator[str]:
     """Hold the receipts against the vendor's books."""
     audit = week.api.call("/__audit")
@@ -305,7 +319,7 @@ def live(folder: Path) -> int:
             api.wait_until(day, hour=2)
             week.night = night.__name__.capitalize()
             night(week)
-        print("", *bill(week), sep="\n")
+        print("", *bill(week), *look(week), sep="\n")
     for claim in week.broken:
         print(f"BROKEN: {claim}")
     return 1 if week.broken else 0

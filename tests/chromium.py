@@ -94,9 +94,16 @@ class Browser:
         kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
 
-    def screenshot(self) -> bytes:
-        """Return a PNG of the whole page."""
-        return base64.b64decode(self.do("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+    def picture(self, first: str | None, beyond: str, margin: int = 24) -> bytes:
+        """Return a PNG of the page from above one element (None: its top) to above another, by their ids."""
+        top = 0 if first is None else self._top(first) - margin
+        width = self.evaluate("document.documentElement.clientWidth")
+        clip = {"x": 0, "y": top, "width": width, "height": self._top(beyond) - margin - top, "scale": 1}
+        shot = self.do("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(shot["data"])
+
+    def _top(self, element: str) -> int:
+        return int(self.evaluate(f"document.getElementById('{element}').getBoundingClientRect().top + scrollY"))
 
     def pdf(self) -> bytes:
         """Print the page."""

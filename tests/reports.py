@@ -65,6 +65,7 @@ def night(number: int, found: int, not_found: int, spent: float, **more: object)
         "credits_unknown": 0,
         "balance_before": 9000 - 300.0 * number,
         "balance_after": round(9000 - 300.0 * number - spent, 2),
+        "unexplained": 0.0,
         "polls": 5210,
         "rate_limited": 12,
         "elapsed_s": 2843.2,

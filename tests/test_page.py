@@ -69,7 +69,7 @@ def marked(page: str, about: str, name: str) -> list[float | None]:
     return [float(value) if value else None for found in values for value in found]
 
 
-# --- What it says -------------------------------------------------------------------------------------------------
+# What it says
 
 
 def test_equal_facts_make_equal_bytes() -> None:
@@ -141,7 +141,7 @@ def test_a_job_that_never_ran_has_a_page() -> None:
     assert "<svg" not in page
 
 
-# --- The staircase ------------------------------------------------------------------------------------------------
+# The staircase
 
 
 def test_finds_make_a_staircase() -> None:
@@ -161,7 +161,7 @@ def test_verifiers_are_no_steps() -> None:
     assert "Mailproof verified 752 finds: 37.60 credits." in page
 
 
-# --- Names from outside -------------------------------------------------------------------------------------------
+# Names from outside
 
 
 def test_hostile_names_stay_text() -> None:
@@ -198,7 +198,7 @@ def test_a_page_names_no_other_place() -> None:
     assert not re.search(r"<(script|link|iframe|img|object|base)\b|\bon\w+=|https?:|url\((?!#)|@import", page)
 
 
-# --- Size ---------------------------------------------------------------------------------------------------------
+# Size
 
 
 def test_a_report_is_small() -> None:
@@ -207,7 +207,7 @@ def test_a_report_is_small() -> None:
     assert len(page_of(reports.millions).encode()) < 2.5 * SMALL
 
 
-# --- In the browser -----------------------------------------------------------------------------------------------
+# In the browser
 
 #: Looks at the page that is open and tells what is wrong, and what is there.
 LOOK = Path(__file__).with_name("look.js").read_text(encoding="utf-8")

@@ -220,8 +220,9 @@ def test_an_input_that_is_gone_leaves_the_rest(done: Office) -> None:
     assert report["columns"] == report["groups"] == report["ages"] == []
     assert report["nights"] == whole["nights"]
     assert report["waterfall"] == whole["waterfall"]
-    assert len(report["notes"]) == 1
-    assert "leads.csv" in report["notes"][0]
+    assert report["notes"] == []
+    assert "leads.csv" in report["needs"][0]["text"]
+    assert report["needs"][0]["commands"] == [f"enrich check {done.folder}/job.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -235,12 +236,14 @@ def test_an_input_that_is_gone_leaves_the_rest(done: Office) -> None:
     ],
 )
 def test_a_job_file_that_fits_no_more_leaves_the_rest(done: Office, changes: dict[str, str]) -> None:
-    """A note says why the rows are not known."""
+    """It says why the rows are not known; where that is no pipe, somebody should look."""
     done.write_job(**changes)
     report = told(done)
 
     assert report["rows"] is None
-    assert len(report["notes"]) == 1
+    said = [*report["notes"], *(need["text"] for need in report["needs"])]
+    assert [text.startswith("nothing is known of the rows: ") for text in said] == [True]
+    assert bool(report["needs"]) is changes.keys().isdisjoint({"input", "waterfall"})
     assert len(report["nights"]) == 1
 
 

@@ -104,5 +104,6 @@ def ages(answers: Sequence[Age], label: str) -> Picture | None:
             f"{words.count(each.found)} + {words.count(each.not_found)}",
         )
         for each in answers
+        if each.found + each.not_found
     ]
     return bars(made, label)

@@ -37,6 +37,8 @@ class Night:
     credits_unknown: int
     balance_before: float | None
     balance_after: float | None
+    #: What of the balance's difference neither the ledger nor the API explains.
+    unexplained: float | None
     polls: int | None
     rate_limited: int | None
     elapsed_s: float | None
@@ -121,7 +123,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """How long tasks took from the POST to the answer, in seconds."""
+    """How long tasks took from the POST to the answer, in seconds.
+
+    The bars are equally wide; one more, wider, may hold the slowest.
+    """
 
     bars: Sequence[Bar]
     count: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +27,7 @@ from enrich.report.nights import latencies, nights, traffic
 from enrich.report.present import MOST_VALUES, Present, read_present
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
-from enrich.watch.outcome import Target
+from enrich.watch.outcome import Need, Target
 from enrich.watch.runlog import without_data
 
 #: The last night is held against so many before it that were answered something.
@@ -57,7 +58,7 @@ def _gather(job: Job, ledger: Ledger, target: Target, now: datetime, *, with_row
     held = held or is_held(job.ledger_path)
     told = nights(lived, ledger.fates(job.name), ledger.newest_execution(), at_work=held)
     last = told[-1] if told else None
-    present, notes = _present(job, ledger, now_ms, with_rows=with_rows)
+    present, unread = _present(job, ledger, now_ms, with_rows=with_rows)
     answers = _Answers(ledger, job, told)
     for settled in ledger.settled(job.name):
         answers.add(settled)
@@ -80,8 +81,11 @@ def _gather(job: Job, ledger: Ledger, target: Target, now: datetime, *, with_row
         latencies=latencies(ledger.waits(job.name)),
         traffic=traffic(ledger, lived, now_ms),
         anomalies=anomalies(answers.last, answers.before),
-        needs=list(waiting(last, known, "request" if present is None else "row", told_in, target)),
-        notes=[*notes, *_notes(told, present, answers.erased, others=ledger.serves_others(job.name))],
+        needs=[
+            *unread.needs(target),
+            *waiting(last, known, "request" if present is None else "row", told_in, target),
+        ],
+        notes=[*unread.notes(), *_notes(told, present, answers.erased, others=ledger.serves_others(job.name))],
     )
 
 
@@ -112,16 +116,39 @@ def _report(job: Job, now: datetime, *, present: Present | None = None, **known:
     )
 
 
-def _present(job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool) -> tuple[Present | None, list[str]]:
-    """Read the present input; None when it can't be read, with a note that says why."""
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """Why nothing is known of the rows, and whether somebody should look at that."""
+
+    why: str | None = None
+    calm: bool = True
+
+    @property
+    def _text(self) -> str:
+        return f"nothing is known of the rows: {self.why}"
+
+    def needs(self, target: Target) -> Iterator[Need]:
+        if not self.calm:
+            yield Need(self._text, (f"enrich check {target.run}",))
+
+    def notes(self) -> Iterator[str]:
+        if self.calm and self.why is not None:
+            yield self._text
+
+
+def _present(job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool) -> tuple[Present | None, _Unread]:
+    """Read the present input, or tell why it can't be read."""
+    if job.input_path == STDIN:
+        return None, _Unread("the input came through a pipe; --input names a file instead")
     try:
-        if job.input_path == STDIN:
-            raise Refused("the input came through a pipe; --input names a file instead")
-        collector = joined(ledger, job, _question(ledger, job))
-        by = [] if job.model.report is None else job.model.report.by
-        return read_present(collector, by, now_ms, with_rows=with_rows), []
+        question = _question(ledger, job)
     except EnrichError as error:
-        return None, [f"nothing is known of the rows: {without_data(error.message)}"]
+        return None, _Unread(error.message, calm=isinstance(error, Refused))
+    try:
+        by = [] if job.model.report is None else job.model.report.by
+        return read_present(joined(ledger, job, question), by, now_ms, with_rows=with_rows), _Unread()
+    except EnrichError as error:
+        return None, _Unread(without_data(error.message), calm=False)
 
 
 def _question(ledger: Ledger, job: Job) -> Question:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from math import ceil
+from typing import Any
 
 from enrich.model import iso, to_credits
 from enrich.pulse import read_pulse
@@ -15,8 +16,10 @@ from enrich.store.ledger import Ledger
 from enrich.store.review import Lived
 from enrich.watch.outcome import ending
 
-#: Edges of the bars, in seconds: readable ones, about three in a power of ten.
-EDGES = (0, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)
+#: A bar may stand for so many seconds; so many bars at most show all but the slowest.
+BARS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
+MOST_BARS = 24
+SHOWN = 0.99
 #: Stretches of a night's traffic, at most so many, in seconds.
 STRETCHES = 120
 WIDTHS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
@@ -51,10 +54,17 @@ def _night(row: Lived, settled: Mapping[str, int], *, at_work: bool | None) -> N
         credits_unknown=row.unknown,
         balance_before=_credits(row.balance_before),
         balance_after=_credits(row.balance_after),
+        unexplained=_unexplained(receipt),
         polls=receipt.get("polls"),
         rate_limited=receipt.get("rate_limited"),
         elapsed_s=None if ended_ms is None else round((ended_ms - started_ms) / 1000, 3),
     )
+
+
+def _unexplained(receipt: Mapping[str, Any]) -> float | None:
+    if "difference" not in receipt or None in (receipt["balance_before"], receipt["balance_after"]):
+        return None
+    return 0.0 if receipt["difference"] is None else receipt["difference"]["unexplained"]
 
 
 def _credits(micros: int | None) -> float | None:
@@ -62,26 +72,23 @@ def _credits(micros: int | None) -> float | None:
 
 
 def latencies(waits_ms: Iterable[int]) -> Latencies | None:
-    """Sort waits (ms, ascending) into bars, from the first that has one to the last; None: there are none."""
+    """Sort waits (ms, ascending) into bars of equal width, the slowest into one more; None: there are none."""
     waits = array("q", waits_ms)
     if not waits:
         return None
-    edges = [1000 * edge for edge in (*EDGES, max(2 * EDGES[-1], waits[-1] / 1000 + 1))]
-    counts = [0] * (len(edges) - 1)
-    place = 0
-    for wait in waits:
-        while wait >= edges[place + 1]:
-            place += 1
-        counts[place] += 1
-    bars = [Bar(start / 1000, end / 1000, count) for (start, end), count in zip(pairwise(edges), counts, strict=True)]
-    filled = [number for number, count in enumerate(counts) if count]
-    return Latencies(
-        bars[filled[0] : filled[-1] + 1],
-        count=len(waits),
-        median=quantile(waits, 0.5),
-        p90=quantile(waits, 0.9),
-        longest=waits[-1] / 1000,
-    )
+    reach, longest = quantile(waits, SHOWN), waits[-1] / 1000
+    width = next((width for width in BARS_S if reach < width * MOST_BARS), reach / MOST_BARS)
+    # In whole milliseconds, as the waits are.
+    step = ceil(1000 * width)
+    counts = Counter(min(wait // step, MOST_BARS) for wait in waits)
+    drawn = [number for number in counts if number < MOST_BARS]
+    bars = [
+        Bar(number * step / 1000, (number + 1) * step / 1000, counts[number])
+        for number in range(min(drawn, default=MOST_BARS), max(drawn, default=-1) + 1)
+    ]
+    if counts[MOST_BARS]:
+        bars.append(Bar(MOST_BARS * step / 1000, longest, counts[MOST_BARS]))
+    return Latencies(bars, count=len(waits), median=quantile(waits, 0.5), p90=quantile(waits, 0.9), longest=longest)
 
 
 def quantile(waits: Sequence[int], share: float) -> float:

@@ -15,8 +15,6 @@ from enrich.report.grids import Cell
 
 #: So many nights stand open; older ones are folded away.
 NIGHTS_SHOWN = 14
-#: Less than this between two balances is rounding.
-CENT = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +131,10 @@ def _balance(night: Night) -> str:
         return "not known"
     if night.balance_before is None:
         return "credits left"
-    other = night.balance_before - night.balance_after - night.credits_spent
-    explained = "all explained" if abs(other) < CENT else f"{other:+,.2f} unexplained"
-    return f"was {words.credits(night.balance_before)}; {explained}"
+    was = f"was {words.credits(night.balance_before)}"
+    if night.unexplained is None:
+        return was
+    return f"{was}; {f'{night.unexplained:+,.2f} unexplained' if night.unexplained else 'all explained'}"
 
 
 def _totals(report: Report) -> dict[str, Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import altair as alt
 
@@ -15,6 +16,8 @@ from enrich.report.facts import Latencies, Night, Traffic
 WEEK = 7
 #: More points than these on a line are a smear.
 MOST_POINTS = 40
+#: A bar that is so many times as wide as the others holds all that took longer.
+WIDER = 1.01
 #: More steps than these are added up in pairs and more.
 MOST_STEPS = 90
 PANEL = 216.0
@@ -38,12 +41,12 @@ def all_credits(nights: Sequence[Night], label: str) -> Picture | None:
 
 
 def per_hit(nights: Sequence[Night], label: str) -> Picture | None:
-    """Draw what a hit cost in each night; a night without hits is a gap."""
+    """Draw what a hit cost in each night; nights without hits have none."""
     return _line([night.per_hit for night in nights], nights, "credits per hit", label)
 
 
 def night_rates(nights: Sequence[Night], label: str) -> Picture | None:
-    """Draw the hit rate of each night; a night without answers is a gap."""
+    """Draw the hit rate of each night; nights without answers have none."""
     return _line([night.hit_rate for night in nights], nights, "hit rate", label, format=".0%")
 
 
@@ -51,10 +54,18 @@ def latencies(times: Latencies, label: str) -> Picture | None:
     """Draw how long answers took; the median and the ninth decile are marked."""
     if not times.count or not times.bars:
         return None
-    unit, name = _unit(times.bars[-1].end)
-    domain = (times.bars[0].start / unit, max(times.bars[-1].end, times.p90, times.median) / unit)
+    width_s = times.bars[0].end - times.bars[0].start
+    slowest = [bar for bar in times.bars[1:] if bar.end - bar.start > width_s * WIDER]
+    end_s = slowest[0].start + width_s if slowest else times.bars[-1].end
+    unit, name = _unit(end_s)
+    domain = (times.bars[0].start / unit, max(end_s, times.p90, times.median) / unit)
     marks = [(times.median, f"median {words.seconds(times.median)}"), (times.p90, f"90% {words.seconds(times.p90)}")]
-    rows = [{"x": bar.start / unit, "x2": bar.end / unit, "v": 0, "v2": bar.count} for bar in times.bars if bar.count]
+    rows = [
+        {"x": bar.start / unit, "x2": min(bar.end, end_s) / unit, "v": 0, "v2": bar.count}
+        for bar in times.bars
+        if bar.count
+    ]
+    beyond = [row for row in rows if slowest and row["x"] == slowest[0].start / unit]
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size, top=44)
@@ -71,6 +82,7 @@ def latencies(times: Latencies, label: str) -> Picture | None:
         counts = drawing.upright("tasks", 4, _most(rows), tickMinStep=1)
         chart = alt.layer(
             _standing(rows, drawing.across(domain, axis), counts, Ink.PASSED),
+            *([_standing(beyond, drawing.across(domain, axis), counts, Ink.NOBODY)] if beyond else []),
             drawing.rules(marked, domain, axis, Ink.TEXT),
             *(drawing.texts(rows, Ink.TEXT, align=align) for align, rows in told.items()),
         )
@@ -89,7 +101,8 @@ def throughput(traffic: Traffic, label: str) -> Picture | None:
     domain = (0.0, width_s * len(sent) / unit)
 
     def rows(counts: Sequence[int]) -> list[dict[str, float]]:
-        return [{"x": (at + 0.5) * width_s / unit, "v": count * per / width_s} for at, count in enumerate(counts)]
+        heights = [count * per / width_s for count in counts]
+        return [{"x": at * width_s / unit, "v": height} for at, height in enumerate([*heights, heights[-1]])]
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size)
@@ -97,7 +110,7 @@ def throughput(traffic: Traffic, label: str) -> Picture | None:
         y = alt.Y("v:Q", scale=alt.Scale(zero=True), axis=drawing.upright(f"per {per_name}", 4, max(*sent, *answered)))
         layers = [
             alt.Chart(alt.InlineData(values=rows(counts)))
-            .mark_line(color=ink.value, strokeWidth=2, strokeDash=dash)
+            .mark_line(color=ink.value, strokeWidth=2, strokeDash=dash, interpolate="step-after")
             .encode(x=x, y=y)
             for counts, ink, dash in ((sent, Ink.TEXT, [4, 3]), (answered, Ink.FOUND, [1, 0]))
         ]
@@ -140,15 +153,15 @@ def _line(
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         frame = _frame(size)
-        data = alt.InlineData(values=rows)
+        data = alt.InlineData(values=known)
         dots = alt.InlineData(values=known if len(rows) <= MOST_POINTS else known[-1:])
         x = _night_axis(nights, size)
         y = alt.Y(
             "v:Q",
             scale=alt.Scale(zero=True),
-            axis=drawing.upright(title, 4, max(row["v"] or 0.0 for row in rows), **axis),
+            axis=drawing.upright(title, 4, max(row["v"] or 0.0 for row in known), **axis),
         )
-        line = alt.Chart(data).mark_line(color=Ink.FOUND.value, strokeWidth=2, invalid="break-paths-show-domains")
+        line = alt.Chart(data).mark_line(color=Ink.FOUND.value, strokeWidth=2)
         points = alt.Chart(dots).mark_point(color=Ink.FOUND.value, filled=True, size=36, opacity=1)
         return alt.layer(line.encode(x=x, y=y), points.encode(x=x, y=y)), frame
 
@@ -158,16 +171,16 @@ def _line(
 def _columns(
     rows: Sequence[drawing.Row], nights: Sequence[Night], title: str, label: str, ink: Ink = Ink.FOUND
 ) -> Picture:
-    """Draw a column for each night; very many become one shape."""
-    many = len(rows) > MOST_POINTS
+    """Draw a column for each night; those that touch, and very many, are drawn as one shape."""
+    touching = len(rows) > MOST_POINTS or all(one["x2"] == other["x"] for one, other in pairwise(rows))
 
     def sized(size: Size) -> tuple[drawing.Chart, Frame]:
         x, axis = _night_axis(nights, size), drawing.upright(title, 4, _most(rows))
-        if not many:
+        if not touching:
             return alt.layer(_standing(rows, x, axis, ink)), _frame(size)
-        data = alt.InlineData(values=[{"x": place, "v2": row["v2"]} for place, row in enumerate(rows)])
-        shape = alt.Chart(data).mark_area(color=ink.value, interpolate="step").encode(x=x, y=alt.Y("v2:Q", axis=axis))
-        return alt.layer(shape), _frame(size)
+        outline = [*({"x": row["x"], "v2": row["v2"]} for row in rows), {"x": rows[-1]["x2"], "v2": rows[-1]["v2"]}]
+        shape = alt.Chart(alt.InlineData(values=outline)).mark_area(color=ink.value, interpolate="step-after")
+        return alt.layer(shape.encode(x=x, y=alt.Y("v2:Q", axis=axis))), _frame(size)
 
     return drawing.picture((NARROW, HALF), sized, label)
 
