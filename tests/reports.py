@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from html import escape
 
 from enrich.report.facts import (
     Age,
@@ -315,3 +317,10 @@ def nothing_found() -> Report:
         anomalies=[],
         needs=[],
     )
+
+
+def marked(page: str, about: str, name: str) -> list[float | None]:
+    """Read the numbers of a page that carry these marks."""
+    parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
+    values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
+    return [float(value) if value else None for found in values for value in found]

@@ -62,13 +62,6 @@ def written(folder: Path, make: Callable[[], Report]) -> Path:
     return path
 
 
-def marked(page: str, about: str, name: str) -> list[float | None]:
-    """Read the numbers of a page that carry these marks."""
-    parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
-    values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
-    return [float(value) if value else None for found in values for value in found]
-
-
 # What it says
 
 
@@ -81,16 +74,16 @@ def test_numbers_carry_their_names_and_values() -> None:
     """A program reads from the page what `--json` tells, to the last digit."""
     report = reports.rich()
     page = page_of(reports.rich)
-    assert marked(page, "job", "credits_spent") == [1236.6]
-    assert set(marked(page, "night 9", "credits_spent")) == {171.35}
-    assert set(marked(page, "night 9", "found")) == {52.0}
-    assert set(marked(page, "night 4", "balance_after")) == {None}
-    assert marked(page, "waterfall", "answers") == [1180.0]
+    assert reports.marked(page, "job", "credits_spent") == [1236.6]
+    assert set(reports.marked(page, "night 9", "credits_spent")) == {171.35}
+    assert set(reports.marked(page, "night 9", "found")) == {52.0}
+    assert set(reports.marked(page, "night 4", "balance_after")) == {None}
+    assert reports.marked(page, "waterfall", "answers") == [1180.0]
     for provider in report.waterfall.providers:
-        assert marked(page, f"provider {provider.name}", "credits") == [provider.credits]
-        assert marked(page, f"provider {provider.name}", "per_hit") == [provider.per_hit]
+        assert reports.marked(page, f"provider {provider.name}", "credits") == [provider.credits]
+        assert reports.marked(page, f"provider {provider.name}", "per_hit") == [provider.per_hit]
     for status, count in report.statuses.items():
-        assert marked(page, "statuses", status)[:1] == ([float(count)] if count else [])
+        assert reports.marked(page, "statuses", status)[:1] == ([float(count)] if count else [])
 
 
 def test_what_is_not_known_is_no_zero() -> None:
@@ -124,7 +117,7 @@ def test_a_comparison_stands_before_the_waterfall() -> None:
     """Who compares two sides wants the verdict first; without a comparison there is no such section."""
     page = page_of(reports.full)
     assert page.index("found 19 more") < page.index('id="waterfall"')
-    assert set(marked(page, "common left", "common_found")) == {238.0}
+    assert set(reports.marked(page, "common left", "common_found")) == {238.0}
     assert "compared" not in page_of(reports.rich)
 
 
