@@ -82,7 +82,7 @@ def sides(compared: Comparison) -> Iterator[Figure]:
 
 
 def _staircase(facts: Waterfall) -> str:
-    told = f"Of {words.many(facts.answers, 'answer')}, failures among them, {facts.found:,} found something"
+    told = f"Of {words.many(facts.answers, 'answer')}, {facts.found:,} found something"
     told += f" ({words.percent(words.share(facts.found, facts.answers))})."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
