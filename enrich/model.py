@@ -279,19 +279,14 @@ class Settled(NamedTuple):
     """An attempt that an execution settled: what it asked of whom, what came of it and what it cost.
 
     `state` is the value of a State, `call` a canonical Call, `params` and `answer` are JSON (`answer` None: there is
-    none, or it was purged), times are milliseconds since 1970 (UTC). `paid` is what it adds to the bill in millionths;
-    None: not known.
+    none, or it was purged). `paid` is what it adds to the bill in millionths; None: not known.
     """
 
-    request_id: int
     execution: int
     state: str
     call: str
     params: str
-    submitted_ms: int | None
-    settled_ms: int
     paid: int | None
-    provider: str | None
     answer: str | None
     erased: int
 

@@ -34,7 +34,7 @@ ASKED = {"first_name": "Ada"}
 
 def settled(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> Settled:
     """Make an attempt that was settled with this `data`."""
-    made = Settled(1, 1, state, CALL.canonical(), json.dumps(ASKED), 1, 2, paid, None, json.dumps({"data": data}), 0)
+    made = Settled(1, state, CALL.canonical(), json.dumps(ASKED), paid, json.dumps({"data": data}), 0)
     return made._replace(**changed)
 
 

@@ -55,8 +55,8 @@ class Figures(Intake):
     def settled(self, job: str, execution_id: int | None = None) -> Iterator[Settled]:
         """Yield the attempts that the executions of a job settled, or one of them, execution by execution."""
         rows = self._db.execute(
-            "SELECT a.request_id, a.settled_in, a.state, c.canonical, r.params, a.submitted_ms, a.settled_ms, a.paid, "
-            "a.provider, a.answer, a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
+            "SELECT a.settled_in, a.state, c.canonical, r.params, a.paid, a.answer, "
+            "a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
             "FROM billed a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
             "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 AND (?2 IS NULL OR id = ?2)) "
             "ORDER BY a.settled_in, a.id",
@@ -106,9 +106,11 @@ class Figures(Intake):
         Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
         """
         return self._db.execute(
+            # Attempts stand in the order of their executions: the newest are read, not millions of old ones.
             "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed "
-            "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
+            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed WHERE state <> 'refused' AND ("
+            "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0) "
+            f"OR settled_in >= ?1 OR ({OPEN_ATTEMPT} AND state = 'submitted')) "
             "GROUP BY 1, 2",
             (since,),
         ).fetchall()
