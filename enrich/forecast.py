@@ -136,11 +136,11 @@ class Plan:
             "to_submit": self.to_submit,
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
             "oldest_answer_at": None if self.oldest_ms is None else iso(self.oldest_ms),
-            "balance": _credits(self.balance),
+            "balance": to_credits(self.balance),
             "cost": self.cost.as_json(),
-            "worst_price": _credits(self.worst_price),
-            "max_credits": _credits(self.max_credits),
-            "min_balance": _credits(self.min_balance),
+            "worst_price": to_credits(self.worst_price),
+            "max_credits": to_credits(self.max_credits),
+            "min_balance": to_credits(self.min_balance),
             "cap_allows": self.covered,
             "seconds": self.seconds,
             "providers": [_priced(*provider) for provider in self.providers],
@@ -179,12 +179,8 @@ def foresee(  # noqa: PLR0913, PLR0917 - all of them are needed once
     )
 
 
-def _credits(micros: int | None) -> float | None:
-    return None if micros is None else to_credits(micros)
-
-
 def _priced(provider: Priced, name: str) -> dict[str, Any]:
-    return {"id": provider.id, "name": name, "price": _credits(provider.price)}
+    return {"id": provider.id, "name": name, "price": to_credits(provider.price)}
 
 
 def lines(plan: Plan) -> Iterator[str]:

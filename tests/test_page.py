@@ -88,7 +88,7 @@ def test_numbers_carry_their_names_and_values() -> None:
     assert marked(page, "waterfall", "answers") == [1180.0]
     for provider in report.waterfall.providers:
         assert marked(page, f"provider {provider.name}", "credits") == [provider.credits]
-        assert marked(page, f"provider {provider.name}", "per_hit") == [provider.per_hit]
+        assert marked(page, f"provider {provider.name}", "cost_per_hit") == [provider.cost_per_hit]
     for status, count in report.statuses.items():
         assert marked(page, "statuses", status)[:1] == ([float(count)] if count else [])
 
@@ -97,7 +97,7 @@ def test_what_is_not_known_is_no_zero() -> None:
     """A balance that nobody told is a dash, and an amount of unknown price is named."""
     page = page_of(reports.nothing_found)
     assert re.search(rf'data-name="balance_after">{DASH}<', page)
-    assert re.search(rf'data-name="per_hit">{DASH}<', page)
+    assert re.search(rf'data-name="cost_per_hit">{DASH}<', page)
     assert "3 answers of unknown price" in page
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from enrich.errors import Exit, Interrupted, JobError
 from enrich.job import load_job
-from enrich.model import Answer, State
-from enrich.report.facts import STATUSES, Report
+from enrich.model import Answer, RowStatus, State
+from enrich.report.facts import Report
 from enrich.report.file import MARK
 from enrich.report.gather import gather
 from enrich.report.nights import latencies
@@ -125,7 +125,7 @@ def test_a_week_is_told_as_it_was(tmp_path: Path, office: Office) -> None:
     assert {name: first[name] for name in ("found", "not_found", "failed")} == {
         name: receipts[0][name] for name in ("found", "not_found", "failed")
     }
-    assert report["statuses"] == {name: receipts[-1][name] for name in STATUSES}
+    assert report["statuses"] == {name: receipts[-1][name] for name in RowStatus}
     assert sum(night["found"] for night in report["nights"]) == report["requests"]["found"]
     assert sum(night["not_found"] for night in report["nights"]) == report["requests"]["not_found"]
     assert report["rows"] == receipts[-1]["rows"]

@@ -103,7 +103,7 @@ class Picture:
             "credits_spent": to_credits(run.spent),
             "credits_unknown": run.unknown,
             "credits_reserved": to_credits(run.reserved),
-            "max_credits": None if run.cap is None else to_credits(run.cap),
+            "max_credits": to_credits(run.cap),
             "polls": totals.polls if totals else None,
             "rate_limited": totals.rate_limited if totals else None,
             "submitted_per_s": round(lately.submitted / over_s, 2) if over_s else None,

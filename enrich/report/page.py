@@ -72,7 +72,7 @@ def tiles(report: Report) -> Iterator[Tile]:
             lambda each: each.hit_rate,
             lambda each: each.found,
             lambda each: each.credits_spent,
-            lambda each: each.per_hit,
+            lambda each: each.cost_per_hit,
         )
     )
     yield Tile(
@@ -98,9 +98,9 @@ def tiles(report: Report) -> Iterator[Tile]:
     )
     yield Tile(
         "Cost per hit",
-        grids.credits("per_hit", night.per_hit),
+        grids.credits("cost_per_hit", night.cost_per_hit),
         about,
-        "credits" if night.per_hit is not None else "no hit tonight",
+        "credits" if night.cost_per_hit is not None else "no hit tonight",
         *_change(cost, words.credits, better=-1),
     )
     yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
