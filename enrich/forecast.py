@@ -9,7 +9,7 @@ from typing import Any
 
 from enrich.connect import Connection
 from enrich.job import Job
-from enrich.model import ASKED, Decision, iso, to_credits, to_micros
+from enrich.model import ASKED, Decision, duration, iso, to_credits, to_micros
 from enrich.planfile import Priced, asked
 from enrich.store.ledger import Ledger
 
@@ -195,7 +195,7 @@ def lines(plan: Plan) -> Iterator[str]:
         polls = "guessed" if plan.polls_per_task is None else "so far"
         per_task = POLLS_GUESS if plan.polls_per_task is None else plan.polls_per_task
         yield (
-            f"  time      about {_minutes(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
+            f"  time      about {duration(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
             f"{per_task:.1f} polls a {f'task of {plan.bulk:,}' if plan.bulk else 'request'} {polls}"
         )
     if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
@@ -226,9 +226,3 @@ def _money(plan: Plan) -> Iterator[str]:
 
 def _price(provider: Priced) -> str:
     return "price unknown" if provider.price is None else f"{to_credits(provider.price):g}"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enrich.difference import CENT, WORDS
-from enrich.model import RowStatus, many
+from enrich.model import RowStatus, duration, many
 from enrich.receipt import Receipt
 
 #: What is to be said of rows of a status.
@@ -87,7 +87,7 @@ class _Slip:
                 yield self._line("", amount, "", words)
         each = f"{receipt.polls / receipt.answers:.1f} a request; " if receipt.answers else ""
         yield self._line("polls", f"{receipt.polls:,}", "", f"{each}{many(receipt.rate_limited, 'answer')} 429")
-        yield self._line("time", _duration(receipt.elapsed_s))
+        yield self._line("time", duration(receipt.elapsed_s))
 
     def providers(self) -> Iterator[str]:
         receipt, width = self.receipt, self.width + 4
@@ -154,9 +154,3 @@ def _short(name: str, width: int) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

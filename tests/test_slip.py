@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ from enrich.model import RowStatus
 from enrich.receipt import Receipt
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
-from tests.harness import HASTY, Api, Office, people, serving
+from tests.harness import HASTY, Api, Office, people, serving, shown_on
 
 TARGET = Target("job.yaml", "job.yaml")
 NUMBERS = st.integers(0, 5_000_000)
@@ -178,21 +177,14 @@ def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: 
 
 def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
     """Run the job on a terminal of 80 columns and return what was shown."""
-    leader, follower = pty.openpty()
+    leader, follower = os.openpty()
     variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
     command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
     with subprocess.Popen(
         command, cwd=office.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
     ) as run:
         os.close(follower)
-        shown = b""
-        while True:
-            try:
-                shown += (chunk := os.read(leader, 65536))
-            except OSError:  # the other side is closed
-                break
-            if not chunk:
-                break
+        shown = shown_on(leader)
         run.wait(timeout=60)
     os.close(leader)
     return shown.decode().replace("\r\n", "\n")

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from enrich.look.status import read_status
 from enrich.look.watch import ENTER, LEAVE, WAITING, watch_job
 from enrich.surroundings import Options
 from enrich.watch import runlog
-from tests.harness import Office, kill, people, serving, until
+from tests.harness import Office, kill, people, serving, shown_on, until
 from tests.watch import log_lines
 
 #: Leaves what it sent at the API.
@@ -115,13 +114,9 @@ def test_ctrl_c_leaves_the_watch_quietly(office: Office) -> None:
         stderr=theirs,
     )
     os.close(theirs)
-    shown = b""
-    while WAITING.encode()[:30] not in shown:
-        shown += os.read(ours, 4096)
+    shown = shown_on(ours, up_to=WAITING.encode()[:30])
     process.send_signal(signal.SIGINT)
-    with suppress(OSError):  # the other side is closed
-        while more := os.read(ours, 4096):
-            shown += more
+    shown += shown_on(ours)
     assert process.wait(timeout=20) == 130
     os.close(ours)
 
