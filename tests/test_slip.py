@@ -163,9 +163,10 @@ def test_the_receipt_adds_up_to_the_bill(tmp_path: Path, office: Office) -> None
 def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: Office) -> None:
     """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
     office.write_leads(people(12))
-    with serving(tmp_path / "api.db", latency="fixed(1.5)") as api:
+    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
         office.leave_at_the_api(api)
-        receipt = office.run(api)
+        waited = iter([601])
+        receipt = office.run(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
 
     assert receipt.balance_before is not None
     assert receipt.balance_after is not None
