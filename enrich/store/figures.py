@@ -9,6 +9,8 @@ from enrich.store.intake import OPEN_ATTEMPT, Intake
 
 #: So many of the newest attempts tell what a request costs today.
 EXPERIENCE = 100_000
+#: Attempts stand in the order of their executions: those of ?1 and later ones are found without reading millions.
+SINCE = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
 
 
 class Figures(Intake):
@@ -37,7 +39,7 @@ class Figures(Intake):
     def outcomes(self, execution_id: int) -> dict[State, int]:
         """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
         rows = self._db.execute(
-            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' "
+            f"SELECT state, count(*) FROM attempts WHERE {SINCE} AND execution_id = ?1 AND state <> 'refused' "
             "AND came_from = 'pending' GROUP BY state",
             (execution_id,),
         )
@@ -106,10 +108,8 @@ class Figures(Intake):
         Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
         """
         return self._db.execute(
-            # Attempts stand in the order of their executions: the newest are read, not millions of old ones.
             "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed WHERE state <> 'refused' AND ("
-            "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0) "
+            f"count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed WHERE state <> 'refused' AND ({SINCE} "
             f"OR settled_in >= ?1 OR ({OPEN_ATTEMPT} AND state = 'submitted')) "
             "GROUP BY 1, 2",
             (since,),
