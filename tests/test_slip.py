@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.closing import Closing
 from enrich.difference import compare
+from enrich.errors import Exit
 from enrich.model import RowStatus
 from enrich.receipt import Receipt
+from enrich.signals import Signals
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
 from tests.harness import HASTY, Api, Office, people, serving, shown_on
@@ -174,6 +179,26 @@ def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: 
     assert receipt.difference is not None
     assert receipt.difference["unexplained"] == 0
     assert "answers submitted before" in "\n".join(lines(receipt))
+
+
+def test_a_signal_does_not_wait_until_a_million_answers_are_read(
+    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who earned it is then not known; a few answers are read all the same."""
+    office.write_leads(people(3))
+    receipt = office.run(api)
+    signals = Signals(on_first=lambda _: None)
+    ending = Closing(Mock(), Mock(), Mock(), Mock(), signals)
+
+    with closing(office.ledger()) as ledger:
+        signals.heard = Exit.TERMINATED
+        few = ending._read(ledger, receipt)
+        monkeypatch.setattr("enrich.closing.READ_WHEN_INTERRUPTED", 2)
+        many = ending._read(ledger, receipt)
+
+    assert few is not None
+    assert few.answers == 3
+    assert many is None
 
 
 def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
