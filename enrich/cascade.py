@@ -8,9 +8,9 @@ price is made up for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from enrich.api.answer import Parsed, is_blank, parse_data
 from enrich.api.waterfall import Waterfall
-from enrich.model import Settled, State, to_micros
+from enrich.model import Settled, State, to_credits, to_micros
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,14 @@ class Earned:
         return 0 if self.verifies else self.asked + self.presumed - self.found
 
     @property
-    def per_hit(self) -> float | None:
+    def cost_per_hit(self) -> int | None:
         """What a find of its own cost on average, in millionths; None before the first, and of a verifier."""
-        return self.credits / self.found if self.found else None
+        return round(self.credits / self.found) if self.found else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as the receipt has it, in credits."""
+        costs = {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
+        return asdict(self) | costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +210,6 @@ def read_task(answer: str | None) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return task if isinstance(task, dict) else {}
-
-
-def earnings(answers: Iterator[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
-    """Add up answers."""
-    cascade = Cascade(offers)
-    for answer in answers:
-        cascade.add(answer)
-    return cascade.earnings()
 
 
 def read_offers(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from enrich.api.client import Client
-from enrich.cascade import Earned, earnings, read_offers
+from enrich.cascade import Cascade, Earnings, read_offers
 from enrich.connect import Connection
 from enrich.difference import CENT, compare
 from enrich.errors import CallFailed
@@ -51,9 +50,9 @@ class Closing:
             answers=sum(tally.settled.values()),
             credits_spent=to_credits(spent),
             credits_unknown=known["unknown"],
-            cost_per_hit=round(to_credits(spent) / hits, 6) if hits else None,
-            balance_before=None if before is None else to_credits(before),
-            balance_after=None if after is None else to_credits(after),
+            cost_per_hit=to_credits(round(spent / hits)) if hits else None,
+            balance_before=to_credits(before),
+            balance_after=to_credits(after),
             polls=tally.polls,
             rate_limited=tally.rate_limited,
         )
@@ -77,16 +76,23 @@ class Closing:
 
     async def _earned(self, receipt: Receipt) -> dict[str, Any]:
         """Tell which provider was asked, found and was paid, by the answers of this execution."""
-        if not receipt.answers or (self.signals.heard is not None and receipt.answers > READ_WHEN_INTERRUPTED):
+        told = await self.journal.do(self._read, receipt) if receipt.answers else None
+        if told is None:
             return {}
-        told = await self.journal.do(
-            lambda ledger: earnings(ledger.settled(receipt.job, receipt.execution), read_offers(ledger.waterfalls()))
-        )
         return {
-            "providers": list(in_credits(told.providers)),
+            "providers": [each.as_json() for each in told.providers],
             "providers_untold": told.untold,
             "credits_elsewhere": to_credits(told.elsewhere),
         }
+
+    def _read(self, ledger: Ledger, receipt: Receipt) -> Earnings | None:
+        """Read the answers of this execution; None when a signal came and they are too many."""
+        cascade = Cascade(read_offers(ledger.waterfalls()))
+        for settled in ledger.settled(receipt.job, receipt.execution):
+            if self.signals.heard is not None and (receipt.answers or 0) > READ_WHEN_INTERRUPTED:
+                return None
+            cascade.add(settled)
+        return cascade.earnings()
 
     async def _difference(self, before: int | None, after: int | None, spent: int) -> dict[str, Any] | None:
         """Take apart what the balance lost; when that is what was spent, nothing needs to be looked up."""
@@ -96,10 +102,3 @@ class Closing:
             return None
         movements = await self.journal.do(Ledger.movements, self.execution.id)
         return asdict(compare(self.execution.id, before, after, movements))
-
-
-def in_credits(providers: Sequence[Earned]) -> Iterator[dict[str, Any]]:
-    """Write providers as JSON has them."""
-    for each in providers:
-        per_hit = None if each.per_hit is None else to_credits(round(each.per_hit))
-        yield asdict(each) | {"credits": to_credits(each.credits), "cost_per_hit": per_hit}

@@ -9,7 +9,7 @@ from typing import Any
 
 from enrich.connect import Connection
 from enrich.job import Job
-from enrich.model import ASKED, Decision, iso, to_credits, to_micros
+from enrich.model import ASKED, Decision, duration, iso, to_credits, to_micros
 from enrich.planfile import Priced, asked
 from enrich.store.ledger import Ledger
 
@@ -136,11 +136,11 @@ class Plan:
             "to_submit": self.to_submit,
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
             "oldest_answer_at": None if self.oldest_ms is None else iso(self.oldest_ms),
-            "balance": _credits(self.balance),
+            "balance": to_credits(self.balance),
             "cost": self.cost.as_json(),
-            "worst_price": _credits(self.worst_price),
-            "max_credits": _credits(self.max_credits),
-            "min_balance": _credits(self.min_balance),
+            "worst_price": to_credits(self.worst_price),
+            "max_credits": to_credits(self.max_credits),
+            "min_balance": to_credits(self.min_balance),
             "cap_allows": self.covered,
             "seconds": self.seconds,
             "providers": [_priced(*provider) for provider in self.providers],
@@ -179,12 +179,8 @@ def foresee(  # noqa: PLR0913, PLR0917 - all of them are needed once
     )
 
 
-def _credits(micros: int | None) -> float | None:
-    return None if micros is None else to_credits(micros)
-
-
 def _priced(provider: Priced, name: str) -> dict[str, Any]:
-    return {"id": provider.id, "name": name, "price": _credits(provider.price)}
+    return {"id": provider.id, "name": name, "price": to_credits(provider.price)}
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -199,7 +195,7 @@ def lines(plan: Plan) -> Iterator[str]:
         polls = "guessed" if plan.polls_per_task is None else "so far"
         per_task = POLLS_GUESS if plan.polls_per_task is None else plan.polls_per_task
         yield (
-            f"  time      about {_minutes(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
+            f"  time      about {duration(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
             f"{per_task:.1f} polls a {f'task of {plan.bulk:,}' if plan.bulk else 'request'} {polls}"
         )
     if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
@@ -230,9 +226,3 @@ def _money(plan: Plan) -> Iterator[str]:
 
 def _price(provider: Priced) -> str:
     return "price unknown" if provider.price is None else f"{to_credits(provider.price):g}"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

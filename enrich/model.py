@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import orjson
 
@@ -102,6 +102,14 @@ class RowStatus(StrEnum):
         return cls.PENDING if state in OPEN else cls(state.value)
 
 
+def by_status(counts: Mapping[State, int]) -> dict[str, int]:
+    """Count requests by the status that they show on their rows."""
+    shown = [status for status in RowStatus if status not in (RowStatus.INVALID, RowStatus.FILTERED)]
+    return {
+        status.value: sum(count for state, count in counts.items() if RowStatus.of(state) is status) for status in shown
+    }
+
+
 #: One credit in the ledger's unit: credits are integers there, in millionths.
 MICROS = 1_000_000
 
@@ -121,9 +129,18 @@ def to_micros(credits_: object) -> int | None:
         return None
 
 
-def to_credits(micros: int) -> float:
-    """Write millionths as credits."""
-    return micros / MICROS
+@overload
+def to_credits(micros: int) -> float: ...
+@overload
+def to_credits(micros: int | None) -> float | None: ...
+def to_credits(micros: int | None) -> float | None:
+    """Write millionths as credits; None (not known) stays None."""
+    return None if micros is None else micros / MICROS
+
+
+def many(number: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def written(value: object) -> str:
@@ -137,6 +154,13 @@ def written(value: object) -> str:
 def iso(at_ms: int) -> str:
     """Write a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time as h:mm:ss."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 #: A local clock that is off by more than this is not believed.
@@ -279,19 +303,14 @@ class Settled(NamedTuple):
     """An attempt that an execution settled: what it asked of whom, what came of it and what it cost.
 
     `state` is the value of a State, `call` a canonical Call, `params` and `answer` are JSON (`answer` None: there is
-    none, or it was purged), times are milliseconds since 1970 (UTC). `paid` is what it adds to the bill in millionths;
-    None: not known.
+    none, or it was purged). `paid` is what it adds to the bill in millionths; None: not known.
     """
 
-    request_id: int
     execution: int
     state: str
     call: str
     params: str
-    submitted_ms: int | None
-    settled_ms: int
     paid: int | None
-    provider: str | None
     answer: str | None
     erased: int
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enrich.difference import CENT, WORDS
-from enrich.model import RowStatus
+from enrich.model import RowStatus, duration, many
 from enrich.receipt import Receipt
 
 #: What is to be said of rows of a status.
@@ -55,9 +55,9 @@ class _Slip:
 
     def title(self) -> str:
         receipt = self.receipt
-        requests = "" if receipt.requests is None else f", {_count(receipt.requests, 'distinct request')}"
+        requests = "" if receipt.requests is None else f", {many(receipt.requests, 'distinct request')}"
         execution = "" if receipt.execution is None else f" (execution {receipt.execution})"
-        return self.paint(f"{receipt.job}: {_count(receipt.rows or 0, 'row')}{requests}", "bold") + execution
+        return self.paint(f"{receipt.job}: {many(receipt.rows or 0, 'row')}{requests}", "bold") + execution
 
     def rows(self) -> Iterator[str]:
         for status in RowStatus:
@@ -67,7 +67,7 @@ class _Slip:
 
     def columns(self) -> Iterator[str]:
         answered = (self.receipt.found or 0) + (self.receipt.not_found or 0)
-        remark = f"of {_count(answered, 'answered row')}"
+        remark = f"of {many(answered, 'answered row')}"
         for name, count in (self.receipt.columns or {}).items() if answered else ():
             yield self._line(name, f"{count:,}", _share(count, answered), remark)
             remark = ""
@@ -83,11 +83,11 @@ class _Slip:
         if receipt.balance_before is not None and receipt.balance_after is not None:
             was = f"was {receipt.balance_before:,.2f}"
             yield self._line("balance", f"{receipt.balance_after:,.2f}", "", was)
-            for amount, words in _parts(receipt.difference or {}):
+            for amount, words in _parts(receipt.difference) if receipt.difference else ():
                 yield self._line("", amount, "", words)
         each = f"{receipt.polls / receipt.answers:.1f} a request; " if receipt.answers else ""
-        yield self._line("polls", f"{receipt.polls:,}", "", f"{each}{_count(receipt.rate_limited, 'answer')} 429")
-        yield self._line("time", _duration(receipt.elapsed_s))
+        yield self._line("polls", f"{receipt.polls:,}", "", f"{each}{many(receipt.rate_limited, 'answer')} 429")
+        yield self._line("time", duration(receipt.elapsed_s))
 
     def providers(self) -> Iterator[str]:
         receipt, width = self.receipt, self.width + 4
@@ -106,16 +106,16 @@ class _Slip:
         if receipt.credits_elsewhere:
             yield f"  {'of no provider':<{width}}{'':>26}{receipt.credits_elsewhere:>12,.2f}"
         if presumed := max(each["presumed"] for each in receipt.providers):
-            yield f"  {_count(presumed, 'answer')} without steps: all of the waterfall were asked, presumably"
+            yield f"  {many(presumed, 'answer')} without steps: all of the waterfall were asked, presumably"
         if receipt.providers_untold:
-            yield f"  {_count(receipt.providers_untold, 'answer')} more do not say who was asked"
+            yield f"  {many(receipt.providers_untold, 'answer')} more do not say who was asked"
 
     def files(self) -> Iterator[str]:
         receipt = self.receipt
         told = (
             ("output", receipt.output, ""),
-            ("rejects", receipt.rejects, f" ({_count(receipt.rejected or 0, 'row')})"),
-            ("changes", receipt.changes, f" ({_count(receipt.changed or 0, 'change')})"),
+            ("rejects", receipt.rejects, f" ({many(receipt.rejected or 0, 'row')})"),
+            ("changes", receipt.changes, f" ({many(receipt.changed or 0, 'change')})"),
         )
         yield from (f"  {kind:<{self.width}}  {path}{count}" for kind, path, count in told if path is not None)
 
@@ -134,11 +134,9 @@ def _planned(planned: Mapping[str, float | None] | None) -> str:
 
 
 def _parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Take the difference of the balance apart, when it is not just what was spent."""
-    known = [(difference[name], words) for name, words in WORDS.items() if name in difference]
-    if all(name == WORDS["spent"] or not part["number"] for part, name in known) and not difference.get("unexplained"):
-        return
-    for part, words in known:
+    """Take the difference of the balance apart."""
+    for name, words in WORDS.items():
+        part = difference[name]
         if part["number"]:
             exact = abs(part["most"] - part["least"]) < CENT
             up_to = "" if exact else f", or {part['least']:,.2f}"
@@ -156,13 +154,3 @@ def _short(name: str, width: int) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -99,7 +99,7 @@ def as_pattern(shown: str) -> str:
     pattern = pattern.replace("…", ".*")
     pattern = re.sub(r"\d{4}\\-\d\d\\-\d\dT\d\d:\d\d:\d\dZ", r"\\S{20}", pattern)
     pattern = re.sub(r"polls(\\ )+\d+(\\ )+\d\\.\d\\ ", r"polls +\\d+ +\\d\\.\\d\\ ", pattern)
-    return re.sub(r"(?<=\\ )\d:\d\d\b", r"\\d:\\d\\d", pattern)
+    return re.sub(r"(?<=\\ )\d:\d\d:\d\d\b", r"\\d:\\d\\d:\\d\\d", pattern)
 
 
 def check_console(document: Path, folder: Path) -> int:

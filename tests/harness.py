@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,15 @@ def people(count: int, start: int = 0) -> list[list[str]]:
         [f"First{number}", f"Last{number}", f"https://www.company{number}.example/about", "", f"note {number}"]
         for number in range(start, start + count)
     ]
+
+
+def shown_on(terminal: int, up_to: bytes | None = None) -> bytes:
+    """Read what a pseudo-terminal is shown, `up_to` these words or until who writes to it has left."""
+    shown = b""
+    with suppress(OSError):  # the other side is closed
+        while (up_to is None or up_to not in shown) and (more := os.read(terminal, 65536)):
+            shown += more
+    return shown
 
 
 def until(holds: Callable[[], bool], at_most: float = 20.0) -> None:

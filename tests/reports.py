@@ -39,7 +39,7 @@ def provider(name: str, asked: int, found: int, spent: float, presumed: int = 0)
         rejected=found // 40,
         passed_on=asked + presumed - found,
         credits=spent,
-        per_hit=round(spent / found, 6) if found else None,
+        cost_per_hit=round(spent / found, 6) if found else None,
     )
 
 
@@ -166,7 +166,7 @@ def rich() -> Report:
         ],
         anomalies=[
             Anomaly("hit_rate", "The hit rate fell to 45.2%; in the five nights before it was 57.0%."),
-            Anomaly("per_hit", "A hit cost 3.30 credits; in the five nights before 1.57."),
+            Anomaly("cost_per_hit", "A hit cost 3.30 credits; in the five nights before 1.57."),
         ],
         needs=[
             Need(

@@ -37,7 +37,7 @@ def failure(paid: int | None = 0) -> Settled:
 
 def answer(state: State, paid: int | None, task: object) -> Settled:
     """Make an answer."""
-    return Settled(1, 1, state, "{}", "{}", 1, 2, paid, None, json.dumps(task), 0)
+    return Settled(1, state, "{}", "{}", paid, json.dumps(task), 0)
 
 
 def nights(answers: Iterable[Settled]) -> Nights:

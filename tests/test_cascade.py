@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.api.waterfall import Waterfall
-from enrich.cascade import Earned, Earnings, earnings, read_offers
+from enrich.cascade import Cascade, Earned, Earnings, read_offers
 from enrich.model import Settled, State
 from tests.books import CALL
 from tests.harness import CALM, Office, people, serving
@@ -34,7 +35,7 @@ ASKED = {"first_name": "Ada"}
 
 def settled(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> Settled:
     """Make an attempt that was settled with this `data`."""
-    made = Settled(1, 1, state, CALL.canonical(), json.dumps(ASKED), 1, 2, paid, None, json.dumps({"data": data}), 0)
+    made = Settled(1, state, CALL.canonical(), json.dumps(ASKED), paid, json.dumps({"data": data}), 0)
     return made._replace(**changed)
 
 
@@ -48,9 +49,17 @@ def wrapped(email: str | None, *steps: object, by: str | None = None) -> dict[st
     return {"result": {"email": email}, "enrichment_data": {by: {"email": email}} if by else {}, "steps": list(steps)}
 
 
+def added_up(answers: Iterable[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
+    """Add up answers."""
+    cascade = Cascade(offers)
+    for answer in answers:
+        cascade.add(answer)
+    return cascade.earnings()
+
+
 def told(*answers: Settled) -> tuple[dict[str, Earned], Earnings]:
     """Add up answers; providers by their names."""
-    whole = earnings(iter(answers), {"email_getter": OFFER})
+    whole = added_up(answers, {"email_getter": OFFER})
     return {each.name: each for each in whole.providers}, whole
 
 
@@ -60,8 +69,9 @@ def test_steps_tell_who_was_asked() -> None:
     by_name, whole = told(settled(State.FOUND, [wrapped("a@b.example", *steps, by="Peoplegrid")], 1_500_000))
 
     assert [each.name for each in whole.providers] == ["Mailhound", "Peoplegrid"]
-    assert (by_name["Mailhound"].asked, by_name["Mailhound"].passed_on, by_name["Mailhound"].per_hit) == (1, 1, None)
-    assert (by_name["Peoplegrid"].found, by_name["Peoplegrid"].per_hit) == (1, 1_500_000)
+    first, second = by_name["Mailhound"], by_name["Peoplegrid"]
+    assert (first.asked, first.passed_on, first.cost_per_hit) == (1, 1, None)
+    assert (second.found, second.cost_per_hit) == (1, 1_500_000)
     assert (whole.answers, whole.found, whole.untold, whole.spent, whole.elsewhere) == (1, 1, 0, 1_500_000, 0)
 
 
@@ -214,7 +224,7 @@ def test_whatever_the_api_says_the_sums_hold(answers: list[tuple[State, object, 
 def earned(office: Office) -> Earnings:
     """Add up the ledger of the office's job."""
     with closing(office.ledger()) as ledger:
-        return earnings(ledger.settled("job"), read_offers(ledger.waterfalls()))
+        return added_up(ledger.settled("job"), read_offers(ledger.waterfalls()))
 
 
 @pytest.mark.parametrize(

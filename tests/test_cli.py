@@ -17,7 +17,7 @@ import pytest
 from enrich import __version__
 from enrich.cli import cli
 from enrich.surroundings import Options
-from tests.harness import Api, Office, people, serving
+from tests.harness import Api, Office, people, serving, shown_on
 
 COMMANDS = sorted(cli.commands)
 
@@ -391,14 +391,9 @@ def _on_terminal(office: Office, api: Api, answer: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
     )
     os.close(theirs)
-    shown = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            if b"Go on?" not in shown and b"Go on?" in shown + chunk:
-                os.write(ours, answer.encode())
-            shown += chunk
-    except OSError:  # the other end is closed: it has ended
-        pass
+    shown = shown_on(ours, up_to=b"Go on?")
+    os.write(ours, answer.encode())
+    shown += shown_on(ours)
     os.close(ours)
     out, _ = process.communicate(timeout=10)
     assert out == b""

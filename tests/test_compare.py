@@ -64,7 +64,7 @@ def test_two_orders_of_providers_with_two_ledgers(tmp_path: Path, office: Office
         assert side["label"] == label
         assert (side["asked"], side["found"], side["not_found"]) == (60, receipt["found"], receipt["not_found"])
         assert side["credits"] == pytest.approx(receipt["credits_spent"])
-        assert side["per_hit"] == pytest.approx(receipt["credits_spent"] / receipt["found"])
+        assert side["cost_per_hit"] == pytest.approx(receipt["credits_spent"] / receipt["found"])
     assert told["left"]["providers"] == ["Mailhound", "Peoplegrid"]
     assert told["right"]["providers"] == ["Inboxly"]
     left, right = answers(office, "out.csv"), answers(office, "other.csv")
@@ -105,7 +105,7 @@ def test_two_jobs_with_one_ledger(api: Api, office: Office) -> None:
     assert (told["left"]["asked"], told["right"]["asked"], told["common"]) == (10, 10, 10)
     assert [each["name"] for each in told["right_providers"] if each["verifies"]] == ["Mailproof"]
     nothing = compared(office, "same.yaml")
-    assert (nothing["right"]["asked"], nothing["right"]["per_hit"], nothing["common"]) == (0, None, 0)
+    assert (nothing["right"]["asked"], nothing["right"]["cost_per_hit"], nothing["common"]) == (0, None, 0)
     assert nothing["verdict"].startswith("no lead was answered on both sides")
 
 

@@ -650,6 +650,31 @@ class TestFile:
         scans = {step for plan in plans.values() for step in plan if re.match(r"SCAN (requests|attempts|r|a)\b", step)}
         assert scans <= {"SCAN requests USING INDEX queue"}
 
+    def test_what_moved_is_told_without_reading_the_past(self, books: Books) -> None:
+        """What an execution made, what it settled and what is left there; not the millions before it."""
+        books.begin(1, 2, 3)
+        books.settle(books.submit("old"))
+        carried = books.submit("carried")
+        books.submit("left")
+        books.begin(4, 5)
+        books.settle(carried)
+        books.settle(books.submit("new"))
+        statements: dict[str, None] = {}
+        books.ledger._db.set_trace_callback(statements.setdefault)
+        moved = books.ledger.movements(books.execution)
+        books.ledger._db.set_trace_callback(None)
+
+        assert sorted(moved) == [
+            ("known", 0, 1, COST, PRICE),
+            ("known", 1, 1, COST, PRICE),
+            ("submitted", 0, 1, 0, PRICE),
+        ]
+        assert len(books.ledger.movements(1)) == 2
+        (sql,) = statements
+        steps = [str(row[3]) for row in books.ledger._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        assert "MULTI-INDEX OR" in steps
+        assert "SCAN a" not in steps
+
     def test_a_fingerprint_of_another_length_is_not_swallowed(self, books: Books) -> None:
         """A question that cannot be named must not get lost."""
         with pytest.raises(sqlite3.IntegrityError), books.ledger.transaction():

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.closing import Closing
 from enrich.difference import compare
+from enrich.errors import Exit
 from enrich.model import RowStatus
 from enrich.receipt import Receipt
+from enrich.signals import Signals
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
-from tests.harness import HASTY, Api, Office, people, serving
+from tests.harness import HASTY, Api, Office, people, serving, shown_on
 
 TARGET = Target("job.yaml", "job.yaml")
 NUMBERS = st.integers(0, 5_000_000)
@@ -164,9 +168,10 @@ def test_the_receipt_adds_up_to_the_bill(tmp_path: Path, office: Office) -> None
 def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: Office) -> None:
     """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
     office.write_leads(people(12))
-    with serving(tmp_path / "api.db", latency="fixed(1.5)") as api:
+    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
         office.leave_at_the_api(api)
-        receipt = office.run(api)
+        waited = iter([601])
+        receipt = office.run(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
 
     assert receipt.balance_before is not None
     assert receipt.balance_after is not None
@@ -176,23 +181,36 @@ def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: 
     assert "answers submitted before" in "\n".join(lines(receipt))
 
 
+def test_a_signal_does_not_wait_until_a_million_answers_are_read(
+    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who earned it is then not known; a few answers are read all the same."""
+    office.write_leads(people(3))
+    receipt = office.run(api)
+    signals = Signals(on_first=lambda _: None)
+    ending = Closing(Mock(), Mock(), Mock(), Mock(), signals)
+
+    with closing(office.ledger()) as ledger:
+        signals.heard = Exit.TERMINATED
+        few = ending._read(ledger, receipt)
+        monkeypatch.setattr("enrich.closing.READ_WHEN_INTERRUPTED", 2)
+        many = ending._read(ledger, receipt)
+
+    assert few is not None
+    assert few.answers == 3
+    assert many is None
+
+
 def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
     """Run the job on a terminal of 80 columns and return what was shown."""
-    leader, follower = pty.openpty()
+    leader, follower = os.openpty()
     variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
     command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
     with subprocess.Popen(
         command, cwd=office.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
     ) as run:
         os.close(follower)
-        shown = b""
-        while True:
-            try:
-                shown += (chunk := os.read(leader, 65536))
-            except OSError:  # the other side is closed
-                break
-            if not chunk:
-                break
+        shown = shown_on(leader)
         run.wait(timeout=60)
     os.close(leader)
     return shown.decode().replace("\r\n", "\n")

@@ -40,7 +40,6 @@ RUN = Latest(
     unknown=0,
     submitted=200,
     balance_after=None,
-    receipt=None,
     pulse=None,
     newest=7,
     oldest_ms=NOW - 60_000,

@@ -23,13 +23,9 @@ from enrich.look.lookout import Lookout
 from enrich.look.picture import Sign, headline
 from enrich.look.status import read_status
 from enrich.look.watch import ENTER, LEAVE, WAITING, watch_job
-from enrich.surroundings import Options
 from enrich.watch import runlog
-from tests.harness import Office, kill, people, serving, until
+from tests.harness import Office, kill, people, serving, shown_on, until
 from tests.watch import log_lines
-
-#: Leaves what it sent at the API.
-_AT_ONCE = Options(max_time_s=0.5)
 
 
 def objects(text: str) -> list[dict[str, Any]]:
@@ -114,12 +110,10 @@ def test_ctrl_c_leaves_the_watch_quietly(office: Office) -> None:
         stderr=theirs,
     )
     os.close(theirs)
-    shown = b""
-    while WAITING.encode()[:30] not in shown:
-        shown += os.read(ours, 4096)
+    shown = shown_on(ours, up_to=WAITING.encode()[:30])
     process.send_signal(signal.SIGINT)
+    shown += shown_on(ours)
     assert process.wait(timeout=20) == 130
-    shown += os.read(ours, 4096)
     os.close(ours)
 
     text = shown.decode()
@@ -156,9 +150,10 @@ def test_the_log_has_its_line_in_every_step(
         office.write_job(canary="{rows: 5, min_hit_rate: 0.01}")
     if way == "processes":
         options += ["--processes", "2"]
-    with serving(tmp_path / "api.db", latency="fixed(1)") as api:
+    with serving(tmp_path / "api.db", latency="fixed(600)" if way == "left" else "fixed(1)") as api:
         if way == "left":
-            office.run(api, _AT_ONCE)
+            office.leave_at_the_api(api)
+            api.advance(601)
             api.fault("slow", 6, "get", seconds=1)
         if way == "outage":
             api.fault("error-before", 6, "get")

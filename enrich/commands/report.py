@@ -103,10 +103,10 @@ def leave_report(job: Job, target: Target) -> str | None:
         if place is not None:
             _need_extra()
             write(place, _page(gather(job, target, now)), job, now)
-    except EnrichError as error:
-        return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
     except (KeyboardInterrupt, Interrupted):
         return "the report was not written: interrupted"
-    except Exception as error:  # noqa: BLE001 - a picture that can't be drawn is no reason to fail; its text may hold data
+    except EnrichError as error:
+        return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
+    except BaseException as error:  # noqa: BLE001 - a panic of what draws is no Exception; its text may hold data
         return f"the report was not written: this is a bug: {type(error).__name__}"
     return None

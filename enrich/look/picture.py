@@ -5,12 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from enrich.model import iso, to_credits
+from enrich.model import duration, iso, to_credits
 from enrich.pulse import Counts, Pulse
 from enrich.store.history import Latest
 from enrich.surroundings import Progress
@@ -103,7 +102,7 @@ class Picture:
             "credits_spent": to_credits(run.spent),
             "credits_unknown": run.unknown,
             "credits_reserved": to_credits(run.reserved),
-            "max_credits": None if run.cap is None else to_credits(run.cap),
+            "max_credits": to_credits(run.cap),
             "polls": totals.polls if totals else None,
             "rate_limited": totals.rate_limited if totals else None,
             "submitted_per_s": round(lately.submitted / over_s, 2) if over_s else None,
@@ -122,14 +121,13 @@ def headline(picture: Picture) -> str:
         return f"{job} has never run: {picture.ledger} knows of no execution of it"
     if run.ended_ms is not None:
         how = "" if run.exit_code is None else f": exit {run.exit_code} ({word(run.exit_code)})"
-        return (
-            f"{job}: execution {run.id} ended at {iso(run.ended_ms)} after {_time(run.ended_ms - run.started_ms)}{how}"
-        )
+        lasted = duration((run.ended_ms - run.started_ms) / 1000)
+        return f"{job}: execution {run.id} ended at {iso(run.ended_ms)} after {lasted}{how}"
     doing = "" if picture.pulse is None else picture.pulse.doing.value
     if picture.sign is Sign.SILENT:
         while_ = f" while {doing}" if doing else ""
         return f"{job}: execution {run.id}, no sign of life since {iso(ago)}: killed, asleep or stopped{while_}"
-    since = f"at work since {iso(run.started_ms)} ({_time(picture.now_ms - run.started_ms)})"
+    since = f"at work since {iso(run.started_ms)} ({duration((picture.now_ms - run.started_ms) / 1000)})"
     return f"{job}: execution {run.id}, {since}{f': {doing}' if doing else ''}"
 
 
@@ -201,13 +199,9 @@ def line(picture: Picture) -> str:
     said = [f"{iso(picture.now_ms)} {headline(picture)}"]
     said += [f"{name} {fact}" for name, fact in facts(picture) if name != "breathes"]
     if picture.to_go_s is not None:
-        said.append(f"{_time(1000 * picture.to_go_s)} to go")
+        said.append(f"{duration(picture.to_go_s)} to go")
     return "; ".join(said)
 
 
 def _iso(at_ms: int | None) -> str | None:
     return None if at_ms is None else iso(at_ms)
-
-
-def _time(milliseconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(milliseconds / 1000))))

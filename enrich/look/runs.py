@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from enrich.job import Job
-from enrich.model import iso, to_credits
+from enrich.model import duration, iso, many, to_credits
 from enrich.store.history import History, Past
 from enrich.store.lock import is_held
 from enrich.watch.outcome import ending
@@ -75,7 +75,7 @@ def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
         "found_share": round(found / rows, 4) if rows and found is not None else None,
         "credits_spent": to_credits(past.spent),
         "credits_unknown": past.unknown,
-        "balance_after": None if past.balance_after is None else to_credits(past.balance_after),
+        "balance_after": to_credits(past.balance_after),
     }
 
 
@@ -95,7 +95,7 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
         yield _LINE.format(
             run["execution"],
             run["started_at"].replace("T", " ")[:16],
-            _duration(run["elapsed_s"]),
+            "-" if run["elapsed_s"] is None else duration(run["elapsed_s"]),
             _or_dash(run["exit_code"], ""),
             run["outcome"],
             _or_dash(run["rows"], ","),
@@ -107,7 +107,7 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
         )
     unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
     yield (
-        f"in all {totals['executions']:,} execution{'' if totals['executions'] == 1 else 's'}: "
+        f"in all {many(totals['executions'], 'execution')}: "
         f"{totals['submitted']:,} submitted, "
         f"{totals['credits_spent']:,.2f} credits spent{unknown}"
     )
@@ -115,11 +115,3 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
 
 def _or_dash(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -9,7 +9,7 @@ from typing import Any
 from enrich.job import Job
 from enrich.look.lookout import Lookout
 from enrich.look.picture import Sign
-from enrich.model import State, iso, to_credits
+from enrich.model import by_status, iso, many, to_credits
 from enrich.pulse import Doing
 from enrich.store.ledger import Ledger
 
@@ -34,13 +34,11 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     executions = ledger.executions(job.name, SHOWN_EXECUTIONS) if ledger else []
     seen = Lookout(job).look() if ledger else None
-    settled = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED, State.IN_DOUBT)
     return {
         "job": job.name,
         "ledger": str(job.ledger_path),
         "requests": sum(counts.values()),
-        **{state.value: counts.get(state, 0) for state in settled},
-        "pending": sum(counts.get(state, 0) for state in (State.PENDING, State.SUBMITTING, State.SUBMITTED)),
+        **by_status(counts),
         "at_the_api": sum(len(task.attempts) for task in tasks),
         "next_expiry": iso(tasks[0].submitted_ms + ttl_ms) if tasks else None,
         "last_expiry": iso(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
@@ -56,17 +54,13 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
                 "submitted": row["submitted"],
                 "credits_spent": to_credits(row["spent"]),
                 "credits_unknown": row["unknown"],
-                "balance_before": _credits(row["balance_before"]),
-                "balance_after": _credits(row["balance_after"]),
+                "balance_before": to_credits(row["balance_before"]),
+                "balance_after": to_credits(row["balance_after"]),
                 "receipt": None if row["receipt"] is None else json.loads(row["receipt"]),
             }
             for row in executions
         ],
     }
-
-
-def _credits(micros: int | None) -> float | None:
-    return None if micros is None else to_credits(micros)
 
 
 def _how_far(at_work: dict[str, Any]) -> str:
@@ -81,7 +75,7 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     if not requests and not status["executions"]:
         yield f"{status['job']} has never run: {status['ledger']} knows of no request"
         return
-    yield f"{status['job']}: {requests:,} request{'' if requests == 1 else 's'} in {status['ledger']}"
+    yield f"{status['job']}: {many(requests, 'request')} in {status['ledger']}"
     if (at_work := status["at_work"]) is not None:
         yield f"  at work since {at_work['started_at']}: {_how_far(at_work)}; --watch shows how it goes on"
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):

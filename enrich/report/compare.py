@@ -8,14 +8,14 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
-from math import erfc, exp, lgamma, log, sqrt
+from math import comb, erfc, sqrt
 
 import polars as pl
 
 from enrich.cascade import Cascade, read_offers
 from enrich.errors import JobError, Refused
 from enrich.job import Job
-from enrich.model import MICROS, Settled, State, to_credits
+from enrich.model import MICROS, Settled, State, many, to_credits
 from enrich.report.earned import providers
 from enrich.report.facts import Comparison, Provider, Side
 from enrich.store.ledger import Ledger
@@ -80,8 +80,8 @@ def _read(ledger: Ledger, job: Job, label: str, execution: int | None) -> _Read:
     told = providers(cascade.earnings())
     names = [each.name for each in told if not each.verifies]
     spent = to_credits(total.spent)
-    per_hit = spent / total.found if total.found else None
-    side = Side(label, names, total.asked, total.found, total.not_found, spent, per_hit)
+    cost_per_hit = spent / total.found if total.found else None
+    side = Side(label, names, total.asked, total.found, total.not_found, spent, cost_per_hit)
     return _Read(side, told, _leads(ledger.answered(job.name, execution)))
 
 
@@ -145,7 +145,7 @@ def verdict(told: Comparison, unknown: int = 0) -> str:
     """Say who found more for less; `unknown` answers of leads that both asked for have no known price."""
     if not told.common:
         return "no lead was answered on both sides: compare the rates with care, the leads differ"
-    more, leads = told.only_right - told.only_left, f"{told.common:,} lead{'' if told.common == 1 else 's'}"
+    more, leads = told.only_right - told.only_left, many(told.common, "lead")
     only = f"{told.only_right:,} only there, {told.only_left:,} only here"
     if more:
         chance = _sure(mcnemar(told.only_left, told.only_right))
@@ -165,7 +165,7 @@ def _sure(chance: float) -> str:
 def _price(told: Comparison, unknown: int) -> str:
     here, there = told.both + told.only_left, told.both + told.only_right
     if unknown:
-        return f"; what that cost is not known of {unknown:,} answer{'' if unknown == 1 else 's'}"
+        return f"; what that cost is not known of {many(unknown, 'answer')}"
     if not here or not there:
         credits_ = told.common_right_credits - told.common_left_credits
         return f" at {abs(credits_):,.2f} credits {'more' if credits_ > 0 else 'less'}" if round(credits_, 2) else ""
@@ -189,9 +189,4 @@ def mcnemar(one: int, other: int) -> float:
         return 1.0
     if both > _EXACT:
         return erfc((abs(one - other) - 1) / sqrt(2 * both))
-    tail = sum(exp(_ways(both, chosen) - both * log(2)) for chosen in range(fewer + 1))
-    return min(1.0, 2 * tail)
-
-
-def _ways(of: int, chosen: int) -> float:
-    return lgamma(of + 1) - lgamma(chosen + 1) - lgamma(of - chosen + 1)
+    return min(1.0, sum(comb(both, chosen) for chosen in range(fewer + 1)) * 2.0 ** (1 - both))

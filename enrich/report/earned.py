@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from enrich import cascade
-from enrich.model import MICROS, to_credits
+from enrich.model import to_credits
 from enrich.report.facts import Provider, Waterfall
 
 
 def providers(earnings: cascade.Earnings) -> list[Provider]:
     """Tell what each provider and verifier came to."""
-    return [
-        Provider(
-            name=each.name,
-            verifies=each.verifies,
-            asked=each.asked,
-            presumed=each.presumed,
-            found=each.found,
-            rejected=each.rejected,
-            passed_on=each.passed_on,
-            credits=to_credits(each.credits),
-            per_hit=None if each.per_hit is None else each.per_hit / MICROS,
-        )
-        for each in earnings.providers
-    ]
+    return [Provider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
 
 
 def as_waterfall(name: str, earnings: cascade.Earnings) -> Waterfall:

@@ -11,9 +11,6 @@ from typing import Any
 
 from enrich.watch.outcome import Need
 
-#: Statuses of rows and states of requests, in the order in which they are shown.
-STATUSES = ("found", "not_found", "failed", "expired", "in_doubt", "invalid", "filtered", "pending")
-
 
 @dataclass(frozen=True, slots=True)
 class Night:
@@ -54,7 +51,7 @@ class Night:
         return self.found / self.answered if self.answered else None
 
     @property
-    def per_hit(self) -> float | None:
+    def cost_per_hit(self) -> float | None:
         """What a hit cost."""
         return self.credits_spent / self.found if self.found else None
 
@@ -74,7 +71,7 @@ class Provider:
     rejected: int
     passed_on: int
     credits: float
-    per_hit: float | None
+    cost_per_hit: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +171,7 @@ class Side:
     found: int
     not_found: int
     credits: float
-    per_hit: float | None
+    cost_per_hit: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from enrich.cascade import Cascade, read_offers
 from enrich.connect import remembered
 from enrich.errors import EnrichError, Refused
 from enrich.job import Job
-from enrich.model import Settled, State, to_credits
+from enrich.model import Settled, by_status, to_credits
 from enrich.offline import joined
 from enrich.place import STDIN
 from enrich.question import Question
@@ -32,11 +32,6 @@ from enrich.watch.runlog import without_data
 
 #: The last night is held against so many before it that were answered something.
 BEFORE = 7
-#: The states of requests, as `enrich status` counts them.
-_STATES = {
-    **{state.value: (state,) for state in (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED, State.IN_DOUBT)},
-    "pending": (State.PENDING, State.SUBMITTING, State.SUBMITTED),
-}
 
 
 def gather(job: Job, target: Target, now: datetime, *, with_rows: bool = False) -> Report:
@@ -62,8 +57,7 @@ def _gather(job: Job, ledger: Ledger, target: Target, now: datetime, *, with_row
     answers = _Answers(ledger, job, told)
     for settled in ledger.settled(job.name):
         answers.add(settled)
-    counts = ledger.counts()
-    requests = {name: sum(counts.get(state, 0) for state in states) for name, states in _STATES.items()}
+    requests = by_status(ledger.counts())
     known = requests if present is None else present.by_status()
     output = str(job.output_path(now.astimezone()))
     told_in = output if job.model.rejects is None else str(job.place(job.model.rejects.path, now.astimezone()))
@@ -93,7 +87,7 @@ def _report(job: Job, now: datetime, *, present: Present | None = None, **known:
     nothing: dict[str, Any] = {
         "waterfall": Waterfall(job.model.waterfall, (), 0, 0, 0, 0.0, 0.0),
         "nights": (),
-        "requests": dict.fromkeys(_STATES, 0),
+        "requests": by_status({}),
         "credits_spent": 0.0,
         "credits_unknown": 0,
         "planned": None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from enrich.model import many
 from enrich.report import words
 from enrich.report.facts import (
     Age,
@@ -91,7 +92,7 @@ def providers(asked: Sequence[Provider], caption: str, about: str = "provider") 
                     whole("rejected", None if each.verifies else each.rejected),
                     whole("passed_on", None if each.verifies else each.passed_on),
                     credits("credits", each.credits),
-                    credits("per_hit", each.per_hit),
+                    credits("cost_per_hit", each.cost_per_hit),
                 ),
             )
         )
@@ -148,13 +149,13 @@ def spending(nights: Sequence[Night]) -> Table:
     return Table(_caption("Credits", nights), ("Night", "Credits", "In all"), lines[: -RECENT - 1 : -1])
 
 
-def per_hit(nights: Sequence[Night]) -> Table:
+def cost_per_hit(nights: Sequence[Night]) -> Table:
     """Tell what a hit cost in each night, newest first."""
     lines = [
         Line(
-            f"per_hit {night.execution}",
+            f"cost_per_hit {night.execution}",
             _named(night),
-            (whole("found", night.found), credits("per_hit", night.per_hit)),
+            (whole("found", night.found), credits("cost_per_hit", night.cost_per_hit)),
         )
         for night in nights[: -RECENT - 1 : -1]
     ]
@@ -191,7 +192,7 @@ def nights(facts: Sequence[Night], caption: str) -> Table:
                 whole("expired", night.expired),
                 Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
                 credits("credits_spent", night.credits_spent),
-                credits("per_hit", night.per_hit),
+                credits("cost_per_hit", night.cost_per_hit),
                 credits("balance_after", night.balance_after),
                 whole("polls", night.polls),
                 whole("rate_limited", night.rate_limited),
@@ -258,7 +259,7 @@ def sides(compared: Comparison) -> Table:
                 whole("not_found", side.not_found),
                 rate(side.found, side.found + side.not_found),
                 credits("credits", side.credits),
-                credits("per_hit", side.per_hit),
+                credits("cost_per_hit", side.cost_per_hit),
             ),
         )
 
@@ -279,7 +280,7 @@ def common(compared: Comparison) -> Table:
         line("left", compared.left, both + compared.only_left, compared.only_left, compared.common_left_credits),
         line("right", compared.right, both + compared.only_right, compared.only_right, compared.common_right_credits),
     ]
-    caption = f"Like with like: the {words.many(compared.common, 'lead')} that both sides have answered"
+    caption = f"Like with like: the {many(compared.common, 'lead')} that both sides have answered"
     return Table(caption, ("Side", "Found", "Hit rate", "Only here", "Credits", "Per hit"), lines)
 
 
@@ -294,12 +295,6 @@ def leads(rows: Rows) -> Table:
         for cells in rows.cells
     ]
     return Table("Rows of the output", [words.clean(name) for name in rows.columns], lines)
-
-
-def in_order(counts: Mapping[str, int], order: Sequence[str]) -> list[tuple[str, int]]:
-    """Put counts in their order, without what did not happen; names that are not in it come last."""
-    names = [*(name for name in order if name in counts), *(name for name in counts if name not in order)]
-    return [(name, counts[name]) for name in names if counts[name]]
 
 
 def _named(night: Night) -> str:

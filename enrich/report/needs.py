@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from enrich.errors import Exit
+from enrich.model import many
 from enrich.report.facts import Night
 from enrich.watch.outcome import FINE, Need, Target, needs, word
 
@@ -19,14 +21,14 @@ def waiting(last: Night | None, counts: Mapping[str, int], what: str, told_in: s
         yield from _of_night(last, target, doubts=bool(counts.get("in_doubt")))
     yield from needs(0, counts, target, what)
     if number := counts.get("invalid", 0):
-        yield Need(f"{number:,} {what}{'' if number == 1 else 's'} invalid, so never sent: {told_in} says why", ())
+        yield Need(f"{many(number, what)} invalid, so never sent: {told_in} says why", ())
 
 
 def _of_night(last: Night, target: Target, *, doubts: bool) -> Iterator[Need]:
     code = last.exit_code
     if last.outcome == "killed":
         yield Need(f"execution {last.execution} was killed: the next run goes on", (f"enrich run {target.run}",))
-    elif code is not None and code not in FINE and not (code == 14 and doubts):  # noqa: PLR2004 - told with its rows
+    elif code is not None and code not in FINE and not (code == Exit.IN_DOUBT and doubts):  # that is told with its rows
         ended = f"execution {last.execution} ended with exit {code} ({word(code)})"
         others = [Need("go on", (f"enrich run {target.run}",))]
         yield from (replace(need, text=f"{ended}: {need.text}") for need in needs(code, {}, target) or others)

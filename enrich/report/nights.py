@@ -52,8 +52,8 @@ def _night(row: Lived, settled: Mapping[str, int], *, at_work: bool | None) -> N
         expired=settled.get("expired", 0),
         credits_spent=to_credits(row.spent),
         credits_unknown=row.unknown,
-        balance_before=_credits(row.balance_before),
-        balance_after=_credits(row.balance_after),
+        balance_before=to_credits(row.balance_before),
+        balance_after=to_credits(row.balance_after),
         unexplained=_unexplained(receipt),
         polls=receipt.get("polls"),
         rate_limited=receipt.get("rate_limited"),
@@ -65,10 +65,6 @@ def _unexplained(receipt: Mapping[str, Any]) -> float | None:
     if "difference" not in receipt or None in (receipt["balance_before"], receipt["balance_after"]):
         return None
     return 0.0 if receipt["difference"] is None else receipt["difference"]["unexplained"]
-
-
-def _credits(micros: int | None) -> float | None:
-    return None if micros is None else to_credits(micros)
 
 
 def latencies(waits_ms: Iterable[int]) -> Latencies | None:

@@ -66,42 +66,33 @@ def tiles(report: Report) -> Iterator[Tile]:
         old, new = of(report.nights[-2]) if len(report.nights) > 1 else None, of(night)
         return None if old is None or new is None else new - old
 
-    rate, found, spent, cost = (
-        change(of)
-        for of in (
-            lambda each: each.hit_rate,
-            lambda each: each.found,
-            lambda each: each.credits_spent,
-            lambda each: each.per_hit,
-        )
-    )
     yield Tile(
         "Hit rate",
         Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
         about,
         f"{night.found:,} of {night.answered:,} answered",
-        *_change(rate, lambda points: f"{points * 100:.1f} points", better=1),
+        *_change(change(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
     )
     yield Tile(
         "Leads found",
         grids.whole("found", night.found),
         about,
         f"{night.submitted:,} sent",
-        *_change(found, words.count),
+        *_change(change(lambda each: each.found), words.count),
     )
     yield Tile(
         "Credits",
         grids.credits("credits_spent", night.credits_spent),
         about,
         _planned(report.planned, night),
-        *_change(spent, words.credits),
+        *_change(change(lambda each: each.credits_spent), words.credits),
     )
     yield Tile(
         "Cost per hit",
-        grids.credits("per_hit", night.per_hit),
+        grids.credits("cost_per_hit", night.cost_per_hit),
         about,
-        "credits" if night.per_hit is not None else "no hit tonight",
-        *_change(cost, words.credits, better=-1),
+        "credits" if night.cost_per_hit is not None else "no hit tonight",
+        *_change(change(lambda each: each.cost_per_hit), words.credits, better=-1),
     )
     yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
 

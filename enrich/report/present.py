@@ -10,7 +10,7 @@ import polars as pl
 
 from enrich.collector import Collector, Page
 from enrich.model import RowStatus
-from enrich.report.facts import STATUSES, Age, Groups, Hits, Rows
+from enrich.report.facts import Age, Groups, Hits, Rows
 from enrich.tables.cells import as_text, text_frame
 
 #: Ages of answers: at most so many days, and what is said then.
@@ -45,7 +45,7 @@ class Present:
 
     def by_status(self) -> dict[str, int]:
         """Count the rows by every status."""
-        return {name: self.statuses[RowStatus(name)] for name in STATUSES}
+        return {status.value: self.statuses[status] for status in RowStatus}
 
 
 def read_present(collector: Collector, by: Sequence[str], now_ms: int, *, with_rows: bool) -> Present:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from enrich.model import many
 from enrich.report import charts, grids, staircase, timelines, words
 from enrich.report.drawing import HALF, NARROW, Picture
-from enrich.report.facts import STATUSES, Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
+from enrich.report.facts import Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
 from enrich.report.grids import Table
 
 #: So many nights make a trend.
@@ -82,22 +83,22 @@ def sides(compared: Comparison) -> Iterator[Figure]:
 
 
 def _staircase(facts: Waterfall) -> str:
-    told = f"Of {words.many(facts.answers, 'answer')}, {facts.found:,} found something"
+    told = f"Of {many(facts.answers, 'answer')}, {facts.found:,} found something"
     told += f" ({words.percent(words.share(facts.found, facts.answers))})."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
         part = words.percent(words.share(best.found, facts.found))
         told += f" {words.clean(best.name)} found most of them: {best.found:,} ({part} of all finds)."
-    priced = [each for each in facts.providers if each.per_hit is not None and not each.verifies]
+    priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
-        dear = max(priced, key=lambda each: each.per_hit or 0.0)
-        told += f" A hit costs most at {words.clean(dear.name)}: {words.credits(dear.per_hit)} credits."
+        dear = max(priced, key=lambda each: each.cost_per_hit or 0.0)
+        told += f" A hit costs most at {words.clean(dear.name)}: {words.credits(dear.cost_per_hit)} credits."
     return told
 
 
 def _verified(facts: Waterfall) -> str:
     told = (
-        f" {words.clean(each.name)} verified {words.many(each.asked, 'find')}: {words.credits(each.credits)} credits."
+        f" {words.clean(each.name)} verified {many(each.asked, 'find')}: {words.credits(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -105,7 +106,7 @@ def _verified(facts: Waterfall) -> str:
 
 
 def _rows(report: Report) -> Iterator[Figure]:
-    counts = grids.in_order(report.statuses, STATUSES)
+    counts = [(status, count) for status, count in report.statuses.items() if count]
     if counts:
         finding = _outcome(counts)
         table = grids.statuses(counts, "Rows of the input by status", "Status")
@@ -116,7 +117,7 @@ def _rows(report: Report) -> Iterator[Figure]:
         yield _figure("Hit rate by column", finding, table, charts.rates(report.columns, finding))
     whole = sum(each.found + each.not_found for each in report.ages)
     if whole:
-        finding = f"{words.many(whole, 'answer')} in use, as found + not found."
+        finding = f"{many(whole, 'answer')} in use, as found + not found."
         yield _figure("Age of the answers", finding, grids.ages(report.ages), charts.ages(report.ages, finding))
     for each in report.groups:
         if each.groups:
@@ -130,7 +131,7 @@ def _outcome(counts: Sequence[tuple[str, int]]) -> str:
     if not whole:
         return "The input has no rows."
     rate = words.percent(words.share(most[1], whole))
-    return f"Of {words.many(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
+    return f"Of {many(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
 
 
 def _rates(hits: Sequence[Hits], equal: str) -> str:
@@ -152,7 +153,7 @@ def _grouped(groups: Groups) -> str:
     if len(groups.groups) > charts.MOST_BARS:
         told += f" The first {charts.MOST_BARS} of {len(groups.groups)} are drawn; the table has all."
     if groups.rest:
-        told += f" The last group stands for {words.many(groups.rest, 'further value')}."
+        told += f" The last group stands for {many(groups.rest, 'further value')}."
     return told
 
 
@@ -162,13 +163,13 @@ def _money(nights: Sequence[Night]) -> Iterator[Figure]:
     spent = sum(night.credits_spent for night in nights)
     if spent:
         dearest = max(nights, key=lambda night: night.credits_spent)
-        finding = f"{words.credits(spent)} credits in {words.many(len(nights), 'night')}; most in execution "
+        finding = f"{words.credits(spent)} credits in {many(len(nights), 'night')}; most in execution "
         finding += f"{dearest.execution}, {words.credits(dearest.credits_spent)}."
         pictures = timelines.night_credits(nights, finding), timelines.all_credits(nights, f"Added up. {finding}")
         yield _figure("Credits per night and in all", finding, grids.spending(nights), *pictures)
-    if any(night.per_hit is not None for night in nights):
+    if any(night.cost_per_hit is not None for night in nights):
         finding = _per_hit(nights)
-        yield _figure("Cost per hit", finding, grids.per_hit(nights), timelines.per_hit(nights, finding))
+        yield _figure("Cost per hit", finding, grids.cost_per_hit(nights), timelines.cost_per_hit(nights, finding))
     if any(night.answered for night in nights):
         finding = _night_rates(nights)
         yield _figure(
@@ -185,7 +186,7 @@ def _night_rates(nights: Sequence[Night]) -> str:
 
 
 def _per_hit(nights: Sequence[Night]) -> str:
-    known = [night.per_hit for night in nights if night.per_hit is not None]
+    known = [night.cost_per_hit for night in nights if night.cost_per_hit is not None]
     if len(known) == 1:
         return f"A hit cost {words.credits(known[0])} credits."
     spread = f"between {words.credits(min(known))} and {words.credits(max(known))}"
@@ -205,17 +206,15 @@ def _speed(report: Report) -> Iterator[Figure]:
 
 def _waited(times: Latencies) -> str:
     half, most, longest = (words.seconds(each) for each in (times.median, times.p90, times.longest))
-    told = f"Half of {words.many(times.count, 'task')} were answered within {half}, 90% within {most}"
+    told = f"Half of {many(times.count, 'task')} were answered within {half}, 90% within {most}"
     return f"{told}; the slowest took {longest}."
 
 
 def _sent(traffic: Traffic) -> str:
     sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
-    told = (
-        f"Execution {traffic.execution} sent {words.many(sent, 'request')} and heard {words.many(answered, 'answer')}"
-    )
+    told = f"Execution {traffic.execution} sent {many(sent, 'request')} and heard {many(answered, 'answer')}"
     return (
-        f"{told}; the API said 429 (too fast) {words.many(limited, 'time')}."
+        f"{told}; the API said 429 (too fast) {many(limited, 'time')}."
         if limited
         else f"{told}; it was never held back (no 429)."
     )

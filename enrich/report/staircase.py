@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
+from enrich.model import many
 from enrich.report import drawing, words
 from enrich.report.drawing import FULL, MEDIUM, NAME_PX, NARROW, Frame, Ink, Picture, Size
 from enrich.report.facts import Provider, Waterfall
@@ -142,12 +143,13 @@ def _numbers(step: Step) -> tuple[str, ...]:
         return "", words.count(step.end - step.start), "", "", ""
     asked = each.asked + each.presumed
     rate = words.percent(words.share(each.found, asked))
-    return words.count(asked), words.count(each.found), rate, words.briefly(each.credits), words.credits(each.per_hit)
+    spent, a_hit = words.briefly(each.credits), words.credits(each.cost_per_hit)
+    return words.count(asked), words.count(each.found), rate, spent, a_hit
 
 
 def _found(step: Step) -> str:
     if step.provider is None:
-        return words.many(step.end - step.start, "lead")
+        return many(step.end - step.start, "lead")
     asked = step.provider.asked + step.provider.presumed
     return f"found {words.count(step.found)} ({words.percent(words.share(step.found, asked))})"
 
@@ -155,5 +157,5 @@ def _found(step: Step) -> str:
 def _facts(step: Step) -> str:
     if step.provider is None:
         return ""
-    asked, _, _, spent, per_hit = _numbers(step)
-    return f"asked {asked} · {spent} credits · {per_hit} per hit"
+    asked, _, _, spent, cost_per_hit = _numbers(step)
+    return f"asked {asked} · {spent} credits · {cost_per_hit} per hit"

@@ -40,9 +40,9 @@ def all_credits(nights: Sequence[Night], label: str) -> Picture | None:
     return _columns(rows, nights, "credits in all", label, Ink.PASSED) if total else None
 
 
-def per_hit(nights: Sequence[Night], label: str) -> Picture | None:
+def cost_per_hit(nights: Sequence[Night], label: str) -> Picture | None:
     """Draw what a hit cost in each night; nights without hits have none."""
-    return _line([night.per_hit for night in nights], nights, "credits per hit", label)
+    return _line([night.cost_per_hit for night in nights], nights, "credits per hit", label)
 
 
 def night_rates(nights: Sequence[Night], label: str) -> Picture | None:

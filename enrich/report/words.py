@@ -20,11 +20,6 @@ def count(number: float | None) -> str:
     return DASH if number is None else f"{number:,.0f}"
 
 
-def many(number: int, noun: str) -> str:
-    """Write a number with its noun."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def credits(amount: float | None) -> str:  # noqa: A001 - the word of the trade
     """Write an amount of credits, without the unit."""
     return DASH if amount is None else f"{amount + 0.0:,.2f}"

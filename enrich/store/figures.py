@@ -9,6 +9,8 @@ from enrich.store.intake import OPEN_ATTEMPT, Intake
 
 #: So many of the newest attempts tell what a request costs today.
 EXPERIENCE = 100_000
+#: Attempts stand in the order of their executions: those of ?1 and later ones are found without reading millions.
+SINCE = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
 
 
 class Figures(Intake):
@@ -37,7 +39,7 @@ class Figures(Intake):
     def outcomes(self, execution_id: int) -> dict[State, int]:
         """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
         rows = self._db.execute(
-            "SELECT state, count(*) FROM attempts WHERE execution_id = ? AND state <> 'refused' "
+            f"SELECT state, count(*) FROM attempts WHERE {SINCE} AND execution_id = ?1 AND state <> 'refused' "
             "AND came_from = 'pending' GROUP BY state",
             (execution_id,),
         )
@@ -55,8 +57,8 @@ class Figures(Intake):
     def settled(self, job: str, execution_id: int | None = None) -> Iterator[Settled]:
         """Yield the attempts that the executions of a job settled, or one of them, execution by execution."""
         rows = self._db.execute(
-            "SELECT a.request_id, a.settled_in, a.state, c.canonical, r.params, a.submitted_ms, a.settled_ms, a.paid, "
-            "a.provider, a.answer, a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
+            "SELECT a.settled_in, a.state, c.canonical, r.params, a.paid, a.answer, "
+            "a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
             "FROM billed a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
             "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 AND (?2 IS NULL OR id = ?2)) "
             "ORDER BY a.settled_in, a.id",
@@ -107,8 +109,8 @@ class Figures(Intake):
         """
         return self._db.execute(
             "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed "
-            "WHERE state <> 'refused' AND (execution_id >= ?1 OR settled_in >= ?1 OR state = 'submitted') "
+            f"count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed WHERE state <> 'refused' AND ({SINCE} "
+            f"OR settled_in >= ?1 OR ({OPEN_ATTEMPT} AND state = 'submitted')) "
             "GROUP BY 1, 2",
             (since,),
         ).fetchall()

@@ -48,7 +48,6 @@ class Latest:
     unknown: int
     submitted: int
     balance_after: int | None
-    receipt: str | None
     pulse: str | None
     newest: int
     oldest_ms: int | None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from enrich.store.figures import Figures
+from enrich.store.figures import SINCE, Figures
 
 _OF_JOB = "a.settled_in IN (SELECT id FROM executions WHERE job = ?1)"
 #: A failure at no charge that was taken back is no fate of its request: another attempt tells it.
@@ -80,7 +80,7 @@ class Review(Figures):
     def beats(self, execution_id: int, start_ms: int, width_ms: int) -> tuple[dict[int, int], dict[int, int]]:
         """Count what an execution submitted and what it settled, for each stretch of its time."""
         submitted = self._db.execute(
-            "SELECT max(0, submitted_ms - ?2) / ?3, count(*) FROM attempts WHERE execution_id = ?1 "
+            f"SELECT max(0, submitted_ms - ?2) / ?3, count(*) FROM attempts WHERE {SINCE} AND execution_id = ?1 "
             "AND submitted_ms IS NOT NULL GROUP BY 1",
             (execution_id, start_ms, width_ms),
         )

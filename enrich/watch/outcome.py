@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from enrich.model import RowStatus
+from enrich.model import RowStatus, many
 
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
 WORDS = {
@@ -103,7 +103,7 @@ def needs(code: int, rows: Mapping[str, int], target: Target, what: str = "row")
         found.append((_FIRST[code], _HELP[code]))
     for status, (text, commands) in _OF_ROWS.items():
         if count := rows.get(status):
-            found.append((f"{count:,} {what}{'' if count == 1 else 's'} {text}", commands))
+            found.append((f"{many(count, what)} {text}", commands))
     return [
         Need(text, tuple(each.format(run=target.run, look=target.look) for each in commands))
         for text, commands in found
