@@ -268,3 +268,16 @@ def test_commands_are_those_of_the_command_line(tmp_path: Path, office: Office) 
 
         assert done.code == 10
         assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in done.stderr
+
+
+def test_a_name_that_begins_with_a_dash_is_no_option(tmp_path: Path, office: Office) -> None:
+    """Its command can be pasted all the same."""
+    office.write_leads(people(3))
+    office.write_job().rename(office.folder / "-job.yaml")
+    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        done = office.command("run", "--receipt", "--", "-job.yaml", api=api)
+        (command,) = (line.split() for line in done.stderr.splitlines() if "--retry failed" in line)
+        again = office.command(*command[1:], api=api)
+
+    assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]
+    assert (done.code, again.code) == (10, 10)
