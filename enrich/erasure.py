@@ -69,7 +69,11 @@ def _opened(job: Job) -> Iterator[Ledger]:
     try:
         ledger.erase_for_good()
         yield ledger
-        ledger.empty_journal()
+        if not ledger.empty_journal():
+            raise Refused(
+                f"{job.ledger_path} is being read, by `enrich report` perhaps: what was erased is still in the file",
+                "when that has ended, the same command again takes it out",
+            )
     finally:
         ledger.close()
 

@@ -143,6 +143,15 @@ def many(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def write_credits(amount: float) -> str:
+    """Write credits for a person; what is less than a hundredth is not nothing."""
+    text = f"{amount:,.2f}"
+    if text.strip("-0."):
+        return text
+    exact = f"{amount:.6f}".rstrip("0")
+    return exact if exact.strip("-0.") else "0.00"
+
+
 def written(value: object) -> str:
     """Write a value as JSON. Raises RecursionError when it is nested too deeply."""
     try:

@@ -295,6 +295,15 @@ def test_no_other_status_of_a_poll_loses_the_task(status: int, kind: type[CallFa
 
 
 @pytest.mark.parametrize(
+    "detail", ["no \x1b]0;owned\x07\x1b[2J\nerror: more", [{"loc": ["\x1b[31m"], "msg": "\u202e"}]]
+)
+def test_the_words_of_the_api_do_not_move_the_cursor(detail: object) -> None:
+    """They are shown on a terminal as one line."""
+    with answering(http(406, {"detail": detail})) as wire:
+        assert refused(wire.base_url, run).message.isprintable()
+
+
+@pytest.mark.parametrize(
     "where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"]
 )
 def test_a_redirected_run_is_never_followed(where: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -54,6 +56,20 @@ def test_a_forgotten_person_is_in_no_byte_of_the_ledger(office: Office) -> None:
         assert trace not in bytes_of(office)
     assert b"First0" in bytes_of(office)
     assert check(office.ledger_path).problems == []
+
+
+def test_who_reads_the_ledger_as_it_was_keeps_the_person_in_it(office: Office) -> None:
+    """A long report, say: that is told, and the same command takes her out when it has ended."""
+    words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+    with closing(office.ledger()) as report, report.still(), patch("enrich.store.database.PATIENCE_S", 0.1):
+        assert report.counts()
+        refused = office.command(*words)
+    kept = b"First1" in bytes_of(office)
+    again = office.command(*words)
+
+    assert (refused.code, kept, again.code) == (5, True, 0)
+    assert "is being read" in refused.stderr
+    assert b"First1" not in bytes_of(office)
 
 
 def test_a_forgotten_person_is_never_asked_about_again(office: Office, api: Api) -> None:

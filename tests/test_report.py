@@ -528,9 +528,12 @@ def test_the_report_goes_where_it_is_told(done: Office) -> None:
     assert not (done.folder / "job_report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", "mine.html", "later.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"],
+)
 def test_nothing_but_a_report_is_replaced(done: Office, name: str) -> None:
-    """Neither a file of the job, there or to come, nor somebody's page."""
+    """Neither a file of the job, there or to come, nor the lock of its ledger (which is empty), nor somebody's page."""
     (done.folder / "mine.html").write_text("<html>mine</html>")
     done.write_job(rejects="later.csv")
     path = done.folder / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import unicodedata
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,12 @@ def provider(name: str, **known: Any) -> dict[str, Any]:
     """A provider of a receipt."""
     nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
     return {"name": name, **nothing, "cost_per_hit": None, **known}
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.category(letter) in {"Mn", "Me"} for letter in text)
 
 
 @given(st.data())
@@ -72,9 +79,50 @@ def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
     )
 
     for line in lines(receipt):
-        assert len(line) <= 80
+        assert columns(line) <= 80
         assert line == line.rstrip()
         assert line.isprintable()
+
+
+def test_numbers_stand_below_each_other_in_any_script() -> None:
+    """Ideographs and emoji take two columns of a terminal, an accent of its own none."""
+    names = [
+        "plain",
+        "メールアドレス" * 3,
+        "電話",
+        "📧",
+        "Zoe\N{COMBINING DIAERESIS}",
+        "e" + "\N{COMBINING ACUTE ACCENT}" * 999,
+    ]
+    receipt = Receipt(
+        "leads", 0, rows=9, providers=[provider(name, asked=7, found=5) for name in names], providers_untold=1
+    ).with_rows({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
+
+    for share in ("55.6%", "71.4%"):
+        before = [columns(line[: line.index(share)]) for line in lines(receipt) if share in line]
+        assert before == [before[0]] * len(names)
+
+
+def test_little_is_not_nothing() -> None:
+    """Less than a hundredth of a credit is told as it is, and nothing has no sign."""
+    told = "\n".join(
+        lines(
+            Receipt(
+                "leads",
+                0,
+                rows=1,
+                credits_spent=0.004,
+                cost_per_hit=0.000012,
+                providers=[provider("Inboxly", asked=1, credits=0.0)],
+                credits_elsewhere=-0.0000001,
+                providers_untold=1,
+            )
+        )
+    )
+    assert " 0.004 " in told
+    assert " 0.000012" in told
+    assert "-0.00" not in told
+    assert "1 answer more does not say who was asked" in told
 
 
 def test_what_is_not_known_is_not_shown_as_nothing() -> None:
@@ -238,3 +286,16 @@ def test_commands_are_those_of_the_command_line(tmp_path: Path, office: Office) 
 
         assert done.code == 10
         assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in done.stderr
+
+
+def test_a_name_that_begins_with_a_dash_is_no_option(tmp_path: Path, office: Office) -> None:
+    """Its command can be pasted all the same."""
+    office.write_leads(people(3))
+    office.write_job().rename(office.folder / "-job.yaml")
+    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        done = office.command("run", "--receipt", "--", "-job.yaml", api=api)
+        (command,) = (line.split() for line in done.stderr.splitlines() if "--retry failed" in line)
+        again = office.command(*command[1:], api=api)
+
+    assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]
+    assert (done.code, again.code) == (10, 10)

@@ -251,6 +251,7 @@ def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
     body = _json(response)
     key = response.request.headers["x-apikey"]
     said = f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}".replace(key, "[key]")
+    said = "".join(letter if letter.isprintable() else " " for letter in said)  # it is read on a terminal
     if 300 <= status < 400:  # noqa: PLR2004
         return NotAccepted(f"HTTP {status}: the API redirects the request")
     match status:

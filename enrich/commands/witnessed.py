@@ -49,8 +49,12 @@ def target_of(
     """Name the job with the paths that the command line gave: for anywhere, or as they were typed."""
 
     def path(named: Path | str) -> str:
-        as_it_is = from_here or str(named) == "-" or "://" in str(named)
-        return str(named) if as_it_is else str(Path(named).absolute())
+        text = str(named)
+        if text == "-" or "://" in text:
+            return text
+        if from_here:  # what begins with a dash would be taken for an option
+            return f"./{text}" if text.startswith("-") else text
+        return str(Path(text).absolute())
 
     look = [path(job_file)]
     if ledger is not None:

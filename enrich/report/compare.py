@@ -15,13 +15,15 @@ import polars as pl
 from enrich.cascade import Cascade, read_offers
 from enrich.errors import JobError, Refused
 from enrich.job import Job
-from enrich.model import MICROS, Settled, State, many, to_credits
+from enrich.model import MICROS, Settled, State, many, to_credits, write_credits
 from enrich.report.earned import providers
 from enrich.report.facts import Comparison, Provider, Side
 from enrich.store.ledger import Ledger
 
 #: So probable a difference may be chance, and one less probable than that is none.
 CHANCE, NO_CHANCE = 0.05, 0.001
+#: Costs per hit are the same that differ by so little, in credits and of the cost.
+HUNDREDTH, SAME = 0.005, 0.01
 #: Rows that are held as Python objects at once.
 CHUNK = 50_000
 
@@ -168,11 +170,12 @@ def _price(told: Comparison, unknown: int) -> str:
         return f"; what that cost is not known of {many(unknown, 'answer')}"
     if not here or not there:
         credits_ = told.common_right_credits - told.common_left_credits
-        return f" at {abs(credits_):,.2f} credits {'more' if credits_ > 0 else 'less'}" if round(credits_, 2) else ""
-    difference = told.common_right_credits / there - told.common_left_credits / here
-    if not round(difference, 2):
+        return f" at {write_credits(abs(credits_))} credits {'more' if credits_ > 0 else 'less'}" if credits_ else ""
+    price, other = told.common_right_credits / there, told.common_left_credits / here
+    difference = price - other
+    if abs(difference) <= min(HUNDREDTH, SAME * max(price, other)):
         return " at the same cost per hit"
-    return f" at {abs(difference):,.2f} credits {'more' if difference > 0 else 'less'} per hit"
+    return f" at {write_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per hit"
 
 
 #: Beyond so many the normal distribution is near enough.

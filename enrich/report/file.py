@@ -14,6 +14,8 @@ from enrich.job import Job
 
 #: The last line of every report that we write: what lacks it is somebody else's file.
 MARK = b"\n<!-- a report of enrich -->\n"
+#: What a page is called.
+PAGES = (".html", ".htm")
 EXTRA = "pip install 'databar-enrich[report]'"
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 
@@ -61,10 +63,13 @@ def write(path: Path, page: str, job: Job, now: datetime) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether a file is a report that we wrote, or has nothing in it."""
+    """Tell whether a file is a report that we wrote, or an empty page.
+
+    What else is empty may be a lock that somebody holds, or the journal of a ledger.
+    """
     if not path.is_file():
         return False
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(MARK)))
-        return not size or file.read() == MARK
+        return file.read() == MARK if size else path.suffix.lower() in PAGES

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from datetime import datetime
 
+from enrich.model import write_credits
+
 DASH = "\N{EN DASH}"
 SPACE = "\N{NO-BREAK SPACE}"
 MINUTE_S = 60.0
@@ -22,7 +24,7 @@ def count(number: float | None) -> str:
 
 def credits(amount: float | None) -> str:  # noqa: A001 - the word of the trade
     """Write an amount of credits, without the unit."""
-    return DASH if amount is None else f"{amount + 0.0:,.2f}"
+    return DASH if amount is None else write_credits(amount)
 
 
 def briefly(amount: float | None) -> str:

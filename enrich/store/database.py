@@ -14,6 +14,8 @@ from enrich.store.schema import MARK, MIGRATIONS
 #: A journal of the damaged ledger would be played into the backup.
 RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
 
+#: So long another process is waited for that writes, or reads what is to be erased.
+PATIENCE_S = 30.0
 #: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
 CHECKED_AT_START = 256 * 1024 * 1024
 
@@ -62,9 +64,13 @@ class Database:
         """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
         self._db.execute("PRAGMA secure_delete = ON")
 
-    def empty_journal(self) -> None:
-        """Move all of the journal into the file, and empty it: nothing that was erased is left in it."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def empty_journal(self) -> bool:
+        """Move all of the journal into the file, and empty it: nothing that was erased is left in either.
+
+        Return whether that is done: not while somebody reads the ledger as it was before.
+        """
+        (busy, *_) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
         cursor = self._db.cursor()
@@ -99,7 +105,7 @@ def _open(path: Path, *, read_only: bool, any_version: bool) -> sqlite3.Connecti
             uri=True,
             isolation_level=None,
             check_same_thread=False,
-            timeout=30,
+            timeout=PATIENCE_S,
         )
         try:
             _check_mark(db, path)
