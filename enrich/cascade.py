@@ -149,7 +149,7 @@ class Cascade:
         for place, name in enumerate(asked):
             self._counts[name].asked += 1
             self._counts[name].places += place
-        for name in verifiers:
+        for name in verifiers - asked.keys():
             self._counts[name].asked += 1
         for name in checked:
             self._counts[name].rejected += name != winner

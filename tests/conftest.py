@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from hypothesis import settings
 
 from tests.harness import Api, Office, serving
 
-# On a machine that is busy an example takes as long as it takes.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
+settings.register_profile("same", deadline=None, derandomize=True)
+# `HYPOTHESIS_PROFILE=explore make test` looks for new ones.
+settings.register_profile("explore", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture

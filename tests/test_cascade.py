@@ -221,6 +221,14 @@ def test_whatever_the_api_says_the_sums_hold(answers: list[tuple[State, object, 
     assert sum(each.found for each in whole.providers) <= whole.found
 
 
+def test_who_finds_and_checks_was_asked_once() -> None:
+    """Nobody is asked for more leads than there are."""
+    steps = step("Peoplegrid"), {**step("Peoplegrid"), "action": "verify"}
+    by_name, _ = told(settled(State.FOUND, wrapped("a@b.example", *steps)))
+
+    assert by_name["Peoplegrid"].asked == 1
+
+
 def earned(office: Office) -> Earnings:
     """Add up the ledger of the office's job."""
     with closing(office.ledger()) as ledger:
