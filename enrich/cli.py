@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -61,19 +62,31 @@ def run_command(arguments: Sequence[str]) -> int:
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
     except BrokenPipeError:
-        # Who read our output left; Python must not complain of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who read our output left.
+        _forget_stdout()
         return Exit.OK
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
-        from enrich.store.database import RESTORE, tells_of_damage
-
-        if tells_of_damage(error):
-            return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
-        traceback.print_exc()
-        return _fail(
-            Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
-        )
+        return _unforeseen(error, as_json=as_json)
     return int(code or 0)
+
+
+def _unforeseen(error: Exception, *, as_json: bool) -> int:
+    from enrich.store.database import RESTORE, tells_of_damage
+
+    if tells_of_damage(error):
+        return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        _forget_stdout()
+        return _fail(Exit.BUG, f"stdout cannot be written: {error.strerror}", "make room there", as_json=False)
+    traceback.print_exception(error)
+    return _fail(
+        Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
+    )
+
+
+def _forget_stdout() -> None:
+    """Let nobody complain at exit of what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(code: Exit, message: str, hint: str | None, *, as_json: bool) -> int:

@@ -410,6 +410,23 @@ def test_quiet_shows_only_errors(office: Office, api: Api) -> None:
     assert (done.code, done.stdout, done.stderr) == (14, "", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_stdout_is_no_bug(office: Office) -> None:
+    """It is told in a line, without a trace."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "enrich", "schema"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=office.folder,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[0] == "error: stdout cannot be written: No space left on device"
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_reader_that_leaves_is_no_bug(api: Api, office: Office) -> None:
     """`enrich schema | head -1` ends without a complaint."""
     process = office.start("schema")

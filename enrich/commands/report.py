@@ -56,9 +56,9 @@ def report(
     if place is not None or to_stdout:
         _need_extra()
     target = target_of(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
-    told = gather(job, target, now, with_rows=with_rows)
-    if compare is not None:
-        told = replace(told, comparison=_compared(job, compare, use_sandbox=use_sandbox))
+    # Whom it can't be compared with is said before all is read.
+    comparison = None if compare is None else _compared(job, compare, use_sandbox=use_sandbox)
+    told = replace(gather(job, target, now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
         click.echo(_page(told))
     elif place is not None:

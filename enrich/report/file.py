@@ -41,7 +41,8 @@ def write(path: Path, page: str, job: Job, now: datetime) -> None:
     Raises JobError when it would replace anything but a report, Refused when it can't be written.
     """
     named = job.taken(now) | {"input": job.input_path}
-    if other := next((key for key, place in named.items() if place == path), None):
+    places = ((key, place.resolve()) for key, place in named.items() if isinstance(place, Path))
+    if other := next((key for key, place in places if place == path.resolve()), None):
         raise JobError(f"{path}: the report would replace `{other}`", "choose another file: -o FILE")
     try:
         if path.exists() and not is_ours(path):
