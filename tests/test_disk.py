@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_from_the_start_costs_nothing(api: Api, office: Offi
     goes_on(office, api, 5)
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
 def test_no_room_for_the_output_keeps_the_old_one_and_the_answers(api: Api, office: Office, name: str) -> None:
     """Told with the way out; `collect` writes it without paying when there is room."""
     # Room that the ledger's journal never needs, however many commits a slow machine makes.

@@ -657,7 +657,11 @@ def interrupted(office: Office, api: Api, number: signal.Signals, ready: Callabl
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_a_signal_winds_the_run_down(

@@ -502,7 +502,7 @@ def tables(draw: st.DrawFn) -> list[list[str]]:
 
 @given(table=tables())
 @settings(deadline=None)
-@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
 def test_every_cell_of_the_input_comes_back_in_its_place(
     tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]
 ) -> None:

@@ -211,6 +211,7 @@ def looked(browser: Browser) -> dict[str, Any]:
     return dict(browser.evaluate(LOOK))
 
 
+@pytest.mark.long
 @browsed
 @pytest.mark.parametrize("name", list(MADE))
 def test_it_looks_right(browser: Browser, tmp_path: Path, name: str) -> None:
@@ -242,6 +243,7 @@ def check_structure(seen: dict[str, Any]) -> None:
     assert seen["lang"] == "en"
 
 
+@pytest.mark.long
 @browsed
 def test_it_prints(browser: Browser, tmp_path: Path) -> None:
     """On paper it is light, and what is folded on a screen is open."""
@@ -257,6 +259,7 @@ def test_it_prints(browser: Browser, tmp_path: Path) -> None:
     assert seen["faint"] == []
 
 
+@pytest.mark.long
 @browsed
 def test_a_page_that_is_wrong_is_noticed(browser: Browser, tmp_path: Path) -> None:
     """The eyes of these tests see: a faint word, a word too wide, an image from elsewhere, an error."""

@@ -93,7 +93,7 @@ def at_work(office: Office, api: Api, processes: int = 2, *, group: bool = False
         process.stderr.close() if process.stderr else None
 
 
-@pytest.mark.parametrize("dispatch", ["{bulk: null}", "{bulk: 7}"])
+@pytest.mark.parametrize("dispatch", ["{bulk: null}", pytest.param("{bulk: 7}", marks=pytest.mark.long)])
 def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, dispatch: str) -> None:
     """The same output, and each lead is bought once."""
     office.write_job(dispatch=dispatch)

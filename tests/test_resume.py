@@ -83,6 +83,7 @@ def test_killed_while_posts_are_on_the_wire(api: Api, office: Office, fault: str
     assert audit["accepted"] == receipt.submitted + (on_the_wire if fault == "silence-after" else 0)
 
 
+@pytest.mark.long
 def test_killed_while_answers_stream_in(tmp_path: Path, office: Office) -> None:
     """In the thick of it, POSTs and polls side by side, three times over."""
     office.write_job(limits="{requests_per_second: 400}")

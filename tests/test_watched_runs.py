@@ -27,6 +27,8 @@ from enrich.watch import runlog
 from tests.harness import Office, kill, people, serving, shown_on, until
 from tests.watch import log_lines
 
+pytestmark = pytest.mark.long
+
 
 def objects(text: str) -> list[dict[str, Any]]:
     """Read one object a line."""
