@@ -12,7 +12,7 @@ from hypothesis import settings
 from tests.harness import Api, Office, serving
 
 # On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
-settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("same", deadline=None, derandomize=True, max_examples=60)
 # `HYPOTHESIS_PROFILE=explore make test` looks for new ones.
 settings.register_profile("explore", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
