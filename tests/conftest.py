@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.harness import Api, Office, serving
+from tests.harness import Api, Office, people, serving
 
 # On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
 settings.register_profile("same", deadline=None, derandomize=True, max_examples=60)
@@ -33,3 +33,11 @@ def office(tmp_path: Path) -> Office:
     made = Office(folder)
     made.write_job()
     return made
+
+
+@pytest.fixture
+def done(api: Api, office: Office) -> Office:
+    """Make an office whose job has run."""
+    office.write_leads(people(12))
+    office.command("run", "job.yaml", api=api)
+    return office

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,13 @@ class Office:
                 )
             finally:
                 ledger.close()
+
+    def at_the_api(self) -> int:
+        """Count the tasks that wait for their answer."""
+        if not self.ledger_path.exists():
+            return 0
+        with closing(self.ledger()) as ledger:
+            return len(ledger.tasks())
 
     def leave_at_the_api(self, api: Api) -> None:
         """Buy what the job wants from an API that is slow, and leave before any answer is there."""

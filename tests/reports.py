@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html import escape
+from typing import Any
 
 from enrich.report.facts import (
     Age,
@@ -24,6 +25,7 @@ from enrich.report.facts import (
     Waterfall,
 )
 from enrich.watch.outcome import Need
+from tests.harness import Office
 
 START = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
@@ -324,3 +326,10 @@ def marked(page: str, about: str, name: str) -> list[float | None]:
     parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
     values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
     return [float(value) if value else None for found in values for value in found]
+
+
+def told(office: Office, *arguments: str, job: str = "job.yaml") -> dict[str, Any]:
+    """Return the facts as `--json` prints them."""
+    done = office.command("report", job, "--json", *arguments)
+    assert (done.code, done.stderr) == (0, "")
+    return done.receipt
