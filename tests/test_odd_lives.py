@@ -49,6 +49,7 @@ def test_all_tell_the_same(tmp_path: Path, office: Office, seed: int) -> None:
             _agree(office, api)
 
 
+@pytest.mark.long
 def test_all_tell_the_same_of_a_killed_night(tmp_path: Path, office: Office) -> None:
     """What it bought is told by all once the next night has fetched it."""
     office.write_leads(people(40))

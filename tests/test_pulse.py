@@ -121,7 +121,7 @@ def assert_tells(pulse: Pulse, receipt: Any) -> None:
     assert pulse.elapsed_s <= receipt.elapsed_s + 0.001
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_last_pulse_is_the_receipt(tmp_path: Path, office: Office, processes: int) -> None:
     """All that was sent and heard is in it, also when several processes did it, and some of it was told to wait."""
     office.write_leads(people(15))

@@ -99,6 +99,7 @@ def test_the_page_says_what_the_status_and_the_books_say(tmp_path: Path, office:
     assert set(marked(page, "statuses", "found")) == {float(status["found"])}
 
 
+@pytest.mark.long
 def test_a_week_is_told_as_it_was(tmp_path: Path, office: Office) -> None:
     """New leads, new prices, a kill -9, tasks that were cancelled and refunded, failures asked again."""
     settings = replace(CALM, failure_rate=0.2, miss_kinds=("null_result",))
