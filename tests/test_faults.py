@@ -171,6 +171,7 @@ def test_an_api_with_a_wrong_clock_changes_nothing(tmp_path: Path, office: Offic
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (LEADS, 0)
 
 
+@pytest.mark.long
 def test_a_storm_does_not_leave_a_thousand_in_doubt(tmp_path: Path, office: Office) -> None:
     """Sending stops, probes leave one at a time after growing pauses, what is at the API is fetched; then exit 4."""
     bought, new = 5, 150

@@ -72,6 +72,7 @@ def test_a_kept_connection_that_dies_under_a_post_leaves_a_doubt() -> None:
         assert [seen.connection for seen in wire.requests] == [1, 1]
 
 
+@pytest.mark.long
 def test_broken_answers_do_not_use_up_the_connections() -> None:
     """There are 32: each that an unread answer kept would be missing for the rest of the night."""
 
