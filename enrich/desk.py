@@ -22,6 +22,7 @@ from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerF
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
+from enrich.hands import OneMachine
 from enrich.heartbeat import Heartbeat
 from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits
 from enrich.place import Place
@@ -249,7 +250,7 @@ class Desk:
             clock.now_ms() - SystemClock().now_ms(),
             execution.poll_times,
         )
-        crew = self._hurries = Crew(execution, errand, self.around.lock)
+        crew = self._hurries = Crew(execution, errand, OneMachine(self.around.lock))
         await execution.until_leaving(crew.run(tasks))
         if crew.lost:
             doubtful = await self.journal.do(Ledger.recover, clock.now_ms())

@@ -1,16 +1,13 @@
-"""One of the processes of `enrich run --processes`: sends and polls, and obeys the process that started it.
+"""One worker of a crew: sends and polls, tells how far it is, and obeys.
 
-`crew` starts it with every signal that could end it blocked: who began the run decides when it ends.
+How it came to be and who it obeys is nothing to it: `hands` starts it as a process of this machine.
 """
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from enrich.api.client import Client
@@ -25,13 +22,9 @@ from enrich.shift import Shift
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 
-TELLING_S = 0.2
-#: Left alone, a process waits so long for answers to its POSTs: cut off, they would be in doubt.
-ORPHAN_S = 5.0
-
 
 class Word(Enum):
-    """What a process is told while it works."""
+    """What a worker is told while it works."""
 
     CLOSE = auto()  # no new POST leaves
     GIVE_UP = auto()  # nothing more is asked
@@ -41,7 +34,7 @@ class Word(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """What a process is told at its start; it has an equal share of what may be in flight."""
+    """What a worker is told at its start; it has an equal share of what may be in flight."""
 
     shift: Shift
     access: Access
@@ -54,13 +47,13 @@ class Errand:
     poll_times: PollTimes
     #: The descriptor of its slate.
     pace: int = -1
-    #: What was left at the API before, and is this process' to collect.
+    #: What was left at the API before, and is this worker's to collect.
     tasks: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How far a process is; `ended` comes once, when all that it knew is in the ledger."""
+    """How far a worker is; `ended` comes once, when all that it knew is in the ledger."""
 
     tally: Tally = field(default_factory=Tally)
     in_flight: int = 0
@@ -72,30 +65,28 @@ class Told:
     ended: bool = False
 
 
-@dataclass(slots=True)
-class Member:
-    """A process at work, as the one that started it knows it."""
+class Worker:
+    """Does one errand. May be told words, and asked how far it is, at any time."""
 
-    boss: Connection
-    execution: Execution
-    poller: Poller
-    _orphaned: asyncio.Task[None] | None = None
+    def __init__(self, errand: Errand) -> None:
+        """Make ready; nothing is sent before `work`."""
+        self._errand = errand
+        self._slate = Slate(errand.pace)
+        self._poller: Poller | None = None
+        self._hurried = False
+        self._execution = Execution(
+            errand.execution,
+            SystemClock(errand.clock_offset_ms),
+            SharedPace(self._slate),
+            errand.timing,
+            in_flight_limit=errand.in_flight_limit,
+            result_ttl_s=errand.result_ttl_s,
+            poll_times=errand.poll_times,
+        )
 
-    async def keep_telling(self) -> None:
-        """Tell how far we are, now and then."""
-        while True:
-            tell(self.boss, self.execution)
-            await asyncio.sleep(TELLING_S)
-
-    def hear(self) -> None:
-        """Obey a word; without anybody to obey write down what is on the wire, and leave."""
-        execution = self.execution
-        try:
-            word = self.boss.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(self.boss.fileno())
-            self._orphaned = asyncio.create_task(self._leave_alone())
-            return
+    def obey(self, word: Word) -> None:
+        """Go on as the word says."""
+        execution = self._execution
         match word:
             case Word.CLOSE:
                 execution.closing.set()
@@ -105,72 +96,44 @@ class Member:
                 execution.giving_up.set()
                 execution.notify()
             case Word.HURRY:
-                self.poller.hurry()
+                self._hurried = True
+                if self._poller is not None:
+                    self._poller.hurry()
             case Word.LEAVE:
                 execution.leave()
 
-    async def _leave_alone(self) -> None:
-        self.execution.closing.set()
-        await self.execution.wire_empty(ORPHAN_S)
-        self.execution.leave()
+    async def leave_alone(self, at_most_s: float) -> None:
+        """Without anybody to obey write down what is on the wire, and leave."""
+        self._execution.closing.set()
+        await self._execution.wire_empty(at_most_s)
+        self._execution.leave()
 
-
-def tell(boss: Connection, execution: Execution, *, ended: bool = False) -> None:
-    """Say how far we are; nobody may be there to hear it."""
-    with suppress(OSError):
-        boss.send(
-            Told(
-                execution.tally,
-                execution.in_flight,
-                execution.on_the_wire,
-                {code: (error.message, error.hint) for code, error in execution.reasons.items()},
-                execution.closing.is_set(),
-                execution.giving_up.is_set(),
-                execution.poll_times,
-                ended,
-            )
+    def told(self, *, ended: bool = False) -> Told:
+        """Tell how far it is."""
+        execution = self._execution
+        return Told(
+            execution.tally,
+            execution.in_flight,
+            execution.on_the_wire,
+            {code: (error.message, error.hint) for code, error in execution.reasons.items()},
+            execution.closing.is_set(),
+            execution.giving_up.is_set(),
+            execution.poll_times,
+            ended,
         )
 
-
-async def work(boss: Connection, errand: Errand) -> None:
-    """Do the errand, and tell how it ended."""
-    clock = SystemClock(errand.clock_offset_ms)
-    slate = Slate(errand.pace)
-    execution = Execution(
-        errand.execution,
-        clock,
-        SharedPace(slate),
-        errand.timing,
-        in_flight_limit=errand.in_flight_limit,
-        result_ttl_s=errand.result_ttl_s,
-        poll_times=errand.poll_times,
-    )
-    try:
-        with closing(Ledger(errand.ledger)) as ledger:
-            client = Client(errand.access, clock, post_s=errand.timing.post_s, get_s=errand.timing.get_s)
-            async with client, Journal(ledger, slate.turn) as journal:
-                poller = errand.shift.poller(execution, journal, client)
-                poller.adopt(errand.tasks, asked_before=True)
-                member = Member(boss, execution, poller)
-                loop = asyncio.get_running_loop()
-                loop.add_reader(boss.fileno(), member.hear)
-                telling = asyncio.create_task(member.keep_telling())
-                try:
-                    await errand.shift.work(poller)
-                finally:
-                    telling.cancel()
-                    loop.remove_reader(boss.fileno())
-    except EnrichError as error:
-        # 5 promises that nothing was spent.
-        execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
-    tell(boss, execution, ended=True)
-
-
-def main() -> None:
-    """Take the errand from the socket whose descriptor is the argument, and do it."""
-    with Connection(int(sys.argv[1])) as boss:
+    async def work(self) -> None:
+        """Do the errand; what goes wrong is told."""
+        errand, execution, timing = self._errand, self._execution, self._errand.timing
         try:
-            errand = boss.recv()
-        except (EOFError, OSError):
-            return  # nobody is there any more
-        asyncio.run(work(boss, errand))
+            with closing(Ledger(errand.ledger)) as ledger:
+                client = Client(errand.access, execution.clock, post_s=timing.post_s, get_s=timing.get_s)
+                async with client, Journal(ledger, self._slate.turn) as journal:
+                    self._poller = errand.shift.poller(execution, journal, client)
+                    self._poller.adopt(errand.tasks, asked_before=True)
+                    if self._hurried:
+                        self._poller.hurry()
+                    await errand.shift.work(self._poller)
+        except EnrichError as error:
+            # 5 promises that nothing was spent.
+            execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
