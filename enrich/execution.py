@@ -172,6 +172,7 @@ class Execution:
         """Wait for the moment when a request may leave; tell how many of `wanted` may, 0 when `stop` came first."""
         async with self._gate:
             while not stop.is_set():
+                self.pace.expect(wanted)
                 now = self.clock.monotonic()
                 granted = 0
                 while granted < wanted and not self.pace.delay(now):
