@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from enrich.place import LedgerPlace, locate_ledger
 from tests import postgres as servers
+from tests.books import Books
 from tests.harness import Api, Office, people, serving
 from tests.postgres import Postgres
 
@@ -40,11 +42,37 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
+def where() -> str:
+    """Say where the ledgers of a test lie: in a `file`, or on a `server`. Modules that are about both say so."""
+    return "file"
+
+
+@pytest.fixture
+def place(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> LedgerPlace:
+    """Name the place of a ledger that is not there yet."""
+    if where == "file":
+        return tmp_path / "ledger.db"
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return locate_ledger(tmp_path, postgres.url(), tmp_path)
+
+
+@pytest.fixture
+def books(place: LedgerPlace) -> Iterator[Books]:
+    """Open a new ledger."""
+    opened = Books.open(place)
+    yield opened
+    opened.ledger.close()
+
+
+@pytest.fixture
+def office(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> Office:
     """Make an empty folder with the standard job."""
     folder = tmp_path / "office"
     folder.mkdir()
     made = Office(folder)
+    if where == "server":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        made = Office(folder, postgres.url(), postgres.environ)
     made.write_job()
     return made
 
@@ -66,17 +94,21 @@ def _shared_postgres() -> Postgres:
 
 
 @pytest.fixture
-def postgres(_shared_postgres: Postgres) -> Iterator[Postgres]:
+def postgres(_shared_postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[Postgres]:
     """Lend the server that all tests share: nobody may stop it; the schemas of its URLs are the test's own."""
     lent = replace(_shared_postgres, schemas=[])
+    for name, value in lent.environ.items():
+        monkeypatch.setenv(name, value)
     yield lent
     lent.drop_schemas()
 
 
 @pytest.fixture
-def own_postgres() -> Iterator[Postgres]:
+def own_postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[Postgres]:
     """Start a server that the test may stop and restart."""
     if not servers.find_binaries():
         pytest.skip(servers.ABSENT)
     with servers.serving_alone() as server:
+        for name, value in server.environ.items():
+            monkeypatch.setenv(name, value)
         yield server

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from enrich.model import MOVES, RETRYABLE, Answer, State
+from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BOUND, Books, params, wanted
+from tests.postgres import Postgres
 
 LEADS = range(6)
 PRICES = st.integers(1, 9)
@@ -89,13 +91,18 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.books = Books.open(Path(self.folder.name) / "ledger.db")
+        self.books = Books.open(self.place(Path(self.folder.name)))
         self.model = Model()
         self.before: dict[int, State] = {}
         self.begin(None)
 
+    @classmethod
+    def place(cls, folder: Path) -> LedgerPlace:
+        """Say where the ledger is to be."""
+        return folder / "ledger.db"
+
     def teardown(self) -> None:
-        """Close the file."""
+        """Close the ledger."""
         self.books.ledger.close()
         self.folder.cleanup()
 
@@ -149,7 +156,7 @@ class Machine(RuleBasedStateMachine):
     def a_crash(self, cap: int | None) -> None:
         """Kill the program in the middle of a commit, and start it again."""
         db = self.books.ledger._db
-        db.execute("BEGIN IMMEDIATE")
+        db.begin()
         db.execute("UPDATE requests SET state = 'found'")
         db.execute("DELETE FROM attempts WHERE state = 'submitted'")
         self.books.reopen()
@@ -385,3 +392,40 @@ TestLedger.settings = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+class MachineOnServer(Machine):
+    """The same nights, with the ledger on a server."""
+
+    server: ClassVar[Postgres]
+
+    @classmethod
+    def place(cls, folder: Path) -> LedgerPlace:
+        """Say where the ledger is to be."""
+        return locate_ledger(folder, cls.server.url(), folder)
+
+    def teardown(self) -> None:
+        """Close the ledger and drop it."""
+        super().teardown()
+        self.server.drop_schemas()
+
+
+class OnServer(MachineOnServer.TestCase):
+    """Lends the server."""
+
+    @pytest.fixture(autouse=True)
+    def _server(self, postgres: Postgres) -> None:
+        MachineOnServer.server = postgres
+
+
+class TestOnServer(OnServer):
+    """A few examples, at each change."""
+
+    settings = settings(TestLedger.settings, max_examples=4)
+
+
+@pytest.mark.long
+class TestLongOnServer(OnServer):
+    """As many as for a file."""
+
+    settings = TestLedger.settings
