@@ -410,22 +410,22 @@ class MachineOnServer(Machine):
         self.server.drop_schemas()
 
 
-class OnServer(MachineOnServer.TestCase):
-    """Lends the server."""
+class Lent:
+    """Lends the server to a test."""
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres: Postgres) -> None:
         MachineOnServer.server = postgres
 
 
-class TestOnServer(OnServer):
+class TestOnServer(Lent, MachineOnServer.TestCase):
     """A few examples, at each change."""
 
     settings = settings(TestLedger.settings, max_examples=4)
 
 
 @pytest.mark.long
-class TestLongOnServer(OnServer):
+class TestLongOnServer(Lent, MachineOnServer.TestCase):
     """As many as for a file."""
 
     settings = TestLedger.settings
