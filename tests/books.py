@@ -173,3 +173,9 @@ class Books:
         """Be killed, and start again."""
         self.ledger.close()
         self.ledger = Ledger(self.place)
+
+
+def file_of(ledger: Ledger) -> sqlite3.Connection:
+    """Look behind a ledger that is a file."""
+    assert isinstance(ledger._db, sqlite3.Connection)
+    return ledger._db

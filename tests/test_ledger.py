@@ -17,7 +17,7 @@ from enrich.store import schema, sqlite
 from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, params, wanted
+from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, file_of, params, wanted
 from tests.harness import BOTH
 
 
@@ -640,7 +640,7 @@ class TestFile:
     def test_no_move_reads_a_whole_table(self, books: Books) -> None:
         """With millions of requests, every move finds its rows by an index."""
         statements: dict[str, None] = {}
-        books.ledger._db.set_trace_callback(statements.setdefault)
+        file_of(books.ledger).set_trace_callback(statements.setdefault)
         books.do(Ledger.recover, 1)
         books.start()
         books.enroll([1, 2, 3], retry={State.FAILED}, stale={State.FOUND: 1})
@@ -651,7 +651,7 @@ class TestFile:
         books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
         books.ledger.tasks()
         list(books.ledger.standing(wanted([1])))
-        books.ledger._db.set_trace_callback(None)
+        file_of(books.ledger).set_trace_callback(None)
 
         plans: dict[str, list[str]] = {}
         for sql in statements:
@@ -674,9 +674,9 @@ class TestFile:
         books.settle(carried)
         books.settle(books.submit("new"))
         statements: dict[str, None] = {}
-        books.ledger._db.set_trace_callback(statements.setdefault)
+        file_of(books.ledger).set_trace_callback(statements.setdefault)
         moved = books.ledger.movements(books.execution)
-        books.ledger._db.set_trace_callback(None)
+        file_of(books.ledger).set_trace_callback(None)
 
         assert sorted(moved) == [
             ("known", 0, 1, COST, PRICE),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from enrich.privacy import key_path, make_key
 from enrich.store import copying
 from enrich.store.copying import TABLES, copy
 from enrich.store.database import exists
-from enrich.store.dialect import Session
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from enrich.store.records import check
@@ -79,7 +79,9 @@ def _columns(place: LedgerPlace, table: str) -> str:
 def test_no_table_is_left_behind(night: Books) -> None:
     """Whoever adds a table says whether it is copied; the night has something in each."""
     if isinstance(night.place, Postgres):
-        named = {name for (name,) in night.all("SELECT tablename FROM pg_tables WHERE schemaname = ?", night.place.schema)}
+        named = {
+            name for (name,) in night.all("SELECT tablename FROM pg_tables WHERE schemaname = ?", night.place.schema)
+        }
         named -= {"ledger", "owners", "allowance", "seen"}
     else:
         named = {name for (name,) in night.all("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -121,7 +123,7 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(
-    facts=st.dictionaries(TEXT, TEXT | JSON, max_size=4),
+    facts=st.dictionaries(TEXT.filter(lambda name: "\0" not in name), TEXT | JSON, max_size=4),
     asked=st.lists(TEXT | JSON, max_size=4),
     latencies=st.dictionaries(st.floats(min_value=5e-324, allow_infinity=False), st.floats(5e-324, 1e308), max_size=3),
     hashes=st.sets(st.binary(max_size=20), max_size=4),
@@ -130,13 +132,14 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_whatever_was_written_is_read_again(
     postgres: servers.Postgres,
+    *,
     facts: dict[str, str],
     asked: list[str],
     latencies: dict[float, float],
     hashes: set[bytes],
     balance: int,
 ) -> None:
-    """Signs of all alphabets, JSON with a NUL in it, the largest numbers; a bare NUL becomes a sign that stands for it."""
+    """Signs of all alphabets, JSON with a NUL in it, the largest numbers; a bare NUL becomes what stands for it."""
     with tempfile.TemporaryDirectory() as name:
         first, back = Path(name) / "first.db", Path(name) / "back.db"
         server = locate_ledger(Path(name), postgres.url(), Path(name))
@@ -154,6 +157,7 @@ def test_whatever_was_written_is_read_again(
         assert copy(first, server) == copy(server, back)
 
         assert everything(server) == everything(back)
+        postgres.drop_schemas()
         plain = {table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in everything(first).items()}
         stands = {table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in everything(back).items()}
         assert {table: sorted(rows) for table, rows in plain.items()} == {
@@ -183,9 +187,10 @@ def test_what_fails_leaves_nothing_and_may_be_tried_again(
 ) -> None:
     """The copy is there as a whole or not at all."""
     for target in (server, tmp_path / "copy.db"):
-        with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        with monkeypatch.context() as broken:
             broken.setattr(copying, "_copy_key", lambda *_: 1 / 0)
-            copy(night.place, target)
+            with pytest.raises(ZeroDivisionError):
+                copy(night.place, target)
         assert not any(everything(target).values())
         copy(night.place, target)
         assert everything(target) == everything(night.place)
@@ -222,13 +227,17 @@ def test_what_is_not_sound_is_not_copied(night: Books, server: LedgerPlace) -> N
 
 def test_a_difference_is_found(night: Books, server: LedgerPlace, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not arrive, or arrives as something else, is no copy."""
-    rows, read = copying._rows, list[str]()
+    take = copying._New.fill
 
-    def lost(session: Session, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-        read.append(table)
-        second = read.count(table) == 2  # from the copy
-        return (row for row in rows(session, table, columns) if not (second and table == "delivered"))
+    def lose(new: copying._New, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
+        take(
+            new,
+            {
+                table: (columns, islice(rows, int(table == "delivered"), None))
+                for table, (columns, rows) in tables.items()
+            },
+        )
 
-    monkeypatch.setattr(copying, "_rows", lost)
+    monkeypatch.setattr(copying._New, "fill", lose)
     with pytest.raises(Refused, match="delivered differs"):
         copy(night.place, server)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from enrich.model import MOVES, RETRYABLE, Answer, State
 from enrich.place import LedgerPlace, locate_ledger
@@ -410,22 +410,8 @@ class MachineOnServer(Machine):
         self.server.drop_schemas()
 
 
-class Lent:
-    """Lends the server to a test."""
-
-    @pytest.fixture(autouse=True)
-    def _server(self, postgres: Postgres) -> None:
-        MachineOnServer.server = postgres
-
-
-class TestOnServer(Lent, MachineOnServer.TestCase):
-    """A few examples, at each change."""
-
-    settings = settings(TestLedger.settings, max_examples=4)
-
-
-@pytest.mark.long
-class TestLongOnServer(Lent, MachineOnServer.TestCase):
-    """As many as for a file."""
-
-    settings = TestLedger.settings
+@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.long)])
+def test_the_ledger_on_a_server(postgres: Postgres, examples: int) -> None:
+    """A few nights at each change, as many as in a file among the long tests."""
+    MachineOnServer.server = postgres
+    run_state_machine_as_test(MachineOnServer, settings=settings(TestLedger.settings, max_examples=examples))

@@ -61,7 +61,7 @@ def run(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     limit: int | None,
     sample: int | None,
@@ -139,17 +139,17 @@ def _run(
     job: Job, wishes: Options, wait_s: float, witnesses: Witnesses, *, use_sandbox: bool, on_terminal: bool
 ) -> Receipt:
     """Run under the lock, with the bar and the witnesses."""
+    from enrich.model import SystemClock
     from enrich.pipeline import run
-    from enrich.store.ledger import Ledger
     from enrich.store.lock import hold
+    from enrich.store.opening import opened
     from enrich.surroundings import Progress, Surroundings
     from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
-        lock = stack.enter_context(hold(job.ledger_path, wait_s))
+        lock = stack.enter_context(hold(job.ledger, wait_s))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
-        store = Ledger(job.ledger_path)
-        stack.callback(store.close)
+        store, lease = stack.enter_context(opened(job.ledger))
         bar = Bar() if on_terminal else None
 
         def tell(text: str) -> None:
@@ -165,7 +165,8 @@ def _run(
         if bar is not None:
             stack.callback(bar.close)
         witnesses.admitted()
-        return run(Surroundings(job, access, store, tell=tell, show=show, lock=lock), wishes)
+        clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
+        return run(Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, lock=lock), wishes)
 
 
 def _confirm(plan: str) -> bool:
@@ -211,7 +212,7 @@ def plan(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     limit: int | None,
     sample: int | None,
@@ -232,8 +233,8 @@ def plan(
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     wishes = Options(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    if freeze is not None and is_held(job.ledger_path):
-        raise LedgerLocked(f"{job.ledger_path}: a run is at work, so no plan can be kept to", "freeze one after it")
+    if freeze is not None and is_held(job.ledger):
+        raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
     with options.access(job, use_sandbox=use_sandbox) as access:
         planned, frozen = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
     if freeze is not None:
@@ -250,7 +251,7 @@ def collect(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     partial: bool,
     as_json: bool,
@@ -260,7 +261,7 @@ def collect(
     from enrich.store.lock import hold
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox)
-    with hold(job.ledger_path, 0):
+    with hold(job.ledger, 0):
         receipt = collect_offline(job, partial=partial)
     _show_receipt(receipt, as_json=as_json, show=sys.stderr.isatty())
     return receipt.exit_code

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -13,7 +14,7 @@ from enrich.errors import Refused
 from enrich.place import LedgerPlace
 from enrich.privacy import key_path
 from enrich.store.database import Database
-from enrich.store.dialect import FAILURES, Session
+from enrich.store.dialect import FAILURES
 from enrich.store.lock import hold
 from enrich.store.records import Records
 
@@ -51,56 +52,75 @@ def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
     """
     if source == target:
         raise Refused(f"{target}: this is the ledger itself", "name another place for the copy")
-    with hold(source, 0), closing(Records(source)) as old:
-        with hold(target, 0), closing(_Copy(target)) as new:
-            try:
-                return _fill(old, new)
-            except FAILURES as error:
-                raise Refused(f"{target}: the copy cannot be written: {error}") from error
+    with closing(_Old(source)) as old, hold(source, 0), hold(target, 0), closing(_New(target)) as new:
+        try:
+            with old.still(), new.transaction():
+                copied = _fill(old, new)
+                _copy_key(source, target)
+        except FAILURES as error:
+            raise Refused(f"{target}: the copy cannot be written: {error}") from error
+    return copied
 
 
-class _Copy(Records):
-    """A ledger that is written from another, and checked before it counts."""
+class _Old(Records):
+    """A ledger that is read from end to end."""
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """See everything as it stands at this moment."""
+        self._db.begin_looking()
+        try:
+            yield
+        finally:
+            self._db.rollback()
+
+    def columns(self, table: str) -> list[str]:
+        """Name the columns of a table that are copied."""
+        described = self._db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
+        return [column[0] for column in described if column[0] not in _OF_THE_MOMENT]
+
+    def rows(self, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield all rows of a table, in an order that is the same everywhere."""
+        order = ", ".join(name + (self._db.dialect.by_bytes if name in _WORDS else "") for name in TABLES[table])
+        return self._db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+
+
+class _New(_Old):
+    """A ledger that is written from another."""
 
     def __init__(self, place: LedgerPlace) -> None:
+        """Make it, unless it is there; one that is not empty stays as it is."""
         Database.__init__(self, place)
 
+    def is_empty(self) -> bool:
+        """Tell whether it remembers nothing."""
+        return not any(self._db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in TABLES)
 
-def _fill(old: Records, new: _Copy) -> Copied:
-    source, target = old._db, new._db
-    source.begin_looking()
-    try:
-        with new.transaction():
-            if any(target.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in TABLES):
-                raise Refused(f"{new.place}: this ledger is not empty", "a copy replaces nothing: choose another place")
-            columns = {table: _columns(source, table) for table in TABLES}
-            told = {table: _Tally() for table in TABLES}
-            with target.loading():
-                for table, names in columns.items():
-                    target.load(table, names, told[table].of(_rows(source, table, names)))
-            found = {table: _Tally() for table in TABLES}
-            for table, names in columns.items():
-                for _ in found[table].of(_rows(target, table, names)):
-                    pass
-            differ = [table for table in TABLES if told[table].said() != found[table].said()]
-            problems = [*(f"{table} differs" for table in differ), *new.problems()]
-            if problems:
-                raise Refused(f"{new.place}: the copy is not sound: {'; '.join(problems)}", "`enrich ledger check` FROM")
-            _copy_key(old.place, new.place)
-    finally:
-        source.rollback()
-    whole = blake2b("".join(tally.hash.hexdigest() for tally in told.values()).encode(), digest_size=16)
+    def fill(self, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
+        """Write the columns and rows of each table; they may refer to those that come later."""
+        with self._db.loading():
+            for table, (columns, rows) in tables.items():
+                self._db.load(table, columns, rows)
+
+
+def _fill(old: _Old, new: _New) -> Copied:
+    """Copy everything and read it again. Raises Refused when that is not the same, or not sound."""
+    if not new.is_empty():
+        raise Refused(f"{new.place}: this ledger is not empty", "a copy replaces nothing: choose another place")
+    columns = {table: old.columns(table) for table in TABLES}
+    told, found = ({table: _Tally() for table in TABLES} for _ in range(2))
+    new.fill({table: (names, told[table].of(old.rows(table, names))) for table, names in columns.items()})
+    for table, names in columns.items():
+        deque(found[table].of(new.rows(table, names)), maxlen=0)
+    problems = [f"{table} differs" for table in TABLES if told[table].said() != found[table].said()]
+    problems += new.problems()
+    if problems:
+        raise Refused(
+            f"{new.place}: the copy is not sound, and was dropped: {'; '.join(problems)}",
+            f"is the ledger sound? enrich ledger check {old.place}",
+        )
+    whole = blake2b(repr([told[table].said() for table in TABLES]).encode(), digest_size=16)
     return Copied({table: tally.rows for table, tally in told.items()}, whole.hexdigest())
-
-
-def _columns(session: Session, table: str) -> list[str]:
-    described = session.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
-    return [column[0] for column in described if column[0] not in _OF_THE_MOMENT]
-
-
-def _rows(session: Session, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    order = ", ".join(name + (session.dialect.by_bytes if name in _WORDS else "") for name in TABLES[table])
-    return session.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
 
 
 @dataclass(slots=True)
