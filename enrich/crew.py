@@ -8,19 +8,31 @@ carrier's to know.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Protocol
 
-from enrich.errors import EnrichError
+from enrich.allowance import share, unshare
+from enrich.errors import EnrichError, LedgerFailed
 from enrich.execution import Execution, Tally
 from enrich.model import Task
 from enrich.pace import Pace
+from enrich.place import Postgres
+from enrich.store.dialect import DatabaseFailed
 from enrich.worker import Errand, Told, Word
 
 #: So long a worker that shall leave may take to write down what it knows.
 LEAVE_S = 3.0
+#: How often the boss looks after those who say nothing.
+LOOK_S = 0.5
+#: Who has not said a word so long after it was hired will not come; it may be that its cluster has no room.
+START_S = 120.0
+#: Who has said nothing for so many leases will not speak again.
+LEASES = 2
+#: So many are hired in the place of each that was lost, all told.
+SPARES = 3
 
 
 class Hand(Protocol):
@@ -37,6 +49,10 @@ class Hand(Protocol):
     @property
     def listening(self) -> bool:
         """Whether it has its errand, and hears words."""
+
+    @property
+    def why(self) -> str:
+        """Why it went before its work was done."""
 
     async def hand_over(self, errand: Errand) -> None:
         """Tell it what to do; takes as long as its start."""
@@ -55,8 +71,27 @@ Hire = Callable[[Callable[[Hand], None]], Hand]
 class Carrier(Protocol):
     """Knows how a worker comes to be, and how they share the pace."""
 
-    def sharing(self, pace: Pace) -> AbstractContextManager[Hire]:
+    @property
+    def heirs(self) -> bool:
+        """Whether the others inherit what one was at that is gone, so that they may go on."""
+
+    def sharing(self, pace: Pace) -> AbstractAsyncContextManager[Hire]:
         """Share the pace while workers are hired and at work. Raises OSError when the system has no room for it."""
+
+
+@asynccontextmanager
+async def shared(ledger: Postgres, pace: Pace) -> AsyncIterator[None]:
+    """Share a pace by the ledger's row; who shared it goes on with what all have learned."""
+    try:
+        await asyncio.to_thread(share, ledger, pace)
+        try:
+            yield
+        finally:
+            learned = await asyncio.to_thread(unshare, ledger)
+            if learned is not None:
+                vars(pace).update(vars(learned))
+    except DatabaseFailed as error:
+        raise LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again") from error
 
 
 @dataclass(slots=True)
@@ -69,10 +104,15 @@ class Crew:
     execution: Execution
     errand: Errand
     carrier: Carrier
-    #: Whether one ended before its work did, killed perhaps, or could not be started. The others are stopped then;
-    #: what is left is another's.
-    lost: bool = False
+    #: Why workers went before their work was done, or could not be started. Unless they have heirs the others are
+    #: stopped then; what is left is another's.
+    lost: list[str] = field(default_factory=list)
     _hands: list[Hand] = field(default_factory=list)
+    #: For how many looks in a row each has told nothing.
+    _silent: dict[Hand, int] = field(default_factory=dict)
+    #: Those who have told anything at all, and those for whom nothing was left to do when they came.
+    _spoke: set[Hand] = field(default_factory=set)
+    _late: set[Hand] = field(default_factory=set)
     _before: Tally = field(default_factory=Tally)
 
     async def run(self, tasks: Sequence[Task]) -> None:
@@ -81,25 +121,28 @@ class Crew:
         self._before = execution.tally
         passing_on: list[asyncio.Task[None]] = []
         try:
-            with self.carrier.sharing(execution.pace) as hire:
+            async with self.carrier.sharing(execution.pace) as hire:
                 try:
                     await self._start_all(hire, tasks)
                     for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
                         passing_on.append(asyncio.create_task(self._pass_on(event, word)))
-                    for hand in self._hands:
-                        await hand.gone.wait()
+                    await self._attend(hire)
                 finally:
                     for passing in passing_on:
                         passing.cancel()
                     await self._dismiss()
                     execution.in_flight = execution.on_the_wire = 0
-        except OSError:  # the system has no room for what they share
-            self.lost = True
+        except OSError as error:  # the system has no room for what they share
+            self.lost.append(error.strerror or str(error))
 
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
         self._say(Word.HURRY)
         self._add_up()  # what was told before is not all that is on the wire
+
+    @property
+    def _present(self) -> list[Hand]:
+        return [hand for hand in self._hands if not hand.gone.is_set()]
 
     async def _start_all(self, hire: Hire, tasks: Sequence[Task]) -> None:
         """Start the workers, and give each its part of the tasks."""
@@ -107,36 +150,73 @@ class Crew:
         try:
             for _ in range(count):
                 self._hands.append(hire(self._hear))
-        except OSError:  # the system has no room for another
-            self.lost = True
+        except OSError as error:  # the system has no room for another
+            self.lost.append(error.strerror or str(error))
         for number, hand in enumerate(self._hands):
             await hand.hand_over(replace(self.errand, tasks=tuple(tasks[number::count])))
-        if self.lost:
+        if self.lost and not self.carrier.heirs:
             self._say(Word.CLOSE)
+
+    async def _attend(self, hire: Hire) -> None:
+        """Wait until all are gone; hire others for those who were lost, where that helps."""
+        spares = SPARES * self.errand.shift.processes
+        replaced = len(self.lost)
+        while present := self._present:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await present[0].gone.wait()
+                continue
+            if not self.carrier.heirs:
+                continue
+            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
+                self._late.update(present)
+                return
+            await self._give_up_silent(present)
+            while replaced < min(len(self.lost), spares) and not self.execution.closing.is_set():
+                replaced += 1
+                with suppress(OSError):
+                    self._hands.append(hand := hire(self._hear))
+                    await hand.hand_over(self.errand)
+
+    async def _give_up_silent(self, present: Sequence[Hand]) -> None:
+        """End those who have said nothing for so long that what they were at is another's by now."""
+        for hand in present:
+            # Looks are counted, not seconds: all are silent while the machine sleeps.
+            self._silent[hand] = self._silent.get(hand, 0) + 1
+            if self._silent[hand] * LOOK_S > (self._lease_s * LEASES if hand in self._spoke else START_S):
+                await hand.end()
+
+    @property
+    def _lease_s(self) -> float:
+        return self.errand.ledger.lease_s if isinstance(self.errand.ledger, Postgres) else inf
 
     def _hear(self, hand: Hand) -> None:
         """Hear how far a worker is, or that it is gone."""
-        if hand.gone.is_set() and not hand.told.ended:
-            self.lost = True
-            self._say(Word.CLOSE)
+        if not hand.gone.is_set():
+            self._spoke.add(hand)
+            self._silent[hand] = 0
+        elif not hand.told.ended and hand not in self._late:
+            self.lost.append(hand.why)
+            if not self.carrier.heirs:
+                self._say(Word.CLOSE)
         self._add_up()
 
     def _add_up(self) -> None:
         """Know of the execution what all of them know."""
         execution, all_told = self.execution, [hand.told for hand in self._hands]
         execution.tally = sum((told.tally for told in all_told), self._before)
-        execution.in_flight = sum(told.in_flight for told in all_told)
+        execution.in_flight = sum(hand.told.in_flight for hand in self._present)
         execution.poll_times = next((told.poll_times for told in all_told if told.poll_times), execution.poll_times)
         for told in all_told:
             for code, (message, hint) in told.reasons.items():
                 execution.reasons.setdefault(code, EnrichError(message, hint))
-            if not self.lost:  # then they close since we say so
+            if self.carrier.heirs or not self.lost:  # else they close since we say so
                 if told.giving_up:
                     execution.giving_up.set()
                 if told.closing:
                     execution.closing.set()
         closing = execution.closing.is_set()
-        execution.on_the_wire = sum(on_the_wire(hand, closing=closing) for hand in self._hands)
+        execution.on_the_wire = sum(on_the_wire(hand, closing=closing) for hand in self._present)
         execution.notify()
 
     async def _pass_on(self, event: asyncio.Event, word: Word) -> None:

@@ -1,4 +1,4 @@
-"""A worker of a crew that is a process of this machine: both ends of the pipe between it and the one that started it.
+"""Workers of a crew that are processes of this machine: both ends of the pipe between one and who started it.
 
 It is started with every signal that could end it blocked: who began the run decides when it ends.
 """
@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from subprocess import DEVNULL
 from typing import IO
 
-from enrich.crew import Hand, Hire
+from enrich.crew import Hand, Hire, shared
 from enrich.pace import Pace
+from enrich.place import Postgres
 from enrich.sharedpace import Slate
 from enrich.signals import CODES
 from enrich.worker import Errand, Told, Word, Worker
@@ -31,7 +32,7 @@ ORPHAN_S = 5.0
 START = "from enrich.hands import main; main()"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Subprocess:
     """A process, as its boss knows it; `pace` is the descriptor of its slate, -1: it needs none."""
 
@@ -67,6 +68,12 @@ class Subprocess:
             if self.listening:
                 self.line.send(word)
 
+    @property
+    def why(self) -> str:
+        """Why it went before its work was done."""
+        code = self.process.poll()
+        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else "a process that ended"
+
     async def end(self) -> None:
         """End it, if it is still there."""
         if not self.gone.is_set():
@@ -85,14 +92,16 @@ class Subprocess:
 
 
 @dataclass(frozen=True, slots=True)
-class OneMachine:
+class AtFile:
     """Processes at a ledger that is a file: they share its lock, and a slate for the pace."""
 
     #: The descriptor that keeps others from the ledger while one of them lives.
     lock: int | None
+    #: What one of them was at is in doubt until all are gone.
+    heirs: bool = False
 
-    @contextmanager
-    def sharing(self, pace: Pace) -> Iterator[Hire]:
+    @asynccontextmanager
+    async def sharing(self, pace: Pace) -> AsyncIterator[Hire]:
         """Let processes that are started meanwhile share the pace. Raises OSError when the system has no room."""
         with _paper() as file:
             slate = Slate(file.fileno())
@@ -103,6 +112,20 @@ class OneMachine:
             finally:
                 vars(pace).update(slate.read())
                 slate.close()
+
+
+@dataclass(frozen=True, slots=True)
+class AtServer:
+    """Processes at a ledger on a server: they have nothing in common but that."""
+
+    ledger: Postgres
+    heirs: bool = True
+
+    @asynccontextmanager
+    async def sharing(self, pace: Pace) -> AsyncIterator[Hire]:
+        """Let processes that are started meanwhile share the pace."""
+        async with shared(self.ledger, pace):
+            yield lambda heard: Subprocess.start(-1, (), heard)
 
 
 def _paper() -> IO[bytes]:
@@ -140,6 +163,7 @@ async def obey(boss: Connection, errand: Errand) -> None:
             worker.obey(boss.recv())
         except (EOFError, OSError):
             loop.remove_reader(boss.fileno())
+            worker.obey(Word.CLOSE)
             orphaned.append(asyncio.create_task(worker.leave_alone(ORPHAN_S)))
 
     async def keep_telling() -> None:

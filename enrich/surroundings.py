@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from enrich.api.credentials import Access
+from enrich.engine import Engine
 from enrich.execution import Timing
 from enrich.job import Job
 from enrich.model import Clock, State, SystemClock, Wish
@@ -62,6 +63,8 @@ class Surroundings:
     show: Callable[[Progress], None] = lambda _: None
     #: Whether what we claimed is surely still ours, where several processes share a ledger.
     holds: Callable[[], bool] = lambda: True
+    #: Who carries the steps; None: this machine alone.
+    engine: Engine | None = None
     #: The descriptor of the ledger's lock, for the processes that work with us.
     lock: int | None = None
 

@@ -1,26 +1,37 @@
 """One worker of a crew: sends and polls, tells how far it is, and obeys.
 
-How it came to be and who it obeys is nothing to it: `hands` starts it as a process of this machine.
+How it came to be, and whom it obeys, is nothing to it. At a ledger that is a file it shares a slate with the others; at
+one on a server it is an owner of its own, by a lease: what others leave behind who are gone it takes on, and when its
+own lease ran out it begins anew.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from pathlib import Path
 
+from enrich.allowance import Allowance
 from enrich.api.client import Client
 from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit
+from enrich.errors import EnrichError, Exit, LeaseLost
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
-from enrich.place import LedgerPlace
+from enrich.pace import Pace
+from enrich.place import LedgerPlace, Postgres
 from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
 from enrich.store.journal import Journal
+from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
+
+#: How often a worker looks for tasks that nobody holds, in seconds.
+ADOPT_S = 1.0
 
 
 class Word(Enum):
@@ -71,13 +82,12 @@ class Worker:
     def __init__(self, errand: Errand) -> None:
         """Make ready; nothing is sent before `work`."""
         self._errand = errand
-        self._slate = Slate(errand.pace)
         self._poller: Poller | None = None
         self._hurried = False
         self._execution = Execution(
             errand.execution,
             SystemClock(errand.clock_offset_ms),
-            SharedPace(self._slate),
+            Pace(None),
             errand.timing,
             in_flight_limit=errand.in_flight_limit,
             result_ttl_s=errand.result_ttl_s,
@@ -104,7 +114,7 @@ class Worker:
 
     async def leave_alone(self, at_most_s: float) -> None:
         """Without anybody to obey write down what is on the wire, and leave."""
-        self._execution.closing.set()
+        self.obey(Word.CLOSE)
         await self._execution.wire_empty(at_most_s)
         self._execution.leave()
 
@@ -124,16 +134,91 @@ class Worker:
 
     async def work(self) -> None:
         """Do the errand; what goes wrong is told."""
-        errand, execution, timing = self._errand, self._execution, self._errand.timing
+        place = self._errand.ledger
         try:
-            with closing(Ledger(errand.ledger)) as ledger:
-                client = Client(errand.access, execution.clock, post_s=timing.post_s, get_s=timing.get_s)
-                async with client, Journal(ledger, self._slate.turn) as journal:
-                    self._poller = errand.shift.poller(execution, journal, client)
-                    self._poller.adopt(errand.tasks, asked_before=True)
-                    if self._hurried:
-                        self._poller.hurry()
-                    await errand.shift.work(self._poller)
+            await (self._work_on_server(place) if isinstance(place, Postgres) else self._work_in_file(place))
         except EnrichError as error:
             # 5 promises that nothing was spent.
-            execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
+            self._execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
+
+    async def _work_in_file(self, path: Path) -> None:
+        """Share the ledger with processes of this machine, which write in turn."""
+        slate = Slate(self._errand.pace)
+        self._execution.pace = SharedPace(slate)
+        with closing(Ledger(path)) as ledger:
+            async with self._client() as client, Journal(ledger, slate.turn) as journal:
+                poller = self._new_poller(journal, client)
+                poller.adopt(self._errand.tasks, asked_before=True)
+                await self._errand.shift.work(poller)
+
+    async def _work_on_server(self, place: Postgres) -> None:
+        """Share the ledger with whoever has a lease; begin anew when ours was lost."""
+        execution = self._execution
+        with Allowance(place) as execution.pace:
+            while not await self._live(place) and not execution.closing.is_set():
+                execution.in_flight = execution.on_the_wire = 0
+
+    async def _live(self, place: Postgres) -> bool:
+        """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
+        execution = self._execution
+        try:
+            with Lease(place) as lease, closing(Ledger(place, fence=lease.fence)) as ledger:
+                execution.clock, execution.holds = lease, lease.holds
+                async with self._client() as client, Journal(ledger) as journal:
+                    if not await journal.do(_goes_on, execution.id):
+                        return True
+                    tasks = await self._free(journal)
+                    while tasks := await self._send(journal, client, tasks):
+                        pass
+        except LeaseLost:
+            return False
+        return True
+
+    async def _send(self, journal: Journal, client: Client, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Submit and poll, also what others leave behind meanwhile; return what they left in the last moment."""
+        execution, ended = self._execution, asyncio.Event()
+        late: list[Task] = []
+        poller = self._new_poller(journal, client)
+        poller.adopt(tasks, asked_before=True)
+
+        async def send() -> None:
+            try:
+                await self._errand.shift.work(poller)
+            finally:
+                ended.set()
+
+        async def keep_adopting() -> None:
+            while not ended.is_set():
+                await execution.pause(ADOPT_S, ended)
+                found = await self._free(journal)
+                if ended.is_set():
+                    late.extend(found)
+                else:
+                    poller.adopt(found, asked_before=True)
+
+        await execution.until_leaving(send(), keep_adopting())
+        return late
+
+    async def _free(self, journal: Journal) -> Sequence[Task]:
+        """Take tasks that nobody holds, as many as there is room for."""
+        execution = self._execution
+        room = execution.in_flight_limit - execution.in_flight - execution.on_the_wire
+        if room <= 0 or self._hurried or execution.giving_up.is_set():
+            return ()
+        return await journal.do(Ledger.adopt, room)
+
+    def _client(self) -> Client:
+        timing = self._errand.timing
+        return Client(self._errand.access, self._execution.clock, post_s=timing.post_s, get_s=timing.get_s)
+
+    def _new_poller(self, journal: Journal, client: Client) -> Poller:
+        poller = self._poller = self._errand.shift.poller(self._execution, journal, client)
+        if self._hurried:
+            poller.hurry()
+        return poller
+
+
+def _goes_on(ledger: Ledger, execution_id: int) -> bool:
+    """Tell whether an execution is still at work: a worker that was asleep may wake up long after."""
+    newest = ledger.executions(last=1)[0]
+    return bool(newest["id"] == execution_id and newest["ended_ms"] is None)
