@@ -63,7 +63,7 @@ def test_names_of_folders_become_columns(tmp_path: Path) -> None:
     names = ("country=DE/day=1/a.csv", "country=FR%2FGP/day=2/a.csv", "country=__HIVE_DEFAULT_PARTITION__/day=/a.csv")
     folder = lay(tmp_path / "year=2026", *names)
     source = opened(folder)
-    assert list(source.schema.items()) == [(name, pl.String) for name in ("A", "B", "country", "day")]
+    assert list(source.schema.items()) == [(name, pl.String()) for name in ("A", "B", "country", "day")]
     assert read(folder) == [("1", "2", "DE", "1"), ("3", "4", "FR/GP", "2"), ("5", "6", None, "")]
     assert [row[2:] for row in read(folder / "country=*" / "day=*" / "a.csv")] == [row[2:] for row in read(folder)]
     assert read(folder / "country=DE") == [("1", "2", "1")]
