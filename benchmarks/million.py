@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded
@@ -121,15 +122,16 @@ def write_ledger(job_file: Path, others: int) -> None:
     from enrich.store.ledger import Ledger  # noqa: PLC0415
 
     job = load_job(job_file)
-    with closing(Ledger(job.ledger_path)) as ledger, ledger.transaction():
+    with closing(Ledger(job.ledger)) as ledger, ledger.transaction():
         question = remembered(ledger, job)
-        ledger._db.execute(OTHERS, {"others": others}) if others else None
+        db: Any = ledger._db
+        db.execute(OTHERS, {"others": others}) if others else None
         for batch in Rows(job).batches(question):
             ledger.enroll(question.call, batch.asked())
         now = int(time.time() * 1000)
         known = {"execution": ledger.executions(last=1)[0]["id"], "now": now, "found": FOUND, "missed": MISSED}
         for statement in ANSWERED.split(";\n"):
-            ledger._db.execute(statement, known)
+            db.execute(statement, known)
 
 
 def by_csv(source: Path, target: Path) -> None:

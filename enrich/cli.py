@@ -71,7 +71,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _unforeseen(error: Exception, *, as_json: bool) -> int:
-    from enrich.store.database import RESTORE, tells_of_damage
+    from enrich.store.sqlite import RESTORE, tells_of_damage
 
     if tells_of_damage(error):
         return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)

@@ -14,6 +14,7 @@ from enrich.api.waterfall import Waterfall
 from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
 from enrich.model import to_micros
+from enrich.place import Postgres
 from enrich.question import Question, default_providers, make_question
 from enrich.store.ledger import Ledger
 
@@ -98,7 +99,7 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
         bound = memory.bound_to.get(name)
         if None not in (bound, value) and bound != value:
             raise JobError(
-                f"{job.ledger_path}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
+                f"{job.ledger}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
                 "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
             )
     waterfall = await _waterfall(client, job, at_most_s)
@@ -143,18 +144,18 @@ def _listed(providers: list[int]) -> str:
 
 def _beside_others(job: Job) -> list[str]:
     """Announce a new ledger beside others: a renamed job would pay again."""
-    sandbox = job.ledger_path.name.endswith(SANDBOX_SUFFIX)
+    if isinstance(job.ledger, Postgres):
+        return []
+    sandbox = job.ledger.name.endswith(SANDBOX_SUFFIX)
     others = [
         path.name
-        for path in job.ledger_path.parent.glob("*.db")
-        if path != job.ledger_path
-        and path.name.endswith(SANDBOX_SUFFIX) is sandbox
-        and not path.name.endswith(".api.db")
+        for path in job.ledger.parent.glob("*.db")
+        if path != job.ledger and path.name.endswith(SANDBOX_SUFFIX) is sandbox and not path.name.endswith(".api.db")
     ]
     if not others:
         return []
     note = (
-        f"a new ledger is made, {job.ledger_path}, beside {', '.join(sorted(others))}: "
+        f"a new ledger is made, {job.ledger}, beside {', '.join(sorted(others))}: "
         "what those have answered is paid for again, unless `ledger:` in the job file names one of them"
     )
     return [note]
@@ -167,6 +168,6 @@ def remembered(ledger: Ledger, job: Job) -> Question:
     """
     known = ledger.waterfall(job.model.waterfall)
     if known is None:
-        raise Refused(f"{job.ledger_path}: this job has never run: its ledger knows nothing", "enrich run it first")
+        raise Refused(f"{job.ledger}: this job has never run: its ledger knows nothing", "enrich run it first")
     description, providers = known
     return make_question(job, Waterfall.model_validate(description), providers or [])

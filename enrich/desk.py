@@ -241,7 +241,7 @@ class Desk:
         errand = Errand(
             self._shift(processes),
             self.around.access,
-            self.around.ledger.path,
+            self.around.ledger.place,
             execution.id,
             self.around.timing,
             execution.in_flight_limit // processes,

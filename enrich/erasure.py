@@ -16,6 +16,7 @@ from enrich.model import OPEN, SystemClock
 from enrich.privacy import make_key
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.tables.cells import text_frame
 
@@ -42,7 +43,7 @@ def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> 
         if not found or not confirm(len(found)):
             return 0
         ledger.forgotten()  # refuses when the key to earlier ones is gone: a new one would not know them
-        key = make_key(job.ledger_path)
+        key = make_key(job.ledger)
         with ledger.transaction():
             # What was purged has no params any more; then the input tells them.
             told = (
@@ -63,15 +64,15 @@ def purge(job: Job, older_than: timedelta) -> int:
 @contextmanager
 def _opened(job: Job) -> Iterator[Ledger]:
     """Open the ledger so that what is erased is gone from the file, too."""
-    if not job.ledger_path.exists():
-        raise Refused(f"{job.ledger_path}: there is no ledger: this job has never run")
-    ledger = Ledger(job.ledger_path)
+    if not exists(job.ledger):
+        raise Refused(f"{job.ledger}: there is no ledger: this job has never run")
+    ledger = Ledger(job.ledger)
     try:
         ledger.erase_for_good()
         yield ledger
         if not ledger.empty_journal():
             raise Refused(
-                f"{job.ledger_path} is being read, by `enrich report` perhaps: what was erased is still in the file",
+                f"{job.ledger} is being read, by `enrich report` perhaps: what was erased is still in the file",
                 "when that has ended, the same command again takes it out",
             )
     finally:

@@ -9,6 +9,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── Interrupted    130,143  a signal ended it
 ├── CanaryStopped      15     the first answers look wrong: nothing more is bought
 ├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
+├── LeaseLost           4     this process was silent for too long: others go on with what it was at
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
@@ -115,6 +116,21 @@ class CanaryStopped(EnrichError):
 
 class LedgerFailed(EnrichError):
     """The ledger could not be written in the middle of an execution."""
+
+
+class LeaseLost(EnrichError):
+    """This process was silent for too long: what it was at is another's now."""
+
+    exit_code = Exit.API
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this process was silent for too long, and what it was at was given to others",
+            "run the same command again: it goes on where the ledger stands",
+        )
+
+    def __reduce__(self) -> tuple[type[LeaseLost], tuple[()]]:
+        return LeaseLost, ()
 
 
 class Interrupted(EnrichError):

@@ -15,13 +15,27 @@ from pydantic import BaseModel, ValidationError
 from enrich.errors import JobError
 from enrich.fields import MOST_CREDITS
 from enrich.jobfile import Document
-from enrich.place import STDIN, Place, Url, format_of, is_dataset, is_pattern, locate, locate_input
+from enrich.place import (
+    SANDBOX,
+    STDIN,
+    LedgerPlace,
+    Place,
+    Postgres,
+    Url,
+    for_sandbox,
+    format_of,
+    is_dataset,
+    is_pattern,
+    locate,
+    locate_input,
+    locate_ledger,
+)
 from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh, Report
 
 _Table = TypeVar("_Table", Input, Output)
 
 #: The ledger of `--sandbox` lies beside the real one.
-SANDBOX_SUFFIX = ".sandbox.db"
+SANDBOX_SUFFIX = f".{SANDBOX}.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
@@ -31,7 +45,7 @@ class Overrides:
 
     input: Path | str | None = None
     output: Path | str | None = None
-    ledger: Path | None = None
+    ledger: Path | str | None = None
     max_credits: float | None = None
     sandbox: bool = False
 
@@ -47,7 +61,7 @@ class Job:
     input_path: Place
     output: Output
     output_base: Path
-    ledger_path: Path
+    ledger: LedgerPlace
 
     @property
     def max_credits(self) -> float | None:
@@ -84,7 +98,8 @@ class Job:
         named = {"rejects": model.rejects, "changes": model.changes}
         feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
         taken: dict[str, Place] = {"output": self.output_path(now), "the job file": self.document.path}
-        taken["ledger"] = self.ledger_path
+        if not isinstance(self.ledger, Postgres):
+            taken["ledger"] = self.ledger
         taken |= {key: self.path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))}
         for kind, place in feeds.items():
             self._check_apart(kind, place, taken)
@@ -140,9 +155,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     output = model.output or Output(path=f"{_stem(input_path, name)}_enriched.csv")
     if overrides.output is not None:
         output = _elsewhere(output, overrides.output)
-    ledger = _absolute(home, model.ledger or f".enrich/{name}.db")
-    if overrides.sandbox:
-        ledger = ledger.with_name(ledger.stem + SANDBOX_SUFFIX)
+    ledger = _ledger(document, overrides, home, model.ledger or f".enrich/{name}.db")
     job = Job(
         model=model,
         document=document,
@@ -151,7 +164,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         input_path=input_path,
         output=output,
         output_base=Path.cwd() if overrides.output else home,
-        ledger_path=overrides.ledger.absolute() if overrides.ledger else ledger,
+        ledger=ledger,
     )
     _check_written(job, home)
     return job
@@ -178,6 +191,20 @@ def _check_written(job: Job, home: Path) -> None:
         place = _place(job.document, "report", home, model.report.path)
         if isinstance(place, Url) or place.suffix.lower() not in (".html", ".htm"):
             raise job.error(["report"], f"`{model.report.path}` is no HTML file on this machine", "as in report.html")
+
+
+def _ledger(document: Document, overrides: Overrides, home: Path, named: str) -> LedgerPlace:
+    """Find the ledger. Raises JobError for a URL of no use."""
+    given = overrides.ledger
+    try:
+        if given is not None:
+            told = locate_ledger(Path.cwd(), given, home / ".enrich")
+            return for_sandbox(told) if overrides.sandbox and isinstance(told, Postgres) else told
+        ledger = locate_ledger(home, named, home / ".enrich")
+    except ValueError as error:
+        where = "--ledger" if given is not None else f"{document.path}:{document.line(['ledger'])}: ledger"
+        raise JobError(f"{where}: {error}") from error
+    return for_sandbox(ledger) if overrides.sandbox else ledger
 
 
 def _input(known: Input, path: Path | str | None) -> Input:

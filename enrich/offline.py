@@ -11,6 +11,7 @@ from enrich.job import Job
 from enrich.question import Question
 from enrich.receipt import Receipt
 from enrich.rows import Rows
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, wish
 from enrich.tables.writing import prepare
@@ -21,9 +22,9 @@ def collect_offline(job: Job, *, partial: bool) -> Receipt:
 
     Raises Refused when rows are pending and `partial` is not set, or when the job never ran.
     """
-    if not job.ledger_path.exists():
-        raise Refused(f"{job.ledger_path}: there is no ledger: this job has never run", "enrich run it first")
-    ledger = Ledger(job.ledger_path, read_only=True)
+    if not exists(job.ledger):
+        raise Refused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
+    ledger = Ledger(job.ledger, read_only=True)
     try:
         question = remembered(ledger, job)
         now = datetime.now().astimezone()

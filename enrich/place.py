@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 Format = Literal["csv", "jsonl", "parquet", "xlsx"]
 
@@ -49,6 +50,69 @@ class Url:
 
 
 Place = Path | Url
+
+#: The schema of a ledger whose URL names none.
+SCHEMA = "enrich"
+#: What `--sandbox` keeps apart.
+SANDBOX = "sandbox"
+_POSTGRES = ("postgresql", "postgres")
+_SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,52}")
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A ledger in a PostgreSQL database: how libpq finds that, and the schema of the ledger's tables.
+
+    `folder` is where on this machine what belongs to the ledger and is not in it lies. No password is known here:
+    libpq finds it in the environment or in `~/.pgpass`.
+    """
+
+    conninfo: str
+    schema: str
+    folder: Path
+
+    def __str__(self) -> str:
+        sign = "&" if "?" in self.conninfo else "?"
+        return f"{self.conninfo}{sign}schema={self.schema}"
+
+
+LedgerPlace = Path | Postgres
+
+
+def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
+    """Find what a path or a URL of a ledger means; `beside` is the folder for what belongs to one in a database.
+
+    Raises ValueError for a URL of no use.
+    """
+    match = _URL.fullmatch(str(named))
+    if match is None:
+        return Path(os.path.normpath(base / named))
+    if match[1].lower() not in _POSTGRES:
+        raise ValueError(f"`{match[1]}://` keeps no ledger: use a file, or postgresql://")
+    url = urlsplit(str(named))
+    query = parse_qsl(url.query, keep_blank_values=True)
+    if url.password is not None or any(name in ("password", "passfile") for name, _ in query):
+        raise ValueError("a URL holds no password: set PGPASSWORD, or keep it in ~/.pgpass")
+    schema = next((value for name, value in query if name == "schema"), SCHEMA)
+    if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
+        raise ValueError(f"`{schema}` is no name for a schema: use small letters, digits and `_`")
+    told = urlencode([(name, value) for name, value in query if name != "schema"], quote_via=quote)
+    conninfo = f"postgresql://{url.netloc}{url.path}" + (f"?{told}" if told else "")
+    return Postgres(conninfo, schema, beside)
+
+
+def for_sandbox(ledger: LedgerPlace) -> LedgerPlace:
+    """Name the ledger that `--sandbox` keeps instead of one."""
+    if isinstance(ledger, Postgres):
+        return replace(ledger, schema=f"{ledger.schema}_{SANDBOX}")
+    return ledger.with_name(f"{ledger.stem}.{SANDBOX}.db")
+
+
+def beside(ledger: LedgerPlace, ending: str) -> Path:
+    """Name a file that lies beside a ledger."""
+    if isinstance(ledger, Postgres):
+        return ledger.folder / f"{ledger.schema}{ending}"
+    return ledger.with_name(f"{ledger.name}{ending}")
 
 
 def locate(base: Path, named: str | Path) -> Place:

@@ -25,6 +25,7 @@ from enrich.planfile import FrozenPlan, ground
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.spec import Output
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
 from enrich.surroundings import Options, wish
@@ -59,7 +60,7 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
         question = connection.question
         budget = make_budget(job, question, connection.balance)
         counts = dict.fromkeys(WHY, 0)
-        at_work = bool(is_held(job.ledger_path))
+        at_work = bool(is_held(job.ledger))
         ledger.begin_pass(replace(wish(job, options, now_ms), killed=not at_work))
         total = asked = 0
         for batch in rows.batches(question, rows.order()):
@@ -106,8 +107,8 @@ def _notes(job: Job, connection: Connection, to_submit: int, *, at_work: bool) -
 def _ledger(job: Job) -> Iterator[Ledger]:
     """Look into the job's ledger, or into an empty one where there is none yet."""
     with TemporaryDirectory() as folder:
-        known = job.ledger_path.exists()
-        ledger = Ledger(job.ledger_path if known else Path(folder) / "none.db", read_only=known)
+        known = exists(job.ledger)
+        ledger = Ledger(job.ledger if known else Path(folder) / "none.db", read_only=known)
         with closing(ledger):
             yield ledger
 

@@ -61,7 +61,7 @@ class FrozenPlan(BaseModel):
 
 def ground(job: Job, question: Question, waterfall: Waterfall, rows: Rows) -> Ground:
     """Gather what must not change between the plan and the run."""
-    resolved = [job.name, job.model.model_dump_json(), str(job.ledger_path)]
+    resolved = [job.name, job.model.model_dump_json(), str(job.ledger)]
     providers, verifier = asked(question, waterfall)
     return Ground(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),

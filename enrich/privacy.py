@@ -15,6 +15,7 @@ import polars as pl
 
 from enrich.domains import domain
 from enrich.errors import Refused
+from enrich.place import LedgerPlace, beside
 
 #: An e-mail address, alone in a cell or among other text.
 _ADDRESS = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
@@ -110,12 +111,12 @@ class Forgotten:
 _KEY_BYTES = 32
 
 
-def key_path(ledger: Path) -> Path:
+def key_path(ledger: LedgerPlace) -> Path:
     """Where the key to a ledger's hashes lies: beside it, so that a copy of the ledger alone tells nobody."""
-    return ledger.with_name(ledger.name + ".key")
+    return beside(ledger, ".key")
 
 
-def read_key(ledger: Path, known_by: str | None) -> bytes:
+def read_key(ledger: LedgerPlace, known_by: str | None) -> bytes:
     """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
     path = key_path(ledger)
     try:
@@ -132,10 +133,11 @@ def read_key(ledger: Path, known_by: str | None) -> bytes:
     )
 
 
-def make_key(ledger: Path) -> bytes:
+def make_key(ledger: LedgerPlace) -> bytes:
     """Read the key, or make one (0600), whole or not at all."""
     path = key_path(ledger)
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.unlink(missing_ok=True)
         with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:

@@ -11,13 +11,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from enrich.api.client import Client
 from enrich.api.credentials import Access
 from enrich.errors import EnrichError, Exit
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
+from enrich.place import LedgerPlace
 from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
@@ -45,7 +45,7 @@ class Errand:
 
     shift: Shift
     access: Access
-    ledger: Path
+    ledger: LedgerPlace
     execution: int
     timing: Timing
     in_flight_limit: int

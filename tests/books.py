@@ -6,10 +6,10 @@ import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from enrich.model import Answer, Call, Claim, State, Wanted, Wish
+from enrich.place import LedgerPlace
 from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
@@ -43,13 +43,13 @@ def wanted(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
 class Books:
     """A ledger of which every move is committed by itself."""
 
-    path: Path
+    path: Any
     ledger: Ledger
     execution: int = 0
     now: int = 1_000
 
     @classmethod
-    def open(cls, path: Path) -> Books:
+    def open(cls, path: LedgerPlace) -> Books:
         """Open a ledger, as an execution does."""
         return cls(path, Ledger(path))
 
@@ -140,3 +140,9 @@ class Books:
         """Be killed, and start again."""
         self.ledger.close()
         self.ledger = Ledger(self.path)
+
+
+def file_of(ledger: Ledger) -> sqlite3.Connection:
+    """Look behind a ledger that is a file."""
+    assert isinstance(ledger._db, sqlite3.Connection)
+    return ledger._db

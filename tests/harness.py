@@ -206,8 +206,8 @@ class Office:
     def run(self, api: Api, options: Options | None = None, timing: Timing | None = None, **around: Any) -> Receipt:
         """Run the job in this process, with any patience."""
         job = load_job(self.job_file)
-        with _asking_soon(), hold(job.ledger_path, 0):
-            ledger = Ledger(job.ledger_path)
+        with _asking_soon(), hold(job.ledger, 0):
+            ledger = Ledger(job.ledger)
             try:
                 return run(
                     Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options()

@@ -23,7 +23,7 @@ from enrich.rows import Rows
 from enrich.store.ledger import Ledger
 from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
-from tests.books import FOUND, Books, wanted
+from tests.books import FOUND, Books, file_of, wanted
 
 CALL = Call("email_getter", (833, 966), 10)
 JOB = """\
@@ -139,9 +139,9 @@ def statements(ledger: Ledger, work: Callable[[], object]) -> int:
         nonlocal count
         count += 1
 
-    ledger._db.set_trace_callback(heard)
+    file_of(ledger).set_trace_callback(heard)
     work()
-    ledger._db.set_trace_callback(None)
+    file_of(ledger).set_trace_callback(None)
     return count
 
 

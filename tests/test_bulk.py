@@ -589,7 +589,7 @@ def age(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a ledger as the version before bundles would have."""
     newer = ledger.rename(ledger.with_name("newer.db"))
     with monkeypatch.context() as older:
-        older.setattr("enrich.store.database.MIGRATIONS", MIGRATIONS[:2])
+        older.setattr("enrich.store.sqlite.MIGRATIONS", MIGRATIONS[:2])
         Database(ledger).close()
     with closing(sqlite3.connect(ledger)) as db:
         db.execute("ATTACH ? AS newer", (str(newer),))

@@ -19,7 +19,7 @@ from enrich.model import State
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books
+from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, file_of
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_moves_that_come_together_share_a_commit(books: Books) -> None:
             asked.set()
             await asyncio.gather(*moves)
 
-    books.ledger._db.set_trace_callback(statements.append)
+    file_of(books.ledger).set_trace_callback(statements.append)
     asyncio.run(scene())
 
     assert statements.count("COMMIT") == 2
@@ -132,7 +132,7 @@ def test_what_comes_together_is_told_in_one(books: Books) -> None:
             await slow
             return list(await asyncio.gather(*states))
 
-    books.ledger._db.set_trace_callback(statements.append)
+    file_of(books.ledger).set_trace_callback(statements.append)
     assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
     assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
     assert books.money == (2 * COST, 0, 0, 4)
@@ -195,7 +195,7 @@ def test_32_requests_take_less_than_a_statement_each(books: Books, *, bulk: bool
                 )
                 await asyncio.gather(*moves)
 
-    books.ledger._db.set_trace_callback(statements.append)
+    file_of(books.ledger).set_trace_callback(statements.append)
     asyncio.run(scene())
 
     assert len(statements) < 32, statements

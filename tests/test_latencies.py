@@ -54,7 +54,7 @@ def test_a_ledger_of_the_version_before_is_brought_up_to_date(tmp_path: Path, mo
     """It knows nothing of latencies, and learns."""
     path = tmp_path / "ledger.db"
     with monkeypatch.context() as older:
-        older.setattr("enrich.store.database.MIGRATIONS", schema.MIGRATIONS[:2])
+        older.setattr("enrich.store.sqlite.MIGRATIONS", schema.MIGRATIONS[:2])
         Database(path).close()
     with closing(Ledger(path)) as ledger:
         assert ledger.latencies(CALL) == []

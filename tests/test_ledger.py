@@ -13,10 +13,10 @@ import pytest
 
 from enrich.errors import Refused
 from enrich.model import Answer, State, Task, Wanted
-from enrich.store import database, schema
+from enrich.store import schema, sqlite
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, params, wanted
+from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, file_of, params, wanted
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ class TestFile:
             *schema.MIGRATIONS,
             lambda db: db.execute("CREATE TABLE more (x) STRICT" if broken else "CREATE TABLE more (x INTEGER) STRICT"),
         ]
-        monkeypatch.setattr(database, "MIGRATIONS", steps)
+        monkeypatch.setattr(sqlite, "MIGRATIONS", steps)
         broken = True
         with pytest.raises(Refused, match=r"ledger\.db: .*older"):
             Ledger(books.path, read_only=True)
@@ -626,7 +626,7 @@ class TestFile:
     def test_no_move_reads_a_whole_table(self, books: Books) -> None:
         """With millions of requests, every move finds its rows by an index."""
         statements: dict[str, None] = {}
-        books.ledger._db.set_trace_callback(statements.setdefault)
+        file_of(books.ledger).set_trace_callback(statements.setdefault)
         books.do(Ledger.recover, 1)
         books.start()
         books.enroll([1, 2, 3], retry={State.FAILED}, stale={State.FOUND: 1})
@@ -637,7 +637,7 @@ class TestFile:
         books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
         books.ledger.tasks()
         list(books.ledger.standing(wanted([1])))
-        books.ledger._db.set_trace_callback(None)
+        file_of(books.ledger).set_trace_callback(None)
 
         plans: dict[str, list[str]] = {}
         for sql in statements:
@@ -660,9 +660,9 @@ class TestFile:
         books.settle(carried)
         books.settle(books.submit("new"))
         statements: dict[str, None] = {}
-        books.ledger._db.set_trace_callback(statements.setdefault)
+        file_of(books.ledger).set_trace_callback(statements.setdefault)
         moved = books.ledger.movements(books.execution)
-        books.ledger._db.set_trace_callback(None)
+        file_of(books.ledger).set_trace_callback(None)
 
         assert sorted(moved) == [
             ("known", 0, 1, COST, PRICE),

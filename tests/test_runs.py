@@ -16,7 +16,7 @@ from tests.harness import Api, Office, people, serving
 
 def books_of(office: Office) -> Books:
     """Open the ledger of the office's job."""
-    return Books.open(load_job(office.job_file).ledger_path)
+    return Books.open(load_job(office.job_file).ledger)
 
 
 def test_a_job_that_never_ran_says_so(office: Office) -> None:

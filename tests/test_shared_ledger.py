@@ -124,7 +124,7 @@ def test_the_queue_of_one_job_is_not_paid_for_by_the_other(api: Api, alpha: Offi
 def test_one_at_a_time(api: Api, alpha: Office, beta: Office) -> None:
     """The ledger is locked for all of its jobs."""
     alpha.write_leads(people(1))
-    with hold(load_job(alpha.job_file).ledger_path, 0):
+    with hold(load_job(alpha.job_file).ledger, 0):
         assert beta.command("run", "beta.yaml", api=api).code == LedgerLocked.exit_code
 
 

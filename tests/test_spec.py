@@ -112,7 +112,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert job.name == "Leads of May"
     assert job.input_path == tmp_path / "leads.csv"
     assert job.output_path(datetime(2026, 11, 1).astimezone()) == tmp_path / "leads_enriched.csv"
-    assert job.ledger_path == tmp_path / ".enrich/Leads of May.db"
+    assert job.ledger == tmp_path / ".enrich/Leads of May.db"
     assert (job.input.separator, job.input.encoding, job.output.separator, job.output.encoding) == (",", "utf-8") * 2
     assert (model.enrichments, model.email_verifier, model.columns, model.where) == (None, None, None, None)
     assert (model.only_if_empty, model.dedupe) == ([], True)
@@ -416,7 +416,7 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_the_command_to_the_wo
     now = datetime(2026, 11, 1).astimezone()
 
     job = job_of(tmp_path, text, name="jobs/job.yaml")
-    assert (job.input_path, job.output_path(now), job.ledger_path) == (
+    assert (job.input_path, job.output_path(now), job.ledger) == (
         tmp_path / "in/leads.csv",
         tmp_path / "out/x.csv",
         tmp_path / "state/x.db",
@@ -425,7 +425,8 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_the_command_to_the_wo
     job = job_of(tmp_path, text, told, name="jobs/job.yaml")
     monkeypatch.chdir(tmp_path)
     assert (job.input_path, job.output_path(now)) == (elsewhere / "a.csv", elsewhere / "b/c.parquet")
-    assert job.ledger_path.resolve() == tmp_path / "d.db"
+    assert isinstance(job.ledger, Path)
+    assert job.ledger.resolve() == tmp_path / "d.db"
     absolute = job_of(tmp_path, f"{BASE}output: {tmp_path}/o.csv\n", Overrides(input=tmp_path / "i.csv"))
     assert (absolute.input_path, absolute.output_path(now)) == (tmp_path / "i.csv", tmp_path / "o.csv")
 
@@ -474,9 +475,9 @@ def test_the_output_is_named_for_the_input(tmp_path: Path, leads: str, name: str
 def test_the_sandbox_has_a_ledger_of_its_own(tmp_path: Path) -> None:
     """What play money bought is never taken for the real thing."""
     sandbox = Overrides(sandbox=True)
-    assert job_of(tmp_path, BASE, sandbox).ledger_path == tmp_path / ".enrich/job.sandbox.db"
-    assert job_of(tmp_path, f"{BASE}name: leads\n", sandbox).ledger_path == tmp_path / ".enrich/leads.sandbox.db"
-    assert job_of(tmp_path, f"{BASE}ledger: a.db\n", sandbox).ledger_path == tmp_path / "a.sandbox.db"
+    assert job_of(tmp_path, BASE, sandbox).ledger == tmp_path / ".enrich/job.sandbox.db"
+    assert job_of(tmp_path, f"{BASE}name: leads\n", sandbox).ledger == tmp_path / ".enrich/leads.sandbox.db"
+    assert job_of(tmp_path, f"{BASE}ledger: a.db\n", sandbox).ledger == tmp_path / "a.sandbox.db"
 
 
 def test_the_command_line_has_the_last_word_about_the_cap(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ DAY_MS = 86_400_000
 
 def open_books(office: Office) -> Books:
     """Open the ledger of the office's job, as a run does."""
-    return Books.open(load_job(office.job_file).ledger_path)
+    return Books.open(load_job(office.job_file).ledger)
 
 
 def test_a_job_that_never_ran_has_a_status(office: Office) -> None:

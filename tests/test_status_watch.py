@@ -217,7 +217,7 @@ def test_a_terminal_gets_what_it_can_show(
 
 def written(office: Office, told: Pulse) -> Books:
     """Open a ledger with an execution that has this pulse."""
-    books = Books.open(load_job(office.job_file).ledger_path)
+    books = Books.open(load_job(office.job_file).ledger)
     books.now = NOW
     books.start()
     books.do(Ledger.write_pulse, books.execution, told.model_dump_json())
@@ -258,7 +258,7 @@ def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
 
 def test_the_ledger_of_an_older_version_can_be_watched(office: Office) -> None:
     """The night's run will bring it up to date; until then its executions have no pulse."""
-    books = Books.open(load_job(office.job_file).ledger_path)
+    books = Books.open(load_job(office.job_file).ledger)
     books.start()
     books.do(Ledger.end_execution, books.execution, 0, {}, NOW)
     books.ledger.close()

@@ -169,7 +169,7 @@ def test_an_older_ledger_can_be_copied_before_it_is_migrated(tmp_path: Path, mon
     office.write_job()
     office.ledger_path.parent.mkdir()
     with monkeypatch.context() as older:
-        older.setattr("enrich.store.database.MIGRATIONS", MIGRATIONS[:1])
+        older.setattr("enrich.store.sqlite.MIGRATIONS", MIGRATIONS[:1])
         Database(office.ledger_path).close()
 
     done = office.command("ledger", "backup", "job.yaml", "copy.db")

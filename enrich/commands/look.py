@@ -22,7 +22,7 @@ from enrich.commands import options
 )
 @options.AS_JSON
 def status(
-    job_file: Path, ledger: Path | None, use_sandbox: bool, watching: bool, every: float | None, as_json: bool
+    job_file: Path, ledger: str | None, use_sandbox: bool, watching: bool, every: float | None, as_json: bool
 ) -> int:
     """Show what the ledger of JOB knows: counts, credits, what expires when, past executions.
 
@@ -53,7 +53,7 @@ def status(
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
 @click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
 @options.AS_JSON
-def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
+def reconcile(job_file: Path, ledger: str | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
     """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
     from enrich.look.reconcile import lines, reconcile_job
 
@@ -69,7 +69,7 @@ def reconcile(job_file: Path, ledger: Path | None, use_sandbox: bool, since: int
 @click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.AS_JSON
-def runs(job_file: Path, last: int, ledger: Path | None, use_sandbox: bool, as_json: bool) -> None:
+def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_json: bool) -> None:
     """List the executions of JOB, newest first (times are UTC)."""
     from enrich.look.runs import lines, read_runs
 
@@ -90,7 +90,7 @@ def explain(
     row: int | None,
     match: str | None,
     input_path: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     as_json: bool,
 ) -> None:

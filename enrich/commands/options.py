@@ -60,7 +60,7 @@ INPUT = click.option("--input", "input_path", metavar="FILE", help="Read this fi
 PATHS = (
     INPUT,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
-    click.option("--ledger", type=FILE, help="Use this ledger instead of the job's."),
+    click.option("--ledger", metavar="FILE", help="Use this ledger, or postgresql://…, instead of the job's."),
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
 )
 
@@ -94,14 +94,17 @@ def load(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     max_credits: float | None = None,
 ) -> Job:
-    """Read the job file, with what the command line says instead."""
+    """Read the job file, with what the command line and `ENRICH_LEDGER` say instead."""
     from enrich.job import Overrides, load_job
 
-    return load_job(job_file, Overrides(input_path, output, ledger, max_credits, use_sandbox))
+    return load_job(
+        job_file,
+        Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
+    )
 
 
 @contextmanager
@@ -115,6 +118,8 @@ def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
         return
     from pydantic import SecretStr
 
+    from enrich.place import beside
+
     try:
         from enrich.sandbox.server import embedded
     except ModuleNotFoundError as error:
@@ -125,7 +130,7 @@ def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
 
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
-            state = job.ledger_path.with_suffix(".api.db")
+            state = job.ledger.with_suffix(".api.db") if isinstance(job.ledger, Path) else beside(job.ledger, ".api.db")
             state.parent.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(embedded(state))
         yield Access(server.base_url, SecretStr(server.api_key))

@@ -34,7 +34,7 @@ def report(
     compare: str | None,
     with_rows: bool,
     input_path: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     as_json: bool,
 ) -> None:

@@ -61,7 +61,7 @@ def run(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     limit: int | None,
     sample: int | None,
@@ -146,9 +146,9 @@ def _run(
     from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
-        lock = stack.enter_context(hold(job.ledger_path, wait_s))
+        lock = stack.enter_context(hold(job.ledger, wait_s))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
-        store = Ledger(job.ledger_path)
+        store = Ledger(job.ledger)
         stack.callback(store.close)
         bar = Bar() if on_terminal else None
 
@@ -211,7 +211,7 @@ def plan(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     limit: int | None,
     sample: int | None,
@@ -232,8 +232,8 @@ def plan(
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
     wishes = Options(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    if freeze is not None and is_held(job.ledger_path):
-        raise LedgerLocked(f"{job.ledger_path}: a run is at work, so no plan can be kept to", "freeze one after it")
+    if freeze is not None and is_held(job.ledger):
+        raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
     with options.access(job, use_sandbox=use_sandbox) as access:
         planned, frozen = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
     if freeze is not None:
@@ -250,7 +250,7 @@ def collect(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     partial: bool,
     as_json: bool,
@@ -260,7 +260,7 @@ def collect(
     from enrich.store.lock import hold
 
     job = options.load(job_file, input_path, output, ledger, use_sandbox)
-    with hold(job.ledger_path, 0):
+    with hold(job.ledger, 0):
         receipt = collect_offline(job, partial=partial)
     _show_receipt(receipt, as_json=as_json, show=sys.stderr.isatty())
     return receipt.exit_code

@@ -111,7 +111,7 @@ def check(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     use_sandbox: bool,
     online: bool,
     as_json: bool,

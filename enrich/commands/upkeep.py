@@ -12,9 +12,10 @@ import click
 
 from enrich.commands import options
 from enrich.errors import Exit
+from enrich.place import LedgerPlace, locate_ledger
 
-PLACE = click.argument("place", metavar="JOB_OR_FILE", type=options.FILE)
-LEDGER = click.option("--ledger", "instead", type=options.FILE, help="Take this ledger instead of the job's.")
+PLACE = click.argument("place", metavar="JOB_OR_LEDGER")
+LEDGER = click.option("--ledger", "instead", metavar="FILE", help="Take this ledger instead of the job's.")
 SANDBOX = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
 
 
@@ -23,12 +24,15 @@ def ledger() -> None:
     """Check a ledger, or copy it; a job's or any file."""
 
 
-def _ledger_of(place: Path, instead: Path | None, *, use_sandbox: bool) -> Path:
-    if place.suffix.lower() in (".yaml", ".yml"):
-        return options.load(place, None, None, instead, use_sandbox).ledger_path
+def _ledger_of(place: str, instead: str | None, *, use_sandbox: bool) -> LedgerPlace:
+    if place.lower().endswith((".yaml", ".yml")):
+        return options.load(Path(place), None, None, instead, use_sandbox).ledger
     if instead is not None or use_sandbox:
         raise click.UsageError(f"{place} is taken as a ledger: --ledger and --sandbox go with a job file")
-    return place
+    try:
+        return locate_ledger(Path(), place, Path.cwd() / ".enrich")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @ledger.command()
@@ -36,10 +40,10 @@ def _ledger_of(place: Path, instead: Path | None, *, use_sandbox: bool) -> Path:
 @LEDGER
 @SANDBOX
 @options.AS_JSON
-def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -> int:
+def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> int:
     """Verify that a ledger is whole and agrees with itself; a run may go on meanwhile."""
     from enrich.store import records
-    from enrich.store.database import RESTORE
+    from enrich.store.sqlite import RESTORE
 
     path = _ledger_of(place, instead, use_sandbox=use_sandbox)
     found = records.check(path)
@@ -61,7 +65,7 @@ def check(place: Path, instead: Path | None, use_sandbox: bool, as_json: bool) -
 @click.argument("target", type=options.FILE)
 @LEDGER
 @SANDBOX
-def backup(place: Path, target: Path, instead: Path | None, use_sandbox: bool) -> None:
+def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET, consistent though a run goes on; an older copy is replaced."""
     from enrich.store.records import Records
 
@@ -80,7 +84,7 @@ YES = click.option("--yes", is_flag=True, help="Do not ask.")
 @YES
 @options.AS_JSON
 def forget(
-    job_file: Path, matches: tuple[str, ...], instead: Path | None, use_sandbox: bool, yes: bool, as_json: bool
+    job_file: Path, matches: tuple[str, ...], instead: str | None, use_sandbox: bool, yes: bool, as_json: bool
 ) -> None:
     """Erase what the ledger of JOB holds of a person, who is never asked about again.
 
@@ -90,7 +94,7 @@ def forget(
     from enrich.store.lock import hold
 
     job = options.load(job_file, None, None, instead, use_sandbox)
-    with hold(job.ledger_path, 0):
+    with hold(job.ledger, 0):
         count = forget(job, matches, lambda found: _agreed(f"{_requests(found)} will be erased for good.", yes=yes))
     _tell(count, "forgotten", as_json=as_json)
 
@@ -102,7 +106,7 @@ def forget(
 @SANDBOX
 @YES
 @options.AS_JSON
-def purge(job_file: Path, older_than: float, instead: Path | None, use_sandbox: bool, yes: bool, as_json: bool) -> None:
+def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: bool, yes: bool, as_json: bool) -> None:
     """Drop old params and answers from the ledger of JOB; that they were paid for is remembered.
 
     Leads that are still in the input come without these answers from then on.
@@ -116,7 +120,7 @@ def purge(job_file: Path, older_than: float, instead: Path | None, use_sandbox: 
     agreed = _agreed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
     count = 0
     if agreed:
-        with hold(job.ledger_path, 0):
+        with hold(job.ledger, 0):
             count = purge(job, timedelta(seconds=older_than))
     _tell(count, "purged", as_json=as_json)
 

@@ -41,7 +41,7 @@ def target_of(
     job_file: Path,
     input_path: str | None,
     output: str | None,
-    ledger: Path | None,
+    ledger: str | None,
     *,
     use_sandbox: bool,
     from_here: bool = False,
@@ -77,7 +77,7 @@ def _told(error: BaseException) -> tuple[int, str]:
             return Exit.USAGE, error.format_message()
         case click.Abort() | EOFError() | KeyboardInterrupt():
             return Exit.INTERRUPTED, "interrupted"
-    from enrich.store.database import tells_of_damage
+    from enrich.store.sqlite import tells_of_damage
 
     if tells_of_damage(error):
         return Exit.REFUSED, "the ledger is damaged"

@@ -18,6 +18,7 @@ from enrich.model import Call, RowStatus, State, iso, to_credits
 from enrich.privacy import Forgotten
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.database import exists
 from enrich.store.history import History, Known, Try
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
@@ -39,15 +40,15 @@ def explain(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
     told: dict[str, Any] = {
         "job": job.name,
         "input": str(job.input_path),
-        "ledger": str(job.ledger_path),
+        "ledger": str(job.ledger),
         "ever_ran": question is not None,
         "matches": found.count,
     }
     if question is None:
         return told | {"rows": [_untold(job, lead) for lead in found.leads], "gone": []}
-    with closing(History(job.ledger_path)) as history:
+    with closing(History(job.ledger)) as history:
         history.begin()
-        teller = _Teller(job, question, history, is_held(job.ledger_path))
+        teller = _Teller(job, question, history, is_held(job.ledger))
         candidates = list(history.with_param(would_send(job, column, value))) if match is not None else []
         wanted = {lead.fingerprint for lead in found.leads if lead.fingerprint is not None}
         wanted |= {known.fingerprint for known in candidates}
@@ -62,9 +63,9 @@ def explain(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
 
 def _remembered(job: Job) -> tuple[Question | None, Forgotten | None]:
     """Make the question from the ledger, and tell who was forgotten; None when this job has never run."""
-    if not job.ledger_path.exists():
+    if not exists(job.ledger):
         return None, None
-    with closing(Ledger(job.ledger_path, read_only=True)) as ledger:
+    with closing(Ledger(job.ledger, read_only=True)) as ledger:
         known = ledger.waterfall(job.model.waterfall)
         return None if known is None else remembered(ledger, job), ledger.forgotten()
 

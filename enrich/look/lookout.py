@@ -11,6 +11,7 @@ from enrich.job import Job
 from enrich.look.picture import Picture, Sign, sign_of
 from enrich.model import SystemClock
 from enrich.pulse import read_pulse
+from enrich.store.database import exists
 from enrich.store.history import History, Latest
 from enrich.store.lock import is_held
 
@@ -36,18 +37,18 @@ class Lookout:
         """Look once. Raises Refused when the ledger is none, or can't be read."""
         job, now_ms = self.job, SystemClock().now_ms()
         ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
-        if not job.ledger_path.exists():
-            return Picture(job.name, job.ledger_path, ttl_ms, now_ms, Sign.NO_LEDGER)
+        if not exists(job.ledger):
+            return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NO_LEDGER)
         # Closed again at once: who has a ledger open keeps its run from tidying up at the end.
-        with closing(History(job.ledger_path, any_version=True)) as history:
+        with closing(History(job.ledger, any_version=True)) as history:
             run = history.latest(job.name)
         if run is None:
-            return Picture(job.name, job.ledger_path, ttl_ms, now_ms, Sign.NEVER)
+            return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NEVER)
         pulse = read_pulse(run.pulse)
         quiet_s = self._quiet_s(run, now_ms - (run.started_ms if pulse is None else pulse.at_ms))
-        held = run.id == run.newest and is_held(job.ledger_path)
+        held = run.id == run.newest and is_held(job.ledger)
         sign = sign_of(run, pulse, quiet_s, self.patience_s, held=held)
-        return Picture(job.name, job.ledger_path, ttl_ms, now_ms, sign, run, pulse)
+        return Picture(job.name, job.ledger, ttl_ms, now_ms, sign, run, pulse)
 
     def _quiet_s(self, run: Latest, age_ms: int) -> float:
         """Tell how long the run has given no sign, by what the clock says and by what was seen."""

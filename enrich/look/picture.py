@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from enrich.model import duration, iso, to_credits
+from enrich.place import LedgerPlace
 from enrich.pulse import Counts, Pulse
 from enrich.store.history import Latest
 from enrich.surroundings import Progress
@@ -43,7 +43,7 @@ class Picture:
     """One look. `ttl_ms` is how long the API keeps results; `run` and `pulse` None: there is none."""
 
     job: str
-    ledger: Path
+    ledger: LedgerPlace
     ttl_ms: int
     now_ms: int
     sign: Sign

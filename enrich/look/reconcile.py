@@ -13,6 +13,7 @@ from enrich.errors import ApiUnreachable, Refused
 from enrich.execution import Timing
 from enrich.job import Job
 from enrich.model import SystemClock, to_micros
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 
 
@@ -21,15 +22,15 @@ def reconcile_job(job: Job, access: Access, since: int | None) -> Reconciliation
 
     Raises Refused when the ledger or the API does not tell what is needed, ApiUnreachable, Unauthorized.
     """
-    if not job.ledger_path.exists():
-        raise Refused(f"{job.ledger_path}: there is no ledger: this job has never run", "enrich run it first")
-    ledger = Ledger(job.ledger_path, read_only=True)
+    if not exists(job.ledger):
+        raise Refused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
+    ledger = Ledger(job.ledger, read_only=True)
     try:
         known = [row for row in ledger.executions() if row["balance_before"] is not None]
         chosen = next((row for row in known if since is None or row["id"] == since), None)
         if chosen is None:
             which = "no execution" if since is None else f"execution {since} is not there or"
-            raise Refused(f"{job.ledger_path}: {which} knows its balance", "enrich status lists the executions")
+            raise Refused(f"{job.ledger}: {which} knows its balance", "enrich status lists the executions")
         movements = ledger.movements(chosen["id"])
     finally:
         ledger.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from enrich.job import Job
 from enrich.model import duration, iso, many, to_credits
+from enrich.store.database import exists
 from enrich.store.history import History, Past
 from enrich.store.lock import is_held
 from enrich.watch.outcome import ending
@@ -35,10 +36,10 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
     shown: list[dict[str, Any]] = []
     totals = _Totals()
-    if job.ledger_path.exists():
-        with closing(History(job.ledger_path)) as history:
+    if exists(job.ledger):
+        with closing(History(job.ledger)) as history:
             history.begin()
-            held = is_held(job.ledger_path)
+            held = is_held(job.ledger)
             newest = history.newest()
             executions = history.executions(job.name)
             for past in islice(executions, last):
@@ -48,7 +49,7 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
                 totals.count(past)
     return {
         "job": job.name,
-        "ledger": str(job.ledger_path),
+        "ledger": str(job.ledger),
         "executions": shown,
         "totals": {
             "executions": totals.executions,

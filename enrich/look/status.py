@@ -11,6 +11,7 @@ from enrich.look.lookout import Lookout
 from enrich.look.picture import Sign
 from enrich.model import by_status, iso, many, to_credits
 from enrich.pulse import Doing
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 
 SHOWN_EXECUTIONS = 10
@@ -18,9 +19,9 @@ SHOWN_EXECUTIONS = 10
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`; requests by state, with the names of the receipt."""
-    if not job.ledger_path.exists():
+    if not exists(job.ledger):
         return _status(job, None)
-    ledger = Ledger(job.ledger_path, read_only=True)
+    ledger = Ledger(job.ledger, read_only=True)
     try:
         return _status(job, ledger)
     finally:
@@ -36,7 +37,7 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
     seen = Lookout(job).look() if ledger else None
     return {
         "job": job.name,
-        "ledger": str(job.ledger_path),
+        "ledger": str(job.ledger),
         "requests": sum(counts.values()),
         **by_status(counts),
         "at_the_api": sum(len(task.attempts) for task in tasks),

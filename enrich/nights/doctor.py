@@ -17,11 +17,14 @@ from enrich.job import Job
 from enrich.model import State, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, failed
+from enrich.place import LedgerPlace, Postgres, beside
 from enrich.report.file import EXTRA, lacks_extra
 from enrich.setup.check import Checked, check_job, summary
 from enrich.setup.online import Live, ask
 from enrich.setup.places import existing, inputs, is_there, read_files, written
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
+from enrich.store.lock import is_held
 
 #: Executions that are looked back at.
 LAST = 7
@@ -144,21 +147,24 @@ def _files(job: Job, visit: Visit) -> Iterator[Finding]:
     if ages := [path.stat().st_mtime for path in inputs(job) if os.access(path, os.R_OK)]:
         yield outlook.input_age(max(ages), visit.now.timestamp())
     taken = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in read_files(job).items()}
-    yield outlook.output_names(job.output_path, visit.night, {**taken, job.ledger_path: "the ledger"})
-    kind = machine.file_system(machine.mountinfo(), Path(os.path.realpath(job.ledger_path)))
+    if isinstance(job.ledger, Postgres):
+        yield outlook.output_names(job.output_path, visit.night, taken)
+        return
+    yield outlook.output_names(job.output_path, visit.night, {**taken, job.ledger: "the ledger"})
+    kind = machine.file_system(machine.mountinfo(), Path(os.path.realpath(job.ledger)))
     if machine.is_network(kind):
-        message = f"{job.ledger_path} is on a network file system ({kind}), whose locks SQLite cannot trust"
+        message = f"{job.ledger} is on a network file system ({kind}), whose locks SQLite cannot trust"
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
 
 def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iterator[Finding]:
     """Look at what is left from the nights before, and at the money for the next."""
-    path = job.ledger_path
+    path = job.ledger
     counts: dict[State, int] = {}
     submitted: list[int] = []
     executions: list[Any] = []
     try:
-        if is_there(path):
+        if _is_known(path):
             with closing(Ledger(path, read_only=True)) as ledger:
                 counts, executions = ledger.counts(), ledger.executions(job.name, LAST)
                 submitted = [task.submitted_ms for task in ledger.tasks() for _ in task.attempts]
@@ -167,7 +173,7 @@ def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iter
             yield Finding("ok", "ledger", f"{path} will be made by the first run")
     except EnrichError:
         return  # the check has said so
-    if machine.is_locked(path.with_name(path.name + ".lock")):
+    if _is_locked(path):
         yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     now_ms, night_ms = (int(at.timestamp() * 1000) for at in (visit.now, visit.night))
@@ -186,6 +192,14 @@ def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iter
         yield from outlook.money(to_micros(live.user.balance), _micros(limits.min_balance), worst, spent)
 
 
+def _is_known(ledger: LedgerPlace) -> bool:
+    return exists(ledger) if isinstance(ledger, Postgres) else is_there(ledger)
+
+
+def _is_locked(ledger: LedgerPlace) -> bool:
+    return bool(is_held(ledger)) if isinstance(ledger, Postgres) else machine.is_locked(beside(ledger, ".lock"))
+
+
 def _micros(credits_: float | None) -> int | None:
     return None if credits_ is None else to_micros(credits_)
 
@@ -195,14 +209,17 @@ def _room(job: Job, visit: Visit, checked: Checked) -> Iterator[Finding]:
     try:
         size = sum(path.stat().st_size * (PACKED if path.suffix.lower() == ".gz" else 1) for path in inputs(job))
         per_request = float(REQUEST_BYTES)
-        if is_there(job.ledger_path):
-            with closing(Ledger(job.ledger_path, read_only=True)) as ledger:
+        if isinstance(job.ledger, Postgres):
+            per_request = 0.0  # the server's disk is another's to look after
+        elif is_there(job.ledger):
+            with closing(Ledger(job.ledger, read_only=True)) as ledger:
                 known = sum(ledger.counts().values())
-            per_request = job.ledger_path.stat().st_size / known if known >= ENOUGH else per_request
+            per_request = job.ledger.stat().st_size / known if known >= ENOUGH else per_request
         # The journal may hold all of it once more.
         growth = int(2 * per_request * (checked.asking or 0))
-        beside, output = existing(job.ledger_path.parent), job.output_path(visit.night)
-        folders = existing(output.parent) if isinstance(output, Path) else beside, beside
+        home = job.ledger.folder if isinstance(job.ledger, Postgres) else job.ledger.parent
+        ours, output = existing(home), job.output_path(visit.night)
+        folders = existing(output.parent) if isinstance(output, Path) else ours, ours
         if folders[0].stat().st_dev == folders[1].stat().st_dev:
             yield outlook.room(folders[0], machine.free_bytes(folders[0]), 2 * size, growth)
         else:

@@ -18,6 +18,7 @@ from enrich.job import Job
 from enrich.model import MICROS, Settled, State, many, to_credits, write_credits
 from enrich.report.earned import providers
 from enrich.report.facts import Comparison, Provider, Side
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 
 #: So probable a difference may be chance, and one less probable than that is none.
@@ -56,7 +57,7 @@ def compare_executions(job: Job, execution: int) -> Comparison:
 
 def compare_jobs(job: Job, other: Job) -> Comparison:
     """Hold a job against another one. Raises JobError when both are the same, Refused when one has no ledger."""
-    if (job.name, job.ledger_path) == (other.name, other.ledger_path):
+    if (job.name, job.ledger) == (other.name, other.ledger):
         raise JobError(f"--compare {other.document.path}: that is this very job", "name another one, or an execution")
     labels = [each.document.path.name for each in (job, other)]
     if labels[0] == labels[1]:
@@ -69,9 +70,9 @@ def compare_jobs(job: Job, other: Job) -> Comparison:
 
 
 def _open(job: Job) -> Ledger:
-    if not job.ledger_path.exists():
-        raise Refused(f"{job.ledger_path}: there is no ledger: {job.name} has never run", "enrich run it first")
-    return Ledger(job.ledger_path, read_only=True)
+    if not exists(job.ledger):
+        raise Refused(f"{job.ledger}: there is no ledger: {job.name} has never run", "enrich run it first")
+    return Ledger(job.ledger, read_only=True)
 
 
 def _read(ledger: Ledger, job: Job, label: str, execution: int | None) -> _Read:

@@ -25,6 +25,7 @@ from enrich.report.facts import Night, Report, Waterfall
 from enrich.report.needs import waiting
 from enrich.report.nights import latencies, nights, traffic
 from enrich.report.present import MOST_VALUES, Present, read_present
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
 from enrich.watch.outcome import Need, Target
@@ -39,18 +40,18 @@ def gather(job: Job, target: Target, now: datetime, *, with_rows: bool = False) 
 
     What can't be read is not known, and a note says why. Raises Refused when the ledger can't be read.
     """
-    if not job.ledger_path.exists():
+    if not exists(job.ledger):
         return _report(job, now, notes=["this job has never run: nothing is known yet"])
-    with closing(Ledger(job.ledger_path, read_only=True)) as ledger, ledger.still():
+    with closing(Ledger(job.ledger, read_only=True)) as ledger, ledger.still():
         return _gather(job, ledger, target, now, with_rows=with_rows)
 
 
 def _gather(job: Job, ledger: Ledger, target: Target, now: datetime, *, with_rows: bool) -> Report:
     now_ms = int(now.timestamp() * 1000)
-    held = is_held(job.ledger_path)
+    held = is_held(job.ledger)
     lived = ledger.lived(job.name)
     # A run may have begun just before this moment of the ledger, or ended just after it: neither was killed.
-    held = held or is_held(job.ledger_path)
+    held = held or is_held(job.ledger)
     told = nights(lived, ledger.fates(job.name), ledger.newest_execution(), at_work=held)
     last = told[-1] if told else None
     present, unread = _present(job, ledger, now_ms, with_rows=with_rows)
@@ -103,7 +104,7 @@ def _report(job: Job, now: datetime, *, present: Present | None = None, **known:
     return Report(
         job=job.name,
         made_at=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        ledger=str(job.ledger_path),
+        ledger=str(job.ledger),
         input=str(job.input_path),
         output=str(job.output_path(now.astimezone())),
         **nothing | rows | known,

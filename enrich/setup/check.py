@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from enrich.api.waterfall import Field, Waterfall
 from enrich.api.waterfall import Param as Offered
 from enrich.errors import PRECEDENCE, EnrichError, Exit, JobError, Refused
 from enrich.job import Job
-from enrich.place import STDIN, Url
+from enrich.place import STDIN, Postgres, Url
 from enrich.question import Question, make_question, missing_params, unknown_params
 from enrich.report.file import EXTRA, lacks_extra
 from enrich.rows import Rows
@@ -20,9 +21,10 @@ from enrich.setup.places import clashes, is_there
 from enrich.setup.snapshot import DOCUMENTED, READ_ON
 from enrich.setup.template import PLACEHOLDER
 from enrich.spec import Param
-from enrich.store.database import CHECKED_AT_START, RESTORE
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.records import check as check_ledger
+from enrich.store.sqlite import CHECKED_AT_START, RESTORE
 
 
 @dataclass(slots=True)
@@ -123,10 +125,10 @@ def _source(live: Waterfall | None, remembered: Waterfall | None, documented: Wa
 
 def _ledger(job: Job, bound_to: Mapping[str, str | None]) -> tuple[Waterfall | None, list[int]]:
     """Read what the ledger remembers of the waterfall. Raises what a run would."""
-    path = job.ledger_path
-    if not is_there(path):
+    path = job.ledger
+    if not (exists(path) if isinstance(path, Postgres) else is_there(path)):
         return None, []
-    if path.is_file() and path.stat().st_size <= CHECKED_AT_START:
+    if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START:
         found = check_ledger(path)
         if found.problems:
             raise Refused(f"{path}: the ledger is not sound: {'; '.join(found.problems)}", RESTORE)

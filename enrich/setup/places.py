@@ -18,7 +18,7 @@ from enrich.tables.textfile import TableProblem
 
 def written(job: Job, now: datetime) -> dict[str, Path]:
     """The files on this machine that a run writes, by their key in the job file. Raises JobError when two are one."""
-    places = {"output": job.output_path(now), "ledger": job.ledger_path, **job.feeds(now)}
+    places = {"output": job.output_path(now), "ledger": job.ledger, **job.feeds(now)}
     paths = {key: place for key, place in places.items() if isinstance(place, Path)}
     report = job.report_path(now)
     paths |= {} if report is None else {"report": report}
@@ -59,8 +59,8 @@ def clashes(job: Job) -> Iterator[EnrichError]:
     for key, path in outgoing.items():
         if reason := _unwritable(path, may_be_folder=key == "output" and is_dataset(path)):
             yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
-    if _is_seen(job.ledger_path) and not os.access(job.ledger_path, os.R_OK | os.W_OK):
-        yield Refused(f"{job.ledger_path}: this user may not write the ledger", "run as its owner, or mend the rights")
+    if isinstance(job.ledger, Path) and _is_seen(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
+        yield Refused(f"{job.ledger}: this user may not write the ledger", "run as its owner, or mend the rights")
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
             yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")

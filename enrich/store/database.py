@@ -1,51 +1,58 @@
-"""A ledger's file: opened with care, brought up to date, written in transactions."""
+"""A ledger's database: a file, or a schema on a server; written in transactions."""
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from enrich.errors import Refused
-from enrich.store.schema import MARK, MIGRATIONS
+from enrich.place import LedgerPlace, Postgres
+from enrich.store.dialect import Session
+from enrich.store.server import postgres
+from enrich.store.sqlite import open_file
 
-#: A journal of the damaged ledger would be played into the backup.
-RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
-
-#: So long another process is waited for that writes, or reads what is to be erased.
-PATIENCE_S = 30.0
-#: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
-CHECKED_AT_START = 256 * 1024 * 1024
+if TYPE_CHECKING:
+    from enrich.store.postgres import Fence
 
 
 class Database:
-    """One SQLite file, one connection."""
+    """One ledger, one connection."""
 
-    def __init__(self, path: Path, *, read_only: bool = False, any_version: bool = False) -> None:
-        """Open the ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
+    def __init__(
+        self, place: LedgerPlace, *, read_only: bool = False, any_version: bool = False, fence: Fence | None = None
+    ) -> None:
+        """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
 
-        Raises Refused when the file is not a ledger, is newer than this program or can't be written.
+        With a `fence` every transaction fails once its owner has lost the lease. Raises Refused when this is no ledger,
+        when it is newer than this program or can't be written.
         """
-        self.path = path
-        self._db = _open(path, read_only=read_only, any_version=any_version)
+        self.place = place
+        if isinstance(place, Postgres):
+            self._db: Session = postgres().open_schema(place, read_only=read_only, any_version=any_version, fence=fence)
+        else:
+            self._db = open_file(place, read_only=read_only, any_version=any_version)
 
     def close(self) -> None:
-        """Close the file; what was committed stays."""
+        """Close the database; what was committed stays."""
         self._db.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """One commit; nothing of it stays when the block raises."""
-        self._db.execute("BEGIN IMMEDIATE")
+        self._db.begin()
         try:
             yield
-            self._db.execute("COMMIT")
+            self._db.commit()
         except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            self._db.rollback()
             raise
+
+    def regain(self, failure: BaseException) -> bool | None:
+        """Be ready again after a failure in a transaction, whose whole block may be done again then.
+
+        Tell whether what it wrote is there all the same; None: the failure stays.
+        """
+        return self._db.regain(failure)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -61,127 +68,27 @@ class Database:
         self._db.execute("RELEASE move")
 
     def erase_for_good(self) -> None:
-        """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
-        self._db.execute("PRAGMA secure_delete = ON")
+        """Overwrite from now on what is deleted, where the database can."""
+        self._db.erase_for_good()
 
     def empty_journal(self) -> bool:
-        """Move all of the journal into the file, and empty it: nothing that was erased is left in either.
+        """Leave nothing of what was erased where the database keeps its past.
 
         Return whether that is done: not while somebody reads the ledger as it was before.
         """
-        (busy, *_) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        return not busy
+        return self._db.empty_journal()
 
-    def _rows(self, sql: str, *values: object) -> Iterator[sqlite3.Row]:
-        cursor = self._db.cursor()
-        cursor.row_factory = sqlite3.Row
-        yield from cursor.execute(sql, values)
+    def _all_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
+        """Yield rows that are too many to be held at once."""
+        names: list[str] = [column[0] for column in self._db.execute(f"{sql} LIMIT 0").description or ()]
+        return (dict(zip(names, row, strict=True)) for row in self._db.stream(sql))
 
-
-def tells_of_damage(error: BaseException | None) -> bool:
-    """Tell whether SQLite could not make sense of the file."""
-    damage = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
-    if not isinstance(error, sqlite3.Error):
-        return False
-    code = getattr(error, "sqlite_errorcode", None) or 0
-    # The low byte is the kind of the error, the others say which of that kind.
-    return bool({code, code & 0xFF} & damage)
+    def _rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
+        cursor = self._db.execute(sql, values)
+        names = [column[0] for column in cursor.description or ()]
+        return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
-def _open(path: Path, *, read_only: bool, any_version: bool) -> sqlite3.Connection:
-    try:
-        if not read_only:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                _make(path)
-            # SQLite would open a file that can't be written all the same, only to read.
-            os.close(os.open(path, os.O_RDWR))
-        if path.is_file() and not path.stat().st_size:
-            raise Refused(f"{path}: the ledger is damaged: it is empty", RESTORE)
-        mode = "ro" if read_only else "rw"
-        # One thread at a time uses the connection, but not always the same one.
-        db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=PATIENCE_S,
-        )
-        try:
-            _check_mark(db, path)
-            if not read_only:
-                # Readers look while we write; a committed move survives a power cut.
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-            # Requests are found by their fingerprints, which lie anywhere (KiB, as SQLite wants it: negative).
-            db.execute("PRAGMA cache_size = -65536")
-            if not any_version:
-                _migrate(db, path, allowed=not read_only)
-            if not read_only:
-                _check_whole(db, path)
-        except BaseException:
-            db.close()
-            raise
-    except (OSError, sqlite3.Error) as error:
-        hint = RESTORE if tells_of_damage(error) else "is it a ledger, and writable?"
-        raise Refused(f"{path}: the ledger cannot be opened: {error}", hint) from error
-    return db
-
-
-def _make(path: Path) -> None:
-    """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
-    part = path.with_name(f".{path.name}.new")
-    # What a journal without its ledger says, SQLite would play into the new one.
-    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in ("-journal", "-wal", "-shm"))):
-        stale.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    db = sqlite3.connect(part, isolation_level=None)
-    try:
-        _migrate(db, path, allowed=True)
-    finally:
-        db.close()
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _check_whole(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
-
-    The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
-    """
-    if path.stat().st_size > CHECKED_AT_START:
-        return
-    (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
-    if said != "ok":
-        raise Refused(f"{path}: the ledger is damaged: {' '.join(said.split())}", RESTORE)
-
-
-def _check_mark(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse the database of another program before anything in it is changed."""
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (mark,) = db.execute("PRAGMA application_id").fetchone()
-    if tables and mark != MARK:
-        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
-
-
-def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
-        raise Refused(
-            f"{path}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
-        )
-    if version < len(MIGRATIONS) and not allowed:
-        raise Refused(
-            f"{path}: this ledger is of an older version of enrich",
-            "a run brings it up to date; with --limit 0 it asks nothing new",
-        )
-    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
-        db.execute("BEGIN IMMEDIATE")
-        step(db)
-        db.execute(f"PRAGMA user_version = {number}")
-        db.execute("COMMIT")
+def exists(place: LedgerPlace) -> bool:
+    """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
+    return postgres().schema_exists(place) if isinstance(place, Postgres) else place.exists()

@@ -20,7 +20,8 @@ class Figures(Intake):
         """Count all requests by state."""
         # To group millions would sort them, and most are of two states.
         count, found, missed = self._db.execute(
-            "SELECT count(*), coalesce(sum(state = 'found'), 0), coalesce(sum(state = 'not_found'), 0) FROM requests"
+            "SELECT count(*), count(*) FILTER (WHERE state = 'found'), count(*) FILTER (WHERE state = 'not_found') "
+            "FROM requests"
         ).fetchone()
         counts = {State.FOUND: found, State.NOT_FOUND: missed}
         if count > found + missed:
@@ -56,11 +57,12 @@ class Figures(Intake):
 
     def settled(self, job: str, execution_id: int | None = None) -> Iterator[Settled]:
         """Yield the attempts that the executions of a job settled, or one of them, execution by execution."""
-        rows = self._db.execute(
+        rows = self._db.stream(
             "SELECT a.settled_in, a.state, c.canonical, r.params, a.paid, a.answer, "
             "a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
             "FROM billed a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
-            "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 AND (?2 IS NULL OR id = ?2)) "
+            "WHERE a.settled_in IN (SELECT id FROM executions WHERE job = ?1 "
+            "AND (CAST(?2 AS BIGINT) IS NULL OR id = ?2)) "
             "ORDER BY a.settled_in, a.id",
             (job, execution_id),
         )
@@ -85,7 +87,7 @@ class Figures(Intake):
         row = self._db.execute(
             "SELECT count(*), avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
             "ORDER BY id DESC LIMIT ?) a "
-            "CROSS JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+            f"{self._join} requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
             "WHERE c.canonical = ? AND a.paid IS NOT NULL "
             "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
             (EXPERIENCE, call.canonical()),
@@ -95,7 +97,8 @@ class Figures(Intake):
     def polls_per_task(self) -> float | None:
         """Tell how often a task was polled so far, on average; None before the first."""
         (polls, submitted) = self._db.execute(
-            "SELECT sum(json_extract(receipt, '$.polls')), sum(submitted) FROM executions WHERE receipt IS NOT NULL"
+            f"SELECT sum(CAST(receipt{self._db.dialect.as_json}->>'polls' AS BIGINT)), sum(submitted) "
+            "FROM executions WHERE receipt IS NOT NULL"
         ).fetchone()
         (together,) = self._db.execute(
             "SELECT coalesce(sum(size - 1), 0) FROM bundles WHERE settled_ms IS NOT NULL"

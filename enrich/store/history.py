@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
-from enrich.errors import Refused
+from enrich.errors import EnrichError, Refused
 from enrich.model import State
-from enrich.store.database import Database
+from enrich.place import LedgerPlace
+from enrich.store.database import Database, exists
+from enrich.store.dialect import FAILURES
 from enrich.store.intake import OPEN_ATTEMPT
 
 
@@ -106,18 +106,18 @@ _REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.cal
 class History(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, path: Path, *, any_version: bool = False) -> None:
+    def __init__(self, place: LedgerPlace, *, any_version: bool = False) -> None:
         """Open it; `any_version` for questions that an older one can answer.
 
         Raises Refused when it is not there or is no ledger.
         """
-        if not path.exists():
-            raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(path, read_only=True, any_version=any_version)
+        if not exists(place):
+            raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
+        super().__init__(place, read_only=True, any_version=any_version)
 
     def begin(self) -> None:
         """See everything from now on as it stands at this moment."""
-        self._db.execute("BEGIN")
+        self._db.begin_looking()
 
     # Executions
 
@@ -153,7 +153,7 @@ class History(Database):
         row = cursor.fetchone()
         if row is None:
             return None
-        known = {"pulse": None, **dict(zip((column[0] for column in cursor.description), row, strict=True))}
+        known = {"pulse": None, **dict(zip((column[0] for column in cursor.description or ()), row, strict=True))}
         return Latest(**{each.name: known[each.name] for each in fields(Latest)})
 
     def last_end(self, job: str, codes: Collection[int]) -> int | None:
@@ -168,9 +168,9 @@ class History(Database):
         """Sum up the ledger."""
         row = self._db.execute(
             "SELECT coalesce(sum(paid), 0), "
-            "coalesce(sum(paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), 0), "
+            "count(*) FILTER (WHERE paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), "
             "(SELECT count(*) FROM requests WHERE state = 'in_doubt'), "
-            "coalesce(sum(state = 'submitted'), 0) FROM billed"
+            "count(*) FILTER (WHERE state = 'submitted') FROM billed"
         ).fetchone()
         return Totals(*map(int, row))
 
@@ -187,7 +187,7 @@ class History(Database):
     def with_param(self, wanted: Mapping[str, str]) -> Iterator[Known]:
         """Yield the requests that sent one of these values for its param, whatever the case of its letters."""
         folded = {name: value.casefold() for name, value in wanted.items()}
-        for row in self._rows(_REQUEST + "ORDER BY r.id"):
+        for row in self._all_rows(_REQUEST + "ORDER BY r.id"):
             params = json.loads(row["params"])
             if any(str(params.get(name, "")).casefold() == value for name, value in folded.items()):
                 yield _known(row)
@@ -205,16 +205,16 @@ class History(Database):
         return [Try(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split())) for row in rows]
 
 
-def glance(path: Path, ask: Callable[[History], T]) -> T | None:
+def glance(place: LedgerPlace, ask: Callable[[History], T]) -> T | None:
     """Ask one question; None when the ledger is not there or can't be read."""
     try:
-        with closing(History(path)) as history:
+        with closing(History(place)) as history:
             return ask(history)
-    except (Refused, sqlite3.Error):
+    except (EnrichError, *FAILURES):
         return None
 
 
-def _known(row: sqlite3.Row) -> Known:
+def _known(row: Mapping[str, Any]) -> Known:
     return Known(
         row["id"],
         row["fingerprint"],

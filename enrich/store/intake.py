@@ -11,10 +11,14 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from enrich.model import ASKED, Call, Decided, Decision, Standing, State, Wanted, Wish
+from enrich.place import LedgerPlace
 from enrich.store.latencies import Latencies
+
+if TYPE_CHECKING:
+    from enrich.store.postgres import Fence
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
@@ -33,31 +37,51 @@ MOST = 2**62
 
 _PASS = (
     # The distinct questions of a batch, each with the first row that asks it.
-    "CREATE TEMP TABLE batch (i INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL, place INTEGER NOT NULL, grp TEXT)",
+    "CREATE TEMP TABLE batch (i BIGINT PRIMARY KEY, fingerprint {blob} NOT NULL, place BIGINT NOT NULL, grp TEXT)",
     # Which requests they are. What the ledger does not know is a stranger, whose number is negative.
-    "CREATE TEMP TABLE asks (i INTEGER PRIMARY KEY, id INTEGER NOT NULL)",
-    "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY, fingerprint BLOB NOT NULL UNIQUE)",
-    # By number rather than by fingerprint: a file's requests stand in the ledger nearly in its order.
-    """CREATE TEMP TABLE seen (id INTEGER PRIMARY KEY, position INTEGER NOT NULL, place INTEGER NOT NULL,
-    grp TEXT, decision TEXT NOT NULL)""",
+    "CREATE TEMP TABLE asks (i BIGINT PRIMARY KEY, id BIGINT NOT NULL)",
+    "CREATE TEMP TABLE strangers (id {serial}, fingerprint {blob} NOT NULL UNIQUE)",
 )
+# By number rather than by fingerprint: a file's requests stand in the ledger nearly in its order.
+_SEEN = """CREATE TEMP TABLE seen (id BIGINT PRIMARY KEY, position BIGINT NOT NULL, place BIGINT NOT NULL,
+grp TEXT, decision TEXT NOT NULL)"""
 
 
 class Intake(Latencies):
     """A ledger that is joined with batches of the input."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, place: LedgerPlace, *, read_only: bool = False, fence: Fence | None = None) -> None:
         """Open the ledger as Database does."""
-        super().__init__(path, read_only=read_only)
-        for statement in _PASS:
-            self._db.execute(statement)
-        self.begin_pass()
+        super().__init__(place, read_only=read_only, fence=fence)
+        #: What was seen is known to all that work at this execution, and lies in the ledger.
+        self._shared = self._db.dialect.passes_are_shared and not read_only
+        self._wish = Wish()
+        self._joined = False
+        self._make_room()
+
+    def _make_room(self) -> None:
+        dialect = self._db.dialect
+        for statement in _PASS if self._shared else (*_PASS, _SEEN):
+            self._db.execute(statement.format(blob=dialect.blob, serial=dialect.serial))
+
+    def regain(self, failure: BaseException) -> bool | None:
+        """Do as Database does; temporary tables go with their connection."""
+        regained = super().regain(failure)
+        if regained is not None and not self._db.has_temporary("batch"):
+            self._make_room()
+        return regained
 
     def begin_pass(self, wish: Wish | None = None) -> None:
         """Begin to read the input from its start: no request was seen yet."""
         self._wish = wish or Wish()
-        self._db.execute("DELETE FROM seen")
-        self._db.execute("DELETE FROM strangers")
+        self._joined = False
+        self._db.clear("seen")
+        self._db.clear("strangers")
+
+    def join_pass(self, wish: Wish) -> None:
+        """Take part in a pass that another process has begun, with the same wish."""
+        self._wish = wish
+        self._joined = True
 
     def look(self, wanted: Iterable[Wanted]) -> None:
         """See the requests of a batch; decide about those not seen before in this pass."""
@@ -73,14 +97,17 @@ class Intake(Latencies):
     def enroll(self, call: Call, wanted: Iterable[Wanted]) -> None:
         """See the requests of a batch, making those that are new; `mark` puts what is wanted into the queue."""
         params = self._load(wanted)
-        strange = self._db.execute("SELECT i, fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks)").fetchall()
+        rows = self._db.execute("SELECT fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks) ORDER BY i")
+        strange = [name for (name,) in rows]
         if strange:
             canonical = call.canonical()
-            self._db.execute("INSERT OR IGNORE INTO calls (canonical) VALUES (?)", (canonical,))
+            self._db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
             (number,) = self._db.execute("SELECT id FROM calls WHERE canonical = ?", (canonical,)).fetchone()
             self._db.executemany(
-                "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending')",
-                [(name, number, params[name]) for _, name in strange],
+                "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending') "
+                "ON CONFLICT DO NOTHING",
+                # Who enrolls the same at the same time does it in the same order, and nobody waits in a circle.
+                [(name, number, params[name]) for name in (sorted(strange) if self._shared else strange)],
             )
             self._know(_REQUESTS)
         self._see()
@@ -103,24 +130,24 @@ class Intake(Latencies):
                 Decision.CAPPED,
                 "SELECT id FROM (SELECT id, decision, row_number() OVER "
                 "(PARTITION BY grp ORDER BY decision = 'new', place) AS number FROM seen WHERE grp IS NOT NULL) "
-                "WHERE decision = 'new' AND number > ?",
+                "AS grouped WHERE decision = 'new' AND number > ?",
                 min(wish.max_per_group, MOST),
             )
         if wish.sample is not None:
             (count,) = self._db.execute(f"SELECT count(*) FROM seen WHERE {_COUNTED}").fetchone()
-            self._db.execute("CREATE TEMP TABLE chosen (number INTEGER PRIMARY KEY)")
+            self._db.execute("CREATE TEMP TABLE chosen (number BIGINT PRIMARY KEY)")
             numbers = spread(count, wish.sample, wish.seed)
             self._db.executemany("INSERT INTO chosen VALUES (?)", ((number,) for number in numbers))
             self._leave_out(
                 Decision.NOT_SAMPLED,
                 "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS number "
-                f"FROM seen WHERE {_COUNTED}) WHERE number NOT IN (SELECT number FROM chosen)",
+                f"FROM seen WHERE {_COUNTED}) AS counted WHERE number NOT IN (SELECT number FROM chosen)",
             )
             self._db.execute("DROP TABLE chosen")
         if wish.limit is not None:
             self._leave_out(
                 Decision.OVER_LIMIT,
-                f"SELECT id FROM seen WHERE {_COUNTED} ORDER BY place LIMIT -1 OFFSET ?",
+                f"SELECT id FROM seen WHERE {_COUNTED} ORDER BY place LIMIT {MOST} OFFSET ?",
                 min(wish.limit, MOST),
             )
 
@@ -168,7 +195,7 @@ class Intake(Latencies):
             self._load(rows)
             known = self._db.execute(
                 "SELECT b.fingerprint, s.position, s.decision, a.settled_ms "
-                "FROM asks CROSS JOIN batch b ON b.i = asks.i JOIN seen s ON s.id = asks.id "
+                f"FROM asks {self._join} batch b ON b.i = asks.i JOIN seen s ON s.id = asks.id "
                 "LEFT JOIN requests r ON r.id = asks.id "
                 "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)"
             )
@@ -193,13 +220,16 @@ class Intake(Latencies):
 
     def standing(self, asked: Iterable[Wanted]) -> list[Standing]:
         """Tell what is known of each request of a batch; one never enrolled is left out, unless it is capped."""
-        self.look(asked)
+        if self._joined:
+            self._load(asked)  # all of it was seen, and others may be looking
+        else:
+            self.look(asked)
         rows = self._db.execute(
-            "SELECT asks.i, s.position = asks.i, "
+            "SELECT asks.i, CAST(s.position = asks.i AS INTEGER), "
             "CASE WHEN r.answer_id IS NULL THEN coalesce(r.state, 'pending') ELSE a.state END, "
             "a.answer, a.error, a.provider, a.credits, a.task_id, a.settled_ms, a.id, "
-            "s.decision = 'capped', a.erased_ms "
-            "FROM asks CROSS JOIN seen s ON s.id = asks.id LEFT JOIN requests r ON r.id = asks.id "
+            "CAST(s.decision = 'capped' AS INTEGER), a.erased_ms "
+            f"FROM asks {self._join} seen s ON s.id = asks.id LEFT JOIN requests r ON r.id = asks.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
             "WHERE asks.id > 0 OR s.decision = 'capped' ORDER BY asks.i"
         )
@@ -214,8 +244,10 @@ class Intake(Latencies):
         self._db.execute("BEGIN")
         try:
             yield
-        finally:
-            self._db.execute("COMMIT")
+            self._db.commit()
+        except BaseException:
+            self._db.rollback()
+            raise
 
     def _load(self, wanted: Iterable[Wanted]) -> dict[bytes, str]:
         """Load the distinct questions of a batch, and find the requests that they are; return their params."""
@@ -223,11 +255,12 @@ class Intake(Latencies):
         # Of rows that ask the same, the first in the input says whose group, the first in the order of asking when.
         distinct = {row.fingerprint: row for row in reversed(rows)}
         first = list(reversed(distinct.values()))
-        self._db.execute("DELETE FROM batch")
-        self._db.execute("DELETE FROM asks")
+        self._db.clear("batch")
+        self._db.clear("asks")
         # A fifth of the time that a row at a time would take.
         self._db.execute(
-            "INSERT INTO batch SELECT value, substr(?2, 16 * key + 1, 16), value, NULL FROM json_each(?1)",
+            "INSERT INTO batch SELECT CAST(value AS BIGINT), substr(?2, CAST(16 * key + 1 AS INTEGER), 16), "
+            "CAST(value AS BIGINT), NULL FROM json_each(CAST(?1 AS TEXT))",
             (json.dumps([row.position for row in first]), b"".join([row.fingerprint for row in first])),
         )
         if any(row.place is not None or row.group is not None for row in first):
@@ -239,19 +272,32 @@ class Intake(Latencies):
                 "UPDATE batch SET place = ?, grp = ? WHERE i = ?",
                 [(places[row.fingerprint], row.group, row.position) for row in first],
             )
+        self._db.analyse("batch")
         # A stranger remains one in this pass, though somebody else may enroll it meanwhile.
         self._know(_STRANGERS)
         self._know(_REQUESTS)
         return {name: row.params for name, row in distinct.items()}
 
+    @property
+    def _join(self) -> str:
+        return self._db.dialect.ordered_join
+
     def _know(self, where: str) -> None:
-        self._db.execute(f"INSERT OR IGNORE INTO asks SELECT b.i, k.id FROM batch b CROSS JOIN {where}")
+        self._db.execute(
+            f"INSERT INTO asks SELECT b.i, k.id FROM batch b {self._join} {where} WHERE true ON CONFLICT DO NOTHING"
+        )
+        self._db.analyse("asks")
 
     def _see(self) -> None:
         self._db.execute(
             f"INSERT INTO seen SELECT asks.id, b.i, b.place, b.grp, {self._decision()} "
-            "FROM asks CROSS JOIN batch b ON b.i = asks.i LEFT JOIN requests r ON r.id = asks.id WHERE true "
-            "ON CONFLICT (id) DO UPDATE SET place = excluded.place WHERE excluded.place < place"
+            f"FROM asks {self._join} batch b ON b.i = asks.i LEFT JOIN requests r ON r.id = asks.id WHERE true "
+            # Batches may come in any order.
+            "ORDER BY asks.id ON CONFLICT (id) DO UPDATE SET "
+            "place = CASE WHEN excluded.place < seen.place THEN excluded.place ELSE seen.place END, "
+            "grp = CASE WHEN excluded.position < seen.position THEN excluded.grp ELSE seen.grp END, "
+            "position = CASE WHEN excluded.position < seen.position THEN excluded.position ELSE seen.position END "
+            "WHERE excluded.place < seen.place OR excluded.position < seen.position"
         )
 
     def _decision(self) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from enrich.errors import LedgerFailed
+from enrich.errors import LeaseLost, LedgerFailed
+from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
@@ -124,24 +124,41 @@ class Journal:
         try:
             if self._broken is not None:
                 raise self._broken
-            with self._turn(), self._ledger.transaction():
-                for moves in _grouped(batch):
-                    try:
-                        with self._ledger.savepoint():
-                            _make(moves, self._ledger)
-                    except sqlite3.Error:
-                        raise
-                    except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
-                        for move in moves:
-                            move.error = error
-        except BaseException as error:  # noqa: BLE001 - likewise
-            if isinstance(error, sqlite3.Error):
+            self._commit_patiently(batch)
+        except BaseException as error:  # noqa: BLE001 - it is handed to who asked for the moves
+            if isinstance(error, FAILURES):
                 error = LedgerFailed(
                     f"the ledger cannot be written: {error}", "make room or mend it, then run the same command again"
                 )
             self._broken = error
             for move in batch:
                 move.error = error
+
+    def _commit_patiently(self, batch: list[_Move[Any]]) -> None:
+        """Commit the batch; when a server was away in the middle, find out whether it did, and do it again if not."""
+        while True:
+            try:
+                return self._commit_once(batch)
+            except FAILURES as failure:
+                committed = self._ledger.regain(failure)
+                if committed:
+                    return None
+                if committed is None:
+                    raise
+
+    def _commit_once(self, batch: list[_Move[Any]]) -> None:
+        with self._turn(), self._ledger.transaction():
+            for moves in _grouped(batch):
+                for move in moves:
+                    move.error = None
+                try:
+                    with self._ledger.savepoint():
+                        _make(moves, self._ledger)
+                except (*FAILURES, LeaseLost):
+                    raise
+                except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
+                    for move in moves:
+                        move.error = error
 
 
 def _grouped(batch: list[_Move[Any]]) -> list[list[_Move[Any]]]:

@@ -8,16 +8,15 @@ committed move survives a power cut (SQLite docs: "Pragma synchronous").
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.privacy import Forgotten, keyed, proof, read_key
-from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.moves import Moves
+from enrich.store.holding import Holding
+from enrich.store.intake import MOST, OPEN_ATTEMPT
 
 
-class Ledger(Moves):
+class Ledger(Holding):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     # What the ledger is bound to
@@ -37,23 +36,12 @@ class Ledger(Moves):
     def remember_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
         """Keep the description; the providers are replaced too, so pass the old ones to keep them."""
         self._db.execute(
-            "INSERT OR REPLACE INTO waterfalls VALUES (?, ?, ?)",
+            "INSERT INTO waterfalls VALUES (?, ?, ?) ON CONFLICT (identifier) DO UPDATE "
+            "SET description = excluded.description, providers = excluded.providers",
             (identifier, json.dumps(description, ensure_ascii=False), json.dumps(list(providers))),
         )
 
     # Executions
-
-    def recover(self, now_ms: int) -> int:
-        """Put what a crash left in `submitting` in doubt (edge d); return how many."""
-        self._db.execute(
-            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
-            f"WHERE id IN (SELECT request_id FROM attempts WHERE state = 'submitting' AND {OPEN_ATTEMPT})"
-        )
-        return self._db.execute(
-            "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, error = 'the program ended between the request "
-            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT}",
-            (now_ms,),
-        ).rowcount
 
     def start_execution(
         self, job: str, cap: int | None, now_ms: int, balance: int | None = None, paths: Sequence[str] = ()
@@ -87,19 +75,19 @@ class Ledger(Moves):
             (now_ms, exit_code, json.dumps(receipt), balance, execution_id),
         )
 
-    def execution(self, execution_id: int) -> sqlite3.Row:
+    def execution(self, execution_id: int) -> Mapping[str, Any]:
         """Return one execution, with `spent`, `reserved`, `unknown` and `submitted`."""
         return next(self._rows("SELECT * FROM executions WHERE id = ?", execution_id))
 
     def was_used(self, job: str | None = None) -> bool:
         """Tell whether anything was ever submitted from this ledger (for a job)."""
-        sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (?1 IS NULL OR job = ?1))"
+        sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
         row = self._db.execute(sql, (job,)).fetchone()
         return bool(row[0])
 
-    def executions(self, job: str | None = None, last: int = -1) -> list[sqlite3.Row]:
+    def executions(self, job: str | None = None, last: int = MOST) -> list[Mapping[str, Any]]:
         """Return the newest `last` executions (of one job), newest first."""
-        sql = "SELECT * FROM executions WHERE ?1 IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
+        sql = "SELECT * FROM executions WHERE CAST(?1 AS TEXT) IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
         return list(self._rows(sql, job, last))
 
     # The change feed
@@ -107,20 +95,23 @@ class Ledger(Moves):
     def undelivered(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, str | None]]:
         """Tell which rows (index, row key, attempt) a job's feed has not told yet, and the answer it told before."""
         self._db.execute(
-            "CREATE TEMP TABLE IF NOT EXISTS told (i INTEGER PRIMARY KEY, row_key BLOB, attempt_id INTEGER)"
+            "CREATE TEMP TABLE IF NOT EXISTS told "
+            f"(i BIGINT PRIMARY KEY, row_key {self._db.dialect.blob}, attempt_id BIGINT)"
         )
-        self._db.execute("DELETE FROM told")
+        self._db.clear("told")
         self._db.executemany("INSERT INTO told VALUES (?, ?, ?)", told)
         return self._db.execute(
             "SELECT t.i, a.answer FROM told t LEFT JOIN delivered d ON d.job = ? AND d.row_key = t.row_key "
-            "LEFT JOIN attempts a ON a.id = d.attempt_id WHERE d.attempt_id IS NOT t.attempt_id ORDER BY t.i",
+            "LEFT JOIN attempts a ON a.id = d.attempt_id WHERE d.attempt_id IS DISTINCT FROM t.attempt_id ORDER BY t.i",
             (job,),
         ).fetchall()
 
     def deliver(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> None:
         """Remember what a job's feed has told."""
         self._db.executemany(
-            "INSERT OR REPLACE INTO delivered VALUES (?, ?, ?)", ((job, key, attempt) for _, key, attempt in told)
+            "INSERT INTO delivered VALUES (?, ?, ?) ON CONFLICT (job, row_key) DO UPDATE "
+            "SET attempt_id = excluded.attempt_id",
+            ((job, key, attempt) for _, key, attempt in told),
         )
 
     # Forgetting
@@ -128,7 +119,7 @@ class Ledger(Moves):
     def forgotten(self) -> Forgotten:
         """Tell who was forgotten. Raises Refused when the key to it is missing, or another."""
         hashes = frozenset(row[0] for row in self._db.execute("SELECT hash FROM forgotten"))
-        return Forgotten(read_key(self.path, self.fact("forgotten_key")), hashes) if hashes else Forgotten(b"")
+        return Forgotten(read_key(self.place, self.fact("forgotten_key")), hashes) if hashes else Forgotten(b"")
 
     def forget(self, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int) -> None:
         """Erase requests (id, fingerprint, params) with all that was answered.
@@ -138,7 +129,7 @@ class Ledger(Moves):
         self.bind({"forgotten_key": proof(key)})
         for request_id, fingerprint, params in requests:
             hashed = keyed(key, fingerprint)
-            self._db.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (keyed(key, params.encode()),))
+            self._db.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed(key, params.encode()),))
             self._db.execute(
                 "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, position = NULL "
                 f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",
@@ -186,9 +177,10 @@ class Ledger(Moves):
         )
         return purged
 
-    def requests(self) -> Iterator[sqlite3.Row]:
+    def requests(self) -> Iterator[Mapping[str, Any]]:
         """Yield all requests that were not erased: id, fingerprint, state, params and `answers` (a JSON list)."""
-        return self._rows(
-            "SELECT r.id, r.fingerprint, r.state, r.params, (SELECT json_group_array(a.answer) FROM attempts a "
-            "WHERE a.request_id = r.id AND a.answer IS NOT NULL) AS answers FROM requests r WHERE NOT r.forgotten"
+        answers = self._db.dialect.as_list.format("a.answer")
+        return self._all_rows(
+            f"SELECT r.id, r.fingerprint, r.state, r.params, (SELECT {answers} FROM attempts a "
+            "WHERE a.request_id = r.id AND a.answer IS NOT NULL) AS answers FROM requests r WHERE r.forgotten = 0"
         )

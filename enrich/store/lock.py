@@ -9,15 +9,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from enrich.errors import LedgerLocked, Refused
+from enrich.place import LedgerPlace, Postgres
+from enrich.store.server import postgres
 
 
 @contextmanager
-def hold(ledger: Path, wait_s: float) -> Iterator[int | None]:
-    """Hold the lock beside a ledger; wait for it so many seconds, -1: as long as it takes.
+def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
+    """Hold the lock of a ledger; wait for it so many seconds, -1: as long as it takes.
 
     Yields its descriptor, if it has one: a process that inherits it holds the lock, too, for as long as it lives.
     Raises LedgerLocked when another execution holds it.
     """
+    if isinstance(ledger, Postgres):
+        with postgres().held(ledger, wait_s):
+            yield None
+        return
     path = ledger.with_name(ledger.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +41,10 @@ def hold(ledger: Path, wait_s: float) -> Iterator[int | None]:
         lock.release()
 
 
-def is_held(ledger: Path) -> bool | None:
+def is_held(ledger: LedgerPlace) -> bool | None:
     """Tell whether an execution holds the lock, without touching it; None where the system doesn't tell."""
+    if isinstance(ledger, Postgres):
+        return bool(postgres().is_held(ledger))
     path = ledger.with_name(ledger.name + ".lock")
     try:
         held = Path("/proc/locks").read_text(encoding="ascii")

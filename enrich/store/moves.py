@@ -20,6 +20,10 @@ from enrich.store.review import Review
 Told = tuple[int, str, int]
 
 
+#: The numbers of a JSON list.
+_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
+
+
 class CapReached(Exception):
     """The budget has no room for another request now; what is in flight may free some."""
 
@@ -37,15 +41,16 @@ class Moves(Review):
         `only_new` passes over those that were answered before; `bulk` makes them one bundle. Raises CapReached when
         the cap has no room for `price` now.
         """
+        dialect = self._db.dialect
+        new = f"AND {dialect.no_index}state = ?2 " if only_new else ""
         queue = self._db.execute(
-            f"SELECT id FROM requests WHERE {QUEUED} {'AND +state = ?2 ' if only_new else ''}"
-            "ORDER BY position LIMIT ?1",
+            f"SELECT id FROM requests WHERE {QUEUED} {new}ORDER BY position LIMIT ?1 {dialect.skip_locked}",
             (room, State.PENDING) if only_new else (room,),
         )
         if not (wanted := [row[0] for row in queue]):
             return []
         (left,) = self._db.execute(
-            "SELECT cap - spent - reserved FROM executions WHERE id = ?", (execution_id,)
+            f"SELECT cap - spent - reserved FROM executions WHERE id = ? {dialect.for_update}", (execution_id,)
         ).fetchone()
         if left is not None and price * len(wanted) > left:
             wanted = wanted[: max(0, left // price if price else 0)]
@@ -56,36 +61,31 @@ class Moves(Review):
         )
         bundle = None
         if bulk:
-            insert = "INSERT INTO bundles (execution_id, size) VALUES (?, ?)"
-            bundle = self._db.execute(insert, (execution_id, len(wanted))).lastrowid
-        last = self._db.execute(
+            insert = "INSERT INTO bundles (execution_id, size) VALUES (?, ?) RETURNING id"
+            (bundle,) = self._db.execute(insert, (execution_id, len(wanted))).fetchone()
+        made = self._db.execute(
             "INSERT INTO attempts "
             "(request_id, execution_id, came_from, previous_id, state, claimed_ms, reserved, bundle_id, place) "
-            "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, ?4, ?5, iif(?5 IS NULL, NULL, key) "
-            "FROM json_each(?1) JOIN requests r ON r.id = value ORDER BY key",
+            "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, ?4, CAST(?5 AS BIGINT), "
+            "CASE WHEN CAST(?5 AS BIGINT) IS NOT NULL THEN key END "
+            "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value AS BIGINT) ORDER BY key "
+            "RETURNING id",
             (written(wanted), execution_id, now_ms, price, bundle),
-        ).lastrowid
-        assert last is not None  # noqa: S101 - something was inserted
-        # One writer in one transaction: their ids follow each other.
-        claimed = (last - len(wanted) + 1, last)
-        self._db.execute(
-            "UPDATE requests SET state = 'submitting', attempt_id = a.id, attempts = iif(a.came_from = 'pending', "
-            "attempts, 0) FROM attempts a WHERE a.id BETWEEN ? AND ? AND requests.id = a.request_id",
-            claimed,
-        )
+        ).fetchall()
         rows = self._db.execute(
-            "SELECT a.id, r.params FROM attempts a JOIN requests r ON r.id = a.request_id "
-            "WHERE a.id BETWEEN ? AND ? ORDER BY a.id",
-            claimed,
-        )
-        return [Claim(attempt_id, params, bundle) for attempt_id, params in rows]
+            "UPDATE requests SET state = 'submitting', attempt_id = a.id, attempts = CASE WHEN a.came_from = 'pending' "
+            "THEN attempts ELSE 0 END FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
+            "WHERE requests.id = a.request_id RETURNING attempt_id, params",
+            (written([number for (number,) in made]),),
+        ).fetchall()
+        return [Claim(attempt_id, params, bundle) for attempt_id, params in sorted(rows)]
 
     def accepted(self, told: Sequence[Told], bound_to: Mapping[str, str | None]) -> None:
         """Write down the task ids (edge b) and, with the first of them, whose ledger this is."""
         self._tell(
             told,
             "submitting",
-            attempt="state = 'submitted', task_id = value->>1, submitted_ms = value->>2",
+            attempt="state = 'submitted', task_id = value->>1, submitted_ms = CAST(value->>2 AS BIGINT)",
             request="state = 'submitted', attempts = attempts + 1",
         )
         self._db.execute(
@@ -100,8 +100,9 @@ class Moves(Review):
         self._tell(
             told,
             "submitting",
-            attempt="state = 'refused', error = value->>1, settled_ms = value->>2, credits = 0",
-            request="state = a.came_from, attempt_id = iif(a.came_from = 'pending', attempt_id, a.previous_id)",
+            attempt="state = 'refused', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
+            request="state = a.came_from, "
+            "attempt_id = CASE WHEN a.came_from = 'pending' THEN attempt_id ELSE a.previous_id END",
         )
         self._release(told)
 
@@ -110,7 +111,7 @@ class Moves(Review):
         self._tell(
             told,
             "submitting",
-            attempt="state = 'failed', error = value->>1, settled_ms = value->>2, credits = 0",
+            attempt="state = 'failed', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
             request="state = 'failed', position = NULL",
         )
         self._release(told)
@@ -121,18 +122,22 @@ class Moves(Review):
             told,
             "submitting",
             "submitted",
-            attempt="state = 'in_doubt', error = value->>1, settled_ms = value->>2",
-            request="state = 'in_doubt', position = NULL, attempts = attempts + (a.state = 'submitting')",
+            attempt="state = 'in_doubt', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT)",
+            request="state = 'in_doubt', position = NULL, "
+            "attempts = attempts + CASE WHEN a.state = 'submitting' THEN 1 ELSE 0 END",
         )
 
     # Settle: submitted → an answer
 
     def tasks(self) -> list[Task]:
-        """Return all tasks that wait for their answer, nearest expiry first."""
+        """Return all tasks that wait for their answer and that no other process is at, nearest expiry first."""
+        # Who only looks sees all of them.
+        ours = self._db.dialect.ours if self._shared else "true"
         rows = self._db.execute(
             "SELECT a.id, a.bundle_id, a.task_id, a.submitted_ms, a.seen_alive, e.paths FROM attempts a "
             "JOIN executions e ON e.id = a.execution_id "
-            f"WHERE a.state = 'submitted' AND a.{OPEN_ATTEMPT} ORDER BY a.submitted_ms, a.bundle_id, a.place, a.id"
+            f"WHERE a.state = 'submitted' AND a.{OPEN_ATTEMPT} AND {ours} "
+            "ORDER BY a.submitted_ms, a.bundle_id, a.place, a.id"
         )
         tasks = []
         for bundle, together in groupby(rows, key=lambda row: row[1]):
@@ -145,7 +150,7 @@ class Moves(Review):
     def alive(self, attempts: Sequence[int]) -> None:
         """Write down that the API knows the tasks."""
         self._db.execute(
-            "UPDATE attempts SET seen_alive = 1 WHERE id IN (SELECT value FROM json_each(?))", (written(attempts),)
+            f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({_NUMBERS.format('?')})", (written(attempts),)
         )
 
     def settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
@@ -179,24 +184,26 @@ class Moves(Review):
         return states
 
     def _settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
+        again = f"CAST(value->>7 AS INTEGER) = 1 AND attempts < {max_attempts:d}"
         self._tell(
             [
-                (number, a.state, now_ms, a.credits, a.provider, a.error, a.raw, a.free_failure)
+                (number, a.state, now_ms, a.credits, a.provider, a.error, a.raw, int(a.free_failure))
                 for number, a, now_ms in told
             ],
             "submitted",
-            attempt="state = value->>1, settled_ms = value->>2, credits = value->>3, provider = value->>4, "
+            attempt="state = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
+            "credits = CAST(value->>3 AS BIGINT), provider = value->>4, "
             f"error = value->>5, answer = value->>6, settled_in = {execution_id:d}",
             # What came to its end leaves the queue; what failed for nothing keeps its place.
-            request=f"state = iif(value->>7 AND attempts < {max_attempts:d}, 'pending', value->>1), "
-            f"position = iif(value->>7 AND attempts < {max_attempts:d}, position, NULL), "
-            "answer_id = iif(value->>1 = 'found', a.id, answer_id)",
+            request=f"state = CASE WHEN {again} THEN 'pending' ELSE value->>1 END, "
+            f"position = CASE WHEN {again} THEN position END, "
+            "answer_id = CASE WHEN value->>1 = 'found' THEN a.id ELSE answer_id END",
         )
         if not any(answer.free_failure for _, answer, _ in told):
             return [answer.state for _, answer, _ in told]
         rows = self._db.execute(
-            "SELECT r.state FROM json_each(?) JOIN attempts a ON a.id = value JOIN requests r ON r.id = a.request_id "
-            "ORDER BY key",
+            "SELECT r.state FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
+            "JOIN requests r ON r.id = a.request_id ORDER BY key",
             (written([number for number, _, _ in told]),),
         )
         return [State(row[0]) for row in rows]
@@ -204,7 +211,7 @@ class Moves(Review):
     def bind(self, facts: Mapping[str, str | None]) -> None:
         """Bind the ledger, once: what is bound stays."""
         known = [(name, value) for name, value in facts.items() if value is not None]
-        self._db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", known)
+        self._db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", known)
 
     def _tell(self, told: Sequence[tuple[Any, ...]], *before: str, attempt: str, request: str) -> None:
         """Change attempts and their requests, which must stand alike, where they are thought to.
@@ -214,14 +221,15 @@ class Moves(Review):
         what = written(told)
         stood = ", ".join(f"'{state}'" for state in before)
         moved = self._db.execute(
-            f"UPDATE requests SET {request} FROM json_each(?) JOIN attempts a ON a.id = value->>0 "
+            f"UPDATE requests SET {request} "
+            "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value->>0 AS BIGINT) "
             f"WHERE requests.id = a.request_id AND attempt_id = a.id AND requests.state = a.state "
             f"AND a.state IN ({stood})",
             (what,),
         ).rowcount
         closed = self._db.execute(
-            f"UPDATE attempts SET {attempt} FROM json_each(?) "
-            f"WHERE attempts.id = value->>0 AND attempts.state IN ({stood})",
+            f"UPDATE attempts SET {attempt} FROM json_each(CAST(? AS TEXT)) "
+            f"WHERE attempts.id = CAST(value->>0 AS BIGINT) AND attempts.state IN ({stood})",
             (what,),
         ).rowcount
         if not moved == closed == len(told):
@@ -232,7 +240,7 @@ class Moves(Review):
         """Give the reservations of attempts back to the executions that made them."""
         self._db.execute(
             "UPDATE executions SET reserved = executions.reserved - freed.reserved FROM (SELECT execution_id, "
-            "sum(reserved) AS reserved FROM attempts WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1) freed "
+            f"sum(reserved) AS reserved FROM attempts WHERE id IN ({_NUMBERS.format('?')}) GROUP BY 1) freed "
             "WHERE executions.id = freed.execution_id",
             (written([first[0] for first in told]),),
         )
@@ -241,6 +249,6 @@ class Moves(Review):
         """Count what was spent; the attempts whose price is known need their reservation no more."""
         self._db.execute(
             "UPDATE executions SET spent = spent + ?2, unknown = unknown + ?3, reserved = reserved - (SELECT "
-            "coalesce(sum(reserved), 0) FROM attempts WHERE id IN (SELECT value FROM json_each(?4))) WHERE id = ?1",
+            f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({_NUMBERS.format('?4')})) WHERE id = ?1",
             (execution_id, spent, unknown, written(known)),
         )

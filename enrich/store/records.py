@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enrich.errors import Refused
-from enrich.store.database import Database, tells_of_damage
+from enrich.place import LedgerPlace, Postgres
+from enrich.store.database import Database, exists
+from enrich.store.dialect import FAILURES
 from enrich.store.schema import MARK
+from enrich.store.sqlite import tells_of_damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,16 @@ class Findings:
     executions: int | None = None
 
 
-def check(path: Path) -> Findings:
+def check(place: LedgerPlace) -> Findings:
     """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
     try:
-        records = Records(path)
+        records = Records(place)
     except Refused as error:
-        if path.is_file() and (tells_of_damage(error.__cause__) or not path.stat().st_size):
+        if (
+            isinstance(place, Path)
+            and place.is_file()
+            and (tells_of_damage(error.__cause__) or not place.stat().st_size)
+        ):
             return Findings([f"the file is damaged: {error.__cause__ or 'it is empty'}"])
         raise
     with closing(records):
@@ -39,44 +46,44 @@ def check(path: Path) -> Findings:
 class Records(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, path: Path, *, any_version: bool = False) -> None:
+    def __init__(self, place: LedgerPlace, *, any_version: bool = False) -> None:
         """Open it, though it be older with `any_version`. Raises Refused when it is not there or is no ledger."""
-        if not path.exists():
-            raise Refused(f"{path}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(path, read_only=True, any_version=any_version)
+        if not exists(place):
+            raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
+        super().__init__(place, read_only=True, any_version=any_version)
 
     def check(self) -> Findings:
         """Look at everything as it stood at one moment, though a run may go on."""
-        with suppress(sqlite3.Error):
-            self._db.execute("BEGIN")
+        with suppress(*FAILURES):
+            self._db.begin_looking()
         try:
             return Findings(list(self.problems()), *map(self._count, ("requests", "attempts", "executions")))
         finally:
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+            with suppress(*FAILURES):
+                self._db.rollback()
 
     def problems(self) -> Iterator[str]:
         """Check the file, and when it is whole its invariants; yield what does not hold, in words."""
         damaged = False
         try:
-            for (said,) in self._db.execute("PRAGMA integrity_check"):
-                if said != "ok":
-                    damaged = True
-                    yield f"the file is damaged: {' '.join(said.split())}"
-        except sqlite3.Error as error:
+            for said in self._db.damage():
+                damaged = True
+                yield f"the file is damaged: {' '.join(said.split())}"
+        except FAILURES as error:
             damaged = True
             yield f"the file is damaged: {error}"
         for broken, query in () if damaged else INVARIANTS.items():
             try:
-                (count,) = self._db.execute(f"SELECT count(*) FROM ({query})").fetchone()
-            except sqlite3.Error as error:
+                rows = query.replace(_ORPHANS, self._db.dialect.orphans)
+                (count,) = self._db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
+            except FAILURES as error:
                 yield f"cannot be checked ({broken}): {error}"
                 continue
             if count:
                 yield f"{count:,} times: {broken}"
 
     def _count(self, table: str) -> int | None:
-        with suppress(sqlite3.Error):
+        with suppress(*FAILURES):
             (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
             return int(count)
         return None
@@ -86,14 +93,17 @@ class Records(Database):
 
         Raises Refused when the copy cannot be written or would replace what is no copy.
         """
+        if isinstance(self.place, Postgres):
+            hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
+            raise Refused(f"{self.place}: a ledger on a server is no file that could be copied", hint)
         part = target.with_name(f".{target.name}.part")
         try:
-            _check_target(target, self.path)
+            _check_target(target, self.place)
             _remove(part)
             try:
                 os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 with closing(sqlite3.connect(part)) as copy:
-                    self._db.backup(copy)
+                    self._db.backup(copy)  # type: ignore[attr-defined] # a file, and so SQLite
                     # A copy is one file: nothing of it lies in a journal beside it.
                     copy.execute("PRAGMA journal_mode = DELETE")
                 with part.open("rb") as written:
@@ -112,7 +122,7 @@ class Records(Database):
         except sqlite3.Error as error:
             if tells_of_damage(error):
                 raise Refused(
-                    f"{self.path}: the ledger is damaged: {error}", "`enrich ledger check` tells more"
+                    f"{self.place}: the ledger is damaged: {error}", "`enrich ledger check` tells more"
                 ) from error
             raise Refused(f"{target}: the copy cannot be written: {error}") from error
 
@@ -148,13 +158,17 @@ def _remove(part: Path) -> None:
 #: Where SQLite keeps the application id in a file ("Database File Format", 1.2.20).
 _MARK_BEGINS, _MARK_ENDS = 68, 72
 
+#: Stands for the query that each database has of its own.
+_ORPHANS = "orphans"
+
 #: What must hold, as queries for the rows in which it does not. Each reads a table a few times at most.
 INVARIANTS = {
     "request whose state is not that of its newest attempt": (
         # A failure at no charge waits again; of what a person gave up the attempt stays in doubt.
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
         "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') "
-        "WHEN 'failed' THEN coalesce(a.state, '') NOT IN ('failed', 'in_doubt') ELSE r.state IS NOT a.state END"
+        "WHEN 'failed' THEN coalesce(a.state, '') NOT IN ('failed', 'in_doubt') "
+        "ELSE r.state IS DISTINCT FROM a.state END"
     ),
     "request whose newest attempt or answer is another request's": (
         "SELECT 1 FROM requests r JOIN attempts a ON a.id IN (r.attempt_id, r.answer_id) WHERE a.request_id <> r.id"
@@ -164,11 +178,11 @@ INVARIANTS = {
     ),
     "attempt at the API that its request does not wait for": (
         "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
-        "WHERE a.state IN ('submitting', 'submitted') AND r.attempt_id IS NOT a.id"
+        "WHERE a.state IN ('submitting', 'submitted') AND r.attempt_id IS DISTINCT FROM a.id"
     ),
     "answer that is not the newest that was found": (
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.answer_id "
-        "WHERE r.answer_id IS NOT NULL AND a.state IS NOT 'found' UNION ALL "
+        "WHERE r.answer_id IS NOT NULL AND a.state IS DISTINCT FROM 'found' UNION ALL "
         "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
         "WHERE a.state = 'found' AND a.id > coalesce(r.answer_id, 0)"
     ),
@@ -179,7 +193,7 @@ INVARIANTS = {
         "SELECT 1 FROM attempts WHERE task_id IS NULL AND erased_ms IS NULL "
         "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
     ),
-    "row that refers to one that is not there": "SELECT 1 FROM pragma_foreign_key_check",
+    "row that refers to one that is not there": _ORPHANS,
     "execution that has reserved less than nothing": "SELECT 1 FROM executions WHERE reserved < 0",
     "execution that has not set aside what is at the API": (
         "SELECT 1 FROM executions WHERE id = (SELECT max(id) FROM executions) AND reserved < "
@@ -187,8 +201,9 @@ INVARIANTS = {
     ),
     "execution whose spending is not the sum of what it settled": (
         "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_in, coalesce(sum(paid), 0) AS spent, "
-        "sum(paid IS NULL) AS unknown FROM billed WHERE settled_in IS NOT NULL GROUP BY settled_in) a "
-        "ON a.settled_in = e.id WHERE e.spent <> coalesce(a.spent, 0) OR e.unknown <> coalesce(a.unknown, 0)"
+        "count(*) FILTER (WHERE paid IS NULL) AS unknown FROM billed WHERE settled_in IS NOT NULL "
+        "GROUP BY settled_in) a ON a.settled_in = e.id "
+        "WHERE e.spent <> coalesce(a.spent, 0) OR e.unknown <> coalesce(a.unknown, 0)"
     ),
     "execution that submitted another number than it counted": (
         "SELECT 1 FROM executions e LEFT JOIN (SELECT execution_id, count(submitted_ms) AS submitted "
@@ -199,13 +214,14 @@ INVARIANTS = {
         # What a bundle cost is shared out evenly, as its rows reserve the same; the half is for rounding.
         "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bundles b ON b.id = a.bundle_id "
         "WHERE e.cap IS NOT NULL GROUP BY e.id "
-        "HAVING sum(min(coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved), a.reserved)) > e.cap + 0.5"
+        "HAVING sum(CASE WHEN coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved) < a.reserved "
+        "THEN coalesce(a.credits, b.credits * 1.0 / b.size) ELSE a.reserved END) > e.cap + 0.5"
     ),
     "bundle that is not what its attempts say": (
         "SELECT 1 FROM bundles b LEFT JOIN attempts a ON a.bundle_id = b.id GROUP BY b.id HAVING count(a.id) <> b.size "
         "OR count(DISTINCT a.place) <> b.size OR min(a.place) <> 0 OR max(a.place) <> b.size - 1 "
-        "OR count(DISTINCT a.task_id) > 1 OR sum(a.execution_id <> b.execution_id) > 0 "
-        "OR sum(a.settled_in IS NOT b.settled_in AND a.task_id IS NOT NULL) > 0"
+        "OR count(DISTINCT a.task_id) > 1 OR count(*) FILTER (WHERE a.execution_id <> b.execution_id) > 0 "
+        "OR count(*) FILTER (WHERE a.settled_in IS DISTINCT FROM b.settled_in AND a.task_id IS NOT NULL) > 0"
     ),
     "row of a bundle with a price of its own": "SELECT 1 FROM attempts WHERE bundle_id IS NOT NULL AND credits <> 0",
 }

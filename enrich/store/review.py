@@ -40,11 +40,11 @@ class Review(Figures):
     @contextmanager
     def still(self) -> Iterator[None]:
         """See everything as it stands at this moment, though a run goes on."""
-        self._db.execute("BEGIN")
+        self._db.begin_looking()
         try:
             yield
         finally:
-            self._db.execute("ROLLBACK")
+            self._db.rollback()
 
     def lived(self, job: str) -> list[Lived]:
         """Return the executions of a job, oldest first."""
@@ -69,7 +69,7 @@ class Review(Figures):
 
         What a later execution fetched is left out: it tells when we came back, not how long it took.
         """
-        rows = self._db.execute(
+        rows = self._db.stream(
             "SELECT a.settled_ms - a.submitted_ms FROM attempts a WHERE a.settled_in = a.execution_id "
             f"AND {_OF_JOB} AND a.state IN ('found', 'not_found', 'failed') AND a.submitted_ms <= a.settled_ms "
             "AND coalesce(a.place, 0) = 0 ORDER BY 1",
@@ -80,12 +80,12 @@ class Review(Figures):
     def beats(self, execution_id: int, start_ms: int, width_ms: int) -> tuple[dict[int, int], dict[int, int]]:
         """Count what an execution submitted and what it settled, for each stretch of its time."""
         submitted = self._db.execute(
-            f"SELECT max(0, submitted_ms - ?2) / ?3, count(*) FROM attempts WHERE {SINCE} AND execution_id = ?1 "
+            f"SELECT {_stretch('submitted_ms')}, count(*) FROM attempts WHERE {SINCE} AND execution_id = ?1 "
             "AND submitted_ms IS NOT NULL GROUP BY 1",
             (execution_id, start_ms, width_ms),
         )
         settled = self._db.execute(
-            "SELECT max(0, settled_ms - ?2) / ?3, count(*) FROM attempts WHERE settled_in = ?1 GROUP BY 1",
+            f"SELECT {_stretch('settled_ms')}, count(*) FROM attempts WHERE settled_in = ?1 GROUP BY 1",
             (execution_id, start_ms, width_ms),
         )
         return dict(submitted), dict(settled)
@@ -103,11 +103,12 @@ class Review(Figures):
         With each: was it found, and what it cost in millionths (None: not known); of a task of many an equal part.
         What was forgotten or purged is left out.
         """
-        rows = self._db.execute(
+        rows = self._db.stream(
             "SELECT r.params, a.state = 'found', "
             "CASE WHEN a.bundle_id IS NULL THEN a.credits ELSE b.credits * 1.0 / b.size END "
             "FROM attempts a JOIN requests r ON r.id = a.request_id LEFT JOIN bundles b ON b.id = a.bundle_id "
-            f"WHERE {_OF_JOB} AND (?2 IS NULL OR a.settled_in = ?2) AND a.state IN ('found', 'not_found') "
+            f"WHERE {_OF_JOB} AND (CAST(?2 AS BIGINT) IS NULL OR a.settled_in = ?2) "
+            "AND a.state IN ('found', 'not_found') "
             "AND r.erased_ms IS NULL ORDER BY a.settled_in, a.id",
             (job, execution_id),
         )
@@ -122,3 +123,8 @@ class Review(Figures):
         """Tell whether another job has run with this ledger."""
         row = self._db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE job <> ?)", (job,)).fetchone()
         return bool(row[0])
+
+
+def _stretch(column: str) -> str:
+    """Write which stretch of ?3 ms since ?2 a time is in."""
+    return f"CASE WHEN {column} > ?2 THEN ({column} - ?2) / ?3 ELSE 0 END"

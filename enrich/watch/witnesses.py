@@ -144,8 +144,8 @@ class Witnesses:
     def _of_ledger(self) -> metrics.Samples:
         """Take what the ledger knows; nothing when it can't be read."""
         job = self._job()
-        totals = glance(job.ledger_path, History.totals)
-        last = glance(job.ledger_path, lambda history: history.last_end(job.name, outcome.FINE))
+        totals = glance(job.ledger, History.totals)
+        last = glance(job.ledger, lambda history: history.last_end(job.name, outcome.FINE))
         known = metrics.of_ledger(totals) if totals is not None else {}
         return known if last is None else known | {SUCCESS: last / 1000}
 
@@ -157,7 +157,7 @@ class Witnesses:
         return self._execution
 
     def _newest(self) -> int:
-        return glance(self._job().ledger_path, History.newest) or 0
+        return glance(self._job().ledger, History.newest) or 0
 
     def _job(self) -> Job:
         assert self.job is not None  # noqa: S101 - all who ask have been told which it is
@@ -180,7 +180,7 @@ def _setting(job: Job, options: Options) -> dict[str, Any]:
         "job_file": str(job.document.path.absolute()),
         "input": str(job.input_path),
         "output": str(job.output_path(datetime.now().astimezone())),
-        "ledger": str(job.ledger_path),
+        "ledger": str(job.ledger),
         "options": {name: sorted(value) if isinstance(value, frozenset) else value for name, value in wishes.items()}
         | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso(options.plan.made_ms)},
     }

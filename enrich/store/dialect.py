@@ -1,0 +1,128 @@
+"""What the ledger asks of a database, whichever keeps it, and the few words in which the databases differ."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class DatabaseFailed(Exception):
+    """The database of a ledger that is no file could not do what it was asked."""
+
+
+class Disturbed(DatabaseFailed):
+    """Nothing of the transaction was written, or nobody knows: the connection was lost, or others were in the way."""
+
+
+#: What a database raises that could not do what it was asked.
+FAILURES = (sqlite3.Error, DatabaseFailed)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Parts of SQL that are another in each database."""
+
+    #: A number that counts up by itself, as the primary key.
+    serial: str
+    #: The type of bytes.
+    blob: str
+    #: Where a pass over the input is kept: it ends with the connection, or several processes share it.
+    passes_are_shared: bool
+    #: Whether processes hold what they are at by leases.
+    leases: bool
+    #: Rows that are read to be changed, which another may be about to change, too.
+    for_update: str = ""
+    #: … and which are left to whoever holds them.
+    skip_locked: str = ""
+    #: Keeps SQLite's planner from an index on what follows.
+    no_index: str = ""
+    #: Joins in the order in which they are written, where the planner would choose a worse one.
+    ordered_join: str = "JOIN"
+    #: Behind a column: read its text as JSON.
+    as_json: str = ""
+    #: Puts all values of a group into one JSON list.
+    as_list: str = ""
+    #: Rows that refer to what is not there.
+    orphans: str = "SELECT 1 WHERE false"
+    #: What no process is at any more: nobody began it with a lease, or the lease ran out, or it was us.
+    ours: str = "true"
+
+
+class Cursor(Protocol):
+    """What a statement brought."""
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows were changed."""
+
+    @property
+    def description(self) -> Sequence[Any] | None:
+        """The columns, the name of each first."""
+
+    def fetchone(self) -> Any:  # noqa: ANN401 - a row
+        """Return the next row, None after the last."""
+
+    def fetchall(self) -> list[Any]:
+        """Return all other rows."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Session(Protocol):
+    """A connection to the database of one ledger. SQL has `?` or `?1` for its values."""
+
+    dialect: Dialect
+
+    @property
+    def in_transaction(self) -> bool:
+        """Tell whether a transaction was begun."""
+
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
+        """Do one statement."""
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> object:
+        """Do one statement for each of many rows."""
+
+    def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
+        """Yield the rows of a query that are too many to be held at once."""
+
+    def begin(self) -> None:
+        """Begin a transaction that writes."""
+
+    def begin_looking(self) -> None:
+        """Begin a transaction that sees everything as it stands now."""
+
+    def commit(self) -> None:
+        """End it; what it wrote is durable."""
+
+    def rollback(self) -> None:
+        """Take back what it wrote, if one was begun and is there yet."""
+
+    def regain(self, failure: BaseException) -> bool | None:
+        """Be ready again after a failure in a transaction.
+
+        Tell whether what it wrote is there all the same; None: the failure stays.
+        """
+
+    def has_temporary(self, table: str) -> bool:
+        """Tell whether this connection has made a temporary table."""
+
+    def clear(self, table: str) -> None:
+        """Empty a temporary table."""
+
+    def analyse(self, table: str) -> None:
+        """Let the planner know how many rows a temporary table has."""
+
+    def damage(self) -> Iterator[str]:
+        """Read the whole database; yield what is not sound about it."""
+
+    def erase_for_good(self) -> None:
+        """Overwrite from now on what is deleted."""
+
+    def empty_journal(self) -> bool:
+        """Leave nothing of what was erased where the database keeps its past; tell whether that is done."""
+
+    def close(self) -> None:
+        """Let go of the database."""

@@ -1,0 +1,104 @@
+"""A lease: says as long as this process lives that it does, and ends the leases of those who don't say so."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+from enrich.errors import LeaseLost
+from enrich.place import Postgres
+from enrich.store.dialect import DatabaseFailed, Disturbed
+from enrich.store.ledger import Ledger
+from enrich.store.postgres import Fence
+
+#: How long who says nothing is thought to live, in seconds; it is said so often meanwhile.
+LEASE_S, TIMES = 30.0, 6
+#: The share of a lease after which its holder begins nothing new, unless it could say again that it lives.
+SURE = 0.8
+
+
+def boottime() -> float:
+    """Seconds that never step, and go on while the machine sleeps, where the system has such a clock."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+class Lease:
+    """The lease of this process. Use as a context manager; what it holds is free when the block ends.
+
+    `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits for us.
+    """
+
+    def __init__(self, place: Postgres, seconds: float = LEASE_S, idle_s: float | None = None) -> None:
+        self._seconds = seconds
+        self._renewed = boottime()
+        self._ledger = Ledger(place)
+        with self._ledger.transaction():
+            owner = self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", seconds)
+        #: What those get that write as this owner.
+        self.fence = Fence(owner, seconds if idle_s is None else idle_s)
+        self._ended = threading.Event()
+        self._lost = threading.Event()
+        self._offset_ms = self._measured()
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.fence.leaving.set()
+        self._thread.join()
+        self._ledger.close()
+
+    def holds(self) -> bool:
+        """Tell whether the lease surely lasts a while yet."""
+        return not self._lost.is_set() and boottime() < self._renewed + SURE * self._seconds
+
+    @property
+    def offset_ms(self) -> int:
+        """How far the server's clock is ahead of this machine's, in milliseconds."""
+        return self._offset_ms
+
+    def _work(self) -> None:
+        ledger, owner = self._ledger, self.fence.owner
+        try:
+            while not self._ended.wait(self._seconds / TIMES):
+                self._renew_patiently()
+        except (DatabaseFailed, LeaseLost):
+            self._lost.set()
+        try:
+            with ledger.transaction():
+                ledger.end_lease(owner)
+                ledger.recover(self._now_ms())
+        except (DatabaseFailed, LeaseLost):
+            pass  # it runs out by itself
+
+    def _renew_patiently(self) -> None:
+        """Renew; when the server was away, once it is back."""
+        while True:
+            try:
+                return self._renew()
+            except Disturbed as failure:
+                if self._ledger.regain(failure) is None:
+                    raise
+
+    def _renew(self) -> None:
+        before = boottime()
+        ledger = self._ledger
+        with ledger.transaction():
+            if not ledger.renew_lease(self.fence.owner):
+                raise LeaseLost
+        self._renewed = before
+        with ledger.transaction():
+            ledger.recover(self._now_ms())
+        self._offset_ms = self._measured()
+
+    def _now_ms(self) -> int:
+        return self._ledger.now_ms()
+
+    def _measured(self) -> int:
+        return self._ledger.now_ms() - time.time_ns() // 1_000_000

@@ -1,0 +1,199 @@
+"""A ledger in a SQLite file: opened with care, brought up to date."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from enrich.errors import Refused
+from enrich.store.dialect import Dialect
+from enrich.store.schema import MARK, MIGRATIONS
+
+#: A journal of the damaged ledger would be played into the backup.
+RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
+
+#: So long another process is waited for that writes, or reads what is to be erased.
+PATIENCE_S = 30.0
+#: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
+CHECKED_AT_START = 256 * 1024 * 1024
+
+
+class SqliteSession(sqlite3.Connection):
+    """One SQLite file, one connection."""
+
+    dialect = Dialect(
+        serial="INTEGER PRIMARY KEY",
+        blob="BLOB",
+        passes_are_shared=False,
+        leases=False,
+        no_index="+",
+        ordered_join="CROSS JOIN",
+        as_list="json_group_array({})",
+        orphans="SELECT 1 FROM pragma_foreign_key_check",
+    )
+
+    def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
+        """Yield the rows of a query."""
+        return self.execute(sql, values)
+
+    def begin(self) -> None:
+        """Begin a transaction that writes."""
+        self.execute("BEGIN IMMEDIATE")
+
+    def begin_looking(self) -> None:
+        """Begin a transaction that sees everything as it stands now."""
+        self.execute("BEGIN")
+
+    def commit(self) -> None:
+        """End it; what it wrote is durable."""
+        self.execute("COMMIT")
+
+    def rollback(self) -> None:
+        """Take back what it wrote; a full disk may have done that already."""
+        if self.in_transaction:
+            self.execute("ROLLBACK")
+
+    def regain(self, _: BaseException) -> bool | None:
+        """Do nothing: what a file refuses once it refuses again."""
+        return None
+
+    def has_temporary(self, _: str) -> bool:
+        """Say yes: there is one connection only."""
+        return True
+
+    def clear(self, table: str) -> None:
+        """Empty a temporary table."""
+        self.execute(f"DELETE FROM {table}")
+
+    def analyse(self, table: str) -> None:
+        """Do nothing: the plans are good without it."""
+
+    def damage(self) -> Iterator[str]:
+        """Read the whole file, with its indexes."""
+        return (said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok")
+
+    def erase_for_good(self) -> None:
+        """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
+        self.execute("PRAGMA secure_delete = ON")
+
+    def empty_journal(self) -> bool:
+        """Move all of the journal into the file, and empty it; not while somebody reads the ledger as it was before."""
+        (busy, *_) = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
+
+
+def tells_of_damage(error: BaseException | None) -> bool:
+    """Tell whether SQLite could not make sense of the file."""
+    damage = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
+    if not isinstance(error, sqlite3.Error):
+        return False
+    code = getattr(error, "sqlite_errorcode", None) or 0
+    # The low byte is the kind of the error, the others say which of that kind.
+    return bool({code, code & 0xFF} & damage)
+
+
+def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSession:
+    """Open a ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
+
+    Raises Refused when the file is not a ledger, is newer than this program or can't be written.
+    """
+    try:
+        if not read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                _make(path)
+            # SQLite would open a file that can't be written all the same, only to read.
+            os.close(os.open(path, os.O_RDWR))
+        if path.is_file() and not path.stat().st_size:
+            raise Refused(f"{path}: the ledger is damaged: it is empty", RESTORE)
+        mode = "ro" if read_only else "rw"
+        # One thread at a time uses the connection, but not always the same one.
+        db = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=PATIENCE_S,
+            factory=SqliteSession,
+        )
+        try:
+            _check_mark(db, path)
+            if not read_only:
+                # Readers look while we write; a committed move survives a power cut.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+            # Requests are found by their fingerprints, which lie anywhere (KiB, as SQLite wants it: negative).
+            db.execute("PRAGMA cache_size = -65536")
+            if not any_version:
+                _migrate(db, path, allowed=not read_only)
+            if not read_only:
+                _check_whole(db, path)
+        except BaseException:
+            db.close()
+            raise
+    except (OSError, sqlite3.Error) as error:
+        hint = RESTORE if tells_of_damage(error) else "is it a ledger, and writable?"
+        raise Refused(f"{path}: the ledger cannot be opened: {error}", hint) from error
+    return db
+
+
+def _make(path: Path) -> None:
+    """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
+    part = path.with_name(f".{path.name}.new")
+    # What a journal without its ledger says, SQLite would play into the new one.
+    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in ("-journal", "-wal", "-shm"))):
+        stale.unlink(missing_ok=True)
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    db = sqlite3.connect(part, isolation_level=None)
+    try:
+        _migrate(db, path, allowed=True)
+    finally:
+        db.close()
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _check_whole(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
+
+    The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
+    """
+    if path.stat().st_size > CHECKED_AT_START:
+        return
+    (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    if said != "ok":
+        raise Refused(f"{path}: the ledger is damaged: {' '.join(said.split())}", RESTORE)
+
+
+def _check_mark(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse the database of another program before anything in it is changed."""
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (mark,) = db.execute("PRAGMA application_id").fetchone()
+    if tables and mark != MARK:
+        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
+
+
+def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        raise Refused(
+            f"{path}: this ledger was written by a newer version of enrich",
+            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
+        )
+    if version < len(MIGRATIONS) and not allowed:
+        raise Refused(
+            f"{path}: this ledger is of an older version of enrich",
+            "a run brings it up to date; with --limit 0 it asks nothing new",
+        )
+    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
+        db.execute("BEGIN IMMEDIATE")
+        step(db)
+        db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
