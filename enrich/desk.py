@@ -114,7 +114,7 @@ class Desk:
 
     async def rescue(self) -> None:
         """Ask once for everything that earlier executions left at the API, nearest expiry first."""
-        tasks = await self.journal.do(Ledger.tasks)
+        tasks = await self.journal.do(Ledger.adopt)
         if not tasks:
             return
         self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
@@ -152,9 +152,11 @@ class Desk:
         question = self.connection.question
         await self.heart.begin(Doing.ENROLL)
 
+        given_up = self.given_up
+
         def enroll(ledger: Ledger) -> int:
             ledger.begin_pass(wanted)
-            self.of_rows = Counter()
+            self.of_rows, self.given_up = Counter(), given_up
             count = asked = 0
             for batch in rows.batches(question, rows.order()):
                 self.signals.check()
@@ -227,6 +229,7 @@ class Desk:
     async def _send(self, limit: int | None = None, *, only_new: bool = False) -> None:
         """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
         poller = self._new_poller()
+        await self.journal.do(Ledger.adopt)
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
         await self._shift().work(poller, limit, only_new=only_new)
 

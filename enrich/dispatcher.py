@@ -63,6 +63,8 @@ class Dispatcher:
     patience_s: float = inf
     #: Attempts that are claimed and provably not on the wire yet.
     _unsent: set[int] = field(default_factory=set)
+    #: Those of them that are being claimed now: a commit that failed is done again, with others.
+    _claiming: set[int] = field(default_factory=set)
     #: Requests that are claimed, and whose POST was not answered yet.
     _unanswered: int = 0
     #: How many requests a POST carries at most: fewer after one that was too dear, or wrong in rows nobody named.
@@ -122,6 +124,7 @@ class Dispatcher:
         if self.limit is not None:
             rows = min(rows, self.limit - execution.tally.asked - self._unanswered)
         posts, capped, awaited = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
+        self._claiming.clear()
         execution.pace.give_back(room - len(posts))
         if posts:
             execution.on_the_wire += len(posts)
@@ -142,6 +145,13 @@ class Dispatcher:
         body = self._head + (f"[{params}]" if self.bulk else params) + "}"
         try:
             if execution.closing.is_set():
+                return
+            if not execution.holds():
+                # Somebody may think that we are gone: what we sent now could be in doubt, and sent again.
+                await self.journal.together(
+                    Ledger.refused, [(one, "not sent", execution.clock.now_ms()) for one in attempts]
+                )
+                self._unsent.difference_update(attempts)
                 return
             self._unsent.difference_update(attempts)
             task_id = await self.client.run(self.call.waterfall, body.encode(), len(claims) if self.bulk else None)
@@ -228,6 +238,8 @@ class Dispatcher:
         Tell also whether the cap stood in the way, and whether what other processes wait for may yet free some.
         """
         posts: list[list[Claim]] = []
+        self._unsent -= self._claiming
+        self._claiming.clear()
         claim = partial(
             ledger.claim,
             self.execution.id,
@@ -238,7 +250,8 @@ class Dispatcher:
         )
         try:
             while rows > 0 and (claims := claim(room=min(rows, size) if self.bulk else rows)):
-                self._unsent.update(one.attempt_id for one in claims)
+                self._claiming.update(one.attempt_id for one in claims)
+                self._unsent |= self._claiming
                 posts += [claims] if self.bulk else [[one] for one in claims]
                 rows -= len(claims)
         except CapReached:

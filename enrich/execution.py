@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -76,6 +76,8 @@ class Execution:
     poll_times: PollTimes = field(default_factory=PollTimes)
     in_flight: int = 0
     on_the_wire: int = 0
+    #: Whether what is claimed is surely still ours, where several processes share a ledger.
+    holds: Callable[[], bool] = lambda: True
     #: Exit codes that hold, with what to tell the person.
     reasons: dict[Exit, EnrichError] = field(default_factory=dict)
     #: No new POST leaves.
@@ -170,6 +172,7 @@ class Execution:
         """Wait for the moment when a request may leave; tell how many of `wanted` may, 0 when `stop` came first."""
         async with self._gate:
             while not stop.is_set():
+                self.pace.expect(wanted)
                 now = self.clock.monotonic()
                 granted = 0
                 while granted < wanted and not self.pace.delay(now):

@@ -73,6 +73,9 @@ class Pace:
         """Tell whether the rate is what holds us back."""
         return self._idle_s <= IDLE_SHARE
 
+    def expect(self, wanted: int) -> None:
+        """Hear how many would leave now, before it is asked when they may."""
+
     def delay(self, now: float) -> float:
         """Tell how long the next request must wait, in seconds; 0: it may leave now."""
         return max(self._blocked_until - now, self._next_free - now, 0.0)

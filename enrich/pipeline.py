@@ -27,6 +27,9 @@ from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Surroundings
 from enrich.tables.writing import prepare
 
+#: How often it is looked whether others are gone.
+LOOK_AGAIN_S = 0.5
+
 
 def run(around: Surroundings, options: Options) -> Receipt:
     """Run a job; the caller holds the lock of its ledger.
@@ -56,6 +59,7 @@ async def _execute(
 ) -> Receipt:
     job, clock = around.job, around.clock
     started = clock.monotonic()
+    await _others_gone(around, journal)
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
@@ -97,6 +101,17 @@ async def _execute(
             execution.reasons.setdefault(code, error)
             await desk.heart.begin(Doing.COLLECT)
             return await desk.finish(execution.exit_code({}))
+
+
+async def _others_gone(around: Surroundings, journal: Journal) -> None:
+    """Wait until no process of an earlier execution is at work; in a file none can be."""
+    await journal.do(Ledger.end_other_leases)
+    told = False
+    while left_s := await journal.do(Ledger.others_at_work):
+        if not told:
+            around.tell(f"an earlier run left processes behind: waiting {left_s:.0f} s at most until their leases end")
+            told = True
+        await asyncio.sleep(min(left_s, LOOK_AGAIN_S))
 
 
 @contextmanager
@@ -163,6 +178,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
         around.timing,
         in_flight_limit=limits.in_flight,
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
+        holds=around.holds,
         poll_times=PollTimes(await journal.do(Ledger.latencies, question.call, job.model.dispatch.bulk)),
     )
     heart = Heartbeat(around, execution, journal, started)

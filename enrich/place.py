@@ -55,6 +55,8 @@ Place = Path | Url
 SCHEMA = "enrich"
 #: What `--sandbox` keeps apart.
 SANDBOX = "sandbox"
+#: How long a lease is when the URL does not say so, and how short and long it may be, in seconds.
+LEASE_S, SHORTEST_LEASE_S, LONGEST_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES = ("postgresql", "postgres")
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 
@@ -63,17 +65,20 @@ _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 class Postgres:
     """A ledger in a PostgreSQL database: how libpq finds that, and the schema of the ledger's tables.
 
-    `folder` is where on this machine what belongs to the ledger and is not in it lies. No password is known here:
-    libpq finds it in the environment or in `~/.pgpass`.
+    `folder` is where on this machine what belongs to the ledger and is not in it lies; `lease_s` is for how many
+    seconds a process that says nothing is thought to live. No password is known here: libpq finds it in the
+    environment or in `~/.pgpass`.
     """
 
     conninfo: str
     schema: str
     folder: Path
+    lease_s: float = LEASE_S
 
     def __str__(self) -> str:
         sign = "&" if "?" in self.conninfo else "?"
-        return f"{self.conninfo}{sign}schema={self.schema}"
+        lease = "" if self.lease_s == LEASE_S else f"&lease={self.lease_s:g}"
+        return f"{self.conninfo}{sign}schema={self.schema}{lease}"
 
 
 LedgerPlace = Path | Postgres
@@ -96,9 +101,14 @@ def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
     schema = next((value for name, value in query if name == "schema"), SCHEMA)
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise ValueError(f"`{schema}` is no name for a schema: use small letters, digits and `_`")
-    told = urlencode([(name, value) for name, value in query if name != "schema"], quote_via=quote)
+    lease = next((value for name, value in query if name == "lease"), f"{LEASE_S:g}").removesuffix("s")
+    if not re.fullmatch(r"\d+(\.\d+)?", lease) or not SHORTEST_LEASE_S <= float(lease) <= LONGEST_LEASE_S:
+        raise ValueError(
+            f"`lease={lease}` must be a number of seconds from {SHORTEST_LEASE_S:g} to {LONGEST_LEASE_S:g}"
+        )
+    told = urlencode([(name, value) for name, value in query if name not in ("schema", "lease")], quote_via=quote)
     conninfo = f"postgresql://{url.netloc}{url.path}" + (f"?{told}" if told else "")
-    return Postgres(conninfo, schema, beside)
+    return Postgres(conninfo, schema, beside, float(lease))
 
 
 def for_sandbox(ledger: LedgerPlace) -> LedgerPlace:

@@ -60,6 +60,8 @@ class Surroundings:
     timing: Timing = field(default_factory=Timing)
     tell: Callable[[str], None] = lambda _: None
     show: Callable[[Progress], None] = lambda _: None
+    #: Whether what we claimed is surely still ours, where several processes share a ledger.
+    holds: Callable[[], bool] = lambda: True
     #: The descriptor of the ledger's lock, for the processes that work with us.
     lock: int | None = None
 

@@ -139,17 +139,17 @@ def _run(
     job: Job, wishes: Options, wait_s: float, witnesses: Witnesses, *, use_sandbox: bool, on_terminal: bool
 ) -> Receipt:
     """Run under the lock, with the bar and the witnesses."""
+    from enrich.model import SystemClock
     from enrich.pipeline import run
-    from enrich.store.ledger import Ledger
     from enrich.store.lock import hold
+    from enrich.store.opening import opened
     from enrich.surroundings import Progress, Surroundings
     from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
         lock = stack.enter_context(hold(job.ledger, wait_s))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
-        store = Ledger(job.ledger)
-        stack.callback(store.close)
+        store, lease = stack.enter_context(opened(job.ledger))
         bar = Bar() if on_terminal else None
 
         def tell(text: str) -> None:
@@ -165,7 +165,8 @@ def _run(
         if bar is not None:
             stack.callback(bar.close)
         witnesses.admitted()
-        return run(Surroundings(job, access, store, tell=tell, show=show, lock=lock), wishes)
+        clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
+        return run(Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, lock=lock), wishes)
 
 
 def _confirm(plan: str) -> bool:

@@ -138,13 +138,14 @@ class Journal:
         """Commit the batch; when a server was away in the middle, find out whether it did, and do it again if not."""
         while True:
             try:
-                return self._commit_once(batch)
+                self._commit_once(batch)
             except FAILURES as failure:
                 committed = self._ledger.regain(failure)
-                if committed:
-                    return None
                 if committed is None:
                     raise
+                if not committed:
+                    continue
+            return
 
     def _commit_once(self, batch: list[_Move[Any]]) -> None:
         with self._turn(), self._ledger.transaction():

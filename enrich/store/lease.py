@@ -1,4 +1,7 @@
-"""A lease: says as long as this process lives that it does, and ends the leases of those who don't say so."""
+"""A lease: says as long as this process lives that it does, and ends the leases of those who don't say so.
+
+It is a clock, too: what processes write down for each other has the times of the server.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from enrich.store.dialect import DatabaseFailed, Disturbed
 from enrich.store.ledger import Ledger
 from enrich.store.postgres import Fence
 
-#: How long who says nothing is thought to live, in seconds; it is said so often meanwhile.
-LEASE_S, TIMES = 30.0, 6
+#: So often in a lease its holder says that it lives.
+TIMES = 6
 #: The share of a lease after which its holder begins nothing new, unless it could say again that it lives.
 SURE = 0.8
 
@@ -31,8 +34,8 @@ class Lease:
     `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits for us.
     """
 
-    def __init__(self, place: Postgres, seconds: float = LEASE_S, idle_s: float | None = None) -> None:
-        self._seconds = seconds
+    def __init__(self, place: Postgres, idle_s: float | None = None) -> None:
+        self._seconds = seconds = place.lease_s
         self._renewed = boottime()
         self._ledger = Ledger(place)
         with self._ledger.transaction():
@@ -58,10 +61,16 @@ class Lease:
         """Tell whether the lease surely lasts a while yet."""
         return not self._lost.is_set() and boottime() < self._renewed + SURE * self._seconds
 
-    @property
-    def offset_ms(self) -> int:
-        """How far the server's clock is ahead of this machine's, in milliseconds."""
-        return self._offset_ms
+    def monotonic(self) -> float:
+        """Seconds that never step, as a clock."""
+        return time.monotonic()
+
+    def now_ms(self) -> int:
+        """Tell what time the server has, in milliseconds since 1970 (UTC), as a clock."""
+        return time.time_ns() // 1_000_000 + self._offset_ms
+
+    def observe(self, api_ms: int) -> None:
+        """Do nothing: all processes go by the server's clock."""
 
     def _work(self) -> None:
         ledger, owner = self._ledger, self.fence.owner
@@ -73,7 +82,7 @@ class Lease:
         try:
             with ledger.transaction():
                 ledger.end_lease(owner)
-                ledger.recover(self._now_ms())
+                ledger.recover(ledger.now_ms())
         except (DatabaseFailed, LeaseLost):
             pass  # it runs out by itself
 
@@ -81,10 +90,12 @@ class Lease:
         """Renew; when the server was away, once it is back."""
         while True:
             try:
-                return self._renew()
+                self._renew()
             except Disturbed as failure:
                 if self._ledger.regain(failure) is None:
                     raise
+            else:
+                return
 
     def _renew(self) -> None:
         before = boottime()
@@ -94,11 +105,8 @@ class Lease:
                 raise LeaseLost
         self._renewed = before
         with ledger.transaction():
-            ledger.recover(self._now_ms())
+            ledger.recover(ledger.now_ms())
         self._offset_ms = self._measured()
-
-    def _now_ms(self) -> int:
-        return self._ledger.now_ms()
 
     def _measured(self) -> int:
         return self._ledger.now_ms() - time.time_ns() // 1_000_000

@@ -1,0 +1,46 @@
+"""The row in which processes on several machines keep the rate that they share, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from enrich.store.database import Database
+from enrich.store.dialect import Disturbed
+
+T = TypeVar("T")
+
+
+class AllowanceRow(Database):
+    """A connection of its own to the one row of `allowance`; its times are seconds of the server's clock."""
+
+    def change(self, how: Callable[[str | None, float], tuple[str, T]]) -> T:
+        """Let a function change what is written there (None: nothing yet), at a time; return what it tells beside.
+
+        The others wait meanwhile. It may be called again when the server was away. Raises DatabaseFailed.
+        """
+        while True:
+            try:
+                return self._change(how)
+            except Disturbed as failure:
+                if self.regain(failure) is None:
+                    raise
+
+    def clear(self) -> None:
+        """Forget the rate."""
+        with self.transaction():
+            self._db.execute("DELETE FROM allowance")
+
+    def _change(self, how: Callable[[str | None, float], tuple[str, T]]) -> T:
+        with self.transaction():
+            # Lost with the server, it is learned again: nobody waits for the disk.
+            self._db.execute("SET LOCAL synchronous_commit = off")
+            self._db.execute("INSERT INTO allowance VALUES (1, '') ON CONFLICT DO NOTHING")
+            # The time is told when the row is ours, not when we began to wait for it.
+            state, now = self._db.execute(
+                "SELECT state, extract(epoch FROM clock_timestamp())::float8 "
+                "FROM (SELECT state FROM allowance FOR UPDATE) AS ours"
+            ).fetchone()
+            state, told = how(state or None, float(now))
+            self._db.execute("UPDATE allowance SET state = ?", (state,))
+        return told
