@@ -46,7 +46,11 @@ class Counted:
 
     def __add__(self, other: Counted) -> Counted:
         """Add up what was counted of several parts."""
-        return Counted(self.statuses + other.statuses, self.hits + other.hits)
+        total = Counted(self.statuses.copy(), self.hits.copy())
+        # A sum of counters would forget the columns in which nothing was found.
+        total.statuses.update(other.statuses)
+        total.hits.update(other.hits)
+        return total
 
     def add(self, page: Page) -> None:
         """Count the rows of a batch."""
@@ -72,7 +76,7 @@ class Collector:
         """
         counted = Counted()
         indexed = is_dataset(target)
-        schema = self.schema(indexed=indexed)
+        schema = output_schema(self.rows, self.question, indexed=indexed)
         write(
             target,
             self.job.output,
@@ -82,15 +86,6 @@ class Collector:
             new=len(schema) - len(self.rows.schema),
         )
         return counted
-
-    def schema(self, *, indexed: bool) -> dict[str, pl.DataType]:
-        """Name the columns of the output, with their types; `indexed` adds the row's place in the input."""
-        merged = self.merged
-        old: dict[str, pl.DataType] = {
-            name: pl.String() if name in merged else kind for name, kind in self.rows.schema.items()
-        }
-        new = {name: kind for name, kind in new_schema(self.question).items() if name not in merged}
-        return old | new | ({INDEX_COLUMN: pl.Int64()} if indexed else {})
 
     def frames(self, counted: Counted, *, indexed: bool, safely: bool = False) -> Iterator[pl.DataFrame]:
         """Yield the rows of the output, and count them."""
@@ -150,6 +145,14 @@ def check_complete(counted: Counted, *, partial: bool) -> None:
             f"{pending:,} rows are pending: the output would not be complete",
             "enrich run goes on with them; --partial writes what is there",
         )
+
+
+def output_schema(rows: Rows, question: Question, *, indexed: bool) -> dict[str, pl.DataType]:
+    """Name the columns of the output, with their types; `indexed` adds the row's place in the input."""
+    new = new_schema(question)
+    # What is merged is text.
+    old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in rows.schema.items()}
+    return old | new | ({INDEX_COLUMN: pl.Int64()} if indexed else {})
 
 
 def new_schema(question: Question) -> dict[str, pl.DataType]:

@@ -19,6 +19,7 @@ from enrich.privacy import Forgotten, read_suppression
 from enrich.question import Question
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
+from enrich.tables.finding import Leaf
 from enrich.tables.parts import Block, Part, Stretch
 from enrich.tables.reading import Shape
 from enrich.tables.source import Source
@@ -42,9 +43,11 @@ class Rows:
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.path(suppress))
         self._source: Source | Stretch | Block = Source(job.input_path, job.input)
-        self._header = list(self._source.schema)
-        #: The columns that are written back, with their types; a blank of text is `""` or null.
-        self.schema = {name: kind for name, kind in self._source.schema.items() if name not in OUR_COLUMNS}
+        #: All columns that can be named, with their types.
+        self.known = self._source.schema
+        self._header = list(self.known)
+        #: The columns that are written back; a blank of text is `""` or null.
+        self.schema = {name: kind for name, kind in self.known.items() if name not in OUR_COLUMNS}
         self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
@@ -81,6 +84,20 @@ class Rows:
     def _whole(self) -> Source:
         assert isinstance(self._source, Source)  # noqa: S101 - what is asked of a part is an error of ours
         return self._source
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The files, in order."""
+        return self._whole.leaves
+
+    @property
+    def first(self) -> int:
+        """The place of the first row in the whole."""
+        return self._source.first
+
+    def sample(self) -> Rows:
+        """Return no rows of it, to be sent where blocks are read."""
+        return self.block(0, pl.DataFrame(schema=self.known))
 
     def _over(self, source: Stretch | Block) -> Rows:
         rows = copy(self)
