@@ -123,7 +123,12 @@ class Collector:
 
     def _checked(self, counted: Counted, *, indexed: bool, partial: bool, safely: bool) -> Iterator[pl.DataFrame]:
         yield from self.frames(counted, indexed=indexed, safely=safely)
-        check_complete(counted, partial=partial)
+        pending = counted.statuses[RowStatus.PENDING]
+        if pending and not partial:
+            raise Refused(
+                f"{pending:,} rows are pending: the output would not be complete",
+                "enrich run goes on with them; --partial writes what is there",
+            )
 
     def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
         """Complete a column of the input; what was not found never blanks what is there."""
@@ -135,16 +140,6 @@ class Collector:
         if self.job.model.merge == "fill_empty":
             new = new.set(old.str.strip_chars() != "", None)
         return new.fill_null(old).alias(name)
-
-
-def check_complete(counted: Counted, *, partial: bool) -> None:
-    """Raise Refused when rows are pending in an output that is not to be `partial`."""
-    pending = counted.statuses[RowStatus.PENDING]
-    if pending and not partial:
-        raise Refused(
-            f"{pending:,} rows are pending: the output would not be complete",
-            "enrich run goes on with them; --partial writes what is there",
-        )
 
 
 def output_schema(rows: Rows, question: Question, *, indexed: bool) -> dict[str, pl.DataType]:

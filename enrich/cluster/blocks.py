@@ -35,8 +35,6 @@ Check = Callable[[], None]
 BLOCK_BYTES = 32 << 20
 #: Whoever wants to stop is heard so often, in seconds.
 LISTEN_S = 0.2
-#: A task whose process or machine was lost is done again so often.
-RETRIES = 10
 DONE = "enrich:done"
 _AGAIN = "run again: what is done is not done twice"
 
@@ -110,15 +108,13 @@ def _regained(ledger: Ledger, failure: BaseException) -> bool:
 def _carry_out(source: PartSource, sample: Rows, work: Callable[[Rows], T]) -> Iterator[bytes]:
     quieten()
     tasks = max(1, len(source.errands))
-    dataset = ray.data.read_datasource(
-        source, override_num_blocks=tasks, num_cpus=1, ray_remote_args={"max_retries": RETRIES}
-    ).map_batches(
+    # Both in one task, which holds a block or two: what was read need not travel.
+    dataset = ray.data.read_datasource(source, override_num_blocks=tasks, num_cpus=1).map_batches(
         partial(_work_on, sample=sample, work=work),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=1,
-        max_retries=RETRIES,
     )
     for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
         yield from batch.column(DONE).to_pylist()
@@ -176,7 +172,7 @@ def _failed(error: Exception) -> EnrichError:
 
 
 def _counts(leaves: Sequence[Leaf], shape: Shape, check: Check) -> list[int]:
-    counting = ray.remote(num_cpus=1, max_retries=RETRIES)(_count_there)
+    counting = ray.remote(num_cpus=1)(_count_there)
     waiting = [counting.remote(leaf, shape) for leaf in leaves]
     refs = list(waiting)
     try:

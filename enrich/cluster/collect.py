@@ -8,7 +8,7 @@ from functools import partial
 import polars as pl
 
 from enrich.cluster.blocks import Check, Pass, divided, on_blocks
-from enrich.collector import Collector, Counted, check_complete, output_schema
+from enrich.collector import Collector, Counted, output_schema
 from enrich.errors import Refused
 from enrich.place import Place
 from enrich.rows import Rows
@@ -22,14 +22,13 @@ def collect_on_ray(
     taken: Pass,
     target: Place,
     *,
-    pending_too: bool = True,
     tell: Callable[[Counted], None] = lambda _: None,
     check: Check = lambda: None,
 ) -> Counted:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
     `tell` hears now and then what was written so far; `check` may raise to give up. Raises Refused when the input
-    can't be read, the output can't be written, or rows are pending that are not to be; LedgerFailed, ClusterFailed.
+    can't be read or the output can't be written, LedgerFailed, ClusterFailed.
     """
     if not taken.job.model.dedupe:
         raise Refused(f"the output can't be collected part by part: {rows.undivided()}", "collect it in one process")
@@ -43,7 +42,6 @@ def collect_on_ray(
             files.append(file)
             total += counted
             tell(total)
-        check_complete(total, partial=pending_too)
         if not files:
             schema = output_schema(rows, taken.question, indexed=True)
             files = [draft.write_part(0, schema, [pl.DataFrame(schema=schema)])]
