@@ -8,10 +8,10 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo week test stories check torture bench lint types layers fmt clean
+.PHONY: help demo week test stories cluster-tests check torture bench lint types layers fmt clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no key, no credits)
 	@$(BIN)/enrich run jobs/leads.yaml --sandbox --receipt; code=$$?; \
@@ -26,9 +26,12 @@ test: .venv/dev ## run the tests, in under two minutes
 	$(BIN)/pytest
 
 stories: .venv/dev ## run the long tests: a week, a torture in short, every example of the documents
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m 'long and not cluster'
 
-check: lint types layers test stories ## all that CI does: lint, types, layers, dependencies, tests, stories
+cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
+	$(BIN)/pytest -m cluster -n 2 || [ $$? -eq 5 ]
+
+check: lint types layers test stories cluster-tests ## all that CI does: lint, types, layers, dependencies, tests, stories, Ray
 
 torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
 	$(BIN)/python -m tests.torture
@@ -65,6 +68,10 @@ clean: ## remove .venv and caches; ledgers and outputs stay
 .venv/dev: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ .venv/run
+
+.venv/cluster: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
+	@touch $@ .venv/dev .venv/run
 
 .venv/bench: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench,report,sandbox]'

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import psycopg
 
 from enrich.model import Answer, Call, Claim, State, Wanted, Wish
 from enrich.place import LedgerPlace
+from enrich.store.dialect import Cursor
 from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
@@ -39,19 +44,51 @@ def wanted(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
     return [Wanted(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
 
 
+def ask(place: LedgerPlace, sql: str, *values: object) -> list[Any]:
+    """Look into a ledger, or change it, with plain SQL, through a connection of its own; it need not be sound."""
+    if isinstance(place, Path):
+        with closing(sqlite3.connect(place, isolation_level=None)) as file:
+            return file.execute(sql, values).fetchall()
+    options = f"-c search_path={place.schema}"
+    with psycopg.connect(place.conninfo, autocommit=True, options=options) as server:
+        cursor = server.execute(sql.replace("%", "%%").replace("?", "%s"), values)
+        return cursor.fetchall() if cursor.description else []
+
+
+def listen(ledger: Ledger, statements: list[str]) -> None:
+    """Write down the statements that a ledger makes from now on."""
+    db = ledger._db
+    if isinstance(db, sqlite3.Connection):
+        db.set_trace_callback(statements.append)
+        return
+    execute = db.execute
+
+    def told(sql: str, values: Sequence[Any] = (), /) -> Cursor:
+        statements.append(sql)
+        return execute(sql, values)
+
+    db.execute = told  # type: ignore[method-assign]
+
+
 @dataclass
 class Books:
     """A ledger of which every move is committed by itself."""
 
-    path: Any
+    place: LedgerPlace
     ledger: Ledger
     execution: int = 0
     now: int = 1_000
 
     @classmethod
-    def open(cls, path: LedgerPlace) -> Books:
+    def open(cls, place: LedgerPlace) -> Books:
         """Open a ledger, as an execution does."""
-        return cls(path, Ledger(path))
+        return cls(place, Ledger(place))
+
+    @property
+    def path(self) -> Path:
+        """The file of a ledger that is one."""
+        assert isinstance(self.place, Path)
+        return self.place
 
     def do(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a move and commit it."""
@@ -130,16 +167,12 @@ class Books:
 
     def all(self, sql: str, *values: object) -> list[Any]:
         """Look with plain SQL, through a connection of its own."""
-        db = sqlite3.connect(self.path)
-        try:
-            return db.execute(sql, values).fetchall()
-        finally:
-            db.close()
+        return ask(self.place, sql, *values)
 
     def reopen(self) -> None:
         """Be killed, and start again."""
         self.ledger.close()
-        self.ledger = Ledger(self.path)
+        self.ledger = Ledger(self.place)
 
 
 def file_of(ledger: Ledger) -> sqlite3.Connection:

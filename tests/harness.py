@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import httpx
+import pytest
 from pydantic import SecretStr
 
 from enrich.api.credentials import Access
@@ -26,13 +27,16 @@ from enrich.cli import run_command
 from enrich.execution import Timing
 from enrich.job import load_job
 from enrich.pipeline import run
+from enrich.place import LedgerPlace, locate_ledger
 from enrich.polls import PollTimes
 from enrich.receipt import Receipt
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded
+from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from enrich.surroundings import Options, Surroundings
+from tests.books import ask
 
 #: An API that answers at once and never fails: what most tests want.
 CALM = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
@@ -113,11 +117,18 @@ def serving(state: Path, settings: SandboxSettings = CALM, port: int = 0, **chan
         yield Api(server.base_url, server.api_key)
 
 
+#: Where the ledgers of a test lie, for a fixture `where`: in both places, or on the server among the long tests.
+BOTH = ("file", "server")
+BOTH_IN_TIME = ("file", pytest.param("server", marks=pytest.mark.long))
+
+
 @dataclass(frozen=True)
 class Office:
-    """A folder with a job and its leads."""
+    """A folder with a job and its leads; the job file says where the ledger is when that is a server."""
 
     folder: Path
+    server: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def job_file(self) -> Path:
@@ -129,6 +140,15 @@ class Office:
         """Where the job's ledger is."""
         return self.folder / ".enrich" / "job.db"
 
+    @property
+    def place(self) -> LedgerPlace:
+        """Where the job's ledger is, file or server."""
+        return locate_ledger(self.folder, self.server or self.ledger_path, self.ledger_path.parent)
+
+    def sql(self, sql: str, *values: object) -> list[Any]:
+        """Look into the ledger, or change it."""
+        return ask(self.place, sql, *values)
+
     def write_job(self, text: str = JOB, **replaced: str) -> Path:
         """Write the job file; `replaced` maps a key to its new value, on one line (or a new key at the end)."""
         lines = text.splitlines()
@@ -138,6 +158,8 @@ class Office:
             while end < len(lines) and lines[end].startswith(" "):
                 end += 1
             lines[at:end] = [f"{key}: {value}"]
+        if self.server and not any(line.startswith("ledger:") for line in lines):
+            lines.append(f"ledger: {self.server}")
         self.job_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return self.job_file
 
@@ -157,7 +179,7 @@ class Office:
 
     def ledger(self) -> Ledger:
         """Look into the ledger."""
-        return Ledger(self.ledger_path, read_only=True)
+        return Ledger(self.place, read_only=True)
 
     def enrich(self, *arguments: str, api: Api | None = None, room: int | None = None, **environ: str) -> Done:
         """Run the program to its end, as cron would: with next to nothing in its environment.
@@ -168,7 +190,7 @@ class Office:
         process = subprocess.run(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
-            env=_environ(self.folder, api) | environ,
+            env=self.variables(api) | environ,
             preexec_fn=limit,
             capture_output=True,
             text=True,
@@ -184,7 +206,7 @@ class Office:
         with (
             _asking_soon(),
             chdir(self.folder),
-            patch.dict(os.environ, _environ(self.folder, api) | environ, clear=True),
+            patch.dict(os.environ, self.variables(api) | environ, clear=True),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
@@ -196,7 +218,7 @@ class Office:
         return subprocess.Popen(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
-            env=_environ(self.folder, api) | environ,
+            env=self.variables(api) | environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
@@ -217,10 +239,14 @@ class Office:
 
     def at_the_api(self) -> int:
         """Count the tasks that wait for their answer."""
-        if not self.ledger_path.exists():
+        if not exists(self.place):
             return 0
         with closing(self.ledger()) as ledger:
             return len(ledger.tasks())
+
+    def variables(self, api: Api | None = None) -> dict[str, str]:
+        """All that is in the environment, as cron would have it."""
+        return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
 
     def leave_at_the_api(self, api: Api) -> None:
         """Buy what the job wants from an API that is slow, and leave before any answer is there."""
@@ -241,10 +267,6 @@ class Done:
         """The one object on stdout."""
         told: dict[str, Any] = json.loads(self.stdout)
         return told
-
-
-def _environ(home: Path, api: Api | None) -> dict[str, str]:
-    return {"PATH": os.defpath, "HOME": str(home), **(api.environ if api else {})}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from enrich.place import STDIN, Url, locate
 from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
-from tests.harness import HEADER, Api, Done, Office, _environ, people, serving, until
+from tests.harness import HEADER, Api, Done, Office, people, serving, until
 from tests.tables import load, save
 
 
@@ -27,7 +27,7 @@ def piped(office: Office, api: Api, data: bytes | None, *arguments: str, **envir
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
         cwd=office.folder,
-        env=_environ(office.folder, api) | environ,
+        env=office.variables(api) | environ,
         input=data,
         preexec_fn=(lambda: os.close(0)) if data is None else None,
         capture_output=True,
@@ -223,7 +223,7 @@ def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
         process = subprocess.run(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=office.folder,
-            env=_environ(office.folder, api),
+            env=office.variables(api),
             stdin=theirs,
             capture_output=True,
             timeout=60,
@@ -248,7 +248,7 @@ def test_a_signal_ends_the_wait_for_a_pipe(tmp_path: Path, office: Office, waiti
         process = subprocess.Popen(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=office.folder,
-            env=_environ(office.folder, api) | {"TMPDIR": str(office.folder / "tmp")},
+            env=office.variables(api) | {"TMPDIR": str(office.folder / "tmp")},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

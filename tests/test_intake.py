@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import polars as pl
 import pytest
@@ -15,16 +14,15 @@ from enrich.order import ranks, sort_keys
 from enrich.store.intake import spread
 from enrich.store.ledger import Ledger
 from tests.books import CALL, FOUND, FREE_FAILURE, MISSED, Books, fingerprint, params, wanted
+from tests.harness import BOTH
 
 NEW, CAPPED, WAITING = Decision.NEW, Decision.CAPPED, Decision.WAITING
 
 
-@pytest.fixture
-def books(tmp_path: Path) -> Iterator[Books]:
-    """Open an empty ledger."""
-    opened = Books.open(tmp_path / "ledger.db")
-    yield opened
-    opened.ledger.close()
+@pytest.fixture(params=BOTH)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def row(position: int, number: int, *, place: int | None = None, group: str | None = None) -> Wanted:

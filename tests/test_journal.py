@@ -6,10 +6,8 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +17,20 @@ from enrich.model import State
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, file_of
+from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, listen
+from tests.harness import BOTH
+
+
+@pytest.fixture(params=BOTH)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture
-def books(tmp_path: Path) -> Iterator[Books]:
-    """Open a new ledger with an execution."""
-    opened = Books.open(tmp_path / "ledger.db").begin(*range(100))
-    yield opened
-    opened.ledger.close()
+def books(books: Books) -> Books:
+    """Begin an execution that wants a hundred."""
+    return books.begin(*range(100))
 
 
 def sleep(_: Ledger) -> None:
@@ -90,7 +93,7 @@ def test_moves_that_come_together_share_a_commit(books: Books) -> None:
             asked.set()
             await asyncio.gather(*moves)
 
-    file_of(books.ledger).set_trace_callback(statements.append)
+    listen(books.ledger, statements)
     asyncio.run(scene())
 
     assert statements.count("COMMIT") == 2
@@ -132,7 +135,7 @@ def test_what_comes_together_is_told_in_one(books: Books) -> None:
             await slow
             return list(await asyncio.gather(*states))
 
-    file_of(books.ledger).set_trace_callback(statements.append)
+    listen(books.ledger, statements)
     assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
     assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
     assert books.money == (2 * COST, 0, 0, 4)
@@ -195,7 +198,7 @@ def test_32_requests_take_less_than_a_statement_each(books: Books, *, bulk: bool
                 )
                 await asyncio.gather(*moves)
 
-    file_of(books.ledger).set_trace_callback(statements.append)
+    listen(books.ledger, statements)
     asyncio.run(scene())
 
     assert len(statements) < 32, statements
@@ -218,6 +221,7 @@ def test_a_move_is_made_even_when_nobody_waits_any_more(books: Books) -> None:
     assert books.ledger.counts()[State.SUBMITTING] == 2
 
 
+@pytest.mark.parametrize("where", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
 def test_when_a_commit_fails_nothing_is_written_any_more(books: Books, trouble: str) -> None:
     """Every move of the batch fails with LedgerFailed, and so does every later one, though the trouble be over."""

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from enrich.model import MOVES, RETRYABLE, Answer, State
+from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BOUND, Books, params, wanted
+from tests.postgres import Postgres
 
 LEADS = range(6)
 PRICES = st.integers(1, 9)
@@ -89,13 +91,18 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.books = Books.open(Path(self.folder.name) / "ledger.db")
+        self.books = Books.open(self.place(Path(self.folder.name)))
         self.model = Model()
         self.before: dict[int, State] = {}
         self.begin(None)
 
+    @classmethod
+    def place(cls, folder: Path) -> LedgerPlace:
+        """Say where the ledger is to be."""
+        return folder / "ledger.db"
+
     def teardown(self) -> None:
-        """Close the file."""
+        """Close the ledger."""
         self.books.ledger.close()
         self.folder.cleanup()
 
@@ -149,7 +156,7 @@ class Machine(RuleBasedStateMachine):
     def a_crash(self, cap: int | None) -> None:
         """Kill the program in the middle of a commit, and start it again."""
         db = self.books.ledger._db
-        db.execute("BEGIN IMMEDIATE")
+        db.begin()
         db.execute("UPDATE requests SET state = 'found'")
         db.execute("DELETE FROM attempts WHERE state = 'submitted'")
         self.books.reopen()
@@ -385,3 +392,26 @@ TestLedger.settings = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+class MachineOnServer(Machine):
+    """The same nights, with the ledger on a server."""
+
+    server: ClassVar[Postgres]
+
+    @classmethod
+    def place(cls, folder: Path) -> LedgerPlace:
+        """Say where the ledger is to be."""
+        return locate_ledger(folder, cls.server.url(), folder)
+
+    def teardown(self) -> None:
+        """Close the ledger and drop it."""
+        super().teardown()
+        self.server.drop_schemas()
+
+
+@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.long)])
+def test_the_ledger_on_a_server(postgres: Postgres, examples: int) -> None:
+    """A few nights at each change, as many as in a file among the long tests."""
+    MachineOnServer.server = postgres
+    run_state_machine_as_test(MachineOnServer, settings=settings(TestLedger.settings, max_examples=examples))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ class Dialect:
     ordered_join: str = "JOIN"
     #: Behind a column: read its text as JSON.
     as_json: str = ""
+    #: Behind a column of text that rows are sorted by: as its bytes are, whatever language the database has.
+    by_bytes: str = ""
     #: Puts all values of a group into one JSON list.
     as_list: str = ""
     #: Rows that refer to what is not there.
@@ -87,6 +90,12 @@ class Session(Protocol):
 
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query that are too many to be held at once."""
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Let rows be loaded in any order, in a transaction: who refers to whom is checked at its end."""
+
+    def load(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
+        """Add many rows to a table, with numbers of their own; those that come later count on from these."""
 
     def begin(self) -> None:
         """Begin a transaction that writes."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ class SqliteSession(sqlite3.Connection):
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query."""
         return self.execute(sql, values)
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Do nothing: references are never held against their tables but by a check."""
+        return nullcontext()
+
+    def load(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
+        """Add many rows to a table."""
+        values = ", ".join("?" * len(columns))
+        self.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})", rows)
 
     def begin(self) -> None:
         """Begin a transaction that writes."""

@@ -1,0 +1,89 @@
+"""The server that the tests stand on: it starts, restarts, asks for a password and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests import postgres as servers
+from tests.harness import until
+from tests.postgres import Postgres
+
+
+def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
+    """Nobody comes in without the password: what passes here passes on a real server."""
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        replace(postgres, password="wrong").connect()
+
+
+def test_what_a_url_names_is_dropped_afterwards(postgres: Postgres) -> None:
+    """A schema that a test made is gone after it, and that of the sandbox."""
+    schema = postgres.url().rpartition("=")[2]
+    with closing(postgres.connect()) as db:
+        db.execute(f"CREATE SCHEMA {schema}")
+        db.execute(f"CREATE SCHEMA {schema}_sandbox")
+        postgres.drop_schemas()
+        assert db.execute("SELECT count(*) FROM pg_namespace WHERE nspname LIKE %s", (f"{schema}%",)).fetchone() == (0,)
+
+
+def test_words_are_sorted_as_people_sort(postgres: Postgres) -> None:
+    """The database has a language: whoever relies on the order of bytes is found out."""
+    with closing(postgres.connect()) as db:
+        if db.execute("SELECT count(*) FROM pg_collation WHERE collprovider = 'i'").fetchone() == (0,):
+            pytest.skip("this server was built without ICU")
+        assert db.execute("SELECT 'a' < 'B'").fetchone() == (True,)
+
+
+def test_a_server_of_ones_own_comes_back(own_postgres: Postgres) -> None:
+    """What was committed is there after a restart and after a crash; connections are lost."""
+    with closing(own_postgres.connect()) as db:
+        db.execute("CREATE TABLE kept AS SELECT 1 AS number")
+        own_postgres.restart("immediate")
+        with pytest.raises(psycopg.OperationalError):
+            db.execute("SELECT 1")
+    own_postgres.stop("fast")
+    with pytest.raises(psycopg.OperationalError, match="refused"):
+        own_postgres.connect()
+    own_postgres.start()
+    with closing(own_postgres.connect()) as db:
+        assert db.execute("SELECT number FROM kept").fetchone() == (1,)
+
+
+SERVE = """\
+import sys
+from tests.postgres import serving_alone
+with serving_alone() as server:
+    print(server.folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def runs(process: int) -> bool:
+    """Tell whether a process is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_server_ends_with_whoever_started_it() -> None:
+    """Though pytest is killed no server stays, and no folder."""
+    if not servers.find_binaries():
+        pytest.skip(servers.ABSENT)
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        folder = Path(process.stdout.readline().strip())
+        server = int((folder / "data" / "postmaster.pid").read_text().splitlines()[0])
+        process.send_signal(signal.SIGKILL)
+    until(lambda: not folder.exists() and not runs(server))
