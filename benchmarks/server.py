@@ -2,7 +2,8 @@
 
 `python -m benchmarks.server --port 8000 --latency "lognormal(4,0.6)" --rate 100 --retry-after 1`
 
-It prints its address when it listens. `GET /__counts` tells how many requests were answered, by endpoint and status.
+It prints its address when it listens. `GET /__counts` tells how many requests were answered, by endpoint and status;
+`GET /__busiest` the most that came in any second.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import orjson
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.gate import Busiest
 from enrich.sandbox.latency import Latency, latency
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,7 @@ class Api:
     def __init__(self, sample: Latency, bucket: Bucket) -> None:
         self.counts: Counter[tuple[str, int]] = Counter()
         self.bucket = bucket
+        self.busiest = Busiest()
         self._sample = sample
         self._tasks: dict[bytes, float | list[float]] = {}
         self._suffix = str(uuid4())[8:].encode()
@@ -109,7 +112,10 @@ class Api:
         """Answer one request."""
         if path == b"/__counts":
             return Reply("counts", 200, self._told())
+        if path == b"/__busiest":
+            return Reply("busiest", 200, b"%d" % self.busiest.most)
         now = time.monotonic()
+        self.busiest.count()
         endpoint, task = _route(method, path)
         if not self.bucket.take(now):
             reply = Reply(endpoint, 429, b'{"detail":"Too many requests"}')
@@ -249,6 +255,11 @@ class Server:
         with urlopen(f"{self.url}/__counts", timeout=10) as answer:  # noqa: S310 - loopback
             told: dict[str, dict[str, int]] = json.load(answer)
         return told
+
+    def busiest(self) -> int:
+        """The most requests in any second."""
+        with urlopen(f"{self.url}/__busiest", timeout=10) as answer:  # noqa: S310 - loopback
+            return int(answer.read())
 
     def answered(self) -> int:
         """How many requests were answered in all."""

@@ -24,13 +24,20 @@ def ledger() -> None:
     """Check a ledger, or copy it; a job's or any file."""
 
 
-def _ledger_of(place: str, instead: str | None, *, use_sandbox: bool) -> LedgerPlace:
-    if place.lower().endswith((".yaml", ".yml")):
+def _is_job(place: str) -> bool:
+    return place.lower().endswith((".yaml", ".yml"))
+
+
+def _ledger_of(
+    place: str, instead: str | None = None, *, use_sandbox: bool = False, home: Path | None = None
+) -> LedgerPlace:
+    """Find the ledger of a job, or any; `home` is the folder of the job that a ledger on a server is for."""
+    if _is_job(place):
         return options.load(Path(place), None, None, instead, use_sandbox).ledger
     if instead is not None or use_sandbox:
         raise click.UsageError(f"{place} is taken as a ledger: --ledger and --sandbox go with a job file")
     try:
-        return locate_ledger(Path(), place, Path.cwd() / ".enrich")
+        return locate_ledger(Path(), place, (home or Path.cwd()) / ".enrich")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -71,6 +78,32 @@ def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> 
 
     with closing(Records(_ledger_of(place, instead, use_sandbox=use_sandbox), any_version=True)) as records:
         records.backup(target)
+
+
+@ledger.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@options.AS_JSON
+def copy(source: str, target: str, as_json: bool) -> None:
+    """Copy the ledger FROM into the ledger TO, a file or postgresql://…, and prove that both say the same.
+
+    FROM and TO are ledgers or job files. TO must be new or empty; no run may be at work with either.
+    """
+    from enrich.store import copying
+
+    home = next((Path(place).absolute().parent for place in (source, target) if _is_job(place)), None)
+    old, new = (_ledger_of(place, home=home) for place in (source, target))
+    copied = copying.copy(old, new)
+    if as_json:
+        told = {"exit_code": 0, "from": str(old), "to": str(new), "key": copied.key and str(copied.key)}
+        click.echo(json.dumps(told | {"rows": copied.rows, "digest": copied.digest}, ensure_ascii=False))
+        return
+    click.echo(f"ok: {sum(copied.rows.values()):,} rows were copied and read again, both say the same: {copied.digest}")
+    if copied.key is not None:
+        click.echo(f"The key to those who were forgotten is {copied.key}")
+    click.echo(
+        "Name it as `ledger` in the job file, and run no more with the old one: what it buys, this one buys again."
+    )
 
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")

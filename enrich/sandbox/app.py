@@ -174,7 +174,8 @@ async def _me(box: Box) -> Response:
 
 @_APP.get("/__audit")
 async def _audit(box: Box, *, runs: Annotated[bool, Query()] = True) -> Response:
-    counts = {"requests": dict(box.gate.requests), "faults": dict(box.faults.happened)}
+    counts: dict[str, Any] = {"requests": dict(box.gate.requests), "faults": dict(box.faults.happened)}
+    counts["busiest_second"] = box.gate.busiest.most
     return JSONResponse(box.databar.audit(runs=runs) | counts)
 
 

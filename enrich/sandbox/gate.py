@@ -5,7 +5,7 @@ import re
 import socket
 import struct
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -80,11 +80,29 @@ class Bucket:
         return True
 
 
+class Busiest:
+    """The most requests in any second so far."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most = 0
+        self._clock = clock
+        self._times: deque[float] = deque()
+
+    def count(self) -> None:
+        """Count a request that comes now."""
+        now = self._clock()
+        self._times.append(now)
+        while self._times[0] <= now - 1:
+            self._times.popleft()
+        self.most = max(self.most, len(self._times))
+
+
 class Gate:
     """The outermost ASGI application; `requests` counts since its start."""
 
     def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: Faults) -> None:
         self.requests: Counter[str] = Counter()
+        self.busiest = Busiest()
         self.unavailable_until = 0.0
         self._app = app
         self._settings = settings
@@ -107,6 +125,7 @@ class Gate:
             await self._app(scope, receive, dated)
             return
         self.requests[endpoint] += 1
+        self.busiest.count()
         if self._clock.now() < self.unavailable_until:
             await _drain(receive)
             await _reply(dated, 503, _UNAVAILABLE)

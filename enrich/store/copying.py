@@ -6,8 +6,9 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from enrich.errors import Refused
@@ -43,6 +44,8 @@ class Copied:
 
     rows: dict[str, int]
     digest: str
+    #: Where the key to those who were forgotten lies now; None: nobody was.
+    key: Path | None = None
 
 
 def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
@@ -56,10 +59,10 @@ def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
         try:
             with old.still(), new.transaction():
                 copied = _fill(old, new)
-                _copy_key(source, target)
+                key = _copy_key(source, target)
         except FAILURES as error:
             raise Refused(f"{target}: the copy cannot be written: {error}") from error
-    return copied
+    return replace(copied, key=key)
 
 
 class _Old(Records):
@@ -143,18 +146,19 @@ class _Tally:
         return self.rows, self.hash.hexdigest()
 
 
-def _copy_key(source: LedgerPlace, target: LedgerPlace) -> None:
+def _copy_key(source: LedgerPlace, target: LedgerPlace) -> Path | None:
     """Copy the key to those who were forgotten (0600), if there is one; another is not replaced."""
     mine, other = key_path(source), key_path(target)
-    if not mine.exists() or mine == other:
-        return
+    if not mine.exists():
+        return None
     key = mine.read_bytes()
     if other.exists():
         if other.read_bytes() != key:
             raise Refused(f"{other}: here lies the key of another ledger", "choose another place for the copy")
-        return
+        return other
     other.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(other, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.write(key)
         file.flush()
         os.fsync(file.fileno())
+    return other

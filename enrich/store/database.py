@@ -42,10 +42,15 @@ class Database:
         self._db.begin()
         try:
             yield
-            self._db.commit()
+            if self._db.in_transaction:  # unless the block has taken all of it back
+                self._db.commit()
         except BaseException:
             self._db.rollback()
             raise
+
+    def rollback(self) -> None:
+        """Take back what a transaction wrote so far, and end it."""
+        self._db.rollback()
 
     def regain(self, failure: BaseException) -> bool | None:
         """Be ready again after a failure in a transaction, whose whole block may be done again then.

@@ -148,18 +148,23 @@ class Journal:
             return
 
     def _commit_once(self, batch: list[_Move[Any]]) -> None:
+        groups = _grouped(batch)
+        for move in batch:
+            move.error = None
+        # What is alone in its transaction needs no other bounds.
+        apart = self._ledger.savepoint if len(groups) > 1 else contextlib.nullcontext
         with self._turn(), self._ledger.transaction():
-            for moves in _grouped(batch):
-                for move in moves:
-                    move.error = None
+            for moves in groups:
                 try:
-                    with self._ledger.savepoint():
+                    with apart():
                         _make(moves, self._ledger)
                 except (*FAILURES, LeaseLost):
                     raise
                 except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
                     for move in moves:
                         move.error = error
+                    if len(groups) == 1:
+                        self._ledger.rollback()
 
 
 def _grouped(batch: list[_Move[Any]]) -> list[list[_Move[Any]]]:

@@ -31,6 +31,9 @@ class CapReached(Exception):
 class Moves(Review):
     """A ledger whose requests are submitted and settled."""
 
+    #: The names of the facts that are known to be in the ledger.
+    _bound: frozenset[str] = frozenset()
+
     # Submit: pending → submitting → submitted
 
     def claim(  # noqa: PLR0913 - its budget, and which
@@ -210,7 +213,11 @@ class Moves(Review):
 
     def bind(self, facts: Mapping[str, str | None]) -> None:
         """Bind the ledger, once: what is bound stays."""
-        known = [(name, value) for name, value in facts.items() if value is not None]
+        known = [(name, value) for name, value in facts.items() if value is not None and name not in self._bound]
+        if not known:
+            return
+        # What was read is there to stay; what we write may be taken back.
+        self._bound = frozenset(name for (name,) in self._db.execute("SELECT name FROM facts").fetchall())
         self._db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", known)
 
     def _tell(self, told: Sequence[tuple[Any, ...]], *before: str, attempt: str, request: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from enrich.sandbox.gate import Busiest
 from tests.sandbox.conftest import ADA, Api, Start, people
 
 
@@ -127,3 +128,20 @@ def test_who_earned_it_adds_up(start: Start) -> None:
     assert earned["Mailhound"]["asked"] <= totals["charged"] <= 20
     assert 0 < earned["Peoplegrid"]["asked"] <= 20 - earned["Mailhound"]["found"]
     assert earned["Mailproof"]["found"] == 0
+
+
+def test_counts_the_busiest_second() -> None:
+    """The most requests in any second, wherever it begins; so a client that is too fast can't hide in the average."""
+    now = 0.0
+    busiest = Busiest(lambda: now)
+    for now in (0.0, 0.5, 0.9, 1.0, 1.4, 5.0):  # noqa: B007 - the clock looks at it
+        busiest.count()
+    assert busiest.most == 4  # from 0.5 to 1.4
+
+
+def test_tells_the_busiest_second(api: Api) -> None:
+    """Whatever is asked counts, only the switches do not."""
+    for _ in range(3):
+        api.run(ADA)
+        api.audit()
+    assert api.audit()["busiest_second"] == 3

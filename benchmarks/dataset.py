@@ -1,0 +1,239 @@
+"""A dataset of millions of rows on Ray and PostgreSQL: time, memory and rows/s by workers, and what the ledger costs.
+
+`python -m benchmarks.dataset --rows 2000000 --questions 20000 --workers 1,2,4`
+
+The dataset is made here: Parquet, partitioned by country. The API is `benchmarks.server`, which is never the limit
+unless `--rate` says so; each run begins with an empty ledger. `--make FOLDER` only writes the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from tests.postgres import Postgres, serving_alone
+
+from benchmarks.meter import table
+from benchmarks.server import Server, serving
+
+COUNTRIES = ("AT", "CH", "DE", "ES", "FR", "GB", "IT", "US")
+JOB = """\
+version: 1
+name: dataset
+input: leads/
+output: enriched/
+ledger: {ledger}
+waterfall: email_getter
+params:
+  first_name: First Name
+  last_name: Last Name
+  company: {{column: Website, transform: [domain]}}
+columns:
+  work_email: email
+limits: {{requests_per_second: {rate}, in_flight: 2000}}
+"""
+HEADER = ("workers", "rows", "questions", "enroll", "work", "collect", "whole run", "rows/s", "questions/s", "polls",
+          "statements a question", "bytes a question", "busiest s", "boss MiB", "worker MiB", "block MiB")  # fmt: skip
+MIB = 1024 * 1024
+#: What Ray calls the processes that work for us: those that send and poll, and those that read and write blocks.
+WORKER, BLOCK = "worker", "block"
+
+
+def make_dataset(folder: Path, rows: int, questions: int, files: int) -> None:
+    """Write leads, partitioned by country; row r asks question r mod `questions`."""
+    per_file = -(-rows // files)
+    for number in range(files):
+        start, end = number * per_file, min(rows, (number + 1) * per_file)
+        lead = pl.int_range(start, end, eager=True)
+        asked = (lead % questions).cast(pl.String)
+        frame = pl.DataFrame(
+            {
+                "Lead": "L-" + lead.cast(pl.String),
+                "First Name": "First" + asked,
+                "Last Name": "Last" + asked,
+                "Company": "Company " + asked + ", Inc.",
+                "Website": "https://www.company" + asked + ".example/about",
+                "Phone": "+49 30 " + lead.cast(pl.String).str.zfill(8),
+                "Note": "met at a fair, hall " + (lead % 17).cast(pl.String),
+            }
+        )
+        place = folder / f"country={COUNTRIES[number % len(COUNTRIES)]}"
+        place.mkdir(parents=True, exist_ok=True)
+        frame.write_parquet(place / f"part-{number:05}.parquet", row_group_size=100_000)
+
+
+@dataclass
+class Watch:
+    """The peak memory of each kind of process below one, looked at now and then; in MiB, without what is shared."""
+
+    root: int
+    peaks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Look for as long as the block."""
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(0.2):
+                self._look()
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _look(self) -> None:
+        parents: dict[int, int] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                except OSError:
+                    continue
+        for pid in parents:
+            if kind := self._kind(pid, parents):
+                self.peaks[kind] = max(self.peaks[kind], _anonymous_mib(pid))
+
+    def _kind(self, pid: int, parents: dict[int, int]) -> str | None:
+        above = pid
+        while above != self.root:
+            if above not in parents:
+                return None
+            above = parents[above]
+        if pid == self.root:
+            return "boss"
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            return None
+        if not title.startswith("ray::"):
+            return None
+        return WORKER if "Worker" in title else BLOCK
+
+
+def _anonymous_mib(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
+
+
+@dataclass(frozen=True)
+class Night:
+    """What one run took: seconds of its steps, and what the server and the API counted."""
+
+    receipt: dict[str, Any]
+    steps: tuple[float, float, float]
+    wall_s: float
+    statements: int
+    size: int
+    busiest: int
+    peaks: dict[str, float]
+
+    def cells(self, workers: int) -> list[str]:
+        """Write it as a line of the table."""
+        rows, questions = self.receipt["rows"], self.receipt["requests"]
+        return [
+            *(f"{number:,}" for number in (workers, rows, questions)),
+            *(f"{seconds:.1f} s" for seconds in (*self.steps, self.wall_s)),
+            f"{rows / self.wall_s:,.0f}",
+            f"{questions / self.steps[1]:,.0f}",
+            f"{self.receipt['polls'] / questions:.2f}",
+            f"{self.statements / questions:.1f}",
+            f"{self.size / questions:,.0f}",
+            f"{self.busiest:,}",
+            *(f"{self.peaks.get(kind, 0):.0f}" for kind in ("boss", WORKER, BLOCK)),
+        ]
+
+
+def one_night(folder: Path, database: Postgres, api: Server, workers: int, rate: str) -> Night:
+    """Run the job with an empty ledger."""
+    ledger = database.url()
+    schema = ledger.rpartition("=")[2]
+    job = folder / "job.yaml"
+    job.write_text(JOB.format(ledger=ledger, rate=rate))
+    environ = os.environ | database.environ | api.environ
+    command = [sys.executable, "-m", "enrich", "run", str(job), "--engine", "ray", "--workers", str(workers), "--json"]
+    with database.connect("postgres") as db:
+        db.execute("SELECT pg_stat_statements_reset()")
+    began = time.monotonic()
+    with subprocess.Popen([*command, "--yes"], env=environ, stdout=subprocess.PIPE) as process:
+        watch = Watch(process.pid)
+        with watch.at_work():
+            out, _ = process.communicate()
+    wall_s = time.monotonic() - began
+    receipt = json.loads(out)
+    assert process.returncode == 0, receipt
+    with database.connect("postgres") as db:
+        statements = _one(db, "SELECT sum(calls) FROM pg_stat_statements s JOIN pg_roles r ON r.oid = s.userid "
+                              "WHERE r.rolname = 'enrich'")  # fmt: skip
+        size = _one(
+            db,
+            "SELECT sum(pg_total_relation_size(c.oid)) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            f"WHERE n.nspname = '{schema}' AND c.relkind = 'r'",
+        )
+        times = db.execute(
+            f"SELECT e.started_ms, min(a.claimed_ms), max(a.settled_ms), e.ended_ms FROM {schema}.attempts a "
+            f"JOIN {schema}.executions e ON e.id = a.execution_id GROUP BY e.id"
+        ).fetchone()
+    assert times is not None
+    steps = tuple((after - before) / 1000 for before, after in pairwise(times))
+    database.drop_schemas()
+    return Night(
+        receipt, (steps[0], steps[1], steps[2]), wall_s, int(statements), int(size), api.busiest(), dict(watch.peaks)
+    )
+
+
+def _one(db: Any, sql: str) -> Any:
+    return db.execute(sql).fetchone()[0]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.dataset", description=__doc__)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--questions", type=int, default=20_000)
+    parser.add_argument("--files", type=int, default=16)
+    parser.add_argument("--workers", default="1,2,4", help="so many, in turn")
+    parser.add_argument("--rate", default="null", help="what the job says is allowed; null: all that the server takes")
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
+    options = parser.parse_args()
+    if options.make:
+        make_dataset(options.make, options.rows, options.questions, options.files)
+        return
+    lines = []
+    with tempfile.TemporaryDirectory() as name, serving_alone(
+        fsync="on", shared_buffers="512MB", max_wal_size="4GB", shared_preload_libraries="pg_stat_statements"
+    ) as database:  # fmt: skip
+        with database.connect("postgres", "postgres") as db:
+            db.execute("CREATE EXTENSION pg_stat_statements")
+        folder = Path(name)
+        make_dataset(folder / "leads", options.rows, options.questions, options.files)
+        for workers in map(int, options.workers.split(",")):
+            with serving() as api:
+                lines.append(one_night(folder, database, api, workers, options.rate).cells(workers))
+            print(table(HEADER, lines[-1:]), file=sys.stderr)
+    print(table(HEADER, lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Lets several workers share one ledger on a server, and does to them what happens to machines.
+
+Workers are killed or stopped for longer than their leases, the server is restarted in order and as if it had crashed,
+the run itself is killed; the API goes wrong in all its ways. `python -m tests.cluster_torture` is the long form and
+prints the tables of RELIABILITY.md; the suite runs short ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from enrich.sandbox import Fault, SandboxSettings
+from tests.harness import JOB, Api, Office, people, serving
+from tests.postgres import Postgres, find_binaries, serving_alone
+from tests.torture import ANSWERS, FAULTS
+
+#: Seconds of a lease here; who is stopped sleeps twice as long.
+LEASE_S = 2
+#: How a night that was not killed may end: 4 when the server was away at the wrong moment.
+ENDS = frozenset({0, 4, 10, 12, 14})
+#: What a worker that is killed may leave in doubt: what it had on the wire.
+ON_THE_WIRE = 32
+PATIENCE = 30
+
+
+@dataclass
+class Report:
+    """What became of it; the sandbox's word, not ours."""
+
+    rows: int
+    workers: int
+    rate: int
+    cap: float
+    done: Counter[str] = field(default_factory=Counter)
+    ended: Counter[int] = field(default_factory=Counter)
+    faults: int = 0
+    accepted: int = 0
+    paid_twice: int = 0
+    lost: int = 0
+    in_doubt: int = 0
+    unanswered: int = 0
+    busiest: int = 0
+    most_charged: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether every promise was kept; how busy the busiest second was, the machine decides, too."""
+        broken = (self.paid_twice, self.lost, self.unanswered, self.problems, self.ended.keys() - ENDS)
+        return not any(broken) and self.most_charged <= self.cap + 1e-6
+
+    def table(self) -> str:
+        """The report as a Markdown table."""
+        told: dict[str, float] = {
+            "leads": self.rows,
+            "workers": self.workers,
+            **dict(sorted(self.done.items())),
+            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.ended.items())},
+            "faults met": self.faults,
+            "runs accepted by the API": self.accepted,
+            "paid twice": self.paid_twice,
+            "accepted, but neither answered nor in doubt": self.lost,
+            "in doubt at the end": self.in_doubt,
+            "unanswered otherwise": self.unanswered,
+            f"most requests in any second, of {self.rate} allowed": self.busiest,
+            f"most credits charged in one run, of {self.cap:g} allowed": round(self.most_charged, 2),
+            "problems that `ledger check` finds": len(self.problems),
+        }
+        lines = (f"| {name} | {number:,} |" for name, number in told.items())
+        return "\n".join(["| what | number |", "|---|---|", *lines])
+
+
+@dataclass
+class Chaos:
+    """Does something to a run now and then, until all of it is done."""
+
+    server: Postgres
+    rng: random.Random
+    report: Report
+    left: list[str]
+
+    def during(self, run: subprocess.Popen[str]) -> None:
+        """Strike until the run ends."""
+        while self.left and run.poll() is None:
+            self._pause(run, self.rng.uniform(0.3, 1.5))
+            workers = list(workers_of(run.pid))
+            if run.poll() is None and len(workers) >= self.report.workers:
+                self._strike(self.left[0], run, workers)
+
+    def _strike(self, what: str, run: subprocess.Popen[str], workers: list[int]) -> None:
+        victim = self.rng.choice(workers)
+        with suppress(ProcessLookupError):  # it ended just now
+            match what:
+                case "workers killed":
+                    os.kill(victim, signal.SIGKILL)
+                case "workers stopped for longer than a lease":
+                    os.kill(victim, signal.SIGSTOP)
+                    self._pause(run, 2 * LEASE_S)
+                    os.kill(victim, signal.SIGCONT)
+                case "restarts of the server":
+                    self.server.restart("fast")
+                case "crashes of the server":
+                    self.server.restart("immediate")
+                case "runs killed":
+                    run.kill()
+            self.report.done[what] += 1
+            self.left.pop(0)
+
+    @staticmethod
+    def _pause(run: subprocess.Popen[str], seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(seconds)
+
+
+def workers_of(pid: int) -> Iterator[int]:
+    """Find the processes below one that send and poll, whoever carries them."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, OSError):  # no process, or one that is gone
+            number = int(entry.name)
+            parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
+    for number, title in titles.items():
+        if "enrich.worker" in title or title.startswith("ray::Worker"):
+            above = number
+            while above in parents and above != pid:
+                above = parents[above]
+            if above == pid:
+                yield number
+
+
+def torture(
+    folder: Path,
+    server: Postgres,
+    *,
+    rows: int,
+    workers: int,
+    strikes: dict[str, int],
+    seed: int,
+    engine: str = "processes",
+    rate: int = 300,
+    faults: Iterable[str] = FAULTS,
+) -> Report:
+    """Run the job until all strikes are done and it has come to its end; judge it by the sandbox's audit."""
+    rng = random.Random(seed)
+    left = [name for name, count in strikes.items() for _ in range(count)]
+    rng.shuffle(left)
+    cap = rows / 6  # in credits: some nights end with it
+    report = Report(rows, workers, rate, cap)
+    office = Office(folder, f"{server.url()}&lease={LEASE_S}", server.environ)
+    limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"
+    office.write_job(JOB, limits=limits, policy="{max_attempts: 5}")
+    office.write_leads(people(rows))
+    settings = SandboxSettings(
+        latency="lognormal(0.5,0.6)",
+        seed=seed,
+        fault_seed=seed,
+        balance=1_000_000,
+        no_data_seconds=0.5,
+        faults=tuple(map(Fault.parse, faults)),
+    )
+    how = ["--engine", "ray", "--workers", str(workers)] if engine == "ray" else ["--processes", str(workers)]
+    chaos = Chaos(server, rng, report, left)
+    began = time.monotonic()
+    with serving(folder / "api.db", settings) as api:
+        for night in range(PATIENCE + len(left)):
+            run = office.start("run", "job.yaml", "--json", *how, api=api)
+            chaos.during(run)
+            out, err = run.communicate(timeout=300)
+            if run.returncode == -signal.SIGKILL:
+                continue
+            report.ended[run.returncode] += 1
+            assert "Traceback" not in err, err
+            report.most_charged = max(report.most_charged, _bought(office, json.loads(out)))
+            if not left and run.returncode in (0, 10, 14) and night:
+                break
+        else:
+            raise AssertionError(f"it does not end:\n{report.table()}")
+        _judge(office, api, report)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _bought(office: Office, receipt: dict[str, Any]) -> float:
+    """Sum up in credits what an execution has bought, at the worst price where the true one is not known.
+
+    What earlier ones left at the API settles in it, too, but was bought by them.
+    """
+    (row,) = office.sql(
+        "SELECT coalesce(sum(CASE WHEN state = 'refused' THEN 0 ELSE coalesce(credits, reserved) END), 0) / 1e6 "
+        "FROM attempts WHERE execution_id = ?",
+        receipt["execution"],
+    )
+    return float(row[0])
+
+
+def _judge(office: Office, api: Api, report: Report) -> None:
+    """Hold output and ledger against the sandbox's audit."""
+    audit = api.audit()
+    report.accepted, report.paid_twice, report.busiest = audit["accepted"], audit["paid_twice"], audit["busiest_second"]
+    report.faults = sum(audit["faults"].values())
+    states = {
+        json.loads(params)["first_name"]: state for params, state in office.sql("SELECT params, state FROM requests")
+    }
+    known = {task for (task,) in office.sql("SELECT task_id FROM attempts")}
+    doubtful = {
+        json.loads(params)["first_name"]
+        for (params,) in office.sql(
+            "SELECT params FROM requests r JOIN attempts a ON a.request_id = r.id WHERE a.state = 'in_doubt'"
+        )
+    }
+    for run in audit["runs"]:
+        name = run["params"]["first_name"]
+        report.lost += name not in doubtful and (states[name] not in ANSWERS or not known.issuperset(run["task_ids"]))
+    output = office.output()
+    assert [row["First Name"] for row in output] == [lead[0] for lead in people(report.rows)]
+    report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
+    report.unanswered = sum(row["enrich_status"] not in ANSWERS | {"in_doubt"} for row in output)
+    told = office.command("ledger", "check", "job.yaml", "--json")
+    report.problems = told.receipt["problems"]
+
+
+#: What is done to a run, with how often in the long form.
+STRIKES = {
+    "workers killed": 20,
+    "workers stopped for longer than a lease": 6,
+    "restarts of the server": 4,
+    "crashes of the server": 4,
+    "runs killed": 6,
+}
+
+
+def main() -> None:
+    """Torture a crew from the command line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--rows", type=int, default=4_000)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--engine", choices=["processes", "ray"], default="processes")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    if not find_binaries():
+        sys.exit("there is no PostgreSQL server on this machine")
+    with tempfile.TemporaryDirectory() as folder, serving_alone(fsync="on") as server:
+        report = torture(
+            Path(folder), server, rows=given.rows, workers=given.workers, strikes=STRIKES, seed=given.seed,
+            engine=given.engine,
+        )  # fmt: skip
+    print(report.table())
+    print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
+    sys.exit(0 if report.sound else 1)
+
+
+if __name__ == "__main__":
+    main()
