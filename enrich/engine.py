@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from enrich.asking import Batch
 from enrich.collector import Counted
 from enrich.crew import Carrier
 from enrich.job import Job
@@ -15,17 +17,30 @@ from enrich.question import Question
 from enrich.rows import Rows
 
 
-class Read(Protocol):
-    """What was read of the input: rows, how many of them ask something, why the others don't, doubts given up."""
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """What was read: rows, how many of them ask something, why the others don't, and doubts that were given up."""
 
-    @property
-    def rows(self) -> int: ...  # noqa: D102 - told above
-    @property
-    def asked(self) -> int: ...  # noqa: D102
-    @property
-    def of_rows(self) -> Counter[Decision]: ...  # noqa: D102
-    @property
-    def given_up(self) -> int: ...  # noqa: D102
+    rows: int = 0
+    asked: int = 0
+    of_rows: Counter[Decision] = field(default_factory=Counter)
+    given_up: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, given_up: int) -> Enrolled:
+        """Tell what was read of one batch."""
+        asked = sum(fingerprint is not None for fingerprint in batch.fingerprints)
+        left_out = Counter(Decision(status.value) for status in batch.statuses if status is not None)
+        return cls(batch.frame.height, asked, left_out, given_up)
+
+    def __add__(self, other: Enrolled) -> Enrolled:
+        """Add up what was read of several blocks."""
+        return Enrolled(
+            self.rows + other.rows,
+            self.asked + other.asked,
+            self.of_rows + other.of_rows,
+            self.given_up + other.given_up,
+        )
 
 
 class Engine(Protocol):
@@ -39,12 +54,19 @@ class Engine(Protocol):
     def carrier(self) -> Carrier:
         """Where they come from."""
 
-    def enroll(
-        self, rows: Rows, question: Question, wish: Wish, *, accept_doubts: bool, check: Callable[[], None]
-    ) -> Read:
+    def enroll(  # noqa: PLR0913 - all of them travel
+        self,
+        job: Job,
+        rows: Rows,
+        question: Question,
+        wish: Wish,
+        *,
+        accept_doubts: bool,
+        check: Callable[[], None],
+    ) -> Enrolled:
         """Enroll all rows in a pass that was begun; `check` may raise to give up."""
 
-    def collect(
+    def collect(  # noqa: PLR0913, PLR0917 - likewise
         self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, check: Callable[[], None]
     ) -> Counted:
         """Write the output, a dataset."""

@@ -15,6 +15,14 @@ from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """Over which Ray cluster the work is spread: its address, None: one on this machine; None: as many as CPUs."""
+
+    address: str | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What the person asked of this execution.
 
@@ -31,6 +39,8 @@ class Options:
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
     processes: int = 1
+    #: Let Ray carry the work.
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
