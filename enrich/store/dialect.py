@@ -103,6 +103,9 @@ class Session(Protocol):
     def begin_looking(self) -> None:
         """Begin a transaction that sees everything as it stands now."""
 
+    def begin_temporary(self) -> None:
+        """Begin a transaction that writes to temporary tables alone."""
+
     def commit(self) -> None:
         """End it; what it wrote is durable."""
 

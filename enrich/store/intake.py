@@ -61,8 +61,10 @@ class Intake(Latencies):
 
     def _make_room(self) -> None:
         dialect = self._db.dialect
+        self._db.begin_temporary()
         for statement in _PASS if self._shared else (*_PASS, _SEEN):
             self._db.execute(statement.format(blob=dialect.blob, serial=dialect.serial))
+        self._db.commit()
 
     def regain(self, failure: BaseException) -> bool | None:
         """Do as Database does; temporary tables go with their connection."""
@@ -123,7 +125,10 @@ class Intake(Latencies):
 
     def choose(self) -> None:
         """Leave out what the wish leaves out, now that the whole input was seen: caps, then sample, then limit."""
-        wish = self._wish
+        with self._looking():
+            self._choose(self._wish)
+
+    def _choose(self, wish: Wish) -> None:
         if wish.max_per_group is not None:
             # What was asked before counts first.
             self._leave_out(
@@ -241,7 +246,7 @@ class Intake(Latencies):
         if self._db.in_transaction:
             yield
             return
-        self._db.execute("BEGIN")
+        self._db.begin_temporary()
         try:
             yield
             self._db.commit()

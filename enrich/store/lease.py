@@ -31,15 +31,16 @@ def boottime() -> float:
 class Lease:
     """The lease of this process. Use as a context manager; what it holds is free when the block ends.
 
-    `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits for us.
+    `leads`: an execution stands and falls with us. `idle_s`: after so long the server ends a transaction in which we
+    say nothing, so that nobody waits for us.
     """
 
-    def __init__(self, place: Postgres, idle_s: float | None = None) -> None:
+    def __init__(self, place: Postgres, *, leads: bool = False, idle_s: float | None = None) -> None:
         self._seconds = seconds = place.lease_s
         self._renewed = boottime()
         self._ledger = Ledger(place)
         with self._ledger.transaction():
-            owner = self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", seconds)
+            owner = self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", seconds, leads=leads)
         #: What those get that write as this owner.
         self.fence = Fence(owner, seconds if idle_s is None else idle_s)
         self._ended = threading.Event()

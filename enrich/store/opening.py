@@ -27,5 +27,5 @@ def opened(place: LedgerPlace) -> Iterator[tuple[Ledger, Lease | None]]:
     postgres()  # says what is missing
     from enrich.store.lease import Lease  # noqa: PLC0415 - few need it
 
-    with Lease(place, idle_s=READING_S) as lease, closing(Ledger(place, fence=lease.fence)) as ledger:
+    with Lease(place, leads=True, idle_s=READING_S) as lease, closing(Ledger(place, fence=lease.fence)) as ledger:
         yield ledger, lease

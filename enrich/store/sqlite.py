@@ -57,6 +57,10 @@ class SqliteSession(sqlite3.Connection):
         """Begin a transaction that sees everything as it stands now."""
         self.execute("BEGIN")
 
+    def begin_temporary(self) -> None:
+        """Begin a transaction that writes to temporary tables alone."""
+        self.execute("BEGIN")
+
     def commit(self) -> None:
         """End it; what it wrote is durable."""
         self.execute("COMMIT")
