@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from tests.postgres import Postgres, serving_alone
 
 from benchmarks.meter import table
 from benchmarks.server import Server, serving
+from tests.postgres import Postgres, serving_alone
 
 COUNTRIES = ("AT", "CH", "DE", "ES", "FR", "GB", "IT", "US")
 JOB = """\

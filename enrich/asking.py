@@ -29,6 +29,10 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_at": pl.String(),
 }
 
+#: In a dataset, whose parts may be read in any order: a row's place in the input, from 0.
+INDEX_COLUMN = "enrich_index"
+OUR_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
+
 #: The columns of the change feed behind its key.
 CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
@@ -83,7 +87,7 @@ class Asking:
         self._problem = _problem(self._names, params, question)
         self._header = header
         self._group = job.model.caps.by if job.model.caps else None
-        self._kept = [place for place, name in enumerate(header) if name not in STATUS_COLUMNS]
+        self._kept = [place for place, name in enumerate(header) if name not in OUR_COLUMNS]
 
     def batch(
         self,

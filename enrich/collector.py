@@ -11,11 +11,11 @@ import orjson
 import polars as pl
 
 from enrich.api.answer import fields_of, is_blank, pick
-from enrich.asking import STATUS_COLUMNS, Batch
+from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, Batch
 from enrich.errors import Refused
 from enrich.job import Job
 from enrich.model import MICROS, OPEN, RowStatus, Standing, State
-from enrich.place import Place
+from enrich.place import Place, is_dataset
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
@@ -44,6 +44,14 @@ class Counted:
     statuses: Counter[RowStatus] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
 
+    def __add__(self, other: Counted) -> Counted:
+        """Add up what was counted of several parts."""
+        total = Counted(self.statuses.copy(), self.hits.copy())
+        # A sum of counters would forget the columns in which nothing was found.
+        total.statuses.update(other.statuses)
+        total.hits.update(other.hits)
+        return total
+
     def add(self, page: Page) -> None:
         """Count the rows of a batch."""
         self.statuses.update(page.statuses())
@@ -67,20 +75,29 @@ class Collector:
         `partial`.
         """
         counted = Counted()
-        merged = self.merged
-        added = {name: kind for name, kind in new_schema(self.question).items() if name not in merged}
-        schema: dict[str, pl.DataType] = {
-            name: pl.String() if name in merged else kind for name, kind in self.rows.schema.items()
-        }
+        indexed = is_dataset(target)
+        schema = output_schema(self.rows, self.question, indexed=indexed)
         write(
             target,
             self.job.output,
             job=self.job.name,
-            schema=schema | added,
-            frames=self._frames(counted, added, partial=partial, safely=runs_formulas(target)),
-            new=len(added),
+            schema=schema,
+            frames=self._checked(counted, indexed=indexed, partial=partial, safely=runs_formulas(target)),
+            new=len(schema) - len(self.rows.schema),
         )
         return counted
+
+    def frames(self, counted: Counted, *, indexed: bool, safely: bool = False) -> Iterator[pl.DataFrame]:
+        """Yield the rows of the output, and count them."""
+        merged = self.merged
+        added = [name for name in new_schema(self.question) if name not in merged]
+        for page in self.pages():
+            counted.add(page)
+            batch = page.batch
+            frame = batch.frame.with_columns(self.merge(page, name, safely=safely) for name in merged)
+            first, height = batch.first, batch.frame.height
+            index = [pl.int_range(first, first + height, eager=True).alias(INDEX_COLUMN)] if indexed else []
+            yield frame.hstack([page.cells[name] for name in added] + index)
 
     def count(self) -> Counted:
         """Count what would be in the output."""
@@ -104,13 +121,8 @@ class Collector:
             cells = _new_cells(batch, known, pl.Series(places, dtype=pl.UInt32), self.question)
             yield Page(batch, [None if place is None else known[place] for place in places], cells)
 
-    def _frames(
-        self, counted: Counted, added: Mapping[str, pl.DataType], *, partial: bool, safely: bool
-    ) -> Iterator[pl.DataFrame]:
-        for page in self.pages():
-            counted.add(page)
-            frame = page.batch.frame.with_columns(self.merge(page, name, safely=safely) for name in self.merged)
-            yield frame.hstack([page.cells[name] for name in added])
+    def _checked(self, counted: Counted, *, indexed: bool, partial: bool, safely: bool) -> Iterator[pl.DataFrame]:
+        yield from self.frames(counted, indexed=indexed, safely=safely)
         pending = counted.statuses[RowStatus.PENDING]
         if pending and not partial:
             raise Refused(
@@ -128,6 +140,14 @@ class Collector:
         if self.job.model.merge == "fill_empty":
             new = new.set(old.str.strip_chars() != "", None)
         return new.fill_null(old).alias(name)
+
+
+def output_schema(rows: Rows, question: Question, *, indexed: bool) -> dict[str, pl.DataType]:
+    """Name the columns of the output, with their types; `indexed` adds the row's place in the input."""
+    new = new_schema(question)
+    # What is merged is text.
+    old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in rows.schema.items()}
+    return old | new | ({INDEX_COLUMN: pl.Int64()} if indexed else {})
 
 
 def new_schema(question: Question) -> dict[str, pl.DataType]:

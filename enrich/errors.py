@@ -4,6 +4,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── JobError            2     the command or the job file is wrong: fix it
 ├── KeyRefused          3     no key, or the API refuses it: fix the key
 ├── ApiUnreachable      4     the API does not answer: the next run resumes
+├── ClusterFailed       4     the machines that shall do the work can't be reached: likewise
 ├── Refused             5     nothing was spent: look at the input, the balance, the ledger
 ├── LedgerLocked       11     another execution is at work
 ├── Interrupted    130,143  a signal ended it
@@ -92,6 +93,12 @@ class KeyRefused(EnrichError):
 
 class ApiUnreachable(EnrichError):
     """The API does not answer; what was begun is resumed by the next run."""
+
+    exit_code = Exit.API
+
+
+class ClusterFailed(EnrichError):
+    """The machines that shall do the work can't be reached or started; the next run resumes."""
 
     exit_code = Exit.API
 

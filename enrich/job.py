@@ -24,6 +24,7 @@ from enrich.place import (
     Url,
     for_sandbox,
     format_of,
+    is_dataset,
     is_pattern,
     locate,
     locate_input,
@@ -86,7 +87,9 @@ class Job:
         if report is None or report.path is None:
             return None
         place = self.path(_dated(report.path, now))
-        self._check_apart("report", place, self.taken(now) | {"input": self.input_path})
+        taken = self.taken(now)
+        self._check_apart("report", place, taken | {"input": self.input_path})
+        self._check_outside("report", place, taken["output"])
         return place
 
     def taken(self, now: datetime) -> dict[str, Place]:
@@ -101,11 +104,22 @@ class Job:
         for kind, place in feeds.items():
             self._check_apart(kind, place, taken)
             taken[kind] = place
+        for kind, place in taken.items():
+            if kind != "output":
+                self._check_outside(kind, place, taken["output"])
         return taken
 
     def _check_apart(self, kind: str, place: Place, taken: Mapping[str, Place]) -> None:
         if other := next((key for key, path in taken.items() if _is_same(place, path)), None):
             raise self.error([kind], f"{place} is written twice: it is `{other}`", "give each file a name of its own")
+
+    def _check_outside(self, kind: str, place: object, output: Place) -> None:
+        """Refuse a file of the job in the folder that every run replaces."""
+        if not isinstance(place, Path) or not isinstance(output, Path) or not is_dataset(output):
+            return
+        if place.resolve().is_relative_to(output.resolve()):
+            message = f"{output} is replaced as a whole by every run, and has `{kind}` in it"
+            raise self.error(["output"], message, "name a folder of its own")
 
     def path(self, named: str) -> Path:
         """Resolve a path of the job file."""
@@ -163,9 +177,15 @@ def _check_written(job: Job, home: Path) -> None:
         if written is None:
             continue
         _place(job.document, key, home, written.path)
-        if not written.path.lower().endswith(OUTPUT_SUFFIXES):
+        if key == "output" and written.path.endswith("/"):
+            if format_of(written.path.rstrip("/")) is not None:
+                raise job.error([key], f"`{written.path}`: a folder has no ending of a file", "as in out/leads/")
+        elif not written.path.lower().endswith(OUTPUT_SUFFIXES):
+            folder = "; for a folder: leads/" if key == "output" else ""
             raise job.error(
-                [key], f"`{written.path}` is of no type that can be written", f"use {', '.join(OUTPUT_SUFFIXES)}"
+                [key],
+                f"`{written.path}` is of no type that can be written",
+                f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
             )
     if model.report is not None and model.report.path is not None:
         place = _place(job.document, "report", home, model.report.path)

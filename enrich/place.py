@@ -29,7 +29,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """The address of an object in a storage: `s3://bucket/key`."""
+    """The address of an object in a storage, `s3://bucket/key`, or of all below a folder, `s3://bucket/folder/`."""
 
     scheme: str
     bucket: str
@@ -37,8 +37,13 @@ class Url:
 
     @property
     def name(self) -> str:
-        """The last part of the key, as a file would be called."""
-        return self.key.rpartition("/")[2]
+        """The last part of the key, as a file or a folder would be called."""
+        return self.key.rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_folder(self) -> bool:
+        """Tell whether it means all objects below it."""
+        return self.key.endswith("/")
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}"
@@ -130,13 +135,13 @@ def locate(base: Path, named: str | Path) -> Place:
         raise ValueError(f"`{scheme}://` is no storage that is known: use {', '.join(f'{it}://' for it in _SCHEMES)}")
     if "@" in bucket:
         raise ValueError("a URL holds no credentials: they come from the environment")
-    if not bucket or not key or key.endswith("/"):
+    if not bucket or not key.strip("/"):
         raise ValueError(f"a storage URL names a bucket and an object: {scheme}://bucket/leads.csv")
     return Url(scheme, bucket, key)
 
 
 def locate_input(base: Path, named: str) -> Place:
-    """Find the input, which may be a pattern or come through a pipe; in a pattern the base stands for itself."""
+    """Find the input: also a folder, a pattern, in which the base stands for itself, or what comes through a pipe."""
     if named == str(STDIN):
         return STDIN
     plain = locate(base, named)
@@ -144,8 +149,20 @@ def locate_input(base: Path, named: str) -> Place:
 
 
 def is_pattern(where: Place) -> bool:
-    """Tell whether a path means all files that match it; a file of this very name means itself."""
-    return isinstance(where, Path) and any(sign in str(where) for sign in "*?[") and not os.path.exists(where)  # noqa: PTH110 - Path.exists raises for a name that is too long
+    """Tell whether a place means all files that match it; a file of this very name on this machine means itself."""
+    if isinstance(where, Url):
+        return has_signs(where.key)
+    return has_signs(str(where)) and not os.path.exists(where)  # noqa: PTH110 - Path.exists raises for a name that is too long
+
+
+def has_signs(name: str) -> bool:
+    """Tell whether a name has the signs of a pattern."""
+    return any(sign in name for sign in "*?[")
+
+
+def is_dataset(target: Place) -> bool:
+    """Tell whether an output is a folder of parts: its name has no ending of a file."""
+    return format_of(target.name) is None
 
 
 def format_of(name: str) -> Format | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import replace
 from hashlib import file_digest
 from pathlib import Path
 
 import polars as pl
 
-from enrich.asking import CHANGE_COLUMNS, STATUS_COLUMNS, Asking, Batch
+from enrich.asking import CHANGE_COLUMNS, OUR_COLUMNS, Asking, Batch
 from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.order import ranks, sort_keys
@@ -18,6 +19,9 @@ from enrich.privacy import Forgotten, read_suppression
 from enrich.question import Question
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
+from enrich.tables.finding import Leaf
+from enrich.tables.parts import Block, Part, Stretch
+from enrich.tables.reading import Shape
 from enrich.tables.source import Source
 
 #: What looks at other rows of a table than one's own; in quotes it is text or a column.
@@ -38,21 +42,75 @@ class Rows:
         self._forgotten = forgotten or Forgotten(b"")
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.path(suppress))
-        self._source = Source(job.input_path, job.input)
-        self._header = list(self._source.schema)
-        #: The columns that are written back, with their types; a blank of text is `""` or null.
-        self.schema = {name: kind for name, kind in self._source.schema.items() if name not in STATUS_COLUMNS}
+        self._source: Source | Stretch | Block = Source(job.input_path, job.input)
+        #: All columns that can be named, with their types.
+        self.known = self._source.schema
+        self._header = list(self.known)
+        #: The columns that are written back; a blank of text is `""` or null.
+        self.schema = {name: kind for name, kind in self.known.items() if name not in OUR_COLUMNS}
         self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
+    def undivided(self) -> str | None:
+        """Say why what is asked depends on all rows, so that no part can be asked by itself; None: it doesn't.
+
+        `dedupe: false` holds for collecting, too; the order only for asking.
+        """
+        if not self._job.model.dedupe:
+            return "`dedupe: false` counts equal rows from the first to the last"
+        if self._job.model.order_by is not None:
+            return "`order_by` compares all rows"
+        return None
+
+    def parts(self) -> list[Part]:
+        """Divide the rows; files that are not Parquet are read to be counted. Raises Refused."""
+        return self._whole.parts()
+
+    def part(self, part: Part) -> Rows:
+        """Return the rows of one part, with their places in the whole; needs nothing but the part's file."""
+        return self._over(Stretch(part, self.shape))
+
+    def block(self, first: int, frame: pl.DataFrame) -> Rows:
+        """Return rows that were read already, the first of which has this place in the whole."""
+        return self._over(Block(first, frame))
+
+    @property
+    def shape(self) -> Shape:
+        """What the files are read as."""
+        return self._whole.shape
+
+    @property
+    def _whole(self) -> Source:
+        assert isinstance(self._source, Source)  # noqa: S101 - what is asked of a part is an error of ours
+        return self._source
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The files, in order."""
+        return self._whole.leaves
+
+    @property
+    def first(self) -> int:
+        """The place of the first row in the whole."""
+        return self._source.first
+
+    def sample(self) -> Rows:
+        """Return no rows of it, to be sent where blocks are read."""
+        return self.block(0, pl.DataFrame(schema=self.known))
+
+    def _over(self, source: Stretch | Block) -> Rows:
+        rows = copy(self)
+        rows._source = source  # noqa: SLF001 - that of our own copy
+        return rows
+
     def stamp(self) -> object:
         """Identity of the input's files: one was replaced, changed or added when this differs. None: it is gone."""
-        return self._source.stamp()
+        return self._whole.stamp()
 
     def digest(self) -> str:
         """Hash the bytes of the input's files (SHA-256, hex)."""
-        return self._source.digest()
+        return self._whole.digest()
 
     def suppressed_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
@@ -62,7 +120,7 @@ class Rows:
     def check_new_columns(self, question: Question) -> None:
         """Refuse new columns that the input has already."""
         for name in question.columns:
-            if name in STATUS_COLUMNS:
+            if name in OUR_COLUMNS:
                 raise self._job.error(["columns", name], "this name is taken by the status columns", "choose another")
             if name in self.columns and self._job.model.merge is None:
                 raise self._job.error(
@@ -83,7 +141,7 @@ class Rows:
         """Read the whole input once. Raises Refused that names file, row and remedy."""
         ask = Asking(self._job, question, self._header, self._forgotten)
         kept = [place for place, name in enumerate(self._header) if name in self.schema]
-        first = 0
+        first = self._source.first
         for frame in self._source.batches():
             text = text_frame(frame)
             places = None
@@ -119,7 +177,7 @@ class Rows:
                 raise self._job.error(["changes"], f"the feed has a column `{column}` of its own", hint)
         for index, column in enumerate(model.report.by if model.report is not None else ()):
             self._check_column(column, ["report", "by", index])
-            if column in STATUS_COLUMNS:
+            if column in OUR_COLUMNS:
                 message = f"`{column}` is a column of the output, and every run writes it anew"
                 raise self._job.error(["report", "by", index], message, "group by a column of your own")
         if model.caps is not None and model.caps.by not in model.params:

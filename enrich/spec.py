@@ -32,8 +32,8 @@ class Input(_Strict):
     """The leads: a file, or several files of one format that are read as one."""
 
     path: Text = Field(
-        description="A file, a glob such as leads/*.csv, a storage URL such as s3://bucket/leads.csv, or - for stdin; "
-        "relative to the job file."
+        description="A file, a folder, a glob such as leads/*.csv, a storage URL such as s3://bucket/leads.csv or "
+        "s3://bucket/leads/, or - for stdin; relative to the job file."
     )
     separator: Separator = Field(
         default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."
@@ -57,7 +57,7 @@ class Output(_Strict):
 
     path: Text = Field(
         description="A .csv, .tsv, .jsonl (each may be followed by .gz), .parquet or .xlsx file, or a storage URL; "
-        "strftime codes allowed; relative to the job file."
+        "the output may be a folder of Parquet parts, as in leads/; strftime codes allowed; relative to the job file."
     )
     separator: Separator = Field(
         default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."

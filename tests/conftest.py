@@ -77,6 +77,24 @@ def office(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> Office
     return made
 
 
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """Serve a storage."""
+    from tests.buckets import serving_storage  # noqa: PLC0415 - few tests need it, and it is slow to import
+
+    with serving_storage() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> Iterator[dict[str, str]]:
+    """Make a bucket in the storage; what points to it is in the environment."""
+    from tests.buckets import new_bucket  # noqa: PLC0415 - likewise
+
+    with new_bucket(endpoint) as variables:
+        yield variables
+
+
 @pytest.fixture
 def done(api: Api, office: Office) -> Office:
     """Make an office whose job has run."""

@@ -273,8 +273,12 @@ def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
             f"{BASE}output: out.xls\n",
             [
                 "6: output: `out.xls` is of no type that can be written",
-                "hint: use .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .parquet, .xlsx",
+                "hint: use .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .parquet, .xlsx; for a folder: leads/",
             ],
+        ),
+        (
+            f"{BASE}output: out.parquet/\n",
+            ["6: output: `out.parquet/`: a folder has no ending of a file", "hint: as in out/leads/"],
         ),
         (f"{BASE}waterfall: x\n", ["6: `waterfall` is there twice", "hint: remove one of the two"]),
         (f"{BASE}  company: B\n", ["6: `company` is there twice", "hint: remove one of the two"]),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,59 +11,21 @@ from unittest.mock import patch
 import httpx
 import polars as pl
 import pytest
-from moto.server import ThreadedMotoServer
 
 from enrich.errors import Refused
 from enrich.place import Url
 from enrich.spec import Input, Output
-from enrich.tables import storage
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
+from tests.buckets import BUCKET, SECRET, got, put
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import load, save
 
-SECRET = "not-to-be-told"
-BUCKET = "leads"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """Serve S3 on loopback."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
 
 @pytest.fixture
-def environ(endpoint: str) -> Iterator[dict[str, str]]:
-    """Point to the server, in which one bucket is new."""
-    variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
-    variables |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
-    with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
-        http.post("/moto-api/reset")
-        http.put(f"/{BUCKET}").raise_for_status()
-    with patch.dict(os.environ, variables):
-        yield variables
-
-
-def put(key: str, content: bytes) -> Url:
-    """Put an object."""
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        url = Url("s3", BUCKET, key)
-        storage.send(url, file)
-    return url
-
-
-def got(folder: Path, key: str) -> Path:
-    """Fetch an object."""
-    path = folder / key.rpartition("/")[2]
-    with path.open("wb") as file:
-        storage.fetch(Url("s3", BUCKET, key), file)
-    return path
+def environ(bucket: dict[str, str]) -> dict[str, str]:
+    """Say what points to the storage."""
+    return bucket
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from itertools import combinations
 from pathlib import Path
 
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job
-from enrich.place import STDIN, is_pattern
+from enrich.place import STDIN, is_dataset
 from enrich.report.file import is_ours
-from enrich.tables.source import matching
+from enrich.tables.finding import files
+from enrich.tables.folder import check_ours
+from enrich.tables.textfile import TableProblem
 
 
 def written(job: Job, now: datetime) -> dict[str, Path]:
@@ -25,11 +26,12 @@ def written(job: Job, now: datetime) -> dict[str, Path]:
 
 
 def inputs(job: Job) -> list[Path]:
-    """The files of leads on this machine; a storage and a pipe have none."""
+    """The files of leads on this machine; a storage, a pipe and a folder that is closed have none."""
     where = job.input_path
-    if where == STDIN or not isinstance(where, Path):
+    try:
+        return files(where) if isinstance(where, Path) and where != STDIN else []
+    except TableProblem:
         return []
-    return matching(where) if is_pattern(where) else [where]
 
 
 def read_files(job: Job) -> dict[str, Path]:
@@ -49,11 +51,13 @@ def clashes(job: Job) -> Iterator[EnrichError]:
     except JobError as error:
         yield error
         return
-    for (one, path), (other, same) in combinations((outgoing | incoming).items(), 2):
-        if one in outgoing and _is_same(path, same):
+    others = outgoing | incoming
+    for one, path in outgoing.items():
+        del others[one]
+        for other in (other for other, same in others.items() if _is_same(path, same)):
             yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
     for key, path in outgoing.items():
-        if reason := _unwritable(path):
+        if reason := _unwritable(path, may_be_folder=key == "output" and is_dataset(path)):
             yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
     if isinstance(job.ledger, Path) and _is_seen(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
         yield Refused(f"{job.ledger}: this user may not write the ledger", "run as its owner, or mend the rights")
@@ -68,6 +72,13 @@ def _strangers(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
     output, report = outgoing.get("output"), outgoing.get("report")
     if output is not None and _is_database(output):
         yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
+    if output is not None and is_dataset(output) and output.is_dir():
+        try:
+            check_ours(output)
+        except JobError as error:
+            yield error
+        except OSError:
+            pass  # where nobody may look, nobody can write
     if report is not None and _is_strange(report):
         yield JobError(f"{report} is there already, and no report of enrich", "choose another `report`")
 
@@ -113,10 +124,12 @@ def _is_seen(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - false, too, where this user may not look
 
 
-def _unwritable(path: Path) -> str | None:
+def _unwritable(path: Path, *, may_be_folder: bool) -> str | None:
     try:
-        if path.is_dir():
+        if path.is_dir() and not may_be_folder:
             return "it is a folder"
+        if may_be_folder and path.is_file():
+            return "it is a file, not a folder"
         folder = existing(path.parent)
         if not folder.is_dir():
             return f"{folder} is no folder"

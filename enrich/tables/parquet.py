@@ -25,27 +25,47 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     return schema
 
 
-def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
-    """Yield the rows in order."""
+def count_rows(source: TableFile) -> int:
+    """Count the rows, without reading them."""
     with _sound(source):
-        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+        return int(_scan(source).select(pl.len()).collect().item())
+
+
+def read_batches(
+    source: TableFile, start: int = 0, rows: int | None = None, rows_per_batch: int = 20_000
+) -> Iterator[pl.DataFrame]:
+    """Yield so many rows in order, or all behind the first that is wanted (from 0)."""
+    height = count_rows(source)
+    end = height if rows is None else min(start + rows, height)
+    with _sound(source):
+        scan = _scan(source)
         # In pieces of our own: polars would read several row groups ahead, whatever their size.
-        (height,) = scan.select(pl.len()).collect().row(0)
-        for start in range(0, height, AT_ONCE):
-            yield from scan.slice(start, AT_ONCE).collect().iter_slices(rows_per_batch)
+        for at in range(start, end, AT_ONCE):
+            yield from scan.slice(at, min(AT_ONCE, end - at)).collect().iter_slices(rows_per_batch)
 
 
-def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> None:
-    """Stream the frames through polars' own sink, so that they are never held together; JSON becomes text."""
+def _scan(source: TableFile) -> pl.LazyFrame:
+    return pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+
+
+def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> int:
+    """Stream the frames through polars' own sink, so that they are never held together; JSON becomes text.
+
+    Returns the number of rows.
+    """
+    written = 0
 
     def batches(
         _columns: list[str] | None, _predicate: pl.Expr | None, _rows: int | None, _size: int | None
     ) -> Iterator[pl.DataFrame]:
+        nonlocal written
         for frame in frames:
+            written += frame.height
             yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON else it for it in frame.get_columns()})
 
     types = {name: pl.String() if kind == JSON else kind for name, kind in schema.items()}
     register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw, row_group_size=AT_ONCE)
+    return written
 
 
 @contextmanager

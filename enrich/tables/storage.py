@@ -46,6 +46,32 @@ def stamp(url: Url) -> Stamp | None:
             return None
 
 
+def below(url: Url) -> Iterator[tuple[str, Stamp]]:
+    """Yield the keys below a folder, each with what tells one content from another. Raises Refused."""
+    store = _store(url)
+    with _told(url):
+        for some in store.list(url.key.rstrip("/") or None):
+            yield from ((meta["path"], _stamp(meta)) for meta in some)
+
+
+def read(url: Url) -> bytes | None:
+    """Return a small object as a whole; None when it is not there. Raises Refused."""
+    store = _store(url)
+    with _told(url):
+        try:
+            return bytes(store.get(url.key).bytes())
+        except FileNotFoundError:
+            return None
+
+
+def remove(url: Url, keys: list[str]) -> None:
+    """Remove objects of a bucket. Raises Refused."""
+    store = _store(url)
+    with _told(url):
+        for key in keys:
+            store.delete(key)
+
+
 def check(url: Url) -> None:
     """Ask for the bucket before anything is spent. Raises Refused when it is not there or refuses us."""
     store = _store(url)
@@ -92,7 +118,7 @@ def _told(url: Url) -> Iterator[None]:
         if "NoSuchBucket" in words:
             told = Refused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
         elif isinstance(error, FileNotFoundError):
-            told = Refused(f"{url} does not exist", "check the URL; patterns are for files")
+            told = Refused(f"{url} does not exist", "check the URL")
         elif _NO_CREDENTIALS.search(words):
             told = Refused(f"{url}: there are no credentials for the storage", credentials)
         elif re.search(r"status code: 40[13]", words):

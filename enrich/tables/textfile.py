@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
+from enrich.errors import Refused
 from enrich.place import Format
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -54,6 +55,15 @@ class TableProblem(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn a problem into what the program ends with."""
+    try:
+        yield
+    except TableProblem as problem:
+        raise Refused(problem.message, problem.hint) from problem
 
 
 @contextmanager

@@ -6,28 +6,26 @@ import gzip
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, cast
 
 import polars as pl
 
 from enrich.errors import JobError, Refused
-from enrich.place import Place, Url, format_of, is_pattern
+from enrich.place import Place, Url, format_of, is_dataset, is_pattern
 from enrich.spec import Output
-from enrich.tables import excel, jsonl, parquet, storage
+from enrich.tables import dataset, excel, jsonl, parquet, storage
+from enrich.tables.atomic import AGAIN, growing, telling
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import CsvWriter
-from enrich.tables.source import matching
-from enrich.tables.textfile import TableProblem
+from enrich.tables.finding import files, would_find
+from enrich.tables.textfile import refusing
 
 #: New text that a spreadsheet would run as a formula; a number or a phone behind `+` or `-` is none.
 _FORMULA = r"^[=@\t\r]"
 _SIGNED = r"^[+-]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
-
-_AGAIN = "the ledger has the answers: `enrich collect` writes them without paying"
-_LATER = f"make room for it; {_AGAIN}"
 
 
 def part_of(target: Path, job: str, kind: str = "output") -> Path:
@@ -40,7 +38,12 @@ def prepare(target: Place, source: Place, job: str, kind: str = "output") -> Non
 
     Raises JobError when it would replace the input or a ledger, Refused when it can't be written.
     """
+    if kind == "output" and is_dataset(target):
+        dataset.prepare(target, source, job)
+        return
     if isinstance(target, Url):
+        if would_find(source, target):
+            raise _read_next(target, source, kind)
         if target == source:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
         storage.check(target)
@@ -64,12 +67,20 @@ def prepare(target: Place, source: Place, job: str, kind: str = "output") -> Non
 def _spare_the_input(target: Path, source: Place, kind: str) -> None:
     if isinstance(source, Url):
         return
-    if is_pattern(source) and PurePath(target).match(str(source)):
-        hint = f"choose another `{kind}`, or a narrower pattern than {source.name}"
-        raise JobError(f"{target}: the {kind} would be read as input by the next run", hint)
-    for path in matching(source) if is_pattern(source) else [source]:
+    if would_find(source, target):
+        raise _read_next(target, source, kind)
+    with refusing():
+        paths = files(source)
+    for path in paths:
         if target == path or (target.exists() and path.exists() and target.samefile(path)):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
+
+
+def _read_next(target: Place, source: Place, kind: str) -> JobError:
+    narrower = f", or a narrower pattern than {source.name}" if is_pattern(source) else ""
+    return JobError(
+        f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{narrower}"
+    )
 
 
 def _is_database(path: Path) -> bool:
@@ -91,31 +102,26 @@ def write(  # noqa: PLR0913 - one file is all of these
 
     `kind` is the key of the job file that names the target: each has a temporary file of its own.
     """
-    try:
-        with _whole(target, job, kind) as raw, _packed(raw, target.name) as plain:
-            match format_of(target.name):
-                case "parquet":
-                    parquet.write(plain, schema, frames)
-                case "xlsx":
-                    excel.write(plain, list(schema), map(text_frame, frames))
-                case "jsonl":
-                    jsonl.write(plain, list(schema), frames)
-                case _:
-                    _write_csv(plain, output, list(schema), frames, new)
-    except TableProblem as problem:
-        raise Refused(f"{target}: {problem.message}", problem.hint) from problem
-    except OSError as error:
-        raise Refused(f"{target}: the {kind} cannot be written: {error.strerror or error}", _LATER) from error
-    except pl.exceptions.ComputeError as error:
-        # What the disk says comes out of polars' sink as this.
-        raise Refused(f"{target}: the {kind} cannot be written: {error}", _LATER) from error
+    if kind == "output" and is_dataset(target):
+        dataset.write(target, job, schema, frames)
+        return
+    with telling(target, kind), _whole(target, job, kind) as raw, _packed(raw, target.name) as plain:
+        match format_of(target.name):
+            case "parquet":
+                parquet.write(plain, schema, frames)
+            case "xlsx":
+                excel.write(plain, list(schema), map(text_frame, frames))
+            case "jsonl":
+                jsonl.write(plain, list(schema), frames)
+            case _:
+                _write_csv(plain, output, list(schema), frames, new)
 
 
 @contextmanager
 def _whole(target: Place, job: str, kind: str) -> Iterator[BinaryIO]:
     """Open a file that becomes the target when the block ends well."""
     if isinstance(target, Path):
-        with _atomic(target, part_of(target, job, kind)) as raw:
+        with growing(target, part_of(target, job, kind)) as raw:
             yield raw
         return
     with tempfile.TemporaryFile() as file:
@@ -124,7 +130,7 @@ def _whole(target: Place, job: str, kind: str) -> Iterator[BinaryIO]:
         try:
             storage.send(target, cast("BinaryIO", file))
         except Refused as error:
-            raise Refused(error.message, f"{error.hint}; {_AGAIN}") from error
+            raise Refused(error.message, f"{error.hint}; {AGAIN}") from error
 
 
 @contextmanager
@@ -137,31 +143,6 @@ def _packed(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", packed)
 
 
-@contextmanager
-def _atomic(target: Path, part: Path) -> Iterator[BinaryIO]:
-    # The run was long: the folder may have gone since it began.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    try:
-        with os.fdopen(descriptor, "w+b") as raw:
-            yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-            if not os.path.samestat(os.fstat(raw.fileno()), part.stat()):
-                raise FileExistsError(17, f"another run of a job of this name writes {part}")
-            part.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new: int) -> None:
     with CsvWriter(raw, output.separator, output.encoding) as writer:
         writer.write_header(columns)
@@ -172,7 +153,7 @@ def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterab
 
 def runs_formulas(target: Place) -> bool:
     """Tell whether a spreadsheet would run text of this file as a formula."""
-    return format_of(target.name) in ("csv", None)
+    return format_of(target.name) == "csv"
 
 
 def guarded(column: pl.Series) -> pl.Series:

@@ -1,0 +1,1 @@
+"""What Ray carries; nothing outside imports it before it is asked for, since Ray comes with an extra."""

@@ -1,0 +1,77 @@
+"""What a dataset that we wrote says of itself: its parts, and how many rows each has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from enrich.errors import Refused
+
+#: The file that makes a folder a dataset of ours; readers of Parquet leave out what begins with `_`.
+MANIFEST = "_manifest.json"
+_PART = re.compile(r"part-(\d{10})(?:-[0-9a-f]{8})?\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """A part that was written: the position of its first row, and how many it has."""
+
+    name: str
+    first: int
+    rows: int
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    rows: int
+
+
+class Manifest(BaseModel):
+    """The parts of a dataset, in the order of their rows. `writing` marks what a later writer began in a storage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset_of: str
+    rows: int = 0
+    parts: tuple[_Named, ...] = ()
+    writing: str | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the parts."""
+        return {part.name for part in self.parts}
+
+
+def part_name(first: int, token: str | None = None) -> str:
+    """Name a part for its first row: sorted by their names the parts have the rows in order."""
+    return f"part-{first:010}.parquet" if token is None else f"part-{first:010}-{token}.parquet"
+
+
+def is_part_of(name: str, token: str) -> bool:
+    """Tell whether a writer of this token named it."""
+    return _PART.fullmatch(name) is not None and name.endswith(f"-{token}.parquet")
+
+
+def read_manifest(text: bytes | None) -> Manifest | None:
+    """Read what a dataset says of itself; None when it says nothing, or it is none of ours."""
+    try:
+        return None if text is None else Manifest.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def complete(job: str, parts: Iterable[PartFile]) -> Manifest:
+    """Make the manifest of a dataset. Raises Refused when parts are missing, or rows are there twice."""
+    ordered: Sequence[PartFile] = sorted(parts, key=lambda part: part.first)
+    rows = 0
+    for part in ordered:
+        if part.first != rows:
+            raise Refused(f"the parts of the output do not follow one another at row {rows:,}", "collect again")
+        rows += part.rows
+    named = tuple(_Named(name=part.name, rows=part.rows) for part in ordered)
+    return Manifest(dataset_of=job, rows=rows, parts=named)

@@ -1,0 +1,106 @@
+"""Reads one file of the input, whatever its format, with the columns that its folders name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from enrich.tables import csvfile, excel, jsonl, parquet
+from enrich.tables.cells import JSON
+from enrich.tables.copies import Copies
+from enrich.tables.finding import Leaf
+from enrich.tables.textfile import TableFile, TableProblem
+
+Schema = dict[str, pl.DataType]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The columns of an input: those of its files with their types, and those that only the folders name."""
+
+    columns: Schema
+    said: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> Schema:
+        """All columns in their order; what a folder says is text."""
+        return self.columns | dict.fromkeys(self.said, pl.String())
+
+
+def common_shape(leaves: Sequence[Leaf], copies: Copies) -> Shape:
+    """Return the columns that all files have; JSON Lines, which may leave out keys, have those of any.
+
+    Raises TableProblem that names the first file that differs.
+    """
+    first, *rest = leaves
+    columns = _schema(copies.file(first))
+    for leaf in rest:
+        other = _schema(copies.file(leaf))
+        if leaf.told.format == "jsonl":
+            columns |= {name: kind for name, kind in other.items() if columns.get(name) != JSON}
+        elif difference := _difference(list(columns.items()), list(other.items())):
+            raise TableProblem(f"{leaf}: its header differs from that of {first}: {difference}", "make them equal")
+    return Shape(columns, tuple(dict.fromkeys(name for name, _ in first.says if name not in columns)))
+
+
+def batches(
+    leaf: Leaf, shape: Shape, copies: Copies, start: int = 0, rows: int | None = None
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
+    said = dict(leaf.says)
+    for frame in _batches(copies.file(leaf), shape.columns, start, rows):
+        yield (
+            frame.hstack(
+                [pl.repeat(said[name], frame.height, dtype=pl.String, eager=True).alias(name) for name in shape.said]
+            )
+            if shape.said
+            else frame
+        )
+
+
+def count(leaf: Leaf, shape: Shape, copies: Copies) -> int:
+    """Count the rows of a file, which is read to its end unless it is Parquet. Raises TableProblem."""
+    file = copies.file(leaf)
+    if file.format == "parquet":
+        return parquet.count_rows(file)
+    return sum(frame.height for frame in _batches(file, shape.columns, 0, None))
+
+
+def _difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:
+    names, others = [name for name, _ in first], [name for name, _ in other]
+    missing = [f"`{name}` is missing" for name in names if name not in others]
+    more = [f"`{name}` is new" for name in others if name not in names]
+    if missing or more:
+        return ", ".join([*missing, *more])
+    for place, ((name, kind), (its_name, its_kind)) in enumerate(zip(first, other, strict=True), 1):
+        if its_name != name:
+            return f"column {place} is `{its_name}`, not `{name}`"
+        if its_kind != kind:
+            return f"`{name}` is of type {its_kind}, not {kind}"
+    return None
+
+
+def _schema(file: TableFile) -> Schema:
+    match file.format:
+        case "csv":
+            return dict.fromkeys(csvfile.read_header(file), pl.String())
+        case "xlsx":
+            return dict.fromkeys(excel.read_header(file), pl.String())
+        case "jsonl":
+            return jsonl.read_schema(file)
+        case "parquet":
+            return parquet.read_schema(file)
+
+
+def _batches(file: TableFile, columns: Schema, start: int, rows: int | None) -> Iterator[pl.DataFrame]:
+    match file.format:
+        case "csv":
+            return csvfile.read_batches(file)
+        case "xlsx":
+            return excel.read_batches(file)
+        case "jsonl":
+            return jsonl.read_batches(file, columns)
+        case "parquet":
+            return parquet.read_batches(file, start, rows)

@@ -1,0 +1,61 @@
+"""A storage to test with: a server that speaks S3, on loopback, and one bucket in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+from unittest.mock import patch
+
+import httpx
+from moto.server import ThreadedMotoServer
+
+from enrich.place import Url
+from enrich.tables import storage
+
+SECRET = "not-to-be-told"
+BUCKET = "leads"
+
+
+@contextmanager
+def serving_storage() -> Iterator[str]:
+    """Serve S3 on loopback."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@contextmanager
+def new_bucket(endpoint: str) -> Iterator[dict[str, str]]:
+    """Point to the server, in which one bucket is new."""
+    variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    variables |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+    with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
+        http.post("/moto-api/reset")
+        http.put(f"/{BUCKET}").raise_for_status()
+    with patch.dict(os.environ, variables):
+        yield variables
+
+
+def put(key: str, content: bytes) -> Url:
+    """Put an object."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        url = Url("s3", BUCKET, key)
+        storage.send(url, cast("BinaryIO", file))
+    return url
+
+
+def got(folder: Path, key: str) -> Path:
+    """Fetch an object."""
+    path = folder / key.rpartition("/")[2]
+    with path.open("wb") as file:
+        storage.fetch(Url("s3", BUCKET, key), file)
+    return path

@@ -1,0 +1,238 @@
+"""Leads in a folder of files, whose own folders may name columns; here and in a storage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from enrich.errors import JobError, Refused
+from enrich.job import load_job
+from enrich.place import Url
+from enrich.spec import Input
+from enrich.tables import storage
+from enrich.tables.source import Source
+from enrich.tables.writing import prepare
+from tests.buckets import BUCKET, put
+from tests.harness import HEADER, Api, Office, people
+from tests.tables import INPUTS, save
+
+ROWS = [["1", "2"], ["3", "4"], ["5", "6"]]
+
+
+def lay(folder: Path, *names: str) -> Path:
+    """Write a file of one row for each name; return the folder."""
+    for name, row in zip(names, ROWS, strict=False):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save(folder / name, ["A", "B"], [row])
+    return folder
+
+
+def opened(where: Path | Url, **told: str) -> Source:
+    """Open an input."""
+    return Source(where, Input.model_validate({"path": str(where), **told}))
+
+
+def read(where: Path | Url, **told: str) -> list[tuple[Any, ...]]:
+    """Read all rows."""
+    return [row for frame in opened(where, **told).batches() for row in frame.rows()]
+
+
+def refused(where: Path | Url) -> Refused:
+    """Return why it can't be read."""
+    with pytest.raises(Refused) as caught:
+        read(where)
+    return caught.value
+
+
+@pytest.mark.parametrize("ending", INPUTS)
+def test_a_folder_is_all_files_below_it(tmp_path: Path, ending: str) -> None:
+    """In the order of their paths; what is hidden or begins with `_` does not count."""
+    folder = lay(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
+    for name in (f"_x.{ending}", f".x.{ending}", "_SUCCESS", f"_old/x.{ending}", f".tmp/x.{ending}"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("?")
+    assert read(folder) == [("1", "2"), ("3", "4"), ("5", "6")]
+
+
+def test_names_of_folders_become_columns(tmp_path: Path) -> None:
+    """As text behind the others, written as Hive does it; nothing is null."""
+    names = ("country=DE/day=1/a.csv", "country=FR%2FGP/day=2/a.csv", "country=__HIVE_DEFAULT_PARTITION__/day=/a.csv")
+    folder = lay(tmp_path / "year=2026", *names)
+    source = opened(folder)
+    assert list(source.schema.items()) == [(name, pl.String()) for name in ("A", "B", "country", "day")]
+    assert read(folder) == [("1", "2", "DE", "1"), ("3", "4", "FR/GP", "2"), ("5", "6", None, "")]
+    assert [row[2:] for row in read(folder / "country=*" / "day=*" / "a.csv")] == [row[2:] for row in read(folder)]
+    assert read(folder / "country=DE") == [("1", "2", "1")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_column_of_the_files_goes_before_what_their_folders_say(tmp_path: Path, ending: str) -> None:
+    """Spark writes both."""
+    folder = lay(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")
+    assert read(folder) == [("1", "2"), ("3", "4")]
+
+
+def test_folders_that_name_other_columns_are_told(tmp_path: Path) -> None:
+    """Silently blank cells would be asked with."""
+    folder = lay(tmp_path / "leads", "c=1/a.csv", "c=2/d=3/a.csv")
+    told = refused(folder)
+    assert told.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
+
+
+def test_files_of_another_format_are_told(tmp_path: Path) -> None:
+    """A file that lies there by mistake is named, unless the format is said."""
+    folder = lay(tmp_path / "leads", "a.parquet", "b.csv")
+    assert refused(folder).message == f"{folder}/b.csv is CSV text, but {folder}/a.parquet is not"
+    folder = lay(tmp_path / "exports", "a.txt", "b.dat")
+    assert read(folder, format="csv") == [("1", "2"), ("3", "4")]
+
+
+def test_files_of_another_header_are_told(tmp_path: Path) -> None:
+    """With both names and the difference."""
+    folder = lay(tmp_path / "leads", "a.csv")
+    save(folder / "b.csv", ["A", "C"], [])
+    assert refused(folder).message == (
+        f"{folder}/b.csv: its header differs from that of {folder}/a.csv: `B` is missing, `C` is new"
+    )
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path, office: Office, api: Api) -> None:
+    """Perhaps the export has not come yet: exit 5, and nothing is spent."""
+    (office.folder / "leads").mkdir()
+    (office.folder / "leads" / "_SUCCESS").touch()
+    for named in ("leads", "leads/"):
+        office.write_job(input=named)
+        done = office.command("run", "job.yaml", api=api)
+        assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/leads has no files in it")
+    assert refused(tmp_path / "none").message == f"{tmp_path}/none does not exist"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_is_closed_is_refused(tmp_path: Path) -> None:
+    """It is named: its rows are not left out in silence."""
+    folder = lay(tmp_path / "leads", "a.csv", "b/c.csv")
+    (folder / "b").chmod(0)
+    try:
+        assert refused(folder).message == f"{folder}/b cannot be read: Permission denied"
+    finally:
+        (folder / "b").chmod(0o700)
+
+
+def test_a_file_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
+    """As one that changes is, and one that moves to where it means something else."""
+    folder = lay(tmp_path / "leads", "c=1/a.csv", "c=2/a.csv")
+    source = opened(folder)
+    before, digest = source.stamp(), source.digest()
+    assert (source.stamp(), opened(folder).digest()) == (before, digest)
+    (folder / "c=2").rename(folder / "c=3")
+    assert source.stamp() != before
+    assert opened(folder).digest() != digest
+    (folder / "c=3").rename(folder / "c=2")
+    assert source.stamp() == before
+    save(folder / "c=2" / "a.csv", ["A", "B"], [])
+    assert source.stamp() != before
+
+
+def test_a_run_reads_a_folder(office: Office, api: Api) -> None:
+    """Its column may be asked with; a file that comes next night pays for its rows alone."""
+    for name in ("country=DE", "country=FR"):
+        (office.folder / "in" / name).mkdir(parents=True)
+    save(office.folder / "in" / "country=DE" / "a.csv", HEADER, people(3))
+    office.write_job(input="in/", where="country = 'DE'")
+    assert office.run(api).submitted == 3
+    save(office.folder / "in" / "country=DE" / "b.csv", HEADER, people(2, start=2))
+    save(office.folder / "in" / "country=FR" / "b.csv", HEADER, people(2, start=7))
+    receipt = office.run(api)
+    assert (receipt.rows, receipt.submitted, receipt.reused) == (7, 1, 3)
+    assert [row["country"] for row in office.output()] == ["DE"] * 5 + ["FR"] * 2
+    assert [row["enrich_status"] == "filtered" for row in office.output()] == [False] * 5 + [True] * 2
+    assert office.command("check", "job.yaml", api=api).code == 0
+
+
+def test_the_output_has_the_name_of_the_folder(tmp_path: Path) -> None:
+    """Beside the job, as that of a file."""
+    (tmp_path / "job.yaml").write_text("version: 1\nwaterfall: w\nparams: {a: A}\ninput: crm/leads/\n")
+    assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
+    text = (tmp_path / "job.yaml").read_text()
+    (tmp_path / "job.yaml").write_text(text.replace("crm/leads/", "s3://crm/leads/"))
+    assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
+
+
+def test_nothing_is_written_where_the_next_run_would_read_it(tmp_path: Path) -> None:
+    """Hidden places and those that begin with `_` may be anywhere."""
+    folder = lay(tmp_path / "leads", "a.csv")
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("leads/out.csv", "leads/new/out.csv", "link/out.csv"):
+        with pytest.raises(JobError, match="the output would be read as input by the next run"):
+            prepare(tmp_path / name, folder, "job")
+    for name in ("leads/_out/out.csv", "leads/.out.csv", "leads.csv"):
+        prepare(tmp_path / name, folder, "job")
+
+
+# In a storage
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_folder_of_a_storage_is_all_objects_below_it(tmp_path: Path) -> None:
+    """As on a disk; what else begins like its name is none of them."""
+    for name, row in zip(("b/c=1/x.csv", "b/c=2/x.csv", "b2/c=3/x.csv"), ROWS, strict=True):
+        put(name, save(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
+    put("b/_SUCCESS", b"?")
+    put("b/.hidden/x.csv", b"?")
+    url = Url("s3", BUCKET, "b/")
+    assert read(url) == [("1", "2", "1"), ("3", "4", "2")]
+    assert read(Url("s3", BUCKET, "b*/c=*/x.csv")) == [(*row, str(place)) for place, row in enumerate(ROWS, 1)]
+    assert read(Url("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_an_object_of_this_very_name_is_itself() -> None:
+    """Signs of a pattern may be in its name."""
+    put("leads[1].csv", b"A\n1\n")
+    put("leads1.csv", b"A\n2\n")
+    assert read(Url("s3", BUCKET, "leads[1].csv")) == [("1",)]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_nothing_in_a_storage_is_refused() -> None:
+    """With the URL."""
+    assert refused(Url("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
+    assert refused(Url("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
+
+
+@pytest.mark.usefixtures("bucket")
+def test_an_object_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    """Objects are fetched when they are read, each time anew but for the last."""
+    for name in ("in/a.csv", "in/b.csv"):
+        put(name, b"A\n1\n")
+    source = opened(Url("s3", BUCKET, "in/"))
+    before = source.stamp()
+    assert source.stamp() == before
+    put("in/a.csv", b"A\n2\n")
+    assert source.stamp() != before
+    with pytest.raises(Refused, match=f"s3://{BUCKET}/in/a.csv changed since the run began"):
+        list(source.batches())
+    put("in/c.csv", save(tmp_path / "c.csv", ["B"], []).read_bytes())
+    assert refused(Url("s3", BUCKET, "in/")).message == (
+        f"s3://{BUCKET}/in/c.csv: its header differs from that of s3://{BUCKET}/in/a.csv: `A` is missing, `B` is new"
+    )
+
+
+def test_a_run_reads_a_folder_of_a_storage(office: Office, api: Api, bucket: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing of it is left on the disk, and no output goes in between."""
+    for number in range(3):
+        put(f"in/{number}.parquet", save(tmp_path / "a.parquet", HEADER, people(1, number)).read_bytes())
+    office.write_job(input=f"s3://{BUCKET}/in/")
+    (office.folder / "tmp").mkdir()
+    environ = bucket | {"TMPDIR": str(office.folder / "tmp")}
+    done = office.command("run", "job.yaml", "--json", api=api, **environ)
+    assert (done.code, done.receipt["submitted"], done.stderr) == (0, 3, "")
+    assert [row["First Name"] for row in office.output()] == ["First0", "First1", "First2"]
+    assert list((office.folder / "tmp").iterdir()) == []
+    done = office.command("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
+    assert (done.code, "would be read as input" in done.stderr) == (2, True)
+    assert storage.stamp(Url("s3", BUCKET, "in/out.csv")) is None
