@@ -137,7 +137,7 @@ def workers_of(pid: int) -> Iterator[int]:
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
-        if "enrich.worker" in title or title.startswith("ray::Worker"):
+        if "enrich.hands" in title or title.startswith("ray::Actor"):
             above = number
             while above in parents and above != pid:
                 above = parents[above]

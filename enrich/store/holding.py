@@ -63,6 +63,8 @@ class Holding(Moves):
             f"ORDER BY submitted_ms, bundle_id LIMIT ? FOR UPDATE SKIP LOCKED) RETURNING id, bundle_id",
             (most,),
         ).fetchall()
+        if not taken:
+            return []
         numbers = {number for number, _ in taken}
         if bundles := {bundle for _, bundle in taken if bundle is not None}:
             rows = self._db.execute(
