@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from enrich.model import ASKED, Call, Decided, Decision, Standing, State, Wanted, Wish
 from enrich.place import LedgerPlace
+from enrich.store.database import PATIENCE_S
 from enrich.store.latencies import Latencies
 
 if TYPE_CHECKING:
@@ -50,14 +51,21 @@ grp TEXT, decision TEXT NOT NULL)"""
 class Intake(Latencies):
     """A ledger that is joined with batches of the input."""
 
-    def __init__(self, place: LedgerPlace, *, read_only: bool = False, fence: Fence | None = None) -> None:
+    def __init__(
+        self,
+        place: LedgerPlace,
+        *,
+        read_only: bool = False,
+        fence: Fence | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """Open the ledger as Database does."""
-        super().__init__(place, read_only=read_only, fence=fence)
+        super().__init__(place, read_only=read_only, fence=fence, patience_s=patience_s)
         #: What was seen is known to all that work at this execution, and lies in the ledger.
         self._shared = self._db.dialect.passes_are_shared and not read_only
         self._wish = Wish()
         self._joined = False
-        self._make_room()
+        self.patiently(self._make_room)
 
     def _make_room(self) -> None:
         dialect = self._db.dialect

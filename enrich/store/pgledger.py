@@ -14,7 +14,7 @@ from enrich.errors import LedgerLocked, Refused
 from enrich.place import Postgres
 from enrich.store import pgschema
 from enrich.store.dialect import DatabaseFailed, Disturbed
-from enrich.store.postgres import LOOK_EVERY_S, Fence, PostgresSession, said
+from enrich.store.postgres import LOOK_EVERY_S, Fence, PostgresSession, is_away, said
 
 #: The name of our advisory locks among those of others: "enri".
 _LOCK = 0x656E7269
@@ -32,19 +32,35 @@ def schema_exists(place: Postgres) -> bool:
 
 
 def open_schema(
-    place: Postgres, *, read_only: bool = False, any_version: bool = False, fence: Fence | None = None
+    place: Postgres,
+    *,
+    read_only: bool = False,
+    any_version: bool = False,
+    fence: Fence | None = None,
+    patience_s: float = 0.0,
 ) -> PostgresSession:
-    """Open a ledger, making its schema when it is not there.
+    """Open a ledger, making its schema when it is not there; a server that is away is waited for.
 
     Raises Refused when the schema is no ledger, is newer than this program or can't be written.
     """
-    with _refusing(place):
-        session = PostgresSession(place, fence, looks_only=read_only)
+    end = time.monotonic() + patience_s
+    while True:
         try:
-            _bring_up(session, place, read_only=read_only, any_version=any_version)
-        except BaseException:
-            session.close()
-            raise
+            with _refusing(place):
+                return _opened(place, fence, read_only=read_only, any_version=any_version)
+        except Refused as error:
+            if not is_away(error.__cause__) or time.monotonic() >= end:
+                raise
+        time.sleep(LOOK_EVERY_S)
+
+
+def _opened(place: Postgres, fence: Fence | None, *, read_only: bool, any_version: bool) -> PostgresSession:
+    session = PostgresSession(place, fence, looks_only=read_only)
+    try:
+        _bring_up(session, place, read_only=read_only, any_version=any_version)
+    except BaseException:
+        session.close()
+        raise
     return session
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -20,11 +20,13 @@ from psycopg.types.string import StrDumper
 
 from enrich.errors import LeaseLost
 from enrich.place import Postgres
-from enrich.store.dialect import DatabaseFailed, Dialect, Disturbed
+from enrich.store.dialect import OUTAGE_S, DatabaseFailed, Dialect, Disturbed
 
 CONNECT_S = 10
-#: A server that is away is waited for so long, looked for so often.
-OUTAGE_S, LOOK_EVERY_S = 300.0, 0.25
+#: A server that is away is looked for so often, in seconds.
+LOOK_EVERY_S = 0.25
+#: … and waited for so long when we are about to leave.
+LEAVING_S = 5.0
 #: A connection is known to be dead after about so many seconds of silence.
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 #: Rows that come from the server at once when there are many.
@@ -56,14 +58,12 @@ REFUSES = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Fence:
     """Who writes: an owner whose lease must hold; `idle_s`: a transaction that rests longer is ended by the server."""
 
     owner: int
     idle_s: float
-    #: Set when nobody waits for the session any more: it does not wait for the server then.
-    leaving: threading.Event = field(default_factory=threading.Event)
 
 
 class PostgresSession:
@@ -81,6 +81,7 @@ class PostgresSession:
         #: The number of the transaction that writes.
         self._writes: str | None = None
         self._names = count()
+        self._hurried = threading.Event()
         self._connection = self._connect()
 
     @property
@@ -186,10 +187,15 @@ class PostgresSession:
             except REFUSES as error:
                 raise DatabaseFailed(said(error)) from error
             except psycopg.Error as error:
-                leaving = self.fence is not None and self.fence.leaving.is_set()
-                if leaving or time.monotonic() > end:
+                if self._hurried.is_set():
+                    end = min(end, time.monotonic() + LEAVING_S)
+                if time.monotonic() > end:
                     raise DatabaseFailed(said(error)) from error
             time.sleep(LOOK_EVERY_S)
+
+    def hurry(self) -> None:
+        """Hear, from any thread, that nobody wants to wait long any more."""
+        self._hurried.set()
 
     def _committed(self) -> bool:
         """Tell whether the transaction was committed whose end we did not hear (PostgreSQL docs: pg_xact_status)."""
@@ -305,6 +311,11 @@ def failing() -> Iterator[None]:
     except psycopg.Error as error:
         again = isinstance(error, (*_IN_THE_WAY, *_AWAY)) and not isinstance(error, REFUSES)
         raise (Disturbed if again else DatabaseFailed)(said(error)) from error
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Tell whether the server is not there now, and may be soon."""
+    return isinstance(error, Disturbed) or (isinstance(error, _AWAY) and not isinstance(error, REFUSES))
 
 
 def said(error: BaseException) -> str:

@@ -78,6 +78,9 @@ class SqliteSession(sqlite3.Connection):
         """Say yes: there is one connection only."""
         return True
 
+    def hurry(self) -> None:
+        """Do nothing: a file is not waited for long."""
+
     def clear(self, table: str) -> None:
         """Empty a temporary table."""
         self.execute(f"DELETE FROM {table}")
