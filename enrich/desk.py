@@ -304,10 +304,11 @@ class Desk:
             return
         lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(crew.lost).items())
         self.note(f"workers were lost ({lost}): what they were at was given to others")
-        while left_s := await self.journal.do(Ledger.others_at_work):
+        while others := await self.journal.do(Ledger.others):
             if execution.giving_up.is_set():
                 return
-            await execution.pause(min(left_s, LOOK_AGAIN_S), execution.giving_up)
+            left_s = max(other.left_s for other in others)
+            await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, Api, Office, people, serving
@@ -178,7 +179,7 @@ def torture(
     how = ["--engine", "ray", "--workers", str(workers)] if engine == "ray" else ["--processes", str(workers)]
     chaos = Chaos(server, rng, report, left)
     began = time.monotonic()
-    with serving(folder / "api.db", settings) as api:
+    with patch.dict(os.environ, server.environ), serving(folder / "api.db", settings) as api:
         for night in range(PATIENCE + len(left)):
             run = office.start("run", "job.yaml", "--json", *how, api=api)
             chaos.during(run)

@@ -7,6 +7,7 @@ import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -83,7 +84,17 @@ def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], chec
     A block may be worked on again when a machine is lost. `check` is called often, and may raise to give up.
     Raises what the work raises, and ClusterFailed.
     """
-    for packed in _heard(partial(_carry_out, PartSource(parts, rows.shape), rows.sample(), work), check):
+    quieten()
+    source = PartSource(parts, rows.shape)
+    # Both in one task, which holds a block or two: what was read need not travel.
+    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.errands)), num_cpus=1).map_batches(
+        partial(_work_on, sample=rows.sample(), work=work),
+        batch_format="pyarrow",
+        batch_size=None,
+        zero_copy_batch=True,
+        num_cpus=1,
+    )
+    for packed in _heard(dataset, check):
         done = pickle.loads(packed)  # noqa: S301 - of our own making
         if isinstance(done, EnrichError):
             raise done
@@ -105,21 +116,6 @@ def _regained(ledger: Ledger, failure: BaseException) -> bool:
         return False
 
 
-def _carry_out(source: PartSource, sample: Rows, work: Callable[[Rows], T]) -> Iterator[bytes]:
-    quieten()
-    tasks = max(1, len(source.errands))
-    # Both in one task, which holds a block or two: what was read need not travel.
-    dataset = ray.data.read_datasource(source, override_num_blocks=tasks, num_cpus=1).map_batches(
-        partial(_work_on, sample=sample, work=work),
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=1,
-    )
-    for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
-        yield from batch.column(DONE).to_pylist()
-
-
 def _work_on(block: Block, *, sample: Rows, work: Callable[[Rows], T]) -> Block:
     """Work on a block; tell what came of it, or what went wrong."""
     done: list[T] | EnrichError
@@ -130,37 +126,42 @@ def _work_on(block: Block, *, sample: Rows, work: Callable[[Rows], T]) -> Block:
     return one_cell(DONE, done)
 
 
-def _heard(produce: Callable[[], Iterator[bytes]], check: Check) -> Iterator[bytes]:
-    """Yield what another thread produces, and listen meanwhile to whoever wants to stop."""
-    found: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+def _heard(dataset: Any, check: Check) -> Iterator[bytes]:  # noqa: ANN401 - Ray has no types that hold
+    """Yield what the tasks tell, and listen meanwhile to whoever wants to stop.
+
+    Who stops does not wait: tasks that were begun before any told something end with Ray.
+    """
+    found: queue.SimpleQueue[Sequence[bytes] | Exception] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def run() -> None:
         try:
-            for each in produce():
+            for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
                 if stopped.is_set():
                     return
-                found.put(each)
-            found.put(None)
+                found.put(batch.column(DONE).to_pylist())
+            found.put(())
         except Exception as error:  # noqa: BLE001 - it is raised by who listens
             found.put(error)
 
-    thread = threading.Thread(target=run, name="cluster", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="cluster", daemon=True).start()
     try:
-        while True:
-            check()
-            try:
-                each = found.get(timeout=LISTEN_S)
-            except queue.Empty:
-                continue
-            if each is None:
-                return
-            if isinstance(each, Exception):
-                raise _failed(each) from each
-            yield each
+        while some := _next(found, check):
+            yield from some
     finally:
         stopped.set()
+        if executor := getattr(dataset, "_current_executor", None):
+            executor.shutdown(force=True)
+
+
+def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], check: Check) -> Sequence[bytes]:
+    while True:
+        check()
+        with suppress(queue.Empty):
+            some = found.get(timeout=LISTEN_S)
+            if isinstance(some, Exception):
+                raise _failed(some) from some
+            return some
 
 
 def _failed(error: Exception) -> EnrichError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from enrich.errors import EnrichError
 from enrich.place import Url
 from enrich.tables.copies import Copies
 from enrich.tables.parts import ROWS, Part, Stretch
-from enrich.tables.reading import Schema, Shape
+from enrich.tables.reading import Shape
 
 #: The column of a block that has the places of its rows in the input.
 PLACE = "enrich:place"
@@ -98,7 +98,7 @@ def to_block(first: int, frame: pl.DataFrame) -> Block:
     return pl.DataFrame([places, *columns]).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def from_block(block: Block, schema: Schema) -> Iterator[tuple[int, pl.DataFrame]]:
+def from_block(block: Block, schema: Mapping[str, pl.DataType]) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yield stretches of rows that follow one another, each with the place of its first. Raises what went wrong."""
     if FAILED in block.column_names:
         packed = next(cell for cell in block.column(FAILED).to_pylist() if cell is not None)
