@@ -110,8 +110,9 @@ class Crew:
     _hands: list[Hand] = field(default_factory=list)
     #: For how many looks in a row each has told nothing.
     _silent: dict[Hand, int] = field(default_factory=dict)
-    #: Those who have told anything at all, and those for whom nothing was left to do when they came.
+    #: Those who have told anything at all, those who told nothing more, and those who came when all was done.
     _spoke: set[Hand] = field(default_factory=set)
+    _mute: set[Hand] = field(default_factory=set)
     _late: set[Hand] = field(default_factory=set)
     _before: Tally = field(default_factory=Tally)
 
@@ -184,6 +185,7 @@ class Crew:
             # Looks are counted, not seconds: all are silent while the machine sleeps.
             self._silent[hand] = self._silent.get(hand, 0) + 1
             if self._silent[hand] * LOOK_S > (self._lease_s * LEASES if hand in self._spoke else START_S):
+                self._mute.add(hand)
                 await hand.end()
 
     @property
@@ -196,7 +198,7 @@ class Crew:
             self._spoke.add(hand)
             self._silent[hand] = 0
         elif not hand.told.ended and hand not in self._late:
-            self.lost.append(hand.why)
+            self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
             if not self.carrier.heirs:
                 self._say(Word.CLOSE)
         self._add_up()
