@@ -114,6 +114,8 @@ class Crew:
     _spoke: set[Hand] = field(default_factory=set)
     _mute: set[Hand] = field(default_factory=set)
     _late: set[Hand] = field(default_factory=set)
+    #: In whose place others are to be hired: not of those who never came.
+    _missed: int = 0
     _before: Tally = field(default_factory=Tally)
 
     async def run(self, tasks: Sequence[Task]) -> None:
@@ -160,24 +162,25 @@ class Crew:
 
     async def _attend(self, hire: Hire) -> None:
         """Wait until all are gone; hire others for those who were lost, where that helps."""
-        spares = SPARES * self.errand.shift.processes
-        replaced = len(self.lost)
-        while present := self._present:
+        while present := await self._replaced(hire):
+            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
+                self._late.update(present)
+                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await present[0].gone.wait()
                 continue
-            if not self.carrier.heirs:
-                continue
-            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
-                self._late.update(present)
-                return
-            await self._give_up_silent(present)
-            while replaced < min(len(self.lost), spares) and not self.execution.closing.is_set():
-                replaced += 1
-                with suppress(OSError):
-                    self._hands.append(hand := hire(self._hear))
-                    await hand.hand_over(self.errand)
+            if self.carrier.heirs:
+                await self._give_up_silent(present)
+
+    async def _replaced(self, hire: Hire) -> Sequence[Hand]:
+        """Hire others for those who were lost; return all who are there."""
+        while self._missed and not self.execution.closing.is_set():
+            self._missed -= 1
+            with suppress(OSError):
+                self._hands.append(hand := hire(self._hear))
+                await hand.hand_over(self.errand)
+        return self._present
 
     async def _give_up_silent(self, present: Sequence[Hand]) -> None:
         """End those who have said nothing for so long that what they were at is another's by now."""
@@ -201,6 +204,8 @@ class Crew:
             self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
             if not self.carrier.heirs:
                 self._say(Word.CLOSE)
+            elif hand in self._spoke and len(self.lost) <= SPARES * self.errand.shift.processes:
+                self._missed += 1
         self._add_up()
 
     def _add_up(self) -> None:
