@@ -91,6 +91,11 @@ class Rows:
         return self._whole.leaves
 
     @property
+    def counted(self) -> dict[Leaf, int]:
+        """How many rows the files have that say it themselves."""
+        return self._whole.counted
+
+    @property
     def first(self) -> int:
         """The place of the first row in the whole."""
         return self._source.first

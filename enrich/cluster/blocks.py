@@ -73,9 +73,9 @@ class Pass:
 def divided(rows: Rows, check: Check) -> list[Part]:
     """Divide the input; files that have to be read to be counted are counted in the cluster. Raises EnrichError."""
     leaves, shape = rows.leaves, rows.shape
-    far = [leaf for leaf in leaves if leaf.told.format != "parquet"]
-    counted = dict(zip(far, _counts(far, shape, check), strict=True))
-    return divide((leaf, counted[leaf] if leaf in counted else _count(leaf, shape)) for leaf in leaves)
+    unknown = [leaf for leaf in leaves if leaf not in rows.counted]
+    counted = rows.counted | dict(zip(unknown, _counts(unknown, shape, check), strict=True))
+    return divide((leaf, counted[leaf]) for leaf in leaves)
 
 
 def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], check: Check) -> Iterator[T]:
@@ -193,14 +193,10 @@ def _counts(leaves: Sequence[Leaf], shape: Shape, check: Check) -> list[int]:
 
 def _count_there(leaf: Leaf, shape: Shape) -> int | EnrichError:
     try:
-        return _count(leaf, shape)
+        with refusing():
+            return count(leaf, shape, Copies())
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
         return told(error)
-
-
-def _count(leaf: Leaf, shape: Shape) -> int:
-    with refusing():
-        return count(leaf, shape, Copies())
 
 
 def quieten() -> None:

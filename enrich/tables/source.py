@@ -15,7 +15,7 @@ from enrich.tables import storage
 from enrich.tables.copies import Copies
 from enrich.tables.finding import Leaf, files, find, objects
 from enrich.tables.parts import Part, divide
-from enrich.tables.reading import batches, common_shape, count
+from enrich.tables.reading import batches, common_shape, count, outlines
 from enrich.tables.textfile import TableProblem, refusing
 
 
@@ -28,7 +28,12 @@ class Source:
         self._copies = Copies()
         with refusing():
             self.leaves = self._find(told)
-            self.shape = common_shape(self.leaves, self._copies)
+            found = outlines(self.leaves, self._copies)
+            self.shape = common_shape(self.leaves, found)
+        #: How many rows the files have that say it themselves.
+        self.counted = {
+            leaf: outline.rows for leaf, outline in zip(self.leaves, found, strict=True) if outline.rows is not None
+        }
         self.schema = self.shape.schema
         self.first = 0
         self._found = self._known()
@@ -39,7 +44,7 @@ class Source:
         if isinstance(where, Url):
             try:
                 return objects(where) if self._is_several else storage.stamp(where)
-            except Refused:  # what was found stands as long as nothing newer is known
+            except (Refused, TableProblem):  # what was found stands as long as nothing newer is known
                 return self._found
         if where == STDIN:
             return True
@@ -72,7 +77,11 @@ class Source:
     def parts(self) -> list[Part]:
         """Divide the rows; files that are not Parquet are read to be counted. Raises Refused."""
         with refusing():
-            return divide((leaf, count(leaf, self.shape, self._copies)) for leaf in self.leaves)
+            return divide((leaf, self._count(leaf)) for leaf in self.leaves)
+
+    def _count(self, leaf: Leaf) -> int:
+        known = self.counted.get(leaf)
+        return count(leaf, self.shape, self._copies) if known is None else known
 
     @property
     def _is_several(self) -> bool:
