@@ -76,9 +76,12 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "ROWS", 25)
 
 
-def opened(place: LedgerPlace, environ: dict[str, str]) -> Ledger:
-    """Open a ledger in a process of Ray, which was started before the server."""
+def opened(place: LedgerPlace, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+    """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
     os.environ.update(environ)
+    if seen is not None:
+        with seen.open("a") as file:
+            file.write(f"{os.getpid()}\n")
     return Ledger(place)
 
 
@@ -100,7 +103,7 @@ def taken(folder: Path, books: Books, wish: Wish, environ: dict[str, str] | None
     """Make the pass that blocks take part in."""
     from enrich.cluster.blocks import Pass  # noqa: PLC0415 - as above
 
-    opening = partial(opened, books.place, environ or {"PGPASSWORD": os.environ.get("PGPASSWORD", "")})
+    opening = partial(opened, books.place, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen")
     return Pass(load_job(folder / "job.yaml"), QUESTION, wish, opening)
 
 
@@ -171,6 +174,8 @@ def test_a_cluster_enrolls_what_one_process_enrolls(
         assert queue_of(books) == queue_of(other) != []
         assert told == sorted(told)
         assert told[-1] == 150
+        processes = (tmp_path / "seen").read_text().splitlines()
+        assert len(processes) == len(set(processes)), "each process opens the ledger once"
 
 
 def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Books) -> None:
@@ -356,8 +361,9 @@ def test_a_ledger_that_is_gone_is_told(tmp_path: Path, books: Books) -> None:
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
-    broken = replace(taken(tmp_path, books, Wish()), opening=partial(opened, tmp_path / "none" / "ledger.db" / "x", {}))
     (tmp_path / "none").touch()
+    opening = partial(opened, tmp_path / "none" / "ledger.db", {})
+    broken = replace(taken(tmp_path, books, Wish()), opening=opening)
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken)
     assert "ledger" in caught.value.message

@@ -219,7 +219,7 @@ def test_what_we_did_not_write_is_never_replaced(target: Place, strange: str, *,
         (target / strange).parent.mkdir(parents=True, exist_ok=True)
         (target / strange).write_text("precious")
     if begun is not None:
-        with pytest.raises(JobError, match="the output would replace a folder that has other files in it"):
+        with pytest.raises(Refused, match="the output would replace a folder that has other files in it"):
             begun.finish([begun.write_part(0, SCHEMA, frames(1))])
         begun.discard()
     with pytest.raises(JobError) as caught:

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -44,20 +44,25 @@ _AGAIN = "run again: what is done is not done twice"
 class Pass:
     """A pass over the input in which others take part; all of it is sent to them.
 
-    `opening` opens the ledger in a process of the cluster, which keeps it for the blocks that follow.
+    `opening` opens the ledger in a process, which keeps it for the blocks that follow.
     """
 
     job: Job
     question: Question
     wish: Wish
     opening: Callable[[], Ledger]
+    #: By these bytes a process knows it again.
+    packed: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", cloudpickle.dumps(self.opening))
 
     def with_ledger(self, act: Callable[[Ledger], T]) -> T:
         """Do something with the ledger, again when its server was away or others were in the way.
 
         Raises LedgerFailed, and what `act` raises.
         """
-        ledger = _opened(cloudpickle.dumps(self.opening))
+        ledger = _opened(self.packed)
         while True:
             try:
                 ledger.join_pass(self.wish)
@@ -174,21 +179,22 @@ def _failed(error: Exception) -> EnrichError:
 
 def _counts(leaves: Sequence[Leaf], shape: Shape, check: Check) -> list[int]:
     counting = ray.remote(num_cpus=1)(_count_there)
-    waiting = [counting.remote(leaf, shape) for leaf in leaves]
-    refs = list(waiting)
+    refs = waiting = [counting.remote(leaf, shape) for leaf in leaves]
+    counted: dict[Any, int] = {}
     try:
         while waiting:
             check()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LISTEN_S)
-        counted: list[int | EnrichError] = ray.get(refs)
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LISTEN_S)
+            for ref, rows in zip(done, ray.get(done), strict=True):
+                if isinstance(rows, EnrichError):
+                    raise rows
+                counted[ref] = rows
     except ray.exceptions.RayError as error:
         raise _failed(error) from error
     finally:
         for ref in waiting:
             ray.cancel(ref, force=True)
-    if failed := next((each for each in counted if isinstance(each, EnrichError)), None):
-        raise failed
-    return [each for each in counted if isinstance(each, int)]
+    return [counted[ref] for ref in refs]
 
 
 def _count_there(leaf: Leaf, shape: Shape) -> int | EnrichError:
