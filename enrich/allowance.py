@@ -18,7 +18,7 @@ from enrich.errors import LedgerFailed
 from enrich.pace import Pace
 from enrich.place import Postgres
 from enrich.store.allowance import AllowanceRow
-from enrich.store.dialect import DatabaseFailed
+from enrich.store.dialect import OUTAGE_S, DatabaseFailed
 
 #: Slots are taken for so many seconds ahead at most, and by one process for so many seconds of the rate at once.
 AHEAD_S, AT_ONCE_S = 0.2, 0.1
@@ -56,7 +56,7 @@ def read(state: str, ahead: float = 0.0) -> Pace:
 
 def share(place: Postgres, pace: Pace) -> None:
     """Begin to share a pace, as far as it has learned. Raises DatabaseFailed."""
-    row = AllowanceRow(place)
+    row = AllowanceRow(place, patience_s=OUTAGE_S)
     try:
         row.change(lambda _, now: (written(pace, now - time.monotonic()), None))
     finally:
@@ -65,7 +65,7 @@ def share(place: Postgres, pace: Pace) -> None:
 
 def unshare(place: Postgres) -> Pace | None:
     """Go on alone with what all have learned; None when nothing was shared. Raises DatabaseFailed."""
-    row = AllowanceRow(place)
+    row = AllowanceRow(place, patience_s=OUTAGE_S)
     try:
         found = row.change(lambda state, now: (state or "", (state, now - time.monotonic())))
     finally:
@@ -80,7 +80,7 @@ class Allowance(Pace):
     def __init__(self, place: Postgres) -> None:
         """Connect. Raises Refused."""
         super().__init__(None)
-        self._row = AllowanceRow(place)
+        self._row = AllowanceRow(place, patience_s=OUTAGE_S)
         self._slots: deque[float] = deque()
         self._news: list[_Heard] = []
         self._wanted = 0
@@ -98,6 +98,7 @@ class Allowance(Pace):
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
+        self._row.hurry()
         self._wake.set()
         self._thread.join()
         self._row.close()

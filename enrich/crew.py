@@ -1,167 +1,222 @@
-"""Lets several processes send and poll (`--processes`): starts them, passes on when to stop, adds up what they tell.
+"""Lets several workers send and poll: has them started, passes on when to stop, adds up what they tell.
 
 They share the queue, which is the ledger: each claims what is next, so no request is claimed by two. The budget is in
-the ledger, too, the rate in a slate, and what may be in flight is divided among them.
+the ledger, too, the rate is shared, and what may be in flight is divided among them. How a worker comes to be is its
+carrier's to know.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from subprocess import DEVNULL
-from typing import IO
+from math import inf
+from typing import Protocol
 
-from enrich.errors import EnrichError
+from enrich.allowance import share, unshare
+from enrich.errors import EnrichError, LedgerFailed
 from enrich.execution import Execution, Tally
 from enrich.model import Task
-from enrich.sharedpace import Slate
-from enrich.signals import CODES
+from enrich.pace import Pace
+from enrich.place import Postgres
+from enrich.store.dialect import DatabaseFailed
 from enrich.worker import Errand, Told, Word
 
-#: So long a process that shall leave may take to write down what it knows.
+#: So long a worker that shall leave may take to write down what it knows.
 LEAVE_S = 3.0
-#: Not `-m`: what it tells is of the module `enrich.worker`, which would be called `__main__`.
-START = "from enrich.worker import main; main()"
+#: How often the boss looks after those who say nothing.
+LOOK_S = 0.5
+#: Who has not said a word so long after it was hired will not come; it may be that its cluster has no room.
+START_S = 120.0
+#: Who has said nothing for so many leases will not speak again.
+LEASES = 2
+#: So many are hired in the place of each that was lost, all told.
+SPARES = 3
 
 
-@dataclass(slots=True)
-class Worker:
-    """A process of the crew, as its boss knows it."""
+class Hand(Protocol):
+    """One worker, as its boss knows it."""
 
-    process: subprocess.Popen[bytes]
-    line: Connection
-    told: Told = field(default_factory=Told)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    #: It has its errand, and hears words.
-    listening: bool = False
+    @property
+    def told(self) -> Told:
+        """What it told last."""
 
-    def on_the_wire(self, *, closing: bool) -> int:
-        """Tell how many POSTs it has on the wire; until it tells that it sends no more, at least one may be there."""
-        unknown = closing and self.listening and not (self.told.closing or self.told.ended or self.gone.is_set())
-        return max(self.told.on_the_wire, int(unknown))
+    @property
+    def gone(self) -> asyncio.Event:
+        """Whether it is not there any more; it has told all that it ever will."""
 
-    def hand_over(self, errand: Errand) -> None:
+    @property
+    def listening(self) -> bool:
+        """Whether it has its errand, and hears words."""
+
+    @property
+    def why(self) -> str:
+        """Why it went before its work was done."""
+
+    async def hand_over(self, errand: Errand) -> None:
         """Tell it what to do; takes as long as its start."""
-        with suppress(OSError):  # not there any more: its line will tell
-            self.line.send(errand)
-            self.listening = True
 
     def say(self, word: Word) -> None:
         """Tell it how to go on, if it is still there."""
-        with suppress(OSError):
-            if self.listening:
-                self.line.send(word)
+
+    async def end(self) -> None:
+        """End it, if it is still there, and forget it."""
+
+
+#: Starts a worker; whoever asks is called whenever it tells something, or is gone. Raises OSError without room for it.
+Hire = Callable[[Callable[[Hand], None]], Hand]
+
+
+class Carrier(Protocol):
+    """Knows how a worker comes to be, and how they share the pace."""
+
+    @property
+    def heirs(self) -> bool:
+        """Whether the others inherit what one was at that is gone, so that they may go on."""
+
+    def sharing(self, pace: Pace) -> AbstractAsyncContextManager[Hire]:
+        """Share the pace while workers are hired and at work. Raises OSError when the system has no room for it."""
+
+
+@asynccontextmanager
+async def shared(ledger: Postgres, pace: Pace) -> AsyncIterator[None]:
+    """Share a pace by the ledger's row; who shared it goes on with what all have learned."""
+    try:
+        await asyncio.to_thread(share, ledger, pace)
+        try:
+            yield
+        finally:
+            learned = await asyncio.to_thread(unshare, ledger)
+            if learned is not None:
+                vars(pace).update(vars(learned))
+    except DatabaseFailed as error:
+        raise LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again") from error
 
 
 @dataclass(slots=True)
 class Crew:
-    """Several processes that do together what dispatcher and poller of one would.
+    """Several workers that do together what dispatcher and poller of one would.
 
-    `errand` is what each is told, but for its part of the tasks; `lock` is the descriptor that keeps others from the
-    ledger while one of them lives.
+    `errand` is what each is told, but for its part of the tasks.
     """
 
     execution: Execution
     errand: Errand
-    lock: int | None
-    #: Whether one ended before its work did, killed perhaps, or could not be started. The others are stopped then;
-    #: what is left is another's.
-    lost: bool = False
-    _workers: list[Worker] = field(default_factory=list)
+    carrier: Carrier
+    #: Why workers went before their work was done, or could not be started. Unless they have heirs the others are
+    #: stopped then; what is left is another's.
+    lost: list[str] = field(default_factory=list)
+    _hands: list[Hand] = field(default_factory=list)
+    #: For how many looks in a row each has told nothing.
+    _silent: dict[Hand, int] = field(default_factory=dict)
+    #: Those who have told anything at all, and those for whom nothing was left to do when they came.
+    _spoke: set[Hand] = field(default_factory=set)
+    _late: set[Hand] = field(default_factory=set)
     _before: Tally = field(default_factory=Tally)
 
     async def run(self, tasks: Sequence[Task]) -> None:
-        """Send and poll to the end; `tasks` were left at the API before. No process is left when this returns."""
+        """Send and poll to the end; `tasks` were left at the API before. No worker is left when this returns."""
         execution = self.execution
         self._before = execution.tally
+        passing_on: list[asyncio.Task[None]] = []
         try:
-            file = _paper()
-        except OSError:  # the system has no room for it
-            self.lost = True
-            return
-        with file:
-            slate = Slate(file.fileno())
-            slate.write(vars(execution.pace))
-            passing_on: list[asyncio.Task[None]] = []
-            try:
-                await self._start_all(file, tasks)
-                for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
-                    passing_on.append(asyncio.create_task(self._pass_on(event, word)))
-                for worker in self._workers:
-                    await worker.gone.wait()
-            finally:
-                for passing in passing_on:
-                    passing.cancel()
-                await self._dismiss()
-                vars(execution.pace).update(slate.read())
-                slate.close()
-                execution.in_flight = execution.on_the_wire = 0
+            async with self.carrier.sharing(execution.pace) as hire:
+                try:
+                    await self._start_all(hire, tasks)
+                    for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
+                        passing_on.append(asyncio.create_task(self._pass_on(event, word)))
+                    await self._attend(hire)
+                finally:
+                    for passing in passing_on:
+                        passing.cancel()
+                    await self._dismiss()
+                    execution.in_flight = execution.on_the_wire = 0
+        except OSError as error:  # the system has no room for what they share
+            self.lost.append(error.strerror or str(error))
 
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
         self._say(Word.HURRY)
         self._add_up()  # what was told before is not all that is on the wire
 
-    async def _start_all(self, pace: IO[bytes], tasks: Sequence[Task]) -> None:
-        """Start the processes, and give each its part of the tasks."""
+    @property
+    def _present(self) -> list[Hand]:
+        return [hand for hand in self._hands if not hand.gone.is_set()]
+
+    async def _start_all(self, hire: Hire, tasks: Sequence[Task]) -> None:
+        """Start the workers, and give each its part of the tasks."""
         count = self.errand.shift.processes
         try:
             for _ in range(count):
-                self._start(pace.fileno())
-        except OSError:  # the system has no room for another
-            self.lost = True
-        for number, worker in enumerate(self._workers):
-            errand = replace(self.errand, pace=pace.fileno(), tasks=tuple(tasks[number::count]))
-            await asyncio.to_thread(worker.hand_over, errand)
-        if self.lost:
+                self._hands.append(hire(self._hear))
+        except OSError as error:  # the system has no room for another
+            self.lost.append(error.strerror or str(error))
+        for number, hand in enumerate(self._hands):
+            await hand.hand_over(replace(self.errand, tasks=tuple(tasks[number::count])))
+        if self.lost and not self.carrier.heirs:
             self._say(Word.CLOSE)
 
-    def _start(self, pace: int) -> None:
-        ours, theirs = Pipe()
-        inherited = [theirs.fileno(), pace, *([] if self.lock is None else [self.lock])]
-        command = [sys.executable, "-P", "-c", START, str(theirs.fileno())]
-        with theirs, _deaf():
-            process = subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, pass_fds=inherited)  # noqa: S603 - ourselves
-        worker = Worker(process, ours)
-        self._workers.append(worker)
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, worker)
+    async def _attend(self, hire: Hire) -> None:
+        """Wait until all are gone; hire others for those who were lost, where that helps."""
+        spares = SPARES * self.errand.shift.processes
+        replaced = len(self.lost)
+        while present := self._present:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await present[0].gone.wait()
+                continue
+            if not self.carrier.heirs:
+                continue
+            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
+                self._late.update(present)
+                return
+            await self._give_up_silent(present)
+            while replaced < min(len(self.lost), spares) and not self.execution.closing.is_set():
+                replaced += 1
+                with suppress(OSError):
+                    self._hands.append(hand := hire(self._hear))
+                    await hand.hand_over(self.errand)
 
-    def _hear(self, worker: Worker) -> None:
+    async def _give_up_silent(self, present: Sequence[Hand]) -> None:
+        """End those who have said nothing for so long that what they were at is another's by now."""
+        for hand in present:
+            # Looks are counted, not seconds: all are silent while the machine sleeps.
+            self._silent[hand] = self._silent.get(hand, 0) + 1
+            if self._silent[hand] * LOOK_S > (self._lease_s * LEASES if hand in self._spoke else START_S):
+                await hand.end()
+
+    @property
+    def _lease_s(self) -> float:
+        return self.errand.ledger.lease_s if isinstance(self.errand.ledger, Postgres) else inf
+
+    def _hear(self, hand: Hand) -> None:
         """Hear how far a worker is, or that it is gone."""
-        try:
-            worker.told = worker.line.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(worker.line.fileno())
-            worker.gone.set()
-            if not worker.told.ended:
-                self.lost = True
+        if not hand.gone.is_set():
+            self._spoke.add(hand)
+            self._silent[hand] = 0
+        elif not hand.told.ended and hand not in self._late:
+            self.lost.append(hand.why)
+            if not self.carrier.heirs:
                 self._say(Word.CLOSE)
         self._add_up()
 
     def _add_up(self) -> None:
         """Know of the execution what all of them know."""
-        execution, all_told = self.execution, [worker.told for worker in self._workers]
+        execution, all_told = self.execution, [hand.told for hand in self._hands]
         execution.tally = sum((told.tally for told in all_told), self._before)
-        execution.in_flight = sum(told.in_flight for told in all_told)
+        execution.in_flight = sum(hand.told.in_flight for hand in self._present)
         execution.poll_times = next((told.poll_times for told in all_told if told.poll_times), execution.poll_times)
         for told in all_told:
             for code, (message, hint) in told.reasons.items():
                 execution.reasons.setdefault(code, EnrichError(message, hint))
-            if not self.lost:  # then they close since we say so
+            if self.carrier.heirs or not self.lost:  # else they close since we say so
                 if told.giving_up:
                     execution.giving_up.set()
                 if told.closing:
                     execution.closing.set()
         closing = execution.closing.is_set()
-        execution.on_the_wire = sum(worker.on_the_wire(closing=closing) for worker in self._workers)
+        execution.on_the_wire = sum(on_the_wire(hand, closing=closing) for hand in self._present)
         execution.notify()
 
     async def _pass_on(self, event: asyncio.Event, word: Word) -> None:
@@ -169,39 +224,22 @@ class Crew:
         self._say(word)
 
     def _say(self, word: Word) -> None:
-        for worker in self._workers:
-            worker.say(word)
+        for hand in self._hands:
+            hand.say(word)
 
     async def _dismiss(self) -> None:
         """Let them leave, and end who doesn't; listen to the last word of each."""
         self._say(Word.LEAVE)
         with suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
-                for worker in self._workers:
-                    await worker.gone.wait()
-        for worker in self._workers:
-            if not worker.gone.is_set():
-                worker.process.kill()
-            await worker.gone.wait()
-            await asyncio.to_thread(worker.process.wait)
-            worker.line.close()
+                for hand in self._hands:
+                    await hand.gone.wait()
+        for hand in self._hands:
+            await hand.end()
 
 
-def _paper() -> IO[bytes]:
-    """Make the file of a slate; its room is taken now, since who finds none later in its memory is killed."""
-    with ExitStack() as stack:
-        file = stack.enter_context(tempfile.TemporaryFile())
-        file.write(bytes(Slate.SIZE))
-        file.flush()
-        stack.pop_all()
-        return file
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Block the signals that end a run: a process that is started meanwhile never hears them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def on_the_wire(hand: Hand, *, closing: bool) -> int:
+    """Tell how many POSTs a worker has on the wire; until it tells that it sends no more, at least one may be there."""
+    told = hand.told
+    unknown = closing and hand.listening and not (told.closing or told.ended or hand.gone.is_set())
+    return max(told.on_the_wire, int(unknown))

@@ -16,15 +16,17 @@ from enrich.closing import Closing
 from enrich.collector import Collector, Counted
 from enrich.connect import Connection
 from enrich.consent import check_balance
-from enrich.crew import Crew
+from enrich.crew import Carrier, Crew
 from enrich.dispatcher import posts_on_the_wire
+from enrich.engine import Engine, Enrolled
 from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
+from enrich.hands import AtFile, AtServer
 from enrich.heartbeat import Heartbeat
 from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits
-from enrich.place import Place
+from enrich.place import Place, Postgres, is_dataset
 from enrich.planfile import check, ground
 from enrich.poller import Poller
 from enrich.pulse import Doing
@@ -43,6 +45,8 @@ LEARNED_S = 30.0
 COUNTED_WHEN_INTERRUPTED = 100_000
 #: Requests whose answer is reused.
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
+#: How often it is looked whether a lease of another ran out, in seconds.
+LOOK_AGAIN_S = 0.5
 #: The share of --max-time that is kept at most for collecting what was submitted.
 COLLECTING_SHARE = 0.2
 
@@ -78,6 +82,8 @@ class Desk:
     reused: int | None = None
     given_up: int = 0
     out_of_time: bool = False
+    #: What was enrolled last.
+    _wish: Wish = field(default_factory=Wish)
     #: Who polls, and shall hurry when a signal came.
     _hurries: Poller | Crew | None = None
     _helpers: set[asyncio.Task[None]] = field(default_factory=set)
@@ -152,26 +158,15 @@ class Desk:
         question = self.connection.question
         await self.heart.begin(Doing.ENROLL)
 
-        given_up = self.given_up
-
-        def enroll(ledger: Ledger) -> int:
-            ledger.begin_pass(wanted)
-            self.of_rows, self.given_up = Counter(), given_up
-            count = asked = 0
-            for batch in rows.batches(question, rows.order()):
-                self.signals.check()
-                if self.options.accept_doubts:
-                    self.given_up += ledger.accept_doubts(batch.asked())
-                ledger.enroll(question.call, batch.asked())
-                self.of_rows += Counter(Decision(status.value) for status in batch.statuses if status is not None)
-                count += batch.frame.height
-                asked += sum(fingerprint is not None for fingerprint in batch.fingerprints)
-            ledger.choose()
-            ledger.mark()
-            self.of_rows[Decision.DUPLICATE] = asked - sum(ledger.decided().values())
-            return count
-
-        self.rows_read = await self.journal.do(enroll)
+        self._wish = wanted
+        engine = self.around.engine
+        if engine is None or rows.undivided() is not None:
+            read = await self._read_here(rows, wanted)
+        else:
+            read = await self._read_there(engine, rows, wanted)
+        self.rows_read, self.of_rows = read.rows, read.of_rows
+        self.given_up += read.given_up
+        self.of_rows[Decision.DUPLICATE] = read.asked - sum((await self.journal.do(Ledger.decided)).values())
         self.enrolled = await self.journal.do(Ledger.enrolled)
         decided = await self.journal.do(Ledger.decided)
         self.to_submit = sum(decided.get(decision, 0) for decision in ASKED)
@@ -182,6 +177,40 @@ class Desk:
             self.planned = cost if self.carried is None else cost + self.carried
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
+
+    async def _read_here(self, rows: Rows, wanted: Wish) -> Enrolled:
+        """Enroll the input in one process, and in one transaction."""
+        question = self.connection.question
+
+        def enroll(ledger: Ledger) -> Enrolled:
+            ledger.begin_pass(wanted)
+            read = Enrolled()
+            for batch in rows.batches(question, rows.order()):
+                self.signals.check()
+                given_up = ledger.accept_doubts(batch.asked()) if self.options.accept_doubts else 0
+                ledger.enroll(question.call, batch.asked())
+                read += Enrolled.of(batch, given_up)
+            ledger.choose()
+            ledger.mark()
+            return read
+
+        return await self.journal.do(enroll)
+
+    async def _read_there(self, engine: Engine, rows: Rows, wanted: Wish) -> Enrolled:
+        """Enroll the input in many processes; what they did before a kill is done again."""
+        await self.journal.do(Ledger.begin_pass, wanted)
+        read = await asyncio.to_thread(
+            engine.enroll,
+            self.around.job,
+            rows,
+            self.connection.question,
+            wanted,
+            accept_doubts=self.options.accept_doubts,
+            check=self.signals.check,
+        )
+        await self.journal.do(Ledger.choose)
+        await self.journal.do(Ledger.mark)
+        return read
 
     def _carry(self, ledger: Ledger, requests: int) -> Cost:
         """Price what earlier executions left at the API."""
@@ -223,7 +252,7 @@ class Desk:
             if self.execution.closing.is_set():
                 return
         heart.doing = Doing.ASK
-        if not await self._send_in_several_processes():
+        if not await self._send_as_crew():
             await self._send()
 
     async def _send(self, limit: int | None = None, *, only_new: bool = False) -> None:
@@ -233,32 +262,53 @@ class Desk:
         poller.adopt(await self.journal.do(Ledger.tasks), asked_before=True)
         await self._shift().work(poller, limit, only_new=only_new)
 
-    async def _send_in_several_processes(self) -> bool:
+    async def _send_as_crew(self) -> bool:
         """Do as `_send` does, with the help of others; tell whether nothing is left for us."""
-        execution, clock = self.execution, self.around.clock
+        around, execution, ledger = self.around, self.execution, self.around.ledger.place
         tasks = await self.journal.do(Ledger.tasks)
-        most = min(execution.in_flight_limit, posts_on_the_wire(self.around.job.model.dispatch.bulk))
-        processes = min(self.options.processes, most, self.to_submit + len(tasks))
-        if processes <= 1:
+        most = min(execution.in_flight_limit, posts_on_the_wire(around.job.model.dispatch.bulk))
+        wanted = self.options.processes if around.engine is None else around.engine.workers
+        workers = min(wanted, most, self.to_submit + len(tasks))
+        if workers < (2 if around.engine is None else 1):
             return False
+        if isinstance(ledger, Postgres):
+            carrier: Carrier = AtServer(ledger) if around.engine is None else around.engine.carrier
+            await self.journal.do(Ledger.release)
+            tasks = []
+        else:
+            carrier = AtFile(around.lock)
         errand = Errand(
-            self._shift(processes),
-            self.around.access,
-            self.around.ledger.place,
+            self._shift(workers),
+            around.access,
+            ledger,
             execution.id,
-            self.around.timing,
-            execution.in_flight_limit // processes,
-            execution.result_ttl_s / processes,  # each has its share of the rate to fetch with
-            clock.now_ms() - SystemClock().now_ms(),
+            around.timing,
+            execution.in_flight_limit // workers,
+            execution.result_ttl_s / workers,  # each has its share of the rate to fetch with
+            around.clock.now_ms() - SystemClock().now_ms(),
             execution.poll_times,
         )
-        crew = self._hurries = Crew(execution, errand, self.around.lock)
+        crew = self._hurries = Crew(execution, errand, carrier)
         await execution.until_leaving(crew.run(tasks))
         if crew.lost:
-            doubtful = await self.journal.do(Ledger.recover, clock.now_ms())
+            await self._go_on_alone(crew)
+        return not crew.lost
+
+    async def _go_on_alone(self, crew: Crew) -> None:
+        """Make ready to do what is left, after workers were lost."""
+        execution = self.execution
+        if not crew.carrier.heirs:
+            doubtful = await self.journal.do(Ledger.recover, self.around.clock.now_ms())
             what = "a process of the run was killed or could not be started"
             self.note(f"{what}: {doubtful} requests are in doubt; one process goes on alone")
-        return not crew.lost
+            return
+        lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(crew.lost).items())
+        self.note(f"workers were lost ({lost}): what they were at was given to others")
+        while others := await self.journal.do(Ledger.others):
+            if execution.giving_up.is_set():
+                return
+            left_s = max(other.left_s for other in others)
+            await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
@@ -272,12 +322,20 @@ class Desk:
             collector = Collector(around.ledger, around.job, self.connection.question, rows)
             return await self.finish(code, await self.journal.do(lambda _: collector.count()))
         collector = Collector(around.ledger, around.job, self.connection.question, rows, self.signals.check)
-        counted = await self.journal.do(lambda _: collector.write(target))
+        counted = await self._write(collector, rows, target)
         await self._write_feeds(collector)
         # A row of a request in doubt may still show an older answer.
         doubtful = counted.statuses[RowStatus.IN_DOUBT] or (await self.journal.do(Ledger.enrolled)).get(State.IN_DOUBT)
         also = {Exit.SOME_FAILED: some_failed, Exit.IN_DOUBT: bool(doubtful)}
         return await self.finish(self.execution.exit_code(also), counted, target)
+
+    async def _write(self, collector: Collector, rows: Rows, target: Place) -> Counted:
+        """Write the output: a dataset in many processes, where there are any."""
+        around = self.around
+        if around.engine is None or not is_dataset(target) or not around.job.model.dedupe:
+            return await self.journal.do(lambda _: collector.write(target))
+        question, check_ = self.connection.question, self.signals.check
+        return await asyncio.to_thread(around.engine.collect, around.job, rows, question, self._wish, target, check_)
 
     async def _write_feeds(self, collector: Collector) -> None:
         """Write the files beside the output; what the change feed has told is remembered with it."""

@@ -12,7 +12,7 @@ from enrich.api.client import Client
 from enrich.budget import afford
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
-from enrich.errors import EnrichError, Exit, Interrupted
+from enrich.errors import EnrichError, Exit, Interrupted, LedgerLocked
 from enrich.execution import Execution
 from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
@@ -22,8 +22,10 @@ from enrich.pulse import Doing
 from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
+from enrich.store.holding import Owner
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
+from enrich.store.lock import LOCKED_HINT
 from enrich.surroundings import Options, Surroundings
 from enrich.tables.writing import prepare
 
@@ -104,14 +106,21 @@ async def _execute(
 
 
 async def _others_gone(around: Surroundings, journal: Journal) -> None:
-    """Wait until no process of an earlier execution is at work; in a file none can be."""
-    await journal.do(Ledger.end_other_leases)
-    told = False
-    while left_s := await journal.do(Ledger.others_at_work):
+    """Wait until no process of an earlier execution is at work; in a file none can be.
+
+    Raises LedgerLocked when one leads an execution and lives: the server lost its lock when it was restarted.
+    """
+    told: dict[int, Owner] = {}
+    while others := await journal.do(Ledger.others):
+        left_s = max(other.left_s for other in others)
         if not told:
             around.tell(f"an earlier run left processes behind: waiting {left_s:.0f} s at most until their leases end")
-            told = True
-        await asyncio.sleep(min(left_s, LOOK_AGAIN_S))
+        for other in others:
+            if other.leads and other.until_s > told.setdefault(other.id, other).until_s:
+                raise LedgerLocked(f"{around.job.ledger}: another execution is at work: {other.name}", LOCKED_HINT)
+        if not others[0].leads:
+            await journal.do(Ledger.end_lease_of, others)
+        await asyncio.sleep(min(max(left_s, 0.01), LOOK_AGAIN_S))
 
 
 @contextmanager

@@ -6,11 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from enrich.api.credentials import Access
+from enrich.engine import Engine
 from enrich.execution import Timing
 from enrich.job import Job
 from enrich.model import Clock, State, SystemClock, Wish
 from enrich.planfile import FrozenPlan
 from enrich.store.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Over which Ray cluster the work is spread: its address, None: one on this machine; None: as many as CPUs."""
+
+    address: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,8 @@ class Options:
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
     processes: int = 1
+    #: Let Ray carry the work.
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class Surroundings:
     show: Callable[[Progress], None] = lambda _: None
     #: Whether what we claimed is surely still ours, where several processes share a ledger.
     holds: Callable[[], bool] = lambda: True
+    #: Who carries the steps; None: this machine alone.
+    engine: Engine | None = None
     #: The descriptor of the ledger's lock, for the processes that work with us.
     lock: int | None = None
 

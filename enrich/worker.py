@@ -1,37 +1,42 @@
-"""One of the processes of `enrich run --processes`: sends and polls, and obeys the process that started it.
+"""One worker of a crew: sends and polls, tells how far it is, and obeys.
 
-`crew` starts it with every signal that could end it blocked: who began the run decides when it ends.
+How it came to be, and whom it obeys, is nothing to it. At a ledger that is a file it shares a slate with the others; at
+one on a server it is an owner of its own, by a lease: what others leave behind who are gone it takes on, and when its
+own lease ran out it begins anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from multiprocessing.connection import Connection
+from pathlib import Path
 
+from enrich.allowance import Allowance
 from enrich.api.client import Client
 from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit
+from enrich.errors import EnrichError, Exit, LeaseLost
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
-from enrich.place import LedgerPlace
+from enrich.pace import Pace
+from enrich.place import LedgerPlace, Postgres
 from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
+from enrich.store.dialect import OUTAGE_S
 from enrich.store.journal import Journal
+from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
 
-TELLING_S = 0.2
-#: Left alone, a process waits so long for answers to its POSTs: cut off, they would be in doubt.
-ORPHAN_S = 5.0
+#: How often a worker looks for tasks that nobody holds, in seconds.
+ADOPT_S = 1.0
 
 
 class Word(Enum):
-    """What a process is told while it works."""
+    """What a worker is told while it works."""
 
     CLOSE = auto()  # no new POST leaves
     GIVE_UP = auto()  # nothing more is asked
@@ -41,7 +46,7 @@ class Word(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """What a process is told at its start; it has an equal share of what may be in flight."""
+    """What a worker is told at its start; it has an equal share of what may be in flight."""
 
     shift: Shift
     access: Access
@@ -54,13 +59,13 @@ class Errand:
     poll_times: PollTimes
     #: The descriptor of its slate.
     pace: int = -1
-    #: What was left at the API before, and is this process' to collect.
+    #: What was left at the API before, and is this worker's to collect.
     tasks: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How far a process is; `ended` comes once, when all that it knew is in the ledger."""
+    """How far a worker is; `ended` comes once, when all that it knew is in the ledger."""
 
     tally: Tally = field(default_factory=Tally)
     in_flight: int = 0
@@ -72,30 +77,27 @@ class Told:
     ended: bool = False
 
 
-@dataclass(slots=True)
-class Member:
-    """A process at work, as the one that started it knows it."""
+class Worker:
+    """Does one errand. May be told words, and asked how far it is, at any time."""
 
-    boss: Connection
-    execution: Execution
-    poller: Poller
-    _orphaned: asyncio.Task[None] | None = None
+    def __init__(self, errand: Errand) -> None:
+        """Make ready; nothing is sent before `work`."""
+        self._errand = errand
+        self._poller: Poller | None = None
+        self._hurried = False
+        self._execution = Execution(
+            errand.execution,
+            SystemClock(errand.clock_offset_ms),
+            Pace(None),
+            errand.timing,
+            in_flight_limit=errand.in_flight_limit,
+            result_ttl_s=errand.result_ttl_s,
+            poll_times=errand.poll_times,
+        )
 
-    async def keep_telling(self) -> None:
-        """Tell how far we are, now and then."""
-        while True:
-            tell(self.boss, self.execution)
-            await asyncio.sleep(TELLING_S)
-
-    def hear(self) -> None:
-        """Obey a word; without anybody to obey write down what is on the wire, and leave."""
-        execution = self.execution
-        try:
-            word = self.boss.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(self.boss.fileno())
-            self._orphaned = asyncio.create_task(self._leave_alone())
-            return
+    def obey(self, word: Word) -> None:
+        """Go on as the word says."""
+        execution = self._execution
         match word:
             case Word.CLOSE:
                 execution.closing.set()
@@ -105,72 +107,122 @@ class Member:
                 execution.giving_up.set()
                 execution.notify()
             case Word.HURRY:
-                self.poller.hurry()
+                self._hurried = True
+                if self._poller is not None:
+                    self._poller.hurry()
             case Word.LEAVE:
                 execution.leave()
 
-    async def _leave_alone(self) -> None:
-        self.execution.closing.set()
-        await self.execution.wire_empty(ORPHAN_S)
-        self.execution.leave()
+    async def leave_alone(self, at_most_s: float) -> None:
+        """Without anybody to obey write down what is on the wire, and leave."""
+        self.obey(Word.CLOSE)
+        await self._execution.wire_empty(at_most_s)
+        self._execution.leave()
 
-
-def tell(boss: Connection, execution: Execution, *, ended: bool = False) -> None:
-    """Say how far we are; nobody may be there to hear it."""
-    with suppress(OSError):
-        boss.send(
-            Told(
-                execution.tally,
-                execution.in_flight,
-                execution.on_the_wire,
-                {code: (error.message, error.hint) for code, error in execution.reasons.items()},
-                execution.closing.is_set(),
-                execution.giving_up.is_set(),
-                execution.poll_times,
-                ended,
-            )
+    def told(self, *, ended: bool = False) -> Told:
+        """Tell how far it is."""
+        execution = self._execution
+        return Told(
+            execution.tally,
+            execution.in_flight,
+            execution.on_the_wire,
+            {code: (error.message, error.hint) for code, error in execution.reasons.items()},
+            execution.closing.is_set(),
+            execution.giving_up.is_set(),
+            execution.poll_times,
+            ended,
         )
 
-
-async def work(boss: Connection, errand: Errand) -> None:
-    """Do the errand, and tell how it ended."""
-    clock = SystemClock(errand.clock_offset_ms)
-    slate = Slate(errand.pace)
-    execution = Execution(
-        errand.execution,
-        clock,
-        SharedPace(slate),
-        errand.timing,
-        in_flight_limit=errand.in_flight_limit,
-        result_ttl_s=errand.result_ttl_s,
-        poll_times=errand.poll_times,
-    )
-    try:
-        with closing(Ledger(errand.ledger)) as ledger:
-            client = Client(errand.access, clock, post_s=errand.timing.post_s, get_s=errand.timing.get_s)
-            async with client, Journal(ledger, slate.turn) as journal:
-                poller = errand.shift.poller(execution, journal, client)
-                poller.adopt(errand.tasks, asked_before=True)
-                member = Member(boss, execution, poller)
-                loop = asyncio.get_running_loop()
-                loop.add_reader(boss.fileno(), member.hear)
-                telling = asyncio.create_task(member.keep_telling())
-                try:
-                    await errand.shift.work(poller)
-                finally:
-                    telling.cancel()
-                    loop.remove_reader(boss.fileno())
-    except EnrichError as error:
-        # 5 promises that nothing was spent.
-        execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
-    tell(boss, execution, ended=True)
-
-
-def main() -> None:
-    """Take the errand from the socket whose descriptor is the argument, and do it."""
-    with Connection(int(sys.argv[1])) as boss:
+    async def work(self) -> None:
+        """Do the errand; what goes wrong is told."""
+        place = self._errand.ledger
         try:
-            errand = boss.recv()
-        except (EOFError, OSError):
-            return  # nobody is there any more
-        asyncio.run(work(boss, errand))
+            await (self._work_on_server(place) if isinstance(place, Postgres) else self._work_in_file(place))
+        except EnrichError as error:
+            # 5 promises that nothing was spent.
+            self._execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
+
+    async def _work_in_file(self, path: Path) -> None:
+        """Share the ledger with processes of this machine, which write in turn."""
+        slate = Slate(self._errand.pace)
+        self._execution.pace = SharedPace(slate)
+        with closing(Ledger(path)) as ledger:
+            async with self._client() as client, Journal(ledger, slate.turn) as journal:
+                poller = self._new_poller(journal, client)
+                poller.adopt(self._errand.tasks, asked_before=True)
+                await self._errand.shift.work(poller)
+
+    async def _work_on_server(self, place: Postgres) -> None:
+        """Share the ledger with whoever has a lease; begin anew when ours was lost."""
+        execution = self._execution
+        with Allowance(place) as execution.pace:
+            while not await self._live(place) and not execution.closing.is_set():
+                execution.in_flight = execution.on_the_wire = 0
+
+    async def _live(self, place: Postgres) -> bool:
+        """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
+        execution = self._execution
+        try:
+            with (
+                Lease(place) as lease,
+                closing(Ledger(place, fence=lease.fence, patience_s=OUTAGE_S)) as ledger,
+            ):
+                execution.clock, execution.holds = lease, lease.holds
+                async with self._client() as client, Journal(ledger) as journal:
+                    if not await journal.do(_goes_on, execution.id):
+                        return True
+                    tasks = await self._free(journal)
+                    while tasks := await self._send(journal, client, tasks):
+                        pass
+        except LeaseLost:
+            return False
+        return True
+
+    async def _send(self, journal: Journal, client: Client, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Submit and poll, also what others leave behind meanwhile; return what they left in the last moment."""
+        execution, ended = self._execution, asyncio.Event()
+        late: list[Task] = []
+        poller = self._new_poller(journal, client)
+        poller.adopt(tasks, asked_before=True)
+
+        async def send() -> None:
+            try:
+                await self._errand.shift.work(poller)
+            finally:
+                ended.set()
+
+        async def keep_adopting() -> None:
+            while not ended.is_set():
+                await execution.pause(ADOPT_S, ended)
+                found = await self._free(journal)
+                if ended.is_set():
+                    late.extend(found)
+                else:
+                    poller.adopt(found, asked_before=True)
+
+        await execution.until_leaving(send(), keep_adopting())
+        return late
+
+    async def _free(self, journal: Journal) -> Sequence[Task]:
+        """Take tasks that nobody holds, as many as there is room for."""
+        execution = self._execution
+        room = execution.in_flight_limit - execution.in_flight - execution.on_the_wire
+        if room <= 0 or self._hurried or execution.giving_up.is_set():
+            return ()
+        return await journal.do(Ledger.adopt, room)
+
+    def _client(self) -> Client:
+        timing = self._errand.timing
+        return Client(self._errand.access, self._execution.clock, post_s=timing.post_s, get_s=timing.get_s)
+
+    def _new_poller(self, journal: Journal, client: Client) -> Poller:
+        poller = self._poller = self._errand.shift.poller(self._execution, journal, client)
+        if self._hurried:
+            poller.hurry()
+        return poller
+
+
+def _goes_on(ledger: Ledger, execution_id: int) -> bool:
+    """Tell whether an execution is still at work: a worker that was asleep may wake up long after."""
+    newest = ledger.executions(last=1)[0]
+    return bool(newest["id"] == execution_id and newest["ended_ms"] is None)

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, Api, Office, people, serving
@@ -137,7 +138,7 @@ def workers_of(pid: int) -> Iterator[int]:
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
-        if "enrich.worker" in title or title.startswith("ray::Worker"):
+        if "enrich.hands" in title or title.startswith("ray::Actor"):
             above = number
             while above in parents and above != pid:
                 above = parents[above]
@@ -178,7 +179,7 @@ def torture(
     how = ["--engine", "ray", "--workers", str(workers)] if engine == "ray" else ["--processes", str(workers)]
     chaos = Chaos(server, rng, report, left)
     began = time.monotonic()
-    with serving(folder / "api.db", settings) as api:
+    with patch.dict(os.environ, server.environ), serving(folder / "api.db", settings) as api:
         for night in range(PATIENCE + len(left)):
             run = office.start("run", "job.yaml", "--json", *how, api=api)
             chaos.during(run)

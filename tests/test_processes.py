@@ -113,7 +113,7 @@ def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, di
 def test_one_process_is_the_default_and_starts_none(api: Api, office: Office) -> None:
     """Neither by itself, nor when there is work for one only."""
     office.write_leads(people(6))
-    with patch("enrich.crew.subprocess.Popen", side_effect=AssertionError):
+    with patch("enrich.hands.subprocess.Popen", side_effect=AssertionError):
         assert office.command(*RUN, "--limit", "5", api=api).receipt["submitted"] == 5
         assert office.command(*RUN, "--processes", "8", api=api).receipt["submitted"] == 1
         assert office.command(*RUN, "--processes", "8", api=api).receipt["submitted"] == 0
@@ -231,7 +231,7 @@ def test_no_room_for_what_the_processes_share(api: Api, office: Office) -> None:
     office.write_leads(people(10))
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch("enrich.crew.tempfile.TemporaryFile", side_effect=full):
+    with patch("enrich.hands.tempfile.TemporaryFile", side_effect=full):
         done = office.command(*RUN, "--processes", "2", api=api)
 
     assert done.code == 0, done.stderr

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from enrich.asking import Batch
 from enrich.cluster.blocks import Check, Pass, divided, on_blocks
+from enrich.engine import Enrolled
 from enrich.errors import Refused
-from enrich.model import Decision
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
-
-
-@dataclass(frozen=True, slots=True)
-class Enrolled:
-    """What was read: rows, how many of them ask something, why the others don't, and doubts that were given up."""
-
-    rows: int = 0
-    asked: int = 0
-    of_rows: Counter[Decision] = field(default_factory=Counter)
-    given_up: int = 0
-
-    def __add__(self, other: Enrolled) -> Enrolled:
-        """Add up what was read of several blocks."""
-        return Enrolled(
-            self.rows + other.rows,
-            self.asked + other.asked,
-            self.of_rows + other.of_rows,
-            self.given_up + other.given_up,
-        )
 
 
 def enroll_on_ray(
@@ -71,11 +50,5 @@ def _enroll(taken: Pass, accept_doubts: bool, rows: Rows) -> Enrolled:  # noqa: 
                 ledger.enroll(taken.question.call, batch.asked())
             return given_up
 
-        given_up = taken.with_ledger(enroll)
-        total += Enrolled(
-            batch.frame.height,
-            sum(fingerprint is not None for fingerprint in batch.fingerprints),
-            Counter(Decision(status.value) for status in batch.statuses if status is not None),
-            given_up,
-        )
+        total += Enrolled.of(batch, taken.with_ledger(enroll))
     return total

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
+from enrich.commands.engines import carrying, spread_of, working
 from enrich.commands.report import leave_report
 from enrich.commands.witnessed import target_of, witnessed
 from enrich.errors import Exit, LedgerLocked
@@ -35,13 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
 )
-@click.option(
-    "--processes",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Send and poll with so many processes, when one core is the limit.",
-)
+@carrying
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
@@ -72,6 +67,9 @@ def run(
     max_time: float | None,
     accept: str | None,
     processes: int,
+    engine: str | None,
+    address: str | None,
+    workers: int | None,
     update_providers: bool,
     yes: bool,
     if_locked: tuple[bool, float],
@@ -114,6 +112,7 @@ def run(
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
         processes=processes,
+        spread=spread_of(job, engine, address, workers, processes),
     )
     witnesses.start(job, wishes, sandbox=use_sandbox)
     job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
@@ -148,6 +147,8 @@ def _run(
 
     with ExitStack() as stack:
         lock = stack.enter_context(hold(job.ledger, wait_s))
+        # Before there are threads: it starts processes.
+        engine = stack.enter_context(working(job, wishes.spread))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
         store, lease = stack.enter_context(opened(job.ledger))
         bar = Bar() if on_terminal else None
@@ -166,7 +167,8 @@ def _run(
             stack.callback(bar.close)
         witnesses.admitted()
         clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
-        return run(Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, lock=lock), wishes)
+        around = Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, engine=engine, lock=lock)
+        return run(around, wishes)
 
 
 def _confirm(plan: str) -> bool:

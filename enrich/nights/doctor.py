@@ -33,7 +33,7 @@ REQUEST_BYTES, ENOUGH = 2_000, 100
 #: How much smaller gzip makes a CSV, at most.
 PACKED = 10
 #: Variables that change where and how the API is reached.
-ROUTES = ("DATABAR_BASE_URL", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE")
+ROUTES = ("DATABAR_BASE_URL", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "ENRICH_LEDGER")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from enrich.store.database import Database
-from enrich.store.dialect import Disturbed
 
 T = TypeVar("T")
 
@@ -19,12 +18,7 @@ class AllowanceRow(Database):
 
         The others wait meanwhile. It may be called again when the server was away. Raises DatabaseFailed.
         """
-        while True:
-            try:
-                return self._change(how)
-            except Disturbed as failure:
-                if self.regain(failure) is None:
-                    raise
+        return self.patiently(lambda: self._change(how))
 
     def clear(self) -> None:
         """Forget the rate."""

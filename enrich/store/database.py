@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from enrich.place import LedgerPlace, Postgres
-from enrich.store.dialect import Session
+from enrich.store.dialect import FAILURES, Session
 from enrich.store.server import postgres
 from enrich.store.sqlite import open_file
 
 if TYPE_CHECKING:
     from enrich.store.postgres import Fence
 
+T = TypeVar("T")
+#: So long a server that is away is waited for when nothing was begun yet.
+PATIENCE_S = 3.0
+
 
 class Database:
     """One ledger, one connection."""
 
     def __init__(
-        self, place: LedgerPlace, *, read_only: bool = False, any_version: bool = False, fence: Fence | None = None
+        self,
+        place: LedgerPlace,
+        *,
+        read_only: bool = False,
+        any_version: bool = False,
+        fence: Fence | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
 
-        With a `fence` every transaction fails once its owner has lost the lease. Raises Refused when this is no ledger,
+        With a `fence` every transaction fails once its owner has lost the lease. A server that is away is waited for
+        `patience_s`. Raises Refused when this is no ledger,
         when it is newer than this program or can't be written.
         """
         self.place = place
         if isinstance(place, Postgres):
-            self._db: Session = postgres().open_schema(place, read_only=read_only, any_version=any_version, fence=fence)
+            self._db: Session = postgres().open_schema(
+                place, read_only=read_only, any_version=any_version, fence=fence, patience_s=patience_s
+            )
         else:
             self._db = open_file(place, read_only=read_only, any_version=any_version)
 
@@ -47,6 +60,19 @@ class Database:
         except BaseException:
             self._db.rollback()
             raise
+
+    def hurry(self) -> None:
+        """Hear, from any thread, that nobody wants to wait long for a server any more."""
+        self._db.hurry()
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Do what makes a transaction of its own; when the server was away, again, though it may have been done."""
+        while True:
+            try:
+                return work()
+            except FAILURES as failure:
+                if self.regain(failure) is None:
+                    raise
 
     def rollback(self) -> None:
         """Take back what a transaction wrote so far, and end it."""

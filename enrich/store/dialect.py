@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+#: A server that is away in the middle of a run is waited for so long, in seconds.
+OUTAGE_S = 300.0
+
 
 class DatabaseFailed(Exception):
     """The database of a ledger that is no file could not do what it was asked."""
@@ -103,6 +106,9 @@ class Session(Protocol):
     def begin_looking(self) -> None:
         """Begin a transaction that sees everything as it stands now."""
 
+    def begin_temporary(self) -> None:
+        """Begin a transaction that writes to temporary tables alone."""
+
     def commit(self) -> None:
         """End it; what it wrote is durable."""
 
@@ -117,6 +123,9 @@ class Session(Protocol):
 
     def has_temporary(self, table: str) -> bool:
         """Tell whether this connection has made a temporary table."""
+
+    def hurry(self) -> None:
+        """Hear, from any thread, that nobody wants to wait long any more."""
 
     def clear(self, table: str) -> None:
         """Empty a temporary table."""

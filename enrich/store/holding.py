@@ -7,9 +7,13 @@ execution opens, everything is always ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from enrich.model import Task
 from enrich.store.intake import OPEN_ATTEMPT
 from enrich.store.moves import Moves
+from enrich.store.process import is_gone, myself
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
 _LEFT_S = (
@@ -17,6 +21,16 @@ _LEFT_S = (
     "- clock_timestamp())"
 )
 _ME = "nullif(current_setting('enrich.owner', true), '')::bigint"
+
+
+class Owner(NamedTuple):
+    """A process that holds a lease: for how many seconds yet, and until when by the server's clock (seconds)."""
+
+    id: int
+    name: str
+    leads: bool
+    left_s: float
+    until_s: float
 
 
 class Holding(Moves):
@@ -27,7 +41,7 @@ class Holding(Moves):
 
         What another process holds by its lease is none of it; what one held that is gone waits for any poller.
         """
-        self._end_lapsed()
+        self.others()
         left = f"state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.ours}"
         self._db.execute(
             "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
@@ -49,6 +63,8 @@ class Holding(Moves):
             f"ORDER BY submitted_ms, bundle_id LIMIT ? FOR UPDATE SKIP LOCKED) RETURNING id, bundle_id",
             (most,),
         ).fetchall()
+        if not taken:
+            return []
         numbers = {number for number, _ in taken}
         if bundles := {bundle for _, bundle in taken if bundle is not None}:
             rows = self._db.execute(
@@ -65,25 +81,37 @@ class Holding(Moves):
                 f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_ME}"
             )
 
-    def others_at_work(self) -> float:
-        """Tell for how many seconds at most another process may hold something; 0: none is at work."""
+    def others(self) -> list[Owner]:
+        """Return the other processes that may hold something, those that lead an execution first."""
         if not self._db.dialect.leases:
-            return 0.0
+            return []
         self._end_lapsed()
-        (left_s,) = self._db.execute(f"SELECT max({_LEFT_S}) FROM owners WHERE id IS DISTINCT FROM {_ME}").fetchone()
-        return 0.0 if left_s is None else max(0.001, float(left_s))
+        rows = self._db.execute(
+            f"SELECT id, name, leads, {_LEFT_S}, extract(epoch FROM lease_until), process FROM owners "
+            f"WHERE id IS DISTINCT FROM {_ME} ORDER BY leads DESC, id"
+        ).fetchall()
+        return [
+            Owner(number, name, leads, float(left_s), float(until))
+            for number, name, leads, left_s, until, process in rows
+            if not self._end_if_gone(number, process)
+        ]
+
+    def end_lease_of(self, owners: Iterable[Owner]) -> None:
+        """Let none of these renew its lease any more; they find out when they try."""
+        numbers = [owner.id for owner in owners]
+        self._db.execute("UPDATE owners SET seconds = 0 WHERE id = ANY(?)", (numbers,))
 
     def now_ms(self) -> int:
         """Tell what time the server has, in milliseconds since 1970 (UTC)."""
         (now_ms,) = self._db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
         return int(now_ms)
 
-    def begin_lease(self, name: str, seconds: float) -> int:
+    def begin_lease(self, name: str, seconds: float, *, leads: bool) -> int:
         """Become an owner; return its number."""
         (number,) = self._db.execute(
-            "INSERT INTO owners (name, seconds, lease_until) "
-            "VALUES (?1, ?2, clock_timestamp() + ?2 * interval '1 s') RETURNING id",
-            (name, float(seconds)),
+            "INSERT INTO owners (name, process, leads, seconds, lease_until) "
+            "VALUES (?1, ?2, ?3, ?4, clock_timestamp() + ?4 * interval '1 s') RETURNING id",
+            (name, myself(), leads, float(seconds)),
         ).fetchone()
         return int(number)
 
@@ -101,14 +129,18 @@ class Holding(Moves):
         """Be an owner no more: what it held is free at once."""
         self._db.execute("DELETE FROM owners WHERE id = ?", (owner,))
 
-    def end_other_leases(self) -> None:
-        """Let nobody else renew a lease; those who hold one find out when they try."""
-        if self._db.dialect.leases:
-            self._db.execute(f"UPDATE owners SET seconds = 0 WHERE id IS DISTINCT FROM {_ME} AND seconds > 0")
-
     def _end_lapsed(self) -> None:
         """End the leases that ran out. Who is in the middle of a transaction lives, whatever its lease says."""
         if self._db.dialect.leases:
             self._db.execute(
                 f"DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE {_LEFT_S} <= 0 FOR UPDATE SKIP LOCKED)"
             )
+
+    def _end_if_gone(self, owner: int, process: str) -> bool:
+        """End the lease of a process of this machine that is there no more; no need to wait until it runs out."""
+        if not is_gone(process):
+            return False
+        self._db.execute(
+            "DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE id = ? FOR UPDATE SKIP LOCKED)", (owner,)
+        )
+        return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from enrich.model import ASKED, Call, Decided, Decision, Standing, State, Wanted, Wish
 from enrich.place import LedgerPlace
+from enrich.store.database import PATIENCE_S
 from enrich.store.latencies import Latencies
 
 if TYPE_CHECKING:
@@ -50,19 +51,28 @@ grp TEXT, decision TEXT NOT NULL)"""
 class Intake(Latencies):
     """A ledger that is joined with batches of the input."""
 
-    def __init__(self, place: LedgerPlace, *, read_only: bool = False, fence: Fence | None = None) -> None:
+    def __init__(
+        self,
+        place: LedgerPlace,
+        *,
+        read_only: bool = False,
+        fence: Fence | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         """Open the ledger as Database does."""
-        super().__init__(place, read_only=read_only, fence=fence)
+        super().__init__(place, read_only=read_only, fence=fence, patience_s=patience_s)
         #: What was seen is known to all that work at this execution, and lies in the ledger.
         self._shared = self._db.dialect.passes_are_shared and not read_only
         self._wish = Wish()
         self._joined = False
-        self._make_room()
+        self.patiently(self._make_room)
 
     def _make_room(self) -> None:
         dialect = self._db.dialect
+        self._db.begin_temporary()
         for statement in _PASS if self._shared else (*_PASS, _SEEN):
             self._db.execute(statement.format(blob=dialect.blob, serial=dialect.serial))
+        self._db.commit()
 
     def regain(self, failure: BaseException) -> bool | None:
         """Do as Database does; temporary tables go with their connection."""
@@ -123,7 +133,10 @@ class Intake(Latencies):
 
     def choose(self) -> None:
         """Leave out what the wish leaves out, now that the whole input was seen: caps, then sample, then limit."""
-        wish = self._wish
+        with self._looking():
+            self._choose(self._wish)
+
+    def _choose(self, wish: Wish) -> None:
         if wish.max_per_group is not None:
             # What was asked before counts first.
             self._leave_out(
@@ -241,7 +254,7 @@ class Intake(Latencies):
         if self._db.in_transaction:
             yield
             return
-        self._db.execute("BEGIN")
+        self._db.begin_temporary()
         try:
             yield
             self._db.commit()

@@ -72,6 +72,7 @@ class Journal:
 
     async def __aexit__(self, *_: object) -> None:
         self._hand_over()
+        self._ledger.hurry()
         self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
 

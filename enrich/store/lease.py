@@ -12,7 +12,8 @@ import time
 
 from enrich.errors import LeaseLost
 from enrich.place import Postgres
-from enrich.store.dialect import DatabaseFailed, Disturbed
+from enrich.store.database import PATIENCE_S
+from enrich.store.dialect import OUTAGE_S, DatabaseFailed
 from enrich.store.ledger import Ledger
 from enrich.store.postgres import Fence
 
@@ -31,20 +32,21 @@ def boottime() -> float:
 class Lease:
     """The lease of this process. Use as a context manager; what it holds is free when the block ends.
 
-    `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits for us.
+    `leads`: an execution stands and falls with us. `idle_s`: after so long the server ends a transaction in which we
+    say nothing, so that nobody waits for us.
     """
 
-    def __init__(self, place: Postgres, idle_s: float | None = None) -> None:
+    def __init__(self, place: Postgres, *, leads: bool = False, idle_s: float | None = None) -> None:
         self._seconds = seconds = place.lease_s
         self._renewed = boottime()
-        self._ledger = Ledger(place)
-        with self._ledger.transaction():
-            owner = self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", seconds)
+        self._leads = leads
+        self._ledger = Ledger(place, patience_s=PATIENCE_S if leads else OUTAGE_S)
+        owner = self._ledger.patiently(self._begin)
         #: What those get that write as this owner.
         self.fence = Fence(owner, seconds if idle_s is None else idle_s)
         self._ended = threading.Event()
         self._lost = threading.Event()
-        self._offset_ms = self._measured()
+        self._offset_ms = self._ledger.patiently(self._measured)
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
@@ -53,7 +55,7 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self.fence.leaving.set()
+        self._ledger.hurry()
         self._thread.join()
         self._ledger.close()
 
@@ -76,7 +78,7 @@ class Lease:
         ledger, owner = self._ledger, self.fence.owner
         try:
             while not self._ended.wait(self._seconds / TIMES):
-                self._renew_patiently()
+                ledger.patiently(self._renew)
         except (DatabaseFailed, LeaseLost):
             self._lost.set()
         try:
@@ -86,16 +88,9 @@ class Lease:
         except (DatabaseFailed, LeaseLost):
             pass  # it runs out by itself
 
-    def _renew_patiently(self) -> None:
-        """Renew; when the server was away, once it is back."""
-        while True:
-            try:
-                self._renew()
-            except Disturbed as failure:
-                if self._ledger.regain(failure) is None:
-                    raise
-            else:
-                return
+    def _begin(self) -> int:
+        with self._ledger.transaction():
+            return self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", self._seconds, leads=self._leads)
 
     def _renew(self) -> None:
         before = boottime()

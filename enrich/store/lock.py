@@ -12,6 +12,8 @@ from enrich.errors import LedgerLocked, Refused
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.server import postgres
 
+LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
+
 
 @contextmanager
 def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
@@ -30,9 +32,7 @@ def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
         lock = FileLock(path, timeout=wait_s, mode=0o600)
         lock.acquire()
     except Timeout:
-        raise LedgerLocked(
-            f"{ledger}: another execution holds this ledger", "wait for it, or use --if-locked skip or wait"
-        ) from None
+        raise LedgerLocked(f"{ledger}: another execution holds this ledger", LOCKED_HINT) from None
     except OSError as error:
         raise Refused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
     try:

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from enrich.place import LedgerPlace, Postgres
+from enrich.store.dialect import OUTAGE_S
 from enrich.store.ledger import Ledger
 from enrich.store.server import postgres
 
@@ -27,5 +28,8 @@ def opened(place: LedgerPlace) -> Iterator[tuple[Ledger, Lease | None]]:
     postgres()  # says what is missing
     from enrich.store.lease import Lease  # noqa: PLC0415 - few need it
 
-    with Lease(place, idle_s=READING_S) as lease, closing(Ledger(place, fence=lease.fence)) as ledger:
+    with (
+        Lease(place, leads=True, idle_s=READING_S) as lease,
+        closing(Ledger(place, fence=lease.fence, patience_s=OUTAGE_S)) as ledger,
+    ):
         yield ledger, lease

@@ -145,6 +145,8 @@ CREATE TABLE latencies (
 CREATE TABLE owners (           -- the processes that are at work; a row that is gone was given up or ran out
     id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name TEXT NOT NULL,         -- which machine and process, for people
+    process TEXT NOT NULL,      -- the same, so that others on that machine can tell that it is gone
+    leads BOOLEAN NOT NULL,     -- whether an execution stands and falls with it
     seconds DOUBLE PRECISION NOT NULL,    -- how long a lease is
     lease_until TIMESTAMPTZ NOT NULL      -- by the clock of this server, as all of its times
 );

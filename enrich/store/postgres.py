@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import select
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -17,14 +18,15 @@ from psycopg import errors
 from psycopg.adapt import Loader
 from psycopg.types.string import StrDumper
 
-from enrich.errors import LeaseLost, LedgerLocked, Refused
+from enrich.errors import LeaseLost
 from enrich.place import Postgres
-from enrich.store import pgschema
-from enrich.store.dialect import DatabaseFailed, Dialect, Disturbed
+from enrich.store.dialect import OUTAGE_S, DatabaseFailed, Dialect, Disturbed
 
 CONNECT_S = 10
-#: A server that is away is waited for so long, looked for so often.
-OUTAGE_S, LOOK_EVERY_S = 300.0, 0.25
+#: A server that is away is looked for so often, in seconds.
+LOOK_EVERY_S = 0.25
+#: … and waited for so long when we are about to leave.
+LEAVING_S = 5.0
 #: A connection is known to be dead after about so many seconds of silence.
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 #: Rows that come from the server at once when there are many.
@@ -43,15 +45,12 @@ DIALECT = Dialect(
     for_update="FOR UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
-#: The name of our advisory locks among those of others: "enri".
-_LOCK = 0x656E7269
-LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 #: Others were in the way: the transaction is done again.
 _IN_THE_WAY = (errors.DeadlockDetected, errors.SerializationFailure)
 #: The server is not there, or goes away, or comes back only now.
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.AdminShutdown, errors.CrashShutdown)
 #: No waiting helps against these.
-_REFUSES = (
+REFUSES = (
     errors.InvalidPassword,
     errors.InvalidAuthorizationSpecification,
     errors.InvalidCatalogName,
@@ -59,14 +58,12 @@ _REFUSES = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Fence:
     """Who writes: an owner whose lease must hold; `idle_s`: a transaction that rests longer is ended by the server."""
 
     owner: int
     idle_s: float
-    #: Set when nobody waits for the session any more: it does not wait for the server then.
-    leaving: threading.Event = field(default_factory=threading.Event)
 
 
 class PostgresSession:
@@ -74,13 +71,17 @@ class PostgresSession:
 
     dialect = DIALECT
 
-    def __init__(self, place: Postgres, fence: Fence | None = None) -> None:
+    def __init__(self, place: Postgres, fence: Fence | None = None, *, looks_only: bool = False) -> None:
         """Connect. Raises psycopg.Error."""
         self.place = place
         self.fence = fence
+        self.looks_only = looks_only
+        #: Not so where a transaction may read only, though it may write temporary rows.
+        self._truncates = not looks_only
         #: The number of the transaction that writes.
         self._writes: str | None = None
         self._names = count()
+        self._hurried = threading.Event()
         self._connection = self._connect()
 
     @property
@@ -136,6 +137,7 @@ class PostgresSession:
     def begin(self) -> None:
         """Begin a transaction that writes. Raises LeaseLost when its owner may write no more."""
         fence = self.fence
+        self._writes = None
         with failing():
             self._connection.execute("BEGIN")
             if fence is None:
@@ -154,12 +156,20 @@ class PostgresSession:
         """Begin a transaction that sees everything as it stands now."""
         self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
 
+    def begin_temporary(self) -> None:
+        """Begin a transaction that writes to temporary tables alone."""
+        self.execute("BEGIN READ WRITE")
+        self._truncates = True
+
     def commit(self) -> None:
         """End it; what it wrote is durable."""
         self.execute("COMMIT")
+        self._writes = None
+        self._truncates = not self.looks_only
 
     def rollback(self) -> None:
         """Take back what it wrote; a lost connection has done that already."""
+        self._truncates = not self.looks_only
         if not self._connection.closed and self.in_transaction:
             self.execute("ROLLBACK")
 
@@ -174,13 +184,18 @@ class PostgresSession:
             try:
                 self._connection = self._connect()
                 return self._committed()
-            except _REFUSES as error:
+            except REFUSES as error:
                 raise DatabaseFailed(said(error)) from error
             except psycopg.Error as error:
-                leaving = self.fence is not None and self.fence.leaving.is_set()
-                if leaving or time.monotonic() > end:
+                if self._hurried.is_set():
+                    end = min(end, time.monotonic() + LEAVING_S)
+                if time.monotonic() > end:
                     raise DatabaseFailed(said(error)) from error
             time.sleep(LOOK_EVERY_S)
+
+    def hurry(self) -> None:
+        """Hear, from any thread, that nobody wants to wait long any more."""
+        self._hurried.set()
 
     def _committed(self) -> bool:
         """Tell whether the transaction was committed whose end we did not hear (PostgreSQL docs: pg_xact_status)."""
@@ -190,6 +205,15 @@ class PostgresSession:
                 return bool(status == "committed")
             time.sleep(LOOK_EVERY_S)
         return False
+
+    def alive(self) -> bool:
+        """Tell whether the connection is there, without a word to the server."""
+        try:
+            if select.select([self._connection.fileno()], [], [], 0)[0]:
+                self._connection.pgconn.consume_input()
+        except (psycopg.Error, OSError, ValueError):
+            return False
+        return self._connection.pgconn.status == psycopg.pq.ConnStatus.OK
 
     def define(self, statement: str) -> None:
         """Do one statement as it is written, without values. Raises DatabaseFailed."""
@@ -203,7 +227,7 @@ class PostgresSession:
 
     def clear(self, table: str) -> None:
         """Empty a table: deleted rows would lie in a temporary one for ever."""
-        self.execute(f"TRUNCATE {table}")
+        self.execute(f"TRUNCATE {table}" if self._truncates else f"DELETE FROM {table}")
 
     def damage(self) -> Iterator[str]:
         """Say nothing: the server looks after its files, and refuses rows that refer to nothing."""
@@ -247,6 +271,7 @@ class PostgresSession:
             # The server's own choice may be to forget the last moments (PostgreSQL docs: "Asynchronous Commit").
             "synchronous_commit": "on",
             "idle_in_transaction_session_timeout": f"{idle_s * 1000:.0f}",
+            "default_transaction_read_only": "on" if self.looks_only else "off",
             "enrich.owner": "" if self.fence is None else str(self.fence.owner),
         }
         for name, value in settings.items():
@@ -284,111 +309,16 @@ def failing() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        again = isinstance(error, (*_IN_THE_WAY, *_AWAY)) and not isinstance(error, _REFUSES)
+        again = isinstance(error, (*_IN_THE_WAY, *_AWAY)) and not isinstance(error, REFUSES)
         raise (Disturbed if again else DatabaseFailed)(said(error)) from error
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Tell whether the server is not there now, and may be soon."""
+    return isinstance(error, Disturbed) or (isinstance(error, _AWAY) and not isinstance(error, REFUSES))
 
 
 def said(error: BaseException) -> str:
     """Say what the server or the driver said, on one line, without what a statement held."""
     primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     return " ".join((primary or str(error)).split())
-
-
-def schema_exists(place: Postgres) -> bool:
-    """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
-    with _refusing(place):
-        session = PostgresSession(place)
-        try:
-            return pgschema.version_of(session, place.schema) is not None
-        finally:
-            session.close()
-
-
-def open_schema(
-    place: Postgres, *, read_only: bool = False, any_version: bool = False, fence: Fence | None = None
-) -> PostgresSession:
-    """Open a ledger, making its schema when it is not there.
-
-    Raises Refused when the schema is no ledger, is newer than this program or can't be written.
-    """
-    with _refusing(place):
-        session = PostgresSession(place, fence)
-        try:
-            _bring_up(session, place, read_only=read_only, any_version=any_version)
-        except BaseException:
-            session.close()
-            raise
-    return session
-
-
-def _bring_up(session: PostgresSession, place: Postgres, *, read_only: bool, any_version: bool) -> None:
-    """Hold the schema against what this program knows; bring it up to date when we may write."""
-    version = pgschema.version_of(session, place.schema)
-    if version is None and read_only:
-        raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-    if version == pgschema.FOREIGN:
-        raise Refused(f"{place}: this schema is no ledger of enrich", "choose another: postgresql://…?schema=NAME")
-    if version is not None and version > len(pgschema.MIGRATIONS):
-        raise Refused(
-            f"{place}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(pgschema.MIGRATIONS)}; install the newer one",
-        )
-    if version != len(pgschema.MIGRATIONS) and not any_version:
-        if read_only:
-            raise Refused(
-                f"{place}: this ledger is of an older version of enrich",
-                "a run brings it up to date; with --limit 0 it asks nothing new",
-            )
-        pgschema.migrate(session, place.schema)
-
-
-@contextmanager
-def _refusing(place: Postgres) -> Iterator[None]:
-    """Tell a person that the ledger can't be opened."""
-    try:
-        yield
-    except (psycopg.Error, DatabaseFailed) as error:
-        raise Refused(f"{place}: the ledger cannot be opened: {said(error)}", _hint(error)) from error
-
-
-def _hint(error: BaseException) -> str:
-    text = str(error)
-    if "password" in text or "authentication" in text:
-        return "set PGPASSWORD, or keep the password in ~/.pgpass"
-    if isinstance(error, errors.InsufficientPrivilege) or "permission denied" in text:
-        return "grant CREATE on the database, or make the schema for this user"
-    if isinstance(error, errors.InvalidCatalogName) or "does not exist" in text:
-        return "make the database first: createdb"
-    return "is the server there, and does it let us in? psql with the same URL tells"
-
-
-@contextmanager
-def held(place: Postgres, wait_s: float) -> Iterator[None]:
-    """Hold the lock of a ledger, which dies with its connection; see `lock.hold`."""
-    with _refusing(place):
-        session = PostgresSession(place)
-    try:
-        end = time.monotonic() + wait_s
-        while not session.execute("SELECT pg_try_advisory_lock(?, hashtext(?))", (_LOCK, place.schema)).fetchone()[0]:
-            if wait_s >= 0 and time.monotonic() >= end:
-                raise LedgerLocked(f"{place}: another execution holds this ledger", LOCKED_HINT)
-            time.sleep(LOOK_EVERY_S)
-        yield
-    finally:
-        session.close()
-
-
-def is_held(place: Postgres) -> bool:
-    """Tell whether an execution holds the lock."""
-    with _refusing(place):
-        session = PostgresSession(place)
-        try:
-            (count,) = session.execute(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = ? "
-                "AND objid::bigint = (hashtext(?)::bigint & 4294967295) "
-                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-                (_LOCK, place.schema),
-            ).fetchone()
-            return bool(count)
-        finally:
-            session.close()

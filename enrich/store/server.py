@@ -8,9 +8,9 @@ from enrich.errors import JobError
 
 
 def postgres() -> ModuleType:
-    """Load `enrich.store.postgres`. Raises JobError when its driver was not installed."""
+    """Load `enrich.store.pgledger`. Raises JobError when its driver was not installed."""
     try:
-        from enrich.store import postgres as loaded  # noqa: PLC0415 - it would take its time from everybody
+        from enrich.store import pgledger as loaded  # noqa: PLC0415 - it would take its time from everybody
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise

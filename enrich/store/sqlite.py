@@ -57,6 +57,10 @@ class SqliteSession(sqlite3.Connection):
         """Begin a transaction that sees everything as it stands now."""
         self.execute("BEGIN")
 
+    def begin_temporary(self) -> None:
+        """Begin a transaction that writes to temporary tables alone."""
+        self.execute("BEGIN")
+
     def commit(self) -> None:
         """End it; what it wrote is durable."""
         self.execute("COMMIT")
@@ -73,6 +77,9 @@ class SqliteSession(sqlite3.Connection):
     def has_temporary(self, _: str) -> bool:
         """Say yes: there is one connection only."""
         return True
+
+    def hurry(self) -> None:
+        """Do nothing: a file is not waited for long."""
 
     def clear(self, table: str) -> None:
         """Empty a temporary table."""

@@ -1,0 +1,156 @@
+"""Workers of a crew that are actors of Ray, on whatever machine has room: both ends of what their boss hears of them.
+
+An actor is detached: Ray would kill it with the process that made it, and what it has on the wire would be in doubt.
+It leaves by itself when nobody has asked for long how far it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from enrich import __version__
+from enrich.crew import Hand, Hire, shared
+from enrich.errors import JobError
+from enrich.pace import Pace
+from enrich.place import Postgres
+from enrich.worker import Errand, Told, Word, Worker
+
+#: How often an actor is asked how far it is, in seconds.
+ASK_S = 0.2
+#: An actor that was not asked at so many looks, one a second, is alone.
+ALONE = 10
+#: Left alone, it waits so long for answers to its POSTs: cut off, they would be in doubt.
+ORPHAN_S = 5.0
+#: A worker waits more than it computes: more of them than cores find room.
+CPUS = 0.25
+#: It is told and asked while it works.
+AT_ONCE = 16
+
+
+class Actor:
+    """A worker, in a process of its own."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._ended = False
+        self._unasked = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def begin(self, version: str, errand: Errand) -> None:
+        """Begin with the errand. It comes as an argument of a call: those of a constructor Ray would keep."""
+        if version != __version__:
+            raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")
+        self._worker = Worker(errand)
+        self._tasks = [asyncio.create_task(self._work(self._worker)), asyncio.create_task(self._watch(self._worker))]
+
+    async def told(self) -> Told:
+        """Tell how far it is."""
+        self._unasked = 0
+        assert self._worker is not None  # noqa: S101 - it was begun
+        if (work := self._tasks[0]).done() and (error := work.exception()) is not None:
+            raise error
+        return self._worker.told(ended=self._ended)
+
+    async def say(self, word: Word) -> None:
+        """Go on as the word says."""
+        assert self._worker is not None  # noqa: S101 - it was begun
+        self._worker.obey(word)
+
+    async def _work(self, worker: Worker) -> None:
+        await worker.work()
+        self._ended = True
+
+    async def _watch(self, worker: Worker) -> None:
+        """Leave when nobody asks any more."""
+        while self._unasked < ALONE:
+            await asyncio.sleep(1.0)
+            self._unasked += 1
+        await worker.leave_alone(ORPHAN_S)
+        with suppress(Exception):
+            await self._tasks[0]
+        ray.actor.exit_actor()
+
+
+@dataclass(slots=True, eq=False)
+class Remote:
+    """An actor, as its boss knows it."""
+
+    actor: Any
+    heard: Callable[[Hand], None]
+    told: Told = field(default_factory=Told)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    listening: bool = False
+    why: str = "a worker of the cluster that ended"
+    _asking: asyncio.Task[None] | None = None
+
+    async def hand_over(self, errand: Errand) -> None:
+        """Tell it what to do; it may have to wait for room in the cluster."""
+        self._asking = asyncio.create_task(self._ask(errand))
+
+    def say(self, word: Word) -> None:
+        """Tell it how to go on, if it is still there."""
+        if self.listening and not self.gone.is_set():
+            self.actor.say.remote(word)
+
+    async def end(self) -> None:
+        """End it, if it is still there."""
+        with suppress(RayError, ValueError):
+            ray.kill(self.actor)
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+        self._go()
+
+    async def _ask(self, errand: Errand) -> None:
+        """Ask it again and again how far it is, until it is gone or its work is done."""
+        try:
+            await self.actor.begin.remote(__version__, errand)
+            self.listening = True
+            while not self.told.ended:
+                self.told = await self.actor.told.remote()
+                if self.told.ended:
+                    break
+                self.heard(self)
+                await asyncio.sleep(ASK_S)
+        except RayError as error:
+            self.why = _said(error)
+        self._go()
+
+    def _go(self) -> None:
+        if not self.gone.is_set():
+            self.gone.set()
+            self.heard(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AtCluster:
+    """Actors at a ledger on a server, spread over the machines of the cluster."""
+
+    ledger: Postgres
+    heirs: bool = True
+
+    @asynccontextmanager
+    async def sharing(self, pace: Pace) -> AsyncIterator[Hire]:
+        """Let actors that are made meanwhile share the pace."""
+        options = {"num_cpus": CPUS, "max_restarts": 0, "max_concurrency": AT_ONCE, "lifetime": "detached"}
+        made = ray.remote(Actor).options(**options, scheduling_strategy="SPREAD")
+        async with shared(self.ledger, pace):
+            yield lambda heard: Remote(made.remote(), heard)
+
+
+def _said(error: RayError) -> str:
+    """Say in a few words what Ray says in many."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    if isinstance(error, RayActorError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else "the actor died"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,55 @@
+"""Ray as the engine of an execution: its actors send and poll, its datasets read the input and write the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from enrich.cluster.actors import AtCluster
+from enrich.cluster.blocks import Pass
+from enrich.cluster.collect import collect_on_ray
+from enrich.cluster.enroll import enroll_on_ray
+from enrich.collector import Counted
+from enrich.engine import Enrolled
+from enrich.job import Job
+from enrich.model import Wish
+from enrich.place import Place, Postgres
+from enrich.question import Question
+from enrich.rows import Rows
+from enrich.store.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Ray:
+    """A cluster that we are connected to; see `enrich.engine.Engine`."""
+
+    ledger: Postgres
+    workers: int
+
+    @property
+    def carrier(self) -> AtCluster:
+        """Where workers come from."""
+        return AtCluster(self.ledger)
+
+    def enroll(  # noqa: PLR0913 - all of them travel
+        self,
+        job: Job,
+        rows: Rows,
+        question: Question,
+        wish: Wish,
+        *,
+        accept_doubts: bool,
+        check: Callable[[], None],
+    ) -> Enrolled:
+        """Enroll all rows in a pass that was begun; `check` may raise to give up."""
+        return enroll_on_ray(rows, self._pass(job, question, wish), accept_doubts=accept_doubts, check=check)
+
+    def collect(  # noqa: PLR0913, PLR0917 - likewise
+        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, check: Callable[[], None]
+    ) -> Counted:
+        """Write the output, a dataset."""
+        return collect_on_ray(rows, self._pass(job, question, wish), target, check=check)
+
+    def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
+        return Pass(job, question, wish, partial(Ledger, self.ledger))

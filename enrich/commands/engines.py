@@ -1,0 +1,82 @@
+"""The options that say who carries a run's work: this machine, or a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from enrich.errors import JobError
+from enrich.place import Postgres
+
+if TYPE_CHECKING:
+    from enrich.engine import Engine
+    from enrich.job import Job
+    from enrich.surroundings import Spread
+
+
+def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Read HOST:PORT."""
+    if value is not None and not value.rpartition(":")[2].isdecimal():
+        raise click.BadParameter("must be HOST:PORT, as `ray start --head` prints it")
+    if value is not None and "://" in value:
+        raise click.BadParameter("must be HOST:PORT without `ray://`: run it on a machine of the cluster")
+    return value
+
+
+CARRYING = (
+    click.option(
+        "--processes",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Send and poll with so many processes, when one core is the limit.",
+    ),
+    click.option("--engine", type=click.Choice(["ray"]), help="Let Ray carry the work; the ledger is in PostgreSQL."),
+    click.option(
+        "--address", callback=_address, metavar="HOST:PORT", help="The Ray cluster; default: one on this machine."
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Actors of Ray that send and poll; default: the CPUs."),
+)
+
+
+def carrying(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say who carries its work."""
+    for option in reversed(CARRYING):
+        command = option(command)
+    return command
+
+
+def spread_of(job: Job, engine: str | None, address: str | None, workers: int | None, processes: int) -> Spread | None:
+    """Put together over what the work is spread; None: this machine alone. Raises JobError when it can't be."""
+    from enrich.surroundings import Spread
+
+    if engine is None:
+        if address is not None or workers is not None:
+            raise click.UsageError("--address and --workers are for --engine ray")
+        return None
+    if processes > 1:
+        raise click.UsageError("--processes is for this machine alone, --workers for --engine ray: choose one")
+    if not isinstance(job.ledger, Postgres):
+        message = f"--engine ray needs a ledger that all workers reach, and this is a file: {job.ledger}"
+        raise job.error(["ledger"], message, "keep it in PostgreSQL: `ledger: postgresql://host/database`")
+    if find_spec("ray") is None:
+        raise JobError("--engine ray needs the extra `cluster`", "pip install 'databar-enrich[cluster]'")
+    return Spread(address, workers)
+
+
+@contextmanager
+def working(job: Job, spread: Spread | None) -> Iterator[Engine | None]:
+    """Have a Ray cluster at work while the block runs. Raises ClusterFailed when it can't be reached or started."""
+    if spread is None or not isinstance(job.ledger, Postgres):
+        yield None
+        return
+    from enrich.cluster.connection import connected
+
+    with connected(spread.address) as cpus:
+        from enrich.cluster.engine import Ray
+
+        yield Ray(job.ledger, spread.workers or cpus)
