@@ -463,7 +463,9 @@ cli.main()
 
 def test_who_needs_no_cluster_waits_for_none() -> None:
     """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
-    code = "import sys, enrich.pipeline, enrich.worker, enrich.report.gather; print({'psycopg', 'ray'} & set(sys.modules))"
+    code = (
+        "import sys, enrich.pipeline, enrich.worker, enrich.report.gather; print({'psycopg', 'ray'} & set(sys.modules))"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert told.stdout == "set()\n"
