@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,9 @@ def test_restarts_in_the_middle_make_no_move_twice(
     stop = threading.Event()
     made: list[str] = []
 
+    def reached(number: int) -> bool:
+        return len(made) > number
+
     async def ask(journal: Journal, asker: int) -> None:
         while not stop.is_set():
             name = f"{asker} {len(made)}"
@@ -56,8 +60,8 @@ def test_restarts_in_the_middle_make_no_move_twice(
 
     async def disturb() -> None:
         for _ in range(3):
-            seen = len(made)
-            await asyncio.to_thread(until, lambda seen=seen: len(made) > seen + 50)
+            enough = len(made) + 50
+            await asyncio.to_thread(until, partial(reached, enough))
             await asyncio.to_thread(own_postgres.restart, how)
         stop.set()
 
