@@ -41,6 +41,8 @@ BEGUN = (
 LAST = (
     "INSERT INTO commits (writer, number) VALUES (%s, 0) ON CONFLICT (writer) DO UPDATE SET at = now() RETURNING number"
 )
+#: Removes what is of no use any more, also that of those who were killed.
+DONE = "DELETE FROM commits WHERE writer = %s OR at < now() - interval '1 day'"
 #: Rows that come from the server at once when there are many.
 CHUNK = 10_000
 
@@ -244,7 +246,7 @@ class PostgresSession:
         """Let go of the database."""
         with suppress(psycopg.Error):
             if self._mark:
-                self._connection.execute("DELETE FROM commits WHERE writer = %s", (self._writer,))
+                self._connection.execute(DONE, (self._writer,))
         self._connection.close()
 
     def _connect(self) -> psycopg.Connection[Any]:
@@ -358,8 +360,6 @@ def _bring_up(session: PostgresSession, place: Postgres, *, read_only: bool, any
                 "a run brings it up to date; with --limit 0 it asks nothing new",
             )
         pgschema.migrate(session, place.schema)
-    if not read_only:
-        session.execute("DELETE FROM commits WHERE at < now() - interval '1 day'")
 
 
 @contextmanager
