@@ -101,7 +101,7 @@ class Watch:
             return None
         if not title.startswith("ray::"):
             return None
-        return WORKER if "Worker" in title else BLOCK
+        return WORKER if title.startswith("ray::Actor") else BLOCK
 
 
 def _anonymous_mib(pid: int) -> float:
