@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
-<<<<<<< HEAD
+import secrets
 import select
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-=======
-import secrets
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
->>>>>>> pg
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -99,18 +91,13 @@ class PostgresSession:
         """Connect. Raises psycopg.Error."""
         self.place = place
         self.fence = fence
-<<<<<<< HEAD
         self.looks_only = looks_only
         #: Not so where a transaction may read only, though it may write temporary rows.
         self._truncates = not looks_only
-        #: The number of the transaction that writes.
-        self._writes: str | None = None
-=======
         #: Who writes, by chance, and the number of the transaction that does.
         self._writer = secrets.randbits(62)
         self._mark = 0
         self._writes: int | None = None
->>>>>>> pg
         self._names = count()
         self._hurried = threading.Event()
         self._connection = self._connect()
@@ -167,14 +154,9 @@ class PostgresSession:
 
     def begin(self) -> None:
         """Begin a transaction that writes. Raises LeaseLost when its owner may write no more."""
-<<<<<<< HEAD
-        fence = self.fence
-        self._writes = None
-=======
         self._writes = None
         self._mark += 1
         owner = None if self.fence is None else self.fence.owner
->>>>>>> pg
         with failing():
             self._connection.execute("BEGIN")
             held = self._connection.execute(BEGUN, (self._writer, self._mark, owner)).fetchone()
