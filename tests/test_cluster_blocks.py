@@ -444,7 +444,7 @@ import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
 from pathlib import Path
-from enrich.cluster.engine import connected
+from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import Pass
 from enrich.model import Wish
@@ -464,7 +464,6 @@ with connected(None):
 
 def test_nothing_is_said_on_the_terminal(tmp_path: Path) -> None:
     """Neither a bar nor a log line: success is silent."""
-    pytest.importorskip("enrich.cluster.engine")
     lay(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", QUIET, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
