@@ -147,10 +147,8 @@ class AtCluster:
 
 def _said(error: RayError) -> str:
     """Say in a few words what Ray says in many."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
-        return f"{type(cause).__name__}: {cause}".splitlines()[0]
     if isinstance(error, RayActorError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[0] if lines else "the actor died"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return "an actor of the cluster died"
+    cause = getattr(error, "cause", None)
+    said = cause if isinstance(cause, Exception) else error
+    return f"{type(said).__name__}: {next(iter(str(said).splitlines()), '')}"
