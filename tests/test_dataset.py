@@ -17,9 +17,10 @@ import pytest
 
 from enrich.errors import JobError, Refused
 from enrich.place import Place, Url
-from enrich.spec import Output
+from enrich.spec import Input, Output
 from enrich.tables import dataset, storage
 from enrich.tables.manifest import MANIFEST
+from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, got, put
 from tests.harness import HEADER, Api, Office, people
@@ -204,6 +205,35 @@ def test_what_a_killed_run_sent_is_removed(tmp_path: Path) -> None:
     storage.remove(target, ["out/part-0000000000-abcdef01.parquet"])
     prepare(target, Path("/leads.csv"), "job")
     assert index(fetched(target, tmp_path / "fetched")) == [0, 1]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_what_was_replaced_and_is_there_yet_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
+    target = Url("s3", BUCKET, "out/")
+    written(target, 2)
+    with patch.object(storage, "remove", side_effect=Refused("the storage failed")):
+        write(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new=1)
+    assert len(list(storage.below(target))) == 3
+    assert [frame.height for frame in Source(target, Input(path=str(target))).batches()] == [3]
+    prepare(target, Path("/leads.csv"), "job")
+    assert index(fetched(target, tmp_path / "fetched")) == [0, 1, 2]
+
+
+def test_a_swap_that_fails_leaves_the_old_dataset(tmp_path: Path) -> None:
+    """At once, not only after the next start."""
+    written(tmp_path / "out", 2)
+    rename = Path.rename
+
+    def full(path: Path, to: Path) -> Path:
+        if path.name.endswith("enrich-parts"):
+            raise OSError(28, "No space left on device")
+        return rename(path, to)
+
+    with patch.object(Path, "rename", full), pytest.raises(Refused, match="No space left"):
+        write(tmp_path / "out", Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new=1)
+    assert index(tmp_path / "out") == [0, 1]
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])

@@ -84,6 +84,12 @@ def test_folders_that_name_other_columns_are_told(tmp_path: Path) -> None:
     assert told.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
 
 
+def test_folders_that_name_a_column_twice_are_told(tmp_path: Path) -> None:
+    """Nobody can tell which of them counts."""
+    folder = lay(tmp_path / "leads", "c=1/c=2/a.csv")
+    assert refused(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
+
+
 def test_files_of_another_format_are_told(tmp_path: Path) -> None:
     """A file that lies there by mistake is named, unless the format is said."""
     folder = lay(tmp_path / "leads", "a.parquet", "b.csv")
@@ -235,7 +241,7 @@ def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, mon
     with patch.object(storage, "fetch", side_effect=AssertionError):
         source = opened(url)
     assert list(source.schema) == ["A", "B"]
-    assert list(source.counted.values()) == ([500, 500] if ending == "parquet" else [])
+    assert list(source._counted.values()) == ([500, 500] if ending == "parquet" else [])
     assert [row for frame in source.batches() for row in frame.rows()] == [tuple(row) for row in leads * 2]
     header = ["A" * 2000, "B"]
     put(f"in/c.{ending}", save(tmp_path / f"a.{ending}", header, leads).read_bytes())

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle
 
-from enrich.cluster.source import Block, PartSource, from_block, one_cell, told
+from enrich.cluster.source import ArrowTable, PartSource, from_block, one_cell, told
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.job import Job
 from enrich.model import Wish
@@ -25,7 +25,7 @@ from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.tables.copies import Copies
 from enrich.tables.finding import Leaf
-from enrich.tables.parts import Part, divide
+from enrich.tables.parts import Part
 from enrich.tables.reading import Shape, count
 from enrich.tables.textfile import refusing
 
@@ -77,10 +77,7 @@ class Pass:
 
 def divided(rows: Rows, check: Check) -> list[Part]:
     """Divide the input; files that have to be read to be counted are counted in the cluster. Raises EnrichError."""
-    leaves, shape = rows.leaves, rows.shape
-    unknown = [leaf for leaf in leaves if leaf not in rows.counted]
-    counted = rows.counted | dict(zip(unknown, _counts(unknown, shape, check), strict=True))
-    return divide((leaf, counted[leaf]) for leaf in leaves)
+    return rows.parts(partial(_counts, rows.shape, check))
 
 
 def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], check: Check) -> Iterator[T]:
@@ -89,7 +86,7 @@ def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], chec
     A block may be worked on again when a machine is lost. `check` is called often, and may raise to give up.
     Raises what the work raises, and ClusterFailed.
     """
-    quieten()
+    _quieten()
     source = PartSource(parts, rows.shape)
     # Both in one task, which holds a block or two: what was read need not travel.
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.errands)), num_cpus=1).map_batches(
@@ -121,7 +118,7 @@ def _regained(ledger: Ledger, failure: BaseException) -> bool:
         return False
 
 
-def _work_on(block: Block, *, sample: Rows, work: Callable[[Rows], T]) -> Block:
+def _work_on(block: ArrowTable, *, sample: Rows, work: Callable[[Rows], T]) -> ArrowTable:
     """Work on a block; tell what came of it, or what went wrong."""
     done: list[T] | EnrichError
     try:
@@ -177,7 +174,7 @@ def _failed(error: Exception) -> EnrichError:
     return ClusterFailed(f"the cluster could not do its work: {type(error).__name__}: {said[:200]}", _AGAIN)
 
 
-def _counts(leaves: Sequence[Leaf], shape: Shape, check: Check) -> list[int]:
+def _counts(shape: Shape, check: Check, leaves: Sequence[Leaf]) -> list[int]:
     counting = ray.remote(num_cpus=1)(_count_there)
     refs = waiting = [counting.remote(leaf, shape) for leaf in leaves]
     counted: dict[Any, int] = {}
@@ -205,7 +202,7 @@ def _count_there(leaf: Leaf, shape: Shape) -> int | EnrichError:
         return told(error)
 
 
-def quieten() -> None:
+def _quieten() -> None:
     """Let Ray Data say nothing on the terminal, and leave the division of the input to us."""
     context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

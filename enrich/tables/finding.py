@@ -167,7 +167,10 @@ def _of_one_kind(leaves: list[Leaf]) -> list[Leaf]:
         if leaf.told.format != first.told.format:
             hint = "keep files of one format together, or set `format`"
             raise TableProblem(f"{leaf} is {CALLED[leaf.told.format]}, but {first} is not", hint)
-        if (names := [name for name, _ in leaf.says]) != [name for name, _ in first.says]:
+        names = [name for name, _ in leaf.says]
+        if len(set(names)) < len(names):
+            raise TableProblem(f"{leaf}: its folders name a column twice: {_named(names)}", "rename one of them")
+        if names != [name for name, _ in first.says]:
             message = f"{leaf}: its folders name {_named(names)}, those of {first} {_named([n for n, _ in first.says])}"
             raise TableProblem(message, "let the folders of all files name the same columns, in one order")
     return leaves

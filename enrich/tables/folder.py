@@ -53,7 +53,11 @@ class FolderDraft:
             if target.exists():
                 _check_still_ours(target)
                 target.rename(old)
-            grows.rename(target)
+            try:
+                grows.rename(target)
+            except OSError:
+                mend(target, self.job)
+                raise
             keep_names(target.parent)
         _remove(old)
 
@@ -75,7 +79,7 @@ def begin(target: Path, job: str) -> FolderDraft:
 def mend(target: Path, job: str) -> None:
     """Put right what a killed run left: the old dataset comes back if the new one did not take its place."""
     prefix = _old(job)
-    for old in list(target.parent.glob(f"{prefix}*")):
+    for old in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
         place = old.with_name(old.name.removeprefix(prefix))
         if place.exists():
             _remove(old)

@@ -16,7 +16,7 @@ from enrich.tables.finding import Leaf
 from enrich.tables.textfile import TableFile, TableProblem
 
 Schema = dict[str, pl.DataType]
-#: So many objects are asked about at a time.
+#: So many files are asked about at a time.
 AT_ONCE = 16
 
 
@@ -42,9 +42,9 @@ class Outline:
 
 
 def outlines(leaves: Sequence[Leaf], copies: Copies) -> list[Outline]:
-    """Read what the files say of themselves; of objects several at a time. Raises TableProblem, Refused."""
-    if len(leaves) == 1 or isinstance(leaves[0].where, Path):
-        return [_outline(leaf, copies) for leaf in leaves]
+    """Read what the files say of themselves, of several at a time. Raises TableProblem, Refused."""
+    if len(leaves) == 1:
+        return [_outline(leaves[0], copies)]
     with ThreadPoolExecutor(AT_ONCE, "outline") as pool:
         return list(pool.map(lambda leaf: _outline(leaf, Copies()), leaves))
 
@@ -80,15 +80,10 @@ def batches(
     leaf: Leaf, shape: Shape, copies: Copies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
     """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
-    said = dict(leaf.says)
+    said = [(name, value) for name, value in leaf.says if name in shape.said]
     for frame in _batches(copies.file(leaf), shape.columns, start, rows):
-        yield (
-            frame.hstack(
-                [pl.repeat(said[name], frame.height, dtype=pl.String, eager=True).alias(name) for name in shape.said]
-            )
-            if shape.said
-            else frame
-        )
+        more = [pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in said]
+        yield frame.hstack(more) if more else frame
 
 
 def count(leaf: Leaf, shape: Shape, copies: Copies) -> int:

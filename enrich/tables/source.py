@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from enrich.tables.parts import Part, divide
 from enrich.tables.reading import batches, common_shape, count, outlines
 from enrich.tables.textfile import TableProblem, refusing
 
+#: Counts the rows of files.
+Counting = Callable[[Sequence[Leaf]], Sequence[int]]
+
 
 class Source:
     """A table that can be read again and again; what is not a file of its own is copied to a private one."""
@@ -30,8 +33,8 @@ class Source:
             self.leaves = self._find(told)
             found = outlines(self.leaves, self._copies)
             self.shape = common_shape(self.leaves, found)
-        #: How many rows the files have that say it themselves.
-        self.counted = {
+        # Of the files that say it themselves.
+        self._counted = {
             leaf: outline.rows for leaf, outline in zip(self.leaves, found, strict=True) if outline.rows is not None
         }
         self.schema = self.shape.schema
@@ -74,14 +77,16 @@ class Source:
             for leaf in self.leaves:
                 yield from batches(leaf, self.shape, self._copies)
 
-    def parts(self) -> list[Part]:
-        """Divide the rows; files that are not Parquet are read to be counted. Raises Refused."""
+    def parts(self, counting: Counting | None = None) -> list[Part]:
+        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        unknown = [leaf for leaf in self.leaves if leaf not in self._counted]
         with refusing():
-            return divide((leaf, self._count(leaf)) for leaf in self.leaves)
+            rows = (counting or self._count)(unknown)
+        counted = self._counted | dict(zip(unknown, rows, strict=True))
+        return divide((leaf, counted[leaf]) for leaf in self.leaves)
 
-    def _count(self, leaf: Leaf) -> int:
-        known = self.counted.get(leaf)
-        return count(leaf, self.shape, self._copies) if known is None else known
+    def _count(self, leaves: Sequence[Leaf]) -> list[int]:
+        return [count(leaf, self.shape, self._copies) for leaf in leaves]
 
     @property
     def _is_several(self) -> bool:

@@ -74,9 +74,9 @@ def read(url: Url) -> bytes | None:
 def remove(url: Url, keys: list[str]) -> None:
     """Remove objects of a bucket. Raises Refused."""
     store = _store(url)
-    with _told(url):
-        for key in keys:
-            store.delete(key)
+    if keys:
+        with _told(url):
+            store.delete(keys)
 
 
 def check(url: Url) -> None:
