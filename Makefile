@@ -8,7 +8,7 @@ SHOW := import polars as pl; \
 	print(leads.select("First Name", "Last Name", "work_email", "enrich_status", "enrich_provider").head(8))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo week test stories cluster-tests check torture bench lint types layers fmt clean
+.PHONY: help demo demo-cluster week test stories cluster-tests check torture bench lint types layers fmt clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 		if [ $$code -ne 0 ] && [ $$code -ne 10 ]; then exit $$code; fi
 	@echo; $(BIN)/python -c '$(SHOW)'
 	@$(BIN)/enrich report jobs/leads.yaml --sandbox -o out/leads_report.html && echo 'Open out/leads_report.html for the picture.'
+
+demo-cluster: .venv/ray ## the same on PostgreSQL and Ray, three workers on this machine
+	@$(BIN)/python examples/cluster.py
 
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
 	$(BIN)/python examples/week.py
@@ -72,6 +75,10 @@ clean: ## remove .venv and caches; ledgers and outputs stay
 .venv/cluster: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,cluster]'
 	@touch $@ .venv/dev .venv/run
+
+.venv/ray: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cluster,report,sandbox]'
+	@touch $@ .venv/run
 
 .venv/bench: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench,report,sandbox]'

@@ -24,13 +24,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from benchmarks.meter import table
+from benchmarks.partitions import make_dataset
 from benchmarks.server import Server, serving
 from tests.postgres import Postgres, serving_alone
 
-COUNTRIES = ("AT", "CH", "DE", "ES", "FR", "GB", "IT", "US")
 JOB = """\
 version: 1
 name: dataset
@@ -51,29 +49,6 @@ HEADER = ("workers", "rows", "questions", "enroll", "work", "collect", "whole ru
 MIB = 1024 * 1024
 #: What Ray calls the processes that work for us: those that send and poll, and those that read and write blocks.
 WORKER, BLOCK = "worker", "block"
-
-
-def make_dataset(folder: Path, rows: int, questions: int, files: int) -> None:
-    """Write leads, partitioned by country; row r asks question r mod `questions`."""
-    per_file = -(-rows // files)
-    for number in range(files):
-        start, end = number * per_file, min(rows, (number + 1) * per_file)
-        lead = pl.int_range(start, end, eager=True)
-        asked = (lead % questions).cast(pl.String)
-        frame = pl.DataFrame(
-            {
-                "Lead": "L-" + lead.cast(pl.String),
-                "First Name": "First" + asked,
-                "Last Name": "Last" + asked,
-                "Company": "Company " + asked + ", Inc.",
-                "Website": "https://www.company" + asked + ".example/about",
-                "Phone": "+49 30 " + lead.cast(pl.String).str.zfill(8),
-                "Note": "met at a fair, hall " + (lead % 17).cast(pl.String),
-            }
-        )
-        place = folder / f"country={COUNTRIES[number % len(COUNTRIES)]}"
-        place.mkdir(parents=True, exist_ok=True)
-        frame.write_parquet(place / f"part-{number:05}.parquet", row_group_size=100_000)
 
 
 @dataclass
@@ -126,7 +101,7 @@ class Watch:
             return None
         if not title.startswith("ray::"):
             return None
-        return WORKER if "Worker" in title else BLOCK
+        return WORKER if title.startswith("ray::Actor") else BLOCK
 
 
 def _anonymous_mib(pid: int) -> float:

@@ -54,6 +54,9 @@ class Engine(Protocol):
     def carrier(self) -> Carrier:
         """Where they come from."""
 
+    def led_by(self, owner: int) -> Engine:
+        """Do the same for an execution, until the lease of the process that leads it ends."""
+
     def enroll(  # noqa: PLR0913 - all of them travel
         self,
         job: Job,

@@ -19,10 +19,9 @@ from enrich.privacy import Forgotten, read_suppression
 from enrich.question import Question
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
-from enrich.tables.finding import Leaf
 from enrich.tables.parts import Block, Part, Stretch
 from enrich.tables.reading import Shape
-from enrich.tables.source import Source
+from enrich.tables.source import Counting, Source
 
 #: What looks at other rows of a table than one's own; in quotes it is text or a column.
 _OTHER_ROWS = re.compile(r"\b(over|select)\b", re.IGNORECASE)
@@ -63,9 +62,9 @@ class Rows:
             return "`order_by` compares all rows"
         return None
 
-    def parts(self) -> list[Part]:
-        """Divide the rows; files that are not Parquet are read to be counted. Raises Refused."""
-        return self._whole.parts()
+    def parts(self, counting: Counting | None = None) -> list[Part]:
+        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        return self._whole.parts(counting)
 
     def part(self, part: Part) -> Rows:
         """Return the rows of one part, with their places in the whole; needs nothing but the part's file."""
@@ -84,11 +83,6 @@ class Rows:
     def _whole(self) -> Source:
         assert isinstance(self._source, Source)  # noqa: S101 - what is asked of a part is an error of ours
         return self._source
-
-    @property
-    def leaves(self) -> list[Leaf]:
-        """The files, in order."""
-        return self._whole.leaves
 
     @property
     def first(self) -> int:

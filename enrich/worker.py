@@ -26,10 +26,9 @@ from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
-from enrich.store.dialect import OUTAGE_S
 from enrich.store.journal import Journal
-from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
+from enrich.store.opening import leased
 
 #: How often a worker looks for tasks that nobody holds, in seconds.
 ADOPT_S = 1.0
@@ -163,10 +162,7 @@ class Worker:
         """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
         execution = self._execution
         try:
-            with (
-                Lease(place) as lease,
-                closing(Ledger(place, fence=lease.fence, patience_s=OUTAGE_S)) as ledger,
-            ):
+            with leased(place) as (ledger, lease):
                 execution.clock, execution.holds = lease, lease.holds
                 async with self._client() as client, Journal(ledger) as journal:
                     if not await journal.do(_goes_on, execution.id):

@@ -31,11 +31,16 @@ def serving_storage() -> Iterator[str]:
     server.stop()
 
 
+def pointing_to(endpoint: str) -> dict[str, str]:
+    """Name the variables that point a program to the server."""
+    variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    return variables | {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+
+
 @contextmanager
 def new_bucket(endpoint: str) -> Iterator[dict[str, str]]:
     """Point to the server, in which one bucket is new."""
-    variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
-    variables |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+    variables = pointing_to(endpoint)
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset")
         http.put(f"/{BUCKET}").raise_for_status()

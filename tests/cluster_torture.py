@@ -155,7 +155,7 @@ def torture(
     strikes: dict[str, int],
     seed: int,
     engine: str = "processes",
-    rate: int = 300,
+    rate: int = 60,
     faults: Iterable[str] = FAULTS,
 ) -> Report:
     """Run the job until all strikes are done and it has come to its end; judge it by the sandbox's audit."""

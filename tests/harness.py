@@ -120,6 +120,8 @@ def serving(state: Path, settings: SandboxSettings = CALM, port: int = 0, **chan
 #: Where the ledgers of a test lie, for a fixture `where`: in both places, or on the server among the long tests.
 BOTH = ("file", "server")
 BOTH_IN_TIME = ("file", pytest.param("server", marks=pytest.mark.long))
+#: For a test that is about the file in a module that is about both.
+IN_A_FILE = pytest.mark.parametrize("where", ["file"])
 
 
 @dataclass(frozen=True)

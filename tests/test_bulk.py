@@ -27,7 +27,7 @@ from enrich.store.database import Database
 from enrich.store.records import check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
-from tests.harness import HASTY, Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, people, serving, until
 from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
 
@@ -36,6 +36,12 @@ LEADS, SIZE = 25, 10
 FEW = 6
 #: What one request of the standard job may cost at worst, in credits.
 WORST = 3.51
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture
@@ -65,8 +71,7 @@ def accepted(api: Api) -> dict[str, int]:
 
 def bundles(office: Office) -> list[tuple[Any, ...]]:
     """Look at the bundles as a person does: size, credits, states."""
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        return db.execute("SELECT size, credits, states FROM readable_bundles ORDER BY id").fetchall()
+    return office.sql("SELECT size, credits, states FROM readable_bundles ORDER BY id")
 
 
 def told_the_truth(api: Api, office: Office, receipt: Receipt) -> None:
@@ -74,7 +79,7 @@ def told_the_truth(api: Api, office: Office, receipt: Receipt) -> None:
     audit = api.audit()
     assert audit["paid_twice"] == 0
     assert receipt.credits_spent == pytest.approx(audit["credits_charged"])
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 # One task for many
@@ -167,7 +172,7 @@ def test_a_lost_post_leaves_its_rows_in_doubt_and_no_others(api: Api, office: Of
 
     again = office.run(api, timing=HASTY)
     assert (again.exit_code, again.submitted, accepted(api)) == (Exit.IN_DOUBT, 0, before)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
     by_word = office.command("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
     assert (by_word.code, by_word.receipt["submitted"]) == (0, SIZE)
@@ -269,7 +274,7 @@ def test_rows_that_are_all_wrong_come_to_an_end(tmp_path: Path, office: Office, 
     with serving(tmp_path / "api.db", error_shape=shape) as api:
         receipt = office.run(api)
         assert (receipt.exit_code, receipt.failed, api.audit()["accepted"]) == (Exit.SOME_FAILED, LEADS, 0)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 # Answers
@@ -332,9 +337,7 @@ def test_a_task_that_failed_at_no_charge_is_asked_again(tmp_path: Path, office: 
 
 def tasks_of_each(office: Office) -> list[int]:
     """Count the tasks of each request."""
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        rows = db.execute("SELECT count(task_id) FROM attempts GROUP BY request_id").fetchall()
-    return [count for (count,) in rows]
+    return [count for (count,) in office.sql("SELECT count(task_id) FROM attempts GROUP BY request_id")]
 
 
 def test_a_price_that_is_not_told_is_not_known(tmp_path: Path, office: Office) -> None:
@@ -345,7 +348,7 @@ def test_a_price_that_is_not_told_is_not_known(tmp_path: Path, office: Office) -
 
     assert (receipt.credits_spent, receipt.credits_unknown) == (0, LEADS)
     assert (told["unknown_price"]["number"], told["unexplained"]) == (LEADS, 0)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_a_known_price_explains_the_balance(api: Api, office: Office) -> None:
@@ -372,7 +375,7 @@ def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> No
         assert api.audit()["accepted"] == LEADS
 
     assert (receipt.exit_code, receipt.expired, receipt.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 @pytest.mark.parametrize(
@@ -386,7 +389,7 @@ def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: in
         api.fault(parsed.name, 1, "post", **parsed.params)
         receipt = office.run(api, timing=HASTY)
     assert (receipt.exit_code, receipt.in_doubt) == (code, in_doubt)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
@@ -394,21 +397,20 @@ def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
         office.leave_at_the_api(api)
     # Old enough to be known by now.
-    with closing(sqlite3.connect(office.ledger_path)) as db, db:
-        assert db.execute("UPDATE attempts SET submitted_ms = submitted_ms - 600000 WHERE seen_alive").rowcount == LEADS
+    assert office.sql("SELECT count(*) FROM attempts WHERE seen_alive = 1") == [(LEADS,)]
+    office.sql("UPDATE attempts SET submitted_ms = submitted_ms - 600000")
     with serving(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
         receipt = office.run(other)
         assert other.audit()["accepted"] == 0
     assert (receipt.exit_code, receipt.expired, receipt.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_a_task_that_somebody_cancelled(tmp_path: Path, office: Office) -> None:
     """It failed; at no charge, so it is asked again, and paid for once."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
         office.leave_at_the_api(api)
-        with closing(sqlite3.connect(office.ledger_path)) as db:
-            (task_id,) = db.execute("SELECT task_id FROM attempts WHERE place = 0 LIMIT 1").fetchone()
+        ((task_id,),) = office.sql("SELECT task_id FROM attempts WHERE place = 0 LIMIT 1")
         url = f"{api.base_url}/tasks/{task_id}/cancel"
         httpx.post(url, headers={"x-apikey": api.api_key}, trust_env=False).raise_for_status()
         api.advance(1_000)
@@ -467,8 +469,8 @@ def test_few_tasks_are_on_the_wire(tmp_path: Path, office: Office) -> None:
 
 def on_the_wire(office: Office) -> int:
     """Count the requests whose POST was not answered yet."""
-    with closing(sqlite3.connect(f"{office.ledger_path.as_uri()}?mode=ro", uri=True)) as db:
-        return int(db.execute("SELECT count(*) FROM attempts WHERE state = 'submitting'").fetchone()[0])
+    ((count,),) = office.sql("SELECT count(*) FROM attempts WHERE state = 'submitting'")
+    return int(count)
 
 
 def test_what_was_claimed_and_not_sent_waits_again(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,7 +507,7 @@ def test_old_answers_are_asked_again(api: Api, office: Office) -> None:
     receipt = office.run(api)
 
     assert (receipt.exit_code, receipt.submitted) == (0, misses)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 # Interrupted, and continued otherwise
@@ -528,7 +530,7 @@ def test_killed_with_tasks_on_the_wire(api: Api, office: Office, fault: str) -> 
     assert (receipt.exit_code, receipt.in_doubt) == (Exit.IN_DOUBT, BULK_POSTS_ON_THE_WIRE * SIZE)
     assert receipt.submitted == 100 - BULK_POSTS_ON_THE_WIRE * SIZE
     assert (api.audit()["accepted_more_than_once"], api.audit()["paid_twice"]) == (0, 0)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_killed_while_tasks_run(tmp_path: Path, office: Office) -> None:
@@ -564,6 +566,7 @@ def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str)
         assert (receipt.exit_code, receipt.submitted, api.audit()["accepted"]) == (0, 0, FEW + 7)
 
 
+@IN_A_FILE
 def test_a_ledger_that_knows_no_bundles_goes_on(
     tmp_path: Path, office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,7 +585,7 @@ def test_a_ledger_that_knows_no_bundles_goes_on(
         status = office.command("status", "job.yaml", "--json").receipt
         assert status["credits_spent"] == pytest.approx(api.audit()["credits_charged"])
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (FEW + SIZE, 0)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def age(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,10 +625,9 @@ def test_nights_of_faults_add_up_to_the_bill(tmp_path: Path, office: Office) -> 
         for night in range(1, 4):
             office.write_leads(people(40 * night))
             spent += office.run(api, timing=HASTY).credits_spent
-            assert check(office.ledger_path).problems == []
+            assert check(office.place).problems == []
         audit = api.audit()
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        known = {task_id for (task_id,) in db.execute("SELECT task_id FROM attempts")}
+    known = {task_id for (task_id,) in office.sql("SELECT task_id FROM attempts")}
     doubts = sum(run["credits"] for run in audit["runs"] if not known.issuperset(run["task_ids"]))
     assert audit["faults"]["reset-after"] > 0
     assert audit["paid_twice"] == 0
@@ -640,8 +642,7 @@ def test_forgetting_one_of_a_task_erases_what_was_said_of_all(tmp_path: Path, of
     office.write_leads(people(SIZE))
     with serving(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
         office.run(api)
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        (raw,) = db.execute("SELECT answer FROM attempts WHERE answer IS NOT NULL").fetchone()
+    raw, *_ = (raw for (raw,) in office.sql("SELECT answer FROM attempts WHERE answer IS NOT NULL"))
     emails = [row["email"] for row in json.loads(raw)["bundle"]["data"]]
     assert emails
     assert all(email.encode() in bytes_of(office) for email in emails)
@@ -649,7 +650,7 @@ def test_forgetting_one_of_a_task_erases_what_was_said_of_all(tmp_path: Path, of
     assert forget(office, "First Name=First7") == 1
 
     assert not any(email.encode() in bytes_of(office) for email in emails)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_forgetting_one_leaves_the_answers_of_the_others(api: Api, office: Office) -> None:
@@ -663,20 +664,18 @@ def test_forgetting_one_leaves_the_answers_of_the_others(api: Api, office: Offic
     office.command("collect", "job.yaml")
     after = {row["First Name"]: row["work_email"] for row in office.output()}
     assert after == before | {name: ""}
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_what_is_old_is_purged_with_its_task(tmp_path: Path, office: Office) -> None:
     """Also when the first of the task was asked again since."""
     with serving(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
         office.run(api)
-        with closing(sqlite3.connect(office.ledger_path)) as db, db:
-            db.execute("UPDATE attempts SET settled_ms = settled_ms - 864000000")
-            db.execute("UPDATE bundles SET settled_ms = settled_ms - 864000000")
+        office.sql("UPDATE attempts SET settled_ms = settled_ms - 864000000")
+        office.sql("UPDATE bundles SET settled_ms = settled_ms - 864000000")
         office.run(api, Options(retry=frozenset({State.FAILED}), limit=1))
     done = office.command("purge", "job.yaml", "--older-than", "5d", "--yes", "--json")
 
     assert done.code == 0, done.stderr
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        left = db.execute("SELECT b.size FROM attempts a JOIN bundles b ON b.id = a.bundle_id WHERE a.answer NOT NULL")
-        assert [size for (size,) in left] == [1]
+    left = office.sql("SELECT b.size FROM attempts a JOIN bundles b ON b.id = a.bundle_id WHERE a.answer IS NOT NULL")
+    assert left == [(1,)]

@@ -13,10 +13,16 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused
 from enrich.spec import Canary
 from enrich.surroundings import Options
-from tests.harness import Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, Office, kill, people, serving, until
 
 LEADS = 30
 CANARY = "{rows: 6, min_hit_rate: 0.5}"
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture

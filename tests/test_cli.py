@@ -459,3 +459,13 @@ cli.main()
     command = [sys.executable, "-m", "importing"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_who_needs_no_cluster_waits_for_none() -> None:
+    """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
+    code = (
+        "import sys, enrich.pipeline, enrich.worker, enrich.report.gather; print({'psycopg', 'ray'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert told.stdout == "set()\n"

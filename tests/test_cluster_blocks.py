@@ -18,6 +18,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
 import pytest
@@ -26,12 +27,16 @@ from enrich.collector import Collector
 from enrich.errors import EnrichError, JobError, LedgerFailed, Refused
 from enrich.job import load_job
 from enrich.model import Call, Decision, RowStatus, Wish
-from enrich.place import LedgerPlace, locate_ledger
+from enrich.place import LedgerPlace, Url, locate_ledger
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.spec import Input
 from enrich.store.ledger import Ledger
+from enrich.tables import storage
+from enrich.tables.source import Source
 from tests import postgres as servers
 from tests.books import FOUND, MISSED, Books
+from tests.buckets import BUCKET, pointing_to, put
 from tests.harness import until
 from tests.tables import load, save
 
@@ -49,19 +54,20 @@ NAMES = [f"person {number % 40}" for number in range(150)]
 
 
 @pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    """Start Ray on this machine, with two processes at work."""
+def _ray(endpoint: str) -> Iterator[None]:
+    """Start Ray on this machine, with two processes at work that find the storage."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # noqa: PLC0415 - it reads its settings when it is imported
 
-    ray.init(
-        "local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=100 << 20,
-    )
+    with patch.dict(os.environ, pointing_to(endpoint)):
+        ray.init(
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=100 << 20,
+        )
     yield
     ray.shutdown()
 
@@ -76,9 +82,12 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "ROWS", 25)
 
 
-def opened(place: LedgerPlace, environ: dict[str, str]) -> Ledger:
-    """Open a ledger in a process of Ray, which was started before the server."""
+def opened(place: LedgerPlace, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+    """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
     os.environ.update(environ)
+    if seen is not None:
+        with seen.open("a") as file:
+            file.write(f"{os.getpid()}\n")
     return Ledger(place)
 
 
@@ -100,7 +109,7 @@ def taken(folder: Path, books: Books, wish: Wish, environ: dict[str, str] | None
     """Make the pass that blocks take part in."""
     from enrich.cluster.blocks import Pass  # noqa: PLC0415 - as above
 
-    opening = partial(opened, books.place, environ or {"PGPASSWORD": os.environ.get("PGPASSWORD", "")})
+    opening = partial(opened, books.place, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen")
     return Pass(load_job(folder / "job.yaml"), QUESTION, wish, opening)
 
 
@@ -171,6 +180,8 @@ def test_a_cluster_enrolls_what_one_process_enrolls(
         assert queue_of(books) == queue_of(other) != []
         assert told == sorted(told)
         assert told[-1] == 150
+        processes = (tmp_path / "seen").read_text().splitlines()
+        assert len(processes) == len(set(processes)), "each process opens the ledger once"
 
 
 def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Books) -> None:
@@ -197,6 +208,30 @@ def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Boo
     assert [row for part in parts for row in load(part)[1:]] == load(next((tmp_path / "one").glob("*.parquet")))[1:]
     assert {part.stat().st_mode & 0o777 for part in parts} == {0o600}
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.usefixtures("bucket")
+def test_a_cluster_reads_from_a_storage_and_writes_to_one(tmp_path: Path, books: Books, kind: str) -> None:
+    """Every task fetches what it reads, and sends what it writes."""
+    from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
+
+    lay(tmp_path, kind)
+    for path in (tmp_path / "leads").rglob(f"*.{kind}"):
+        put(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    (tmp_path / "job.yaml").write_text(JOB.replace("leads/", f"s3://{BUCKET}/leads/"))
+    rows = Rows(load_job(tmp_path / "job.yaml"))
+    books.start()
+    assert together(tmp_path, rows, books, Wish()).rows == 150
+    target = Url("s3", BUCKET, "out/")
+    for _ in range(2):
+        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target)
+        assert counted.statuses == {RowStatus.PENDING: 150}
+    source = Source(target, Input(path=str(target)))
+    written = pl.concat(source.batches())
+    assert written["enrich_index"].to_list() == list(range(150))
+    assert written["A"].to_list() == NAMES
+    assert len(list(storage.below(target))) == len(source.leaves) + 1
 
 
 def test_no_rows_are_a_dataset_too(tmp_path: Path, books: Books) -> None:
@@ -356,8 +391,9 @@ def test_a_ledger_that_is_gone_is_told(tmp_path: Path, books: Books) -> None:
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
-    broken = replace(taken(tmp_path, books, Wish()), opening=partial(opened, tmp_path / "none" / "ledger.db" / "x", {}))
     (tmp_path / "none").touch()
+    opening = partial(opened, tmp_path / "none" / "ledger.db", {})
+    broken = replace(taken(tmp_path, books, Wish()), opening=opening)
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken)
     assert "ledger" in caught.value.message
@@ -438,11 +474,14 @@ import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
 from pathlib import Path
-from enrich.cluster.engine import connected
+from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import Pass
 from enrich.model import Wish
+from enrich.spec import Input
 from enrich.store.ledger import Ledger
+from enrich.tables import storage
+from enrich.tables.source import Source
 from tests.test_cluster_blocks import QUESTION, opened, rows_of
 from enrich.job import load_job
 import sys
@@ -458,7 +497,6 @@ with connected(None):
 
 def test_nothing_is_said_on_the_terminal(tmp_path: Path) -> None:
     """Neither a bar nor a log line: success is silent."""
-    pytest.importorskip("enrich.cluster.engine")
     lay(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", QUIET, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100

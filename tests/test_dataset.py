@@ -17,9 +17,10 @@ import pytest
 
 from enrich.errors import JobError, Refused
 from enrich.place import Place, Url
-from enrich.spec import Output
+from enrich.spec import Input, Output
 from enrich.tables import dataset, storage
 from enrich.tables.manifest import MANIFEST
+from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, got, put
 from tests.harness import HEADER, Api, Office, people
@@ -206,6 +207,35 @@ def test_what_a_killed_run_sent_is_removed(tmp_path: Path) -> None:
     assert index(fetched(target, tmp_path / "fetched")) == [0, 1]
 
 
+@pytest.mark.usefixtures("bucket")
+def test_what_was_replaced_and_is_there_yet_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
+    target = Url("s3", BUCKET, "out/")
+    written(target, 2)
+    with patch.object(storage, "remove", side_effect=Refused("the storage failed")):
+        write(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new=1)
+    assert len(list(storage.below(target))) == 3
+    assert [frame.height for frame in Source(target, Input(path=str(target))).batches()] == [3]
+    prepare(target, Path("/leads.csv"), "job")
+    assert index(fetched(target, tmp_path / "fetched")) == [0, 1, 2]
+
+
+def test_a_swap_that_fails_leaves_the_old_dataset(tmp_path: Path) -> None:
+    """At once, not only after the next start."""
+    written(tmp_path / "out", 2)
+    rename = Path.rename
+
+    def full(path: Path, to: Path) -> Path:
+        if path.name.endswith("enrich-parts"):
+            raise OSError(28, "No space left on device")
+        return rename(path, to)
+
+    with patch.object(Path, "rename", full), pytest.raises(Refused, match="No space left"):
+        write(tmp_path / "out", Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new=1)
+    assert index(tmp_path / "out") == [0, 1]
+    assert names(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
 @pytest.mark.parametrize("known", [True, False])
 def test_what_we_did_not_write_is_never_replaced(target: Place, strange: str, *, known: bool) -> None:
@@ -219,7 +249,7 @@ def test_what_we_did_not_write_is_never_replaced(target: Place, strange: str, *,
         (target / strange).parent.mkdir(parents=True, exist_ok=True)
         (target / strange).write_text("precious")
     if begun is not None:
-        with pytest.raises(JobError, match="the output would replace a folder that has other files in it"):
+        with pytest.raises(Refused, match="the output would replace a folder that has other files in it"):
             begun.finish([begun.write_part(0, SCHEMA, frames(1))])
         begun.discard()
     with pytest.raises(JobError) as caught:

@@ -9,8 +9,15 @@ from unittest.mock import patch
 
 import pytest
 
+from enrich.store.copying import TABLES
 from enrich.store.records import check
-from tests.harness import Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people, serving
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture
@@ -21,18 +28,17 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 @pytest.fixture
-def office(tmp_path: Path, api: Api) -> Office:
+def office(office: Office, api: Api) -> Office:
     """A job with six leads, three of them answered."""
-    office = Office(tmp_path / "office")
-    office.folder.mkdir()
-    office.write_job()
     office.write_leads(people(6))
     assert office.command("run", "job.yaml", "--limit", "3", api=api).code == 0
     return office
 
 
 def bytes_of(office: Office) -> bytes:
-    """All that the ledger's files hold."""
+    """All that the ledger's files hold; on a server, all that its tables tell."""
+    if office.server:
+        return repr([office.sql(f"SELECT * FROM {table}") for table in TABLES]).encode()
     return b"".join(path.read_bytes() for path in office.ledger_path.parent.glob("job.db*"))
 
 
@@ -55,13 +61,18 @@ def test_a_forgotten_person_is_in_no_byte_of_the_ledger(office: Office) -> None:
     for trace in (b"First1", b"company1.example", email.encode(), office.output()[1]["enrich_task_id"].encode()):
         assert trace not in bytes_of(office)
     assert b"First0" in bytes_of(office)
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_who_reads_the_ledger_as_it_was_keeps_the_person_in_it(office: Office) -> None:
     """A long report, say: that is told, and the same command takes her out when it has ended."""
     words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-    with closing(office.ledger()) as report, report.still(), patch("enrich.store.sqlite.PATIENCE_S", 0.1):
+    with (
+        closing(office.ledger()) as report,
+        report.still(),
+        patch("enrich.store.sqlite.PATIENCE_S", 0.1),
+        patch("enrich.store.postgres.SEEN_S", 0.1),
+    ):
         assert report.counts()
         refused = office.command(*words)
     kept = b"First1" in bytes_of(office)
@@ -132,6 +143,7 @@ def test_who_waits_at_the_api_is_not_forgotten_yet(tmp_path: Path) -> None:
     assert (done.code, "wait at the API" in done.stderr) == (5, True)
 
 
+@IN_A_FILE
 def test_without_the_key_nothing_is_asked(office: Office, api: Api) -> None:
     """Those who were forgotten could not be told from new leads."""
     forget(office, "First Name=First1")
@@ -144,6 +156,7 @@ def test_without_the_key_nothing_is_asked(office: Office, api: Api) -> None:
 
 
 @pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
+@IN_A_FILE
 def test_another_key_is_not_believed(office: Office, api: Api, key: bytes | None) -> None:
     """Neither a run nor the next wish to be forgotten goes on with it: the first would be asked about again."""
     forget(office, "First Name=First1")
@@ -195,7 +208,7 @@ def test_what_was_purged_is_not_bought_again(office: Office, api: Api) -> None:
     again = office.command("run", "job.yaml", "--json", api=api)
     assert (again.receipt["submitted"], again.receipt["reused"]) == (3, 3)
     assert all("purged" in row["enrich_error"] and not row["work_email"] for row in office.output()[:3])
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_what_was_purged_can_be_refreshed(office: Office, api: Api) -> None:
@@ -208,7 +221,7 @@ def test_what_was_purged_can_be_refreshed(office: Office, api: Api) -> None:
 
     assert (done.code, done.receipt["submitted"]) == (0, 6)
     assert [row["work_email"] for row in office.output()[:3]] == [row["work_email"] for row in before[:3]]
-    assert check(office.ledger_path).problems == []
+    assert check(office.place).problems == []
 
 
 def test_younger_answers_stay(office: Office) -> None:

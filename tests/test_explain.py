@@ -12,9 +12,15 @@ from enrich.model import State
 from enrich.spec import Policy, Refresh
 from enrich.store.lock import hold
 from enrich.surroundings import Options
-from tests.harness import Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, kill, people, serving, until
 
 DAY = 86_400
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def tell(office: Office, *which: str) -> dict[str, Any]:
@@ -305,6 +311,7 @@ def test_a_column_may_have_an_equals_sign_in_its_name(office: Office) -> None:
     assert [row["row"] for row in tell(office, "--match", "a=b=2")["rows"]] == [1]
 
 
+@IN_A_FILE
 def test_nothing_is_taken_or_changed(api: Api, office: Office) -> None:
     """It needs neither the lock nor the network, and leaves the ledger as it is."""
     office.write_leads(people(2))
@@ -312,7 +319,7 @@ def test_nothing_is_taken_or_changed(api: Api, office: Office) -> None:
     before = office.ledger_path.read_bytes()
     calls = api.audit()["requests"]
 
-    with hold(office.ledger_path, 0):
+    with hold(office.place, 0):
         shown(office, "--row", "1")
 
     assert office.ledger_path.read_bytes() == before

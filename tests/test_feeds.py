@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture

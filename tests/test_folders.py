@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
 import pytest
@@ -12,10 +13,10 @@ import pytest
 from enrich.errors import JobError, Refused
 from enrich.job import load_job
 from enrich.place import Url
-from enrich.spec import Input
-from enrich.tables import storage
+from enrich.spec import Input, Output
+from enrich.tables import copies, dataset, storage
 from enrich.tables.source import Source
-from enrich.tables.writing import prepare
+from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, put
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import INPUTS, save
@@ -81,6 +82,12 @@ def test_folders_that_name_other_columns_are_told(tmp_path: Path) -> None:
     folder = lay(tmp_path / "leads", "c=1/a.csv", "c=2/d=3/a.csv")
     told = refused(folder)
     assert told.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
+
+
+def test_folders_that_name_a_column_twice_are_told(tmp_path: Path) -> None:
+    """Nobody can tell which of them counts."""
+    folder = lay(tmp_path / "leads", "c=1/c=2/a.csv")
+    assert refused(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
 
 
 def test_files_of_another_format_are_told(tmp_path: Path) -> None:
@@ -220,6 +227,40 @@ def test_an_object_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert refused(Url("s3", BUCKET, "in/")).message == (
         f"s3://{BUCKET}/in/c.csv: its header differs from that of s3://{BUCKET}/in/a.csv: `A` is missing, `B` is new"
     )
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv.gz"])
+def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns, and of Parquet the number of rows; unless that little does not say it."""
+    leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
+    for name in ("in/a", "in/b"):
+        put(f"{name}.{ending}", save(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
+    url = Url("s3", BUCKET, "in/")
+    monkeypatch.setattr(copies, "SMALL", 1000)
+    with patch.object(storage, "fetch", side_effect=AssertionError):
+        source = opened(url)
+    assert list(source.schema) == ["A", "B"]
+    assert list(source._counted.values()) == ([500, 500] if ending == "parquet" else [])
+    assert [row for frame in source.batches() for row in frame.rows()] == [tuple(row) for row in leads * 2]
+    header = ["A" * 2000, "B"]
+    put(f"in/c.{ending}", save(tmp_path / f"a.{ending}", header, leads).read_bytes())
+    assert refused(url).message.startswith(f"s3://{BUCKET}/in/c.{ending}: its header differs")
+    put(f"in/c.{ending}", b"PAR1" + b"\0" * 5000 + b"\xff\xff\xff\x7fPAR1")
+    assert f"s3://{BUCKET}/in/c.{ending}" in refused(url).message
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_dataset_of_ours_is_what_its_manifest_says() -> None:
+    """Parts of a writer that is at work are none of it; a part that is missing is told."""
+    target = Url("s3", BUCKET, "out/")
+    frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
+    write(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new=1)
+    dataset.begin(target, "job").write_part(0, frame.schema, [frame])
+    assert read(target) == [("x", 0)]
+    (key,) = [leaf.where.key for leaf in opened(target).leaves if isinstance(leaf.where, Url)]
+    storage.remove(target, [key])
+    assert refused(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
 def test_a_run_reads_a_folder_of_a_storage(office: Office, api: Api, bucket: dict[str, Any], tmp_path: Path) -> None:

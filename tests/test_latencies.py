@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +12,13 @@ from enrich.store.database import Database
 from enrich.store.ledger import Ledger
 from enrich.store.records import check
 from tests.books import CALL, Books
-from tests.harness import Office, people, serving
+from tests.harness import BOTH_IN_TIME, Office, people, serving
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def test_what_was_learned_is_remembered_by_call(tmp_path: Path) -> None:
@@ -44,8 +49,7 @@ def test_the_second_night_knows_when_to_ask(tmp_path: Path) -> None:
             polls.append(receipt.polls)
     assert polls[1] < polls[0]
     assert polls[1] <= 1.5 * 30
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        ((rows, seconds),) = db.execute("SELECT count(*), sum(seconds * answers) / sum(answers) FROM latencies")
+    ((rows, seconds),) = office.sql("SELECT count(*), sum(seconds * answers) / sum(answers) FROM latencies")
     assert rows < 151
     assert 0.5 < seconds < 1.5
 

@@ -9,9 +9,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.harness import HEADER, JOB, Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, HEADER, JOB, Api, Office, people, serving
 
 MERGING = JOB.replace("work_email: email", "Email: email")
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 @pytest.fixture

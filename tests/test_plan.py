@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,20 @@ from enrich.job import load_job
 from enrich.model import ASKED, Decision, State
 from enrich.plan import make_plan
 from enrich.planfile import FrozenPlan, read_plan, write_plan
+from enrich.store.database import exists
 from enrich.store.lock import hold
 from enrich.surroundings import Options
-from tests.harness import Api, Done, Office, people, serving
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Done, Office, people, serving
 
 #: What one request of the standard job may cost at worst, in credits.
 WORST = 3.51
 PAID = {decision.value for decision in ASKED}
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def planned(office: Office, api: Api, options: Options | None = None, rows: Path | None = None) -> Plan:
@@ -60,8 +66,7 @@ def accepted(api: Api) -> dict[str, int]:
 
 def alter(office: Office, sql: str) -> None:
     """Change the ledger behind the program's back."""
-    with closing(sqlite3.connect(office.ledger_path)) as db, db:
-        db.execute(sql)
+    office.sql(sql)
 
 
 # What a run does is what the plan said
@@ -117,7 +122,7 @@ def played(api: Api, case: Case, number: int) -> Iterator[Office]:
                 api.heal()
             elif what in ("limit", "sample"):
                 office.run(api, Options(limit=count) if what == "limit" else Options(sample=count))
-            elif office.ledger_path.exists():
+            elif exists(office.place):
                 alter(office, HISTORY[what].format(count=count))
         office.write_job(**case.job)
         yield office
@@ -243,6 +248,7 @@ def test_the_rows_of_an_earlier_plan_are_replaced(api: Api, office: Office) -> N
     assert (office.folder / "again.csv").read_text() == (office.folder / "rows.csv").read_text()
 
 
+@IN_A_FILE
 def test_the_rows_replace_neither_the_job_nor_the_input(api: Api, office: Office) -> None:
     """Nor a ledger: exit 2, and the files stay."""
     office.write_leads(people(2))
@@ -335,6 +341,7 @@ def test_it_costs_nothing_and_leaves_nothing(api: Api, office: Office) -> None:
     assert api.audit()["accepted"] == 0
 
 
+@IN_A_FILE
 def test_it_changes_no_ledger(api: Api, office: Office) -> None:
     """Looking leaves every byte of it as it was."""
     office.write_leads(people(3))
@@ -350,7 +357,7 @@ def test_it_looks_while_a_run_is_at_work(api: Api, office: Office) -> None:
     """The lock is the run's; the plan says that it may be overtaken, and none can be frozen."""
     office.write_leads(people(3))
     office.run(api, Options(limit=1))
-    with hold(office.ledger_path, 0):
+    with hold(office.place, 0):
         done = plan(office, api)
         frozen = plan(office, api, "-o", "night.plan")
 
@@ -484,6 +491,7 @@ def test_what_is_no_plan_is_refused(api: Api, office: Office, content: str) -> N
     assert (done.code, "no plan of this version" in done.stderr) == (JobError.exit_code, True)
 
 
+@IN_A_FILE
 def test_a_plan_replaces_only_a_plan(api: Api, office: Office) -> None:
     """`-o` with the name of the input, the job or the ledger destroys nothing."""
     office.write_leads(people(2))

@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from enrich.pulse import MOST_BINS, Counts, Doing, Meter, Pulse, Traffic, read_pulse
 from enrich.store.ledger import Ledger
 from enrich.surroundings import Options
-from tests.harness import Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
 
 #: Seconds until the next tick, and what happened until then.
 TICKS = st.lists(
     st.tuples(st.floats(0, 5_000) | st.floats(0, 3), st.builds(Counts, *[st.integers(0, 500)] * 4)),
     max_size=60,
 )
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def add(one: Counts, other: Counts) -> Counts:
@@ -188,7 +194,7 @@ def test_nothing_is_written_after_the_end(api: Api, office: Office) -> None:
     office.write_leads(people(1))
     office.run(api)
     before = pulse_of(office)
-    ledger = Ledger(office.ledger_path)
+    ledger = Ledger(office.place)
     with ledger.transaction():
         ledger.write_pulse(1, json.dumps({"late": True}))
     ledger.close()

@@ -10,7 +10,13 @@ from enrich.difference import compare
 from enrich.errors import Exit
 from enrich.model import MICROS, State
 from enrich.surroundings import Options, Progress
-from tests.harness import HASTY, Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def credits_(amount: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -24,12 +23,18 @@ from enrich.report.nights import latencies
 from enrich.store.lock import hold
 from enrich.watch.outcome import Target
 from tests.books import FREE_FAILURE, MISSED, Books
-from tests.harness import CALM, Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, CALM, Api, Office, kill, people, serving, until
 from tests.reports import marked, told
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = Target("job.yaml --output out.csv", "job.yaml")
 CREDIT = 1_000_000
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def gathered(office: Office, now: datetime = NOW, **more: Any) -> Report:
@@ -261,9 +266,7 @@ def test_other_columns_judge_the_same_answers(done: Office) -> None:
 
 def test_an_old_description_of_the_waterfall_is_no_hindrance(done: Office) -> None:
     """One that nobody understands is as good as none: then nothing is presumed."""
-    with closing(sqlite3.connect(done.ledger_path)) as db:
-        db.execute("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
-        db.commit()
+    done.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
     report = told(done)
 
     assert report["nights"][0]["found"] == report["requests"]["found"]
@@ -288,9 +291,9 @@ def test_purged_and_forgotten_leads_are_not_known(done: Office) -> None:
 def test_a_run_at_work_is_told_as_such(office: Office) -> None:
     """What is committed is shown, and whoever holds the lock is no killed one."""
     office.write_leads(people(2))
-    books = Books.open(office.ledger_path).begin(1, 2)
+    books = Books.open(office.place).begin(1, 2)
     books.submit()
-    with hold(office.ledger_path, 0), books.ledger.transaction():
+    with hold(office.place, 0), books.ledger.transaction():
         books.ledger.claim(books.execution, 1, 1)
         report = told(office)
     books.ledger.close()
@@ -308,7 +311,7 @@ def test_a_run_at_work_is_told_as_such(office: Office) -> None:
 
 def test_a_failure_that_was_taken_back_is_no_fate(office: Office) -> None:
     """Failed at no charge, asked again, found: one request, one hit."""
-    books = Books.open(office.ledger_path).begin(1, 2, 3)
+    books = Books.open(office.place).begin(1, 2, 3)
     assert books.settle(books.submit(), FREE_FAILURE) is State.PENDING
     assert books.settle(books.submit()) is State.FOUND
     assert books.settle(books.submit(), MISSED) is State.NOT_FOUND
@@ -428,9 +431,7 @@ def test_traffic_is_what_the_run_wrote_down(done: Office) -> None:
     assert sum(heard["traffic"]["polls"]) == heard["nights"][0]["polls"]
     assert (sum(heard["traffic"]["submitted"]), sum(heard["traffic"]["answered"])) == (12, 12)
 
-    with closing(sqlite3.connect(done.ledger_path)) as db:
-        db.execute("UPDATE executions SET pulse = '{}'")
-        db.commit()
+    done.sql("UPDATE executions SET pulse = '{}'")
 
     derived = told(done)["traffic"]
     assert (derived["execution"], sum(derived["submitted"]), sum(derived["answered"])) == (1, 12, 12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sqlite3
 import subprocess
 import time
 from collections import Counter
@@ -14,11 +13,18 @@ from typing import Any
 import pytest
 
 from enrich.receipt import Receipt
+from enrich.store.records import check
 from enrich.surroundings import Options
-from tests.harness import Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, Api, Office, kill, people, serving, until
 
 OLD = "the output of an older night\n"
 ON_THE_WIRE = 64  # the most that a kill may leave in doubt
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def cut(office: Office, api: Api, ready: Callable[[], bool], *arguments: str) -> None:
@@ -228,12 +234,7 @@ def test_the_ledger_of_a_killed_run_is_sound(api: Api, office: Office) -> None:
 
     assert done.code == 0
     assert done.receipt["executions"][0]["ended_at"] is None
-    db = sqlite3.connect(office.ledger_path)
-    try:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
-    finally:
-        db.close()
+    assert check(office.place).problems == []
 
 
 def test_two_starts_at_once_are_one_execution(tmp_path: Path, office: Office) -> None:

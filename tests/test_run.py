@@ -16,7 +16,7 @@ import pytest
 from enrich.model import RowStatus
 from enrich.sandbox.settings import Shape
 from enrich.surroundings import Options
-from tests.harness import HASTY, Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
 
 #: What section 5 of the contract promises; other people's scripts read these.
 RECEIPT = {
@@ -24,6 +24,12 @@ RECEIPT = {
     *("elapsed_s", "output", "exit_code", "found", "not_found", "failed", "expired", "in_doubt", "invalid"),
     *("filtered", "pending", "credits_unknown"),
 }
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def test_a_csv_of_leads_comes_back_enriched(api: Api, office: Office) -> None:

@@ -11,7 +11,13 @@ from enrich.look.runs import lines, read_runs
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold, is_held
 from tests.books import MISSED, Books
-from tests.harness import Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def books_of(office: Office) -> Books:
@@ -78,7 +84,7 @@ def test_an_execution_that_never_ended_was_killed_or_is_at_work(office: Office) 
     books.start()
     books.ledger.close()
 
-    with hold(office.ledger_path, 0):
+    with hold(office.place, 0):
         at_work = office.command("runs", "job.yaml", "--json").receipt["executions"]
     killed = office.command("runs", "job.yaml", "--json").receipt["executions"]
 
@@ -104,10 +110,10 @@ def test_where_the_system_does_not_tell_of_locks_nothing_is_claimed(
 
 def test_to_look_at_the_lock_does_not_take_it(office: Office) -> None:
     """A run that starts at that moment must not be refused."""
-    assert is_held(office.ledger_path) is False
-    with hold(office.ledger_path, 0):
-        assert is_held(office.ledger_path) is True
-    assert is_held(office.ledger_path) is False
+    assert is_held(office.place) is False
+    with hold(office.place, 0):
+        assert is_held(office.place) is True
+    assert is_held(office.place) is False
 
 
 def test_lines_fit_a_terminal(office: Office) -> None:
@@ -129,7 +135,7 @@ def test_it_can_be_asked_while_a_run_writes(api: Api, office: Office) -> None:
     """It waits for nobody."""
     office.write_leads(people(1))
     office.command("run", "job.yaml", api=api)
-    ledger = Ledger(office.ledger_path)
+    ledger = Ledger(office.place)
     with ledger.transaction():
         ledger.start_execution("job", None, 1)
         told = office.command("runs", "job.yaml", "--json").receipt

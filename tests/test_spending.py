@@ -12,11 +12,17 @@ import pytest
 from enrich.model import State
 from enrich.rows import Rows
 from enrich.surroundings import Options
-from tests.harness import Api, Office, people, serving
+from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
 
 #: What one request of the standard job may cost at worst, in credits.
 WORST = 3.51
 HEADER = ["First Name", "Last Name", "Website", "Email", "Size"]
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def sized(*sizes: str) -> list[list[str]]:

@@ -10,10 +10,16 @@ from enrich.look.status import lines, read_status
 from enrich.model import Answer, State, iso
 from enrich.store.ledger import Ledger
 from tests.books import FREE_FAILURE, MISSED, Books
-from tests.harness import Api, Office, people
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people
 
 CREDIT = 1_000_000
 DAY_MS = 86_400_000
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def open_books(office: Office) -> Books:
@@ -125,6 +131,7 @@ def test_the_status_of_a_real_run_is_its_bill(api: Api, office: Office) -> None:
     assert status["executions"][0]["receipt"]["credits_spent"] == status["credits_spent"]
 
 
+@IN_A_FILE
 def test_a_ledger_that_is_none_is_refused(office: Office) -> None:
     """The message names the file."""
     office.ledger_path.parent.mkdir()

@@ -26,7 +26,7 @@ from enrich.store.lock import hold
 from enrich.surroundings import Progress
 from enrich.watch.progress import draw, look
 from tests.books import Books
-from tests.harness import Office
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Office
 
 NOW = 1_795_000_000_000
 RUN = Latest(
@@ -44,6 +44,12 @@ RUN = Latest(
     newest=7,
     oldest_ms=NOW - 60_000,
 )
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def pulse(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
@@ -248,7 +254,7 @@ def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
     """As long as it holds its ledger it is believed; without the lock it was killed."""
     books = written(office, pulse(Doing.ENROLL, total=None))
     lookout = Lookout(load_job(office.job_file), patience_s=1.0)
-    with hold(office.ledger_path, 0):
+    with hold(office.place, 0):
         assert lookout.look().sign is Sign.AT_WORK
         books.do(Ledger.start_execution, "other", None, NOW)
         assert lookout.look().sign is Sign.SILENT
@@ -256,6 +262,7 @@ def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
     books.ledger.close()
 
 
+@IN_A_FILE
 def test_the_ledger_of_an_older_version_can_be_watched(office: Office) -> None:
     """The night's run will bring it up to date; until then its executions have no pulse."""
     books = Books.open(load_job(office.job_file).ledger)
@@ -271,6 +278,7 @@ def test_the_ledger_of_an_older_version_can_be_watched(office: Office) -> None:
     assert (seen.sign, seen.pulse) == (Sign.ENDED, None)
 
 
+@IN_A_FILE
 def test_looking_takes_no_lock_and_leaves_nothing_open(office: Office) -> None:
     """A run may start at any moment, and what it wrote can be tidied up."""
     job = load_job(office.job_file)

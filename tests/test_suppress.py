@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from enrich.errors import Refused
 from enrich.privacy import Suppression, read_suppression
 from enrich.surroundings import Options
-from tests.harness import Api, Office, people
+from tests.harness import BOTH_IN_TIME, Api, Office, people
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
+
+
+@pytest.fixture(params=BOTH_IN_TIME)
+def where(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
 
 
 def listed(folder: Path, text: str) -> Suppression:

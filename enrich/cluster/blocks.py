@@ -8,14 +8,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle
 
-from enrich.cluster.source import Block, PartSource, from_block, one_cell, told
+from enrich.cluster.source import ArrowTable, PartSource, from_block, one_cell, told
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.job import Job
 from enrich.model import Wish
@@ -25,7 +25,7 @@ from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.tables.copies import Copies
 from enrich.tables.finding import Leaf
-from enrich.tables.parts import Part, divide
+from enrich.tables.parts import Part
 from enrich.tables.reading import Shape, count
 from enrich.tables.textfile import refusing
 
@@ -44,20 +44,25 @@ _AGAIN = "run again: what is done is not done twice"
 class Pass:
     """A pass over the input in which others take part; all of it is sent to them.
 
-    `opening` opens the ledger in a process of the cluster, which keeps it for the blocks that follow.
+    `opening` opens the ledger in a process, which keeps it for the blocks that follow.
     """
 
     job: Job
     question: Question
     wish: Wish
     opening: Callable[[], Ledger]
+    #: By these bytes a process knows it again.
+    packed: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", cloudpickle.dumps(self.opening))
 
     def with_ledger(self, act: Callable[[Ledger], T]) -> T:
         """Do something with the ledger, again when its server was away or others were in the way.
 
         Raises LedgerFailed, and what `act` raises.
         """
-        ledger = _opened(cloudpickle.dumps(self.opening))
+        ledger = _opened(self.packed)
         while True:
             try:
                 ledger.join_pass(self.wish)
@@ -72,10 +77,7 @@ class Pass:
 
 def divided(rows: Rows, check: Check) -> list[Part]:
     """Divide the input; files that have to be read to be counted are counted in the cluster. Raises EnrichError."""
-    leaves, shape = rows.leaves, rows.shape
-    far = [leaf for leaf in leaves if leaf.told.format != "parquet"]
-    counted = dict(zip(far, _counts(far, shape, check), strict=True))
-    return divide((leaf, counted[leaf] if leaf in counted else _count(leaf, shape)) for leaf in leaves)
+    return rows.parts(partial(_counts, rows.shape, check))
 
 
 def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], check: Check) -> Iterator[T]:
@@ -84,7 +86,7 @@ def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], chec
     A block may be worked on again when a machine is lost. `check` is called often, and may raise to give up.
     Raises what the work raises, and ClusterFailed.
     """
-    quieten()
+    _quieten()
     source = PartSource(parts, rows.shape)
     # Both in one task, which holds a block or two: what was read need not travel.
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.errands)), num_cpus=1).map_batches(
@@ -116,7 +118,7 @@ def _regained(ledger: Ledger, failure: BaseException) -> bool:
         return False
 
 
-def _work_on(block: Block, *, sample: Rows, work: Callable[[Rows], T]) -> Block:
+def _work_on(block: ArrowTable, *, sample: Rows, work: Callable[[Rows], T]) -> ArrowTable:
     """Work on a block; tell what came of it, or what went wrong."""
     done: list[T] | EnrichError
     try:
@@ -172,38 +174,35 @@ def _failed(error: Exception) -> EnrichError:
     return ClusterFailed(f"the cluster could not do its work: {type(error).__name__}: {said[:200]}", _AGAIN)
 
 
-def _counts(leaves: Sequence[Leaf], shape: Shape, check: Check) -> list[int]:
+def _counts(shape: Shape, check: Check, leaves: Sequence[Leaf]) -> list[int]:
     counting = ray.remote(num_cpus=1)(_count_there)
-    waiting = [counting.remote(leaf, shape) for leaf in leaves]
-    refs = list(waiting)
+    refs = waiting = [counting.remote(leaf, shape) for leaf in leaves]
+    counted: dict[Any, int] = {}
     try:
         while waiting:
             check()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LISTEN_S)
-        counted: list[int | EnrichError] = ray.get(refs)
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LISTEN_S)
+            for ref, rows in zip(done, ray.get(done), strict=True):
+                if isinstance(rows, EnrichError):
+                    raise rows
+                counted[ref] = rows
     except ray.exceptions.RayError as error:
         raise _failed(error) from error
     finally:
         for ref in waiting:
             ray.cancel(ref, force=True)
-    if failed := next((each for each in counted if isinstance(each, EnrichError)), None):
-        raise failed
-    return [each for each in counted if isinstance(each, int)]
+    return [counted[ref] for ref in refs]
 
 
 def _count_there(leaf: Leaf, shape: Shape) -> int | EnrichError:
     try:
-        return _count(leaf, shape)
+        with refusing():
+            return count(leaf, shape, Copies())
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
         return told(error)
 
 
-def _count(leaf: Leaf, shape: Shape) -> int:
-    with refusing():
-        return count(leaf, shape, Copies())
-
-
-def quieten() -> None:
+def _quieten() -> None:
     """Let Ray Data say nothing on the terminal, and leave the division of the input to us."""
     context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from enrich.cluster.actors import AtCluster
@@ -18,6 +18,7 @@ from enrich.place import Place, Postgres
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
+from enrich.store.postgres import Fence
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,17 @@ class Ray:
 
     ledger: Postgres
     workers: int
+    #: The lease of the process that leads the execution; a block that comes after its end changes nothing.
+    owner: int | None = None
 
     @property
     def carrier(self) -> AtCluster:
         """Where workers come from."""
         return AtCluster(self.ledger)
+
+    def led_by(self, owner: int) -> Ray:
+        """Do the same for an execution, until the lease of the process that leads it ends."""
+        return replace(self, owner=owner)
 
     def enroll(  # noqa: PLR0913 - all of them travel
         self,
@@ -52,4 +59,5 @@ class Ray:
         return collect_on_ray(rows, self._pass(job, question, wish), target, check=check)
 
     def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
-        return Pass(job, question, wish, partial(Ledger, self.ledger))
+        fence = None if self.owner is None else Fence(self.owner, self.ledger.lease_s)
+        return Pass(job, question, wish, partial(Ledger, self.ledger, fence=fence))

@@ -27,8 +27,8 @@ FAILED = "enrich:failed"
 ROWS_OF_AN_OBJECT = 1_000_000
 
 Errand = tuple[Part, ...]
-#: A table of Arrow.
-Block = Any
+#: As a block is; Ray has no types that hold.
+ArrowTable = Any
 
 
 class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
@@ -75,7 +75,7 @@ def errands(parts: Iterable[Part]) -> list[Errand]:
     return [tuple(each) for each in found]
 
 
-def read(errand: Errand, shape: Shape) -> Iterator[Block]:
+def read(errand: Errand, shape: Shape) -> Iterator[ArrowTable]:
     """Read parts as blocks; what goes wrong is the last of them."""
     copies = Copies()
     try:
@@ -88,7 +88,7 @@ def read(errand: Errand, shape: Shape) -> Iterator[Block]:
         yield failure(error)
 
 
-def to_block(first: int, frame: pl.DataFrame) -> Block:
+def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
     """Make a block of rows, the first of which has this place."""
     columns = [
         column.cast(pl.String) if isinstance(column.dtype, pl.Categorical | pl.Enum) else column
@@ -98,7 +98,7 @@ def to_block(first: int, frame: pl.DataFrame) -> Block:
     return pl.DataFrame([places, *columns]).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def from_block(block: Block, schema: Mapping[str, pl.DataType]) -> Iterator[tuple[int, pl.DataFrame]]:
+def from_block(block: ArrowTable, schema: Mapping[str, pl.DataType]) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yield stretches of rows that follow one another, each with the place of its first. Raises what went wrong."""
     if FAILED in block.column_names:
         packed = next(cell for cell in block.column(FAILED).to_pylist() if cell is not None)
@@ -112,12 +112,12 @@ def from_block(block: Block, schema: Mapping[str, pl.DataType]) -> Iterator[tupl
             yield int(places[begin]), whole[begin:end]
 
 
-def failure(error: Exception) -> Block:
+def failure(error: Exception) -> ArrowTable:
     """Write down what went wrong."""
     return one_cell(FAILED, told(error))
 
 
-def one_cell(name: str, value: object) -> Block:
+def one_cell(name: str, value: object) -> ArrowTable:
     """Make a block of a single cell, which holds any value."""
     return pl.DataFrame({name: [pickle.dumps(value)]}).to_arrow(compat_level=pl.CompatLevel.oldest())
 

@@ -166,6 +166,8 @@ def _run(
         if bar is not None:
             stack.callback(bar.close)
         witnesses.admitted()
+        if engine is not None and lease is not None:
+            engine = engine.led_by(lease.fence.owner)
         clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
         around = Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, engine=engine, lock=lock)
         return run(around, wishes)

@@ -25,11 +25,18 @@ def opened(place: LedgerPlace) -> Iterator[tuple[Ledger, Lease | None]]:
         with closing(Ledger(place)) as ledger:
             yield ledger, None
         return
-    postgres()  # says what is missing
+    with leased(place, leads=True, idle_s=READING_S) as (ledger, lease):
+        yield ledger, lease
+
+
+@contextmanager
+def leased(place: Postgres, *, leads: bool = False, idle_s: float | None = None) -> Iterator[tuple[Ledger, Lease]]:
+    """Open a ledger to write as long as a lease holds; see there. Raises JobError when the driver is missing."""
+    postgres()  # says so
     from enrich.store.lease import Lease  # noqa: PLC0415 - few need it
 
     with (
-        Lease(place, leads=True, idle_s=READING_S) as lease,
+        Lease(place, leads=leads, idle_s=idle_s) as lease,
         closing(Ledger(place, fence=lease.fence, patience_s=OUTAGE_S)) as ledger,
     ):
         yield ledger, lease

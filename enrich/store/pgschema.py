@@ -156,6 +156,12 @@ CREATE TABLE allowance (        -- the rate of all requests to the API, which th
     state TEXT NOT NULL         -- JSON
 );
 
+CREATE TABLE commits (          -- the last transaction of each connection: was it committed, when nobody heard its end
+    writer BIGINT PRIMARY KEY,
+    number BIGINT NOT NULL,
+    at TIMESTAMPTZ NOT NULL DEFAULT now()
+) WITH (fillfactor = 10);
+
 CREATE TABLE seen (             -- what the execution at work has seen of its input
     id BIGINT PRIMARY KEY,
     position BIGINT NOT NULL,

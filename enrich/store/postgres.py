@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import secrets
 import select
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -29,6 +30,21 @@ LOOK_EVERY_S = 0.25
 LEAVING_S = 5.0
 #: A connection is known to be dead after about so many seconds of silence.
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+#: So long those are waited for that still see what is to be erased, and where that is.
+SEEN_S = 5.0
+ERASED = ("requests", "attempts", "delivered")
+#: Writes down who writes what; nobody ends the lease of its owner before the commit: that would delete the row.
+BEGUN = (
+    "WITH begun AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
+    "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = now()) "
+    "SELECT id FROM owners WHERE id = %s FOR KEY SHARE"
+)
+#: What a writer wrote last. `pg_xact_status` can't tell: after a crash others get the numbers that were lost.
+LAST = (
+    "INSERT INTO commits (writer, number) VALUES (%s, 0) ON CONFLICT (writer) DO UPDATE SET at = now() RETURNING number"
+)
+#: Removes what is of no use any more, also that of those who were killed.
+DONE = "DELETE FROM commits WHERE writer = %s OR at < now() - interval '1 day'"
 #: Rows that come from the server at once when there are many.
 CHUNK = 10_000
 
@@ -78,8 +94,10 @@ class PostgresSession:
         self.looks_only = looks_only
         #: Not so where a transaction may read only, though it may write temporary rows.
         self._truncates = not looks_only
-        #: The number of the transaction that writes.
-        self._writes: str | None = None
+        #: Who writes, by chance, and the number of the transaction that does.
+        self._writer = secrets.randbits(62)
+        self._mark = 0
+        self._writes: int | None = None
         self._names = count()
         self._hurried = threading.Event()
         self._connection = self._connect()
@@ -136,19 +154,14 @@ class PostgresSession:
 
     def begin(self) -> None:
         """Begin a transaction that writes. Raises LeaseLost when its owner may write no more."""
-        fence = self.fence
         self._writes = None
+        self._mark += 1
+        owner = None if self.fence is None else self.fence.owner
         with failing():
             self._connection.execute("BEGIN")
-            if fence is None:
-                (self._writes,) = self._connection.execute("SELECT pg_current_xact_id()::text").fetchone()  # type: ignore[misc]
-                return
-            # Nobody ends our lease before the commit: that would delete the row.
-            self._writes, held = self._connection.execute(
-                "SELECT pg_current_xact_id()::text, (SELECT true FROM owners WHERE id = %s FOR KEY SHARE)",
-                (fence.owner,),
-            ).fetchone()  # type: ignore[misc]
-        if not held:
+            held = self._connection.execute(BEGUN, (self._writer, self._mark, owner)).fetchone()
+        self._writes = self._mark
+        if owner is not None and held is None:
             self.rollback()
             raise LeaseLost
 
@@ -198,13 +211,11 @@ class PostgresSession:
         self._hurried.set()
 
     def _committed(self) -> bool:
-        """Tell whether the transaction was committed whose end we did not hear (PostgreSQL docs: pg_xact_status)."""
-        while self._writes is not None:
-            (status,) = self._connection.execute("SELECT pg_xact_status(%s::xid8)", (self._writes,)).fetchone()  # type: ignore[misc]
-            if status != "in progress":
-                return bool(status == "committed")
-            time.sleep(LOOK_EVERY_S)
-        return False
+        """Tell whether the transaction was committed whose end we did not hear; wait while the server is at it."""
+        if self._writes is None:
+            return False
+        (mark,) = self._connection.execute(LAST, (self._writer,)).fetchone()  # type: ignore[misc]
+        return bool(mark == self._writes)
 
     def alive(self) -> bool:
         """Tell whether the connection is there, without a word to the server."""
@@ -241,16 +252,24 @@ class PostgresSession:
         """Do nothing yet: what is deleted goes with `empty_journal`."""
 
     def empty_journal(self) -> bool:
-        """Give up the room of what was erased, unless somebody still sees it."""
-        self.execute("VACUUM requests, attempts, delivered")
-        (seen,) = self.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_xmin IS NOT NULL "
-            "AND pid <> pg_backend_pid()"
-        ).fetchone()
-        return not seen
+        """Give up the room of what was erased; not while somebody still sees it."""
+        end = time.monotonic() + SEEN_S
+        while True:
+            self.execute(f"VACUUM {', '.join(ERASED)}")
+            (left,) = self.execute(
+                "SELECT coalesce(sum(n_dead_tup), 0) FROM pg_stat_user_tables "
+                "WHERE schemaname = current_schema() AND relname = ANY(?)",
+                (list(ERASED),),
+            ).fetchone()
+            if not left or time.monotonic() > end:
+                return not left
+            time.sleep(LOOK_EVERY_S)
 
     def close(self) -> None:
         """Let go of the database."""
+        with suppress(psycopg.Error):
+            if self._mark:
+                self._connection.execute(DONE, (self._writer,))
         self._connection.close()
 
     def _connect(self) -> psycopg.Connection[Any]:

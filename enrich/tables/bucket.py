@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
@@ -36,10 +37,11 @@ class BucketDraft:
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Say that these parts count, and remove those that were there. Raises Refused; the old ones count then."""
         manifest, before = complete(self.job, parts), _manifest(self.target)
-        _say(self.target, manifest)
-        names = _names(self.target)
-        old = (before.names if before else set()) | {name for name in names if is_part_of(name, self.token)}
-        storage.remove(self.target, [_at(self.target, name).key for name in (old & names) - manifest.names])
+        there = _names(self.target)
+        old = (before.names if before else set()) | {name for name in there if is_part_of(name, self.token)}
+        _say(self.target, manifest.model_copy(update={"replaced": tuple(sorted((old & there) - manifest.names))}))
+        with suppress(Refused):  # the next start does it
+            mend(self.target)
 
     def discard(self) -> None:
         """Leave what was sent for the next start to remove."""
@@ -53,11 +55,13 @@ def begin(target: Url, job: str, token: str) -> BucketDraft:
 
 
 def mend(target: Url) -> None:
-    """Remove what a killed run has sent."""
+    """Remove what was replaced, and what a killed run has sent."""
     manifest = _manifest(target)
-    if manifest is not None and manifest.writing is not None:
-        left = [name for name in _names(target) if is_part_of(name, manifest.writing)]
-        storage.remove(target, [_at(target, name).key for name in left])
+    if manifest is None:
+        return
+    token, replaced = manifest.writing, manifest.replaced or ()
+    left = [name for name in _names(target) if name in replaced or (token is not None and is_part_of(name, token))]
+    storage.remove(target, [_at(target, name).key for name in left])
 
 
 def check_ours(target: Url) -> None:

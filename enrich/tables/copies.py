@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from enrich.place import Url
-from enrich.tables import storage
+from enrich.tables import parquet, storage
 from enrich.tables.finding import Leaf
 from enrich.tables.textfile import TableFile, TableProblem
 
+#: So many bytes of an object are fetched at once; what is smaller is fetched whole.
+SMALL = 1 << 20
 _GZIP = b"\x1f\x8b"
 
 
@@ -42,6 +44,29 @@ class Copies:
             raise TableProblem(f"{leaf} changed since the run began", "start again when the files are complete")
         return leaf.file(self._held[1])
 
+    def outline(self, leaf: Leaf) -> TableFile | None:
+        """Return a file that says the columns of a leaf as the leaf does, and of Parquet the number of rows.
+
+        Of an object little is fetched for it; None: it takes all of the object.
+        """
+        if isinstance(leaf.where, Path):
+            return leaf.file(leaf.where)
+        if leaf.stamp is None or (size := leaf.stamp[1]) <= SMALL:
+            return None
+        if leaf.told.format == "csv":
+            with self._new("beginning" + ".gz" * leaf.where.name.lower().endswith(".gz")) as (path, into):
+                into.write(storage.fetch_range(leaf.where, 0, SMALL))
+            return leaf.file(path)
+        length = None
+        if leaf.told.format == "parquet":
+            length = parquet.footer_length(storage.fetch_range(leaf.where, size - parquet.TAIL, parquet.TAIL))
+        if length is None or length + parquet.TAIL > size:
+            return None
+        with self._new("outline.parquet") as (path, into):
+            end = length + parquet.TAIL
+            parquet.write_outline(into, size, storage.fetch_range(leaf.where, size - end, end))
+        return leaf.file(path)
+
     def received(self) -> Path:
         """Copy what comes through the pipe: it is read more than once."""
         if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
@@ -63,6 +88,7 @@ class Copies:
             self._folder = Path(tempfile.mkdtemp(prefix="enrich-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / name
+        path.unlink(missing_ok=True)
         try:
             with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as into:
                 yield path, into

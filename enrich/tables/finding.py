@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from enrich.place import Place, Url, has_signs, is_pattern
 from enrich.spec import Input
 from enrich.tables import storage
+from enrich.tables.manifest import MANIFEST, Manifest, read_manifest
 from enrich.tables.textfile import CALLED, TableFile, TableProblem
 
 #: A folder's name that says a column's value for all that is in it, as Hive, Spark and Polars write it.
@@ -101,14 +102,26 @@ def _below(folder: Path) -> Iterator[Path]:
 def objects(where: Url) -> dict[Url, storage.Stamp] | None:
     """Return the objects that a URL means, sorted by their keys, with their stamps; None: the one of this very name.
 
-    Raises Refused.
+    Raises Refused, and TableProblem for a dataset of ours that is not whole.
     """
     if not where.is_folder and (not is_pattern(where) or storage.stamp(where) is not None):
         return None
     parts = where.key.split("/")
     folder = "".join(f"{part}/" for part in parts[: _fixed(parts)]) if is_pattern(where) else where.key
-    found = {key: stamp for key, stamp in storage.below(replace(where, key=folder)) if _is_meant(where, key, folder)}
+    there = dict(storage.below(replace(where, key=folder)))
+    found = {key: stamp for key, stamp in there.items() if _is_meant(where, key, folder)}
+    if where.is_folder and folder + MANIFEST in there:
+        # Other parts are of a writer that is at work, or was killed.
+        manifest = read_manifest(storage.read(replace(where, key=folder + MANIFEST)))
+        found = found if manifest is None else _named_by(manifest, where, found)
     return {replace(where, key=key): found[key] for key in sorted(found, key=lambda key: key.split("/"))}
+
+
+def _named_by(manifest: Manifest, where: Url, found: dict[str, storage.Stamp]) -> dict[str, storage.Stamp]:
+    named = {where.key + name for name in manifest.names}
+    if missing := named - found.keys():
+        raise TableProblem(f"{where} lacks a part of its own: {min(missing)}", "write the dataset again")
+    return {key: found[key] for key in named}
 
 
 def _is_meant(where: Url, key: str, folder: str) -> bool:
@@ -154,7 +167,10 @@ def _of_one_kind(leaves: list[Leaf]) -> list[Leaf]:
         if leaf.told.format != first.told.format:
             hint = "keep files of one format together, or set `format`"
             raise TableProblem(f"{leaf} is {CALLED[leaf.told.format]}, but {first} is not", hint)
-        if (names := [name for name, _ in leaf.says]) != [name for name, _ in first.says]:
+        names = [name for name, _ in leaf.says]
+        if len(set(names)) < len(names):
+            raise TableProblem(f"{leaf}: its folders name a column twice: {_named(names)}", "rename one of them")
+        if names != [name for name, _ in first.says]:
             message = f"{leaf}: its folders name {_named(names)}, those of {first} {_named([n for n, _ in first.says])}"
             raise TableProblem(message, "let the folders of all files name the same columns, in one order")
     return leaves

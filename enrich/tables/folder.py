@@ -11,9 +11,9 @@ from uuid import uuid4
 
 import polars as pl
 
-from enrich.errors import JobError
+from enrich.errors import JobError, Refused
 from enrich.tables import parquet
-from enrich.tables.atomic import growing, keep_names, telling
+from enrich.tables.atomic import AGAIN, growing, keep_names, telling
 from enrich.tables.manifest import MANIFEST, Manifest, PartFile, complete, part_name, read_manifest
 
 
@@ -51,9 +51,13 @@ class FolderDraft:
             with growing(grows / MANIFEST, grows / f".{MANIFEST}") as raw:
                 raw.write(manifest.model_dump_json(exclude_none=True).encode())
             if target.exists():
-                check_ours(target)
+                _check_still_ours(target)
                 target.rename(old)
-            grows.rename(target)
+            try:
+                grows.rename(target)
+            except OSError:
+                mend(target, self.job)
+                raise
             keep_names(target.parent)
         _remove(old)
 
@@ -75,7 +79,7 @@ def begin(target: Path, job: str) -> FolderDraft:
 def mend(target: Path, job: str) -> None:
     """Put right what a killed run left: the old dataset comes back if the new one did not take its place."""
     prefix = _old(job)
-    for old in list(target.parent.glob(f"{prefix}*")):
+    for old in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
         place = old.with_name(old.name.removeprefix(prefix))
         if place.exists():
             _remove(old)
@@ -91,6 +95,14 @@ def check_ours(target: Path) -> None:
     if strange or (there and manifest is None):
         message = f"{target}: the output would replace a folder that has other files in it: {target / min(strange)}"
         raise JobError(message, "name a folder of its own, which enrich makes")
+
+
+def _check_still_ours(target: Path) -> None:
+    """Do as check_ours, when money was spent already. Raises Refused."""
+    try:
+        check_ours(target)
+    except JobError as error:
+        raise Refused(error.message, f"take it away; {AGAIN}") from error
 
 
 def _beside(target: Path, job: str) -> Path:

@@ -32,7 +32,11 @@ class _Named(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The parts of a dataset, in the order of their rows. `writing` marks what a later writer began in a storage."""
+    """The parts of a dataset, in the order of their rows.
+
+    In a storage some may be removed: what a later writer began is known by `writing`, what was there before by
+    `replaced`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +44,7 @@ class Manifest(BaseModel):
     rows: int = 0
     parts: tuple[_Named, ...] = ()
     writing: str | None = None
+    replaced: tuple[str, ...] | None = None
 
     @property
     def names(self) -> set[str]:

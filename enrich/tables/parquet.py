@@ -16,6 +16,24 @@ from enrich.tables.textfile import TableFile, TableProblem, readable
 AT_ONCE = 100_000
 
 
+#: What a file ends with: how long its footer is, and its name.
+TAIL = 8
+_MAGIC = b"PAR1"
+
+
+def footer_length(tail: bytes) -> int | None:
+    """Tell how long the footer before the tail is; None: this is no such file."""
+    return int.from_bytes(tail[:4], "little") if len(tail) == TAIL and tail.endswith(_MAGIC) else None
+
+
+def write_outline(raw: BinaryIO, size: int, end: bytes) -> None:
+    """Make a file that tells columns and number of rows of another, from nothing but the end of that."""
+    raw.truncate(size)
+    raw.write(_MAGIC)
+    raw.seek(size - len(end))
+    raw.write(end)
+
+
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     """Return the columns and their types."""
     with _sound(source):

@@ -14,8 +14,7 @@ from enrich.tables.textfile import TableProblem, refusing
 
 #: So many rows of a Parquet file make a part; of other formats a file is one.
 ROWS = 100_000
-
-
+#: As the readers have them.
 ROWS_PER_BATCH = 20_000
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 
@@ -14,6 +16,8 @@ from enrich.tables.finding import Leaf
 from enrich.tables.textfile import TableFile, TableProblem
 
 Schema = dict[str, pl.DataType]
+#: So many files are asked about at a time.
+AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +33,42 @@ class Shape:
         return self.columns | dict.fromkeys(self.said, pl.String())
 
 
-def common_shape(leaves: Sequence[Leaf], copies: Copies) -> Shape:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """The columns of a file, and how many rows it has if it says that itself."""
+
+    columns: Schema
+    rows: int | None
+
+
+def outlines(leaves: Sequence[Leaf], copies: Copies) -> list[Outline]:
+    """Read what the files say of themselves, of several at a time. Raises TableProblem, Refused."""
+    if len(leaves) == 1:
+        return [_outline(leaves[0], copies)]
+    with ThreadPoolExecutor(AT_ONCE, "outline") as pool:
+        return list(pool.map(lambda leaf: _outline(leaf, Copies()), leaves))
+
+
+def _outline(leaf: Leaf, copies: Copies) -> Outline:
+    try:
+        if (file := copies.outline(leaf)) is not None:
+            return Outline(_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
+    except TableProblem:
+        if isinstance(leaf.where, Path):
+            raise
+    # What little was fetched does not say it.
+    file = copies.file(leaf)
+    return Outline(_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
+
+
+def common_shape(leaves: Sequence[Leaf], told: Sequence[Outline]) -> Shape:
     """Return the columns that all files have; JSON Lines, which may leave out keys, have those of any.
 
     Raises TableProblem that names the first file that differs.
     """
-    first, *rest = leaves
-    columns = _schema(copies.file(first))
-    for leaf in rest:
-        other = _schema(copies.file(leaf))
+    first = leaves[0]
+    columns = dict(told[0].columns)
+    for leaf, other in zip(leaves[1:], (outline.columns for outline in told[1:]), strict=True):
         if leaf.told.format == "jsonl":
             columns |= {name: kind for name, kind in other.items() if columns.get(name) != JSON}
         elif difference := _difference(list(columns.items()), list(other.items())):
@@ -49,23 +80,15 @@ def batches(
     leaf: Leaf, shape: Shape, copies: Copies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
     """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
-    said = dict(leaf.says)
+    said = [(name, value) for name, value in leaf.says if name in shape.said]
     for frame in _batches(copies.file(leaf), shape.columns, start, rows):
-        yield (
-            frame.hstack(
-                [pl.repeat(said[name], frame.height, dtype=pl.String, eager=True).alias(name) for name in shape.said]
-            )
-            if shape.said
-            else frame
-        )
+        more = [pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in said]
+        yield frame.hstack(more) if more else frame
 
 
 def count(leaf: Leaf, shape: Shape, copies: Copies) -> int:
-    """Count the rows of a file, which is read to its end unless it is Parquet. Raises TableProblem."""
-    file = copies.file(leaf)
-    if file.format == "parquet":
-        return parquet.count_rows(file)
-    return sum(frame.height for frame in _batches(file, shape.columns, 0, None))
+    """Count the rows of a file, which is read to its end. Raises TableProblem."""
+    return sum(frame.height for frame in _batches(copies.file(leaf), shape.columns, 0, None))
 
 
 def _difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:

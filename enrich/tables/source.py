@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from enrich.tables import storage
 from enrich.tables.copies import Copies
 from enrich.tables.finding import Leaf, files, find, objects
 from enrich.tables.parts import Part, divide
-from enrich.tables.reading import batches, common_shape, count
+from enrich.tables.reading import batches, common_shape, count, outlines
 from enrich.tables.textfile import TableProblem, refusing
+
+#: Counts the rows of files.
+Counting = Callable[[Sequence[Leaf]], Sequence[int]]
 
 
 class Source:
@@ -28,7 +31,12 @@ class Source:
         self._copies = Copies()
         with refusing():
             self.leaves = self._find(told)
-            self.shape = common_shape(self.leaves, self._copies)
+            found = outlines(self.leaves, self._copies)
+            self.shape = common_shape(self.leaves, found)
+        # Of the files that say it themselves.
+        self._counted = {
+            leaf: outline.rows for leaf, outline in zip(self.leaves, found, strict=True) if outline.rows is not None
+        }
         self.schema = self.shape.schema
         self.first = 0
         self._found = self._known()
@@ -39,7 +47,7 @@ class Source:
         if isinstance(where, Url):
             try:
                 return objects(where) if self._is_several else storage.stamp(where)
-            except Refused:  # what was found stands as long as nothing newer is known
+            except (Refused, TableProblem):  # what was found stands as long as nothing newer is known
                 return self._found
         if where == STDIN:
             return True
@@ -69,10 +77,16 @@ class Source:
             for leaf in self.leaves:
                 yield from batches(leaf, self.shape, self._copies)
 
-    def parts(self) -> list[Part]:
-        """Divide the rows; files that are not Parquet are read to be counted. Raises Refused."""
+    def parts(self, counting: Counting | None = None) -> list[Part]:
+        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        unknown = [leaf for leaf in self.leaves if leaf not in self._counted]
         with refusing():
-            return divide((leaf, count(leaf, self.shape, self._copies)) for leaf in self.leaves)
+            rows = (counting or self._count)(unknown)
+        counted = self._counted | dict(zip(unknown, rows, strict=True))
+        return divide((leaf, counted[leaf]) for leaf in self.leaves)
+
+    def _count(self, leaves: Sequence[Leaf]) -> list[int]:
+        return [count(leaf, self.shape, self._copies) for leaf in leaves]
 
     @property
     def _is_several(self) -> bool:

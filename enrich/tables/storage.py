@@ -36,6 +36,13 @@ def fetch(url: Url, into: BinaryIO) -> Stamp:
         return _stamp(got.meta)
 
 
+def fetch_range(url: Url, start: int, length: int) -> bytes:
+    """Return some bytes of an object. Raises Refused."""
+    store = _store(url)
+    with _told(url):
+        return bytes(store.get_range(url.key, start=start, length=length))
+
+
 def stamp(url: Url) -> Stamp | None:
     """Return what tells one content of an object from another; None when it is gone. Raises Refused."""
     store = _store(url)
@@ -67,9 +74,9 @@ def read(url: Url) -> bytes | None:
 def remove(url: Url, keys: list[str]) -> None:
     """Remove objects of a bucket. Raises Refused."""
     store = _store(url)
-    with _told(url):
-        for key in keys:
-            store.delete(key)
+    if keys:
+        with _told(url):
+            store.delete(keys)
 
 
 def check(url: Url) -> None:

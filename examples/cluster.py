@@ -1,0 +1,81 @@
+"""All of a cluster on one machine: a PostgreSQL server, Ray with three workers, the sandbox, and a dataset of leads.
+
+Run it from a checkout: `make demo-cluster`. It takes about a minute. What is made lies in `out/cluster`; the server
+and Ray end with the demonstration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.partitions import make_dataset
+from tests.postgres import ABSENT, Postgres, find_binaries, serving_alone
+
+ENRICH = Path(sys.executable).with_name("enrich")
+JOB = """\
+version: 1
+name: cluster
+input: leads/          # a folder of Parquet files, partitioned by country
+output: enriched/      # another; its column enrich_index keeps the order
+ledger: {ledger}
+waterfall: email_getter
+params:
+  first_name: First Name
+  last_name: Last Name
+  company: {{column: Website, transform: [domain]}}
+columns:
+  work_email: email
+limits: {{requests_per_second: 200, in_flight: 200}}
+"""
+
+
+def enrich(server: Postgres, *words: str) -> int:
+    """Run the program as a person does, and show what is run."""
+    print(f"\n$ enrich {' '.join(words)}", flush=True)
+    return subprocess.run([ENRICH, *words], env=os.environ | server.environ, check=False).returncode
+
+
+def main() -> None:
+    """Make the dataset, run the job twice, show what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--questions", type=int, default=1_000)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("out/cluster"))
+    given = parser.parse_args()
+    if find_binaries() is None:
+        sys.exit(f"error: {ABSENT}")
+    shutil.rmtree(given.folder, ignore_errors=True)
+    given.folder.mkdir(parents=True)
+    make_dataset(given.folder / "leads", given.rows, given.questions, files=8)
+    job = given.folder / "job.yaml"
+    with serving_alone() as server:
+        job.write_text(JOB.format(ledger=server.url("cluster")))
+        how = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(given.workers), "--receipt"]
+        print(f"{given.rows:,} leads in {given.folder / 'leads'}, with {given.questions:,} distinct questions")
+        first = enrich(server, *how)
+        if first not in (0, 10):
+            sys.exit(first)
+        print("\nOnce more: everything was answered, so nothing is paid for.")
+        began = time.monotonic()
+        enrich(server, *how)
+        print(f"({time.monotonic() - began:.0f} s, with the start of Ray)")
+        enrich(server, "ledger", "check", str(job), "--sandbox")
+    dataset = pl.scan_parquet(given.folder / "enriched" / "*.parquet").sort("enrich_index")
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
+        print(dataset.select("enrich_index", "First Name", "Last Name", "country", "work_email", "enrich_status")
+              .head(8).collect())  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The torture of `tests.cluster_torture`, in short: several workers share a ledger, and machines are what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster_torture import Report, torture
+from tests.postgres import Postgres
+
+SHORT = {
+    "workers killed": 4,
+    "workers stopped for longer than a lease": 1,
+    "restarts of the server": 1,
+    "crashes of the server": 1,
+    "runs killed": 1,
+}
+
+
+def assert_kept(report: Report) -> None:
+    """Check that every promise was kept, and that there was something to keep it against."""
+    assert report.sound, report.table()
+    assert report.done == SHORT
+    assert report.faults > 15
+    assert report.accepted >= report.rows - report.in_doubt
+    # How evenly requests arrive is the machine's, too; who did not share the allowance would take it times three.
+    assert report.busiest < 2 * report.rate, report.table()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_nothing_is_paid_twice_or_lost_by_several_processes(tmp_path: Path, own_postgres: Postgres) -> None:
+    """Processes of one machine: killed, stopped past their leases, their server restarted and crashed."""
+    assert_kept(torture(tmp_path, own_postgres, rows=150, workers=3, strikes=SHORT, seed=4))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_nothing_is_paid_twice_or_lost_by_ray(tmp_path: Path, own_postgres: Postgres) -> None:
+    """Actors of a Ray cluster: the same."""
+    assert_kept(torture(tmp_path, own_postgres, rows=150, workers=3, strikes=SHORT, seed=5, engine="ray"))
