@@ -274,7 +274,7 @@ def test_it_can_be_asked_while_a_run_is_at_work(tmp_path: Path, office: Office) 
     with serving(tmp_path / "api.db", latency="fixed(3600)") as api:
         process = office.start("run", "job.yaml", api=api)
         until(lambda: api.audit()["accepted"] == 1)
-        until(lambda: office.ledger().counts().get(State.SUBMITTED) == 1)
+        until(lambda: office.at_the_api() == 1)
         text = shown(office, "--row", "1")
         kill(process)
 
