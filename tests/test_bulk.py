@@ -45,13 +45,11 @@ def where(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
+def office(office: Office) -> Office:
     """Make a job that sends ten requests as one task, with 25 leads."""
-    made = Office(tmp_path / "office")
-    made.folder.mkdir()
-    made.write_job(dispatch=f"{{bulk: {SIZE}}}")
-    made.write_leads(people(LEADS))
-    return made
+    office.write_job(dispatch=f"{{bulk: {SIZE}}}")
+    office.write_leads(people(LEADS))
+    return office
 
 
 def statuses(office: Office) -> Counter[str]:
