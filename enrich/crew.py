@@ -110,9 +110,12 @@ class Crew:
     _hands: list[Hand] = field(default_factory=list)
     #: For how many looks in a row each has told nothing.
     _silent: dict[Hand, int] = field(default_factory=dict)
-    #: Those who have told anything at all, and those for whom nothing was left to do when they came.
+    #: Those who have told anything at all, those who told nothing more, and those who came when all was done.
     _spoke: set[Hand] = field(default_factory=set)
+    _mute: set[Hand] = field(default_factory=set)
     _late: set[Hand] = field(default_factory=set)
+    #: In whose place others are to be hired: not of those who never came.
+    _missed: int = 0
     _before: Tally = field(default_factory=Tally)
 
     async def run(self, tasks: Sequence[Task]) -> None:
@@ -159,24 +162,25 @@ class Crew:
 
     async def _attend(self, hire: Hire) -> None:
         """Wait until all are gone; hire others for those who were lost, where that helps."""
-        spares = SPARES * self.errand.shift.processes
-        replaced = len(self.lost)
-        while present := self._present:
+        while present := await self._replaced(hire):
+            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
+                self._late.update(present)
+                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await present[0].gone.wait()
                 continue
-            if not self.carrier.heirs:
-                continue
-            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
-                self._late.update(present)
-                return
-            await self._give_up_silent(present)
-            while replaced < min(len(self.lost), spares) and not self.execution.closing.is_set():
-                replaced += 1
-                with suppress(OSError):
-                    self._hands.append(hand := hire(self._hear))
-                    await hand.hand_over(self.errand)
+            if self.carrier.heirs:
+                await self._give_up_silent(present)
+
+    async def _replaced(self, hire: Hire) -> Sequence[Hand]:
+        """Hire others for those who were lost; return all who are there."""
+        while self._missed and not self.execution.closing.is_set():
+            self._missed -= 1
+            with suppress(OSError):
+                self._hands.append(hand := hire(self._hear))
+                await hand.hand_over(self.errand)
+        return self._present
 
     async def _give_up_silent(self, present: Sequence[Hand]) -> None:
         """End those who have said nothing for so long that what they were at is another's by now."""
@@ -184,6 +188,7 @@ class Crew:
             # Looks are counted, not seconds: all are silent while the machine sleeps.
             self._silent[hand] = self._silent.get(hand, 0) + 1
             if self._silent[hand] * LOOK_S > (self._lease_s * LEASES if hand in self._spoke else START_S):
+                self._mute.add(hand)
                 await hand.end()
 
     @property
@@ -196,9 +201,11 @@ class Crew:
             self._spoke.add(hand)
             self._silent[hand] = 0
         elif not hand.told.ended and hand not in self._late:
-            self.lost.append(hand.why)
+            self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
             if not self.carrier.heirs:
                 self._say(Word.CLOSE)
+            elif hand in self._spoke and len(self.lost) <= SPARES * self.errand.shift.processes:
+                self._missed += 1
         self._add_up()
 
     def _add_up(self) -> None:

@@ -16,17 +16,16 @@ from enrich.closing import Closing
 from enrich.collector import Collector, Counted
 from enrich.connect import Connection
 from enrich.consent import check_balance
-from enrich.crew import Carrier, Crew
-from enrich.dispatcher import posts_on_the_wire
+from enrich.crew import Crew
 from enrich.engine import Engine, Enrolled
 from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
-from enrich.hands import AtFile, AtServer
 from enrich.heartbeat import Heartbeat
-from enrich.model import ASKED, Decision, RowStatus, State, SystemClock, Wish, to_credits
-from enrich.place import Place, Postgres, is_dataset
+from enrich.model import ASKED, Decision, RowStatus, State, Wish, to_credits
+from enrich.muster import bury, muster
+from enrich.place import Place, is_dataset
 from enrich.planfile import check, ground
 from enrich.poller import Poller
 from enrich.pulse import Doing
@@ -37,7 +36,6 @@ from enrich.signals import Signals
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.surroundings import Options, Surroundings, wish
-from enrich.worker import Errand
 
 #: How often it is written down what was learned: a kill loses no more.
 LEARNED_S = 30.0
@@ -45,8 +43,6 @@ LEARNED_S = 30.0
 COUNTED_WHEN_INTERRUPTED = 100_000
 #: Requests whose answer is reused.
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
-#: How often it is looked whether a lease of another ran out, in seconds.
-LOOK_AGAIN_S = 0.5
 #: The share of --max-time that is kept at most for collecting what was submitted.
 COLLECTING_SHARE = 0.2
 
@@ -264,51 +260,18 @@ class Desk:
 
     async def _send_as_crew(self) -> bool:
         """Do as `_send` does, with the help of others; tell whether nothing is left for us."""
-        around, execution, ledger = self.around, self.execution, self.around.ledger.place
         tasks = await self.journal.do(Ledger.tasks)
-        most = min(execution.in_flight_limit, posts_on_the_wire(around.job.model.dispatch.bulk))
-        wanted = self.options.processes if around.engine is None else around.engine.workers
-        workers = min(wanted, most, self.to_submit + len(tasks))
-        if workers < (2 if around.engine is None else 1):
+        crew = muster(self.around, self.options, self.execution, self._shift(), self.to_submit + len(tasks))
+        if crew is None:
             return False
-        if isinstance(ledger, Postgres):
-            carrier: Carrier = AtServer(ledger) if around.engine is None else around.engine.carrier
+        if crew.carrier.heirs:
             await self.journal.do(Ledger.release)
             tasks = []
-        else:
-            carrier = AtFile(around.lock)
-        errand = Errand(
-            self._shift(workers),
-            around.access,
-            ledger,
-            execution.id,
-            around.timing,
-            execution.in_flight_limit // workers,
-            execution.result_ttl_s / workers,  # each has its share of the rate to fetch with
-            around.clock.now_ms() - SystemClock().now_ms(),
-            execution.poll_times,
-        )
-        crew = self._hurries = Crew(execution, errand, carrier)
-        await execution.until_leaving(crew.run(tasks))
+        self._hurries = crew
+        await self.execution.until_leaving(crew.run(tasks))
         if crew.lost:
-            await self._go_on_alone(crew)
+            await bury(crew, self.journal, self.note)
         return not crew.lost
-
-    async def _go_on_alone(self, crew: Crew) -> None:
-        """Make ready to do what is left, after workers were lost."""
-        execution = self.execution
-        if not crew.carrier.heirs:
-            doubtful = await self.journal.do(Ledger.recover, self.around.clock.now_ms())
-            what = "a process of the run was killed or could not be started"
-            self.note(f"{what}: {doubtful} requests are in doubt; one process goes on alone")
-            return
-        lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(crew.lost).items())
-        self.note(f"workers were lost ({lost}): what they were at was given to others")
-        while others := await self.journal.do(Ledger.others):
-            if execution.giving_up.is_set():
-                return
-            left_s = max(other.left_s for other in others)
-            await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:
         """Write the output when the exit code says so, and tell how the rows stand."""
@@ -372,7 +335,7 @@ class Desk:
         closing = Closing(self.execution, self.connection, self.client, self.journal, self.signals)
         return await closing.close(receipt)
 
-    def _shift(self, processes: int = 1) -> Shift:
+    def _shift(self) -> Shift:
         model, connection = self.around.job.model, self.connection
         return Shift(
             connection.question.call,
@@ -382,7 +345,6 @@ class Desk:
             tuple(connection.question.columns.values()),
             model.policy.max_attempts,
             model.policy.patience.total_seconds(),
-            processes,
         )
 
     def _new_poller(self) -> Poller:

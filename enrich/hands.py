@@ -28,6 +28,8 @@ from enrich.worker import Errand, Told, Word, Worker
 TELLING_S = 0.2
 #: Left alone, a process waits so long for answers to its POSTs: cut off, they would be in doubt.
 ORPHAN_S = 5.0
+#: Whose pipe is closed is dead a moment later, and then it can be told how it died.
+DYING_S = 0.2
 #: Not `-m`: what it tells is of modules that would be called `__main__`.
 START = "from enrich.hands import main; main()"
 
@@ -87,6 +89,9 @@ class Subprocess:
             self.told = self.line.recv()
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self.line.fileno())
+            if not self.told.ended:
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(DYING_S)
             self.gone.set()
         self.heard(self)
 
