@@ -35,6 +35,7 @@ from enrich.sandbox.server import embedded
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
+from enrich.store.opening import opened
 from enrich.surroundings import Options, Surroundings
 from tests.books import ask
 
@@ -230,14 +231,10 @@ class Office:
     def run(self, api: Api, options: Options | None = None, timing: Timing | None = None, **around: Any) -> Receipt:
         """Run the job in this process, with any patience."""
         job = load_job(self.job_file)
-        with _asking_soon(), hold(job.ledger, 0):
-            ledger = Ledger(job.ledger)
-            try:
-                return run(
-                    Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options()
-                )
-            finally:
-                ledger.close()
+        with _asking_soon(), hold(job.ledger, 0), opened(job.ledger) as (ledger, lease):
+            if lease is not None:
+                around = {"clock": lease, "holds": lease.holds} | around
+            return run(Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options())
 
     def at_the_api(self) -> int:
         """Count the tasks that wait for their answer."""

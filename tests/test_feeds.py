@@ -24,10 +24,8 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
+def office(office: Office) -> Office:
     """Six leads, of which one cannot be asked."""
-    office = Office(tmp_path / "office")
-    office.folder.mkdir()
     rows = people(6)
     rows[3][0] = ""
     office.write_leads(rows)

@@ -28,10 +28,8 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
+def office(office: Office) -> Office:
     """Eight leads, half of them with an address already, one with blanks for one."""
-    office = Office(tmp_path / "office")
-    office.folder.mkdir()
     rows = people(8)
     for number, row in enumerate(rows):
         row[3] = f"old{number}@crm.example" if number % 2 else ""

@@ -366,6 +366,7 @@ def test_it_looks_while_a_run_is_at_work(api: Api, office: Office) -> None:
     assert not (office.folder / "night.plan").exists()
 
 
+@IN_A_FILE
 def test_an_older_ledger_is_left_alone(api: Api, office: Office) -> None:
     """It is not migrated by a look, and the hint says what does it without asking anything."""
     office.write_leads(people(1))

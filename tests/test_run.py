@@ -361,12 +361,13 @@ def test_files_are_private_and_hold_neither_key_nor_needless_names(tmp_path: Pat
 
     assert done.code == 14
     written = [path for path in office.folder.rglob("*") if path.is_file() and path not in before]
-    assert {path.name for path in written} >= {"out.csv", "job.db", "job.db.lock", "enrich.log"}
+    assert {path.name for path in written} >= {"out.csv", "enrich.log"}
+    assert office.server or {path.name for path in written} >= {"job.db", "job.db.lock"}
     for path in written:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         assert key.encode() not in path.read_bytes(), path
     assert key not in done.stdout + done.stderr
-    log = (office.folder / "logs" / "enrich.log").read_text()
+    log = (office.folder / "logs" / "enrich.log").read_text().replace(str(office.place), "the ledger")
     for private in ("Adalbert", "Byronsson", "enginesmith", "private note", "First1", "company1.example", "@"):
         assert private not in log
     lines = [json.loads(line) for line in log.splitlines()]

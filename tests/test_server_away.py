@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,8 +15,9 @@ import pytest
 from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
+from enrich.store.records import check
 from tests.books import Books
-from tests.harness import until
+from tests.harness import Api, Office, kill, people, serving, until
 from tests.postgres import Postgres
 
 
@@ -72,3 +75,37 @@ def test_restarts_in_the_middle_make_no_move_twice(
     asyncio.run(scene())
 
     assert sorted(name for (name,) in books.all("SELECT job FROM executions")) == sorted(made)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["fast", "immediate"])
+def test_a_run_outlives_its_server(tmp_path: Path, own_postgres: Postgres, how: Literal["fast", "immediate"]) -> None:
+    """Restarted twice in the thick of it, and away for a while: every lead is answered, none is paid for twice."""
+    office = Office(tmp_path, f"{own_postgres.url()}&lease=3", own_postgres.environ)
+    office.write_job(limits="{requests_per_second: 60}")
+    office.write_leads(people(150))
+    with serving(tmp_path / "api.db", latency="uniform(0.1,0.5)") as api:
+        process = office.start("run", "job.yaml", "--json", api=api)
+        try:
+            for enough in (30, 70):
+                until(partial(sent, api, enough))
+                own_postgres.restart(how)
+            until(partial(sent, api, 100))
+            own_postgres.stop(how)
+            time.sleep(2)
+            own_postgres.start()
+            out, err = process.communicate(timeout=60)
+        finally:
+            kill(process)
+        audit = api.audit()
+
+    assert process.returncode == 0, err
+    receipt = json.loads(out)
+    assert (receipt["rows"], receipt["submitted"], receipt["in_doubt"], receipt["pending"]) == (150, 150, 0, 0)
+    assert (audit["accepted"], audit["accepted_more_than_once"], audit["paid_twice"]) == (150, 0, 0)
+    assert check(office.place).problems == []
+
+
+def sent(api: Api, enough: int) -> bool:
+    """Tell whether so many requests were sent."""
+    return bool(api.audit()["requests"].get("run", 0) >= enough)

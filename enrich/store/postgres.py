@@ -268,6 +268,8 @@ class PostgresSession:
     def close(self) -> None:
         """Let go of the database."""
         with suppress(psycopg.Error):
+            # The server notices only later that we are gone; who comes next is not to wait for that.
+            self._connection.execute("SELECT pg_advisory_unlock_all()")
             if self._mark:
                 self._connection.execute(DONE, (self._writer,))
         self._connection.close()
