@@ -106,8 +106,8 @@ def test_a_cluster_that_is_not_there(api: Api, far: Office) -> None:
 
 
 @pytest.fixture
-def cluster(far: Office) -> Iterator[str]:
-    """Start a Ray cluster that was there before the run, and stays after it; return its address."""
+def cluster(far: Office) -> Iterator[tuple[str, int]]:
+    """Start a Ray cluster that was there before the run, and stays after it; return its address and its process."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -124,7 +124,7 @@ def cluster(far: Office) -> Iterator[str]:
     )
     try:
         until(lambda: listens(port), 40)
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", head.pid
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
@@ -213,18 +213,21 @@ class TestOnRay:
         assert not any(map(alive, left))
 
     def test_actors_of_a_cluster_leave_when_their_boss_is_killed(
-        self, tmp_path: Path, far: Office, cluster: str
+        self, tmp_path: Path, far: Office, cluster: tuple[str, int]
     ) -> None:
         """They write down what is on the wire; the next run goes on, on the same cluster."""
         far.write_leads(people(300))
-        words = (*ON_RAY, "--address", cluster)
+        address, head = cluster
+        words = (*ON_RAY, "--address", address)
         with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             process = far.start(*words, api=api)
-            until(lambda: accepted(api) >= 30, 60)
+            until(lambda: accepted(api) >= 30 and len(list(workers_of(head))) == 3, 60)
             kill(process)
+            until(lambda: not list(workers_of(head)), 40)
             until(lambda: far.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)
             assert far.sql("SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')") == [(0,)]
             receipt = end_of(far.start(*words, api=api))
+            assert not list(workers_of(head))
             sound(api, 300, receipt)
 
         assert (receipt.exit_code, receipt.in_doubt) == (0, 0)
