@@ -163,7 +163,7 @@ class Crew:
     async def _attend(self, hire: Hire) -> None:
         """Wait until all are gone; hire others for those who were lost, where that helps."""
         while present := await self._replaced(hire):
-            if self._spoke.isdisjoint(present) and any(hand.told.ended for hand in self._hands):
+            if self._all_done(present):
                 self._late.update(present)
                 return
             with suppress(TimeoutError):
@@ -172,6 +172,11 @@ class Crew:
                 continue
             if self.carrier.heirs:
                 await self._give_up_silent(present)
+
+    def _all_done(self, present: Sequence[Hand]) -> bool:
+        """Tell whether nothing is left for those who have not begun yet: nothing is theirs beforehand."""
+        none_begun = self._spoke.isdisjoint(present)
+        return self.carrier.heirs and none_begun and any(hand.told.ended for hand in self._hands)
 
     async def _replaced(self, hire: Hire) -> Sequence[Hand]:
         """Hire others for those who were lost; return all who are there."""

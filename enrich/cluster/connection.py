@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
-from enrich.errors import ClusterFailed
+from enrich.errors import ClusterFailed, EnrichError, Exit, Interrupted
 
 #: Ray's own settings, where the person has none.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
@@ -37,6 +37,10 @@ def connected(address: str | None) -> Iterator[int]:
         stack.enter_context(redirect_stdout(nowhere))
         try:
             folder = _connect(address, nowhere.fileno())
+        except EnrichError:
+            raise
+        except SystemExit as error:  # so Ray hears SIGTERM while it starts
+            raise Interrupted(Exit.TERMINATED) from error
         except Exception as error:  # whatever Ray raises, the run has not begun
             raise _failed(address, error) from error
         stack.callback(_disconnect, folder if address is None else None)
