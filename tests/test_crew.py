@@ -66,9 +66,10 @@ def end_of(process: subprocess.Popen[str]) -> Receipt:
     return Receipt(**json.loads(out))
 
 
-def busy(process: subprocess.Popen[str], api: Api, count: int = 3) -> list[int]:
+def busy(process: subprocess.Popen[str], office: Office) -> list[int]:
     """Wait until all workers of a run are at work; return them."""
-    until(lambda: accepted(api) >= 30 and len(workers(process)) == count)
+    until(lambda: len(workers(process)) == 3)
+    until(lambda: office.sql("SELECT count(DISTINCT owner_id) FROM attempts") == [(3,)])
     return workers(process)
 
 
@@ -90,9 +91,10 @@ def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, po
 @pytest.mark.long
 def test_who_is_killed_has_heirs(tmp_path: Path, office: Office) -> None:
     """What it had on the wire is in doubt and told so; all else is answered, by the others and one in its place."""
+    office.write_job(limits="{requests_per_second: 60}")
     office.write_leads(people(250))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api, at_work(office, api) as process:
-        before = busy(process, api)
+        before = busy(process, office)
         os.kill(before[0], signal.SIGKILL)
         until(lambda: len(set(workers(process)) - set(before)) == 1)
         receipt = end_of(process)
@@ -109,7 +111,7 @@ def test_who_sleeps_past_its_lease_begins_anew(tmp_path: Path, office: Office) -
     office.write_job(limits="{requests_per_second: 40}")
     office.write_leads(people(300))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api, at_work(office, api) as process:
-        sleeper = busy(process, api)[0]
+        sleeper = busy(process, office)[0]
         os.kill(sleeper, signal.SIGSTOP)
         until(lambda: office.sql("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {sleeper}") == [(0,)])
         os.kill(sleeper, signal.SIGCONT)
@@ -126,7 +128,7 @@ def test_who_never_wakes_up_is_given_up(tmp_path: Path, office: Office) -> None:
     """The run ends without it."""
     office.write_leads(people(150))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api, at_work(office, api) as process:
-        stopped = busy(process, api)[0]
+        stopped = busy(process, office)[0]
         os.kill(stopped, signal.SIGSTOP)
         receipt = end_of(process)
         all_answered_once(office, api, receipt, 150)
@@ -159,7 +161,7 @@ def test_killed_as_a_whole(tmp_path: Path, office: Office) -> None:
     office.write_leads(people(150))
     with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
         with at_work(office, api) as process:
-            left = busy(process, api)
+            left = busy(process, office)
             api.fault("slow", 500, "post", seconds=1)
             bought = accepted(api)
             until(lambda: accepted(api) > bought)
@@ -178,7 +180,7 @@ def test_a_signal_lets_all_write_down_what_they_know(tmp_path: Path, office: Off
     """Nothing is in doubt, everything is the next run's to collect."""
     office.write_leads(people(150))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api, at_work(office, api) as process:
-        left = busy(process, api)
+        left = busy(process, office)
         process.send_signal(signal.SIGTERM)
         receipt = end_of(process)
 

@@ -7,6 +7,8 @@ It leaves by itself when nobody has asked for long how far it is.
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from enrich.worker import Errand, Told, Word, Worker
 ASK_S = 0.2
 #: An actor that was not asked at so many looks, one a second, is alone.
 ALONE = 10
+#: An actor without an errand waits so long for one: who made it may be gone.
+IDLE_S = 60.0
 #: Left alone, it waits so long for answers to its POSTs: cut off, they would be in doubt.
 ORPHAN_S = 5.0
 #: A worker waits more than it computes: more of them than cores find room.
@@ -38,6 +42,9 @@ class Actor:
     """A worker, in a process of its own."""
 
     def __init__(self) -> None:
+        self._idle = threading.Timer(IDLE_S, os._exit, (0,))
+        self._idle.daemon = True
+        self._idle.start()
         self._worker: Worker | None = None
         self._ended = False
         self._unasked = 0
@@ -45,6 +52,7 @@ class Actor:
 
     async def begin(self, version: str, errand: Errand) -> None:
         """Begin with the errand. It comes as an argument of a call: those of a constructor Ray would keep."""
+        self._idle.cancel()
         if version != __version__:
             raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")
         self._worker = Worker(errand)

@@ -1,0 +1,233 @@
+"""`--engine ray`: what is said when it can't be, and a run whose three steps Ray carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+
+from enrich.receipt import Receipt
+from tests.cluster_torture import workers_of
+from tests.harness import Api, Office, kill, people, serving, until
+from tests.postgres import Postgres
+from tests.test_processes import RUN, accepted, alive
+
+needs_ray = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
+]
+ON_RAY = (*RUN, "--engine", "ray", "--workers", "3")
+
+#: What Ray says of itself.
+RAY = re.compile(r"\bray(let)?\b", re.IGNORECASE)
+
+
+@pytest.fixture
+def far(tmp_path: Path, postgres: Postgres) -> Office:
+    """Make an office whose ledger is on the server."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    made = Office(folder, f"{postgres.url()}&lease=2", postgres.environ)
+    made.write_job(limits="{requests_per_second: 100}")
+    return made
+
+
+# What can't be
+
+
+def test_a_ledger_in_a_file_is_for_one_machine(api: Api, office: Office) -> None:
+    """Told with the file, the line, the key and what to do."""
+    office.write_job(ledger="leads.db")
+    office.write_leads(people(2))
+    done = office.command(*RUN, "--engine", "ray", api=api)
+
+    assert done.code == 2
+    line = office.job_file.read_text(encoding="utf-8").splitlines().index("ledger: leads.db") + 1
+    assert f"job.yaml:{line}: ledger: --engine ray needs a ledger that all workers reach" in done.stderr
+    assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in done.stderr
+
+
+def test_without_the_extra(api: Api, far: Office) -> None:
+    """It is said how to get it."""
+    far.write_leads(people(2))
+    with patch("enrich.commands.engines.find_spec", return_value=None):
+        done = far.command(*RUN, "--engine", "ray", api=api)
+
+    assert done.code == 2
+    assert "hint: pip install 'databar-enrich[cluster]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--engine", "ray", "--processes", "2"], "choose one"),
+        (["--workers", "2"], "are for --engine ray"),
+        (["--address", "127.0.0.1:6379"], "are for --engine ray"),
+        (["--engine", "ray", "--address", "somewhere"], "must be HOST:PORT"),
+        (["--engine", "ray", "--address", "ray://127.0.0.1:10001"], "without `ray://`"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], said: str, api: Api, office: Office) -> None:
+    """They are errors of usage, told before anything begins."""
+    office.write_leads(people(2))
+    done = office.command(*RUN, *options, api=api)
+
+    assert done.code == 2
+    assert said in done.stderr
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
+def test_a_cluster_that_is_not_there(api: Api, far: Office) -> None:
+    """The next run resumes: exit 4, and nothing was sent."""
+    far.write_leads(people(2))
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        done = far.command(*RUN, "--engine", "ray", "--address", f"127.0.0.1:{taken.getsockname()[1]}", api=api)
+
+    assert done.code == 4
+    assert "the Ray cluster at 127.0.0.1" in done.stderr
+    assert "can't be reached" in done.stderr
+    assert accepted(api) == 0
+
+
+# Ray itself, in processes of its own
+
+
+@pytest.fixture
+def cluster(far: Office) -> Iterator[tuple[str, int]]:
+    """Start a Ray cluster that was there before the run, and stays after it; return its address and its process."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [ray, *words, "--disable-usage-stats"],
+        cwd=far.folder,
+        env=far.variables() | {"RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        until(lambda: listens(port), 40)
+        yield f"127.0.0.1:{port}", head.pid
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+
+
+def listens(port: int) -> bool:
+    """Tell whether somebody listens there."""
+    with closing(socket.socket()) as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
+
+
+def actors(process: subprocess.Popen[str], api: Api) -> list[int]:
+    """Wait until the actors of a run are at work; return their processes."""
+    until(lambda: accepted(api) >= 30 and len(list(workers_of(process.pid))) == 3, 60)
+    return list(workers_of(process.pid))
+
+
+def end_of(process: subprocess.Popen[str]) -> Receipt:
+    """Wait for the end of a run that says nothing but its receipt on stdout."""
+    out, err = process.communicate(timeout=90)
+    assert "Traceback" not in err
+    assert not RAY.search(err)
+    return Receipt(**json.loads(out))
+
+
+def sound(api: Api, leads: int, receipt: Receipt) -> None:
+    """Hold a receipt against the API's books."""
+    audit = api.audit()
+    assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
+    assert receipt.pending == 0
+    assert leads - (receipt.in_doubt or 0) <= audit["accepted"] <= leads
+
+
+class TestOnRay:
+    """Runs that Ray carries."""
+
+    pytestmark = needs_ray
+
+    def test_ray_answers_as_one_process_does(self, tmp_path: Path, far: Office, postgres: Postgres) -> None:
+        """The same rows with the same answers, here as a dataset; it has said and left nothing."""
+        far.write_job(limits="{requests_per_second: 200}", output="out/leads/")
+        far.write_leads(people(120))
+        told = []
+        for words in (RUN, ON_RAY):
+            with serving(tmp_path / f"{len(words)}.db", failure_rate=0.1) as api:
+                done = far.enrich(*words, "--ledger", f"{postgres.url()}&lease=2", api=api)
+                assert api.audit()["paid_twice"] == 0
+            rows = pl.read_parquet(far.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
+            told.append((done.code, done.receipt["credits_spent"], rows.drop("enrich_task_id", "enrich_at").rows()))
+            assert not RAY.search(done.stderr)
+
+        assert told[0] == told[1]
+
+    def test_an_actor_is_killed(self, tmp_path: Path, far: Office) -> None:
+        """The others inherit, another comes in its place; no file of Ray has the key."""
+        far.write_leads(people(200))
+        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            process = far.start(*ON_RAY, api=api)
+            try:
+                victim = actors(process, api)[0]
+                files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108 - Ray's
+                assert not any(api.api_key.encode() in each.read_bytes() for each in files)
+                os.kill(victim, signal.SIGKILL)
+                receipt = end_of(process)
+            finally:
+                kill(process) if process.poll() is None else None
+            sound(api, 200, receipt)
+
+        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
+        assert any("an actor of the cluster died" in note for note in receipt.notes)
+
+    def test_signals_are_ours(self, tmp_path: Path, far: Office) -> None:
+        """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt."""
+        far.write_leads(people(150))
+        with serving(tmp_path / "api.db", latency="fixed(60)") as api:
+            process = far.start(*ON_RAY, api=api)
+            try:
+                left = actors(process, api)
+                process.send_signal(signal.SIGTERM)
+                receipt = end_of(process)
+            finally:
+                kill(process) if process.poll() is None else None
+            assert far.at_the_api() == accepted(api)
+
+        assert (process.returncode, receipt.exit_code, receipt.in_doubt) == (143, 143, 0)
+        assert not any(map(alive, left))
+
+    def test_actors_of_a_cluster_leave_when_their_boss_is_killed(
+        self, tmp_path: Path, far: Office, cluster: tuple[str, int]
+    ) -> None:
+        """They write down what is on the wire; the next run goes on, on the same cluster."""
+        far.write_leads(people(300))
+        address, head = cluster
+        words = (*ON_RAY, "--address", address)
+        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            process = far.start(*words, api=api)
+            until(lambda: accepted(api) >= 30 and len(list(workers_of(head))) == 3, 60)
+            kill(process)
+            until(lambda: not list(workers_of(head)), 40)
+            until(lambda: far.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)
+            assert far.sql("SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')") == [(0,)]
+            receipt = end_of(far.start(*words, api=api))
+            assert not list(workers_of(head))
+            sound(api, 300, receipt)
+
+        assert (receipt.exit_code, receipt.in_doubt) == (0, 0)
