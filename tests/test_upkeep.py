@@ -22,7 +22,7 @@ from enrich.store.records import INVARIANTS, Findings, Records, check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
 from tests.books import BOUND, COST, FREE_FAILURE, MISSED, PRICE, Books
-from tests.harness import BOTH, HASTY, Api, Done, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, HASTY, Api, Done, Office, kill, people, serving, until
 from tests.postgres import Postgres
 from tests.test_ledger_stateful import Machine, MachineOnServer
 
@@ -132,13 +132,13 @@ def test_a_ledger_that_is_not_there_is_told(office: Office) -> None:
     assert not office.ledger_path.exists()
 
 
-@pytest.mark.parametrize("where", BOTH)
+@pytest.mark.parametrize("where", BOTH_IN_TIME)
 def test_a_mixed_night_is_sound(night: Books) -> None:
     """Every state that a request can have holds the invariants."""
     assert check(night.place) == Findings([], requests=9, attempts=11, executions=1)
 
 
-@pytest.mark.parametrize("where", BOTH)
+@pytest.mark.parametrize("where", BOTH_IN_TIME)
 @pytest.mark.parametrize("broken", INVARIANTS)
 def test_what_is_broken_is_told(night: Books, office: Office, where: str, broken: str) -> None:
     """Each invariant, violated by hand, is named, and the way out with it."""
