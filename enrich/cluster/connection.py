@@ -64,9 +64,9 @@ def _connect(address: str | None, nowhere: int) -> Path:
     logger = logging.getLogger("ray")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    import ray  # noqa: PLC0415 - it reads its settings when it is imported
-
     with _aside(nowhere):
+        import ray  # noqa: PLC0415 - it reads its settings when it is imported
+
         context = ray.init(
             address or "local",  # else RAY_ADDRESS would have a say
             log_to_driver=False,
