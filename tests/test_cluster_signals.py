@@ -15,12 +15,13 @@ pytest.importorskip("ray", reason="Ray comes with the extra `cluster`")
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("heard", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("after_s", [1.0, 2.0, 3.0])
 def test_a_signal_is_heard_while_ray_starts(
-    api: Api, tmp_path: Path, postgres: Postgres, number: signal.Signals, code: int, after_s: float
+    api: Api, tmp_path: Path, postgres: Postgres, heard: tuple[signal.Signals, int], after_s: float
 ) -> None:
     """Ray has handlers of its own, and swallows what is raised in the middle of it; the exit code is ours."""
+    number, code = heard
     office = Office(tmp_path, postgres.url(), postgres.environ)
     office.write_job()
     office.write_leads(people(300))
