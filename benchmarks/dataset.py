@@ -199,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, serving_alone(
         fsync="on", shared_buffers="512MB", max_wal_size="4GB", shared_preload_libraries="pg_stat_statements"
     ) as database:  # fmt: skip
-        with database.connect("postgres", "postgres") as db:
+        with database.connect("postgres") as db:
             db.execute("CREATE EXTENSION pg_stat_statements")
         folder = Path(name)
         make_dataset(folder / "leads", options.rows, options.questions, options.files)

@@ -25,10 +25,10 @@ from enrich.store.lock import hold
 from enrich.store.records import check
 from tests import postgres as servers
 from tests.books import CALL, COST, FREE_FAILURE, MISSED, Books, ask
-from tests.harness import BOTH, Api, Office, people
+from tests.harness import BOTH_IN_TIME, Api, Office, people
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=BOTH_IN_TIME)
 def where(request: pytest.FixtureRequest) -> str:
     """Copy from both kinds of ledgers."""
     return str(request.param)
@@ -130,7 +130,7 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
     hashes=st.sets(st.binary(max_size=20), max_size=4),
     balance=NUMBER,
 )
-@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
 def test_whatever_was_written_is_read_again(
     postgres: servers.Postgres,
     *,

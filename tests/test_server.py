@@ -70,7 +70,7 @@ def test_a_password_in_the_job_file_is_refused(office: Office, api: Api, postgre
         ({}, ["no password supplied", "hint: set PGPASSWORD"]),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "status", "collect", "plan"])
+@pytest.mark.parametrize("command", ["run", "status"])
 def test_who_is_not_let_in_is_told(
     api: Api, office: Office, command: str, variables: dict[str, str], words: list[str]
 ) -> None:

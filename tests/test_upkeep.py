@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import invariant
+from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from enrich.errors import Refused
 from enrich.model import State
@@ -22,8 +22,9 @@ from enrich.store.records import INVARIANTS, Findings, Records, check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
 from tests.books import BOUND, COST, FREE_FAILURE, MISSED, PRICE, Books
-from tests.harness import HASTY, Api, Done, Office, kill, people, serving, until
-from tests.test_ledger_stateful import Machine
+from tests.harness import BOTH_IN_TIME, HASTY, Api, Done, Office, kill, people, serving, until
+from tests.postgres import Postgres
+from tests.test_ledger_stateful import Machine, MachineOnServer
 
 #: One way to break each invariant of the ledger that `night` makes.
 BREAKS = {
@@ -51,10 +52,9 @@ BREAKS = {
 
 
 @pytest.fixture
-def night(tmp_path: Path) -> Path:
+def night(books: Books) -> Books:
     """Make a ledger with requests in many states: found, missed, at the API, in doubt, on the wire, failed, waiting."""
-    path = tmp_path / "ledger.db"
-    books = Books.open(path).begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
+    books.begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     books.settle(books.submit("a"))
     books.settle(books.submit("b"), MISSED)
     books.submit("c")
@@ -66,7 +66,7 @@ def night(tmp_path: Path) -> Path:
     # The last three as one task: it waits again, and is asked with two that are new.
     books.settle_bundle(books.submit_bundle(3), MISSED, credits_=COST)
     books.ledger.close()
-    return path
+    return books
 
 
 def sound(office: Office, *place: str) -> Done:
@@ -132,18 +132,21 @@ def test_a_ledger_that_is_not_there_is_told(office: Office) -> None:
     assert not office.ledger_path.exists()
 
 
-def test_a_mixed_night_is_sound(night: Path) -> None:
+@pytest.mark.parametrize("where", BOTH_IN_TIME)
+def test_a_mixed_night_is_sound(night: Books) -> None:
     """Every state that a request can have holds the invariants."""
-    assert check(night) == Findings([], requests=9, attempts=11, executions=1)
+    assert check(night.place) == Findings([], requests=9, attempts=11, executions=1)
 
 
+@pytest.mark.parametrize("where", BOTH_IN_TIME)
 @pytest.mark.parametrize("broken", INVARIANTS)
-def test_what_is_broken_is_told(night: Path, office: Office, broken: str) -> None:
+def test_what_is_broken_is_told(night: Books, office: Office, where: str, broken: str) -> None:
     """Each invariant, violated by hand, is named, and the way out with it."""
-    with closing(sqlite3.connect(night, isolation_level=None)) as db:
-        db.execute(BREAKS[broken])
+    if where == "server" and broken == "row that refers to one that is not there":
+        pytest.skip("a server does not let it come to that")
+    night.all(BREAKS[broken])
 
-    done = office.command("ledger", "check", str(night))
+    done = office.command("ledger", "check", str(night.place))
 
     assert done.code == 5
     assert any(line.endswith(f"times: {broken}") for line in done.stdout.splitlines()), done.stdout
@@ -204,7 +207,18 @@ class Checked(Machine):
     @invariant()
     def the_check_finds_nothing(self) -> None:
         """Whatever happened, it is sound."""
-        assert check(self.books.path).problems == []
+        assert check(self.books.place).problems == []
+
+
+class CheckedOnServer(Checked, MachineOnServer):
+    """The same, with the ledger on a server."""
+
+
+@pytest.mark.long
+def test_the_check_finds_nothing_on_a_server(postgres: Postgres) -> None:
+    """Whatever happened there, it is sound."""
+    MachineOnServer.server = postgres
+    run_state_machine_as_test(CheckedOnServer, settings=TestChecked.settings)
 
 
 TestChecked = Checked.TestCase
@@ -335,10 +349,10 @@ def test_a_restored_copy_goes_on(api: Api, office: Office) -> None:
     assert (receipt.exit_code, receipt.submitted, receipt.reused) == (0, 0, 8)
 
 
-def test_an_older_copy_is_replaced(night: Path, tmp_path: Path) -> None:
+def test_an_older_copy_is_replaced(night: Books, tmp_path: Path) -> None:
     """Also when it could be read by all and a killed backup left its part."""
     target = tmp_path / "copy.db"
-    with closing(Records(night)) as records:
+    with closing(Records(night.place)) as records:
         records.backup(target)
         target.chmod(0o644)
         (tmp_path / ".copy.db.part").write_text("half a fi")
@@ -347,7 +361,7 @@ def test_an_older_copy_is_replaced(night: Path, tmp_path: Path) -> None:
 
     assert target.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir() if "copy" in path.name) == ["copy.db"]
-    assert check(target) == check(night)
+    assert check(target) == check(night.path)
 
 
 @pytest.mark.parametrize(
@@ -363,17 +377,17 @@ def test_an_older_copy_is_replaced(night: Path, tmp_path: Path) -> None:
         ("leads.csv/copy.db", "cannot be written: Not a directory"),
     ],
 )
-def test_a_copy_that_cannot_be_is_exit_5(night: Path, tmp_path: Path, target: str, word: str) -> None:
+def test_a_copy_that_cannot_be_is_exit_5(night: Books, tmp_path: Path, target: str, word: str) -> None:
     """The ledger, other files and other ledgers are not replaced; nothing is left behind."""
     (tmp_path / "leads.csv").write_text("First Name,Last Name\n" * 9)
-    (tmp_path / "link.db").symlink_to(night)
+    (tmp_path / "link.db").symlink_to(night.path)
     (tmp_path / "gone.db-wal").write_text("frames")
     (tmp_path / "folder").mkdir()
     Ledger(tmp_path / "in_use.db").close()
     (tmp_path / "in_use.db.lock").touch()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
-    with closing(Records(night)) as records, pytest.raises(Refused, match=word) as refusal:
+    with closing(Records(night.place)) as records, pytest.raises(Refused, match=word) as refusal:
         records.backup(tmp_path / target)
 
     assert refusal.value.exit_code == 5
@@ -382,15 +396,15 @@ def test_a_copy_that_cannot_be_is_exit_5(night: Path, tmp_path: Path, target: st
     assert {path: content for path, content in before.items() if "ledger.db-" not in path.name} == after
 
 
-def test_a_copy_for_which_there_is_no_room_is_exit_5(night: Path, office: Office) -> None:
+def test_a_copy_for_which_there_is_no_room_is_exit_5(night: Books, office: Office) -> None:
     """The older copy stays whole, and no part of the new one is left."""
     copy = office.folder / "copy.db"
-    assert office.command("ledger", "backup", str(night), "copy.db").code == 0
+    assert office.command("ledger", "backup", str(night.path), "copy.db").code == 0
     old = copy.read_bytes()
     script = (
         "import resource, sys; from enrich.cli import run_command; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
-        f"sys.exit(run_command(['ledger', 'backup', {str(night)!r}, {str(copy)!r}]))"
+        f"sys.exit(run_command(['ledger', 'backup', {str(night.path)!r}, {str(copy)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
 

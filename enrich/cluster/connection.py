@@ -16,9 +16,10 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from enrich.errors import ClusterFailed, EnrichError, Exit, Interrupted
+from enrich.signals import CODES
 
-#: Ray's own settings, where the person has none.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+#: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ENABLE_AUTO_CONNECT": "0"}
 #: So many seconds a cluster that does not answer is asked again.
 PATIENCE_S = 10
 #: What our signals are to a run, they are not to the Ray that it starts: SIGTERM is what Ray itself ends with.
@@ -38,8 +39,10 @@ def connected(address: str | None) -> Iterator[int]:
         try:
             folder = _connect(address, nowhere.fileno())
         except EnrichError:
+            _disconnect(None)
             raise
-        except SystemExit as error:  # so Ray hears SIGTERM while it starts
+        except SystemExit as error:  # what Ray makes of a SIGTERM while it starts
+            _disconnect(None)
             raise Interrupted(Exit.TERMINATED) from error
         except Exception as error:  # whatever Ray raises, the run has not begun
             raise _failed(address, error) from error
@@ -61,9 +64,9 @@ def _connect(address: str | None, nowhere: int) -> Path:
     logger = logging.getLogger("ray")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    import ray  # noqa: PLC0415 - it reads its settings when it is imported
-
     with _aside(nowhere):
+        import ray  # noqa: PLC0415 - it reads its settings when it is imported
+
         context = ray.init(
             address or "local",  # else RAY_ADDRESS would have a say
             log_to_driver=False,
@@ -87,7 +90,9 @@ def _aside(nowhere: int) -> Iterator[None]:
     """Start processes that do not hear our signals, write files of our own (0600), and say nothing on stderr."""
     sys.stderr.flush()
     stderr, umask = os.dup(2), os.umask(0o077)
-    terminated = signal.getsignal(signal.SIGTERM)
+    heard: list[int] = []
+    # Raised in the middle of Ray, an interruption may get lost there.
+    handlers = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in CODES}
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     os.dup2(nowhere, 2)
     try:
@@ -96,8 +101,11 @@ def _aside(nowhere: int) -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.umask(umask)
-        signal.signal(signal.SIGTERM, terminated)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if heard:
+        raise Interrupted(CODES[signal.Signals(heard[0])])
 
 
 def _knock(address: str) -> None:

@@ -63,7 +63,8 @@ def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> 
         click.echo("\n".join(found.problems))
     if found.problems:
         click.echo(f"error: {path}: the ledger is not sound", err=True)
-        click.echo(f"hint: {RESTORE}", err=True)
+        hint = RESTORE if isinstance(path, Path) else "restore a backup of its schema: pg_restore"
+        click.echo(f"hint: {hint}", err=True)
     return code
 
 
