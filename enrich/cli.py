@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -28,7 +29,14 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupted)
     # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
     gc.set_threshold(100_000, 50, 100)
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    if "ray" in sys.modules:
+        # It has ended, but now and then its threads abort a process that ends in order.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminated(_number: int, _frame: object) -> None:

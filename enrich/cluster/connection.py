@@ -65,7 +65,7 @@ def _connect(address: str | None, nowhere: int) -> Path:
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
     with _aside(nowhere):
-        import ray  # noqa: PLC0415 - it reads its settings when it is imported
+        import ray.data  # noqa: PLC0415 - it reads its settings when it is imported
 
         context = ray.init(
             address or "local",  # else RAY_ADDRESS would have a say
