@@ -73,6 +73,7 @@ def busy(process: subprocess.Popen[str], office: Office) -> list[int]:
     return workers(process)
 
 
+@pytest.mark.long
 def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, postgres: Postgres) -> None:
     """The same output, each lead is bought once, all keep to one rate; no lease is left."""
     office.write_job(limits="{requests_per_second: 50}")

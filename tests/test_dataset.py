@@ -180,7 +180,14 @@ with patch.object(Path, "rename", renamed), patch.object(folder, "_remove", die)
 """
 
 
-@pytest.mark.parametrize(("moment", "rows"), [("parts", 2), ("between", 2), ("after", 3)])
+@pytest.mark.parametrize(
+    ("moment", "rows"),
+    [
+        pytest.param("parts", 2, marks=pytest.mark.long),
+        ("between", 2),
+        pytest.param("after", 3, marks=pytest.mark.long),
+    ],
+)
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, moment: str, rows: int) -> None:
     """The next start mends the moment in which neither was there."""
     target = tmp_path / "out" / "2026-11-24"

@@ -130,7 +130,8 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
     hashes=st.sets(st.binary(max_size=20), max_size=4),
     balance=NUMBER,
 )
-@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@pytest.mark.long
 def test_whatever_was_written_is_read_again(
     postgres: servers.Postgres,
     *,

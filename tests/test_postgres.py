@@ -17,6 +17,9 @@ from tests import postgres as servers
 from tests.harness import until
 from tests.postgres import Postgres
 
+#: They start servers of their own.
+pytestmark = pytest.mark.long
+
 
 def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
     """Nobody comes in without the password: what passes here passes on a real server."""

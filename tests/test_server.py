@@ -201,6 +201,7 @@ def test_a_second_run_is_exit_11_and_may_wait(tmp_path: Path, office: Office) ->
     assert not is_held(office.place)
 
 
+@pytest.mark.long
 def test_the_lock_of_a_killed_run_is_free(tmp_path: Path, office: Office) -> None:
     """It dies with its connection; the next run finds what was on the wire in doubt and buys nothing twice."""
     office.write_job(ledger=f"{office.server}&lease=1")
