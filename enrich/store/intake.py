@@ -74,11 +74,16 @@ class Intake(Latencies):
             self._db.execute(statement.format(blob=dialect.blob, serial=dialect.serial))
         self._db.commit()
 
+    def _make_room_again(self) -> None:
+        if not self._db.has_temporary("batch"):
+            self._make_room()
+
     def regain(self, failure: BaseException) -> bool | None:
         """Do as Database does; temporary tables go with their connection."""
         regained = super().regain(failure)
-        if regained is not None and not self._db.has_temporary("batch"):
-            self._make_room()
+        if regained is not None:
+            # The server may go away again.
+            self.patiently(self._make_room_again)
         return regained
 
     def begin_pass(self, wish: Wish | None = None) -> None:
