@@ -159,7 +159,8 @@ class Intake(Latencies):
             self._leave_out(
                 Decision.NOT_SAMPLED,
                 "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS number "
-                f"FROM seen WHERE {_COUNTED}) AS counted WHERE number NOT IN (SELECT number FROM chosen)",
+                f"FROM seen WHERE {_COUNTED}) AS counted "
+                "WHERE NOT EXISTS (SELECT 1 FROM chosen WHERE chosen.number = counted.number)",
             )
             self._db.execute("DROP TABLE chosen")
         if wish.limit is not None:
