@@ -79,8 +79,11 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _unforeseen(error: Exception, *, as_json: bool) -> int:
+    from enrich.store.dialect import DatabaseFailed
     from enrich.store.sqlite import RESTORE, tells_of_damage
 
+    if isinstance(error, DatabaseFailed):
+        return _fail(Exit.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json)
     if tells_of_damage(error):
         return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:

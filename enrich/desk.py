@@ -358,6 +358,7 @@ class Desk:
         await execution.wire_empty(timing.wire_s)
         await asyncio.sleep(timing.ready_s)
         execution.leave()
+        self.around.ledger.hurry()
 
     async def keep_learned(self) -> None:
         """Write down now and then what was learned, so that a kill does not lose it."""

@@ -105,7 +105,7 @@ class Dispatcher:
                 room = min(room, ceil((left - self._unanswered) / self._size))
             now = execution.clock.monotonic()
             ill = execution.breaker.delay(now, execution.on_the_wire)
-            if room <= 0 or ill is None:
+            if room <= 0 or ill is None or not execution.holds():
                 await execution.wait_change(IDLE_S)
             elif ill:
                 await execution.pause(ill, execution.closing)
@@ -146,14 +146,13 @@ class Dispatcher:
         try:
             if execution.closing.is_set():
                 return
+            self._unsent.difference_update(attempts)
             if not execution.holds():
                 # Somebody may think that we are gone: what we sent now could be in doubt, and sent again.
                 await self.journal.together(
                     Ledger.refused, [(one, "not sent", execution.clock.now_ms()) for one in attempts]
                 )
-                self._unsent.difference_update(attempts)
                 return
-            self._unsent.difference_update(attempts)
             task_id = await self.client.run(self.call.waterfall, body.encode(), len(claims) if self.bulk else None)
         except CallFailed as error:
             await self._not_submitted(attempts, error)
@@ -260,7 +259,6 @@ class Dispatcher:
         return posts, False, False
 
     def _unclaim(self, ledger: Ledger, now_ms: int) -> None:
-        """Put back what was claimed and not sent: it would be in doubt otherwise."""
+        """Put back what was claimed and not sent: it would be in doubt otherwise. May be done again, as any move."""
         if self._unsent:
             ledger.refused([(attempt, "not sent: the execution ended", now_ms) for attempt in sorted(self._unsent)])
-        self._unsent.clear()

@@ -10,7 +10,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── Interrupted    130,143  a signal ended it
 ├── CanaryStopped      15     the first answers look wrong: nothing more is bought
 ├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
-├── LeaseLost           4     this process was silent for too long: others go on with what it was at
+│   └── LeaseLost       4     this process was silent for too long: others go on with what it was at
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
@@ -125,7 +125,7 @@ class LedgerFailed(EnrichError):
     """The ledger could not be written in the middle of an execution."""
 
 
-class LeaseLost(EnrichError):
+class LeaseLost(LedgerFailed):
     """This process was silent for too long: what it was at is another's now."""
 
     exit_code = Exit.API

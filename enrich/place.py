@@ -96,7 +96,7 @@ def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
         raise ValueError(f"`{match[1]}://` keeps no ledger: use a file, or postgresql://")
     url = urlsplit(str(named))
     query = parse_qsl(url.query, keep_blank_values=True)
-    if url.password is not None or any(name in ("password", "passfile") for name, _ in query):
+    if url.password is not None or any(name in ("password", "passfile", "sslpassword") for name, _ in query):
         raise ValueError("a URL holds no password: set PGPASSWORD, or keep it in ~/.pgpass")
     schema = next((value for name, value in query if name == "schema"), SCHEMA)
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):

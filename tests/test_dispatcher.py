@@ -396,3 +396,40 @@ class TestEnding:
 
         with serving(tmp_path / "api.db", latency="fixed(60)") as api:
             assert asyncio.run(scene(api)) < IDLE
+
+
+def test_what_was_not_sent_is_put_back_though_the_commit_is_lost(api: Api, tmp_path: Path) -> None:
+    """The move is done again then, and knows again what it is about."""
+
+    async def scene() -> None:
+        async with at_work(api, tmp_path / LEDGER, range(3)) as floor:
+            ledger, dispatcher = floor.books.ledger, floor.dispatcher(floor.poller())
+            with ledger.transaction():
+                dispatcher._claim_some(ledger, 3, 1, 0)
+            ledger._db.begin()
+            dispatcher._unclaim(ledger, 0)
+            ledger.rollback()
+            with ledger.transaction():
+                dispatcher._unclaim(ledger, 0)
+            assert ledger.counts() == {State.PENDING: 3}
+
+    asyncio.run(scene())
+
+
+def test_nothing_is_claimed_by_who_may_be_thought_gone(api: Api, tmp_path: Path) -> None:
+    """Until it is sure of its lease again it waits, and writes nothing."""
+
+    async def scene() -> None:
+        async with at_work(api, tmp_path / LEDGER, range(3)) as floor:
+            asked = 0
+
+            def holds() -> bool:
+                nonlocal asked
+                asked += 1
+                return asked > 2
+
+            floor.execution.holds = holds
+            await floor.work()
+            assert floor.books.all("SELECT count(*) FROM attempts") == [(3,)]
+
+    asyncio.run(scene())

@@ -17,6 +17,7 @@ from enrich.model import Wish
 from enrich.place import Place, Postgres
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.store.dialect import OUTAGE_S
 from enrich.store.ledger import Ledger
 from enrich.store.postgres import Fence
 
@@ -60,4 +61,4 @@ class Ray:
 
     def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
         fence = None if self.owner is None else Fence(self.owner, self.ledger.lease_s)
-        return Pass(job, question, wish, partial(Ledger, self.ledger, fence=fence))
+        return Pass(job, question, wish, partial(Ledger, self.ledger, fence=fence, patience_s=OUTAGE_S))

@@ -8,27 +8,26 @@ from typing import TypeVar
 from enrich.store.database import Database
 
 T = TypeVar("T")
+#: Who has the row and says nothing for so many seconds was stopped or cut off: the others go on.
+STILL_S = 1
 
 
 class AllowanceRow(Database):
     """A connection of its own to the one row of `allowance`; its times are seconds of the server's clock."""
 
-    def change(self, how: Callable[[str | None, float], tuple[str, T]]) -> T:
+    def change(self, how: Callable[[str | None, float], tuple[str, T]], *, durable: bool = False) -> T:
         """Let a function change what is written there (None: nothing yet), at a time; return what it tells beside.
 
-        The others wait meanwhile. It may be called again when the server was away. Raises DatabaseFailed.
+        The others wait meanwhile. It may be called again when the server was away. What is not `durable` may be lost
+        when the server crashes. Raises DatabaseFailed.
         """
-        return self.patiently(lambda: self._change(how))
+        return self.patiently(lambda: self._change(how, durable=durable))
 
-    def clear(self) -> None:
-        """Forget the rate."""
+    def _change(self, how: Callable[[str | None, float], tuple[str, T]], *, durable: bool) -> T:
         with self.transaction():
-            self._db.execute("DELETE FROM allowance")
-
-    def _change(self, how: Callable[[str | None, float], tuple[str, T]]) -> T:
-        with self.transaction():
-            # Lost with the server, it is learned again: nobody waits for the disk.
-            self._db.execute("SET LOCAL synchronous_commit = off")
+            if not durable:  # nobody waits for the disk
+                self._db.execute("SET LOCAL synchronous_commit = off")
+            self._db.execute(f"SET LOCAL idle_in_transaction_session_timeout = '{STILL_S:g}s'")
             self._db.execute("INSERT INTO allowance VALUES (1, '') ON CONFLICT DO NOTHING")
             # The time is told when the row is ours, not when we began to wait for it.
             state, now = self._db.execute(

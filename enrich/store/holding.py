@@ -137,10 +137,12 @@ class Holding(Moves):
             )
 
     def _end_if_gone(self, owner: int, process: str) -> bool:
-        """End the lease of a process of this machine that is there no more; no need to wait until it runs out."""
-        if not is_gone(process):
-            return False
-        self._db.execute(
-            "DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE id = ? FOR UPDATE SKIP LOCKED)", (owner,)
+        """End the lease of a process of this machine that is there no more; no need to wait until it runs out.
+
+        Not yet while the server is at a transaction of it.
+        """
+        return is_gone(process) and bool(
+            self._db.execute(
+                "DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE id = ? FOR UPDATE SKIP LOCKED)", (owner,)
+            ).rowcount
         )
-        return True

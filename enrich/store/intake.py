@@ -74,11 +74,16 @@ class Intake(Latencies):
             self._db.execute(statement.format(blob=dialect.blob, serial=dialect.serial))
         self._db.commit()
 
+    def _make_room_again(self) -> None:
+        if not self._db.has_temporary("batch"):
+            self._make_room()
+
     def regain(self, failure: BaseException) -> bool | None:
         """Do as Database does; temporary tables go with their connection."""
         regained = super().regain(failure)
-        if regained is not None and not self._db.has_temporary("batch"):
-            self._make_room()
+        if regained is not None:
+            # The server may go away again.
+            self.patiently(self._make_room_again)
         return regained
 
     def begin_pass(self, wish: Wish | None = None) -> None:
@@ -154,7 +159,8 @@ class Intake(Latencies):
             self._leave_out(
                 Decision.NOT_SAMPLED,
                 "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY position) - 1 AS number "
-                f"FROM seen WHERE {_COUNTED}) AS counted WHERE number NOT IN (SELECT number FROM chosen)",
+                f"FROM seen WHERE {_COUNTED}) AS counted "
+                "WHERE NOT EXISTS (SELECT 1 FROM chosen WHERE chosen.number = counted.number)",
             )
             self._db.execute("DROP TABLE chosen")
         if wish.limit is not None:

@@ -60,8 +60,10 @@ class Lease:
         self._ledger.close()
 
     def holds(self) -> bool:
-        """Tell whether the lease surely lasts a while yet."""
-        return not self._lost.is_set() and boottime() < self._renewed + SURE * self._seconds
+        """Tell whether the lease surely lasts a while yet. Raises LeaseLost when it will not be renewed any more."""
+        if self._lost.is_set():
+            raise LeaseLost
+        return boottime() < self._renewed + SURE * self._seconds
 
     def monotonic(self) -> float:
         """Seconds that never step, as a clock."""

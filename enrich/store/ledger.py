@@ -160,8 +160,8 @@ class Ledger(Holding):
         """Drop params, answers and errors of what was settled before a time; that it was paid for is remembered."""
         purged = self._db.execute(
             "UPDATE requests SET params = '{}', erased_ms = ? WHERE erased_ms IS NULL AND position IS NULL "
-            "AND state IN ('found', 'not_found', 'failed', 'expired') AND id NOT IN "
-            "(SELECT request_id FROM attempts WHERE settled_ms IS NULL OR settled_ms >= ?)",
+            "AND state IN ('found', 'not_found', 'failed', 'expired') AND NOT EXISTS (SELECT 1 FROM attempts a "
+            "WHERE a.request_id = requests.id AND (a.settled_ms IS NULL OR a.settled_ms >= ?))",
             (now_ms, before_ms),
         ).rowcount
         self._db.execute(

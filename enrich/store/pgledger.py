@@ -112,10 +112,11 @@ def held(place: Postgres, wait_s: float) -> Iterator[None]:
         session = PostgresSession(place)
     try:
         end = time.monotonic() + wait_s
-        while not _locked(session):
-            if wait_s >= 0 and time.monotonic() >= end:
-                raise LedgerLocked(f"{place}: another execution holds this ledger", LOCKED_HINT)
-            time.sleep(LOOK_EVERY_S)
+        with _refusing(place):
+            while not _locked(session):
+                if wait_s >= 0 and time.monotonic() >= end:
+                    raise LedgerLocked(f"{place}: another execution holds this ledger", LOCKED_HINT)
+                time.sleep(LOOK_EVERY_S)
         ended = threading.Event()
         keeper = threading.Thread(target=_keep_locked, args=(session, ended), name="lock", daemon=True)
         keeper.start()
@@ -123,6 +124,7 @@ def held(place: Postgres, wait_s: float) -> Iterator[None]:
             yield
         finally:
             ended.set()
+            session.hurry()
             keeper.join()
     finally:
         session.close()
@@ -136,11 +138,13 @@ def _locked(session: PostgresSession) -> bool:
 
 def _keep_locked(session: PostgresSession, ended: threading.Event) -> None:
     """Take the lock again when the server was restarted; a run that began meanwhile sees that ours lives."""
+    ours = True
     while not ended.wait(LOOK_EVERY_S):
         try:
             if not session.alive():
+                ours = False
                 session.regain(Disturbed())
-                _locked(session)
+            ours = ours or _locked(session)
         except DatabaseFailed:
             continue
 

@@ -231,7 +231,7 @@ def migrate(session: Server, schema: str) -> None:
     try:
         session.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"enrich migrates {schema}",))
         if not session.execute("SELECT to_regnamespace(?)", (schema,)).fetchone()[0]:
-            session.execute(f"CREATE SCHEMA {schema}")
+            session.execute(f'CREATE SCHEMA "{schema}"')
         version = version_of(session, schema) or 0
         for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
             for statement in migration.split(";\n\n"):

@@ -28,8 +28,10 @@ CONNECT_S = 10
 LOOK_EVERY_S = 0.25
 #: … and waited for so long when we are about to leave.
 LEAVING_S = 5.0
-#: A connection is known to be dead after about so many seconds of silence.
+#: A connection is known to be dead after about so many seconds of silence (ms, `tcp_user_timeout`).
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+#: The same for the server's end.
+SERVER_KEEPALIVE = {name if name.startswith("tcp") else f"tcp_{name}": str(value) for name, value in KEEPALIVE.items()}
 #: So long those are waited for that still see what is to be erased, and where that is.
 SEEN_S = 5.0
 ERASED = ("requests", "attempts", "delivered")
@@ -64,7 +66,7 @@ DIALECT = Dialect(
 #: Others were in the way: the transaction is done again.
 _IN_THE_WAY = (errors.DeadlockDetected, errors.SerializationFailure)
 #: The server is not there, or goes away, or comes back only now.
-_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.AdminShutdown, errors.CrashShutdown)
+_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, errors.IdleInTransactionSessionTimeout)
 #: No waiting helps against these.
 REFUSES = (
     errors.InvalidPassword,
@@ -191,7 +193,8 @@ class PostgresSession:
         if not isinstance(failure, Disturbed):
             return None
         if not self._connection.closed and not self._connection.broken:
-            return False  # others were in the way
+            # What the server refuses for other reasons, such as no memory, it refuses again.
+            return False if isinstance(failure.__cause__, _IN_THE_WAY) else None
         end = time.monotonic() + OUTAGE_S
         while True:
             try:
@@ -274,6 +277,13 @@ class PostgresSession:
                 self._connection.execute(DONE, (self._writer,))
         self._connection.close()
 
+    @property
+    def _idle_s(self) -> float:
+        """After so long the server ends a transaction that rests: others wait for what it holds; 0: never."""
+        if self.fence is not None:
+            return self.fence.idle_s
+        return 0.0 if self.looks_only else self.place.lease_s
+
     def _connect(self) -> psycopg.Connection[Any]:
         connection = psycopg.connect(
             self.place.conninfo,
@@ -286,14 +296,18 @@ class PostgresSession:
         adapters = connection.adapters
         adapters.register_loader("numeric", _Number)
         adapters.register_dumper(str, _Text)
-        idle_s = 0.0 if self.fence is None else self.fence.idle_s
         settings = {
             "search_path": self.place.schema,
             # The server's own choice may be to forget the last moments (PostgreSQL docs: "Asynchronous Commit").
             "synchronous_commit": "on",
-            "idle_in_transaction_session_timeout": f"{idle_s * 1000:.0f}",
+            "idle_in_transaction_session_timeout": f"{self._idle_s * 1000:.0f}",
+            # Whoever gives up waiting would only begin again.
+            "statement_timeout": "0",
+            "lock_timeout": "0",
             "default_transaction_read_only": "on" if self.looks_only else "off",
             "enrich.owner": "" if self.fence is None else str(self.fence.owner),
+            # A machine that lost its power holds no lock for hours.
+            **SERVER_KEEPALIVE,
         }
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))

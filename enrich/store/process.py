@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 PROC = Path("/proc")
+#: When a process began that is there, and may not be looked at (proc(5): "hidepid").
+HIDDEN = "hidden"
 
 
 def myself() -> str:
@@ -19,7 +21,7 @@ def is_gone(name: str) -> bool:
     """Tell whether a process was of this machine, as it runs now, and is there no more."""
     machine, _, rest = name.partition(" ")
     number, _, began = rest.partition(" ")
-    return bool(began) and machine == _machine() and _began(int(number)) != began
+    return bool(began) and machine == _machine() and _began(int(number)) not in (began, HIDDEN)
 
 
 def _machine() -> str | None:
@@ -36,5 +38,15 @@ def _began(number: int) -> str | None:
     try:
         told = (PROC / str(number) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return None
+        return HIDDEN if _is_there(number) else None
     return None if told[0] == "Z" else told[19]
+
+
+def _is_there(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
