@@ -2,7 +2,7 @@
 
 Workers are killed or stopped for longer than their leases, the server is restarted in order and as if it had crashed,
 the run itself is killed; the API goes wrong in all its ways. `python -m tests.cluster_torture` is the long form and
-prints the tables of RELIABILITY.md; the suite runs short ones.
+prints its table; the suite runs short ones.
 """
 
 from __future__ import annotations
