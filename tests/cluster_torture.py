@@ -29,8 +29,8 @@ from tests.harness import JOB, Api, Office, people, serving
 from tests.postgres import Postgres, find_binaries, serving_alone
 from tests.torture import ANSWERS, FAULTS
 
-#: Seconds of a lease here; who is stopped sleeps twice as long.
-LEASE_S = 2
+#: Seconds of a lease here, and for how long somebody is stopped: past it, and not until the crew gives him up.
+LEASE_S, SLEEP_S = 2, 3
 #: How a night that was not killed may end: 4 when the server was away at the wrong moment.
 ENDS = frozenset({0, 4, 10, 12, 14})
 #: What a worker that is killed may leave in doubt: what it had on the wire.
@@ -111,8 +111,9 @@ class Chaos:
                     os.kill(victim, signal.SIGKILL)
                 case "workers stopped for longer than a lease":
                     os.kill(victim, signal.SIGSTOP)
-                    self._pause(run, 2 * LEASE_S)
-                    os.kill(victim, signal.SIGCONT)
+                    self._pause(run, SLEEP_S)
+                    with suppress(ProcessLookupError):  # the crew has given it up
+                        os.kill(victim, signal.SIGCONT)
                 case "restarts of the server":
                     self.server.restart("fast")
                 case "crashes of the server":
