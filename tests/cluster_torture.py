@@ -159,7 +159,7 @@ def torture(
     rate: int = 60,
     faults: Iterable[str] = FAULTS,
 ) -> Report:
-    """Run the job until all strikes are done and it has come to its end; judge it by the sandbox's audit."""
+    """Run the job, strike at it, until it has come to its end; judge it by the sandbox's audit."""
     rng = random.Random(seed)
     left = [name for name, count in strikes.items() for _ in range(count)]
     rng.shuffle(left)
@@ -181,7 +181,7 @@ def torture(
     chaos = Chaos(server, rng, report, left)
     began = time.monotonic()
     with patch.dict(os.environ, server.environ), serving(folder / "api.db", settings) as api:
-        for night in range(PATIENCE + len(left)):
+        for _ in range(PATIENCE + len(left)):
             run = office.start("run", "job.yaml", "--json", *how, api=api)
             chaos.during(run)
             out, err = run.communicate(timeout=300)
@@ -189,9 +189,10 @@ def torture(
                 continue
             report.ended[run.returncode] += 1
             assert "Traceback" not in err, err
-            report.most_charged = max(report.most_charged, _bought(office, json.loads(out)))
-            if not left and run.returncode in (0, 10, 14) and night:
-                break
+            receipt = json.loads(out)
+            report.most_charged = max(report.most_charged, _bought(office, receipt))
+            if run.returncode in (0, 10, 14) and not (left and receipt["submitted"]):
+                break  # nothing is left to do, or to strike at
         else:
             raise AssertionError(f"it does not end:\n{report.table()}")
         _judge(office, api, report)
