@@ -190,6 +190,8 @@ def torture(
             report.ended[run.returncode] += 1
             assert "Traceback" not in err, err
             receipt = json.loads(out)
+            if "execution" not in receipt:  # the server was away when it began
+                continue
             report.most_charged = max(report.most_charged, _bought(office, receipt))
             if run.returncode in (0, 10, 14) and not (left and receipt["submitted"]):
                 break  # nothing is left to do, or to strike at
