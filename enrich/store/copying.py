@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -67,15 +67,6 @@ def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
 
 class _Old(Records):
     """A ledger that is read from end to end."""
-
-    @contextmanager
-    def still(self) -> Iterator[None]:
-        """See everything as it stands at this moment."""
-        self._db.begin_looking()
-        try:
-            yield
-        finally:
-            self._db.rollback()
 
     def columns(self, table: str) -> list[str]:
         """Name the columns of a table that are copied."""

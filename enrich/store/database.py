@@ -78,6 +78,15 @@ class Database:
         """Take back what a transaction wrote so far, and end it."""
         self._db.rollback()
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """See everything as it stands at this moment, though a run goes on."""
+        self._db.begin_looking()
+        try:
+            yield
+        finally:
+            self._db.rollback()
+
     def regain(self, failure: BaseException) -> bool | None:
         """Be ready again after a failure in a transaction, whose whole block may be done again then.
 

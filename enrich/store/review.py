@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from enrich.store.figures import SINCE, Figures
@@ -36,15 +35,6 @@ class Lived(NamedTuple):
 
 class Review(Figures):
     """A ledger that can be looked back at."""
-
-    @contextmanager
-    def still(self) -> Iterator[None]:
-        """See everything as it stands at this moment, though a run goes on."""
-        self._db.begin_looking()
-        try:
-            yield
-        finally:
-            self._db.rollback()
 
     def lived(self, job: str) -> list[Lived]:
         """Return the executions of a job, oldest first."""
