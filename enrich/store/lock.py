@@ -17,7 +17,7 @@ LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
 @contextmanager
 def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
-    """Hold the lock of a ledger; wait for it so many seconds, -1: as long as it takes.
+    """Hold the lock of a ledger; wait for it so many seconds, -1: as long as it takes; at a server a moment at least.
 
     Yields its descriptor, if it has one: a process that inherits it holds the lock, too, for as long as it lives.
     Raises LedgerLocked when another execution holds it.

@@ -18,6 +18,8 @@ from enrich.store.postgres import LOOK_EVERY_S, Fence, PostgresSession, is_away,
 
 #: The name of our advisory locks among those of others: "enri".
 _LOCK = 0x656E7269
+#: A server that is busy takes so long at most to see that a client was killed, and to free its lock.
+NOTICED_S = 3.0
 LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
 
@@ -111,7 +113,7 @@ def held(place: Postgres, wait_s: float) -> Iterator[None]:
     with _refusing(place):
         session = PostgresSession(place)
     try:
-        end = time.monotonic() + wait_s
+        end = time.monotonic() + max(wait_s, NOTICED_S)
         with _refusing(place):
             while not _locked(session):
                 if wait_s >= 0 and time.monotonic() >= end:
