@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, cast
@@ -65,19 +65,23 @@ WORDS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429: b"Too
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket: `rate` requests per second, `burst` at once; 0: everybody may."""
+    """A token bucket, full at first: `rate` requests per second, `burst` at once; 0: everybody may."""
 
     rate: float
     burst: float
     retry_after: float | None
-    _tokens: float = 0.0
-    _at: float = 0.0
+    _tokens: float = field(init=False)
+    _at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._tokens = self.burst
 
     def take(self, now: float) -> bool:
         """Say whether a request may pass at `now`, in seconds."""
         if not self.rate:
             return True
-        self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
+        if self._at is not None:
+            self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)
         self._at = now
         if self._tokens < 1:
             return False

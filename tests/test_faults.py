@@ -11,6 +11,7 @@ import pytest
 
 from enrich import poller
 from enrich.errors import Exit
+from enrich.execution import Timing
 from enrich.sandbox import Fault
 from enrich.sandbox.faults import KINDS
 from tests.harness import HASTY, JOB, Api, Office, people, serving, until
@@ -66,8 +67,10 @@ TABLE = """
 | get:unauthorized                 | pending  |              | yes      | 3    |
 """
 LEADS, MEET_IT = 4, 2
-#: An answer is awaited for 0.7 s, and a task that polls 404 is young for as long.
-TIMING = replace(HASTY, post_s=0.7, get_s=0.7, young_s=0.7, outage_s=30.0, start_s=5.0)
+#: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …
+TIMING = replace(HASTY, post_s=20.0, get_s=0.7, young_s=20.0, outage_s=30.0, start_s=5.0)
+#: … but where the end of that time is what the test waits for.
+IN_TIME = replace(TIMING, post_s=0.7, young_s=0.7)
 ANSWERS = frozenset({"found", "not_found", "failed"})
 
 
@@ -79,6 +82,12 @@ class Case(NamedTuple):
     posted_again: str
     accepted: str
     exit: str
+
+    @property
+    def timing(self) -> Timing:
+        """How long to wait; the two that meet it are given up at the end of that, or nobody is."""
+        is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=1.5", "lost-task"}
+        return IN_TIME if is_the_end_of_it else TIMING
 
     def happen(self, api: Api) -> None:
         """Let the next two meet it (all at once do, when the whole API is away)."""
@@ -116,7 +125,7 @@ def test_a_fault_leads_where_the_table_says(
     office.write_leads(people(LEADS))
     case.happen(api)
 
-    night = office.run(api, timing=TIMING)
+    night = office.run(api, timing=case.timing)
 
     assert night.exit_code == int(case.exit)
     if case.fault.startswith("slow"):  # carried out after we had given up
@@ -139,7 +148,7 @@ def test_a_fault_leads_where_the_table_says(
     assert case.posted_again == "next night" or posts == LEADS + refused
 
     api.heal()
-    second = office.run(api, timing=TIMING)
+    second = office.run(api, timing=case.timing)
 
     if case.posted_again == "never":
         assert (second.exit_code, second.submitted) == (14, 0)
@@ -162,8 +171,8 @@ def test_an_api_with_a_wrong_clock_changes_nothing(tmp_path: Path, office: Offic
     with serving(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
         case.happen(api)
 
-        night = office.run(api, timing=TIMING)
-        second = office.run(api, timing=TIMING)
+        night = office.run(api, timing=case.timing)
+        second = office.run(api, timing=case.timing)
 
         assert night.exit_code == second.exit_code == int(case.exit)
         assert night.elapsed_s < 10
