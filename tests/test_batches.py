@@ -74,6 +74,7 @@ def row_by_row(
     return asked
 
 
+@pytest.mark.long
 @given(
     leads=st.lists(st.fixed_dictionaries({"A": CELLS, "B": CELLS, "E": CELLS | MAILS, "F": MAILS}), min_size=1),
     dedupe=st.booleans(),

@@ -20,7 +20,8 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_cap_holds_with_hundreds_in_flight_and_doubts(tmp_path: Path, office: Office, seed: int) -> None:
     """All providers and their verifications charged, misses too, a tenth of the POSTs ambiguous."""
     cap = 60

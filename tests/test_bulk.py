@@ -133,6 +133,7 @@ def test_a_second_run_asks_nothing(api: Api, office: Office) -> None:
     assert set(accepted(api).values()) == {1}
 
 
+@pytest.mark.long
 @settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(1, 1000),

@@ -303,6 +303,7 @@ def test_a_user_without_a_home_is_no_bug(api: Api, office: Office, monkeypatch: 
 # The sandbox
 
 
+@pytest.mark.long
 def test_the_sandbox_says_how_to_use_it_in_two_lines(office: Office) -> None:
     """What it prints is all the environment that a run needs, and it ends without a word."""
     office.write_leads(people(3))
@@ -337,6 +338,7 @@ def test_the_sandboxs_knobs_are_checked(office: Office) -> None:
     assert "lognormal" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["sandbox"], ["run", "job.yaml", "--sandbox"], ["waterfalls", "--sandbox"]])
 def test_without_its_extra_the_sandbox_says_how_to_get_it(office: Office, arguments: list[str]) -> None:
     """An installation without FastAPI is told what to install, without a traceback."""

@@ -180,6 +180,7 @@ with patch.object(Path, "rename", renamed), patch.object(folder, "_remove", die)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "rows"),
     [

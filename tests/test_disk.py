@@ -64,6 +64,7 @@ def goes_on(office: Office, api: Api, leads: int) -> None:
 # Full
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_in_the_middle_is_exit_1(api: Api, office: Office) -> None:
     """Once the ledger can't remember, nothing is sent any more; with room again the run goes on."""
     office.write_leads(people(150))

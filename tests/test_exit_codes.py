@@ -299,6 +299,7 @@ def test_an_api_that_takes_no_posts_any_more_is_exit_4(api: Api, office: Office)
     assert len(office.output()) == 100
 
 
+@pytest.mark.long
 def test_a_hiccup_of_the_api_does_not_stop_the_posts_for_long(api: Api, office: Office) -> None:
     """Half a second of 5xx with the wire full is one bad moment: the pauses grow from a second, not from a minute."""
     office.write_leads(people(60))
@@ -791,6 +792,7 @@ def test_a_signal_does_not_sit_out_a_retry_after(api: Api, office: Office) -> No
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
 def test_a_signal_while_waiting_for_the_lock_is_told_too(
     api: Api, office: Office, number: signal.Signals, code: int

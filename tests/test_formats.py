@@ -59,6 +59,7 @@ def refused(path: Path, **told: Any) -> str:
     return f"{caught.value.message} / {caught.value.hint}".replace(str(path), "FILE")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("given_as", INPUTS)
 @given(table=tables())
 @settings(max_examples=12, deadline=None)

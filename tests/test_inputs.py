@@ -189,6 +189,7 @@ def test_leads_come_through_a_pipe(office: Office, api: Api, packed: str) -> Non
     assert list((office.folder / "tmp").iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_job_itself_may_read_from_a_pipe(office: Office, api: Api) -> None:
     """CSV, when nothing else is said; the output has a name all the same."""
     (office.folder / "job.yaml").write_text(
@@ -200,6 +201,7 @@ def test_the_job_itself_may_read_from_a_pipe(office: Office, api: Api) -> None:
     assert piped(office, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").code == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("data", "told"),
     [
@@ -236,6 +238,7 @@ def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
     assert process.stderr.startswith(b"error: standard input is a terminal")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("waiting_at_the_api", [0, 2])
 def test_a_signal_ends_the_wait_for_a_pipe(tmp_path: Path, office: Office, waiting_at_the_api: int) -> None:
     """Whatever is to be collected: the exit code says so, nothing is asked, and what came so far is removed."""

@@ -525,6 +525,7 @@ def test_a_job_that_names_its_providers_hears_nothing_of_defaults(
 # An input that changes while the run is at work
 
 
+@pytest.mark.long
 def test_an_input_that_changes_meanwhile_is_read_again(tmp_path: Path, office: Office) -> None:
     """The output has the rows of the new file; those that are new are pending, and exit 4 says to run again."""
     office.write_leads(people(6))

@@ -104,6 +104,7 @@ write(target, Output(path=target.name), job="job", schema=schema, frames=frames(
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
 def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     """And at most one part beside it, which the next start removes."""

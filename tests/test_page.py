@@ -65,6 +65,7 @@ def written(folder: Path, make: Callable[[], Report]) -> Path:
 # What it says
 
 
+@pytest.mark.long
 def test_equal_facts_make_equal_bytes() -> None:
     """A report can be compared with an older one byte by byte."""
     assert render(reports.full()) == page_of(reports.full)

@@ -61,6 +61,7 @@ CELL = st.sampled_from(["", "x", "y", "ada@x.example", 'a"b', "ö\n"])
 FILE = st.tuples(st.sampled_from(["", "c=1/", "c=2/"]), st.lists(st.tuples(CELL, CELL), max_size=7))
 
 
+@pytest.mark.long
 @given(
     files=st.lists(FILE, min_size=1, max_size=4),
     kind=st.sampled_from(["parquet", "csv", "jsonl"]),

@@ -156,6 +156,7 @@ def mixed() -> Iterator[Api]:
 _numbers = iter(range(10**6))
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, frozen=st.booleans())
 def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen: bool) -> None:
@@ -186,6 +187,7 @@ def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen
         assert (office.folder / "out.csv").read_bytes() == written
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 def test_a_plan_that_was_cut_short_is_gone_on_with(mixed: Api, case: Case) -> None:

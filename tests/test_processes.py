@@ -135,6 +135,7 @@ def test_all_keep_to_one_cap(tmp_path: Path, office: Office) -> None:
     assert 12 - worst / 1e6 < audit["credits_charged"] <= 12
 
 
+@pytest.mark.long
 def test_a_limit_and_a_canary_count_for_all(api: Api, office: Office) -> None:
     """The canary is one process' work, the limit is kept by the queue."""
     office.write_job(canary="{rows: 5, min_hit_rate: 0.01}")
@@ -146,6 +147,7 @@ def test_a_limit_and_a_canary_count_for_all(api: Api, office: Office) -> None:
     assert accepted(api) == 30
 
 
+@pytest.mark.long
 def test_all_keep_to_one_rate(tmp_path: Path, office: Office) -> None:
     """Each at the ceiling alone would be answered 429; together they are not."""
     office.write_job(limits="{requests_per_second: 50}")
@@ -295,6 +297,7 @@ def test_a_signal_to_all_is_the_first_ones_to_obey(
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 def test_a_signal_finds_posts_that_nobody_has_told_of(tmp_path: Path, office: Office) -> None:
     """The first POSTs left just now: their answers are waited for, though the first process has not heard of them."""
     office.write_leads(people(60))
@@ -312,6 +315,7 @@ def test_a_signal_finds_posts_that_nobody_has_told_of(tmp_path: Path, office: Of
         assert counts.get(State.SUBMITTED, 0) == accepted(api)
 
 
+@pytest.mark.long
 def test_a_refused_key_stops_all(api: Api, office: Office) -> None:
     """One hears 401, none sends any more."""
     office.write_job(limits="{requests_per_second: 60}")
@@ -342,6 +346,7 @@ def test_the_time_is_over_for_all(tmp_path: Path, office: Office) -> None:
         assert first.receipt["submitted"] + second.receipt["submitted"] == accepted(api) == 30
 
 
+@pytest.mark.long
 def test_no_key_is_to_be_seen(tmp_path: Path, office: Office) -> None:
     """Neither the arguments of the processes nor anything that they write have it."""
     office.write_leads(people(40))

@@ -149,6 +149,7 @@ def test_a_stale_part_is_gone_even_when_the_night_fails(api: Api, office: Office
     assert not part.exists()
 
 
+@pytest.mark.long
 def test_killed_again_and_again_at_random(tmp_path: Path, office: Office) -> None:
     """Kills at whatever it is doing then, and one run to the end."""
     office.write_job(limits="{requests_per_second: 300}")

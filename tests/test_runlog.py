@@ -118,6 +118,7 @@ def test_who_is_locked_out_writes_too(api: Api, office: Office) -> None:
     assert "another execution" in lines[3]["skipped"]
 
 
+@pytest.mark.long
 def test_two_processes_share_a_log(tmp_path: Path, office: Office) -> None:
     """While one is at work the other is refused; both are in the log, line by line."""
     office.write_leads(somebody(2))
@@ -300,6 +301,7 @@ with runlog.log_to(Path("run.log"), "job", print) as log:
 """
 
 
+@pytest.mark.long
 def test_processes_that_rotate_at_once_lose_no_line(tmp_path: Path) -> None:
     """Three processes write and rotate one file as fast as they can."""
     root = str(Path(__file__).parents[1])

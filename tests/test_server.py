@@ -39,6 +39,7 @@ def test_the_password_comes_from_the_environment(api: Api, office: Office) -> No
     assert all(secret.encode() not in path.read_bytes() for path in office.folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("named", [True, False])
 def test_the_password_comes_from_a_file(api: Api, office: Office, postgres: Postgres, *, named: bool) -> None:
     """~/.pgpass, or the one that PGPASSFILE names."""

@@ -44,6 +44,7 @@ def test_a_restart_between_two_moves_loses_neither(
     assert books.all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["fast", "immediate"])
 def test_restarts_in_the_middle_make_no_move_twice(
     books: Books, own_postgres: Postgres, how: Literal["fast", "immediate"]

@@ -108,6 +108,7 @@ def test_the_lock_is_taken_again_when_another_let_go(place: Place) -> None:
     assert is_held(place) is False
 
 
+@pytest.mark.long
 def test_nobody_waits_long_at_the_end_for_a_lock_whose_server_is_away(own_postgres: Postgres, tmp_path: Path) -> None:
     """Whoever lets go of it needs no server any more."""
     place = locate_ledger(tmp_path, own_postgres.url(), tmp_path)

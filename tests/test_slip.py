@@ -264,6 +264,7 @@ def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.long
 def test_a_terminal_shows_colours_unless_they_are_not_wanted(api: Api, office: Office) -> None:
     """NO_COLOR and dumb terminals have the same words, plain."""
     office.write_leads([*people(3), ["", "", "", "", ""]])

@@ -203,6 +203,7 @@ def test_a_limit_is_of_requests_and_not_of_tries(tmp_path: Path, office: Office)
 # min_balance
 
 
+@pytest.mark.long
 def test_the_balance_never_falls_below_what_stays(tmp_path: Path, office: Office) -> None:
     """Whatever is in flight, in doubt or left from earlier runs."""
     office.write_job(limits="{requests_per_second: 1000, min_balance: 60}")

@@ -308,6 +308,7 @@ def damaged(path: Path, damage: str) -> None:
 # Backup
 
 
+@pytest.mark.long
 def test_a_copy_made_while_a_run_goes_on_is_whole(tmp_path: Path, office: Office) -> None:
     """Copy after copy, each sound, only for its owner's eyes and a ledger to go on with."""
     office.write_leads(people(150))
