@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,15 +18,16 @@ from enrich.question import Question
 from enrich.rows import Rows
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
+from enrich.store.opening import alone
 from enrich.tables.cells import text_frame
 
 
 def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
-    """Erase every request about a person; return how many. The caller holds the lock.
+    """Erase every request about a person; return how many.
 
     A request is hers when all of `matches` (`NAME=VALUE`, without regard to case and outer blanks) hold for
     a row of the input that asks it, or for its params and answers. A hash under a key of the ledger's stays,
-    so that nobody asks about her again. Raises JobError for a name that is unknown everywhere.
+    so that nobody asks about her again. Raises JobError for a name that is unknown everywhere, and LedgerLocked.
     """
     wanted = dict(_parted(match) for match in matches)
     with _opened(job) as ledger:
@@ -55,7 +56,7 @@ def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> 
 
 
 def purge(job: Job, older_than: timedelta) -> int:
-    """Drop params and answers of what was settled longer ago; return how many requests. The caller holds the lock."""
+    """Drop params and answers of what was settled longer ago; return how many requests. Raises LedgerLocked."""
     now_ms = SystemClock().now_ms()
     with _opened(job) as ledger, ledger.transaction():
         return ledger.purge(now_ms - int(older_than.total_seconds() * 1000), now_ms)
@@ -63,11 +64,10 @@ def purge(job: Job, older_than: timedelta) -> int:
 
 @contextmanager
 def _opened(job: Job) -> Iterator[Ledger]:
-    """Open the ledger so that what is erased is gone from the file, too."""
+    """Hold and open the ledger so that what is erased is gone from the file, too."""
     if not exists(job.ledger):
         raise Refused(f"{job.ledger}: there is no ledger: this job has never run")
-    ledger = Ledger(job.ledger)
-    try:
+    with alone(job.ledger) as fence, closing(Ledger(job.ledger, fence=fence)) as ledger:
         ledger.erase_for_good()
         yield ledger
         if not ledger.empty_journal():
@@ -75,8 +75,6 @@ def _opened(job: Job) -> Iterator[Ledger]:
                 f"{job.ledger} is being read, by `enrich report` perhaps: what was erased is still in the file",
                 "when that has ended, the same command again takes it out",
             )
-    finally:
-        ledger.close()
 
 
 def _parted(match: str) -> tuple[str, str]:

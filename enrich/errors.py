@@ -11,6 +11,7 @@ EnrichError                   carries the message, a hint and the exit code
 ├── CanaryStopped      15     the first answers look wrong: nothing more is bought
 ├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
 │   └── LeaseLost       4     this process was silent for too long: others go on with what it was at
+│       └── LeaderGone        the run that this process worked for is over
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
@@ -137,7 +138,11 @@ class LeaseLost(LedgerFailed):
         )
 
     def __reduce__(self) -> tuple[type[LeaseLost], tuple[()]]:
-        return LeaseLost, ()
+        return type(self), ()
+
+
+class LeaderGone(LeaseLost):
+    """The run that this process worked for is over: there is nothing to begin anew."""
 
 
 class Interrupted(EnrichError):

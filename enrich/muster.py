@@ -39,6 +39,7 @@ def muster(around: Surroundings, options: Options, execution: Execution, shift: 
         execution.result_ttl_s / workers,  # each has its share of the rate to fetch with
         around.clock.now_ms() - SystemClock().now_ms(),
         execution.poll_times,
+        around.ledger.owner,
     )
     carrier: Carrier = AtServer(ledger) if isinstance(ledger, Postgres) else AtFile(around.lock)
     return Crew(execution, errand, carrier if engine is None else engine.carrier)
@@ -57,3 +58,4 @@ async def bury(crew: Crew, journal: Journal, note: Callable[[str], None]) -> Non
     while (others := await journal.do(Ledger.others)) and not execution.giving_up.is_set():
         left_s = max(other.left_s for other in others)
         await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
+    await journal.do(Ledger.recover, execution.clock.now_ms())

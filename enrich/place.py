@@ -58,6 +58,9 @@ SANDBOX = "sandbox"
 #: How long a lease is when the URL does not say so, and how short and long it may be, in seconds.
 LEASE_S, SHORTEST_LEASE_S, LONGEST_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES = ("postgresql", "postgres")
+#: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional: no password fits in.
+_HOST = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::\d*)?"
+_SERVER = re.compile(rf"(?:[^@:/?#]*@)?{_HOST}(?:,{_HOST})*(?:/[^@/?#]*)?")
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 
 
@@ -89,6 +92,7 @@ def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
 
     Raises ValueError for a URL of no use.
     """
+    check_no_password(str(named))
     match = _URL.fullmatch(str(named))
     if match is None:
         return Path(os.path.normpath(base / named))
@@ -96,8 +100,6 @@ def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
         raise ValueError(f"`{match[1]}://` keeps no ledger: use a file, or postgresql://")
     url = urlsplit(str(named))
     query = parse_qsl(url.query, keep_blank_values=True)
-    if url.password is not None or any(name in ("password", "passfile", "sslpassword") for name, _ in query):
-        raise ValueError("a URL holds no password: set PGPASSWORD, or keep it in ~/.pgpass")
     schema = next((value for name, value in query if name == "schema"), SCHEMA)
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise ValueError(f"`{schema}` is no name for a schema: use small letters, digits and `_`")
@@ -109,6 +111,25 @@ def locate_ledger(base: Path, named: str | Path, beside: Path) -> LedgerPlace:
     told = urlencode([(name, value) for name, value in query if name not in ("schema", "lease")], quote_via=quote)
     conninfo = f"postgresql://{url.netloc}{url.path}" + (f"?{told}" if told else "")
     return Postgres(conninfo, schema, beside, float(lease))
+
+
+def check_no_password(named: str) -> None:
+    """Refuse the name of a ledger in which a password may be, without saying it. Raises ValueError.
+
+    Also one that the parts of a URL would tear: `postgresql://enrich:1/2@host` has the port 1 for most programs.
+    """
+    match = _URL.fullmatch(named)
+    if match is not None and match[1].lower() in _POSTGRES:
+        server, _, query = named.partition("://")[2].partition("?")
+        told = not _SERVER.fullmatch(server) or "@" in query or "#" in query
+        told = told or any("pass" in name.lower() for name, _ in parse_qsl(query, keep_blank_values=True))
+    else:
+        told = re.search(r"password\s*=", named, re.IGNORECASE) is not None
+    if told:
+        raise ValueError(
+            "a URL holds no password, and looks like postgresql://user@host:5432/database: "
+            "set PGPASSWORD, or keep the password in ~/.pgpass"
+        )
 
 
 def for_sandbox(ledger: LedgerPlace) -> LedgerPlace:

@@ -17,7 +17,7 @@ from pathlib import Path
 from enrich.allowance import Allowance
 from enrich.api.client import Client
 from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit, LeaseLost
+from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
 from enrich.pace import Pace
@@ -56,6 +56,8 @@ class Errand:
     result_ttl_s: float
     clock_offset_ms: int
     poll_times: PollTimes
+    #: The owner that leads the execution, at a ledger on a server.
+    leader: int | None = None
     #: The descriptor of its slate.
     pace: int = -1
     #: What was left at the API before, and is this worker's to collect.
@@ -162,14 +164,14 @@ class Worker:
         """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
         execution = self._execution
         try:
-            with leased(place) as (ledger, lease):
+            with leased(place, follows=self._errand.leader) as (ledger, lease):
                 execution.clock, execution.holds = lease, lease.holds
                 async with self._client() as client, Journal(ledger) as journal:
-                    if not await journal.do(_goes_on, execution.id):
-                        return True
                     tasks = await self._free(journal)
                     while tasks := await self._send(journal, client, tasks):
                         pass
+        except LeaderGone:
+            pass  # we were asleep, and may wake up long after
         except LeaseLost:
             return False
         return True
@@ -216,9 +218,3 @@ class Worker:
         if self._hurried:
             poller.hurry()
         return poller
-
-
-def _goes_on(ledger: Ledger, execution_id: int) -> bool:
-    """Tell whether an execution is still at work: a worker that was asleep may wake up long after."""
-    newest = ledger.executions(last=1)[0]
-    return bool(newest["id"] == execution_id and newest["ended_ms"] is None)

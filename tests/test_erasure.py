@@ -66,9 +66,9 @@ def test_a_forgotten_person_is_in_no_byte_of_the_ledger(office: Office) -> None:
 def test_who_reads_the_ledger_as_it_was_keeps_the_person_in_it(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long report, say: that is told, and the same command takes her out when it has ended."""
     words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-    monkeypatch.setattr("enrich.store.sqlite.PATIENCE_S", 0.1)
-    monkeypatch.setattr("enrich.store.postgres.SEEN_S", 0.1)
-    with closing(office.ledger()) as report, report.still():
+    with closing(office.ledger()) as report, report.still(), monkeypatch.context() as soon:
+        soon.setattr("enrich.store.sqlite.PATIENCE_S", 0.1)
+        soon.setattr("enrich.store.postgres.SEEN_S", 0.1)
         assert report.counts()
         refused = office.command(*words)
     kept = office.server is not None or b"First1" in bytes_of(office)  # what is deleted no table tells

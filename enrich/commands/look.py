@@ -14,7 +14,7 @@ from enrich.commands import options
 
 @click.command(short_help="Show what the ledger of JOB knows.")
 @options.JOB_ARGUMENT
-@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@options.LEDGER
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @click.option("--watch", "watching", is_flag=True, help="Show the run that is at work, until it ends.")
 @click.option(
@@ -49,7 +49,7 @@ def status(
 
 @click.command(short_help="Hold the account's balance against the ledger of JOB.")
 @options.JOB_ARGUMENT
-@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@options.LEDGER
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
 @click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
 @options.AS_JSON
@@ -66,7 +66,7 @@ def reconcile(job_file: Path, ledger: str | None, use_sandbox: bool, since: int 
 @click.command()
 @options.JOB_ARGUMENT
 @click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Show the newest N executions.")
-@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@options.LEDGER
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.AS_JSON
 def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_json: bool) -> None:
@@ -82,7 +82,7 @@ def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_js
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="This row of the input; 1 is the first lead.")
 @click.option("--match", metavar="COLUMN=VALUE", help="The rows with this value, whatever the case of its letters.")
 @options.INPUT
-@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@options.LEDGER
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.AS_JSON
 def explain(

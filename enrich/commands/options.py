@@ -57,10 +57,30 @@ def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tu
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 INPUT = click.option("--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead.")
+
+
+def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make `--ledger`; what may hold a password is refused before anybody writes down how we were called."""
+    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
+    return click.option("--ledger", *names, callback=_ledger, metavar="FILE", help=text)
+
+
+def _ledger(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        from enrich.place import check_no_password
+
+        try:
+            check_no_password(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    return value
+
+
+LEDGER = ledger_option(what="Look into")
 PATHS = (
     INPUT,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
-    click.option("--ledger", metavar="FILE", help="Use this ledger, or postgresql://…, instead of the job's."),
+    ledger_option(what="Use"),
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
 )
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--compare", metavar="EXECUTION|JOB", help="Hold the newest execution, or the job, against another.")
 @click.option("--with-rows", is_flag=True, help="Show the leads, too: personal data.")
 @click.option("--input", "input_path", metavar="FILE", help="Read this file or URL instead.")
-@click.option("--ledger", type=options.FILE, help="Look into this ledger instead of the job's.")
+@options.LEDGER
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.AS_JSON
 def report(

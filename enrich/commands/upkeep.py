@@ -15,7 +15,7 @@ from enrich.errors import Exit
 from enrich.place import LedgerPlace, locate_ledger
 
 PLACE = click.argument("place", metavar="JOB_OR_LEDGER")
-LEDGER = click.option("--ledger", "instead", metavar="FILE", help="Take this ledger instead of the job's.")
+LEDGER = options.ledger_option("instead", what="Take")
 SANDBOX = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
 
 
@@ -125,11 +125,9 @@ def forget(
     NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
     """
     from enrich.erasure import forget
-    from enrich.store.lock import hold
 
     job = options.load(job_file, None, None, instead, use_sandbox)
-    with hold(job.ledger, 0):
-        count = forget(job, matches, lambda found: _agreed(f"{_requests(found)} will be erased for good.", yes=yes))
+    count = forget(job, matches, lambda found: _agreed(f"{_requests(found)} will be erased for good.", yes=yes))
     _tell(count, "forgotten", as_json=as_json)
 
 
@@ -148,14 +146,10 @@ def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: b
     from datetime import timedelta
 
     from enrich.erasure import purge
-    from enrich.store.lock import hold
 
     job = options.load(job_file, None, None, instead, use_sandbox)
     agreed = _agreed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
-    count = 0
-    if agreed:
-        with hold(job.ledger, 0):
-            count = purge(job, timedelta(seconds=older_than))
+    count = purge(job, timedelta(seconds=older_than)) if agreed else 0
     _tell(count, "purged", as_json=as_json)
 
 

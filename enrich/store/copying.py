@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 from enrich.errors import Refused
 from enrich.place import LedgerPlace
 from enrich.privacy import key_path
-from enrich.store.database import Database
+from enrich.store.database import Database, exists, remove
 from enrich.store.dialect import FAILURES
 from enrich.store.lock import hold
+from enrich.store.opening import alone
 from enrich.store.records import Records
 
 #: All that a ledger remembers, with what tells the rows of a table apart. Who refers to another is checked at the end.
@@ -55,7 +56,7 @@ def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
     """
     if source == target:
         raise Refused(f"{target}: this is the ledger itself", "name another place for the copy")
-    with closing(_Old(source)) as old, hold(source, 0), hold(target, 0), closing(_New(target)) as new:
+    with closing(_Old(source)) as old, alone(source), hold(target, 0), _making(target) as new:
         try:
             with old.still(), new.transaction():
                 copied = _fill(old, new)
@@ -95,6 +96,19 @@ class _New(_Old):
         with self._db.loading():
             for table, (columns, rows) in tables.items():
                 self._db.load(table, columns, rows)
+
+
+@contextmanager
+def _making(place: LedgerPlace) -> Iterator[_New]:
+    """Have a ledger to write to; one that was made for that goes with what fails: empty, it would pay for all again."""
+    is_new = not exists(place)
+    try:
+        with closing(_New(place)) as new:
+            yield new
+    except BaseException:
+        if is_new:
+            remove(place)
+        raise
 
 
 def _fill(old: _Old, new: _New) -> Copied:

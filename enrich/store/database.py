@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.dialect import FAILURES, Session
 from enrich.store.server import postgres
-from enrich.store.sqlite import open_file
+from enrich.store.sqlite import JOURNALS, open_file
 
 if TYPE_CHECKING:
     from enrich.store.postgres import Fence
@@ -38,6 +38,8 @@ class Database:
         when it is newer than this program or can't be written.
         """
         self.place = place
+        #: Who writes, where processes hold what they are at by leases.
+        self.owner = None if fence is None else fence.owner
         if isinstance(place, Postgres):
             self._db: Session = postgres().open_schema(
                 place, read_only=read_only, any_version=any_version, fence=fence, patience_s=patience_s
@@ -52,8 +54,8 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """One commit; nothing of it stays when the block raises."""
-        self._db.begin()
         try:
+            self._db.begin()
             yield
             if self._db.in_transaction:  # unless the block has taken all of it back
                 self._db.commit()
@@ -132,3 +134,12 @@ class Database:
 def exists(place: LedgerPlace) -> bool:
     """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
     return postgres().schema_exists(place) if isinstance(place, Postgres) else place.exists()
+
+
+def remove(place: LedgerPlace) -> None:
+    """Remove a ledger for good. Raises Refused when the server can't be asked, and OSError."""
+    if isinstance(place, Postgres):
+        postgres().remove_schema(place)
+        return
+    for name in (place, *(place.with_name(f"{place.name}{end}") for end in JOURNALS)):
+        name.unlink(missing_ok=True)

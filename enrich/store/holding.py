@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from enrich.model import Task
+from enrich.errors import LeaderGone
+from enrich.model import Task, written
 from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.moves import Moves
+from enrich.store.moves import NUMBERS, Moves
 from enrich.store.process import is_gone, myself
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
@@ -42,16 +43,19 @@ class Holding(Moves):
         What another process holds by its lease is none of it; what one held that is gone waits for any poller.
         """
         self.others()
-        left = f"state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.ours}"
-        self._db.execute(
-            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
-            f"WHERE id IN (SELECT request_id FROM attempts WHERE {left})"
-        )
-        return self._db.execute(
+        # What is left is told once: others may end a lease in any moment.
+        left = self._db.execute(
             "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, error = 'the program ended between the request "
-            f"and its answer' WHERE {left}",
+            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.ours} RETURNING id",
             (now_ms,),
-        ).rowcount
+        ).fetchall()
+        if left:
+            self._db.execute(
+                "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
+                f"WHERE state = 'submitting' AND attempt_id IN ({NUMBERS.format('?')})",
+                (written([number for (number,) in left]),),
+            )
+        return len(left)
 
     def adopt(self, most: int | None = None) -> list[Task]:
         """Take on tasks that wait for their answer and that nobody holds, nearest expiry first; return them."""
@@ -106,14 +110,25 @@ class Holding(Moves):
         (now_ms,) = self._db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
         return int(now_ms)
 
-    def begin_lease(self, name: str, seconds: float, *, leads: bool) -> int:
-        """Become an owner; return its number."""
-        (number,) = self._db.execute(
+    def begin_lease(self, name: str, seconds: float, *, follows: int | None = None) -> int:
+        """Become an owner; return its number. Without somebody whom it `follows` it leads an execution.
+
+        Raises LeaderGone when whoever leads is an owner no more: nobody would wait for who begins only now.
+        """
+        told = (name, myself(), follows is None, float(seconds))
+        insert = (
             "INSERT INTO owners (name, process, leads, seconds, lease_until) "
-            "VALUES (?1, ?2, ?3, ?4, clock_timestamp() + ?4 * interval '1 s') RETURNING id",
-            (name, myself(), leads, float(seconds)),
-        ).fetchone()
-        return int(number)
+            "SELECT ?1, ?2, CAST(?3 AS BOOLEAN), CAST(?4 AS DOUBLE PRECISION), clock_timestamp() + ?4 * interval '1 s'"
+        )
+        if follows is None:
+            row = self._db.execute(f"{insert} RETURNING id", told).fetchone()
+        else:
+            # Its row is kept until ours is there: whoever looks for those who are left sees one of both.
+            leader = "FROM owners WHERE id = ?5 AND owners.seconds > 0 FOR KEY SHARE"
+            row = self._db.execute(f"{insert} {leader} RETURNING id", (*told, follows)).fetchone()
+        if row is None:
+            raise LeaderGone
+        return int(row[0])
 
     def renew_lease(self, owner: int) -> bool:
         """Say that an owner lives; return False when its lease was ended."""

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 
-from enrich.errors import LeaseLost
+from enrich.errors import LeaderGone, LeaseLost
 from enrich.place import Postgres
 from enrich.store.database import PATIENCE_S
 from enrich.store.dialect import OUTAGE_S, DatabaseFailed
@@ -32,16 +32,21 @@ def boottime() -> float:
 class Lease:
     """The lease of this process. Use as a context manager; what it holds is free when the block ends.
 
-    `leads`: an execution stands and falls with us. `idle_s`: after so long the server ends a transaction in which we
-    say nothing, so that nobody waits for us.
+    `follows`: the owner who leads the execution that we work for; None: it is us, and an execution stands and falls
+    with our lease. `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits
+    for us. Raises LeaderGone.
     """
 
-    def __init__(self, place: Postgres, *, leads: bool = False, idle_s: float | None = None) -> None:
+    def __init__(self, place: Postgres, *, follows: int | None = None, idle_s: float | None = None) -> None:
         self._seconds = seconds = place.lease_s
         self._renewed = boottime()
-        self._leads = leads
-        self._ledger = Ledger(place, patience_s=PATIENCE_S if leads else OUTAGE_S)
-        owner = self._ledger.patiently(self._begin)
+        self._follows = follows
+        self._ledger = Ledger(place, patience_s=PATIENCE_S if follows is None else OUTAGE_S)
+        try:
+            owner = self._ledger.patiently(self._begin)
+        except LeaderGone:
+            self._ledger.close()
+            raise
         #: What those get that write as this owner.
         self.fence = Fence(owner, seconds if idle_s is None else idle_s)
         self._ended = threading.Event()
@@ -71,7 +76,7 @@ class Lease:
 
     def now_ms(self) -> int:
         """Tell what time the server has, in milliseconds since 1970 (UTC), as a clock."""
-        return time.time_ns() // 1_000_000 + self._offset_ms
+        return int(boottime() * 1000) + self._offset_ms
 
     def observe(self, api_ms: int) -> None:
         """Do nothing: all processes go by the server's clock."""
@@ -92,7 +97,8 @@ class Lease:
 
     def _begin(self) -> int:
         with self._ledger.transaction():
-            return self._ledger.begin_lease(f"{socket.gethostname()} {os.getpid()}", self._seconds, leads=self._leads)
+            name = f"{socket.gethostname()} {os.getpid()}"
+            return self._ledger.begin_lease(name, self._seconds, follows=self._follows)
 
     def _renew(self) -> None:
         before = boottime()
@@ -106,4 +112,5 @@ class Lease:
         self._offset_ms = self._measured()
 
     def _measured(self) -> int:
-        return self._ledger.now_ms() - time.time_ns() // 1_000_000
+        """Tell how far the server's time is from ours: from one that nobody sets, as people set a machine's clock."""
+        return self._ledger.now_ms() - int(boottime() * 1000)

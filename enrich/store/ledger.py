@@ -126,6 +126,7 @@ class Ledger(Holding):
 
         What stays is hashes under the key, states and credits.
         """
+        self.begin_pass()  # at a server what the last one saw is there yet, with the names of groups
         self.bind({"forgotten_key": proof(key)})
         for request_id, fingerprint, params in requests:
             hashed = keyed(key, fingerprint)
@@ -158,6 +159,7 @@ class Ledger(Holding):
 
     def purge(self, before_ms: int, now_ms: int) -> int:
         """Drop params, answers and errors of what was settled before a time; that it was paid for is remembered."""
+        self.begin_pass()
         purged = self._db.execute(
             "UPDATE requests SET params = '{}', erased_ms = ? WHERE erased_ms IS NULL AND position IS NULL "
             "AND state IN ('found', 'not_found', 'failed', 'expired') AND NOT EXISTS (SELECT 1 FROM attempts a "

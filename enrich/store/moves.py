@@ -21,7 +21,7 @@ Told = tuple[int, str, int]
 
 
 #: The numbers of a JSON list.
-_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
+NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
 
 
 class CapReached(Exception):
@@ -153,7 +153,7 @@ class Moves(Review):
     def alive(self, attempts: Sequence[int]) -> None:
         """Write down that the API knows the tasks."""
         self._db.execute(
-            f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({_NUMBERS.format('?')})", (written(attempts),)
+            f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({NUMBERS.format('?')})", (written(attempts),)
         )
 
     def settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
@@ -247,7 +247,7 @@ class Moves(Review):
         """Give the reservations of attempts back to the executions that made them."""
         self._db.execute(
             "UPDATE executions SET reserved = executions.reserved - freed.reserved FROM (SELECT execution_id, "
-            f"sum(reserved) AS reserved FROM attempts WHERE id IN ({_NUMBERS.format('?')}) GROUP BY 1) freed "
+            f"sum(reserved) AS reserved FROM attempts WHERE id IN ({NUMBERS.format('?')}) GROUP BY 1) freed "
             "WHERE executions.id = freed.execution_id",
             (written([first[0] for first in told]),),
         )
@@ -256,6 +256,6 @@ class Moves(Review):
         """Count what was spent; the attempts whose price is known need their reservation no more."""
         self._db.execute(
             "UPDATE executions SET spent = spent + ?2, unknown = unknown + ?3, reserved = reserved - (SELECT "
-            f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({_NUMBERS.format('?4')})) WHERE id = ?1",
+            f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({NUMBERS.format('?4')})) WHERE id = ?1",
             (execution_id, spent, unknown, written(known)),
         )

@@ -33,6 +33,16 @@ def schema_exists(place: Postgres) -> bool:
             session.close()
 
 
+def remove_schema(place: Postgres) -> None:
+    """Remove a ledger's tables; the schema stays, which may have been made for us. Raises Refused."""
+    with _refusing(place):
+        session = PostgresSession(place)
+        try:
+            pgschema.unmake(session, place.schema)
+        finally:
+            session.close()
+
+
 def open_schema(
     place: Postgres,
     *,

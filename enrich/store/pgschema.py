@@ -241,3 +241,16 @@ def migrate(session: Server, schema: str) -> None:
     except BaseException:
         session.rollback()
         raise
+
+
+def unmake(session: Server, schema: str) -> None:
+    """Remove all that `migrate` made in a schema, but not the schema."""
+    session.execute("BEGIN")
+    try:
+        for (name,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,)).fetchall():
+            session.define(f'DROP TABLE "{schema}"."{name}" CASCADE')
+        session.define(f'DROP FUNCTION IF EXISTS "{schema}".json_each(TEXT)')
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise

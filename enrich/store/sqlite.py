@@ -18,6 +18,8 @@ RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys aga
 
 #: So long another process is waited for that writes, or reads what is to be erased.
 PATIENCE_S = 30.0
+#: What SQLite keeps beside a file, by the ends of the names.
+JOURNALS = ("-journal", "-wal", "-shm")
 #: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
 CHECKED_AT_START = 256 * 1024 * 1024
 
@@ -161,7 +163,7 @@ def _make(path: Path) -> None:
     """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
     part = path.with_name(f".{path.name}.new")
     # What a journal without its ledger says, SQLite would play into the new one.
-    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in ("-journal", "-wal", "-shm"))):
+    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in JOURNALS)):
         stale.unlink(missing_ok=True)
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     db = sqlite3.connect(part, isolation_level=None)
