@@ -113,7 +113,7 @@ def test_a_lease_may_end_at_any_moment_of_a_recovery(books: Books, place: Ledger
             holder.close()
         done += books.do(Ledger.recover, books.now)
         assert check(place).problems == []
-    assert books.one("SELECT count(*), min(attempts), max(attempts) FROM requests WHERE state = 'in_doubt'") == (4, 1, 1)
+    assert books.all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
     assert done < 4  # some were found by the first look
 
 
