@@ -1,7 +1,8 @@
 """One pace for processes on several machines: its state is a row of the ledger, by the clock of its server.
 
 A process takes slots for the next moment, a few at a time, and tells at the same time what it heard since. A slot that
-was not used in its time is gone, so that nobody who was held up sends all at once.
+was not used in its time is gone, so that nobody who was held up sends all at once: in any second no more leave than the
+rate allows for LATE_S more than that, and what `Pace` lets catch up.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from enrich.errors import LedgerFailed
 from enrich.pace import Pace
@@ -24,15 +26,77 @@ from enrich.store.dialect import OUTAGE_S, DatabaseFailed
 AHEAD_S, AT_ONCE_S = 0.2, 0.1
 #: Between two looks at the row at least so many seconds.
 LOOK_EVERY_S = 0.02
-#: A slot may be used so late: with what `Pace` lets catch up this is the burst.
-LATE_S = 0.05
+#: A slot may be used so late: the row's answer, a timer and a processor may keep us waiting.
+LATE_S = 0.1
 #: What was heard is told after so many seconds at most.
 TELL_S = 0.2
 
 #: The times of a pace.
 _TIMES = ("_next_free", "_blocked_until", "_taken_at", "_forgotten_at")
-#: What is told of a request that was answered, and of one that was not: the name of the method of `Pace`.
-_Heard = tuple[str, float | None]
+
+
+class Heard(NamedTuple):
+    """What is told of a request that was answered, and of one that was not: the name of the method of `Pace`."""
+
+    what: str
+    retry_after: float | None = None
+
+
+class Taken(NamedTuple):
+    """What a look at the row brought: in how many seconds each slot begins, and for how many nothing may leave."""
+
+    slots: list[float]
+    shut_s: float
+    rate: float
+    scarce: bool
+
+
+@dataclass(slots=True)
+class Slots:
+    """The slots that a process has, by its own clock."""
+
+    _times: deque[float] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def add(self, asked: float, waits: Iterable[float]) -> None:
+        """Take on slots that begin so many seconds after we asked: never earlier than the row says."""
+        self._times.extend(asked + wait for wait in waits)
+
+    def delay(self, now: float) -> float | None:
+        """Tell how long to wait for the next, 0: it may be used; None: there is none whose time is not over."""
+        while self._times and self._times[0] < now - LATE_S:
+            self._times.popleft()
+        return max(0.0, self._times[0] - now) if self._times else None
+
+    def use(self) -> None:
+        """Use the next."""
+        self._times.popleft()
+
+    def give_back(self, now: float, slots: int) -> None:
+        """Have so many more after all that are to be used now."""
+        self._times.extendleft([now] * slots)
+
+    def clear(self) -> None:
+        """Have none any more."""
+        self._times.clear()
+
+
+def take_slots(state: str | None, now: float, heard: Iterable[Heard], wanted: int) -> tuple[str, Taken]:
+    """Tell the pace of a row what was heard, and take slots; return what is to be written there, and what was taken."""
+    pace = Pace(None) if state is None else read(state)
+    for what, retry_after in heard:
+        if what == "throttled":
+            pace.throttled(now, retry_after)
+        else:
+            getattr(pace, what)(now)
+    slots: list[float] = []
+    most = min(wanted, ceil(pace.rate * AT_ONCE_S))
+    while len(slots) < most and (wait := pace.delay(now)) <= AHEAD_S:
+        pace.take(now + wait)
+        slots.append(wait)
+    return written(pace, 0.0), Taken(slots, pace.shut(now), pace.rate, pace.scarce)
 
 
 def written(pace: Pace, ahead: float) -> str:
@@ -82,11 +146,12 @@ class Allowance(Pace):
         """Connect. Raises Refused."""
         super().__init__(None)
         self._row = AllowanceRow(place, patience_s=OUTAGE_S)
-        self._slots: deque[float] = deque()
-        self._news: list[_Heard] = []
+        self._slots = Slots()
+        self._news: list[Heard] = []
         self._wanted = 0
         self._scarce = False
         self._shut_until = 0.0
+        self._refused = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._ended = False
@@ -119,12 +184,11 @@ class Allowance(Pace):
         if self._broken is not None:
             raise LedgerFailed(f"the ledger cannot be written: {self._broken}", "then run the same command again")
         with self._lock:
-            while self._slots and self._slots[0] < now - LATE_S:
-                self._slots.popleft()
             if now < self._shut_until:
                 return self._shut_until - now
-            if self._slots:
-                return max(0.0, self._slots[0] - now)
+            wait = self._slots.delay(now)
+            if wait is not None:
+                return wait
             self._wanted = max(1, self._wanted)
         self._wake.set()
         return LOOK_EVERY_S / 2
@@ -133,35 +197,38 @@ class Allowance(Pace):
         """One request leaves."""
         del now
         with self._lock:
-            self._slots.popleft()
+            self._slots.use()
 
     def give_back(self, slots: int) -> None:
         """Nothing left in these slots after all: they are there for the next, for as long as they last."""
-        if slots:
-            with self._lock:
-                self._slots.extendleft([time.monotonic()] * slots)
+        with self._lock:
+            self._slots.give_back(time.monotonic(), slots)
 
     def answered(self, now: float) -> None:
         """One request was answered, and not by 429."""
         del now
-        self._tell("answered", None)
+        self._tell(Heard("answered"))
 
     def lost(self, now: float) -> None:
         """One request got no answer, or one that says nothing about the rate."""
         del now
-        self._tell("lost", None)
+        self._tell(Heard("lost"))
 
     def throttled(self, now: float, retry_after: float | None) -> None:
         """Hear a 429: all others shall hear it at once, and what we have taken is void."""
         with self._lock:
-            self._slots.clear()
-            self._shut_until = max(self._shut_until, now + LOOK_EVERY_S)
-        self._tell("throttled", retry_after)
+            self._refused += 1
+            self._shut(now + LOOK_EVERY_S)
+        self._tell(Heard("throttled", retry_after))
         self._wake.set()
 
-    def _tell(self, what: str, retry_after: float | None) -> None:
+    def _shut(self, until: float) -> None:
+        self._slots.clear()
+        self._shut_until = max(self._shut_until, until)
+
+    def _tell(self, heard: Heard) -> None:
         with self._lock:
-            self._news.append((what, retry_after))
+            self._news.append(heard)
 
     def _work(self) -> None:
         """Take slots when some are wanted, and tell what was heard."""
@@ -179,35 +246,25 @@ class Allowance(Pace):
         with self._lock:
             heard, self._news = self._news, []
             wanted = 0 if last else self._wanted - len(self._slots)
+            self._wanted, refused = 0, self._refused
         if not heard and wanted <= 0:
             return
+
+        def take(state: str | None, now: float) -> tuple[str, tuple[float, Taken]]:
+            # The server told its time before this: by our clock it is not later than now.
+            asked = time.monotonic()
+            state, taken = take_slots(state, now, heard, wanted)
+            return state, (asked, taken)
+
         try:
-            slots = self._row.change(self._taking(heard, wanted))
+            asked, taken = self._row.change(take)
         except DatabaseFailed:
             with self._lock:
                 self._news = heard + self._news
             raise
-        arrived = time.monotonic()
+        self.rate, self._scarce = taken.rate, taken.scarce
         with self._lock:
-            # The answer took its time: each slot is a little later than the row says, never earlier.
-            if arrived >= self._shut_until:
-                self._slots.extend(arrived + wait for wait in slots)
-            self._wanted = 0
-
-    def _taking(self, heard: list[_Heard], wanted: int) -> Callable[[str | None, float], tuple[str, list[float]]]:
-        def take(state: str | None, now: float) -> tuple[str, list[float]]:
-            pace = Pace(None) if state is None else read(state)
-            for what, retry_after in heard:
-                if what == "throttled":
-                    pace.throttled(now, retry_after)
-                else:
-                    getattr(pace, what)(now)
-            slots: list[float] = []
-            most = min(wanted, ceil(pace.rate * AT_ONCE_S))
-            while len(slots) < most and (wait := pace.delay(now)) <= AHEAD_S:
-                pace.take(now + wait)
-                slots.append(wait)
-            self.rate, self._scarce = pace.rate, pace.scarce
-            return written(pace, 0.0), slots
-
-        return take
+            if taken.shut_s:
+                self._shut(asked + taken.shut_s)
+            if self._refused == refused:  # else they were given before that was known
+                self._slots.add(asked, taken.slots)

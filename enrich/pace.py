@@ -80,6 +80,10 @@ class Pace:
         """Tell how long the next request must wait, in seconds; 0: it may leave now."""
         return max(self._blocked_until - now, self._next_free - now, 0.0)
 
+    def shut(self, now: float) -> float:
+        """Tell for how many seconds nothing may leave, since the API said so."""
+        return max(0.0, self._blocked_until - now)
+
     def take(self, now: float) -> None:
         """One request leaves."""
         missed = max(0.0, now - BURST_S - self._next_free)
