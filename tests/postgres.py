@@ -1,5 +1,6 @@
 """A real PostgreSQL server for tests: this machine's own, else that of a package, never a stand-in.
 
+`python -m tests.postgres` fails where there is none.
 `pytest-postgresql` does not serve: it can't start one where root runs the tests, and starts one for each worker.
 """
 
@@ -227,3 +228,7 @@ def serving_alone(**settings: str) -> Iterator[Postgres]:
         yield server
     finally:
         life.end()
+
+
+if __name__ == "__main__":
+    raise SystemExit(find_binaries() is None)
