@@ -42,7 +42,7 @@ params:
   company: {{column: Website, transform: [domain]}}
 columns:
   work_email: email
-limits: {{requests_per_second: {rate}, in_flight: 2000}}
+limits: {{requests_per_second: {rate}, in_flight: {in_flight}}}
 """
 HEADER = ("workers", "rows", "questions", "enroll", "work", "collect", "whole run", "rows/s", "questions/s", "polls",
           "statements a question", "bytes a question", "busiest s", "boss MiB", "worker MiB", "block MiB")  # fmt: skip
@@ -140,12 +140,12 @@ class Night:
         ]
 
 
-def one_night(folder: Path, database: Postgres, api: Server, workers: int, rate: str) -> Night:
+def one_night(folder: Path, database: Postgres, api: Server, workers: int, **limits: str | int) -> Night:
     """Run the job with an empty ledger."""
     ledger = database.url()
     schema = ledger.rpartition("=")[2]
     job = folder / "job.yaml"
-    job.write_text(JOB.format(ledger=ledger, rate=rate))
+    job.write_text(JOB.format(ledger=ledger, **limits))
     environ = os.environ | database.environ | api.environ
     command = [sys.executable, "-m", "enrich", "run", str(job), "--engine", "ray", "--workers", str(workers), "--json"]
     with database.connect("postgres") as db:
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument("--workers", default="1,2,4", help="so many, in turn")
     parser.add_argument("--rate", default="null", help="what the job says is allowed; null: all that the server takes")
+    parser.add_argument("--in-flight", type=int, default=10_000, help="so many tasks at the API at once")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
     options = parser.parse_args()
     if options.make:
@@ -205,7 +206,8 @@ def main() -> None:
         make_dataset(folder / "leads", options.rows, options.questions, options.files)
         for workers in map(int, options.workers.split(",")):
             with serving() as api:
-                lines.append(one_night(folder, database, api, workers, options.rate).cells(workers))
+                night = one_night(folder, database, api, workers, rate=options.rate, in_flight=options.in_flight)
+                lines.append(night.cells(workers))
             print(table(HEADER, lines[-1:]), file=sys.stderr)
     print(table(HEADER, lines))
 
