@@ -99,7 +99,7 @@ class Rows:
         return rows
 
     def stamp(self) -> object:
-        """Identity of the input's files: one was replaced, changed or added when this differs. None: it is gone."""
+        """Identity of the input's files: one was replaced, changed, added or is gone when this differs."""
         return self._whole.stamp()
 
     def digest(self) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,6 +43,18 @@ def written(target: Place, *rows: int) -> None:
     """Write a dataset as a run does, from its start."""
     prepare(target, Path("/leads.csv"), "job")
     write(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(*rows), new=1)
+
+
+def begun(target: Place) -> dataset.Draft:
+    """Begin a dataset as a run does, from its start."""
+    prepare(target, Path("/leads.csv"), "job")
+    return dataset.begin(target, "job")
+
+
+def late(draft: dataset.Draft) -> None:
+    """Write a part as somebody does who was taken for lost: nobody hears of it, nor what came of it."""
+    with suppress(Refused):
+        draft.write_part(0, SCHEMA, frames(2, start=100))
 
 
 def names(folder: Path) -> list[str]:
@@ -108,12 +121,11 @@ def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
 
 def test_many_write_parts_and_one_finishes(target: Place, tmp_path: Path) -> None:
     """In any order, on any machine, again if need be; parts of those who were taken for lost don't count."""
-    prepare(target, Path("/leads.csv"), "job")
-    begun = dataset.begin(target, "job")
-    draft = pickle.loads(pickle.dumps(begun))  # noqa: S301 - our own
+    mine = begun(target)
+    draft = pickle.loads(pickle.dumps(mine))  # noqa: S301 - our own
     parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in (4, 0, 2, 0)]
     draft.write_part(1, SCHEMA, frames(7, start=1))
-    begun.finish(parts[:3])
+    mine.finish(parts[:3])
     folder = fetched(target, tmp_path / "fetched")
     assert index(folder) == [0, 1, 2, 3, 4, 5]
     assert len(names(folder)) == 4
@@ -125,8 +137,7 @@ def test_rows_that_are_missing_or_there_twice_are_refused(
 ) -> None:
     """The old dataset stays."""
     written(target, 1)
-    prepare(target, Path("/leads.csv"), "job")
-    draft = dataset.begin(target, "job")
+    draft = begun(target)
     parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in firsts]
     with pytest.raises(Refused, match="the parts of the output do not follow one another"):
         draft.finish(parts)
@@ -172,7 +183,7 @@ if moment == "parts":
     die()
 rename = Path.rename
 def renamed(path, to):
-    if moment == "between" and path.name == ".job.enrich-parts":
+    if moment == "between" and to == target:
         die()
     return rename(path, to)
 with patch.object(Path, "rename", renamed), patch.object(folder, "_remove", die):
@@ -203,16 +214,16 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, moment: str, rows: int
 
 @pytest.mark.usefixtures("bucket")
 def test_what_a_killed_run_sent_is_removed(tmp_path: Path) -> None:
-    """That alone; until then the manifest says which parts count."""
+    """Whatever looks like a part of ours, and only where a manifest says that the dataset is; it says what counts."""
     target = Url("s3", BUCKET, "out/")
     written(target, 2)
     dataset.begin(target, "job").write_part(0, SCHEMA, frames(3))
-    put("out/part-0000000000-abcdef01.parquet", b"of another token")
-    with pytest.raises(JobError, match="would go among other objects"):
-        prepare(target, Path("/leads.csv"), "job")
-    storage.remove(target, ["out/part-0000000000-abcdef01.parquet"])
     prepare(target, Path("/leads.csv"), "job")
     assert index(fetched(target, tmp_path / "fetched")) == [0, 1]
+    (part,) = [key for key, _ in storage.below(target) if "part-" in key]
+    put(part.replace("out/", "copied/"), b"precious")
+    with pytest.raises(JobError, match="would go among other objects"):
+        prepare(Url("s3", BUCKET, "copied/"), Path("/leads.csv"), "job")
 
 
 @pytest.mark.usefixtures("bucket")
@@ -234,7 +245,7 @@ def test_a_swap_that_fails_leaves_the_old_dataset(tmp_path: Path) -> None:
     rename = Path.rename
 
     def full(path: Path, to: Path) -> Path:
-        if path.name.endswith("enrich-parts"):
+        if to == tmp_path / "out" and "enrich-parts" in str(path):
             raise OSError(28, "No space left on device")
         return rename(path, to)
 
@@ -250,16 +261,16 @@ def test_what_we_did_not_write_is_never_replaced(target: Place, strange: str, *,
     """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
     if known:
         written(target, 2)
-    begun = dataset.begin(target, "job") if known and isinstance(target, Path) else None
+    mine = dataset.begin(target, "job") if known and isinstance(target, Path) else None
     if isinstance(target, Url):
         put(f"{target.key}{strange}", b"precious")
     else:
         (target / strange).parent.mkdir(parents=True, exist_ok=True)
         (target / strange).write_text("precious")
-    if begun is not None:
+    if mine is not None:
         with pytest.raises(Refused, match="the output would replace a folder that has other files in it"):
-            begun.finish([begun.write_part(0, SCHEMA, frames(1))])
-        begun.discard()
+            mine.finish([mine.write_part(0, SCHEMA, frames(1))])
+        mine.discard()
     with pytest.raises(JobError) as caught:
         prepare(target, Path("/leads.csv"), "job")
     assert f"{target}".rstrip("/") + f"/{strange.partition('/')[0]}" in caught.value.message
@@ -276,18 +287,69 @@ def test_a_folder_that_is_empty_may_be_replaced(tmp_path: Path) -> None:
     assert index(tmp_path / "out") == [0]
 
 
-def test_two_jobs_of_one_name_do_not_mix_their_parts(tmp_path: Path) -> None:
-    """The first fails rather than publish what the other wrote."""
-    mine = dataset.begin(tmp_path / "out", "job")
+def test_a_run_whose_parts_another_has_removed_fails(target: Place, tmp_path: Path) -> None:
+    """Of a job of its name, with another ledger: nothing is published that lacks parts, or has those of the other."""
+    mine = begun(target)
     part = mine.write_part(0, SCHEMA, frames(2))
-    (tmp_path / ".job.enrich-parts").rename(tmp_path / "aside")  # its inode stays in use
-    theirs = dataset.begin(tmp_path / "out", "job")
-    for act in (lambda: mine.write_part(2, SCHEMA, frames(2)), lambda: mine.finish([part])):
-        with pytest.raises(Refused, match="another run"):
-            act()
+    theirs = begun(target)
+    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    with pytest.raises(Refused, match="another run"):
+        mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    with pytest.raises(Refused, match="another run"):
+        mine.finish([part])
     mine.discard()
-    theirs.finish([theirs.write_part(0, SCHEMA, frames(1))])
-    assert index(tmp_path / "out") == [0]
+    theirs.finish([others])
+    assert index(fetched(target, tmp_path / "fetched")) == [100, 101]
+
+
+def test_two_runs_at_a_time_do_not_mix_their_parts(target: Place, tmp_path: Path) -> None:
+    """Each publishes its own, or fails."""
+    prepare(target, Path("/leads.csv"), "job")
+    mine, theirs = dataset.begin(target, "job"), dataset.begin(target, "job")
+    part = mine.write_part(0, SCHEMA, frames(2))
+    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    assert index(fetched(target, tmp_path / "fetched")) == [0, 1, 2, 3]
+    if isinstance(target, Path):
+        theirs.finish([others])
+        assert index(target) == [100, 101]
+    else:
+        with pytest.raises(Refused, match="another run"):
+            theirs.finish([others])
+        assert index(fetched(target, tmp_path / "fetched")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
+def test_who_was_taken_for_lost_changes_nothing(target: Place, tmp_path: Path, whose: str) -> None:
+    """Neither parts that count already nor what a later run writes; what he leaves, the next start removes."""
+    lost = begun(target)
+    draft = lost if whose == "this run" else begun(target)
+    late(lost)
+    part = draft.write_part(0, SCHEMA, frames(2))
+    late(lost)
+    draft.finish([part])
+    late(lost)
+    prepare(target, Path("/leads.csv"), "job")
+    folder = fetched(target, tmp_path / "fetched")
+    assert (index(folder), len(names(folder))) == ([0, 1], 2)
+    if isinstance(target, Path):
+        assert names(target.parent) == ["leads"]
+
+
+def test_who_is_in_the_middle_of_a_part_changes_nothing(target: Place, tmp_path: Path) -> None:
+    """The run finishes meanwhile."""
+    draft = begun(target)
+    part = draft.write_part(0, SCHEMA, frames(2))
+
+    def slowly() -> Iterator[pl.DataFrame]:
+        yield from frames(2, start=100)
+        draft.finish([part])
+
+    with suppress(Refused):
+        draft.write_part(0, SCHEMA, slowly())
+    prepare(target, Path("/leads.csv"), "job")
+    folder = fetched(target, tmp_path / "fetched")
+    assert (index(folder), len(names(folder))) == ([0, 1], 2)
 
 
 def test_a_dataset_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Path) -> None:

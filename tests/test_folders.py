@@ -240,6 +240,11 @@ def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, mon
     monkeypatch.setattr(copies, "SMALL", 1000)
     with patch.object(storage, "fetch", side_effect=AssertionError):
         source = opened(url)
+        one = opened(Url("s3", BUCKET, f"in/a.{ending}"))
+    before = one.stamp()
+    with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
+        assert one.stamp() == before
+    assert [row for frame in one.batches() for row in frame.rows()] == [tuple(row) for row in leads]
     assert list(source.schema) == ["A", "B"]
     assert list(source._counted.values()) == ([500, 500] if ending == "parquet" else [])
     assert [row for frame in source.batches() for row in frame.rows()] == [tuple(row) for row in leads * 2]

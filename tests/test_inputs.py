@@ -19,7 +19,7 @@ from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
 from tests.harness import HEADER, Api, Done, Office, people, serving, until
-from tests.tables import load, save
+from tests.tables import INPUTS, load, save
 
 
 def piped(office: Office, api: Api, data: bytes | None, *arguments: str, **environ: str) -> Done:
@@ -113,13 +113,14 @@ def test_a_pattern_without_a_match_is_refused(office: Office, api: Api) -> None:
     assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/in/*.csv: no file matches")
 
 
-def test_a_file_of_this_very_name_is_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_file_of_this_very_name_is_itself(tmp_path: Path, kind: str) -> None:
     """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
     folder = tmp_path / "old [1]"
     folder.mkdir()
-    save(folder / "leads[1].csv", ["A"], [["1"]])
+    save(folder / f"leads[1].{kind}", ["A"], [["1"]])
     job = "version: 1\nwaterfall: w\nparams: {a: A}\ninput: "
-    for named, name in (("leads[1].csv", "leads[1]_enriched.csv"), ('"*.csv"', "job_enriched.csv")):
+    for named, name in ((f"leads[1].{kind}", "leads[1]_enriched.csv"), (f'"*.{kind}"', "job_enriched.csv")):
         (folder / "job.yaml").write_text(job + named)
         loaded = load_job(folder / "job.yaml")
         assert [row for frame in Source(loaded.input_path, loaded.input).batches() for row in frame.rows()] == [("1",)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -161,6 +162,21 @@ def test_parts_of_an_object_are_read_anywhere(tmp_path: Path) -> None:
     put("in/c=2/a.parquet", save(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes())
     with pytest.raises(Refused, match=r"c=2/a.parquet changed since the run began"):
         seen(rows.part(divided[-1]).batches(QUESTION))
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("name", ["leads.parquet", "leads[1].parquet"])
+def test_an_object_that_is_replaced_between_two_parts_is_told(tmp_path: Path, name: str) -> None:
+    """Though it has as many rows: half of the output would be of the old one, and half of the new."""
+    data = save(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
+    put(name, data)
+    rows = rows_of(tmp_path, f"s3://{BUCKET}/{name}")
+    with patch.object(parts, "ROWS", 2):
+        first, second = rows.parts()
+    assert len(seen(elsewhere(rows.part(first)).batches(QUESTION))) == 2
+    put(name, save(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
+    with pytest.raises(Refused, match=rf"{re.escape(name)} changed since the run began"):
+        seen(elsewhere(rows.part(second)).batches(QUESTION))
 
 
 def test_only_what_is_no_parquet_is_read_to_be_counted(tmp_path: Path) -> None:

@@ -35,8 +35,6 @@ def telling(target: Place, kind: str) -> Iterator[None]:
 @contextmanager
 def growing(target: Path, part: Path) -> Iterator[BinaryIO]:
     """Open a new file, which takes the target's place when the block ends well."""
-    # The run was long: the folder may have gone since it began.
-    target.parent.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:

@@ -14,20 +14,19 @@ from enrich.errors import JobError, Refused
 from enrich.place import Url
 from enrich.tables import parquet, storage
 from enrich.tables.atomic import AGAIN, telling
-from enrich.tables.manifest import MANIFEST, Manifest, PartFile, complete, is_part_of, part_name, read_manifest
+from enrich.tables.manifest import MANIFEST, Manifest, PartFile, complete, is_part, part_name, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
 class BucketDraft:
-    """A dataset that grows; `token` is in the names of its parts, so that none replaces one of another writer."""
+    """A dataset that grows; every machine that reaches the storage may write parts of it."""
 
     target: Url
     job: str
-    token: str
 
     def write_part(self, first: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, again if need be. Raises Refused."""
-        name = part_name(first, self.token)
+        name = part_name(first)
         with telling(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
             rows = parquet.write(raw, schema, frames)
@@ -36,10 +35,10 @@ class BucketDraft:
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Say that these parts count, and remove those that were there. Raises Refused; the old ones count then."""
-        manifest, before = complete(self.job, parts), _manifest(self.target)
-        there = _names(self.target)
-        old = (before.names if before else set()) | {name for name in there if is_part_of(name, self.token)}
-        _say(self.target, manifest.model_copy(update={"replaced": tuple(sorted((old & there) - manifest.names))}))
+        manifest = complete(self.job, parts)
+        if gone := manifest.names - _names(self.target):
+            raise Refused(f"{_at(self.target, min(gone))} is gone: another run may have removed it", AGAIN)
+        _say(self.target, manifest)
         with suppress(Refused):  # the next start does it
             mend(self.target)
 
@@ -47,21 +46,20 @@ class BucketDraft:
         """Leave what was sent for the next start to remove."""
 
 
-def begin(target: Url, job: str, token: str) -> BucketDraft:
-    """Say that a writer begins, so that the next start knows what it may remove. Raises Refused."""
-    before = _manifest(target) or Manifest(dataset_of=job)
-    _say(target, before.model_copy(update={"writing": token}))
-    return BucketDraft(target, job, token)
+def begin(target: Url, job: str) -> BucketDraft:
+    """Say that the folder is ours before anything is in it, so that the next start may remove that. Raises Refused."""
+    if _manifest(target) is None:
+        _say(target, Manifest(dataset_of=job))
+    return BucketDraft(target, job)
 
 
 def mend(target: Url) -> None:
-    """Remove what was replaced, and what a killed run has sent."""
-    manifest = _manifest(target)
-    if manifest is None:
-        return
-    token, replaced = manifest.writing, manifest.replaced or ()
-    left = [name for name in _names(target) if name in replaced or (token is not None and is_part_of(name, token))]
-    storage.remove(target, [_at(target, name).key for name in left])
+    """Remove the parts that don't count: they were replaced, or are of a run that was killed."""
+    # In this order: what another run finishes meanwhile is not seen yet, or named.
+    there, manifest = _names(target), _manifest(target)
+    if manifest is not None:
+        left = filter(is_part, there - manifest.names)
+        storage.remove(target, [_at(target, name).key for name in left])
 
 
 def check_ours(target: Url) -> None:
@@ -87,7 +85,7 @@ def _manifest(target: Url) -> Manifest | None:
 
 def _say(target: Url, manifest: Manifest) -> None:
     with telling(target, "output"), tempfile.TemporaryFile() as file:
-        file.write(manifest.model_dump_json(exclude_none=True).encode())
+        file.write(manifest.model_dump_json().encode())
         _send(_at(target, MANIFEST), cast("BinaryIO", file))
 
 

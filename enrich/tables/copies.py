@@ -27,9 +27,8 @@ class Copies:
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._held: tuple[Url, Path] | None = None
-        #: What the object was that is held.
-        self.stamp: storage.Stamp | None = None
+        #: With what the object was when it was fetched.
+        self._held: tuple[Url, Path, storage.Stamp] | None = None
 
     def file(self, leaf: Leaf) -> TableFile:
         """Return the file to read a leaf from. Raises TableProblem, and Refused for what a storage says."""
@@ -38,11 +37,12 @@ class Copies:
         if self._held is None or self._held[0] != leaf.where:
             self._drop()
             with self._new(leaf.where.name) as (path, into):
-                self.stamp = storage.fetch(leaf.where, into)
-            self._held = leaf.where, path
-        if leaf.stamp is not None and leaf.stamp != self.stamp:
+                stamp = storage.fetch(leaf.where, into)
+            self._held = leaf.where, path, stamp
+        _, path, stamp = self._held
+        if leaf.stamp is not None and leaf.stamp != stamp:
             raise TableProblem(f"{leaf} changed since the run began", "start again when the files are complete")
-        return leaf.file(self._held[1])
+        return leaf.file(path)
 
     def outline(self, leaf: Leaf) -> TableFile | None:
         """Return a file that says the columns of a leaf as the leaf does, and of Parquet the number of rows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from uuid import uuid4
 
 import polars as pl
 
@@ -52,7 +51,7 @@ def prepare(target: Place, source: Place, job: str) -> None:
 
 def begin(target: Place, job: str) -> Draft:
     """Begin to write a dataset, in one process or in many. Raises Refused."""
-    return bucket.begin(target, job, uuid4().hex[:8]) if isinstance(target, Url) else folder.begin(target, job)
+    return bucket.begin(target, job) if isinstance(target, Url) else folder.begin(target, job)
 
 
 def write(target: Place, job: str, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> None:

@@ -48,12 +48,11 @@ class Leaf:
 def find(where: Place, told: Input) -> list[Leaf]:
     """Find the files of an input. Raises TableProblem that names the file and the remedy."""
     if isinstance(where, Url):
-        several = objects(where)
-        found = None if several is None else [Leaf(url, told, stamp=stamp) for url, stamp in several.items()]
+        found = [Leaf(url, told, stamp=stamp) for url, stamp in objects(where).items()]
     else:
-        found = [Leaf(path, told) for path in files(where)] if is_pattern(where) or where.is_dir() else None
-    if found is None:
-        return [Leaf(where, told)]
+        found = [Leaf(path, told) for path in files(where)]
+    if [leaf.where for leaf in found] == [where]:
+        return found
     if not found and is_pattern(where):
         raise TableProblem(f"{where}: no file matches", "check the pattern, which is relative to the job file")
     if not found:
@@ -99,13 +98,15 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if _counts(name) and (path := Path(parent, name)).is_file())
 
 
-def objects(where: Url) -> dict[Url, storage.Stamp] | None:
-    """Return the objects that a URL means, sorted by their keys, with their stamps; None: the one of this very name.
+def objects(where: Url) -> dict[Url, storage.Stamp | None]:
+    """Return the objects that a URL means, sorted by their keys, with their stamps; None: there is none of this name.
 
     Raises Refused, and TableProblem for a dataset of ours that is not whole.
     """
-    if not where.is_folder and (not is_pattern(where) or storage.stamp(where) is not None):
-        return None
+    if not where.is_folder:
+        stamp = storage.stamp(where)
+        if stamp is not None or not is_pattern(where):
+            return {where: stamp}
     parts = where.key.split("/")
     folder = "".join(f"{part}/" for part in parts[: _fixed(parts)]) if is_pattern(where) else where.key
     there = dict(storage.below(replace(where, key=folder)))

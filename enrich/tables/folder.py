@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -23,69 +23,73 @@ class FolderDraft:
 
     target: Path
     job: str
-    #: Which folder it grows in, so that it is not taken for that of another run.
-    inode: int
+    #: A folder of its own, which the next start removes: so nobody writes into the draft of another run.
+    grows: Path
 
     def write_part(self, first: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, again if need be. Raises Refused."""
         name = part_name(first)
-        with telling(self.target, "output"):
-            grows = _beside(self.target, self.job)
-            if _inode(grows) != self.inode:
-                raise FileNotFoundError(2, f"{grows} is not there, or that of another run")
-            # Somebody whom we take for lost may be writing the same part.
-            with growing(grows / name, grows / f".{name}.{uuid4().hex}") as raw:
-                rows = parquet.write(raw, schema, frames)
+        with self._telling(), growing(self.grows / name, self.grows / f".{name}") as raw:
+            rows = parquet.write(raw, schema, frames)
         return PartFile(name, first, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Let the parts take the place of what was there. Raises Refused; the old dataset stays then."""
         manifest = complete(self.job, parts)
-        target, grows, old = self.target, _beside(self.target, self.job), _set_aside(self.target, self.job)
-        with telling(target, "output"):
-            if _inode(grows) != self.inode:
-                raise FileExistsError(17, f"another run of a job of this name writes {grows}")
-            for path in grows.iterdir():
-                if path.name not in manifest.names:  # of somebody who was taken for lost
-                    path.unlink()
-            with growing(grows / MANIFEST, grows / f".{MANIFEST}") as raw:
-                raw.write(manifest.model_dump_json(exclude_none=True).encode())
+        # A folder that no other writer knows: whoever was taken for lost may be writing yet.
+        target, whole = self.target, self.grows / "whole"
+        old = target.with_name(_old(self.job) + target.name)
+        with self._telling():
+            whole.mkdir(mode=0o700)
+            for name in manifest.names:
+                (self.grows / name).rename(whole / name)
+            with growing(whole / MANIFEST, whole / f".{MANIFEST}") as raw:
+                raw.write(manifest.model_dump_json().encode())
             if target.exists():
                 _check_still_ours(target)
                 target.rename(old)
             try:
-                grows.rename(target)
+                whole.rename(target)
             except OSError:
                 mend(target, self.job)
                 raise
             keep_names(target.parent)
         _remove(old)
+        self.discard()
 
     def discard(self) -> None:
         """Remove what has grown."""
-        if _inode(grows := _beside(self.target, self.job)) == self.inode:
-            shutil.rmtree(grows, ignore_errors=True)
+        shutil.rmtree(self.grows, ignore_errors=True)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        with telling(self.target, "output"):
+            try:
+                yield
+            except FileNotFoundError as error:
+                gone = f"{self.grows} is gone: another run of a job of this name may have removed it"
+                raise FileNotFoundError(2, gone) from error
 
 
 def begin(target: Path, job: str) -> FolderDraft:
     """Make the folder in which a dataset grows. Raises Refused."""
-    grows = _beside(target, job)
+    grows = target.with_name(_growing(job) + uuid4().hex)
     with telling(target, "output"):
-        shutil.rmtree(grows, ignore_errors=True)
         grows.mkdir(mode=0o700, parents=True)
-        return FolderDraft(target, job, grows.stat().st_ino)
+    return FolderDraft(target, job, grows)
 
 
 def mend(target: Path, job: str) -> None:
     """Put right what a killed run left: the old dataset comes back if the new one did not take its place."""
-    prefix = _old(job)
-    for old in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
-        place = old.with_name(old.name.removeprefix(prefix))
-        if place.exists():
-            _remove(old)
-        else:
-            old.rename(place)
-    shutil.rmtree(_beside(target, job), ignore_errors=True)
+    for path in list(target.parent.iterdir()):
+        if path.name.startswith(_growing(job)):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(prefix := _old(job)):
+            place = path.with_name(path.name.removeprefix(prefix))
+            if place.exists():
+                _remove(path)
+            else:
+                path.rename(place)
 
 
 def check_ours(target: Path) -> None:
@@ -105,12 +109,8 @@ def _check_still_ours(target: Path) -> None:
         raise Refused(error.message, f"take it away; {AGAIN}") from error
 
 
-def _beside(target: Path, job: str) -> Path:
-    return target.with_name(f".{job}.enrich-parts")
-
-
-def _set_aside(target: Path, job: str) -> Path:
-    return target.with_name(_old(job) + target.name)
+def _growing(job: str) -> str:
+    return f".{job}.enrich-parts."
 
 
 def _old(job: str) -> str:
@@ -130,12 +130,5 @@ def _remove(old: Path) -> None:
 def _manifest(folder: Path) -> Manifest | None:
     try:
         return read_manifest((folder / MANIFEST).read_bytes())
-    except OSError:
-        return None
-
-
-def _inode(folder: Path) -> int | None:
-    try:
-        return folder.stat().st_ino
     except OSError:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,7 +13,7 @@ from enrich.errors import Refused
 
 #: The file that makes a folder a dataset of ours; readers of Parquet leave out what begins with `_`.
 MANIFEST = "_manifest.json"
-_PART = re.compile(r"part-(\d{10})(?:-[0-9a-f]{8})?\.parquet")
+_PART = re.compile(r"part-\d{10}-[0-9a-f]{8}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,13 @@ class _Named(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The parts of a dataset, in the order of their rows.
-
-    In a storage some may be removed: what a later writer began is known by `writing`, what was there before by
-    `replaced`.
-    """
+    """The parts of a dataset, in the order of their rows."""
 
     model_config = ConfigDict(frozen=True)
 
     dataset_of: str
     rows: int = 0
     parts: tuple[_Named, ...] = ()
-    writing: str | None = None
-    replaced: tuple[str, ...] | None = None
 
     @property
     def names(self) -> set[str]:
@@ -52,14 +47,17 @@ class Manifest(BaseModel):
         return {part.name for part in self.parts}
 
 
-def part_name(first: int, token: str | None = None) -> str:
-    """Name a part for its first row: sorted by their names the parts have the rows in order."""
-    return f"part-{first:010}.parquet" if token is None else f"part-{first:010}-{token}.parquet"
+def part_name(first: int) -> str:
+    """Name a part for its first row: sorted by their names the parts have the rows in order.
+
+    Each attempt to write it has a name of its own: somebody who was taken for lost may be writing it yet.
+    """
+    return f"part-{first:010}-{uuid4().hex[:8]}.parquet"
 
 
-def is_part_of(name: str, token: str) -> bool:
-    """Tell whether a writer of this token named it."""
-    return _PART.fullmatch(name) is not None and name.endswith(f"-{token}.parquet")
+def is_part(name: str) -> bool:
+    """Tell whether a part may have this name, one that counts or not."""
+    return _PART.fullmatch(name) is not None
 
 
 def read_manifest(text: bytes | None) -> Manifest | None:

@@ -37,7 +37,7 @@ def write_outline(raw: BinaryIO, size: int, end: bytes) -> None:
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     """Return the columns and their types."""
     with _sound(source):
-        schema = dict(pl.read_parquet_schema(source.path))
+        schema = dict(_scan(source).collect_schema())
     if not schema:
         raise TableProblem(f"{source} has no columns", "Name a file of leads")
     return schema

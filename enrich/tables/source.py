@@ -11,7 +11,6 @@ import polars as pl
 from enrich.errors import Refused
 from enrich.place import STDIN, Place, Url
 from enrich.spec import Input
-from enrich.tables import storage
 from enrich.tables.copies import Copies
 from enrich.tables.finding import Leaf, files, find, objects
 from enrich.tables.parts import Part, divide
@@ -39,19 +38,18 @@ class Source:
         }
         self.schema = self.shape.schema
         self.first = 0
-        self._found = self._known()
 
     def stamp(self) -> object:
-        """Return what is another when files were replaced, changed or added. None: the only one is gone."""
+        """Return what is another when files were replaced, changed, added or are gone."""
         where = self._where
         if isinstance(where, Url):
             try:
-                return objects(where) if self._is_several else storage.stamp(where)
+                return objects(where)
             except (Refused, TableProblem):  # what was found stands as long as nothing newer is known
-                return self._found
+                return {leaf.where: leaf.stamp for leaf in self.leaves}
         if where == STDIN:
             return True
-        if not self._is_several:
+        if self.leaves[0].where == where:
             return _identity(where)
         try:
             return [(path, _identity(path)) for path in files(where)]
@@ -87,15 +85,6 @@ class Source:
 
     def _count(self, leaves: Sequence[Leaf]) -> list[int]:
         return [count(leaf, self.shape, self._copies) for leaf in leaves]
-
-    @property
-    def _is_several(self) -> bool:
-        return self.leaves[0].where != self._where
-
-    def _known(self) -> object:
-        if self._is_several:
-            return {leaf.where: leaf.stamp for leaf in self.leaves}
-        return self._copies.stamp
 
     def _find(self, told: Input) -> list[Leaf]:
         if self._where == STDIN:

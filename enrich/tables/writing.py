@@ -121,6 +121,8 @@ def write(  # noqa: PLR0913 - one file is all of these
 def _whole(target: Place, job: str, kind: str) -> Iterator[BinaryIO]:
     """Open a file that becomes the target when the block ends well."""
     if isinstance(target, Path):
+        # The run was long: the folder may have gone since it began.
+        target.parent.mkdir(parents=True, exist_ok=True)
         with growing(target, part_of(target, job, kind)) as raw:
             yield raw
         return
