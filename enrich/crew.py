@@ -209,9 +209,13 @@ class Crew:
             self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
             if not self.carrier.heirs:
                 self._say(Word.CLOSE)
-            elif hand in self._spoke and len(self.lost) <= SPARES * self.errand.shift.processes:
+            elif self._had_come(hand) and len(self.lost) <= SPARES * self.errand.shift.processes:
                 self._missed += 1
         self._add_up()
+
+    def _had_come(self, hand: Hand) -> bool:
+        """Tell whether a worker that is lost was there: one that died was, one for which there is no room was not."""
+        return hand in self._spoke or hand not in self._mute
 
     def _add_up(self) -> None:
         """Know of the execution what all of them know."""

@@ -100,7 +100,6 @@ class Chaos:
         while self.left and run.poll() is None:
             self._pause(run, self.rng.uniform(0.3, 1.5))
             workers = list(workers_of(run.pid))
-            # Who is killed before it said a word is not replaced.
             if run.poll() is None and len(workers) >= MANY:
                 self._strike(self.left[0], run, workers)
 

@@ -327,6 +327,20 @@ def test_who_has_heirs_is_replaced(heirs: bool, hired: int, monkeypatch: pytest.
     assert crew.lost == ["it fell"]
 
 
+def test_who_falls_before_its_first_word_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there: somebody has killed it."""
+    seen: list[Stage] = []
+
+    def fall(stage: Stage) -> None:
+        seen.append(stage)
+        stage.hired[1].leave(ended=False)
+
+    crew = play(heirs=True, scenes=[fall, all_end], monkeypatch=monkeypatch)
+
+    assert len(seen[0].hired) == 4
+    assert crew.lost == ["it fell"]
+
+
 def test_those_who_always_fall_are_not_replaced_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end nobody is left, and what is left is the boss's."""
 
