@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from enrich.errors import Exit
+from enrich.errors import Exit, Refused
+from enrich.store import pgschema
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold, is_held
 from enrich.store.records import check
@@ -160,6 +162,35 @@ def test_a_ledger_of_another_version_is_told(office: Office, version: int, word:
 
     assert (done.code, word in done.stderr) == (Exit.REFUSED, True), done.stderr
     assert office.sql("SELECT version FROM ledger") == [(version,)]
+
+
+def test_an_older_ledger_is_brought_up_once(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next who writes; several at once take turns, and all of them find it whole."""
+    Ledger(office.place).close()
+    step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
+    monkeypatch.setattr(pgschema, "MIGRATIONS", [*pgschema.MIGRATIONS, step])
+
+    with ThreadPoolExecutor() as several:
+        for ledger in several.map(lambda _: Ledger(office.place), range(4)):
+            ledger.close()
+
+    assert office.sql("SELECT version FROM ledger") == [(len(pgschema.MIGRATIONS),)]
+    assert office.sql("SELECT id FROM remarks") == [(1,)]
+
+
+def test_a_step_that_fails_leaves_the_ledger_as_it_was(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps to the newest version are one transaction."""
+    Ledger(office.place).close()
+    version = office.sql("SELECT version FROM ledger")
+    steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
+    with monkeypatch.context() as newer:
+        newer.setattr(pgschema, "MIGRATIONS", [*pgschema.MIGRATIONS, *steps])
+        with pytest.raises(Refused, match="division by zero"):
+            Ledger(office.place)
+
+    assert office.sql("SELECT version FROM ledger") == version
+    assert office.sql("SELECT to_regclass('remarks')") == [(None,)]
+    Ledger(office.place).close()
 
 
 def test_the_sandbox_has_a_schema_of_its_own(office: Office, postgres: Postgres) -> None:
