@@ -33,6 +33,8 @@ from tests.torture import ANSWERS, FAULTS
 LEASE_S, SLEEP_S = 2, 3
 #: How a night that was not killed may end: 4 when the server was away at the wrong moment.
 ENDS = frozenset({0, 4, 10, 12, 14})
+#: 429s that come by chance would let the rate fall far below what it shall be seen to keep.
+FAULTS_AT_ANY_RATE = tuple(fault for fault in FAULTS if not fault.startswith("rate-limit"))
 #: So many workers must be there to be struck at: others inherit.
 MANY = 2
 PATIENCE = 30
@@ -157,7 +159,7 @@ def torture(
     seed: int,
     engine: str = "processes",
     rate: int = 60,
-    faults: Iterable[str] = FAULTS,
+    faults: Iterable[str] = FAULTS_AT_ANY_RATE,
 ) -> Report:
     """Run the job, strike at it, until it has come to its end; judge it by the sandbox's audit."""
     rng = random.Random(seed)
@@ -184,7 +186,7 @@ def torture(
         for _ in range(PATIENCE + len(left)):
             run = office.start("run", "job.yaml", "--json", *how, api=api)
             chaos.during(run)
-            out, err = run.communicate(timeout=300)
+            out, err = run.communicate(timeout=600)
             if run.returncode == -signal.SIGKILL:
                 continue
             report.ended[run.returncode] += 1
