@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
-from enrich.errors import LedgerFailed
+from enrich.errors import LedgerFailed, Refused
 from enrich.pace import Pace
 from enrich.place import Postgres
 from enrich.store.allowance import AllowanceRow
@@ -129,13 +129,18 @@ def share(place: Postgres, pace: Pace) -> None:
 
 
 def unshare(place: Postgres) -> Pace | None:
-    """Go on alone with what all have learned; None when nothing was shared. Raises DatabaseFailed."""
-    row = AllowanceRow(place, patience_s=OUTAGE_S)
+    """Go on alone with what all have learned; None when nothing was shared, or the server is away."""
     try:
-        found = row.change(lambda state, now: (state or "", (state, now - time.monotonic())))
+        row = AllowanceRow(place)
+    except Refused:
+        return None
+    row.hurry()
+    try:
+        state, ahead = row.change(lambda state, now: (state or "", (state, now - time.monotonic())))
+    except DatabaseFailed:
+        return None
     finally:
         row.close()
-    state, ahead = found
     return None if state is None else read(state, ahead)
 
 

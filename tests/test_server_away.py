@@ -12,7 +12,10 @@ from typing import Literal
 
 import pytest
 
+from enrich.allowance import share, unshare
+from enrich.pace import Pace
 from enrich.place import LedgerPlace, locate_ledger
+from enrich.place import Postgres as Place
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.records import check
@@ -110,3 +113,22 @@ def test_a_run_outlives_its_server(tmp_path: Path, own_postgres: Postgres, how: 
 def sent(api: Api, enough: int) -> bool:
     """Tell whether so many requests were sent."""
     return bool(api.audit()["requests"].get("run", 0) >= enough)
+
+
+@pytest.mark.long
+def test_what_was_learned_is_not_waited_for(own_postgres: Postgres, tmp_path: Path) -> None:
+    """Who goes on alone, or leaves, does so without the others' pace when the server is away."""
+    place = locate_ledger(tmp_path, own_postgres.url(), tmp_path)
+    assert isinstance(place, Place)
+    Ledger(place).close()
+    pace = Pace(None)
+    pace.rate = 42.0
+    share(place, pace)
+    own_postgres.stop()
+    away = unshare(place)
+    own_postgres.start()
+    back = unshare(place)
+
+    assert away is None
+    assert back is not None
+    assert back.rate == 42.0
