@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from enrich import __version__
+from enrich.cluster.presence import same_version
 from enrich.crew import Hand, Hire, shared
-from enrich.errors import JobError
 from enrich.pace import Pace
 from enrich.place import Postgres
 from enrich.worker import Errand, Told, Word, Worker
@@ -53,8 +53,7 @@ class Actor:
     async def begin(self, version: str, errand: Errand) -> None:
         """Begin with the errand. It comes as an argument of a call: those of a constructor Ray would keep."""
         self._idle.cancel()
-        if version != __version__:
-            raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")
+        same_version(version)
         self._worker = Worker(errand)
         self._tasks = [asyncio.create_task(self._work(self._worker)), asyncio.create_task(self._watch(self._worker))]
 
