@@ -515,6 +515,7 @@ def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
         pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
         pl.Series("sort", ["x", None, "y"], pl.Categorical()),
         pl.Series("short", [0.1, None, 2.5], pl.Float32()),
+        pl.Series("huge", [2**100, None, -1], pl.Int128()),
         json_column(["1.0", None, "[1,2]"]).alias("json"),
     )
     schema = dict(frame.schema)

@@ -28,6 +28,8 @@ FAILED = "enrich:failed"
 ROWS_OF_AN_OBJECT = 1_000_000
 
 Errand = tuple[Part, ...]
+#: Arrow knows them not, or not as they are; as text they come through.
+_AS_TEXT = (pl.Categorical, pl.Enum, pl.Int128, pl.UInt128)
 #: As a block is; Ray has no types that hold.
 ArrowTable = Any
 
@@ -94,8 +96,7 @@ def read(errand: Errand, shape: Shape, presence: Presence) -> Iterator[ArrowTabl
 def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
     """Make a block of rows, the first of which has this place."""
     columns = [
-        column.cast(pl.String) if isinstance(column.dtype, pl.Categorical | pl.Enum) else column
-        for column in frame.get_columns()
+        column.cast(pl.String) if isinstance(column.dtype, _AS_TEXT) else column for column in frame.get_columns()
     ]
     places = pl.int_range(first, first + frame.height, eager=True).alias(PLACE)
     return pl.DataFrame([places, *columns]).to_arrow(compat_level=pl.CompatLevel.oldest())
