@@ -387,7 +387,7 @@ def test_a_cluster_that_has_no_room_is_given_up(
     with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
         list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
     assert len(told) == 1
-    assert told[0].startswith("the cluster has no room to read the input: waiting")
+    assert told[0].startswith("the cluster has no room for the input: waiting")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])

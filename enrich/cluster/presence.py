@@ -104,10 +104,12 @@ class Watch:
         # Looks are counted, not seconds: all are silent while the machine sleeps.
         self._silent = 0 if self._lives() else self._silent + 1
         if self._silent == round(ROOM_S / LOOK_S):
-            self.boss.tell(f"the cluster has no room to read the input: waiting {NO_ROOM_S / 60:.0f} minutes at most")
+            self.boss.tell(f"the cluster has no room for the input: waiting {NO_ROOM_S / 60:.0f} minutes at most")
         silent_s = self._silent * LOOK_S
         if silent_s >= (ROOM_S if self.boss.late() else NO_ROOM_S):
-            raise ClusterFailed(f"nobody in the cluster was at work for {silent_s:.0f} s: it has no room", AGAIN)
+            raise ClusterFailed(
+                f"nobody in the cluster was at work for {silent_s:.0f} s: has it room, or a head?", AGAIN
+            )
 
     def _lives(self) -> bool:
         """Tell whether a sign came since the last look."""
