@@ -17,7 +17,7 @@ from enrich.collector import Collector, Counted
 from enrich.connect import Connection
 from enrich.consent import check_balance
 from enrich.crew import Crew
-from enrich.engine import Engine, Enrolled
+from enrich.engine import Boss, Engine, Enrolled
 from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
@@ -157,11 +157,11 @@ class Desk:
         self._wish = wanted
         engine = self.around.engine
         if engine is None or rows.undivided() is not None:
-            read = await self._read_here(rows, wanted)
+            read, given_up = await self._read_here(rows, wanted)
         else:
-            read = await self._read_there(engine, rows, wanted)
+            read, given_up = await self._read_there(engine, rows, wanted)
         self.rows_read, self.of_rows = read.rows, read.of_rows
-        self.given_up += read.given_up
+        self.given_up += given_up
         self.of_rows[Decision.DUPLICATE] = read.asked - sum((await self.journal.do(Ledger.decided)).values())
         self.enrolled = await self.journal.do(Ledger.enrolled)
         decided = await self.journal.do(Ledger.decided)
@@ -174,39 +174,43 @@ class Desk:
         if self.reused is None:
             self.reused = sum(self.enrolled.get(state, 0) for state in ANSWERED)
 
-    async def _read_here(self, rows: Rows, wanted: Wish) -> Enrolled:
+    async def _read_here(self, rows: Rows, wanted: Wish) -> tuple[Enrolled, int]:
         """Enroll the input in one process, and in one transaction."""
         question = self.connection.question
 
-        def enroll(ledger: Ledger) -> Enrolled:
+        def enroll(ledger: Ledger) -> tuple[Enrolled, int]:
             ledger.begin_pass(wanted)
             read = Enrolled()
             for batch in rows.batches(question, rows.order()):
                 self.signals.check()
-                given_up = ledger.accept_doubts(batch.asked()) if self.options.accept_doubts else 0
                 ledger.enroll(question.call, batch.asked())
-                read += Enrolled.of(batch, given_up)
-            ledger.choose()
-            ledger.mark()
-            return read
+                read += Enrolled.of(batch)
+            return read, self._decide(ledger)
 
         return await self.journal.do(enroll)
 
-    async def _read_there(self, engine: Engine, rows: Rows, wanted: Wish) -> Enrolled:
+    async def _read_there(self, engine: Engine, rows: Rows, wanted: Wish) -> tuple[Enrolled, int]:
         """Enroll the input in many processes; what they did before a kill is done again."""
         await self.journal.do(Ledger.begin_pass, wanted)
-        read = await asyncio.to_thread(
-            engine.enroll,
-            self.around.job,
-            rows,
-            self.connection.question,
-            wanted,
-            accept_doubts=self.options.accept_doubts,
-            check=self.signals.check,
+        question, boss = self.connection.question, self._boss()
+        read = await asyncio.to_thread(engine.enroll, self.around.job, rows, question, wanted, boss)
+        return read, await self.journal.do(self._decide)
+
+    def _decide(self, ledger: Ledger) -> int:
+        """Decide about what was seen, now that the whole input was; tell how many doubts were given up."""
+        given_up = ledger.accept_doubts() if self.options.accept_doubts else 0
+        ledger.choose()
+        ledger.mark()
+        return given_up
+
+    def _boss(self) -> Boss:
+        """Let who carries a step in another thread know of us."""
+        loop = asyncio.get_running_loop()
+        return Boss(
+            self.signals.check,
+            lambda text: loop.call_soon_threadsafe(self.note, text),
+            self.execution.leaving.is_set,
         )
-        await self.journal.do(Ledger.choose)
-        await self.journal.do(Ledger.mark)
-        return read
 
     def _carry(self, ledger: Ledger, requests: int) -> Cost:
         """Price what earlier executions left at the API."""
@@ -297,8 +301,8 @@ class Desk:
         around = self.around
         if around.engine is None or not is_dataset(target) or not around.job.model.dedupe:
             return await self.journal.do(lambda _: collector.write(target))
-        question, check_ = self.connection.question, self.signals.check
-        return await asyncio.to_thread(around.engine.collect, around.job, rows, question, self._wish, target, check_)
+        question, boss = self.connection.question, self._boss()
+        return await asyncio.to_thread(around.engine.collect, around.job, rows, question, self._wish, target, boss)
 
     async def _write_feeds(self, collector: Collector) -> None:
         """Write the files beside the output; what the change feed has told is remembered with it."""

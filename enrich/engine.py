@@ -19,28 +19,34 @@ from enrich.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What was read: rows, how many of them ask something, why the others don't, and doubts that were given up."""
+    """What was read: rows, how many of them ask something, and why the others don't."""
 
     rows: int = 0
     asked: int = 0
     of_rows: Counter[Decision] = field(default_factory=Counter)
-    given_up: int = 0
 
     @classmethod
-    def of(cls, batch: Batch, given_up: int) -> Enrolled:
+    def of(cls, batch: Batch) -> Enrolled:
         """Tell what was read of one batch."""
         asked = sum(fingerprint is not None for fingerprint in batch.fingerprints)
         left_out = Counter(Decision(status.value) for status in batch.statuses if status is not None)
-        return cls(batch.frame.height, asked, left_out, given_up)
+        return cls(batch.frame.height, asked, left_out)
 
     def __add__(self, other: Enrolled) -> Enrolled:
         """Add up what was read of several blocks."""
-        return Enrolled(
-            self.rows + other.rows,
-            self.asked + other.asked,
-            self.of_rows + other.of_rows,
-            self.given_up + other.given_up,
-        )
+        return Enrolled(self.rows + other.rows, self.asked + other.asked, self.of_rows + other.of_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Boss:
+    """Whoever has a step carried: `check` is called often and may raise to give up, `tell` hears what to tell a person.
+
+    When it is `late`, what is at work may come to its end, but nobody is waited for who would have to begin.
+    """
+
+    check: Callable[[], None] = lambda: None
+    tell: Callable[[str], object] = lambda _: None
+    late: Callable[[], bool] = lambda: False
 
 
 class Engine(Protocol):
@@ -57,19 +63,10 @@ class Engine(Protocol):
     def led_by(self, owner: int) -> Engine:
         """Do the same for an execution, until the lease of the process that leads it ends."""
 
-    def enroll(  # noqa: PLR0913 - all of them travel
-        self,
-        job: Job,
-        rows: Rows,
-        question: Question,
-        wish: Wish,
-        *,
-        accept_doubts: bool,
-        check: Callable[[], None],
-    ) -> Enrolled:
-        """Enroll all rows in a pass that was begun; `check` may raise to give up."""
+    def enroll(self, job: Job, rows: Rows, question: Question, wish: Wish, boss: Boss) -> Enrolled:
+        """Enroll all rows in a pass that was begun."""
 
-    def collect(  # noqa: PLR0913, PLR0917 - likewise
-        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, check: Callable[[], None]
+    def collect(  # noqa: PLR0913, PLR0917 - all of them travel
+        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, boss: Boss
     ) -> Counted:
         """Write the output, a dataset."""

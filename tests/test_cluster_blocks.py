@@ -24,7 +24,8 @@ import polars as pl
 import pytest
 
 from enrich.collector import Collector
-from enrich.errors import EnrichError, JobError, LedgerFailed, Refused
+from enrich.engine import Boss
+from enrich.errors import ClusterFailed, EnrichError, JobError, LedgerFailed, Refused
 from enrich.job import load_job
 from enrich.model import Call, Decision, RowStatus, Wish
 from enrich.place import LedgerPlace, Url, locate_ledger
@@ -133,7 +134,7 @@ def together(folder: Path, rows: Rows, books: Books, wish: Wish, **options: Any)
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
     books.do(Ledger.begin_pass, wish)
-    found = enroll_on_ray(rows, taken(folder, books, wish), **options)
+    found = enroll_on_ray(rows, taken(folder, books, wish), Boss(), **options)
     with books.ledger.transaction():
         books.ledger.choose()
         books.ledger.mark()
@@ -174,7 +175,7 @@ def test_a_cluster_enrolls_what_one_process_enrolls(
         told: list[int] = []
         found = together(tmp_path, rows, books, wish, tell=lambda so_far: told.append(so_far.rows))
         assert (found.rows, found.of_rows) == (height, {Decision(name): count for name, count in of_rows.items()})
-        assert (found.asked, found.given_up) == (height - sum(of_rows.values()), 0)
+        assert found.asked == height - sum(of_rows.values())
         assert sum(books.ledger.decided().values()) == sum(other.ledger.decided().values())
         assert books.ledger.decided() == other.ledger.decided()
         assert queue_of(books) == queue_of(other) != []
@@ -198,6 +199,7 @@ def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Boo
         rows,
         taken(tmp_path, books, Wish()),
         tmp_path / "out",
+        Boss(),
         tell=lambda so_far: told.append(so_far.statuses.total()),
     )
     one = Collector(books.ledger, load_job(tmp_path / "job.yaml"), QUESTION, rows)
@@ -225,7 +227,7 @@ def test_a_cluster_reads_from_a_storage_and_writes_to_one(tmp_path: Path, books:
     assert together(tmp_path, rows, books, Wish()).rows == 150
     target = Url("s3", BUCKET, "out/")
     for _ in range(2):
-        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target)
+        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target, Boss())
         assert counted.statuses == {RowStatus.PENDING: 150}
     source = Source(target, Input(path=str(target)))
     written = pl.concat(source.batches())
@@ -243,7 +245,7 @@ def test_no_rows_are_a_dataset_too(tmp_path: Path, books: Books) -> None:
     rows = rows_of(tmp_path)
     books.start()
     assert together(tmp_path, rows, books, Wish()).rows == 0
-    counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out")
+    counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", Boss())
     assert counted.statuses.total() == 0
     (part,) = (tmp_path / "out").glob("part-*.parquet")
     assert load(part)[0][:3] == ["A", "B", "email"]
@@ -276,7 +278,7 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, books: Books) -> None
             together(tmp_path, rows_of(tmp_path, more), books, Wish())
     rows = rows_of(tmp_path, "dedupe: false\n")
     with pytest.raises(Refused, match="can't be collected part by part: `dedupe"):
-        collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out")
+        collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", Boss())
 
 
 class GivenUpError(Exception):
@@ -294,6 +296,7 @@ def wait_there(flag: Path, rows: Rows) -> int:
 def test_who_gives_up_does_not_wait(tmp_path: Path) -> None:
     """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
@@ -305,7 +308,8 @@ def test_who_gives_up_does_not_wait(tmp_path: Path) -> None:
         if done and flag.exists():
             raise GivenUpError
 
-    found = on_blocks(rows, divided(rows, check), partial(wait_there, flag), check)
+    watch = Watch(Boss(check))
+    found = on_blocks(rows, divided(rows, watch), partial(wait_there, flag), watch)
     done.append(next(found))
     with pytest.raises(GivenUpError):
         done.append(next(found))
@@ -326,12 +330,95 @@ def die_once(flag: Path, rows: Rows) -> tuple[int, int]:
 def test_a_block_is_done_again_when_its_process_is_lost(tmp_path: Path) -> None:
     """What comes of it is told once."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
-    done = sorted(on_blocks(rows, divided(rows, lambda: None), partial(die_once, tmp_path / "flag"), lambda: None))
+    watch = Watch()
+    done = sorted(on_blocks(rows, divided(rows, watch), partial(die_once, tmp_path / "flag"), watch))
     assert done == [(first, 25) for first in range(0, 150, 25)]
     assert (tmp_path / "flag").exists()
+
+
+def die(rows: Rows) -> int:
+    """Be killed, as for want of memory."""
+    if rows.first < 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows.first
+
+
+def test_a_block_that_ends_its_process_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """It would never come to an end; the next run resumes."""
+    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
+
+    lay(tmp_path)
+    rows, watch = rows_of(tmp_path), Watch()
+    with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
+        list(on_blocks(rows, divided(rows, watch), die, watch))
+
+
+@pytest.fixture
+def _no_room(_ray: None) -> Iterator[None]:
+    """Let others have all of the cluster."""
+    import ray  # noqa: PLC0415 - as above
+
+    held = ray.util.placement_group([{"CPU": 2}])
+    ray.get(held.ready(), timeout=60)
+    yield
+    ray.util.remove_placement_group(held)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.usefixtures("_no_room")
+def test_a_cluster_that_has_no_room_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool
+) -> None:
+    """It is told soon, and at once when the time is up; others may need the machines the whole night."""
+    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(presence, "ROOM_S", 1.0)
+    monkeypatch.setattr(presence, "NO_ROOM_S", 60.0 if late else 3.0)
+    lay(tmp_path, kind)
+    told: list[str] = []
+    rows, watch = rows_of(tmp_path), presence.Watch(Boss(tell=told.append, late=lambda: late))
+    with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
+        list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
+    assert len(told) == 1
+    assert told[0].startswith("the cluster has no room for the input: waiting")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_who_is_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """However long a block takes, and though it is late."""
+    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(presence, "ROOM_S", 15.0)
+    lay(tmp_path, kind)
+    rows, watch = rows_of(tmp_path), presence.Watch(Boss(late=lambda: True))
+    assert sorted(on_blocks(rows, divided(rows, watch), take_long, watch))
+
+
+def take_long(rows: Rows) -> int:
+    """Be slow with one block."""
+    time.sleep(0 if rows.first else 18)
+    return rows.first
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_another_version_does_no_block(tmp_path: Path, kind: str) -> None:
+    """It might ask other questions, and pay for them."""
+    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
+
+    lay(tmp_path, kind)
+    rows, watch = rows_of(tmp_path), Watch()
+    watch.presence = replace(watch.presence, version="0.0.1")
+    with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
+        list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
 
 
 def fail(how: str, rows: Rows) -> int:
@@ -342,11 +429,12 @@ def fail(how: str, rows: Rows) -> int:
 def test_a_failure_that_nobody_foresaw_tells_no_cell(tmp_path: Path) -> None:
     """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path, names=["Nobody-Knows-Me"] * 150)
-    rows = rows_of(tmp_path)
+    rows, watch = rows_of(tmp_path), Watch()
     with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
-        list(on_blocks(rows, divided(rows, lambda: None), partial(fail, "it was"), lambda: None))
+        list(on_blocks(rows, divided(rows, watch), partial(fail, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
@@ -377,7 +465,7 @@ def test_enrolling_survives_a_restart_of_the_database(
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
     books.do(Ledger.begin_pass, Wish())
-    found = enroll_on_ray(rows, taken(tmp_path, books, Wish(), own_postgres.environ), tell=restart)
+    found = enroll_on_ray(rows, taken(tmp_path, books, Wish(), own_postgres.environ), Boss(), tell=restart)
     restarting[0].join()
     assert (found.rows, found.asked) == (150, 150)
     assert books.all("SELECT count(*) FROM requests") == [(40,)]
@@ -395,7 +483,7 @@ def test_a_ledger_that_is_gone_is_told(tmp_path: Path, books: Books) -> None:
     opening = partial(opened, tmp_path / "none" / "ledger.db", {})
     broken = replace(taken(tmp_path, books, Wish()), opening=opening)
     with pytest.raises(EnrichError) as caught:
-        enroll_on_ray(rows, broken)
+        enroll_on_ray(rows, broken, Boss())
     assert "ledger" in caught.value.message
     assert isinstance(caught.value, Refused | LedgerFailed)
 
@@ -419,13 +507,15 @@ CELLS: dict[str, Any] = {
 
 def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
-    from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import Watch  # noqa: PLC0415 - as above
+    from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - likewise
     from enrich.tables.cells import json_column  # noqa: PLC0415 - likewise
 
     frame = pl.DataFrame(CELLS).with_columns(
         pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
         pl.Series("sort", ["x", None, "y"], pl.Categorical()),
         pl.Series("short", [0.1, None, 2.5], pl.Float32()),
+        pl.Series("huge", [2**100, None, -1], pl.Int128()),
         json_column(["1.0", None, "[1,2]"]).alias("json"),
     )
     schema = dict(frame.schema)
@@ -438,11 +528,12 @@ def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
     rows = Rows(load_job(tmp_path / "job.yaml"))
     import ray  # noqa: PLC0415 - as above
 
-    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape), override_num_blocks=1)
+    presence = Watch().presence
+    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape, presence), override_num_blocks=1)
     block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
     ((_, back),) = from_block(block, rows.known)
     assert back.equals(frame.drop("json"))
-    assert next(read((rows.parts()[0],), rows.shape)).num_rows == 3
+    assert next(read((rows.parts()[0],), rows.shape, presence)).num_rows == 3
 
 
 def test_blocks_that_were_put_together_are_taken_apart() -> None:
@@ -477,6 +568,7 @@ from pathlib import Path
 from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import Pass
+from enrich.engine import Boss
 from enrich.model import Wish
 from enrich.spec import Input
 from enrich.store.ledger import Ledger
@@ -491,7 +583,7 @@ rows = rows_of(folder)
 Ledger(folder / "quiet.db").close()
 with connected(None):
     taken = Pass(load_job(folder / "job.yaml"), QUESTION, Wish(), partial(opened, folder / "quiet.db", {}))
-    assert enroll_on_ray(rows, taken).rows == 150
+    assert enroll_on_ray(rows, taken, Boss()).rows == 150
 """
 
 

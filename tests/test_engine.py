@@ -89,6 +89,14 @@ def test_options_that_do_not_fit(options: list[str], said: str, api: Api, office
     assert said in done.stderr
 
 
+def test_a_pipe_is_of_one_machine(api: Api, far: Office) -> None:
+    """The others of a cluster do not see what came through it."""
+    done = far.command(*RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api)
+
+    assert done.code == 2
+    assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in done.stderr
+
+
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
 def test_a_cluster_that_is_not_there(api: Api, far: Office) -> None:
     """The next run resumes: exit 4, and nothing was sent."""

@@ -174,6 +174,29 @@ class TestLimits:
         assert books.ledger.asked_since(1, "job") == 1
 
 
+class TestDoubts:
+    """`--accept in_doubt`: taken for lost."""
+
+    def test_all_that_was_seen_in_the_pass_is_accepted_once(self, books: Books) -> None:
+        """Whichever batches it came in, and however often each; who left the file stays in doubt."""
+        books.begin(*range(4))
+        for _ in range(3):
+            books.claim()
+        books.do(Ledger.recover, books.now)
+        books.do(Ledger.begin_pass, Wish())
+        for batch in ([row(0, 0), row(1, 3)], [row(2, 1), row(3, 0)], [row(2, 1), row(3, 0)]):
+            books.do(Ledger.enroll, CALL, batch)
+        accepted = books.do(Ledger.accept_doubts)
+        books.do(Ledger.choose)
+        books.do(Ledger.mark)
+
+        assert accepted == 2
+        assert [books.state(number) for number in range(3)] == [State.FAILED, State.FAILED, State.IN_DOUBT]
+        assert books.ledger.decided() == {Decision.FAILED: 2, NEW: 1}
+        assert queue(books) == [3]
+        assert books.do(Ledger.accept_doubts) == 0
+
+
 class TestSpread:
     """A sample is spread over the file and the same for the same seed."""
 

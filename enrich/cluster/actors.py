@@ -10,20 +10,22 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from enrich import __version__
+from enrich.cluster.presence import same_version
 from enrich.crew import Hand, Hire, shared
-from enrich.errors import JobError
 from enrich.pace import Pace
 from enrich.place import Postgres
 from enrich.worker import Errand, Told, Word, Worker
 
+T = TypeVar("T")
 #: How often an actor is asked how far it is, in seconds.
 ASK_S = 0.2
 #: An actor that was not asked at so many looks, one a second, is alone.
@@ -32,6 +34,8 @@ ALONE = 10
 IDLE_S = 60.0
 #: Left alone, it waits so long for answers to its POSTs: cut off, they would be in doubt.
 ORPHAN_S = 5.0
+#: So long it may take to end it.
+END_S = 3.0
 #: A worker waits more than it computes: more of them than cores find room.
 CPUS = 0.25
 #: It is told and asked while it works.
@@ -53,8 +57,7 @@ class Actor:
     async def begin(self, version: str, errand: Errand) -> None:
         """Begin with the errand. It comes as an argument of a call: those of a constructor Ray would keep."""
         self._idle.cancel()
-        if version != __version__:
-            raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")
+        same_version(version)
         self._worker = Worker(errand)
         self._tasks = [asyncio.create_task(self._work(self._worker)), asyncio.create_task(self._watch(self._worker))]
 
@@ -90,12 +93,13 @@ class Actor:
 class Remote:
     """An actor, as its boss knows it."""
 
-    actor: Any
+    make: Callable[[], Any]
     heard: Callable[[Hand], None]
     told: Told = field(default_factory=Told)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     listening: bool = False
     why: str = "a worker of the cluster that ended"
+    actor: Any = None
     _asking: asyncio.Task[None] | None = None
 
     async def hand_over(self, errand: Errand) -> None:
@@ -109,8 +113,10 @@ class Remote:
 
     async def end(self) -> None:
         """End it, if it is still there."""
-        with suppress(RayError, ValueError):
-            ray.kill(self.actor)
+        if self.actor is not None:
+            with suppress(RayError, ValueError, TimeoutError):
+                async with asyncio.timeout(END_S):
+                    await _apart(lambda: ray.kill(self.actor))
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
@@ -119,6 +125,7 @@ class Remote:
     async def _ask(self, errand: Errand) -> None:
         """Ask it again and again how far it is, until it is gone or its work is done."""
         try:
+            self.actor = await _apart(self.make)
             await self.actor.begin.remote(__version__, errand)
             self.listening = True
             while not self.told.ended:
@@ -150,7 +157,22 @@ class AtCluster:
         options = {"num_cpus": CPUS, "max_restarts": 0, "max_concurrency": AT_ONCE, "lifetime": "detached"}
         made = ray.remote(Actor).options(**options, scheduling_strategy="SPREAD")
         async with shared(self.ledger, pace):
-            yield lambda heard: Remote(made.remote(), heard)
+            yield lambda heard: Remote(made.remote, heard)
+
+
+def _apart(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Call where nobody is held up: without its head a cluster makes and ends no actor, and says nothing."""
+    done: Future[T] = Future()
+
+    def do() -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            done.set_result(call())
+        except Exception as error:  # noqa: BLE001 - it is raised by who waits
+            done.set_exception(error)
+
+    threading.Thread(target=do, name="actor", daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 def _said(error: RayError) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle
 
+from enrich.cluster.presence import AGAIN, LOOK_S, Presence, Watch
 from enrich.cluster.source import ArrowTable, PartSource, from_block, one_cell, told
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.job import Job
@@ -30,14 +31,10 @@ from enrich.tables.reading import Shape, count
 from enrich.tables.textfile import refusing
 
 T = TypeVar("T")
-Check = Callable[[], None]
 
 #: Blocks are cut when they have so many bytes: a task holds a few of them.
 BLOCK_BYTES = 32 << 20
-#: Whoever wants to stop is heard so often, in seconds.
-LISTEN_S = 0.2
 DONE = "enrich:done"
-_AGAIN = "run again: what is done is not done twice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,31 +69,30 @@ class Pass:
                     continue
                 _opened.cache_clear()
                 ledger.close()
-                raise LedgerFailed(f"the ledger cannot be used: {failure}", _AGAIN) from failure
+                raise LedgerFailed(f"the ledger cannot be used: {failure}", AGAIN) from failure
 
 
-def divided(rows: Rows, check: Check) -> list[Part]:
+def divided(rows: Rows, watch: Watch) -> list[Part]:
     """Divide the input; files that have to be read to be counted are counted in the cluster. Raises EnrichError."""
-    return rows.parts(partial(_counts, rows.shape, check))
+    return rows.parts(partial(_counts, rows.shape, watch))
 
 
-def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], check: Check) -> Iterator[T]:
+def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], watch: Watch) -> Iterator[T]:
     """Do some work on the rows of every block, and yield what comes of it, in any order.
 
-    A block may be worked on again when a machine is lost. `check` is called often, and may raise to give up.
-    Raises what the work raises, and ClusterFailed.
+    A block may be worked on again when a machine is lost. Raises what the work and the watch raise, and ClusterFailed.
     """
     _quieten()
-    source = PartSource(parts, rows.shape)
+    source = PartSource(parts, rows.shape, watch.presence)
     # Both in one task, which holds a block or two: what was read need not travel.
     dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.errands)), num_cpus=1).map_batches(
-        partial(_work_on, sample=rows.sample(), work=work),
+        partial(_work_on, sample=rows.sample(), work=work, presence=watch.presence),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=1,
     )
-    for packed in _heard(dataset, check):
+    for packed in _heard(dataset, watch):
         done = pickle.loads(packed)  # noqa: S301 - of our own making
         if isinstance(done, EnrichError):
             raise done
@@ -118,17 +114,18 @@ def _regained(ledger: Ledger, failure: BaseException) -> bool:
         return False
 
 
-def _work_on(block: ArrowTable, *, sample: Rows, work: Callable[[Rows], T]) -> ArrowTable:
+def _work_on(block: ArrowTable, *, sample: Rows, work: Callable[[Rows], T], presence: Presence) -> ArrowTable:
     """Work on a block; tell what came of it, or what went wrong."""
     done: list[T] | EnrichError
     try:
-        done = [work(sample.block(first, frame)) for first, frame in from_block(block, sample.known)]
+        with presence.at_work():
+            done = [work(sample.block(first, frame)) for first, frame in from_block(block, sample.known)]
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
         done = told(error)
     return one_cell(DONE, done)
 
 
-def _heard(dataset: Any, check: Check) -> Iterator[bytes]:  # noqa: ANN401 - Ray has no types that hold
+def _heard(dataset: Any, watch: Watch) -> Iterator[bytes]:  # noqa: ANN401 - Ray has no types that hold
     """Yield what the tasks tell, and listen meanwhile to whoever wants to stop.
 
     Who stops does not wait: tasks that were begun before any told something end with Ray.
@@ -148,7 +145,7 @@ def _heard(dataset: Any, check: Check) -> Iterator[bytes]:  # noqa: ANN401 - Ray
 
     threading.Thread(target=run, name="cluster", daemon=True).start()
     try:
-        while some := _next(found, check):
+        while some := _next(found, watch):
             yield from some
     finally:
         stopped.set()
@@ -156,11 +153,11 @@ def _heard(dataset: Any, check: Check) -> Iterator[bytes]:  # noqa: ANN401 - Ray
             executor.shutdown(force=True)
 
 
-def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], check: Check) -> Sequence[bytes]:
+def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], watch: Watch) -> Sequence[bytes]:
     while True:
-        check()
+        watch.look()
         with suppress(queue.Empty):
-            some = found.get(timeout=LISTEN_S)
+            some = found.get(timeout=LOOK_S)
             if isinstance(some, Exception):
                 raise _failed(some) from some
             return some
@@ -171,17 +168,17 @@ def _failed(error: Exception) -> EnrichError:
     if isinstance(error, EnrichError):
         return error
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return ClusterFailed(f"the cluster could not do its work: {type(error).__name__}: {said[:200]}", _AGAIN)
+    return ClusterFailed(f"the cluster could not do its work: {type(error).__name__}: {said[:200]}", AGAIN)
 
 
-def _counts(shape: Shape, check: Check, leaves: Sequence[Leaf]) -> list[int]:
-    counting = ray.remote(num_cpus=1)(_count_there)
-    refs = waiting = [counting.remote(leaf, shape) for leaf in leaves]
+def _counts(shape: Shape, watch: Watch, leaves: Sequence[Leaf]) -> list[int]:
+    counting = ray.remote(num_cpus=1, max_retries=-1)(_count_there)
+    refs = waiting = [counting.remote(leaf, shape, watch.presence) for leaf in leaves]
     counted: dict[Any, int] = {}
     try:
         while waiting:
-            check()
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LISTEN_S)
+            watch.look()
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
             for ref, rows in zip(done, ray.get(done), strict=True):
                 if isinstance(rows, EnrichError):
                     raise rows
@@ -194,9 +191,9 @@ def _counts(shape: Shape, check: Check, leaves: Sequence[Leaf]) -> list[int]:
     return [counted[ref] for ref in refs]
 
 
-def _count_there(leaf: Leaf, shape: Shape) -> int | EnrichError:
+def _count_there(leaf: Leaf, shape: Shape, presence: Presence) -> int | EnrichError:
     try:
-        with refusing():
+        with presence.at_work(on=str(leaf)), refusing():
             return count(leaf, shape, Copies())
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
         return told(error)
@@ -207,7 +204,7 @@ def _quieten() -> None:
     context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    # A database that is away is waited for.
+    # The watch knows better.
     context.execution_no_progress_timeout_s = -1
     logger = logging.getLogger("ray.data")
     logger.handlers = [each for each in logger.handlers if not isinstance(each, logging.StreamHandler)]

@@ -7,8 +7,10 @@ from functools import partial
 
 import polars as pl
 
-from enrich.cluster.blocks import Check, Pass, divided, on_blocks
+from enrich.cluster.blocks import Pass, divided, on_blocks
+from enrich.cluster.presence import Watch
 from enrich.collector import Collector, Counted, output_schema
+from enrich.engine import Boss
 from enrich.errors import Refused
 from enrich.place import Place
 from enrich.rows import Rows
@@ -21,24 +23,25 @@ def collect_on_ray(
     rows: Rows,
     taken: Pass,
     target: Place,
+    boss: Boss,
     *,
     tell: Callable[[Counted], None] = lambda _: None,
-    check: Check = lambda: None,
 ) -> Counted:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
-    `tell` hears now and then what was written so far; `check` may raise to give up. Raises Refused when the input
+    `tell` hears now and then what was written so far. Raises what the boss raises to give up, Refused when the input
     can't be read or the output can't be written, LedgerFailed, ClusterFailed.
     """
     if not taken.job.model.dedupe:
         raise Refused(f"the output can't be collected part by part: {rows.undivided()}", "collect it in one process")
-    parts = divided(rows, check)
+    watch = Watch(boss)
+    parts = divided(rows, watch)
     draft = begin(target, taken.job.name)
     try:
         files: list[PartFile] = []
         total = Counted()
         collect = partial(_collect, taken, draft)
-        for file, counted in on_blocks(rows, parts, collect, check):
+        for file, counted in on_blocks(rows, parts, collect, watch):
             files.append(file)
             total += counted
             tell(total)

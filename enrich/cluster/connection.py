@@ -11,17 +11,29 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from math import inf
 from pathlib import Path
+from typing import Any
 
-from enrich.errors import ClusterFailed, EnrichError, Exit, Interrupted
+from enrich.errors import ClusterFailed, Exit, Interrupted
 from enrich.signals import CODES
 
 #: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ENABLE_AUTO_CONNECT": "0"}
 #: So many seconds a cluster that does not answer is asked again.
 PATIENCE_S = 10
+#: Somebody who answers, but not as Ray does, is waited for so long; Ray itself would wait for minutes.
+CONNECT_S = 20.0
+#: Who is silent is given up by the crew and by the watch over the blocks, not by Ray.
+FOR_EVER_S = 10**8
+#: So long the end of a connection may take; what was done is in the ledger by then.
+LEAVE_S = 10.0
+#: Ray sets handlers of its own in the middle of its calls: so often ours are set again, in seconds.
+LISTEN_S = 0.02
 #: What our signals are to a run, they are not to the Ray that it starts: SIGTERM is what Ray itself ends with.
 DEAF_TO = (signal.SIGINT, signal.SIGHUP)
 
@@ -30,70 +42,88 @@ DEAF_TO = (signal.SIGINT, signal.SIGHUP)
 def connected(address: str | None) -> Iterator[int]:
     """Be connected to the cluster at an address, or to one of this machine alone; tell how many CPUs it has.
 
-    Nothing that Ray says comes to stdout or stderr. Raises ClusterFailed when it can't be reached or started.
+    Nothing that Ray says comes to stdout or stderr. A signal is heard when Ray has begun, and is nothing to its end:
+    what was done by then is still to be told. Raises ClusterFailed when it can't be reached or started.
     """
     with ExitStack() as stack:
         nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         # Ray prints there what becomes of its workers; the crew tells it in its own words.
         stack.enter_context(redirect_stdout(nowhere))
+        # Only the main thread hears signals. The processes that Ray starts end with the thread that started them.
+        thread = ThreadPoolExecutor(1, "ray", signal.pthread_sigmask, (signal.SIG_BLOCK, DEAF_TO))
+        stack.callback(thread.shutdown, wait=False)
+        with _aside(nowhere.fileno()):
+            connecting = thread.submit(_connect, address)
+            heard = _wait(connecting, CONNECT_S if address else inf, signals=2)
+        if connecting.done():
+            stack.callback(lambda: _wait(thread.submit(_disconnect, connecting), LEAVE_S))
+        if heard:
+            raise Interrupted(heard[0])
         try:
-            folder = _connect(address, nowhere.fileno())
-        except EnrichError:
-            _disconnect(None)
-            raise
-        except SystemExit as error:  # what Ray makes of a SIGTERM while it starts
-            _disconnect(None)
-            raise Interrupted(Exit.TERMINATED) from error
+            cpus, _ = connecting.result(timeout=0)
         except Exception as error:  # whatever Ray raises, the run has not begun
             raise _failed(address, error) from error
-        stack.callback(_disconnect, folder if address is None else None)
-        import ray  # noqa: PLC0415 - as below
-
-        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
+        yield cpus
 
 
-def _connect(address: str | None, nowhere: int) -> Path:
-    """Start Ray or connect to it; tell where the files of its session are."""
+def _connect(address: str | None) -> tuple[int, Path | None]:
+    """Start Ray or connect to it; tell how many CPUs it has, and where the files are of one that was started for us."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if address is not None:
         _knock(address)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
+        # A minute after the head was lost Ray would end this process from within, without a receipt; and it says much.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(FOR_EVER_S))
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     logger = logging.getLogger("ray")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    with _aside(nowhere):
-        import ray.data  # noqa: PLC0415 - it reads its settings when it is imported
+    import ray.data  # noqa: PLC0415 - it reads its settings when it is imported
 
-        context = ray.init(
-            address or "local",  # else RAY_ADDRESS would have a say
-            log_to_driver=False,
-            configure_logging=False,
-            **({} if address else {"include_dashboard": False}),
-        )
-    return Path(context.address_info["session_dir"])
+    context = ray.init(
+        address or "local",  # else RAY_ADDRESS would have a say
+        log_to_driver=False,
+        configure_logging=False,
+        **({} if address else {"include_dashboard": False}),
+    )
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return cpus, None if address else Path(context.address_info["session_dir"])
 
 
-def _disconnect(folder: Path | None) -> None:
+def _disconnect(connecting: Future[tuple[int, Path | None]]) -> None:
     """Leave the cluster; one that was started for us ends, and the folder of its session goes with it."""
     import ray  # noqa: PLC0415 - as above
 
     ray.shutdown()
+    _, folder = connecting.result()
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exit]:
+    """Wait for the end of a call into Ray, or until so many signals came; tell which came."""
+    heard: list[Exit] = []
+    latest = time.monotonic() + at_most_s
+    handlers = {number: signal.getsignal(number) for number in CODES}
+    try:
+        while not call.done() and len(heard) < signals and time.monotonic() < latest:
+            for number in CODES:
+                signal.signal(number, lambda number, _: heard.append(CODES[signal.Signals(number)]))
+            wait([call], LISTEN_S)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return heard
+
+
 @contextmanager
 def _aside(nowhere: int) -> Iterator[None]:
-    """Start processes that do not hear our signals, write files of our own (0600), and say nothing on stderr."""
+    """Start processes that write files of our own (0600), and say nothing on stderr."""
     sys.stderr.flush()
     stderr, umask = os.dup(2), os.umask(0o077)
-    heard: list[int] = []
-    # Raised in the middle of Ray, an interruption may get lost there.
-    handlers = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in CODES}
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     os.dup2(nowhere, 2)
     try:
         yield
@@ -101,11 +131,6 @@ def _aside(nowhere: int) -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.umask(umask)
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if heard:
-        raise Interrupted(CODES[signal.Signals(heard[0])])
 
 
 def _knock(address: str) -> None:
@@ -125,7 +150,8 @@ def _has_token() -> bool:
 
 
 def _failed(address: str | None, error: Exception) -> ClusterFailed:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = said or ("it does not answer" if isinstance(error, TimeoutError) else type(error).__name__)
     if address is None:
         return ClusterFailed(f"Ray can't be started on this machine: {said}", "look into /tmp/ray/session_latest/logs")
     return ClusterFailed(

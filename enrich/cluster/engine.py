@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +10,7 @@ from enrich.cluster.blocks import Pass
 from enrich.cluster.collect import collect_on_ray
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.collector import Counted
-from enrich.engine import Enrolled
+from enrich.engine import Boss, Enrolled
 from enrich.job import Job
 from enrich.model import Wish
 from enrich.place import Place, Postgres
@@ -40,24 +39,15 @@ class Ray:
         """Do the same for an execution, until the lease of the process that leads it ends."""
         return replace(self, owner=owner)
 
-    def enroll(  # noqa: PLR0913 - all of them travel
-        self,
-        job: Job,
-        rows: Rows,
-        question: Question,
-        wish: Wish,
-        *,
-        accept_doubts: bool,
-        check: Callable[[], None],
-    ) -> Enrolled:
-        """Enroll all rows in a pass that was begun; `check` may raise to give up."""
-        return enroll_on_ray(rows, self._pass(job, question, wish), accept_doubts=accept_doubts, check=check)
+    def enroll(self, job: Job, rows: Rows, question: Question, wish: Wish, boss: Boss) -> Enrolled:
+        """Enroll all rows in a pass that was begun."""
+        return enroll_on_ray(rows, self._pass(job, question, wish), boss)
 
-    def collect(  # noqa: PLR0913, PLR0917 - likewise
-        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, check: Callable[[], None]
+    def collect(  # noqa: PLR0913, PLR0917 - all of them travel
+        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, boss: Boss
     ) -> Counted:
         """Write the output, a dataset."""
-        return collect_on_ray(rows, self._pass(job, question, wish), target, check=check)
+        return collect_on_ray(rows, self._pass(job, question, wish), target, boss)
 
     def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
         fence = None if self.owner is None else Fence(self.owner, self.ledger.lease_s)

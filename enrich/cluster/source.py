@@ -13,6 +13,7 @@ import polars as pl
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from enrich.cluster.presence import Presence
 from enrich.errors import EnrichError
 from enrich.place import Url
 from enrich.tables.copies import Copies
@@ -27,6 +28,8 @@ FAILED = "enrich:failed"
 ROWS_OF_AN_OBJECT = 1_000_000
 
 Errand = tuple[Part, ...]
+#: Arrow knows them not, or not as they are; as text they come through.
+_AS_TEXT = (pl.Categorical, pl.Enum, pl.Int128, pl.UInt128)
 #: As a block is; Ray has no types that hold.
 ArrowTable = Any
 
@@ -34,10 +37,11 @@ ArrowTable = Any
 class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
     """The parts of an input."""
 
-    def __init__(self, parts: Iterable[Part], shape: Shape) -> None:
+    def __init__(self, parts: Iterable[Part], shape: Shape, presence: Presence) -> None:
         super().__init__()
         self.errands = errands(parts)
         self._shape = shape
+        self._presence = presence
 
     def get_name(self) -> str:
         """Say what Ray calls it in its logs."""
@@ -51,7 +55,7 @@ class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
         """Make a task for each errand."""
         return [
             ReadTask(
-                partial(read, errand, self._shape),
+                partial(read, errand, self._shape, self._presence),
                 BlockMetadata(
                     num_rows=sum(part.rows for part in errand), size_bytes=None, input_files=None, exec_stats=None
                 ),
@@ -75,15 +79,16 @@ def errands(parts: Iterable[Part]) -> list[Errand]:
     return [tuple(each) for each in found]
 
 
-def read(errand: Errand, shape: Shape) -> Iterator[ArrowTable]:
+def read(errand: Errand, shape: Shape, presence: Presence) -> Iterator[ArrowTable]:
     """Read parts as blocks; what goes wrong is the last of them."""
     copies = Copies()
     try:
-        for part in errand:
-            first = part.first
-            for frame in Stretch(part, shape, copies).batches():
-                yield to_block(first, frame)
-                first += frame.height
+        with presence.at_work(on=f"{errand[0].leaf} from row {errand[0].start + 1:,} on"):
+            for part in errand:
+                first = part.first
+                for frame in Stretch(part, shape, copies).batches():
+                    yield to_block(first, frame)
+                    first += frame.height
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
         yield failure(error)
 
@@ -91,8 +96,7 @@ def read(errand: Errand, shape: Shape) -> Iterator[ArrowTable]:
 def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
     """Make a block of rows, the first of which has this place."""
     columns = [
-        column.cast(pl.String) if isinstance(column.dtype, pl.Categorical | pl.Enum) else column
-        for column in frame.get_columns()
+        column.cast(pl.String) if isinstance(column.dtype, _AS_TEXT) else column for column in frame.get_columns()
     ]
     places = pl.int_range(first, first + frame.height, eager=True).alias(PLACE)
     return pl.DataFrame([places, *columns]).to_arrow(compat_level=pl.CompatLevel.oldest())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from enrich.errors import JobError
-from enrich.place import Postgres
+from enrich.place import STDIN, Postgres
 
 if TYPE_CHECKING:
     from enrich.engine import Engine
@@ -63,6 +63,8 @@ def spread_of(job: Job, engine: str | None, address: str | None, workers: int | 
     if not isinstance(job.ledger, Postgres):
         message = f"--engine ray needs a ledger that all workers reach, and this is a file: {job.ledger}"
         raise job.error(["ledger"], message, "keep it in PostgreSQL: `ledger: postgresql://host/database`")
+    if address is not None and job.input_path == STDIN:
+        raise click.UsageError("what comes through a pipe is not seen by the machines at --address: put it into a file")
     if find_spec("ray") is None:
         raise JobError("--engine ray needs the extra `cluster`", "pip install 'databar-enrich[cluster]'")
     return Spread(address, workers)

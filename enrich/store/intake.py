@@ -187,12 +187,16 @@ class Intake(Latencies):
             f"WHERE id IN (SELECT id FROM seen WHERE {_ASKED}{waiting} OR {planned})"
         )
 
-    def accept_doubts(self, wanted: Iterable[Wanted]) -> int:
-        """Settle what is in doubt as failed (edge f, by the person's word); its attempt stays in doubt on record."""
-        self._load(wanted)
-        return self._db.execute(
-            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' AND id IN (SELECT id FROM asks)"
+    def accept_doubts(self) -> int:
+        """Settle what is in doubt as failed (edge f, by the person's word), of all that was seen in this pass.
+
+        Its attempt stays in doubt on record.
+        """
+        accepted = self._db.execute(
+            "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' AND id IN (SELECT id FROM seen)"
         ).rowcount
+        self._db.execute("UPDATE seen SET decision = 'failed' WHERE decision = 'in_doubt'")
+        return accepted
 
     def decided(self) -> dict[Decision, int]:
         """Count the distinct requests of this pass by what was decided about them."""
