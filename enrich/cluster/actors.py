@@ -10,9 +10,10 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -24,6 +25,7 @@ from enrich.pace import Pace
 from enrich.place import Postgres
 from enrich.worker import Errand, Told, Word, Worker
 
+T = TypeVar("T")
 #: How often an actor is asked how far it is, in seconds.
 ASK_S = 0.2
 #: An actor that was not asked at so many looks, one a second, is alone.
@@ -32,6 +34,8 @@ ALONE = 10
 IDLE_S = 60.0
 #: Left alone, it waits so long for answers to its POSTs: cut off, they would be in doubt.
 ORPHAN_S = 5.0
+#: So long it may take to end it.
+END_S = 3.0
 #: A worker waits more than it computes: more of them than cores find room.
 CPUS = 0.25
 #: It is told and asked while it works.
@@ -108,8 +112,9 @@ class Remote:
 
     async def end(self) -> None:
         """End it, if it is still there."""
-        with suppress(RayError, ValueError):
-            ray.kill(self.actor)
+        with suppress(RayError, ValueError, TimeoutError):
+            async with asyncio.timeout(END_S):
+                await _apart(lambda: ray.kill(self.actor))
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
@@ -150,6 +155,21 @@ class AtCluster:
         made = ray.remote(Actor).options(**options, scheduling_strategy="SPREAD")
         async with shared(self.ledger, pace):
             yield lambda heard: Remote(made.remote(), heard)
+
+
+def _apart(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Call where nobody is held up: without its head a cluster ends no actor, and says nothing."""
+    done: Future[T] = Future()
+
+    def do() -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            done.set_result(call())
+        except Exception as error:  # noqa: BLE001 - it is raised by who waits
+            done.set_exception(error)
+
+    threading.Thread(target=do, name="actor", daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 def _said(error: RayError) -> str:

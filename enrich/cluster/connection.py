@@ -28,6 +28,8 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", 
 PATIENCE_S = 10
 #: Somebody who answers, but not as Ray does, is waited for so long; Ray itself would wait for minutes.
 CONNECT_S = 20.0
+#: Who is silent is given up by the crew and by the watch over the blocks, not by Ray.
+FOR_EVER_S = 10**8
 #: So long the end of a connection may take; what was done is in the ledger by then.
 LEAVE_S = 10.0
 #: Ray sets handlers of its own in the middle of its calls: so often ours are set again, in seconds.
@@ -71,6 +73,9 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
     if address is not None:
         _knock(address)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
+        # A minute after the head was lost Ray would end this process from within, without a receipt; and it says much.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(FOR_EVER_S))
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     logger = logging.getLogger("ray")
