@@ -114,6 +114,13 @@ def taken(folder: Path, books: Books, wish: Wish, environ: dict[str, str] | None
     return Pass(load_job(folder / "job.yaml"), QUESTION, wish, opening)
 
 
+def watching(boss: Boss | None = None) -> Any:
+    """Watch over a step."""
+    from enrich.cluster.presence import Presence, Watch, new_ear  # noqa: PLC0415 - as above
+
+    return Watch(Presence(new_ear()), boss or Boss())
+
+
 def alone(rows: Rows, books: Books, wish: Wish) -> tuple[int, Counter[str]]:
     """Enroll in this process."""
     of_rows: Counter[str] = Counter()
@@ -134,7 +141,7 @@ def together(folder: Path, rows: Rows, books: Books, wish: Wish, **options: Any)
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
     books.do(Ledger.begin_pass, wish)
-    found = enroll_on_ray(rows, taken(folder, books, wish), Boss(), **options)
+    found = enroll_on_ray(rows, taken(folder, books, wish), watching(), **options)
     with books.ledger.transaction():
         books.ledger.choose()
         books.ledger.mark()
@@ -199,7 +206,7 @@ def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Boo
         rows,
         taken(tmp_path, books, Wish()),
         tmp_path / "out",
-        Boss(),
+        watching(),
         tell=lambda so_far: told.append(so_far.statuses.total()),
     )
     one = Collector(books.ledger, load_job(tmp_path / "job.yaml"), QUESTION, rows)
@@ -227,7 +234,7 @@ def test_a_cluster_reads_from_a_storage_and_writes_to_one(tmp_path: Path, books:
     assert together(tmp_path, rows, books, Wish()).rows == 150
     target = Url("s3", BUCKET, "out/")
     for _ in range(2):
-        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target, Boss())
+        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target, watching())
         assert counted.statuses == {RowStatus.PENDING: 150}
     source = Source(target, Input(path=str(target)))
     written = pl.concat(source.batches())
@@ -245,7 +252,7 @@ def test_no_rows_are_a_dataset_too(tmp_path: Path, books: Books) -> None:
     rows = rows_of(tmp_path)
     books.start()
     assert together(tmp_path, rows, books, Wish()).rows == 0
-    counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", Boss())
+    counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", watching())
     assert counted.statuses.total() == 0
     (part,) = (tmp_path / "out").glob("part-*.parquet")
     assert load(part)[0][:3] == ["A", "B", "email"]
@@ -278,7 +285,7 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, books: Books) -> None
             together(tmp_path, rows_of(tmp_path, more), books, Wish())
     rows = rows_of(tmp_path, "dedupe: false\n")
     with pytest.raises(Refused, match="can't be collected part by part: `dedupe"):
-        collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", Boss())
+        collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", watching())
 
 
 class GivenUpError(Exception):
@@ -296,7 +303,6 @@ def wait_there(flag: Path, rows: Rows) -> int:
 def test_who_gives_up_does_not_wait(tmp_path: Path) -> None:
     """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
@@ -308,7 +314,7 @@ def test_who_gives_up_does_not_wait(tmp_path: Path) -> None:
         if done and flag.exists():
             raise GivenUpError
 
-    watch = Watch(Boss(check))
+    watch = watching(Boss(check))
     found = on_blocks(rows, divided(rows, watch), partial(wait_there, flag), watch)
     done.append(next(found))
     with pytest.raises(GivenUpError):
@@ -330,11 +336,10 @@ def die_once(flag: Path, rows: Rows) -> tuple[int, int]:
 def test_a_block_is_done_again_when_its_process_is_lost(tmp_path: Path) -> None:
     """What comes of it is told once."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path)
     rows = rows_of(tmp_path)
-    watch = Watch()
+    watch = watching()
     done = sorted(on_blocks(rows, divided(rows, watch), partial(die_once, tmp_path / "flag"), watch))
     assert done == [(first, 25) for first in range(0, 150, 25)]
     assert (tmp_path / "flag").exists()
@@ -350,10 +355,9 @@ def die(rows: Rows) -> int:
 def test_a_block_that_ends_its_process_again_and_again_is_given_up(tmp_path: Path) -> None:
     """It would never come to an end; the next run resumes."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path)
-    rows, watch = rows_of(tmp_path), Watch()
+    rows, watch = rows_of(tmp_path), watching()
     with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
         list(on_blocks(rows, divided(rows, watch), die, watch))
 
@@ -383,7 +387,7 @@ def test_a_cluster_that_has_no_room_is_given_up(
     monkeypatch.setattr(presence, "NO_ROOM_S", 60.0 if late else 3.0)
     lay(tmp_path, kind)
     told: list[str] = []
-    rows, watch = rows_of(tmp_path), presence.Watch(Boss(tell=told.append, late=lambda: late))
+    rows, watch = rows_of(tmp_path), watching(Boss(tell=told.append, late=lambda: late))
     with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
         list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
     assert len(told) == 1
@@ -398,7 +402,7 @@ def test_who_is_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(presence, "ROOM_S", 15.0)
     lay(tmp_path, kind)
-    rows, watch = rows_of(tmp_path), presence.Watch(Boss(late=lambda: True))
+    rows, watch = rows_of(tmp_path), watching(Boss(late=lambda: True))
     assert sorted(on_blocks(rows, divided(rows, watch), take_long, watch))
 
 
@@ -412,10 +416,9 @@ def take_long(rows: Rows) -> int:
 def test_another_version_does_no_block(tmp_path: Path, kind: str) -> None:
     """It might ask other questions, and pay for them."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path, kind)
-    rows, watch = rows_of(tmp_path), Watch()
+    rows, watch = rows_of(tmp_path), watching()
     watch.presence = replace(watch.presence, version="0.0.1")
     with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
         list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
@@ -429,10 +432,9 @@ def fail(how: str, rows: Rows) -> int:
 def test_a_failure_that_nobody_foresaw_tells_no_cell(tmp_path: Path) -> None:
     """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - likewise
 
     lay(tmp_path, names=["Nobody-Knows-Me"] * 150)
-    rows, watch = rows_of(tmp_path), Watch()
+    rows, watch = rows_of(tmp_path), watching()
     with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
         list(on_blocks(rows, divided(rows, watch), partial(fail, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
@@ -465,7 +467,7 @@ def test_enrolling_survives_a_restart_of_the_database(
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
     books.do(Ledger.begin_pass, Wish())
-    found = enroll_on_ray(rows, taken(tmp_path, books, Wish(), own_postgres.environ), Boss(), tell=restart)
+    found = enroll_on_ray(rows, taken(tmp_path, books, Wish(), own_postgres.environ), watching(), tell=restart)
     restarting[0].join()
     assert (found.rows, found.asked) == (150, 150)
     assert books.all("SELECT count(*) FROM requests") == [(40,)]
@@ -483,7 +485,7 @@ def test_a_ledger_that_is_gone_is_told(tmp_path: Path, books: Books) -> None:
     opening = partial(opened, tmp_path / "none" / "ledger.db", {})
     broken = replace(taken(tmp_path, books, Wish()), opening=opening)
     with pytest.raises(EnrichError) as caught:
-        enroll_on_ray(rows, broken, Boss())
+        enroll_on_ray(rows, broken, watching())
     assert "ledger" in caught.value.message
     assert isinstance(caught.value, Refused | LedgerFailed)
 
@@ -507,8 +509,7 @@ CELLS: dict[str, Any] = {
 
 def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
-    from enrich.cluster.presence import Watch  # noqa: PLC0415 - as above
-    from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - likewise
+    from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - as above
     from enrich.tables.cells import json_column  # noqa: PLC0415 - likewise
 
     frame = pl.DataFrame(CELLS).with_columns(
@@ -528,7 +529,7 @@ def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
     rows = Rows(load_job(tmp_path / "job.yaml"))
     import ray  # noqa: PLC0415 - as above
 
-    presence = Watch().presence
+    presence = watching().presence
     dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape, presence), override_num_blocks=1)
     block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
     ((_, back),) = from_block(block, rows.known)
@@ -568,13 +569,12 @@ from pathlib import Path
 from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import Pass
-from enrich.engine import Boss
 from enrich.model import Wish
 from enrich.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
 from enrich.tables.source import Source
-from tests.test_cluster_blocks import QUESTION, opened, rows_of
+from tests.test_cluster_blocks import QUESTION, opened, rows_of, watching
 from enrich.job import load_job
 import sys
 
@@ -583,7 +583,7 @@ rows = rows_of(folder)
 Ledger(folder / "quiet.db").close()
 with connected(None):
     taken = Pass(load_job(folder / "job.yaml"), QUESTION, Wish(), partial(opened, folder / "quiet.db", {}))
-    assert enroll_on_ray(rows, taken, Boss()).rows == 150
+    assert enroll_on_ray(rows, taken, watching()).rows == 150
 """
 
 

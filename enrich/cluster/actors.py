@@ -93,13 +93,12 @@ class Actor:
 class Remote:
     """An actor, as its boss knows it."""
 
-    make: Callable[[], Any]
+    actor: Any
     heard: Callable[[Hand], None]
     told: Told = field(default_factory=Told)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     listening: bool = False
     why: str = "a worker of the cluster that ended"
-    actor: Any = None
     _asking: asyncio.Task[None] | None = None
 
     async def hand_over(self, errand: Errand) -> None:
@@ -113,10 +112,9 @@ class Remote:
 
     async def end(self) -> None:
         """End it, if it is still there."""
-        if self.actor is not None:
-            with suppress(RayError, ValueError, TimeoutError):
-                async with asyncio.timeout(END_S):
-                    await _apart(lambda: ray.kill(self.actor))
+        with suppress(RayError, ValueError, TimeoutError):
+            async with asyncio.timeout(END_S):
+                await _apart(lambda: ray.kill(self.actor))
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.wait([self._asking])
@@ -125,7 +123,6 @@ class Remote:
     async def _ask(self, errand: Errand) -> None:
         """Ask it again and again how far it is, until it is gone or its work is done."""
         try:
-            self.actor = await _apart(self.make)
             await self.actor.begin.remote(__version__, errand)
             self.listening = True
             while not self.told.ended:
@@ -157,11 +154,11 @@ class AtCluster:
         options = {"num_cpus": CPUS, "max_restarts": 0, "max_concurrency": AT_ONCE, "lifetime": "detached"}
         made = ray.remote(Actor).options(**options, scheduling_strategy="SPREAD")
         async with shared(self.ledger, pace):
-            yield lambda heard: Remote(made.remote, heard)
+            yield lambda heard: Remote(made.remote(), heard)
 
 
 def _apart(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Call where nobody is held up: without its head a cluster makes and ends no actor, and says nothing."""
+    """Call where nobody is held up: without its head a cluster ends no actor, and says nothing."""
     done: Future[T] = Future()
 
     def do() -> None:

@@ -84,15 +84,8 @@ def on_blocks(rows: Rows, parts: Sequence[Part], work: Callable[[Rows], T], watc
     """
     _quieten()
     source = PartSource(parts, rows.shape, watch.presence)
-    # Both in one task, which holds a block or two: what was read need not travel.
-    dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.errands)), num_cpus=1).map_batches(
-        partial(_work_on, sample=rows.sample(), work=work, presence=watch.presence),
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=1,
-    )
-    for packed in _heard(dataset, watch):
+    work_on = partial(_work_on, sample=rows.sample(), work=work, presence=watch.presence)
+    for packed in _heard(source, work_on, watch):
         done = pickle.loads(packed)  # noqa: S301 - of our own making
         if isinstance(done, EnrichError):
             raise done
@@ -125,16 +118,26 @@ def _work_on(block: ArrowTable, *, sample: Rows, work: Callable[[Rows], T], pres
     return one_cell(DONE, done)
 
 
-def _heard(dataset: Any, watch: Watch) -> Iterator[bytes]:  # noqa: ANN401 - Ray has no types that hold
+def _dataset(source: PartSource, work_on: Callable[..., ArrowTable]) -> Any:  # noqa: ANN401 - Ray has no types that hold
+    """Put both in one task, which holds a block or two: what was read need not travel."""
+    blocks = max(1, len(source.errands))
+    return ray.data.read_datasource(source, override_num_blocks=blocks, num_cpus=1).map_batches(
+        work_on, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=1
+    )
+
+
+def _heard(source: PartSource, work_on: Callable[..., ArrowTable], watch: Watch) -> Iterator[bytes]:
     """Yield what the tasks tell, and listen meanwhile to whoever wants to stop.
 
     Who stops does not wait: tasks that were begun before any told something end with Ray.
     """
+    datasets: list[Any] = []
     found: queue.SimpleQueue[Sequence[bytes] | Exception] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def run() -> None:
         try:
+            datasets.append(dataset := _dataset(source, work_on))
             for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=0):
                 if stopped.is_set():
                     return
@@ -149,8 +152,9 @@ def _heard(dataset: Any, watch: Watch) -> Iterator[bytes]:  # noqa: ANN401 - Ray
             yield from some
     finally:
         stopped.set()
-        if executor := getattr(dataset, "_current_executor", None):
-            executor.shutdown(force=True)
+        for dataset in datasets:
+            if executor := getattr(dataset, "_current_executor", None):
+                executor.shutdown(force=True)
 
 
 def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], watch: Watch) -> Sequence[bytes]:
@@ -158,6 +162,7 @@ def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], watch: Watch) -
         watch.look()
         with suppress(queue.Empty):
             some = found.get(timeout=LOOK_S)
+            watch.hear()
             if isinstance(some, Exception):
                 raise _failed(some) from some
             return some
@@ -179,6 +184,8 @@ def _counts(shape: Shape, watch: Watch, leaves: Sequence[Leaf]) -> list[int]:
         while waiting:
             watch.look()
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
+            if done:
+                watch.hear()
             for ref, rows in zip(done, ray.get(done), strict=True):
                 if isinstance(rows, EnrichError):
                     raise rows

@@ -10,7 +10,6 @@ import polars as pl
 from enrich.cluster.blocks import Pass, divided, on_blocks
 from enrich.cluster.presence import Watch
 from enrich.collector import Collector, Counted, output_schema
-from enrich.engine import Boss
 from enrich.errors import Refused
 from enrich.place import Place
 from enrich.rows import Rows
@@ -23,18 +22,17 @@ def collect_on_ray(
     rows: Rows,
     taken: Pass,
     target: Place,
-    boss: Boss,
+    watch: Watch,
     *,
     tell: Callable[[Counted], None] = lambda _: None,
 ) -> Counted:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
-    `tell` hears now and then what was written so far. Raises what the boss raises to give up, Refused when the input
+    `tell` hears now and then what was written so far. Raises what the watch raises, Refused when the input
     can't be read or the output can't be written, LedgerFailed, ClusterFailed.
     """
     if not taken.job.model.dedupe:
         raise Refused(f"the output can't be collected part by part: {rows.undivided()}", "collect it in one process")
-    watch = Watch(boss)
     parts = divided(rows, watch)
     draft = begin(target, taken.job.name)
     try:

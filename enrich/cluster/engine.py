@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from enrich.cluster.actors import AtCluster
 from enrich.cluster.blocks import Pass
 from enrich.cluster.collect import collect_on_ray
 from enrich.cluster.enroll import enroll_on_ray
+from enrich.cluster.presence import Presence, Watch, new_ear
 from enrich.collector import Counted
 from enrich.engine import Boss, Enrolled
 from enrich.job import Job
@@ -29,6 +31,7 @@ class Ray:
     workers: int
     #: The lease of the process that leads the execution; a block that comes after its end changes nothing.
     owner: int | None = None
+    ear: Any = field(default_factory=new_ear)
 
     @property
     def carrier(self) -> AtCluster:
@@ -41,13 +44,16 @@ class Ray:
 
     def enroll(self, job: Job, rows: Rows, question: Question, wish: Wish, boss: Boss) -> Enrolled:
         """Enroll all rows in a pass that was begun."""
-        return enroll_on_ray(rows, self._pass(job, question, wish), boss)
+        return enroll_on_ray(rows, self._pass(job, question, wish), self._watch(boss))
 
     def collect(  # noqa: PLR0913, PLR0917 - all of them travel
         self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, boss: Boss
     ) -> Counted:
         """Write the output, a dataset."""
-        return collect_on_ray(rows, self._pass(job, question, wish), target, boss)
+        return collect_on_ray(rows, self._pass(job, question, wish), target, self._watch(boss))
+
+    def _watch(self, boss: Boss) -> Watch:
+        return Watch(Presence(self.ear), boss)
 
     def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
         fence = None if self.owner is None else Fence(self.owner, self.ledger.lease_s)

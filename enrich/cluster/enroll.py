@@ -8,7 +8,7 @@ from functools import partial
 from enrich.asking import Batch
 from enrich.cluster.blocks import Pass, divided, on_blocks
 from enrich.cluster.presence import Watch
-from enrich.engine import Boss, Enrolled
+from enrich.engine import Enrolled
 from enrich.errors import Refused
 from enrich.rows import Rows
 from enrich.store.ledger import Ledger
@@ -17,18 +17,17 @@ from enrich.store.ledger import Ledger
 def enroll_on_ray(
     rows: Rows,
     taken: Pass,
-    boss: Boss,
+    watch: Watch,
     *,
     tell: Callable[[Enrolled], None] = lambda _: None,
 ) -> Enrolled:
     """Enroll all rows in a pass that the caller has begun; the caller chooses and marks.
 
-    `tell` hears now and then what was read so far. Raises what the boss raises to give up, Refused when the input can't
+    `tell` hears now and then what was read so far. Raises what the watch raises, Refused when the input can't
     be read or depends on the order of its rows, LedgerFailed, LeaseLost, ClusterFailed.
     """
     if reason := rows.undivided():
         raise Refused(f"the input can't be enrolled part by part: {reason}", "enroll it in one process")
-    watch = Watch(boss)
     parts = divided(rows, watch)
     total = Enrolled()
     for some in on_blocks(rows, parts, partial(_enroll, taken), watch):

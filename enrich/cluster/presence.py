@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError
@@ -56,9 +57,10 @@ class Ear:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What travels to those who do the blocks."""
+    """What travels to those who do the blocks of a step."""
 
     ear: Any
+    step: str = field(default_factory=lambda: uuid4().hex)
     version: str = __version__
 
     @contextmanager
@@ -68,7 +70,7 @@ class Presence:
         Raises JobError where another version is than that of the run, and ClusterFailed when it was begun too often.
         """
         same_version(self.version)
-        if on is not None and ray.get(self.ear.begun.remote(on)) > TRIES:
+        if on is not None and ray.get(self.ear.begun.remote(f"{self.step} {on}")) > TRIES:
             raise ClusterFailed(f"who was at work on {on} was lost {TRIES} times", "has each machine memory enough?")
         over = threading.Event()
 
@@ -84,19 +86,21 @@ class Presence:
             over.set()
 
 
+def new_ear() -> Any:  # noqa: ANN401 - an actor of Ray
+    """Have an ear, for as long as somebody knows it. One serves all steps: without its head a cluster makes none."""
+    return ray.remote(Ear).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+
+
 @dataclass(slots=True)
 class Watch:
-    """Looks after blocks that others do, for a boss."""
+    """Looks after the blocks of one step, which others do, for a boss."""
 
+    presence: Presence
     boss: Boss = field(default_factory=Boss)
-    presence: Presence = field(init=False)
     #: How many signs were heard, and at how many looks since then none.
     _heard: int = 0
     _silent: int = 0
     _asked: Any = None
-
-    def __post_init__(self) -> None:
-        self.presence = Presence(ray.remote(Ear).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote())
 
     def look(self) -> None:
         """Look once; to be called every LOOK_S. Raises ClusterFailed, and what the boss raises to give up."""
@@ -110,6 +114,10 @@ class Watch:
             raise ClusterFailed(
                 f"nobody in the cluster was at work for {silent_s:.0f} s: has it room, or a head?", AGAIN
             )
+
+    def hear(self) -> None:
+        """Hear that something was done: looks follow each other quickly then."""
+        self._silent = 0
 
     def _lives(self) -> bool:
         """Tell whether a sign came since the last look."""
