@@ -130,6 +130,19 @@ def _at(ledger: Ledger, moment: int, strike: Callable[[], object]) -> None:
     ledger._db.execute = told  # type: ignore[method-assign]
 
 
+# Several at once
+
+
+def test_nobody_waits_for_who_only_names_the_execution(books: Books, place: LedgerPlace) -> None:
+    """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
+    books.begin(1, 2)
+    attempt = books.submit()
+    with closing(Ledger(place)) as other, other.transaction():
+        other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (books.execution, attempt))
+        books.ledger._db.execute("SET lock_timeout = '5s'")
+        assert books.claim()
+
+
 # What is done to a ledger that no run is at work with
 
 
