@@ -60,8 +60,8 @@ DIALECT = Dialect(
     as_list="coalesce(json_agg({}), '[]')::text",
     ours="(owner_id IS NULL OR owner_id = nullif(current_setting('enrich.owner', true), '')::bigint "
     "OR NOT EXISTS (SELECT FROM owners WHERE owners.id = owner_id))",
-    # Not `FOR UPDATE`: whoever refers to the row holds it, too, and may be about to change it (PostgreSQL docs: "Row-Level
-    # Locks"). Each would wait for the other, until the server ends one of them.
+    # Not `FOR UPDATE`: whoever refers to the row holds it, too, and may be about to change it. Each would wait for the
+    # other, until the server ends one of them (PostgreSQL docs: "Row-Level Locks").
     for_update="FOR NO KEY UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
