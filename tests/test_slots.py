@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slots, written
@@ -82,6 +82,7 @@ def busiest(sent: list[float]) -> int:
 LAG = st.floats(0, 1.5) | st.just(0.0)
 
 
+@settings(max_examples=25)
 @given(
     rate=st.sampled_from([2.0, 20.0, 100.0, 400.0]),
     seed=st.integers(0, 1000),
