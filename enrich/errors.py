@@ -110,6 +110,10 @@ class Refused(EnrichError):
     exit_code = Exit.REFUSED
 
 
+#: What a person can do about a ledger that another has.
+LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
+
+
 class LedgerLocked(EnrichError):
     """Another execution holds the ledger."""
 

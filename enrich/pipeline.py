@@ -12,7 +12,7 @@ from enrich.api.client import Client
 from enrich.budget import afford
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
-from enrich.errors import EnrichError, Exit, Interrupted, LedgerLocked
+from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked
 from enrich.execution import Execution
 from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
@@ -25,7 +25,6 @@ from enrich.signals import Signals
 from enrich.store.holding import Owner
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
-from enrich.store.lock import LOCKED_HINT
 from enrich.surroundings import Options, Surroundings
 from enrich.tables.writing import prepare
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from enrich.errors import LedgerLocked, Refused
+from enrich.errors import LOCKED_HINT, LedgerLocked, Refused
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.server import postgres
-
-LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import errors
 
-from enrich.errors import LedgerLocked, Refused
+from enrich.errors import LOCKED_HINT, LedgerLocked, Refused
 from enrich.place import Postgres
 from enrich.store import pgschema
 from enrich.store.dialect import DatabaseFailed, Disturbed
@@ -20,7 +20,6 @@ from enrich.store.postgres import LOOK_EVERY_S, Fence, PostgresSession, is_away,
 _LOCK = 0x656E7269
 #: A server that is busy takes so long at most to see that a client was killed, and to free its lock.
 NOTICED_S = 3.0
-LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
 
 def schema_exists(place: Postgres) -> bool:
