@@ -11,9 +11,18 @@ import tenacity
 
 from enrich.api.client import Client
 from enrich.api.waterfall import Waterfall
-from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
+from enrich.errors import (
+    ApiUnreachable,
+    JobError,
+    JobRejected,
+    NotAccepted,
+    OtherWorkspace,
+    RateLimited,
+    Refused,
+    Unauthorized,
+)
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
-from enrich.model import to_micros
+from enrich.model import Call, to_micros
 from enrich.place import Postgres
 from enrich.question import Question, default_providers, make_question
 from enrich.store.ledger import Ledger
@@ -83,31 +92,57 @@ def recall(ledger: Ledger, identifier: str) -> Memory:
     return Memory(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
 
 
+def check_host(memory: Memory, job: Job, host: str) -> None:
+    """Raise JobError when the ledger belongs to another API host: nothing of it is sent there."""
+    bound = memory.bound_to.get("api_host")
+    if bound not in (None, host):
+        raise JobError(
+            f"{job.ledger}: this ledger belongs to another API host: {bound}, not {host}",
+            "use another `ledger:`, or the DATABAR_BASE_URL that it was made with",
+        )
+
+
 async def connect(  # noqa: PLR0913 - all of them are needed once
-    client: Client, memory: Memory, job: Job, host: str, *, at_most_s: float, update_providers: bool
+    client: Client,
+    memory: Memory,
+    job: Job,
+    host: str,
+    *,
+    at_most_s: float,
+    update_providers: bool,
+    workspace_renamed: bool = False,
 ) -> Connection:
     """Learn what the run needs to know before it may spend.
 
-    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together.
+    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together;
+    OtherWorkspace unless the person says that it was renamed.
     """
+    check_host(memory, job, host)
     try:
         user = await patiently(client.user, at_most_s)
     except JobRejected as error:
         raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
+    bound = memory.bound_to.get("workspace")
+    if None not in (bound, user.workspace) and bound != user.workspace and not workspace_renamed:
+        raise OtherWorkspace(
+            f"{job.ledger}: this ledger belongs to another workspace: {bound}, not {user.workspace}",
+            "use another `ledger:`, or the key that it was made with; --workspace-renamed if it has a new name",
+        )
     bound_to = {"api_host": host, "workspace": user.workspace}
-    for name, value in bound_to.items():
-        bound = memory.bound_to.get(name)
-        if None not in (bound, value) and bound != value:
-            raise JobError(
-                f"{job.ledger}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
-                "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
-            )
     waterfall = await _waterfall(client, job, at_most_s)
     providers, notes = _providers(memory, job, waterfall, update_providers=update_providers)
     question = make_question(job, waterfall, providers)
     if not memory.used:
         notes += _beside_others(job)
     return Connection(question, to_micros(user.balance), bound_to, waterfall, providers, notes)
+
+
+def unconnected(job: Job) -> Connection:
+    """Make do without the API's description: enough to collect what earlier runs left there, not to ask anything."""
+    model = job.model
+    call = Call(model.waterfall, tuple(model.enrichments or ()), model.email_verifier)
+    question = Question(call, required=(), emails=(), columns=model.columns or {}, worst_price=None)
+    return Connection(question, None, {}, Waterfall(identifier=model.waterfall), [], [])
 
 
 async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:

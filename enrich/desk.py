@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from enrich.api.client import Client
@@ -23,7 +24,7 @@ from enrich.execution import Execution
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
 from enrich.heartbeat import Heartbeat
-from enrich.model import ASKED, Decision, RowStatus, State, Wish, to_credits
+from enrich.model import ASKED, Decision, RowStatus, State, Task, Wish, many, to_credits
 from enrich.muster import bury, muster
 from enrich.place import Place, is_dataset
 from enrich.planfile import check, ground
@@ -45,6 +46,8 @@ COUNTED_WHEN_INTERRUPTED = 100_000
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
 #: The share of --max-time that is kept at most for collecting what was submitted.
 COLLECTING_SHARE = 0.2
+#: What was written off is asked for at the start for so many seconds at most, and for this share of --max-time.
+ASKING_AGAIN_S, ASKING_AGAIN_SHARE = 60.0, 0.1
 
 
 @dataclass(slots=True)
@@ -78,6 +81,10 @@ class Desk:
     reused: int | None = None
     given_up: int = 0
     out_of_time: bool = False
+    #: The key may be another workspace's; see `Poller`.
+    answers_only: bool = False
+    #: The tasks that were written off and asked for in this execution.
+    _asked_again: set[str] = field(default_factory=set)
     #: What was enrolled last.
     _wish: Wish = field(default_factory=Wish)
     #: Who polls, and shall hurry when a signal came.
@@ -116,21 +123,52 @@ class Desk:
 
     async def rescue(self) -> None:
         """Ask once for everything that earlier executions left at the API, nearest expiry first."""
-        tasks = await self.journal.do(Ledger.adopt)
-        if not tasks:
-            return
-        self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
-        self.carried = await self.journal.do(self._carry, sum(len(task.attempts) for task in tasks))
+        if tasks := await self.journal.do(Ledger.adopt):
+            self.note(f"{len(tasks)} tasks of an earlier execution are collected first")
+            self.carried = await self.journal.do(self._carry, sum(len(task.attempts) for task in tasks))
+            poller = self._new_poller()
+            poller.last_round = True
+            poller.adopt(tasks, asked_before=False)
+            await self.execution.until_leaving(poller.run())
+        share = inf if self.options.max_time_s is None else ASKING_AGAIN_SHARE * self.options.max_time_s
+        written_off = await self.journal.do(Ledger.written_off, self.around.asked_since())
+        await self._ask_again(written_off, min(ASKING_AGAIN_S, share))
+
+    async def _ask_again(self, tasks: Sequence[Task], at_most_s: float | None = None) -> Sequence[Task]:
+        """Ask for tasks that were written off: a free question. Return those that could not be asked for."""
+        if not tasks or self.execution.giving_up.is_set():
+            return tasks
         poller = self._new_poller()
         poller.last_round = True
-        poller.adopt(tasks, asked_before=False)
+        poller.ask_again(tasks)
+        timer = asyncio.get_running_loop().call_later(at_most_s, poller.end_asking_again) if at_most_s else None
         await self.execution.until_leaving(poller.run())
+        if timer is not None:
+            timer.cancel()
+        unasked = {task.task_id for task in poller.unasked}
+        self._asked_again |= {task.task_id for task in tasks} - unasked
+        if poller.revived:
+            self.note(f"{many(poller.revived, 'request')} that had been written off: the API knows the task after all")
+        return poller.unasked
+
+    async def _ask_before_buying(self) -> None:
+        """Ask for the tasks of what is to be bought again (`--retry`); what can't be asked for now is not bought."""
+        tasks = await self.journal.do(Ledger.written_off, 0, queued=True)
+        queued = await self.journal.do(Ledger.queued)
+        unasked = await self._ask_again([task for task in tasks if task.task_id not in self._asked_again])
+        if unasked:
+            self.note(f"{many(len(unasked), 'task')} could not be asked for: not bought again in this run")
+            await self.journal.do(Ledger.unqueue, [attempt for task in unasked for attempt in task.attempts])
+        if tasks:
+            self.to_submit -= queued - await self.journal.do(Ledger.queued)
+            self.enrolled = await self.journal.do(Ledger.enrolled)
 
     async def work(self, rows: Rows, target: Place) -> Receipt:
         """Enroll, dispatch and poll, collect."""
         execution, journal = self.execution, self.journal
         stamp = rows.stamp()
-        await self._enroll(rows, wish(self.around.job, self.options, self.around.clock.now_ms()))
+        await self._enroll(rows, wish(self.around.job, self.options, self.around.clock.earliest_ms()))
+        await self._ask_before_buying()
         await self._check_before_spending(rows)
         if not execution.closing.is_set():
             await self._dispatch_and_poll()
@@ -145,7 +183,7 @@ class Desk:
             execution.reasons.setdefault(Exit.API, reason)
             rows = Rows(self.around.job, await journal.do(Ledger.forgotten))
             rows.check_new_columns(self.connection.question)
-            await self._enroll(rows, wish(self.around.job, Options(), self.around.clock.now_ms()))
+            await self._enroll(rows, wish(self.around.job, Options(), self.around.clock.earliest_ms()))
         await self.heart.begin(Doing.COLLECT)
         return await self._collect(rows, target)
 
@@ -316,10 +354,16 @@ class Desk:
             changed = await self.journal.do(lambda _: write_changes(collector, target, changes))
             self.fed |= {"changes": str(target), "changed": changed}
 
+    def _note_cached(self) -> None:
+        if cached := self.execution.tally.cached:
+            answers = many(cached, "answer")
+            self.note(f"{answers} came from the API's cache (a task id that it had given before): paid for once")
+
     async def finish(self, code: Exit, counted: Counted | None = None, output: Place | None = None) -> Receipt:
         """Write the receipt, here and in the ledger."""
         reason, enrolled = self.execution.reasons.get(code), self.enrolled
         await self._remember()
+        self._note_cached()
         receipt = Receipt(
             job=self.around.job.name,
             exit_code=int(code),
@@ -353,6 +397,7 @@ class Desk:
 
     def _new_poller(self) -> Poller:
         poller = self._hurries = self._shift().poller(self.execution, self.journal, self.client)
+        poller.answers_only = self.answers_only
         return poller
 
     async def _wind_down(self) -> None:

@@ -12,6 +12,7 @@ from math import ceil, inf
 from enrich.api.client import BULK_POSTS_ON_THE_WIRE, POSTS_ON_THE_WIRE, Client
 from enrich.budget import Budget
 from enrich.errors import (
+    Ambiguous,
     BadParams,
     CallFailed,
     EnrichError,
@@ -23,7 +24,7 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.execution import Execution
-from enrich.model import Call, Claim, State, Task
+from enrich.model import TASK_ID_TWICE, Acceptance, Call, Claim, State, Task
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
@@ -105,7 +106,9 @@ class Dispatcher:
                 room = min(room, ceil((left - self._unanswered) / self._size))
             now = execution.clock.monotonic()
             ill = execution.breaker.delay(now, execution.on_the_wire)
-            if room <= 0 or ill is None or not execution.holds():
+            if (shut := execution.posts_shut(now)) is not None:
+                await execution.wait_change(min(IDLE_S, shut))
+            elif room <= 0 or ill is None or not execution.holds():
                 await execution.wait_change(IDLE_S)
             elif ill:
                 await execution.pause(ill, execution.closing)
@@ -159,12 +162,17 @@ class Dispatcher:
         else:
             now_ms = execution.clock.now_ms()
             told = [(attempt, task_id, now_ms) for attempt in attempts]
-            await self.journal.together(Ledger.accepted, told, self.bound_to)
+            means = await self.journal.together(Ledger.accepted, told, self.bound_to)
+            if means[0] is Acceptance.TAKEN:
+                self._in_doubt(len(claims), Ambiguous(TASK_ID_TWICE))
+                return
             self._widen()
             execution.tally.submitted += len(claims)
+            execution.tally.cached += sum(each is Acceptance.CACHED for each in means)
             execution.in_flight += 1
             execution.breaker.good()
             execution.good_answer()
+            execution.posts_opened()
             self.on_task(Task(attempts, task_id, now_ms, bundle=claims[0].bundle))
         finally:
             execution.on_the_wire -= 1
@@ -184,7 +192,7 @@ class Dispatcher:
             case NotAccepted() | JobRejected():
                 match error:
                     case RateLimited():
-                        execution.throttle(error)
+                        execution.throttle_posts(error)
                     case OutOfCredits() if len(attempts) > 1:
                         execution.good_answer()
                         self._narrow(len(attempts))  # fewer may be affordable
@@ -196,11 +204,17 @@ class Dispatcher:
                         execution.bad_answer(error)
                 await self.journal.together(Ledger.refused, told)
             case _:
-                await self.journal.together(Ledger.doubt, told)
-                execution.tally.doubtful += len(told)
-                execution.breaker.bad(now)
-                execution.bad_answer(error)
+                task_id = error.task_id if isinstance(error, Ambiguous) else None
+                await self.journal.together(Ledger.doubt, [(*each, task_id) for each in told])
+                self._in_doubt(len(told), error)
         self._leave_an_ill_api(error)
+
+    def _in_doubt(self, requests: int, error: CallFailed) -> None:
+        """Count a POST that may or may not have been accepted."""
+        execution = self.execution
+        execution.tally.doubtful += requests
+        execution.breaker.bad(execution.clock.monotonic())
+        execution.bad_answer(error)
 
     async def _reject(self, attempts: Sequence[int], error: BadParams, now_ms: int) -> None:
         """Fail the requests that are wrong. Nothing of the POST was accepted: the others are sent again."""

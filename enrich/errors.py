@@ -2,6 +2,7 @@
 
 EnrichError                   carries the message, a hint and the exit code
 ├── JobError            2     the command or the job file is wrong: fix it
+│   └── OtherWorkspace        the key is not of the workspace that the ledger belongs to
 ├── KeyRefused          3     no key, or the API refuses it: fix the key
 ├── ApiUnreachable      4     the API does not answer: the next run resumes
 ├── ClusterFailed       4     the machines that shall do the work can't be reached: likewise
@@ -16,7 +17,8 @@ EnrichError                   carries the message, a hint and the exit code
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
     │   ├── OutOfCredits      406: stop with exit 12
-    │   └── Unauthorized      401, 403: stop with exit 3
+    │   ├── Unauthorized      401, 403: stop with exit 3
+    │   └── NotBelieved       the answer to a poll cannot be read, or may be another task's: ask again
     ├── BadParams             400, 422 that name a param: fail the row
     ├── TaskUnknown           404 for a task: too young, or lost
     ├── JobRejected           any other 400, 422, and 404: stop with exit 2
@@ -84,6 +86,10 @@ class JobError(EnrichError):
     """The command or the job file is wrong."""
 
     exit_code = Exit.USAGE
+
+
+class OtherWorkspace(JobError):
+    """The key belongs to another workspace than the ledger, or the workspace was renamed."""
 
 
 class KeyRefused(EnrichError):
@@ -187,6 +193,20 @@ class Unauthorized(NotAccepted):
     exit_code = Exit.KEY
 
 
+class NotBelieved(NotAccepted):
+    """An answer to a poll that does not count: it names another task, names none, or cannot be read.
+
+    `task_id` is the id that it names, None without one. `raw` is its text, bounded. `fresh`: it came over a connection
+    that had carried no request before, so that it cannot be the answer to an earlier one.
+    """
+
+    def __init__(self, message: str, raw: str = "", task_id: str | None = None, *, fresh: bool = True) -> None:
+        super().__init__(message)
+        self.raw = raw
+        self.task_id = task_id
+        self.fresh = fresh
+
+
 class BadParams(CallFailed):
     """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked.
 
@@ -209,4 +229,8 @@ class TaskUnknown(CallFailed):
 
 
 class Ambiguous(CallFailed):
-    """The call may or may not have been accepted."""
+    """The call may or may not have been accepted. `task_id` is the id that the answer carried, None without one."""
+
+    def __init__(self, message: str, task_id: str | None = None) -> None:
+        super().__init__(message)
+        self.task_id = task_id

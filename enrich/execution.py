@@ -15,6 +15,10 @@ from enrich.model import Clock, State
 from enrich.pace import Pace
 from enrich.polls import PollTimes, Price
 
+#: A 429 to a POST silences the polls, too, for at most this share of the patience with an outage.
+POLLS_SILENT = 0.1
+#: After so many polls that were answered with a task that the ledger does not have nothing more is submitted.
+MOST_UNKNOWN_TASKS = 20
 #: All that is in flight must be fetchable in this share of the time for which the API keeps results.
 FETCHED_IN = 0.25
 
@@ -44,6 +48,10 @@ class Tally:
     spent: int = 0
     polls: int = 0
     rate_limited: int = 0
+    #: Requests whose task id the API had given before for the same question.
+    cached: int = 0
+    #: Polls that were answered with a task that the ledger does not have.
+    unknown_tasks: int = 0
 
     @property
     def asked(self) -> int:
@@ -87,6 +95,11 @@ class Execution:
     #: Nothing is waited for any more.
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     failing_since: float | None = None
+    #: What the API said when it last failed.
+    _failure: EnrichError | None = None
+    #: POSTs are refused by 429 since the first time, and are not sent before the second.
+    _posts_refused_since: float | None = None
+    _posts_shut_until: float = 0.0
     _gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -180,8 +193,17 @@ class Execution:
                     granted += 1
                 if granted:
                     return granted
-                await self.pause(self.pace.delay(now), stop)
+                await self.pause(min(self.pace.delay(now), self._until_outage(now)), stop)
             return 0
+
+    def _until_outage(self, now: float) -> float:
+        """Tell in how many seconds a silence that the API has asked for is an outage; give up when it is."""
+        if self.failing_since is None or self._failure is None:
+            return self.timing.outage_s
+        left = self.failing_since + self.timing.outage_s - now
+        if left <= 0:
+            self.give_up(Exit.API, self._failure)
+        return max(left, 0.0)
 
     def good_answer(self) -> None:
         """Hear that the API answered sensibly."""
@@ -201,7 +223,31 @@ class Execution:
         self.pace.throttled(now, error.retry_after)
         self._failing(now, error)
 
+    def throttle_posts(self, error: RateLimited) -> None:
+        """Take in a 429 to a POST: POSTs wait as long as it says, polls at most a while; then stop submitting."""
+        now, wait = self.clock.monotonic(), error.retry_after
+        silent = None if wait is None else min(wait, POLLS_SILENT * self.timing.outage_s)
+        self.throttle(RateLimited(error.message, silent))
+        if wait is not None:
+            self._posts_shut_until = max(self._posts_shut_until, now + wait)
+        if self._posts_refused_since is None:
+            self._posts_refused_since = now
+
+    def posts_opened(self) -> None:
+        """Take in that a POST was accepted."""
+        self._posts_refused_since = None
+
+    def posts_shut(self, now: float) -> float | None:
+        """Tell for how many seconds POSTs wait because of a 429; None: they don't. Stops submitting after an outage."""
+        if now >= self._posts_shut_until:
+            return None
+        since = self._posts_refused_since
+        if since is not None and now - since >= self.timing.outage_s and self._failure is not None:
+            self.stop(Exit.API, self._failure)
+        return self._posts_shut_until - now
+
     def _failing(self, now: float, error: EnrichError) -> None:
+        self._failure = error
         if self.failing_since is None:
             self.failing_since = now
         if now - self.failing_since >= self.timing.outage_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,6 +49,8 @@ MOVES: dict[tuple[State, State], str] = {
     (State.IN_DOUBT, State.FAILED): "f: the person takes it for lost",
     (State.FAILED, State.SUBMITTING): "f, a: only by the person's word",
     (State.EXPIRED, State.SUBMITTING): "f, a: only by the person's word",
+    (State.IN_DOUBT, State.SUBMITTED): "i: the API knows its task after all",
+    (State.EXPIRED, State.SUBMITTED): "i: the API knows its task after all",
     (State.SUBMITTED, State.PENDING): "g: failed at no charge, attempts are left",
     (State.FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
     (State.NOT_FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
@@ -174,6 +177,8 @@ def duration(seconds: float) -> str:
 
 #: A local clock that is off by more than this is not believed.
 CLOCK_TOLERANCE_MS = 5 * 60 * 1000
+#: So many answers must say by how much it is off, and differ by no more than this.
+CLOCK_ANSWERS, CLOCK_AGREES_MS = 3, 5_000
 
 
 class Clock(Protocol):
@@ -183,17 +188,37 @@ class Clock(Protocol):
         """Seconds that never step: for rates and pauses."""
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970, UTC: for ages and for people."""
+        """Milliseconds since 1970, UTC: written down, shown to people, and the age of what earlier runs left."""
+
+    def earliest_ms(self) -> int:
+        """The earliest that it may be now by any clock: for what costs money when it is late enough."""
 
     def observe(self, api_ms: int) -> None:
-        """Hear what time the API has."""
+        """Take in what time the API has."""
+
+
+def boottime() -> float:
+    """Seconds that never step, and go on while the machine sleeps, where the system has such a clock."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def _boottime_ms() -> int:
+    return int(boottime() * 1000)
 
 
 @dataclass(slots=True)
 class SystemClock:
-    """This machine's clock, corrected by the API's `Date` when it is off by more than 5 minutes."""
+    """This machine's clock as it stood when the program started: steps that it makes later change nothing.
+
+    It is corrected by the API's `Date` when several answers agree that it is off by more than 5 minutes.
+    """
 
     offset_ms: int = 0
+    #: The local time when the machine started.
+    _boot_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000 - _boottime_ms(), init=False)
+    #: By how much the API's last answers say that it is off.
+    _seen_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCK_ANSWERS), init=False)
 
     def monotonic(self) -> float:
         """Seconds that never step."""
@@ -201,12 +226,22 @@ class SystemClock:
 
     def now_ms(self) -> int:
         """Milliseconds since 1970, UTC."""
-        return time.time_ns() // 1_000_000 + self.offset_ms
+        return self._local_ms() + self.offset_ms
+
+    def earliest_ms(self) -> int:
+        """The earliest that it may be now by this machine or any of the last answers."""
+        behind = (off for off in (self.offset_ms, *self._seen_ms) if off < -CLOCK_TOLERANCE_MS)
+        return self._local_ms() + min(behind, default=0)
 
     def observe(self, api_ms: int) -> None:
-        """Take over the API's time when ours is too far off."""
-        off = api_ms - time.time_ns() // 1_000_000
-        self.offset_ms = off if abs(off) > CLOCK_TOLERANCE_MS else 0
+        """Take over the API's time when ours is too far off, by several answers: one may be wrong or from a cache."""
+        self._seen_ms.append(api_ms - self._local_ms())
+        low, high = min(self._seen_ms), max(self._seen_ms)
+        if len(self._seen_ms) == CLOCK_ANSWERS and high - low <= CLOCK_AGREES_MS:
+            self.offset_ms = high if abs(high) > CLOCK_TOLERANCE_MS else 0
+
+    def _local_ms(self) -> int:
+        return self._boot_ms + _boottime_ms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +329,28 @@ class Task:
     #: The columns' paths of the job that asked; () where they are not known.
     paths: tuple[str, ...] = ()
     bundle: int | None = None
+    #: A newer attempt of the same request was made meanwhile.
+    superseded: bool = False
+
+
+class Acceptance(StrEnum):
+    """What a task id means that the API gave to a POST."""
+
+    NEW = "new"
+    CACHED = "cached"  # an attempt of the same question has it: the API's cache
+    TAKEN = "taken"  # an attempt of another question has it: no acceptance
+
+
+#: What is said of a request whose task id belongs to another.
+TASK_ID_TWICE = "the API gave a task id twice"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a task came to, ready for the ledger. `credits` in millionths, None when not known."""
+    """What a task came to, ready for the ledger. `credits` in millionths, None when not known.
+
+    `gone`: the API says that the result is deleted, so it need not be asked for again.
+    """
 
     state: State
     error: str | None = None
@@ -306,6 +358,7 @@ class Answer:
     credits: int | None = None
     raw: str | None = field(default=None, repr=False)
     free_failure: bool = False
+    gone: bool = False
 
 
 class Settled(NamedTuple):

@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any
 
 from enrich.api.client import Client
-from enrich.budget import afford
-from enrich.connect import Connection, connect, recall
+from enrich.budget import Budget, afford
+from enrich.connect import Connection, Memory, check_host, connect, recall, unconnected
 from enrich.desk import Desk
-from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked
+from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked, OtherWorkspace
 from enrich.execution import Execution
 from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
@@ -62,26 +62,22 @@ async def _execute(
     started = clock.monotonic()
     await _others_gone(around, journal)
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
+    memory = await journal.do(recall, job.model.waterfall)
+    check_host(memory, job, around.access.host)
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
     rows = await _open_input(around, signals, journal, {"output": target, **feeds})
-    connection = await connect(
-        client,
-        await journal.do(recall, job.model.waterfall),
-        job,
-        around.access.host,
-        at_most_s=around.timing.start_s,
-        update_providers=options.update_providers,
-    )
-    if isinstance(rows, Rows):
+    connection = await _connect(around, options, client, journal, memory)
+    if isinstance(rows, Rows) and isinstance(connection, Connection):
         try:
             rows.check_new_columns(connection.question)
         except EnrichError as error:
-            if not await journal.do(Ledger.tasks):
+            if not await journal.do(_is_open, around):
                 raise
             rows = error
     desk, refused = await _begin(around, options, signals, client, journal, connection, started)
     desk.feeds = feeds
+    connection = desk.connection
     execution = desk.execution
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
@@ -90,10 +86,10 @@ async def _execute(
     with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
         try:
             await desk.rescue()
-            if isinstance(rows, EnrichError):
-                raise rows
-            if refused is not None:
-                raise refused
+            for problem in (refused, rows):
+                if isinstance(problem, EnrichError):
+                    raise problem
+            assert isinstance(rows, Rows)  # noqa: S101 - the problem would have been raised
             return await desk.work(rows, target)
         except EnrichError as error:
             code = error.exit_code
@@ -150,9 +146,39 @@ async def _open_input(
     except Interrupted:
         raise
     except EnrichError as error:
-        if not await journal.do(Ledger.tasks):
+        if not await journal.do(_is_open, around):
             raise
         return error
+
+
+async def _connect(
+    around: Surroundings, options: Options, client: Client, journal: Journal, memory: Memory
+) -> Connection | EnrichError:
+    """Ask the API what a run must know. What goes wrong waits when there is something to collect."""
+    job = around.job
+    try:
+        connection = await connect(
+            client,
+            memory,
+            job,
+            around.access.host,
+            at_most_s=around.timing.start_s,
+            update_providers=options.update_providers,
+            workspace_renamed=options.workspace_renamed,
+        )
+    except EnrichError as error:
+        if not await journal.do(_is_open, around):
+            raise
+        return error
+    workspace = connection.bound_to["workspace"]
+    if options.workspace_renamed and workspace is not None:
+        await journal.do(Ledger.rename_workspace, workspace)
+    return connection
+
+
+def _is_open(ledger: Ledger, around: Surroundings) -> bool:
+    """Tell whether the API may have an answer that was paid for."""
+    return bool(ledger.tasks() or ledger.written_off(around.asked_since()))
 
 
 async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
@@ -161,15 +187,22 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     signals: Signals,
     client: Client,
     journal: Journal,
-    connection: Connection,
+    found: Connection | EnrichError,
     started: float,
 ) -> tuple[Desk, EnrichError | None]:
     """Write down that an execution begins, with the budget that it has, or why it can have none."""
-    job, clock, question = around.job, around.clock, connection.question
-    plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
-    budget, refused = await journal.do(afford, job, question, connection.balance, plan)
-    waterfall = connection.waterfall
-    await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
+    job, clock = around.job, around.clock
+    refused: EnrichError | None
+    if isinstance(found, EnrichError):
+        connection, refused = unconnected(job), found
+        budget = Budget(0, 0, found.message, found.hint or "")
+    else:
+        connection = found
+        plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
+        budget, refused = await journal.do(afford, job, connection.question, connection.balance, plan)
+        waterfall = connection.waterfall
+        await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
+    question = connection.question
     number = await journal.do(
         Ledger.start_execution,
         job.name,
@@ -191,5 +224,6 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     )
     heart = Heartbeat(around, execution, journal, started)
     desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
+    desk.answers_only = isinstance(found, OtherWorkspace)
     signals.on_first = desk.interrupt
     return desk, refused

@@ -7,13 +7,12 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
-from enrich.api.answer import Phase, phase_of, read_answer
+from enrich.api.answer import Phase, TaskReply, phase_of, read_answer, spent_nothing_known
 from enrich.api.bundle import read_bundle
 from enrich.api.client import POLLS_ON_THE_WIRE, Client
-from enrich.errors import EnrichError, Exit, NotAccepted, RateLimited, TaskUnknown, Unauthorized
-from enrich.execution import FETCHED_IN, Execution
+from enrich.errors import EnrichError, Exit, NotAccepted, NotBelieved, RateLimited, TaskUnknown, Unauthorized
+from enrich.execution import FETCHED_IN, MOST_UNKNOWN_TASKS, Execution
 from enrich.model import Answer, State, Task
 from enrich.polls import Price
 from enrich.store.journal import Journal
@@ -23,6 +22,23 @@ IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0
 YOUNG_POLL_S = 5.0
 FAILED_POLL_S = 2.0
+#: A 404 is believed after so many in a row, over `Timing.young_s` at least; so is an answer that can't be read.
+ENOUGH_ANSWERS = 5
+#: An answer with a task that the ledger does not have is believed after so many that are the same.
+SAME_ANSWERS = 3
+
+
+@dataclass(slots=True)
+class Repeated:
+    """An answer that is not believed at once: what it is, how often it came in a row, and since when (monotonic)."""
+
+    what: str
+    since: float
+    times: int = 0
+
+    def enough(self, now: float, young_s: float) -> bool:
+        """Tell whether it came often enough, over long enough."""
+        return self.times >= ENOUGH_ANSWERS and now - self.since >= young_s
 
 
 @dataclass(slots=True)
@@ -32,9 +48,23 @@ class Waiting:
     task: Task
     fresh: bool
     alive: bool
+    #: When it was submitted, by the monotonic clock.
+    born: float
+    #: It was taken for lost: a free question, which the API need not be able to answer.
+    written_off: bool = False
     #: How old it was in seconds when it was last seen at work.
     ran_s: float = 0.0
     no_data_since: float | None = None
+    #: The next poll goes over a connection of its own.
+    distrusted: bool = False
+    repeated: Repeated | None = None
+
+    def repeats(self, what: str, now: float) -> Repeated:
+        """Count an answer that is not believed at once."""
+        if self.repeated is None or self.repeated.what != what:
+            self.repeated = Repeated(what, now)
+        self.repeated.times += 1
+        return self.repeated
 
 
 @dataclass(slots=True)
@@ -54,6 +84,12 @@ class Poller:
     last_round: bool = False
     #: Nobody will bring new tasks.
     no_more: bool = False
+    #: The key may be another workspace's: only answers count, and no task is lost because of what it can't see.
+    answers_only: bool = False
+    #: Tasks that were written off, and that could not be asked for now.
+    unasked: list[Task] = field(default_factory=list)
+    #: How many of them the API knows after all.
+    revived: int = 0
     _due: list[tuple[float, int, Waiting]] = field(default_factory=list)
     _ready: list[tuple[int, int, Waiting]] = field(default_factory=list)
     _asking: int = 0
@@ -62,17 +98,37 @@ class Poller:
 
     def add(self, task: Task) -> None:
         """Take on a task that was submitted just now."""
-        self._later(Waiting(task, fresh=True, alive=task.seen_alive), self._worth(0.0))
+        now = self.execution.clock.monotonic()
+        self._later(Waiting(task, fresh=True, alive=task.seen_alive, born=now), self._worth(0.0))
 
     def adopt(self, tasks: Iterable[Task], *, asked_before: bool) -> None:
         """Take on what earlier executions left at the API; ask at once unless that was done just now."""
+        for waiting in self._adopted(tasks):
+            self._later(waiting, self._worth(self._age(waiting)) if asked_before else 0.0)
+
+    def ask_again(self, tasks: Iterable[Task]) -> None:
+        """Ask once more for tasks that were written off; those that the API knows after all are waited for again."""
+        for waiting in self._adopted(tasks):
+            waiting.written_off = True
+            self._later(waiting, 0.0)
+
+    def _adopted(self, tasks: Iterable[Task]) -> Iterable[Waiting]:
+        clock = self.execution.clock
         for task in tasks:
-            waiting = Waiting(task, fresh=False, alive=task.seen_alive)
+            age_s = max(0.0, (clock.now_ms() - task.submitted_ms) / 1000)
             self.execution.in_flight += 1
-            if asked_before:
-                self._again(waiting, self._worth(self._age(waiting)))
-            else:
-                self._later(waiting, 0.0)
+            yield Waiting(task, fresh=False, alive=task.seen_alive, born=clock.monotonic() - age_s)
+
+    def end_asking_again(self) -> None:
+        """Leave alone what was written off and not asked for yet."""
+        left = [waiting for *_, waiting in (*self._due, *self._ready) if waiting.written_off]
+        self._due = [each for each in self._due if not each[2].written_off]
+        self._ready = [each for each in self._ready if not each[2].written_off]
+        heapq.heapify(self._due)
+        heapq.heapify(self._ready)
+        for waiting in left:
+            self._not_asked(waiting)
+        self.execution.notify()
 
     def hurry(self) -> None:
         """Ask every task once more, now, and go."""
@@ -134,7 +190,9 @@ class Poller:
         execution = self.execution
         try:
             execution.tally.polls += 1
-            body, raw = await self.client.task(waiting.task.task_id)
+            reply = await self.client.task(waiting.task.task_id, fresh=waiting.distrusted)
+        except NotBelieved as error:
+            await self._not_believed(waiting, error)
         except RateLimited as error:
             execution.throttle(error)
             if self.last_round:
@@ -142,7 +200,10 @@ class Poller:
             else:
                 self._again(waiting, 0.0)
         except Unauthorized as error:
-            execution.give_up(error.exit_code, error)
+            if self.answers_only:
+                self._again(waiting, FAILED_POLL_S)
+            else:
+                execution.give_up(error.exit_code, error)
         except TaskUnknown:
             execution.good_answer()
             await self._unknown(waiting)
@@ -151,15 +212,26 @@ class Poller:
             self._again(waiting, FAILED_POLL_S)
         else:
             execution.good_answer()
-            await self._answered(waiting, body, raw)
+            waiting.distrusted, waiting.repeated = False, None
+            await self._answered(waiting, reply)
         finally:
             self._asking -= 1
             execution.notify()
 
-    async def _answered(self, waiting: Waiting, body: dict[str, Any], raw: str) -> None:
+    async def _answered(self, waiting: Waiting, reply: TaskReply) -> None:
         execution = self.execution
         age = self._age(waiting)
-        phase = phase_of(body)
+        phase = phase_of(reply.body)
+        if phase is Phase.GONE and (self.answers_only or waiting.written_off):
+            await self._gone(waiting)
+            return
+        if waiting.written_off:
+            if waiting.task.superseded:
+                await self._settle_superseded(waiting, reply, phase)
+                return
+            await self.journal.do(Ledger.revive, waiting.task.attempts, execution.id)
+            waiting.written_off, waiting.alive = False, True
+            self.revived += 1
         if phase in (Phase.RUNNING, Phase.NO_DATA) and not waiting.alive:
             waiting.alive = True
             await self.journal.together(Ledger.alive, waiting.task.attempts)
@@ -167,25 +239,96 @@ class Poller:
             waiting.ran_s = age
             self._again(waiting, self._worth(age))
             return
-        if phase is Phase.NO_DATA:
+        if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and spent_nothing_known(reply.body)):
             now = execution.clock.monotonic()
             waiting.no_data_since = now if waiting.no_data_since is None else waiting.no_data_since
             if now - waiting.no_data_since < execution.timing.no_data_s:
-                self._again(waiting, NO_DATA_POLL_S)
+                grace = execution.timing.no_data_s
+                self._again(waiting, NO_DATA_POLL_S if phase is Phase.NO_DATA else grace)
                 return
         elif waiting.fresh:
             execution.poll_times.finished(waiting.ran_s, age)
         paths = waiting.task.paths or self.paths
         if waiting.task.bundle is None:
-            await self._settle(waiting, read_answer(body, raw, phase, paths))
+            await self._settle(waiting, read_answer(reply, phase, paths))
         else:
-            await self._settle_bundle(waiting, *read_bundle(body, raw, phase, len(waiting.task.attempts), paths))
+            size = len(waiting.task.attempts)
+            await self._settle_bundle(waiting, *read_bundle(reply, phase, size, paths))
+
+    async def _gone(self, waiting: Waiting) -> None:
+        """Leave a task as it is, though the API has deleted its result."""
+        if waiting.written_off:
+            await self.journal.together(Ledger.never_again, waiting.task.attempts)
+        self.execution.in_flight -= 1
+
+    async def _settle_superseded(self, waiting: Waiting, reply: TaskReply, phase: Phase) -> None:
+        """Write down what a task cost whose request was asked again meanwhile."""
+        execution = self.execution
+        answer = read_answer(reply, phase, waiting.task.paths or self.paths)
+        execution.in_flight -= 1
+        if phase is not Phase.RUNNING and answer.credits is not None:
+            (attempt,) = waiting.task.attempts
+            await self.journal.do(Ledger.settle_superseded, attempt, answer, execution.clock.now_ms(), execution.id)
+            execution.tally.spent += answer.credits
+
+    async def _not_believed(self, waiting: Waiting, error: NotBelieved) -> None:
+        """Ask again over a connection of its own; after enough such answers let go of the task until the next run."""
+        execution = self.execution
+        waiting.distrusted = True
+        if not error.fresh:
+            execution.good_answer()
+            self._later(waiting, 0.0)  # what came may be the answer to an earlier request
+            return
+        execution.bad_answer(error)
+        now = execution.clock.monotonic()
+        strange = error.task_id is not None and not await self.journal.do(Ledger.has_task, error.task_id)
+        repeated = waiting.repeats(error.raw if strange else error.message, now)
+        if repeated.times >= SAME_ANSWERS if strange else repeated.enough(now, execution.timing.young_s):
+            await self._let_go(waiting, error, strange=strange)
+        elif waiting.written_off and not strange:
+            self._not_asked(waiting)
+        else:
+            self._again(waiting, FAILED_POLL_S)
+
+    async def _let_go(self, waiting: Waiting, error: NotBelieved, *, strange: bool) -> None:
+        """Keep what the API said, and let the next run ask for the task again."""
+        execution = self.execution
+        if waiting.written_off:
+            self._not_asked(waiting)
+        else:
+            # What belongs to another request is not kept here.
+            raw = error.raw if strange or error.task_id is None else None
+            reason = f"{error.message}, which the ledger does not have" if strange else error.message
+            await self.journal.do(Ledger.keep_unread, waiting.task.attempts, reason, raw)
+            execution.in_flight -= 1
+            said = "the API's answers to some tasks do not count: see enrich_error"
+            execution.reasons.setdefault(Exit.TIME, EnrichError(said, "the next run asks for them again"))
+        if strange:
+            execution.tally.unknown_tasks += 1
+            if execution.tally.unknown_tasks >= MOST_UNKNOWN_TASKS:
+                said = (
+                    f"the API answered {execution.tally.unknown_tasks} polls with tasks that the ledger does not have"
+                )
+                execution.stop(
+                    Exit.API, EnrichError(said, "is there a proxy between, or another client with this key?")
+                )
+
+    def _not_asked(self, waiting: Waiting) -> None:
+        """Leave a task that was written off as it is."""
+        self.unasked.append(waiting.task)
+        self.execution.in_flight -= 1
 
     async def _unknown(self, waiting: Waiting) -> None:
         """Judge a 404: too young to be known, never accepted after all, or gone."""
-        youth = self.execution.timing.young_s - self._age(waiting)
-        if youth > 0:
-            self._again(waiting, min(YOUNG_POLL_S, youth))
+        execution = self.execution
+        now, young_s = execution.clock.monotonic(), execution.timing.young_s
+        if waiting.written_off:
+            execution.in_flight -= 1
+        elif self.answers_only or self.last_round:
+            self._again(waiting, FAILED_POLL_S)
+        elif not waiting.repeats("404", now).enough(now, young_s):
+            wait = YOUNG_POLL_S if self._age(waiting) < young_s else young_s / (ENOUGH_ANSWERS - 1)
+            self._later(waiting, min(wait, young_s / (ENOUGH_ANSWERS - 1)))
         elif waiting.alive:
             reason = "the API has forgotten the task (404) before its result was fetched"
             expired = Answer(State.EXPIRED, reason)
@@ -195,9 +338,10 @@ class Poller:
                 await self._settle_bundle(waiting, [expired] * len(waiting.task.attempts), None)
         else:
             reason = "the API gave a task id and has never known it since (404)"
-            now_ms = self.execution.clock.now_ms()
-            await self.journal.together(Ledger.doubt, [(attempt, reason, now_ms) for attempt in waiting.task.attempts])
-            self.execution.in_flight -= 1
+            now_ms = execution.clock.now_ms()
+            told = [(attempt, reason, now_ms, None) for attempt in waiting.task.attempts]
+            await self.journal.together(Ledger.doubt, told)
+            execution.in_flight -= 1
 
     async def _settle(self, waiting: Waiting, answer: Answer) -> None:
         execution = self.execution
@@ -221,7 +365,9 @@ class Poller:
 
     def _again(self, waiting: Waiting, seconds: float) -> None:
         """Ask again later, unless the person's patience is at its end."""
-        if self.last_round or self._age(waiting) > self.patience_s:
+        if waiting.written_off:
+            self._not_asked(waiting)
+        elif self.last_round or self._age(waiting) > self.patience_s:
             reason = EnrichError("tasks are still running at the API", "the next run asks them first")
             if not self.last_round:
                 self.execution.reasons.setdefault(Exit.TIME, reason)
@@ -230,5 +376,5 @@ class Poller:
             self._later(waiting, seconds)
 
     def _age(self, waiting: Waiting) -> float:
-        """How old a task is in seconds; a clock that was set back makes none younger than new."""
-        return max(0.0, (self.execution.clock.now_ms() - waiting.task.submitted_ms) / 1000)
+        """How old a task is in seconds."""
+        return self.execution.clock.monotonic() - waiting.born

@@ -36,6 +36,8 @@ class Options:
     retry: frozenset[State] = frozenset()
     accept_doubts: bool = False
     update_providers: bool = False
+    #: The ledger's workspace has another name now.
+    workspace_renamed: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
     processes: int = 1
@@ -77,6 +79,10 @@ class Surroundings:
     engine: Engine | None = None
     #: The descriptor of the ledger's lock, for the processes that work with us.
     lock: int | None = None
+
+    def asked_since(self) -> int:
+        """Tell since when (ms) the API keeps the results of what was submitted."""
+        return self.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
 
 
 def wish(job: Job, options: Options, now_ms: int) -> Wish:

@@ -118,10 +118,10 @@ class Books:
         (claim,) = self.do(Ledger.claim, self.execution, price, self.now)
         return claim
 
-    def submit(self, task_id: str = "task") -> int:
+    def submit(self, task_id: str | None = None) -> int:
         """Claim the next request and have it accepted; return its attempt."""
         attempt = self.claim().attempt_id
-        self.do(Ledger.accepted, [(attempt, task_id, self.now)], BOUND)
+        self.do(Ledger.accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BOUND)
         return attempt
 
     def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
@@ -129,10 +129,11 @@ class Books:
         (state,) = self.do(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
         return state
 
-    def submit_bundle(self, size: int, task_id: str = "bundle") -> list[int]:
+    def submit_bundle(self, size: int, task_id: str | None = None) -> list[int]:
         """Claim the next requests as one task and have it accepted; return their attempts."""
         claims = self.do(Ledger.claim, self.execution, PRICE, self.now, size, bulk=True)
         attempts = [claim.attempt_id for claim in claims]
+        task_id = task_id or f"bundle-{attempts[0]}"
         self.do(Ledger.accepted, [(attempt, task_id, self.now) for attempt in attempts], BOUND)
         return attempts
 

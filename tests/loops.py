@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from enrich.api.answer import TaskReply
 from enrich.api.client import Client
 from enrich.breaker import Breaker
 from enrich.budget import Budget
@@ -71,10 +72,10 @@ class WatchedClient(Client):
         finally:
             watch.on_the_wire -= 1
 
-    async def task(self, task_id: str) -> tuple[dict[str, Any], str]:
+    async def task(self, task_id: str, *, fresh: bool = False) -> TaskReply:
         """Remember who was asked, in order."""
         self.watch.asked.append(task_id)
-        return await super().task(task_id)
+        return await super().task(task_id, fresh=fresh)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.api.answer import Phase, error_text, is_blank, parse_data, phase_of, pick, read_answer
+from enrich.api.answer import Phase, TaskReply, error_text, is_blank, parse_data, phase_of, pick, read_answer
 from enrich.model import Answer, State
 
 EMAIL = "ada@engine.example"
@@ -28,7 +28,7 @@ def wrapper(result: object, *steps: dict[str, Any], by_provider: object = None) 
 
 def read(**task: Any) -> Answer:
     """Judge a task."""
-    return read_answer(task, json.dumps(task), phase_of(task), PATHS)
+    return read_answer(TaskReply(task, json.dumps(task)), phase_of(task), PATHS)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_a_dotted_path_leads_into_the_result(path: str, value: object) -> None:
 def test_the_columns_of_the_job_decide_what_is_found() -> None:
     """A value that no column asks for makes no hit; any of the columns makes one."""
     task = {"status": "completed", "data": {"email": None, "phone": "1"}}
-    assert read_answer(task, "{}", Phase.COMPLETED, ["email"]).state is State.NOT_FOUND
-    assert read_answer(task, "{}", Phase.COMPLETED, ["email", "phone"]).state is State.FOUND
+    assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email"]).state is State.NOT_FOUND
+    assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email", "phone"]).state is State.FOUND
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_the_whole_answer_is_kept() -> None:
     """What was paid for is in the ledger as it came, readable by a person."""
     task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
     written = json.dumps(task, ensure_ascii=False, indent=1)
-    assert read_answer(task, written, Phase.COMPLETED, PATHS).raw == written
+    assert read_answer(TaskReply(task, written), Phase.COMPLETED, PATHS).raw == written
 
 
 JSON = st.recursive(
@@ -314,7 +314,7 @@ KNOWN = st.fixed_dictionaries(
 def test_no_answer_is_a_bug_of_ours(status: object, data: object, error: object, spent: object) -> None:
     """Any JSON at all is judged, and what comes of it can be written down."""
     task = {"status": status, "data": data, "error": error, "credits_spent": spent}
-    answer = read_answer(task, json.dumps(task), phase_of(task), ["email", "result", "a.0.b"])
+    answer = read_answer(TaskReply(task, json.dumps(task)), phase_of(task), ["email", "result", "a.0.b"])
     assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}
     assert isinstance(answer.raw, str)
     assert answer.credits is None or answer.credits >= 0

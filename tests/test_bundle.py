@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.api.answer import Phase, phase_of
+from enrich.api.answer import Phase, TaskReply, phase_of
 from enrich.api.bundle import read_bundle
 from enrich.api.complaints import named_params, named_rows
 from enrich.model import Answer, State
@@ -27,7 +27,7 @@ json_values = st.recursive(
 
 def read(size: int, **task: Any) -> tuple[list[Answer], int | None]:
     """Judge a task."""
-    return read_bundle(task, json.dumps(task), phase_of(task), size, ["email"])
+    return read_bundle(TaskReply(task, json.dumps(task)), phase_of(task), size, ["email"])
 
 
 def states(answers: list[Answer]) -> list[str]:
@@ -125,7 +125,7 @@ def test_what_is_gone_has_no_known_price() -> None:
 @example(task={"data": [[[]] * 9, {"a": 10**400}, {"\ud800": "\udfff"}]}, phase=Phase.COMPLETED)
 def test_any_json_is_judged(task: dict[str, Any], phase: Phase) -> None:
     """An answer for each row, that the ledger can hold and read again, and no price of a row."""
-    answers, price = read_bundle(task, "{}", phase, 3, ["email"])
+    answers, price = read_bundle(TaskReply(task, "{}"), phase, 3, ["email"])
 
     assert len(answers) == 3
     assert price is None or price >= 0
@@ -144,7 +144,7 @@ def test_an_answer_that_is_nested_deeply(depth: int, state: str) -> None:
     for _ in range(depth):
         deep = [deep]
 
-    answers, _ = read_bundle({"data": [deep, ADA]}, "{}", Phase.COMPLETED, 2, ["email"])
+    answers, _ = read_bundle(TaskReply({"data": [deep, ADA]}, "{}"), Phase.COMPLETED, 2, ["email"])
 
     assert states(answers) == [state, "found"]
 

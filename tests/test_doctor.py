@@ -167,7 +167,7 @@ def test_doubts_and_results_that_expire(ready: Office, tmp_path: Path) -> None:
         ready.leave_at_the_api(slow)
         ledger = Ledger(ready.ledger_path)
         with ledger.transaction():
-            ledger.doubt([(ledger.tasks()[0].attempts[0], "reset", 1)])
+            ledger.doubt([(ledger.tasks()[0].attempts[0], "reset", 1, None)])
         ledger.close()
         done = doctor(ready, slow, "--at", "23:59")
         ready.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")

@@ -151,7 +151,7 @@ def test_what_differs_is_not_told_in_one(books: Books) -> None:
                 journal.together(Ledger.settle, [(attempt, FREE_FAILURE, 5)], books.execution, max_attempts)
                 for attempt, max_attempts in zip(attempts, (1, 2), strict=False)
             )
-            lost = journal.together(Ledger.doubt, [(attempts[2], "404", 5)])
+            lost = journal.together(Ledger.doubt, [(attempts[2], "404", 5, None)])
             return list(await asyncio.gather(last, again, lost))
 
     assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
@@ -167,7 +167,7 @@ def test_a_group_that_fails_harms_no_other(books: Books) -> None:
             moves: list[asyncio.Future[Any]] = [
                 journal.together(Ledger.settle, [(first, FOUND, 5)], books.execution, 3),
                 journal.together(Ledger.settle, [(third, FOUND, 5)], books.execution, 3),
-                journal.together(Ledger.doubt, [(second, "404", 5)]),
+                journal.together(Ledger.doubt, [(second, "404", 5, None)]),
             ]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 

@@ -70,7 +70,7 @@ class TestMoves:
     def test_a_doubt_keeps_its_reservation(self, books: Books) -> None:
         """Edge d: nobody can tell whether it was charged, so the price stays set aside."""
         claim = books.begin(1).claim()
-        books.do(Ledger.doubt, [(claim.attempt_id, "no answer", books.now)])
+        books.do(Ledger.doubt, [(claim.attempt_id, "no answer", books.now, None)])
 
         assert books.state(1) is State.IN_DOUBT
         assert books.money == (0, PRICE, 0, 0)
@@ -98,7 +98,7 @@ class TestMoves:
     def test_a_task_that_was_never_known_is_in_doubt(self, books: Books) -> None:
         """Edge e: a lost task keeps its reservation, as it may have been charged."""
         attempt = books.begin(1).submit()
-        books.do(Ledger.doubt, [(attempt, "404", books.now)])
+        books.do(Ledger.doubt, [(attempt, "404", books.now, None)])
 
         assert books.state(1) is State.IN_DOUBT
         assert books.money == (0, PRICE, 0, 1)
@@ -109,7 +109,7 @@ class TestMoves:
         """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
         attempt = books.begin(1).submit()
         if state is State.IN_DOUBT:
-            books.do(Ledger.doubt, [(attempt, "404", books.now)])
+            books.do(Ledger.doubt, [(attempt, "404", books.now, None)])
         else:
             books.settle(attempt, Answer(state, "gone"))
         books.enroll([1])
@@ -120,7 +120,7 @@ class TestMoves:
         assert books.state(1) is state
         assert books.ledger.enrolled() == {State.PENDING: 1}
         assert books.submit("again") != attempt
-        assert books.all("SELECT task_id FROM attempts ORDER BY id") == [("task",), ("again",)]
+        assert books.all("SELECT task_id FROM attempts ORDER BY id") == [(f"task-{attempt}",), ("again",)]
 
     def test_a_free_failure_is_asked_again(self, books: Books) -> None:
         """Edge g: at no charge the request goes back to its place in the queue by itself."""
@@ -166,7 +166,7 @@ class TestMoves:
         """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
         attempt = books.begin(1).submit()
         if state is State.IN_DOUBT:
-            books.do(Ledger.doubt, [(attempt, "404", books.now)])
+            books.do(Ledger.doubt, [(attempt, "404", books.now, None)])
         else:
             books.settle(attempt, Answer(state, "gone"))
         books.enroll([1], retry={state})
@@ -210,7 +210,7 @@ class TestMoves:
             lambda ledger, attempt: ledger.refused([(attempt, "x", 1)]),
             lambda ledger, attempt: ledger.rejected([(attempt, "x", 1)]),
             lambda ledger, attempt: ledger.accepted([(attempt, "other", 1)], BOUND),
-            lambda ledger, attempt: ledger.doubt([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.doubt([(attempt, "x", 1, None)]),
             lambda ledger, attempt: ledger.settle([(attempt, FOUND, 1)], 1, 3),
         ],
         ids=["refused", "rejected", "accepted", "doubt", "settle"],
@@ -274,7 +274,7 @@ class TestStandingAnswer:
 
         attempt = self.refresh(books)
         assert self.standing(books)[0] is State.SUBMITTED
-        books.do(Ledger.doubt, [(attempt, "404", books.now)])
+        books.do(Ledger.doubt, [(attempt, "404", books.now, None)])
 
         assert self.standing(books)[0] is State.IN_DOUBT
 
@@ -342,7 +342,7 @@ class TestQueue:
         books.begin(1, 2, 3, 4)
         for answer in (FOUND, MISSED, Answer(State.FAILED)):
             books.settle(books.submit(), answer)
-        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
 
         books.enroll([1, 2, 3, 4])
 
@@ -391,7 +391,7 @@ class TestExecutions:
     def test_an_execution_adopts_the_reservations_of_living_tasks(self, books: Books) -> None:
         """What is in flight settles in the new execution, so it counts against its cap; doubts stay behind."""
         attempt = books.begin(1, 2, 3).submit()
-        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
         first = books.execution
 
         second = books.start(cap=2 * PRICE - 1)
@@ -443,7 +443,7 @@ class TestExecutions:
         """The first accepted POST binds it; what is unknown binds nothing."""
         books.begin(1, 2)
         books.do(Ledger.accepted, [(books.claim().attempt_id, "t", 1)], {"api_host": "first", "workspace": None})
-        books.do(Ledger.accepted, [(books.claim().attempt_id, "t", 1)], {"api_host": "second", "workspace": "ours"})
+        books.do(Ledger.accepted, [(books.claim().attempt_id, "u", 1)], {"api_host": "second", "workspace": "ours"})
 
         assert books.ledger.fact("api_host") == "first"
         assert books.ledger.fact("workspace") == "ours"
@@ -646,7 +646,7 @@ class TestFile:
         books.enroll([1, 2, 3], retry={State.FAILED}, stale={State.FOUND: 1})
         books.settle(books.submit())
         books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
-        books.do(Ledger.doubt, [(books.claim().attempt_id, "", 1)])
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "", 1, None)])
         books.enroll([2], retry={State.IN_DOUBT})
         books.do(Ledger.refused, [(books.claim().attempt_id, "", 1)])
         books.ledger.tasks()

@@ -47,7 +47,7 @@ def night(books: Books) -> Books:
     books.settle(books.submit("a"))
     books.settle(books.submit("b"), MISSED)
     books.submit("c")
-    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
     books.do(Ledger.rejected, [(books.claim().attempt_id, "company: Bad.", books.now)])
     books.settle(books.submit("d"), FREE_FAILURE)
     books.settle_bundle(books.submit_bundle(3), MISSED, credits_=COST)

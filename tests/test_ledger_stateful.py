@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from enrich.model import MOVES, RETRYABLE, Answer, State
+from enrich.model import MOVES, RETRYABLE, Acceptance, Answer, State
 from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
@@ -40,6 +40,9 @@ class Post:
     credits: int | None = None
     counted_in: int | None = None  # the execution whose reservation it holds
     bundle: int | None = None  # what it was sent with
+    task_id: str | None = None
+    settled_in: int | None = None  # the execution that settled it at an unknown price
+    gone: bool = False
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Model:
     adopted: dict[int, int] = field(default_factory=dict)
     spent: Counter[int] = field(default_factory=Counter)
     unknown: Counter[int] = field(default_factory=Counter)
+    #: What free questions brought into executions, beside their cap.
+    late: Counter[int] = field(default_factory=Counter)
     #: What bundles have cost; None: not known.
     bundles: dict[int, int | None] = field(default_factory=dict)
 
@@ -83,6 +88,43 @@ class Model:
         """List the attempts that were sent with one as one task, itself too."""
         bundle = self.posts[number].bundle
         return [number] if bundle is None else [other for other, post in self.posts.items() if post.bundle == bundle]
+
+    def asked(self, number: int) -> tuple[bool, list[int]]:
+        """Tell what was asked with one attempt: in bulk or alone, and for which leads, in the order sent."""
+        return self.posts[number].bundle is not None, [self.posts[other].lead for other in self.together(number)]
+
+    def takes(self, numbers: list[int], task_id: str) -> bool:
+        """Tell whether a task id that the API gave to a POST is another question's."""
+        holders = [number for number, post in self.posts.items() if post.task_id == task_id and number not in numbers]
+        return any(self.asked(holder) != self.asked(numbers[0]) for holder in holders)
+
+    def paid_before(self, numbers: list[int]) -> bool:
+        """Tell whether another attempt has the same task, and its price."""
+        post = self.posts[numbers[0]]
+        alike = [other for other, each in self.posts.items() if each.task_id == post.task_id and other not in numbers]
+        if post.bundle is None:
+            return any(self.posts[other].credits is not None for other in alike)
+        return any(self.bundles.get(self.posts[other].bundle or 0) is not None for other in alike)
+
+    def may_be_asked_for(self) -> list[list[int]]:
+        """List the POSTs that were written off, and whose fate a free question may tell."""
+        posts = {tuple(self.together(number)) for number in self.among("in_doubt", "expired")}
+        return sorted(list(post) for post in posts if self._may_be(post))
+
+    def left_by_others(self, execution: int) -> list[list[int]]:
+        """List those of them that earlier executions have written off."""
+        return [post for post in self.may_be_asked_for() if self.posts[post[0]].counted_in != execution]
+
+    def _may_be(self, numbers: tuple[int, ...]) -> bool:
+        posts = [self.posts[number] for number in numbers]
+        alone = not any(each.task_id == posts[0].task_id for other, each in self.posts.items() if other not in numbers)
+        priced = posts[0].credits is not None or self.bundles.get(posts[0].bundle or 0) is not None
+        if posts[0].task_id is None or priced or not alone or any(post.gone for post in posts):
+            return False
+        newest = [self.leads[post.lead].newest == number for number, post in zip(numbers, posts, strict=True)]
+        if posts[0].bundle is None:
+            return True
+        return all(newest) and all(post.state in ("in_doubt", "expired") for post in posts)
 
 
 class Machine(RuleBasedStateMachine):
@@ -187,6 +229,9 @@ class Machine(RuleBasedStateMachine):
     @rule(price=PRICES, room=st.integers(1, 4), bulk=st.booleans())
     def a_claim(self, price: int, room: int, *, bulk: bool) -> None:
         """Claim the first of the queue, as many as there are and the cap has room for, alone or as one task."""
+        if not any(lead.queued for lead in self.model.leads.values()):
+            self.a_file_is_read([list(LEADS)], {State.IN_DOUBT}, {})
+            self.every_request_has_one_fate()
         queue = sorted((lead.wanted_at, number) for number, lead in self.model.leads.items() if lead.queued)
         execution = self.books.execution
         cap = self.model.caps[execution]
@@ -210,20 +255,31 @@ class Machine(RuleBasedStateMachine):
                 lead.attempts = 0
             lead.state, lead.newest = State.SUBMITTING, claim.attempt_id
 
-    @precondition(lambda self: self.model.among("submitting"))
     @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
     def the_api_answers_a_post(self, data: Any, answer: str) -> None:
         """Bring one of the four fates of a POST; of one with several rows some may be wrong."""
+        if not self.model.among("submitting"):
+            self.a_claim(1, 3, bulk=data.draw(st.booleans()))
+            self.every_request_has_one_fate()
+        if not self.model.among("submitting"):
+            return
         numbers = self.model.together(data.draw(st.sampled_from(self.model.among("submitting"))))
         books = self.books
+        task_id = self.a_task_id(data, numbers[0])
         if answer == "accepted":
-            books.do(Ledger.accepted, [(number, f"task-{numbers[0]}", books.now) for number in numbers], BOUND)
+            taken = self.model.takes(numbers, task_id)
+            means = books.do(Ledger.accepted, [(number, task_id, books.now) for number in numbers], BOUND)
+            assert {each is Acceptance.TAKEN for each in means} == {taken}
             for number in numbers:
-                self.close(number, State.SUBMITTED)
+                self.close(number, State.IN_DOUBT if taken else State.SUBMITTED)
+                self.model.posts[number].task_id = None if taken else task_id
         elif answer == "doubt":
-            books.do(Ledger.doubt, [(number, "reset", books.now) for number in numbers])
+            said = data.draw(st.sampled_from([None, task_id]))
+            kept = None if said is None or self.model.takes(numbers, said) else said
+            books.do(Ledger.doubt, [(number, "reset", books.now, said) for number in numbers])
             for number in numbers:
                 self.close(number, State.IN_DOUBT)
+                self.model.posts[number].task_id = kept
         else:
             wrong = data.draw(st.sets(st.sampled_from(numbers), min_size=1)) if answer == "rejected" else set()
             for number in numbers:
@@ -236,7 +292,49 @@ class Machine(RuleBasedStateMachine):
                     books.do(Ledger.refused, [(number, "429", books.now)])
                     self.close(number, post.came_from, "refused")
 
-    @precondition(lambda self: self.model.among("submitted"))
+    def a_task_id(self, data: Any, number: int) -> str:
+        """Draw the id that the API gives: mostly a new one, now and then one that it gave before."""
+        known = sorted({post.task_id for post in self.model.posts.values() if post.task_id is not None})
+        return str(data.draw(st.sampled_from([f"task-{number}", f"task-{number}", *known])))
+
+    @precondition(lambda self: self.model.may_be_asked_for())
+    @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
+    def a_free_question_is_asked(self, data: Any, paid: int, answer: str) -> None:
+        """Ask for what was written off: the API knows it after all, or has deleted it."""
+        books, model = self.books, self.model
+        assert sorted(list(task.attempts) for task in books.ledger.written_off(0)) == model.may_be_asked_for()
+        left = model.left_by_others(books.execution)
+        if not left:
+            return
+        numbers = data.draw(st.sampled_from(left))
+        lead = model.leads[model.posts[numbers[0]].lead]
+        if answer == "gone":
+            books.do(Ledger.never_again, numbers)
+            for number in numbers:
+                model.posts[number].gone = True
+            return
+        for number in numbers:
+            post = model.posts[number]
+            if post.settled_in is not None:
+                model.unknown[post.settled_in] -= 1
+                post.settled_in = None
+        if lead.newest != numbers[0]:
+            (number,) = numbers
+            late = Answer(State.FOUND, credits=paid, raw="{}")
+            books.do(Ledger.settle_superseded, number, late, books.now, books.execution)
+            post = model.posts[number]
+            model.spent[books.execution] += paid
+            post.credits, post.counted_in, post.at = paid, None, books.now
+            model.late[books.execution] += paid
+            return
+        books.do(Ledger.revive, numbers, books.execution)
+        for number in numbers:
+            post = model.posts[number]
+            if post.execution != books.execution:
+                model.late[books.execution] += post.reserved
+            post.state, post.counted_in = "submitted", books.execution
+            model.leads[post.lead].state = State.SUBMITTED
+
     @rule(
         data=st.data(),
         state=st.sampled_from([State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]),
@@ -245,6 +343,11 @@ class Machine(RuleBasedStateMachine):
     )
     def a_task_is_done(self, data: Any, state: State, share: int | None, *, free: bool) -> None:
         """Bring an answer of any kind, whose price is known or not."""
+        if not self.model.among("submitted"):
+            self.the_api_answers_a_post(data, "accepted")
+            self.every_request_has_one_fate()
+        if not self.model.among("submitted"):
+            return
         number = data.draw(st.sampled_from(self.model.among("submitted")))
         books, post = self.books, self.model.posts[number]
         if post.bundle is not None:
@@ -253,14 +356,18 @@ class Machine(RuleBasedStateMachine):
         lead = self.model.leads[post.lead]
         free = free and state is State.FAILED
         paid = 0 if free else None if share is None else post.reserved * share // 3
+        told = paid
+        if paid and self.model.paid_before([number]):
+            paid = 0
         after = State.PENDING if free and lead.attempts < MAX_ATTEMPTS else state
-        answer = Answer(state, credits=paid, raw=f"{number}", free_failure=free)
+        answer = Answer(state, credits=told, raw=f"{number}", free_failure=free)
         assert books.settle(number, answer, MAX_ATTEMPTS) is after
         self.close(number, after, state.value)
         post.credits = paid
         self.model.spent[books.execution] += paid or 0
         if paid is None:
             self.model.unknown[books.execution] += 1
+            post.settled_in = books.execution
         else:
             post.counted_in = None
         if state is State.FOUND:
@@ -285,6 +392,8 @@ class Machine(RuleBasedStateMachine):
         ]
         told = [(number, answer, books.now) for number, answer in zip(numbers, answers, strict=True)]
         assert books.do(Ledger.settle_bundle, told, books.execution, MAX_ATTEMPTS, paid) == after
+        if paid and model.paid_before(numbers):
+            paid = 0
         bundle = model.posts[numbers[0]].bundle
         assert bundle is not None
         model.bundles[bundle] = paid
@@ -294,17 +403,22 @@ class Machine(RuleBasedStateMachine):
             self.close(number, state, answer.state.value)
             if paid is None:
                 model.unknown[books.execution] += 1
+                post.settled_in = books.execution
             else:
                 post.counted_in = None
             if state is State.FOUND:
                 model.leads[post.lead].standing = number
 
-    @precondition(lambda self: self.model.among("submitted"))
     @rule(data=st.data())
     def a_task_is_lost(self, data: Any) -> None:
         """Let the API never have known a task."""
+        if not self.model.among("submitted"):
+            self.the_api_answers_a_post(data, "accepted")
+            self.every_request_has_one_fate()
+        if not self.model.among("submitted"):
+            return
         numbers = self.model.together(data.draw(st.sampled_from(self.model.among("submitted"))))
-        self.books.do(Ledger.doubt, [(number, "404", self.books.now) for number in numbers])
+        self.books.do(Ledger.doubt, [(number, "404", self.books.now, None) for number in numbers])
         for number in numbers:
             self.close(number, State.IN_DOUBT)
 
@@ -320,7 +434,7 @@ class Machine(RuleBasedStateMachine):
             "accepted": lambda: books.do(Ledger.accepted, [(number, "x", books.now)], BOUND),
             "refused": lambda: books.do(Ledger.refused, [(number, "x", books.now)]),
             "rejected": lambda: books.do(Ledger.rejected, [(number, "x", books.now)]),
-            "doubt": lambda: books.do(Ledger.doubt, [(number, "x", books.now)]),
+            "doubt": lambda: books.do(Ledger.doubt, [(number, "x", books.now, None)]),
             "settle": lambda: books.settle(number, Answer(State.FOUND, credits=1)),
         }
         with pytest.raises(AssertionError):
@@ -361,7 +475,10 @@ class Machine(RuleBasedStateMachine):
             assert row["unknown"] == model.unknown[number]
             if number == self.books.execution:
                 assert row["reserved"] == model.reserved(number) >= 0
-            assert row["cap"] is None or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number])
+            assert (
+                row["cap"] is None
+                or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number]) + model.late[number]
+            )
         spent, unknown = self.books.ledger.totals()
         alone = sum(post.credits or 0 for post in model.posts.values())
         assert spent == alone + sum(paid or 0 for paid in model.bundles.values()) == sum(model.spent.values())

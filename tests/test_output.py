@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.api.answer import phase_of, read_answer
+from enrich.api.answer import TaskReply, phase_of, read_answer
 from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, cell
 from enrich.errors import EnrichError, JobError, Refused
@@ -339,7 +339,7 @@ def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dic
                 return
             ledger.accepted([(claim.attempt_id, f"t-{number}", 0)], {})
             written = json.dumps(task, ensure_ascii=False)
-            answer = read_answer(task, written, phase_of(task), tuple(question.columns.values()))
+            answer = read_answer(TaskReply(task, written), phase_of(task), tuple(question.columns.values()))
             ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
 
 

@@ -268,14 +268,14 @@ class TestPatience:
             play(tmp_path, api, scene, leads=range(3))
 
     def test_a_task_that_was_asked_and_is_too_old_is_not_waited_for(self, tmp_path: Path) -> None:
-        """What an earlier execution lost patience with costs this one no more than one poll."""
+        """What an earlier execution lost patience with costs this one no more than another poll."""
 
         async def scene(floor: Floor) -> None:
             await submitted(floor, 1)
             await floor.rescue(floor.poller(patience_s=0.0))
             await asyncio.sleep(0.01)
             await floor.adopt(floor.poller(patience_s=0.0), asked_before=True)
-            assert len(floor.watch.asked) == 1
+            assert len(floor.watch.asked) == 2
             assert set(floor.execution.reasons) == {Exit.TIME}
             assert floor.execution.in_flight == 0
 

@@ -49,7 +49,7 @@ def test_the_status_agrees_with_the_ledger(office: Office) -> None:
     books.settle(books.submit(), Answer(State.FAILED, credits=2 * CREDIT))
     books.settle(books.submit(), Answer(State.EXPIRED))
     books.settle(books.submit(), FREE_FAILURE)
-    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
     books.submit()
     books.now += 5_000
     books.submit()

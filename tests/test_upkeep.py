@@ -58,7 +58,7 @@ def night(books: Books) -> Books:
     books.settle(books.submit("a"))
     books.settle(books.submit("b"), MISSED)
     books.submit("c")
-    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
     books.claim()
     books.do(Ledger.rejected, [(books.claim().attempt_id, "company: Bad.", books.now)])
     books.settle(books.submit("d"), FREE_FAILURE)
@@ -186,7 +186,7 @@ def test_a_retry_that_is_refused_leaves_a_sound_ledger(tmp_path: Path) -> None:
     """The request stands where it stood, with the attempt before; what was given up has its doubt on record."""
     books = Books.open(tmp_path / "ledger.db").begin(1, 2)
     for _ in range(2):
-        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now)])
+        books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
     books.enroll((1,), retry={State.IN_DOUBT})
     books.do(Ledger.refused, [(books.claim().attempt_id, "429", books.now)])
     assert check(books.path).problems == []

@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import isfinite
 from typing import Any
 
-from enrich.model import Answer, State, to_micros
+from enrich.model import MICROS, Answer, State, to_micros
 
 
 class Phase(Enum):
@@ -37,8 +38,21 @@ PHASES = {
     "gone": Phase.GONE,
 }
 
+#: More credits than this are no price of an answer.
+MOST_CREDITS = 1_000_000 * MICROS
+#: Further steps are not read.
+MOST_STEPS = 1_000
 #: What tells the wrapper of a result from a flat field called `result`.
 _BESIDE_RESULT = ("steps", "enrichment_data", "result_field")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """What the API said of a task: its body, the same as JSON text, and `note`, what is wrong with it, in words."""
+
+    body: dict[str, Any]
+    raw: str
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +62,29 @@ class Parsed:
     fields: Mapping[str, Any]
     provider: str | None
     steps: Sequence[Mapping[str, Any]] = ()
+    #: Steps that were not read.
+    more_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
         """Sum up what the steps cost (millionths; None: not all tell), and tell whether any may have cost something."""
-        costs = [to_micros(step.get("cost")) for step in self.steps]
+        costs = [price_of(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
-        whole = len(known) == len(costs)
-        return sum(known) if costs and whole else None, any(known) or not whole
+        whole = len(known) == len(costs) and not self.more_steps
+        total = sum(known)
+        return total if costs and whole and total <= MOST_CREDITS else None, any(known) or not whole
+
+
+def price_of(value: object) -> int | None:
+    """Read what an answer cost, in millionths; None when it is not known, or no price."""
+    price = to_micros(value)
+    return price if price is not None and price <= MOST_CREDITS else None
+
+
+def spent_nothing_known(task: Mapping[str, Any]) -> bool:
+    """Tell whether a finished task says that it cost something, and has no data: it may not be complete yet."""
+    data = task.get("data")
+    empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
+    return empty and bool(price_of(task.get("credits_spent")))
 
 
 def phase_of(task: Mapping[str, Any]) -> Phase:
@@ -69,8 +99,10 @@ def parse_data(data: object) -> Parsed:
     if not isinstance(data, Mapping) or fields is data:
         return Parsed(fields, None)
     listed = data.get("steps")
-    steps = [step for step in listed if isinstance(step, Mapping)] if isinstance(listed, list) else []
-    return Parsed(fields, _provider(fields, data.get("enrichment_data"), steps), steps)
+    listed = listed if isinstance(listed, list) else []
+    steps = [step for step in listed[:MOST_STEPS] if isinstance(step, Mapping)]
+    provider = _provider(fields, data.get("enrichment_data"), steps)
+    return Parsed(fields, provider, steps, len(listed[MOST_STEPS:]))
 
 
 def fields_of(data: object) -> Mapping[str, Any]:
@@ -122,7 +154,7 @@ def is_blank(value: object) -> bool:
     """Tell whether a value says nothing: null, blank text, [] or {}."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or value in ([], {})
+    return value is None or value in ([], {}) or (isinstance(value, float) and not isfinite(value))
 
 
 def pick(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON document is anything
@@ -155,22 +187,25 @@ def error_text(error: object) -> str | None:
     return " ".join(text.replace("\0", " ").split())
 
 
-def read_answer(task: Mapping[str, Any], raw: str, phase: Phase, paths: Iterable[str]) -> Answer:
-    """Judge a task that is no longer running; `raw` is its JSON, for the ledger.
+def read_answer(reply: TaskReply, phase: Phase, paths: Iterable[str]) -> Answer:
+    """Judge a task that is no longer running.
 
     `paths` are the job's columns: the request is found when one of them has a value.
     """
+    task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
-    spent = to_micros(task.get("credits_spent"))
+    spent = price_of(task.get("credits_spent"))
     steps_cost, any_cost = parsed.steps_cost()
-    cost = spent if spent is not None else steps_cost
+    cost = spent if "credits_spent" in task else steps_cost
+    if parsed.more_steps:
+        note = f"{parsed.more_steps:,} of the steps in the API's answer were not read"
     match phase:
         case Phase.GONE:
-            return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw)
+            return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw, gone=True)
         case Phase.FAILED:
             said = error_text(task.get("error")) or f"the API says: {task.get('status')}"
             free = spent == 0 and not any_cost
             return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
         case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
             found = has_value(parsed.fields, paths)
-            return Answer(State.FOUND if found else State.NOT_FOUND, None, parsed.provider, cost, raw)
+            return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)

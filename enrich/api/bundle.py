@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from enrich.api.answer import Phase, error_text, has_value, is_blank, parse_data
-from enrich.model import Answer, State, to_micros, written
+from enrich.api.answer import Phase, TaskReply, error_text, has_value, is_blank, parse_data, price_of
+from enrich.model import Answer, State, written
 
 
-def read_bundle(
-    task: Mapping[str, Any], raw: str, phase: Phase, size: int, paths: Iterable[str]
-) -> tuple[list[Answer], int | None]:
+def read_bundle(reply: TaskReply, phase: Phase, size: int, paths: Iterable[str]) -> tuple[list[Answer], int | None]:
     """Judge a bulk task of `size` rows that is no longer running; return their answers and the price in millionths.
 
     The price is None when it is not known; that of a single row never is. An answer whose rows can't be told
-    apart fails them all; its JSON (`raw`) stays with the first of them, as the `bundle` that it is.
+    apart fails them all; its JSON stays with the first of them, as the `bundle` that it is.
     """
-    spent = to_micros(task.get("credits_spent"))
+    task, raw = reply.body, reply.raw
+    spent = price_of(task.get("credits_spent"))
     data = task.get("data")
     said = error_text(task.get("error"))
     if phase is Phase.GONE:
         # What a task says that is gone is no price.
-        return _alike(Answer(State.EXPIRED, "the result expired at the API before it was fetched"), size, raw), None
+        gone = Answer(State.EXPIRED, "the result expired at the API before it was fetched", gone=True)
+        return _alike(gone, size, raw), None
     if phase is Phase.FAILED:
         nothing = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
         reason = said or f"the API says: {task.get('status')}"
@@ -39,14 +38,14 @@ def read_bundle(
         return _alike(Answer(State.FAILED, reason), size, raw), spent
     blank = _blank(task.get("progress"), sum(map(is_blank, rows)), said, free=spent == 0)
     paths = tuple(paths)
-    return [blank if is_blank(row) else _row(row, paths) for row in rows], spent
+    return [blank if is_blank(row) else _row(row, paths, reply.note) for row in rows], spent
 
 
-def _row(row: object, paths: tuple[str, ...]) -> Answer:
+def _row(row: object, paths: tuple[str, ...], note: str | None) -> Answer:
     parsed = parse_data(row)
     state = State.FOUND if has_value(parsed.fields, paths) else State.NOT_FOUND
     try:
-        return Answer(state, None, parsed.provider, raw=written({"data": row}))
+        return Answer(state, note, parsed.provider, raw=written({"data": row}))
     except RecursionError:
         return Answer(State.FAILED, "the API's answer is nested too deeply")
 

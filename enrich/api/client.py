@@ -9,9 +9,12 @@ no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
 429                                                            RateLimited
 400, 422 that name a param                                     BadParams
 400, 422 that name none; 404; in bulk 413                      JobRejected
-200 with a task id                                             accepted
-anything else: 200 without task id, every 5xx, other 4xx,
-no answer in time, reset, a body that is not JSON              Ambiguous
+any 2xx with a task id                                         accepted, unless another request has that id
+anything else: 2xx without task id, every 5xx, other 4xx,
+no answer in time, reset, a body that is not JSON              Ambiguous (with the task id, if it carries one)
+
+An answer to a poll counts when it names the task that was asked for. One that names no task (404, 410, 401, or a
+body without an id) counts when it came over a connection of its own; any other is NotBelieved and asked again.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import re
 import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,6 +34,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
+from enrich.api.answer import TaskReply
 from enrich.api.complaints import named_params, named_rows, words
 from enrich.api.credentials import Access
 from enrich.api.transport import Transport
@@ -40,12 +45,13 @@ from enrich.errors import (
     CallFailed,
     JobRejected,
     NotAccepted,
+    NotBelieved,
     OutOfCredits,
     RateLimited,
     TaskUnknown,
     Unauthorized,
 )
-from enrich.model import Clock
+from enrich.model import Clock, written
 
 #: POSTs on the wire at once, at most: what a kill can leave in doubt.
 POSTS_ON_THE_WIRE = 32
@@ -57,6 +63,10 @@ POST_IDLE_S = 1.0
 POLL_IDLE_S = 15.0
 CONNECT_S, POST_S, GET_S = 10.0, 60.0, 30.0
 MAX_REDIRECTS = 3
+#: A longer id is no task id.
+LONGEST_ID = 512
+#: Answers that are nested deeper are not read: SQLite's JSON ends at 1,000 levels, Python's at about as many.
+DEEPEST = 200
 
 
 class Client:
@@ -96,19 +106,21 @@ class Client:
 
     async def user(self) -> User:
         """Ask whose key it is and what the balance is. Raises Unauthorized, NotAccepted."""
-        return _parse(User, (await self._get("/user/me"))[0])
+        return _parse(User, await self._get("/user/me"))
 
     async def waterfalls(self) -> list[Waterfall]:
         """List the waterfalls. Raises Unauthorized, NotAccepted."""
-        listed, _ = await self._get("/waterfalls/")
+        listed = await self._get("/waterfalls/")
         if not isinstance(listed, list):
             raise NotAccepted("the API's list of waterfalls is not a list")
         return [_parse(Waterfall, item) for item in listed]
 
     async def waterfall(self, identifier: str) -> Waterfall:
         """Describe one waterfall. Raises JobRejected when there is none of that name, Unauthorized, NotAccepted."""
-        described, _ = await self._get(f"/waterfalls/{quote(identifier, safe='')}")
-        return _parse(Waterfall, described)
+        waterfall = _parse(Waterfall, await self._get(f"/waterfalls/{quote(identifier, safe='')}"))
+        if waterfall.identifier.casefold() != identifier.casefold():
+            raise NotAccepted("the API described another waterfall")
+        return waterfall
 
     async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
         """Submit one paid run, or in bulk so many rows as one task, by exactly one POST; return the task id.
@@ -127,34 +139,44 @@ class Client:
         except httpx.HTTPError as error:
             raise Ambiguous(f"no answer from the API: {error}") from error
         self._observe(response)
-        if response.status_code == httpx.codes.OK:
-            return _task_id(response)
+        if response.is_success:
+            if task_id := readable_id(_json(response)):
+                return task_id
+            raise Ambiguous(f"the API answered {response.status_code} without a task id")
         raise _refusal(response, rows)
 
-    async def task(self, task_id: str) -> tuple[dict[str, Any], str]:
-        """Ask how a task is; return it parsed, and as the API wrote it (JSON). One that expired (410) is `gone`.
+    async def task(self, task_id: str, *, fresh: bool = False) -> TaskReply:
+        """Ask how a task is, with `fresh` over a new connection. One that expired (410) has the status `gone`.
 
-        Raises TaskUnknown (404), Unauthorized, RateLimited, and NotAccepted for all that asking again may mend.
+        Raises TaskUnknown (404), Unauthorized, RateLimited, NotBelieved, and NotAccepted for all else that asking
+        again may mend.
         """
+        response = await self._fetch(f"/tasks/{quote(task_id, safe='')}", fresh=fresh)
         try:
-            task, text = await self._get(f"/tasks/{quote(task_id, safe='')}")
-        except _Gone:
-            return {"status": "gone"}, '{"status":"gone"}'
-        except _Missing as error:
-            raise TaskUnknown(error.message) from error
-        except JobRejected as error:
-            raise NotAccepted(error.message) from error
-        if not isinstance(task, dict) or "status" not in task:
-            raise NotAccepted("the API's answer is not a task")
-        return task, text
+            return _task_reply(response, task_id)
+        except NotBelieved:
+            _close_connection(response)
+            raise
 
-    async def _get(self, path: str) -> tuple[Any, str]:
-        """GET; return the JSON, parsed and as text. Redirects are followed to the same host only: the key goes too."""
+    async def _get(self, path: str) -> Any:  # noqa: ANN401 - a JSON document is anything
+        """GET over a new connection: what is read there cannot be the answer to an earlier request. Return the JSON."""
+        response = await self._fetch(path, fresh=True)
+        if not response.is_success:
+            refusal = _refusal(response)
+            raise NotAccepted(refusal.message) if isinstance(refusal, Ambiguous | BadParams) else refusal
+        try:
+            return _parsed(response.content).value
+        except ValueError as error:
+            raise NotAccepted("the API's answer is not JSON") from error
+
+    async def _fetch(self, path: str, *, fresh: bool) -> httpx.Response:
+        """GET. Redirects are followed to the same host only: the key goes with them."""
         url = httpx.URL(self._base + path)
+        extensions = self._get_time | {"fresh": fresh}
         try:
             for _ in range(MAX_REDIRECTS):
                 response = await self._gets.handle_async_request(
-                    httpx.Request("GET", url, headers=self._headers, extensions=self._get_time)
+                    httpx.Request("GET", url, headers=self._headers, extensions=extensions)
                 )
                 self._observe(response)
                 if not response.has_redirect_location:
@@ -164,20 +186,12 @@ class Client:
                     raise NotAccepted("the API redirects to another host")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NotAccepted(f"no answer from the API: {error}") from error
-        if response.status_code == httpx.codes.OK:
-            try:
-                return _parsed(response.content)
-            except ValueError as error:
-                raise NotAccepted("the API's answer is not JSON") from error
-        if response.status_code == httpx.codes.GONE:
-            raise _Gone("the result expired")
-        refusal = _refusal(response)
-        raise NotAccepted(refusal.message) if isinstance(refusal, Ambiguous | BadParams) else refusal
+        return response
 
     def _observe(self, response: httpx.Response) -> None:
-        """Hear the API's clock, once a second."""
+        """Read the API's clock, once a second; not from a cache, whose answers are as old as their `Age` says."""
         told = response.headers.get("date", "")
-        if told == self._told_date:
+        if told == self._told_date or "age" in response.headers:
             return
         self._told_date = told
         try:
@@ -189,12 +203,11 @@ class Client:
 M = TypeVar("M", bound=BaseModel)
 
 
+#: So much is kept of an answer that cannot be read.
+UNREADABLE_BYTES = 1 << 20
+NOT_UTF8 = "the API's answer is not valid UTF-8: what could not be read is shown as �"
 #: Perhaps a whole number of more than 64 bits: orjson would make a float of it.
 _LONG_NUMBER = re.compile(rb"[1-9][0-9]{18}")
-
-
-class _Gone(CallFailed):
-    """410."""
 
 
 class _Missing(JobRejected):
@@ -213,36 +226,111 @@ def _parse(kind: type[M], data: object) -> M:
         raise NotAccepted(f"the API's answer is not a {kind.__name__.lower()}") from error
 
 
-def _parsed(body: bytes) -> tuple[object, str]:
-    """Parse a body; half a character (a lone surrogate), which no file can hold, becomes `?`. Raises ValueError."""
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """A JSON body: its value, the same as JSON text, and whether all of its bytes could be read."""
+
+    value: Any
+    text: str
+    whole: bool = True
+
+
+def _parsed(body: bytes) -> _Parsed:
+    """Parse a body; what is no character (a lone surrogate, wrong UTF-8) is replaced.
+
+    Raises ValueError when it is not JSON, or nested too deeply.
+    """
     try:
         if not _LONG_NUMBER.search(body):
-            return orjson.loads(body), body.decode()
-    except ValueError:
+            return _not_too_deep(_Parsed(orjson.loads(body), body.decode()))
+    except orjson.JSONDecodeError:
         pass  # broken, or of the things that Python reads and JSON does not have
     try:
-        text = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="replace").decode()
-        return json.loads(text), text
+        try:
+            value, whole = json.loads(body, parse_constant=_no_number), True
+        except UnicodeDecodeError:
+            value, whole = json.loads(body.decode(errors="replace"), parse_constant=_no_number), False
+        text = written(value)
+        return _not_too_deep(_Parsed(json.loads(text), text, whole))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
+def _no_number(_: str) -> None:
+    """Read NaN and Infinity, which JSON does not have, as null."""
+
+
+def _not_too_deep(parsed: _Parsed) -> _Parsed:
+    if parsed.text.count("[") + parsed.text.count("{") <= DEEPEST:
+        return parsed
+    level, depth = [parsed.value], 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            raise ValueError("nested too deeply")
+        inner = [item for item in level if isinstance(item, dict | list)]
+        level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
+    return parsed
+
+
 def _json(response: httpx.Response) -> object:
     try:
-        return _parsed(response.content)[0]
+        return _parsed(response.content).value
     except ValueError:
         return None
 
 
-def _task_id(response: httpx.Response) -> str:
-    """Read the task id; `request_id` is its older name."""
-    body = _json(response)
-    if isinstance(body, Mapping):
-        for name in ("task_id", "request_id"):
-            value = body.get(name)
-            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-                return str(value)
-    raise Ambiguous("the API answered 200 without a task id")
+def named_ids(body: object) -> list[str]:
+    """List the ids that a body gives its task, `request_id` being the older name."""
+    if not isinstance(body, Mapping):
+        return []
+    values = (body.get(name) for name in ("task_id", "request_id"))
+    return [
+        str(value).strip()
+        for value in values
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip()
+    ]
+
+
+def readable_id(body: object) -> str | None:
+    """Find the task id in a body; None where there is none that can be asked for."""
+    usable = (name for name in named_ids(body) if len(name) <= LONGEST_ID and name.isprintable() and name.strip("."))
+    return next(usable, None)
+
+
+def _task_reply(response: httpx.Response, task_id: str) -> TaskReply:
+    """Judge the answer to a poll of `task_id`; see the top of this file."""
+    fresh = bool(response.extensions.get("fresh", True))
+    if not response.is_success:
+        refusal = _refusal(response)
+        if isinstance(refusal, RateLimited):
+            raise refusal
+        if not fresh:
+            raise NotBelieved(refusal.message, fresh=False)
+        if response.status_code == httpx.codes.GONE:
+            return TaskReply({"status": "gone"}, '{"status":"gone"}')
+        if isinstance(refusal, _Missing):
+            raise TaskUnknown(refusal.message)
+        raise refusal if isinstance(refusal, NotAccepted) else NotAccepted(refusal.message)
+    try:
+        parsed = _parsed(response.content)
+    except ValueError as error:
+        start = response.content[:UNREADABLE_BYTES].decode(errors="replace")
+        reason = str(error) if "nested" in str(error) else "it is not JSON"
+        raise NotBelieved(f"the API's answer cannot be read: {reason}", start, fresh=fresh) from error
+    named = named_ids(parsed.value)
+    if named and task_id not in named:
+        raise NotBelieved("the API answered with another task", parsed.text, named[0], fresh=fresh)
+    if not named and not fresh:
+        raise NotBelieved("the API's answer names no task", parsed.text, fresh=False)
+    if not isinstance(parsed.value, dict) or "status" not in parsed.value:
+        raise NotBelieved("the API's answer is not a task", parsed.text, fresh=fresh)
+    return TaskReply(parsed.value, parsed.text, None if parsed.whole else NOT_UTF8)
+
+
+def _close_connection(response: httpx.Response) -> None:
+    close = response.extensions.get("close")
+    if close is not None:
+        close()
 
 
 def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
@@ -271,7 +359,7 @@ def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
         case 404:
             return _Missing(said)
         case _:
-            return Ambiguous(said)
+            return Ambiguous(said, readable_id(body))
 
 
 def _retry_after(response: httpx.Response) -> float | None:

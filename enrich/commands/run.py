@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 )
 @carrying
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
+@click.option("--workspace-renamed", is_flag=True, help="The ledger's workspace has another name at Databar now.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
     "--if-locked",
@@ -71,6 +72,7 @@ def run(
     address: str | None,
     workers: int | None,
     update_providers: bool,
+    workspace_renamed: bool,
     yes: bool,
     if_locked: tuple[bool, float],
     as_json: bool,
@@ -109,6 +111,7 @@ def run(
         retry=frozenset(map(State, retry)),
         accept_doubts=accept is not None,
         update_providers=update_providers,
+        workspace_renamed=workspace_renamed,
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
         processes=processes,

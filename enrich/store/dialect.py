@@ -52,6 +52,8 @@ class Dialect:
     as_list: str = ""
     #: Rows that refer to what is not there.
     orphans: str = "SELECT 1 WHERE false"
+    #: Keeps others from comparing the same task ids (a JSON list of lists) until this transaction ends.
+    lock_task_ids: str = ""
     #: What no process is at any more: nobody began it with a lease, or the lease ran out, or it was us.
     ours: str = "true"
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from enrich.errors import LeaderGone
 from enrich.model import Task, written
 from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.moves import NUMBERS, Moves
+from enrich.store.moves import Moves
 from enrich.store.process import is_gone, myself
+from enrich.store.task_ids import NUMBERS
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
 _LEFT_S = (

@@ -11,6 +11,7 @@ import threading
 import time
 
 from enrich.errors import LeaderGone, LeaseLost
+from enrich.model import boottime
 from enrich.place import Postgres
 from enrich.store.database import PATIENCE_S
 from enrich.store.dialect import OUTAGE_S, DatabaseFailed
@@ -21,12 +22,6 @@ from enrich.store.postgres import Fence
 TIMES = 6
 #: The share of a lease after which its holder begins nothing new, unless it could say again that it lives.
 SURE = 0.8
-
-
-def boottime() -> float:
-    """Seconds that never step, and go on while the machine sleeps, where the system has such a clock."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 class Lease:
@@ -77,6 +72,10 @@ class Lease:
     def now_ms(self) -> int:
         """Tell what time the server has, in milliseconds since 1970 (UTC), as a clock."""
         return int(boottime() * 1000) + self._offset_ms
+
+    def earliest_ms(self) -> int:
+        """The same: this clock is the server's, whatever the API says."""
+        return self.now_ms()
 
     def observe(self, api_ms: int) -> None:
         """Do nothing: all processes go by the server's clock."""

@@ -26,6 +26,10 @@ class Ledger(Holding):
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
+    def rename_workspace(self, name: str) -> None:
+        """Bind a ledger that is bound to a workspace to its new name."""
+        self._db.execute("UPDATE facts SET value = ? WHERE name = 'workspace'", (name,))
+
     def waterfall(self, identifier: str) -> tuple[dict[str, Any], list[int] | None] | None:
         """Return the waterfall as last described, and its default providers as first resolved."""
         row = self._db.execute(

@@ -112,6 +112,7 @@ CREATE TABLE attempts (
     erased_ms BIGINT,
     bundle_id BIGINT REFERENCES bundles,
     place INTEGER,
+    gone INTEGER NOT NULL DEFAULT 0,
     -- who is at it; of no meaning once it came to its end
     owner_id BIGINT DEFAULT nullif(current_setting('enrich.owner', true), '')::bigint
 );
@@ -121,6 +122,11 @@ ALTER TABLE requests ADD FOREIGN KEY (attempt_id) REFERENCES attempts, ADD FOREI
 CREATE INDEX attempts_of_request ON attempts (request_id);
 
 CREATE INDEX open_attempts ON attempts (state, submitted_ms) WHERE state IN ('submitting', 'submitted');
+
+CREATE INDEX task_ids ON attempts (task_id) WHERE task_id IS NOT NULL;
+
+CREATE INDEX written_off ON attempts (claimed_ms)
+WHERE state IN ('in_doubt', 'expired') AND task_id IS NOT NULL AND gone = 0;
 
 CREATE INDEX settled ON attempts (settled_in) WHERE settled_in IS NOT NULL;
 

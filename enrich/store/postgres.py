@@ -58,6 +58,8 @@ DIALECT = Dialect(
     as_json="::json",
     by_bytes=' COLLATE "C"',
     as_list="coalesce(json_agg({}), '[]')::text",
+    lock_task_ids="SELECT pg_advisory_xact_lock(hashtextextended(id, 0)) FROM "
+    "(SELECT DISTINCT value->>0 AS id FROM json_each(CAST(? AS TEXT)) ORDER BY 1) AS ids",
     ours="(owner_id IS NULL OR owner_id = nullif(current_setting('enrich.owner', true), '')::bigint "
     "OR NOT EXISTS (SELECT FROM owners WHERE owners.id = owner_id))",
     # Not `FOR UPDATE`: whoever refers to the row holds it, too, and may be about to change it. Each would wait for the

@@ -47,6 +47,13 @@ def m005_pulse(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
+@migration
+def m006_task_ids(db: sqlite3.Connection) -> None:
+    """Task ids are compared with each other; what was written off is asked for once more."""
+    for statement in TASK_IDS.split(";\n"):
+        db.execute(statement)
+
+
 INITIAL = """
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -217,4 +224,14 @@ PULSE = """
 ALTER TABLE executions ADD COLUMN pulse TEXT;
 
 CREATE INDEX settled ON attempts (settled_in) WHERE settled_in IS NOT NULL
+"""
+
+TASK_IDS = """
+-- 1: the API said that the result is deleted (410), so that it is not asked for again
+ALTER TABLE attempts ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;
+
+CREATE INDEX task_ids ON attempts (task_id) WHERE task_id IS NOT NULL;
+
+CREATE INDEX written_off ON attempts (claimed_ms)
+WHERE state IN ('in_doubt', 'expired') AND task_id IS NOT NULL AND gone = 0
 """
