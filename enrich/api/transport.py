@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sslproto
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
@@ -72,6 +73,13 @@ class _Protocol(ResponseHandler):
         self._most_bytes = self._bytes_left = most_bytes
         self._waiting = False
         self._body: StreamReader | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin with a connection, perhaps to a proxy."""
+        if isinstance(transport, sslproto._SSLProtocolTransport):  # noqa: SLF001 - the next line says why
+            # Before Python 3.11.8 a handshake that fails inside of TLS fails in this method, and loses its reason.
+            transport._force_close = lambda _: transport.abort()  # noqa: SLF001
+        super().connection_made(transport)
 
     @property
     def exceeded(self) -> bool:
@@ -217,6 +225,7 @@ class Transport(httpx.AsyncBaseTransport):
             protocol = given[-1]
             extensions = {"fresh": protocol.requests == 1, "close": protocol.end}
             return httpx.Response(status, headers=headers, content=bytes(body), request=request, extensions=extensions)
+        body.clear()  # the traceback holds it
         # Not from the handler: aiohttp's exceptions hold the headers, and the proxy's password.
         raise failure
 
@@ -247,7 +256,9 @@ class Transport(httpx.AsyncBaseTransport):
                     body += piece
                     if len(body) > self._most_bytes:
                         raise _TooLarge
-                    if len(body) > LARGE_BYTES and not large:
+                    if large:
+                        await asyncio.sleep(0)  # others go on meanwhile
+                    elif len(body) > LARGE_BYTES:
                         await turn.enter_async_context(self._turn)
                         large = True
             unpacker.finish()
