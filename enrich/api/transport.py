@@ -78,7 +78,7 @@ class _Protocol(ResponseHandler):
         """Begin with a connection, perhaps to a proxy."""
         if isinstance(transport, sslproto._SSLProtocolTransport):  # noqa: SLF001 - the next line says why
             # Before Python 3.11.8 a handshake that fails inside of TLS fails in this method, and loses its reason.
-            transport._force_close = lambda _: transport.abort()  # noqa: SLF001
+            transport._force_close = lambda _: transport.abort()  # type: ignore[attr-defined]  # noqa: SLF001
         super().connection_made(transport)
 
     @property
@@ -123,6 +123,10 @@ class _Protocol(ResponseHandler):
             parser, self._parser = self._parser, None
             if parser is not None and _has_more(parser):
                 self.end()
+
+    def close(self) -> None:
+        """Close at once: TLS would wait half a minute for the other side's farewell, for each POST."""
+        self.abort()
 
     def end(self) -> None:
         """Close the connection at once; a request that waits on it fails."""
