@@ -141,8 +141,8 @@ def _has_more(parser: HttpParser[Any]) -> bool:
         return True
 
 
-#: The connections that the request at hand was given: several when aiohttp repeats a GET.
-_given: ContextVar[list[_Protocol]] = ContextVar("_given")
+#: The connections that the request at hand was given, and whether each was fresh: several when aiohttp repeats a GET.
+_given: ContextVar[list[tuple[_Protocol, bool]]] = ContextVar("_given")
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -165,7 +165,7 @@ class _Connector(aiohttp.TCPConnector):
                 connection.close()
                 raise
             if protocol.is_connected():
-                _given.get().append(protocol)
+                _given.get().append((protocol, not protocol.requests))
                 return connection
             connection.close()
             if not protocol.requests:
@@ -210,7 +210,7 @@ class Transport(httpx.AsyncBaseTransport):
 
         Raises httpx.ConnectError when nothing can have left, httpx.ReadError when something may have.
         """
-        given: list[_Protocol] = []
+        given: list[tuple[_Protocol, bool]] = []
         _given.set(given)
         body = bytearray()
         seconds = request.extensions["timeout"]["read"]
@@ -226,8 +226,8 @@ class Transport(httpx.AsyncBaseTransport):
         except Exception as error:  # noqa: BLE001 - each becomes one that says what may have left
             failure = self._failure(error, request, given, body)
         else:
-            protocol = given[-1]
-            extensions = {"fresh": protocol.requests == 1, "close": protocol.end}
+            protocol, fresh = given[-1]
+            extensions = {"fresh": fresh, "close": protocol.end}
             return httpx.Response(status, headers=headers, content=bytes(body), request=request, extensions=extensions)
         body.clear()  # the traceback holds it
         # Not from the handler: aiohttp's exceptions hold the headers, and the proxy's password.
@@ -283,10 +283,10 @@ class Transport(httpx.AsyncBaseTransport):
         return session
 
     def _failure(
-        self, error: Exception, request: httpx.Request, given: Sequence[_Protocol], body: bytearray
+        self, error: Exception, request: httpx.Request, given: Sequence[tuple[_Protocol, bool]], body: bytearray
     ) -> httpx.TransportError:
         """Say what went wrong, and whether something may have left."""
-        if isinstance(error, _TooLarge) or (given and given[-1].exceeded):
+        if isinstance(error, _TooLarge) or (given and given[-1][0].exceeded):
             return AnswerTooLarge(bytes(body[:START_BYTES]), self._most_bytes, request)
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
             refused = error.certificate_error
