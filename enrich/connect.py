@@ -13,6 +13,7 @@ from enrich.api.client import Client
 from enrich.api.waterfall import Waterfall
 from enrich.errors import (
     ApiUnreachable,
+    CertificateUntrusted,
     JobError,
     JobRejected,
     NotAccepted,
@@ -47,7 +48,10 @@ class Connection:
 
 
 async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
-    """Ask an unpaid question again until it is answered. Raises ApiUnreachable after so many seconds."""
+    """Ask an unpaid question again until it is answered.
+
+    Raises ApiUnreachable after so many seconds, and at once when the certificate is not trusted.
+    """
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -69,12 +73,13 @@ async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
         raise
     except (NotAccepted, TimeoutError) as error:
         reason = str(error) or f"no answer in {at_most_s:g} s"
-        raise ApiUnreachable(f"the API is unreachable: {reason}", "run the same command again later") from error
+        hint = getattr(error, "hint", None) or "run the same command again later"
+        raise ApiUnreachable(f"the API is unreachable: {reason}", hint) from error
     raise AssertionError  # the loop returns or raises
 
 
 def _may_mend(error: BaseException) -> bool:
-    return isinstance(error, NotAccepted) and not isinstance(error, Unauthorized)
+    return isinstance(error, NotAccepted) and not isinstance(error, Unauthorized | CertificateUntrusted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ EnrichError                   carries the message, a hint and the exit code
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
+    │   ├── CertificateUntrusted  TLS: asking again changes nothing
     │   ├── OutOfCredits      406: stop with exit 12
     │   ├── Unauthorized      401, 403: stop with exit 3
     │   └── NotBelieved       the answer to a poll cannot be read, or may be another task's: ask again
@@ -179,6 +180,16 @@ class RateLimited(NotAccepted):
     def __init__(self, message: str, retry_after: float | None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class CertificateUntrusted(NotAccepted):
+    """The certificate of the API or of the proxy is not trusted: asking again changes nothing."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            "if the network inspects TLS, put its certificate into a file (PEM) and name that in SSL_CERT_FILE",
+        )
 
 
 class OutOfCredits(NotAccepted):

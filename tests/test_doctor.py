@@ -25,12 +25,12 @@ def ready(office: Office, api: Api) -> Office:
     return office
 
 
-def doctor(office: Office, api: Api, *more: str) -> Done:
-    """Ask the doctor, with what the crontab sets."""
+def doctor(office: Office, api: Api, *more: str, beside: dict[str, str] | None = None) -> Done:
+    """Ask the doctor, with what the crontab sets; `beside` is set in the shell alone."""
     env = {"HOME": str(office.folder), "DATABAR_BASE_URL": api.base_url}
     env["DATABAR_API_KEY_FILE"] = str(office.folder / "key")
     given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
-    return office.command("doctor", "job.yaml", *given, *more)
+    return office.command("doctor", "job.yaml", *given, *more, api=None, **(beside or {}))
 
 
 def findings(done: Done, mark: str) -> dict[str, str]:
@@ -79,6 +79,18 @@ def test_the_environment_may_come_from_a_file(ready: Office, api: Api) -> None:
     (ready.folder / "env").write_text("nonsense", encoding="utf-8")
     assert ready.command("doctor", "job.yaml", "--env-file", "env").code == 2
     assert ready.command("doctor", "job.yaml", "--env", "nonsense").code == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://p.example"), ("SSL_CERT_FILE", "/nowhere")])
+def test_a_way_that_cron_cannot_take(ready: Office, api: Api, name: str, value: str) -> None:
+    """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
+    way = ["--env", "DATABAR_BASE_URL=https://api.example/v1", "--env", f"{name}={value}", "--offline"]
+    done = doctor(ready, api, *way)
+    assert done.code == 2
+    assert findings(done, "fail")["api"].startswith(f"{name}: ")
+    done = doctor(ready, api, beside={name: value})
+    assert done.code == 0
+    assert f"{name} is set in this shell only" in findings(done, "warn")["api"]
 
 
 def test_no_key_at_all(ready: Office) -> None:

@@ -15,6 +15,7 @@ from enrich.store.lock import hold
 from enrich.watch import healthcheck, notify, outcome
 from tests.harness import Api, Office, serving, until
 from tests.watch import Ear, assert_nobody_in, events, listening, log_lines, somebody
+from tests.wire import answering, http
 
 LOG = ("--log-file", "run.log")
 # Apprise imports it where it is there.
@@ -154,6 +155,31 @@ def test_a_server_that_does_not_answer_breaks_nothing(
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("note: the healthcheck at ")
     assert "secret" not in done.stderr + (pinged.folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("value", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["])
+def test_a_healthcheck_on_loopback_is_pinged_directly(api: Api, pinged: Office, ear: Ear, value: str) -> None:
+    """Whatever the proxy variables say."""
+    done = pinged.command("run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value)
+    assert (done.code, done.stderr) == (0, "")
+    assert len(ear.heard) == 2
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_ping_takes_the_proxy_of_the_environment(api: Api, pinged: Office, scheme: str) -> None:
+    """One that cannot be used is a note by name, without its password."""
+    pinged.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
+    with answering(http(502)) as proxy:
+        done = pinged.command("run", "job.yaml", api=api, all_proxy=f"ada:secret@127.0.0.1:{proxy.port}")
+        line = "POST http://hc.example/secret-path" if scheme == "http" else "CONNECT hc.example:443"
+        assert proxy.requests
+        assert all(seen.line.startswith(line) for seen in proxy.requests)
+    assert done.code == 0
+    assert "note: the healthcheck at hc.example" in done.stderr
+    done = pinged.command("run", "job.yaml", api=api, ALL_PROXY="socks5://ada:secret@127.0.0.1:9")
+    assert done.code == 0
+    assert "was not told: ALL_PROXY: " in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_an_address_that_is_none_is_exit_2_and_is_not_shown(api: Api, pinged: Office) -> None:

@@ -1,4 +1,4 @@
-"""A server of a few lines: it answers with the very bytes a test wants, or breaks the connection as it wants."""
+"""A server of a few lines: it sends the very bytes a test wants, when it wants, or breaks the connection."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import socket
 import socketserver
 import ssl
 import struct
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from threading import Event, Thread
@@ -40,19 +41,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back."""
+    """What goes back; `later`: bytes that nothing asked for, 30 ms after it."""
 
     data: bytes = b""
     then: Act = Act.KEEP
+    later: bytes = b""
 
 
 @dataclass
 class Wire:
-    """A server that was started."""
+    """A server that was started; `greeted`: it sent its greeting; `ended`: the numbers of connections that are over."""
 
     port: int
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
+    ended: list[int] = field(default_factory=list)
+    greeted: Event = field(default_factory=Event)
 
     @property
     def base_url(self) -> str:
@@ -72,15 +76,21 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None, greeting: bytes = b""
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
+        self.greeting = greeting
         self.tls = tls
         self.over = Event()
         self.wire = Wire(self.server_address[1])
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
+        if self.greeting:
+            connection.sendall(self.greeting)
+            self.wire.greeted.set()
         return (self.tls.wrap_socket(connection, server_side=True) if self.tls else connection), address
 
     def handle_error(self, *_: Any) -> None:
@@ -94,12 +104,20 @@ class _Handler(socketserver.StreamRequestHandler):
         wire = self.server.wire
         wire.connections += 1
         number = wire.connections
+        with suppress(OSError):
+            self._serve(wire, number)
+        wire.ended.append(number)
+
+    def _serve(self, wire: Wire, number: int) -> None:
         while head := self._head():
             seen = Seen(number, head, self.rfile.read(_length(head)))
             wire.requests.append(seen)
             answer = self.server.answer
             reply = answer if isinstance(answer, Reply) else answer(seen)
             self.wfile.write(reply.data)
+            if reply.later:
+                time.sleep(0.03)
+                self.wfile.write(reply.later)
             if reply.then is Act.SILENCE:
                 self.server.over.wait(30)
             if reply.then is Act.RESET:
@@ -125,9 +143,11 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 @contextmanager
-def answering(answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None = None) -> Iterator[Wire]:
-    """Serve on loopback, in threads, until the block ends."""
-    with _Server(answer, tls) as server:
+def answering(
+    answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None = None, greeting: bytes = b""
+) -> Iterator[Wire]:
+    """Serve on loopback, in threads, until the block ends; `greeting` is sent before any request."""
+    with _Server(answer, tls, greeting) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

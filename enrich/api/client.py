@@ -20,6 +20,7 @@ body without an id) counts when it came over a connection of its own; any other 
 from __future__ import annotations
 
 import json
+import os
 import re
 import ssl
 from collections.abc import Mapping
@@ -37,12 +38,14 @@ from enrich import __version__
 from enrich.api.answer import TaskReply
 from enrich.api.complaints import named_params, named_rows, words
 from enrich.api.credentials import Access
-from enrich.api.transport import Transport
+from enrich.api.network import find_certificates, find_proxy
+from enrich.api.transport import AnswerTooLarge, CertificateRefused, Transport
 from enrich.api.waterfall import User, Waterfall
 from enrich.errors import (
     Ambiguous,
     BadParams,
     CallFailed,
+    CertificateUntrusted,
     JobRejected,
     NotAccepted,
     NotBelieved,
@@ -58,9 +61,6 @@ POSTS_ON_THE_WIRE = 32
 #: Each has many requests in it, and all of them are in doubt when its answer is lost.
 BULK_POSTS_ON_THE_WIRE = 4
 POLLS_ON_THE_WIRE = 32
-#: A server may close a connection that was idle; a POST must not meet that moment.
-POST_IDLE_S = 1.0
-POLL_IDLE_S = 15.0
 CONNECT_S, POST_S, GET_S = 10.0, 60.0, 30.0
 MAX_REDIRECTS = 3
 #: A longer id is no task id.
@@ -72,8 +72,19 @@ DEEPEST = 200
 class Client:
     """The API over HTTP. Use as an async context manager; one event loop."""
 
-    def __init__(self, access: Access, clock: Clock, *, post_s: float = POST_S, get_s: float = GET_S) -> None:
-        """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds."""
+    def __init__(
+        self,
+        access: Access,
+        clock: Clock,
+        *,
+        post_s: float = POST_S,
+        get_s: float = GET_S,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds.
+
+        Raises JobError when the proxy or the certificates that `environ` names cannot be used.
+        """
         self._base = access.base_url
         self._clock = clock
         self._told_date = ""
@@ -90,10 +101,13 @@ class Client:
         self._run_urls: dict[str, httpx.URL] = {}
         self._post_time, self._get_time = {"timeout": {"read": post_s}}, {"timeout": {"read": get_s}}
         # Reading the certificates takes longer than a whole run on loopback.
-        secure = access.base_url.startswith("https:")
-        tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._posts = Transport(POSTS_ON_THE_WIRE, POST_IDLE_S, CONNECT_S, tls)
-        self._gets = Transport(POLLS_ON_THE_WIRE, POLL_IDLE_S, CONNECT_S, tls)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if access.base_url.startswith("https:"):
+            tls = find_certificates(environ) or httpx.create_ssl_context(trust_env=False)
+        proxy = find_proxy(environ, access.base_url)
+        # A POST never reads what an earlier exchange left on its connection.
+        self._posts = Transport(POSTS_ON_THE_WIRE, CONNECT_S, tls, reuse=False, proxy=proxy)
+        self._gets = Transport(POLLS_ON_THE_WIRE, CONNECT_S, tls, proxy=proxy)
 
     async def __aenter__(self) -> Client:
         return self
@@ -134,6 +148,8 @@ class Client:
             response = await self._posts.handle_async_request(
                 httpx.Request("POST", url, headers=self._post_headers, content=body, extensions=self._post_time)
             )
+        except CertificateRefused as error:
+            raise CertificateUntrusted(str(error)) from error
         except httpx.ConnectError as error:
             raise NotAccepted(f"no connection to the API: {error}") from error
         except httpx.HTTPError as error:
@@ -184,6 +200,11 @@ class Client:
                 url = response.url.join(response.headers["location"])
                 if _origin(str(url)) != _origin(self._base):
                     raise NotAccepted("the API redirects to another host")
+        except CertificateRefused as error:
+            raise CertificateUntrusted(str(error)) from error
+        except AnswerTooLarge as error:
+            start = error.start[:UNREADABLE_BYTES].decode(errors="replace")
+            raise NotBelieved(f"the API's answer cannot be read: {error}", start) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise NotAccepted(f"no answer from the API: {error}") from error
         return response

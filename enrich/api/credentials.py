@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -54,7 +54,7 @@ def check_base_url(base_url: str) -> str:
         _ = parts.port  # a port that is no number raises
     except ValueError:
         parts = urlsplit("")
-    secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
     if not secure or not parts.hostname or parts.username is not None or not base_url.isprintable():
         raise JobError(
             "DATABAR_BASE_URL: must be an https address, or http on loopback",
@@ -63,13 +63,20 @@ def check_base_url(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+def is_loopback(host: str) -> bool:
+    """Check whether a host, without brackets, is this machine."""
+    host = host.lower().removesuffix(".")
+    address = parse_ip(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
+    """Read an IP address, an IPv4 address inside an IPv6 one as itself; None for a name."""
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
-        return False
+        return None
+    return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
 
 
 def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:

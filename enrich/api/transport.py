@@ -1,104 +1,308 @@
-"""The wire below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
+"""The HTTP below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
 
 httpx's own transport scans its whole pool and looks for a missing module (sniffio) on every request.
 The stock `httpx_aiohttp` transport asks a thread for the proxy each time, and turns a connection that
 was reset after the request had left into `httpx.ConnectTimeout`, which reads as "never sent" and would
 pay twice; so the phase decides here: `httpx.ConnectError` means that no connection was handed over,
 anything later is `httpx.ReadError`.
+
+An answer is read only from a connection that was quiet before its request: aiohttp alone would keep a
+stray answer for the next request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sslproto
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
-from urllib.request import getproxies
 
 import aiohttp
 import httpx
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import RawResponseMessage
+from aiohttp.http_parser import HttpParser
+from aiohttp.streams import StreamReader
 from multidict import CIMultiDict
 from yarl import URL
 
+from enrich.api.network import Proxy
+from enrich.api.unpacking import Unpacker
+
 #: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
 STOPPED_S = 0.2
+#: A connection that was idle for longer is not used again.
+IDLE_S = 15.0
+#: An answer may have so many bytes, on the wire and unpacked.
+MOST_BYTES = 32 * 1024 * 1024
+#: Of answers that grow beyond this one is read at a time, so that many of them need no more memory than one.
+LARGE_BYTES = 512 * 1024
+#: So much of an answer that is too large is kept.
+START_BYTES = 64 * 1024
+#: aiohttp holds twice as much of an answer that is not read yet.
+HELD_BYTES = 64 * 1024
 
-#: Whether the request at hand was given a connection.
-_connected: ContextVar[list[bool]] = ContextVar("_connected")
+
+class AnswerTooLarge(httpx.ReadError):
+    """The answer has more than the allowed bytes; `start` are the first of them, unpacked."""
+
+    def __init__(self, start: bytes, most_bytes: int, request: httpx.Request) -> None:
+        super().__init__(f"the answer is larger than {most_bytes // 1024} KiB", request=request)
+        self.start = start
+
+
+class CertificateRefused(httpx.ConnectError):
+    """The certificate of the API, or of the proxy, is not trusted: nothing was sent."""
+
+
+class _TooLarge(Exception):
+    """More bytes came than an answer may have."""
+
+
+class _Protocol(ResponseHandler):
+    """One connection: closed as soon as bytes come that belong to no request, or too many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, most_bytes: int) -> None:
+        super().__init__(loop)
+        self.requests = 0
+        self._most_bytes = self._bytes_left = most_bytes
+        self._waiting = False
+        self._body: StreamReader | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin with a connection, perhaps to a proxy."""
+        if isinstance(transport, sslproto._SSLProtocolTransport):  # noqa: SLF001 - the next line says why
+            # Before Python 3.11.8 a handshake that fails inside of TLS fails in this method, and loses its reason.
+            transport._force_close = lambda _: transport.abort()  # type: ignore[attr-defined]  # noqa: SLF001
+        super().connection_made(transport)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more came than an answer may have."""
+        return self._bytes_left < 0
+
+    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - whatever aiohttp passes
+        """Begin a request."""
+        self.requests += 1
+        self._waiting, self._body, self._bytes_left = True, None, self._most_bytes
+        super().set_response_params(**params)
+
+    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
+        """Take the head of an answer; a second one belongs to no request."""
+        if self._body is not None:
+            self.end()
+            return
+        message, body = data
+        if message.code >= 200:  # noqa: PLR2004 - the others are interim: the answer follows
+            self._body = body
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; no bytes: go on with those that were held back."""
+        if not self._waiting:
+            if data:
+                self.end()
+            return
+        self._bytes_left -= len(data)
+        if self.exceeded:
+            error = _TooLarge()
+            self.set_exception(error)
+            if self._body is not None:
+                self._body.set_exception(error)
+            self.end()
+            return
+        super().data_received(data)
+        if self._body is not None and self._body.is_eof():
+            self._waiting = False
+            # Whatever comes next is not parsed any more; what the parser has begun is another answer.
+            parser, self._parser = self._parser, None
+            if parser is not None and _has_more(parser):
+                self.end()
+
+    def close(self) -> None:
+        """Close at once: TLS would wait half a minute for the other side's farewell, for each POST."""
+        self.abort()
+
+    def end(self) -> None:
+        """Close the connection at once; a request that waits on it fails."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+def _has_more(parser: HttpParser[Any]) -> bool:
+    try:
+        return parser.feed_eof() is not None
+    except Exception:  # noqa: BLE001 - it is no answer either
+        return True
+
+
+#: The connections that the request at hand was given, and whether each was fresh: several when aiohttp repeats a GET.
+_given: ContextVar[list[tuple[_Protocol, bool]]] = ContextVar("_given")
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Tells when a connection is handed over; aiohttp's tracing would, too, at a tenth of the whole cost."""
+    """Gives connections that are quiet; aiohttp's tracing would say which, too, at a tenth of the whole cost."""
+
+    def __init__(self, most_bytes: int, **settings: Any) -> None:  # noqa: ANN401 - aiohttp's own
+        super().__init__(**settings)
+        self._factory = partial(_Protocol, self._loop, most_bytes)  # type: ignore[assignment] # it makes a subclass
 
     async def connect(self, *args: Any, **kwargs: Any) -> Connection:  # noqa: ANN401 - whatever aiohttp passes
-        connection = await super().connect(*args, **kwargs)
-        _connected.get().append(True)
-        return connection
+        while True:
+            connection = await super().connect(*args, **kwargs)
+            protocol = connection.protocol
+            assert isinstance(protocol, _Protocol)  # noqa: S101 - it is made above
+            try:
+                # The first turn of the loop finds what has come, the second reads it.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            except BaseException:
+                connection.close()
+                raise
+            if protocol.is_connected():
+                _given.get().append((protocol, not protocol.requests))
+                return connection
+            connection.close()
+            if not protocol.requests:
+                raise ConnectionError("the connection ended, or bytes came, before the request")
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """An httpx transport for one event loop; environment proxies (`HTTPS_PROXY`, `NO_PROXY`) are honoured."""
+    """An httpx transport for one event loop. It reads neither the environment nor `~/.netrc`.
 
-    def __init__(self, connections: int, idle_s: float, connect_s: float, tls: ssl.SSLContext) -> None:
-        """Keep at most `connections`, none idle for more than `idle_s`; one must stand within `connect_s` seconds."""
+    A request with `extensions["fresh"]` gets a connection of its own, beside the others. Of a response,
+    `extensions["fresh"]` says whether its connection carried no other request, and `extensions["close"]`
+    closes that connection. Its content is unpacked.
+    """
+
+    def __init__(  # noqa: PLR0913 - the last three by name
+        self,
+        connections: int,
+        connect_s: float,
+        tls: ssl.SSLContext,
+        *,
+        reuse: bool = True,
+        proxy: Proxy | None = None,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        """Keep at most `connections`, made within `connect_s` seconds each; `reuse`: for several requests."""
         self._connections = connections
-        self._idle_s = idle_s
         self._connect_s = connect_s
         self._tls = tls
-        self._session: aiohttp.ClientSession | None = None
+        self._reuse = reuse
+        self._most_bytes = most_bytes
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._turn = asyncio.Lock()
+        self._proxy = proxy
+        self._by_proxy: dict[str, Any] = {}
+        if proxy is not None:
+            self._by_proxy["proxy"] = URL(proxy.url)
+            if proxy.authorization is not None:
+                self._by_proxy["proxy_headers"] = {"proxy-authorization": proxy.authorization.get_secret_value()}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request and read its whole answer, in the request's read time-out in all.
 
         Raises httpx.ConnectError when nothing can have left, httpx.ReadError when something may have.
         """
-        session = self._session or self._open()
-        headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw)
+        given: list[tuple[_Protocol, bool]] = []
+        _given.set(given)
+        body = bytearray()
         seconds = request.extensions["timeout"]["read"]
-        connected: list[bool] = []
-        _connected.set(connected)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
                 # Not at once: what came while we were stopped is read before.
                 over = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + STOPPED_S))
                 try:
-                    async with session.request(
-                        request.method,
-                        URL(str(request.url), encoded=True),
-                        headers=headers,
-                        data=request.content or None,
-                        allow_redirects=False,
-                    ) as response:
-                        body = await response.read()
+                    status, headers = await self._exchange(request, body)
                 finally:
                     over.cancel()
-            return httpx.Response(response.status, headers=response.raw_headers, content=body, request=request)
-        except Exception as error:
-            if connected and isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
-                # Its words quote what came, which may be about anybody.
-                raise httpx.ReadError(
-                    "the connection ended too early, or what came is not HTTP", request=request
-                ) from None
-            # aiohttp's own time-outs, of a kind below it, say what they are.
-            reason = f"no answer in {seconds:g} s" if type(error) is TimeoutError else str(error)
-            kind = httpx.ReadError if connected else httpx.ConnectError
-            raise kind(reason or type(error).__name__, request=request) from error
+        except Exception as error:  # noqa: BLE001 - each becomes one that says what may have left
+            failure = self._failure(error, request, given, body)
+        else:
+            protocol, fresh = given[-1]
+            extensions = {"fresh": fresh, "close": protocol.end}
+            return httpx.Response(status, headers=headers, content=bytes(body), request=request, extensions=extensions)
+        body.clear()  # the traceback holds it
+        # Not from the handler: aiohttp's exceptions hold the headers, and the proxy's password.
+        raise failure
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
-    def _open(self) -> aiohttp.ClientSession:
+    async def _exchange(self, request: httpx.Request, body: bytearray) -> tuple[int, Sequence[tuple[bytes, bytes]]]:
+        """Send a request, read its answer into `body`; return the status and the headers."""
+        headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw)
+        session = self._session(reuse=self._reuse and not request.extensions.get("fresh"))
+        async with (
+            AsyncExitStack() as turn,
+            session.request(
+                request.method,
+                URL(str(request.url), encoded=True),
+                headers=headers,
+                data=request.content or None,
+                allow_redirects=False,
+                **self._by_proxy,
+            ) as response,
+        ):
+            unpacker = Unpacker(response.headers.getall("content-encoding", ()))
+            large = False
+            while data := await response.content.readany():
+                for piece in unpacker.unpack(data):
+                    body += piece
+                    if len(body) > self._most_bytes:
+                        raise _TooLarge
+                    if large:
+                        await asyncio.sleep(0)  # others go on meanwhile
+                    elif len(body) > LARGE_BYTES:
+                        await turn.enter_async_context(self._turn)
+                        large = True
+            unpacker.finish()
+            return response.status, [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
+
+    def _session(self, *, reuse: bool) -> aiohttp.ClientSession:
         """Begin with the first request: a session belongs to its loop."""
-        self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=self._connections, keepalive_timeout=self._idle_s, ssl=self._tls),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
-            # Where there is none, a thread would look for one with every request.
-            trust_env=bool(getproxies()),
-        )
-        return self._session
+        if (session := self._sessions.get(reuse)) is None:
+            kept = {"keepalive_timeout": IDLE_S} if reuse else {"force_close": True}
+            session = self._sessions[reuse] = aiohttp.ClientSession(
+                connector=_Connector(self._most_bytes, limit=self._connections, ssl=self._tls, **kept),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                read_bufsize=HELD_BYTES,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
+                trust_env=False,
+            )
+        return session
+
+    def _failure(
+        self, error: Exception, request: httpx.Request, given: Sequence[tuple[_Protocol, bool]], body: bytearray
+    ) -> httpx.TransportError:
+        """Say what went wrong, and whether something may have left."""
+        if isinstance(error, _TooLarge) or (given and given[-1][0].exceeded):
+            return AnswerTooLarge(bytes(body[:START_BYTES]), self._most_bytes, request)
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            refused = error.certificate_error
+            why = getattr(refused, "verify_message", "") or str(refused)
+            return CertificateRefused(f"the certificate of {error.host} is refused: {why}", request=request)
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            reason = f"HTTP {error.status}"
+        elif isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
+            # Its words quote what came, which may be about anybody.
+            reason = "the connection ended too early, or what came is not HTTP"
+        elif type(error) is TimeoutError:  # aiohttp's own, of a kind below it, say what they are
+            reason = f"no answer in {request.extensions['timeout']['read']:g} s"
+        else:
+            reason = str(error) or type(error).__name__
+        if given:
+            return httpx.ReadError(reason, request=request)
+        if self._proxy is not None:
+            reason = f"{reason} (through the proxy {self._proxy.url} of {self._proxy.variable})"
+        return httpx.ConnectError(reason, request=request)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 #: What the unit and the line take over from the present shell.
-TAKEN_OVER = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "ENRICH_LEDGER")
+TAKEN_OVER = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 
 
 def _read_by(read: Callable[[str], T], value: str) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich.api.credentials import Access, find_base_url, find_key
+from enrich.api.network import find_certificates, find_proxy
 from enrich.budget import make_budget
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.job import Job
@@ -33,7 +34,13 @@ REQUEST_BYTES, ENOUGH = 2_000, 100
 #: How much smaller gzip makes a CSV, at most.
 PACKED = 10
 #: Variables that change where and how the API is reached.
-ROUTES = ("DATABAR_BASE_URL", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "ENRICH_LEDGER")
+ROUTES = (
+    "DATABAR_BASE_URL",
+    *(name for lower in ("https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())),
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "ENRICH_LEDGER",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ def examine(job: Job, visit: Visit) -> Iterator[Finding]:
     live: Live | None = None
     if access and not visit.offline:
         try:
-            live = ask(access, job.model.waterfall)
+            live = ask(access, job.model.waterfall, visit.environ)
             if visit.sandbox is None:
                 bound_to["workspace"] = live.user.workspace
             yield Finding("ok", "api", f"{access.host} accepts the key")
@@ -115,7 +122,7 @@ def environment(visit: Visit) -> Iterator[Finding]:
     else:
         yield from _key_file(environ, home)
     try:
-        find_base_url(environ)
+        _base_url(environ)
     except EnrichError as error:
         yield failed("api", error)
     for name in ROUTES:
@@ -134,10 +141,19 @@ def _key_file(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
         yield Finding("warn", "key", f"{path}: others may read the key", f"chmod 600 {path}")
 
 
+def _base_url(environ: Mapping[str, str]) -> str:
+    """Find the API's address. Raises JobError for what a run could not use to get there."""
+    base_url = find_base_url(environ)
+    find_proxy(environ, base_url)
+    if base_url.startswith("https:"):
+        find_certificates(environ)
+    return base_url
+
+
 def _access(visit: Visit) -> Access | None:
     """Find the way to the API; what is wrong with it was told before."""
     try:
-        return Access(find_base_url(visit.environ), find_key(visit.environ, Path(visit.environ["HOME"])))
+        return Access(_base_url(visit.environ), find_key(visit.environ, Path(visit.environ["HOME"])))
     except EnrichError:
         return None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from enrich.api.client import Client
@@ -35,15 +37,15 @@ class Live:
     ahead_s: float | None
 
 
-def ask(access: Access, identifier: str) -> Live:
+def ask(access: Access, identifier: str, environ: Mapping[str, str] = os.environ) -> Live:
     """Ask about the account and a waterfall; nothing is paid. Raises JobError, ApiUnreachable, Unauthorized."""
-    return asyncio.run(_ask(access, identifier))
+    return asyncio.run(_ask(access, identifier, environ))
 
 
-async def _ask(access: Access, identifier: str) -> Live:
+async def _ask(access: Access, identifier: str, environ: Mapping[str, str]) -> Live:
     clock = _Watch()
     at_most_s = Timing().start_s
-    async with Client(access, clock) as client:
+    async with Client(access, clock, environ=environ) as client:
         try:
             user = await patiently(client.user, at_most_s)
         except JobRejected as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from uuid import uuid4
 
 import httpx
 
+from enrich.api.network import find_certificates, find_proxy
+from enrich.errors import JobError
 from enrich.watch.aside import Aside
 from enrich.watch.outcome import FINE, SILENT
 
@@ -46,7 +49,17 @@ class Healthcheck:
     def _ping(self, path: str, text: str) -> str | None:
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path).copy_merge_params({"rid": self._run_id})
         problem: str | None = None
-        with httpx.Client(timeout=TRY_S, follow_redirects=True) as http:
+        try:
+            found = find_proxy(os.environ, str(url))
+            tls = (url.scheme == "https" and find_certificates(os.environ)) or httpx.create_ssl_context(trust_env=False)
+        except JobError as error:
+            return error.message
+        proxy = None
+        if found is not None:
+            key = found.authorization
+            headers = {"proxy-authorization": key.get_secret_value()} if key else None
+            proxy = httpx.Proxy(found.url, headers=headers, ssl_context=tls if found.url.startswith("https:") else None)
+        with httpx.Client(timeout=TRY_S, follow_redirects=True, trust_env=False, proxy=proxy, verify=tls) as http:
             for number in range(TRIES):
                 time.sleep(PAUSE_S * number)
                 try:

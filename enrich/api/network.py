@@ -1,0 +1,171 @@
+"""Reads from the environment how the network is to be used: the proxy and the trusted certificates.
+
+Proxy variables are read as curl reads them. `~/.netrc` and `REQUESTS_CA_BUNDLE` are not read.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from pydantic import SecretStr
+
+from enrich.api.credentials import is_loopback, parse_ip
+from enrich.errors import JobError
+
+#: Where curl looks for a proxy that names no port.
+DEFAULT_PORTS = {"http": 1080, "https": 443}
+_NO_CERTIFICATE = "there is no readable certificate in it (PEM)"
+#: OpenSSL finds a certificate in a folder by a file named for the hash of its subject.
+_HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy. `url` has no user and no password, `authorization` is the header's value; `variable` named it."""
+
+    url: str
+    variable: str
+    authorization: SecretStr | None = None
+
+
+def find_proxy(environ: Mapping[str, str], base_url: str) -> Proxy | None:
+    """Find the proxy for an address; None: connect directly, as for every loopback address.
+
+    Raises JobError, which names the variable but not its value, for a proxy that cannot be used.
+    """
+    target = urlsplit(base_url)
+    host = (target.hostname or "").removesuffix(".")
+    if is_loopback(host):
+        return None
+    found = _first(environ, f"{target.scheme}_proxy", "all_proxy")
+    if found is None:
+        return None
+    port = target.port or (443 if target.scheme == "https" else 80)
+    exempt = _first(environ, "no_proxy")
+    if exempt is not None and _is_exempt(host, port, exempt[1]):
+        return None
+    return _parse_proxy(*found)
+
+
+def _first(environ: Mapping[str, str], *names: str) -> tuple[str, str] | None:
+    """Return the first of these variables that is not empty, with its name; lower case comes before upper case."""
+    for name in names:
+        # Behind a web server, a client's header `Proxy:` becomes HTTP_PROXY.
+        for variable in (name,) if name == "http_proxy" else (name, name.upper()):
+            if value := environ.get(variable, "").strip():
+                return variable, value
+    return None
+
+
+def _parse_proxy(variable: str, value: str) -> Proxy:
+    scheme, _, rest = value.partition("://") if "://" in value else ("http", "", value)
+    scheme = scheme.lower()
+    if scheme not in DEFAULT_PORTS:
+        raise JobError(
+            f"{variable}: proxies of this kind are not supported{f': {scheme}://' if scheme.isalnum() else ''}",
+            f"name an http:// or https:// proxy in {variable}, or exempt the API's host in no_proxy",
+        )
+    try:
+        parts = urlsplit(f"{scheme}://{rest}")
+        host, port = parts.hostname or "", DEFAULT_PORTS[scheme] if parts.port is None else parts.port
+    except ValueError:
+        host, port = "", 0
+    if not port or not re.fullmatch(r"[\w.:%-]+", host):
+        raise JobError(
+            f"{variable}: not the address of a proxy",
+            "write http://HOST:PORT, with special characters in user and password percent-encoded",
+        )
+    authorization = None
+    if parts.username or parts.password:
+        pair = unquote_to_bytes(parts.username or "") + b":" + unquote_to_bytes(parts.password or "")
+        authorization = SecretStr("Basic " + base64.b64encode(pair).decode())
+    return Proxy(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", variable, authorization)
+
+
+def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
+    """Check a host (lower case, no brackets) against the list of `no_proxy`."""
+    address = parse_ip(host)
+    return any(
+        entry == "*"
+        or (only_port in (None, port) and (_in_network(address, entry) if address else _in_domain(host, entry)))
+        for entry, only_port in _entries(no_proxy)
+    )
+
+
+def _entries(no_proxy: str) -> Iterator[tuple[str, int | None]]:
+    """Split the list into hosts, domains or networks, each with its port if it names one."""
+    for entry in no_proxy.lower().replace(",", " ").split():
+        if match := re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+):(\d+)", entry):
+            yield match[1] or match[3], int(match[2] or match[4]) if match[2] or match[4] else None
+        else:
+            yield re.sub(r"[][]", "", entry), None
+
+
+def _in_network(address: IPv4Address | IPv6Address, entry: str) -> bool:
+    if "/" not in entry:
+        return parse_ip(entry) == address
+    try:
+        return address in ip_network(entry, strict=False)
+    except ValueError:
+        return False
+
+
+def _in_domain(host: str, entry: str) -> bool:
+    domain = entry.removeprefix("*").strip(".")
+    return bool(domain) and (host == domain or host.endswith("." + domain))
+
+
+def find_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
+    """Trust the certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`; None when neither is set.
+
+    Raises JobError, which names variable and path, when no certificate can be read there.
+    """
+    file, folders = environ.get("SSL_CERT_FILE", ""), environ.get("SSL_CERT_DIR", "")
+    if not file and not folders:
+        return None
+    if file:
+        _check_file(Path(file))
+    if folders:
+        _check_folders(folders)
+    try:
+        context = ssl.create_default_context(cafile=file or None, capath=folders or None)
+    except OSError as error:
+        raise _unusable("SSL_CERT_FILE", file, _NO_CERTIFICATE) from error
+    if file and not context.cert_store_stats()["x509"]:
+        raise _unusable("SSL_CERT_FILE", file, _NO_CERTIFICATE)
+    return context
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():  # a pipe or a device may never end
+            raise _unusable("SSL_CERT_FILE", path, "not a file" if path.exists() else "no such file")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        raise _unusable("SSL_CERT_FILE", path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _check_folders(folders: str) -> None:
+    """Demand a certificate in one of the folders: where OpenSSL finds none, it says nothing."""
+    reasons = []
+    for folder in folders.split(os.pathsep):
+        try:
+            if any(_HASHED.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - names suffice
+                return
+            reasons.append("there is no certificate in it under its hash (`openssl rehash` makes these names)")
+        except (OSError, ValueError) as error:
+            reasons.append(getattr(error, "strerror", None) or str(error))
+    raise _unusable("SSL_CERT_DIR", folders, reasons[0])
+
+
+def _unusable(variable: str, path: object, reason: str) -> JobError:
+    return JobError(f"{variable}: {path}: {reason}", f"correct the path, or unset {variable}")
