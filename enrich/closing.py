@@ -12,7 +12,7 @@ from enrich.connect import Connection
 from enrich.difference import CENT, compare
 from enrich.errors import CallFailed
 from enrich.execution import Execution
-from enrich.model import State, to_credits, to_micros
+from enrich.model import State, read_balance, to_credits
 from enrich.receipt import Receipt
 from enrich.signals import Signals
 from enrich.store.journal import Journal
@@ -70,7 +70,7 @@ class Closing:
             return None
         try:
             async with asyncio.timeout(BALANCE_S):
-                return to_micros((await self.client.user()).balance)
+                return read_balance((await self.client.user()).balance)
         except (CallFailed, TimeoutError):
             return None
 

@@ -11,9 +11,18 @@ import tenacity
 
 from enrich.api.client import Client
 from enrich.api.waterfall import Waterfall
-from enrich.errors import ApiUnreachable, JobError, JobRejected, NotAccepted, RateLimited, Refused, Unauthorized
+from enrich.errors import (
+    ApiUnreachable,
+    JobError,
+    JobRejected,
+    NotAccepted,
+    NotUnderstood,
+    RateLimited,
+    Refused,
+    Unauthorized,
+)
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
-from enrich.model import to_micros
+from enrich.model import read_balance
 from enrich.place import Postgres
 from enrich.question import Question, default_providers, make_question
 from enrich.store.ledger import Ledger
@@ -60,7 +69,8 @@ async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
         raise
     except (NotAccepted, TimeoutError) as error:
         reason = str(error) or f"no answer in {at_most_s:g} s"
-        raise ApiUnreachable(f"the API is unreachable: {reason}", "run the same command again later") from error
+        what = "" if isinstance(error, NotUnderstood) else "the API is unreachable: "
+        raise ApiUnreachable(f"{what}{reason}", "run the same command again later") from error
     raise AssertionError  # the loop returns or raises
 
 
@@ -107,7 +117,7 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
     question = make_question(job, waterfall, providers)
     if not memory.used:
         notes += _beside_others(job)
-    return Connection(question, to_micros(user.balance), bound_to, waterfall, providers, notes)
+    return Connection(question, read_balance(user.balance), bound_to, waterfall, providers, notes)
 
 
 async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:

@@ -15,6 +15,7 @@ EnrichError                   carries the message, a hint and the exit code
 └── CallFailed                one API call went wrong
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
+    │   ├── NotUnderstood     an answer of another kind than was asked for
     │   ├── OutOfCredits      406: stop with exit 12
     │   └── Unauthorized      401, 403: stop with exit 3
     ├── BadParams             400, 422 that name a param: fail the row
@@ -173,6 +174,10 @@ class RateLimited(NotAccepted):
     def __init__(self, message: str, retry_after: float | None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class NotUnderstood(NotAccepted):
+    """A free question got an answer that is none to it."""
 
 
 class OutOfCredits(NotAccepted):

@@ -4,7 +4,9 @@ What an answer to a run POST means for the request, and nothing else decides it:
 
 no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
 3xx                                                            NotAccepted (never followed)
-401, 403                                                       Unauthorized
+401, 403 with JSON, or without a body                          Unauthorized
+401, 403 with a page (HTML, text): a CDN or a proxy refuses    NotAccepted
+407: the proxy wants a login                                   NotAccepted
 406                                                            OutOfCredits
 429                                                            RateLimited
 400, 422 that name a param                                     BadParams
@@ -20,6 +22,7 @@ import json
 import re
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, TypeVar
@@ -32,6 +35,7 @@ from pydantic import BaseModel, ValidationError
 from enrich import __version__
 from enrich.api.complaints import named_params, named_rows, words
 from enrich.api.credentials import Access
+from enrich.api.outside_text import clean_json, clean_line, clean_text
 from enrich.api.transport import Transport
 from enrich.api.waterfall import User, Waterfall
 from enrich.errors import (
@@ -40,6 +44,7 @@ from enrich.errors import (
     CallFailed,
     JobRejected,
     NotAccepted,
+    NotUnderstood,
     OutOfCredits,
     RateLimited,
     TaskUnknown,
@@ -57,6 +62,8 @@ POST_IDLE_S = 1.0
 POLL_IDLE_S = 15.0
 CONNECT_S, POST_S, GET_S = 10.0, 60.0, 30.0
 MAX_REDIRECTS = 3
+#: A longer Retry-After is not believed.
+LONGEST_RETRY_AFTER_S = 3600.0
 
 
 class Client:
@@ -65,13 +72,14 @@ class Client:
     def __init__(self, access: Access, clock: Clock, *, post_s: float = POST_S, get_s: float = GET_S) -> None:
         """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds."""
         self._base = access.base_url
+        self._key = access.key.get_secret_value()
         self._clock = clock
         self._told_date = ""
         # Made once, as far as can be: the making of requests costs as much as their sending.
         self._headers = httpx.Headers(
             {
                 "host": httpx.URL(self._base).netloc.decode(),
-                "x-apikey": access.key.get_secret_value(),
+                "x-apikey": self._key,
                 "user-agent": f"databar-enrich/{__version__}",
                 "accept-encoding": "gzip, deflate",  # what httpx can always read
             }
@@ -102,8 +110,12 @@ class Client:
         """List the waterfalls. Raises Unauthorized, NotAccepted."""
         listed, _ = await self._get("/waterfalls/")
         if not isinstance(listed, list):
-            raise NotAccepted("the API's list of waterfalls is not a list")
-        return [_parse(Waterfall, item) for item in listed]
+            raise NotUnderstood("the API's list of waterfalls is not a list")
+        read = []
+        for item in listed:
+            with suppress(NotUnderstood):
+                read.append(_parse(Waterfall, item))
+        return read
 
     async def waterfall(self, identifier: str) -> Waterfall:
         """Describe one waterfall. Raises JobRejected when there is none of that name, Unauthorized, NotAccepted."""
@@ -123,9 +135,9 @@ class Client:
                 httpx.Request("POST", url, headers=self._post_headers, content=body, extensions=self._post_time)
             )
         except httpx.ConnectError as error:
-            raise NotAccepted(f"no connection to the API: {error}") from error
+            raise NotAccepted(f"no connection to the API: {clean_line(str(error), self._key)}") from error
         except httpx.HTTPError as error:
-            raise Ambiguous(f"no answer from the API: {error}") from error
+            raise Ambiguous(f"no answer from the API: {clean_line(str(error), self._key)}") from error
         self._observe(response)
         if response.status_code == httpx.codes.OK:
             return _task_id(response)
@@ -163,10 +175,10 @@ class Client:
                 if _origin(str(url)) != _origin(self._base):
                     raise NotAccepted("the API redirects to another host")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NotAccepted(f"no answer from the API: {error}") from error
+            raise NotAccepted(f"no answer from the API: {clean_line(str(error), self._key)}") from error
         if response.status_code == httpx.codes.OK:
             try:
-                return _parsed(response.content)
+                return _parsed(response.content, self._key)
             except ValueError as error:
                 raise NotAccepted("the API's answer is not JSON") from error
         if response.status_code == httpx.codes.GONE:
@@ -193,6 +205,9 @@ M = TypeVar("M", bound=BaseModel)
 _LONG_NUMBER = re.compile(rb"[1-9][0-9]{18}")
 
 
+_SECONDS = re.compile(r"-?[0-9]+(\.[0-9]*)?")
+
+
 class _Gone(CallFailed):
     """410."""
 
@@ -210,11 +225,12 @@ def _parse(kind: type[M], data: object) -> M:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise NotAccepted(f"the API's answer is not a {kind.__name__.lower()}") from error
+        raise NotUnderstood(f"the API's answer is not a {kind.__name__.lower()}") from error
 
 
-def _parsed(body: bytes) -> tuple[object, str]:
-    """Parse a body; half a character (a lone surrogate), which no file can hold, becomes `?`. Raises ValueError."""
+def _parsed(body: bytes, key: str) -> tuple[object, str]:
+    """Clean a body and parse it; return it as JSON, too. Raises ValueError."""
+    body = clean_json(body, key)
     try:
         if not _LONG_NUMBER.search(body):
             return orjson.loads(body), body.decode()
@@ -229,18 +245,23 @@ def _parsed(body: bytes) -> tuple[object, str]:
 
 def _json(response: httpx.Response) -> object:
     try:
-        return _parsed(response.content)[0]
+        return _parsed(response.content, response.request.headers["x-apikey"])[0]
     except ValueError:
         return None
 
 
 def _task_id(response: httpx.Response) -> str:
-    """Read the task id; `request_id` is its older name."""
-    body = _json(response)
+    """Read the task id; `request_id` is its older name. One that must be cleaned is none: it could become another's."""
+    try:
+        body = json.loads(response.content)
+    except (ValueError, RecursionError):
+        body = None
     if isinstance(body, Mapping):
         for name in ("task_id", "request_id"):
             value = body.get(name)
             if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+                if clean_text(str(value), response.request.headers["x-apikey"]) != str(value):
+                    raise Ambiguous("the API answered 200 with a task id that has control characters or the key")
                 return str(value)
     raise Ambiguous("the API answered 200 without a task id")
 
@@ -250,22 +271,25 @@ def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
     status = response.status_code
     body = _json(response)
     key = response.request.headers["x-apikey"]
-    said = f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}".replace(key, "[key]")
-    said = "".join(letter if letter.isprintable() else " " for letter in said)  # it is read on a terminal
+    said = clean_line(f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}", key)
     if 300 <= status < 400:  # noqa: PLR2004
         return NotAccepted(f"HTTP {status}: the API redirects the request")
     match status:
+        case 401 | 403 if body is None and response.content.strip():
+            return NotAccepted(
+                f"{said}, with a page instead of the API's JSON: "
+                "a firewall, a proxy or the CDN before the API refuses the request, not the API the key"
+            )
         case 401 | 403:
             return Unauthorized(f"the API refuses the key: {said}", "check the key, and that the plan has API access")
+        case 407:
+            return NotAccepted(f"the proxy wants a login: {said}")
         case 406:
             return OutOfCredits(f"the API is out of credits: {said}")
         case 429:
             return RateLimited(said, _retry_after(response))
         case 400 | 422:
-            named = named_params(body) or None if rows is None else named_rows(body, rows)
-            if named is not None:
-                return BadParams({row: told.replace(key, "[key]") for row, told in named.items()}, said)
-            return JobRejected(f"the API refuses the request: {said}")
+            return _complaint(body, rows, said)
         case 413 if rows is not None:
             return JobRejected(f"the API refuses so many rows at once: {said}", "lower `dispatch.bulk`")
         case 404:
@@ -274,18 +298,23 @@ def _refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
             return Ambiguous(said)
 
 
+def _complaint(body: object, rows: int | None, said: str) -> BadParams | JobRejected:
+    named = named_params(body) or None if rows is None else named_rows(body, rows)
+    if named is not None:
+        return BadParams({row: clean_line(reason) for row, reason in named.items()}, said)
+    return JobRejected(f"the API refuses the request: {said}")
+
+
 def _retry_after(response: httpx.Response) -> float | None:
-    """Read Retry-After (RFC 9110: seconds, or a date, measured against the API's own clock)."""
+    """Read Retry-After (RFC 9110: seconds, or a date, measured against the API's own clock), in seconds."""
     value = response.headers.get("retry-after", "").strip()
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    if _SECONDS.fullmatch(value):
+        return min(max(0.0, float(value)), LONGEST_RETRY_AFTER_S)
     try:
         at = parsedate_to_datetime(value)
         now = parsedate_to_datetime(response.headers["date"])
-        return max(0.0, (at - now).total_seconds())
-    except (KeyError, ValueError, TypeError):
+        return min(max(0.0, (at - now).total_seconds()), LONGEST_RETRY_AFTER_S)
+    except (LookupError, ValueError, TypeError, ArithmeticError):
         return None
 
 

@@ -12,7 +12,7 @@ from enrich.difference import CENT, WORDS, Part, Reconciliation, compare
 from enrich.errors import ApiUnreachable, Refused
 from enrich.execution import Timing
 from enrich.job import Job
-from enrich.model import SystemClock, to_micros
+from enrich.model import SystemClock, read_balance
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 
@@ -41,7 +41,7 @@ def reconcile_job(job: Job, access: Access, since: int | None) -> Reconciliation
 async def _balance(access: Access) -> int:
     async with Client(access, SystemClock()) as client:
         user = await patiently(client.user, Timing().start_s)
-    balance = to_micros(user.balance)
+    balance = read_balance(user.balance)
     if balance is None:
         raise ApiUnreachable("the API tells no balance", "nothing can be reconciled without it")
     return balance
