@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import embedded
 from enrich.sandbox.settings import SandboxSettings
+from tests.harness import usual_signals
 from tests.sandbox.conftest import Api, people
 
 AT_ONCE = SandboxSettings(latency="fixed(0)")
@@ -29,7 +30,9 @@ AT_ONCE = SandboxSettings(latency="fixed(0)")
 def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], Api]]:
     """Run `python -m enrich.sandbox`, and give it with a client."""
     command = [sys.executable, "-m", "enrich.sandbox", "--latency", "fixed(0)", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=usual_signals
+    ) as running:
         assert running.stdout
         try:
             lines = dict(running.stdout.readline().strip().split("=", 1) for _ in range(2))
