@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, OUR_COLUMNS, Asking, Batch
+from enrich.bounded_read import read_bounded
 from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.order import ranks, sort_keys
-from enrich.privacy import Forgotten, read_suppression
+from enrich.privacy import LONGEST_LIST, Forgotten, read_suppression
 from enrich.question import Question
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
@@ -230,8 +231,7 @@ class Rows:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+        return sha256(read_bounded(path, LONGEST_LIST)).hexdigest()
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
 
