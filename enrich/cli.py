@@ -9,10 +9,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import click
 
 from enrich import __version__
+from enrich.api.outside_text import clean_text
 from enrich.commands import look, nightly, report, run, setup, upkeep
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.sandbox.command import sandbox
@@ -84,13 +87,23 @@ def _unforeseen(error: Exception, *, as_json: bool) -> int:
         return _fail(Exit.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json)
     if tells_of_damage(error):
         return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
-    traceback.print_exception(error)
+    click.echo(clean_text("".join(traceback.format_exception(error)), _key()).rstrip("\n"), err=True)
     return _fail(
         Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
     )
 
 
+def _key() -> str:
+    """Find the API key, which a value in a trace may hold."""
+    from enrich.api.credentials import find_key
+
+    with suppress(EnrichError):
+        return find_key(os.environ, Path(os.path.expanduser("~"))).get_secret_value()  # noqa: PTH111 - as in options
+    return ""
+
+
 def _fail(code: Exit, message: str, hint: str | None, *, as_json: bool) -> int:
+    message = clean_text(message)  # of a file's name, or of a server
     click.echo(f"error: {message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)
