@@ -60,7 +60,7 @@ KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
 @pytest.mark.parametrize("kind", [*KINDS, "huge"])
 @pytest.mark.parametrize(
     ("use", "code"),
-    [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5)],
+    [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
 )
 def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: int, kind: str) -> None:
     """With words that name it, and nothing is bought."""
@@ -75,6 +75,10 @@ def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: in
             environ = {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": name}
         case "log" | "plan":
             options += [f"--{use.replace('log', 'log-file')}", name]
+        case "ledger" if kind == "folder":
+            pytest.skip("told by SQLite")
+        case "ledger":
+            options += ["--ledger", name]
         case "job":
             options = ["run", name]
         case "input":
