@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
@@ -11,30 +10,35 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import click
 
 from enrich import __version__
+from enrich.api.outside_text import clean_text
 from enrich.commands import look, nightly, report, run, setup, upkeep
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.sandbox.command import sandbox
+from enrich.streams import failure, guard_streams
 
 
 def main() -> None:
     """Run the command line; every way out has its exit code."""
+    guard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminated)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, or a shell's &
+            signal.signal(number, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # A KeyboardInterrupt in the middle of an import makes `python -m` die of the signal, however it was handled.
         signal.signal(signal.SIGINT, _interrupted)
     # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
     gc.set_threshold(100_000, 50, 100)
     code = run_command(sys.argv[1:])
+    if (error := failure(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
+        click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
     if "ray" in sys.modules:
         # It has ended, but now and then its threads abort a process that ends in order.
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -54,7 +58,6 @@ def run_command(arguments: Sequence[str]) -> int:
         # Not cli.main(), which makes an exit of its own of a reader that left.
         with cli.make_context("enrich", list(arguments)) as context:
             code = cli.invoke(context)
-            sys.stdout.flush()
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -70,9 +73,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
     except BrokenPipeError:
-        # Who read our output left.
-        _forget_stdout()
-        return Exit.OK
+        return Exit.OK  # the reader of our output left, and there is nothing else to do
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
         return _unforeseen(error, as_json=as_json)
     return int(code or 0)
@@ -86,21 +87,23 @@ def _unforeseen(error: Exception, *, as_json: bool) -> int:
         return _fail(Exit.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json)
     if tells_of_damage(error):
         return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-        _forget_stdout()
-        return _fail(Exit.BUG, f"stdout cannot be written: {error.strerror}", "make room there", as_json=False)
-    traceback.print_exception(error)
+    click.echo(clean_text("".join(traceback.format_exception(error)), _key()).rstrip("\n"), err=True)
     return _fail(
         Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
     )
 
 
-def _forget_stdout() -> None:
-    """Let nobody complain at exit of what could not be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _key() -> str:
+    """Find the API key, which a value in a trace may hold."""
+    from enrich.api.credentials import find_key
+
+    with suppress(EnrichError):
+        return find_key(os.environ, Path(os.path.expanduser("~"))).get_secret_value()  # noqa: PTH111 - as in options
+    return ""
 
 
 def _fail(code: Exit, message: str, hint: str | None, *, as_json: bool) -> int:
+    message = clean_text(message)  # of a file's name, or of a server
     click.echo(f"error: {message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)

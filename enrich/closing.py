@@ -12,7 +12,7 @@ from enrich.connect import Connection
 from enrich.difference import CENT, compare
 from enrich.errors import CallFailed
 from enrich.execution import Execution
-from enrich.model import State, to_credits, to_micros
+from enrich.model import State, many, read_balance, to_credits, write_credits
 from enrich.receipt import Receipt
 from enrich.signals import Signals
 from enrich.store.journal import Journal
@@ -59,10 +59,25 @@ class Closing:
         receipt = replace(
             receipt, **await self._earned(receipt), difference=await self._difference(before, after, spent)
         )
+        receipt = await self._overrun(receipt, known["cap"], spent)
         await self.journal.do(
             Ledger.end_execution, execution.id, receipt.exit_code, receipt.as_json(), clock.now_ms(), after
         )
         return receipt
+
+    async def _overrun(self, receipt: Receipt, cap: int | None, spent: int) -> Receipt:
+        """Say by how much the cap was overrun, where a price that rose in flight is the reason."""
+        if cap is None or spent <= cap:
+            return receipt
+        number, risen = await self.journal.do(Ledger.risen, self.execution.id)
+        if not number:
+            return receipt
+        over = min(spent - cap, risen)
+        note = (
+            f"the credits cap was overrun by {write_credits(to_credits(over))}: {many(number, 'task')} cost "
+            f"{write_credits(to_credits(risen))} more than the highest price when they were sent"
+        )
+        return replace(receipt, credits_over_cap=to_credits(over), notes=[*receipt.notes, note])
 
     async def _balance(self) -> int | None:
         """Ask for the balance after the run; a run that had to leave asks for nothing more."""
@@ -70,7 +85,7 @@ class Closing:
             return None
         try:
             async with asyncio.timeout(BALANCE_S):
-                return to_micros((await self.client.user()).balance)
+                return read_balance((await self.client.user()).balance)
         except (CallFailed, TimeoutError):
             return None
 

@@ -17,13 +17,14 @@ from enrich.errors import (
     JobError,
     JobRejected,
     NotAccepted,
+    NotUnderstood,
     OtherWorkspace,
     RateLimited,
     Refused,
     Unauthorized,
 )
 from enrich.job import SANDBOX_SUFFIX, Job, nearest
-from enrich.model import Call, to_micros
+from enrich.model import Call, read_balance
 from enrich.place import Postgres
 from enrich.question import Question, default_providers, make_question
 from enrich.store.ledger import Ledger
@@ -73,8 +74,9 @@ async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
         raise
     except (NotAccepted, TimeoutError) as error:
         reason = str(error) or f"no answer in {at_most_s:g} s"
+        what = "" if isinstance(error, NotUnderstood) else "the API is unreachable: "
         hint = getattr(error, "hint", None) or "run the same command again later"
-        raise ApiUnreachable(f"the API is unreachable: {reason}", hint) from error
+        raise ApiUnreachable(f"{what}{reason}", hint) from error
     raise AssertionError  # the loop returns or raises
 
 
@@ -139,7 +141,7 @@ async def connect(  # noqa: PLR0913 - all of them are needed once
     question = make_question(job, waterfall, providers)
     if not memory.used:
         notes += _beside_others(job)
-    return Connection(question, to_micros(user.balance), bound_to, waterfall, providers, notes)
+    return Connection(question, read_balance(user.balance), bound_to, waterfall, providers, notes)
 
 
 def unconnected(job: Job) -> Connection:

@@ -11,6 +11,8 @@ from enrich.question import Question
 def check_balance(job: Job, question: Question, balance: int | None) -> None:
     """Refuse when the balance is too low for one request, or for one that leaves `min_balance`."""
     price = question.worst_price
+    if balance is not None and balance < 0:
+        raise Refused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
     if price is None or balance is None:
         return
     have = f"the balance is {to_credits(balance):,g} credits"

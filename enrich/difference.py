@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +83,18 @@ def compare(since: int, before: int, now: int, movements: Sequence[tuple[str, bo
         unexplained=0.0 if abs(outside) < CENT else round(outside, 6),
         **parts,
     )
+
+
+def reckoned_from(executions: Sequence[Mapping[str, Any]], doubt: int | None) -> Mapping[str, Any] | None:
+    """Choose the execution since which the balance is looked at: the last, or that of the oldest open doubt.
+
+    `executions` are the newest first, `doubt` is the number of that execution. Only one that knows its balance counts:
+    the next older one, else the oldest. None: no execution does.
+    """
+    known = [row for row in executions if row["balance_before"] is not None]
+    if not known:
+        return None
+    return next((row for row in known if doubt is None or row["id"] <= doubt), known[-1])
 
 
 WORDS = {

@@ -17,6 +17,7 @@ EnrichError                   carries the message, a hint and the exit code
     ├── NotAccepted           provably nothing was accepted: wait, ask again
     │   ├── RateLimited       429
     │   ├── CertificateUntrusted  TLS: asking again changes nothing
+    │   ├── NotUnderstood     an answer of another kind than was asked for
     │   ├── OutOfCredits      406: stop with exit 12
     │   ├── Unauthorized      401, 403: stop with exit 3
     │   └── NotBelieved       the answer to a poll cannot be read, or may be another task's: ask again
@@ -190,6 +191,10 @@ class CertificateUntrusted(NotAccepted):
             message,
             "if the network inspects TLS, put its certificate into a file (PEM) and name that in SSL_CERT_FILE",
         )
+
+
+class NotUnderstood(NotAccepted):
+    """A free question got an answer that is none to it."""
 
 
 class OutOfCredits(NotAccepted):

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from enrich.bounded_read import read_text
 from enrich.errors import JobError
 
 
@@ -19,7 +20,7 @@ class Document:
         """Read the file. Raises JobError that names the file and the line."""
         self.path = path
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path)
         except FileNotFoundError:
             raise JobError(f"{path}: there is no such job file", "enrich init LEADS writes one") from None
         except OSError as error:

@@ -117,17 +117,26 @@ def by_status(counts: Mapping[State, int]) -> dict[str, int]:
 MICROS = 1_000_000
 
 
-#: More credits than this are no price.
+#: More credits than this are no price and no balance.
 MOST_CREDITS = 1_000_000_000_000
 
 
 def to_micros(credits_: object) -> int | None:
     """Read credits as the API writes them (number or string); None when they can't be read."""
+    return _read_credits(credits_, 0, MOST_CREDITS)
+
+
+def read_balance(balance: object) -> int | None:
+    """Read a balance, which may be below 0, in millionths; None when it can't be read."""
+    return _read_credits(balance, -MOST_CREDITS, MOST_CREDITS)
+
+
+def _read_credits(credits_: object, least: int, most: int) -> int | None:
     if credits_ is None or isinstance(credits_, bool):
         return None
     try:
         amount = Decimal(str(credits_).strip())
-        return int((amount * MICROS).to_integral_value()) if 0 <= amount <= MOST_CREDITS else None
+        return int((amount * MICROS).to_integral_value()) if least <= amount <= most else None
     except ArithmeticError:  # no number, or NaN, which compares with nothing
         return None
 

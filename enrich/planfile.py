@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.api.waterfall import Provider, Waterfall
+from enrich.bounded_read import read_text
 from enrich.errors import EnrichError, JobError, Refused
 from enrich.job import Job
 from enrich.model import State, iso, to_micros
@@ -122,7 +123,7 @@ def write_plan(path: Path, plan: FrozenPlan) -> None:
     if path.exists() and not path.is_file():
         raise Refused(f"{path}: the plan cannot be written: it is no file")
     try:
-        if path.exists() and path.read_bytes():
+        if path.exists() and path.stat().st_size:
             read_plan(path)
     except EnrichError as error:
         raise JobError(f"{path}: this is there already, and no plan", "choose another name for the plan") from error
@@ -139,7 +140,7 @@ def write_plan(path: Path, plan: FrozenPlan) -> None:
 def read_plan(path: Path) -> FrozenPlan:
     """Read a plan. Raises Refused when it is not there, JobError when it is none."""
     try:
-        return FrozenPlan.model_validate_json(path.read_text(encoding="utf-8"))
+        return FrozenPlan.model_validate_json(read_text(path))
     except OSError as error:
         raise Refused(f"{path}: the plan cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:

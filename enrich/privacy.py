@@ -13,6 +13,7 @@ from secrets import token_bytes
 
 import polars as pl
 
+from enrich.bounded_read import read_bounded, read_text
 from enrich.domains import domain
 from enrich.errors import Refused
 from enrich.place import LedgerPlace, beside
@@ -66,13 +67,17 @@ def _domains(texts: pl.Series) -> pl.Series:
     return texts.alias("").to_frame().select(domain(pl.nth(0))).to_series()
 
 
+#: Bytes of a list that is held in memory.
+LONGEST_LIST = 1 << 28
+
+
 def read_suppression(path: Path) -> Suppression:
     """Read a list of addresses and domains, one a line; `#` begins a comment.
 
     Raises Refused that names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, LONGEST_LIST).splitlines()
     except FileNotFoundError:
         raise Refused(f"{path}: the list of `suppress` does not exist", "nobody is asked about without it") from None
     except OSError as error:
@@ -120,7 +125,7 @@ def read_key(ledger: LedgerPlace, known_by: str | None) -> bytes:
     """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
     path = key_path(ledger)
     try:
-        key = path.read_bytes()
+        key = read_bounded(path)
     except OSError as error:
         reason = error.strerror
     else:

@@ -13,6 +13,7 @@ from enrich.model import RowStatus
 class Receipt:
     """Counts and credits as they happened; None: not known. Rows by the status that they have in the output.
 
+    `credits_over_cap` is what was spent beyond the cap because prices rose while requests were at the API.
     `planned` is what the execution was to cost when it had read its input (`min`, `likely`, `max`). `answers` counts
     the requests that it settled, `columns` the rows that have a value; `cost_per_hit` holds what was settled in this
     execution against what it found. `providers` are those of its answers, in the order they were asked;
@@ -37,6 +38,7 @@ class Receipt:
     pending: int | None = None
     credits_spent: float = 0.0
     credits_unknown: int = 0
+    credits_over_cap: float | None = None
     planned: Mapping[str, float | None] | None = None
     cost_per_hit: float | None = None
     answers: int | None = None

@@ -6,26 +6,25 @@ import re
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, OUR_COLUMNS, Asking, Batch
+from enrich.bounded_read import read_bounded
 from enrich.errors import Refused
 from enrich.job import Job, nearest
 from enrich.order import ranks, sort_keys
-from enrich.privacy import Forgotten, read_suppression
+from enrich.privacy import LONGEST_LIST, Forgotten, read_suppression
 from enrich.question import Question
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
 from enrich.tables.parts import Block, Part, Stretch
 from enrich.tables.reading import Shape
 from enrich.tables.source import Counting, Source
+from enrich.where import EXAMPLE, ONE_ROW, compares_rows, compute, why_not
 
-#: What looks at other rows of a table than one's own; in quotes it is text or a column.
-_OTHER_ROWS = re.compile(r"\b(over|select)\b", re.IGNORECASE)
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
@@ -192,18 +191,17 @@ class Rows:
         where = self._job.model.where
         if where is None:
             return
-        lonely = "must say yes or no for each row by itself", "for example: Country = 'DE'"
-        if _OTHER_ROWS.search(_QUOTED.sub("", where)):
-            raise self._job.error(["where"], *lonely)
+        if (problem := why_not(where)) is not None:
+            raise self._job.error(["where"], problem, EXAMPLE)
         try:
-            answer = _select(where, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
+            answer = compute(where, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0]
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
             raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
-        if answer.schema != {"wanted": pl.Boolean} or answer.height:
-            raise self._job.error(["where"], *lonely)
+        if answer.schema != {"wanted": pl.Boolean} or answer.height or compares_rows(where, self._header):
+            raise self._job.error(["where"], ONE_ROW, EXAMPLE)
 
     def _suppressed(self, frame: pl.DataFrame) -> pl.Series | None:
         if self._suppression is None:
@@ -221,7 +219,7 @@ class Rows:
         if self._job.model.where is None:
             return wanted
         try:
-            return wanted & _select(self._job.model.where, frame).to_series().fill_null(value=False)
+            return wanted & compute(self._job.model.where, frame).to_series().fill_null(value=False)
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0].split(" for ")[0]
             hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
@@ -230,12 +228,6 @@ class Rows:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+        return sha256(read_bounded(path, LONGEST_LIST)).hexdigest()
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _select(where: str, frame: pl.DataFrame) -> pl.DataFrame:
-    """Compute `where`; the line break ends a comment."""
-    return frame.sql(f"SELECT ({where}\n) AS wanted FROM leads", table_name="leads")  # noqa: S608 - over this frame only

@@ -18,12 +18,18 @@ CODES = {
 }
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that end a run: not those that were ignored when the program started (`nohup`, a shell's `&`)."""
+    return tuple(number for number in CODES if signal.getsignal(number) is not signal.SIG_IGN)
+
+
 @dataclass(slots=True)
 class Signals:
     """What was heard so far; `on_first` is called once, in the event loop."""
 
     on_first: Callable[[Exit], object]
     heard: Exit | None = field(default=None, init=False)
+    _numbers: tuple[signal.Signals, ...] = field(default_factory=heeded, init=False)
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -51,12 +57,12 @@ class Signals:
             raise Interrupted(self.heard)
 
     def _listen(self) -> None:
-        for number, code in CODES.items():
+        for number in self._numbers:
             with suppress(ValueError, RuntimeError):  # only the main thread's loop can
-                asyncio.get_running_loop().add_signal_handler(number, self._hear, code)
+                asyncio.get_running_loop().add_signal_handler(number, self._hear, CODES[number])
 
     def _ignore(self) -> None:
-        for number in CODES:
+        for number in self._numbers:
             with suppress(ValueError, RuntimeError):
                 asyncio.get_running_loop().remove_signal_handler(number)
                 if number != signal.SIGINT:  # which raises KeyboardInterrupt by itself

@@ -79,6 +79,8 @@ class _Slip:
         yield self._line("credits", write_credits(receipt.credits_spent), "", _planned(receipt.planned))
         if receipt.cost_per_hit is not None:
             yield self._line("per hit", write_credits(receipt.cost_per_hit))
+        if receipt.credits_over_cap:
+            yield self._line("over cap", write_credits(receipt.credits_over_cap), "", "a price rose in flight")
         if receipt.credits_unknown:
             yield self._line("unpriced", f"{receipt.credits_unknown:,}", "", "answers of unknown price")
         if receipt.balance_before is not None and receipt.balance_after is not None:

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -189,12 +190,17 @@ class Office:
 
         With `room` no file grows beyond so many bytes, as on a full disk.
         """
-        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))) if room is not None else None
+
+        def prepare() -> None:
+            usual_signals()
+            if room is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
         process = subprocess.run(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
             env=self.variables(api) | environ,
-            preexec_fn=limit,
+            preexec_fn=prepare,
             capture_output=True,
             text=True,
             timeout=60,
@@ -216,8 +222,10 @@ class Office:
             code = run_command(arguments)
         return Done(int(code), out.getvalue(), err.getvalue())
 
-    def start(self, *arguments: str, api: Api | None = None, **environ: str) -> subprocess.Popen[str]:
-        """Start the program; the caller ends it."""
+    def start(
+        self, *arguments: str, api: Api | None = None, ignoring: Iterable[signal.Signals] = (), **environ: str
+    ) -> subprocess.Popen[str]:
+        """Start the program, `ignoring` signals as under `nohup`; the caller ends it."""
         return subprocess.Popen(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
@@ -225,6 +233,7 @@ class Office:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
+            preexec_fn=partial(usual_signals, ignoring),
             text=True,
         )
 
@@ -266,6 +275,14 @@ class Done:
         """The one object on stdout."""
         told: dict[str, Any] = json.loads(self.stdout)
         return told
+
+
+def usual_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
+    """Give a process that is being started the dispositions of a shell, however the tests were started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    for number in ignoring:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

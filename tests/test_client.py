@@ -22,6 +22,7 @@ from enrich.errors import (
     JobRejected,
     NotAccepted,
     NotBelieved,
+    NotUnderstood,
     OutOfCredits,
     RateLimited,
     TaskUnknown,
@@ -365,13 +366,27 @@ def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
         ({"retry_after": "7"}, 7.0),
         ({"retry_after": "0.5"}, 0.5),
         ({"retry_after": "-3"}, 0.0),
-        ({"retry_after": "nan"}, 0.0),
+        ({"retry_after": "nan"}, None),
+        ({"retry_after": "inf"}, None),
+        ({"retry_after": "1e3"}, None),
+        ({"retry_after": "-0"}, 0.0),
+        ({"retry_after": "86400"}, 3600.0),
+        ({"retry_after": "9" * 500}, 3600.0),
+        ({"retry_after": "1_0"}, None),
+        ({"retry_after": "\u00b2"}, None),
         ({"retry_after": "soon"}, None),
         ({"retry_after": ""}, None),
         ({"retry_after": "Sun, 01 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 5.0),
         ({"retry_after": "Sun, 01 Nov 2026 11:00:00 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 0.0),
         ({"retry_after": "Sun, 01 Nov 2026 12:00:05 GMT"}, None),
         ({"retry_after": "Sun, 01 Nov 2026 12:00:05 -0000", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
+        ({"retry_after": "Fri, 31 Dec 9999 23:59:59 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 3600.0),
+        ({"retry_after": "Fri, 31 Dec 9999 23:59:59 -2359", "date": "Mon, 01 Jan 0001 00:00:00 +2359"}, 3600.0),
+        ({"retry_after": "Sat, 01 Jan 0000 00:00:00 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, 0.0),
+        ({"retry_after": "Sun, 01 Nov 20260 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
+        ({"retry_after": "Sun, 01 Nov 2026 12:00:05 +9999999999", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
+        ({"retry_after": "Sun, 01 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 99999999999999999999 12:00:00"}, None),
+        ({"retry_after": ", , :", "date": ", , :"}, None),
         ({"retry_after": "Sun, 99 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
     ],
 )
@@ -392,7 +407,6 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(headers: dict[str, str], se
         ({"task_id": None, "request_id": "old"}, "old"),
         ({"task_id": "", "request_id": "old"}, "old"),
         ({"task_id": 17}, "17"),
-        ({"task_id": "\ud800"}, "?"),
     ],
 )
 def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: str) -> None:
@@ -415,6 +429,10 @@ def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: 
         "t-1",
         17,
         {"task_id": True},
+        {"task_id": "t-1\0"},
+        {"task_id": "t-1\u202e"},
+        {"task_id": "\ud800"},
+        {"task_id": f"t-{KEY}"},
         {"task_id": " "},
         {"task_id": 1.5},
         {"task_id": []},
@@ -564,15 +582,60 @@ def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
         assert type(refused(wire.base_url, task)) is NotBelieved
 
 
-@pytest.mark.parametrize("body", [[], "x", {"balance": []}, {"identifier": 5}, b"<html>"])
-def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object) -> None:
+@pytest.mark.parametrize(
+    ("body", "kind"), [([], NotUnderstood), ("x", NotUnderstood), (5, NotUnderstood), (b"<html>", NotAccepted)]
+)
+def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object, kind: type[CallFailed]) -> None:
     """The account and the waterfalls are read leniently, but they must be what they are."""
     with answering(http(200, body)) as wire:
-        if body != {"identifier": 5}:
-            assert type(refused(wire.base_url, lambda client: client.user())) is NotAccepted
-        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is NotAccepted
+        assert type(refused(wire.base_url, lambda client: client.user())) is kind
+        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is kind
         if body != []:
-            assert type(refused(wire.base_url, lambda client: client.waterfalls())) is NotAccepted
+            assert type(refused(wire.base_url, lambda client: client.waterfalls())) is kind
+
+
+@pytest.mark.parametrize("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
+def test_a_waterfall_without_an_identifier_is_none(body: object) -> None:
+    """The one thing that it must have; a list loses only such items."""
+    with answering(http(200, body)) as wire:
+        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is NotUnderstood
+    with answering(http(200, [body, {"identifier": 5}, None, "x"])) as wire:
+        assert [each.identifier for each in ask(wire.base_url, lambda client: client.waterfalls())] == ["5"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"<!DOCTYPE html><title>Attention Required! | Cloudflare</title>", NotAccepted),
+        (b"error code: 1020", NotAccepted),
+        (b"\xff\xfe<", NotAccepted),
+        ({"detail": "Invalid API key"}, Unauthorized),
+        (None, Unauthorized),
+    ],
+)
+def test_a_page_that_refuses_is_not_about_the_key(status: int, body: object, kind: type[CallFailed]) -> None:
+    """A firewall or CDN before the API refuses with a page; the API itself with JSON."""
+    calls: list[Callable[[Client], Awaitable[object]]] = [run, task, lambda client: client.user()]
+    with answering(http(status, body, content_type="text/html")) as wire:
+        errors = failures(wire.base_url, calls)
+    assert [type(error) for error in errors] == [kind] * len(calls)
+    assert all(("check the key" in (error.hint or "")) == (kind is Unauthorized) for error in errors)
+
+
+def test_a_proxy_that_wants_a_login_accepted_nothing() -> None:
+    """407 comes from what stands between."""
+    with answering(http(407, b"<html>")) as wire:
+        assert kinds(wire.base_url, [run, task]) == [NotAccepted] * 2
+        assert "the proxy wants a login" in refused(wire.base_url, run).message
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", {"detail": "x"}])
+def test_pages_of_other_statuses_mean_what_the_status_means(body: object) -> None:
+    """A 429 is a 429 and a 5xx may have been accepted, whatever comes with it."""
+    replies = iter([http(429, body), http(503, body)])
+    with answering(lambda _: next(replies)) as wire:
+        assert kinds(wire.base_url, [run, run]) == [RateLimited, Ambiguous]
 
 
 def test_half_a_character_does_not_stop_an_answer() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Api, Office, people, until
+from tests.harness import Api, Office, people, until, usual_signals
 from tests.postgres import Postgres
 
 pytest.importorskip("ray", reason="Ray comes with the extra `cluster`")
@@ -76,7 +76,7 @@ os._exit(0)
 
 def test_who_leaves_ray_does_what_is_left_to_do() -> None:
     """It hears no signal meanwhile, and has its own handlers afterwards: Ray would let SIGTERM kill it."""
-    leaving = subprocess.Popen([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE)
+    leaving = subprocess.Popen([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE, preexec_fn=usual_signals)
     assert leaving.stdout is not None
     said = os.read(leaving.stdout.fileno(), 100)
     for _ in range(10):

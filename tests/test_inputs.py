@@ -18,7 +18,7 @@ from enrich.place import STDIN, Url, locate
 from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
-from tests.harness import HEADER, Api, Done, Office, people, serving, until
+from tests.harness import HEADER, Api, Done, Office, people, serving, until, usual_signals
 from tests.tables import INPUTS, load, save
 
 
@@ -255,6 +255,7 @@ def test_a_signal_ends_the_wait_for_a_pipe(tmp_path: Path, office: Office, waiti
             env=office.variables(api) | {"TMPDIR": str(office.folder / "tmp")},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=usual_signals,
         )
         assert process.stdin is not None
         process.stdin.write(b"First Name\n")

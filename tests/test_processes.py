@@ -25,7 +25,7 @@ from enrich.sharedpace import SharedPace, Slate
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold, is_held
 from tests.books import BOUND, Books
-from tests.harness import Api, Office, kill, people, serving, until
+from tests.harness import Api, Office, kill, people, serving, until, usual_signals
 
 RUN = ("run", "job.yaml", "--json")
 
@@ -82,6 +82,7 @@ def at_work(office: Office, api: Api, processes: int = 2, *, group: bool = False
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=usual_signals,
         process_group=0 if group else None,
     )
     try:

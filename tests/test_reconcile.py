@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import httpx
 import pytest
 
+from enrich.api.waterfall import User
 from enrich.difference import compare
 from enrich.errors import Exit
-from enrich.model import MICROS, State
+from enrich.model import MICROS, State, read_balance
 from enrich.surroundings import Options, Progress
 from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
+from tests.wire import Reply, Seen, answering, http
 
 
 @pytest.fixture(params=BOTH_IN_TIME)
@@ -179,3 +183,91 @@ def test_no_more_is_submitted_than_can_be_fetched_in_time(tmp_path: Path, office
 
     assert receipt.exit_code == Exit.OK
     assert 0 < max(seen) <= 40 * 1 * 0.25
+
+
+def test_doubts_are_remembered_until_they_are_decided(tmp_path: Path, office: Office) -> None:
+    """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
+    office.write_leads(people(4))
+    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+        office.run(api)  # before there is any doubt
+        office.write_leads(people(8))
+        api.fault("error-after", 1, "post", status=500)
+        doubtful = office.run(api, timing=HASTY)
+        office.write_leads(people(12))
+        office.run(api, timing=HASTY)
+        office.run(api, timing=HASTY)
+
+        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert (told["since"], told["in_doubt"]["number"], told["unexplained"]) == (doubtful.execution, 1, 0)
+        assert office.command("reconcile", "job.yaml", "--since", "4", "--json", api=api).receipt["since"] == 4
+        status = office.command("status", "job.yaml", "--json").receipt
+        assert status["doubts"]["number"] == 1
+        assert status["doubts"]["oldest_execution"] == doubtful.execution
+        assert status["doubts"]["credits_at_most"] > 0
+        assert status["doubts"]["oldest_age_s"] >= 0
+        assert status["balance"]["since_execution"] == doubtful.execution
+        missing = status["balance"]["before"] - status["balance"]["after"] - status["balance"]["credits_spent"]
+        assert 0 < missing <= status["doubts"]["credits_at_most"]
+        shown = office.command("status", "job.yaml").stdout
+        assert "may have cost up to" in shown
+        assert f"of execution {doubtful.execution}" in shown
+
+        office.run(api, Options(accept_doubts=True), HASTY)
+        assert office.command("reconcile", "job.yaml", "--json", api=api).receipt["since"] == 5
+        status = office.command("status", "job.yaml", "--json").receipt
+        assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
+
+
+def test_a_cap_that_was_overrun_is_told_with_its_reason(office: Office) -> None:
+    """Prices that rose while requests were at the API: how much, why, and what to look at."""
+    office.write_leads(people(4))
+    office.write_job(limits="{requests_per_second: 1000, max_credits: 20}", enrichments="[833]")
+    with serving(office.folder / "api.db") as api:
+        waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
+
+    def answer(seen: Seen) -> Reply:
+        if seen.line.startswith("POST"):
+            return http(200, {"task_id": f"t-{json.loads(seen.body)['params']['first_name']}"})
+        if "/tasks/" in seen.line:
+            task_id = seen.line.split()[1].rpartition("/")[2]
+            done = {"task_id": task_id, "status": "completed", "credits_spent": 9, "data": {"email": "a@x.example"}}
+            return http(200, done)
+        return http(200, {"balance": 100, "workspace": "w"} if "/user/me" in seen.line else waterfall)
+
+    with answering(answer) as wire:
+        done = office.command("run", "job.yaml", "--json", "--receipt", api=Api(wire.base_url, "sandbox-key"))
+    receipt, err = done.receipt, done.stderr
+
+    over = receipt["credits_spent"] - 20
+    assert over > 0
+    assert receipt["credits_over_cap"] == pytest.approx(over)
+    assert f"cap was overrun by {over:,.2f}" in receipt["notes"][-1]
+    assert "over cap" in err
+    assert "because a price rose" in err
+
+
+@pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
+def test_a_negative_balance_is_a_balance(office: Office, balance: object) -> None:
+    """It is shown, and no run begins with it."""
+    office.write_leads(people(2))
+    with serving(office.folder / "api.db") as api:
+        waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
+
+    def answer(seen: Seen) -> Reply:
+        return http(200, {"balance": balance, "workspace": 7} if "/user/me" in seen.line else waterfall)
+
+    with answering(answer) as wire:
+        api = Api(wire.base_url, "sandbox-key")
+        done = office.command("run", "job.yaml", "--json", api=api)
+        assert (done.code, done.receipt["balance_before"]) == (Exit.REFUSED, pytest.approx(float(str(balance))))
+        assert "the balance is -" in done.stderr
+        planned = office.command("plan", "job.yaml", "--json", api=api).receipt
+        assert planned["balance"] == pytest.approx(float(str(balance)))
+        assert any("would be refused: the balance is -" in note for note in planned["notes"])
+        assert all(seen.line.startswith("GET") for seen in wire.requests)
+
+
+@pytest.mark.parametrize("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
+def test_a_balance_that_cannot_be_read_is_not_known(balance: object) -> None:
+    """It is never 0."""
+    assert read_balance(User.model_validate({"balance": balance}).balance) is None

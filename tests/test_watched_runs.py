@@ -24,7 +24,7 @@ from enrich.look.picture import Sign, headline
 from enrich.look.status import read_status
 from enrich.look.watch import ENTER, LEAVE, WAITING, watch_job
 from enrich.watch import runlog
-from tests.harness import Office, kill, people, serving, shown_on, until
+from tests.harness import Office, kill, people, serving, shown_on, until, usual_signals
 from tests.watch import log_lines
 
 pytestmark = pytest.mark.long
@@ -110,6 +110,7 @@ def test_ctrl_c_leaves_the_watch_quietly(office: Office) -> None:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
+        preexec_fn=usual_signals,
     )
     os.close(theirs)
     shown = shown_on(ours, up_to=WAITING.encode()[:30])

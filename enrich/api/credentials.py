@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from enrich.bounded_read import read_text
 from enrich.errors import JobError, KeyRefused
 
 DEFAULT_BASE_URL = "https://api.databar.ai/v1"
@@ -101,7 +102,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
 
 def _read(path: Path, named_by: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise KeyRefused(f"{path}: the key file of {named_by} cannot be read: {reason}") from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich.errors import ClusterFailed, Exit, Interrupted
-from enrich.signals import CODES
+from enrich.signals import CODES, heeded
 
 #: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ENABLE_AUTO_CONNECT": "0"}
@@ -108,10 +108,14 @@ def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exi
     heard: list[Exit] = []
     latest = time.monotonic() + at_most_s
     handlers = {number: signal.getsignal(number) for number in CODES}
+    listening = heeded()
     try:
         while not call.done() and len(heard) < signals and time.monotonic() < latest:
             for number in CODES:
-                signal.signal(number, lambda number, _: heard.append(CODES[signal.Signals(number)]))
+                if number in listening:
+                    signal.signal(number, lambda number, _: heard.append(CODES[signal.Signals(number)]))
+                else:
+                    signal.signal(number, signal.SIG_IGN)
             wait([call], LISTEN_S)
     finally:
         for number, handler in handlers.items():

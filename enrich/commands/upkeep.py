@@ -157,7 +157,7 @@ def _agreed(what: str, *, yes: bool) -> bool:
     """Ask a person; off a terminal --yes must be there."""
     if yes:
         return True
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise click.UsageError(f"{what} Off a terminal this needs --yes")
     click.echo(what, err=True)
     return click.confirm("Go on?", err=True)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from enrich.api.client import Client
 from enrich.api.credentials import Access
 from enrich.connect import patiently
-from enrich.difference import CENT, WORDS, Part, Reconciliation, compare
+from enrich.difference import CENT, WORDS, Part, Reconciliation, compare, reckoned_from
 from enrich.errors import ApiUnreachable, Refused
 from enrich.execution import Timing
 from enrich.job import Job
-from enrich.model import SystemClock, to_micros
+from enrich.model import SystemClock, read_balance
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 
@@ -26,8 +26,12 @@ def reconcile_job(job: Job, access: Access, since: int | None) -> Reconciliation
         raise Refused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
     ledger = Ledger(job.ledger, read_only=True)
     try:
-        known = [row for row in ledger.executions() if row["balance_before"] is not None]
-        chosen = next((row for row in known if since is None or row["id"] == since), None)
+        executions, doubts = ledger.executions(), ledger.doubts()
+        if since is None:
+            chosen = reckoned_from(executions, None if doubts is None else doubts.execution)
+        else:
+            named = [row for row in executions if row["id"] == since and row["balance_before"] is not None]
+            chosen = named[0] if named else None
         if chosen is None:
             which = "no execution" if since is None else f"execution {since} is not there or"
             raise Refused(f"{job.ledger}: {which} knows its balance", "enrich status lists the executions")
@@ -41,7 +45,7 @@ def reconcile_job(job: Job, access: Access, since: int | None) -> Reconciliation
 async def _balance(access: Access) -> int:
     async with Client(access, SystemClock()) as client:
         user = await patiently(client.user, Timing().start_s)
-    balance = to_micros(user.balance)
+    balance = read_balance(user.balance)
     if balance is None:
         raise ApiUnreachable("the API tells no balance", "nothing can be reconciled without it")
     return balance

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from enrich.difference import reckoned_from
 from enrich.job import Job
 from enrich.look.lookout import Lookout
 from enrich.look.picture import Sign
-from enrich.model import by_status, iso, many, to_credits
+from enrich.model import by_status, duration, iso, many, to_credits
 from enrich.pulse import Doing
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
@@ -35,6 +37,10 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     executions = ledger.executions(job.name, SHOWN_EXECUTIONS) if ledger else []
     seen = Lookout(job).look() if ledger else None
+    doubts = ledger.doubts() if ledger else None
+    every = ledger.executions() if ledger else []
+    last = next((row for row in every if row["balance_after"] is not None), None)
+    first = None if last is None else reckoned_from(every, last["id"] if doubts is None else doubts.execution)
     return {
         "job": job.name,
         "ledger": str(job.ledger),
@@ -45,6 +51,23 @@ def _status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
         "last_expiry": iso(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
         "credits_unknown": unknown,
+        "doubts": None
+        if doubts is None
+        else {
+            "number": doubts.number,
+            "credits_at_most": to_credits(doubts.most),
+            "oldest_execution": doubts.execution,
+            "oldest_at": iso(doubts.since_ms),
+            "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - doubts.since_ms) // 1000),
+        },
+        "balance": None
+        if first is None or last is None or last["id"] < first["id"]
+        else {
+            "since_execution": first["id"],
+            "before": to_credits(first["balance_before"]),
+            "after": to_credits(last["balance_after"]),
+            "credits_spent": to_credits(sum(row["spent"] for row in every if first["id"] <= row["id"] <= last["id"])),
+        },
         "at_work": seen.as_json() if seen is not None and seen.sign is Sign.AT_WORK else None,
         "executions": [
             {
@@ -82,16 +105,18 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
         if status[state]:
             yield f"  {state:<10}{status[state]:>9,}"
+    if (doubts := status["doubts"]) is not None:
+        oldest = f"the oldest is {duration(doubts['oldest_age_s'])} old, of execution {doubts['oldest_execution']}"
+        yield f"  {'':<10}{'':>9}  may have cost up to {doubts['credits_at_most']:,.2f} credits; {oldest}"
     unknown = f" and {status['credits_unknown']} answers of unknown price" if status["credits_unknown"] else ""
     yield f"  credits   {status['credits_spent']:>9,.2f}  spent in all{unknown}"
     if status["at_the_api"]:
         expiry = f"the first result expires at {status['next_expiry']}"
         yield f"  waiting   {status['at_the_api']:>9,}  requests at the API; {expiry}"
-    last = next((known for known in status["executions"] if known["balance_after"] is not None), None)
-    if last is not None and last["balance_before"] is not None:
-        other = round(last["balance_before"] - last["balance_after"] - last["credits_spent"], 2) + 0.0
-        was = f"was {last['balance_before']:,.2f} before execution {last['execution']}"
-        yield f"  balance   {last['balance_after']:>9,.2f}  {was}; {other:+,.2f} beyond the credits spent"
+    if (balance := status["balance"]) is not None:
+        other = round(balance["before"] - balance["after"] - balance["credits_spent"], 2) + 0.0
+        was = f"was {balance['before']:,.2f} before execution {balance['since_execution']}"
+        yield f"  balance   {balance['after']:>9,.2f}  {was}; {other:+,.2f} beyond the credits spent"
     if status["executions"]:
         yield "  execution  started               ended                 exit  submitted    credits"
     for execution in status["executions"]:

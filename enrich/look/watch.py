@@ -15,6 +15,7 @@ import click
 from enrich.errors import Exit, Interrupted
 from enrich.look.lookout import Lookout
 from enrich.look.picture import Picture, Sign, line, lines
+from enrich.streams import failure
 
 WAITING = "no run is at work: waiting for the next; Ctrl-C leaves"
 HOPING = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
@@ -30,6 +31,12 @@ COLOURS = {Sign.AT_WORK: "green", Sign.SILENT: "red"}
 def _wait(picture: Picture) -> str:
     """Say what is waited for."""
     return HOPING if picture.sign is Sign.SILENT else WAITING
+
+
+def _flush(out: TextIO) -> None:
+    """Show what was written. Raises BrokenPipeError when it can't be shown any more: then watching is over."""
+    if failure(out) is not None:
+        raise BrokenPipeError
 
 
 class View(Protocol):
@@ -76,7 +83,7 @@ class Lines:
         else:
             said = line(picture) + (f"; {_wait(picture)}" if waiting else "")
         self.out.write(said + "\n")
-        self.out.flush()
+        _flush(self.out)
 
     def pause(self, seconds: float) -> None:
         """Let time pass."""
@@ -100,7 +107,7 @@ class Screen:
         # In the last column a terminal may go on to the next line.
         shown = self._lines(picture, columns - 1, waiting=waiting)[: max(1, rows)]
         self.out.write(HOME + "\r\n".join(text + END_OF_LINE for text in shown) + BELOW)
-        self.out.flush()
+        _flush(self.out)
 
     def pause(self, seconds: float) -> None:
         """Let the picture stand; draw it again when the window changes its size."""

@@ -15,7 +15,7 @@ from enrich.api.network import find_certificates, find_proxy
 from enrich.budget import make_budget
 from enrich.errors import PRECEDENCE, EnrichError, Exit
 from enrich.job import Job
-from enrich.model import State, to_micros
+from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, failed
 from enrich.place import LedgerPlace, Postgres, beside
@@ -199,13 +199,13 @@ def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iter
     limits = job.model.limits
     if checked.question and live:
         try:
-            make_budget(job, checked.question, to_micros(live.user.balance))
+            make_budget(job, checked.question, read_balance(live.user.balance))
         except EnrichError as error:
             yield failed("cap", error)
     yield from outlook.cap(_micros(limits.max_credits), worst, executions)
     if live:
         spent = [row["spent"] for row in executions]
-        yield from outlook.money(to_micros(live.user.balance), _micros(limits.min_balance), worst, spent)
+        yield from outlook.money(read_balance(live.user.balance), _micros(limits.min_balance), worst, spent)
 
 
 def _is_known(ledger: LedgerPlace) -> bool:

@@ -57,7 +57,9 @@ def money(balance: int | None, min_balance: int | None, worst: int | None, last:
         yield Finding("ok", "balance", "the API does not tell it")
         return
     told = f"{to_credits(balance):,.2f} credits"
-    if min_balance is not None and balance < min_balance:
+    if balance < 0:
+        yield Finding("fail", "balance", f"{told}: runs are refused", "top up", Exit.REFUSED)
+    elif min_balance is not None and balance < min_balance:
         least = f"limits.min_balance wants {to_credits(min_balance):,.2f} to stay"
         yield Finding("fail", "balance", f"{told}, but {least}", "top up, or lower min_balance", Exit.REFUSED)
     elif worst is not None and balance - (min_balance or 0) < worst:

@@ -7,6 +7,7 @@ import struct
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
 from typing import Any
 
 from enrich.sandbox.clock import Clock
@@ -33,6 +34,7 @@ _PAGE = b"<!doctype html><html><head><title>%d</title></head><body><h1>Something
 _ERROR = b'{"detail":"Internal Server Error"}'
 _TOO_MANY = b'{"detail":"Too Many Requests"}'
 _UNAVAILABLE = b'{"detail":"Service Unavailable"}'
+_NOT_LOCAL = b'{"detail":"The sandbox answers only requests to localhost."}'
 _NO_CREDITS = b'{"detail":"Check the number of remaining credits or the tariff plan."}'
 _PLAIN = {
     "rate-limit-bare": (429, _TOO_MANY),
@@ -51,6 +53,21 @@ _ENDPOINTS = (
     ("health", re.compile(r"GET /health")),
     ("other", re.compile(r".* /v1/.*")),
 )
+
+
+def is_loopback(headers: Headers) -> bool:
+    """Tell whether a request names this machine as its host: a page elsewhere whose name leads here does not."""
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    named = re.fullmatch(r"(?:\[([^]]*)\]|([^:\[\]]*))(?::[0-9]*)?", hosts[0]) if len(hosts) == 1 else None
+    if named is None:
+        return False
+    host = named[1] or named[2]
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def endpoint_of(method: str, path: str) -> str:
@@ -121,6 +138,10 @@ class Gate:
             await send(message)
 
         endpoint = endpoint_of(scope["method"], scope["path"])
+        if not is_loopback(scope["headers"]):
+            await _drain(receive)
+            await _reply(dated, 403, _NOT_LOCAL)
+            return
         if not endpoint:
             await self._app(scope, receive, dated)
             return

@@ -55,7 +55,8 @@ def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> N
 
         def announce() -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, server.stop)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, or a shell's &
+                    asyncio.get_running_loop().add_signal_handler(number, server.stop)
             lines = f"DATABAR_BASE_URL={_url(listener)}\nDATABAR_API_KEY={settings.api_key}\n"
             print(lines, end="", flush=True)  # noqa: T201  # what the command is for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from enrich.model import Call, Settled, State
 from enrich.store.intake import OPEN_ATTEMPT, Intake
@@ -11,6 +12,15 @@ from enrich.store.intake import OPEN_ATTEMPT, Intake
 EXPERIENCE = 100_000
 #: Attempts stand in the order of their executions: those of ?1 and later ones are found without reading millions.
 SINCE = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
+
+
+class Doubts(NamedTuple):
+    """Requests in doubt: `most` is what they may have cost (millionths), the oldest is of `execution` at `since_ms`."""
+
+    number: int
+    most: int
+    execution: int
+    since_ms: int
 
 
 class Figures(Intake):
@@ -104,6 +114,23 @@ class Figures(Intake):
             "SELECT coalesce(sum(size - 1), 0) FROM bundles WHERE settled_ms IS NOT NULL"
         ).fetchone()
         return polls / max(1, submitted - together) if submitted else None
+
+    def risen(self, execution_id: int) -> tuple[int, int]:
+        """Count the tasks settled in an execution that cost more than was reserved, and sum up by how much."""
+        row = self._db.execute(
+            "SELECT count(*), coalesce(sum(risen), 0) FROM (SELECT sum(paid) - sum(reserved) AS risen FROM billed "
+            "WHERE settled_in = ? AND paid IS NOT NULL GROUP BY coalesce(bundle_id, -id)) AS tasks WHERE risen > 0",
+            (execution_id,),
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def doubts(self) -> Doubts | None:
+        """Sum up the requests in doubt, of all executions; None: there is none."""
+        row = self._db.execute(
+            "SELECT count(*), coalesce(sum(a.reserved), 0), min(a.execution_id), min(a.claimed_ms) "
+            "FROM requests r JOIN attempts a ON a.id = r.attempt_id WHERE r.state = 'in_doubt'"
+        ).fetchone()
+        return Doubts(*map(int, row)) if row[0] else None
 
     def movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
         """Sum up the attempts that were made or settled since an execution.

@@ -119,6 +119,8 @@ def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSessio
 
     Raises Refused when the file is not a ledger, is newer than this program or can't be written.
     """
+    if path.is_fifo() or path.is_char_device():  # SQLite would wait for a writer
+        raise Refused(f"{path}: the ledger cannot be opened: it is a pipe or a device, not a file")
     try:
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)

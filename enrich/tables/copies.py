@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import weakref
@@ -71,6 +72,9 @@ class Copies:
         """Copy what comes through the pipe: it is read more than once."""
         if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
             raise TableProblem("standard input is a terminal, or closed", "pipe the leads into it: cat FILE | enrich …")
+        status = os.fstat(sys.stdin.fileno())
+        if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, Path(os.devnull).stat()):
+            raise TableProblem("standard input is a device", "pipe the leads into it: cat FILE | enrich …")
         beginning = sys.stdin.buffer.read(len(_GZIP))
         with self._new("stdin.gz" if beginning == _GZIP else "stdin") as (path, into):
             into.write(beginning)

@@ -50,6 +50,8 @@ def find(where: Place, told: Input) -> list[Leaf]:
     if isinstance(where, Url):
         found = [Leaf(url, told, stamp=stamp) for url, stamp in objects(where).items()]
     else:
+        if where.exists() and not (where.is_file() or where.is_dir()):
+            raise TableProblem(f"{where} is a pipe or a device, not a file", "pipe the leads in: --input -")
         found = [Leaf(path, told) for path in files(where)]
     if [leaf.where for leaf in found] == [where]:
         return found

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from enrich.bounded_read import read_text
 from enrich.model import RowStatus, to_credits
 from enrich.store.history import Totals
 
@@ -75,7 +76,7 @@ def of_ledger(totals: Totals) -> Samples:
 def read(path: Path) -> Samples:
     """Read what an earlier run wrote; nothing when it can't be read."""
     try:
-        families = list(text_string_to_metric_families(path.read_bytes().decode()))
+        families = list(text_string_to_metric_families(read_text(path)))
     except (OSError, ValueError):
         return {}
     samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from enrich.bounded_read import read_text
 from enrich.watch.aside import Aside
 
 PATIENCE_S = 20.0
@@ -37,7 +38,7 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
     try:
         if path.stat().st_mode & OTHERS:
             problems.append(f"{path}: others may read the addresses in it: chmod 600 {path}")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
             if (url := line.strip()) and not url.startswith("#"):
                 addresses.append((number, url))
     except (OSError, UnicodeDecodeError) as error:

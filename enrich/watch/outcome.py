@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from enrich.model import RowStatus, many
+from enrich.model import RowStatus, many, write_credits
 
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
 WORDS = {
@@ -96,11 +97,14 @@ _OF_ROWS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def needs(code: int, rows: Mapping[str, int], target: Target, what: str = "row") -> list[Need]:
+def needs(code: int, rows: Mapping[str, Any], target: Target, what: str = "row") -> list[Need]:
     """Tell what to do, and the exact commands: for an exit code, and for rows (or `what` is counted) by status."""
     found = []
     if code in _HELP and not (code == _DOUBT and rows.get(RowStatus.IN_DOUBT)):
         found.append((_FIRST[code], _HELP[code]))
+    if over := rows.get("credits_over_cap"):
+        text = f"the credits cap was overrun by {write_credits(over)}, because a price rose: look at the prices"
+        found.append((text, ("enrich plan {run}",)))
     for status, (text, commands) in _OF_ROWS.items():
         if count := rows.get(status):
             found.append((f"{many(count, what)} {text}", commands))

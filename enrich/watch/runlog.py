@@ -105,11 +105,29 @@ def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iter
 
 
 def _check_is_log(path: Path) -> None:
-    """Refuse to write into, and to rotate away, what is no log: the leads, a ledger."""
+    """Refuse to write into, and to rotate away, what is no log: the leads, a ledger, a device."""
+    if path.is_block_device() or (path.is_char_device() and not _takes_lines(path)):
+        raise Refused(f"{path}: the log cannot be written: it is a device", "choose another `--log-file`")
+    if path.is_fifo():
+        with suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return
+        raise Refused(f"{path}: the log cannot be written: it is a pipe that nothing reads from")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) not in (b"", b'{"v"'):
                 raise Refused(f"{path}: this is there already, and no log", "choose another `--log-file`")
+
+
+def _takes_lines(device: Path) -> bool:
+    """Tell a terminal and /dev/null from other devices."""
+    if device.samefile(os.devnull):
+        return True
+    descriptor = os.open(device, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        return os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Lines(RotatingFileHandler):
@@ -121,7 +139,9 @@ class _Lines(RotatingFileHandler):
         super().__init__(path, maxBytes=LARGEST, backupCount=KEPT, encoding="utf-8")
 
     def _open(self) -> TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        # A pipe that nothing reads from is refused: opened otherwise, it would be waited for.
+        descriptor = os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o600)
+        os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, "a", encoding="utf-8")
 
     def format(self, record: logging.LogRecord) -> str:

@@ -66,6 +66,8 @@ class Witnesses:
                 message = f"`{model.metrics}` would not be read: the textfile collector takes *.prom only"
                 raise job.error(["metrics"], message, "let its name end in .prom")
             self._metrics = job.path(model.metrics)
+            if self._metrics.exists() and not self._metrics.is_file():
+                raise job.error(["metrics"], f"{self._metrics}: the metrics cannot be written: it is no file")
 
     def admitted(self) -> None:
         """Hear that the run holds its ledger: it begins now."""

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import embedded
 from enrich.sandbox.settings import SandboxSettings
+from tests.harness import usual_signals
 from tests.sandbox.conftest import Api, people
 
 AT_ONCE = SandboxSettings(latency="fixed(0)")
@@ -29,7 +30,9 @@ AT_ONCE = SandboxSettings(latency="fixed(0)")
 def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], Api]]:
     """Run `python -m enrich.sandbox`, and give it with a client."""
     command = [sys.executable, "-m", "enrich.sandbox", "--latency", "fixed(0)", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=usual_signals
+    ) as running:
         assert running.stdout
         try:
             lines = dict(running.stdout.readline().strip().split("=", 1) for _ in range(2))
@@ -210,3 +213,31 @@ def test_help_names_every_fault() -> None:
     """The help lists the options with their defaults, and the faults."""
     words = " ".join(CliRunner().invoke(sandbox, ["--help"]).output.split())
     assert all(text in words for text in ("--no-data-seconds", "lognormal(1.2,0.6)", "reset-after", "unavailable"))
+
+
+@pytest.mark.parametrize(
+    ("host", "answers"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.1:80", True),
+        ("127.1.2.3:1", True),
+        ("localhost", True),
+        ("LOCALHOST:8080", True),
+        ("[::1]:1", True),
+        ("evil.example", False),
+        ("evil.example:80", False),
+        ("127.0.0.1.evil.example", False),
+        ("localhost.evil.example", False),
+        ("10.0.0.1", False),
+        ("[::]", False),
+        ("127.0.0.1@evil.example", False),
+        ("", False),
+    ],
+)
+def test_only_requests_to_this_machine_are_answered(tmp_path: Path, host: str, answers: bool) -> None:  # noqa: FBT001
+    """A page elsewhere whose name leads to loopback (DNS rebinding) reaches neither the API nor the switches."""
+    with ExitStack() as stack:
+        api = client(stack, tmp_path / "state.db")
+        for path in ("/health", "/v1/user/me", "/__audit", "/nowhere"):
+            answer = api.http.get(api.base_url.removesuffix("/v1") + path, headers={"host": host})
+            assert (answer.status_code == 403) == (not answers)

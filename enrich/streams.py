@@ -1,0 +1,59 @@
+"""Standard streams that never end a command: closed ones lead to /dev/null, and what cannot be written is dropped."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+class _Dropping(io.FileIO):
+    """Writes what it can; `failed` is the first error."""
+
+    failed: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write, waiting for a reader where the descriptor does not block; after an error drop everything."""
+        try:
+            while self.failed is None:
+                if (written := super().write(data)) is not None:
+                    return written
+                select.select([], [self], [])
+        except OSError as error:
+            self.failed = error
+        return memoryview(data).nbytes
+
+
+def guard_streams() -> None:
+    """Take over descriptors 0 to 2 before anything else is opened: a file of ours in their place would be written to.
+
+    `sys.stdin` stays None where there is none.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - positional only
+    sys.stdout, sys.stderr = _guarded(sys.stdout, 1), _guarded(sys.stderr, 2)
+
+
+def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
+    errors = stream.errors if stream else None
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Dropping(descriptor, "w", closefd=False)),
+        encoding=stream.encoding if stream else "utf-8",
+        errors="backslashreplace" if errors in (None, "strict") else errors,
+        line_buffering=descriptor == 2 or os.isatty(descriptor),  # noqa: PLR2004 - stderr
+    )
+
+
+def failure(stream: TextIO) -> OSError | None:
+    """Flush a stream; return why it could not be written, None when it could."""
+    stream.flush()
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw.failed if isinstance(raw, _Dropping) else None

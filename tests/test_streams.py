@@ -1,0 +1,152 @@
+"""Standard streams that are closed, full or left by their reader: a run does its work all the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Api, Done, Office, people, usual_signals
+
+NO_SPACE = "note: stdout cannot be written: No space left on device\n"
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture
+def leads(office: Office) -> Iterator[Office]:
+    """Make a job with leads, and a log, rejects and report beside the output."""
+    office.write_leads(people(5))
+    office.write_job(rejects="rejects.csv", report="report.html")
+    yield office
+    for descriptor in (0, 1, 2):
+        os.fstat(descriptor)
+
+
+def with_streams(
+    office: Office, api: Api, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
+) -> Done:
+    """Run the program with descriptors that are closed, or on a full disk; what is neither is captured."""
+
+    def prepare() -> None:
+        usual_signals()
+        for descriptor in full:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+        for descriptor in closed:
+            os.close(descriptor)
+
+    process = subprocess.run(
+        [sys.executable, "-m", "enrich", *arguments],
+        cwd=office.folder,
+        env=office.variables(api),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=prepare,
+    )
+    return Done(process.returncode, process.stdout, process.stderr)
+
+
+STREAMS: list[dict[str, tuple[int, ...]]] = [
+    {"closed": (1,)},
+    {"closed": (2,)},
+    {"closed": (1, 2)},
+    {"closed": (0, 1, 2)},
+    {"full": (1,)},
+    {"full": (2,)},
+    {"full": (1, 2)},
+    {"closed": (1,), "full": (2,)},
+    {"closed": (0,)},
+]
+
+
+@pytest.mark.parametrize("streams", STREAMS, ids=str)
+def test_a_run_does_its_work_without_its_streams(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
+    """The exit code is that of the leads, every file is whole, and nothing of it is in the files of others."""
+    done = with_streams(leads, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams)
+
+    assert done.code == 0
+    assert [row["enrich_status"] for row in leads.output()].count("found") > 0
+    assert all((leads.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
+    assert (leads.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
+    assert "Traceback" not in done.stderr
+    unusable = streams.get("closed", ()) + streams.get("full", ())
+    assert bool(done.stdout) == (1 not in unusable)
+    assert ("job: 5 rows" in done.stderr) == (2 not in unusable)
+    assert done.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
+
+
+@pytest.mark.parametrize("streams", STREAMS[:4], ids=str)
+def test_what_goes_wrong_keeps_its_exit_code(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
+    """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
+    api.fault("no-task-id")
+    assert with_streams(leads, api, "run", "job.yaml", "--json", **streams).code == 14
+    leads.write_job(where="no sql")
+    assert with_streams(leads, api, "run", "job.yaml", "--json", **streams).code == 2
+
+
+COMMANDS = [["--help"], ["--version"], [], ["schema"], ["run", "--help"], ["status", "job.yaml"], ["plan", "job.yaml"]]
+COMMANDS += [["runs", "job.yaml", "--json"], ["explain", "job.yaml", "--row", "1"], ["waterfalls"], ["nonsense"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_other_commands_keep_their_exit_codes_too(api: Api, leads: Office, command: list[str]) -> None:
+    """A full disk is told in a line, a closed stream not at all; neither changes the exit code."""
+    plain = with_streams(leads, api, *command)
+    for streams in STREAMS[:7]:
+        done = with_streams(leads, api, *command, **streams)
+        assert done.code == plain.code
+        assert done.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
+
+
+@pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--receipt"], ["schema"]], ids=" ".join)
+@pytest.mark.parametrize("left", ["stdout", "stderr"])
+def test_a_reader_that_leaves_changes_nothing(api: Api, leads: Office, arguments: list[str], left: str) -> None:
+    """`… | head -1` ends the reading, not the run."""
+    process = leads.start(*arguments, api=api)
+    streams = {"stdout": process.stdout, "stderr": process.stderr}
+    stream = streams.pop(left)
+    assert stream is not None
+    stream.close()
+    (other,) = streams.values()
+    assert other is not None
+    said = other.read()
+    other.close()
+
+    assert process.wait(30) == 0
+    assert "Traceback" not in said
+    assert "cannot be written" not in said
+    if arguments[0] == "run":
+        assert len(leads.output()) == 5
+        assert (leads.folder / "report.html").exists()
+
+
+def test_watching_ends_when_its_reader_leaves(api: Api, leads: Office) -> None:
+    """`status --watch | head -1` does not watch for ever."""
+    assert leads.command("run", "job.yaml", api=api).code == 0
+    process = leads.start("status", "job.yaml", "--watch", "--every", "1s")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_a_stream_that_does_not_block_is_waited_for() -> None:
+    """A pipe in non-blocking mode that is full for a moment loses nothing."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    code = "from enrich.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs) as process:
+        os.close(theirs)
+        with open(ours, "rb") as reader:  # noqa: PTH123 - a descriptor
+            assert reader.read() == (b"x" * 99 + b"\n") * 9999
+    assert process.returncode == 0
