@@ -130,6 +130,15 @@ class LedgerFailed(EnrichError):
     """The ledger could not be written in the middle of an execution."""
 
 
+class LedgerMoved(LedgerFailed):
+    """A file of the ledger was removed or replaced while a run was using it."""
+
+    def __init__(self, message: str, hint: str | None = None, *, gone: bool = True) -> None:
+        """`gone`: the database itself is no longer at its path, not only the lock file."""
+        super().__init__(message, hint)
+        self.gone = gone
+
+
 class LeaseLost(LedgerFailed):
     """This process was silent for too long: what it was at is another's now."""
 

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from enrich.api.client import Client
@@ -23,9 +25,11 @@ from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
 from enrich.store.holding import Owner
-from enrich.store.journal import Journal
+from enrich.store.journal import LOCKED_S, Journal
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options, Surroundings
+from enrich.store.rescue import remove_taken, take_in_files
+from enrich.store.rescue_file import RescueFile
+from enrich.surroundings import Options, Surroundings, rescue_folders
 from enrich.tables.writing import prepare
 
 #: How often it is looked whether others are gone.
@@ -48,11 +52,32 @@ async def _run(around: Surroundings, options: Options) -> Receipt:
     try:
         with signals.handled():
             client = Client(around.access, around.clock, post_s=timing.post_s, get_s=timing.get_s)
-            async with client, Journal(around.ledger) as journal:
+            async with client, _journal(around) as journal:
                 return await _execute(around, options, signals, client, journal)
     except asyncio.CancelledError:
         signals.check()
         raise
+
+
+def _journal(around: Surroundings) -> Journal:
+    """Open the journal; what a file does not take goes into a rescue file beside it."""
+    place = around.ledger.place
+    if not isinstance(place, Path):
+        return Journal(around.ledger)
+    rescue = partial(RescueFile, place, rescue_folders(around.job))
+    journal = Journal(around.ledger, rescue=rescue, lock_patience_s=LOCKED_S)
+    journal.on_wait = around.tell
+    return journal
+
+
+async def _take_in_rescued(around: Surroundings, journal: Journal) -> list[str]:
+    """Take in what an earlier run could not write into the ledger; return it in words.
+
+    Raises Refused for a rescue file that is damaged.
+    """
+    job = around.job
+    taken = await journal.do(take_in_files, rescue_folders(job), job.name, around.clock.now_ms())
+    return [f"{path} was taken in: {what}" for path, what in remove_taken(taken)]
 
 
 async def _execute(
@@ -61,6 +86,7 @@ async def _execute(
     job, clock = around.job, around.clock
     started = clock.monotonic()
     await _others_gone(around, journal)
+    rescued = await _take_in_rescued(around, journal)
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
@@ -85,7 +111,7 @@ async def _execute(
     execution = desk.execution
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
-    for note in connection.notes:
+    for note in [*rescued, *connection.notes]:
         desk.note(note)
     with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
         try:
@@ -192,4 +218,5 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     heart = Heartbeat(around, execution, journal, started)
     desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
     signals.on_first = desk.interrupt
+    journal.on_failure = desk.ledger_failed
     return desk, refused

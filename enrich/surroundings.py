@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
 
 from enrich.api.credentials import Access
 from enrich.engine import Engine
@@ -77,6 +80,16 @@ class Surroundings:
     engine: Engine | None = None
     #: The descriptor of the ledger's lock, for the processes that work with us.
     lock: int | None = None
+
+
+def rescue_folders(job: Job) -> tuple[Path, ...]:
+    """Where a rescue file may lie beside the ledger's folder: the output's, which has no date in it, and the job's."""
+    home = job.document.path.resolve().parent
+    if not isinstance(job.output_path(datetime.now().astimezone()), Path):
+        return (home,)
+    parts = Path(os.path.normpath(job.output_base / job.output.path)).parts
+    dated = next((number for number, part in enumerate(parts) if "%" in part), len(parts))
+    return (Path(*parts[: min(dated, len(parts) - 1)]), home)
 
 
 def wish(job: Job, options: Options, now_ms: int) -> Wish:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.dialect import FAILURES, Session
+from enrich.store.open_files import is_there
 from enrich.store.server import postgres
 from enrich.store.sqlite import JOURNALS, open_file
 
@@ -46,6 +48,15 @@ class Database:
             )
         else:
             self._db = open_file(place, read_only=read_only, any_version=any_version)
+
+    def watch_files(self) -> None:
+        """Record which files the ledger is open in; the caller holds its lock."""
+        if isinstance(self.place, Path):
+            self._db.watch_files(self.place)
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when one of them was removed or replaced."""
+        self._db.check_files()
 
     def close(self) -> None:
         """Close the database; what was committed stays."""
@@ -132,8 +143,11 @@ class Database:
 
 
 def exists(place: LedgerPlace) -> bool:
-    """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
-    return postgres().schema_exists(place) if isinstance(place, Postgres) else place.exists()
+    """Tell whether a ledger was ever made there.
+
+    Raises Refused when the server can't be asked, and when the path is a dangling link or no file.
+    """
+    return postgres().schema_exists(place) if isinstance(place, Postgres) else is_there(place)
 
 
 def remove(place: LedgerPlace) -> None:

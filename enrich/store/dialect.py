@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 #: A server that is away in the middle of a run is waited for so long, in seconds.
@@ -84,6 +85,12 @@ class Session(Protocol):
     @property
     def in_transaction(self) -> bool:
         """Tell whether a transaction was begun."""
+
+    def watch_files(self, path: Path) -> None:
+        """Record the files of the ledger, which `check_files` compares from then on."""
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Do one statement."""

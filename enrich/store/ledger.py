@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.privacy import Forgotten, keyed, proof, read_key
-from enrich.store.holding import Holding
 from enrich.store.intake import MOST, OPEN_ATTEMPT
+from enrich.store.rescue import Rescue
 
 
-class Ledger(Holding):
+class Ledger(Rescue):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     # What the ledger is bound to

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from enrich.errors import Refused
+from enrich.errors import LedgerMoved, Refused
 from enrich.store.dialect import Dialect
+from enrich.store.open_files import OpenFiles
 from enrich.store.schema import MARK, MIGRATIONS
 
 #: A journal of the damaged ledger would be played into the backup.
@@ -18,6 +19,8 @@ RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys aga
 
 #: So long another process is waited for that writes, or reads what is to be erased.
 PATIENCE_S = 30.0
+#: A run asks again for the write lock after so many milliseconds.
+BUSY_MS = 500
 #: What SQLite keeps beside a file, by the ends of the names.
 JOURNALS = ("-journal", "-wal", "-shm")
 #: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
@@ -37,6 +40,33 @@ class SqliteSession(sqlite3.Connection):
         as_list="json_group_array({})",
         orphans="SELECT 1 FROM pragma_foreign_key_check",
     )
+    #: The files that must stay at their paths, the lock file last, while a run uses the ledger.
+    _files = OpenFiles(())
+
+    def watch_files(self, path: Path) -> None:
+        """Record the files of the ledger, which `check_files` compares from then on; the caller holds its lock."""
+        self.execute("SELECT count(*) FROM requests").fetchone()  # makes the journals
+        # Instead of in SQLite the writer waits for another one in the journal, where a signal ends it.
+        self.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        real = Path(os.path.realpath(path))
+        journals = (real.with_name(f"{real.name}{end}") for end in ("-wal", "-shm"))
+        self._files = OpenFiles.of(path, *journals, lock_path(path))
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
+        changed = self._files.changed()
+        if changed is None:
+            return
+        if changed == self._files.files[-1][0]:
+            raise LedgerMoved(
+                f"{changed}: the lock file was removed or replaced while the run was using it",
+                "let no other run use this ledger meanwhile, then run the same command again",
+                gone=False,
+            )
+        raise LedgerMoved(
+            f"{changed}: a file of the ledger was removed or replaced while the run was using it",
+            "put the ledger back if you have it, then run the same command again",
+        )
 
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query."""
@@ -102,6 +132,32 @@ class SqliteSession(sqlite3.Connection):
         """Move all of the journal into the file, and empty it; not while somebody reads the ledger as it was before."""
         (busy, *_) = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
+
+
+def lock_path(path: Path) -> Path:
+    """Name the lock file of a ledger; links to one ledger share it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f"{real.name}.lock")
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Tell whether another program holds the write lock."""
+    return (
+        isinstance(error, sqlite3.Error)
+        and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def unwritable(error: BaseException) -> tuple[str, str]:
+    """Say why a database could not be written, without a word of its content, and what to do."""
+    if tells_of_damage(error):
+        return "it is damaged", RESTORE
+    if is_locked(error):
+        return (
+            "another program has locked it (database is locked)",
+            "end the program that holds the lock, such as a database browser, then run the same command again",
+        )
+    return str(error), "make room or mend it, then run the same command again"
 
 
 def tells_of_damage(error: BaseException | None) -> bool:
