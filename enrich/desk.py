@@ -96,7 +96,7 @@ class Desk:
         self._helpers.add(asyncio.create_task(self._wind_down(self.around.timing.wire_s)))
 
     def ledger_failed(self, error: LedgerFailed) -> None:
-        """Wind down when the ledger can't be written: nothing new is sent, and what is on the wire is kept elsewhere."""
+        """Wind down when the ledger can't be written: nothing new is sent, what is on the wire is kept elsewhere."""
         self.execution.stop(error.exit_code, error)
         self._helpers.add(asyncio.create_task(self._wind_down(self.around.timing.post_s)))
 

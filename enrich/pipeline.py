@@ -14,7 +14,8 @@ from enrich.api.client import Client
 from enrich.budget import afford
 from enrich.connect import Connection, connect, recall
 from enrich.desk import Desk
-from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked
+from enrich.earlier_output import paid_elsewhere
+from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked, Refused
 from enrich.execution import Execution
 from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
@@ -91,6 +92,7 @@ async def _execute(
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
     rows = await _open_input(around, signals, journal, {"output": target, **feeds})
+    new_ledger = await _check_new_ledger(around, options, signals, journal, rescued)
     connection = await connect(
         client,
         await journal.do(recall, job.model.waterfall),
@@ -107,6 +109,7 @@ async def _execute(
                 raise
             rows = error
     desk, refused = await _begin(around, options, signals, client, journal, connection, started)
+    refused = new_ledger or refused
     desk.feeds = feeds
     execution = desk.execution
     if doubtful:
@@ -179,6 +182,33 @@ async def _open_input(
         if not await journal.do(Ledger.tasks):
             raise
         return error
+
+
+async def _check_new_ledger(
+    around: Surroundings, options: Options, signals: Signals, journal: Journal, notes: list[str]
+) -> Refused | None:
+    """Refuse a new ledger when an earlier output was paid for from another one, unless the person agrees.
+
+    What a rescue file brought is collected first; then the refusal is returned.
+    """
+    if options.new_ledger or await journal.do(Ledger.has_accepted):
+        return None
+    output, note = await paid_elsewhere(around.job, journal, signals.asking)
+    notes += [note] if note is not None else []
+    if output is None:
+        return None
+    said = (
+        f"{output} was paid for from another ledger: with the new ledger {around.job.ledger} its leads are paid again"
+    )
+    refused = Refused(said, "name the ledger that paid in `ledger:`, or restore it; --new-ledger pays again")
+    if options.confirm_new_ledger is not None:
+        with signals.asking():
+            if options.confirm_new_ledger(said):
+                return None
+        refused = Refused("cancelled: nothing was sent")
+    if not await journal.do(Ledger.tasks):
+        raise refused
+    return refused
 
 
 async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once

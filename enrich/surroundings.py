@@ -41,6 +41,9 @@ class Options:
     update_providers: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
+    #: Pay with a new ledger though an earlier output was paid for from another; else the person is asked, or refused.
+    new_ledger: bool = False
+    confirm_new_ledger: Callable[[str], bool] | None = None
     processes: int = 1
     #: Let Ray carry the work.
     spread: Spread | None = None

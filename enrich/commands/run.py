@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 )
 @carrying
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
+@click.option("--new-ledger", is_flag=True, help="Use a new ledger though an earlier output was paid from another one.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
     "--if-locked",
@@ -71,6 +72,7 @@ def run(
     address: str | None,
     workers: int | None,
     update_providers: bool,
+    new_ledger: bool,
     yes: bool,
     if_locked: tuple[bool, float],
     as_json: bool,
@@ -111,6 +113,8 @@ def run(
         update_providers=update_providers,
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
+        new_ledger=new_ledger or use_sandbox,
+        confirm_new_ledger=_confirm if listens and on_terminal else None,
         processes=processes,
         spread=spread_of(job, engine, address, workers, processes),
     )

@@ -39,7 +39,7 @@ class _Move(Generic[T]):
 
     __slots__ = ("args", "error", "future", "items", "kept", "kwargs", "result", "run")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all of them are needed once
         self,
         run: Callable[..., T],
         future: asyncio.Future[T],

@@ -1,4 +1,4 @@
-"""What was paid for while the ledger could not be written: read from it, kept beside it, and taken in by the next run."""
+"""What was paid for while the ledger could not be written: kept beside it, and taken in by the next run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from enrich.errors import LedgerFailed, Refused
 from enrich.model import Answer, State, written
 from enrich.store.dialect import FAILURES
 from enrich.store.holding import Holding
+from enrich.store.intake import OPEN_ATTEMPT
 from enrich.store.moves import NUMBERS
 from enrich.store.rescue_file import Paid, RescueFile, read_rescue, rescue_files
 
@@ -107,8 +108,8 @@ class Rescue(Holding):
         for paths in dict.fromkeys(tuple(line.paths) for line in rest):
             self._insert([line for line in rest if tuple(line.paths) == paths], holders, job, now_ms, taken)
         self._db.execute(
-            "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) FROM attempts "
-            "WHERE state IN ('submitting', 'submitted')) WHERE id = (SELECT max(id) FROM executions)"
+            "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
+            f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
         )
         return TakenIn(**taken)
 
@@ -140,10 +141,11 @@ class Rescue(Holding):
         """Complete the very attempt that a line is about; return False when the ledger does not have it."""
         row = self._db.execute(
             "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id FROM attempts a "
-            "JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? ORDER BY a.id DESC LIMIT 1",
+            "JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
+            "ORDER BY a.id DESC LIMIT 1",
             (bytes.fromhex(line.fingerprint), line.claimed_ms),
         ).fetchone()
-        if row is None or None not in (row[2], line.task_id) and row[2] != line.task_id:
+        if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
             return False
         number, state, _, execution_id, newest = row
         if state in ("submitting", "in_doubt") and newest and line.task_id is not None and not _taken(line, holders):
@@ -252,7 +254,7 @@ class Rescue(Holding):
         """Record the run that made these attempts; it has ended without a receipt, unlike any run of this ledger."""
         row = self._db.execute(
             "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
-            "(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE state IN ('submitting', 'submitted'))) RETURNING id",
+            f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
             (job, started_ms, now_ms, json.dumps(line.paths)),
         ).fetchone()
         return int(row[0])
@@ -348,10 +350,9 @@ def take_in_files(ledger: Ledger, others: Sequence[Path], job: str, now_ms: int)
     taken = []
     for path in rescue_files(place, others):
         lines = read_rescue(path)
-        if path.parent != place.parent:
-            # Beside an output there may be that of another ledger of the same name.
-            if any(line.ledger != str(place) for line in lines):
-                continue
+        # Beside an output there may be that of another ledger of the same name.
+        if path.parent != place.parent and any(line.ledger != str(place) for line in lines):
+            continue
         try:
             taken.append((path, ledger.take_in(lines, job, now_ms)))
         except Refused as error:

@@ -1,7 +1,7 @@
 """The rescue file: what was paid for while the ledger could not be written, one JSON object a line.
 
-It lies beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run takes it
-in and removes it. Room for it is reserved when a run begins, so that a full disk does not lose task ids.
+It lies beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run takes
+it in and removes it. Room for it is reserved when a run begins, so that a full disk does not lose task ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Json = Annotated[str, Field(min_length=2)]
 
 
 class Paid(BaseModel):
-    """One attempt: the request, its task, and the answer if there is one. Times in ms since 1970, credits in millionths."""
+    """One attempt: the request, its task, and the answer if there is one.
+
+    Times are milliseconds since 1970 (UTC), credits millionths.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -130,7 +133,7 @@ class RescueFile:
         """Reserve the room; `others` are the folders that serve when that of the ledger is gone."""
         self._ledger = ledger
         self._folders = list(dict.fromkeys([ledger.parent, *others]))
-        self._room = ledger.with_name(f".{ledger.name}{SUFFIX}-room-{os.getpid()}")
+        self._room = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
         self._file: int | None = None
         self._end = 0
         #: Where it is, once something was written.
@@ -148,7 +151,7 @@ class RescueFile:
 
     def _remove_abandoned(self) -> None:
         """Remove the room of runs that were killed: the caller holds the lock of the ledger, or works for who does."""
-        for name in self._ledger.parent.glob(f".{self._ledger.name}{SUFFIX}-room-*"):
+        for name in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
             pid = name.name.rpartition("-")[2]
             if not pid.isdecimal() or not Path("/proc", pid).exists():
                 name.unlink(missing_ok=True)

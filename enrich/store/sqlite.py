@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,18 @@ def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSessio
         hint = RESTORE if tells_of_damage(error) else "is it a ledger, and writable?"
         raise Refused(f"{path}: the ledger cannot be opened: {error}", hint) from error
     return db
+
+
+def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
+    """Return those of these task ids that the sandbox, whose file this is, has not given; all without a file."""
+    if not state.is_file():
+        return list(tasks)
+    try:
+        with closing(sqlite3.connect(f"{state.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            find = "SELECT 1 FROM tasks WHERE task_id = ?"
+            return [task for task in tasks if db.execute(find, (task,)).fetchone() is None]
+    except sqlite3.Error:
+        return list(tasks)
 
 
 def _make(path: Path) -> None:
