@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from enrich.store.journal import LOCKED_S, Journal
 from enrich.store.ledger import Ledger
 from enrich.store.rescue import remove_taken, take_in_files
 from enrich.store.rescue_file import RescueFile
+from enrich.store.sqlite import damaged
 from enrich.surroundings import Options, Surroundings, rescue_folders
 from enrich.tables.writing import prepare
 
@@ -124,7 +126,8 @@ async def _execute(
             if refused is not None:
                 raise refused
             return await desk.work(rows, target)
-        except EnrichError as error:
+        except (EnrichError, JSONDecodeError) as failure:
+            error = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
             code = error.exit_code
             if code is Exit.REFUSED and execution.tally.submitted:
                 code = Exit.BUG  # 5 promises that nothing was spent

@@ -24,17 +24,19 @@ PATIENCE_S = 3.0
 class Database:
     """One ledger, one connection."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the place are exceptions
         self,
         place: LedgerPlace,
         *,
         read_only: bool = False,
         any_version: bool = False,
+        unchecked: bool = False,
         fence: Fence | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
 
+        `unchecked` leaves it to the caller to look for damage.
         With a `fence` every transaction fails once its owner has lost the lease. A server that is away is waited for
         `patience_s`. Raises Refused when this is no ledger,
         when it is newer than this program or can't be written.
@@ -47,7 +49,7 @@ class Database:
                 place, read_only=read_only, any_version=any_version, fence=fence, patience_s=patience_s
             )
         else:
-            self._db = open_file(place, read_only=read_only, any_version=any_version)
+            self._db = open_file(place, read_only=read_only, any_version=any_version, unchecked=unchecked)
 
     def watch_files(self) -> None:
         """Record which files the ledger is open in; the caller holds its lock."""

@@ -51,6 +51,8 @@ class Dialect:
     by_bytes: str = ""
     #: Puts all values of a group into one JSON list.
     as_list: str = ""
+    #: A column of text as its bytes, which need not be UTF-8.
+    as_bytes: str = "{}"
     #: Rows that refer to what is not there.
     orphans: str = "SELECT 1 WHERE false"
     #: What no process is at any more: nobody began it with a lease, or the lease ran out, or it was us.

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from enrich.errors import LeaseLost, LedgerFailed, LedgerMoved
+from enrich.errors import Exit, LeaseLost, LedgerFailed, LedgerMoved
 from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.store.rescue import Kept
 from enrich.store.rescue_file import RescueFile
-from enrich.store.sqlite import is_locked, unwritable
+from enrich.store.sqlite import is_locked, tells_of_damage, unwritable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,6 +118,9 @@ class Journal:
         self._locked_since: float | None = None
         self._hurried_since: float | None = None
         self._waits = False
+        #: Whether anything was accepted, and whether the ledger turned out to be damaged.
+        self._sent = False
+        self._damaged = False
 
     async def __aenter__(self) -> Journal:
         self._loop = asyncio.get_running_loop()
@@ -133,7 +136,10 @@ class Journal:
         self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
         if self._kept is not None:
-            raise self._kept.close()
+            failure = self._kept.close()
+            if self._damaged and not (self._sent or self._kept.file.path):
+                failure.exit_code = Exit.REFUSED
+            raise failure
         if self._file is not None:
             self._file.close()
 
@@ -196,6 +202,7 @@ class Journal:
 
     def _commit(self, batch: list[_Move[Any]]) -> None:
         """Commit the batch as one; after a commit that failed nothing is written into the ledger any more."""
+        self._sent = self._sent or any(move.run is Ledger.accepted for move in batch)
         if self._broken is None:
             try:
                 self._commit_patiently(batch)
@@ -213,9 +220,10 @@ class Journal:
 
     def _fail(self, error: BaseException) -> None:
         """Write nothing into the ledger from now on; keep what was paid for, where there is a file for it."""
-        if isinstance(error, FAILURES):
+        if isinstance(error, (*FAILURES, UnicodeDecodeError)):
+            self._damaged = tells_of_damage(error)
             said, hint = unwritable(error)
-            error = LedgerFailed(f"{self._ledger.place}: the ledger cannot be written: {said}", hint)
+            error = LedgerFailed(f"{self._ledger.place}: the ledger {said}", hint)
         self._broken = error
         if isinstance(error, LedgerFailed) and not isinstance(error, LeaseLost):
             if self._file is not None:
@@ -267,7 +275,7 @@ class Journal:
                 try:
                     with apart():
                         _make(moves, self._ledger)
-                except (*FAILURES, LeaseLost, LedgerMoved):
+                except (*FAILURES, UnicodeDecodeError, LeaseLost, LedgerMoved):
                     raise
                 except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
                     for move in moves:

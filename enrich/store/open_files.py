@@ -49,7 +49,7 @@ def is_there(path: Path) -> bool:
     """
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise Refused(
                 f"{path}: the ledger is a link to a file that does not exist",

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from enrich.errors import LedgerFailed, Refused
 from enrich.model import Answer, State, written
@@ -18,9 +18,6 @@ from enrich.store.holding import Holding
 from enrich.store.intake import OPEN_ATTEMPT
 from enrich.store.moves import NUMBERS
 from enrich.store.rescue_file import Paid, RescueFile, read_rescue, rescue_files
-
-if TYPE_CHECKING:
-    from enrich.store.ledger import Ledger
 
 #: Attempts whose answer would be charged again without them.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"
@@ -339,7 +336,7 @@ def _taken(line: Paid, holders: Mapping[str, list[_Holder]]) -> bool:
     )
 
 
-def take_in_files(ledger: Ledger, others: Sequence[Path], job: str, now_ms: int) -> list[tuple[Path, TakenIn]]:
+def take_in_files(ledger: Rescue, others: Sequence[Path], job: str, now_ms: int) -> list[tuple[Path, TakenIn]]:
     """Take in the rescue files of a ledger, in the caller's transaction; the caller removes them after its commit.
 
     `others` are the folders in which one may lie beside that of the ledger. Raises Refused for one that is damaged.
@@ -384,7 +381,7 @@ class Kept:
     #: The methods of the ledger that it has, too.
     MOVES: ClassVar = frozenset({"accepted", "doubt", "refused", "rejected", "alive", "settle", "settle_bundle"})
 
-    ledger: Ledger
+    ledger: Rescue
     file: RescueFile
     failure: LedgerFailed
     #: Nothing that is in the open database is at the ledger's path any more.
