@@ -110,6 +110,10 @@ class Refused(EnrichError):
     exit_code = Exit.REFUSED
 
 
+class LedgerDamaged(Refused):
+    """The ledger's file is not what was written into it."""
+
+
 #: What a person can do about a ledger that another has.
 LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 

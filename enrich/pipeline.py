@@ -127,11 +127,11 @@ async def _execute(
                 raise refused
             return await desk.work(rows, target)
         except (EnrichError, JSONDecodeError) as failure:
-            error = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
-            code = error.exit_code
+            reason = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
+            code = reason.exit_code
             if code is Exit.REFUSED and execution.tally.submitted:
                 code = Exit.BUG  # 5 promises that nothing was spent
-            execution.reasons.setdefault(code, error)
+            execution.reasons.setdefault(code, reason)
             await desk.heart.begin(Doing.COLLECT)
             return await desk.finish(execution.exit_code({}))
 

@@ -153,22 +153,23 @@ def test_a_check_names_column_and_row(paid: tuple[Api, Office, bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a ledger of a few pages."""
     books = Books.open(tmp_path_factory.mktemp("sound") / "sound.db").begin(*range(30))
     for number in range(20):
         books.settle(books.submit(str(number)))
     books.ledger.close()
-    return books.path.read_bytes()
+    return books.path
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_no_cut_is_taken_for_a_ledger(sound: bytes, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+def test_no_cut_is_taken_for_a_ledger(sound: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     """A file of any shorter length is refused as damaged, by those who write and those who read."""
-    length = int(share * len(sound))
+    content = sound.read_bytes()
+    length = int(share * len(content))
     path = tmp_path_factory.mktemp("cut") / "job.db"
     for read_only in (True, False):
-        path.write_bytes(sound[:length])
+        path.write_bytes(content[:length])
         with pytest.raises(Refused, match="damaged"):
             Ledger(path, read_only=read_only).close()
     assert check(path).problems
@@ -176,12 +177,13 @@ def test_no_cut_is_taken_for_a_ledger(sound: bytes, tmp_path_factory: pytest.Tem
 
 @given(start=st.floats(0, 1), noise=st.binary(min_size=1, max_size=300))
 def test_a_check_never_fails_and_never_quotes(
-    sound: bytes, tmp_path_factory: pytest.TempPathFactory, start: float, noise: bytes
+    sound: Path, tmp_path_factory: pytest.TempPathFactory, start: float, noise: bytes
 ) -> None:
     """Wherever bytes are overwritten, the check ends with findings in our own words."""
-    at = int(start * (len(sound) - len(noise)))
+    content = sound.read_bytes()
+    at = int(start * (len(content) - len(noise)))
     path = tmp_path_factory.mktemp("noise") / "job.db"
-    path.write_bytes(sound[:at] + noise + sound[at + len(noise) :])
+    path.write_bytes(content[:at] + noise + content[at + len(noise) :])
 
     try:
         found = check(path)

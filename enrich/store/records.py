@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from enrich.errors import Refused
+from enrich.errors import LedgerDamaged, Refused
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.database import Database, exists
 from enrich.store.dialect import FAILURES
@@ -33,14 +33,8 @@ def check(place: LedgerPlace) -> Findings:
     """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
     try:
         records = Records(place)
-    except Refused as error:
-        if (
-            isinstance(place, Path)
-            and place.is_file()
-            and (tells_of_damage(error.__cause__) or not place.stat().st_size)
-        ):
-            return Findings([f"the file is damaged{'' if place.stat().st_size else ': it is empty'}"])
-        raise
+    except LedgerDamaged as error:
+        return Findings([f"the file is damaged{error.message.partition('is damaged')[2]}"])
     with closing(records):
         return records.check()
 
@@ -49,8 +43,8 @@ def is_damaged(place: Path) -> bool:
     """Tell whether a ledger is there and not sound."""
     try:
         return place.is_file() and bool(check(place).problems)
-    except Refused as error:
-        return tells_of_damage(error.__cause__)
+    except Refused:
+        return False
 
 
 class Records(Database):

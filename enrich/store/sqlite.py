@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from enrich.errors import LedgerMoved, Refused
+from enrich.errors import LedgerDamaged, LedgerMoved, Refused
 from enrich.store.dialect import Dialect
 from enrich.store.open_files import OpenFiles, is_there
 from enrich.store.schema import MARK, MIGRATIONS
@@ -215,9 +215,9 @@ def _says_nothing_else(error: BaseException) -> bool:
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_ERROR
 
 
-def damaged(path: object, how: str = "") -> Refused:
+def damaged(path: object, how: str = "") -> LedgerDamaged:
     """Say that a ledger is damaged. What SQLite says of it may quote personal data, and is never shown."""
-    return Refused(f"{path}: the ledger is damaged{how and f': {how}'}", RESTORE)
+    return LedgerDamaged(f"{path}: the ledger is damaged{how and f': {how}'}", RESTORE)
 
 
 def open_file(path: Path, *, read_only: bool, any_version: bool, unchecked: bool = False) -> SqliteSession:
