@@ -26,6 +26,7 @@ _ANSWERED = (
     "AND r.erased_ms IS NULL AND a.task_id IS NOT NULL"
 )
 _SETTLED = ("found", "not_found", "failed", "expired")
+_ORDER = ("found", "not_found", "submitted", "failed", "expired", "in_doubt", "submitting")
 _UNKNOWN = "the ledger could not be written, and the answer to the request is not known"
 #: What reading a database that is broken may raise.
 _UNREADABLE = (*FAILURES, ValueError, TypeError)
@@ -102,8 +103,11 @@ class Rescue(Holding):
         rest = [line for line in lines if not self._complete(line, holders, now_ms, taken)]
         # What is still `submitting` was left by a kill: that attempt is in doubt before its request gets another one.
         self.recover(now_ms)
-        for paths in dict.fromkeys(tuple(line.paths) for line in rest):
-            self._insert([line for line in rest if tuple(line.paths) == paths], holders, job, now_ms, taken)
+        rest = [line for line in rest if line.state != "refused"]
+        best = _best(rest, holders)
+        taken["known"] += len(rest) - len(best)
+        for paths in dict.fromkeys(tuple(line.paths) for line in best):
+            self._insert([line for line in best if tuple(line.paths) == paths], holders, job, now_ms, taken)
         self._db.execute(
             "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
             f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
@@ -137,15 +141,16 @@ class Rescue(Holding):
     def _complete(self, line: Paid, holders: dict[str, list[_Holder]], now_ms: int, taken: Counter[str]) -> bool:
         """Complete the very attempt that a line is about; return False when the ledger does not have it."""
         row = self._db.execute(
-            "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id FROM attempts a "
-            "JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
+            "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bundle_id IS NOT NULL "
+            "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
             "ORDER BY a.id DESC LIMIT 1",
             (bytes.fromhex(line.fingerprint), line.claimed_ms),
         ).fetchone()
         if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
             return False
-        number, state, _, execution_id, newest = row
-        if state in ("submitting", "in_doubt") and newest and line.task_id is not None and not _taken(line, holders):
+        number, state, _, execution_id, newest, bundled = row
+        fetchable = newest and bool(bundled) == (line.bundle is not None) and not _doubtful(line, holders)
+        if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
             self._submit(number, execution_id, line, counted=state == "in_doubt")
             holders.setdefault(line.task_id, []).append(_Holder.of(line))
             taken["answered" if self._settle_late(number, execution_id, line) else "submitted"] += 1
@@ -197,8 +202,8 @@ class Rescue(Holding):
         self, lines: Sequence[Paid], holders: dict[str, list[_Holder]], job: str, now_ms: int, taken: Counter[str]
     ) -> None:
         """Make attempts for lines of one job of which the ledger has none, in an execution of their own."""
-        found = [(line, self._request(line)) for line in lines if line.state != "refused"]
-        wanted = [(line, request) for line, request in found if self._is_wanted(line, request)]
+        found = [(line, self._request(line)) for line in lines]
+        wanted = [(line, request) for line, request in found if self._is_wanted(line, request, holders)]
         taken["known"] += len(found) - len(wanted)
         if not wanted:
             return
@@ -236,9 +241,9 @@ class Rescue(Holding):
             row = self._db.execute(find, (fingerprint,)).fetchone()
         return _Request(*row)
 
-    def _is_wanted(self, line: Paid, request: _Request) -> bool:
+    def _is_wanted(self, line: Paid, request: _Request, holders: Mapping[str, list[_Holder]]) -> bool:
         """Tell whether a line knows more about its request than the ledger does."""
-        if line.state in ("in_doubt", "submitting"):
+        if _doubtful(line, holders):
             return request.state == "pending"
         (known,) = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM attempts WHERE request_id = ? "
@@ -325,6 +330,21 @@ class _Holder(NamedTuple):
     @classmethod
     def of(cls, line: Paid) -> _Holder:
         return cls(line.fingerprint, line.claimed_ms, line.bundle is not None)
+
+
+def _best(lines: Iterable[Paid], holders: Mapping[str, list[_Holder]]) -> list[Paid]:
+    """Choose one of several lines about a request: an answer before a task, a task before a doubt."""
+    chosen: dict[str, tuple[int, Paid]] = {}
+    for line in lines:
+        rank = _ORDER.index("in_doubt" if _doubtful(line, holders) else line.state)
+        if line.fingerprint not in chosen or rank < chosen[line.fingerprint][0]:
+            chosen[line.fingerprint] = rank, line
+    return [line for _, line in chosen.values()]
+
+
+def _doubtful(line: Paid, holders: Mapping[str, list[_Holder]]) -> bool:
+    """Tell whether a line brings neither an answer nor a task that can be asked for."""
+    return line.state in ("in_doubt", "submitting") or (line.state == "submitted" and _taken(line, holders))
 
 
 def _taken(line: Paid, holders: Mapping[str, list[_Holder]]) -> bool:
