@@ -189,6 +189,8 @@ class Office:
 
         With `room` no file grows beyond so many bytes, as on a full disk.
         """
+        if room is not None:  # Python would leave half of a compiled module behind
+            environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
         limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))) if room is not None else None
         process = subprocess.run(
             [sys.executable, "-m", "enrich", *arguments],
