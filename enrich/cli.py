@@ -16,7 +16,7 @@ import click
 
 from enrich import __version__
 from enrich.api.outside_text import clean_text
-from enrich.commands import look, nightly, report, run, setup, upkeep
+from enrich.commands import look, nightly, options, report, run, setup, upkeep
 from enrich.errors import EnrichError, Exit, Interrupted
 from enrich.sandbox.command import sandbox
 from enrich.streams import failure, guard_streams
@@ -54,6 +54,7 @@ def _interrupted(_number: int, _frame: object) -> None:
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
     as_json = "--json" in arguments
+    context: click.Context | None = None
     try:
         # Not cli.main(), which makes an exit of its own of a reader that left.
         with cli.make_context("enrich", list(arguments)) as context:
@@ -75,18 +76,25 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return Exit.OK  # the reader of our output left, and there is nothing else to do
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
-        return _unforeseen(error, as_json=as_json)
+        return _unforeseen(
+            error, None if context is None else context.meta.get(options.LEDGER_OF_COMMAND), as_json=as_json
+        )
     return int(code or 0)
 
 
-def _unforeseen(error: Exception, *, as_json: bool) -> int:
+def _unforeseen(error: Exception, ledger: object, *, as_json: bool) -> int:
     from enrich.store.dialect import DatabaseFailed
-    from enrich.store.sqlite import RESTORE, tells_of_damage
+    from enrich.store.records import is_damaged
+    from enrich.store.sqlite import RESTORE, is_locked, tells_of_damage
 
     if isinstance(error, DatabaseFailed):
         return _fail(Exit.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json)
-    if tells_of_damage(error):
-        return _fail(Exit.REFUSED, f"the ledger is damaged: {error}", RESTORE, as_json=as_json)
+    if is_locked(error):
+        hint = "end the program that holds the lock, then run the same command again"
+        return _fail(Exit.BUG, "another program has locked the ledger", hint, as_json=as_json)
+    # Whatever stumbles over the content of a damaged ledger is no bug, and its trace may quote that.
+    if tells_of_damage(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
+        return _fail(Exit.REFUSED, f"{ledger or 'a database'}: the ledger is damaged", RESTORE, as_json=as_json)
     click.echo(clean_text("".join(traceback.format_exception(error)), _key()).rstrip("\n"), err=True)
     return _fail(
         Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json

@@ -123,6 +123,7 @@ class Collector:
 
     def _checked(self, counted: Counted, *, indexed: bool, partial: bool, safely: bool) -> Iterator[pl.DataFrame]:
         yield from self.frames(counted, indexed=indexed, safely=safely)
+        self.ledger.check_files()  # before the old output is replaced
         pending = counted.statuses[RowStatus.PENDING]
         if pending and not partial:
             raise Refused(

@@ -99,7 +99,13 @@ class Desk:
     def interrupt(self, code: Exit) -> None:
         """Wind down after a signal: no new POST, answers on the wire are written down, ready results fetched."""
         self.execution.stop(code, Interrupted(code))
-        self._helpers.add(asyncio.create_task(self._wind_down()))
+        self.journal.hurry()
+        self._helpers.add(asyncio.create_task(self._wind_down(self.around.timing.wire_s)))
+
+    def ledger_failed(self, error: LedgerFailed) -> None:
+        """Wind down when the ledger can't be written: nothing new is sent, what is on the wire is kept elsewhere."""
+        self.execution.stop(error.exit_code, error)
+        self._helpers.add(asyncio.create_task(self._wind_down(self.around.timing.post_s)))
 
     async def keep_time(self) -> None:
         """Stop submitting early enough to collect, and leave when --max-time is over and the wire is empty."""
@@ -112,6 +118,7 @@ class Desk:
         self.execution.closing.set()
         self.execution.notify()
         await asyncio.sleep(deadline - clock.monotonic())
+        self.journal.hurry()
         # Cut off now, a slow POST would be in doubt.
         await self.execution.wire_empty(self.around.timing.wire_s)
         self.execution.leave()
@@ -400,12 +407,12 @@ class Desk:
         poller.answers_only = self.answers_only
         return poller
 
-    async def _wind_down(self) -> None:
-        timing, execution = self.around.timing, self.execution
+    async def _wind_down(self, wire_s: float) -> None:
+        execution = self.execution
         if self._hurries is not None:
             self._hurries.hurry()
-        await execution.wire_empty(timing.wire_s)
-        await asyncio.sleep(timing.ready_s)
+        await execution.wire_empty(wire_s)
+        await asyncio.sleep(self.around.timing.ready_s)
         execution.leave()
         self.around.ledger.hurry()
 

@@ -18,6 +18,8 @@ from enrich.errors import (
     EnrichError,
     Exit,
     JobRejected,
+    LeaseLost,
+    LedgerFailed,
     NotAccepted,
     OutOfCredits,
     RateLimited,
@@ -88,7 +90,7 @@ class Dispatcher:
                         posts.create_task(self._post(claims))
         finally:
             # After the claims in the journal's order: also what was claimed while we were being cancelled.
-            await self.journal.do(self._unclaim, self.execution.clock.now_ms())
+            await self.journal.do_or_keep(self._unclaim, self.execution.clock.now_ms())
 
     @property
     def _most_on_the_wire(self) -> int:
@@ -126,7 +128,13 @@ class Dispatcher:
         rows = room * size
         if self.limit is not None:
             rows = min(rows, self.limit - execution.tally.asked - self._unanswered)
-        posts, capped, awaited = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
+        try:
+            posts, capped, awaited = await self.journal.do(self._claim_some, rows, size, execution.clock.now_ms())
+        except LeaseLost:
+            raise
+        except LedgerFailed as error:
+            execution.stop(error.exit_code, error)  # what is on the wire is waited for
+            return None
         self._claiming.clear()
         execution.pace.give_back(room - len(posts))
         if posts:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from enrich.api.answer import is_blank, parse_data, pick
@@ -19,6 +20,9 @@ from enrich.rows import Rows
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.opening import alone
+from enrich.store.rescue import remove_taken, take_in_files
+from enrich.store.rescue_file import rescue_files
+from enrich.surroundings import rescue_folders
 from enrich.tables.cells import text_frame
 
 
@@ -65,10 +69,19 @@ def purge(job: Job, older_than: timedelta) -> int:
 @contextmanager
 def _opened(job: Job) -> Iterator[Ledger]:
     """Hold and open the ledger so that what is erased is gone from the file, too."""
+    folders = rescue_folders(job)
     if not exists(job.ledger):
+        if isinstance(job.ledger, Path) and (left := rescue_files(job.ledger, folders)):
+            raise Refused(
+                f"{job.ledger}: there is no ledger, but {left[0]} holds what it knew",
+                "enrich run JOB --limit 0 takes that in; then the same command again",
+            )
         raise Refused(f"{job.ledger}: there is no ledger: this job has never run")
     with alone(job.ledger) as fence, closing(Ledger(job.ledger, fence=fence)) as ledger:
         ledger.erase_for_good()
+        with ledger.transaction():  # so that nothing is left beside the ledger
+            taken = take_in_files(ledger, folders, job.name, SystemClock().now_ms())
+        remove_taken(taken)
         yield ledger
         if not ledger.empty_journal():
             raise Refused(

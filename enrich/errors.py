@@ -118,6 +118,10 @@ class Refused(EnrichError):
     exit_code = Exit.REFUSED
 
 
+class LedgerDamaged(Refused):
+    """The ledger's file is not what was written into it."""
+
+
 #: What a person can do about a ledger that another has.
 LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
@@ -136,6 +140,15 @@ class CanaryStopped(EnrichError):
 
 class LedgerFailed(EnrichError):
     """The ledger could not be written in the middle of an execution."""
+
+
+class LedgerMoved(LedgerFailed):
+    """A file of the ledger was removed or replaced while a run was using it."""
+
+    def __init__(self, message: str, hint: str | None = None, *, gone: bool = True) -> None:
+        """`gone`: the database itself is no longer at its path, not only the lock file."""
+        super().__init__(message, hint)
+        self.gone = gone
 
 
 class LeaseLost(LedgerFailed):

@@ -15,7 +15,7 @@ from enrich.place import Postgres
 from enrich.shift import Shift
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options, Surroundings
+from enrich.surroundings import Options, Surroundings, rescue_folders
 from enrich.worker import Errand
 
 #: How often it is looked whether a lease of another ran out, in seconds.
@@ -40,6 +40,7 @@ def muster(around: Surroundings, options: Options, execution: Execution, shift: 
         around.clock.now_ms() - SystemClock().now_ms(),
         execution.poll_times,
         around.ledger.owner,
+        rescue_folders=rescue_folders(around.job),
     )
     carrier: Carrier = AtServer(ledger) if isinstance(ledger, Postgres) else AtFile(around.lock)
     return Crew(execution, errand, carrier if engine is None else engine.carrier)

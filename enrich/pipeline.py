@@ -6,13 +6,17 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
+from json import JSONDecodeError
+from pathlib import Path
 from typing import Any
 
 from enrich.api.client import Client
 from enrich.budget import Budget, afford
 from enrich.connect import Connection, Memory, check_host, connect, recall, unconnected
 from enrich.desk import Desk
-from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked, OtherWorkspace
+from enrich.earlier_output import paid_elsewhere
+from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked, OtherWorkspace, Refused
 from enrich.execution import Execution
 from enrich.heartbeat import Heartbeat
 from enrich.pace import Pace
@@ -23,9 +27,12 @@ from enrich.receipt import Receipt
 from enrich.rows import Rows
 from enrich.signals import Signals
 from enrich.store.holding import Owner
-from enrich.store.journal import Journal
+from enrich.store.journal import LOCKED_S, Journal
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options, Surroundings
+from enrich.store.rescue import remove_taken, take_in_files
+from enrich.store.rescue_file import RescueFile
+from enrich.store.sqlite import damaged
+from enrich.surroundings import Options, Surroundings, rescue_folders
 from enrich.tables.writing import prepare
 
 #: How often it is looked whether others are gone.
@@ -48,11 +55,32 @@ async def _run(around: Surroundings, options: Options) -> Receipt:
     try:
         with signals.handled():
             client = Client(around.access, around.clock, post_s=timing.post_s, get_s=timing.get_s)
-            async with client, Journal(around.ledger) as journal:
+            async with client, _journal(around) as journal:
                 return await _execute(around, options, signals, client, journal)
     except asyncio.CancelledError:
         signals.check()
         raise
+
+
+def _journal(around: Surroundings) -> Journal:
+    """Open the journal; what a file does not take goes into a rescue file beside it."""
+    place = around.ledger.place
+    if not isinstance(place, Path):
+        return Journal(around.ledger)
+    rescue = partial(RescueFile, place, rescue_folders(around.job))
+    journal = Journal(around.ledger, rescue=rescue, lock_patience_s=LOCKED_S)
+    journal.on_wait = around.tell
+    return journal
+
+
+async def _take_in_rescued(around: Surroundings, journal: Journal) -> list[str]:
+    """Take in what an earlier run could not write into the ledger; return it in words.
+
+    Raises Refused for a rescue file that is damaged.
+    """
+    job = around.job
+    taken = await journal.do(take_in_files, rescue_folders(job), job.name, around.clock.now_ms())
+    return [f"{path} was taken in: {what}" for path, what in remove_taken(taken)]
 
 
 async def _execute(
@@ -61,12 +89,14 @@ async def _execute(
     job, clock = around.job, around.clock
     started = clock.monotonic()
     await _others_gone(around, journal)
+    rescued = await _take_in_rescued(around, journal)
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
     memory = await journal.do(recall, job.model.waterfall)
     check_host(memory, job, around.access.host)
     now = datetime.now().astimezone()
     target, feeds = job.output_path(now), job.feeds(now)
     rows = await _open_input(around, signals, journal, {"output": target, **feeds})
+    new_ledger = await _check_new_ledger(around, options, signals, journal, rescued)
     connection = await _connect(around, options, client, journal, memory)
     if isinstance(rows, Rows) and isinstance(connection, Connection):
         try:
@@ -76,12 +106,13 @@ async def _execute(
                 raise
             rows = error
     desk, refused = await _begin(around, options, signals, client, journal, connection, started)
+    refused = new_ledger or refused
     desk.feeds = feeds
     connection = desk.connection
     execution = desk.execution
     if doubtful:
         desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
-    for note in connection.notes:
+    for note in [*rescued, *connection.notes]:
         desk.note(note)
     with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
         try:
@@ -91,11 +122,12 @@ async def _execute(
                     raise problem
             assert isinstance(rows, Rows)  # noqa: S101 - the problem would have been raised
             return await desk.work(rows, target)
-        except EnrichError as error:
-            code = error.exit_code
+        except (EnrichError, JSONDecodeError) as failure:
+            reason = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
+            code = reason.exit_code
             if code is Exit.REFUSED and execution.tally.submitted:
                 code = Exit.BUG  # 5 promises that nothing was spent
-            execution.reasons.setdefault(code, error)
+            execution.reasons.setdefault(code, reason)
             await desk.heart.begin(Doing.COLLECT)
             return await desk.finish(execution.exit_code({}))
 
@@ -181,6 +213,33 @@ def _is_open(ledger: Ledger, around: Surroundings) -> bool:
     return bool(ledger.tasks() or ledger.written_off(around.asked_since()))
 
 
+async def _check_new_ledger(
+    around: Surroundings, options: Options, signals: Signals, journal: Journal, notes: list[str]
+) -> Refused | None:
+    """Refuse a new ledger when an earlier output was paid for from another one, unless the person agrees.
+
+    What a rescue file brought is collected first; then the refusal is returned.
+    """
+    if options.new_ledger or await journal.do(Ledger.has_accepted):
+        return None
+    output, note = await paid_elsewhere(around.job, journal, signals.asking)
+    notes += [note] if note is not None else []
+    if output is None:
+        return None
+    said = (
+        f"{output} was paid for from another ledger: with the new ledger {around.job.ledger} its leads are paid again"
+    )
+    refused = Refused(said, "name the ledger that paid in `ledger:`, or restore it; --new-ledger pays again")
+    if options.confirm_new_ledger is not None:
+        with signals.asking():
+            if options.confirm_new_ledger(said):
+                return None
+        refused = Refused("cancelled: nothing was sent")
+    if not await journal.do(_is_open, around):
+        raise refused
+    return refused
+
+
 async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     around: Surroundings,
     options: Options,
@@ -226,4 +285,5 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
     desk.answers_only = isinstance(found, OtherWorkspace)
     signals.on_first = desk.interrupt
+    journal.on_failure = desk.ledger_failed
     return desk, refused

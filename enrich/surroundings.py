@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
 
 from enrich.api.credentials import Access
 from enrich.engine import Engine
@@ -40,6 +43,9 @@ class Options:
     workspace_renamed: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: FrozenPlan | None = None
+    #: Pay with a new ledger though an earlier output was paid for from another; else the person is asked, or refused.
+    new_ledger: bool = False
+    confirm_new_ledger: Callable[[str], bool] | None = None
     processes: int = 1
     #: Let Ray carry the work.
     spread: Spread | None = None
@@ -83,6 +89,16 @@ class Surroundings:
     def asked_since(self) -> int:
         """Tell since when (ms) the API keeps the results of what was submitted."""
         return self.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
+
+
+def rescue_folders(job: Job) -> tuple[Path, ...]:
+    """Where a rescue file may lie beside the ledger's folder: the output's, which has no date in it, and the job's."""
+    home = job.document.path.resolve().parent
+    if not isinstance(job.output_path(datetime.now().astimezone()), Path):
+        return (home,)
+    parts = Path(os.path.normpath(job.output_base / job.output.path)).parts
+    dated = next((number for number, part in enumerate(parts) if "%" in part), len(parts))
+    return (Path(*parts[: min(dated, len(parts) - 1)]), home)
 
 
 def wish(job: Job, options: Options, now_ms: int) -> Wish:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 
 from enrich.allowance import Allowance
 from enrich.api.client import Client
 from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost
+from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost, LedgerFailed
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
 from enrich.pace import Pace
@@ -26,9 +27,10 @@ from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
-from enrich.store.journal import Journal
+from enrich.store.journal import LOCKED_S, Journal
 from enrich.store.ledger import Ledger
 from enrich.store.opening import leased
+from enrich.store.rescue_file import RescueFile
 
 #: How often a worker looks for tasks that nobody holds, in seconds.
 ADOPT_S = 1.0
@@ -62,6 +64,8 @@ class Errand:
     pace: int = -1
     #: What was left at the API before, and is this worker's to collect.
     tasks: tuple[Task, ...] = ()
+    #: Where a rescue file may lie when the ledger's folder is gone.
+    rescue_folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Worker:
         self._errand = errand
         self._poller: Poller | None = None
         self._hurried = False
+        self._helper: asyncio.Task[None] | None = None
         self._execution = Execution(
             errand.execution,
             SystemClock(errand.clock_offset_ms),
@@ -120,6 +125,18 @@ class Worker:
         await self._execution.wire_empty(at_most_s)
         self._execution.leave()
 
+    def _ledger_failed(self, error: LedgerFailed) -> None:
+        """Send nothing more; what is on the wire is waited for, as it is kept elsewhere."""
+        self._execution.stop(error.exit_code, error)
+        self.obey(Word.HURRY)
+        self._helper = asyncio.create_task(self._wind_down())
+
+    async def _wind_down(self) -> None:
+        timing = self._errand.timing
+        await self._execution.wire_empty(timing.post_s)
+        await asyncio.sleep(timing.ready_s)
+        self._execution.leave()
+
     def told(self, *, ended: bool = False) -> Told:
         """Tell how far it is."""
         execution = self._execution
@@ -148,7 +165,15 @@ class Worker:
         slate = Slate(self._errand.pace)
         self._execution.pace = SharedPace(slate)
         with closing(Ledger(path)) as ledger:
-            async with self._client() as client, Journal(ledger, slate.turn) as journal:
+            ledger.watch_files()
+            door = Journal(
+                ledger,
+                slate.turn,
+                rescue=partial(RescueFile, path, self._errand.rescue_folders),
+                lock_patience_s=LOCKED_S,
+            )
+            async with self._client() as client, door as journal:
+                journal.on_failure = self._ledger_failed
                 poller = self._new_poller(journal, client)
                 poller.adopt(self._errand.tasks, asked_before=True)
                 await self._errand.shift.work(poller)

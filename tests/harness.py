@@ -190,6 +190,8 @@ class Office:
 
         With `room` no file grows beyond so many bytes, as on a full disk.
         """
+        if room is not None:  # Python would leave half of a compiled module behind
+            environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
 
         def prepare() -> None:
             usual_signals()

@@ -102,7 +102,8 @@ def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, di
     told = []
     for number in (1, 2):
         with serving(tmp_path / f"{number}.db", failure_rate=0.1) as api:
-            done = office.command(*RUN, "--processes", str(number), "--ledger", f"{number}.ledger", api=api)
+            more = ("--processes", str(number), "--ledger", f"{number}.ledger", "--new-ledger")
+            done = office.command(*RUN, *more, api=api)
             audit = api.audit()
         assert (done.stderr if done.code == 0 else "") == ""
         assert audit["paid_twice"] == 0

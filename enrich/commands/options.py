@@ -16,9 +16,12 @@ from enrich.errors import JobError
 if TYPE_CHECKING:
     from enrich.api.credentials import Access
     from enrich.job import Job
+    from enrich.place import LedgerPlace
 
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
+#: The key of the command's ledger in the context's `meta`.
+LEDGER_OF_COMMAND = "enrich.ledger"
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -121,10 +124,18 @@ def load(
     """Read the job file, with what the command line and `ENRICH_LEDGER` say instead."""
     from enrich.job import Overrides, load_job
 
-    return load_job(
+    job = load_job(
         job_file,
         Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
     )
+    note_ledger(job.ledger)
+    return job
+
+
+def note_ledger(ledger: LedgerPlace) -> None:
+    """Note which ledger a command uses: an error that was not foreseen may come from damage in it."""
+    if (context := click.get_current_context(silent=True)) is not None:
+        context.meta[LEDGER_OF_COMMAND] = ledger
 
 
 @contextmanager

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @carrying
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--workspace-renamed", is_flag=True, help="The ledger's workspace has another name at Databar now.")
+@click.option("--new-ledger", is_flag=True, help="Use a new ledger though an earlier output was paid from another one.")
 @click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
 @click.option(
     "--if-locked",
@@ -73,6 +74,7 @@ def run(
     workers: int | None,
     update_providers: bool,
     workspace_renamed: bool,
+    new_ledger: bool,
     yes: bool,
     if_locked: tuple[bool, float],
     as_json: bool,
@@ -114,6 +116,8 @@ def run(
         workspace_renamed=workspace_renamed,
         confirm=_confirm if asks and plan is None else None,
         plan=plan,
+        new_ledger=new_ledger or use_sandbox,
+        confirm_new_ledger=_confirm if listens and on_terminal else None,
         processes=processes,
         spread=spread_of(job, engine, address, workers, processes),
     )

@@ -37,9 +37,11 @@ def _ledger_of(
     if instead is not None or use_sandbox:
         raise click.UsageError(f"{place} is taken as a ledger: --ledger and --sandbox go with a job file")
     try:
-        return locate_ledger(Path(), place, (home or Path.cwd()) / ".enrich")
+        ledger = locate_ledger(Path(), place, (home or Path.cwd()) / ".enrich")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    options.note_ledger(ledger)
+    return ledger
 
 
 @ledger.command()

@@ -18,7 +18,7 @@ from enrich.job import Job
 from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, failed
-from enrich.place import LedgerPlace, Postgres, beside
+from enrich.place import LedgerPlace, Postgres
 from enrich.report.file import EXTRA, lacks_extra
 from enrich.setup.check import Checked, check_job, summary
 from enrich.setup.online import Live, ask
@@ -26,6 +26,7 @@ from enrich.setup.places import existing, inputs, is_there, read_files, written
 from enrich.store.database import exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_held
+from enrich.store.sqlite import lock_path
 
 #: Executions that are looked back at.
 LAST = 7
@@ -213,7 +214,7 @@ def _is_known(ledger: LedgerPlace) -> bool:
 
 
 def _is_locked(ledger: LedgerPlace) -> bool:
-    return bool(is_held(ledger)) if isinstance(ledger, Postgres) else machine.is_locked(beside(ledger, ".lock"))
+    return bool(is_held(ledger)) if isinstance(ledger, Postgres) else machine.is_locked(lock_path(ledger))
 
 
 def _micros(credits_: float | None) -> int | None:

@@ -19,6 +19,7 @@ from enrich.store.dialect import FAILURES
 from enrich.store.lock import hold
 from enrich.store.opening import alone
 from enrich.store.records import Records
+from enrich.store.sqlite import damaged, tells_of_damage
 
 #: All that a ledger remembers, with what tells the rows of a table apart. Who refers to another is checked at the end.
 TABLES = {
@@ -62,6 +63,8 @@ def copy(source: LedgerPlace, target: LedgerPlace) -> Copied:
                 copied = _fill(old, new)
                 key = _copy_key(source, target)
         except FAILURES as error:
+            if tells_of_damage(error):
+                raise damaged(source) from error
             raise Refused(f"{target}: the copy cannot be written: {error}") from error
     return replace(copied, key=key)
 

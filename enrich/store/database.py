@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.dialect import FAILURES, Session
+from enrich.store.open_files import is_there
 from enrich.store.server import postgres
 from enrich.store.sqlite import JOURNALS, open_file
 
@@ -22,17 +24,19 @@ PATIENCE_S = 3.0
 class Database:
     """One ledger, one connection."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the place are exceptions
         self,
         place: LedgerPlace,
         *,
         read_only: bool = False,
         any_version: bool = False,
+        unchecked: bool = False,
         fence: Fence | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
 
+        `unchecked` leaves it to the caller to look for damage.
         With a `fence` every transaction fails once its owner has lost the lease. A server that is away is waited for
         `patience_s`. Raises Refused when this is no ledger,
         when it is newer than this program or can't be written.
@@ -45,7 +49,16 @@ class Database:
                 place, read_only=read_only, any_version=any_version, fence=fence, patience_s=patience_s
             )
         else:
-            self._db = open_file(place, read_only=read_only, any_version=any_version)
+            self._db = open_file(place, read_only=read_only, any_version=any_version, unchecked=unchecked)
+
+    def watch_files(self) -> None:
+        """Record which files the ledger is open in; the caller holds its lock."""
+        if isinstance(self.place, Path):
+            self._db.watch_files(self.place)
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when one of them was removed or replaced."""
+        self._db.check_files()
 
     def close(self) -> None:
         """Close the database; what was committed stays."""
@@ -132,8 +145,11 @@ class Database:
 
 
 def exists(place: LedgerPlace) -> bool:
-    """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
-    return postgres().schema_exists(place) if isinstance(place, Postgres) else place.exists()
+    """Tell whether a ledger was ever made there.
+
+    Raises Refused when the server can't be asked, and when the path is a dangling link or no file.
+    """
+    return postgres().schema_exists(place) if isinstance(place, Postgres) else is_there(place)
 
 
 def remove(place: LedgerPlace) -> None:

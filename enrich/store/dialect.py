@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 #: A server that is away in the middle of a run is waited for so long, in seconds.
@@ -50,6 +51,8 @@ class Dialect:
     by_bytes: str = ""
     #: Puts all values of a group into one JSON list.
     as_list: str = ""
+    #: A column of text as its bytes, which need not be UTF-8.
+    as_bytes: str = "{}"
     #: Rows that refer to what is not there.
     orphans: str = "SELECT 1 WHERE false"
     #: Keeps others from comparing the same task ids (a JSON list of lists) until this transaction ends.
@@ -86,6 +89,12 @@ class Session(Protocol):
     @property
     def in_transaction(self) -> bool:
         """Tell whether a transaction was begun."""
+
+    def watch_files(self, path: Path) -> None:
+        """Record the files of the ledger, which `check_files` compares from then on."""
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Do one statement."""

@@ -11,12 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from enrich.model import written
 from enrich.privacy import Forgotten, keyed, proof, read_key
-from enrich.store.holding import Holding
 from enrich.store.intake import MOST, OPEN_ATTEMPT
+from enrich.store.rescue import Rescue
 
 
-class Ledger(Holding):
+class Ledger(Rescue):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     # What the ledger is bound to
@@ -88,6 +89,22 @@ class Ledger(Holding):
         sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
         row = self._db.execute(sql, (job,)).fetchone()
         return bool(row[0])
+
+    def has_accepted(self) -> bool:
+        """Tell whether a run of this ledger had a POST accepted: what a rescue file brought is another ledger's."""
+        row = self._db.execute(
+            "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (receipt IS NOT NULL OR ended_ms IS NULL))"
+        ).fetchone()
+        return bool(row[0])
+
+    def unknown_tasks(self, tasks: Sequence[str]) -> list[str]:
+        """Return those of these task ids that no attempt has."""
+        rows = self._db.execute(
+            "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
+            "WHERE value->>0 NOT IN (SELECT task_id FROM attempts WHERE task_id IS NOT NULL)",
+            (written([(task,) for task in tasks]),),
+        )
+        return [task for (task,) in rows]
 
     def executions(self, job: str | None = None, last: int = MOST) -> list[Mapping[str, Any]]:
         """Return the newest `last` executions (of one job), newest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,9 @@ from filelock import FileLock, Timeout
 
 from enrich.errors import LOCKED_HINT, LedgerLocked, Refused
 from enrich.place import LedgerPlace, Postgres
+from enrich.store.open_files import is_there
 from enrich.store.server import postgres
+from enrich.store.sqlite import lock_path
 
 
 @contextmanager
@@ -24,11 +27,16 @@ def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
         with postgres().held(ledger, wait_s):
             yield None
         return
-    path = ledger.with_name(ledger.name + ".lock")
+    is_there(ledger)  # refuses what can be no ledger
+    path = lock_path(ledger)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=wait_s, mode=0o600)
         lock.acquire()
+        while not _is_at(lock.lock_file, lock._context.lock_file_fd):  # noqa: SLF001 - see below
+            # Removed while it was waited for: another run may hold the one that is there now.
+            lock.release()
+            lock.acquire()
     except Timeout:
         raise LedgerLocked(f"{ledger}: another execution holds this ledger", LOCKED_HINT) from None
     except OSError as error:
@@ -39,11 +47,19 @@ def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
         lock.release()
 
 
+def _is_at(path: str, descriptor: int | None) -> bool:
+    """Tell whether a descriptor is that of the file at a path."""
+    try:
+        return descriptor is not None and os.path.samestat(os.fstat(descriptor), Path(path).stat())
+    except FileNotFoundError:
+        return False
+
+
 def is_held(ledger: LedgerPlace) -> bool | None:
     """Tell whether an execution holds the lock, without touching it; None where the system doesn't tell."""
     if isinstance(ledger, Postgres):
         return bool(postgres().is_held(ledger))
-    path = ledger.with_name(ledger.name + ".lock")
+    path = lock_path(ledger)
     try:
         held = Path("/proc/locks").read_text(encoding="ascii")
     except OSError:

@@ -26,6 +26,7 @@ def opened(place: LedgerPlace) -> Iterator[tuple[Ledger, Lease | None]]:
     """Open a ledger to write; what is on a server is written as long as the lease holds. The caller holds the lock."""
     if not isinstance(place, Postgres):
         with closing(Ledger(place)) as ledger:
+            ledger.watch_files()
             yield ledger, None
         return
     with leased(place, idle_s=READING_S) as (ledger, lease):

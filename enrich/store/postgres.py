@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -212,6 +213,12 @@ class PostgresSession:
                 if time.monotonic() > end:
                     raise DatabaseFailed(said(error)) from error
             time.sleep(LOOK_EVERY_S)
+
+    def watch_files(self, _: Path) -> None:
+        """Do nothing: a server keeps its files itself."""
+
+    def check_files(self) -> None:
+        """Do nothing: a server keeps its files itself."""
 
     def hurry(self) -> None:
         """Hear, from any thread, that nobody wants to wait long any more."""

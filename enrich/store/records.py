@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from enrich.errors import Refused
+from enrich.errors import LedgerDamaged, Refused
 from enrich.place import LedgerPlace, Postgres
 from enrich.store.database import Database, exists
 from enrich.store.dialect import FAILURES
-from enrich.store.schema import MARK
-from enrich.store.sqlite import tells_of_damage
+from enrich.store.schema import JSON, MARK
+from enrich.store.sqlite import Column, columns, damaged, tells_of_damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,18 @@ def check(place: LedgerPlace) -> Findings:
     """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
     try:
         records = Records(place)
-    except Refused as error:
-        if (
-            isinstance(place, Path)
-            and place.is_file()
-            and (tells_of_damage(error.__cause__) or not place.stat().st_size)
-        ):
-            return Findings([f"the file is damaged: {error.__cause__ or 'it is empty'}"])
-        raise
+    except LedgerDamaged as error:
+        return Findings([f"the file is damaged{error.message.partition('is damaged')[2]}"])
     with closing(records):
         return records.check()
+
+
+def is_damaged(place: Path) -> bool:
+    """Tell whether a ledger is there and not sound."""
+    try:
+        return place.is_file() and bool(check(place).problems)
+    except Refused:
+        return False
 
 
 class Records(Database):
@@ -50,7 +54,7 @@ class Records(Database):
         """Open it, though it be older with `any_version`. Raises Refused when it is not there or is no ledger."""
         if not exists(place):
             raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(place, read_only=True, any_version=any_version)
+        super().__init__(place, read_only=True, any_version=any_version, unchecked=True)
 
     def check(self) -> Findings:
         """Look at everything as it stood at one moment, though a run may go on."""
@@ -68,19 +72,42 @@ class Records(Database):
         try:
             for said in self._db.damage():
                 damaged = True
-                yield f"the file is damaged: {' '.join(said.split())}"
-        except FAILURES as error:
+                yield f"the file is damaged: {said}"
+        except (*FAILURES, UnicodeDecodeError):
             damaged = True
-            yield f"the file is damaged: {error}"
+            yield "the file is damaged: it cannot be read to its end"
+        for said in self._unreadable():
+            damaged = True
+            yield said
         for broken, query in () if damaged else INVARIANTS.items():
             try:
                 rows = query.replace(_ORPHANS, self._db.dialect.orphans)
                 (count,) = self._db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
-            except FAILURES as error:
-                yield f"cannot be checked ({broken}): {error}"
+            except FAILURES:
+                yield f"cannot be checked: {broken}"
                 continue
             if count:
                 yield f"{count:,} times: {broken}"
+
+    def _unreadable(self) -> Iterator[str]:
+        """Decode every value of the ledger, and parse what is JSON; name column and row of each that is broken."""
+        for table, group in groupby(columns(), key=lambda column: column.table):
+            of_table = list(group)
+            chosen = [
+                self._db.dialect.as_bytes.format(column.name) if column.kind is str else column.name
+                for column in of_table
+            ]
+            number = "id" if "id" in chosen else "NULL"
+            try:
+                for row, (row_id, *values) in enumerate(
+                    self._db.stream(f"SELECT {number}, {', '.join(chosen)} FROM {table}"), 1
+                ):
+                    for column, value in zip(of_table, values, strict=True):
+                        if (wrong := _wrong(column, value)) is not None:
+                            where = f"row {row}" if row_id is None else f"id {row_id}"
+                            yield f"the file is damaged: {table}.{column.name}, {where}: {wrong}"
+            except (*FAILURES, UnicodeDecodeError):
+                yield f"the file is damaged: the table {table} cannot be read"
 
     def _count(self, table: str) -> int | None:
         with suppress(*FAILURES):
@@ -121,10 +148,26 @@ class Records(Database):
             raise Refused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
         except sqlite3.Error as error:
             if tells_of_damage(error):
-                raise Refused(
-                    f"{self.place}: the ledger is damaged: {error}", "`enrich ledger check` tells more"
-                ) from error
+                raise damaged(self.place) from error
             raise Refused(f"{target}: the copy cannot be written: {error}") from error
+
+
+def _wrong(column: Column, value: object) -> str | None:
+    """Say what is wrong with a value; None: nothing."""
+    if value is None:
+        return None
+    if column.kind is not str:
+        return None if isinstance(value, column.kind) else "of another type than its column"
+    try:
+        text = value if isinstance(value, str) else bytes(value).decode()  # type: ignore[call-overload]
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    try:
+        if column.name in JSON.get(column.table, ()):
+            json.loads(text)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return None
 
 
 def _check_target(target: Path, ledger: Path) -> None:

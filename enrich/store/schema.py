@@ -8,6 +8,15 @@ from collections.abc import Callable
 #: "enri": a SQLite file that says otherwise is somebody else's.
 MARK = 0x656E7269
 
+#: Columns of text that is JSON, by their tables.
+JSON = {
+    "waterfalls": ("description", "providers"),
+    "calls": ("canonical",),
+    "executions": ("receipt", "paths", "pulse"),
+    "requests": ("params",),
+    "attempts": ("answer",),
+}
+
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = []
 migration = MIGRATIONS.append
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from enrich.errors import Refused
+from enrich.errors import LedgerDamaged, LedgerMoved, Refused
 from enrich.store.dialect import Dialect
+from enrich.store.open_files import OpenFiles, is_there
 from enrich.store.schema import MARK, MIGRATIONS
 
 #: A journal of the damaged ledger would be played into the backup.
@@ -18,10 +21,46 @@ RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys aga
 
 #: So long another process is waited for that writes, or reads what is to be erased.
 PATIENCE_S = 30.0
+#: A run asks again for the write lock after so many milliseconds.
+BUSY_MS = 500
 #: What SQLite keeps beside a file, by the ends of the names.
 JOURNALS = ("-journal", "-wal", "-shm")
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
+#: How the errors of Python's decoder begin, which have no code and quote the text.
+_UNDECODABLE = "Could not decode to UTF-8"
+#: Files up to so many bytes are read through by every command, as that takes no time.
+CHECKED_ALWAYS = 8 * 1024 * 1024
 #: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
 CHECKED_AT_START = 256 * 1024 * 1024
+
+
+#: What SQLite says of a damaged file quotes it: instead of its words these, the first that fits.
+_DAMAGES = (
+    ("index|non-unique", "an index does not agree with its table"),
+    ("constraint failed|value in", "a column has a value that it does not take"),
+    ("", "its pages do not fit together"),
+)
+
+
+class Column(NamedTuple):
+    """A column of the ledger's tables, and the Python type of its values."""
+
+    table: str
+    name: str
+    kind: type
+
+
+@lru_cache(maxsize=1)
+def columns() -> tuple[Column, ...]:
+    """Return all columns of a ledger, as a new one has them."""
+    kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for step in MIGRATIONS:
+            step(db)
+        rows = db.execute(
+            "SELECT m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_info(m.name) c WHERE m.type = 'table'"
+        )
+        return tuple(Column(table, name, kinds[kind]) for table, name, kind in rows)
 
 
 class SqliteSession(sqlite3.Connection):
@@ -35,8 +74,36 @@ class SqliteSession(sqlite3.Connection):
         no_index="+",
         ordered_join="CROSS JOIN",
         as_list="json_group_array({})",
+        as_bytes="CAST({} AS BLOB)",
         orphans="SELECT 1 FROM pragma_foreign_key_check",
     )
+    #: The files that must stay at their paths, the lock file last, while a run uses the ledger.
+    _files = OpenFiles(())
+
+    def watch_files(self, path: Path) -> None:
+        """Record the files of the ledger, which `check_files` compares from then on; the caller holds its lock."""
+        self.execute("SELECT count(*) FROM requests").fetchone()  # makes the journals
+        # Instead of in SQLite the writer waits for another one in the journal, where a signal ends it.
+        self.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        real = Path(os.path.realpath(path))
+        journals = (real.with_name(f"{real.name}{end}") for end in ("-wal", "-shm"))
+        self._files = OpenFiles.of(path, *journals, lock_path(path))
+
+    def check_files(self) -> None:
+        """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
+        changed = self._files.changed()
+        if changed is None:
+            return
+        if changed == self._files.files[-1][0]:
+            raise LedgerMoved(
+                f"{changed}: the lock file was removed or replaced while the run was using it",
+                "let no other run use this ledger meanwhile, then run the same command again",
+                gone=False,
+            )
+        raise LedgerMoved(
+            f"{changed}: a file of the ledger was removed or replaced while the run was using it",
+            "put the ledger back if you have it, then run the same command again",
+        )
 
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query."""
@@ -91,8 +158,10 @@ class SqliteSession(sqlite3.Connection):
         """Do nothing: the plans are good without it."""
 
     def damage(self) -> Iterator[str]:
-        """Read the whole file, with its indexes."""
-        return (said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok")
+        """Read the whole file, with its indexes; yield what is wrong in words that quote nothing of it."""
+        found = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
+        kinds = [next(words for sign, words in _DAMAGES if re.search(sign, said)) for said in found]
+        yield from dict.fromkeys(kinds)
 
     def erase_for_good(self) -> None:
         """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
@@ -104,32 +173,69 @@ class SqliteSession(sqlite3.Connection):
         return not busy
 
 
+def lock_path(path: Path) -> Path:
+    """Name the lock file of a ledger; links to one ledger share it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f"{real.name}.lock")
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Tell whether another program holds the write lock."""
+    return (
+        isinstance(error, sqlite3.Error)
+        and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def unwritable(error: BaseException) -> tuple[str, str]:
+    """Say why a database could not be written, without a word of its content, and what to do."""
+    if tells_of_damage(error):
+        return "is damaged", RESTORE
+    if is_locked(error):
+        return (
+            "cannot be written: another program has locked it (database is locked)",
+            "end the program that holds the lock, such as a database browser, then run the same command again",
+        )
+    return f"cannot be written: {error}", "make room or mend it, then run the same command again"
+
+
 def tells_of_damage(error: BaseException | None) -> bool:
-    """Tell whether SQLite could not make sense of the file."""
-    damage = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ}
+    """Tell whether SQLite, or Python's decoder, could not make sense of the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return True
     if not isinstance(error, sqlite3.Error):
         return False
     code = getattr(error, "sqlite_errorcode", None) or 0
     # The low byte is the kind of the error, the others say which of that kind.
-    return bool({code, code & 0xFF} & damage)
+    return bool({code, code & 0xFF} & _DAMAGE) or str(error).startswith(_UNDECODABLE)
 
 
-def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSession:
+def _says_nothing_else(error: BaseException) -> bool:
+    """Tell whether what fails while a ledger is opened can only be its content: our own SQL fits any sound ledger."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_ERROR
+
+
+def damaged(path: object, how: str = "") -> LedgerDamaged:
+    """Say that a ledger is damaged. What SQLite says of it may quote personal data, and is never shown."""
+    return LedgerDamaged(f"{path}: the ledger is damaged{how and f': {how}'}", RESTORE)
+
+
+def open_file(path: Path, *, read_only: bool, any_version: bool, unchecked: bool = False) -> SqliteSession:
     """Open a ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
 
-    Raises Refused when the file is not a ledger, is newer than this program or can't be written.
+    `unchecked` leaves it to the caller to look for damage. Raises Refused when the file is not a ledger, is damaged, is
+    newer than this program or can't be written.
     """
-    if path.is_fifo() or path.is_char_device():  # SQLite would wait for a writer
-        raise Refused(f"{path}: the ledger cannot be opened: it is a pipe or a device, not a file")
     try:
+        there = is_there(path)
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if not there:
                 _make(path)
             # SQLite would open a file that can't be written all the same, only to read.
             os.close(os.open(path, os.O_RDWR))
         if path.is_file() and not path.stat().st_size:
-            raise Refused(f"{path}: the ledger is damaged: it is empty", RESTORE)
+            raise damaged(path, "it is empty")
         mode = "ro" if read_only else "rw"
         # One thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
@@ -142,6 +248,7 @@ def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSessio
         )
         try:
             _check_mark(db, path)
+            _check_length(db, path)
             if not read_only:
                 # Readers look while we write; a committed move survives a power cut.
                 db.execute("PRAGMA journal_mode = WAL")
@@ -150,15 +257,28 @@ def open_file(path: Path, *, read_only: bool, any_version: bool) -> SqliteSessio
             db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
-            if not read_only:
-                _check_whole(db, path)
+            if not (unchecked or any_version):
+                _check_whole(db, path, CHECKED_ALWAYS if read_only else CHECKED_AT_START)
         except BaseException:
             db.close()
             raise
-    except (OSError, sqlite3.Error) as error:
-        hint = RESTORE if tells_of_damage(error) else "is it a ledger, and writable?"
-        raise Refused(f"{path}: the ledger cannot be opened: {error}", hint) from error
+    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
+        if tells_of_damage(error) or _says_nothing_else(error):
+            raise damaged(path) from error
+        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
     return db
+
+
+def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
+    """Return those of these task ids that the sandbox, whose file this is, has not given; all without a file."""
+    if not state.is_file():
+        return list(tasks)
+    try:
+        with closing(sqlite3.connect(f"{state.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            find = "SELECT 1 FROM tasks WHERE task_id = ?"
+            return [task for task in tasks if db.execute(find, (task,)).fetchone() is None]
+    except sqlite3.Error:
+        return list(tasks)
 
 
 def _make(path: Path) -> None:
@@ -181,28 +301,40 @@ def _make(path: Path) -> None:
         os.close(folder)
 
 
-def _check_whole(db: sqlite3.Connection, path: Path) -> None:
+def _check_length(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file that lacks some bytes: SQLite would read zeros in their place."""
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    if path.stat().st_size % size:
+        raise damaged(path, "the file is cut off")
+
+
+def _check_whole(db: sqlite3.Connection, path: Path, most: int) -> None:
     """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
 
     The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
     """
-    if path.stat().st_size > CHECKED_AT_START:
+    if path.stat().st_size > most:
         return
     (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if said != "ok":
-        raise Refused(f"{path}: the ledger is damaged: {' '.join(said.split())}", RESTORE)
+        raise damaged(path)
 
 
 def _check_mark(db: sqlite3.Connection, path: Path) -> None:
     """Refuse the database of another program before anything in it is changed."""
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (mark,) = db.execute("PRAGMA application_id").fetchone()
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if mark != MARK and {"requests", "attempts"} <= names:
+        raise damaged(path)
     if tables and mark != MARK:
         raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
 
 
 def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version < 0:
+        raise damaged(path)
     if version > len(MIGRATIONS):
         raise Refused(
             f"{path}: this ledger was written by a newer version of enrich",

@@ -1,0 +1,273 @@
+"""The rescue file: what was paid for while the ledger could not be written, one JSON object a line.
+
+It lies beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run takes
+it in and removes it. Room for it is reserved when a run begins, so that a full disk does not lose task ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from enrich.errors import Refused
+from enrich.tables.atomic import keep_names
+
+#: Appended to the ledger's name; a second file of the same ledger has `.2` behind it, and so on.
+SUFFIX = ".rescue"
+#: Bytes that are reserved: each of 32 POSTs writes a line of some 600 bytes twice at most.
+ROOM = 128 * 1024
+_HINT = "restore it, or move it away: what is in it is paid for, and would be charged again"
+
+Json = Annotated[str, Field(min_length=2)]
+
+
+class Paid(BaseModel):
+    """One attempt: the request, its task, and the answer if there is one.
+
+    Times are milliseconds since 1970 (UTC), credits millionths.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal[1] = 1
+    #: The ledger that it belongs to.
+    ledger: str
+    api_host: str | None = None
+    workspace: str | None = None
+    #: Names the attempt in that ledger: a later line about the same attempt replaces the earlier one.
+    attempt: int
+    fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
+    #: As in the ledger: the canonical call, the params as sent, both JSON.
+    call: Json
+    params: Json
+    paths: list[str] = []
+    state: Literal["submitting", "submitted", "in_doubt", "refused", "found", "not_found", "failed", "expired"]
+    task_id: str | None = None
+    claimed_ms: int
+    submitted_ms: int | None = None
+    settled_ms: int | None = None
+    reserved: int = Field(ge=0)
+    seen_alive: bool = False
+    credits: int | None = None
+    provider: str | None = None
+    error: str | None = None
+    answer: str | None = None
+    #: Requests that were sent as one task: its number in that ledger, the place in the task, their count.
+    bundle: int | None = None
+    place: int | None = Field(None, ge=0)
+    size: int | None = Field(None, ge=1)
+
+    def line(self) -> bytes:
+        """Write it as a line of the file."""
+        told = self.model_dump(exclude_defaults=True) | {"format": 1}
+        return json.dumps(told, ensure_ascii=True).encode() + b"\n"
+
+
+def rescue_files(ledger: Path, others: Sequence[Path]) -> list[Path]:
+    """Find the rescue files of a ledger, in its folder and in `others`."""
+    found = []
+    for folder in dict.fromkeys([ledger.parent, *others]):
+        try:
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
+        except OSError:
+            continue
+        found += [folder / name for name in names if _is_rescue(name, ledger.name)]
+    return found
+
+
+def _is_rescue(name: str, ledger: str) -> bool:
+    rest = name.removeprefix(ledger + SUFFIX)
+    return name != rest and (not rest or (rest[0] == "." and rest[1:].isdecimal()))
+
+
+def read_rescue(path: Path) -> list[Paid]:
+    """Read a rescue file; of several lines about one attempt the last counts. Raises Refused when it is damaged."""
+    try:
+        if not path.is_file():
+            raise Refused(f"{path}: the rescue file cannot be read: it is not a file", _HINT)
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path}: the rescue file cannot be read: {error.strerror}", _HINT) from error
+    # Behind the last line there may be reserved room, when the run was killed.
+    content = content.rstrip(b"\0")
+    if not content.endswith(b"\n"):
+        raise Refused(f"{path}: the rescue file is damaged: its last line is not complete", _HINT)
+    found: dict[int, Paid] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            paid = Paid.model_validate_json(line)
+            _check(paid)
+        except (ValidationError, ValueError, RecursionError):
+            raise Refused(f"{path}:{number}: the rescue file is damaged, or of another version", _HINT) from None
+        found[paid.attempt] = paid
+    return list(found.values())
+
+
+def _check(paid: Paid) -> None:
+    """Raise ValueError for a line that contradicts itself."""
+    for text in (paid.call, paid.params, paid.answer):
+        if text is not None and not isinstance(json.loads(text), dict):
+            raise ValueError
+    if paid.state in ("submitted", "found", "not_found", "expired") and paid.task_id is None:
+        raise ValueError
+    if paid.state in ("found", "not_found") and paid.answer is None:
+        raise ValueError
+    if paid.task_id is not None and paid.submitted_ms is None:
+        raise ValueError
+    if paid.state in ("found", "not_found", "failed", "expired") and paid.settled_ms is None:
+        raise ValueError
+    if len({paid.bundle is None, paid.place is None, paid.size is None}) > 1:
+        raise ValueError
+
+
+class RescueFile:
+    """Writes a rescue file; room for it is reserved beside the ledger before it is needed."""
+
+    def __init__(self, ledger: Path, others: Sequence[Path] = ()) -> None:
+        """Reserve the room; `others` are the folders that serve when that of the ledger is gone."""
+        self._ledger = ledger
+        self._folders = list(dict.fromkeys([ledger.parent, *others]))
+        self._room = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
+        self._file: int | None = None
+        self._end = 0
+        #: Where it is, once something was written.
+        self.path: Path | None = None
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Reserve the room; on a disk that has none already the run goes on without."""
+        try:
+            self._remove_abandoned()
+            self._file = os.open(self._room, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            os.posix_fallocate(self._file, 0, ROOM)
+        except (OSError, AttributeError):
+            self._drop_room()
+
+    def _remove_abandoned(self) -> None:
+        """Remove the room of runs that were killed: the caller holds the lock of the ledger, or works for who does."""
+        for name in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
+            pid = name.name.rpartition("-")[2]
+            if not pid.isdecimal() or not Path("/proc", pid).exists():
+                name.unlink(missing_ok=True)
+
+    def _drop_room(self) -> None:
+        with suppress(OSError):
+            self._room.unlink(missing_ok=True)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def append(self, lines: Iterable[Paid]) -> bool:
+        """Append lines and sync them; return False when no place could be found for them."""
+        content = b"".join(line.line() for line in lines)
+        if not content:
+            return True
+        if self.path is not None and self._file is not None:
+            if self._is_at(self.path) and self._write(content):
+                return True
+            # No room, or the file was removed: all of it in another place.
+            content = os.pread(self._file, self._end, 0) + content
+        return self._begin(content)
+
+    def _begin(self, content: bytes) -> bool:
+        if self.path is None and self._is_at(self._room) and self._write(content):
+            try:
+                self.path = _link(self._room, self._ledger)
+            except OSError:
+                self._end = 0  # this file system has no links
+            else:
+                with suppress(OSError):
+                    self._room.unlink()
+                    keep_names(self._ledger.parent)
+                return True
+        old = self.path
+        for folder in self._folders:
+            if self._create(folder, content):
+                if old is not None:
+                    with suppress(OSError):
+                        old.unlink()
+                return True
+        return False
+
+    def _create(self, folder: Path, content: bytes) -> bool:
+        """Make a new file in a folder with all lines so far; leave nothing behind when that fails."""
+        for number in range(1, 1000):
+            path = folder / _numbered(self._ledger.name, number)
+            try:
+                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            except FileExistsError:
+                continue
+            except OSError:
+                return False
+            former, end = self._file, self._end
+            self._file, self._end = file, 0
+            if self._write(content):
+                self.path = path
+                if former is not None:
+                    os.close(former)
+                with suppress(OSError):
+                    self._room.unlink(missing_ok=True)
+                    keep_names(folder)
+                return True
+            self._file, self._end = former, end
+            os.close(file)
+            with suppress(OSError):
+                path.unlink()
+            return False
+        return False
+
+    def _is_at(self, path: Path) -> bool:
+        """Tell whether the open file is the one at a path."""
+        try:
+            return self._file is not None and os.path.samestat(os.fstat(self._file), path.stat())
+        except OSError:
+            return False
+
+    def _write(self, content: bytes) -> bool:
+        """Write behind the last line, and sync; nothing of it stays when it fails."""
+        assert self._file is not None  # noqa: S101 - the callers look
+        try:
+            written = 0
+            while written < len(content):
+                written += os.pwrite(self._file, content[written:], self._end + written)
+            os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            return False
+        self._end += len(content)
+        return True
+
+    def close(self) -> None:
+        """Cut off the room that was not used; without a line no file stays."""
+        if self._file is not None:
+            if self.path is not None:
+                with suppress(OSError):
+                    os.ftruncate(self._file, self._end)
+                    os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+        with suppress(OSError):
+            self._room.unlink(missing_ok=True)
+
+
+def _numbered(ledger: str, number: int) -> str:
+    return ledger + SUFFIX + ("" if number == 1 else f".{number}")
+
+
+def _link(room: Path, ledger: Path) -> Path:
+    """Give the reserved file its name, the first that is free. Raises OSError where the file system has no links."""
+    for number in range(1, 1000):
+        path = ledger.with_name(_numbered(ledger.name, number))
+        try:
+            os.link(room, path)
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(17, "there are too many rescue files")
