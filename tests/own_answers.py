@@ -40,7 +40,7 @@ def wrong_rows(
             wrong[name] = f"its task is another's: {task_id}"
             continue
         right, email = _answer(runs[name], settings, bulk=bulk)
-        if status != right and status != "failed":  # a failure at no charge may have been the last attempt
+        if status not in (right, "failed"):  # a failure at no charge may have been the last attempt
             wrong[name] = f"{status}, not {right}"
         elif status == "found" and row[column] != email:
             wrong[name] = f"{row[column]}, not {email}"
