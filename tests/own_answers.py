@@ -11,7 +11,7 @@ from enrich.sandbox.catalogue import WATERFALLS
 from enrich.sandbox.people import Draw, fields
 from enrich.sandbox.questions import Question, cascade
 
-#: What counts as an answer.
+#: What counts as an answer; nothing expires here: `expired` would be a loss.
 ANSWERS = frozenset({"found", "not_found", "failed"})
 #: What a lead can be answered with when its free failures are over.
 _MEANS = {"found": "found", "missed": "not_found", "no_data": "not_found", "failed": "failed"}
@@ -24,11 +24,11 @@ def wrong_rows(
     settings: SandboxSettings,
     *,
     bulk: bool = False,
-    column: str = "work_email",
+    column: str | None = "work_email",
 ) -> dict[str, str]:
     """Name the leads whose row has another's answer (by first name), and say what is wrong with it.
 
-    `column` is the one that has the email. A row that was not answered is never wrong.
+    `column` is the one that has the email, if any. A row that was not answered is never wrong.
     """
     runs = {run["params"]["first_name"]: run for run in audit["runs"]}
     wrong = {}
@@ -40,9 +40,10 @@ def wrong_rows(
             wrong[name] = f"its task is another's: {task_id}"
             continue
         right, email = _answer(runs[name], settings, bulk=bulk)
-        if status not in (right, "failed"):  # a failure at no charge may have been the last attempt
+        # A failure at no charge may have been the last one allowed; in bulk a failure may look like a miss.
+        if status != "failed" and (status == "found") != (right == "found"):
             wrong[name] = f"{status}, not {right}"
-        elif status == "found" and row[column] != email:
+        elif status == "found" and column and row[column] != email:
             wrong[name] = f"{row[column]}, not {email}"
     return wrong
 
