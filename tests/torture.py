@@ -360,11 +360,14 @@ def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Rep
 
 def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callable[[], bool], float]:
     """Choose when to strike: its name, how to know it, and for how many seconds to wait for it."""
-    executions = _count(office, "executions")
+    executions, attempts = _count(office, "executions"), _count(office, "attempts")
     wire = rng.choice((1, 4, 16))
 
     def begun() -> bool:  # what the ledger says before is about the night before
         return _count(office, "executions") > executions
+
+    def sending() -> bool:
+        return _count(office, "attempts") > attempts
 
     def posting() -> bool:
         return begun() and _count(office, "attempts", "submitting") >= wire
@@ -381,7 +384,7 @@ def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callab
         ("while the output is written", (office.folder / ".job.enrich-part").exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
-    return moments[1] if plan.ledger_away else moments[plan.night % len(moments)]
+    return ("in the first seconds", sending, 5.0) if plan.ledger_away else moments[plan.night % len(moments)]
 
 
 def _wait(process: subprocess.Popen[str], comes: Callable[[], bool], seconds: float) -> bool:
