@@ -384,7 +384,7 @@ def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callab
         ("while the output is written", (office.folder / ".job.enrich-part").exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
-    return ("in the first seconds", sending, 5.0) if plan.ledger_away else moments[plan.night % len(moments)]
+    return ("in the first seconds", sending, 30.0) if plan.ledger_away else moments[plan.night % len(moments)]
 
 
 def _wait(process: subprocess.Popen[str], comes: Callable[[], bool], seconds: float) -> bool:
