@@ -114,10 +114,14 @@ def first_polls(number: int, make: Callable[[Exchange], Trick]) -> Choose:
 def test_answers_come_twice(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
     """A connection that says its answer again gives it to no other; a poll that it spoils is made again."""
     with scene(tmp_path, every(share, Trick(Act.REPEAT, after_s), *kinds)) as played:
+        first = played.run()
+        # An API all of whose POSTs are spoilt is left alone after a while.
+        assert played.answered() + len(played.doubtful()) == LEADS or first.exit_code == 4
+        assert sum(played.proxy.happened.values()) >= min(10, LEADS // share)
+        played.proxy.heal()
         played.run()
         assert len(played.doubtful()) <= (0 if kinds == ("GET",) else LEADS // share)
         assert played.answered() == LEADS - len(played.doubtful())
-        assert sum(played.proxy.happened.values()) >= LEADS // share // 2
 
 
 @pytest.mark.long

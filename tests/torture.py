@@ -376,11 +376,11 @@ def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callab
         return begun() and not _count(office, "attempts", "submitting") and _count(office, "attempts", "submitted") > 0
 
     moments: list[tuple[str, Callable[[], bool], float]] = [
-        ("asleep", posting, 3.0),
-        ("with POSTs on the wire", posting, 3.0),
+        ("asleep", posting, 5.0),
+        ("with POSTs on the wire", posting, 5.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
         ("while polling only", polling, 5.0),
-        ("while enrolling", begun, 3.0),
+        ("while enrolling", begun, 5.0),
         ("while the output is written", (office.folder / ".job.enrich-part").exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
