@@ -40,6 +40,8 @@ class Act(StrEnum):
     CUT = "cut"
     #: It comes with `status`.
     STATUS = "status"
+    #: It comes with `body`.
+    BODY = "body"
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ class Trick:
     after_s: float = 0.03
     status: int = 408
     task_id: str = ""
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request: `number` counts those of its kind, `connection` all connections, from 1; `lead`: params of a run."""
+    """A request: `number` counts those of its kind, `connection` all connections, from 1; `lead`: params of a run.
+
+    Its kind is `POST` for a run, `GET` for the poll of a task, `OTHER` for what else is read under `/v1`.
+    """
 
     kind: str
     number: int
@@ -64,8 +70,13 @@ class Exchange:
 
     @property
     def is_post(self) -> bool:
-        """Whether it submits a run; otherwise it polls a task."""
+        """Whether it submits a run."""
         return self.kind == "POST"
+
+    @property
+    def is_poll(self) -> bool:
+        """Whether it polls a task."""
+        return self.kind == "GET"
 
     @property
     def task_id(self) -> str:
@@ -81,6 +92,7 @@ SWAP_S = 0.3
 FIRST_S = 5.0
 _RUN = re.compile(r"/waterfalls/[^/]+/(bulk-)?run$")
 _TASK = re.compile(r"/tasks/[^/]+$")
+_OTHER = re.compile(r"^/v1/")
 #: What a task of nowhere says.
 _NOBODY = {"email": "somebody@elsewhere.example"}
 
@@ -158,13 +170,17 @@ class Proxy:
     def exchange(self, connection: int, method: str, path: str, body: bytes) -> Exchange | None:
         """Number a request; None for one that is left alone."""
         bare = path.partition("?")[0]
-        if not (_RUN.search(bare) if method == "POST" else method == "GET" and _TASK.search(bare)):
+        if method == "POST":
+            kind = "POST" if _RUN.search(bare) else ""
+        else:
+            kind = "GET" if _TASK.search(bare) else "OTHER" if _OTHER.search(bare) else ""
+        if not kind:
             return None
-        self._numbers[method] += 1
+        self._numbers[kind] += 1
         params = _Message(b"", body).json().get("params")
         lead = params if isinstance(params, dict) else {}
-        made = Exchange(method, self._numbers[method], connection, path, lead)
-        if not made.is_post and made.task_id in self._accepted and made.task_id not in self._polled:
+        made = Exchange(kind, self._numbers[kind], connection, path, lead)
+        if made.is_poll and made.task_id in self._accepted and made.task_id not in self._polled:
             self._polled.append(made.task_id)
             if made.task_id == next(iter(self._accepted)):
                 self._known.set()
@@ -178,13 +194,15 @@ class Proxy:
         if exchange.is_post:
             self._accepted.setdefault(str(read.get("task_id")), answer)
             self._begun.set()
-        elif read.get("status") in ("completed", "success") and read.get("data"):
+        elif exchange.is_poll and read.get("status") in ("completed", "success") and read.get("data"):
             self._finished[exchange.task_id] = answer
 
     async def replaced(self, trick: Trick, exchange: Exchange, answer: _Message) -> _Message:
         """Give what is delivered in the place of an answer."""
         if trick.act is Act.STATUS:
             return answer.with_status(trick.status) if answer.status < 300 else answer
+        if trick.act is Act.BODY:
+            return _message(200, trick.body)
         if trick.act is Act.NOWHERE:
             task_id = trick.task_id or str(uuid4())
             ids = {"task_id": task_id, "request_id": task_id}
@@ -339,7 +357,7 @@ async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> b
 
 @contextmanager
 def out_of_step(base_url: str, choose: Choose = lambda _: None) -> Iterator[Proxy]:
-    """Stand before the API at a base URL until the block ends; `choose` is asked about every POST and GET of a task."""
+    """Stand before the API at a base URL until the block ends; `choose` is asked about every request that it sees."""
     parts = urlsplit(base_url)
     ready, proxy = Event(), Proxy(choose=choose)
     loop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -387,6 +405,8 @@ def by_chance(odds: Mapping[Act, tuple[float, float]], seed: int) -> Choose:
     rng = random.Random(seed)
 
     def choose(exchange: Exchange) -> Trick | None:
+        if not (exchange.is_post or exchange.is_poll):
+            return None
         for act, (post, get) in odds.items():
             if rng.random() < (post if exchange.is_post else get):
                 trick = Trick(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))

@@ -7,10 +7,15 @@ time. Not shifted: `datetime.now`, the clocks of the file system and of SQLite, 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # nothing of the program is imported before the clock is moved
+    from tests.harness import Api, Office
 
 #: Names the file with the offset in seconds.
 CLOCK = "STEPPING_CLOCK"
@@ -39,6 +44,19 @@ class SteppingClock:
     def time(self) -> float:
         """Stand in for `time.time`."""
         return self.time_ns() / 1e9
+
+
+def start_by_clock(office: Office, api: Api, clock: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a run of an office's job under the clock that a file moves; the caller ends it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.stepping_clock", "run", "job.yaml", "--json", *options],
+        cwd=office.folder,
+        env=office.variables(api) | {CLOCK: str(clock), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def first_polls(number: int, make: Callable[[Exchange], Trick]) -> Choose:
     polls: Counter[str] = Counter()
 
     def choose(exchange: Exchange) -> Trick | None:
-        if exchange.is_post:
+        if not exchange.is_poll:
             return None
         polls[exchange.task_id] += 1
         return make(exchange) if polls[exchange.task_id] <= number else None
@@ -187,7 +188,7 @@ def test_the_same_strange_answer_for_ever(tmp_path: Path) -> None:
     victims: list[str] = []
 
     def choose(exchange: Exchange) -> Trick | None:
-        if exchange.is_post:
+        if not exchange.is_poll:
             return None
         if len(victims) < 3 and exchange.task_id not in victims:
             victims.append(exchange.task_id)
@@ -314,6 +315,55 @@ def test_a_task_that_was_unknown_long_enough_is_asked_for_again(tmp_path: Path) 
         assert (second.exit_code, second.submitted, played.answered()) == (0, 0, 6)
 
 
+#: What comes for a question about the account or the waterfall.
+STRANGE = {
+    "a task": {"task_id": "x", "request_id": "x", "status": "completed", "data": [{"email": "x@elsewhere.example"}]},
+    "another waterfall": {
+        "identifier": "phone_getter",
+        "name": "Phone",
+        "available_enrichments": [],
+        "email_verifiers": [],
+    },
+    "an account": {"first_name": "Sandra", "balance": 5.0, "plan": "sandbox", "workspace": "sandbox"},
+    "a list": [],
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_question_about_the_account_or_the_waterfall_gets_anothers_answer(
+    tmp_path: Path, where: str, what: str
+) -> None:
+    """What is no answer to it is asked for again: the run goes on as if it had not come."""
+    if (where, what) == ("/user/me", "an account"):
+        pytest.skip("an answer to it")
+    odd: list[str] = []
+
+    def choose(exchange: Exchange) -> Trick | None:
+        if not exchange.path.endswith(where) or where in odd:
+            return None
+        odd.append(where)
+        return Trick(Act.BODY, body=json.dumps(STRANGE[what]).encode())
+
+    with scene(tmp_path, lambda _: None, leads=4) as played:
+        assert played.run().exit_code == 0
+        played.office.write_leads(people(8))
+        played.proxy.choose = choose
+        second = played.run()
+        assert (odd, second.exit_code, second.submitted, played.answered()) == ([where], 0, 4, 8)
+
+
+def test_other_answers_come_twice(tmp_path: Path) -> None:
+    """What the API says of the account and the waterfall is no answer to a poll, nor the other way round."""
+    with scene(tmp_path, every(1, Trick(Act.REPEAT, 0.02), "OTHER", "GET"), leads=8) as played:
+        first = played.run()
+        played.office.write_leads(people(16))
+        second = played.run()
+        assert (first.exit_code, second.exit_code, played.answered()) == (0, 0, 16)
+        assert first.balance_after is not None
+
+
 TRICKS = {
     "POST": (Act.REPEAT, Act.UNASKED, Act.ANOTHER, Act.CUT, Act.STATUS),
     "GET": (Act.REPEAT, Act.UNASKED, Act.ANOTHER, Act.SWAP, Act.NOWHERE, Act.CUT),
@@ -341,7 +391,7 @@ def test_in_any_order_of_disturbances(posts: list[Trick | None], gets: list[Tric
     """A row is answered with its own, or in doubt where its POST was disturbed; the next run only makes it better."""
 
     def choose(exchange: Exchange) -> Trick | None:
-        drawn = posts if exchange.is_post else gets
+        drawn = {"POST": posts, "GET": gets}.get(exchange.kind, [])
         return drawn[exchange.number - 1] if exchange.number <= len(drawn) else None
 
     disturbed = sum(trick is not None and trick.act is not Act.STATUS for trick in posts)

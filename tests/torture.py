@@ -31,9 +31,7 @@ from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, Api, Office, people, serving
 from tests.out_of_step import Act, by_chance, out_of_step
 from tests.own_answers import ANSWERS, wrong_rows
-from tests.stepping_clock import CLOCK
-
-ROOT = Path(__file__).parent.parent
+from tests.stepping_clock import start_by_clock
 
 #: Every way in which the API goes wrong, each for a small share of the requests. A lost task is not among them:
 #: it takes a minute to be sure of one.
@@ -305,7 +303,7 @@ class Plan:
 def _one_night(office: Office, api: Api, rng: random.Random, report: Report, plan: Plan) -> int | None:
     """Start the run; kill it at a random or a chosen moment. Return its exit code, None when it was killed."""
     moment, comes, at_most = _moment(office, rng, plan)
-    process = _start(office, api)
+    process = start_by_clock(office, api, office.folder / "clock")
     if plan.kill:
         came = _wait(process, comes, at_most)
         if plan.ledger_away and came and process.poll() is None:
@@ -326,19 +324,6 @@ def _one_night(office: Office, api: Api, rng: random.Random, report: Report, pla
     process.communicate(timeout=300)
     report.ended[process.returncode] += 1
     return process.returncode
-
-
-def _start(office: Office, api: Api) -> subprocess.Popen[str]:
-    """Start the program under a clock that steps."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.stepping_clock", "run", "job.yaml", "--json"],
-        cwd=office.folder,
-        env=office.variables(api) | {CLOCK: str(office.folder / "clock"), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
 
 
 def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Report) -> None:
