@@ -81,7 +81,10 @@ def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
     ("code", "not_missed"),
     [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
 )
-def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(tmp_path: Path, code: str, not_missed: int) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(
+    tmp_path: Path, code: str, not_missed: int, *, replaced: bool
+) -> None:
     """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
     office, report = Office(tmp_path), Report(1, 1)
     office.ledger_path.parent.mkdir()
@@ -96,6 +99,6 @@ def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(tmp_path: Path, c
     )
     assert process.stdin
     process.stdin.write("\n")
-    take_ledger_away(office, process, report)
+    take_ledger_away(office, process, report, replaced=replaced)
     assert (report.ledger_away, report.ledger_not_missed) == (1, not_missed)
     assert office.ledger_path.read_text() == "the ledger"

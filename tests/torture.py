@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -91,7 +92,7 @@ TRICKS: Mapping[Act, tuple[float, float]] = {
 }
 #: By how much the clock of this machine may be off, in hours.
 HOURS = (-30, -7, -2, 0, 0, 2, 7, 30)
-#: In each of so many nights the ledger is renamed away under the run, and back after it.
+#: In each of so many nights the ledger is renamed away under the run, or replaced by a copy, and back after it.
 LEDGER_AWAY_EACH = 8
 #: What a kill may leave in doubt, whatever `in_flight` is; in bulk it is what four POSTs carry.
 AT_MOST_IN_DOUBT = 64
@@ -154,7 +155,7 @@ class Report:
             **{f"… {moment}": count for moment, count in sorted(self.kills.items())},
             "stops (SIGSTOP, SIGCONT)": self.stops,
             **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.ended.items())},
-            "nights whose ledger was renamed away and back": self.ledger_away,
+            "nights whose ledger was away or replaced": self.ledger_away,
             "… that went on without it": self.ledger_not_missed,
             "steps of the clock by hours": self.clock_steps,
             "faults met": self.faults,
@@ -307,7 +308,7 @@ def _one_night(office: Office, api: Api, rng: random.Random, report: Report, pla
     if plan.kill:
         came = _wait(process, comes, at_most)
         if plan.ledger_away and came and process.poll() is None:
-            take_ledger_away(office, process, report)
+            take_ledger_away(office, process, report, replaced=rng.random() < 1 / 2)
             return None
         if moment == "asleep" and process.poll() is None:
             _sleep(process, plan.stop_s)
@@ -326,16 +327,19 @@ def _one_night(office: Office, api: Api, rng: random.Random, report: Report, pla
     return process.returncode
 
 
-def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Report) -> None:
-    """Rename the ledger away, until the run has ended because of it."""
+def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Report, *, replaced: bool = False) -> None:
+    """Rename the ledger away until the run has ended because of it; `replaced`: a copy takes its place meanwhile."""
     files = [Path(f"{office.ledger_path}{ending}") for ending in ("", "-wal", "-shm")]
     away = office.folder / "away"
     away.mkdir(exist_ok=True)
     moved = [path for path in files if path.exists()]
     for path in moved:
         path.rename(away / path.name)
+    if replaced:
+        for path in moved:
+            shutil.copy(away / path.name, path)
     _, said = process.communicate(timeout=600)
-    for path in files:  # of a ledger that was made in its place
+    for path in files:  # of a ledger in its place
         path.unlink(missing_ok=True)
     for path in moved:
         (away / path.name).rename(path)
