@@ -26,8 +26,9 @@ from unittest.mock import patch
 
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, Api, Office, people, serving
+from tests.own_answers import ANSWERS
 from tests.postgres import Postgres, find_binaries, serving_alone
-from tests.torture import ANSWERS, FAULTS
+from tests.torture import FAULTS
 
 #: Seconds of a lease here, and for how long somebody is stopped: past it, and not until the crew gives him up.
 LEASE_S, SLEEP_S = 2, 3

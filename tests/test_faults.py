@@ -65,6 +65,21 @@ TABLE = """
 | get:broken-json                  | answered |              | yes      | 0    |
 | get:wrong-json                   | answered |              | yes      | 0    |
 | get:unauthorized                 | pending  |              | yes      | 3    |
+| other-success,status=201         | answered |              | yes      | 0    |
+| other-success,status=202         | answered |              | yes      | 0    |
+| long-id                          | in_doubt | never        | yes      | 14   |
+| flickering-task,seconds=0.5      | answered |              | yes      | 0    |
+| wrong-date,seconds=7200          | answered |              | yes      | 0    |
+| wrong-date,seconds=-90000        | answered |              | yes      | 0    |
+| get:wrong-date,seconds=90000     | answered |              | yes      | 0    |
+| get:odd-credits                  | answered |              | yes      | 0    |
+| get:odd-credits,credits=-1       | answered |              | yes      | 0    |
+| get:odd-credits,credits=1e300    | answered |              | yes      | 0    |
+| get:invalid-utf8                 | answered |              | yes      | 0    |
+| get:long-id                      | answered |              | yes      | 0    |
+| get:deep-json                    | answered |              | yes      | 0    |
+| get:many-steps,steps=20000       | answered |              | yes      | 0    |
+| get:gzip-bomb                    | answered |              | yes      | 0    |
 """
 LEADS, MEET_IT = 4, 2
 #: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …

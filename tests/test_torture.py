@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Office
-from tests.torture import AT_MOST_IN_DOUBT, torture
+from tests.torture import AT_MOST_IN_DOUBT, Report, take_ledger_away, torture
 
 pytestmark = pytest.mark.long
 
@@ -22,6 +24,9 @@ def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> N
     assert report.kills.total() == 6
     assert report.stops >= 1
     assert report.faults > 15
+    assert report.tricks.total() > 5
+    assert report.clock_steps > 5
+    assert report.ledger_away == 1
     assert report.on_the_wire_at_a_kill <= AT_MOST_IN_DOUBT
     assert report.accepted >= 80 - report.in_doubt
 
@@ -47,7 +52,8 @@ def _falsify(office: Office, sql: str) -> bool:
     stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
     chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {stays})"
     with closing(sqlite3.connect(office.ledger_path)) as db, db:
-        return db.execute(sql.format(chosen)).rowcount == 1
+        another = f"(SELECT answer FROM attempts WHERE state = 'found' AND id <> {chosen})"
+        return db.execute(sql.format(chosen, another=another)).rowcount == 1
 
 
 @pytest.mark.parametrize(
@@ -55,13 +61,44 @@ def _falsify(office: Office, sql: str) -> bool:
     [
         ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
         ("UPDATE attempts SET task_id = 'another' WHERE id = {}", "lost"),
+        ("UPDATE attempts SET answer = {another} WHERE id = {}", "anothers"),
         ("UPDATE requests SET state = 'expired', answer_id = NULL WHERE attempt_id = {}", "lost"),
     ],
-    ids=["bought again", "forgotten", "not fetched"],
+    ids=["bought again", "forgotten", "another's", "not fetched"],
 )
 def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
     """A ledger that was falsified between two nights does not pass."""
-    report = torture(tmp_path, rows=ROWS, kills=1, seed=5, faults=(), tamper=lambda office: _falsify(office, sql))
+    report = torture(
+        tmp_path, rows=ROWS, kills=1, seed=5, faults=(), attacks=False, tamper=lambda office: _falsify(office, sql)
+    )
 
     assert not report.sound
-    assert getattr(report, noticed) == 1, report.table()
+    told = getattr(report, noticed)
+    assert (told if isinstance(told, int) else len(told)) == 1, report.table()
+
+
+@pytest.mark.parametrize(
+    ("code", "not_missed"),
+    [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
+)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(
+    tmp_path: Path, code: str, not_missed: int, *, replaced: bool
+) -> None:
+    """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
+    office, report = Office(tmp_path), Report(1, 1)
+    office.ledger_path.parent.mkdir()
+    office.ledger_path.write_text("the ledger")
+    put = f"from sys import *; from pathlib import *; Path({str(office.ledger_path)!r}).write_text('new'); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"input(); {put}{code}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    process.stdin.write("\n")
+    take_ledger_away(office, process, report, replaced=replaced)
+    assert (report.ledger_away, report.ledger_not_missed) == (1, not_missed)
+    assert office.ledger_path.read_text() == "the ledger"

@@ -57,6 +57,7 @@ class Databar:
         self._latency = latency(settings.latency)
         self._writer = TaskWriter(settings)
         self._polls: Counter[str] = Counter()
+        self._first_polls: dict[str, float] = {}
 
     def waterfall(self, identifier: str) -> Waterfall:
         """Find a waterfall."""
@@ -113,6 +114,8 @@ class Databar:
             if self._settings.expired_as == "410":
                 raise ExpiredError("Task data has expired")
             return self._writer.gone(task)
+        if task.quirk.name == "flickering-task" and self._flickers(task, now):
+            raise NotFoundError("Task not found")
         if task.quirk.name == "odd-status" and self._polls[task_id] < task.quirk.param:
             self._polls[task_id] += 1
             return self._writer.odd(task, self._polls[task_id])
@@ -134,6 +137,12 @@ class Databar:
         if task.quirk.name == "late-task" and self.clock.now() < task.created + task.quirk.param:
             raise NotFoundError("Task not found")
         return task
+
+    def _flickers(self, task: Task, now: float) -> bool:
+        if task.task_id not in self._first_polls:
+            self._first_polls[task.task_id] = now
+            return all(run.ready <= now for run in task.runs)
+        return now < self._first_polls[task.task_id] + task.quirk.param
 
     def user(self) -> dict[str, Any]:
         """Describe the owner of the key."""

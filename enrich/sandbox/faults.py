@@ -29,8 +29,19 @@ and that only the answer is spoilt (an answer other than 200 is left alone, as n
 | forbidden       | all   | before |                  | 403                                                      |
 | no-credits      | post  | before |                  | 406                                                      |
 | unavailable     | all   | before | seconds=1        | 503, and so does everybody, for that long                |
+| other-success   | post  | after  | status=202       | the right answer with another 2xx                        |
+| flickering-task | post  | task   | seconds=5        | a task that is 404 for that long after it was known      |
+| odd-credits     | get   | after  | credits=NaN      | a task with such `credits_spent`                         |
+| invalid-utf8    | get   | after  |                  | the right answer, with bytes that are no text in it      |
+| long-id         | get   | after  | length=600       | the right answer under an id of that length              |
+| deep-json       | get   | after  | depth=100000     | the right answer, with lists nested that deep in it      |
+| many-steps      | get   | after  | steps=200000     | the right answer, with that many steps more              |
+| gzip-bomb       | get   | after  | mebibytes=64     | the right answer, that large when it is unpacked         |
+| wrong-date      | all   | after  | seconds=7200     | the right answer, `Date` ahead by so much; and `Age` when|
+|                 |       |        | age=0            | `age` is not 0                                           |
 
-The scope is the default one. Any other may be given, but no-task-id and the three of moment "task" are of `post` alone.
+The scope is the default one. Any other may be given, but no-task-id and those of moment "task" are of `post` alone.
+A flickering task is known while it runs, at the first poll; then, or at the first poll when it has finished, it is not.
 `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` the list or one of them, and `all`
 everything under `/v1`. A slow request is carried out after its delay, even when the client has gone by then.
 Probabilities are drawn for each fault from its own series (`fault_seed`, the number of the matching request).
@@ -90,6 +101,15 @@ KINDS: Mapping[str, Kind] = {
     "forbidden": Kind("all", "before"),
     "no-credits": Kind("post", "before"),
     "unavailable": Kind("all", "before", {"seconds": 1}),
+    "other-success": Kind("post", "after", {"status": 202}),
+    "flickering-task": Kind("post", "task", {"seconds": 5}, only_post=True),
+    "odd-credits": Kind("get", "after", {"credits": "NaN"}),
+    "invalid-utf8": Kind("get", "after"),
+    "long-id": Kind("get", "after", {"length": 600}),
+    "deep-json": Kind("get", "after", {"depth": 100_000}),
+    "many-steps": Kind("get", "after", {"steps": 200_000}),
+    "gzip-bomb": Kind("get", "after", {"mebibytes": 64}),
+    "wrong-date": Kind("all", "after", {"seconds": 7_200, "age": 0}),
 }
 
 _WITH_STATUS = re.compile(r"(error-before|error-after)-(5\d\d)")

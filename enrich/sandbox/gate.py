@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
 from typing import Any
 
+from enrich.sandbox import poison
 from enrich.sandbox.clock import Clock
 from enrich.sandbox.faults import Fault, Faults
 from enrich.sandbox.settings import SandboxSettings
@@ -132,7 +133,8 @@ class Gate:
 
         async def dated(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"date", self._clock.date())]
+                if all(name != b"date" for name, _ in message["headers"]):  # a fault may have put another there
+                    message["headers"] = [*message["headers"], (b"date", self._clock.date())]
                 if endpoint and message["status"] != OK:
                     self.requests[str(message["status"])] += 1
             await send(message)
@@ -211,6 +213,18 @@ class Gate:
                 await _reply(send, OK, b"[" + body + b"]")
             case "no-task-id":
                 await _reply(send, OK, b'{"status":"created"}')
+            case "other-success":
+                await _reply(send, int(fault.params["status"]), body)
+            case "wrong-date":
+                moment = self._clock.now() + self._settings.date_offset + fault.seconds()
+                headers = [(b"date", Clock.http_date(moment).encode())]
+                age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
+                await _reply(send, OK, body, headers + age)
+            case "gzip-bomb":
+                bomb = await asyncio.to_thread(poison.bomb, body, int(fault.params["mebibytes"]))
+                await _reply(send, OK, bomb, [(b"content-encoding", b"gzip")])
+            case name if name in poison.POISONS:
+                await _reply(send, OK, poison.POISONS[name](body, fault.params))
             case _:
                 await _hang_up(fault, scope, receive)
 

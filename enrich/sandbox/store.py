@@ -66,7 +66,7 @@ _STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES r
 
 
 class Quirk(NamedTuple):
-    """What is odd about a task: lost-task, late-task, odd-status or nothing."""
+    """What is odd about a task: the name of a fault of moment "task", or nothing."""
 
     name: str
     param: float

@@ -1,5 +1,6 @@
 """Each fault looks to the client as it would in the wild, and the audit knows whether it was paid for."""
 
+import json
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -137,6 +138,114 @@ def test_late_task(api: Api) -> None:
     assert api.get(task_id).status_code == 404
     api.advance(31)
     assert api.task(task_id)["status"] == "completed"
+
+
+def test_flickering_task(api: Api) -> None:
+    """A task that was known is unknown for a while, then known again with its answer."""
+    api.fault("flickering-task", seconds=30)
+    task_id = api.run()
+    assert [api.get(task_id).status_code for _ in range(6)] == [404] * 6
+    api.advance(31)
+    assert api.task(task_id)["status"] == "completed"
+
+
+def test_a_task_that_runs_flickers_after_it_was_known(start: Start) -> None:
+    """The first poll finds it at work, the next ones don't find it."""
+    api = start(latency="fixed(60)")
+    api.fault("flickering-task", seconds=10)
+    task_id = api.run()
+    assert [api.get(task_id).status_code for _ in range(3)] == [200, 404, 404]
+    api.advance(11)
+    assert api.task(task_id)["status"] == "processing"
+
+
+@pytest.mark.parametrize("status", [201, 202, 203])
+def test_other_success(api: Api, status: int) -> None:
+    """An accepted run is answered as usual, but for the status."""
+    api.fault("other-success", status=status)
+    response = api.post_run()
+    assert response.status_code == status
+    assert api.task(response.json()["task_id"])["status"] == "completed"
+
+
+@pytest.mark.parametrize("credits_", ["many", -5, 1e300, "NaN"])
+def test_odd_credits(api: Api, credits_: float | str) -> None:
+    """The price that a task tells is nonsense, the rest of it is right."""
+    task_id = api.run()
+    right = api.task(task_id)
+    api.fault("odd-credits", credits=credits_)
+    odd = json.loads(api.get(task_id).text, parse_constant=str)
+    assert odd == right | {"credits_spent": credits_}
+
+
+def test_invalid_utf8(api: Api) -> None:
+    """Bytes that are no text stand in a body that is whole otherwise."""
+    task_id = api.run()
+    right = api.task(task_id)
+    api.fault("invalid-utf8")
+    body = api.get(task_id).content
+    with pytest.raises(UnicodeDecodeError):
+        body.decode()
+    task = json.loads(body.decode(errors="replace"))
+    assert task.pop("note")
+    assert task == right
+
+
+@pytest.mark.parametrize("scope", ["post", "get"])
+def test_long_id(api: Api, scope: str) -> None:
+    """An id is longer than any can be; the API itself knows another."""
+    task_id = api.run() if scope == "get" else ""
+    api.fault("long-id", scope=scope)
+    response = api.get(task_id) if scope == "get" else api.post_run()
+    assert {len(value) for name, value in response.json().items() if name.endswith("_id")} == {600}
+    (run,) = api.audit()["runs"]
+    assert len(run["task_ids"][0]) == 36
+
+
+def test_deep_json(api: Api) -> None:
+    """Lists in lists in lists, deeper than a parser goes."""
+    task_id = api.run()
+    api.fault("deep-json")
+    body = api.get(task_id).content
+    assert (body.count(b"["), body.count(b"]")) >= (100_000, 100_000)
+    with pytest.raises(RecursionError):
+        json.loads(body)
+
+
+@pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat"])
+def test_many_steps(start: Start, shape: str) -> None:
+    """The list of steps is longer than any; what was found is there."""
+    api = start(shape=shape)
+    task_id = api.run()
+    right = api.task(task_id)
+    api.fault("many-steps", steps=5_000)
+    response = api.get(task_id)
+    assert response.text.count('"Nobody"') == 5_000
+    assert "email" in response.text
+    assert response.json()["credits_spent"] == right["credits_spent"]
+
+
+def test_gzip_bomb(api: Api) -> None:
+    """A small answer becomes a large one when it is unpacked."""
+    task_id = api.run()
+    right = api.task(task_id)
+    api.fault("gzip-bomb", mebibytes=8)
+    response = api.get(task_id)
+    assert int(response.headers["content-length"]) < 100_000
+    assert len(response.content) > 8 * 2**20
+    assert response.json() == right
+
+
+@pytest.mark.parametrize(("seconds", "age"), [(7_200, 0), (-7_200, 0), (86_400, 600)])
+def test_wrong_date(start: Start, seconds: int, age: int) -> None:
+    """One answer tells a wrong time, an old one with its age; the next is right."""
+    api = start(date_offset=60.0)
+    api.fault("wrong-date", seconds=seconds, age=age)
+    wrong, right = api.post_run().headers, api.post_run().headers
+    off = parsedate_to_datetime(wrong["date"]) - parsedate_to_datetime(right["date"])
+    assert abs(off.total_seconds() - seconds) < 30
+    assert len(wrong.get_list("date")) == 1
+    assert (wrong.get("age"), right.get("age")) == (str(age) if age else None, None)
 
 
 def test_odd_status(api: Api) -> None:

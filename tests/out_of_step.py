@@ -1,0 +1,418 @@
+"""A proxy on loopback that answers out of step: twice, late, for another request, in halves, without being asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from threading import Event, Thread
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+
+class Act(StrEnum):
+    """What happens to an answer."""
+
+    #: It comes once more on the same connection after `after_s`; with 0 in the same breath.
+    REPEAT = "repeat"
+    #: An answer with `status` follows on the idle connection after `after_s`.
+    UNASKED = "unasked"
+    #: It goes to another request of the same kind that waits, and that one's answer comes here.
+    SWAP = "swap"
+    #: A POST gets the answer of an earlier POST whose task was polled since; a GET the finished task of another.
+    ANOTHER = "another"
+    #: A POST gets the answer of the first POST, once that one's task was polled.
+    FIRST = "first"
+    #: A POST gets the answer of the first POST, as soon as there is one: nothing shows whose it is.
+    SHARED = "shared"
+    #: It is the answer of a task that exists nowhere: a new id, or `task_id`.
+    NOWHERE = "nowhere"
+    #: Half of it comes, then the connection ends.
+    CUT = "cut"
+    #: It comes with `status`.
+    STATUS = "status"
+    #: It comes with `body`.
+    BODY = "body"
+
+
+@dataclass(frozen=True)
+class Trick:
+    """What happens to one answer, and how."""
+
+    act: Act
+    after_s: float = 0.03
+    status: int = 408
+    task_id: str = ""
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request: `number` counts those of its kind, `connection` all connections, from 1; `lead`: params of a run.
+
+    Its kind is `POST` for a run, `GET` for the poll of a task, `OTHER` for what else is read under `/v1`.
+    """
+
+    kind: str
+    number: int
+    connection: int
+    path: str
+    lead: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_post(self) -> bool:
+        """Whether it submits a run."""
+        return self.kind == "POST"
+
+    @property
+    def is_poll(self) -> bool:
+        """Whether it polls a task."""
+        return self.kind == "GET"
+
+    @property
+    def task_id(self) -> str:
+        """The task that is polled."""
+        return self.path.rpartition("/")[2].partition("?")[0]
+
+
+Choose = Callable[[Exchange], Trick | None]
+
+#: How long an answer waits for another to be swapped with, in seconds.
+SWAP_S = 0.3
+#: How long a POST waits for the first one, in seconds.
+FIRST_S = 5.0
+_RUN = re.compile(r"/waterfalls/[^/]+/(bulk-)?run$")
+_TASK = re.compile(r"/tasks/[^/]+$")
+_OTHER = re.compile(r"^/v1/")
+#: What a task of nowhere says.
+_NOBODY = {"email": "somebody@elsewhere.example"}
+
+
+@dataclass(frozen=True)
+class _Message:
+    """An HTTP message as it came."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def data(self) -> bytes:
+        return self.head + self.body
+
+    @property
+    def status(self) -> int:
+        return int(self.head.split(None, 2)[1])
+
+    def json(self) -> dict[str, Any]:
+        """Read the body; what is no object is an empty one."""
+        try:
+            read = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return {}
+        return read if isinstance(read, dict) else {}
+
+    def with_status(self, status: int) -> _Message:
+        return _message(status, self.body)
+
+    def with_json(self, **changes: Any) -> _Message:
+        return _message(self.status, json.dumps(self.json() | changes).encode())
+
+
+def _message(status: int, body: bytes) -> _Message:
+    head = f"HTTP/1.1 {status} Reason\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return _Message(head.encode(), body)
+
+
+@dataclass
+class Proxy:
+    """A proxy that was started. `happened` counts the tricks that were played."""
+
+    base_url: str = ""
+    happened: Counter[str] = field(default_factory=Counter)
+    choose: Choose = lambda _: None
+    _upstream: tuple[str, int] = ("", 0)
+    _numbers: Counter[str] = field(default_factory=Counter)
+    _connections: int = 0
+    #: Answers to POSTs by their task id, in order; those whose task was polled.
+    _accepted: dict[str, _Message] = field(default_factory=dict)
+    _polled: list[str] = field(default_factory=list)
+    #: The first POST was answered; its task was polled.
+    _begun: asyncio.Event = field(default_factory=asyncio.Event)
+    _known: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Answers of finished tasks.
+    _finished: dict[str, _Message] = field(default_factory=dict)
+    #: Who waits to be swapped, by kind.
+    _waiting: dict[str, tuple[_Message, asyncio.Future[_Message]]] = field(default_factory=dict)
+
+    def heal(self) -> None:
+        """Play no more tricks."""
+        self.choose = lambda _: None
+
+    async def serve(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on one connection, until either side has closed it."""
+        self._connections += 1
+        session = _Session(self, self._connections, client, writer)
+        try:
+            with suppress(OSError, EOFError, asyncio.LimitOverrunError):
+                await session.run(self._upstream)
+        finally:
+            writer.close()
+
+    def exchange(self, connection: int, method: str, path: str, body: bytes) -> Exchange | None:
+        """Number a request; None for one that is left alone."""
+        bare = path.partition("?")[0]
+        if method == "POST":
+            kind = "POST" if _RUN.search(bare) else ""
+        else:
+            kind = "GET" if _TASK.search(bare) else "OTHER" if _OTHER.search(bare) else ""
+        if not kind:
+            return None
+        self._numbers[kind] += 1
+        params = _Message(b"", body).json().get("params")
+        lead = params if isinstance(params, dict) else {}
+        made = Exchange(kind, self._numbers[kind], connection, path, lead)
+        if made.is_poll and made.task_id in self._accepted and made.task_id not in self._polled:
+            self._polled.append(made.task_id)
+            if made.task_id == next(iter(self._accepted)):
+                self._known.set()
+        return made
+
+    def remember(self, exchange: Exchange, answer: _Message) -> None:
+        """Keep what may be delivered to another."""
+        if answer.status >= 300:
+            return
+        read = answer.json()
+        if exchange.is_post:
+            self._accepted.setdefault(str(read.get("task_id")), answer)
+            self._begun.set()
+        elif exchange.is_poll and read.get("status") in ("completed", "success") and read.get("data"):
+            self._finished[exchange.task_id] = answer
+
+    async def replaced(self, trick: Trick, exchange: Exchange, answer: _Message) -> _Message:
+        """Give what is delivered in the place of an answer."""
+        if trick.act is Act.STATUS:
+            return answer.with_status(trick.status) if answer.status < 300 else answer
+        if trick.act is Act.BODY:
+            return _message(200, trick.body)
+        if trick.act is Act.NOWHERE:
+            task_id = trick.task_id or str(uuid4())
+            ids = {"task_id": task_id, "request_id": task_id}
+            if exchange.is_post:
+                return answer.with_json(**ids) if answer.status < 300 else answer
+            nobody = {"status": "completed", "data": [_NOBODY], "error": None, "credits_spent": 1.0}
+            return _message(200, json.dumps(ids | nobody).encode())
+        if trick.act is Act.SWAP:
+            return await self._swapped(exchange, answer)
+        if trick.act in (Act.FIRST, Act.SHARED) and exchange.is_post:
+            there = self._known if trick.act is Act.FIRST else self._begun
+            with suppress(TimeoutError):
+                await asyncio.wait_for(there.wait(), FIRST_S)
+            return next(iter(self._accepted.values()), answer)
+        if trick.act is Act.ANOTHER:
+            return self._another(exchange) or answer
+        return answer
+
+    def _another(self, exchange: Exchange) -> _Message | None:
+        if exchange.is_post:
+            return self._accepted[self._polled[-1]] if self._polled else None
+        others = [task_id for task_id in self._finished if task_id != exchange.task_id]
+        return self._finished[others[-1]] if others else None
+
+    async def _swapped(self, exchange: Exchange, answer: _Message) -> _Message:
+        partner = self._waiting.pop(exchange.kind, None)
+        if partner and not partner[1].done():
+            partner[1].set_result(answer)
+            return partner[0]
+        mine = asyncio.get_running_loop().create_future()
+        self._waiting[exchange.kind] = (answer, mine)
+        try:
+            return await asyncio.wait_for(mine, SWAP_S)
+        except TimeoutError:
+            if self._waiting.get(exchange.kind) == (answer, mine):
+                del self._waiting[exchange.kind]
+            return answer
+
+
+class _Session:
+    """One connection of a client, with its own to the API."""
+
+    def __init__(self, proxy: Proxy, number: int, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._proxy = proxy
+        self._number = number
+        self._client = client
+        self._writer = writer
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def run(self, upstream: tuple[str, int]) -> None:
+        """Pass requests and answers on."""
+        reader, writer = await asyncio.open_connection(*upstream)
+        requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]] = asyncio.Queue()
+        answering = asyncio.create_task(self._answer(requests, reader, writer))
+        asking = asyncio.create_task(self._ask(requests))
+        try:
+            await asyncio.wait({answering, asking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (answering, asking, *self._late):
+                task.cancel()
+            writer.close()
+            self._writer.close()
+            await asyncio.gather(answering, asking, *self._late, return_exceptions=True)
+
+    async def _ask(self, requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]]) -> None:
+        while True:
+            head = await self._client.readuntil(b"\r\n\r\n")
+            body = await _body(head, self._client, answer=False)
+            method, path, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
+            requests.put_nowait((self._proxy.exchange(self._number, method, path, body), head, body))
+
+    async def _answer(
+        self,
+        requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        while True:
+            exchange, head, body = await requests.get()
+            writer.write(head + body)
+            try:
+                answer_head = await reader.readuntil(b"\r\n\r\n")
+                answer = _Message(answer_head, await _body(answer_head, reader, answer=True))
+            except (ConnectionError, asyncio.IncompleteReadError):
+                self._reset()
+                return
+            if exchange is None or not await self._deliver(exchange, answer):
+                self._writer.write(answer.data)
+            await self._writer.drain()
+
+    async def _deliver(self, exchange: Exchange, answer: _Message) -> bool:
+        """Play a trick with an answer; tell whether it was delivered."""
+        proxy = self._proxy
+        proxy.remember(exchange, answer)
+        trick = proxy.choose(exchange)
+        if trick is None:
+            return False
+        delivered = await proxy.replaced(trick, exchange, answer)
+        plain = trick.act in (Act.REPEAT, Act.UNASKED, Act.CUT)
+        if not plain and delivered is answer:  # there was nothing to deliver instead
+            return False
+        proxy.happened[f"{exchange.kind} {trick.act}"] += 1
+        if trick.act is Act.CUT:
+            self._writer.write(answer.data[: len(answer.data) // 2])
+            await self._writer.drain()
+            raise EOFError
+        self._writer.write(delivered.data)
+        if trick.act is Act.REPEAT:
+            self._later(answer.data, trick.after_s)
+        elif trick.act is Act.UNASKED:
+            self._later(_message(trick.status, b'{"detail":"Unasked"}').data, trick.after_s)
+        return True
+
+    def _later(self, data: bytes, seconds: float) -> None:
+        if not seconds:
+            self._writer.write(data)
+            return
+
+        async def write() -> None:
+            await asyncio.sleep(seconds)
+            if not self._writer.is_closing():
+                self._writer.write(data)
+
+        self._late.add(asyncio.create_task(write()))
+
+    def _reset(self) -> None:
+        """Break off as the API did."""
+        connection = self._writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
+
+
+async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> bytes:
+    """Read a body as it came, with the marks of its chunks."""
+    headers = {
+        name.strip().lower(): value.strip().lower()
+        for name, _, value in (line.partition(b":") for line in head.split(b"\r\n")[1:])
+    }
+    if headers.get(b"transfer-encoding") == b"chunked":
+        read = b""
+        while True:
+            size = await reader.readuntil(b"\r\n")
+            count = int(size.split(b";")[0], 16)
+            read += size + await reader.readexactly(count + 2)
+            if not count:
+                return read
+    if b"content-length" in headers:
+        return await reader.readexactly(int(headers[b"content-length"]))
+    without = not answer or head.split(None, 2)[1] in (b"204", b"304") or head.split(None, 2)[1].startswith(b"1")
+    return b"" if without else await reader.read()
+
+
+@contextmanager
+def out_of_step(base_url: str, choose: Choose = lambda _: None) -> Iterator[Proxy]:
+    """Stand before the API at a base URL until the block ends; `choose` is asked about every request that it sees."""
+    parts = urlsplit(base_url)
+    ready, proxy = Event(), Proxy(choose=choose)
+    loop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    async def serve() -> None:
+        proxy._upstream = (parts.hostname or "", parts.port or 80)
+        stopping = asyncio.Event()
+        sessions: set[asyncio.Task[None]] = set()
+
+        async def session(client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            sessions.add(task)
+            try:
+                await proxy.serve(client, writer)
+            except asyncio.CancelledError:
+                pass  # the end
+            finally:
+                sessions.discard(task)
+
+        server = await asyncio.start_server(session, "127.0.0.1", 0, limit=2**26)
+        proxy.base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{parts.path}"
+        loop.append((asyncio.get_running_loop(), stopping))
+        ready.set()
+        await stopping.wait()
+        server.close()
+        for task in list(sessions):
+            task.cancel()
+        await asyncio.gather(*sessions, return_exceptions=True)
+        await asyncio.sleep(0.01)  # what was closed is closed by the loop
+
+    thread = Thread(target=asyncio.run, args=[serve()], name="out of step", daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield proxy
+    finally:
+        running, stopping = loop[0]
+        running.call_soon_threadsafe(stopping.set)
+        thread.join(10)
+
+
+def by_chance(odds: Mapping[Act, tuple[float, float]], seed: int) -> Choose:
+    """Play each trick with its chance for a POST and for a GET."""
+    rng = random.Random(seed)
+
+    def choose(exchange: Exchange) -> Trick | None:
+        if not (exchange.is_post or exchange.is_poll):
+            return None
+        for act, (post, get) in odds.items():
+            if rng.random() < (post if exchange.is_post else get):
+                trick = Trick(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
+                if act is Act.UNASKED:
+                    return replace(trick, status=rng.choice((408, 429, 503)))
+                return replace(trick, status=rng.choice((201, 202, 203)))
+        return None
+
+    return choose

@@ -1,0 +1,57 @@
+"""Whose answer is whose: what the sandbox says of each lead, and the rows that say something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from enrich.sandbox import SandboxSettings
+from enrich.sandbox.answers import answer
+from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.people import Draw, fields
+from enrich.sandbox.questions import Question, cascade
+
+#: What counts as an answer; nothing expires here: `expired` would be a loss.
+ANSWERS = frozenset({"found", "not_found", "failed"})
+#: What a lead can be answered with when its free failures are over.
+_MEANS = {"found": "found", "missed": "not_found", "no_data": "not_found", "failed": "failed"}
+_SETTLED = 10
+
+
+def wrong_rows(
+    rows: Iterable[Mapping[str, str]],
+    audit: Mapping[str, Any],
+    settings: SandboxSettings,
+    *,
+    bulk: bool = False,
+    column: str | None = "work_email",
+) -> dict[str, str]:
+    """Name the leads whose row has another's answer (by first name), and say what is wrong with it.
+
+    `column` is the one that has the email, if any. A row that was not answered is never wrong.
+    """
+    runs = {run["params"]["first_name"]: run for run in audit["runs"]}
+    wrong = {}
+    for row in rows:
+        name, status = row["First Name"], row["enrich_status"]
+        if status not in ANSWERS or not (task_id := row["enrich_task_id"]):
+            continue
+        if name not in runs or task_id not in runs[name]["task_ids"]:
+            wrong[name] = f"its task is another's: {task_id}"
+            continue
+        right, email = _answer(runs[name], settings, bulk=bulk)
+        # A failure at no charge may have been the last one allowed; in bulk a failure may look like a miss.
+        if status != "failed" and (status == "found") != (right == "found"):
+            wrong[name] = f"{status}, not {right}"
+        elif status == "found" and column and row[column] != email:
+            wrong[name] = f"{row[column]}, not {email}"
+    return wrong
+
+
+def _answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
+    """Tell the status and the email that the sandbox has for a run of its audit."""
+    asked = cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
+    question = Question(asked, run["params"])
+    draw = Draw(settings.seed, question.person)
+    outcome = answer(question, _SETTLED, draw, settings, bulk=bulk).outcome
+    return _MEANS[outcome], fields(run["waterfall"], run["params"], draw)["email"]
