@@ -297,11 +297,14 @@ class Machine(RuleBasedStateMachine):
         known = sorted({post.task_id for post in self.model.posts.values() if post.task_id is not None})
         return str(data.draw(st.sampled_from([f"task-{number}", f"task-{number}", *known])))
 
-    @precondition(lambda self: self.model.may_be_asked_for())
     @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
     def a_free_question_is_asked(self, data: Any, paid: int, answer: str) -> None:
         """Ask for what was written off: the API knows it after all, or has deleted it."""
         books, model = self.books, self.model
+        if not model.left_by_others(books.execution):
+            self.a_task_is_lost(data)
+            self.every_request_has_one_fate()
+            self.a_new_execution(None)
         assert sorted(list(task.attempts) for task in books.ledger.written_off(0)) == model.may_be_asked_for()
         left = model.left_by_others(books.execution)
         if not left:

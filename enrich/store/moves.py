@@ -178,7 +178,8 @@ class Moves(TaskIds):
             f"a.{WRITTEN_OFF} AND a.credits IS NULL AND coalesce(a.submitted_ms, a.claimed_ms) > ? {which} "
             # A doubt that the person has accepted as lost is not in doubt any more.
             "AND (r.state = a.state OR r.attempt_id <> a.id) AND NOT EXISTS (SELECT 1 FROM attempts o "
-            "WHERE o.task_id = a.task_id AND o.id <> a.id AND o.bundle_id IS DISTINCT FROM a.bundle_id) "
+            "WHERE o.task_id = a.task_id AND o.id <> a.id AND coalesce(o.bundle_id <> a.bundle_id, true)) "
+            "AND (SELECT credits FROM bundles WHERE id = a.bundle_id) IS NULL "
             "AND (a.bundle_id IS NULL OR NOT EXISTS (SELECT 1 FROM attempts o JOIN requests s ON s.id = o.request_id "
             "WHERE o.bundle_id = a.bundle_id AND (s.attempt_id <> o.id OR s.state <> o.state OR o.gone = 1 "
             "OR o.state NOT IN ('in_doubt', 'expired'))))",
