@@ -27,6 +27,7 @@ from enrich.api.credentials import Access
 from enrich.cli import run_command
 from enrich.execution import Timing
 from enrich.job import load_job
+from enrich.model import SystemClock
 from enrich.pipeline import run
 from enrich.place import LedgerPlace, locate_ledger
 from enrich.polls import PollTimes
@@ -292,6 +293,13 @@ def _asking_soon() -> Iterator[None]:
     """Poll a sandbox that answers at once after 0.05 s instead of 0.9 s: hundreds of runs are waited for here."""
     with patch.object(PollTimes, "FIRST_GUESS_S", 0.05), patch.object(PollTimes, "SHORTEST_S", 0.05):
         yield
+
+
+def later(seconds: float) -> SystemClock:
+    """Make this machine's clock as it will be: what the API's clock says alone makes no answer old."""
+    clock = SystemClock()
+    clock._boot_ms += int(seconds * 1000)
+    return clock
 
 
 def people(count: int, start: int = 0) -> list[list[str]]:

@@ -27,7 +27,7 @@ from enrich.store.database import Database
 from enrich.store.records import check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
-from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, later, people, serving, until
 from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
 
@@ -505,7 +505,7 @@ def test_old_answers_are_asked_again(api: Api, office: Office) -> None:
     api.advance(3 * 86_400)
     api.fault("rate-limit-bare", 1, "post")
 
-    receipt = office.run(api)
+    receipt = office.run(api, clock=later(3 * 86_400))
 
     assert (receipt.exit_code, receipt.submitted) == (0, misses)
     assert check(office.place).problems == []

@@ -174,9 +174,9 @@ def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
 def test_what_is_asked_again_is_no_canary(tmp_path: Path, careful: Office) -> None:
     """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
     with serving(tmp_path / "api.db", hit_rate=0.5) as api:
-        careful.write_job(ledger="scout.db")
+        careful.write_job(ledger="scout.db", output="scout.csv")
         careful.run(api)
-        found = {row["Last Name"] for row in careful.output() if row["enrich_status"] == "found"}
+        found = {row["Last Name"] for row in careful.output("scout.csv") if row["enrich_status"] == "found"}
         misses = [row for row in people(LEADS) if row[1] not in found]
         hits = [row for row in people(LEADS) if row[1] in found]
         assert min(len(misses), len(hits)) > 6

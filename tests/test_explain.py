@@ -12,7 +12,7 @@ from enrich.model import State
 from enrich.spec import Policy, Refresh
 from enrich.store.lock import hold
 from enrich.surroundings import Options
-from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, kill, people, serving, until
+from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, kill, later, people, serving, until
 
 DAY = 86_400
 
@@ -207,8 +207,8 @@ def test_a_lead_that_was_refreshed_twice_has_three_attempts(tmp_path: Path, offi
     office.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
     office.write_leads(people(1))
     with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        for _ in range(3):
-            office.run(api)
+        for number in range(3):
+            office.run(api, clock=later(number * 100 * DAY))
             api.advance(100 * DAY)
 
     row = only(tell(office, "--row", "1"))
@@ -228,7 +228,7 @@ def test_the_last_hit_stands_when_its_refresh_missed(tmp_path: Path, office: Off
         office.run(api)
         api.advance(100 * DAY)
     with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        office.run(api)
+        office.run(api, clock=later(100 * DAY))
 
     row = only(tell(office, "--row", "1"))
 

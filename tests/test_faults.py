@@ -67,7 +67,7 @@ TABLE = """
 | get:unauthorized                 | pending  |              | yes      | 3    |
 | other-success,status=201         | answered |              | yes      | 0    |
 | other-success,status=202         | answered |              | yes      | 0    |
-| long-id                          | in_doubt | never        | yes      | 14   |
+| post:long-id                     | in_doubt | never        | yes      | 14   |
 | flickering-task,seconds=0.5      | answered |              | yes      | 0    |
 | wrong-date,seconds=7200          | answered |              | yes      | 0    |
 | wrong-date,seconds=-90000        | answered |              | yes      | 0    |

@@ -17,7 +17,7 @@ from enrich.model import State
 from enrich.receipt import Receipt
 from enrich.sandbox.catalogue import WATERFALLS
 from enrich.surroundings import Options
-from tests.harness import HASTY, Api, Office, people, serving
+from tests.harness import HASTY, Api, Office, later, people, serving
 
 DAY = 86_400
 
@@ -296,12 +296,12 @@ def test_answers_that_are_too_old_are_asked_again(tmp_path: Path, office: Office
     with serving(state) as api:
         first = office.run(api)
         api.advance(20 * DAY)
-        assert office.run(api).submitted == 0
+        assert office.run(api, clock=later(20 * DAY)).submitted == 0
         office.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
-        misses = office.run(api)
-        assert office.run(api).submitted == 0
+        misses = office.run(api, clock=later(20 * DAY))
+        assert office.run(api, clock=later(20 * DAY)).submitted == 0
         api.advance(80 * DAY)
-        all_of_them = office.run(api)
+        all_of_them = office.run(api, clock=later(100 * DAY))
 
     assert 0 < misses.submitted == (first.not_found or 0) < 20
     assert all_of_them.submitted == 20
@@ -318,7 +318,7 @@ def test_the_last_hit_stands_until_a_newer_one_comes(tmp_path: Path, office: Off
         api.advance(100 * DAY)
     with serving(state, hit_rate=0.0) as api:
         api.fault("no-task-id")
-        office.run(api)
+        office.run(api, clock=later(100 * DAY))
 
     after = by_name(office)
     hits = [name for name, row in before.items() if row["enrich_status"] == "found"]
@@ -336,7 +336,7 @@ def test_a_refresh_that_ends_in_doubt_is_told(tmp_path: Path, office: Office) ->
         api.advance(20 * DAY)
         api.fault("error-after")
 
-        receipt = office.run(api)
+        receipt = office.run(api, clock=later(20 * DAY))
 
     assert (receipt.exit_code, receipt.in_doubt) == (14, 1)
     assert sorted(statuses(office)) == ["in_doubt", "not_found", "not_found"]
@@ -443,6 +443,7 @@ def test_a_new_ledger_beside_others_is_announced(api: Api, office: Office) -> No
     """A job that was renamed would pay for everything again: the receipt says so."""
     office.write_leads(people(2))
     office.command("run", "job.yaml", api=api)
+    office.write_job(output="renamed.csv")
     office.job_file.rename(office.folder / "renamed.yaml")
 
     done = office.command("run", "renamed.yaml", "--json", "--log-file", "log", api=api)

@@ -77,7 +77,7 @@ def test_an_answer_comes_twice(api: Api, after_s: float) -> None:
         client.get(first)
         host, port = client.url.split("/")[2].split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
-            head = f"GET /v1/tasks/{second} HTTP/1.1\r\nhost: x\r\nx-apikey: {api.api_key}\r\n\r\n"
+            head = f"GET /v1/tasks/{second} HTTP/1.1\r\nhost: {host}\r\nx-apikey: {api.api_key}\r\n\r\n"
             raw.sendall(head.encode())
             seen = b""
             while seen.count(b"HTTP/1.1 200") < 2 or seen.count(b"}") < 2:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from enrich.errors import EnrichError, Exit
-from enrich.execution import Timing
+from enrich.execution import Execution, Timing
 from enrich.model import MICROS, State, SystemClock
 from enrich.polls import PollTimes, Price
 from enrich.sandbox.faults import Fault
@@ -191,7 +192,8 @@ class TestOrder:
             poller.adopt(floor.books.ledger.tasks()[::-1], asked_before=False)
             poller.last_round = True
             await floor.execution.until_leaving(poller.run())
-            assert floor.watch.asked == ["task-50", "task-40", "task-30", "task-20", "task-10"]
+            # A 404 is asked for once more over a connection of its own.
+            assert list(dict.fromkeys(floor.watch.asked)) == ["task-50", "task-40", "task-30", "task-20", "task-10"]
 
         play(tmp_path, api, scene, leads=range(5), rate=50.0, timing=replace(PATIENT, young_s=60))
 
@@ -353,11 +355,12 @@ class TestPatience:
         async def scene(floor: Floor) -> None:
             await submitted(floor, 50)
             floor.execution.poll_times = PollTimes()
-            started, before = time.monotonic(), time.thread_time()
-            await floor.adopt(floor.poller())
-            assert time.monotonic() - started > 1.5
-            assert time.thread_time() - before < 0.3
-            assert len(floor.watch.asked) <= 50 * 5
+            with patch.object(Execution, "wait_change", autospec=True, side_effect=Execution.wait_change) as waits:
+                await floor.adopt(floor.poller())
+            polls = len(floor.watch.asked)
+            assert polls <= 50 * 5
+            # Each poll begins and ends, and each second the loop looks around; it never turns in between.
+            assert waits.call_count <= 2 * polls + 60
             assert State.SUBMITTED not in floor.books.ledger.counts()
 
         with serving(tmp_path / "api.db", latency="fixed(2)") as api:

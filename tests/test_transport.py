@@ -41,7 +41,7 @@ def test_a_poll_may_ride_a_connection_that_was_idle() -> None:
         await asyncio.sleep(1.1)
         await task(client)
 
-    with answering(http(200, {"status": "processing"})) as wire:
+    with answering(http(200, {"task_id": "t-1", "status": "processing"})) as wire:
         ask(wire.base_url, two)
         assert [seen.connection for seen in wire.requests] == [1, 1]
 
