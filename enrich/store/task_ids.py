@@ -54,11 +54,14 @@ class TaskIds(Review):
 
     def _priced_once(self, told: Sequence[tuple[int, Answer, int]]) -> list[tuple[int, Answer, int]]:
         """Let a task that two attempts have (the API's cache) cost once."""
+        priced = [attempt_id for attempt_id, answer, _ in told if answer.credits]
+        if not priced:
+            return list(told)
         rows = self._db.execute(
             "SELECT a.id, a.task_id, max(CASE WHEN o.credits IS NULL THEN 0 ELSE 1 END) FROM attempts a "
             "JOIN attempts o ON o.task_id = a.task_id AND o.id <> a.id "
             f"WHERE a.id IN ({NUMBERS.format('?')}) GROUP BY 1, 2",
-            (written([attempt_id for attempt_id, answer, _ in told if answer.credits]),),
+            (written(priced),),
         ).fetchall()
         shared = {attempt_id: task_id for attempt_id, task_id, _ in rows}
         paid = {task_id for _, task_id, is_paid in rows if is_paid}
