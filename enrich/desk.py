@@ -83,8 +83,6 @@ class Desk:
     out_of_time: bool = False
     #: The key may be another workspace's; see `Poller`.
     answers_only: bool = False
-    #: The tasks that were written off and asked for in this execution.
-    _asked_again: set[str] = field(default_factory=set)
     #: What was enrolled last.
     _wish: Wish = field(default_factory=Wish)
     #: Who polls, and shall hurry when a signal came.
@@ -142,18 +140,20 @@ class Desk:
         await self._ask_again(written_off, min(ASKING_AGAIN_S, share))
 
     async def _ask_again(self, tasks: Sequence[Task], at_most_s: float | None = None) -> Sequence[Task]:
-        """Ask for tasks that were written off: a free question. Return those that could not be asked for."""
+        """Ask for tasks that were written off: a free question. Return those that could not be asked for.
+
+        Without a limit in seconds they are about to be bought again, so a 404 is not believed at once.
+        """
         if not tasks or self.execution.giving_up.is_set():
             return tasks
         poller = self._new_poller()
-        poller.last_round = True
-        poller.ask_again(tasks)
+        poller.last_round = at_most_s is not None
+        poller.no_more = True
+        poller.ask_again(tasks, to_be_bought=at_most_s is None)
         timer = asyncio.get_running_loop().call_later(at_most_s, poller.end_asking_again) if at_most_s else None
         await self.execution.until_leaving(poller.run())
         if timer is not None:
             timer.cancel()
-        unasked = {task.task_id for task in poller.unasked}
-        self._asked_again |= {task.task_id for task in tasks} - unasked
         if poller.revived:
             self.note(f"{many(poller.revived, 'request')} that had been written off: the API knows the task after all")
         return poller.unasked
@@ -162,7 +162,7 @@ class Desk:
         """Ask for the tasks of what is to be bought again (`--retry`); what can't be asked for now is not bought."""
         tasks = await self.journal.do(Ledger.written_off, 0, queued=True)
         queued = await self.journal.do(Ledger.queued)
-        unasked = await self._ask_again([task for task in tasks if task.task_id not in self._asked_again])
+        unasked = await self._ask_again(tasks)
         if unasked:
             self.note(f"{many(len(unasked), 'task')} could not be asked for: not bought again in this run")
             await self.journal.do(Ledger.unqueue, [attempt for task in unasked for attempt in task.attempts])

@@ -58,6 +58,11 @@ class Waiting:
     #: The next poll goes over a connection of its own.
     distrusted: bool = False
     repeated: Repeated | None = None
+    #: The last answer with a task that the ledger does not have, and how often it came in a row.
+    strange: str = ""
+    strange_times: int = 0
+    #: It is about to be bought again, so its 404 is believed no sooner than any other.
+    to_be_bought: bool = False
 
     def repeats(self, what: str, now: float) -> Repeated:
         """Count an answer that is not believed at once."""
@@ -106,10 +111,10 @@ class Poller:
         for waiting in self._adopted(tasks):
             self._later(waiting, self._worth(self._age(waiting)) if asked_before else 0.0)
 
-    def ask_again(self, tasks: Iterable[Task]) -> None:
+    def ask_again(self, tasks: Iterable[Task], *, to_be_bought: bool = False) -> None:
         """Ask once more for tasks that were written off; those that the API knows after all are waited for again."""
         for waiting in self._adopted(tasks):
-            waiting.written_off = True
+            waiting.written_off, waiting.to_be_bought = True, to_be_bought
             self._later(waiting, 0.0)
 
     def _adopted(self, tasks: Iterable[Task]) -> Iterable[Waiting]:
@@ -257,7 +262,7 @@ class Poller:
 
     async def _gone(self, waiting: Waiting) -> None:
         """Leave a task as it is, though the API has deleted its result."""
-        if waiting.written_off:
+        if waiting.written_off and not self.answers_only:
             await self.journal.together(Ledger.never_again, waiting.task.attempts)
         self.execution.in_flight -= 1
 
@@ -282,8 +287,11 @@ class Poller:
         execution.bad_answer(error)
         now = execution.clock.monotonic()
         strange = error.task_id is not None and not await self.journal.do(Ledger.has_task, error.task_id)
-        repeated = waiting.repeats(error.raw if strange else error.message, now)
-        if repeated.times >= SAME_ANSWERS if strange else repeated.enough(now, execution.timing.young_s):
+        if strange:
+            waiting.strange_times = waiting.strange_times + 1 if error.raw == waiting.strange else 1
+            waiting.strange = error.raw
+        same = strange and waiting.strange_times >= SAME_ANSWERS
+        if same or waiting.repeats(error.message, now).enough(now, execution.timing.young_s):
             await self._let_go(waiting, error, strange=strange)
         elif waiting.written_off and not strange:
             self._not_asked(waiting)
@@ -322,13 +330,15 @@ class Poller:
         """Judge a 404: too young to be known, never accepted after all, or gone."""
         execution = self.execution
         now, young_s = execution.clock.monotonic(), execution.timing.young_s
-        if waiting.written_off:
+        if waiting.written_off and not waiting.to_be_bought:
             execution.in_flight -= 1
         elif self.answers_only or self.last_round:
             self._again(waiting, FAILED_POLL_S)
         elif not waiting.repeats("404", now).enough(now, young_s):
             wait = YOUNG_POLL_S if self._age(waiting) < young_s else young_s / (ENOUGH_ANSWERS - 1)
             self._later(waiting, min(wait, young_s / (ENOUGH_ANSWERS - 1)))
+        elif waiting.written_off:
+            execution.in_flight -= 1
         elif waiting.alive:
             reason = "the API has forgotten the task (404) before its result was fetched"
             expired = Answer(State.EXPIRED, reason)

@@ -81,7 +81,7 @@ def test_several_processes_answer_as_one_does(tmp_path: Path, office: Office, po
     told = []
     for number in (1, 3):
         with serving(tmp_path / f"{number}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
-            done = office.command(*RUN, "--processes", str(number), "--ledger", postgres.url(), api=api)
+            done = office.command(*RUN, "--processes", str(number), "--ledger", postgres.url(), "--new-ledger", api=api)
             assert api.audit()["paid_twice"] == 0
         told.append((done.code, answers(office), done.receipt["credits_spent"], done.receipt["rate_limited"]))
 

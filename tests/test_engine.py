@@ -179,7 +179,7 @@ class TestOnRay:
         told = []
         for words in (RUN, ON_RAY):
             with serving(tmp_path / f"{len(words)}.db", failure_rate=0.1) as api:
-                done = end_of(far.start(*words, "--ledger", f"{postgres.url()}&lease=2", api=api))
+                done = end_of(far.start(*words, "--ledger", f"{postgres.url()}&lease=2", "--new-ledger", api=api))
                 assert api.audit()["paid_twice"] == 0
             rows = pl.read_parquet(far.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
             told.append((done.exit_code, done.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))

@@ -218,7 +218,9 @@ class CheckedOnServer(Checked, MachineOnServer):
 def test_the_check_finds_nothing_on_a_server(postgres: Postgres) -> None:
     """Whatever happened there, it is sound."""
     MachineOnServer.server = postgres
-    run_state_machine_as_test(CheckedOnServer, settings=TestChecked.settings)
+    run_state_machine_as_test(
+        CheckedOnServer, settings=settings(TestChecked.settings, max_examples=4, stateful_step_count=15)
+    )
 
 
 TestChecked = Checked.TestCase

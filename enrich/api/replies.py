@@ -142,15 +142,22 @@ def usable_id(response: httpx.Response) -> str | None:
     One that would have to be cleaned is none: it could become another's.
     """
     try:
-        body = json.loads(response.content)
+        # Wrong bytes elsewhere in the answer don't make the id unreadable.
+        body = json.loads(response.content.decode(errors="replace"), parse_int=_whole_number)
     except (ValueError, RecursionError):
         return None
     return next((name for name in named_ids(body) if _is_usable(name, _key(response))), None)
 
 
+def _whole_number(digits: str) -> int | str:
+    """Read a whole number; Python refuses those of more than 4,300 digits."""
+    return int(digits) if len(digits) < LONGEST_ID else digits
+
+
 def _is_usable(name: str, key: str) -> bool:
     dots = not name.strip(".")  # a path of dots leads elsewhere
-    return len(name) <= LONGEST_ID and name.isprintable() and not dots and clean_text(name, key) == name
+    whole = "\ufffd" not in name and clean_text(name, key) == name
+    return len(name) <= LONGEST_ID and name.isprintable() and not dots and whole
 
 
 def task_reply(response: httpx.Response, task_id: str) -> TaskReply:

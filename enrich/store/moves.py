@@ -330,7 +330,8 @@ class Moves(TaskIds):
             f"UPDATE attempts SET error = ? WHERE state = 'submitted' AND id IN ({NUMBERS.format('?')})",
             (reason, written(attempts)),
         )
-        self._db.execute("UPDATE attempts SET answer = ? WHERE state = 'submitted' AND id = ?", (raw, attempts[0]))
+        answer = None if raw is None else written({"unread": raw})
+        self._db.execute("UPDATE attempts SET answer = ? WHERE state = 'submitted' AND id = ?", (answer, attempts[0]))
 
     def unqueue(self, attempts: Sequence[int]) -> None:
         """Do not ask the requests of these attempts again in this execution."""

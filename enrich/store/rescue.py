@@ -400,7 +400,20 @@ class Kept:
     """
 
     #: The methods of the ledger that it has, too.
-    MOVES: ClassVar = frozenset({"accepted", "doubt", "refused", "rejected", "alive", "settle", "settle_bundle"})
+    MOVES: ClassVar = frozenset(
+        {
+            "accepted",
+            "doubt",
+            "refused",
+            "rejected",
+            "alive",
+            "settle",
+            "settle_bundle",
+            "has_task",
+            "keep_unread",
+            "never_again",
+        }
+    )
 
     ledger: Rescue
     file: RescueFile
@@ -451,6 +464,16 @@ class Kept:
         for attempt in attempts:
             if attempt in self._lines:
                 self._lines[attempt] = self._lines[attempt].model_copy(update={"seen_alive": True})
+
+    def has_task(self, _task_id: str) -> bool:
+        """Answer without the ledger: no task is taken for unknown."""
+        return True
+
+    def keep_unread(self, _attempts: Sequence[int], _reason: str, _raw: str | None) -> None:
+        """Keep nothing: the task is asked for again by the next run."""
+
+    def never_again(self, _attempts: Sequence[int]) -> None:
+        """Keep nothing: the next run asks once more."""
 
     def settle(self, told: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int) -> list[State]:
         """Keep answers."""

@@ -118,7 +118,8 @@ def _check(paid: Paid) -> None:
         raise ValueError
     if paid.state in ("found", "not_found") and paid.answer is None:
         raise ValueError
-    if paid.task_id is not None and paid.submitted_ms is None:
+    # A doubt may have an id that came with an error.
+    if paid.task_id is not None and paid.submitted_ms is None and paid.state != "in_doubt":
         raise ValueError
     if paid.state in ("found", "not_found", "failed", "expired") and paid.settled_ms is None:
         raise ValueError

@@ -58,7 +58,7 @@ class TaskIds(Review):
         if not priced:
             return list(told)
         rows = self._db.execute(
-            "SELECT a.id, a.task_id, max(CASE WHEN o.credits IS NULL THEN 0 ELSE 1 END) FROM attempts a "
+            "SELECT a.id, a.task_id, max(CASE WHEN o.credits > 0 THEN 1 ELSE 0 END) FROM attempts a "
             "JOIN attempts o ON o.task_id = a.task_id AND o.id <> a.id "
             f"WHERE a.id IN ({NUMBERS.format('?')}) GROUP BY 1, 2",
             (written(priced),),
@@ -77,7 +77,7 @@ class TaskIds(Review):
         """Tell whether another bundle has the task of this one, and its price."""
         row = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM attempts a JOIN attempts o ON o.task_id = a.task_id "
-            "JOIN bundles b ON b.id = o.bundle_id WHERE a.id = ? AND b.id <> a.bundle_id AND b.credits IS NOT NULL)",
+            "JOIN bundles b ON b.id = o.bundle_id WHERE a.id = ? AND b.id <> a.bundle_id AND b.credits > 0)",
             (attempt_id,),
         ).fetchone()
         return bool(row[0])
