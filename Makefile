@@ -33,7 +33,7 @@ stories: .venv/dev ## run the long tests: a week, a torture in short, every exam
 	$(BIN)/pytest -m 'long and not cluster'
 
 cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
-	$(BIN)/pytest -m cluster -n 2
+	$(BIN)/pytest -m cluster -n 1
 
 check: lint types layers test stories cluster-tests ## all that CI does: lint, types, layers, dependencies, tests, stories, Ray
 
