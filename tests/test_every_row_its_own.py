@@ -118,7 +118,7 @@ def test_answers_come_twice(tmp_path: Path, kinds: tuple[str, ...], share: int, 
         first = played.run()
         # An API all of whose POSTs are spoilt is left alone after a while.
         assert played.answered() + len(played.doubtful()) == LEADS or first.exit_code == 4
-        assert sum(played.proxy.happened.values()) >= min(10, LEADS // share)
+        assert sum(played.proxy.happened.values()) >= min(5, LEADS // share)
         played.proxy.heal()
         played.run()
         assert len(played.doubtful()) <= (0 if kinds == ("GET",) else LEADS // share)
