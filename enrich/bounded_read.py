@@ -11,7 +11,7 @@ from pathlib import Path
 
 #: Keys, jobs, plans and addresses are far smaller.
 MOST_BYTES = 1 << 20
-#: A pipe (`<(…)`) is read to its end within so many seconds.
+#: The time in seconds in which a pipe (`<(…)`) must be read to its end.
 PIPE_S = 10.0
 
 

@@ -51,7 +51,7 @@ class Connection:
 async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
     """Ask an unpaid question again until it is answered.
 
-    Raises ApiUnreachable after so many seconds, and at once when the certificate is not trusted.
+    Raises ApiUnreachable after `at_most_s` seconds, and at once when the certificate is not trusted.
     """
 
     def pause(state: tenacity.RetryCallState) -> float:

@@ -46,7 +46,7 @@ COUNTED_WHEN_INTERRUPTED = 100_000
 ANSWERED = (State.FOUND, State.NOT_FOUND, State.FAILED)
 #: The share of --max-time that is kept at most for collecting what was submitted.
 COLLECTING_SHARE = 0.2
-#: What was written off is asked for at the start for so many seconds at most, and for this share of --max-time.
+#: The longest time in seconds for free questions at the start, and their largest share of --max-time.
 ASKING_AGAIN_S, ASKING_AGAIN_SHARE = 60.0, 0.1
 
 

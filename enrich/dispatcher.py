@@ -108,7 +108,7 @@ class Dispatcher:
                 room = min(room, ceil((left - self._unanswered) / self._size))
             now = execution.clock.monotonic()
             ill = execution.breaker.delay(now, execution.on_the_wire)
-            if (shut := execution.posts_shut(now)) is not None:
+            if (shut := execution.posts_paused(now)) is not None:
                 await execution.wait_change(min(IDLE_S, shut))
             elif room <= 0 or ill is None or not execution.holds():
                 await execution.wait_change(IDLE_S)
@@ -180,7 +180,7 @@ class Dispatcher:
             execution.in_flight += 1
             execution.breaker.good()
             execution.good_answer()
-            execution.posts_opened()
+            execution.post_accepted()
             self.on_task(Task(attempts, task_id, now_ms, bundle=claims[0].bundle))
         finally:
             execution.on_the_wire -= 1

@@ -17,7 +17,7 @@ from enrich.polls import PollTimes, Price
 
 #: A 429 to a POST silences the polls, too, for at most this share of the patience with an outage.
 POLLS_SILENT = 0.1
-#: After so many polls that were answered with a task that the ledger does not have nothing more is submitted.
+#: Submitting stops after this number of polls that were answered with a task that the ledger does not have.
 MOST_UNKNOWN_TASKS = 20
 #: All that is in flight must be fetchable in this share of the time for which the API keeps results.
 FETCHED_IN = 0.25
@@ -99,7 +99,7 @@ class Execution:
     _failure: EnrichError | None = None
     #: POSTs are refused by 429 since the first time, and are not sent before the second.
     _posts_refused_since: float | None = None
-    _posts_shut_until: float = 0.0
+    _posts_paused_until: float = 0.0
     _gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -229,22 +229,22 @@ class Execution:
         silent = None if wait is None else min(wait, POLLS_SILENT * self.timing.outage_s)
         self.throttle(RateLimited(error.message, silent))
         if wait is not None:
-            self._posts_shut_until = max(self._posts_shut_until, now + wait)
+            self._posts_paused_until = max(self._posts_paused_until, now + wait)
         if self._posts_refused_since is None:
             self._posts_refused_since = now
 
-    def posts_opened(self) -> None:
+    def post_accepted(self) -> None:
         """Take in that a POST was accepted."""
         self._posts_refused_since = None
 
-    def posts_shut(self, now: float) -> float | None:
+    def posts_paused(self, now: float) -> float | None:
         """Tell for how many seconds POSTs wait because of a 429; None: they don't. Stops submitting after an outage."""
-        if now >= self._posts_shut_until:
+        if now >= self._posts_paused_until:
             return None
         since = self._posts_refused_since
         if since is not None and now - since >= self.timing.outage_s and self._failure is not None:
             self.stop(Exit.API, self._failure)
-        return self._posts_shut_until - now
+        return self._posts_paused_until - now
 
     def _failing(self, now: float, error: EnrichError) -> None:
         self._failure = error

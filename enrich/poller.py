@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from enrich.api.answer import Phase, TaskReply, phase_of, read_answer, spent_nothing_known
+from enrich.api.answer import Phase, TaskReply, paid_without_data, phase_of, read_answer
 from enrich.api.bundle import read_bundle
 from enrich.api.client import POLLS_ON_THE_WIRE, Client
 from enrich.errors import EnrichError, Exit, NotAccepted, NotBelieved, RateLimited, TaskUnknown, Unauthorized
@@ -244,7 +244,7 @@ class Poller:
             waiting.ran_s = age
             self._again(waiting, self._worth(age))
             return
-        if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and spent_nothing_known(reply.body)):
+        if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and paid_without_data(reply.body)):
             now = execution.clock.monotonic()
             waiting.no_data_since = now if waiting.no_data_since is None else waiting.no_data_since
             if now - waiting.no_data_since < execution.timing.no_data_s:
@@ -263,7 +263,7 @@ class Poller:
     async def _gone(self, waiting: Waiting) -> None:
         """Leave a task as it is, though the API has deleted its result."""
         if waiting.written_off and not self.answers_only:
-            await self.journal.together(Ledger.never_again, waiting.task.attempts)
+            await self.journal.together(Ledger.mark_gone, waiting.task.attempts)
         self.execution.in_flight -= 1
 
     async def _settle_superseded(self, waiting: Waiting, reply: TaskReply, phase: Phase) -> None:

@@ -312,7 +312,7 @@ class Machine(RuleBasedStateMachine):
         numbers = data.draw(st.sampled_from(left))
         lead = model.leads[model.posts[numbers[0]].lead]
         if answer == "gone":
-            books.do(Ledger.never_again, numbers)
+            books.do(Ledger.mark_gone, numbers)
             for number in numbers:
                 model.posts[number].gone = True
             return

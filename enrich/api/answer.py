@@ -80,7 +80,7 @@ def price_of(value: object) -> int | None:
     return price if price is not None and price <= MOST_CREDITS else None
 
 
-def spent_nothing_known(task: Mapping[str, Any]) -> bool:
+def paid_without_data(task: Mapping[str, Any]) -> bool:
     """Tell whether a finished task says that it cost something, and has no data: it may not be complete yet."""
     data = task.get("data")
     empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))

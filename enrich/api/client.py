@@ -148,7 +148,7 @@ class Client:
         try:
             return task_reply(response, task_id)
         except NotBelieved:
-            _close_connection(response)
+            response.extensions["close"]()
             raise
 
     async def _get(self, path: str) -> Any:  # noqa: ANN401 - a JSON document is anything
@@ -211,9 +211,3 @@ def _parse(kind: type[M], data: object) -> M:
         return kind.model_validate(data)
     except ValidationError as error:
         raise NotUnderstood(f"the API's answer is not a {kind.__name__.lower()}") from error
-
-
-def _close_connection(response: httpx.Response) -> None:
-    close = response.extensions.get("close")
-    if close is not None:
-        close()

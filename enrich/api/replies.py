@@ -162,7 +162,7 @@ def _is_usable(name: str, key: str) -> bool:
 
 def task_reply(response: httpx.Response, task_id: str) -> TaskReply:
     """Judge the answer to a poll of `task_id`; see the top of this file."""
-    fresh = bool(response.extensions.get("fresh", True))
+    fresh = bool(response.extensions["fresh"])
     if not response.is_success:
         error = refusal(response)
         if isinstance(error, RateLimited):
@@ -215,7 +215,7 @@ def refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
         case 400 | 422:
             return _complaint(body, rows, said)
         case 413 if rows is not None:
-            return JobRejected(f"the API refuses so many rows at once: {said}", "lower `dispatch.bulk`")
+            return JobRejected(f"the API refuses this number of rows at once: {said}", "lower `dispatch.bulk`")
         case 404:
             return _Missing(said)
         case _:

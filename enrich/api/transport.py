@@ -38,7 +38,7 @@ from enrich.api.unpacking import Unpacker
 STOPPED_S = 0.2
 #: A connection that was idle for longer is not used again.
 IDLE_S = 15.0
-#: An answer may have so many bytes, on the wire and unpacked.
+#: The largest answer in bytes, on the wire and unpacked.
 MOST_BYTES = 32 * 1024 * 1024
 #: Of answers that grow beyond this one is read at a time, so that many of them need no more memory than one.
 LARGE_BYTES = 512 * 1024
@@ -261,7 +261,7 @@ class Transport(httpx.AsyncBaseTransport):
                     if len(body) > self._most_bytes:
                         raise _TooLarge
                     if large:
-                        await asyncio.sleep(0)  # others go on meanwhile
+                        await asyncio.sleep(0)  # let other requests run
                     elif len(body) > LARGE_BYTES:
                         await turn.enter_async_context(self._turn)
                         large = True

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 PIECE_BYTES = 64 * 1024
-#: A body may have so many gzip members: each costs time, even an empty one.
+#: The most gzip members of a body: each costs time, even an empty one.
 MOST_MEMBERS = 1000
 #: What zlib calls the formats.
 _GZIP, _ZLIB, _RAW = 31, 15, -15

@@ -320,7 +320,7 @@ class Moves(TaskIds):
         self._release([(attempt_id, "", now_ms)])
         self._charge(execution_id, answer.credits or 0, 0, [])
 
-    def never_again(self, attempts: Sequence[int]) -> None:
+    def mark_gone(self, attempts: Sequence[int]) -> None:
         """Write down that the API has deleted a result: it is not asked for any more."""
         self._db.execute(f"UPDATE attempts SET gone = 1 WHERE id IN ({NUMBERS.format('?')})", (written(attempts),))
 

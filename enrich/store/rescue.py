@@ -411,7 +411,7 @@ class Kept:
             "settle_bundle",
             "has_task",
             "keep_unread",
-            "never_again",
+            "mark_gone",
         }
     )
 
@@ -472,7 +472,7 @@ class Kept:
     def keep_unread(self, _attempts: Sequence[int], _reason: str, _raw: str | None) -> None:
         """Keep nothing: the task is asked for again by the next run."""
 
-    def never_again(self, _attempts: Sequence[int]) -> None:
+    def mark_gone(self, _attempts: Sequence[int]) -> None:
         """Keep nothing: the next run asks once more."""
 
     def settle(self, told: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int) -> list[State]:
