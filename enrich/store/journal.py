@@ -18,9 +18,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from enrich.errors import Exit, LeaseLost, LedgerFailed, LedgerMoved
 from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
-from enrich.store.rescue import Kept
 from enrich.store.rescue_file import RescueFile
 from enrich.store.sqlite import is_locked, tells_of_damage, unwritable
+from enrich.store.unwritten import UnwrittenMoves
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,13 +62,13 @@ class _Move(Generic[T]):
     def make(self, ledger: object) -> None:
         self.result = self.run(ledger, *self.args, **self.kwargs)
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: UnwrittenMoves) -> None:
         """Make the move where the ledger can't be written; one that begins something new fails."""
         self.error = None
         name = getattr(self.run, "__name__", "")
         if self.kept:
             self.make(kept)
-        elif name in Kept.MOVES and self.run is getattr(Ledger, name):
+        elif name in UnwrittenMoves.MOVES and self.run is getattr(Ledger, name):
             items = () if self.items is None else (self.items,)
             self.result = getattr(kept, name)(*items, *self.args, **self.kwargs)
         else:
@@ -112,7 +112,7 @@ class Journal:
         self._batches: queue.SimpleQueue[list[_Move[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._broken: BaseException | None = None
-        self._kept: Kept | None = None
+        self._kept: UnwrittenMoves | None = None
         self._file: RescueFile | None = None
         #: Since when the write lock is waited for, and since when nobody wants to wait for it any more.
         self._locked_since: float | None = None
@@ -227,7 +227,9 @@ class Journal:
         self._broken = error
         if isinstance(error, LedgerFailed) and not isinstance(error, LeaseLost):
             if self._file is not None:
-                self._kept = Kept(self._ledger, self._file, error, isinstance(error, LedgerMoved) and error.gone)
+                self._kept = UnwrittenMoves(
+                    self._ledger, self._file, error, isinstance(error, LedgerMoved) and error.gone
+                )
                 self._kept.begin()
             self._loop.call_soon_threadsafe(self.on_failure, error)
 
