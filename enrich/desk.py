@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -137,23 +137,18 @@ class Desk:
             await self.execution.until_leaving(poller.run())
         share = inf if self.options.max_time_s is None else ASKING_AGAIN_SHARE * self.options.max_time_s
         written_off = await self.journal.do(Ledger.written_off, self.around.asked_since())
-        await self._ask_again(written_off, min(ASKING_AGAIN_S, share))
+        await self._ask_again(written_off, at_most_s=min(ASKING_AGAIN_S, share), to_be_bought=False)
 
-    async def _ask_again(self, tasks: Sequence[Task], at_most_s: float | None = None) -> Sequence[Task]:
-        """Ask for tasks that were written off: a free question. Return those that could not be asked for.
-
-        Without a limit in seconds they are about to be bought again, so a 404 is not believed at once.
-        """
+    async def _ask_again(self, tasks: Sequence[Task], *, at_most_s: float = inf, to_be_bought: bool) -> Sequence[Task]:
+        """Ask for tasks that were written off: a free question. Return those that could not be asked for."""
         if not tasks or self.execution.giving_up.is_set():
             return tasks
         poller = self._new_poller()
-        poller.last_round = at_most_s is not None
+        poller.last_round = not to_be_bought
         poller.no_more = True
-        poller.ask_again(tasks, to_be_bought=at_most_s is None)
-        timer = asyncio.get_running_loop().call_later(at_most_s, poller.end_asking_again) if at_most_s else None
-        await self.execution.until_leaving(poller.run())
-        if timer is not None:
-            timer.cancel()
+        poller.ask_again(tasks, to_be_bought=to_be_bought)
+        with _after(at_most_s, poller.end_asking_again):
+            await self.execution.until_leaving(poller.run())
         if poller.revived:
             self.note(f"{many(poller.revived, 'request')} that had been written off: the API knows the task after all")
         return poller.unasked
@@ -162,7 +157,7 @@ class Desk:
         """Ask for the tasks of what is to be bought again (`--retry`); what can't be asked for now is not bought."""
         tasks = await self.journal.do(Ledger.written_off, 0, queued=True)
         queued = await self.journal.do(Ledger.queued)
-        unasked = await self._ask_again(tasks)
+        unasked = await self._ask_again(tasks, to_be_bought=True)
         if unasked:
             self.note(f"{many(len(unasked), 'task')} could not be asked for: not bought again in this run")
             await self.journal.do(Ledger.unqueue, [attempt for task in unasked for attempt in task.attempts])
@@ -433,3 +428,14 @@ class Desk:
                 times.learned,
                 self.around.job.model.dispatch.bulk,
             )
+
+
+@contextmanager
+def _after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function once when the block is still at work after that time; inf: never."""
+    timer = asyncio.get_running_loop().call_later(seconds, call) if seconds < inf else None
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()

@@ -242,6 +242,9 @@ class Poller:
             await self.journal.together(Ledger.alive, waiting.task.attempts)
         if phase is Phase.RUNNING:
             waiting.ran_s = age
+            if waiting.to_be_bought:  # it need not be; those that are must not wait for it
+                execution.in_flight -= 1
+                return
             self._again(waiting, self._worth(age))
             return
         if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and paid_without_data(reply.body)):
