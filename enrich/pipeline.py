@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from enrich.api.client import Client
 from enrich.budget import Budget, afford
@@ -35,6 +36,7 @@ from enrich.store.sqlite import damaged
 from enrich.surroundings import Options, Surroundings, rescue_folders
 from enrich.tables.writing import prepare
 
+T = TypeVar("T")
 #: How often it is looked whether others are gone.
 LOOK_AGAIN_S = 0.5
 
@@ -89,25 +91,15 @@ async def _execute(
     job, clock = around.job, around.clock
     started = clock.monotonic()
     await _others_gone(around, journal)
-    rescued = await _take_in_rescued(around, journal)
+    refusals = Refusals(around, journal)
+    rescued = await refusals.attempt(_take_in_rescued(around, journal)) or []
     doubtful = await journal.do(Ledger.recover, clock.now_ms())
     memory = await journal.do(recall, job.model.waterfall)
     check_host(memory, job, around.access.host)
-    now = datetime.now().astimezone()
-    target, feeds = job.output_path(now), job.feeds(now)
-    rows = await _open_input(around, signals, journal, {"output": target, **feeds})
-    new_ledger = await _check_new_ledger(around, options, signals, journal, rescued)
-    connection = await _connect(around, options, client, journal, memory)
-    if isinstance(rows, Rows) and isinstance(connection, Connection):
-        try:
-            rows.check_new_columns(connection.question)
-        except EnrichError as error:
-            if not await journal.do(_is_open, around):
-                raise
-            rows = error
-    desk, refused = await _begin(around, options, signals, client, journal, connection, started)
-    refused = new_ledger or refused
-    desk.feeds = feeds
+    files = await refusals.attempt(_open_files(around, signals, journal))
+    await refusals.attempt(_check_new_ledger(around, options, signals, journal, rescued))
+    found = await refusals.attempt(_connect(around, options, client, journal, memory, files))
+    desk = await _begin(around, options, signals, client, journal, found, refusals, started)
     connection = desk.connection
     execution = desk.execution
     if doubtful:
@@ -117,11 +109,10 @@ async def _execute(
     with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
         try:
             await desk.rescue()
-            for problem in (refused, rows):
-                if isinstance(problem, EnrichError):
-                    raise problem
-            assert isinstance(rows, Rows)  # noqa: S101 - the problem would have been raised
-            return await desk.work(rows, target)
+            if refusals.errors or files is None:
+                raise refusals.errors[0]
+            desk.feeds = files.feeds
+            return await desk.work(files.rows, files.target)
         except (EnrichError, JSONDecodeError) as failure:
             reason = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
             code = reason.exit_code
@@ -161,51 +152,68 @@ def _besides(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
             task.cancel()
 
 
-async def _open_input(
-    around: Surroundings, signals: Signals, journal: Journal, targets: Mapping[str, Place]
-) -> Rows | EnrichError:
-    """Open tonight's files. What is wrong with them waits when there is something to collect.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The input, and where the output and the files beside it go."""
 
-    What was paid for is fetched even when tonight's file is broken; more is not bought.
-    """
+    rows: Rows
+    target: Place
+    feeds: Mapping[str, Place]
+
+
+async def _open_files(around: Surroundings, signals: Signals, journal: Journal) -> Files:
+    """Open the input and prepare the places of all files. Raises EnrichError when one of them cannot be used."""
+    job, now = around.job, datetime.now().astimezone()
+    job.report_path(now)
+    target, feeds = job.output_path(now), job.feeds(now)
+    forgotten = await journal.do(Ledger.forgotten)
+    with signals.asking():  # a pipe or a storage may let us wait
+        for kind, place in {"output": target, **feeds}.items():
+            prepare(place, job.input_path, job.name, kind)
+        return Files(Rows(job, forgotten), target, feeds)
+
+
+async def _connect(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    around: Surroundings, options: Options, client: Client, journal: Journal, memory: Memory, files: Files | None
+) -> Connection:
+    """Ask the API what a run must know. Raises EnrichError when job, input, API and ledger do not fit together."""
     job = around.job
-    try:
-        forgotten = await journal.do(Ledger.forgotten)
-        with signals.asking():  # a pipe or a storage may let us wait
-            for kind, place in targets.items():
-                prepare(place, job.input_path, job.name, kind)
-            return Rows(job, forgotten)
-    except Interrupted:
-        raise
-    except EnrichError as error:
-        if not await journal.do(_is_open, around):
-            raise
-        return error
-
-
-async def _connect(
-    around: Surroundings, options: Options, client: Client, journal: Journal, memory: Memory
-) -> Connection | EnrichError:
-    """Ask the API what a run must know. What goes wrong waits when there is something to collect."""
-    job = around.job
-    try:
-        connection = await connect(
-            client,
-            memory,
-            job,
-            around.access.host,
-            at_most_s=around.timing.start_s,
-            update_providers=options.update_providers,
-            workspace_renamed=options.workspace_renamed,
-        )
-    except EnrichError as error:
-        if not await journal.do(_is_open, around):
-            raise
-        return error
+    connection = await connect(
+        client,
+        memory,
+        job,
+        around.access.host,
+        at_most_s=around.timing.start_s,
+        update_providers=options.update_providers,
+        workspace_renamed=options.workspace_renamed,
+    )
     workspace = connection.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
         await journal.do(Ledger.rename_workspace, workspace)
+    if files is not None:
+        files.rows.check_new_columns(connection.question)
     return connection
+
+
+@dataclass(slots=True)
+class Refusals:
+    """What refuses a run. Each is kept until what was paid for is collected; without such it is raised at once."""
+
+    around: Surroundings
+    journal: Journal
+    errors: list[EnrichError] = field(default_factory=list)
+
+    async def attempt(self, work: Awaitable[T]) -> T | None:
+        """Do a part of the preparations; None when it refuses the run."""
+        try:
+            return await work
+        except Interrupted:
+            raise
+        except EnrichError as error:
+            if not await self.journal.do(_is_open, self.around):
+                raise
+            self.errors.append(error)
+            return None
 
 
 def _is_open(ledger: Ledger, around: Surroundings) -> bool:
@@ -215,17 +223,14 @@ def _is_open(ledger: Ledger, around: Surroundings) -> bool:
 
 async def _check_new_ledger(
     around: Surroundings, options: Options, signals: Signals, journal: Journal, notes: list[str]
-) -> Refused | None:
-    """Refuse a new ledger when an earlier output was paid for from another one, unless the person agrees.
-
-    What a rescue file brought is collected first; then the refusal is returned.
-    """
+) -> None:
+    """Raise Refused for a new ledger when an earlier output was paid for from another one, unless the person agrees."""
     if options.new_ledger or await journal.do(Ledger.has_accepted):
-        return None
+        return
     output, note = await paid_elsewhere(around.job, journal, signals.asking)
     notes += [note] if note is not None else []
     if output is None:
-        return None
+        return
     said = (
         f"{output} was paid for from another ledger: with the new ledger {around.job.ledger} its leads are paid again"
     )
@@ -233,11 +238,9 @@ async def _check_new_ledger(
     if options.confirm_new_ledger is not None:
         with signals.asking():
             if options.confirm_new_ledger(said):
-                return None
+                return
         refused = Refused("cancelled: nothing was sent")
-    if not await journal.do(_is_open, around):
-        raise refused
-    return refused
+    raise refused
 
 
 async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
@@ -246,19 +249,19 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     signals: Signals,
     client: Client,
     journal: Journal,
-    found: Connection | EnrichError,
+    found: Connection | None,
+    refusals: Refusals,
     started: float,
-) -> tuple[Desk, EnrichError | None]:
-    """Write down that an execution begins, with the budget that it has, or why it can have none."""
+) -> Desk:
+    """Write down that an execution begins, with the budget that it has; without a connection it only collects."""
     job, clock = around.job, around.clock
-    refused: EnrichError | None
-    if isinstance(found, EnrichError):
-        connection, refused = unconnected(job), found
-        budget = Budget(0, 0, found.message, found.hint or "")
+    connection = found or unconnected(job)
+    if found is None:
+        budget = Budget(0, 0, refusals.errors[0].message, refusals.errors[0].hint or "")
     else:
-        connection = found
         plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
         budget, refused = await journal.do(afford, job, connection.question, connection.balance, plan)
+        refusals.errors += [refused] if refused is not None else []
         waterfall = connection.waterfall
         await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
     question = connection.question
@@ -283,7 +286,7 @@ async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
     )
     heart = Heartbeat(around, execution, journal, started)
     desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
-    desk.answers_only = isinstance(found, OtherWorkspace)
+    desk.answers_only = any(isinstance(error, OtherWorkspace) for error in refusals.errors)
     signals.on_first = desk.interrupt
     journal.on_failure = desk.ledger_failed
-    return desk, refused
+    return desk

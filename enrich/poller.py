@@ -230,10 +230,10 @@ class Poller:
         if phase is Phase.GONE and (self.answers_only or waiting.written_off):
             await self._gone(waiting)
             return
+        if waiting.task.superseded:
+            await self._settle_superseded(waiting, reply, phase)
+            return
         if waiting.written_off:
-            if waiting.task.superseded:
-                await self._settle_superseded(waiting, reply, phase)
-                return
             await self.journal.do(Ledger.revive, waiting.task.attempts, execution.id)
             waiting.written_off, waiting.alive = False, True
             self.revived += 1
@@ -242,10 +242,7 @@ class Poller:
             await self.journal.together(Ledger.alive, waiting.task.attempts)
         if phase is Phase.RUNNING:
             waiting.ran_s = age
-            if waiting.to_be_bought:  # it need not be; those that are must not wait for it
-                execution.in_flight -= 1
-                return
-            self._again(waiting, self._worth(age))
+            self._still_running(waiting, age)
             return
         if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and paid_without_data(reply.body)):
             now = execution.clock.monotonic()
@@ -262,6 +259,12 @@ class Poller:
         else:
             size = len(waiting.task.attempts)
             await self._settle_bundle(waiting, *read_bundle(reply, phase, size, paths))
+
+    def _still_running(self, waiting: Waiting, age_s: float) -> None:
+        if waiting.to_be_bought:  # it is not bought then, and what is must not wait for it
+            self.execution.in_flight -= 1
+        else:
+            self._again(waiting, self._worth(age_s))
 
     async def _gone(self, waiting: Waiting) -> None:
         """Leave a task as it is, though the API has deleted its result."""

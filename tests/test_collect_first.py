@@ -132,6 +132,14 @@ REFUSALS: dict[str, tuple[Callable[[Odd, Office], object], int]] = {
     ),
     "the input is broken": (lambda _, office: (office.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
     "the input is missing": (lambda _, office: (office.folder / "leads.csv").unlink(), 5),
+    "the changes would replace the input": (
+        lambda _, office: office.write_job(changes="{path: leads.csv, key: [Email]}"),
+        2,
+    ),
+    "a rescue file is damaged": (
+        lambda _, office: office.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
+        5,
+    ),
     "the job names an unknown waterfall": (lambda _, office: office.write_job(waterfall="none_such"), 4),
 }
 

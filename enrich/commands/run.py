@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +121,6 @@ def run(
         spread=spread_of(job, engine, address, workers, processes),
     )
     witnesses.start(job, wishes, sandbox=use_sandbox)
-    job.report_path(datetime.now().astimezone())  # refuses one that is another file of the job
     skip, wait_s = if_locked
     try:
         receipt = _run(job, wishes, wait_s, witnesses, use_sandbox=use_sandbox, on_terminal=on_terminal)
