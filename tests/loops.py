@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from enrich.store.ledger import Ledger
 from tests.books import BOUND, CALL, Books
 from tests.harness import HASTY, Api
 
+#: Little patience, but not with POSTs: on a busy machine one that takes longer would be in doubt.
+CALM = replace(HASTY, post_s=20.0)
 #: What `CALL` costs at worst in the sandbox, in millionths.
 WORST = 3_510_000
 
@@ -157,7 +159,7 @@ async def at_work(
     cap: int | None = None,
     in_flight: int = 200,
     rate: float | None = 1000.0,
-    timing: Timing = HASTY,
+    timing: Timing = CALM,
     clock: Clock | None = None,
 ) -> AsyncIterator[Floor]:
     """Open a ledger, start an execution that wants these leads, and connect to the API."""

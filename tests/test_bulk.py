@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from enrich.api.client import BULK_POSTS_ON_THE_WIRE
 from enrich.dispatcher import Dispatcher
 from enrich.errors import EnrichError, Exit
+from enrich.execution import Timing
 from enrich.model import State
 from enrich.receipt import Receipt
 from enrich.sandbox import Fault, questions
@@ -400,7 +402,7 @@ def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     assert office.sql("SELECT count(*) FROM attempts WHERE seen_alive = 1") == [(LEADS,)]
     office.sql("UPDATE attempts SET submitted_ms = submitted_ms - 600000")
     with serving(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
-        receipt = office.run(other)
+        receipt = office.run(other, timing=replace(Timing(), young_s=0.5))
         assert other.audit()["accepted"] == 0
     assert (receipt.exit_code, receipt.expired, receipt.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
     assert check(office.place).problems == []

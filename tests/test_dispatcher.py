@@ -149,7 +149,9 @@ class TestAnswers:
         api.fault(fault, count, "post")
 
         async def scene() -> None:
-            async with at_work(api, tmp_path / LEDGER, range(45), timing=replace(HASTY, outage_s=20)) as floor:
+            async with at_work(
+                api, tmp_path / LEDGER, range(45), timing=replace(HASTY, outage_s=20, post_s=20)
+            ) as floor:
                 await floor.work()
                 assert floor.execution.reasons == {}
                 assert floor.execution.tally.rate_limited == (0 if fault == "redirect" else count)

@@ -22,7 +22,7 @@ from tests.harness import HASTY, Api, serving
 from tests.loops import Floor, at_work, until
 
 LEDGER = "ledger.db"
-PATIENT = replace(HASTY, outage_s=20)
+PATIENT = replace(HASTY, outage_s=20, post_s=20)
 
 
 def play(path: Path, api: Api, scene: Callable[[Floor], Coroutine[Any, Any, None]], **knobs: Any) -> None:
@@ -295,7 +295,7 @@ class TestPatience:
             assert set(floor.execution.reasons) == {Exit.API}
             assert same(floor, submitted=3)
 
-        play(tmp_path, api, scene, leads=range(3), timing=replace(HASTY, outage_s=0.5))
+        play(tmp_path, api, scene, leads=range(3), timing=replace(HASTY, outage_s=0.5, post_s=20))
 
     @pytest.mark.parametrize("fault", ["unauthorized", "forbidden"])
     def test_a_refused_key_stops_the_run_but_cuts_off_no_post(self, tmp_path: Path, fault: str) -> None:
