@@ -67,15 +67,15 @@ class TestAnswers:
             play(tmp_path, api, scene, leads=range(60))
             assert api.audit()["paid_twice"] == 0
 
-    @pytest.mark.parametrize("lasting", [None, 0.1])
-    def test_no_data_counts_as_a_miss_after_a_grace(self, tmp_path: Path, lasting: float | None) -> None:
+    @pytest.mark.parametrize(("lasting", "polls"), [(None, 6), (0.1, 3)])
+    def test_no_data_counts_as_a_miss_after_a_grace(self, tmp_path: Path, lasting: float | None, polls: int) -> None:
         """It is asked again for a while; then it is a miss that is settled at its price."""
 
         async def scene(floor: Floor) -> None:
             await floor.work()
             assert same(floor, not_found=3)
             assert floor.books.money[:3] == (0, 0, 0)
-            assert len(floor.watch.asked) == 6
+            assert len(floor.watch.asked) >= polls
             assert floor.books.one("SELECT sum(seen_alive) FROM attempts") == (3,)
 
         with serving(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
