@@ -53,7 +53,6 @@ SCRIPTS = (
     Script("allowance", (), 20),
     Script("polls", (), 20),
     Script("million", ("--rows", "200000"), 40),
-    Script("processes", ("--rows", "4000", "--seconds", "1"), 45),
 )
 
 

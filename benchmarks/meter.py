@@ -119,12 +119,12 @@ def loop(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Contender
     )
 
 
-def enrich_run(name: str, rows: int, bulk: int | None = None, options: Sequence[str] = ()) -> Contender:
+def enrich_run(name: str, rows: int, bulk: int | None = None) -> Contender:
     """Make a contender of `enrich run`, with a new ledger each time; `bulk`: so many requests to a task."""
 
     def command(folder: Path, _: str) -> list[str]:
         job = write_job(folder, rows, bulk)
-        return [sys.executable, "-m", "enrich", "run", str(job), "--json", "--yes", *options]
+        return [sys.executable, "-m", "enrich", "run", str(job), "--json", "--yes"]
 
     return Contender(name, rows, command)
 

@@ -1,27 +1,30 @@
-"""Lets several workers send and poll: has them started, passes on when to stop, adds up what they tell.
+"""Lets several workers submit and poll: starts them, passes on when to stop, adds up their reports.
 
-They share the queue, which is the ledger: each claims what is next, so no request is claimed by two. The budget is in
-the ledger, too, the rate is shared, and what may be in flight is divided among them. How a worker comes to be is its
-carrier's to know.
+They share the queue, which is the ledger: each claims what is next, so no request is claimed by two. The budget and the
+rate are in the ledger, too, and what may be in flight is divided among them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import inf
-from typing import Protocol
 
 from enrich.allowance import share, unshare
+from enrich.dispatcher import posts_on_the_wire
+from enrich.engine import Hand
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.execution import Execution, Tally
-from enrich.model import Task
 from enrich.pace import Pace
 from enrich.place import Postgres
+from enrich.shift import Shift
 from enrich.store.dialect import DatabaseFailed
-from enrich.worker import Errand, Told, Word
+from enrich.store.journal import Journal
+from enrich.store.ledger import Ledger
+from enrich.surroundings import Surroundings
+from enrich.worker import Errand, Word
 
 #: So long a worker that shall leave may take to write down what it knows.
 LEAVE_S = 3.0
@@ -33,50 +36,8 @@ START_S = 120.0
 LEASES = 2
 #: So many are hired in the place of each that was lost, all told.
 SPARES = 3
-
-
-class Hand(Protocol):
-    """One worker, as its boss knows it."""
-
-    @property
-    def told(self) -> Told:
-        """What it told last."""
-
-    @property
-    def gone(self) -> asyncio.Event:
-        """Whether it is not there any more; it has told all that it ever will."""
-
-    @property
-    def listening(self) -> bool:
-        """Whether it has its errand, and hears words."""
-
-    @property
-    def why(self) -> str:
-        """Why it went before its work was done."""
-
-    async def hand_over(self, errand: Errand) -> None:
-        """Tell it what to do; takes as long as its start."""
-
-    def say(self, word: Word) -> None:
-        """Tell it how to go on, if it is still there."""
-
-    async def end(self) -> None:
-        """End it, if it is still there, and forget it."""
-
-
-#: Starts a worker; whoever asks is called whenever it tells something, or is gone. Raises OSError without room for it.
-Hire = Callable[[Callable[[Hand], None]], Hand]
-
-
-class Carrier(Protocol):
-    """Knows how a worker comes to be, and how they share the pace."""
-
-    @property
-    def heirs(self) -> bool:
-        """Whether the others inherit what one was at that is gone, so that they may go on."""
-
-    def sharing(self, pace: Pace) -> AbstractAsyncContextManager[Hire]:
-        """Share the pace while workers are hired and at work. Raises OSError when the system has no room for it."""
+#: How often it is looked whether the lease of a lost worker ran out, in seconds.
+LOOK_AGAIN_S = 0.5
 
 
 @asynccontextmanager
@@ -96,16 +57,16 @@ async def shared(ledger: Postgres, pace: Pace) -> AsyncIterator[None]:
 
 @dataclass(slots=True)
 class Crew:
-    """Several workers that do together what dispatcher and poller of one would.
+    """Several workers that do together what dispatcher and poller of one would; each gets the same errand.
 
-    `errand` is what each is told, but for its part of the tasks.
+    One that is lost is replaced, and the others take on what it held.
     """
 
     execution: Execution
     errand: Errand
-    carrier: Carrier
-    #: Why workers went before their work was done, or could not be started. Unless they have heirs the others are
-    #: stopped then; what is left is another's.
+    #: Starts a worker; see `Engine`.
+    hire: Callable[[Errand, Callable[[Hand], None]], Hand]
+    #: Why workers ended before their work was done.
     lost: list[str] = field(default_factory=list)
     _hands: list[Hand] = field(default_factory=list)
     #: For how many looks in a row each has told nothing.
@@ -118,25 +79,23 @@ class Crew:
     _missed: int = 0
     _before: Tally = field(default_factory=Tally)
 
-    async def run(self, tasks: Sequence[Task]) -> None:
-        """Send and poll to the end; `tasks` were left at the API before. No worker is left when this returns."""
+    async def run(self) -> None:
+        """Submit and poll to the end. No worker is left when this returns."""
         execution = self.execution
         self._before = execution.tally
         passing_on: list[asyncio.Task[None]] = []
-        try:
-            async with self.carrier.sharing(execution.pace) as hire:
-                try:
-                    await self._start_all(hire, tasks)
-                    for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
-                        passing_on.append(asyncio.create_task(self._pass_on(event, word)))
-                    await self._attend(hire)
-                finally:
-                    for passing in passing_on:
-                        passing.cancel()
-                    await self._dismiss()
-                    execution.in_flight = execution.on_the_wire = 0
-        except OSError as error:  # the system has no room for what they share
-            self.lost.append(error.strerror or str(error))
+        async with shared(self.errand.ledger, execution.pace):
+            try:
+                for _ in range(self.errand.shift.workers):
+                    self._hire()
+                for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
+                    passing_on.append(asyncio.create_task(self._pass_on(event, word)))
+                await self._attend()
+            finally:
+                for passing in passing_on:
+                    passing.cancel()
+                await self._dismiss()
+                execution.in_flight = execution.on_the_wire = 0
 
     def hurry(self) -> None:
         """Let every task be asked once more, now."""
@@ -147,22 +106,12 @@ class Crew:
     def _present(self) -> list[Hand]:
         return [hand for hand in self._hands if not hand.gone.is_set()]
 
-    async def _start_all(self, hire: Hire, tasks: Sequence[Task]) -> None:
-        """Start the workers, and give each its part of the tasks."""
-        count = self.errand.shift.processes
-        try:
-            for _ in range(count):
-                self._hands.append(hire(self._hear))
-        except OSError as error:  # the system has no room for another
-            self.lost.append(error.strerror or str(error))
-        for number, hand in enumerate(self._hands):
-            await hand.hand_over(replace(self.errand, tasks=tuple(tasks[number::count])))
-        if self.lost and not self.carrier.heirs:
-            self._say(Word.CLOSE)
+    def _hire(self) -> None:
+        self._hands.append(self.hire(self.errand, self._hear))
 
-    async def _attend(self, hire: Hire) -> None:
-        """Wait until all are gone; hire others for those who were lost, where that helps."""
-        while present := await self._replaced(hire):
+    async def _attend(self) -> None:
+        """Wait until all are gone; start others for those that were lost, where that helps."""
+        while present := self._replaced():
             if self._all_done(present):
                 self._late.update(present)
                 return
@@ -170,21 +119,18 @@ class Crew:
                 async with asyncio.timeout(LOOK_S):
                     await present[0].gone.wait()
                 continue
-            if self.carrier.heirs:
-                await self._give_up_silent(present)
+            await self._give_up_silent(present)
 
     def _all_done(self, present: Sequence[Hand]) -> bool:
         """Tell whether nothing is left for those who have not begun yet: nothing is theirs beforehand."""
         none_begun = self._spoke.isdisjoint(present)
-        return self.carrier.heirs and none_begun and any(hand.told.ended for hand in self._hands)
+        return none_begun and any(hand.told.ended for hand in self._hands)
 
-    async def _replaced(self, hire: Hire) -> Sequence[Hand]:
-        """Hire others for those who were lost; return all who are there."""
+    def _replaced(self) -> Sequence[Hand]:
+        """Start others for those that were lost; return all that are there."""
         while self._missed and not self.execution.closing.is_set():
             self._missed -= 1
-            with suppress(OSError):
-                self._hands.append(hand := hire(self._hear))
-                await hand.hand_over(self.errand)
+            self._hire()
         return self._present
 
     async def _give_up_silent(self, present: Sequence[Hand]) -> None:
@@ -192,13 +138,9 @@ class Crew:
         for hand in present:
             # Looks are counted, not seconds: all are silent while the machine sleeps.
             self._silent[hand] = self._silent.get(hand, 0) + 1
-            if self._silent[hand] * LOOK_S > (self._lease_s * LEASES if hand in self._spoke else START_S):
+            if self._silent[hand] * LOOK_S > (self.errand.ledger.lease_s * LEASES if hand in self._spoke else START_S):
                 self._mute.add(hand)
                 await hand.end()
-
-    @property
-    def _lease_s(self) -> float:
-        return self.errand.ledger.lease_s if isinstance(self.errand.ledger, Postgres) else inf
 
     def _hear(self, hand: Hand) -> None:
         """Hear how far a worker is, or that it is gone."""
@@ -207,9 +149,7 @@ class Crew:
             self._silent[hand] = 0
         elif not hand.told.ended and hand not in self._late:
             self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
-            if not self.carrier.heirs:
-                self._say(Word.CLOSE)
-            elif self._had_come(hand) and len(self.lost) <= SPARES * self.errand.shift.processes:
+            if self._had_come(hand) and len(self.lost) <= SPARES * self.errand.shift.workers:
                 self._missed += 1
         self._add_up()
 
@@ -226,11 +166,10 @@ class Crew:
         for told in all_told:
             for code, (message, hint) in told.reasons.items():
                 execution.reasons.setdefault(code, EnrichError(message, hint))
-            if self.carrier.heirs or not self.lost:  # else they close since we say so
-                if told.giving_up:
-                    execution.giving_up.set()
-                if told.closing:
-                    execution.closing.set()
+            if told.giving_up:
+                execution.giving_up.set()
+            if told.closing:
+                execution.closing.set()
         closing = execution.closing.is_set()
         execution.on_the_wire = sum(on_the_wire(hand, closing=closing) for hand in self._present)
         execution.notify()
@@ -259,3 +198,36 @@ def on_the_wire(hand: Hand, *, closing: bool) -> int:
     told = hand.told
     unknown = closing and hand.listening and not (told.closing or told.ended or hand.gone.is_set())
     return max(told.on_the_wire, int(unknown))
+
+
+def make_crew(around: Surroundings, execution: Execution, shift: Shift, work: int) -> Crew | None:
+    """Make the crew for so many requests; None: there is no engine, or no need of workers."""
+    ledger, engine = around.ledger.place, around.engine
+    if engine is None or not isinstance(ledger, Postgres):
+        return None
+    workers = min(engine.workers, execution.in_flight_limit, posts_on_the_wire(shift.bulk), work)
+    if workers < 1:
+        return None
+    errand = Errand(
+        replace(shift, workers=workers),
+        around.access,
+        ledger,
+        execution.id,
+        around.timing,
+        execution.in_flight_limit // workers,
+        execution.result_ttl_s / workers,  # each has its share of the rate to fetch with
+        execution.poll_times,
+        around.ledger.owner,
+    )
+    return Crew(execution, errand, engine.hire)
+
+
+async def settle_lost_workers(crew: Crew, journal: Journal, note: Callable[[str], None]) -> None:
+    """Tell that workers were lost, and wait until what they held is in doubt, or free for any poller."""
+    execution = crew.execution
+    lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(crew.lost).items())
+    note(f"workers were lost ({lost}): what they were at was given to others")
+    while (others := await journal.do(Ledger.others)) and not execution.giving_up.is_set():
+        left_s = max(other.left_s for other in others)
+        await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
+    await journal.do(Ledger.recover, execution.clock.now_ms())

@@ -17,7 +17,7 @@ from enrich.closing import Closing
 from enrich.collector import Collector, Counted
 from enrich.connect import Connection
 from enrich.consent import check_balance
-from enrich.crew import Crew
+from enrich.crew import Crew, make_crew, settle_lost_workers
 from enrich.engine import Boss, Engine, Enrolled
 from enrich.errors import WRITES_OUTPUT, EnrichError, Exit, Interrupted, LedgerFailed, Refused
 from enrich.execution import Execution
@@ -25,7 +25,6 @@ from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, foresee, lines
 from enrich.heartbeat import Heartbeat
 from enrich.model import ASKED, Decision, RowStatus, State, Task, Wish, many, to_credits
-from enrich.muster import bury, muster
 from enrich.place import Place, is_dataset
 from enrich.planfile import check, ground
 from enrich.poller import Poller
@@ -303,18 +302,16 @@ class Desk:
         await self._shift().work(poller, limit, only_new=only_new)
 
     async def _send_as_crew(self) -> bool:
-        """Do as `_send` does, with the help of others; tell whether nothing is left for us."""
-        tasks = await self.journal.do(Ledger.tasks)
-        crew = muster(self.around, self.options, self.execution, self._shift(), self.to_submit + len(tasks))
+        """Do as `_send` does, by workers; tell whether nothing is left to do here."""
+        left = len(await self.journal.do(Ledger.tasks))
+        crew = make_crew(self.around, self.execution, self._shift(), self.to_submit + left)
         if crew is None:
             return False
-        if crew.carrier.heirs:
-            await self.journal.do(Ledger.release)
-            tasks = []
+        await self.journal.do(Ledger.release)
         self._hurries = crew
-        await self.execution.until_leaving(crew.run(tasks))
+        await self.execution.until_leaving(crew.run())
         if crew.lost:
-            await bury(crew, self.journal, self.note)
+            await settle_lost_workers(crew, self.journal, self.note)
         return not crew.lost
 
     async def _collect(self, rows: Rows, target: Place) -> Receipt:

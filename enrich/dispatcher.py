@@ -60,8 +60,8 @@ class Dispatcher:
     only_new: bool = False
     #: Send up to so many requests as one task; None: each by itself.
     bulk: int | None = None
-    #: So many processes work at this queue, and share the wire.
-    processes: int = 1
+    #: So many workers work at this queue, and share the POSTs on the wire.
+    workers: int = 1
     #: After so many seconds none of them waits for a task any more.
     patience_s: float = inf
     #: Attempts that are claimed and provably not on the wire yet.
@@ -94,7 +94,7 @@ class Dispatcher:
 
     @property
     def _most_on_the_wire(self) -> int:
-        return posts_on_the_wire(self.bulk) // self.processes
+        return posts_on_the_wire(self.bulk) // self.workers
 
     async def _room(self) -> int:
         """Wait until a POST may leave; tell how many may, 0 when none may any more."""
@@ -256,7 +256,7 @@ class Dispatcher:
     def _claim_some(self, ledger: Ledger, rows: int, size: int, now_ms: int) -> tuple[list[list[Claim]], bool, bool]:
         """Claim up to so many requests, in POSTs of at most that size.
 
-        Tell also whether the cap stood in the way, and whether what other processes wait for may yet free some.
+        Tell also whether the cap stood in the way, and whether what other workers wait for may yet free some.
         """
         posts: list[list[Claim]] = []
         self._unsent -= self._claiming
@@ -276,7 +276,7 @@ class Dispatcher:
                 posts += [claims] if self.bulk else [[one] for one in claims]
                 rows -= len(claims)
         except CapReached:
-            awaited = self.processes > 1 and ledger.awaits(now_ms - self.patience_s * 1000)
+            awaited = self.workers > 1 and ledger.awaits(now_ms - self.patience_s * 1000)
             return posts, True, awaited
         return posts, False, False
 

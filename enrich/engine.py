@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +10,12 @@ from typing import Protocol
 
 from enrich.asking import Batch
 from enrich.collector import Counted
-from enrich.crew import Carrier
 from enrich.job import Job
 from enrich.model import Decision, Wish
 from enrich.place import Place
 from enrich.question import Question
 from enrich.rows import Rows
+from enrich.worker import Errand, Told, Word
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,32 @@ class Boss:
     late: Callable[[], bool] = lambda: False
 
 
+class Hand(Protocol):
+    """One worker, seen from the run that started it."""
+
+    @property
+    def told(self) -> Told:
+        """Its last report."""
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set when it has ended; there is no report after that."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether it has its errand, and takes words."""
+
+    @property
+    def why(self) -> str:
+        """Why it ended before its work was done."""
+
+    def say(self, word: Word) -> None:
+        """Tell it how to go on, if it is still there."""
+
+    async def end(self) -> None:
+        """End it, if it is still there."""
+
+
 class Engine(Protocol):
     """Machines that carry the three steps, over a ledger that all of them reach."""
 
@@ -56,9 +83,8 @@ class Engine(Protocol):
     def workers(self) -> int:
         """How many workers send and poll."""
 
-    @property
-    def carrier(self) -> Carrier:
-        """Where they come from."""
+    def hire(self, errand: Errand, heard: Callable[[Hand], None]) -> Hand:
+        """Start a worker; `heard` is called at each of its reports, and when it has ended."""
 
     def led_by(self, owner: int) -> Engine:
         """Do the same for an execution, until the lease of the process that leads it ends."""

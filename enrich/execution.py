@@ -59,7 +59,7 @@ class Tally:
         return self.submitted + self.doubtful + self.rejected
 
     def __add__(self, other: Tally) -> Tally:
-        """Add up what happened in two processes."""
+        """Add up what happened in two workers."""
         settled = Counter(self.settled) + Counter(other.settled)
         numbers = (f.name for f in fields(self) if f.name != "settled")
         return Tally(settled=settled, **{name: getattr(self, name) + getattr(other, name) for name in numbers})

@@ -1,4 +1,4 @@
-"""Dispatcher and poller side by side: what is sent, and how it is judged, in one process or in each of several."""
+"""Dispatcher and poller side by side: what is sent, and how it is judged, in one process or in each worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enrich.store.journal import Journal
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What dispatcher and poller need to know; see there. `processes`: so many work at the same queue."""
+    """What dispatcher and poller need to know; see there. `workers`: so many work at the same queue."""
 
     call: Call
     budget: Budget
@@ -25,7 +25,7 @@ class Shift:
     paths: tuple[str, ...]
     max_attempts: int
     patience_s: float
-    processes: int = 1
+    workers: int = 1
 
     def poller(self, execution: Execution, journal: Journal, client: Client) -> Poller:
         """Make the poller, to whom tasks that were left at the API are given before the work."""
@@ -45,7 +45,7 @@ class Shift:
             limit,
             only_new,
             self.bulk,
-            self.processes,
+            self.workers,
             self.patience_s,
         )
 

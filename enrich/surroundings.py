@@ -46,7 +46,6 @@ class Options:
     #: Pay with a new ledger though an earlier output was paid for from another; else the person is asked, or refused.
     new_ledger: bool = False
     confirm_new_ledger: Callable[[str], bool] | None = None
-    processes: int = 1
     #: Let Ray carry the work.
     spread: Spread | None = None
 
@@ -83,8 +82,6 @@ class Surroundings:
     holds: Callable[[], bool] = lambda: True
     #: Who carries the steps; None: this machine alone.
     engine: Engine | None = None
-    #: The descriptor of the ledger's lock, for the processes that work with us.
-    lock: int | None = None
 
     def asked_since(self) -> int:
         """Tell since when (ms) the API keeps the results of what was submitted."""

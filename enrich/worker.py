@@ -1,36 +1,29 @@
-"""One worker of a crew: sends and polls, tells how far it is, and obeys.
+"""One of several workers over a ledger on a server: submits and polls, reports how far it is, and takes words.
 
-How it came to be, and whom it obeys, is nothing to it. At a ledger that is a file it shares a slate with the others; at
-one on a server it is an owner of its own, by a lease: what others leave behind who are gone it takes on, and when its
-own lease ran out it begins anew.
+It holds a lease of its own. It takes on what workers that are gone have left, and begins anew when its lease ran out.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import partial
-from pathlib import Path
 
 from enrich.allowance import Allowance
 from enrich.api.client import Client
 from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost, LedgerFailed
+from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost
 from enrich.execution import Execution, Tally, Timing
 from enrich.model import SystemClock, Task
 from enrich.pace import Pace
-from enrich.place import LedgerPlace, Postgres
+from enrich.place import Postgres
 from enrich.poller import Poller
 from enrich.polls import PollTimes
-from enrich.sharedpace import SharedPace, Slate
 from enrich.shift import Shift
-from enrich.store.journal import LOCKED_S, Journal
+from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.opening import leased
-from enrich.store.rescue_file import RescueFile
 
 #: How often a worker looks for tasks that nobody holds, in seconds.
 ADOPT_S = 1.0
@@ -51,21 +44,14 @@ class Errand:
 
     shift: Shift
     access: Access
-    ledger: LedgerPlace
+    ledger: Postgres
     execution: int
     timing: Timing
     in_flight_limit: int
     result_ttl_s: float
-    clock_offset_ms: int
     poll_times: PollTimes
-    #: The owner that leads the execution, at a ledger on a server.
+    #: The owner that leads the execution.
     leader: int | None = None
-    #: The descriptor of its slate.
-    pace: int = -1
-    #: What was left at the API before, and is this worker's to collect.
-    tasks: tuple[Task, ...] = ()
-    #: Where a rescue file may lie when the ledger's folder is gone.
-    rescue_folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +76,9 @@ class Worker:
         self._errand = errand
         self._poller: Poller | None = None
         self._hurried = False
-        self._helper: asyncio.Task[None] | None = None
         self._execution = Execution(
             errand.execution,
-            SystemClock(errand.clock_offset_ms),
+            SystemClock(),
             Pace(None),
             errand.timing,
             in_flight_limit=errand.in_flight_limit,
@@ -125,18 +110,6 @@ class Worker:
         await self._execution.wire_empty(at_most_s)
         self._execution.leave()
 
-    def _ledger_failed(self, error: LedgerFailed) -> None:
-        """Send nothing more; what is on the wire is waited for, as it is kept elsewhere."""
-        self._execution.stop(error.exit_code, error)
-        self.obey(Word.HURRY)
-        self._helper = asyncio.create_task(self._wind_down())
-
-    async def _wind_down(self) -> None:
-        timing = self._errand.timing
-        await self._execution.wire_empty(timing.post_s)
-        await asyncio.sleep(timing.ready_s)
-        self._execution.leave()
-
     def told(self, *, ended: bool = False) -> Told:
         """Tell how far it is."""
         execution = self._execution
@@ -153,45 +126,23 @@ class Worker:
 
     async def work(self) -> None:
         """Do the errand; what goes wrong is told."""
-        place = self._errand.ledger
+        execution = self._execution
         try:
-            await (self._work_on_server(place) if isinstance(place, Postgres) else self._work_in_file(place))
+            with Allowance(self._errand.ledger) as execution.pace:
+                while not await self._live() and not execution.closing.is_set():
+                    execution.in_flight = execution.on_the_wire = 0
         except EnrichError as error:
             # 5 promises that nothing was spent.
-            self._execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
+            execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
 
-    async def _work_in_file(self, path: Path) -> None:
-        """Share the ledger with processes of this machine, which write in turn."""
-        slate = Slate(self._errand.pace)
-        self._execution.pace = SharedPace(slate)
-        with closing(Ledger(path)) as ledger:
-            ledger.watch_files()
-            door = Journal(
-                ledger,
-                slate.turn,
-                rescue=partial(RescueFile, path, self._errand.rescue_folders),
-                lock_patience_s=LOCKED_S,
-            )
-            async with self._client() as client, door as journal:
-                journal.on_failure = self._ledger_failed
-                poller = self._new_poller(journal, client)
-                poller.adopt(self._errand.tasks, asked_before=True)
-                await self._errand.shift.work(poller)
-
-    async def _work_on_server(self, place: Postgres) -> None:
-        """Share the ledger with whoever has a lease; begin anew when ours was lost."""
-        execution = self._execution
-        with Allowance(place) as execution.pace:
-            while not await self._live(place) and not execution.closing.is_set():
-                execution.in_flight = execution.on_the_wire = 0
-
-    async def _live(self, place: Postgres) -> bool:
+    async def _live(self) -> bool:
         """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
-        execution = self._execution
+        errand, execution = self._errand, self._execution
         try:
-            with leased(place, follows=self._errand.leader) as (ledger, lease):
+            with leased(errand.ledger, follows=errand.leader) as (ledger, lease):
                 execution.clock, execution.holds = lease, lease.holds
-                async with self._client() as client, Journal(ledger) as journal:
+                client = Client(errand.access, lease, post_s=errand.timing.post_s, get_s=errand.timing.get_s)
+                async with client, Journal(ledger) as journal:
                     tasks = await self._free(journal)
                     while tasks := await self._send(journal, client, tasks):
                         pass
@@ -205,7 +156,9 @@ class Worker:
         """Submit and poll, also what others leave behind meanwhile; return what they left in the last moment."""
         execution, ended = self._execution, asyncio.Event()
         late: list[Task] = []
-        poller = self._new_poller(journal, client)
+        poller = self._poller = self._errand.shift.poller(execution, journal, client)
+        if self._hurried:
+            poller.hurry()
         poller.adopt(tasks, asked_before=True)
 
         async def send() -> None:
@@ -233,13 +186,3 @@ class Worker:
         if room <= 0 or self._hurried or execution.giving_up.is_set():
             return ()
         return await journal.do(Ledger.adopt, room)
-
-    def _client(self) -> Client:
-        timing = self._errand.timing
-        return Client(self._errand.access, self._execution.clock, post_s=timing.post_s, get_s=timing.get_s)
-
-    def _new_poller(self, journal: Journal, client: Client) -> Poller:
-        poller = self._poller = self._errand.shift.poller(self._execution, journal, client)
-        if self._hurried:
-            poller.hurry()
-        return poller

@@ -39,6 +39,7 @@ FAULTS_AT_ANY_RATE = tuple(fault for fault in FAULTS if not fault.startswith("ra
 #: So many workers must be there to be struck at: others inherit.
 MANY = 2
 PATIENCE = 30
+ON_RAY = ("run", "job.yaml", "--json", "--engine", "ray", "--workers")
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Chaos:
 
 
 def workers_of(pid: int) -> Iterator[int]:
-    """Find the processes below one that send and poll, whoever carries them."""
+    """Find the workers of a run: actors of Ray below its process."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
@@ -142,7 +143,7 @@ def workers_of(pid: int) -> Iterator[int]:
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
-        if "enrich.hands" in title or title.startswith("ray::Actor"):
+        if title.startswith("ray::Actor"):
             above = number
             while above in parents and above != pid:
                 above = parents[above]
@@ -158,7 +159,6 @@ def torture(
     workers: int,
     strikes: dict[str, int],
     seed: int,
-    engine: str = "processes",
     rate: int = 60,
     faults: Iterable[str] = FAULTS_AT_ANY_RATE,
 ) -> Report:
@@ -180,12 +180,11 @@ def torture(
         no_data_seconds=0.5,
         faults=tuple(map(Fault.parse, faults)),
     )
-    how = ["--engine", "ray", "--workers", str(workers)] if engine == "ray" else ["--processes", str(workers)]
     chaos = Chaos(server, rng, report, left)
     began = time.monotonic()
     with patch.dict(os.environ, server.environ), serving(folder / "api.db", settings) as api:
         for _ in range(PATIENCE + len(left)):
-            run = office.start("run", "job.yaml", "--json", *how, api=api)
+            run = office.start(*ON_RAY, str(workers), api=api)
             chaos.during(run)
             out, err = run.communicate(timeout=600)
             if run.returncode == -signal.SIGKILL:
@@ -259,16 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rows", type=int, default=4_000)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--engine", choices=["processes", "ray"], default="processes")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     if not find_binaries():
         sys.exit("there is no PostgreSQL server on this machine")
     with tempfile.TemporaryDirectory() as folder, serving_alone(fsync="on") as server:
-        report = torture(
-            Path(folder), server, rows=given.rows, workers=given.workers, strikes=STRIKES, seed=given.seed,
-            engine=given.engine,
-        )  # fmt: skip
+        report = torture(Path(folder), server, rows=given.rows, workers=given.workers, strikes=STRIKES, seed=given.seed)
     print(report.table())
     print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
     sys.exit(0 if report.sound else 1)

@@ -226,9 +226,14 @@ class Office:
         return Done(int(code), out.getvalue(), err.getvalue())
 
     def start(
-        self, *arguments: str, api: Api | None = None, ignoring: Iterable[signal.Signals] = (), **environ: str
+        self,
+        *arguments: str,
+        api: Api | None = None,
+        ignoring: Iterable[signal.Signals] = (),
+        group: bool = False,
+        **environ: str,
     ) -> subprocess.Popen[str]:
-        """Start the program, `ignoring` signals as under `nohup`; the caller ends it."""
+        """Start the program, `ignoring` signals as under `nohup`, in a process group of its own; the caller ends it."""
         return subprocess.Popen(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
@@ -237,6 +242,7 @@ class Office:
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             preexec_fn=partial(usual_signals, ignoring),
+            process_group=0 if group else None,
             text=True,
         )
 

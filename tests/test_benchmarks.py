@@ -51,13 +51,6 @@ def test_compare_prints_a_line_for_each_contender() -> None:
     assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
 
 
-def test_processes_prints_a_line_for_each_number() -> None:
-    """Single and in bulk."""
-    names = first_cells(run("processes", "--rows", "20", "--seconds", "0", "--processes", "2"))
-
-    assert {"processes", "single, 2", "bulk 100, 2"} <= set(names)
-
-
 def test_the_sdk_enriches_every_row() -> None:
     """The vendor's SDK understands the fake API, by single calls and in bulk."""
     pytest.importorskip("databar", reason="the extra `bench` is not installed")

@@ -28,15 +28,8 @@ def assert_kept(report: Report) -> None:
     assert report.busiest < 2 * report.rate, report.table()
 
 
-@pytest.mark.long
-@pytest.mark.timeout(300)
-def test_nothing_is_paid_twice_or_lost_by_several_processes(tmp_path: Path, own_postgres: Postgres) -> None:
-    """Processes of one machine: killed, stopped past their leases, their server restarted and crashed."""
-    assert_kept(torture(tmp_path, own_postgres, rows=200, workers=3, strikes=SHORT, seed=4))
-
-
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_nothing_is_paid_twice_or_lost_by_ray(tmp_path: Path, own_postgres: Postgres) -> None:
-    """Actors of a Ray cluster: the same."""
-    assert_kept(torture(tmp_path, own_postgres, rows=150, workers=3, strikes=SHORT, seed=5, engine="ray"))
+def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: Postgres) -> None:
+    """Actors of a Ray cluster: killed, stopped past their leases, their server restarted and crashed."""
+    assert_kept(torture(tmp_path, own_postgres, rows=150, workers=3, strikes=SHORT, seed=5))

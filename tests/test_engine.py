@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -19,17 +19,17 @@ import polars as pl
 import pytest
 
 from enrich.receipt import Receipt
-from tests.cluster_torture import workers_of
+from tests.cluster_torture import ON_RAY, workers_of
 from tests.harness import Api, Office, kill, people, serving, until
 from tests.postgres import Postgres
-from tests.test_processes import RUN, accepted, alive
 
 needs_ray = [
     pytest.mark.cluster,
     pytest.mark.timeout(300),
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
 ]
-ON_RAY = (*RUN, "--engine", "ray", "--workers", "3")
+RUN = ("run", "job.yaml", "--json")
+THREE = (*ON_RAY, "3")
 
 #: What Ray says of itself.
 RAY = re.compile(r"\bray(let)?\b", re.IGNORECASE)
@@ -73,7 +73,7 @@ def test_without_the_extra(api: Api, far: Office) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--engine", "ray", "--processes", "2"], "choose one"),
+        (["--processes", "2"], "No such option"),
         (["--workers", "2"], "are for --engine ray"),
         (["--address", "127.0.0.1:6379"], "are for --engine ray"),
         (["--engine", "ray", "--address", "somewhere"], "must be HOST:PORT"),
@@ -145,10 +145,30 @@ def listens(port: int) -> bool:
         return not probe.connect_ex(("127.0.0.1", port))
 
 
-def actors(process: subprocess.Popen[str], api: Api) -> list[int]:
-    """Wait until the actors of a run are at work; return their processes."""
-    until(lambda: accepted(api) >= 30 and len(list(workers_of(process.pid))) == 3, 120)
-    return list(workers_of(process.pid))
+def accepted(api: Api) -> int:
+    """Count the runs that the API has taken."""
+    return int(api.audit()["accepted"])
+
+
+def alive(number: int) -> bool:
+    """Tell whether a process is there."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def at_work(
+    far: Office, api: Api, *more: str, enough: int = 30, group: bool = False
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a run, wait until its three actors have bought enough; whatever happens, it is not left."""
+    process = far.start(*THREE, *more, api=api, group=group)
+    try:
+        until(lambda: accepted(api) >= enough and len(list(workers_of(process.pid))) == 3, 120)
+        yield process, list(workers_of(process.pid))
+    finally:
+        kill(process) if process.poll() is None else None
 
 
 def end_of(process: subprocess.Popen[str]) -> Receipt:
@@ -172,17 +192,23 @@ class TestOnRay:
 
     pytestmark = needs_ray
 
-    def test_ray_answers_as_one_process_does(self, tmp_path: Path, far: Office, postgres: Postgres) -> None:
-        """The same rows with the same answers, here as a dataset; it has said and left nothing."""
-        far.write_job(limits="{requests_per_second: 200}", output="out/leads/")
+    @pytest.mark.parametrize("dispatch", ["{bulk: null}", "{bulk: 7}"])
+    def test_ray_answers_as_one_process_does(
+        self, tmp_path: Path, far: Office, postgres: Postgres, dispatch: str
+    ) -> None:
+        """The same rows with the same answers, here as a dataset; rate, canary and limit count for all workers."""
+        canary, limits = "{rows: 5, min_hit_rate: 0.01}", "{requests_per_second: 50}"
+        far.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
         far.write_leads(people(120))
         told = []
-        for words in (RUN, ON_RAY):
-            with serving(tmp_path / f"{len(words)}.db", failure_rate=0.1) as api:
-                done = end_of(far.start(*words, "--ledger", f"{postgres.url()}&lease=2", "--new-ledger", api=api))
+        for words in (RUN, THREE):
+            more = ("--limit", "100", "--ledger", f"{postgres.url()}&lease=2", "--new-ledger")
+            with serving(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
+                done = end_of(far.start(*words, *more, api=api))
                 assert api.audit()["paid_twice"] == 0
             rows = pl.read_parquet(far.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
             told.append((done.exit_code, done.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))
+            assert (done.pending, done.rate_limited) == (20, 0)
 
         assert told[0] == told[1]
 
@@ -190,34 +216,78 @@ class TestOnRay:
         """The others inherit, another comes in its place; no file of Ray has the key."""
         far.write_leads(people(200))
         with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            process = far.start(*ON_RAY, api=api)
-            try:
-                victim = actors(process, api)[0]
+            with at_work(far, api) as (process, workers):
                 files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108 - Ray's
                 assert not any(api.api_key.encode() in each.read_bytes() for each in files)
-                os.kill(victim, signal.SIGKILL)
+                os.kill(workers[0], signal.SIGKILL)
                 receipt = end_of(process)
-            finally:
-                kill(process) if process.poll() is None else None
             sound(api, 200, receipt)
 
         assert receipt.exit_code == (14 if receipt.in_doubt else 0)
         assert any("an actor of the cluster died" in note for note in receipt.notes)
 
-    def test_signals_are_ours(self, tmp_path: Path, far: Office) -> None:
-        """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt."""
-        far.write_leads(people(150))
-        with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-            process = far.start(*ON_RAY, api=api)
-            try:
-                left = actors(process, api)
-                process.send_signal(signal.SIGTERM)
+    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Office) -> None:
+        """What it had reserved stays so until its tasks are answered; none stops while some may come free."""
+        far.write_job(limits="{requests_per_second: 120, max_credits: 15}")
+        far.write_leads(people(200))
+        with (
+            serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
+            at_work(far, api, enough=5) as (process, workers),
+        ):
+            os.kill(workers[0], signal.SIGKILL)
+            receipt = end_of(process)
+            audit = api.audit()
+        (worst,) = far.sql("SELECT max(reserved) FROM attempts")[0]
+        unknown = receipt.in_doubt or 0
+
+        assert (receipt.exit_code, audit["paid_twice"]) == (12, 0)
+        assert 15 - (1 + unknown) * worst / 1e6 < audit["credits_charged"] <= 15
+
+    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Office) -> None:
+        """Its tasks are the others' meanwhile; woken up it overwrites nothing, and helps again."""
+        far.write_job(limits="{requests_per_second: 40}")
+        far.write_leads(people(300))
+        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(far, api) as (process, workers):
+                leases = ("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {workers[0]}")
+                until(lambda: far.sql(*leases) == [(1,)])
+                os.kill(workers[0], signal.SIGSTOP)
+                until(lambda: far.sql(*leases) == [(0,)])
+                os.kill(workers[0], signal.SIGCONT)
+                until(lambda: far.sql(*leases) == [(1,)])
                 receipt = end_of(process)
-            finally:
-                kill(process) if process.poll() is None else None
+            sound(api, 300, receipt)
+
+        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
+        assert not any("lost" in note for note in receipt.notes)
+
+    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Office) -> None:
+        """The run ends without it."""
+        far.write_leads(people(200))
+        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(far, api) as (process, workers):
+                os.kill(workers[0], signal.SIGSTOP)
+                receipt = end_of(process)
+            sound(api, 200, receipt)
+
+        assert not alive(workers[0])
+        assert any("said nothing any more" in note for note in receipt.notes)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+    def test_signals_are_ours(self, tmp_path: Path, far: Office, number: signal.Signals) -> None:
+        """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt.
+
+        Ctrl-C reaches every process of the terminal.
+        """
+        far.write_leads(people(150))
+        code = 128 + number
+        with serving(tmp_path / "api.db", latency="fixed(60)") as api:
+            with at_work(far, api, group=True) as (process, left):
+                (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+                receipt = end_of(process)
             assert far.at_the_api() == accepted(api)
 
-        assert (process.returncode, receipt.exit_code, receipt.in_doubt) == (143, 143, 0)
+        assert (process.returncode, receipt.exit_code, receipt.in_doubt) == (code, code, 0)
         assert not any(map(alive, left))
 
     def test_actors_of_a_cluster_leave_when_their_boss_is_killed(
@@ -226,7 +296,7 @@ class TestOnRay:
         """They write down what is on the wire; the next run goes on, on the same cluster."""
         far.write_leads(people(300))
         address, head = cluster
-        words = (*ON_RAY, "--address", address)
+        words = (*THREE, "--address", address)
         with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             process = far.start(*words, api=api)
             until(lambda: accepted(api) >= 30 and len(list(workers_of(head))) == 3, 60)

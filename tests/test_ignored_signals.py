@@ -16,23 +16,13 @@ from tests.harness import Api, Office, people, serving, shown_on, until, usual_s
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        (signal.SIGINT, ()),
-        (signal.SIGTERM, ()),
-        (signal.SIGHUP, ()),
-        pytest.param(signal.SIGINT, ("--processes", "2"), marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, ("--processes", "2"), marks=pytest.mark.long),
-    ],
-    ids=str,
-)
-def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals) -> None:
     """At its start, while tasks are at the API, and until the output is written; others still end it."""
     office.write_leads(people(20))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api:
         api.fault("slow", 1, "me", seconds=1)
-        process = office.start("run", "job.yaml", "--json", *options, api=api, ignoring=[number])
+        process = office.start("run", "job.yaml", "--json", api=api, ignoring=[number])
         until(lambda: api.audit()["requests"].get("me", 0) == 1)
         process.send_signal(number)
         until(lambda: api.audit()["accepted"] == 20)

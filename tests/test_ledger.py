@@ -365,6 +365,16 @@ class TestQueue:
         with pytest.raises(CapReached), books.ledger.transaction():
             books.ledger.claim(books.execution, PRICE, books.now)
 
+    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, books: Books) -> None:
+        """A worker that met the cap waits for what others may free, but not for what is no longer waited for."""
+        told = [books.begin(1).do(Ledger.awaits, 0)]
+        claim = books.claim()
+        told.append(books.do(Ledger.awaits, 0))
+        books.do(Ledger.accepted, [(claim.attempt_id, "task", 5_000)], BOUND)
+        told += [books.do(Ledger.awaits, since) for since in (4_000, 6_000)]
+
+        assert told == [False, True, True, False]
+
     def test_an_empty_queue_is_no_matter_of_the_cap(self, books: Books) -> None:
         """With nothing left to ask, a cap of 0 is not reached."""
         books.begin(cap=0)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from enrich.pulse import MOST_BINS, Counts, Doing, Meter, Pulse, Traffic, read_pulse
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options
 from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
 
 #: Seconds until the next tick, and what happened until then.
@@ -127,12 +126,11 @@ def assert_tells(pulse: Pulse, receipt: Any) -> None:
     assert pulse.elapsed_s <= receipt.elapsed_s + 0.001
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_the_last_pulse_is_the_receipt(tmp_path: Path, office: Office, processes: int) -> None:
-    """All that was sent and heard is in it, also when several processes did it, and some of it was told to wait."""
+def test_the_last_pulse_is_the_receipt(tmp_path: Path, office: Office) -> None:
+    """All that was sent and heard is in it, also when some of it was told to wait."""
     office.write_leads(people(15))
     with serving(tmp_path / "api.db", rate=100.0, burst=1, retry_after=None) as api:
-        receipt = office.run(api, Options(processes=processes))
+        receipt = office.run(api)
 
     pulse = pulse_of(office)
     assert receipt.exit_code == 0

@@ -192,24 +192,6 @@ def test_a_lock_file_that_is_removed_ends_the_run_in_words(slow_api: Api, office
     nothing_lost(office, slow_api)
 
 
-def test_several_processes_keep_what_each_has_paid_for(slow_api: Api, office: Office) -> None:
-    """Each notices it, and writes what it knows."""
-    slow_api.fault("slow", 200, "post", seconds=0.3)
-    process = office.start(*RUN, "--processes", "2", api=slow_api)
-    until(lambda: slow_api.audit()["accepted"] >= 20)
-
-    removed_folder(office)
-    done = ended(process)
-
-    assert done.code == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    slow_api.heal()
-    again = office.enrich(*RUN, "--new-ledger", api=slow_api)
-    assert again.code == 0, again.stderr
-    assert not rescued(office)
-    nothing_lost(office, slow_api)
-
-
 def test_a_foreign_lock_is_waited_for(slow_api: Api, office: Office) -> None:
     """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
     process = office.start(*RUN, api=slow_api)

@@ -35,8 +35,7 @@ def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(row) for row in text.splitlines()]
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_watched_run_is_as_any_other(tmp_path: Path, office: Office, processes: str) -> None:
+def test_a_watched_run_is_as_any_other(tmp_path: Path, office: Office) -> None:
     """Watched from before its start to its end by two at once: same receipt, clean audit, and the same numbers."""
     office.write_leads(people(8))
     other = Office(tmp_path / "other")
@@ -48,7 +47,7 @@ def test_a_watched_run_is_as_any_other(tmp_path: Path, office: Office, processes
     watchers = [office.start("status", "job.yaml", "--watch", "--every", "1s", *more) for more in ((), ("--json",))]
     first = [watcher.stdout.readline() for watcher in watchers if watcher.stdout is not None]
     with serving(tmp_path / "api.db", latency="fixed(1)") as api:
-        receipt = office.enrich("run", "job.yaml", "--json", "--processes", processes, api=api).receipt
+        receipt = office.enrich("run", "job.yaml", "--json", api=api).receipt
         audit = api.audit()
     told = [watcher.communicate(timeout=20) for watcher in watchers]
 
@@ -141,18 +140,16 @@ def test_a_wish_that_makes_no_sense_is_told(office: Office, options: tuple[str, 
 # The line a minute
 
 
-@pytest.mark.parametrize("way", ["processes", "canary", "outage", "left"])
+@pytest.mark.parametrize("way", ["canary", "outage", "left"])
 def test_the_log_has_its_line_in_every_step(
     tmp_path: Path, office: Office, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Also under --quiet: with several processes, in the canary, in an outage, while it collects what was left."""
+    """Also under --quiet: in the canary, in an outage, while it collects what was left."""
     monkeypatch.setattr(runlog, "EVERY_S", 0.4)
     office.write_leads(people(6))
     options = ["run", "job.yaml", "--quiet", "--log-file", "run.log"]
     if way == "canary":
         office.write_job(canary="{rows: 5, min_hit_rate: 0.01}")
-    if way == "processes":
-        options += ["--processes", "2"]
     with serving(tmp_path / "api.db", latency="fixed(600)" if way == "left" else "fixed(1)") as api:
         if way == "left":
             office.leave_at_the_api(api)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,9 +20,7 @@ from ray.exceptions import RayActorError, RayError
 
 from enrich import __version__
 from enrich.cluster.presence import same_version
-from enrich.crew import Hand, Hire, shared
-from enrich.pace import Pace
-from enrich.place import Postgres
+from enrich.engine import Hand
 from enrich.worker import Errand, Told, Word, Worker
 
 T = TypeVar("T")
@@ -91,19 +89,20 @@ class Actor:
 
 @dataclass(slots=True, eq=False)
 class Remote:
-    """An actor, as its boss knows it."""
+    """An actor, seen from the run that started it."""
 
     actor: Any
+    errand: Errand
     heard: Callable[[Hand], None]
     told: Told = field(default_factory=Told)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     listening: bool = False
     why: str = "a worker of the cluster that ended"
-    _asking: asyncio.Task[None] | None = None
+    _asking: asyncio.Task[None] = field(init=False)
 
-    async def hand_over(self, errand: Errand) -> None:
-        """Tell it what to do; it may have to wait for room in the cluster."""
-        self._asking = asyncio.create_task(self._ask(errand))
+    def __post_init__(self) -> None:
+        """Hand over the errand; the actor may have to wait for room in the cluster."""
+        self._asking = asyncio.create_task(self._ask())
 
     def say(self, word: Word) -> None:
         """Tell it how to go on, if it is still there."""
@@ -115,15 +114,14 @@ class Remote:
         with suppress(RayError, ValueError, TimeoutError):
             async with asyncio.timeout(END_S):
                 await _apart(lambda: ray.kill(self.actor))
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.wait([self._asking])
+        self._asking.cancel()
+        await asyncio.wait([self._asking])
         self._go()
 
-    async def _ask(self, errand: Errand) -> None:
+    async def _ask(self) -> None:
         """Ask it again and again how far it is, until it is gone or its work is done."""
         try:
-            await self.actor.begin.remote(__version__, errand)
+            await self.actor.begin.remote(__version__, self.errand)
             self.listening = True
             while not self.told.ended:
                 self.told = await self.actor.told.remote()
@@ -141,20 +139,10 @@ class Remote:
             self.heard(self)
 
 
-@dataclass(frozen=True, slots=True)
-class AtCluster:
-    """Actors at a ledger on a server, spread over the machines of the cluster."""
-
-    ledger: Postgres
-    heirs: bool = True
-
-    @asynccontextmanager
-    async def sharing(self, pace: Pace) -> AsyncIterator[Hire]:
-        """Let actors that are made meanwhile share the pace."""
-        options = {"num_cpus": CPUS, "max_restarts": 0, "max_concurrency": AT_ONCE, "lifetime": "detached"}
-        made = ray.remote(Actor).options(**options, scheduling_strategy="SPREAD")
-        async with shared(self.ledger, pace):
-            yield lambda heard: Remote(made.remote(), heard)
+def start_actor() -> Any:  # noqa: ANN401 - an actor of Ray
+    """Start an actor on whatever machine of the cluster has room."""
+    options = {"num_cpus": CPUS, "max_restarts": 0, "max_concurrency": AT_ONCE, "lifetime": "detached"}
+    return ray.remote(Actor).options(**options, scheduling_strategy="SPREAD").remote()
 
 
 def _apart(call: Callable[[], T]) -> asyncio.Future[T]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from enrich.cluster.actors import AtCluster
+from enrich.cluster.actors import Remote, start_actor
 from enrich.cluster.blocks import Pass
 from enrich.cluster.collect import collect_on_ray
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.presence import Presence, Watch, new_ear
 from enrich.collector import Counted
-from enrich.engine import Boss, Enrolled
+from enrich.engine import Boss, Enrolled, Hand
 from enrich.job import Job
 from enrich.model import Wish
 from enrich.place import Place, Postgres
@@ -21,6 +22,7 @@ from enrich.rows import Rows
 from enrich.store.dialect import OUTAGE_S
 from enrich.store.ledger import Ledger
 from enrich.store.postgres import Fence
+from enrich.worker import Errand
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,9 @@ class Ray:
     owner: int | None = None
     ear: Any = field(default_factory=new_ear)
 
-    @property
-    def carrier(self) -> AtCluster:
-        """Where workers come from."""
-        return AtCluster(self.ledger)
+    def hire(self, errand: Errand, heard: Callable[[Hand], None]) -> Hand:
+        """Start a worker."""
+        return Remote(start_actor(), errand, heard)
 
     def led_by(self, owner: int) -> Ray:
         """Do the same for an execution, until the lease of the process that leads it ends."""

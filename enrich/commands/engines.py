@@ -28,13 +28,6 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> str | 
 
 
 CARRYING = (
-    click.option(
-        "--processes",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Send and poll with so many processes, when one core is the limit.",
-    ),
     click.option("--engine", type=click.Choice(["ray"]), help="Let Ray carry the work; the ledger is in PostgreSQL."),
     click.option(
         "--address", callback=_address, metavar="HOST:PORT", help="The Ray cluster; default: one on this machine."
@@ -50,7 +43,7 @@ def carrying(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def spread_of(job: Job, engine: str | None, address: str | None, workers: int | None, processes: int) -> Spread | None:
+def spread_of(job: Job, engine: str | None, address: str | None, workers: int | None) -> Spread | None:
     """Put together over what the work is spread; None: this machine alone. Raises JobError when it can't be."""
     from enrich.surroundings import Spread
 
@@ -58,8 +51,6 @@ def spread_of(job: Job, engine: str | None, address: str | None, workers: int | 
         if address is not None or workers is not None:
             raise click.UsageError("--address and --workers are for --engine ray")
         return None
-    if processes > 1:
-        raise click.UsageError("--processes is for this machine alone, --workers for --engine ray: choose one")
     if not isinstance(job.ledger, Postgres):
         message = f"--engine ray needs a ledger that all workers reach, and this is a file: {job.ledger}"
         raise job.error(["ledger"], message, "keep it in PostgreSQL: `ledger: postgresql://host/database`")

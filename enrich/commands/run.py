@@ -67,7 +67,6 @@ def run(
     plan_file: Path | None,
     max_time: float | None,
     accept: str | None,
-    processes: int,
     engine: str | None,
     address: str | None,
     workers: int | None,
@@ -117,8 +116,7 @@ def run(
         plan=plan,
         new_ledger=new_ledger or use_sandbox,
         confirm_new_ledger=_confirm if listens and on_terminal else None,
-        processes=processes,
-        spread=spread_of(job, engine, address, workers, processes),
+        spread=spread_of(job, engine, address, workers),
     )
     witnesses.start(job, wishes, sandbox=use_sandbox)
     skip, wait_s = if_locked
@@ -151,7 +149,7 @@ def _run(
     from enrich.watch.progress import Bar
 
     with ExitStack() as stack:
-        lock = stack.enter_context(hold(job.ledger, wait_s))
+        stack.enter_context(hold(job.ledger, wait_s))
         # Before there are threads: it starts processes.
         engine = stack.enter_context(working(job, wishes.spread))
         access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
@@ -174,7 +172,7 @@ def _run(
         if engine is not None and lease is not None:
             engine = engine.led_by(lease.fence.owner)
         clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
-        around = Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, engine=engine, lock=lock)
+        around = Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, engine=engine)
         return run(around, wishes)
 
 

@@ -81,10 +81,9 @@ class Holding(Moves):
 
     def release(self) -> None:
         """Leave what waits for its answer to other pollers."""
-        if self._db.dialect.leases:
-            self._db.execute(
-                f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_ME}"
-            )
+        self._db.execute(
+            f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_ME}"
+        )
 
     def others(self) -> list[Owner]:
         """Return the other processes that may hold something, those that lead an execution first."""

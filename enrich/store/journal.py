@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import Exit, LeaseLost, LedgerFailed, LedgerMoved
@@ -89,18 +88,16 @@ class Journal:
     def __init__(
         self,
         ledger: Ledger,
-        turn: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         *,
         rescue: Callable[[], RescueFile] | None = None,
         lock_patience_s: float = 0.0,
     ) -> None:
-        """Write to a ledger; `turn` waits until no other process writes, where there are several.
+        """Write to a ledger.
 
         `rescue` makes the file for what can't be written; `lock_patience_s` is how long another program's write lock
         is waited for beyond what the database does.
         """
         self._ledger = ledger
-        self._turn = turn
         self._rescue = rescue
         self._lock_patience_s = lock_patience_s
         #: Called once in the event loop when the ledger can't be written any more; nothing new may be begun then.
@@ -270,7 +267,7 @@ class Journal:
             move.error = None
         # What is alone in its transaction needs no other bounds.
         apart = self._ledger.savepoint if len(groups) > 1 else contextlib.nullcontext
-        with self._turn(), self._ledger.transaction():
+        with self._ledger.transaction():
             # Behind the write lock: a run that begins on another lock file comes before all this, or after it.
             self._ledger.check_files()
             for moves in groups:

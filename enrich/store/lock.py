@@ -17,15 +17,14 @@ from enrich.store.sqlite import lock_path
 
 
 @contextmanager
-def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
+def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[None]:
     """Hold the lock of a ledger; wait for it so many seconds, -1: as long as it takes; at a server a moment at least.
 
-    Yields its descriptor, if it has one: a process that inherits it holds the lock, too, for as long as it lives.
     Raises LedgerLocked when another execution holds it.
     """
     if isinstance(ledger, Postgres):
         with postgres().held(ledger, wait_s):
-            yield None
+            yield
         return
     is_there(ledger)  # refuses what can be no ledger
     path = lock_path(ledger)
@@ -33,7 +32,7 @@ def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=wait_s, mode=0o600)
         lock.acquire()
-        while not _is_at(lock.lock_file, lock._context.lock_file_fd):  # noqa: SLF001 - see below
+        while not _is_at(lock.lock_file, lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions
             # Removed while it was waited for: another run may hold the one that is there now.
             lock.release()
             lock.acquire()
@@ -42,7 +41,7 @@ def hold(ledger: LedgerPlace, wait_s: float) -> Iterator[int | None]:
     except OSError as error:
         raise Refused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
     try:
-        yield lock._context.lock_file_fd  # noqa: SLF001 - older versions don't lend it otherwise
+        yield
     finally:
         lock.release()
 
