@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,7 @@ from enrich.execution import Timing
 from enrich.model import State
 from enrich.receipt import Receipt
 from enrich.sandbox import Fault, questions
-from enrich.store.database import Database
 from enrich.store.records import check
-from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
 from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, later, people, serving, until
 from tests.loops import at_work
@@ -567,42 +563,6 @@ def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str)
         receipt = office.run(api)
         told_the_truth(api, office, receipt)
         assert (receipt.exit_code, receipt.submitted, api.audit()["accepted"]) == (0, 0, FEW + 7)
-
-
-@IN_A_FILE
-def test_a_ledger_that_knows_no_bundles_goes_on(
-    tmp_path: Path, office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of an older version is brought up to date: its tasks in flight are collected, what is new goes as bundles."""
-    with serving(tmp_path / "api.db", latency="fixed(30)") as api:
-        office.write_job()
-        office.write_leads(people(FEW))
-        office.leave_at_the_api(api)
-        age(office.ledger_path, monkeypatch)
-        api.advance(60)
-        office.write_leads(people(FEW + SIZE))
-        office.write_job(dispatch=f"{{bulk: {SIZE}}}")
-        assert office.run(api, Options(max_time_s=1.0)).submitted == SIZE
-        api.advance(60)
-        assert office.run(api).exit_code == Exit.OK
-        status = office.command("status", "job.yaml", "--json").receipt
-        assert status["credits_spent"] == pytest.approx(api.audit()["credits_charged"])
-        assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (FEW + SIZE, 0)
-    assert check(office.place).problems == []
-
-
-def age(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a ledger as the version before bundles would have."""
-    newer = ledger.rename(ledger.with_name("newer.db"))
-    with monkeypatch.context() as older:
-        older.setattr("enrich.store.sqlite.MIGRATIONS", MIGRATIONS[:2])
-        Database(ledger).close()
-    with closing(sqlite3.connect(ledger)) as db:
-        db.execute("ATTACH ? AS newer", (str(newer),))
-        for (table,) in db.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'").fetchall():
-            columns = ", ".join(row[1] for row in db.execute(f"PRAGMA main.table_info({table})"))
-            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM newer.{table}")
-        db.commit()
 
 
 def test_a_bundle_is_judged_by_the_columns_of_its_job(tmp_path: Path, office: Office) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from enrich.store import schema
-from enrich.store.database import Database
 from enrich.store.ledger import Ledger
 from enrich.store.records import check
 from tests.books import CALL, Books
@@ -52,13 +49,3 @@ def test_the_second_night_knows_when_to_ask(tmp_path: Path) -> None:
     ((rows, seconds),) = office.sql("SELECT count(*), sum(seconds * answers) / sum(answers) FROM latencies")
     assert rows < 151
     assert 0.5 < seconds < 1.5
-
-
-def test_a_ledger_of_the_version_before_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows nothing of latencies, and learns."""
-    path = tmp_path / "ledger.db"
-    with monkeypatch.context() as older:
-        older.setattr("enrich.store.sqlite.MIGRATIONS", schema.MIGRATIONS[:2])
-        Database(path).close()
-    with closing(Ledger(path)) as ledger:
-        assert ledger.latencies(CALL) == []

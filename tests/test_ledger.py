@@ -13,7 +13,7 @@ import pytest
 
 from enrich.errors import Refused
 from enrich.model import Answer, State, Task, Wanted
-from enrich.store import schema, sqlite
+from enrich.store import schema
 from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
@@ -549,23 +549,29 @@ class TestFile:
         self, books: Books, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Reading never changes the file; the next run migrates it, once and as a whole."""
-        steps: list[Callable[[sqlite3.Connection], object]] = [
-            *schema.MIGRATIONS,
-            lambda db: db.execute("CREATE TABLE more (x) STRICT" if broken else "CREATE TABLE more (x INTEGER) STRICT"),
-        ]
-        monkeypatch.setattr(sqlite, "MIGRATIONS", steps)
-        broken = True
+        first = schema.MIGRATIONS
+        column, index = "CREATE TABLE more (x INTEGER) STRICT", "CREATE INDEX mores ON more (x)"
+        monkeypatch.setattr(schema, "MIGRATIONS", [*first, f"{column};\n\nCREATE INDEX mores ON more (y)"])
         with pytest.raises(Refused, match=r"ledger\.db: .*older"):
             Ledger(books.path, read_only=True)
         with pytest.raises(Refused, match=r"ledger\.db"):
             Ledger(books.path)
-        assert books.one("PRAGMA user_version") == (len(steps) - 1,)
+        assert books.one("PRAGMA user_version") == (len(first),)
 
-        broken = False
+        monkeypatch.setattr(schema, "MIGRATIONS", [*first, f"{column};\n\n{index};\n"])
         Ledger(books.path).close()
 
-        assert books.one("PRAGMA user_version") == (len(steps),)
+        assert books.one("PRAGMA user_version") == (len(first) + 1,)
         assert books.all("SELECT * FROM more") == []
+
+    def test_a_ledger_from_before_the_first_release_is_refused(self, books: Books) -> None:
+        """Its columns may be others: it is neither read nor changed, and the error says what to do."""
+        books.ledger._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
+
+        for read_only in (True, False):
+            with pytest.raises(Refused, match=r"ledger\.db: .*before its first release") as refusal:
+                Ledger(books.path, read_only=read_only)
+            assert "another file" in str(refusal.value.hint)
 
     @pytest.mark.parametrize("read_only", [True, False])
     @pytest.mark.parametrize("content", [b"First Name,Last Name\n" * 99, b"SQLite format 3\x00" + b"\xff" * 4080])

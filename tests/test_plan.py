@@ -373,7 +373,7 @@ def test_an_older_ledger_is_left_alone(api: Api, office: Office) -> None:
     """It is not migrated by a look, and the hint says what does it without asking anything."""
     office.write_leads(people(1))
     office.run(api)
-    alter(office, "PRAGMA user_version = 1")
+    alter(office, "PRAGMA user_version = 0")
 
     done = plan(office, api)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import Exit, Refused
-from enrich.store import pgschema
+from enrich.store import schema
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold, is_held
 from enrich.store.records import check
@@ -168,13 +168,13 @@ def test_an_older_ledger_is_brought_up_once(office: Office, monkeypatch: pytest.
     """By the next who writes; several at once take turns, and all of them find it whole."""
     Ledger(office.place).close()
     step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
-    monkeypatch.setattr(pgschema, "MIGRATIONS", [*pgschema.MIGRATIONS, step])
+    monkeypatch.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, step])
 
     with ThreadPoolExecutor() as several:
         for ledger in several.map(lambda _: Ledger(office.place), range(4)):
             ledger.close()
 
-    assert office.sql("SELECT version FROM ledger") == [(len(pgschema.MIGRATIONS),)]
+    assert office.sql("SELECT version FROM ledger") == [(len(schema.POSTGRES_MIGRATIONS),)]
     assert office.sql("SELECT id FROM remarks") == [(1,)]
 
 
@@ -184,7 +184,7 @@ def test_a_step_that_fails_leaves_the_ledger_as_it_was(office: Office, monkeypat
     version = office.sql("SELECT version FROM ledger")
     steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
     with monkeypatch.context() as newer:
-        newer.setattr(pgschema, "MIGRATIONS", [*pgschema.MIGRATIONS, *steps])
+        newer.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, *steps])
         with pytest.raises(Refused, match="division by zero"):
             Ledger(office.place)
 
@@ -201,10 +201,10 @@ def test_the_sandbox_has_a_schema_of_its_own(office: Office, postgres: Postgres)
     second = office.command("run", "job.yaml", "--sandbox", "--json")
 
     assert (first.receipt["submitted"], second.receipt["submitted"], second.receipt["reused"]) == (2, 0, 2)
-    schema = str(office.server).rpartition("=")[2]
+    name = str(office.server).rpartition("=")[2]
     with closing(postgres.connect()) as db:
-        rows = db.execute("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, %s)", (schema,)).fetchall()
-    assert rows == [(f"{schema}_sandbox",)]
+        rows = db.execute("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, %s)", (name,)).fetchall()
+    assert rows == [(f"{name}_sandbox",)]
 
 
 def test_the_environment_names_the_ledger(api: Api, office: Office) -> None:

@@ -263,22 +263,6 @@ def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
 
 
 @IN_A_FILE
-def test_the_ledger_of_an_older_version_can_be_watched(office: Office) -> None:
-    """The night's run will bring it up to date; until then its executions have no pulse."""
-    books = Books.open(load_job(office.job_file).ledger)
-    books.start()
-    books.do(Ledger.end_execution, books.execution, 0, {}, NOW)
-    books.ledger.close()
-    with closing(sqlite3.connect(office.ledger_path)) as db:
-        db.execute("ALTER TABLE executions DROP COLUMN pulse")
-        db.execute("PRAGMA user_version = 4")
-
-    seen = Lookout(load_job(office.job_file)).look()
-
-    assert (seen.sign, seen.pulse) == (Sign.ENDED, None)
-
-
-@IN_A_FILE
 def test_looking_takes_no_lock_and_leaves_nothing_open(office: Office) -> None:
     """A run may start at any moment, and what it wrote can be tidied up."""
     job = load_job(office.job_file)

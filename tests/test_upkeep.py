@@ -16,10 +16,10 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from enrich.errors import Refused
 from enrich.model import State
+from enrich.store import schema
 from enrich.store.database import Database
 from enrich.store.ledger import Ledger
 from enrich.store.records import INVARIANTS, Findings, Records, check
-from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
 from tests.books import BOUND, COST, FREE_FAILURE, MISSED, PRICE, Books
 from tests.harness import BOTH_IN_TIME, HASTY, Api, Done, Office, kill, people, serving, until
@@ -171,9 +171,8 @@ def test_an_older_ledger_can_be_copied_before_it_is_migrated(tmp_path: Path, mon
     office = Office(tmp_path)
     office.write_job()
     office.ledger_path.parent.mkdir()
-    with monkeypatch.context() as older:
-        older.setattr("enrich.store.sqlite.MIGRATIONS", MIGRATIONS[:1])
-        Database(office.ledger_path).close()
+    Database(office.ledger_path).close()
+    monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, "CREATE TABLE remarks (x INTEGER) STRICT"])
 
     done = office.command("ledger", "backup", "job.yaml", "copy.db")
 

@@ -40,7 +40,7 @@ class Lookout:
         if not exists(job.ledger):
             return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NO_LEDGER)
         # Closed again at once: who has a ledger open keeps its run from tidying up at the end.
-        with closing(History(job.ledger, any_version=True)) as history:
+        with closing(History(job.ledger)) as history:
             run = history.latest(job.name)
         if run is None:
             return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NEVER)

@@ -106,14 +106,11 @@ _REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.cal
 class History(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, place: LedgerPlace, *, any_version: bool = False) -> None:
-        """Open it; `any_version` for questions that an older one can answer.
-
-        Raises Refused when it is not there or is no ledger.
-        """
+    def __init__(self, place: LedgerPlace) -> None:
+        """Open it. Raises Refused when it is not there, is no ledger, or has another version."""
         if not exists(place):
             raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(place, read_only=True, any_version=any_version)
+        super().__init__(place, read_only=True)
 
     def begin(self) -> None:
         """See everything from now on as it stands at this moment."""
@@ -143,7 +140,7 @@ class History(Database):
         return int(number)
 
     def latest(self, job: str) -> Latest | None:
-        """Return the newest execution of a job, by next to no reading; the ledger may be of an older version."""
+        """Return the newest execution of a job, by next to no reading."""
         cursor = self._db.execute(
             "SELECT *, (SELECT max(id) FROM executions) AS newest, "
             f"(SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted') AS oldest_ms "
@@ -153,7 +150,7 @@ class History(Database):
         row = cursor.fetchone()
         if row is None:
             return None
-        known = {"pulse": None, **dict(zip((column[0] for column in cursor.description or ()), row, strict=True))}
+        known = dict(zip((column[0] for column in cursor.description or ()), row, strict=True))
         return Latest(**{each.name: known[each.name] for each in fields(Latest)})
 
     def last_end(self, job: str, codes: Collection[int]) -> int | None:

@@ -12,12 +12,14 @@ from psycopg import errors
 
 from enrich.errors import LOCKED_HINT, LedgerLocked, Refused
 from enrich.place import Postgres
-from enrich.store import pgschema
+from enrich.store import schema
 from enrich.store.dialect import DatabaseFailed, Disturbed
 from enrich.store.postgres import LOOK_EVERY_S, Fence, PostgresSession, is_away, said
 
 #: The name of our advisory locks among those of others: "enri".
 _LOCK = 0x656E7269
+#: The schema has tables, but not ours.
+_FOREIGN = -1
 #: A server that is busy takes so long at most to see that a client was killed, and to free its lock.
 NOTICED_S = 3.0
 
@@ -27,7 +29,7 @@ def schema_exists(place: Postgres) -> bool:
     with _refusing(place):
         session = PostgresSession(place)
         try:
-            return pgschema.version_of(session, place.schema) is not None
+            return _version(session) is not None
         finally:
             session.close()
 
@@ -37,7 +39,7 @@ def remove_schema(place: Postgres) -> None:
     with _refusing(place):
         session = PostgresSession(place)
         try:
-            pgschema.unmake(session, place.schema)
+            _unmake(session)
         finally:
             session.close()
 
@@ -77,23 +79,67 @@ def _opened(place: Postgres, fence: Fence | None, *, read_only: bool, any_versio
 
 def _bring_up(session: PostgresSession, place: Postgres, *, read_only: bool, any_version: bool) -> None:
     """Hold the schema against what this program knows; bring it up to date when we may write."""
-    version = pgschema.version_of(session, place.schema)
+    version = _version(session)
     if version is None and read_only:
         raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-    if version == pgschema.FOREIGN:
+    if version == _FOREIGN:
         raise Refused(f"{place}: this schema is no ledger of enrich", "choose another: postgresql://…?schema=NAME")
-    if version is not None and version > len(pgschema.MIGRATIONS):
+    newest = len(schema.POSTGRES_MIGRATIONS)
+    if version is not None and version > newest:
         raise Refused(
             f"{place}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(pgschema.MIGRATIONS)}; install the newer one",
+            f"it has version {version}, this program knows {newest}; install the newer one",
         )
-    if version != len(pgschema.MIGRATIONS) and not any_version:
+    if version != newest and not any_version:
         if read_only:
             raise Refused(
                 f"{place}: this ledger is of an older version of enrich",
                 "a run brings it up to date; with --limit 0 it asks nothing new",
             )
-        pgschema.migrate(session, place.schema)
+        _migrate(session)
+
+
+def _version(session: PostgresSession) -> int | None:
+    """Return the version of the schema; None: there is nothing in it, _FOREIGN: something else is."""
+    found = session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (session.place.schema,))
+    tables = {name for (name,) in found.fetchall()}
+    if "ledger" in tables and "attempts" in tables:
+        (version,) = session.execute("SELECT version FROM ledger").fetchone()
+        return int(version)
+    return _FOREIGN if tables else None
+
+
+def _migrate(session: PostgresSession) -> None:
+    """Bring the schema up to date, making it when it is not there; two that do so at once take turns."""
+    name = session.place.schema
+    session.execute("BEGIN")
+    try:
+        session.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"enrich migrates {name}",))
+        if not session.execute("SELECT to_regnamespace(?)", (name,)).fetchone()[0]:
+            session.execute(f'CREATE SCHEMA "{name}"')
+        version = _version(session) or 0
+        for number, script in enumerate(schema.POSTGRES_MIGRATIONS[version:], start=version + 1):
+            for statement in schema.statements(script):
+                session.define(statement)
+            session.execute("UPDATE ledger SET version = ?", (number,))
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+
+
+def _unmake(session: PostgresSession) -> None:
+    """Remove all that `_migrate` made in the schema, but not the schema."""
+    name = session.place.schema
+    session.execute("BEGIN")
+    try:
+        for (table,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (name,)).fetchall():
+            session.define(f'DROP TABLE "{name}"."{table}" CASCADE')
+        session.define(f'DROP FUNCTION IF EXISTS "{name}".json_each(TEXT)')
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from enrich.errors import LedgerDamaged, LedgerMoved, Refused
+from enrich.store import schema
 from enrich.store.dialect import Dialect
 from enrich.store.open_files import OpenFiles, is_there
-from enrich.store.schema import MARK, MIGRATIONS
 
 #: A journal of the damaged ledger would be played into the backup.
 RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
@@ -55,8 +55,8 @@ def columns() -> tuple[Column, ...]:
     """Return all columns of a ledger, as a new one has them."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        for step in MIGRATIONS:
-            step(db)
+        for script in schema.MIGRATIONS:
+            _apply(db, script)
         rows = db.execute(
             "SELECT m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_info(m.name) c WHERE m.type = 'table'"
         )
@@ -325,9 +325,14 @@ def _check_mark(db: sqlite3.Connection, path: Path) -> None:
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (mark,) = db.execute("PRAGMA application_id").fetchone()
     names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if mark != MARK and {"requests", "attempts"} <= names:
+    if mark == schema.UNRELEASED_MARK:
+        raise Refused(
+            f"{path}: this ledger was made by a version of enrich before its first release",
+            "name another file as `ledger`: a new ledger is made there, and requests are paid again",
+        )
+    if mark != schema.MARK and {"requests", "attempts"} <= names:
         raise damaged(path)
-    if tables and mark != MARK:
+    if tables and mark != schema.MARK:
         raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
 
 
@@ -335,18 +340,24 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version < 0:
         raise damaged(path)
-    if version > len(MIGRATIONS):
+    if version > len(schema.MIGRATIONS):
         raise Refused(
             f"{path}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(MIGRATIONS)}; install the newer one",
+            f"it has version {version}, this program knows {len(schema.MIGRATIONS)}; install the newer one",
         )
-    if version < len(MIGRATIONS) and not allowed:
+    if version < len(schema.MIGRATIONS) and not allowed:
         raise Refused(
             f"{path}: this ledger is of an older version of enrich",
             "a run brings it up to date; with --limit 0 it asks nothing new",
         )
-    for number, step in enumerate(MIGRATIONS[version:], start=version + 1):
+    for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
-        step(db)
+        _apply(db, script)
+        db.execute(f"PRAGMA application_id = {schema.MARK}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
+
+
+def _apply(db: sqlite3.Connection, script: str) -> None:
+    for statement in schema.statements(script):
+        db.execute(statement)

@@ -1,35 +1,6 @@
-"""The ledger's tables on PostgreSQL, as a list of migrations; the table `ledger` counts those that a schema has had.
+-- The tables of a ledger on PostgreSQL: as in schema.sql, where each column is explained. Only here are what several
+-- processes need that work on one ledger: owners, attempts.owner_id, allowance, commits, seen.
 
-The same tables and columns as in a file (`schema`), where each is explained. What is here alone serves several
-processes at once: `owners`, `attempts.owner_id`, `allowance`, and the pass over the input in `seen`.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-
-class Server(Protocol):
-    """As much of a session as is needed to make tables."""
-
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Any:  # noqa: ANN401 - a cursor
-        """Do one statement."""
-
-    def define(self, statement: str) -> None:
-        """Do one statement as it is written, without values."""
-
-    def commit(self) -> None:
-        """End the transaction."""
-
-    def rollback(self) -> None:
-        """Take back what it wrote."""
-
-
-#: The schema has tables, but not ours.
-FOREIGN = -1
-
-INITIAL = r"""
 CREATE TABLE ledger (version INTEGER NOT NULL);
 
 INSERT INTO ledger VALUES (0);
@@ -212,51 +183,4 @@ SELECT b.id, b.execution_id, b.size, a.task_id, b.credits / 1e6 AS credits, b.se
        to_timestamp(b.settled_ms / 1000) AS settled_at,
        (SELECT string_agg(state || ': ' || number, ', ' ORDER BY number DESC) FROM (SELECT state, count(*) AS number
         FROM attempts WHERE bundle_id = b.id GROUP BY state) AS counted) AS states
-FROM bundles b JOIN attempts a ON a.bundle_id = b.id AND a.place = 0
-"""
-
-#: The next version is the next in this list.
-MIGRATIONS = [INITIAL]
-
-
-def version_of(session: Server, schema: str) -> int | None:
-    """Tell which version a schema has; None: there is nothing in it, FOREIGN: something else is."""
-    tables = {
-        name
-        for (name,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,)).fetchall()
-    }
-    if "ledger" in tables and "attempts" in tables:
-        (version,) = session.execute("SELECT version FROM ledger").fetchone()
-        return int(version)
-    return FOREIGN if tables else None
-
-
-def migrate(session: Server, schema: str) -> None:
-    """Bring a schema up to date, making it when it is not there; two that do so at once take turns."""
-    session.execute("BEGIN")
-    try:
-        session.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"enrich migrates {schema}",))
-        if not session.execute("SELECT to_regnamespace(?)", (schema,)).fetchone()[0]:
-            session.execute(f'CREATE SCHEMA "{schema}"')
-        version = version_of(session, schema) or 0
-        for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in migration.split(";\n\n"):
-                session.define(statement)
-            session.execute("UPDATE ledger SET version = ?", (number,))
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
-
-
-def unmake(session: Server, schema: str) -> None:
-    """Remove all that `migrate` made in a schema, but not the schema."""
-    session.execute("BEGIN")
-    try:
-        for (name,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,)).fetchall():
-            session.define(f'DROP TABLE "{schema}"."{name}" CASCADE')
-        session.define(f'DROP FUNCTION IF EXISTS "{schema}".json_each(TEXT)')
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
+FROM bundles b JOIN attempts a ON a.bundle_id = b.id AND a.place = 0;
