@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.allowance import RATES, SERVERS, Night, changing, nights, play, steady
+from tests.cases import in_turn
 
 KINDS = ("bucket of 10", "fixed window", "sliding window")
 STORIES = tuple(nights(1.0))
@@ -28,8 +29,8 @@ def test_nine_tenths_are_used_and_one_in_fifty_is_refused(story: str, rate: floa
     assert seen.refused_share <= 0.02
 
 
-@pytest.mark.parametrize("latency", [0.005, 0.02])
-@pytest.mark.parametrize("rate", RATES)
+@in_turn("latency", [0.005, 0.02])
+@in_turn("rate", RATES)
 def test_a_quick_api_is_used_as_well(rate: float, latency: float) -> None:
     """The growth does not depend on how long an answer takes."""
     seen = play(replace(nights(rate)["steady, 60 s"](SERVERS["bucket of 10"]), latency_s=latency))
@@ -44,7 +45,7 @@ def test_answers_that_take_a_second_cost_more_429s() -> None:
     assert seen.refused_share <= 0.03
 
 
-@pytest.mark.parametrize("rate", RATES)
+@in_turn("rate", RATES)
 def test_an_allowance_without_any_burst_is_used(rate: float) -> None:
     """Requests leave evenly: a server that never lets two through at once takes most of them."""
     seen = play(Night(steady(rate), SERVERS["bucket of 1"], late=0.0))
@@ -52,7 +53,7 @@ def test_an_allowance_without_any_burst_is_used(rate: float) -> None:
     assert seen.refused_share <= 0.02
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@in_turn("kind", KINDS)
 def test_retry_after_is_kept_to_the_letter(kind: str) -> None:
     """Not one request leaves while the API wants silence."""
     assert play(Night(steady(100.0), SERVERS[kind], retry_after=1.0)).silent == 0

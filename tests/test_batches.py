@@ -24,6 +24,7 @@ from enrich.store.ledger import Ledger
 from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
 from tests.books import FOUND, Books, file_of, wanted
+from tests.cases import in_turn
 
 CALL = Call("email_getter", (833, 966), 10)
 JOB = """\
@@ -112,7 +113,7 @@ def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], 
     assert raw.getvalue() == text.getvalue().encode()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("value", "text"),
     [
         ('"a@b.example"', "a@b.example"),

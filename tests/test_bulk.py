@@ -29,7 +29,7 @@ from enrich.store.database import Database
 from enrich.store.records import check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
-from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, later, people, serving, until
+from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, SILENT, Api, Office, kill, later, people, serving, until
 from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
 
@@ -167,7 +167,7 @@ def test_the_output_is_that_of_single_runs(seed: int, size: int, shape: Any, hit
 def test_a_lost_post_leaves_its_rows_in_doubt_and_no_others(api: Api, office: Office, fault: str) -> None:
     """They are never sent again by themselves; a person's word buys them as a task again."""
     api.fault(fault, 1, "post")
-    night = office.run(api, timing=HASTY)
+    night = office.run(api, timing=SILENT if fault == "silence-after" else HASTY)
     assert (night.exit_code, night.in_doubt, night.submitted) == (Exit.IN_DOUBT, SIZE, LEADS - SIZE)
     before = accepted(api)
 

@@ -13,6 +13,7 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused
 from enrich.spec import Canary
 from enrich.surroundings import Options
+from tests.cases import in_turn
 from tests.harness import BOTH_IN_TIME, Office, kill, people, serving, until
 
 LEADS = 30
@@ -162,7 +163,7 @@ def test_a_kill_among_the_first_costs_nothing_twice(tmp_path: Path, careful: Off
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (12, 0)
 
 
-@pytest.mark.parametrize("of", [7, 20, 100])
+@in_turn("of", [7, 20, 100])
 def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
     """11 of 20 are 55 %, however a computer writes 0.55."""
     for found in range(1, of + 1):

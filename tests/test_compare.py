@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from enrich.job import load_job
 from enrich.report.compare import compare_executions, compare_jobs, mcnemar, verdict
 from enrich.report.facts import Comparison, Side
+from tests.cases import in_turn
 from tests.harness import CALM, Api, Office, people, serving
 
 
@@ -214,7 +215,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
     return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("told", "unknown", "said"),
     [
         (

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from enrich.tables.csvfile import CELL_LIMIT, CsvWriter, likely_separator, read_batches, read_header
 from enrich.tables.textfile import TableFile, TableProblem
+from tests.cases import in_turn
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -51,7 +52,7 @@ def written(header: list[str], rows: list[list[str | None]], separator: str = ",
     return raw.getvalue()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("content", "rows"),
     [
         pytest.param("a,b\n1,2\n", [("a", "b"), ("1", "2")], id="plain"),
@@ -83,7 +84,7 @@ def test_ugly_but_sound_text_is_read_exactly(tmp_path: Path, content: bytes | st
     assert rows_of(saved(tmp_path, content)) == rows
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 2, 3, 100])
+@in_turn("rows_per_batch", [1, 2, 3, 100])
 def test_batches_keep_the_order(tmp_path: Path, rows_per_batch: int) -> None:
     """However the rows are cut, they come in the order of the file, each batch full but the last."""
     source = saved(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
@@ -98,7 +99,7 @@ def test_a_file_without_rows_yields_no_batch(tmp_path: Path) -> None:
     assert list(read_batches(saved(tmp_path, "a,b\n"))) == []
 
 
-@pytest.mark.parametrize("padding", range(8180, 8196))
+@in_turn("padding", range(8180, 8196))
 def test_a_line_end_across_two_reads_is_one(tmp_path: Path, padding: int) -> None:
     """A CRLF that the buffer of the text cuts in two ends one line, not two."""
     source = saved(tmp_path, f'a\r\n"{"x" * padding}\r\n"\r\n2\r\n3')
@@ -108,7 +109,7 @@ def test_a_line_end_across_two_reads_is_one(tmp_path: Path, padding: int) -> Non
     assert rows_of(source)[1:] == [("x" * padding + "\r\n",), ("2",), ("3",)]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
+@in_turn("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
 def test_every_encoding_of_unicode_is_read(tmp_path: Path, encoding: str) -> None:
     """The encoding is the one that was named, and a byte order mark is never part of a name."""
     text = "名前,b\nЩёлк,Ωμέγα 🚀\n"
@@ -117,7 +118,7 @@ def test_every_encoding_of_unicode_is_read(tmp_path: Path, encoding: str) -> Non
     assert rows_of(saved(tmp_path, ("\ufeff" + text).encode("utf-16-le"), encoding="utf-16-le")) == expected
 
 
-@pytest.mark.parametrize("separator", [";", "\t", "|", " ", "¦"])
+@in_turn("separator", [";", "\t", "|", " ", "¦"])
 def test_other_separators_are_read(tmp_path: Path, separator: str) -> None:
     """The separator parts the cells, and the comma is text."""
     assert rows_of(saved(tmp_path, f"a{separator}b\n1,5{separator}2\n", separator=separator))[1] == ("1,5", "2")
@@ -219,7 +220,7 @@ def test_a_broken_file_is_named_by_row_and_line(tmp_path: Path, content: bytes |
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+@in_turn("at", [0, 1, 2, 3, 4])
 def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
     """The row is counted over the whole file, and the batches before it have come out."""
     lines = [f"{number},x" for number in range(5)]
@@ -232,7 +233,7 @@ def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
         next(batches)
 
 
-@pytest.mark.parametrize("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
+@in_turn("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
 def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
     """Messages may end in logs, and the cells are about persons."""
     source = saved(tmp_path, f"a,b\n{row}\n".encode(errors="surrogatepass"))
@@ -242,7 +243,7 @@ def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
     assert problem.__context__ is None or problem.__suppress_context__
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("content", "encoding", "hint"),
     [
         (b"a\n\x81\n", "cp1252", "`encoding: utf-8`"),
@@ -261,7 +262,7 @@ def test_text_of_another_encoding_is_refused(tmp_path: Path, content: bytes, enc
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
+@in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
 def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     """It is told by its name, whether one reads or writes."""
     problem = problem_of(saved(tmp_path, "a\n1\n", encoding=encoding))
@@ -270,7 +271,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
-@pytest.mark.parametrize("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
+@in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
 def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separator: str) -> None:
     """Quotes and line ends have their own meaning."""
     assert "is not a single character" in problem_of(saved(tmp_path, "a\n", separator=separator)).message
@@ -278,7 +279,7 @@ def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separato
         CsvWriter(io.BytesIO(), separator)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content", [b"a\n1\n", gzip.compress(b"a\n1\n", mtime=0)[:-9], gzip.compress(b"a\n" * 99, mtime=0)[:12] + b"?" * 9]
 )
 def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -324,7 +325,7 @@ def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
     assert csv.field_size_limit() == before
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("header", "separator", "likely"),
     [
         (["a;b;c,d"], ",", ";"),

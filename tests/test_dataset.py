@@ -24,6 +24,7 @@ from enrich.tables.manifest import MANIFEST
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, got, put
+from tests.cases import in_turn
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import load, save
 
@@ -360,7 +361,7 @@ def test_a_dataset_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Pat
             prepare(tmp_path / name, Path("/leads.csv"), "job")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("source", "output"),
     [
         ("leads", "leads/new"),

@@ -11,7 +11,7 @@ import pytest
 
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
-from tests.harness import HASTY, Api, Done, Office, people, serving
+from tests.harness import AWAY, Api, Done, Office, people, serving
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_key_that_others_may_read(ready: Office, api: Api) -> None:
 def test_an_api_that_is_away(ready: Office) -> None:
     """Exit 4."""
     away = Api("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.setup.online.Timing", lambda: HASTY):
+    with patch("enrich.setup.online.Timing", lambda: AWAY):
         done = doctor(ready, away)
     assert done.code == 4
     assert "unreachable" in findings(done, "fail")["api"]

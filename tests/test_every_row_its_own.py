@@ -25,7 +25,7 @@ from tests.own_answers import ANSWERS, wrong_rows
 
 LEADS = 40
 #: Longer than any machine needs, but for a task that is not known.
-TIMING = replace(HASTY, post_s=30.0, get_s=10.0, outage_s=15.0, start_s=10.0)
+TIMING = replace(HASTY, outage_s=15.0)
 #: So that a 404 is not believed because of the time that passed.
 SURE = replace(TIMING, young_s=60.0)
 #: How a run may end that cannot fetch all answers.

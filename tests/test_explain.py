@@ -12,6 +12,7 @@ from enrich.model import State
 from enrich.spec import Policy, Refresh
 from enrich.store.lock import hold
 from enrich.surroundings import Options
+from tests.cases import in_turn
 from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, kill, later, people, serving, until
 
 DAY = 86_400
@@ -328,7 +329,7 @@ def test_nothing_is_taken_or_changed(api: Api, office: Office) -> None:
     assert api.audit()["requests"] == calls
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("state", "at_work", "words"),
     [
         (State.PENDING, None, "asked by the next run"),

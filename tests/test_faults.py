@@ -39,7 +39,7 @@ TABLE = """
 | html                             | in_doubt | never        | no       | 14   |
 | reset-before                     | in_doubt | never        | no       | 14   |
 | silence-before                   | in_doubt | never        | no       | 14   |
-| slow,seconds=1.5                 | in_doubt | never        | yes      | 14   |
+| slow,seconds=4                   | in_doubt | never        | yes      | 14   |
 | error-after-500                  | in_doubt | never        | yes      | 14   |
 | error-after-502                  | in_doubt | never        | yes      | 14   |
 | error-after-503                  | in_doubt | never        | yes      | 14   |
@@ -83,9 +83,9 @@ TABLE = """
 """
 LEADS, MEET_IT = 4, 2
 #: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …
-TIMING = replace(HASTY, post_s=20.0, get_s=0.7, young_s=20.0, outage_s=30.0, start_s=5.0)
+TIMING = replace(HASTY, get_s=0.7, young_s=20.0, outage_s=30.0)
 #: … but where the end of that time is what the test waits for.
-IN_TIME = replace(TIMING, post_s=0.7, young_s=0.7)
+IN_TIME = replace(TIMING, post_s=2.0, young_s=0.7)
 ANSWERS = frozenset({"found", "not_found", "failed"})
 
 
@@ -101,7 +101,7 @@ class Case(NamedTuple):
     @property
     def timing(self) -> Timing:
         """How long to wait; the two that meet it are given up at the end of that, or nobody is."""
-        is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=1.5", "lost-task"}
+        is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
         return IN_TIME if is_the_end_of_it else TIMING
 
     def happen(self, api: Api) -> None:
@@ -190,7 +190,7 @@ def test_an_api_with_a_wrong_clock_changes_nothing(tmp_path: Path, office: Offic
         second = office.run(api, timing=case.timing)
 
         assert night.exit_code == second.exit_code == int(case.exit)
-        assert night.elapsed_s < 10
+        assert night.elapsed_s < 60
         assert second.submitted == 0
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (LEADS, 0)
 

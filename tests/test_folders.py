@@ -18,6 +18,7 @@ from enrich.tables import copies, dataset, storage
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, put
+from tests.cases import in_turn
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import INPUTS, save
 
@@ -49,7 +50,7 @@ def refused(where: Path | Url) -> Refused:
     return caught.value
 
 
-@pytest.mark.parametrize("ending", INPUTS)
+@in_turn("ending", INPUTS)
 def test_a_folder_is_all_files_below_it(tmp_path: Path, ending: str) -> None:
     """In the order of their paths; what is hidden or begins with `_` does not count."""
     folder = lay(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
@@ -70,7 +71,7 @@ def test_names_of_folders_become_columns(tmp_path: Path) -> None:
     assert read(folder / "country=DE") == [("1", "2", "1")]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@in_turn("ending", ["csv", "jsonl", "parquet"])
 def test_a_column_of_the_files_goes_before_what_their_folders_say(tmp_path: Path, ending: str) -> None:
     """Spark writes both."""
     folder = lay(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")

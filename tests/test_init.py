@@ -20,7 +20,7 @@ from enrich.setup.snapshot import DOCUMENTED
 from enrich.setup.template import Draft, scalar, write_job
 from enrich.spec import json_schema
 from enrich.tables.textfile import TableFile
-from tests.harness import HASTY, Api, Office, people
+from tests.harness import AWAY, Api, Office, people
 
 LEADS = Path(__file__).parent.parent / "sample_data" / "leads.csv"
 
@@ -139,7 +139,7 @@ def test_the_api_is_asked_when_there_is_a_key(sample: Office, api: Api) -> None:
 def test_an_api_that_is_away_is_replaced_by_the_documentation(sample: Office) -> None:
     """It is said, in the file too."""
     gone = Api("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.look.offer.Timing", lambda: HASTY):
+    with patch("enrich.look.offer.Timing", lambda: AWAY):
         done = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone)
     assert done.code == 0
     assert "unreachable" in done.stderr

@@ -22,6 +22,7 @@ from enrich.store.ledger import Ledger
 from enrich.store.opening import alone, leased, opened
 from enrich.store.records import check
 from tests.books import PRICE, Books, ask
+from tests.cases import in_turn
 from tests.harness import Api, Office, people
 from tests.postgres import Postgres
 
@@ -249,7 +250,7 @@ def test_a_password_is_refused_wherever_a_ledger_is_named(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "url",
     [
         "postgresql:///enrich",

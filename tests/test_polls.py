@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks import tight
 from benchmarks.polls import LATENCIES, Every, Seen, play
 from enrich.polls import AGES, INHERITED, PollTimes, Price
+from tests.cases import in_turn
 
 
 def taught(*ages: float, times: int = 40) -> PollTimes:
@@ -64,7 +65,7 @@ def test_a_dear_poll_comes_later_and_a_cheap_one_sooner() -> None:
     assert times.wait(0.0, Price.LOW) < times.wait(0.0, Price.HIGH)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("scarce", "room", "price"),
     [(True, 0.9, Price.HIGH), (True, 0.2, Price.FAIR), (False, 0.9, Price.FAIR), (False, 0.0, Price.LOW)],
 )

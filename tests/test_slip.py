@@ -24,6 +24,7 @@ from enrich.receipt import Receipt
 from enrich.signals import Signals
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
+from tests.cases import in_turn
 from tests.harness import HASTY, Api, Office, people, serving, shown_on
 
 TARGET = Target("job.yaml", "job.yaml")
@@ -161,7 +162,7 @@ def test_a_difference_that_is_just_what_was_spent_needs_no_words() -> None:
     assert "known price" not in "\n".join(lines(replace(receipt, balance_after=7)))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("code", "rows", "commands"),
     [
         (0, {}, []),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slots, written
 from enrich.pace import BURST_S, Pace
+from tests.cases import in_turn
 
 WANTED = 32
 
@@ -95,8 +96,8 @@ def test_no_second_has_more_than_the_rate_and_the_burst(
     assert busiest(night(rate, seed, lags)) <= rate * (1 + LATE_S + BURST_S) + 1
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5])
-@pytest.mark.parametrize("rate", [20.0, 100.0, 400.0])
+@in_turn("processes", [1, 2, 5])
+@in_turn("rate", [20.0, 100.0, 400.0])
 def test_the_rate_is_used(rate: float, processes: int) -> None:
     """With a server and timers as they are, by one process as by many."""
     sent = night(rate, 1, [(0.01, 0.01)] * processes)

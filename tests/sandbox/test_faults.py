@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from enrich.sandbox.faults import KINDS, Fault, Faults
+from tests.cases import in_turn
 from tests.harness import until
 from tests.sandbox.conftest import ADA, Api, Start, people
 
@@ -331,7 +332,7 @@ def test_clear(start: Start) -> None:
     assert api.post_run().status_code == 200
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "fault"),
     [
         ("html=0.5", Fault("html", 0.5, "all")),
@@ -345,7 +346,7 @@ def test_spelling(text: str, fault: Fault) -> None:
     assert Fault.parse(text) == fault
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     ["html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status", "get:lost-task=1"],
 )

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import embedded
 from enrich.sandbox.settings import SandboxSettings
+from tests.cases import in_turn
 from tests.harness import usual_signals
 from tests.sandbox.conftest import Api, people
 
@@ -176,7 +177,7 @@ def test_options_are_settings(tmp_path: Path) -> None:
         assert (task["status"], task["data"]) in [("success", []), ("success", {})]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("options", "words"),
     [
         (["--fault", "quake=1"], "no fault is called 'quake'"),
@@ -215,7 +216,7 @@ def test_help_names_every_fault() -> None:
     assert all(text in words for text in ("--no-data-seconds", "lognormal(1.2,0.6)", "reset-after", "unavailable"))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("host", "answers"),
     [
         ("127.0.0.1", True),
