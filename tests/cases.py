@@ -1,4 +1,8 @@
-"""Tables of small cases: one test runs them all, as pytest needs longer for a test than most of them do."""
+"""How many cases are run, and when.
+
+Tables of small cases are one test, as pytest needs longer for a test than most of them do; of slow cases a few are
+among the quick tests, all others among the long ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+#: How many examples of each property the long tests look at.
+FULL = 60
 #: What `pytest.param` makes.
 PARAM = type(pytest.param())
 Test = Callable[..., None]
@@ -24,7 +31,9 @@ def in_turn(
     """
     named = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     single = isinstance(names, str) and len(named) == 1
-    table = [case if isinstance(case, PARAM) else pytest.param(*((case,) if single else case)) for case in cases]
+    table = [
+        case if isinstance(case, PARAM) else _param(case if single else tuple(case), single=single) for case in cases
+    ]
     labels = [str(case.id or _label(ids, case.values)) for case in table]
     if ids is not None and not callable(ids):
         labels = list(ids)
@@ -57,6 +66,27 @@ def in_turn(
         return run_all
 
     return decorate
+
+
+def first_quick(count: int, cases: Iterable[Any], *, single: bool = False) -> list[Any]:
+    """Leave all but the first cases of a slow test to the long ones; `single`: a tuple is one value, not several."""
+    params = [
+        case
+        if isinstance(case, PARAM)
+        else pytest.param(*(case if isinstance(case, tuple) and not single else (case,)))
+        for case in cases
+    ]
+    later = [pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.long]) for case in params[count:]]
+    return params[:count] + later
+
+
+def _param(case: Any, *, single: bool) -> Any:
+    return pytest.param(*case) if isinstance(case, tuple) and not single else pytest.param(case)
+
+
+def examples(full: int) -> int:
+    """Tell how many examples the profile of Hypothesis wants where the whole suite looks at `full`."""
+    return max(3, full * settings().max_examples // FULL)
 
 
 def _label(ids: object, values: Sequence[object]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.allowance import RATES, SERVERS, Night, changing, nights, play, steady
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 
 KINDS = ("bucket of 10", "fixed window", "sliding window")
 STORIES = tuple(nights(1.0))
@@ -18,9 +18,9 @@ STORIES = tuple(nights(1.0))
 SHARED = ("half taken from 60 to 120 of 180 s", 20.0, "sliding window")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("kind", first_quick(1, KINDS, single=True))
+@pytest.mark.parametrize("rate", first_quick(1, RATES, single=True))
+@pytest.mark.parametrize("story", first_quick(1, STORIES, single=True))
 def test_nine_tenths_are_used_and_one_in_fifty_is_refused(story: str, rate: float, kind: str) -> None:
     """From the start, whether the allowance stays, changes or is shared; four fifths where a 429 costs a second."""
     seen = play(nights(rate)[story](SERVERS[kind]))

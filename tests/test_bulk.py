@@ -29,6 +29,7 @@ from enrich.store.database import Database
 from enrich.store.records import check
 from enrich.store.schema import MIGRATIONS
 from enrich.surroundings import Options
+from tests.cases import examples, first_quick
 from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, SILENT, Api, Office, kill, later, people, serving, until
 from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
@@ -136,7 +137,7 @@ def test_a_second_run_asks_nothing(api: Api, office: Office) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(4), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(1, 1000),
     size=st.integers(2, 20),
@@ -162,7 +163,10 @@ def test_the_output_is_that_of_single_runs(seed: int, size: int, shape: Any, hit
 
 
 @pytest.mark.parametrize(
-    "fault", ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+    "fault",
+    first_quick(
+        2, ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+    ),
 )
 def test_a_lost_post_leaves_its_rows_in_doubt_and_no_others(api: Api, office: Office, fault: str) -> None:
     """They are never sent again by themselves; a person's word buys them as a task again."""
@@ -251,7 +255,7 @@ def names(numbers: Iterable[int]) -> set[str]:
     return {f"First{number}" for number in numbers}
 
 
-@pytest.mark.parametrize("shape", ["new", "fields", "old", "old_short"])
+@pytest.mark.parametrize("shape", first_quick(1, ["new", "fields", "old", "old_short"]))
 @pytest.mark.parametrize("numbers", [(3,), (0, 9, 10, 24), tuple(range(8, 15))])
 def test_wrong_rows_fail_and_the_others_are_sent_again(
     tmp_path: Path, office: Office, wrong: set[str], shape: Any, numbers: tuple[int, ...]
@@ -363,7 +367,7 @@ def test_a_known_price_explains_the_balance(api: Api, office: Office) -> None:
     assert (told["in_doubt"]["number"], told["unexplained"]) == (SIZE, 0)
 
 
-@pytest.mark.parametrize("how", ["410", "gone"])
+@pytest.mark.parametrize("how", first_quick(1, ["410", "gone"]))
 def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> None:
     """Every row of the task, at an unknown price, whatever the body says."""
     with serving(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
@@ -382,7 +386,7 @@ def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> No
 
 @pytest.mark.parametrize(
     ("fault", "code", "in_doubt"),
-    [("lost-task=1", 14, SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
+    first_quick(1, [("lost-task=1", 14, SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)]),
 )
 def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: int, in_doubt: int) -> None:
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
@@ -394,6 +398,7 @@ def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: in
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -408,6 +413,7 @@ def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_a_task_that_somebody_cancelled(tmp_path: Path, office: Office) -> None:
     """It failed; at no charge, so it is asked again, and paid for once."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -455,6 +461,7 @@ def test_a_canary_is_a_task_of_its_own(tmp_path: Path, office: Office, hit_rate:
         assert (receipt.exit_code, api.audit()["accepted"], bundles(office)[0][0]) == (code, bought, 4)
 
 
+@pytest.mark.long
 def test_few_tasks_are_on_the_wire(tmp_path: Path, office: Office) -> None:
     """All requests of a POST are in doubt when it is lost, so at most four leave at once."""
     office.write_job(dispatch="{bulk: 2}")
@@ -516,7 +523,7 @@ def test_old_answers_are_asked_again(api: Api, office: Office) -> None:
 # Interrupted, and continued otherwise
 
 
-@pytest.mark.parametrize("fault", ["silence-after", "silence-before"])
+@pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_killed_with_tasks_on_the_wire(api: Api, office: Office, fault: str) -> None:
     """What had left is in doubt, at most four POSTs of it; everything else is bought once."""
     office.write_leads(people(100))
@@ -536,6 +543,7 @@ def test_killed_with_tasks_on_the_wire(api: Api, office: Office, fault: str) -> 
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_killed_while_tasks_run(tmp_path: Path, office: Office) -> None:
     """The next run collects the bundles first, and buys nothing again."""
     with serving(tmp_path / "api.db", latency="fixed(2)") as api:
@@ -549,7 +557,7 @@ def test_killed_while_tasks_run(tmp_path: Path, office: Office) -> None:
         told_the_truth(api, office, receipt)
 
 
-@pytest.mark.parametrize("first", ["bulk", "single"])
+@pytest.mark.parametrize("first", first_quick(1, ["bulk", "single"]))
 def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str) -> None:
     """Tasks in flight are collected as what they are, however the job sends now."""
     jobs: dict[str, dict[str, str]] = {"bulk": {"dispatch": f"{{bulk: {SIZE}}}"}, "single": {}}
@@ -569,6 +577,7 @@ def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str)
         assert (receipt.exit_code, receipt.submitted, api.audit()["accepted"]) == (0, 0, FEW + 7)
 
 
+@pytest.mark.long
 @IN_A_FILE
 def test_a_ledger_that_knows_no_bundles_goes_on(
     tmp_path: Path, office: Office, monkeypatch: pytest.MonkeyPatch

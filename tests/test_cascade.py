@@ -16,7 +16,7 @@ from enrich.api.waterfall import Waterfall
 from enrich.cascade import Cascade, Earned, Earnings, read_offers
 from enrich.model import Settled, State
 from tests.books import CALL
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import CALM, Office, people, serving
 
 OFFER = Waterfall.model_validate(
@@ -238,14 +238,17 @@ def earned(office: Office) -> Earnings:
 
 @pytest.mark.parametrize(
     ("shape", "verifier", "bulk"),
-    [
-        ("wrapped", False, False),
-        ("wrapped", True, False),
-        ("wrapper_object", True, False),
-        ("wrapped", True, True),
-        ("flat", False, False),
-        ("flat_list", True, True),
-    ],
+    first_quick(
+        1,
+        [
+            ("wrapped", False, False),
+            ("wrapped", True, False),
+            ("wrapper_object", True, False),
+            ("wrapped", True, True),
+            ("flat", False, False),
+            ("flat_list", True, True),
+        ],
+    ),
 )
 def test_it_agrees_with_what_the_api_charged(
     tmp_path: Path, office: Office, *, shape: str, verifier: bool, bulk: bool
@@ -275,6 +278,7 @@ def test_it_agrees_with_what_the_api_charged(
     assert {each.name for each in whole.providers if each.verifies} == ({"Mailproof"} if verifier else set())
 
 
+@pytest.mark.long
 def test_misses_that_tell_their_steps_are_told_to_the_credit(tmp_path: Path, office: Office) -> None:
     """Finds, questions and credits of every provider and verifier are those that the API charged."""
     office.write_job(email_verifier="10")

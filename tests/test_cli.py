@@ -363,6 +363,7 @@ def test_without_its_extra_the_sandbox_says_how_to_get_it(office: Office, argume
 # A terminal
 
 
+@pytest.mark.long
 def test_a_person_at_a_terminal_sees_the_receipt(tmp_path: Path, office: Office) -> None:
     """On a terminal the first run without a cap asks; the receipt fits a small screen; stdout stays clean."""
     office.write_leads(people(5))
@@ -448,6 +449,7 @@ cli.main()
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.long
 def test_who_needs_no_cluster_waits_for_none() -> None:
     """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
     code = (

@@ -17,6 +17,7 @@ from enrich.pace import BURST_S
 from enrich.sandbox.faults import Fault
 from enrich.store.ledger import Ledger
 from tests.books import CALL, Books, wanted
+from tests.cases import first_quick
 from tests.harness import HASTY, ILL, SILENT, Api, serving
 from tests.loops import WORST, at_work, until
 
@@ -40,7 +41,7 @@ IDLE = 0.15
 class TestLimits:
     """How many POSTs leave, and when none does any more."""
 
-    @pytest.mark.parametrize(("in_flight", "expected_on_the_wire"), [(200, POSTS_ON_THE_WIRE), (7, 7)])
+    @pytest.mark.parametrize(("in_flight", "expected_on_the_wire"), first_quick(1, [(200, POSTS_ON_THE_WIRE), (7, 7)]))
     def test_never_too_many_at_once(self, tmp_path: Path, in_flight: int, expected_on_the_wire: int) -> None:
         """At most 32 POSTs are on the wire and `in_flight` tasks at the API, and the room is used."""
 
@@ -143,7 +144,7 @@ class TestLimits:
 class TestAnswers:
     """What each answer to a POST means for its request."""
 
-    @pytest.mark.parametrize("fault", ["rate-limit-bare", "rate-limit", "redirect"])
+    @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "rate-limit", "redirect"]))
     def test_a_storm_of_refusals_loses_nothing(self, api: Api, tmp_path: Path, fault: str) -> None:
         """What was not accepted is sent again, is paid once, and counts as no attempt."""
         count = 40 if fault == "rate-limit-bare" else 2
@@ -163,7 +164,8 @@ class TestAnswers:
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (45, 0)
 
     @pytest.mark.parametrize(
-        "fault", ["error-after", "reset-after", "html-200", "broken-json", "no-task-id", "silence-after"]
+        "fault",
+        first_quick(2, ["error-after", "reset-after", "html-200", "broken-json", "no-task-id", "silence-after"]),
     )
     def test_an_ambiguous_answer_is_never_sent_again(self, api: Api, tmp_path: Path, fault: str) -> None:
         """It is in doubt and keeps its reservation; the others go on."""
@@ -253,13 +255,16 @@ class TestAnswers:
 
     @pytest.mark.parametrize(
         ("call", "fault", "code"),
-        [
-            (Call("nothing_getter", (833,)), None, Exit.USAGE),
-            (Call("email_getter", (4711,)), None, Exit.USAGE),
-            (CALL, "unauthorized", Exit.KEY),
-            (CALL, "forbidden", Exit.KEY),
-            (CALL, "no-credits", Exit.CREDITS),
-        ],
+        first_quick(
+            2,
+            [
+                (Call("nothing_getter", (833,)), None, Exit.USAGE),
+                (Call("email_getter", (4711,)), None, Exit.USAGE),
+                (CALL, "unauthorized", Exit.KEY),
+                (CALL, "forbidden", Exit.KEY),
+                (CALL, "no-credits", Exit.CREDITS),
+            ],
+        ),
         ids=["404", "400", "401", "403", "406"],
     )
     def test_what_no_request_can_pass_stops_the_run(
@@ -374,7 +379,7 @@ class TestEnding:
         books.ledger.close()
         assert counts[State.PENDING] + sent >= 2000
 
-    @pytest.mark.parametrize("waiting_for", ["room", "cap", "queue", "rate"])
+    @pytest.mark.parametrize("waiting_for", first_quick(1, ["room", "cap", "queue", "rate"]))
     def test_waiting_costs_no_processor_time(self, tmp_path: Path, waiting_for: str) -> None:
         """While slow tasks run the loops sleep, whatever they wait for."""
         leads = range(60) if waiting_for != "queue" else range(20)

@@ -22,6 +22,7 @@ from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.questions import Refused as ApiRefusal
 from enrich.store.lock import hold
 from enrich.surroundings import Options
+from tests.cases import first_quick
 from tests.harness import AWAY, HASTY, ILL, Api, Done, Office, kill, people, serving, until
 
 OLD = "the output of an older night\n"
@@ -254,7 +255,7 @@ def test_an_api_that_comes_back_in_time_is_waited_for(api: Api, office: Office) 
     assert (receipt.exit_code, receipt.submitted) == (0, 2)
 
 
-@pytest.mark.parametrize("fault", ["html", "error-before", "rate-limit-bare", "redirect"])
+@pytest.mark.parametrize("fault", first_quick(1, ["html", "error-before", "rate-limit-bare", "redirect"]))
 def test_an_api_that_only_fails_at_the_start_is_exit_4(api: Api, office: Office, fault: str) -> None:
     """An API that answers nonsense is as good as none."""
     office.write_leads(people(1))
@@ -453,6 +454,7 @@ def test_a_second_execution_is_exit_11(api: Api, office: Office, old_output: Pat
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_a_second_execution_may_wait_for_its_turn(api: Api, office: Office) -> None:
     """`--if-locked wait` starts when the first one is done."""
     office.write_leads(people(1))
@@ -474,6 +476,7 @@ def test_a_second_execution_may_wait_for_its_turn(api: Api, office: Office) -> N
     assert told(done, 0)["submitted"] == 1
 
 
+@pytest.mark.long
 def test_the_lock_dies_with_its_process(api: Api, office: Office) -> None:
     """A killed execution locks nobody out."""
     office.write_leads(people(1))
@@ -603,7 +606,8 @@ def test_a_task_that_outlives_the_patience_is_exit_13(tmp_path: Path, office: Of
 
 
 @pytest.mark.parametrize(
-    "fault", ["no-task-id", "error-after", "html-200", "broken-json", "wrong-json", "reset-after", "lost-task"]
+    "fault",
+    first_quick(3, ["no-task-id", "error-after", "html-200", "broken-json", "wrong-json", "reset-after", "lost-task"]),
 )
 def test_requests_in_doubt_are_exit_14(api: Api, office: Office, fault: str) -> None:
     """Nobody can tell whether it was charged: the row says so, and it is not asked again by itself, ever."""
@@ -633,7 +637,7 @@ def test_the_way_out_of_doubt_is_told(api: Api, office: Office) -> None:
     assert "--retry in_doubt" in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["rate-limit", "rate-limit-date", "redirect"])
+@pytest.mark.parametrize("fault", first_quick(1, ["rate-limit", "rate-limit-date", "redirect"]))
 def test_a_refused_post_leaves_no_doubt(api: Api, office: Office, fault: str) -> None:
     """What provably was not accepted is simply sent again."""
     office.write_leads(people(3))
@@ -718,6 +722,7 @@ def test_a_signal_does_not_wait_for_ever_for_a_silent_api(api: Api, office: Offi
     assert api.audit()["accepted"] == 32
 
 
+@pytest.mark.long
 def test_a_signal_fetches_what_is_ready(tmp_path: Path, office: Office) -> None:
     """Results that are there at the signal are written down before the exit."""
     office.write_leads(people(6))
@@ -736,6 +741,7 @@ def _ready(api: Api, accepted: int) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_a_second_signal_leaves_at_once(api: Api, office: Office, old_output: Path) -> None:
     """Who presses Ctrl-C twice does not wait; the POST on the wire is in doubt at the next start."""
     office.write_leads(people(1))
@@ -756,6 +762,7 @@ def test_a_second_signal_leaves_at_once(api: Api, office: Office, old_output: Pa
     assert (receipt.exit_code, receipt.in_doubt, receipt.submitted) == (14, 1, 0)
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_post_costs_nothing(api: Api, office: Office, old_output: Path) -> None:
     """Interrupted while the API is still being asked who we are: out at once."""
     office.write_leads(people(5))
@@ -769,6 +776,7 @@ def test_a_signal_before_the_first_post_costs_nothing(api: Api, office: Office, 
     assert old_output.read_text() == OLD
 
 
+@pytest.mark.long
 def test_a_signal_while_the_output_is_written_leaves_the_old_one(api: Api, office: Office, old_output: Path) -> None:
     """The half-written file goes, the old one stays, and the exit is quick however long the file is."""
     office.write_leads(people(10) * 3_000)
@@ -782,6 +790,7 @@ def test_a_signal_while_the_output_is_written_leaves_the_old_one(api: Api, offic
     assert old_output.read_text() == OLD
 
 
+@pytest.mark.long
 def test_a_signal_does_not_sit_out_a_retry_after(api: Api, office: Office) -> None:
     """An API that asks for an hour's pause does not keep the program from leaving."""
     office.write_leads(people(5))

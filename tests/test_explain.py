@@ -271,6 +271,7 @@ def test_another_question_about_the_same_lead_is_told(api: Api, office: Office) 
     assert "also asked as another question" in shown(office, "--row", "1")
 
 
+@pytest.mark.long
 def test_it_can_be_asked_while_a_run_is_at_work(tmp_path: Path, office: Office) -> None:
     """What waits at the API says until when; after a kill it waits for the next run."""
     office.write_leads(people(1))

@@ -18,7 +18,7 @@ from enrich.tables import copies, dataset, storage
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, put
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import INPUTS, save
 
@@ -231,7 +231,7 @@ def test_an_object_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv.gz"])
+@pytest.mark.parametrize("ending", first_quick(1, ["parquet", "csv", "tsv.gz"]))
 def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns, and of Parquet the number of rows; unless that little does not say it."""
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
@@ -269,6 +269,7 @@ def test_a_dataset_of_ours_is_what_its_manifest_says() -> None:
     assert refused(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
+@pytest.mark.long
 def test_a_run_reads_a_folder_of_a_storage(office: Office, api: Api, bucket: dict[str, Any], tmp_path: Path) -> None:
     """Nothing of it is left on the disk, and no output goes in between."""
     for number in range(3):

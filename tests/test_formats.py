@@ -20,7 +20,7 @@ from enrich.spec import Input, Output
 from enrich.tables import excel
 from enrich.tables.source import Source
 from enrich.tables.writing import write
-from tests.cases import in_turn
+from tests.cases import examples, in_turn
 from tests.tables import INPUTS, OUTPUTS, load, save
 
 NASTY = ["007", "+49 30 1234", "=1+1", " a ", '"', ",", "\t", "\n", "\r\n", "\r", "'", "NULL", "true", "1e5", "1.0"]
@@ -63,7 +63,7 @@ def refused(path: Path, **told: Any) -> str:
 @pytest.mark.long
 @pytest.mark.parametrize("given_as", INPUTS)
 @given(table=tables())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_the_same_leads_come_back_whatever_the_formats(
     tmp_path_factory: pytest.TempPathFactory, given_as: str, table: tuple[list[str], list[list[str]]]
 ) -> None:

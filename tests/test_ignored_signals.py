@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import first_quick
 from tests.harness import Api, Office, people, serving, shown_on, until, usual_signals
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -18,13 +19,16 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [
-        (signal.SIGINT, ()),
-        (signal.SIGTERM, ()),
-        (signal.SIGHUP, ()),
-        pytest.param(signal.SIGINT, ("--processes", "2"), marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, ("--processes", "2"), marks=pytest.mark.long),
-    ],
+    first_quick(
+        1,
+        [
+            (signal.SIGINT, ()),
+            (signal.SIGTERM, ()),
+            (signal.SIGHUP, ()),
+            pytest.param(signal.SIGINT, ("--processes", "2"), marks=pytest.mark.long),
+            pytest.param(signal.SIGTERM, ("--processes", "2"), marks=pytest.mark.long),
+        ],
+    ),
     ids=str,
 )
 def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals, options: tuple[str, ...]) -> None:
@@ -59,6 +63,7 @@ def test_others_still_end_it(tmp_path: Path, office: Office, number: signal.Sign
     assert process.returncode == (130 if number == signal.SIGINT else 143)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_a_run_that_waits_for_its_input_goes_on(api: Api, office: Office, number: signal.Signals) -> None:
     """A pipe that is slow is read with the program's own dispositions."""
@@ -83,6 +88,7 @@ def test_a_run_that_waits_for_its_input_goes_on(api: Api, office: Office, number
     assert len(office.output()) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_a_question_stays(api: Api, office: Office, number: signal.Signals) -> None:
     """While the person is asked on a terminal, too."""
@@ -106,6 +112,7 @@ def test_a_question_stays(api: Api, office: Office, number: signal.Signals) -> N
     assert process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_the_sandbox_goes_on(office: Office) -> None:
     """`enrich sandbox &` in a script is not ended by the script's Ctrl-C."""
     process = office.start("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])

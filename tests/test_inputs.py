@@ -18,7 +18,7 @@ from enrich.place import STDIN, Url, locate
 from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, Api, Done, Office, people, serving, until, usual_signals
 from tests.tables import INPUTS, load, save
 
@@ -176,7 +176,7 @@ def test_a_file_that_comes_during_the_run_is_noticed(tmp_path: Path) -> None:
 # Through a pipe
 
 
-@pytest.mark.parametrize("packed", ["plain", "gzip"])
+@pytest.mark.parametrize("packed", first_quick(1, ["plain", "gzip"]))
 def test_leads_come_through_a_pipe(office: Office, api: Api, packed: str) -> None:
     """They are in the format of the job's input; the copy on disk is gone at the end."""
     office.write_job(input="leads.jsonl", output="out.jsonl")
@@ -220,6 +220,7 @@ def test_a_pipe_that_brings_nothing_of_use_is_told(office: Office, api: Api, dat
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
     """Whoever forgot the pipe is told so."""
     ours, theirs = os.openpty()

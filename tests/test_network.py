@@ -20,7 +20,7 @@ from enrich.api.network import Proxy, find_certificates, find_proxy
 from enrich.connect import patiently
 from enrich.errors import ApiUnreachable, CallFailed, CertificateUntrusted, JobError, NotAccepted
 from enrich.model import SystemClock
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import Api, Office, people, serving
 from tests.test_client import BODY, CREATED, KEY
 from tests.tunnel import Certificate, make_certificate, tunnelling
@@ -347,7 +347,7 @@ def test_without_a_variable_the_usual_certificates_are_trusted() -> None:
 
 @needs_openssl
 @pytest.mark.parametrize(
-    "kind", ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"]
+    "kind", first_quick(2, ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"])
 )
 def test_a_wrong_certificate_file_is_named(certificate: Certificate, tmp_path: Path, kind: str) -> None:
     """Nothing takes its place in silence; a pipe and a device are not read at all."""
@@ -408,7 +408,7 @@ def test_a_folder_of_certificates_is_trusted(certificate: Certificate, tmp_path:
 
 
 @needs_openssl
-@pytest.mark.parametrize("kind", ["unknown", "expired", "another host"])
+@pytest.mark.parametrize("kind", first_quick(1, ["unknown", "expired", "another host"]))
 @pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
 def test_an_untrusted_certificate_ends_it_at_once(tmp_path: Path, kind: str, whose: str) -> None:
     """Asking again changes nothing; the words name the certificate and SSL_CERT_FILE. Nothing was sent."""

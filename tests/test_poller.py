@@ -348,6 +348,7 @@ class TestPatience:
         with serving(tmp_path / "api.db", faults=slow) as api:
             play(tmp_path, api, scene, leads=range(3), timing=Timing())
 
+    @pytest.mark.long
     def test_waiting_for_slow_tasks_costs_no_processor_time(self, tmp_path: Path) -> None:
         """Between polls the loop sleeps, and polls become rare."""
 

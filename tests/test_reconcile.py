@@ -13,7 +13,7 @@ from enrich.difference import compare
 from enrich.errors import Exit
 from enrich.model import MICROS, State, read_balance
 from enrich.surroundings import Options, Progress
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
 from tests.wire import Reply, Seen, answering, http
 
@@ -87,6 +87,7 @@ def test_a_night_with_doubts_is_reconciled(tmp_path: Path, office: Office) -> No
         assert api.audit()["accepted"] == 12
 
 
+@pytest.mark.long
 def test_others_who_use_the_account_are_not_blamed_on_the_job(tmp_path: Path, office: Office) -> None:
     """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
     office.write_leads(people(5))
@@ -247,7 +248,7 @@ def test_a_cap_that_was_overrun_is_told_with_its_reason(office: Office) -> None:
     assert "because a price rose" in err
 
 
-@pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
+@pytest.mark.parametrize("balance", first_quick(2, [-3, -0.5, "-3.5", "-1e3", "-0.000001"]))
 def test_a_negative_balance_is_a_balance(office: Office, balance: object) -> None:
     """It is shown, and no run begins with it."""
     office.write_leads(people(2))

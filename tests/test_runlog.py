@@ -137,6 +137,7 @@ def test_two_processes_share_a_log(tmp_path: Path, office: Office) -> None:
     assert lines[3]["exit_code"] == 143
 
 
+@pytest.mark.long
 def test_a_killed_run_has_no_end_and_the_next_one_tells_of_it(tmp_path: Path, office: Office) -> None:
     """The next start follows a start; its notes carry the number of the execution."""
     office.write_leads(somebody(3))
@@ -356,6 +357,7 @@ def test_a_link_is_followed(tmp_path: Path, complaints: list[str]) -> None:
     assert sorted(map(int, texts(tmp_path / "far"))) == list(range(60))
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_does_not_break_the_run(api: Api, office: Office) -> None:
     """The log stays behind, is told of once on stderr, and the leads are enriched."""
     office.write_leads(somebody(2))

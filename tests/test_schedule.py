@@ -182,6 +182,7 @@ def night(office: Office) -> Office:
     return made
 
 
+@pytest.mark.long
 def test_the_line_runs_the_job_as_cron_would(night: Office, tmp_path: Path) -> None:
     """With an empty environment, from another folder; the key comes from its file, the log is written."""
     with serving(tmp_path / "cron-api.db", api_key="sandbox-key") as api:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slots, written
 from enrich.pace import BURST_S, Pace
-from tests.cases import in_turn
+from tests.cases import examples, in_turn
 
 WANTED = 32
 
@@ -83,7 +83,8 @@ def busiest(sent: list[float]) -> int:
 LAG = st.floats(0, 1.5) | st.just(0.0)
 
 
-@settings(max_examples=25)
+@pytest.mark.long
+@settings(max_examples=examples(25))
 @given(
     rate=st.sampled_from([2.0, 20.0, 100.0, 400.0]),
     seed=st.integers(0, 1000),

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import embedded
 from enrich.sandbox.settings import SandboxSettings
-from tests.cases import in_turn
+from tests.cases import first_quick, in_turn
 from tests.harness import usual_signals
 from tests.sandbox.conftest import Api, people
 
@@ -145,7 +145,7 @@ def test_stops_at_once_with_requests_in_flight(tmp_path: Path) -> None:
     assert len(failures) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", first_quick(1, [signal.SIGTERM, signal.SIGINT]))
 def test_signals_end_it(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it with success, after two lines on stdout and not a word more."""
     with process() as (running, api):
@@ -155,6 +155,7 @@ def test_signals_end_it(number: signal.Signals) -> None:
     assert (running.returncode, rest, errors) == (0, "", "")
 
 
+@pytest.mark.long
 def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `--state` nothing stays behind."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -165,6 +166,7 @@ def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_options_are_settings(tmp_path: Path) -> None:
     """Options reach the settings, faults and misses several times."""
     options = ["--balance", "7.5", "--api-key", "k-1", "--wrong-key", "401", "--aliases", "--hit-rate", "0"]
