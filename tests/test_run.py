@@ -355,7 +355,7 @@ def test_files_are_private_and_hold_neither_key_nor_needless_names(tmp_path: Pat
         api.fault("no-task-id")
         old = os.umask(0)
         try:
-            done = office.enrich("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
+            done = office.command("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
         finally:
             os.umask(old)
 
