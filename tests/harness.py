@@ -87,7 +87,7 @@ class Api:
 
     def _switch(self, method: str, path: str, **body: Any) -> Any:
         # Without certificates, which take long to read and are not needed on loopback.
-        with httpx.Client(verify=False, trust_env=False, timeout=10) as http:  # noqa: S501
+        with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
             answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
         answer.raise_for_status()
         return answer.json()

@@ -568,7 +568,7 @@ def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str)
         office.leave_at_the_api(api)
         office.write_job(**jobs[second])
         office.write_leads(people(FEW + 7))
-        later = office.run(api, Options(max_time_s=1.0))
+        later = office.run(api, Options(max_time_s=3.0))
         assert (later.exit_code, later.submitted) == (Exit.TIME, 7)
         api.advance(60)
         office.write_job(**jobs[first])
@@ -591,7 +591,7 @@ def test_a_ledger_that_knows_no_bundles_goes_on(
         api.advance(60)
         office.write_leads(people(FEW + SIZE))
         office.write_job(dispatch=f"{{bulk: {SIZE}}}")
-        assert office.run(api, Options(max_time_s=1.0)).submitted == SIZE
+        assert office.run(api, Options(max_time_s=3.0)).submitted == SIZE
         api.advance(60)
         assert office.run(api).exit_code == Exit.OK
         status = office.command("status", "job.yaml", "--json").receipt

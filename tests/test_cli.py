@@ -157,7 +157,7 @@ def test_status_tells_what_the_ledger_knows(tmp_path: Path, office: Office) -> N
     """Counts, credits, what expires when and the past executions, with the names of the receipt."""
     office.write_leads(people(12))
     with serving(tmp_path / "api.db", latency="fixed(30)") as api:
-        office.run(api, Options(max_time_s=1.0, limit=5))
+        office.run(api, Options(max_time_s=3.0, limit=5))
         waiting = office.command("status", "job.yaml", "--json").receipt
         api.advance(60)
         receipt = office.run(api, Options(limit=0))

@@ -70,7 +70,7 @@ def ask(
     call: Callable[[Client], Awaitable[T]],
     key: str = KEY,
     clock: SystemClock | None = None,
-    seconds: float = 5.0,
+    seconds: float = 30.0,
 ) -> T:
     """Make calls with a client of their own."""
 
@@ -83,7 +83,7 @@ def ask(
 
 
 def refused(
-    base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 5.0
+    base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 30.0
 ) -> CallFailed:
     """Make a call that fails."""
     return failures(base_url, [call], key, seconds)[0]
@@ -95,7 +95,7 @@ def kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> 
 
 
 def failures(
-    base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 5.0
+    base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 30.0
 ) -> list[CallFailed]:
     """Make calls that fail; whatever is written down of the failures, the key is not in it."""
 
@@ -116,7 +116,7 @@ def failures(
 
 def patience(fault: str) -> float:
     """Wait long, but not for what never comes."""
-    return 0.3 if fault.startswith(("silence", "slow")) else 5.0
+    return 0.3 if fault.startswith(("silence", "slow")) else 30.0
 
 
 async def run(client: Client) -> str:
@@ -459,7 +459,7 @@ def test_a_200_without_a_task_id_is_in_doubt(body: object) -> None:
 def test_a_connection_that_breaks_after_the_request_left_leaves_a_doubt(reply: Reply) -> None:
     """Nobody can tell what the API did; the client posts once and no more."""
     with answering(reply) as wire:
-        seconds = 0.3 if reply.then is Act.SILENCE else 5.0
+        seconds = 0.3 if reply.then is Act.SILENCE else 30.0
         assert type(refused(wire.base_url, run, seconds=seconds)) is Ambiguous
         assert len(wire.requests) == 1
 

@@ -27,7 +27,7 @@ from tests.cases import first_quick
 from tests.harness import HASTY, Office, people
 from tests.wire import Reply, Seen, answering, http
 
-TIMING = replace(HASTY, start_s=0.6, young_s=0.4, outage_s=3.0, no_data_s=0.1)
+TIMING = replace(HASTY, start_s=3.0, young_s=0.4, outage_s=10.0, no_data_s=0.1)
 WATERFALL = {
     "identifier": "email_getter",
     "name": "E-mail",

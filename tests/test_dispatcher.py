@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -327,13 +328,21 @@ class TestEnding:
 
         async def scene() -> None:
             async with at_work(api, tmp_path / LEDGER, range(50)) as floor:
-                floor.journal.do(lambda _: time.sleep(0.2))
+                begun, ended = threading.Event(), threading.Event()
+
+                def busy(_: Ledger) -> None:
+                    begun.set()
+                    ended.wait(30)
+
+                floor.journal.do(busy)
+                await until(begun.is_set)
                 work = asyncio.create_task(floor.work())
-                await asyncio.sleep(0.1)
+                await until(lambda: floor.journal._batches.qsize() > 0)  # the intents wait behind it
                 if leave:
                     floor.execution.leave()
                 else:
                     floor.execution.stop(Exit.INTERRUPTED, EnrichError("stop"))
+                ended.set()
                 await work
                 assert await floor.journal.do(Ledger.recover, 1) == 0
                 assert floor.books.ledger.counts() == {State.PENDING: 50}
@@ -355,7 +364,7 @@ class TestEnding:
                 assert await floor.journal.do(Ledger.recover, 1) == POSTS_ON_THE_WIRE
                 assert floor.books.money[1] == POSTS_ON_THE_WIRE * WORST
 
-        with serving(tmp_path / "api.db", faults=slowly(0.5)) as api:
+        with serving(tmp_path / "api.db", faults=slowly(30)) as api:
             asyncio.run(scene(api))
 
     def test_a_ledger_that_cannot_remember_ends_everything(self, api: Api, tmp_path: Path) -> None:

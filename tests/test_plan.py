@@ -457,7 +457,7 @@ def test_a_plan_that_was_killed_half_way_spends_no_more_than_it_said(tmp_path: P
     office.write_leads(people(6))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api:
         told = frozen_plan(office, api)
-        first = office.run(api, Options(limit=3, max_time_s=1.0))
+        first = office.run(api, Options(limit=3, max_time_s=2.0))
         api.advance(90)
     with serving(tmp_path / "api.db", latency="fixed(0)") as api:
         receipt = office.run(api, Options(plan=told))

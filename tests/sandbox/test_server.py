@@ -141,7 +141,7 @@ def test_stops_at_once_with_requests_in_flight(tmp_path: Path) -> None:
         start = time.monotonic()
         stack.close()
         waiting.join()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30
     assert len(failures) == 1
 
 
@@ -151,7 +151,7 @@ def test_signals_end_it(number: signal.Signals) -> None:
     with process() as (running, api):
         api.run()
         os.kill(running.pid, number)
-        rest, errors = running.communicate(timeout=5)
+        rest, errors = running.communicate(timeout=60)
     assert (running.returncode, rest, errors) == (0, "", "")
 
 
