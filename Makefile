@@ -29,8 +29,8 @@ week: .venv/run ## live through a week with the sandbox: a crash, new prices, no
 test: .venv/dev ## run the tests, in under two minutes
 	$(BIN)/pytest
 
-stories: .venv/dev ## run the long tests: a week, a torture in short, every example of the documents
-	$(BIN)/pytest -m 'long and not cluster'
+stories: .venv/dev ## run the long tests: a week, a torture in short, every example of the documents, of each property
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-full} $(BIN)/pytest -m '(long or hypothesis) and not cluster'
 
 cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
 	$(BIN)/pytest -m cluster -n 1

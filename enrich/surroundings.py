@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from enrich.api.credentials import Access
-from enrich.engine import Engine
 from enrich.execution import Timing
 from enrich.job import Job
 from enrich.model import Clock, State, SystemClock, Wish
 from enrich.planfile import FrozenPlan
 from enrich.store.ledger import Ledger
+
+if TYPE_CHECKING:  # whoever only looks at a run need not wait for what carries one
+    from enrich.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from typing import BinaryIO, cast
 from unittest.mock import patch
 
 import httpx
-from moto.server import ThreadedMotoServer
 
 from enrich.place import Url
 from enrich.tables import storage
@@ -24,6 +23,8 @@ BUCKET = "leads"
 @contextmanager
 def serving_storage() -> Iterator[str]:
     """Serve S3 on loopback."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 - slow to import, and most tests need none
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,24 @@ from hypothesis import settings
 from enrich.place import LedgerPlace, locate_ledger
 from tests import postgres as servers
 from tests.books import Books
+from tests.cases import FULL
 from tests.harness import Api, Office, people, serving
 from tests.postgres import Postgres
 
 # On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
-settings.register_profile("same", deadline=None, derandomize=True, max_examples=60)
-# `HYPOTHESIS_PROFILE=explore make test` looks for new ones.
-settings.register_profile("explore", deadline=None, max_examples=300)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
+# `make stories` looks at all of them …
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
+# … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
+settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 #: Names the folder of the server that all processes of pytest share.
 POSTGRES = "ENRICH_TESTS_POSTGRES"
+
+
+# Containers often switch it off, and then each process of pytest prepares the assertions of all tests anew.
+sys.dont_write_bytecode = False
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -43,8 +43,14 @@ from tests.books import ask
 
 #: An API that answers at once and never fails: what most tests want.
 CALM = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
-#: Patience for tests that wait for the end of it.
-HASTY = Timing(start_s=0.5, outage_s=1.0, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=1.0, get_s=1.0)
+#: Little patience with what tests wait for, but much with answers that come: a busy machine is late.
+HASTY = Timing(start_s=20, outage_s=20, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=20, get_s=20)
+#: The same for an API that is not there at the start, and …
+AWAY = replace(HASTY, start_s=0.5)
+#: … for one that gives no good answer any more in the middle.
+ILL = replace(HASTY, outage_s=1.0)
+#: The same for POSTs that are never answered.
+SILENT = replace(HASTY, post_s=2.0)
 
 JOB = """\
 version: 1
@@ -81,7 +87,7 @@ class Api:
 
     def _switch(self, method: str, path: str, **body: Any) -> Any:
         # Without certificates, which take long to read and are not needed on loopback.
-        with httpx.Client(verify=False, trust_env=False, timeout=10) as http:  # noqa: S501
+        with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
             answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
         answer.raise_for_status()
         return answer.json()
@@ -206,7 +212,7 @@ class Office:
             preexec_fn=prepare,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=100,
             check=False,
             stdin=subprocess.DEVNULL,
         )
@@ -342,7 +348,7 @@ def shown_on(terminal: int, up_to: bytes | None = None) -> bytes:
     return shown
 
 
-def until(holds: Callable[[], bool], at_most: float = 20.0) -> None:
+def until(holds: Callable[[], bool], at_most: float = 60.0) -> None:
     """Wait until something holds."""
     end = time.monotonic() + at_most
     while not holds():

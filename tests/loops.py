@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from enrich.store.ledger import Ledger
 from tests.books import BOUND, CALL, Books
 from tests.harness import HASTY, Api
 
-#: Little patience, but not with POSTs: on a busy machine one that takes longer would be in doubt.
-CALM = replace(HASTY, post_s=20.0)
 #: What `CALL` costs at worst in the sandbox, in millionths.
 WORST = 3_510_000
 
@@ -53,6 +51,8 @@ class Watch:
     on_the_wire: int = 0
     most_on_the_wire: int = 0
     most_at_the_api: int = 0
+    #: No POST leaves before so many have been on the wire at once.
+    together: int = 0
     asked: list[str] = field(default_factory=list)
 
 
@@ -70,6 +70,7 @@ class WatchedClient(Client):
         at_the_api = watch.execution.on_the_wire + watch.execution.in_flight
         watch.most_at_the_api = max(watch.most_at_the_api, at_the_api)
         try:
+            await until(lambda: watch.most_on_the_wire >= watch.together)
             return await super().run(waterfall, body, rows)
         finally:
             watch.on_the_wire -= 1
@@ -143,7 +144,7 @@ class Floor:
         await self.execution.until_leaving(poller.run())
 
 
-async def until(holds: Callable[[], bool], at_most_s: float = 10.0) -> None:
+async def until(holds: Callable[[], bool], at_most_s: float = 30.0) -> None:
     """Let the loops run until something holds."""
     async with asyncio.timeout(at_most_s):
         while not holds():  # noqa: ASYNC110 - what is looked at tells nobody of a change
@@ -159,7 +160,7 @@ async def at_work(
     cap: int | None = None,
     in_flight: int = 200,
     rate: float | None = 1000.0,
-    timing: Timing = CALM,
+    timing: Timing = HASTY,
     clock: Clock | None = None,
 ) -> AsyncIterator[Floor]:
     """Open a ledger, start an execution that wants these leads, and connect to the API."""

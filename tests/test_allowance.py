@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.allowance import RATES, SERVERS, Night, changing, nights, play, steady
+from tests.cases import first_quick, in_turn
 
 KINDS = ("bucket of 10", "fixed window", "sliding window")
 STORIES = tuple(nights(1.0))
@@ -17,9 +18,9 @@ STORIES = tuple(nights(1.0))
 SHARED = ("half taken from 60 to 120 of 180 s", 20.0, "sliding window")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("kind", first_quick(1, KINDS, single=True))
+@pytest.mark.parametrize("rate", first_quick(1, RATES, single=True))
+@pytest.mark.parametrize("story", first_quick(1, STORIES, single=True))
 def test_nine_tenths_are_used_and_one_in_fifty_is_refused(story: str, rate: float, kind: str) -> None:
     """From the start, whether the allowance stays, changes or is shared; four fifths where a 429 costs a second."""
     seen = play(nights(rate)[story](SERVERS[kind]))
@@ -28,8 +29,8 @@ def test_nine_tenths_are_used_and_one_in_fifty_is_refused(story: str, rate: floa
     assert seen.refused_share <= 0.02
 
 
-@pytest.mark.parametrize("latency", [0.005, 0.02])
-@pytest.mark.parametrize("rate", RATES)
+@in_turn("latency", [0.005, 0.02])
+@in_turn("rate", RATES)
 def test_a_quick_api_is_used_as_well(rate: float, latency: float) -> None:
     """The growth does not depend on how long an answer takes."""
     seen = play(replace(nights(rate)["steady, 60 s"](SERVERS["bucket of 10"]), latency_s=latency))
@@ -44,7 +45,7 @@ def test_answers_that_take_a_second_cost_more_429s() -> None:
     assert seen.refused_share <= 0.03
 
 
-@pytest.mark.parametrize("rate", RATES)
+@in_turn("rate", RATES)
 def test_an_allowance_without_any_burst_is_used(rate: float) -> None:
     """Requests leave evenly: a server that never lets two through at once takes most of them."""
     seen = play(Night(steady(rate), SERVERS["bucket of 1"], late=0.0))
@@ -52,7 +53,7 @@ def test_an_allowance_without_any_burst_is_used(rate: float) -> None:
     assert seen.refused_share <= 0.02
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@in_turn("kind", KINDS)
 def test_retry_after_is_kept_to_the_letter(kind: str) -> None:
     """Not one request leaves while the API wants silence."""
     assert play(Night(steady(100.0), SERVERS[kind], retry_after=1.0)).silent == 0

@@ -173,6 +173,7 @@ def test_purged_answers_are_no_anomaly() -> None:
     assert kinds(purged, usual(40)) == []
 
 
+@pytest.mark.long
 def test_equal_nights_are_hardly_ever_told() -> None:
     """A thousand weeks of equal rates, prices and fields: a false alarm in a few of them at most."""
     chance = random.Random(6)
@@ -207,6 +208,7 @@ def test_a_bad_night_is_told() -> None:
     assert sum("hit_rate" in kinds(night(120, 0.3), night(400, 0.6)) for _ in range(100)) >= 95
 
 
+@pytest.mark.long
 @given(st.lists(st.integers(0, 50), max_size=300))
 def test_often_counts_exactly_what_it_can_keep(values: list[int]) -> None:
     """Few different values are counted one by one."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.api.answer import Phase, TaskReply, error_text, is_blank, parse_data, phase_of, pick, read_answer
 from enrich.model import Answer, State
+from tests.cases import in_turn
 
 EMAIL = "ada@engine.example"
 PATHS = ["email"]
@@ -31,7 +31,7 @@ def read(**task: Any) -> Answer:
     return read_answer(TaskReply(task, json.dumps(task)), phase_of(task), PATHS)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "phase"),
     [
         ("created", Phase.RUNNING),
@@ -63,7 +63,7 @@ def test_a_task_without_a_status_is_running() -> None:
     assert phase_of({}) is Phase.RUNNING
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "data",
     [
         [wrapper({"email": EMAIL}, step("A"))],
@@ -78,7 +78,7 @@ def test_a_task_without_a_status_is_running() -> None:
         [None, {"email": EMAIL}],
     ],
 )
-@pytest.mark.parametrize("status", ["completed", "SUCCESS", "partially_completed", "no_data"])
+@in_turn("status", ["completed", "SUCCESS", "partially_completed", "no_data"])
 def test_a_hit_is_found_in_every_shape(status: str, data: object) -> None:
     """The documents contradict each other about the shape; what was paid for is found in all of them."""
     answer = read(status=status, data=data, credits_spent=2.5)
@@ -86,7 +86,7 @@ def test_a_hit_is_found_in_every_shape(status: str, data: object) -> None:
     assert pick(parse_data(data).fields, "email") == EMAIL
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "data",
     [
         None,
@@ -112,21 +112,21 @@ def test_a_hit_is_found_in_every_shape(status: str, data: object) -> None:
         True,
     ],
 )
-@pytest.mark.parametrize("status", ["completed", "no_data"])
+@in_turn("status", ["completed", "no_data"])
 def test_a_miss_is_a_miss_in_every_shape(status: str, data: object) -> None:
     """It cost what it cost, and it is no failure."""
     answer = read(status=status, data=data, credits_spent=0)
     assert (answer.state, answer.error, answer.provider, answer.credits) == (State.NOT_FOUND, None, None, 0)
 
 
-@pytest.mark.parametrize("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
+@in_turn("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
 def test_a_value_that_looks_empty_is_one(value: object) -> None:
     """Nought and false are answers; blank are only null, blank text, [] and {}."""
     assert not is_blank(value)
     assert read(status="completed", data={"email": value}).state is State.FOUND
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("path", "value"),
     [
         ("email", EMAIL),
@@ -164,7 +164,7 @@ def test_the_columns_of_the_job_decide_what_is_found() -> None:
     assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email", "phone"]).state is State.FOUND
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("spent", "micros"),
     [
         (2, 2_000_000),
@@ -205,7 +205,7 @@ def test_the_steps_tell_the_cost_that_the_task_left_out() -> None:
     assert read(status="completed", data=wrapper({}, *steps, step("D", None))).credits is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("task", "is_free"),
     [
         ({"credits_spent": 0}, True),
@@ -227,13 +227,13 @@ def test_a_failure_is_free_only_when_the_api_says_so(task: dict[str, Any], *, is
     assert answer.free_failure is is_free
 
 
-@pytest.mark.parametrize("status", ["completed", "no_data", "gone"])
+@in_turn("status", ["completed", "no_data", "gone"])
 def test_only_a_failure_is_a_free_failure(status: str) -> None:
     """A miss that cost nothing is an answer, and is not asked again."""
     assert not read(status=status, credits_spent=0).free_failure
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("error", "text"),
     [
         ("boom", "boom"),
@@ -263,7 +263,7 @@ def test_a_result_that_is_gone_has_expired() -> None:
     assert "expired" in (answer.error or "")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("data", "provider"),
     [
         (wrapper({"email": EMAIL}, by_provider={"A": {"email": "x"}, "B": {"email": EMAIL}}), "B"),

@@ -14,6 +14,7 @@ import pytest
 
 from enrich.api.transport import START_BYTES, AnswerTooLarge
 from enrich.api.unpacking import MOST_MEMBERS
+from tests.cases import in_turn
 from tests.sending import Sender, get, sending
 from tests.wire import Act, Reply, answering, http
 
@@ -56,8 +57,8 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize(("encoding", "data"), PACKED.values(), ids=PACKED.keys())
-@pytest.mark.parametrize("chunk", [0, 1, 1000])
+@in_turn(("encoding", "data"), PACKED.values(), ids=PACKED.keys())
+@in_turn("chunk", [0, 1, 1000])
 def test_packed_answers_are_read(encoding: str, data: bytes, chunk: int) -> None:
     """In whole or in chunks of any size; nobody unpacks them again, the header is gone."""
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %b\r\n" % encoding.encode()
@@ -109,8 +110,8 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize(("encoding", "data"), UNREADABLE.values(), ids=UNREADABLE.keys())
-@pytest.mark.parametrize("status", [200, 500])
+@in_turn(("encoding", "data"), UNREADABLE.values(), ids=UNREADABLE.keys())
+@in_turn("status", [200, 500])
 def test_what_cannot_be_unpacked_is_an_exception(encoding: str, data: bytes, status: int) -> None:
     """It is said in words; what came is not shown as an answer, and the next request has another connection."""
 
@@ -133,8 +134,8 @@ def test_what_cannot_be_unpacked_is_an_exception(encoding: str, data: bytes, sta
         }
 
 
-@pytest.mark.parametrize("over", [-1, 0, 1, 1000])
-@pytest.mark.parametrize("packed", [True, False])
+@in_turn("over", [-1, 0, 1, 1000])
+@in_turn("packed", [True, False])
 def test_the_bound_is_exact(over: int, packed: bool) -> None:  # noqa: FBT001 - a case
     """An answer of the bound is read, one byte more is too much; its start is kept."""
     data = (TEXT * 2)[: SMALL - 200 + over] if not packed else bytes(SMALL + over)
@@ -172,7 +173,7 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("data", ENDLESS.values(), ids=ENDLESS.keys())
+@in_turn("data", ENDLESS.values(), ids=ENDLESS.keys())
 def test_an_answer_without_end_ends_at_the_bound(data: bytes) -> None:
     """Wherever it has no end, it is cut off, long before its time is over; the connection is not used again."""
 
@@ -197,7 +198,7 @@ def test_the_start_of_what_is_too_large_is_kept(packed: bool) -> None:  # noqa: 
         assert caught.value.start == data[:START_BYTES]
 
 
-@pytest.mark.parametrize("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])
+@in_turn("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])
 def test_a_length_that_is_none_is_no_answer(length: bytes) -> None:
     """Nor are two that differ: nobody knows where that answer ends."""
     reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", Act.CLOSE)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.receipt import Receipt
+from tests.cases import examples, first_quick
 from tests.harness import HEADER, Api, Office, people, serving
 
 OLD = "the output of an older night\n"
@@ -59,7 +60,7 @@ def refused(office: Office, api: Api, code: int, words: tuple[str, ...]) -> None
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", first_quick(5, BROKEN, single=True))
 def test_a_broken_file_is_refused_before_spending(api: Api, office: Office, name: str) -> None:
     """The error names the file, the place and the remedy; not even the sound rows before it are paid for."""
     data, code, words = BROKEN[name]
@@ -118,7 +119,7 @@ def test_a_header_without_rows_is_a_quiet_night(api: Api, office: Office, data: 
     assert office.output() == []
 
 
-@pytest.mark.parametrize("broken", [b"", HEAD + GOOD + b"\na,b\n", b"Name\nx\n", None])
+@pytest.mark.parametrize("broken", first_quick(1, [b"", HEAD + GOOD + b"\na,b\n", b"Name\nx\n", None]))
 def test_what_was_paid_for_is_rescued_from_a_broken_night(tmp_path: Path, office: Office, broken: bytes | None) -> None:
     """Tonight's file is broken, but yesterday's tasks would expire: they are fetched, and nothing new is bought."""
     office.write_leads(people(4))
@@ -155,17 +156,21 @@ def came_back(office: Office, receipt: Receipt, rows: list[list[str]], header: l
 
 @pytest.mark.parametrize(
     "dialect",
-    [
-        ("utf-8", "\ufeff", ",", "\r\n"),
-        ("utf-8", "", ";", "\n"),
-        ("utf-8", "", "\t", "\n"),
-        ("utf-8", "", "|", "\n"),
-        ("utf-8", "", ",", "\r"),
-        ("cp1252", "", ";", "\r\n"),
-        ("utf-16", "", "\t", "\r\n"),
-        ("utf-16-le", "\ufeff", ",", "\n"),
-        ("latin-1", "", ",", "\n"),
-    ],
+    first_quick(
+        3,
+        [
+            ("utf-8", "\ufeff", ",", "\r\n"),
+            ("utf-8", "", ";", "\n"),
+            ("utf-8", "", "\t", "\n"),
+            ("utf-8", "", "|", "\n"),
+            ("utf-8", "", ",", "\r"),
+            ("cp1252", "", ";", "\r\n"),
+            ("utf-16", "", "\t", "\r\n"),
+            ("utf-16-le", "\ufeff", ",", "\n"),
+            ("latin-1", "", ",", "\n"),
+        ],
+        single=True,
+    ),
     ids=repr,
 )
 def test_the_dialects_of_spreadsheets_are_read(api: Api, office: Office, dialect: tuple[str, str, str, str]) -> None:
@@ -276,7 +281,7 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield served
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(NAMES, NAMES, CELLS, CELLS, CELLS), max_size=8))
 def test_whatever_a_cell_holds_comes_back(shared_api: Api, rows: list[tuple[str, ...]]) -> None:
     """Any text in any cell: same rows, same order, same text; never a bug, and a second run pays nothing."""

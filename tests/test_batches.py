@@ -24,6 +24,7 @@ from enrich.store.ledger import Ledger
 from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
 from tests.books import FOUND, Books, file_of, wanted
+from tests.cases import examples, in_turn
 
 CALL = Call("email_getter", (833, 966), 10)
 JOB = """\
@@ -79,7 +80,7 @@ def row_by_row(
     leads=st.lists(st.fixed_dictionaries({"A": CELLS, "B": CELLS, "E": CELLS | MAILS, "F": MAILS}), min_size=1),
     dedupe=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_requests_have_the_very_names_that_they_always_had(
     tmp_path_factory: pytest.TempPathFactory, leads: list[dict[str, str]], *, dedupe: bool
 ) -> None:
@@ -99,7 +100,7 @@ def test_requests_have_the_very_names_that_they_always_had(
     rows=st.lists(st.tuples(*[st.none() | st.text("ab ,;\t\"'\r\n|\0\ufeff\u2028é", max_size=4)] * 3), max_size=6),
     separator=st.sampled_from([",", ";", "\t", "|", " ", "a"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], separator: str) -> None:
     """Quotes where they are needed and nowhere else, blanks as nothing, whoever writes it."""
     raw, text = io.BytesIO(), io.StringIO()
@@ -112,7 +113,7 @@ def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], 
     assert raw.getvalue() == text.getvalue().encode()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("value", "text"),
     [
         ('"a@b.example"', "a@b.example"),

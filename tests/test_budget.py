@@ -31,7 +31,7 @@ def test_the_cap_holds_with_hundreds_in_flight_and_doubts(tmp_path: Path, office
     with serving(
         tmp_path / "api.db", seed=seed, fault_seed=seed, charge_misses=True, latency="uniform(0,0.5)", faults=faults
     ) as api:
-        receipt = office.run(api, timing=replace(HASTY, start_s=20, outage_s=60, post_s=20, get_s=20))
+        receipt = office.run(api, timing=replace(HASTY, outage_s=60))
         audit = api.audit()
 
     assert receipt.exit_code == Exit.CREDITS

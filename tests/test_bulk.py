@@ -25,7 +25,8 @@ from enrich.receipt import Receipt
 from enrich.sandbox import Fault, questions
 from enrich.store.records import check
 from enrich.surroundings import Options
-from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, Api, Office, kill, later, people, serving, until
+from tests.cases import examples, first_quick
+from tests.harness import BOTH_IN_TIME, HASTY, IN_A_FILE, SILENT, Api, Office, kill, later, people, serving, until
 from tests.loops import at_work
 from tests.test_erasure import bytes_of, forget
 
@@ -132,7 +133,7 @@ def test_a_second_run_asks_nothing(api: Api, office: Office) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(4), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(1, 1000),
     size=st.integers(2, 20),
@@ -158,12 +159,15 @@ def test_the_output_is_that_of_single_runs(seed: int, size: int, shape: Any, hit
 
 
 @pytest.mark.parametrize(
-    "fault", ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+    "fault",
+    first_quick(
+        2, ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+    ),
 )
 def test_a_lost_post_leaves_its_rows_in_doubt_and_no_others(api: Api, office: Office, fault: str) -> None:
     """They are never sent again by themselves; a person's word buys them as a task again."""
     api.fault(fault, 1, "post")
-    night = office.run(api, timing=HASTY)
+    night = office.run(api, timing=SILENT if fault == "silence-after" else HASTY)
     assert (night.exit_code, night.in_doubt, night.submitted) == (Exit.IN_DOUBT, SIZE, LEADS - SIZE)
     before = accepted(api)
 
@@ -247,7 +251,7 @@ def names(numbers: Iterable[int]) -> set[str]:
     return {f"First{number}" for number in numbers}
 
 
-@pytest.mark.parametrize("shape", ["new", "fields", "old", "old_short"])
+@pytest.mark.parametrize("shape", first_quick(1, ["new", "fields", "old", "old_short"]))
 @pytest.mark.parametrize("numbers", [(3,), (0, 9, 10, 24), tuple(range(8, 15))])
 def test_wrong_rows_fail_and_the_others_are_sent_again(
     tmp_path: Path, office: Office, wrong: set[str], shape: Any, numbers: tuple[int, ...]
@@ -359,7 +363,7 @@ def test_a_known_price_explains_the_balance(api: Api, office: Office) -> None:
     assert (told["in_doubt"]["number"], told["unexplained"]) == (SIZE, 0)
 
 
-@pytest.mark.parametrize("how", ["410", "gone"])
+@pytest.mark.parametrize("how", first_quick(1, ["410", "gone"]))
 def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> None:
     """Every row of the task, at an unknown price, whatever the body says."""
     with serving(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
@@ -378,7 +382,7 @@ def test_what_is_gone_is_expired(tmp_path: Path, office: Office, how: Any) -> No
 
 @pytest.mark.parametrize(
     ("fault", "code", "in_doubt"),
-    [("lost-task=1", 14, SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
+    first_quick(1, [("lost-task=1", 14, SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)]),
 )
 def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: int, in_doubt: int) -> None:
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
@@ -390,6 +394,7 @@ def test_a_task_that_is_odd(tmp_path: Path, office: Office, fault: str, code: in
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -404,6 +409,7 @@ def test_a_task_that_the_api_forgot(tmp_path: Path, office: Office) -> None:
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_a_task_that_somebody_cancelled(tmp_path: Path, office: Office) -> None:
     """It failed; at no charge, so it is asked again, and paid for once."""
     with serving(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -451,6 +457,7 @@ def test_a_canary_is_a_task_of_its_own(tmp_path: Path, office: Office, hit_rate:
         assert (receipt.exit_code, api.audit()["accepted"], bundles(office)[0][0]) == (code, bought, 4)
 
 
+@pytest.mark.long
 def test_few_tasks_are_on_the_wire(tmp_path: Path, office: Office) -> None:
     """All requests of a POST are in doubt when it is lost, so at most four leave at once."""
     office.write_job(dispatch="{bulk: 2}")
@@ -512,7 +519,7 @@ def test_old_answers_are_asked_again(api: Api, office: Office) -> None:
 # Interrupted, and continued otherwise
 
 
-@pytest.mark.parametrize("fault", ["silence-after", "silence-before"])
+@pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_killed_with_tasks_on_the_wire(api: Api, office: Office, fault: str) -> None:
     """What had left is in doubt, at most four POSTs of it; everything else is bought once."""
     office.write_leads(people(100))
@@ -532,6 +539,7 @@ def test_killed_with_tasks_on_the_wire(api: Api, office: Office, fault: str) -> 
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_killed_while_tasks_run(tmp_path: Path, office: Office) -> None:
     """The next run collects the bundles first, and buys nothing again."""
     with serving(tmp_path / "api.db", latency="fixed(2)") as api:
@@ -545,7 +553,7 @@ def test_killed_while_tasks_run(tmp_path: Path, office: Office) -> None:
         told_the_truth(api, office, receipt)
 
 
-@pytest.mark.parametrize("first", ["bulk", "single"])
+@pytest.mark.parametrize("first", first_quick(1, ["bulk", "single"]))
 def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str) -> None:
     """Tasks in flight are collected as what they are, however the job sends now."""
     jobs: dict[str, dict[str, str]] = {"bulk": {"dispatch": f"{{bulk: {SIZE}}}"}, "single": {}}
@@ -556,7 +564,7 @@ def test_a_job_that_changes_its_mind(tmp_path: Path, office: Office, first: str)
         office.leave_at_the_api(api)
         office.write_job(**jobs[second])
         office.write_leads(people(FEW + 7))
-        later = office.run(api, Options(max_time_s=1.0))
+        later = office.run(api, Options(max_time_s=3.0))
         assert (later.exit_code, later.submitted) == (Exit.TIME, 7)
         api.advance(60)
         office.write_job(**jobs[first])

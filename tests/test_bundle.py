@@ -13,6 +13,7 @@ from enrich.api.answer import Phase, TaskReply, phase_of
 from enrich.api.bundle import read_bundle
 from enrich.api.complaints import named_params, named_rows
 from enrich.model import Answer, State
+from tests.cases import in_turn
 
 ADA = {"email": "ada@engine.example"}
 WRONG = {"company": ["This field is required."]}
@@ -49,13 +50,13 @@ def test_each_row_has_its_own_answer() -> None:
     assert json.loads(answers[2].raw or "") == {"data": ADA}
 
 
-@pytest.mark.parametrize("data", [None, [], {}, [None, None], [{}, []]])
+@in_turn("data", [None, [], {}, [None, None], [{}, []]])
 def test_nothing_at_all_is_a_miss_of_each(data: object) -> None:
     """However the API writes that it found nothing."""
     assert states(read(2, status="completed", data=data, credits_spent=0)[0]) == ["not_found"] * 2
 
 
-@pytest.mark.parametrize("data", [[ADA], [ADA, ADA, ADA], ADA, "text", 7, True])
+@in_turn("data", [[ADA], [ADA, ADA, ADA], ADA, "text", 7, True])
 def test_what_cannot_be_aligned_fails_every_row(data: object) -> None:
     """Nobody's answer is shown as another's; what came is kept once, and not as the first row's own."""
     answers, price = read(2, status="completed", data=data, credits_spent=1)
@@ -67,7 +68,7 @@ def test_what_cannot_be_aligned_fails_every_row(data: object) -> None:
     assert answers[1].raw is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("failed", "rest", "free"),
     [
         (0, "not_found", False),
@@ -88,7 +89,7 @@ def test_rows_without_an_answer_are_misses_unless_some_failed(failed: object, re
         assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "data", "credits_", "free"),
     [
         ("failed", None, 0, True),
@@ -152,7 +153,7 @@ def test_an_answer_that_is_nested_deeply(depth: int, state: str) -> None:
 # A refused POST
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         {"error": "INVALID_PARAMS", "detail": "Row 2: …", "rows": [{"position": 2, "fields": WRONG}]},
@@ -166,7 +167,7 @@ def test_a_row_is_named(body: object) -> None:
     assert named_rows(body, 3) == {1: SAID}
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         {"rows": [{"position": 0, "fields": WRONG}]},
@@ -187,7 +188,7 @@ def test_a_complaint_whose_row_nobody_knows(body: object) -> None:
     assert named_rows(body, 1) == named_params(body) != {}
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         None,

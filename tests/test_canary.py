@@ -13,6 +13,7 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused
 from enrich.spec import Canary
 from enrich.surroundings import Options
+from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_IN_TIME, Office, kill, people, serving, until
 
 LEADS = 30
@@ -64,7 +65,7 @@ def test_started_again_it_judges_the_next(tmp_path: Path, careful: Office) -> No
     ]
 
 
-@pytest.mark.parametrize(("leads", "limit"), [(5, None), (6, None), (LEADS, 4), (LEADS, 6)])
+@pytest.mark.parametrize(("leads", "limit"), first_quick(1, [(5, None), (6, None), (LEADS, 4), (LEADS, 6)]))
 def test_with_no_more_wanted_than_the_canary_nothing_is_judged(
     tmp_path: Path, careful: Office, leads: int, limit: int | None
 ) -> None:
@@ -147,6 +148,7 @@ def test_the_cap_comes_before_the_canary(tmp_path: Path, careful: Office) -> Non
     assert receipt.submitted < 6
 
 
+@pytest.mark.long
 def test_a_kill_among_the_first_costs_nothing_twice(tmp_path: Path, careful: Office) -> None:
     """Kill -9 in the middle of the canary: the next start collects its answers and judges six of its own."""
     with serving(tmp_path / "api.db", hit_rate=0.0, latency="fixed(60)") as api:
@@ -162,7 +164,7 @@ def test_a_kill_among_the_first_costs_nothing_twice(tmp_path: Path, careful: Off
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (12, 0)
 
 
-@pytest.mark.parametrize("of", [7, 20, 100])
+@in_turn("of", [7, 20, 100])
 def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
     """11 of 20 are 55 %, however a computer writes 0.55."""
     for found in range(1, of + 1):
@@ -171,6 +173,7 @@ def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
         assert judge(canary, {State.FOUND: found - 1, State.NOT_FOUND: of - found + 1}) is not None
 
 
+@pytest.mark.long
 def test_what_is_asked_again_is_no_canary(tmp_path: Path, careful: Office) -> None:
     """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
     with serving(tmp_path / "api.db", hit_rate=0.5) as api:

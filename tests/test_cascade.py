@@ -16,6 +16,7 @@ from enrich.api.waterfall import Waterfall
 from enrich.cascade import Cascade, Earned, Earnings, read_offers
 from enrich.model import Settled, State
 from tests.books import CALL
+from tests.cases import first_quick, in_turn
 from tests.harness import CALM, Office, people, serving
 
 OFFER = Waterfall.model_validate(
@@ -95,7 +96,7 @@ def test_a_verifier_stands_last_and_finds_nothing() -> None:
     assert whole.elsewhere == 0
 
 
-@pytest.mark.parametrize("data", [None, [], {}, [None], {"email": None}, {"email": ""}, wrapped(None)])
+@in_turn("data", [None, [], {}, [None], {"email": None}, {"email": ""}, wrapped(None)])
 def test_a_silent_miss_presumes_everybody_who_could_be_asked(data: object) -> None:
     """All but those whose inputs were not sent; no price is made up."""
     by_name, whole = told(settled(State.NOT_FOUND, data, 50))
@@ -155,7 +156,7 @@ def test_a_refund_is_less_than_nothing_elsewhere() -> None:
     assert whole.elsewhere == -2_000_000
 
 
-@pytest.mark.parametrize("cost", [None, "", "free", "NaN", "-1", -3, True, [], {}, [["1"]], "1e99"])
+@in_turn("cost", [None, "", "free", "NaN", "-1", -3, True, [], {}, [["1"]], "1e99"])
 def test_a_cost_that_is_none_is_not_counted(cost: object) -> None:
     """What was paid for it is elsewhere."""
     by_name, whole = told(settled(State.NOT_FOUND, wrapped(None, step("Mailhound", cost)), 500_000))
@@ -163,7 +164,7 @@ def test_a_cost_that_is_none_is_not_counted(cost: object) -> None:
     assert (by_name["Mailhound"].asked, by_name["Mailhound"].credits, whole.elsewhere) == (1, 0, 500_000)
 
 
-@pytest.mark.parametrize("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
+@in_turn("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
 def test_a_step_without_a_name_names_nobody(provider: object) -> None:
     """Then it is as if there was none."""
     by_name, whole = told(settled(State.NOT_FOUND, wrapped(None, step(provider, "1"))))
@@ -172,7 +173,7 @@ def test_a_step_without_a_name_names_nobody(provider: object) -> None:
     assert whole.elsewhere == 0
 
 
-@pytest.mark.parametrize("answer", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"data": {"steps": 7}}'])
+@in_turn("answer", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"data": {"steps": 7}}'])
 def test_an_answer_that_nobody_can_read_breaks_nothing(answer: str) -> None:
     """It is counted."""
     _, whole = told(settled(State.NOT_FOUND, answer=answer))
@@ -237,14 +238,17 @@ def earned(office: Office) -> Earnings:
 
 @pytest.mark.parametrize(
     ("shape", "verifier", "bulk"),
-    [
-        ("wrapped", False, False),
-        ("wrapped", True, False),
-        ("wrapper_object", True, False),
-        ("wrapped", True, True),
-        ("flat", False, False),
-        ("flat_list", True, True),
-    ],
+    first_quick(
+        1,
+        [
+            ("wrapped", False, False),
+            ("wrapped", True, False),
+            ("wrapper_object", True, False),
+            ("wrapped", True, True),
+            ("flat", False, False),
+            ("flat_list", True, True),
+        ],
+    ),
 )
 def test_it_agrees_with_what_the_api_charged(
     tmp_path: Path, office: Office, *, shape: str, verifier: bool, bulk: bool
@@ -274,6 +278,7 @@ def test_it_agrees_with_what_the_api_charged(
     assert {each.name for each in whole.providers if each.verifies} == ({"Mailproof"} if verifier else set())
 
 
+@pytest.mark.long
 def test_misses_that_tell_their_steps_are_told_to_the_credit(tmp_path: Path, office: Office) -> None:
     """Finds, questions and credits of every provider and verifier are those that the API charged."""
     office.write_job(email_verifier="10")

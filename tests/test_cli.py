@@ -157,7 +157,7 @@ def test_status_tells_what_the_ledger_knows(tmp_path: Path, office: Office) -> N
     """Counts, credits, what expires when and the past executions, with the names of the receipt."""
     office.write_leads(people(12))
     with serving(tmp_path / "api.db", latency="fixed(30)") as api:
-        office.run(api, Options(max_time_s=1.0, limit=5))
+        office.run(api, Options(max_time_s=3.0, limit=5))
         waiting = office.command("status", "job.yaml", "--json").receipt
         api.advance(60)
         receipt = office.run(api, Options(limit=0))
@@ -363,6 +363,7 @@ def test_without_its_extra_the_sandbox_says_how_to_get_it(office: Office, argume
 # A terminal
 
 
+@pytest.mark.long
 def test_a_person_at_a_terminal_sees_the_receipt(tmp_path: Path, office: Office) -> None:
     """On a terminal the first run without a cap asks; the receipt fits a small screen; stdout stays clean."""
     office.write_leads(people(5))
@@ -448,6 +449,7 @@ cli.main()
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.long
 def test_who_needs_no_cluster_waits_for_none() -> None:
     """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
     code = (

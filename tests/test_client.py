@@ -29,6 +29,7 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.model import SystemClock
+from tests.cases import in_turn
 from tests.harness import Api, serving
 from tests.wire import Act, Reply, Seen, answering, http, unused_port
 
@@ -69,7 +70,7 @@ def ask(
     call: Callable[[Client], Awaitable[T]],
     key: str = KEY,
     clock: SystemClock | None = None,
-    seconds: float = 5.0,
+    seconds: float = 30.0,
 ) -> T:
     """Make calls with a client of their own."""
 
@@ -82,7 +83,7 @@ def ask(
 
 
 def refused(
-    base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 5.0
+    base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 30.0
 ) -> CallFailed:
     """Make a call that fails."""
     return failures(base_url, [call], key, seconds)[0]
@@ -94,7 +95,7 @@ def kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> 
 
 
 def failures(
-    base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 5.0
+    base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 30.0
 ) -> list[CallFailed]:
     """Make calls that fail; whatever is written down of the failures, the key is not in it."""
 
@@ -115,7 +116,7 @@ def failures(
 
 def patience(fault: str) -> float:
     """Wait long, but not for what never comes."""
-    return 0.3 if fault.startswith(("silence", "slow")) else 5.0
+    return 0.3 if fault.startswith(("silence", "slow")) else 30.0
 
 
 async def run(client: Client) -> str:
@@ -234,7 +235,7 @@ def test_an_unknown_task_is_told_from_an_expired_one(api: Api) -> None:
     assert ask(api.base_url, lambda client: client.task(task_id), api.api_key).body == {"status": "gone"}
 
 
-@pytest.mark.parametrize("error_shape", ["new", "fields", "old"])
+@in_turn("error_shape", ["new", "fields", "old"])
 def test_a_400_tells_a_wrong_row_from_a_wrong_job(tmp_path: Path, error_shape: Literal["new", "fields", "old"]) -> None:
     """In every generation of its body a complaint about a param is about the row, one about a provider is not."""
     with serving(tmp_path / "api.db", error_shape=error_shape) as api:
@@ -246,7 +247,7 @@ def test_a_400_tells_a_wrong_row_from_a_wrong_job(tmp_path: Path, error_shape: L
         assert type(refused(api.base_url, lambda client: client.run("email_getter", body), api.api_key)) is JobRejected
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "kind"),
     [
         (204, Ambiguous),
@@ -278,7 +279,7 @@ def test_every_other_status_of_a_run_has_its_meaning(status: int, kind: type[Cal
         assert len(wire.requests) == len(bodies)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "kind"),
     [
         (400, NotAccepted),
@@ -304,9 +305,7 @@ def test_the_words_of_the_api_do_not_move_the_cursor(detail: object) -> None:
         assert refused(wire.base_url, run).message.isprintable()
 
 
-@pytest.mark.parametrize(
-    "where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"]
-)
+@in_turn("where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"])
 def test_a_redirected_run_is_never_followed(where: str) -> None:
     """Nothing was accepted, nothing is posted again, and the key goes nowhere else."""
     with answering(CREATED) as elsewhere:
@@ -318,7 +317,7 @@ def test_a_redirected_run_is_never_followed(where: str) -> None:
         assert not elsewhere.requests
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@in_turn("status", [301, 302, 307, 308])
 def test_a_redirected_get_is_followed_to_the_same_host(status: int) -> None:
     """A list that moved by a slash is still found."""
 
@@ -334,9 +333,7 @@ def test_a_redirected_get_is_followed_to_the_same_host(status: int) -> None:
         assert [seen.line for seen in wire.requests] == ["GET /v1/user/me HTTP/1.1", "GET /v1/moved HTTP/1.1"]
 
 
-@pytest.mark.parametrize(
-    "where", ["http://127.0.0.1:{port}/steal", "//127.0.0.1:{port}/steal", "http://localhost:{port}/"]
-)
+@in_turn("where", ["http://127.0.0.1:{port}/steal", "//127.0.0.1:{port}/steal", "http://localhost:{port}/"])
 def test_a_get_is_never_redirected_to_another_host(where: str) -> None:
     """The key would go with it; another port is another host."""
     with (
@@ -349,9 +346,7 @@ def test_a_get_is_never_redirected_to_another_host(where: str) -> None:
         assert not elsewhere.requests
 
 
-@pytest.mark.parametrize(
-    "where", ["/v1/user/me", "http://[", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "https://127.0.0.1/"]
-)
+@in_turn("where", ["/v1/user/me", "http://[", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "https://127.0.0.1/"])
 def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
     """Redirects that lead to no answer are one failure, and not a bug of ours."""
     with answering(http(302, location=where)) as wire:
@@ -359,7 +354,7 @@ def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
         assert len(wire.requests) <= 3
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("headers", "seconds"),
     [
         ({}, None),
@@ -398,7 +393,7 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(headers: dict[str, str], se
     assert error.retry_after == seconds
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("body", "task_id"),
     [
         ({"task_id": "abc"}, "abc"),
@@ -415,7 +410,7 @@ def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: 
         assert ask(wire.base_url, run) == task_id
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "body",
     [
         None,
@@ -444,7 +439,7 @@ def test_a_200_without_a_task_id_is_in_doubt(body: object) -> None:
         assert type(refused(wire.base_url, run)) is Ambiguous
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "reply",
     [
         Reply(then=Act.CLOSE),
@@ -464,14 +459,12 @@ def test_a_200_without_a_task_id_is_in_doubt(body: object) -> None:
 def test_a_connection_that_breaks_after_the_request_left_leaves_a_doubt(reply: Reply) -> None:
     """Nobody can tell what the API did; the client posts once and no more."""
     with answering(reply) as wire:
-        seconds = 0.3 if reply.then is Act.SILENCE else 5.0
+        seconds = 0.3 if reply.then is Act.SILENCE else 30.0
         assert type(refused(wire.base_url, run, seconds=seconds)) is Ambiguous
         assert len(wire.requests) == 1
 
 
-@pytest.mark.parametrize(
-    ("host", "scheme"), [("127.0.0.1", "http"), ("127.0.0.1", "https"), ("no-such-host.invalid", "https")]
-)
+@in_turn(("host", "scheme"), [("127.0.0.1", "http"), ("127.0.0.1", "https"), ("no-such-host.invalid", "https")])
 def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> None:
     """A refused connection and a name that nobody has: the request may be sent again."""
     base_url = f"{scheme}://{host}:{unused_port()}/v1"
@@ -479,7 +472,7 @@ def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> No
     assert type(refused(base_url, task)) is NotAccepted
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("status", "body", "kind", "rows"),
     [
         (400, {"rows": [{"position": 2, "fields": {"company": ["Bad."]}}]}, BadParams, {1: "company: Bad."}),
@@ -501,7 +494,7 @@ def test_what_a_refusal_in_bulk_means(status: int, body: object, kind: type, row
         assert wire.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 406, 422, 429, 500])
+@in_turn("status", [400, 401, 403, 404, 406, 422, 429, 500])
 def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
     """Messages end in the ledger, the output and the log."""
     bodies = [
@@ -515,7 +508,7 @@ def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
         kinds(wire.base_url, [run] * len(bodies) + [task] * len(bodies))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("body", "named"),
     [
         ({"detail": {"company": ["This field is required."]}}, "company: This field is required."),
@@ -554,7 +547,7 @@ def test_an_odd_error_body_is_no_bug_of_ours() -> None:
         assert kinds(wire.base_url, [run] * len(odd)) == [JobRejected] * len(odd)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "answer",
     [
         f"{KEY} is not HTTP\r\n\r\n",
@@ -575,16 +568,14 @@ def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
     )
 
 
-@pytest.mark.parametrize("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
+@in_turn("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
 def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
     """Without a status nothing is known of the task."""
     with answering(http(200, body)) as wire:
         assert type(refused(wire.base_url, task)) is NotBelieved
 
 
-@pytest.mark.parametrize(
-    ("body", "kind"), [([], NotUnderstood), ("x", NotUnderstood), (5, NotUnderstood), (b"<html>", NotAccepted)]
-)
+@in_turn(("body", "kind"), [([], NotUnderstood), ("x", NotUnderstood), (5, NotUnderstood), (b"<html>", NotAccepted)])
 def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object, kind: type[CallFailed]) -> None:
     """The account and the waterfalls are read leniently, but they must be what they are."""
     with answering(http(200, body)) as wire:
@@ -594,7 +585,7 @@ def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object, kind: type[C
             assert type(refused(wire.base_url, lambda client: client.waterfalls())) is kind
 
 
-@pytest.mark.parametrize("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
+@in_turn("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
 def test_a_waterfall_without_an_identifier_is_none(body: object) -> None:
     """The one thing that it must have; a list loses only such items."""
     with answering(http(200, body)) as wire:
@@ -603,8 +594,8 @@ def test_a_waterfall_without_an_identifier_is_none(body: object) -> None:
         assert [each.identifier for each in ask(wire.base_url, lambda client: client.waterfalls())] == ["5"]
 
 
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize(
+@in_turn("status", [401, 403])
+@in_turn(
     ("body", "kind"),
     [
         (b"<!DOCTYPE html><title>Attention Required! | Cloudflare</title>", NotAccepted),
@@ -630,7 +621,7 @@ def test_a_proxy_that_wants_a_login_accepted_nothing() -> None:
         assert "the proxy wants a login" in refused(wire.base_url, run).message
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"", {"detail": "x"}])
+@in_turn("body", [b"<html>", b"", {"detail": "x"}])
 def test_pages_of_other_statuses_mean_what_the_status_means(body: object) -> None:
     """A 429 is a 429 and a 5xx may have been accepted, whatever comes with it."""
     replies = iter([http(429, body), http(503, body)])
@@ -670,7 +661,7 @@ def test_the_key_and_the_call_are_sent_as_documented() -> None:
     assert "cookie" not in second.head.lower()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("date", "heard"),
     [
         ("Sun, 01 Nov 2026 12:00:00 GMT", [1_793_534_400_000]),

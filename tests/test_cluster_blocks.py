@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,10 +42,10 @@ from tests.buckets import BUCKET, pointing_to, put
 from tests.harness import until
 from tests.tables import load, save
 
-pytest.importorskip("ray", reason="Ray comes with the extra `cluster`")
 # Ray warns of what Ray does.
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -565,6 +566,7 @@ QUIET = """
 import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ import pytest
 from tests.harness import Api, Office, people, until, usual_signals
 from tests.postgres import Postgres
 
-pytest.importorskip("ray", reason="Ray comes with the extra `cluster`")
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
+]
 
 ON_RAY = ("run", "job.yaml", "--engine", "ray", "--workers", "1")
 

@@ -23,10 +23,11 @@ from enrich.receipt import Receipt
 from enrich.store.lock import hold
 from enrich.store.opening import opened
 from enrich.surroundings import Options, Surroundings
+from tests.cases import first_quick
 from tests.harness import HASTY, Office, people
 from tests.wire import Reply, Seen, answering, http
 
-TIMING = replace(HASTY, start_s=0.6, young_s=0.4, outage_s=3.0, no_data_s=0.1)
+TIMING = replace(HASTY, start_s=3.0, young_s=0.4, outage_s=10.0, no_data_s=0.1)
 WATERFALL = {
     "identifier": "email_getter",
     "name": "E-mail",
@@ -144,7 +145,7 @@ REFUSALS: dict[str, tuple[Callable[[Odd, Office], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
 def test_what_runs_is_collected_before_a_run_is_refused(office: Office, refusal: str) -> None:
     """Each open task is asked for and its answer kept; nothing new is sent, and the run says why."""
     odd = Odd()
@@ -163,7 +164,7 @@ def test_what_runs_is_collected_before_a_run_is_refused(office: Office, refusal:
 UNSEEN = [http(404, {}), http(410, {}), http(401, {}), http(403, {}), http(200, {"status": "gone"})]
 
 
-@pytest.mark.parametrize("answer", UNSEEN)
+@pytest.mark.parametrize("answer", first_quick(1, UNSEEN, single=True))
 def test_another_workspace_writes_nothing_off(office: Office, answer: Reply) -> None:
     """A key that cannot see the tasks proves nothing about them."""
     odd = Odd()
@@ -255,7 +256,7 @@ def test_what_was_written_off_is_asked_for_once_more(office: Office) -> None:
     assert receipt.credits_spent == 1.5
 
 
-@pytest.mark.parametrize("then", ["completed", "running", "unknown", "gone"])
+@pytest.mark.parametrize("then", first_quick(1, ["completed", "running", "unknown", "gone"]))
 def test_a_doubt_with_an_id_is_asked_for_before_it_is_bought_again(office: Office, then: str) -> None:
     """`--retry` pays for what the API does not have, and for nothing else."""
     odd, office_leads = Odd(), people(2)
@@ -345,7 +346,7 @@ POISON: dict[str, tuple[Callable[[str], Reply], str, float | None]] = {
 }
 
 
-@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("poison", first_quick(2, POISON, single=True))
 def test_one_answer_costs_that_answer(office: Office, poison: str) -> None:
     """The other leads get theirs, the row says what is wrong, and the run is not held."""
     odd = Odd()

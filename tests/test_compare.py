@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from enrich.job import load_job
 from enrich.report.compare import compare_executions, compare_jobs, mcnemar, verdict
 from enrich.report.facts import Comparison, Side
+from tests.cases import in_turn
 from tests.harness import CALM, Api, Office, people, serving
 
 
@@ -49,6 +50,7 @@ def refused(office: Office, what: str) -> tuple[int, str]:
     return done.code, done.stderr
 
 
+@pytest.mark.long
 def test_two_orders_of_providers_with_two_ledgers(tmp_path: Path, office: Office) -> None:
     """Each side as it was, and the leads that both asked for like with like."""
     office.write_job(enrichments="[833, 966]")
@@ -92,6 +94,7 @@ def answers(office: Office, output: str) -> dict[str, bool]:
     return {row["First Name"]: row["enrich_status"] == "found" for row in office.output(output)}
 
 
+@pytest.mark.long
 def test_two_jobs_with_one_ledger(api: Api, office: Office) -> None:
     """Another verifier makes another question; the same question is asked once, by whoever came first."""
     office.write_job(ledger="shared.db")
@@ -131,6 +134,7 @@ def test_two_executions(tmp_path: Path, office: Office) -> None:
     assert compare_executions(load_job(office.job_file), 2).left.label == "execution 1"
 
 
+@pytest.mark.long
 def test_leads_in_bulk_cost_their_part_of_the_task(api: Api, office: Office) -> None:
     """The price is the task's; a lead that only one side asked for takes its part with it."""
     office.write_leads(people(8))
@@ -214,7 +218,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
     return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("told", "unknown", "said"),
     [
         (

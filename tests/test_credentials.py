@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from enrich.api.credentials import DEFAULT_BASE_URL, Access, check_base_url, find_access, find_key
 from enrich.errors import JobError, KeyRefused
+from tests.cases import in_turn
 
 KEY = "key-5b1f0e77-that-nobody-may-see"
 
@@ -33,7 +34,7 @@ def test_the_key_is_looked_for_in_three_places_in_order(tmp_path: Path) -> None:
     assert find_key({"DATABAR_API_KEY": " ", "DATABAR_API_KEY_FILE": ""}, tmp_path).get_secret_value() == "from-login"
 
 
-@pytest.mark.parametrize("text", ["", "\n", "api_key=\n", "api_key\n", "other=KEY\n", "# api_key=KEY\n"])
+@in_turn("text", ["", "\n", "api_key=\n", "api_key\n", "other=KEY\n", "# api_key=KEY\n"])
 def test_a_login_without_a_key_is_none(tmp_path: Path, text: str) -> None:
     """The message says where was looked, and how to try without."""
     login(tmp_path, text)
@@ -42,7 +43,7 @@ def test_a_login_without_a_key_is_none(tmp_path: Path, text: str) -> None:
     assert "--sandbox" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("text", [KEY, f"{KEY}\r\n", f"\ufeff{KEY}\n", f"\n  {KEY}\t\n"])
+@in_turn("text", [KEY, f"{KEY}\r\n", f"\ufeff{KEY}\n", f"\n  {KEY}\t\n"])
 def test_a_key_file_may_end_in_a_line(tmp_path: Path, text: str) -> None:
     """Editors add line ends, and some a byte order mark; neither is part of the key."""
     file = tmp_path / "key"
@@ -67,7 +68,7 @@ def test_a_key_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         assert str(path) in caught.value.message
 
 
-@pytest.mark.parametrize("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u200b"])
+@in_turn("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u200b"])
 def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path: Path, key: str) -> None:
     """Two lines in a file, a copied blank: it is told before anything is sent, without showing it."""
     file = tmp_path / "key"
@@ -84,7 +85,7 @@ def test_the_key_is_in_no_repr() -> None:
     assert KEY not in f"{access} {access!r} {access.key}"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("base_url", "host"),
     [
         ("https://api.databar.ai/v1", "api.databar.ai"),
@@ -104,14 +105,14 @@ def test_an_address_is_https_or_loopback(tmp_path: Path, base_url: str, host: st
     assert not access.base_url.endswith(("/", "\n"))
 
 
-@pytest.mark.parametrize("base_url", [None, "", " "])
+@in_turn("base_url", [None, "", " "])
 def test_the_address_has_a_default(tmp_path: Path, base_url: str | None) -> None:
     """An empty variable counts as missing."""
     environ = {"DATABAR_API_KEY": KEY} | ({} if base_url is None else {"DATABAR_BASE_URL": base_url})
     assert find_access(environ, tmp_path).base_url == DEFAULT_BASE_URL
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "base_url",
     [
         "http://api.databar.ai/v1",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from enrich.tables.csvfile import CELL_LIMIT, CsvWriter, likely_separator, read_batches, read_header
 from enrich.tables.textfile import TableFile, TableProblem
+from tests.cases import examples, first_quick, in_turn
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -51,7 +52,7 @@ def written(header: list[str], rows: list[list[str | None]], separator: str = ",
     return raw.getvalue()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("content", "rows"),
     [
         pytest.param("a,b\n1,2\n", [("a", "b"), ("1", "2")], id="plain"),
@@ -83,7 +84,7 @@ def test_ugly_but_sound_text_is_read_exactly(tmp_path: Path, content: bytes | st
     assert rows_of(saved(tmp_path, content)) == rows
 
 
-@pytest.mark.parametrize("rows_per_batch", [1, 2, 3, 100])
+@in_turn("rows_per_batch", [1, 2, 3, 100])
 def test_batches_keep_the_order(tmp_path: Path, rows_per_batch: int) -> None:
     """However the rows are cut, they come in the order of the file, each batch full but the last."""
     source = saved(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
@@ -98,7 +99,7 @@ def test_a_file_without_rows_yields_no_batch(tmp_path: Path) -> None:
     assert list(read_batches(saved(tmp_path, "a,b\n"))) == []
 
 
-@pytest.mark.parametrize("padding", range(8180, 8196))
+@in_turn("padding", range(8180, 8196))
 def test_a_line_end_across_two_reads_is_one(tmp_path: Path, padding: int) -> None:
     """A CRLF that the buffer of the text cuts in two ends one line, not two."""
     source = saved(tmp_path, f'a\r\n"{"x" * padding}\r\n"\r\n2\r\n3')
@@ -108,7 +109,7 @@ def test_a_line_end_across_two_reads_is_one(tmp_path: Path, padding: int) -> Non
     assert rows_of(source)[1:] == [("x" * padding + "\r\n",), ("2",), ("3",)]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
+@in_turn("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
 def test_every_encoding_of_unicode_is_read(tmp_path: Path, encoding: str) -> None:
     """The encoding is the one that was named, and a byte order mark is never part of a name."""
     text = "名前,b\nЩёлк,Ωμέγα 🚀\n"
@@ -117,7 +118,7 @@ def test_every_encoding_of_unicode_is_read(tmp_path: Path, encoding: str) -> Non
     assert rows_of(saved(tmp_path, ("\ufeff" + text).encode("utf-16-le"), encoding="utf-16-le")) == expected
 
 
-@pytest.mark.parametrize("separator", [";", "\t", "|", " ", "¦"])
+@in_turn("separator", [";", "\t", "|", " ", "¦"])
 def test_other_separators_are_read(tmp_path: Path, separator: str) -> None:
     """The separator parts the cells, and the comma is text."""
     assert rows_of(saved(tmp_path, f"a{separator}b\n1,5{separator}2\n", separator=separator))[1] == ("1,5", "2")
@@ -130,85 +131,106 @@ def test_a_gz_file_is_read_through_gzip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message", "hint"),
-    [
-        pytest.param("", "{path} is empty", "column names", id="0 bytes"),
-        pytest.param("\n\r\n\n", "{path} is empty", "column names", id="empty lines only"),
-        pytest.param(UTF8_MARK, "{path} is empty", "column names", id="byte order mark only"),
-        pytest.param(
-            "a,b,c\n1,2,3\n\n1,2\n",
-            "{path}: row 2 (line 4) has 2 cells, but the header has 3 columns",
-            "Look for a cell with ',' or a quote in it that should be in quotes",
-            id="short row",
-        ),
-        pytest.param("a,b\n1,2,\n", "{path}: row 1 (line 2) has 3 cells, but the header has 2 columns", "", id="long"),
-        pytest.param("a,b\n \n", "{path}: row 1 (line 2) has 1 cell, but the header has 2 columns", "", id="spaces"),
-        pytest.param("a;b\nx;1,5\n", "{path}: row 1 (line 2) has 2 cells", "separator is ';'", id="wrong separator"),
-        pytest.param(
-            'a,b\n"1\n2",3\n4,"5\n\n6",7\n',
-            "{path}: row 2 (line 4) has 3 cells, but the header has 2 columns",
-            "the row runs on to line 6",
-            id="long row of many lines",
-        ),
-        pytest.param(
-            'a,b\n1,2\n\n3,"4\n5,6\n',
-            "{path}: row 2 (line 4) has a quote that is never closed",
-            "Close the quote, or double it if it is text; the row runs on to line 5",
-            id="unclosed quote",
-        ),
-        pytest.param('"a,b\n1,2\n', "{path}: the header (line 1) has a quote that is", "", id="unclosed in header"),
-        pytest.param('a\n"1"2\n', "{path}: row 1 (line 2) has characters after a closing quote", "Double", id="after"),
-        pytest.param(
-            'a,b\n1,"2\n3,"4"\n',
-            "{path}: row 1 (line 2) has characters after a closing quote",
-            "the row runs on to line 3",
-            id="closed by the next quote",
-        ),
-        pytest.param("a,b\n1,2\n3,\0\n", "{path}: row 2 (line 3) has a NUL character", "text file", id="NUL"),
-        pytest.param("a,\0\n1,2\n", "{path}: the header (line 1) has a NUL character", "text file", id="NUL in header"),
-        pytest.param(
-            "a,b\n1,2\n".encode("utf-16-le"), "{path}: the header (line 1) has a NUL", "utf-16-le", id="no mark"
-        ),
-        pytest.param(
-            "Email,b,Email,,c,\n",
-            "{path}: the header (line 1) names columns twice: `Email` at 1, 3; the blank name at 4, 6",
-            "name of its own",
-            id="duplicate names",
-        ),
-        pytest.param(
-            "a,b\n\n1,2\n3,Jos\u00e9\n".encode("cp1252"),
-            "{path} is not `utf-8` text: byte 15 (line 4) has no meaning in it",
-            "`encoding: cp1252`",
-            id="cp1252",
-        ),
-        pytest.param(b"a\r1\r\xe9", "{path} is not `utf-8` text: byte 5 (line 3)", "cp1252", id="cut at the end"),
-        pytest.param(
-            b"a\n" + b"x\r\n" * 349_525 + b"\xc3" + b"x",
-            "{path} is not `utf-8` text: byte 1048578 (line 349527)",
-            "cp1252",
-            id="far down",
-        ),
-        pytest.param(
-            b"a\n" + b"\n" * ((1 << 20) - 3) + b"\xe9\n",
-            "{path} is not `utf-8` text: byte 1048576 (line 1048575)",
-            "cp1252",
-            id="across two reads",
-        ),
-        pytest.param(
-            "a,b\n".encode("utf-16"), "{path} is not `utf-8` text: byte 1 (line 1)", "`encoding: utf-16`", id="utf-16"
-        ),
-        pytest.param(
-            "a,b\n".encode("utf-32"), "{path} is not `utf-8` text: byte 1 (line 1)", "`encoding: utf-32`", id="utf-32"
-        ),
-        pytest.param(b"PK\x03\x04\x14\0", "{path} is not CSV text but a zip archive or an Excel", "`.xlsx`", id="xlsx"),
-        pytest.param(gzip.compress(b"a\n"), "{path} is not CSV text but compressed with gzip", "`.gz`", id="gzip"),
-        pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "no text file", id="picture"),
-        pytest.param(
-            "a\n" + "x" * (CELL_LIMIT + 1),
-            "{path}: row 1 (line 2) has a cell of more than 10,000,000 characters",
-            "never closed",
-            id="endless cell",
-        ),
-    ],
+    first_quick(
+        6,
+        [
+            pytest.param("", "{path} is empty", "column names", id="0 bytes"),
+            pytest.param("\n\r\n\n", "{path} is empty", "column names", id="empty lines only"),
+            pytest.param(UTF8_MARK, "{path} is empty", "column names", id="byte order mark only"),
+            pytest.param(
+                "a,b,c\n1,2,3\n\n1,2\n",
+                "{path}: row 2 (line 4) has 2 cells, but the header has 3 columns",
+                "Look for a cell with ',' or a quote in it that should be in quotes",
+                id="short row",
+            ),
+            pytest.param(
+                "a,b\n1,2,\n", "{path}: row 1 (line 2) has 3 cells, but the header has 2 columns", "", id="long"
+            ),
+            pytest.param(
+                "a,b\n \n", "{path}: row 1 (line 2) has 1 cell, but the header has 2 columns", "", id="spaces"
+            ),
+            pytest.param(
+                "a;b\nx;1,5\n", "{path}: row 1 (line 2) has 2 cells", "separator is ';'", id="wrong separator"
+            ),
+            pytest.param(
+                'a,b\n"1\n2",3\n4,"5\n\n6",7\n',
+                "{path}: row 2 (line 4) has 3 cells, but the header has 2 columns",
+                "the row runs on to line 6",
+                id="long row of many lines",
+            ),
+            pytest.param(
+                'a,b\n1,2\n\n3,"4\n5,6\n',
+                "{path}: row 2 (line 4) has a quote that is never closed",
+                "Close the quote, or double it if it is text; the row runs on to line 5",
+                id="unclosed quote",
+            ),
+            pytest.param('"a,b\n1,2\n', "{path}: the header (line 1) has a quote that is", "", id="unclosed in header"),
+            pytest.param(
+                'a\n"1"2\n', "{path}: row 1 (line 2) has characters after a closing quote", "Double", id="after"
+            ),
+            pytest.param(
+                'a,b\n1,"2\n3,"4"\n',
+                "{path}: row 1 (line 2) has characters after a closing quote",
+                "the row runs on to line 3",
+                id="closed by the next quote",
+            ),
+            pytest.param("a,b\n1,2\n3,\0\n", "{path}: row 2 (line 3) has a NUL character", "text file", id="NUL"),
+            pytest.param(
+                "a,\0\n1,2\n", "{path}: the header (line 1) has a NUL character", "text file", id="NUL in header"
+            ),
+            pytest.param(
+                "a,b\n1,2\n".encode("utf-16-le"), "{path}: the header (line 1) has a NUL", "utf-16-le", id="no mark"
+            ),
+            pytest.param(
+                "Email,b,Email,,c,\n",
+                "{path}: the header (line 1) names columns twice: `Email` at 1, 3; the blank name at 4, 6",
+                "name of its own",
+                id="duplicate names",
+            ),
+            pytest.param(
+                "a,b\n\n1,2\n3,Jos\u00e9\n".encode("cp1252"),
+                "{path} is not `utf-8` text: byte 15 (line 4) has no meaning in it",
+                "`encoding: cp1252`",
+                id="cp1252",
+            ),
+            pytest.param(b"a\r1\r\xe9", "{path} is not `utf-8` text: byte 5 (line 3)", "cp1252", id="cut at the end"),
+            pytest.param(
+                b"a\n" + b"x\r\n" * 349_525 + b"\xc3" + b"x",
+                "{path} is not `utf-8` text: byte 1048578 (line 349527)",
+                "cp1252",
+                id="far down",
+            ),
+            pytest.param(
+                b"a\n" + b"\n" * ((1 << 20) - 3) + b"\xe9\n",
+                "{path} is not `utf-8` text: byte 1048576 (line 1048575)",
+                "cp1252",
+                id="across two reads",
+            ),
+            pytest.param(
+                "a,b\n".encode("utf-16"),
+                "{path} is not `utf-8` text: byte 1 (line 1)",
+                "`encoding: utf-16`",
+                id="utf-16",
+            ),
+            pytest.param(
+                "a,b\n".encode("utf-32"),
+                "{path} is not `utf-8` text: byte 1 (line 1)",
+                "`encoding: utf-32`",
+                id="utf-32",
+            ),
+            pytest.param(
+                b"PK\x03\x04\x14\0", "{path} is not CSV text but a zip archive or an Excel", "`.xlsx`", id="xlsx"
+            ),
+            pytest.param(gzip.compress(b"a\n"), "{path} is not CSV text but compressed with gzip", "`.gz`", id="gzip"),
+            pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "no text file", id="picture"),
+            pytest.param(
+                "a\n" + "x" * (CELL_LIMIT + 1),
+                "{path}: row 1 (line 2) has a cell of more than 10,000,000 characters",
+                "never closed",
+                id="endless cell",
+            ),
+        ],
+    ),
 )
 def test_a_broken_file_is_named_by_row_and_line(tmp_path: Path, content: bytes | str, message: str, hint: str) -> None:
     """The message says where, the hint what to do."""
@@ -219,7 +241,7 @@ def test_a_broken_file_is_named_by_row_and_line(tmp_path: Path, content: bytes |
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+@in_turn("at", [0, 1, 2, 3, 4])
 def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
     """The row is counted over the whole file, and the batches before it have come out."""
     lines = [f"{number},x" for number in range(5)]
@@ -232,7 +254,7 @@ def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
         next(batches)
 
 
-@pytest.mark.parametrize("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
+@in_turn("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
 def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
     """Messages may end in logs, and the cells are about persons."""
     source = saved(tmp_path, f"a,b\n{row}\n".encode(errors="surrogatepass"))
@@ -242,7 +264,7 @@ def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
     assert problem.__context__ is None or problem.__suppress_context__
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("content", "encoding", "hint"),
     [
         (b"a\n\x81\n", "cp1252", "`encoding: utf-8`"),
@@ -261,7 +283,7 @@ def test_text_of_another_encoding_is_refused(tmp_path: Path, content: bytes, enc
     assert hint in (problem.hint or "")
 
 
-@pytest.mark.parametrize("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
+@in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
 def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     """It is told by its name, whether one reads or writes."""
     problem = problem_of(saved(tmp_path, "a\n1\n", encoding=encoding))
@@ -270,7 +292,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
-@pytest.mark.parametrize("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
+@in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
 def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separator: str) -> None:
     """Quotes and line ends have their own meaning."""
     assert "is not a single character" in problem_of(saved(tmp_path, "a\n", separator=separator)).message
@@ -278,7 +300,7 @@ def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separato
         CsvWriter(io.BytesIO(), separator)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content", [b"a\n1\n", gzip.compress(b"a\n1\n", mtime=0)[:-9], gzip.compress(b"a\n" * 99, mtime=0)[:12] + b"?" * 9]
 )
 def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -324,7 +346,7 @@ def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
     assert csv.field_size_limit() == before
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("header", "separator", "likely"),
     [
         (["a;b;c,d"], ",", ";"),
@@ -400,7 +422,7 @@ def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str | None]]]:
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le"]),
     rows_per_batch=st.integers(1, 6),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_what_was_written_is_read_again(
     tmp_path_factory: pytest.TempPathFactory,
     table: tuple[list[str], list[list[str | None]]],
@@ -423,7 +445,7 @@ def test_what_was_written_is_read_again(
     name=st.sampled_from(["leads.csv", "leads.csv.gz"]),
     encoding=st.sampled_from(["utf-8", "ascii", "cp1252", "utf-16", "utf-7", "shift_jis"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_whatever_a_file_holds_it_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, encoding: str
 ) -> None:

@@ -24,6 +24,7 @@ from enrich.tables.manifest import MANIFEST
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, got, put
+from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import load, save
 
@@ -131,7 +132,7 @@ def test_many_write_parts_and_one_finishes(target: Place, tmp_path: Path) -> Non
     assert len(names(folder)) == 4
 
 
-@pytest.mark.parametrize("firsts", [(0, 4), (2,), (0, 0), (0, 1)])
+@pytest.mark.parametrize("firsts", first_quick(2, [(0, 4), (2,), (0, 0), (0, 1)], single=True))
 def test_rows_that_are_missing_or_there_twice_are_refused(
     target: Place, tmp_path: Path, firsts: tuple[int, ...]
 ) -> None:
@@ -150,7 +151,9 @@ class GivenUpError(Exception):
     """What a signal raises between two batches."""
 
 
-@pytest.mark.parametrize("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", first_quick(2, [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()]), ids=repr
+)
 def test_a_dataset_that_was_not_finished_never_appears(target: Place, tmp_path: Path, error: BaseException) -> None:
     """The old one counts, and the next start removes what is left."""
     written(target, 1)
@@ -255,7 +258,9 @@ def test_a_swap_that_fails_leaves_the_old_dataset(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
+@pytest.mark.parametrize(
+    "strange", first_quick(2, ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
+)
 @pytest.mark.parametrize("known", [True, False])
 def test_what_we_did_not_write_is_never_replaced(target: Place, strange: str, *, known: bool) -> None:
     """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
@@ -319,7 +324,7 @@ def test_two_runs_at_a_time_do_not_mix_their_parts(target: Place, tmp_path: Path
         assert index(fetched(target, tmp_path / "fetched")) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
+@pytest.mark.parametrize("whose", first_quick(1, ["this run", "a run that was killed"]))
 def test_who_was_taken_for_lost_changes_nothing(target: Place, tmp_path: Path, whose: str) -> None:
     """Neither parts that count already nor what a later run writes; what he leaves, the next start removes."""
     lost = begun(target)
@@ -360,7 +365,7 @@ def test_a_dataset_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Pat
             prepare(tmp_path / name, Path("/leads.csv"), "job")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("source", "output"),
     [
         ("leads", "leads/new"),

@@ -17,6 +17,7 @@ from enrich.errors import Refused
 from enrich.store.ledger import Ledger
 from enrich.store.records import Records
 from tests.books import Books
+from tests.cases import first_quick
 from tests.harness import Api, Done, Office, people, serving, until
 
 OLD = "the output of an older night\n"
@@ -80,6 +81,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_exit_1(api: Api, office: Office) 
     goes_on(office, api, 150)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_from_the_start_costs_nothing(api: Api, office: Office) -> None:
     """No ledger can be made: refused before anything is sent, and no half of one stays in the way."""
     office.write_leads(people(5))
@@ -167,7 +169,7 @@ def beheaded(content: bytearray) -> None:
     content[:100] = random.Random(3).randbytes(100)
 
 
-@pytest.mark.parametrize("damage", [cut, emptied, overwritten, beheaded])
+@pytest.mark.parametrize("damage", first_quick(1, [cut, emptied, overwritten, beheaded]))
 def test_a_damaged_ledger_is_exit_5_and_nothing_is_sent(
     api: Api, office: Office, damage: Callable[[bytearray], None]
 ) -> None:
@@ -239,6 +241,7 @@ def test_the_start_of_a_ledger_may_be_killed(api: Api, office: Office) -> None:
 # Gone
 
 
+@pytest.mark.long
 def test_an_output_folder_that_vanished_loses_no_answer(tmp_path: Path, office: Office) -> None:
     """Removed while the run was at work it is made again; removed afterwards, `collect` makes it again."""
     office.write_leads(people(5))

@@ -13,6 +13,7 @@ import yaml
 from enrich.cli import cli
 from enrich.job import load_job
 from enrich.spec import JobModel
+from tests.cases import in_turn
 from tests.documents import (
     ALL_DOCUMENTS,
     DOCUMENTS,
@@ -50,7 +51,7 @@ def parse(arguments: list[str]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@in_turn("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_the_console_says_what_a_document_shows(document: Path, tmp_path: Path) -> None:
     """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""
     shown = document.read_text(encoding="utf-8").count("\n$ ")
@@ -110,7 +111,7 @@ def test_commands_that_are_not_there_would_be_found() -> None:
             parse(arguments)
 
 
-@pytest.mark.parametrize("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@in_turn("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
     """Relative links point to files that are there, and to headings that they have."""
     for link in links(document):

@@ -11,7 +11,8 @@ import pytest
 
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
-from tests.harness import HASTY, Api, Done, Office, people, serving
+from tests.cases import first_quick
+from tests.harness import AWAY, Api, Done, Office, people, serving
 
 
 @pytest.fixture
@@ -81,6 +82,7 @@ def test_the_environment_may_come_from_a_file(ready: Office, api: Api) -> None:
     assert ready.command("doctor", "job.yaml", "--env", "nonsense").code == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://p.example"), ("SSL_CERT_FILE", "/nowhere")])
 def test_a_way_that_cron_cannot_take(ready: Office, api: Api, name: str, value: str) -> None:
     """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
@@ -118,7 +120,7 @@ def test_a_key_that_others_may_read(ready: Office, api: Api) -> None:
 def test_an_api_that_is_away(ready: Office) -> None:
     """Exit 4."""
     away = Api("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.setup.online.Timing", lambda: HASTY):
+    with patch("enrich.setup.online.Timing", lambda: AWAY):
         done = doctor(ready, away)
     assert done.code == 4
     assert "unreachable" in findings(done, "fail")["api"]
@@ -135,14 +137,17 @@ def test_a_job_that_is_wrong(ready: Office, api: Api) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "said", "code"),
-    [
-        ({"input": "none.csv"}, "does not exist", 5),
-        ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
-        ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
-        ({"output": "leads.csv"}, "the same file", 2),
-        ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
-        ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
-    ],
+    first_quick(
+        2,
+        [
+            ({"input": "none.csv"}, "does not exist", 5),
+            ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
+            ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
+            ({"output": "leads.csv"}, "the same file", 2),
+            ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
+            ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
+        ],
+    ),
 )
 def test_what_would_end_the_run(ready: Office, api: Api, changed: dict[str, str], said: str, code: int) -> None:
     """With the exit code that the run would have."""
@@ -217,6 +222,7 @@ def test_a_clock_that_is_off(ready: Office, api: Api) -> None:
     assert "behind the API's" in findings(done, "warn")["clock"]
 
 
+@pytest.mark.long
 def test_paths_that_crons_python_cannot_write(ready: Office, api: Api) -> None:
     """Only where the locale forbids UTF-8."""
     ready.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
@@ -254,6 +260,7 @@ def test_the_environment_of_the_shell_comes_back(ready: Office, api: Api) -> Non
         assert dict(os.environ) == before
 
 
+@pytest.mark.long
 def test_as_a_program_under_an_empty_environment(ready: Office, api: Api) -> None:
     """What cron would say when it asked the doctor itself."""
     done = ready.enrich("doctor", "job.yaml", "--env", f"HOME={ready.folder}", "--offline", api=api)

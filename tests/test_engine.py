@@ -60,6 +60,7 @@ def test_a_ledger_in_a_file_is_for_one_machine(api: Api, office: Office) -> None
     assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in done.stderr
 
 
+@pytest.mark.long
 def test_without_the_extra(api: Api, far: Office) -> None:
     """It is said how to get it."""
     far.write_leads(people(2))

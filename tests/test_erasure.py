@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from enrich.store.records import check
+from tests.cases import first_quick
 from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people, serving
 
 
@@ -128,7 +129,9 @@ def test_a_name_that_is_nowhere_is_a_mistake(office: Office) -> None:
     assert office.command("forget", "job.yaml", "--match", "First1", "--yes").code == 2
 
 
-@pytest.mark.parametrize("words", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
+@pytest.mark.parametrize(
+    "words", first_quick(1, [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")], single=True)
+)
 def test_off_a_terminal_erasing_needs_a_yes(office: Office, words: tuple[str, ...]) -> None:
     """Nobody is there to be asked."""
     done = office.enrich(words[0], "job.yaml", *words[1:])
@@ -159,7 +162,7 @@ def test_without_the_key_nothing_is_asked(office: Office, api: Api) -> None:
     assert api.audit()["accepted"] == 3
 
 
-@pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
+@pytest.mark.parametrize("key", first_quick(1, [None, b"", b"x" * 100, bytes(32)]))
 @IN_A_FILE
 def test_another_key_is_not_believed(office: Office, api: Api, key: bytes | None) -> None:
     """Neither a run nor the next wish to be forgotten goes on with it: the first would be asked about again."""
@@ -178,7 +181,9 @@ def test_another_key_is_not_believed(office: Office, api: Api, key: bytes | None
     assert api.audit()["accepted"] == 3
 
 
-@pytest.mark.parametrize("change", [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
+@pytest.mark.parametrize(
+    "change", first_quick(1, [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
+)
 def test_a_forgotten_person_is_not_asked_of_others_either(office: Office, api: Api, change: dict[str, str]) -> None:
     """Whoever is asked, and however often she is in the file, the question is about her."""
     forget(office, "First Name=First1")

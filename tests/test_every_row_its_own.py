@@ -19,13 +19,14 @@ from enrich.execution import Timing
 from enrich.receipt import Receipt
 from enrich.sandbox import SandboxSettings
 from enrich.surroundings import Options
+from tests.cases import examples, first_quick
 from tests.harness import CALM, HASTY, JOB, Api, Office, people, serving
 from tests.out_of_step import Act, Choose, Exchange, Proxy, Trick, out_of_step
 from tests.own_answers import ANSWERS, wrong_rows
 
 LEADS = 40
 #: Longer than any machine needs, but for a task that is not known.
-TIMING = replace(HASTY, post_s=30.0, get_s=10.0, outage_s=15.0, start_s=10.0)
+TIMING = replace(HASTY, outage_s=15.0)
 #: So that a 404 is not believed because of the time that passed.
 SURE = replace(TIMING, young_s=60.0)
 #: How a run may end that cannot fetch all answers.
@@ -108,9 +109,11 @@ def first_polls(number: int, make: Callable[[Exchange], Trick]) -> Choose:
     return choose
 
 
-@pytest.mark.parametrize("after_s", [0.03, 0.0], ids=["30 ms later", "at once"])
+@pytest.mark.parametrize("after_s", first_quick(1, [0.03, 0.0]), ids=["30 ms later", "at once"])
 @pytest.mark.parametrize(
-    ("kinds", "share"), [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)], ids=["all", "POST", "GET", "each 4th"]
+    ("kinds", "share"),
+    first_quick(1, [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)]),
+    ids=["all", "POST", "GET", "each 4th"],
 )
 def test_answers_come_twice(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
     """A connection that says its answer again gives it to no other; a poll that it spoils is made again."""
@@ -136,8 +139,8 @@ def test_answers_come_twice_to_a_process(tmp_path: Path) -> None:
         assert played.answered() + len(played.doubtful()) == LEADS
 
 
-@pytest.mark.parametrize("after_s", [0.02, 0.0], ids=["20 ms later", "at once"])
-@pytest.mark.parametrize("status", [200, 404, 408, 429, 503])
+@pytest.mark.parametrize("after_s", first_quick(1, [0.02, 0.0]), ids=["20 ms later", "at once"])
+@pytest.mark.parametrize("status", first_quick(2, [200, 404, 408, 429, 503]))
 def test_answers_that_nobody_asked_for(tmp_path: Path, status: int, after_s: float) -> None:
     """What comes on an idle connection answers no request: none is refused or repeated because of it."""
     with scene(tmp_path, every(3, Trick(Act.UNASKED, after_s, status))) as played:
@@ -155,7 +158,7 @@ def test_polls_are_swapped(tmp_path: Path) -> None:
         assert played.proxy.happened["GET swap"]
 
 
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("times", first_quick(1, [1, 3]))
 def test_a_poll_gets_another_tasks_answer(tmp_path: Path, times: int) -> None:
     """However often: the task is polled until its own answer comes."""
     with scene(tmp_path, first_polls(times, lambda _: Trick(Act.ANOTHER))) as played:
@@ -164,6 +167,7 @@ def test_a_poll_gets_another_tasks_answer(tmp_path: Path, times: int) -> None:
         assert played.proxy.happened["GET another"]
 
 
+@pytest.mark.long
 def test_polls_get_another_tasks_answer_for_ever(tmp_path: Path) -> None:
     """The tasks are left at the API, and fetched when it is well again."""
     with scene(tmp_path, first_polls(10_000, lambda _: Trick(Act.ANOTHER)), leads=12) as played:
@@ -175,6 +179,7 @@ def test_polls_get_another_tasks_answer_for_ever(tmp_path: Path) -> None:
         assert (second.exit_code, second.submitted, played.answered()) == (0, 0, 12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_poll_gets_the_answer_of_a_task_that_nobody_has(tmp_path: Path, times: int) -> None:
     """An id that was never given is no answer."""
@@ -183,6 +188,7 @@ def test_a_poll_gets_the_answer_of_a_task_that_nobody_has(tmp_path: Path, times:
         assert (receipt.exit_code, played.answered()) == (0, LEADS)
 
 
+@pytest.mark.long
 def test_the_same_strange_answer_for_ever(tmp_path: Path) -> None:
     """Its row stays unanswered and says why; the others are answered; it is answered when the API is well again."""
     victims: list[str] = []
@@ -205,6 +211,7 @@ def test_the_same_strange_answer_for_ever(tmp_path: Path) -> None:
         assert (second.exit_code, second.submitted, played.answered()) == (0, 0, LEADS)
 
 
+@pytest.mark.long
 def test_strange_answers_to_everybody_stop_the_sending(tmp_path: Path) -> None:
     """An API that answers for tasks that nobody has gets no more leads; what it has is fetched later."""
     job = JOB.replace("1000}", "1000, in_flight: 25}")
@@ -280,7 +287,7 @@ def test_the_same_id_for_the_same_question_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bulk", [False, True])
-@pytest.mark.parametrize("status", [201, 202, 203, 206, 299])
+@pytest.mark.parametrize("status", first_quick(1, [201, 202, 203, 206, 299]))
 def test_any_success_with_an_id_is_an_acceptance(tmp_path: Path, status: int, *, bulk: bool) -> None:
     """The task was accepted, whichever 2xx says so."""
     job = f"{JOB}dispatch: {{bulk: 5}}\n" if bulk else JOB
@@ -289,7 +296,7 @@ def test_any_success_with_an_id_is_an_acceptance(tmp_path: Path, status: int, *,
         assert (receipt.exit_code, receipt.submitted, played.answered()) == (0, 10, 10)
 
 
-@pytest.mark.parametrize("kind", ["POST", "GET"])
+@pytest.mark.parametrize("kind", first_quick(1, ["POST", "GET"]))
 def test_answers_end_in_the_middle(tmp_path: Path, kind: str) -> None:
     """A POST is in doubt then; a poll is made again."""
     with scene(tmp_path, every(4, Trick(Act.CUT), kind)) as played:
@@ -331,7 +338,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
-@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.parametrize("what", first_quick(1, STRANGE, single=True))
 def test_a_question_about_the_account_or_the_waterfall_gets_anothers_answer(
     tmp_path: Path, where: str, what: str
 ) -> None:
@@ -382,7 +389,7 @@ def tricks(draw: st.DrawFn, kind: str) -> Trick | None:
 
 @pytest.mark.long
 # Each example is a whole run: to make one smaller would take minutes.
-@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(10), phases=[Phase.explicit, Phase.generate])
 @given(
     posts=st.lists(tricks("POST"), min_size=12, max_size=12),
     gets=st.lists(tricks("GET"), min_size=20, max_size=60),

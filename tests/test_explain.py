@@ -12,6 +12,7 @@ from enrich.model import State
 from enrich.spec import Policy, Refresh
 from enrich.store.lock import hold
 from enrich.surroundings import Options
+from tests.cases import in_turn
 from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, kill, later, people, serving, until
 
 DAY = 86_400
@@ -270,6 +271,7 @@ def test_another_question_about_the_same_lead_is_told(api: Api, office: Office) 
     assert "also asked as another question" in shown(office, "--row", "1")
 
 
+@pytest.mark.long
 def test_it_can_be_asked_while_a_run_is_at_work(tmp_path: Path, office: Office) -> None:
     """What waits at the API says until when; after a kill it waits for the next run."""
     office.write_leads(people(1))
@@ -328,7 +330,7 @@ def test_nothing_is_taken_or_changed(api: Api, office: Office) -> None:
     assert api.audit()["requests"] == calls
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("state", "at_work", "words"),
     [
         (State.PENDING, None, "asked by the next run"),

@@ -18,6 +18,7 @@ from enrich.tables import copies, dataset, storage
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, put
+from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import INPUTS, save
 
@@ -49,7 +50,7 @@ def refused(where: Path | Url) -> Refused:
     return caught.value
 
 
-@pytest.mark.parametrize("ending", INPUTS)
+@in_turn("ending", INPUTS)
 def test_a_folder_is_all_files_below_it(tmp_path: Path, ending: str) -> None:
     """In the order of their paths; what is hidden or begins with `_` does not count."""
     folder = lay(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
@@ -70,7 +71,7 @@ def test_names_of_folders_become_columns(tmp_path: Path) -> None:
     assert read(folder / "country=DE") == [("1", "2", "1")]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@in_turn("ending", ["csv", "jsonl", "parquet"])
 def test_a_column_of_the_files_goes_before_what_their_folders_say(tmp_path: Path, ending: str) -> None:
     """Spark writes both."""
     folder = lay(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")
@@ -230,7 +231,7 @@ def test_an_object_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv.gz"])
+@pytest.mark.parametrize("ending", first_quick(1, ["parquet", "csv", "tsv.gz"]))
 def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns, and of Parquet the number of rows; unless that little does not say it."""
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
@@ -268,6 +269,7 @@ def test_a_dataset_of_ours_is_what_its_manifest_says() -> None:
     assert refused(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
+@pytest.mark.long
 def test_a_run_reads_a_folder_of_a_storage(office: Office, api: Api, bucket: dict[str, Any], tmp_path: Path) -> None:
     """Nothing of it is left on the disk, and no output goes in between."""
     for number in range(3):

@@ -20,6 +20,7 @@ from enrich.spec import Input, Output
 from enrich.tables import excel
 from enrich.tables.source import Source
 from enrich.tables.writing import write
+from tests.cases import examples, in_turn
 from tests.tables import INPUTS, OUTPUTS, load, save
 
 NASTY = ["007", "+49 30 1234", "=1+1", " a ", '"', ",", "\t", "\n", "\r\n", "\r", "'", "NULL", "true", "1e5", "1.0"]
@@ -62,7 +63,7 @@ def refused(path: Path, **told: Any) -> str:
 @pytest.mark.long
 @pytest.mark.parametrize("given_as", INPUTS)
 @given(table=tables())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_the_same_leads_come_back_whatever_the_formats(
     tmp_path_factory: pytest.TempPathFactory, given_as: str, table: tuple[list[str], list[list[str]]]
 ) -> None:
@@ -76,7 +77,7 @@ def test_the_same_leads_come_back_whatever_the_formats(
         assert found == [[*header, "new"], *([*row, new] for row in rows)], wanted_as
 
 
-@pytest.mark.parametrize("wanted_as", [*OUTPUTS, "jsonl.gz", "tsv.gz"])
+@in_turn("wanted_as", [*OUTPUTS, "jsonl.gz", "tsv.gz"])
 def test_equal_outputs_are_equal_bytes(tmp_path: Path, wanted_as: str) -> None:
     """No time and no name is inside."""
     leads = save(tmp_path / "leads.csv", ["A"], [["1"], [""], ["2"]])
@@ -84,7 +85,7 @@ def test_equal_outputs_are_equal_bytes(tmp_path: Path, wanted_as: str) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("given_as", ["csv", "jsonl", "parquet", "xlsx"])
+@in_turn("given_as", ["csv", "jsonl", "parquet", "xlsx"])
 def test_any_name_will_do_with_a_format(tmp_path: Path, given_as: Format) -> None:
     """The ending says nothing then."""
     leads = save(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
@@ -130,7 +131,7 @@ def test_parquet_keeps_its_types_in_parquet(tmp_path: Path) -> None:
     assert found.drop("new").equals(frame)
 
 
-@pytest.mark.parametrize("wanted_as", ["csv", "tsv", "xlsx"])
+@in_turn("wanted_as", ["csv", "tsv", "xlsx"])
 def test_parquet_becomes_text_that_a_person_can_read(tmp_path: Path, wanted_as: str) -> None:
     """Whole numbers without a point, dates as ISO 8601, nested values as JSON, nulls blank."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
@@ -158,7 +159,7 @@ def test_parquet_flows_in_batches(tmp_path: Path) -> None:
     assert [row[0] for row in texts(source)] == list(range(50_000))
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"A,B\n1,2\n", b"PAR1" + b"x" * 100 + b"PAR1"])
+@in_turn("content", [b"", b"PAR1", b"A,B\n1,2\n", b"PAR1" + b"x" * 100 + b"PAR1"])
 def test_a_damaged_parquet_file_is_told(tmp_path: Path, content: bytes) -> None:
     """Whatever is wrong with it."""
     (tmp_path / "leads.parquet").write_bytes(content)
@@ -196,7 +197,7 @@ def test_json_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("content", "told"),
     [
         ("", "FILE is empty"),
@@ -290,7 +291,7 @@ def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
     assert refused(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("rows", "told"),
     [
         ([], "FILE: sheet `Sheet` is empty"),
@@ -306,7 +307,7 @@ def test_a_sheet_without_a_sound_header_is_told(tmp_path: Path, rows: list[list[
     assert refused(workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
 
 
-@pytest.mark.parametrize("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])
+@in_turn("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])
 def test_a_damaged_workbook_is_told(tmp_path: Path, content: bytes) -> None:
     """Whatever is wrong with it."""
     (tmp_path / "leads.xlsx").write_bytes(content)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.setup.concepts import CONCEPTS, Column, describe
 from enrich.setup.guess import Guess, fitness, guess, new_names, unmatched
 from enrich.setup.snapshot import DOCUMENTED
+from tests.cases import in_turn
 
 EMAIL_GETTER = ("first_name", "last_name", "company")
 MAILS = ["ada@engine.example", "grace@cobol.example", "", "alan@bombe.example"]
@@ -33,7 +33,7 @@ def chosen(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, 
     return {param: each.columns if each else () for param, each in found.items()}
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("header", "first", "last"),
     [
         (["First Name", "Last Name"], "First Name", "Last Name"),
@@ -60,7 +60,7 @@ def test_names_are_found_in_many_languages(header: list[str], first: str, last: 
     }
 
 
-@pytest.mark.parametrize("header", ["E-Mail", "email", "Email Address", "Work Email", "Courriel", "Correo electrónico"])
+@in_turn("header", ["E-Mail", "email", "Email Address", "Work Email", "Courriel", "Correo electrónico"])
 def test_an_email_is_found_by_its_header_and_proven_by_its_values(header: str) -> None:
     """Both together are sure."""
     found = guess(["email"], [describe("Notes", ["x"]), describe(header, MAILS)])["email"]
@@ -118,7 +118,7 @@ def test_a_company_without_website_is_a_guess_by_its_name() -> None:
     assert "no column holds the company's website" in found.why
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("header", "values"),
     [
         ("Photo URL", [f"https://cdn.example/{n}.png" for n in range(9)]),
@@ -137,7 +137,7 @@ def test_the_leads_of_one_company_have_one_website() -> None:
     assert chosen(["company"], {"Website": ["https://engine.example"] * 9}) == {"company": ("Website",)}
 
 
-@pytest.mark.parametrize("header", ["Account Owner Email", "Parent Company", "Email Opt Out", "Last Contacted", "Name"])
+@in_turn("header", ["Account Owner Email", "Parent Company", "Email Opt Out", "Last Contacted", "Name"])
 def test_a_column_about_something_else_is_left(header: str) -> None:
     """A word of the header says that it is about somebody or something else."""
     assert not any(chosen(["first_name", "last_name", "email", "company_name"], {header: ["x", "y"]}).values())

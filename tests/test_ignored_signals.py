@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import first_quick
 from tests.harness import Api, Office, people, serving, shown_on, until, usual_signals
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=str)
+@pytest.mark.parametrize("number", first_quick(1, NUMBERS, single=True), ids=str)
 def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals) -> None:
     """At its start, while tasks are at the API, and until the output is written; others still end it."""
     office.write_leads(people(20))
@@ -49,6 +50,7 @@ def test_others_still_end_it(tmp_path: Path, office: Office, number: signal.Sign
     assert process.returncode == (130 if number == signal.SIGINT else 143)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_a_run_that_waits_for_its_input_goes_on(api: Api, office: Office, number: signal.Signals) -> None:
     """A pipe that is slow is read with the program's own dispositions."""
@@ -73,6 +75,7 @@ def test_a_run_that_waits_for_its_input_goes_on(api: Api, office: Office, number
     assert len(office.output()) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_a_question_stays(api: Api, office: Office, number: signal.Signals) -> None:
     """While the person is asked on a terminal, too."""
@@ -96,6 +99,7 @@ def test_a_question_stays(api: Api, office: Office, number: signal.Signals) -> N
     assert process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_the_sandbox_goes_on(office: Office) -> None:
     """`enrich sandbox &` in a script is not ended by the script's Ctrl-C."""
     process = office.start("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])

@@ -20,7 +20,8 @@ from enrich.setup.snapshot import DOCUMENTED
 from enrich.setup.template import Draft, scalar, write_job
 from enrich.spec import json_schema
 from enrich.tables.textfile import TableFile
-from tests.harness import HASTY, Api, Office, people
+from tests.cases import examples, first_quick
+from tests.harness import AWAY, Api, Office, people
 
 LEADS = Path(__file__).parent.parent / "sample_data" / "leads.csv"
 
@@ -139,7 +140,7 @@ def test_the_api_is_asked_when_there_is_a_key(sample: Office, api: Api) -> None:
 def test_an_api_that_is_away_is_replaced_by_the_documentation(sample: Office) -> None:
     """It is said, in the file too."""
     gone = Api("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.look.offer.Timing", lambda: HASTY):
+    with patch("enrich.look.offer.Timing", lambda: AWAY):
         done = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone)
     assert done.code == 0
     assert "unreachable" in done.stderr
@@ -166,8 +167,8 @@ def test_a_schema_is_named_only_where_it_lies(sample: Office) -> None:
     assert json_schema()
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", first_quick(2, [",", ";", "\t", "|"]))
+@pytest.mark.parametrize("encoding", first_quick(2, ["utf-8", "utf-8-sig", "cp1252", "utf-16"]))
 def test_separator_and_encoding_are_guessed(office: Office, separator: str, encoding: str) -> None:
     """As spreadsheets of many countries save them; the job reads the file as it is."""
     rows = [["Vorname", "Nachname", "Firma, Ort", "Webseite"], ["Jürgen", "Groß", "Ä; B| C", "https://a.example"]]
@@ -235,7 +236,7 @@ def test_a_scalar_is_read_as_it_was_meant(text: str) -> None:
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=10)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
 def test_any_header_makes_a_job_that_loads(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
     """Whatever a column is called, the file is YAML and names it rightly."""

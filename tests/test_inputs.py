@@ -18,6 +18,7 @@ from enrich.place import STDIN, Url, locate
 from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
+from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, Api, Done, Office, people, serving, until, usual_signals
 from tests.tables import INPUTS, load, save
 
@@ -53,7 +54,7 @@ def read(pattern: Path, **told: str) -> list[tuple[object, ...]]:
     return [row for frame in source.batches() for row in frame.rows()]
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
+@in_turn("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
 def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
     """In the order of their names; hidden files and folders are none of them."""
     pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
@@ -62,7 +63,7 @@ def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
     assert read(pattern) == [("1", "2"), ("3", "4"), ("5", "6")]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("header", "difference"),
     [
         (["A"], "`B` is missing"),
@@ -71,7 +72,7 @@ def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
         (["B", "A"], "column 1 is `B`, not `A`"),
     ],
 )
-@pytest.mark.parametrize("ending", ["csv", "parquet", "xlsx"])
+@in_turn("ending", ["csv", "parquet", "xlsx"])
 def test_a_file_whose_header_differs_is_named(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
     """With the difference; silently shifted columns would be paid for."""
     pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending)
@@ -113,7 +114,7 @@ def test_a_pattern_without_a_match_is_refused(office: Office, api: Api) -> None:
     assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/in/*.csv: no file matches")
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@in_turn("kind", INPUTS)
 def test_a_file_of_this_very_name_is_itself(tmp_path: Path, kind: str) -> None:
     """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
     folder = tmp_path / "old [1]"
@@ -175,7 +176,7 @@ def test_a_file_that_comes_during_the_run_is_noticed(tmp_path: Path) -> None:
 # Through a pipe
 
 
-@pytest.mark.parametrize("packed", ["plain", "gzip"])
+@pytest.mark.parametrize("packed", first_quick(1, ["plain", "gzip"]))
 def test_leads_come_through_a_pipe(office: Office, api: Api, packed: str) -> None:
     """They are in the format of the job's input; the copy on disk is gone at the end."""
     office.write_job(input="leads.jsonl", output="out.jsonl")
@@ -219,6 +220,7 @@ def test_a_pipe_that_brings_nothing_of_use_is_told(office: Office, api: Api, dat
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
     """Whoever forgot the pipe is told so."""
     ours, theirs = os.openpty()
@@ -287,7 +289,7 @@ def test_a_copy_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # What the job file and the command line say
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("job", "given", "kind", "separator"),
     [
         ("leads.csv", None, "csv", ","),
@@ -314,7 +316,7 @@ def test_the_ending_tells_the_format(tmp_path: Path, job: str, given: str | None
     assert (told.format, told.separator) == (kind, separator)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("line", "told"),
     [
         ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),

@@ -34,6 +34,7 @@ def test_what_was_learned_is_remembered_by_call(tmp_path: Path) -> None:
     books.ledger.close()
 
 
+@pytest.mark.long
 def test_the_second_night_knows_when_to_ask(tmp_path: Path) -> None:
     """It asks for each row about once, when the first had to find out."""
     office = Office(tmp_path)

@@ -22,6 +22,7 @@ from enrich.store.ledger import Ledger
 from enrich.store.opening import alone, leased, opened
 from enrich.store.records import check
 from tests.books import PRICE, Books, ask
+from tests.cases import first_quick, in_turn
 from tests.harness import Api, Office, people
 from tests.postgres import Postgres
 
@@ -249,7 +250,7 @@ def test_a_password_is_refused_wherever_a_ledger_is_named(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "url",
     [
         "postgresql:///enrich",
@@ -265,7 +266,7 @@ def test_what_libpq_takes_names_a_ledger(url: str, tmp_path: Path) -> None:
     assert str(found).partition("?")[0] == f"postgresql://{url.partition('://')[2].partition('?')[0]}"
 
 
-@pytest.mark.parametrize("command", ["status", "runs", "explain", "report"])
+@pytest.mark.parametrize("command", first_quick(1, ["status", "runs", "explain", "report"]))
 def test_whoever_looks_finds_the_ledger_by_its_url(api: Api, office: Office, command: str) -> None:
     """An option names it as the job file would."""
     office.write_leads(people(2))

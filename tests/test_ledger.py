@@ -18,6 +18,7 @@ from enrich.store.dialect import FAILURES
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BOUND, CALL, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, file_of, params, wanted
+from tests.cases import in_turn
 from tests.harness import BOTH
 
 
@@ -573,8 +574,8 @@ class TestFile:
                 Ledger(books.path, read_only=read_only)
             assert "another file" in str(refusal.value.hint)
 
-    @pytest.mark.parametrize("read_only", [True, False])
-    @pytest.mark.parametrize("content", [b"First Name,Last Name\n" * 99, b"SQLite format 3\x00" + b"\xff" * 4080])
+    @in_turn("read_only", [True, False])
+    @in_turn("content", [b"First Name,Last Name\n" * 99, b"SQLite format 3\x00" + b"\xff" * 4080])
     def test_a_file_that_is_no_database_is_refused(self, tmp_path: Path, content: bytes, *, read_only: bool) -> None:
         """It is named and stays as it was."""
         path = tmp_path / "leads.csv"

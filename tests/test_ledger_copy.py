@@ -25,6 +25,7 @@ from enrich.store.lock import hold
 from enrich.store.records import check
 from tests import postgres as servers
 from tests.books import CALL, COST, FREE_FAILURE, MISSED, Books, ask
+from tests.cases import examples
 from tests.harness import BOTH_IN_TIME, Api, Office, people
 
 
@@ -130,7 +131,7 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
     hashes=st.sets(st.binary(max_size=20), max_size=4),
     balance=NUMBER,
 )
-@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(30), suppress_health_check=list(HealthCheck))
 @pytest.mark.long
 def test_whatever_was_written_is_read_again(
     postgres: servers.Postgres,

@@ -19,6 +19,7 @@ from enrich.errors import Refused
 from enrich.store.ledger import Ledger
 from enrich.store.records import check
 from tests.books import Books
+from tests.cases import first_quick
 from tests.harness import Api, Done, Office, people, serving
 
 SECRET = "Zaphira"
@@ -81,7 +82,7 @@ def changed(path: Path, *statements: str) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
 @pytest.mark.parametrize("lost", [1, 4095, 4097, 40_000])
 def test_a_file_that_is_cut_off_is_damaged(paid: tuple[Api, Office, bytes], command: list[str], lost: int) -> None:
     """Whatever is missing at its end, by every command."""
@@ -91,7 +92,7 @@ def test_a_file_that_is_cut_off_is_damaged(paid: tuple[Api, Office, bytes], comm
     in_words(office.command(*command, api=api), 5)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS, single=True), ids=NAMES)
 def test_bytes_that_are_overwritten_are_damage(paid: tuple[Api, Office, bytes], command: list[str]) -> None:
     """Anywhere, also in the pages of the schema: damage is told where it is seen, and nothing is quoted."""
     api, office, content = paid
@@ -107,7 +108,7 @@ def test_bytes_that_are_overwritten_are_damage(paid: tuple[Api, Office, bytes], 
         in_words(office.command(*command, api=api), 5, 0)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
 @pytest.mark.parametrize(
     "statement",
     [
@@ -225,7 +226,7 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
 @pytest.mark.parametrize("make", [fifo, listening, dangling, loop, device, Path.mkdir])
 def test_what_can_be_no_ledger_is_refused(
     api: Api, office: Office, make: Callable[[Path], None], command: list[str]

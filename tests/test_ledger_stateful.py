@@ -19,6 +19,7 @@ from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BOUND, Books, params, wanted
+from tests.cases import examples
 from tests.postgres import Postgres
 
 LEADS = range(6)
@@ -506,7 +507,7 @@ class Machine(RuleBasedStateMachine):
 
 TestLedger = Machine.TestCase
 TestLedger.settings = settings(
-    max_examples=40,
+    max_examples=examples(40),
     stateful_step_count=40,
     deadline=None,
     database=None,
@@ -534,5 +535,5 @@ class MachineOnServer(Machine):
 def test_the_ledger_on_a_server(postgres: Postgres) -> None:
     """Fewer nights than in a file: each move takes longer."""
     MachineOnServer.server = postgres
-    few = settings(TestLedger.settings, max_examples=8, stateful_step_count=25)
+    few = settings(TestLedger.settings, max_examples=examples(8), stateful_step_count=25)
     run_state_machine_as_test(MachineOnServer, settings=few)

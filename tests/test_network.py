@@ -20,6 +20,7 @@ from enrich.api.network import Proxy, find_certificates, find_proxy
 from enrich.connect import patiently
 from enrich.errors import ApiUnreachable, CallFailed, CertificateUntrusted, JobError, NotAccepted
 from enrich.model import SystemClock
+from tests.cases import first_quick, in_turn
 from tests.harness import Api, Office, people, serving
 from tests.test_client import BODY, CREATED, KEY
 from tests.tunnel import Certificate, make_certificate, tunnelling
@@ -42,15 +43,15 @@ LOOPBACK = [
 BROKEN = ["socks5://127.0.0.1:9", "http://", "http://[", "http://proxy.example:http", "://", "nonsense://x"]
 
 
-@pytest.mark.parametrize("base_url", LOOPBACK)
-@pytest.mark.parametrize("value", [*BROKEN, "http://proxy.example:3128"])
+@in_turn("base_url", LOOPBACK)
+@in_turn("value", [*BROKEN, "http://proxy.example:3128"])
 def test_loopback_looks_at_no_proxy_variable(base_url: str, value: str) -> None:
     """The demo runs behind any corporate proxy, and even beside a broken variable."""
     names = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]
     assert find_proxy(dict.fromkeys(names, value), base_url) is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("environ", "url"),
     [
         ({}, None),
@@ -84,7 +85,7 @@ def test_proxy_variables_are_read_as_curl_reads_them(environ: Mapping[str, str],
     assert (proxy.url if proxy else None) == url
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("no_proxy", "direct", "proxied"),
     [
         ("*", [HOST, "10.1.2.3"], []),
@@ -115,7 +116,7 @@ def test_proxy_variables_are_read_as_curl_reads_them(environ: Mapping[str, str],
         ("1.2.3", [], ["10.1.2.3"]),
     ],
 )
-@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+@in_turn("name", ["no_proxy", "NO_PROXY"])
 def test_no_proxy_names_what_is_reached_directly(
     no_proxy: str, direct: list[str], proxied: list[str], name: str
 ) -> None:
@@ -133,7 +134,7 @@ def test_the_lower_case_no_proxy_comes_first() -> None:
     assert find_proxy(environ | {"no_proxy": ""}, API) is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("userinfo", "pair"),
     [
         ("ada:s3cret", b"ada:s3cret"),
@@ -157,8 +158,8 @@ def test_user_and_password_of_a_proxy_become_a_header(userinfo: str, pair: bytes
     assert "s3cret" not in shown
 
 
-@pytest.mark.parametrize("scheme", ["socks", "socks4", "socks4a", "socks5", "SOCKS5H", "ftp", "quic", "file", ""])
-@pytest.mark.parametrize("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+@in_turn("scheme", ["socks", "socks4", "socks4a", "socks5", "SOCKS5H", "ftp", "quic", "file", ""])
+@in_turn("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
 def test_other_kinds_of_proxies_are_refused_by_name(scheme: str, name: str) -> None:
     """Ignored, the key would take a way that its owner did not want."""
     with pytest.raises(JobError, match=f"^{name}: ") as caught:
@@ -170,7 +171,7 @@ def test_other_kinds_of_proxies_are_refused_by_name(scheme: str, name: str) -> N
     assert find_proxy({name: f"{scheme}://p.example:1080", "no_proxy": HOST}, API) is None
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "value",
     [
         "http://",
@@ -278,7 +279,7 @@ def failed(environ: Mapping[str, str], base_url: str = API) -> CallFailed:
     return caught.value
 
 
-@pytest.mark.parametrize("status", [200, 301, 401, 403, 407, 502, 599])
+@in_turn("status", [200, 301, 401, 403, 407, 502, 599])
 def test_a_proxy_that_opens_no_tunnel_accepted_nothing(status: int) -> None:
     """The error names the variable and the status, and shows neither user nor password."""
     refusal = b"HTTP/1.1 %d s3cret\r\nproxy-authenticate: s3cret\r\nconnection: close\r\n\r\ns3cret" % status
@@ -290,9 +291,7 @@ def test_a_proxy_that_opens_no_tunnel_accepted_nothing(status: int) -> None:
             assert f"HTTP {status}" in error.message
 
 
-@pytest.mark.parametrize(
-    "refusal", [b"garbage s3cret\r\n\r\n", b"HTTP/1.1 200", b"\x00" * 99_999, b"HTTP/1.1 200 OK\r\n"]
-)
+@in_turn("refusal", [b"garbage s3cret\r\n\r\n", b"HTTP/1.1 200", b"\x00" * 99_999, b"HTTP/1.1 200 OK\r\n"])
 def test_a_proxy_that_speaks_no_http_accepted_nothing(refusal: bytes) -> None:
     """What it says is not quoted."""
     with tunnelling(0, refusal=refusal) as proxy:
@@ -307,7 +306,7 @@ def test_a_proxy_that_is_not_there_accepted_nothing() -> None:
     assert f"http://127.0.0.1:{port} of ALL_PROXY" in error.message
 
 
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"])
+@in_turn("name", ["HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"])
 def test_a_run_on_loopback_uses_no_proxy(name: str) -> None:
     """Neither for POSTs nor for polls, whatever the environment says."""
     with answering(lambda seen: http(200, answer_both(seen.line))) as wire:
@@ -348,7 +347,7 @@ def test_without_a_variable_the_usual_certificates_are_trusted() -> None:
 
 @needs_openssl
 @pytest.mark.parametrize(
-    "kind", ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"]
+    "kind", first_quick(2, ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"])
 )
 def test_a_wrong_certificate_file_is_named(certificate: Certificate, tmp_path: Path, kind: str) -> None:
     """Nothing takes its place in silence; a pipe and a device are not read at all."""
@@ -409,7 +408,7 @@ def test_a_folder_of_certificates_is_trusted(certificate: Certificate, tmp_path:
 
 
 @needs_openssl
-@pytest.mark.parametrize("kind", ["unknown", "expired", "another host"])
+@pytest.mark.parametrize("kind", first_quick(1, ["unknown", "expired", "another host"]))
 @pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
 def test_an_untrusted_certificate_ends_it_at_once(tmp_path: Path, kind: str, whose: str) -> None:
     """Asking again changes nothing; the words name the certificate and SSL_CERT_FILE. Nothing was sent."""

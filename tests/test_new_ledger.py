@@ -9,6 +9,7 @@ import pytest
 
 from enrich.errors import Refused
 from enrich.surroundings import Options
+from tests.cases import first_quick
 from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people
 
 RUN = ("run", "job.yaml", "--json")
@@ -39,7 +40,7 @@ def refused(office: Office, api: Api, *more: str) -> None:
 
 
 @IN_A_FILE
-@pytest.mark.parametrize("how", ["ledger removed", "folder removed", "another ledger", "renamed job"])
+@pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
 def test_a_new_ledger_beside_a_paid_output_is_refused(api: Api, office: Office, how: str) -> None:
     """However it came to be new; with --new-ledger it pays."""
     office.run(api)
@@ -69,7 +70,10 @@ def test_a_ledger_on_a_server_is_compared_too(api: Api, office: Office) -> None:
 
 @IN_A_FILE
 @pytest.mark.parametrize(
-    "name", ["o.csv.gz", "o.tsv", "o.jsonl", "o.parquet", "o.xlsx", "parts/", "o-%Y-%m-%d.csv", "runs/%Y/%m/o.csv"]
+    "name",
+    first_quick(
+        2, ["o.csv.gz", "o.tsv", "o.jsonl", "o.parquet", "o.xlsx", "parts/", "o-%Y-%m-%d.csv", "runs/%Y/%m/o.csv"]
+    ),
 )
 def test_every_kind_of_output_is_read(api: Api, office: Office, name: str) -> None:
     """Also one of another day."""
@@ -110,7 +114,7 @@ def test_the_newest_output_counts(api: Api, office: Office) -> None:
 @IN_A_FILE
 @pytest.mark.parametrize(
     "text",
-    ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n'],
+    first_quick(1, ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n']),
     ids=["empty", "another file", "no ids", "blank"],
 )
 def test_an_output_without_tasks_is_no_reason(api: Api, office: Office, text: str) -> None:

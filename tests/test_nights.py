@@ -207,6 +207,7 @@ def test_failed_requests_are_asked_again_only_when_told(tmp_path: Path, office: 
     assert (audit["accepted"], audit["accepted_more_than_once"]) == (30 + failed, failed)
 
 
+@pytest.mark.long
 def test_failures_at_no_charge_are_asked_again_by_themselves(tmp_path: Path, office: Office) -> None:
     """A task that failed for free is sent again, up to `max_attempts`, and costs nothing extra."""
     office.write_leads(people(30))

@@ -31,6 +31,7 @@ NIGHTS: tuple[list[str], ...] = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_all_tell_the_same(tmp_path: Path, office: Office, seed: int) -> None:
     """Some nights of a job with an odd setting, with leads that come and go, failures, free and charged, and prices."""

@@ -26,6 +26,7 @@ from enrich.nights.machine import (
     starts,
 )
 from enrich.nights.outlook import Finding
+from tests.cases import in_turn
 
 NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
 MOUNTS = """\
@@ -40,7 +41,7 @@ nonsense
 """
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("path", "kind", "network"),
     [
         ("/srv/leads", "ext4", False),
@@ -59,13 +60,13 @@ def test_the_file_system_of_a_path(path: str, kind: str, network: bool) -> None:
     assert is_network(kind) is network
 
 
-@pytest.mark.parametrize("kind", ["smb3", "smbfs", "nfs", "9p", "fuse.rclone", "fuse.s3fs", "ceph"])
+@in_turn("kind", ["smb3", "smbfs", "nfs", "9p", "fuse.rclone", "fuse.s3fs", "ceph"])
 def test_network_file_systems(kind: str) -> None:
     """SQLite's locks cannot be trusted there."""
     assert is_network(kind)
 
 
-@pytest.mark.parametrize("kind", ["btrfs", "overlay", "tmpfs", "fuseblk", "fuse.lxcfs", "apfs", None])
+@in_turn("kind", ["btrfs", "overlay", "tmpfs", "fuseblk", "fuse.lxcfs", "apfs", None])
 def test_local_file_systems(kind: str | None) -> None:
     """No warning without reason."""
     assert not is_network(kind)
@@ -129,7 +130,7 @@ def test_rights_of_a_file(tmp_path: Path) -> None:
         assert open_to_others(key)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("ahead_s", "mark", "said"),
     [
         (None, "ok", "no time"),
@@ -153,7 +154,7 @@ def one(findings: Any) -> Finding:
     return finding
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("credits_", "last", "mark", "code"),
     [
         ((None, 10, 5), [1], "ok", 0),
@@ -173,7 +174,7 @@ def test_money(credits_: tuple[int | None, ...], last: list[int], mark: str, cod
     assert (finding.mark, finding.code) == (mark, code)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("cap", "worst", "nights", "mark", "code"),
     [
         (None, 5, [], "warn", 0),
@@ -211,7 +212,7 @@ def test_an_old_input_is_asked_after() -> None:
     assert (old.mark, old.message, old.remedy) == ("warn", "did not change for 5 days", "is the export still running?")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("name", "mark", "said"),
     [
         ("out.csv", "ok", "each run replaces"),
@@ -238,7 +239,7 @@ def test_a_name_that_meets_the_input_some_night_fails() -> None:
     assert "in 7 nights" in finding.message
 
 
-@pytest.mark.parametrize(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
+@in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
 def test_room(free: int, mark: str) -> None:
     """The output is certain, the ledger's growth is an estimate."""
     assert outlook.room(Path("/srv"), free, 100, 50).mark == mark

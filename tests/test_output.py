@@ -31,6 +31,7 @@ from enrich.rows import Rows
 from enrich.spec import Output
 from enrich.store.ledger import Ledger
 from enrich.tables.writing import part_of, prepare, write
+from tests.cases import first_quick, in_turn
 
 CALL = Call("email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)
@@ -67,8 +68,8 @@ class GivenUpError(Exception):
     """What a signal raises between two batches."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
+@in_turn("name", NAMES)
+@in_turn("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
 def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, error: BaseException) -> None:
     """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
@@ -105,7 +106,7 @@ write(target, Output(path=target.name), job="job", schema=schema, frames=frames(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
+@in_turn("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
 def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     """And at most one part beside it, which the next start removes."""
     target = tmp_path / "out" / name
@@ -120,7 +121,7 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     """It is told, and the answers are in the ledger all the same."""
     target = tmp_path / name
@@ -131,7 +132,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_only_the_owner_can_read_it(tmp_path: Path, name: str) -> None:
     """Personal data; also when the old file was open to all and a killed run left a part."""
     target = tmp_path / name
@@ -199,7 +200,7 @@ def test_the_output_never_replaces_a_ledger(tmp_path: Path) -> None:
         prepare(path, tmp_path / "leads.csv", "job")
 
 
-@pytest.mark.parametrize("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
+@in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
 def test_an_output_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Path, name: str) -> None:
     """A file where a folder should be, a folder where the file should be, a name that is too long."""
     (tmp_path / "file").touch()
@@ -264,9 +265,7 @@ def test_numbers_are_written_plainly(tmp_path: Path) -> None:
     assert [row[1] for row in cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
 
 
-@pytest.mark.parametrize(
-    ("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")]
-)
+@in_turn(("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")])
 def test_the_output_has_the_form_that_was_asked_for(tmp_path: Path, separator: str, encoding: str) -> None:
     """The separator inside a value is quoted, and a spreadsheet finds the mark it needs."""
     values = [f"Größe{separator}1,5", '"', "a\r\nb", "a\rb"]
@@ -288,7 +287,7 @@ def test_equal_outputs_are_equal_bytes(tmp_path: Path) -> None:
     assert written(tmp_path / "a.csv.gz", ["x"]).read_bytes() == written(tmp_path / "b.csv.gz", ["x"]).read_bytes()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("value", "text"),
     [
         ("ada@x.example", "ada@x.example"),
@@ -405,7 +404,7 @@ def test_the_job_s_columns_decide_again_at_every_collect(tmp_path: Path, ledger:
 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
-@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+@pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
 def test_a_value_of_any_kind_is_collected(tmp_path: Path, ledger: Ledger, name: str, value: object) -> None:
     """New columns are text, whatever the API sends."""
     loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")

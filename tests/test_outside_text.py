@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.api.outside_text import MASK, clean_json, clean_line, clean_text
+from tests.cases import in_turn
 
 KEY = 'k-1/"x\\7'
 REMOVED = "\u202a\u202e\u2066\u2069\u200e\u200f\u061c"
@@ -48,7 +48,7 @@ def test_broken_json_is_cleaned_too(body: bytes) -> None:
         assert clean_text(clean.decode(errors="replace")) == clean.decode(errors="replace")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "written",
     ["key-0000-0001", r"\u006bey-0000-0001", r"\u006Bey\u002d0000-0001", r"key\u202e-0000-0001", "key-0000-\u200f0001"],
 )

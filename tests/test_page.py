@@ -71,6 +71,7 @@ def test_equal_facts_make_equal_bytes() -> None:
     assert render(reports.full()) == page_of(reports.full)
 
 
+@pytest.mark.long
 def test_numbers_carry_their_names_and_values() -> None:
     """A program reads from the page what `--json` tells, to the last digit."""
     report = reports.rich()
@@ -95,6 +96,7 @@ def test_what_is_not_known_is_no_zero() -> None:
     assert "3 answers of unknown price" in page
 
 
+@pytest.mark.long
 def test_a_night_is_held_against_the_night_before() -> None:
     """The key numbers say by how much they changed; the first night has nothing to be held against."""
     page = page_of(reports.rich)
@@ -104,6 +106,7 @@ def test_a_night_is_held_against_the_night_before() -> None:
     assert "night before" not in first
 
 
+@pytest.mark.long
 def test_needs_come_first_with_their_commands() -> None:
     """What waits for a person stands before all numbers; when nothing does, the page says so."""
     page = page_of(reports.rich)
@@ -114,6 +117,7 @@ def test_needs_come_first_with_their_commands() -> None:
     assert "What needs you" not in calm
 
 
+@pytest.mark.long
 def test_a_comparison_stands_before_the_waterfall() -> None:
     """Who compares two sides wants the verdict first; without a comparison there is no such section."""
     page = page_of(reports.full)
@@ -195,6 +199,7 @@ def test_a_page_names_no_other_place() -> None:
 # Size
 
 
+@pytest.mark.long
 def test_a_report_is_small() -> None:
     """A usual report can be sent by mail; even one of a million rows and 400 nights opens at once."""
     assert len(page_of(reports.full).encode()) < SMALL

@@ -22,6 +22,7 @@ from enrich.question import Question
 from enrich.rows import Rows
 from enrich.tables import parts, reading
 from tests.buckets import BUCKET, put
+from tests.cases import in_turn
 from tests.tables import save
 
 QUESTION = Question(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
@@ -127,7 +128,7 @@ def test_rows_that_were_read_already_have_their_places(tmp_path: Path) -> None:
     assert seen(elsewhere(rows.block(1, frame)).batches(QUESTION)) == seen(rows.batches(QUESTION))[1:]
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("parquet", 0), ("parquet", 2), ("csv", 0), ("csv", 2), ("csv", 4)])
+@in_turn(("kind", "rows"), [("parquet", 0), ("parquet", 2), ("csv", 0), ("csv", 2), ("csv", 4)])
 def test_a_file_that_has_other_rows_by_now_is_refused(tmp_path: Path, kind: str, rows: int) -> None:
     """The rows behind it would have other places."""
     path = save(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)

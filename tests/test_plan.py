@@ -25,6 +25,7 @@ from enrich.planfile import FrozenPlan, read_plan, write_plan
 from enrich.store.database import exists
 from enrich.store.lock import hold
 from enrich.surroundings import Options
+from tests.cases import examples
 from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Done, Office, people, serving
 
 #: What one request of the standard job may cost at worst, in credits.
@@ -157,7 +158,7 @@ _numbers = iter(range(10**6))
 
 
 @pytest.mark.long
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, frozen=st.booleans())
 def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen: bool) -> None:
     """For any input and any past: the same rows, the same requests, no more credits than at most."""
@@ -188,7 +189,7 @@ def test_a_run_asks_exactly_what_the_plan_said(mixed: Api, case: Case, *, frozen
 
 
 @pytest.mark.long
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 def test_a_plan_that_was_cut_short_is_gone_on_with(mixed: Api, case: Case) -> None:
     """Started again it asks what is left of the plan: in all the very requests that it named, each once."""
@@ -456,7 +457,7 @@ def test_a_plan_that_was_killed_half_way_spends_no_more_than_it_said(tmp_path: P
     office.write_leads(people(6))
     with serving(tmp_path / "api.db", latency="fixed(60)") as api:
         told = frozen_plan(office, api)
-        first = office.run(api, Options(limit=3, max_time_s=1.0))
+        first = office.run(api, Options(limit=3, max_time_s=2.0))
         api.advance(90)
     with serving(tmp_path / "api.db", latency="fixed(0)") as api:
         receipt = office.run(api, Options(plan=told))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks import tight
 from benchmarks.polls import LATENCIES, Every, Seen, play
 from enrich.polls import AGES, INHERITED, PollTimes, Price
+from tests.cases import first_quick, in_turn
 
 
 def taught(*ages: float, times: int = 40) -> PollTimes:
@@ -64,7 +65,7 @@ def test_a_dear_poll_comes_later_and_a_cheap_one_sooner() -> None:
     assert times.wait(0.0, Price.LOW) < times.wait(0.0, Price.HIGH)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("scarce", "room", "price"),
     [(True, 0.9, Price.HIGH), (True, 0.2, Price.FAIR), (False, 0.9, Price.FAIR), (False, 0.0, Price.LOW)],
 )
@@ -156,6 +157,7 @@ def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
     assert sum(answers for _, answers in times.learned) <= 61
 
 
+@pytest.mark.long
 def test_few_polls_bring_the_answers_soon() -> None:
     """For the latencies that such an API has: beginner's polls included.
 
@@ -167,7 +169,7 @@ def test_few_polls_bring_the_answers_soon() -> None:
     assert sum(run.median for run in seen) / 4 <= 2.0
 
 
-@pytest.mark.parametrize("name", LATENCIES)
+@pytest.mark.parametrize("name", first_quick(1, LATENCIES, single=True))
 def test_learning_beats_every_fixed_interval_somewhere_and_loses_nowhere_by_much(name: str) -> None:
     """In polls and typical latencies of delay together, at the price that is fair."""
     latency = LATENCIES[name]
@@ -181,6 +183,7 @@ def test_learning_beats_every_fixed_interval_somewhere_and_loses_nowhere_by_much
     assert cost(play(PollTimes(), latency)) < 1.15 * best
 
 
+@pytest.mark.long
 def test_under_a_tight_allowance_nearly_half_of_the_slots_are_submits() -> None:
     """With one poll a row half would be the most."""
     for name in ("constant 4 s", "lognormal(4 s, 0.2)", "lognormal(4 s, 0.6)", "2 s or 12 s"):

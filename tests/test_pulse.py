@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from enrich.pulse import MOST_BINS, Counts, Doing, Meter, Pulse, Traffic, read_pulse
 from enrich.store.ledger import Ledger
+from tests.cases import in_turn
 from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
 
 #: Seconds until the next tick, and what happened until then.
@@ -98,7 +99,7 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
     assert traffic.lately(0.0) == (Counts(57, 11), 0.0)
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"at_ms": 1}'])
+@in_turn("text", [None, "", "{}", "[]", '{"at_ms": 1}'])
 def test_what_is_no_pulse_is_none(text: str | None) -> None:
     """An execution of an older version has none."""
     assert read_pulse(text) is None

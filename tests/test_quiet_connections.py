@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import pytest
 
+from tests.cases import in_turn
 from tests.harness import until
 from tests.sending import Sender, sending
 from tests.wire import Act, Reply, Seen, Wire, answering, http
@@ -85,7 +86,7 @@ def test_bytes_behind_an_answer_are_not_the_next_answer(stray: bytes, body: byte
             assert {seen.connection for seen in wire.requests if path(seen) == "b"}.isdisjoint({1})
 
 
-@pytest.mark.parametrize("stray", [STRAY, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"220 mail.example"])
+@in_turn("stray", [STRAY, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"220 mail.example"])
 def test_bytes_before_the_first_request_prove_that_nothing_was_sent(stray: bytes) -> None:
     """What is there when the connection stands is no answer: the request is not sent on it."""
 

@@ -13,6 +13,7 @@ from enrich.difference import compare
 from enrich.errors import Exit
 from enrich.model import MICROS, State, read_balance
 from enrich.surroundings import Options, Progress
+from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
 from tests.wire import Reply, Seen, answering, http
 
@@ -35,7 +36,7 @@ def test_what_is_known_explains_the_difference() -> None:
     assert (told.difference, told.spent.most, told.unexplained) == (10, 10, 0)
 
 
-@pytest.mark.parametrize("gone", [10.0, 12.0, 14.0])
+@in_turn("gone", [10.0, 12.0, 14.0])
 def test_a_doubt_may_have_cost_anything_up_to_its_worst_price(gone: float) -> None:
     """Between nothing and the worst price everything is explained, and no part is said to be the one."""
     movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
@@ -86,6 +87,7 @@ def test_a_night_with_doubts_is_reconciled(tmp_path: Path, office: Office) -> No
         assert api.audit()["accepted"] == 12
 
 
+@pytest.mark.long
 def test_others_who_use_the_account_are_not_blamed_on_the_job(tmp_path: Path, office: Office) -> None:
     """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
     office.write_leads(people(5))
@@ -246,7 +248,7 @@ def test_a_cap_that_was_overrun_is_told_with_its_reason(office: Office) -> None:
     assert "because a price rose" in err
 
 
-@pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
+@pytest.mark.parametrize("balance", first_quick(2, [-3, -0.5, "-3.5", "-1e3", "-0.000001"]))
 def test_a_negative_balance_is_a_balance(office: Office, balance: object) -> None:
     """It is shown, and no run begins with it."""
     office.write_leads(people(2))
@@ -267,7 +269,7 @@ def test_a_negative_balance_is_a_balance(office: Office, balance: object) -> Non
         assert all(seen.line.startswith("GET") for seen in wire.requests)
 
 
-@pytest.mark.parametrize("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
+@in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
 def test_a_balance_that_cannot_be_read_is_not_known(balance: object) -> None:
     """It is never 0."""
     assert read_balance(User.model_validate({"balance": balance}).balance) is None

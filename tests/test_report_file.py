@@ -16,6 +16,7 @@ from polars.exceptions import PanicException
 from enrich.errors import Exit, Interrupted, JobError
 from enrich.report.facts import Report
 from enrich.report.file import MARK
+from tests.cases import first_quick
 from tests.harness import CALM, HEADER, Api, Office, kill, people, serving, until
 
 # The file
@@ -64,7 +65,9 @@ def test_the_report_goes_where_it_is_told(done: Office) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"],
+    first_quick(
+        2, ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"]
+    ),
 )
 def test_nothing_but_a_report_is_replaced(done: Office, name: str) -> None:
     """Neither a file of the job, there or to come, nor the lock of its ledger (which is empty), nor somebody's page."""
@@ -133,13 +136,16 @@ def test_every_run_leaves_its_report(api: Api, office: Office) -> None:
 
 @pytest.mark.parametrize(
     ("error", "why"),
-    [
-        (ValueError("ada@engine.example"), "this is a bug: ValueError"),
-        (PanicException("ada@engine.example"), "this is a bug: PanicException"),
-        (KeyboardInterrupt(), "interrupted"),
-        (Interrupted(Exit.TERMINATED), "interrupted"),
-        (JobError("no"), "no"),
-    ],
+    first_quick(
+        1,
+        [
+            (ValueError("ada@engine.example"), "this is a bug: ValueError"),
+            (PanicException("ada@engine.example"), "this is a bug: PanicException"),
+            (KeyboardInterrupt(), "interrupted"),
+            (Interrupted(Exit.TERMINATED), "interrupted"),
+            (JobError("no"), "no"),
+        ],
+    ),
 )
 def test_a_report_that_fails_does_not_break_the_run(api: Api, office: Office, error: BaseException, why: str) -> None:
     """One note; the exit code is the run's, and the note quotes nobody."""
@@ -171,6 +177,7 @@ def test_a_report_over_somebody_elses_file_does_not_break_the_run(api: Api, offi
     assert mine.read_text() == "<html>mine</html>"
 
 
+@pytest.mark.long
 def test_an_interrupted_run_leaves_fast(tmp_path: Path, office: Office) -> None:
     """It writes no report."""
     office.write_leads(people(2))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import first_quick
 from tests.harness import Api, Done, Office, kill, people, serving, until
 
 RUN = ("run", "job.yaml", "--json")
@@ -117,7 +118,7 @@ GONE = [removed, removed_folder, moved_folder]
 SLOWER = [removed_journal, removed_shared_memory, replaced]
 
 
-@pytest.mark.parametrize("how", [*GONE, *(pytest.param(how, marks=pytest.mark.long) for how in SLOWER)])
+@pytest.mark.parametrize("how", first_quick(1, [*GONE, *(pytest.param(how, marks=pytest.mark.long) for how in SLOWER)]))
 def test_a_ledger_that_is_gone_stops_the_run_and_nothing_paid_is_lost(
     slow_api: Api, office: Office, how: Callable[[Office], None]
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_ledger_that_is_gone_stops_the_run_and_nothing_paid_is_lost(
     nothing_lost(office, slow_api)
 
 
+@pytest.mark.long
 def test_a_ledger_that_is_put_back_takes_in_what_it_lacks(slow_api: Api, office: Office) -> None:
     """Taking in what it knows already changes nothing."""
     process = office.start(*RUN, api=slow_api)
@@ -169,6 +171,7 @@ def test_a_ledger_that_is_put_back_takes_in_what_it_lacks(slow_api: Api, office:
     nothing_lost(office, slow_api)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("another", [False, True])
 def test_a_lock_file_that_is_removed_ends_the_run_in_words(slow_api: Api, office: Office, *, another: bool) -> None:
     """No assertion; a run that begins meanwhile pays for nothing twice."""
@@ -192,6 +195,7 @@ def test_a_lock_file_that_is_removed_ends_the_run_in_words(slow_api: Api, office
     nothing_lost(office, slow_api)
 
 
+@pytest.mark.long
 def test_a_foreign_lock_is_waited_for(slow_api: Api, office: Office) -> None:
     """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
     process = office.start(*RUN, api=slow_api)
@@ -209,6 +213,7 @@ def test_a_foreign_lock_is_waited_for(slow_api: Api, office: Office) -> None:
     nothing_lost(office, slow_api)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGTERM, None])
 def test_a_foreign_lock_does_not_hold_up_the_end(slow_api: Api, office: Office, end: signal.Signals | None) -> None:
     """A signal and --max-time wait some seconds; the task ids go into the rescue file."""
@@ -232,6 +237,7 @@ def test_a_foreign_lock_does_not_hold_up_the_end(slow_api: Api, office: Office, 
     nothing_lost(office, slow_api)
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_no_task(api: Api, office: Office) -> None:
     """The reserved room takes the task ids of all POSTs on the wire."""
     office.write_job()
@@ -245,6 +251,7 @@ def test_a_full_disk_loses_no_task(api: Api, office: Office) -> None:
     nothing_lost(office, api)
 
 
+@pytest.mark.long
 def test_a_run_that_ends_well_leaves_no_file(api: Api, office: Office) -> None:
     """Neither the reserved room nor a rescue file, also after a kill and another run."""
     process = office.start(*RUN, api=api)

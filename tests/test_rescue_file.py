@@ -19,6 +19,7 @@ from enrich.store.records import check
 from enrich.store.rescue import remove_taken, take_in_files
 from enrich.store.rescue_file import Paid, RescueFile, read_rescue
 from tests.books import BOUND, CALL, FOUND, MISSED, Books, fingerprint, params
+from tests.cases import first_quick
 from tests.harness import CALM, Api, Office, people, serving, until
 
 RUN = ("run", "job.yaml", "--json")
@@ -274,20 +275,23 @@ GOOD = paid(1).line()
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"",
-        b"\n",
-        GOOD[:-1],
-        GOOD[:-20] + b"\n",
-        GOOD.replace(b'"format": 1', b'"format": 2'),
-        GOOD.replace(b"fingerprint", b"footprint"),
-        GOOD.replace(b'"claimed_ms": 1000', b'"claimed_ms": "1000"'),
-        GOOD + b"{}\n",
-        GOOD + b"\xff\n",
-        GOOD.replace(b'"submitted"', b'"pending"'),
-        paid(1, "found").line().replace(b'"answer"', b'"error"'),
-        b"[" * 100_000 + b"\n",
-    ],
+    first_quick(
+        3,
+        [
+            b"",
+            b"\n",
+            GOOD[:-1],
+            GOOD[:-20] + b"\n",
+            GOOD.replace(b'"format": 1', b'"format": 2'),
+            GOOD.replace(b"fingerprint", b"footprint"),
+            GOOD.replace(b'"claimed_ms": 1000', b'"claimed_ms": "1000"'),
+            GOOD + b"{}\n",
+            GOOD + b"\xff\n",
+            GOOD.replace(b'"submitted"', b'"pending"'),
+            paid(1, "found").line().replace(b'"answer"', b'"error"'),
+            b"[" * 100_000 + b"\n",
+        ],
+    ),
 )
 def test_a_damaged_file_is_refused_and_stays(api: Api, office: Office, content: bytes) -> None:
     """By run, forget and purge, with its name and without its content; nothing is sent."""
@@ -320,6 +324,7 @@ def left_beside(office: Office, api: Api) -> Path:
     return office.ledger_path.with_name("job.db.rescue")
 
 
+@pytest.mark.long
 def test_a_kill_after_it_was_taken_in_does_no_harm(tmp_path: Path, office: Office) -> None:
     """The next run takes it in again, and it changes nothing."""
     with serving(tmp_path / "api.db", latency="fixed(2)") as api:
@@ -337,6 +342,7 @@ def test_a_kill_after_it_was_taken_in_does_no_harm(tmp_path: Path, office: Offic
         assert office.command("ledger", "check", "job.yaml").code == 0
 
 
+@pytest.mark.long
 def test_forget_and_purge_reach_it(tmp_path: Path, office: Office) -> None:
     """What is running is refused as ever; what was answered is erased; no file with it stays."""
     with serving(tmp_path / "api.db", latency="fixed(2)") as api:

@@ -15,6 +15,7 @@ import pytest
 from enrich.receipt import Receipt
 from enrich.store.records import check
 from enrich.surroundings import Options
+from tests.cases import first_quick
 from tests.harness import BOTH_IN_TIME, Api, Office, kill, people, serving, until
 
 OLD = "the output of an older night\n"
@@ -58,6 +59,7 @@ def reconciled(office: Office, api: Api, receipt: Receipt, leads: int) -> dict[s
     return audit
 
 
+@pytest.mark.long
 def test_killed_before_the_first_post(api: Api, office: Office) -> None:
     """Nothing was sent, so nothing is in doubt and the next run is like the first."""
     office.write_leads(people(20))
@@ -70,7 +72,7 @@ def test_killed_before_the_first_post(api: Api, office: Office) -> None:
     reconciled(office, api, receipt, 20)
 
 
-@pytest.mark.parametrize("fault", ["silence-after", "silence-before"])
+@pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_killed_while_posts_are_on_the_wire(api: Api, office: Office, fault: str) -> None:
     """What had left is in doubt, at most 64, whether it was accepted or not; the others are bought once."""
     office.write_leads(people(150))
@@ -117,6 +119,7 @@ def test_killed_while_polling(tmp_path: Path, office: Office) -> None:
     assert (receipt.found or 0) + (receipt.not_found or 0) == 40
 
 
+@pytest.mark.long
 def test_killed_while_writing_the_output(api: Api, office: Office) -> None:
     """The old output stays whole until the new one is; what a kill left half-written is gone after the next run."""
     leads = [lead for _ in range(3_000) for lead in people(10)]
@@ -165,6 +168,7 @@ def test_killed_again_and_again_at_random(tmp_path: Path, office: Office) -> Non
     assert receipt.exit_code in (0, 14)
 
 
+@pytest.mark.long
 def test_the_books_of_a_killed_run_balance(api: Api, office: Office) -> None:
     """Over all executions the ledger's credits are the API's, except for what is in doubt and unknown."""
     office.write_leads(people(60))
@@ -186,6 +190,7 @@ def test_the_books_of_a_killed_run_balance(api: Api, office: Office) -> None:
     assert sum(row["spent"] for row in executions) == spent
 
 
+@pytest.mark.long
 def test_a_cap_holds_over_what_a_killed_run_left_in_flight(tmp_path: Path, office: Office) -> None:
     """What is at the API from before counts against the cap of the execution that collects it."""
     office.write_leads(people(30))
@@ -202,6 +207,7 @@ def test_a_cap_holds_over_what_a_killed_run_left_in_flight(tmp_path: Path, offic
     assert receipt.pending == 30
 
 
+@pytest.mark.long
 def test_the_api_restarts_in_the_middle(tmp_path: Path, office: Office) -> None:
     """Refused connections are sat out, what the API had accepted it still knows, nothing is bought twice."""
     office.write_job(limits="{requests_per_second: 400}")
@@ -226,6 +232,7 @@ def test_the_api_restarts_in_the_middle(tmp_path: Path, office: Office) -> None:
     assert receipt.submitted == 0
 
 
+@pytest.mark.long
 def test_the_ledger_of_a_killed_run_is_sound(api: Api, office: Office) -> None:
     """SQLite finds nothing wrong after a kill, and status can be read at once."""
     office.write_leads(people(100))
@@ -238,6 +245,7 @@ def test_the_ledger_of_a_killed_run_is_sound(api: Api, office: Office) -> None:
     assert check(office.place).problems == []
 
 
+@pytest.mark.long
 def test_two_starts_at_once_are_one_execution(tmp_path: Path, office: Office) -> None:
     """Of two crons that meet, one works and the other leaves with exit 11, at a server after a moment."""
     office.write_leads(people(10))

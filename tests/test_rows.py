@@ -19,6 +19,7 @@ from enrich.job import load_job
 from enrich.model import Call, RowStatus
 from enrich.question import Question
 from enrich.rows import Rows
+from tests.cases import in_turn
 
 CALL = Call("email_getter", (833, 966), 10)
 
@@ -58,7 +59,7 @@ def refusal(folder: Path, job: str, header: Sequence[str], leads: Sequence[Seque
     return caught.value
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("cell", "domain"),
     [
         ("https://www.Example.com/about?x=1#top", "example.com"),
@@ -118,7 +119,7 @@ def test_the_domain_of_what_people_write(tmp_path: Path, cell: str, domain: str 
     assert params_of(read(rows)) == [{"b": "x"} | ({"company": domain} if domain else {})]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("transform", "cell", "sent"),
     [
         ("", " Ada  Byron\t", "Ada  Byron"),
@@ -185,16 +186,14 @@ def test_a_row_that_would_send_nothing_is_invalid(tmp_path: Path) -> None:
     assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["no param has a value"])
 
 
-@pytest.mark.parametrize("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
+@in_turn("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
 def test_an_e_mail_address_is_sent(tmp_path: Path, good: str) -> None:
     """The check is a coarse one: only the API knows which exist."""
     batch = read(rows_of(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
     assert params_of(batch) == [{"email": good.strip()}]
 
 
-@pytest.mark.parametrize(
-    "bad", ["ada", "ada@x", "@x.example", "ada@", "a b@x.example", "a@b@c.d", "a@b.c,d@e.f g", "a@b .c"]
-)
+@in_turn("bad", ["ada", "ada@x", "@x.example", "ada@", "a b@x.example", "a@b@c.d", "a@b.c,d@e.f g", "a@b .c"])
 def test_a_malformed_e_mail_address_makes_a_row_invalid(tmp_path: Path, bad: str) -> None:
     """It is not paid for, and the reason does not quote it."""
     batch = read(rows_of(tmp_path, "params: {email: E}\n", ["E"], [[bad]]), emails=["email"])
@@ -210,7 +209,7 @@ LEADS = [
 ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("where", "kept"),
     [
         ("Country = 'DE'", "Ada"),
@@ -241,7 +240,7 @@ def test_where_chooses_rows(tmp_path: Path, where: str, kept: str) -> None:
     assert batch.errors == [None] * 4
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("where", "message", "hint"),
     [
         ("Contry = 'DE'", "the input has no column `Contry`", "did you mean `Country`?"),
@@ -273,7 +272,7 @@ def test_a_where_that_cannot_be_is_told(tmp_path: Path, where: str, message: str
     assert hint in (error.hint or "")
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "where",
     ['CAST("Team Size" AS INT) > 4', "CAST(Name AS DATE) > '2024-01-01'", "STRPTIME(Name, '%Y') IS NULL"],
 )
@@ -302,7 +301,7 @@ def test_a_filtered_row_is_not_called_invalid(tmp_path: Path) -> None:
     assert (batch.statuses, batch.errors) == ([RowStatus.FILTERED], [None])
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("job", "where", "hint"),
     [
         ("params: {a: Firt Name}\n", "4: params.a", "did you mean `First Name`?"),
@@ -326,7 +325,7 @@ def test_a_column_that_the_input_lacks_is_told(tmp_path: Path, job: str, where: 
     assert error.hint == hint
 
 
-@pytest.mark.parametrize(("separator", "shown"), [(";", '";"'), ("\t", '"\\t"'), ("|", '"|"')])
+@in_turn(("separator", "shown"), [(";", '";"'), ("\t", '"\\t"'), ("|", '"|"')])
 def test_another_separator_is_recognised_by_the_header(tmp_path: Path, separator: str, shown: str) -> None:
     """The commonest mistake has a hint that can be copied, and following it helps."""
     (tmp_path / "leads.csv").write_text(separator.join(["Name", "Email"]) + "\n" + separator.join(["Ada", "x"]) + "\n")
@@ -375,7 +374,7 @@ def test_the_status_columns_of_an_earlier_output_are_replaced(tmp_path: Path) ->
     assert params_of(batch) == [{"a": "x", "status": "failed"}, None]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "header",
     [
         ["^x$", "x", "xx"],
@@ -462,7 +461,7 @@ def test_a_blank_param_is_no_param(tmp_path: Path) -> None:
     assert fingerprints(tmp_path, [["Ada", "x", ""]]) == [without]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "call",
     [
         Call("email_getter", (966, 833), 10),

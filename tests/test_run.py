@@ -37,7 +37,7 @@ def test_a_csv_of_leads_comes_back_enriched(api: Api, office: Office) -> None:
     leads = people(60)
     office.write_leads(leads)
 
-    done = office.enrich("run", "job.yaml", "--json", api=api)
+    done = office.command("run", "job.yaml", "--json", api=api)
 
     assert done.code == 0, done.stderr
     assert done.receipt["rows"] == done.receipt["requests"] == done.receipt["submitted"] == 60
@@ -54,10 +54,10 @@ def test_a_csv_of_leads_comes_back_enriched(api: Api, office: Office) -> None:
 def test_the_second_night_pays_nothing(api: Api, office: Office) -> None:
     """The same command again answers from the ledger and writes the same output."""
     office.write_leads(people(20))
-    office.enrich("run", "job.yaml", api=api)
+    office.command("run", "job.yaml", api=api)
     first = office.output()
 
-    done = office.enrich("run", "job.yaml", "--json", api=api)
+    done = office.command("run", "job.yaml", "--json", api=api)
 
     assert done.code == 0
     assert (done.receipt["submitted"], done.receipt["reused"], done.receipt["credits_spent"]) == (0, 20, 0)
@@ -90,7 +90,7 @@ def test_a_successful_run_off_a_terminal_says_nothing(api: Api, office: Office) 
     """Cron sends no mail about a night that went well."""
     office.write_leads(people(3))
 
-    done = office.enrich("run", "job.yaml", api=api)
+    done = office.command("run", "job.yaml", api=api)
 
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
@@ -355,7 +355,7 @@ def test_files_are_private_and_hold_neither_key_nor_needless_names(tmp_path: Pat
         api.fault("no-task-id")
         old = os.umask(0)
         try:
-            done = office.enrich("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
+            done = office.command("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
         finally:
             os.umask(old)
 

@@ -25,7 +25,8 @@ from enrich.store.lock import hold
 from enrich.surroundings import Progress
 from enrich.watch import runlog
 from enrich.watch.runlog import Log, log_to, without_data
-from tests.harness import HASTY, Api, Office, kill, people, serving, until
+from tests.cases import in_turn
+from tests.harness import AWAY, Api, Office, kill, people, serving, until
 from tests.watch import assert_nobody_in, events, log_lines, somebody
 
 AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -88,8 +89,8 @@ def test_a_start_that_fails_leaves_a_line(
     told: tuple[int, str, list[str]],
 ) -> None:
     """Before an execution exists there is an error with its exit code, also for a job file that is wrong."""
-    hasty = tuple(getattr(HASTY, name) for name in Timing.__dataclass_fields__)
-    monkeypatch.setattr(Timing.__init__, "__defaults__", hasty)
+    away = tuple(getattr(AWAY, name) for name in Timing.__dataclass_fields__)
+    monkeypatch.setattr(Timing.__init__, "__defaults__", away)
     code, word, seen = told
     office.write_leads(somebody(1))
     environ = spoil(office, api)
@@ -136,6 +137,7 @@ def test_two_processes_share_a_log(tmp_path: Path, office: Office) -> None:
     assert lines[3]["exit_code"] == 143
 
 
+@pytest.mark.long
 def test_a_killed_run_has_no_end_and_the_next_one_tells_of_it(tmp_path: Path, office: Office) -> None:
     """The next start follows a start; its notes carry the number of the execution."""
     office.write_leads(somebody(3))
@@ -355,6 +357,7 @@ def test_a_link_is_followed(tmp_path: Path, complaints: list[str]) -> None:
     assert sorted(map(int, texts(tmp_path / "far"))) == list(range(60))
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_does_not_break_the_run(api: Api, office: Office) -> None:
     """The log stays behind, is told of once on stderr, and the leads are enriched."""
     office.write_leads(somebody(2))
@@ -397,7 +400,7 @@ def test_progress_is_a_line_a_minute(tmp_path: Path, complaints: list[str]) -> N
     )
 
 
-@pytest.mark.parametrize("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
+@in_turn("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
 def test_what_is_no_log_is_not_written_into(tmp_path: Path, name: str) -> None:
     """A slip of the pen must not append to the leads, or rotate a ledger away."""
     office = Office(tmp_path)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import JobError
 from enrich.nights.schedule import Night, Plan, crontab_line, on_calendar, parse_at, parse_days, service, timer
+from tests.cases import in_turn
 from tests.harness import Office, people, serving
 
 
@@ -87,9 +88,7 @@ def test_any_path_survives_the_crontab(names: Sequence[str]) -> None:
     assert "\n" not in line
 
 
-@pytest.mark.parametrize(
-    "name", ["100% sure", r"a\%b", r"\\%%\'", "it's", '"x" $HOME `id` $(id)', "ü; rm -rf x &", "#a"]
-)
+@in_turn("name", ["100% sure", r"a\%b", r"\\%%\'", "it's", '"x" $HOME `id` $(id)', "ü; rm -rf x &", "#a"])
 def test_a_real_shell_reads_the_line_so(name: str) -> None:
     """As cron runs it: `sh -c`, next to nothing in the environment."""
     line = crontab_line(plan(command=["/usr/bin/printf", "%s\\n"], job=Path(f"/srv/{name}")))
@@ -111,7 +110,7 @@ def test_any_path_survives_the_unit(one: str, other: str) -> None:
     assert not re.search(r"(?<!%)%(?:%%)*(?!%)", settings["ExecStart"])
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x00b", "a\u2028b"])
+@in_turn("name", ["a\nb", "a\tb", "a\x00b", "a\u2028b"])
 def test_a_path_that_fits_on_no_line_is_refused(name: str) -> None:
     """Rather than a crontab of two broken lines."""
     for write in (crontab_line, service):
@@ -119,20 +118,20 @@ def test_a_path_that_fits_on_no_line_is_refused(name: str) -> None:
             write(plan(job=Path(f"/srv/{name}")))
 
 
-@pytest.mark.parametrize(("text", "time"), [("02:00", (2, 0)), ("2:00", (2, 0)), ("23:59", (23, 59)), ("0:00", (0, 0))])
+@in_turn(("text", "time"), [("02:00", (2, 0)), ("2:00", (2, 0)), ("23:59", (23, 59)), ("0:00", (0, 0))])
 def test_times_of_the_day(text: str, time: tuple[int, int]) -> None:
     """Hours and minutes."""
     assert parse_at(text) == time
 
 
-@pytest.mark.parametrize("text", ["25:00", "24:00", "2", "2:0", "02:60", "2pm", "", "-1:00", "02:00:00", "٠٢:00"])
+@in_turn("text", ["25:00", "24:00", "2", "2:0", "02:60", "2pm", "", "-1:00", "02:00:00", "٠٢:00"])
 def test_other_times_are_refused(text: str) -> None:
     """Rather than a job that never runs."""
     with pytest.raises(ValueError, match="must be a time of the day"):
         parse_at(text)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "days"),
     [
         ("mon-fri", (1, 2, 3, 4, 5)),
@@ -148,7 +147,7 @@ def test_days(text: str, days: tuple[int, ...]) -> None:
     assert parse_days(text) == days
 
 
-@pytest.mark.parametrize("text", ["", "m", "mon-", "1-5", "mond", "mon;tue"])
+@in_turn("text", ["", "m", "mon-", "1-5", "mond", "mon;tue"])
 def test_other_days_are_refused(text: str) -> None:
     """With what can be said."""
     with pytest.raises(ValueError, match="is no day"):
@@ -183,6 +182,7 @@ def night(office: Office) -> Office:
     return made
 
 
+@pytest.mark.long
 def test_the_line_runs_the_job_as_cron_would(night: Office, tmp_path: Path) -> None:
     """With an empty environment, from another folder; the key comes from its file, the log is written."""
     with serving(tmp_path / "cron-api.db", api_key="sandbox-key") as api:

@@ -29,6 +29,7 @@ def where() -> str:
 # The password
 
 
+@pytest.mark.long
 def test_the_password_comes_from_the_environment(api: Api, office: Office) -> None:
     """PGPASSWORD, as for every program that speaks to PostgreSQL; it stands in no file of ours and in no output."""
     office.write_leads(people(3))

@@ -30,6 +30,7 @@ def place(own_postgres: Postgres, tmp_path: Path) -> LedgerPlace:
     return locate_ledger(tmp_path, own_postgres.url(), tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["fast", "immediate"])
 def test_a_restart_between_two_moves_loses_neither(
     books: Books, own_postgres: Postgres, how: Literal["fast", "immediate"]

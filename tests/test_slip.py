@@ -24,6 +24,7 @@ from enrich.receipt import Receipt
 from enrich.signals import Signals
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
+from tests.cases import in_turn
 from tests.harness import HASTY, Api, Office, people, serving, shown_on
 
 TARGET = Target("job.yaml", "job.yaml")
@@ -43,6 +44,7 @@ def columns(text: str) -> int:
     return len(text) + wide - sum(unicodedata.category(letter) in {"Mn", "Me"} for letter in text)
 
 
+@pytest.mark.long
 @given(st.data())
 def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
     """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
@@ -161,7 +163,7 @@ def test_a_difference_that_is_just_what_was_spent_needs_no_words() -> None:
     assert "known price" not in "\n".join(lines(replace(receipt, balance_after=7)))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("code", "rows", "commands"),
     [
         (0, {}, []),
@@ -213,6 +215,7 @@ def test_the_receipt_adds_up_to_the_bill(tmp_path: Path, office: Office) -> None
         assert after["asked"] + after["presumed"] <= passed_on
 
 
+@pytest.mark.long
 def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: Office) -> None:
     """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
     office.write_leads(people(12))

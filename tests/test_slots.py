@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slots, written
 from enrich.pace import BURST_S, Pace
+from tests.cases import examples, in_turn
 
 WANTED = 32
 
@@ -82,7 +83,8 @@ def busiest(sent: list[float]) -> int:
 LAG = st.floats(0, 1.5) | st.just(0.0)
 
 
-@settings(max_examples=25)
+@pytest.mark.long
+@settings(max_examples=examples(25))
 @given(
     rate=st.sampled_from([2.0, 20.0, 100.0, 400.0]),
     seed=st.integers(0, 1000),
@@ -95,8 +97,8 @@ def test_no_second_has_more_than_the_rate_and_the_burst(
     assert busiest(night(rate, seed, lags)) <= rate * (1 + LATE_S + BURST_S) + 1
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5])
-@pytest.mark.parametrize("rate", [20.0, 100.0, 400.0])
+@in_turn("processes", [1, 2, 5])
+@in_turn("rate", [20.0, 100.0, 400.0])
 def test_the_rate_is_used(rate: float, processes: int) -> None:
     """With a server and timers as they are, by one process as by many."""
     sent = night(rate, 1, [(0.01, 0.01)] * processes)

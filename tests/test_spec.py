@@ -16,6 +16,7 @@ from enrich.fields import parse_duration
 from enrich.job import Job, Overrides, load_job, nearest
 from enrich.jobfile import Document
 from enrich.spec import json_schema
+from tests.cases import in_turn
 
 BASE = """\
 version: 1
@@ -121,7 +122,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert (model.policy.max_attempts, model.policy.refresh.found, model.policy.refresh.not_found) == (3, None, None)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("word", "kind"),
     [
         ("NO", "a boolean"),
@@ -137,7 +138,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("2024-01-01 10:00:00", "a date"),
     ],
 )
-@pytest.mark.parametrize(
+@in_turn(
     ("before", "key"),
     [
         ("  country:\n    value: ", "params.country.value"),
@@ -167,7 +168,7 @@ def test_a_param_of_nothing_is_to_be_quoted(tmp_path: Path) -> None:
         assert told.endswith(f"{key}: must be text, but YAML reads it as nothing: put it in quotes")
 
 
-@pytest.mark.parametrize("word", ["NO", "00501", "1.5", "null", "2024-01-01", "=", "!x", "*x", "&x"])
+@in_turn("word", ["NO", "00501", "1.5", "null", "2024-01-01", "=", "!x", "*x", "&x"])
 def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
     """The remedy of the message works."""
     job = job_of(tmp_path, f"{BASE}  a: {{value: '{word}'}}\n  b: \"{word}\"\n")
@@ -175,7 +176,7 @@ def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
     assert job.model.params["b"].columns == [word]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "told"),
     [
         ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
@@ -356,7 +357,7 @@ were: x
     ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "text",
     [
         "api_key: SECRET\n" + BASE,
@@ -388,9 +389,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         load_job(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text", ["\ufeff" + BASE, BASE.replace("\n", "\r\n"), "---\n" + BASE, BASE + "...\n", BASE.rstrip("\n")]
-)
+@in_turn("text", ["\ufeff" + BASE, BASE.replace("\n", "\r\n"), "---\n" + BASE, BASE + "...\n", BASE.rstrip("\n")])
 def test_how_editors_save_a_file_makes_no_difference(tmp_path: Path, text: str) -> None:
     """A byte order mark, line ends of Windows, marks of a document."""
     path = tmp_path / "job.yaml"
@@ -438,7 +437,7 @@ def test_a_relative_job_file_is_found_from_where_one_stands(tmp_path: Path, monk
     assert load_job(Path("jobs/job.yaml")).input_path == tmp_path / "jobs/leads.csv"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("output", "name"),
     [
         ("leads-%Y-%m-%d.csv", "leads-2026-11-01.csv"),
@@ -454,7 +453,7 @@ def test_the_output_s_name_may_hold_the_date(tmp_path: Path, output: str, name: 
     assert job.output_path(datetime(2026, 11, 1, 9, 30).astimezone()) == home / name
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("leads", "name"),
     [
         ("leads.csv", "leads_enriched.csv"),
@@ -491,7 +490,7 @@ def test_the_command_line_has_the_last_word_about_the_cap(tmp_path: Path) -> Non
             job_of(tmp_path, text, Overrides(max_credits=odd))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("text", "seconds"),
     [
         ("45s", 45),
@@ -508,9 +507,7 @@ def test_a_duration_is_a_number_with_its_unit(text: str, seconds: int) -> None:
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize(
-    "odd", ["", " ", "5", 5, 1.5, None, True, "h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"]
-)
+@in_turn("odd", ["", " ", "5", 5, 1.5, None, True, "h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"])
 def test_anything_else_is_no_duration(odd: object) -> None:
     """A number alone could be seconds or days, and that may cost money."""
     with pytest.raises(ValueError, match="a duration is a number with its unit"):

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import pytest
 
 from enrich.bounded_read import MOST_BYTES
+from tests.cases import first_quick
 from tests.harness import Api, Done, Office, people
 
 KEY = "sandbox-key"
@@ -57,10 +58,13 @@ def make(office: Office, kind: str) -> str:
 KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "huge"])
+@pytest.mark.parametrize("kind", first_quick(1, [*KINDS, "huge"]))
 @pytest.mark.parametrize(
     ("use", "code"),
-    [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
+    first_quick(
+        2,
+        [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
+    ),
 )
 def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: int, kind: str) -> None:
     """With words that name it, and nothing is bought."""
@@ -98,6 +102,7 @@ def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: in
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
 def test_notifications_without_a_file_are_a_note(api: Api, office: Office, kind: str) -> None:
     """They are no reason not to run."""
@@ -108,6 +113,7 @@ def test_notifications_without_a_file_are_a_note(api: Api, office: Office, kind:
     assert "nobody can be notified: it " in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stdin", ["/dev/zero", "/dev/urandom"])
 def test_a_device_as_standard_input_is_not_read_for_ever(api: Api, office: Office, stdin: str) -> None:
     """Only pipes and files are."""
@@ -129,6 +135,7 @@ def test_other_commands_wait_for_no_pipe_either(api: Api, office: Office, use: s
     assert run(office, api, name, "job.yaml", *options).code in (0, 1, 2, 3, 5)
 
 
+@pytest.mark.long
 def test_a_pipe_with_a_writer_is_a_key_file(api: Api, office: Office) -> None:
     """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late its writer is."""
     office.write_leads(people(1))
@@ -146,6 +153,7 @@ def test_a_pipe_with_a_writer_is_a_key_file(api: Api, office: Office) -> None:
     assert process.wait(45) == 0
 
 
+@pytest.mark.long
 def test_a_pipe_with_a_reader_is_a_log(api: Api, office: Office) -> None:
     """A log may be read by another program while it is written."""
     office.write_leads(people(1))
@@ -156,6 +164,7 @@ def test_a_pipe_with_a_reader_is_a_log(api: Api, office: Office) -> None:
     os.close(reader)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/stderr"])
 def test_logs_that_go_nowhere_or_to_stderr_still_do(api: Api, office: Office, name: str) -> None:
     """They are devices, too, but take lines."""

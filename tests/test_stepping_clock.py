@@ -32,6 +32,7 @@ def test_it_steps_both_ways_while_it_runs(tmp_path: Path) -> None:
     assert abs(clock.time() - time.time()) < 60
 
 
+@pytest.mark.long
 def test_the_program_runs_under_it(api: Api, office: Office) -> None:
     """The ledger's times are the clock's, if it is off by little; arguments and exit code pass through."""
     office.write_leads(people(3))

@@ -18,6 +18,7 @@ from enrich.spec import Input, Output
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
 from tests.buckets import BUCKET, SECRET, got, put
+from tests.cases import first_quick
 from tests.harness import HEADER, Api, Office, people
 from tests.tables import load, save
 
@@ -29,7 +30,9 @@ def environ(bucket: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "names", [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")], ids=" to ".join
+    "names",
+    first_quick(1, [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")], single=True),
+    ids=" to ".join,
 )
 def test_a_run_reads_from_a_storage_and_writes_to_one(
     tmp_path: Path, office: Office, api: Api, environ: dict[str, Any], names: tuple[str, str]
@@ -52,6 +55,7 @@ def test_a_run_reads_from_a_storage_and_writes_to_one(
     assert list((office.folder / "tmp").iterdir()) == []
 
 
+@pytest.mark.long
 def test_urls_come_from_the_command_line_too(office: Office, api: Api, environ: dict[str, Any]) -> None:
     """The process itself, as cron would start it."""
     put("leads.csv", save(office.folder / "leads.csv", HEADER, people(1)).read_bytes())
@@ -108,6 +112,7 @@ def test_an_output_that_cannot_be_sent_can_be_collected_later() -> None:
     assert "`enrich collect` writes them without paying" in (caught.value.hint or "")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("environ")
 def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
     """More than one request can carry."""
@@ -119,14 +124,17 @@ def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "told"),
-    [
-        (f"s3://{BUCKET}/none.csv", " does not exist"),
-        ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
-        (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
-        (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
-        (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
-        ("az://box/a.csv", ": there are no credentials for the storage"),
-    ],
+    first_quick(
+        2,
+        [
+            (f"s3://{BUCKET}/none.csv", " does not exist"),
+            ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
+            (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
+            (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
+            (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
+            ("az://box/a.csv", ": there are no credentials for the storage"),
+        ],
+    ),
 )
 def test_what_a_storage_refuses_is_told_before_anything_is_spent(
     office: Office, api: Api, environ: dict[str, Any], url: str, told: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import first_quick
 from tests.harness import Api, Done, Office, people, usual_signals
 
 NO_SPACE = "note: stdout cannot be written: No space left on device\n"
@@ -65,7 +66,7 @@ STREAMS: list[dict[str, tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("streams", STREAMS, ids=str)
+@pytest.mark.parametrize("streams", first_quick(1, STREAMS, single=True), ids=str)
 def test_a_run_does_its_work_without_its_streams(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
     """The exit code is that of the leads, every file is whole, and nothing of it is in the files of others."""
     done = with_streams(leads, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams)
@@ -81,6 +82,7 @@ def test_a_run_does_its_work_without_its_streams(api: Api, leads: Office, stream
     assert done.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streams", STREAMS[:4], ids=str)
 def test_what_goes_wrong_keeps_its_exit_code(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
     """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
@@ -105,6 +107,7 @@ def test_other_commands_keep_their_exit_codes_too(api: Api, leads: Office, comma
         assert done.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--receipt"], ["schema"]], ids=" ".join)
 @pytest.mark.parametrize("left", ["stdout", "stderr"])
 def test_a_reader_that_leaves_changes_nothing(api: Api, leads: Office, arguments: list[str], left: str) -> None:
@@ -127,6 +130,7 @@ def test_a_reader_that_leaves_changes_nothing(api: Api, leads: Office, arguments
         assert (leads.folder / "report.html").exists()
 
 
+@pytest.mark.long
 def test_watching_ends_when_its_reader_leaves(api: Api, leads: Office) -> None:
     """`status --watch | head -1` does not watch for ever."""
     assert leads.command("run", "job.yaml", api=api).code == 0

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from enrich.errors import Refused
 from enrich.privacy import Suppression, read_suppression
 from enrich.surroundings import Options
+from tests.cases import in_turn
 from tests.harness import BOTH_IN_TIME, Api, Office, people
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
@@ -42,7 +43,7 @@ ADDRESS = "Jane.Doe@acme.example"
 DOMAIN = "acme.example"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("entry", "website", "note", "expected"),
     [
         (ADDRESS, "", "jane.doe@ACME.example", True),
@@ -77,7 +78,7 @@ def test_who_is_suppressed(tmp_path: Path, entry: str, website: str, note: str, 
     assert hit(listed(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "line",
     ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
 )

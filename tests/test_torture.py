@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import in_turn
 from tests.harness import Office
 from tests.torture import AT_MOST_IN_DOUBT, Report, take_ledger_away, torture
 
@@ -56,7 +57,7 @@ def _falsify(office: Office, sql: str) -> bool:
         return db.execute(sql.format(chosen, another=another)).rowcount == 1
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("sql", "noticed"),
     [
         ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
@@ -77,11 +78,11 @@ def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
     assert (told if isinstance(told, int) else len(told)) == 1, report.table()
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("code", "not_missed"),
     [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
 )
-@pytest.mark.parametrize("replaced", [False, True])
+@in_turn("replaced", [False, True])
 def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(
     tmp_path: Path, code: str, not_missed: int, *, replaced: bool
 ) -> None:

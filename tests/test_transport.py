@@ -81,7 +81,8 @@ def test_posts_and_polls_do_not_wait_for_each_other() -> None:
 
     async def both(client: Client) -> str:
         polls = [asyncio.create_task(client.task(f"t-{number}")) for number in range(32)]
-        await asyncio.sleep(0.1)
+        while len(wire.requests) < 32:  # noqa: ASYNC110 - the wire tells nobody
+            await asyncio.sleep(0.01)
         task_id = await run(client)
         for poll in polls:
             poll.cancel()
@@ -132,10 +133,10 @@ def test_an_answer_that_came_while_we_were_stopped_counts(tmp_path: Path) -> Non
 
     async def stopped(client: Client) -> None:
         posting = asyncio.create_task(run(client))
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.3)
         # Nothing of ours runs meanwhile, as under SIGSTOP; the API's thread answers.
-        time.sleep(1.2)  # noqa: ASYNC251
+        time.sleep(2.5)  # noqa: ASYNC251
         assert await posting
 
-    with serving(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=0.4"),)) as api:
-        ask(api.base_url, stopped, key=api.api_key, seconds=0.8)
+    with serving(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=0.6"),)) as api:
+        ask(api.base_url, stopped, key=api.api_key, seconds=2.0)

@@ -22,6 +22,7 @@ from enrich.store.ledger import Ledger
 from enrich.store.records import INVARIANTS, Findings, Records, check
 from enrich.surroundings import Options
 from tests.books import BOUND, COST, FREE_FAILURE, MISSED, PRICE, Books
+from tests.cases import examples, first_quick
 from tests.harness import BOTH_IN_TIME, HASTY, Api, Done, Office, kill, people, serving, until
 from tests.postgres import Postgres
 from tests.test_ledger_stateful import Machine, MachineOnServer
@@ -218,16 +219,21 @@ def test_the_check_finds_nothing_on_a_server(postgres: Postgres) -> None:
     """Whatever happened there, it is sound."""
     MachineOnServer.server = postgres
     run_state_machine_as_test(
-        CheckedOnServer, settings=settings(TestChecked.settings, max_examples=4, stateful_step_count=15)
+        CheckedOnServer, settings=settings(TestChecked.settings, max_examples=examples(4), stateful_step_count=15)
     )
 
 
 TestChecked = Checked.TestCase
 TestChecked.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=examples(12),
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
 )
 
 
+@pytest.mark.long
 def test_a_killed_run_leaves_a_sound_ledger(tmp_path: Path, office: Office) -> None:
     """Killed in the thick of it and looked at before and after the next run."""
     office.write_leads(people(80))
@@ -262,8 +268,8 @@ def test_a_night_with_faults_leaves_a_sound_ledger(tmp_path: Path, office: Offic
     assert sound(office).receipt["executions"] == 2
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "cut to a page", "header", "middle", "schema"])
-@pytest.mark.parametrize("command", ["check", "backup"])
+@pytest.mark.parametrize("damage", first_quick(1, ["empty", "cut", "cut to a page", "header", "middle", "schema"]))
+@pytest.mark.parametrize("command", first_quick(2, ["check", "backup"]))
 def test_a_damaged_file_is_told_and_is_no_bug(office: Office, command: str, damage: str) -> None:
     """Whatever happened to the file: exit 5 and what it is, never a trace."""
     path = office.folder / "ledger.db"

@@ -13,6 +13,7 @@ import pytest
 from enrich.errors import Exit
 from enrich.store.lock import hold
 from enrich.watch import healthcheck, notify, outcome
+from tests.cases import first_quick
 from tests.harness import Api, Office, serving, until
 from tests.watch import Ear, assert_nobody_in, events, listening, log_lines, somebody
 from tests.wire import answering, http
@@ -100,6 +101,7 @@ def test_the_sandbox_pings_nothing(pinged: Office, ear: Ear) -> None:
     assert ear.heard == []
 
 
+@pytest.mark.long
 def test_an_interrupted_run_leaves_its_start_alone(tmp_path: Path, pinged: Office, ear: Ear) -> None:
     """It must leave quickly; the check itself notices that nothing more comes."""
     with serving(tmp_path / "slow.db", latency="fixed(3600)") as api:
@@ -135,7 +137,7 @@ def test_a_wrong_address_is_told_and_not_tried_again(api: Api, pinged: Office, e
     assert "secret" not in (pinged.folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("way", ["down", "hanging", "nowhere"])
+@pytest.mark.parametrize("way", first_quick(1, ["down", "hanging", "nowhere"]))
 def test_a_server_that_does_not_answer_breaks_nothing(
     api: Api, pinged: Office, ear: Ear, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
@@ -157,7 +159,7 @@ def test_a_server_that_does_not_answer_breaks_nothing(
     assert "secret" not in done.stderr + (pinged.folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("value", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["])
+@pytest.mark.parametrize("value", first_quick(1, ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["]))
 def test_a_healthcheck_on_loopback_is_pinged_directly(api: Api, pinged: Office, ear: Ear, value: str) -> None:
     """Whatever the proxy variables say."""
     done = pinged.command("run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value)
@@ -165,7 +167,7 @@ def test_a_healthcheck_on_loopback_is_pinged_directly(api: Api, pinged: Office, 
     assert len(ear.heard) == 2
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", first_quick(1, ["http", "https"]))
 def test_a_ping_takes_the_proxy_of_the_environment(api: Api, pinged: Office, scheme: str) -> None:
     """One that cannot be used is a note by name, without its password."""
     pinged.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
@@ -279,7 +281,7 @@ def test_addresses_that_others_may_read_are_warned_of(api: Api, noticed: Office)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")]
+    ("content", "words"), first_quick(1, [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")])
 )
 def test_a_file_without_addresses_is_told_at_the_start(
     api: Api, noticed: Office, content: str | bytes | None, words: str

@@ -140,6 +140,7 @@ def look(office: Office, wire: Wire) -> None:
         shown(office, wire, *arguments)
 
 
+@pytest.mark.long
 def test_what_was_answered_is_cleaned_everywhere(leads: Office) -> None:
     """Every answer counts, with the clean text, and it is the same in all that is shown and written."""
     with answering(answers) as wire:

@@ -27,7 +27,7 @@ class Api:
         self.root = base_url.removesuffix("/v1")
         # Without certificates, which take long to read and are not needed on loopback.
         headers = {"x-apikey": api_key}
-        self.http = httpx.Client(base_url=base_url, headers=headers, timeout=5, trust_env=False, verify=False)  # noqa: S501
+        self.http = httpx.Client(base_url=base_url, headers=headers, timeout=30, trust_env=False, verify=False)  # noqa: S501
 
     def post_run(self, params: Any = ADA, waterfall: str = "email_getter", **body: Any) -> httpx.Response:
         """Post a single run, whatever comes of it."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from enrich.sandbox.people import ascii_name, domain_of
+from tests.cases import in_turn
 from tests.sandbox.conftest import ADA, Api, Start, people
 
 MAIL: dict[str, Any] = {"enrichments": [833, 966], "email_verifier": 10}
@@ -200,7 +201,7 @@ def test_dotted_paths_lead_somewhere(api: Api) -> None:
     assert isinstance(result["technologies"], list)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("name", "spelt"),
     [
         ("Zoë", "zoe"),
@@ -219,7 +220,7 @@ def test_names_become_ascii(name: str, spelt: str) -> None:
     assert ascii_name(name) == spelt
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("company", "domain"),
     [
         ("engine.example", "engine.example"),

@@ -7,6 +7,7 @@ from time import time
 import pytest
 
 from enrich.sandbox.latency import latency
+from tests.cases import in_turn
 from tests.sandbox.conftest import ADA, Api, Start, people
 
 
@@ -80,9 +81,7 @@ def test_expired_results_stay_paid(api: Api) -> None:
     assert api.audit()["credits_charged"] == 0.5
 
 
-@pytest.mark.parametrize(
-    "text", ["", "fixed", "fixed(a)", "fixed(-1)", "uniform(2,1)", "lognormal(0,1)", "normal(1,1)"]
-)
+@in_turn("text", ["", "fixed", "fixed(a)", "fixed(-1)", "uniform(2,1)", "lognormal(0,1)", "normal(1,1)"])
 def test_unknown_latency(text: str) -> None:
     """What is no distribution is an error that shows the forms."""
     with pytest.raises(ValueError, match="none of lognormal"):
