@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.meter import table
 from benchmarks.partitions import make_dataset
 from benchmarks.server import Server, serving
-from tests.postgres import Postgres, serving_alone
+from tests.postgres import PostgresServer, dedicated_server
 
 JOB = """\
 version: 1
@@ -140,7 +140,7 @@ class Night:
         ]
 
 
-def one_night(folder: Path, database: Postgres, api: Server, workers: int, **limits: str | int) -> Night:
+def one_night(folder: Path, database: PostgresServer, api: Server, workers: int, **limits: str | int) -> Night:
     """Run the job with an empty ledger."""
     ledger = database.url()
     schema = ledger.rpartition("=")[2]
@@ -197,7 +197,7 @@ def main() -> None:
         make_dataset(options.make, options.rows, options.questions, options.files)
         return
     lines = []
-    with tempfile.TemporaryDirectory() as name, serving_alone(
+    with tempfile.TemporaryDirectory() as name, dedicated_server(
         fsync="on", shared_buffers="512MB", max_wal_size="4GB", shared_preload_libraries="pg_stat_statements"
     ) as database:  # fmt: skip
         with database.connect("postgres") as db:

@@ -19,7 +19,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.partitions import make_dataset
-from tests.postgres import ABSENT, Postgres, find_binaries, serving_alone
+from tests.postgres import NOT_INSTALLED, PostgresServer, dedicated_server, find_binaries
 
 ENRICH = Path(sys.executable).with_name("enrich")
 JOB = """\
@@ -39,7 +39,7 @@ limits: {{requests_per_second: 200, in_flight: 200}}
 """
 
 
-def enrich(server: Postgres, *words: str) -> int:
+def enrich(server: PostgresServer, *words: str) -> int:
     """Run the program as a person does, and show what is run."""
     print(f"\n$ enrich {' '.join(words)}", flush=True)
     return subprocess.run([ENRICH, *words], env=os.environ | server.environ, check=False).returncode
@@ -54,12 +54,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/cluster"))
     given = parser.parse_args()
     if find_binaries() is None:
-        sys.exit(f"error: {ABSENT}")
+        sys.exit(f"error: {NOT_INSTALLED}")
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
     make_dataset(given.folder / "leads", given.rows, given.questions, files=8)
     job = given.folder / "job.yaml"
-    with serving_alone() as server:
+    with dedicated_server() as server:
         job.write_text(JOB.format(ledger=server.url("cluster")))
         how = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(given.workers), "--receipt"]
         print(f"{given.rows:,} leads in {given.folder / 'leads'}, with {given.questions:,} distinct questions")

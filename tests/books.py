@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 CALL = Call("email_getter", (833, 966, 701, 745))
 #: What one request may cost at worst, and what an answer costs here.
-PRICE, COST = 5, 2
+MAX_PRICE, COST = 5, 2
 FOUND = Answer(State.FOUND, provider="Mailhound", credits=COST, raw='{"data":{"email":"a@b.example"}}')
-MISSED = Answer(State.NOT_FOUND, credits=0, raw='{"data":null}')
+NO_MATCH = Answer(State.NOT_FOUND, credits=0, raw='{"data":null}')
 FREE_FAILURE = Answer(State.FAILED, "try later", credits=0, free_failure=True)
-BOUND = {"api_host": "api.example", "workspace": "ours"}
+BINDING = {"api_host": "api.example", "workspace": "ours"}
 
 
 def fingerprint(number: int) -> bytes:
@@ -39,23 +39,23 @@ def params(number: int) -> str:
     return json.dumps({"first_name": f"F{number}", "last_name": f"L{number}", "company": f"c{number}.example"})
 
 
-def wanted(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
+def row_requests(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
     """Make one batch of the input, its first row at position `first`."""
     return [Wanted(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
 
 
-def ask(place: LedgerPlace, sql: str, *values: object) -> list[Any]:
+def run_sql(location: LedgerPlace, sql: str, *values: object) -> list[Any]:
     """Look into a ledger, or change it, with plain SQL, through a connection of its own; it need not be sound."""
-    if isinstance(place, Path):
-        with closing(sqlite3.connect(place, isolation_level=None)) as file:
+    if isinstance(location, Path):
+        with closing(sqlite3.connect(location, isolation_level=None)) as file:
             return file.execute(sql, values).fetchall()
-    options = f"-c search_path={place.schema}"
-    with psycopg.connect(place.conninfo, autocommit=True, options=options) as server:
+    options = f"-c search_path={location.schema}"
+    with psycopg.connect(location.conninfo, autocommit=True, options=options) as server:
         cursor = server.execute(sql.replace("%", "%%").replace("?", "%s"), values)
         return cursor.fetchall() if cursor.description else []
 
 
-def listen(ledger: Ledger, statements: list[str]) -> None:
+def record_statements(ledger: Ledger, statements: list[str]) -> None:
     """Write down the statements that a ledger makes from now on."""
     db = ledger._db
     if isinstance(db, sqlite3.Connection):
@@ -63,15 +63,15 @@ def listen(ledger: Ledger, statements: list[str]) -> None:
         return
     execute = db.execute
 
-    def told(sql: str, values: Sequence[Any] = (), /) -> Cursor:
+    def recording_execute(sql: str, values: Sequence[Any] = (), /) -> Cursor:
         statements.append(sql)
         return execute(sql, values)
 
-    db.execute = told  # type: ignore[method-assign]
+    db.execute = recording_execute  # type: ignore[method-assign]
 
 
 @dataclass
-class Books:
+class CommittingLedger:
     """A ledger of which every move is committed by itself."""
 
     place: LedgerPlace
@@ -80,7 +80,7 @@ class Books:
     now: int = 1_000
 
     @classmethod
-    def open(cls, place: LedgerPlace) -> Books:
+    def open(cls, place: LedgerPlace) -> CommittingLedger:
         """Open a ledger, as an execution does."""
         return cls(place, Ledger(place))
 
@@ -107,13 +107,13 @@ class Books:
         self.do(Ledger.begin_pass, Wish(frozenset(retry), stale or {}))
         position = 0
         for numbers in batches:
-            batch = wanted(numbers, position)
+            batch = row_requests(numbers, position)
             position += len(batch)
             self.do(Ledger.enroll, CALL, batch)
         self.do(Ledger.choose)
         self.do(Ledger.mark)
 
-    def claim(self, price: int = PRICE) -> Claim:
+    def claim(self, price: int = MAX_PRICE) -> Claim:
         """Claim the next request; there must be one."""
         (claim,) = self.do(Ledger.claim, self.execution, price, self.now)
         return claim
@@ -121,7 +121,7 @@ class Books:
     def submit(self, task_id: str | None = None) -> int:
         """Claim the next request and have it accepted; return its attempt."""
         attempt = self.claim().attempt_id
-        self.do(Ledger.accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BOUND)
+        self.do(Ledger.accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BINDING)
         return attempt
 
     def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
@@ -131,22 +131,23 @@ class Books:
 
     def submit_bundle(self, size: int, task_id: str | None = None) -> list[int]:
         """Claim the next requests as one task and have it accepted; return their attempts."""
-        claims = self.do(Ledger.claim, self.execution, PRICE, self.now, size, bulk=True)
+        claims = self.do(Ledger.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
         attempts = [claim.attempt_id for claim in claims]
         task_id = task_id or f"bundle-{attempts[0]}"
-        self.do(Ledger.accepted, [(attempt, task_id, self.now) for attempt in attempts], BOUND)
+        self.do(Ledger.accepted, [(attempt, task_id, self.now) for attempt in attempts], BINDING)
         return attempts
 
     def settle_bundle(self, attempts: Iterable[int], *answers: Answer, credits_: int | None) -> list[State]:
         """Bring the answers of a task of several, all alike when there is one, and its price."""
         attempts = list(attempts)
-        alike = answers if len(answers) > 1 else answers * len(attempts)
-        told = [
-            (attempt, replace(answer, credits=None), self.now) for attempt, answer in zip(attempts, alike, strict=True)
+        per_row = answers if len(answers) > 1 else answers * len(attempts)
+        settled = [
+            (attempt, replace(answer, credits=None), self.now)
+            for attempt, answer in zip(attempts, per_row, strict=True)
         ]
-        return self.do(Ledger.settle_bundle, told, self.execution, 3, credits_)
+        return self.do(Ledger.settle_bundle, settled, self.execution, 3, credits_)
 
-    def begin(self, *numbers: int, cap: int | None = None) -> Books:
+    def begin(self, *numbers: int, cap: int | None = None) -> CommittingLedger:
         """Start an execution that wants these leads."""
         self.start(cap)
         self.enroll(numbers)
@@ -168,7 +169,7 @@ class Books:
 
     def all(self, sql: str, *values: object) -> list[Any]:
         """Look with plain SQL, through a connection of its own."""
-        return ask(self.place, sql, *values)
+        return run_sql(self.place, sql, *values)
 
     def reopen(self) -> None:
         """Be killed, and start again."""
@@ -176,7 +177,7 @@ class Books:
         self.ledger = Ledger(self.place)
 
 
-def file_of(ledger: Ledger) -> sqlite3.Connection:
+def sqlite_connection(ledger: Ledger) -> sqlite3.Connection:
     """Look behind a ledger that is a file."""
     assert isinstance(ledger._db, sqlite3.Connection)
     return ledger._db

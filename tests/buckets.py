@@ -21,7 +21,7 @@ BUCKET = "leads"
 
 
 @contextmanager
-def serving_storage() -> Iterator[str]:
+def serve_s3() -> Iterator[str]:
     """Serve S3 on loopback."""
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 - slow to import, and most tests need none
 
@@ -32,16 +32,16 @@ def serving_storage() -> Iterator[str]:
     server.stop()
 
 
-def pointing_to(endpoint: str) -> dict[str, str]:
+def storage_environ(endpoint: str) -> dict[str, str]:
     """Name the variables that point a program to the server."""
     variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
     return variables | {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
 
 
 @contextmanager
-def new_bucket(endpoint: str) -> Iterator[dict[str, str]]:
+def make_bucket(endpoint: str) -> Iterator[dict[str, str]]:
     """Point to the server, in which one bucket is new."""
-    variables = pointing_to(endpoint)
+    variables = storage_environ(endpoint)
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset")
         http.put(f"/{BUCKET}").raise_for_status()
@@ -49,7 +49,7 @@ def new_bucket(endpoint: str) -> Iterator[dict[str, str]]:
         yield variables
 
 
-def put(key: str, content: bytes) -> Url:
+def put_object(key: str, content: bytes) -> Url:
     """Put an object."""
     with tempfile.TemporaryFile() as file:
         file.write(content)
@@ -59,7 +59,7 @@ def put(key: str, content: bytes) -> Url:
     return url
 
 
-def got(folder: Path, key: str) -> Path:
+def download_object(folder: Path, key: str) -> Path:
     """Fetch an object."""
     path = folder / key.rpartition("/")[2]
     with path.open("wb") as file:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 #: The names under which package managers install it.
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
-ABSENT = "no Chromium on the PATH (apt-get install chromium)"
+PROGRAM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_PATH = next((path for path in map(shutil.which, PROGRAM_NAMES) if path), None)
+NOT_INSTALLED = "no Chromium on the PATH (apt-get install chromium)"
 
 FLAGS = (
     "--headless",
@@ -79,15 +79,15 @@ class Browser:
 
     def evaluate(self, script: str) -> Any:
         """Return the value of an expression in the page."""
-        told = self.do("Runtime.evaluate", expression=script, returnByValue=True)
-        if "exceptionDetails" in told:
-            raise RuntimeError(json.dumps(told["exceptionDetails"]))
-        return told["result"].get("value")
+        response = self.do("Runtime.evaluate", expression=script, returnByValue=True)
+        if "exceptionDetails" in response:
+            raise RuntimeError(json.dumps(response["exceptionDetails"]))
+        return response["result"].get("value")
 
     def requests(self) -> list[str]:
         """Name the addresses that the page asked for."""
-        asked = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
-        return [event["params"]["request"]["url"] for event in asked]
+        sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in sent]
 
     def complaints(self) -> list[str]:
         """Tell what the page wrote to the console, and what went wrong in it."""
@@ -120,24 +120,24 @@ class Browser:
 
 
 @contextmanager
-def browsing() -> Iterator[Browser]:
+def open_browser() -> Iterator[Browser]:
     """Start a browser with a profile of its own and open an empty page in it."""
-    if PROGRAM is None:
-        raise RuntimeError(ABSENT)
-    (his_in, our_out), (our_in, his_out) = os.pipe(), os.pipe()
+    if CHROMIUM_PATH is None:
+        raise RuntimeError(NOT_INSTALLED)
+    (browser_in, commands_out), (commands_in, browser_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # It reads commands from 3 and answers on 4; only the shell can give it just these.
-        wired = f'exec "$@" 3<&{his_in} 4>&{his_out}'
+        shell_command = f'exec "$@" 3<&{browser_in} 4>&{browser_out}'
         with subprocess.Popen(
-            ["bash", "-c", wired, "bash", PROGRAM, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(his_in, his_out),
+            ["bash", "-c", shell_command, "bash", CHROMIUM_PATH, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(browser_in, browser_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
-            os.close(his_in)
-            os.close(his_out)
+            os.close(browser_in)
+            os.close(browser_out)
             try:
-                with os.fdopen(our_out, "wb") as commands, os.fdopen(our_in, "rb") as answers:
+                with os.fdopen(commands_out, "wb") as commands, os.fdopen(commands_in, "rb") as answers:
                     browser = Browser(commands, answers)
                     target = browser.do("Target.createTarget", url="about:blank")["targetId"]
                     browser.session = browser.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

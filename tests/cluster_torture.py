@@ -25,25 +25,25 @@ from typing import Any
 from unittest.mock import patch
 
 from enrich.sandbox import Fault, SandboxSettings
-from tests.harness import JOB, Api, Office, people, serving
-from tests.own_answers import ANSWERS
-from tests.postgres import Postgres, find_binaries, serving_alone
+from tests.harness import JOB, SandboxApi, Workspace, make_leads, serve_api
+from tests.own_answers import ANSWER_STATUSES
+from tests.postgres import PostgresServer, dedicated_server, find_binaries
 from tests.torture import FAULTS
 
 #: Seconds of a lease here, and for how long somebody is stopped: past it, and not until the crew gives him up.
-LEASE_S, SLEEP_S = 2, 3
+LEASE_S, STOP_S = 2, 3
 #: How a night that was not killed may end: 4 when the server was away at the wrong moment.
-ENDS = frozenset({0, 4, 10, 12, 14})
+ALLOWED_EXIT_CODES = frozenset({0, 4, 10, 12, 14})
 #: 429s that come by chance would let the rate fall far below what it shall be seen to keep.
-FAULTS_AT_ANY_RATE = tuple(fault for fault in FAULTS if not fault.startswith("rate-limit"))
+FAULTS_WITHOUT_RATE_LIMITS = tuple(fault for fault in FAULTS if not fault.startswith("rate-limit"))
 #: So many workers must be there to be struck at: others inherit.
-MANY = 2
-PATIENCE = 30
+MIN_WORKERS = 2
+MAX_EXTRA_RUNS = 30
 ON_RAY = ("run", "job.yaml", "--json", "--engine", "ray", "--workers")
 
 
 @dataclass
-class Report:
+class ClusterTortureReport:
     """What became of it; the sandbox's word, not ours."""
 
     rows: int
@@ -66,12 +66,18 @@ class Report:
     @property
     def sound(self) -> bool:
         """Tell whether every promise was kept; how busy the busiest second was, the machine decides, too."""
-        broken = (self.paid_twice, self.lost, self.unanswered, self.problems, self.ended.keys() - ENDS)
-        return not any(broken) and self.most_charged <= self.cap + 1e-6
+        broken_promises = (
+            self.paid_twice,
+            self.lost,
+            self.unanswered,
+            self.problems,
+            self.ended.keys() - ALLOWED_EXIT_CODES,
+        )
+        return not any(broken_promises) and self.most_charged <= self.cap + 1e-6
 
     def table(self) -> str:
         """The report as a Markdown table."""
-        told: dict[str, float] = {
+        lines_by_name: dict[str, float] = {
             "leads": self.rows,
             "workers": self.workers,
             **dict(sorted(self.done.items())),
@@ -86,38 +92,38 @@ class Report:
             f"most credits charged in one run, of {self.cap:g} allowed": round(self.most_charged, 2),
             "problems that `ledger check` finds": len(self.problems),
         }
-        lines = (f"| {name} | {number:,} |" for name, number in told.items())
+        lines = (f"| {name} | {number:,} |" for name, number in lines_by_name.items())
         return "\n".join(["| what | number |", "|---|---|", *lines])
 
 
 @dataclass
-class Chaos:
+class FaultInjector:
     """Does something to a run now and then, until all of it is done."""
 
-    server: Postgres
+    server: PostgresServer
     rng: random.Random
-    report: Report
+    report: ClusterTortureReport
     left: list[str]
 
     def during(self, run: subprocess.Popen[str]) -> None:
         """Strike until the run ends."""
         while self.left and run.poll() is None:
             self._pause(run, self.rng.uniform(0.3, 1.5))
-            workers = list(workers_of(run.pid))
-            if run.poll() is None and len(workers) >= MANY:
+            workers = list(worker_pids(run.pid))
+            if run.poll() is None and len(workers) >= MIN_WORKERS:
                 self._strike(self.left[0], run, workers)
 
     def _strike(self, what: str, run: subprocess.Popen[str], workers: list[int]) -> None:
-        victim = self.rng.choice(workers)
+        worker_pid = self.rng.choice(workers)
         with suppress(ProcessLookupError):  # it ended just now
             match what:
                 case "workers killed":
-                    os.kill(victim, signal.SIGKILL)
+                    os.kill(worker_pid, signal.SIGKILL)
                 case "workers stopped for longer than a lease":
-                    os.kill(victim, signal.SIGSTOP)
-                    self._pause(run, SLEEP_S)
+                    os.kill(worker_pid, signal.SIGSTOP)
+                    self._pause(run, STOP_S)
                     with suppress(ProcessLookupError):  # the crew has given it up
-                        os.kill(victim, signal.SIGCONT)
+                        os.kill(worker_pid, signal.SIGCONT)
                 case "restarts of the server":
                     self.server.restart("fast")
                 case "crashes of the server":
@@ -133,7 +139,7 @@ class Chaos:
             run.wait(seconds)
 
 
-def workers_of(pid: int) -> Iterator[int]:
+def worker_pids(pid: int) -> Iterator[int]:
     """Find the workers of a run: actors of Ray below its process."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
@@ -151,27 +157,27 @@ def workers_of(pid: int) -> Iterator[int]:
                 yield number
 
 
-def torture(
+def run_torture(
     folder: Path,
-    server: Postgres,
+    server: PostgresServer,
     *,
     rows: int,
     workers: int,
-    strikes: dict[str, int],
+    injections: dict[str, int],
     seed: int,
     rate: int = 60,
-    faults: Iterable[str] = FAULTS_AT_ANY_RATE,
-) -> Report:
+    faults: Iterable[str] = FAULTS_WITHOUT_RATE_LIMITS,
+) -> ClusterTortureReport:
     """Run the job, strike at it, until it has come to its end; judge it by the sandbox's audit."""
     rng = random.Random(seed)
-    left = [name for name, count in strikes.items() for _ in range(count)]
-    rng.shuffle(left)
+    remaining = [name for name, count in injections.items() for _ in range(count)]
+    rng.shuffle(remaining)
     cap = rows / 6  # in credits: some nights end with it
-    report = Report(rows, workers, rate, cap)
-    office = Office(folder, f"{server.url()}&lease={LEASE_S}", server.environ)
+    report = ClusterTortureReport(rows, workers, rate, cap)
+    workspace = Workspace(folder, f"{server.url()}&lease={LEASE_S}", server.environ)
     limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"
-    office.write_job(JOB, limits=limits, policy="{max_attempts: 5}")
-    office.write_leads(people(rows))
+    workspace.write_job(JOB, limits=limits, policy="{max_attempts: 5}")
+    workspace.write_leads(make_leads(rows))
     settings = SandboxSettings(
         latency="lognormal(0.5,0.6)",
         seed=seed,
@@ -180,71 +186,73 @@ def torture(
         no_data_seconds=0.5,
         faults=tuple(map(Fault.parse, faults)),
     )
-    chaos = Chaos(server, rng, report, left)
-    began = time.monotonic()
-    with patch.dict(os.environ, server.environ), serving(folder / "api.db", settings) as api:
-        for _ in range(PATIENCE + len(left)):
-            run = office.start(*ON_RAY, str(workers), api=api)
-            chaos.during(run)
+    injector = FaultInjector(server, rng, report, remaining)
+    started_at = time.monotonic()
+    with patch.dict(os.environ, server.environ), serve_api(folder / "api.db", settings) as api:
+        for _ in range(MAX_EXTRA_RUNS + len(remaining)):
+            run = workspace.start(*ON_RAY, str(workers), api=api)
+            injector.during(run)
             out, err = run.communicate(timeout=600)
             if run.returncode == -signal.SIGKILL:
                 continue
             report.ended[run.returncode] += 1
             assert "Traceback" not in err, err
-            receipt = json.loads(out)
-            if "execution" not in receipt:  # the server was away when it began
+            summary = json.loads(out)
+            if "execution" not in summary:  # the server was away when it began
                 continue
-            report.most_charged = max(report.most_charged, _bought(office, receipt))
-            if run.returncode in (0, 10, 14) and not (left and receipt["submitted"]):
+            report.most_charged = max(report.most_charged, _credits_bought(workspace, summary))
+            if run.returncode in (0, 10, 14) and not (remaining and summary["submitted"]):
                 break  # nothing is left to do, or to strike at
         else:
             raise AssertionError(f"it does not end:\n{report.table()}")
-        _judge(office, api, report)
-    report.seconds = time.monotonic() - began
+        _check_audit(workspace, api, report)
+    report.seconds = time.monotonic() - started_at
     return report
 
 
-def _bought(office: Office, receipt: dict[str, Any]) -> float:
+def _credits_bought(workspace: Workspace, summary: dict[str, Any]) -> float:
     """Sum up in credits what an execution has bought, at the worst price where the true one is not known.
 
     What earlier ones left at the API settles in it, too, but was bought by them.
     """
-    (row,) = office.sql(
+    (row,) = workspace.sql(
         "SELECT coalesce(sum(CASE WHEN state = 'refused' THEN 0 ELSE coalesce(credits, reserved) END), 0) / 1e6 "
         "FROM attempts WHERE execution_id = ?",
-        receipt["execution"],
+        summary["execution"],
     )
     return float(row[0])
 
 
-def _judge(office: Office, api: Api, report: Report) -> None:
+def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureReport) -> None:
     """Hold output and ledger against the sandbox's audit."""
     audit = api.audit()
     report.accepted, report.paid_twice, report.busiest = audit["accepted"], audit["paid_twice"], audit["busiest_second"]
     report.faults = sum(audit["faults"].values())
     states = {
-        json.loads(params)["first_name"]: state for params, state in office.sql("SELECT params, state FROM requests")
+        json.loads(params)["first_name"]: state for params, state in workspace.sql("SELECT params, state FROM requests")
     }
-    known = {task for (task,) in office.sql("SELECT task_id FROM attempts")}
-    doubtful = {
+    known = {task for (task,) in workspace.sql("SELECT task_id FROM attempts")}
+    in_doubt = {
         json.loads(params)["first_name"]
-        for (params,) in office.sql(
+        for (params,) in workspace.sql(
             "SELECT params FROM requests r JOIN attempts a ON a.request_id = r.id WHERE a.state = 'in_doubt'"
         )
     }
     for run in audit["runs"]:
         name = run["params"]["first_name"]
-        report.lost += name not in doubtful and (states[name] not in ANSWERS or not known.issuperset(run["task_ids"]))
-    output = office.output()
-    assert [row["First Name"] for row in output] == [lead[0] for lead in people(report.rows)]
+        report.lost += name not in in_doubt and (
+            states[name] not in ANSWER_STATUSES or not known.issuperset(run["task_ids"])
+        )
+    output = workspace.output()
+    assert [row["First Name"] for row in output] == [lead[0] for lead in make_leads(report.rows)]
     report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
-    report.unanswered = sum(row["enrich_status"] not in ANSWERS | {"in_doubt"} for row in output)
-    told = office.command("ledger", "check", "job.yaml", "--json")
-    report.problems = told.receipt["problems"]
+    report.unanswered = sum(row["enrich_status"] not in ANSWER_STATUSES | {"in_doubt"} for row in output)
+    check = workspace.command("ledger", "check", "job.yaml", "--json")
+    report.problems = check.receipt["problems"]
 
 
 #: What is done to a run, with how often in the long form.
-STRIKES = {
+INJECTIONS = {
     "workers killed": 20,
     "workers stopped for longer than a lease": 6,
     "restarts of the server": 4,
@@ -262,8 +270,10 @@ def main() -> None:
     given = parser.parse_args()
     if not find_binaries():
         sys.exit("there is no PostgreSQL server on this machine")
-    with tempfile.TemporaryDirectory() as folder, serving_alone(fsync="on") as server:
-        report = torture(Path(folder), server, rows=given.rows, workers=given.workers, strikes=STRIKES, seed=given.seed)
+    with tempfile.TemporaryDirectory() as folder, dedicated_server(fsync="on") as server:
+        report = run_torture(
+            Path(folder), server, rows=given.rows, workers=given.workers, injections=INJECTIONS, seed=given.seed
+        )
     print(report.table())
     print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
     sys.exit(0 if report.sound else 1)

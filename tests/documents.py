@@ -18,26 +18,26 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 ALL_DOCUMENTS = [*DOCUMENTS, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "RELIABILITY", "CHANGELOG"))]
 
 
-def blocks(document: Path, kind: str) -> list[str]:
+def fenced_blocks(document: Path, kind: str) -> list[str]:
     """Return the fenced blocks of one kind."""
     text = document.read_text(encoding="utf-8")
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def code(document: Path) -> str:
+def code_text(document: Path) -> str:
     """Return everything that is written as code, in blocks or in lines."""
     text = document.read_text(encoding="utf-8")
     inside, outside = text.split("```")[1::2], "".join(text.split("```")[::2])
     return "\n".join([*inside, *re.findall(r"`([^`]+)`", outside)])
 
 
-def links(document: Path) -> list[str]:
+def relative_links(document: Path) -> list[str]:
     """Return where its links to other files lead to."""
     targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
     return [target for target in targets if "://" not in target]
 
 
-def invocations(text: str) -> Iterator[list[str]]:
+def enrich_invocations(text: str) -> Iterator[list[str]]:
     """Yield the arguments of each `enrich …` in lines of shell, or in code within a sentence."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
@@ -57,7 +57,7 @@ def invocations(text: str) -> Iterator[list[str]]:
                     yield arguments
 
 
-def lay_out(folder: Path) -> Path:
+def make_checkout(folder: Path) -> Path:
     """Make a checkout whose .venv is the one that runs the tests."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -67,12 +67,12 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, **environ: str) -> str:
+def run_shell(command: str, folder: Path, **environ: str) -> str:
     """Run a command of a document as a person would, and return what it says."""
     # The checkout's .venv is there: make must not install it again.
     command = command.replace("make demo", "make --old-file=.venv/run --no-print-directory demo")
     path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euc", command],
         cwd=folder,
         env={"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8", **environ},
@@ -82,18 +82,18 @@ def run(command: str, folder: Path, **environ: str) -> str:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, f"{command} says:\n{done.stdout}"
-    return done.stdout.replace(f"{folder}/", "")
+    assert result.returncode == 0, f"{command} says:\n{result.stdout}"
+    return result.stdout.replace(f"{folder}/", "")
 
 
-def conversation(block: str) -> Iterator[tuple[str, str]]:
+def console_entries(block: str) -> Iterator[tuple[str, str]]:
     """Yield each `$ command` of a console block with what stands below it."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-        command, _, said = part.partition("\n")
-        yield command, said
+        command, _, output = part.partition("\n")
+        yield command, output
 
 
-def as_pattern(shown: str) -> str:
+def output_pattern(shown: str) -> str:
     """What must be said: all but times, random names, the number of polls and what an ellipsis leaves out."""
     pattern = re.escape(shown.strip())
     pattern = pattern.replace("…", ".*")
@@ -105,9 +105,9 @@ def as_pattern(shown: str) -> str:
 def check_console(document: Path, folder: Path) -> int:
     """Run every `$ command` of a document in its order; each must print what stands below it. Return how many."""
     count = 0
-    for block in blocks(document, "console"):
-        for command, shown in conversation(block):
-            said = run(command, folder).strip()
-            assert re.fullmatch(as_pattern(shown), said, re.DOTALL), f"{command} says:\n{said}"
+    for block in fenced_blocks(document, "console"):
+        for command, expected in console_entries(block):
+            output = run_shell(command, folder).strip()
+            assert re.fullmatch(output_pattern(expected), output, re.DOTALL), f"{command} says:\n{output}"
             count += 1
     return count

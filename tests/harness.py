@@ -39,18 +39,20 @@ from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from enrich.store.opening import opened
 from enrich.surroundings import Options, Progress, Surroundings
-from tests.books import ask
+from tests.books import run_sql
 
 #: An API that answers at once and never fails: what most tests want.
-CALM = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
+INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
 #: Little patience with what tests wait for, but much with answers that come: a busy machine is late.
-HASTY = Timing(start_s=20, outage_s=20, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=20, get_s=20)
+SHORT_TIMEOUTS = Timing(
+    start_s=20, outage_s=20, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=20, get_s=20
+)
 #: The same for an API that is not there at the start, and …
-AWAY = replace(HASTY, start_s=0.5)
+AWAY = replace(SHORT_TIMEOUTS, start_s=0.5)
 #: … for one that gives no good answer any more in the middle.
-ILL = replace(HASTY, outage_s=1.0)
+ILL = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: The same for POSTs that are never answered.
-SILENT = replace(HASTY, post_s=2.0)
+SILENT = replace(SHORT_TIMEOUTS, post_s=2.0)
 
 JOB = """\
 version: 1
@@ -69,7 +71,7 @@ HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
 
 @dataclass(frozen=True)
-class Api:
+class SandboxApi:
     """A sandbox that serves, and its switches."""
 
     base_url: str
@@ -94,8 +96,8 @@ class Api:
 
     def audit(self) -> dict[str, Any]:
         """What was accepted, charged and paid twice."""
-        told: dict[str, Any] = self._switch("GET", "/__audit")
-        return told
+        audit: dict[str, Any] = self._switch("GET", "/__audit")
+        return audit
 
     def advance(self, seconds: float) -> None:
         """Move the API's clock."""
@@ -120,21 +122,23 @@ class Api:
 
 
 @contextmanager
-def serving(state: Path, settings: SandboxSettings = CALM, port: int = 0, **changes: Any) -> Iterator[Api]:
+def serve_api(
+    state: Path, settings: SandboxSettings = INSTANT_API, port: int = 0, **changes: Any
+) -> Iterator[SandboxApi]:
     """Serve the sandbox in this process; `changes` are settings."""
     with embedded(state, replace(settings, **changes), port) as server:
-        yield Api(server.base_url, server.api_key)
+        yield SandboxApi(server.base_url, server.api_key)
 
 
 #: Where the ledgers of a test lie, for a fixture `where`: in both places, or on the server among the long tests.
-BOTH = ("file", "server")
-BOTH_IN_TIME = ("file", pytest.param("server", marks=pytest.mark.long))
+BOTH_BACKENDS = ("file", "server")
+BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
 #: For a test that is about the file in a module that is about both.
-IN_A_FILE = pytest.mark.parametrize("where", ["file"])
+FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
 
 
 @dataclass(frozen=True)
-class Office:
+class Workspace:
     """A folder with a job and its leads; the job file says where the ledger is when that is a server."""
 
     folder: Path
@@ -158,7 +162,7 @@ class Office:
 
     def sql(self, sql: str, *values: object) -> list[Any]:
         """Look into the ledger, or change it."""
-        return ask(self.place, sql, *values)
+        return run_sql(self.place, sql, *values)
 
     def write_job(self, text: str = JOB, **replaced: str) -> Path:
         """Write the job file; `replaced` maps a key to its new value, on one line (or a new key at the end)."""
@@ -192,7 +196,9 @@ class Office:
         """Look into the ledger."""
         return Ledger(self.place, read_only=True)
 
-    def enrich(self, *arguments: str, api: Api | None = None, room: int | None = None, **environ: str) -> Done:
+    def enrich(
+        self, *arguments: str, api: SandboxApi | None = None, room: int | None = None, **environ: str
+    ) -> ProgramResult:
         """Run the program to its end, as cron would: with next to nothing in its environment.
 
         With `room` no file grows beyond so many bytes, as on a full disk.
@@ -201,7 +207,7 @@ class Office:
             environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
 
         def prepare() -> None:
-            usual_signals()
+            reset_signals()
             if room is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
@@ -216,25 +222,25 @@ class Office:
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        return Done(process.returncode, process.stdout, process.stderr)
+        return ProgramResult(process.returncode, process.stdout, process.stderr)
 
-    def command(self, *arguments: str, api: Api | None = None, **environ: str) -> Done:
+    def command(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
         """Run the program in this process: quicker to start, blind to signals."""
         out, err = io.StringIO(), io.StringIO()
         with (
-            _asking_soon(),
+            _fast_polling(),
             chdir(self.folder),
             patch.dict(os.environ, self.variables(api) | environ, clear=True),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
             code = run_command(arguments)
-        return Done(int(code), out.getvalue(), err.getvalue())
+        return ProgramResult(int(code), out.getvalue(), err.getvalue())
 
     def start(
         self,
         *arguments: str,
-        api: Api | None = None,
+        api: SandboxApi | None = None,
         ignoring: Iterable[signal.Signals] = (),
         group: bool = False,
         **environ: str,
@@ -247,15 +253,17 @@ class Office:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
-            preexec_fn=partial(usual_signals, ignoring),
+            preexec_fn=partial(reset_signals, ignoring),
             process_group=0 if group else None,
             text=True,
         )
 
-    def run(self, api: Api, options: Options | None = None, timing: Timing | None = None, **around: Any) -> Receipt:
+    def run(
+        self, api: SandboxApi, options: Options | None = None, timing: Timing | None = None, **around: Any
+    ) -> Receipt:
         """Run the job in this process, with any patience."""
         job = load_job(self.job_file)
-        with _asking_soon(), hold(job.ledger, 0), opened(job.ledger) as (ledger, lease):
+        with _fast_polling(), hold(job.ledger, 0), opened(job.ledger) as (ledger, lease):
             if lease is not None:
                 around = {"clock": lease, "holds": lease.holds} | around
             return run(Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options())
@@ -267,11 +275,11 @@ class Office:
         with closing(self.ledger()) as ledger:
             return len(ledger.tasks())
 
-    def variables(self, api: Api | None = None) -> dict[str, str]:
+    def variables(self, api: SandboxApi | None = None) -> dict[str, str]:
         """All that is in the environment, as cron would have it."""
         return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
 
-    def leave_at_the_api(self, api: Api) -> None:
+    def leave_at_the_api(self, api: SandboxApi) -> None:
         """Buy what the job wants from an API that is slow, and leave before any answer is there."""
         clock = JumpingClock()
 
@@ -279,8 +287,8 @@ class Office:
             if progress.total and progress.submitted >= progress.total:
                 clock.jumped_s = 3600.0
 
-        receipt = self.run(api, Options(max_time_s=600.0), clock=clock, show=end_when_submitted)
-        assert (receipt.exit_code, receipt.submitted, receipt.pending) == (13, receipt.requests, receipt.rows)
+        summary = self.run(api, Options(max_time_s=600.0), clock=clock, show=end_when_submitted)
+        assert (summary.exit_code, summary.submitted, summary.pending) == (13, summary.requests, summary.rows)
 
 
 @dataclass(slots=True)
@@ -295,7 +303,7 @@ class JumpingClock(SystemClock):
 
 
 @dataclass(frozen=True)
-class Done:
+class ProgramResult:
     """How the program ended."""
 
     code: int
@@ -305,11 +313,11 @@ class Done:
     @property
     def receipt(self) -> dict[str, Any]:
         """The one object on stdout."""
-        told: dict[str, Any] = json.loads(self.stdout)
-        return told
+        output: dict[str, Any] = json.loads(self.stdout)
+        return output
 
 
-def usual_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
+def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
     """Give a process that is being started the dispositions of a shell, however the tests were started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
@@ -318,20 +326,20 @@ def usual_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
 
 
 @contextmanager
-def _asking_soon() -> Iterator[None]:
+def _fast_polling() -> Iterator[None]:
     """Poll a sandbox that answers at once after 0.05 s instead of 0.9 s: hundreds of runs are waited for here."""
     with patch.object(PollTimes, "FIRST_GUESS_S", 0.05), patch.object(PollTimes, "SHORTEST_S", 0.05):
         yield
 
 
-def later(seconds: float) -> SystemClock:
+def clock_ahead(seconds: float) -> SystemClock:
     """Make this machine's clock as it will be: what the API's clock says alone makes no answer old."""
     clock = SystemClock()
     clock._boot_ms += int(seconds * 1000)
     return clock
 
 
-def people(count: int, start: int = 0) -> list[list[str]]:
+def make_leads(count: int, start: int = 0) -> list[list[str]]:
     """Make leads that all differ and can all be asked."""
     return [
         [f"First{number}", f"Last{number}", f"https://www.company{number}.example/about", "", f"note {number}"]
@@ -339,7 +347,7 @@ def people(count: int, start: int = 0) -> list[list[str]]:
     ]
 
 
-def shown_on(terminal: int, up_to: bytes | None = None) -> bytes:
+def read_terminal(terminal: int, up_to: bytes | None = None) -> bytes:
     """Read what a pseudo-terminal is shown, `up_to` these words or until who writes to it has left."""
     shown = b""
     with suppress(OSError):  # the other side is closed
@@ -348,16 +356,16 @@ def shown_on(terminal: int, up_to: bytes | None = None) -> bytes:
     return shown
 
 
-def until(holds: Callable[[], bool], at_most: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait until something holds."""
-    end = time.monotonic() + at_most
-    while not holds():
+    end = time.monotonic() + timeout_s
+    while not condition():
         if time.monotonic() > end:
             raise AssertionError("it never came to be")
         time.sleep(0.01)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill_process(process: subprocess.Popen[str]) -> None:
     """End a process as a power cut would."""
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -21,21 +21,21 @@ from enrich.poller import Poller
 from enrich.polls import PollTimes
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
-from tests.books import BOUND, CALL, Books
-from tests.harness import HASTY, Api
+from tests.books import BINDING, CALL, CommittingLedger
+from tests.harness import SHORT_TIMEOUTS, SandboxApi
 
 #: What `CALL` costs at worst in the sandbox, in millionths.
-WORST = 3_510_000
+SANDBOX_MAX_PRICE = 3_510_000
 
 
-class Soon(PollTimes):
+class FastPollSchedule(PollTimes):
     """Asks early: the sandbox answers at once."""
 
     FIRST_GUESS_S = 0.05
     SHORTEST_S = 0.1
 
 
-class Quick(Breaker):
+class FastCircuitBreaker(Breaker):
     """Does not pause for long."""
 
     FIRST_PAUSE_S = 0.05
@@ -43,7 +43,7 @@ class Quick(Breaker):
 
 
 @dataclass
-class Watch:
+class RequestLog:
     """What was seen of the requests."""
 
     execution: Execution
@@ -56,24 +56,24 @@ class Watch:
     asked: list[str] = field(default_factory=list)
 
 
-class WatchedClient(Client):
+class RecordingClient(Client):
     """The real client; every request is seen."""
 
-    watch: Watch
+    watch: RequestLog
 
     async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
         """Count the POSTs, and those on the wire."""
-        watch = self.watch
-        watch.posts += 1
-        watch.on_the_wire += 1
-        watch.most_on_the_wire = max(watch.most_on_the_wire, watch.on_the_wire)
-        at_the_api = watch.execution.on_the_wire + watch.execution.in_flight
-        watch.most_at_the_api = max(watch.most_at_the_api, at_the_api)
+        log = self.watch
+        log.posts += 1
+        log.on_the_wire += 1
+        log.most_on_the_wire = max(log.most_on_the_wire, log.on_the_wire)
+        open_tasks = log.execution.on_the_wire + log.execution.in_flight
+        log.most_at_the_api = max(log.most_at_the_api, open_tasks)
         try:
-            await until(lambda: watch.most_on_the_wire >= watch.together)
+            await wait_until(lambda: log.most_on_the_wire >= log.together)
             return await super().run(waterfall, body, rows)
         finally:
-            watch.on_the_wire -= 1
+            log.on_the_wire -= 1
 
     async def task(self, task_id: str, *, fresh: bool = False) -> TaskReply:
         """Remember who was asked, in order."""
@@ -82,15 +82,15 @@ class WatchedClient(Client):
 
 
 @dataclass
-class Floor:
+class LoopHarness:
     """One execution at work."""
 
-    api: Api
-    books: Books
+    api: SandboxApi
+    books: CommittingLedger
     execution: Execution
     journal: Journal
     client: Client
-    watch: Watch
+    watch: RequestLog
 
     def poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
         """Make a poller that looks for an e-mail."""
@@ -101,12 +101,14 @@ class Floor:
         poller: Poller,
         limit: int | None = None,
         call: Call = CALL,
-        price: int = WORST,
+        price: int = SANDBOX_MAX_PRICE,
         bulk: int | None = None,
     ) -> Dispatcher:
         """Make a dispatcher that hands its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
-        return Dispatcher(self.execution, self.journal, self.client, call, budget, BOUND, poller.add, limit, bulk=bulk)
+        return Dispatcher(
+            self.execution, self.journal, self.client, call, budget, BINDING, poller.add, limit, bulk=bulk
+        )
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
         """Run a dispatcher to its end; then no more tasks can come."""
@@ -133,7 +135,7 @@ class Floor:
         for task_id, age_s in tasks:
             claim = self.books.claim()
             at = self.execution.clock.now_ms() - int(age_s * 1000)
-            self.books.do(Ledger.accepted, [(claim.attempt_id, task_id, at)], BOUND)
+            self.books.do(Ledger.accepted, [(claim.attempt_id, task_id, at)], BINDING)
             if alive:
                 self.books.do(Ledger.alive, [claim.attempt_id])
 
@@ -144,46 +146,46 @@ class Floor:
         await self.execution.until_leaving(poller.run())
 
 
-async def until(holds: Callable[[], bool], at_most_s: float = 30.0) -> None:
+async def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Let the loops run until something holds."""
-    async with asyncio.timeout(at_most_s):
-        while not holds():  # noqa: ASYNC110 - what is looked at tells nobody of a change
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is looked at tells nobody of a change
             await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
-async def at_work(
-    api: Api,
+async def open_loops(
+    api: SandboxApi,
     path: Path,
     leads: Iterable[int] = (),
     *,
     cap: int | None = None,
     in_flight: int = 200,
     rate: float | None = 1000.0,
-    timing: Timing = HASTY,
+    timing: Timing = SHORT_TIMEOUTS,
     clock: Clock | None = None,
-) -> AsyncIterator[Floor]:
+) -> AsyncIterator[LoopHarness]:
     """Open a ledger, start an execution that wants these leads, and connect to the API."""
-    books = Books.open(path)
+    ledger = CommittingLedger.open(path)
     clock = clock or SystemClock()
-    books.now = clock.now_ms()
-    books.start(cap)
-    books.enroll(leads)
+    ledger.now = clock.now_ms()
+    ledger.start(cap)
+    ledger.enroll(leads)
     execution = Execution(
-        books.execution,
+        ledger.execution,
         clock,
         Pace(rate),
         timing,
         in_flight_limit=in_flight,
-        breaker=Quick(),
-        poll_times=Soon(),
+        breaker=FastCircuitBreaker(),
+        poll_times=FastPollSchedule(),
     )
     if rate is not None:
         execution.pace.rate = rate  # not felt for, as is right for a real API
-    client = WatchedClient(api.access, clock, post_s=timing.post_s, get_s=timing.get_s)
-    client.watch = Watch(execution)
+    client = RecordingClient(api.access, clock, post_s=timing.post_s, get_s=timing.get_s)
+    client.watch = RequestLog(execution)
     try:
-        async with client, Journal(books.ledger) as journal:
-            yield Floor(api, books, execution, journal, client, client.watch)
+        async with client, Journal(ledger.ledger) as writer:
+            yield LoopHarness(api, ledger, execution, writer, client, client.watch)
     finally:
-        books.ledger.close()
+        ledger.ledger.close()

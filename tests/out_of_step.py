@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 
-class Act(StrEnum):
+class ProxyFaultKind(StrEnum):
     """What happens to an answer."""
 
     #: It comes once more on the same connection after `after_s`; with 0 in the same breath.
@@ -45,10 +45,10 @@ class Act(StrEnum):
 
 
 @dataclass(frozen=True)
-class Trick:
+class ProxyFault:
     """What happens to one answer, and how."""
 
-    act: Act
+    act: ProxyFaultKind
     after_s: float = 0.03
     status: int = 408
     task_id: str = ""
@@ -84,17 +84,17 @@ class Exchange:
         return self.path.rpartition("/")[2].partition("?")[0]
 
 
-Choose = Callable[[Exchange], Trick | None]
+ChooseFault = Callable[[Exchange], ProxyFault | None]
 
 #: How long an answer waits for another to be swapped with, in seconds.
-SWAP_S = 0.3
+SWAP_WAIT_S = 0.3
 #: How long a POST waits for the first one, in seconds.
-FIRST_S = 5.0
+FIRST_POST_WAIT_S = 5.0
 _RUN = re.compile(r"/waterfalls/[^/]+/(bulk-)?run$")
 _TASK = re.compile(r"/tasks/[^/]+$")
 _OTHER = re.compile(r"^/v1/")
 #: What a task of nowhere says.
-_NOBODY = {"email": "somebody@elsewhere.example"}
+_UNKNOWN_RESULT = {"email": "somebody@elsewhere.example"}
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ def _message(status: int, body: bytes) -> _Message:
 
 
 @dataclass
-class Proxy:
+class FaultyProxy:
     """A proxy that was started. `happened` counts the tricks that were played."""
 
     base_url: str = ""
     happened: Counter[str] = field(default_factory=Counter)
-    choose: Choose = lambda _: None
+    choose: ChooseFault = lambda _: None
     _upstream: tuple[str, int] = ("", 0)
     _numbers: Counter[str] = field(default_factory=Counter)
     _connections: int = 0
@@ -197,27 +197,27 @@ class Proxy:
         elif exchange.is_poll and read.get("status") in ("completed", "success") and read.get("data"):
             self._finished[exchange.task_id] = answer
 
-    async def replaced(self, trick: Trick, exchange: Exchange, answer: _Message) -> _Message:
+    async def replaced(self, trick: ProxyFault, exchange: Exchange, answer: _Message) -> _Message:
         """Give what is delivered in the place of an answer."""
-        if trick.act is Act.STATUS:
+        if trick.act is ProxyFaultKind.STATUS:
             return answer.with_status(trick.status) if answer.status < 300 else answer
-        if trick.act is Act.BODY:
+        if trick.act is ProxyFaultKind.BODY:
             return _message(200, trick.body)
-        if trick.act is Act.NOWHERE:
+        if trick.act is ProxyFaultKind.NOWHERE:
             task_id = trick.task_id or str(uuid4())
             ids = {"task_id": task_id, "request_id": task_id}
             if exchange.is_post:
                 return answer.with_json(**ids) if answer.status < 300 else answer
-            nobody = {"status": "completed", "data": [_NOBODY], "error": None, "credits_spent": 1.0}
-            return _message(200, json.dumps(ids | nobody).encode())
-        if trick.act is Act.SWAP:
+            unknown_task = {"status": "completed", "data": [_UNKNOWN_RESULT], "error": None, "credits_spent": 1.0}
+            return _message(200, json.dumps(ids | unknown_task).encode())
+        if trick.act is ProxyFaultKind.SWAP:
             return await self._swapped(exchange, answer)
-        if trick.act in (Act.FIRST, Act.SHARED) and exchange.is_post:
-            there = self._known if trick.act is Act.FIRST else self._begun
+        if trick.act in (ProxyFaultKind.FIRST, ProxyFaultKind.SHARED) and exchange.is_post:
+            ready = self._known if trick.act is ProxyFaultKind.FIRST else self._begun
             with suppress(TimeoutError):
-                await asyncio.wait_for(there.wait(), FIRST_S)
+                await asyncio.wait_for(ready.wait(), FIRST_POST_WAIT_S)
             return next(iter(self._accepted.values()), answer)
-        if trick.act is Act.ANOTHER:
+        if trick.act is ProxyFaultKind.ANOTHER:
             return self._another(exchange) or answer
         return answer
 
@@ -232,12 +232,12 @@ class Proxy:
         if partner and not partner[1].done():
             partner[1].set_result(answer)
             return partner[0]
-        mine = asyncio.get_running_loop().create_future()
-        self._waiting[exchange.kind] = (answer, mine)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[exchange.kind] = (answer, future)
         try:
-            return await asyncio.wait_for(mine, SWAP_S)
+            return await asyncio.wait_for(future, SWAP_WAIT_S)
         except TimeoutError:
-            if self._waiting.get(exchange.kind) == (answer, mine):
+            if self._waiting.get(exchange.kind) == (answer, future):
                 del self._waiting[exchange.kind]
             return answer
 
@@ -245,7 +245,9 @@ class Proxy:
 class _Session:
     """One connection of a client, with its own to the API."""
 
-    def __init__(self, proxy: Proxy, number: int, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, proxy: FaultyProxy, number: int, client: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._proxy = proxy
         self._number = number
         self._client = client
@@ -297,23 +299,23 @@ class _Session:
         """Play a trick with an answer; tell whether it was delivered."""
         proxy = self._proxy
         proxy.remember(exchange, answer)
-        trick = proxy.choose(exchange)
-        if trick is None:
+        fault = proxy.choose(exchange)
+        if fault is None:
             return False
-        delivered = await proxy.replaced(trick, exchange, answer)
-        plain = trick.act in (Act.REPEAT, Act.UNASKED, Act.CUT)
-        if not plain and delivered is answer:  # there was nothing to deliver instead
+        delivered = await proxy.replaced(fault, exchange, answer)
+        keeps_answer = fault.act in (ProxyFaultKind.REPEAT, ProxyFaultKind.UNASKED, ProxyFaultKind.CUT)
+        if not keeps_answer and delivered is answer:  # there was nothing to deliver instead
             return False
-        proxy.happened[f"{exchange.kind} {trick.act}"] += 1
-        if trick.act is Act.CUT:
+        proxy.happened[f"{exchange.kind} {fault.act}"] += 1
+        if fault.act is ProxyFaultKind.CUT:
             self._writer.write(answer.data[: len(answer.data) // 2])
             await self._writer.drain()
             raise EOFError
         self._writer.write(delivered.data)
-        if trick.act is Act.REPEAT:
-            self._later(answer.data, trick.after_s)
-        elif trick.act is Act.UNASKED:
-            self._later(_message(trick.status, b'{"detail":"Unasked"}').data, trick.after_s)
+        if fault.act is ProxyFaultKind.REPEAT:
+            self._later(answer.data, fault.after_s)
+        elif fault.act is ProxyFaultKind.UNASKED:
+            self._later(_message(fault.status, b'{"detail":"Unasked"}').data, fault.after_s)
         return True
 
     def _later(self, data: bytes, seconds: float) -> None:
@@ -356,10 +358,10 @@ async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> b
 
 
 @contextmanager
-def out_of_step(base_url: str, choose: Choose = lambda _: None) -> Iterator[Proxy]:
+def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> Iterator[FaultyProxy]:
     """Stand before the API at a base URL until the block ends; `choose` is asked about every request that it sees."""
     parts = urlsplit(base_url)
-    ready, proxy = Event(), Proxy(choose=choose)
+    ready, proxy = Event(), FaultyProxy(choose=choose_fault)
     loop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def serve() -> None:
@@ -400,19 +402,19 @@ def out_of_step(base_url: str, choose: Choose = lambda _: None) -> Iterator[Prox
         thread.join(10)
 
 
-def by_chance(odds: Mapping[Act, tuple[float, float]], seed: int) -> Choose:
+def random_faults(probabilities: Mapping[ProxyFaultKind, tuple[float, float]], seed: int) -> ChooseFault:
     """Play each trick with its chance for a POST and for a GET."""
     rng = random.Random(seed)
 
-    def choose(exchange: Exchange) -> Trick | None:
+    def choose_fault(exchange: Exchange) -> ProxyFault | None:
         if not (exchange.is_post or exchange.is_poll):
             return None
-        for act, (post, get) in odds.items():
+        for act, (post, get) in probabilities.items():
             if rng.random() < (post if exchange.is_post else get):
-                trick = Trick(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
-                if act is Act.UNASKED:
-                    return replace(trick, status=rng.choice((408, 429, 503)))
-                return replace(trick, status=rng.choice((201, 202, 203)))
+                fault = ProxyFault(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
+                if act is ProxyFaultKind.UNASKED:
+                    return replace(fault, status=rng.choice((408, 429, 503)))
+                return replace(fault, status=rng.choice((201, 202, 203)))
         return None
 
-    return choose
+    return choose_fault

@@ -12,13 +12,13 @@ from enrich.sandbox.people import Draw, fields
 from enrich.sandbox.questions import Question, cascade
 
 #: What counts as an answer; nothing expires here: `expired` would be a loss.
-ANSWERS = frozenset({"found", "not_found", "failed"})
+ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
 #: What a lead can be answered with when its free failures are over.
-_MEANS = {"found": "found", "missed": "not_found", "no_data": "not_found", "failed": "failed"}
-_SETTLED = 10
+_STATUS_BY_OUTCOME = {"found": "found", "missed": "not_found", "no_data": "not_found", "failed": "failed"}
+_LAST_ATTEMPT = 10
 
 
-def wrong_rows(
+def misassigned_rows(
     rows: Iterable[Mapping[str, str]],
     audit: Mapping[str, Any],
     settings: SandboxSettings,
@@ -34,24 +34,24 @@ def wrong_rows(
     wrong = {}
     for row in rows:
         name, status = row["First Name"], row["enrich_status"]
-        if status not in ANSWERS or not (task_id := row["enrich_task_id"]):
+        if status not in ANSWER_STATUSES or not (task_id := row["enrich_task_id"]):
             continue
         if name not in runs or task_id not in runs[name]["task_ids"]:
             wrong[name] = f"its task is another's: {task_id}"
             continue
-        right, email = _answer(runs[name], settings, bulk=bulk)
+        expected, email = _expected_answer(runs[name], settings, bulk=bulk)
         # A failure at no charge may have been the last one allowed; in bulk a failure may look like a miss.
-        if status != "failed" and (status == "found") != (right == "found"):
-            wrong[name] = f"{status}, not {right}"
+        if status != "failed" and (status == "found") != (expected == "found"):
+            wrong[name] = f"{status}, not {expected}"
         elif status == "found" and column and row[column] != email:
             wrong[name] = f"{row[column]}, not {email}"
     return wrong
 
 
-def _answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
+def _expected_answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
     """Tell the status and the email that the sandbox has for a run of its audit."""
     asked = cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
-    question = Question(asked, run["params"])
-    draw = Draw(settings.seed, question.person)
-    outcome = answer(question, _SETTLED, draw, settings, bulk=bulk).outcome
-    return _MEANS[outcome], fields(run["waterfall"], run["params"], draw)["email"]
+    template = Question(asked, run["params"])
+    draw = Draw(settings.seed, template.person)
+    outcome = answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
+    return _STATUS_BY_OUTCOME[outcome], fields(run["waterfall"], run["params"], draw)["email"]

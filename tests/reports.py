@@ -25,35 +25,35 @@ from enrich.report.facts import (
     Waterfall,
 )
 from enrich.watch.outcome import Need
-from tests.harness import Office
+from tests.harness import Workspace
 
-START = datetime(2026, 11, 9, 2, tzinfo=UTC)
+FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
-def provider(name: str, asked: int, found: int, spent: float, presumed: int = 0) -> Provider:
+def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> Provider:
     """Make a provider that passes on what it does not find."""
     return Provider(
         name=name,
         verifies=False,
         asked=asked,
-        presumed=presumed,
+        presumed=inferred,
         found=found,
         rejected=found // 40,
-        passed_on=asked + presumed - found,
+        passed_on=asked + inferred - found,
         credits=spent,
         cost_per_hit=round(spent / found, 6) if found else None,
     )
 
 
-def verifier(name: str, asked: int, spent: float) -> Provider:
+def make_verifier(name: str, asked: int, spent: float) -> Provider:
     """Make a verifier."""
-    return replace(provider(name, asked, 0, spent), verifies=True, passed_on=0)
+    return replace(make_provider(name, asked, 0, spent), verifies=True, passed_on=0)
 
 
-def night(number: int, found: int, not_found: int, spent: float, **more: object) -> Night:
+def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> Night:
     """Make a night, one a day."""
-    start = START + timedelta(days=number - 1)
-    told: dict[str, object] = {
+    start = FIRST_RUN_AT + timedelta(days=number - 1)
+    values: dict[str, object] = {
         "execution": number,
         "started_at": start.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ended_at": (start + timedelta(minutes=47)).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -75,29 +75,29 @@ def night(number: int, found: int, not_found: int, spent: float, **more: object)
         "elapsed_s": 2843.2,
         **more,
     }
-    return Night(**told)  # type: ignore[arg-type]
+    return Night(**values)  # type: ignore[arg-type]
 
 
-def rich() -> Report:
+def typical_report() -> Report:
     """Make the report of a usual job in its second week."""
     providers = (
-        provider("Mailhound", 1090, 412, 412.0, 74),
-        provider("Peoplegrid", 610, 187, 374.0, 133),
-        provider("Profilewell", 438, 61, 183.0, 118),
-        provider("Inboxly", 371, 58, 145.0, 124),
-        provider("Apex Contacts", 313, 17, 85.0, 124),
-        verifier("Mailproof", 752, 37.6),
+        make_provider("Mailhound", 1090, 412, 412.0, 74),
+        make_provider("Peoplegrid", 610, 187, 374.0, 133),
+        make_provider("Profilewell", 438, 61, 183.0, 118),
+        make_provider("Inboxly", 371, 58, 145.0, 124),
+        make_provider("Apex Contacts", 313, 17, 85.0, 124),
+        make_verifier("Mailproof", 752, 37.6),
     )
-    nights = [
-        night(1, 201, 160, 312.4),
-        night(2, 88, 64, 131.0),
-        night(3, 74, 70, 120.5),
-        night(4, 0, 12, 0.0, outcome="out of credits", exit_code=12, balance_before=None, balance_after=None),
-        night(5, 92, 66, 141.75),
-        night(6, 81, 58, 121.0),
-        night(7, 77, 71, 139.4),
-        night(8, 70, 49, 99.2),
-        night(9, 52, 63, 171.35, outcome="in doubt", exit_code=14, ended_at=None, credits_unknown=3),
+    runs = [
+        run_totals(1, 201, 160, 312.4),
+        run_totals(2, 88, 64, 131.0),
+        run_totals(3, 74, 70, 120.5),
+        run_totals(4, 0, 12, 0.0, outcome="out of credits", exit_code=12, balance_before=None, balance_after=None),
+        run_totals(5, 92, 66, 141.75),
+        run_totals(6, 81, 58, 121.0),
+        run_totals(7, 77, 71, 139.4),
+        run_totals(8, 70, 49, 99.2),
+        run_totals(9, 52, 63, 171.35, outcome="in doubt", exit_code=14, ended_at=None, credits_unknown=3),
     ]
     return Report(
         job="leads",
@@ -106,7 +106,7 @@ def rich() -> Report:
         input="sample_data/leads.csv",
         output="out/leads_enriched.csv",
         waterfall=Waterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999),
-        nights=nights,
+        nights=runs,
         rows=1301,
         statuses={
             "found": 735,
@@ -181,7 +181,7 @@ def rich() -> Report:
     )
 
 
-def compared(report: Report) -> Report:
+def with_comparison(report: Report) -> Report:
     """Add another order of the providers beside it."""
     left = Side("jobs/leads.yaml", ["Mailhound", "Peoplegrid", "Profilewell"], 1180, 735, 428, 1261.6, 1.7165)
     right = Side("jobs/cheap-first.yaml", ["Profilewell", "Peoplegrid"], 410, 231, 170, 371.0, 1.606)
@@ -191,7 +191,7 @@ def compared(report: Report) -> Report:
             left,
             right,
             report.waterfall.providers,
-            [provider("Profilewell", 410, 120, 240.0), provider("Peoplegrid", 290, 111, 131.0)],
+            [make_provider("Profilewell", 410, 120, 240.0), make_provider("Peoplegrid", 290, 111, 131.0)],
             common=398,
             both=201,
             only_left=37,
@@ -204,7 +204,7 @@ def compared(report: Report) -> Report:
     )
 
 
-def peopled(report: Report) -> Report:
+def with_rows(report: Report) -> Report:
     """Add rows, as `--with-rows` does."""
     cells = [("Ada", "Example", "northwind.example", "ada@northwind.example", "found", "Mailhound")] * 3
     return replace(
@@ -212,11 +212,11 @@ def peopled(report: Report) -> Report:
     )
 
 
-def empty() -> Report:
+def empty_report() -> Report:
     """Make the report of a job that has never run."""
-    nothing = rich()
+    typical = typical_report()
     return replace(
-        nothing,
+        typical,
         waterfall=Waterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
         nights=(),
         rows=None,
@@ -236,13 +236,13 @@ def empty() -> Report:
     )
 
 
-def full() -> Report:
+def full_report() -> Report:
     """Make a report with all that a page can hold."""
-    return peopled(compared(rich()))
+    return with_rows(with_comparison(typical_report()))
 
 
 #: Names as they come from outside, at their worst.
-NASTY = (
+HOSTILE_TEXTS = (
     "<script>alert(1)</script>",
     "</style></svg><img src=x onerror=alert(1)>",
     "W" * 300,
@@ -254,47 +254,49 @@ NASTY = (
 )
 
 
-def nasty() -> Report:
+def hostile_report() -> Report:
     """Make a report in which every text from outside is hostile."""
-    report = full()
-    first = NASTY[1]
-    providers = [provider(name, 1000 - 100 * place, 90, 90.0) for place, name in enumerate(NASTY)]
-    hits = [Hits(name, 900, 800, 100 * place) for place, name in enumerate(NASTY)]
-    side = replace(report.comparison.left, label=NASTY[2], providers=NASTY) if report.comparison else None
+    report = full_report()
+    first = HOSTILE_TEXTS[1]
+    providers = [make_provider(name, 1000 - 100 * place, 90, 90.0) for place, name in enumerate(HOSTILE_TEXTS)]
+    hits = [Hits(name, 900, 800, 100 * place) for place, name in enumerate(HOSTILE_TEXTS)]
+    side = (
+        replace(report.comparison.left, label=HOSTILE_TEXTS[2], providers=HOSTILE_TEXTS) if report.comparison else None
+    )
     return replace(
         report,
-        job=NASTY[0] + NASTY[2],
-        made_at=NASTY[6],
-        ledger=NASTY[2],
+        job=HOSTILE_TEXTS[0] + HOSTILE_TEXTS[2],
+        made_at=HOSTILE_TEXTS[6],
+        ledger=HOSTILE_TEXTS[2],
         input=first,
-        output=NASTY[3],
-        waterfall=Waterfall(NASTY[2], [*providers, verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0),
-        nights=[replace(each, outcome=first, started_at=NASTY[6]) for each in report.nights],
-        statuses={**report.statuses, NASTY[2]: 4, first: 2},
+        output=HOSTILE_TEXTS[3],
+        waterfall=Waterfall(HOSTILE_TEXTS[2], [*providers, make_verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0),
+        nights=[replace(each, outcome=first, started_at=HOSTILE_TEXTS[6]) for each in report.nights],
+        statuses={**report.statuses, HOSTILE_TEXTS[2]: 4, first: 2},
         columns=hits,
-        groups=[Groups(name, hits) for name in NASTY[:3]],
-        ages=[Age(name, 3, 4) for name in NASTY],
-        anomalies=[Anomaly(name, name) for name in NASTY],
-        needs=[Need(name, (name,)) for name in NASTY],
-        notes=NASTY,
-        comparison=replace(report.comparison, left=side, right=side, verdict=NASTY[2])
+        groups=[Groups(name, hits) for name in HOSTILE_TEXTS[:3]],
+        ages=[Age(name, 3, 4) for name in HOSTILE_TEXTS],
+        anomalies=[Anomaly(name, name) for name in HOSTILE_TEXTS],
+        needs=[Need(name, (name,)) for name in HOSTILE_TEXTS],
+        notes=HOSTILE_TEXTS,
+        comparison=replace(report.comparison, left=side, right=side, verdict=HOSTILE_TEXTS[2])
         if report.comparison and side
         else None,
-        leads=Rows(NASTY, [NASTY] * 5, 0),
+        leads=Rows(HOSTILE_TEXTS, [HOSTILE_TEXTS] * 5, 0),
     )
 
 
-def millions() -> Report:
+def large_report() -> Report:
     """Make a report of a million rows, a dozen providers, sixty groups and four hundred nights."""
     providers = [
-        provider(f"Provider of data number {place}", 1_000_000 - 75_000 * place, 70_000, 140_000.5, 4_000)
+        make_provider(f"Provider of data number {place}", 1_000_000 - 75_000 * place, 70_000, 140_000.5, 4_000)
         for place in range(12)
     ]
-    nights = [night(number, 3000 + number * 7 % 900, 2000, 6000.25, rows=1_000_000) for number in range(1, 401)]
+    runs = [run_totals(number, 3000 + number * 7 % 900, 2000, 6000.25, rows=1_000_000) for number in range(1, 401)]
     return replace(
-        rich(),
+        typical_report(),
         waterfall=Waterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
-        nights=nights,
+        nights=runs,
         rows=1_000_000,
         statuses={"found": 840_000, "not_found": 159_999, "in_doubt": 1},
         groups=[Groups("Country", [Hits(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
@@ -303,12 +305,12 @@ def millions() -> Report:
     )
 
 
-def nothing_found() -> Report:
+def no_match_report() -> Report:
     """Make the report of a first night that found nothing, of a single provider."""
     return replace(
-        rich(),
-        waterfall=Waterfall("email_getter", [provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
-        nights=[night(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
+        typical_report(),
+        waterfall=Waterfall("email_getter", [make_provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
+        nights=[run_totals(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
         statuses={"not_found": 12},
         columns=[Hits("work_email", 12, 12, 0)],
         groups=[Groups("Country", [Hits("DE", 12, 0, 0)])],
@@ -321,15 +323,15 @@ def nothing_found() -> Report:
     )
 
 
-def marked(page: str, about: str, name: str) -> list[float | None]:
+def marked_values(page: str, about: str, name: str) -> list[float | None]:
     """Read the numbers of a page that carry these marks."""
     parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
     values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
     return [float(value) if value else None for found in values for value in found]
 
 
-def told(office: Office, *arguments: str, job: str = "job.yaml") -> dict[str, Any]:
+def report_json(workspace: Workspace, *arguments: str, job: str = "job.yaml") -> dict[str, Any]:
     """Return the facts as `--json` prints them."""
-    done = office.command("report", job, "--json", *arguments)
-    assert (done.code, done.stderr) == (0, "")
-    return done.receipt
+    result = workspace.command("report", job, "--json", *arguments)
+    assert (result.code, result.stderr) == (0, "")
+    return result.receipt

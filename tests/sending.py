@@ -31,19 +31,19 @@ class Sender:
         return await self.transport.handle_async_request(request)
 
 
-def sending(base_url: str, use: Callable[[Sender], Awaitable[T]], **settings: Any) -> T:
+def with_transport(base_url: str, use: Callable[[Sender], Awaitable[T]], **settings: Any) -> T:
     """Use a transport; `settings` are its own."""
 
-    async def using() -> T:
+    async def use_and_close() -> T:
         transport = Transport(32, 5.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **settings)
         try:
             return await use(Sender(transport, base_url))
         finally:
             await transport.aclose()
 
-    return asyncio.run(using())
+    return asyncio.run(use_and_close())
 
 
-def get(base_url: str, path: str = "/a", seconds: float = 5.0, **settings: Any) -> httpx.Response:
+def send_get(base_url: str, path: str = "/a", seconds: float = 5.0, **settings: Any) -> httpx.Response:
     """Send one GET."""
-    return sending(base_url, lambda send: send(path, seconds=seconds), **settings)
+    return with_transport(base_url, lambda send: send(path, seconds=seconds), **settings)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # nothing of the program is imported before the clock is moved
-    from tests.harness import Api, Office
+    from tests.harness import SandboxApi, Workspace
 
 #: Names the file with the offset in seconds.
-CLOCK = "STEPPING_CLOCK"
+CLOCK_VARIABLE = "STEPPING_CLOCK"
 #: How long an offset is remembered, in seconds.
-REMEMBERED_S = 0.02
+CACHE_S = 0.02
 
 
 class SteppingClock:
@@ -35,7 +35,7 @@ class SteppingClock:
     def time_ns(self) -> int:
         """Stand in for `time.time_ns`."""
         now = time.monotonic()
-        if now - self._read_at > REMEMBERED_S:
+        if now - self._read_at > CACHE_S:
             self._read_at = now
             with suppress(OSError, ValueError):  # not written yet, or being written
                 self._offset_ns = int(float(self._path.read_text()) * 1e9)
@@ -46,12 +46,12 @@ class SteppingClock:
         return self.time_ns() / 1e9
 
 
-def start_by_clock(office: Office, api: Api, clock: Path, *options: str) -> subprocess.Popen[str]:
+def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *options: str) -> subprocess.Popen[str]:
     """Start a run of an office's job under the clock that a file moves; the caller ends it."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.stepping_clock", "run", "job.yaml", "--json", *options],
-        cwd=office.folder,
-        env=office.variables(api) | {CLOCK: str(clock), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        cwd=workspace.folder,
+        env=workspace.variables(api) | {CLOCK_VARIABLE: str(clock), "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -61,7 +61,7 @@ def start_by_clock(office: Office, api: Api, clock: Path, *options: str) -> subp
 
 def main() -> None:
     """Move the clock before anything of the program is imported, then run it."""
-    clock = SteppingClock(Path(os.environ[CLOCK]))
+    clock = SteppingClock(Path(os.environ[CLOCK_VARIABLE]))
     time.time, time.time_ns = clock.time, clock.time_ns
     from enrich.cli import main as enrich  # noqa: PLC0415 - after the clock was moved
 

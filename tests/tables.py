@@ -21,7 +21,7 @@ OUTPUTS = ("csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx")
 Rows = Sequence[Sequence[str]]
 
 
-def save(path: Path, header: Sequence[str], rows: Rows) -> Path:
+def write_table(path: Path, header: Sequence[str], rows: Rows) -> Path:
     """Write a table of text in the format that the path's ending says."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
@@ -31,8 +31,8 @@ def save(path: Path, header: Sequence[str], rows: Rows) -> Path:
         with xlsxwriter.Workbook(path) as book:
             sheet = book.add_worksheet()
             for number, cells in enumerate([header, *rows]):
-                for place, value in enumerate(cells):
-                    sheet.write_string(number, place, value)
+                for column, value in enumerate(cells):
+                    sheet.write_string(number, column, value)
         return path
     text = io.StringIO(newline="")
     if kind == "jsonl":
@@ -44,7 +44,7 @@ def save(path: Path, header: Sequence[str], rows: Rows) -> Path:
     return path
 
 
-def load(path: Path) -> list[list[Any]]:
+def read_table(path: Path) -> list[list[Any]]:
     """Read a file: the header, then the rows; a blank is ''."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":

@@ -19,13 +19,13 @@ from enrich.report.anomalies import Nights, Often, anomalies, chance_of_none, z_
 PATHS = {"work_email": "email", "city": "office.city"}
 
 
-def hit(number: int, paid: int | None = 500_000, status: str = "completed", **fields: Any) -> Settled:
+def match(number: int, paid: int | None = 500_000, status: str = "completed", **fields: Any) -> Settled:
     """Make a hit; its address is its own unless it is said."""
     result = {"email": f"person{number}@firm.example", "office": {"city": f"city {number}"}} | fields
     return answer(State.FOUND, paid, {"status": status, "data": result})
 
 
-def miss(paid: int | None = 0) -> Settled:
+def no_match(paid: int | None = 0) -> Settled:
     """Make a clean miss."""
     return answer(State.NOT_FOUND, paid, {"status": "completed", "data": None})
 
@@ -40,7 +40,7 @@ def answer(state: State, paid: int | None, task: object) -> Settled:
     return Settled(1, state, "{}", "{}", paid, json.dumps(task), 0)
 
 
-def nights(answers: Iterable[Settled]) -> Nights:
+def run_statistics(answers: Iterable[Settled]) -> Nights:
     """Count the answers of some nights."""
     made = Nights(PATHS)
     for each in answers:
@@ -48,133 +48,133 @@ def nights(answers: Iterable[Settled]) -> Nights:
     return made
 
 
-def usual(hits: int, misses: int = 0, **fields: Any) -> list[Settled]:
+def typical_run(hits: int, misses: int = 0, **fields: Any) -> list[Settled]:
     """Make a usual night."""
-    return [hit(number, **fields) for number in range(hits)] + [miss() for _ in range(misses)]
+    return [match(number, **fields) for number in range(hits)] + [no_match() for _ in range(misses)]
 
 
-def kinds(last: Iterable[Settled], before: Iterable[Settled]) -> list[str]:
+def anomaly_kinds(last: Iterable[Settled], before: Iterable[Settled]) -> list[str]:
     """Which rules have something to say."""
-    return [each.kind for each in anomalies(nights(last), nights(before))]
+    return [each.kind for each in anomalies(run_statistics(last), run_statistics(before))]
 
 
-def text(last: Iterable[Settled], before: Iterable[Settled]) -> str:
+def anomaly_text(last: Iterable[Settled], before: Iterable[Settled]) -> str:
     """What the one rule says that says something."""
-    (said,) = anomalies(nights(last), nights(before))
-    return said.text
+    (message,) = anomalies(run_statistics(last), run_statistics(before))
+    return message.text
 
 
-def test_a_night_like_the_others_is_none() -> None:
+def test_no_anomaly_in_similar_runs() -> None:
     """Nor is a first one, nor one that was answered nothing."""
-    assert kinds(usual(60, 40), usual(600, 400)) == []
-    assert kinds(usual(60, 40), []) == []
-    assert kinds([], usual(600, 400)) == []
-    assert kinds([], []) == []
+    assert anomaly_kinds(typical_run(60, 40), typical_run(600, 400)) == []
+    assert anomaly_kinds(typical_run(60, 40), []) == []
+    assert anomaly_kinds([], typical_run(600, 400)) == []
+    assert anomaly_kinds([], []) == []
 
 
-def test_the_hit_rate_fell() -> None:
+def test_hit_rate_drop() -> None:
     """By more than chance and by five points at least, with enough answers on both sides."""
-    said = text(usual(30, 70), usual(300, 200))
-    assert said == "the hit rate fell from 60.0% (of 500 answers) to 30.0% (of 100)"
-    assert kinds(usual(70, 30), usual(300, 200)) == []  # better is fine
-    assert kinds(usual(0, 19), usual(300, 200)) == []  # too few
-    assert kinds(usual(52, 48), usual(300, 200)) == []  # chance
+    message = anomaly_text(typical_run(30, 70), typical_run(300, 200))
+    assert message == "the hit rate fell from 60.0% (of 500 answers) to 30.0% (of 100)"
+    assert anomaly_kinds(typical_run(70, 30), typical_run(300, 200)) == []  # better is fine
+    assert anomaly_kinds(typical_run(0, 19), typical_run(300, 200)) == []  # too few
+    assert anomaly_kinds(typical_run(52, 48), typical_run(300, 200)) == []  # chance
     large = Nights(PATHS, found=57_000, not_found=43_000), Nights(PATHS, found=60_000, not_found=40_000)
     assert anomalies(*large) == []  # sure, but small
 
 
-def test_more_failed_than_before() -> None:
+def test_failure_rate_rise() -> None:
     """The share of failures is no part of the hit rate."""
     failures = [failure() for _ in range(20)]
-    assert text([*usual(50, 30), *failures], usual(500, 300)) == (
+    assert anomaly_text([*typical_run(50, 30), *failures], typical_run(500, 300)) == (
         "20.0% of 100 tasks failed; before it were 0.0% of 800"
     )
-    assert kinds([*usual(50, 30), *failures[:4]], usual(500, 300)) == []
+    assert anomaly_kinds([*typical_run(50, 30), *failures[:4]], typical_run(500, 300)) == []
 
 
-def test_a_hit_costs_more() -> None:
+def test_cost_per_match_rise() -> None:
     """By a quarter at least and no chance; a night that is cheaper is fine."""
-    assert text(usual(50, 20, paid=1_000_000), usual(500, 200)) == (
+    assert anomaly_text(typical_run(50, 20, paid=1_000_000), typical_run(500, 200)) == (
         "a hit cost 1.00 credits; before it was 0.50 (+100%)"
     )
-    assert kinds(usual(50, 20, paid=600_000), usual(500, 200)) == []
-    assert kinds(usual(50, 20, paid=100_000), usual(500, 200)) == []
-    assert kinds(usual(19, 5, paid=1_000_000), usual(500, 200)) == []
+    assert anomaly_kinds(typical_run(50, 20, paid=600_000), typical_run(500, 200)) == []
+    assert anomaly_kinds(typical_run(50, 20, paid=100_000), typical_run(500, 200)) == []
+    assert anomaly_kinds(typical_run(19, 5, paid=1_000_000), typical_run(500, 200)) == []
     # One dear answer among many is chance.
-    assert kinds([*usual(49, 20), hit(1, paid=20_000_000)], usual(500, 200)) == []
+    assert anomaly_kinds([*typical_run(49, 20), match(1, paid=20_000_000)], typical_run(500, 200)) == []
 
 
-def test_what_has_no_price_is_left_out_of_the_cost() -> None:
+def test_unknown_prices_are_ignored_in_cost() -> None:
     """Not known is not free."""
-    assert kinds([*usual(50, paid=None), *usual(50)], usual(500)) == []
-    assert kinds(usual(50), usual(500, paid=None)) == []
+    assert anomaly_kinds([*typical_run(50, paid=None), *typical_run(50)], typical_run(500)) == []
+    assert anomaly_kinds(typical_run(50), typical_run(500, paid=None)) == []
 
 
-def test_a_column_is_empty() -> None:
+def test_column_becomes_empty() -> None:
     """It had values before; one that seldom has any may be empty by chance."""
     nowhere: Any = {"office": {"city": ""}}
-    said = text(usual(40, **nowhere), usual(400))
-    assert said == "the column `city` has no value in 40 hits; before, 400 of 400 had one"
-    assert kinds(usual(40, **nowhere), [*usual(4), *usual(396, **nowhere)]) == []
-    assert kinds([miss() for _ in range(10)], usual(400)) == []
+    message = anomaly_text(typical_run(40, **nowhere), typical_run(400))
+    assert message == "the column `city` has no value in 40 hits; before, 400 of 400 had one"
+    assert anomaly_kinds(typical_run(40, **nowhere), [*typical_run(4), *typical_run(396, **nowhere)]) == []
+    assert anomaly_kinds([no_match() for _ in range(10)], typical_run(400)) == []
 
 
-def test_a_value_is_repeated() -> None:
+def test_value_repeats_unusually() -> None:
     """Told without the value, for it is somebody's."""
-    same = [hit(number, email="info@catch-all.example") for number in range(200, 212)]
-    said = text([*usual(100), *same], usual(400))
-    assert said == "the same value is in `work_email` of 12 different requests, 10.7% of the hits"
-    assert "catch-all" not in said
+    same = [match(number, email="info@catch-all.example") for number in range(200, 212)]
+    message = anomaly_text([*typical_run(100), *same], typical_run(400))
+    assert message == "the same value is in `work_email` of 12 different requests, 10.7% of the hits"
+    assert "catch-all" not in message
     # With nothing to hold it against, one is strange among values that all differ.
-    assert kinds([*usual(100), *same], []) == ["value_repeated"]
-    assert kinds([*usual(100), *same[:5]], usual(400)) == []
+    assert anomaly_kinds([*typical_run(100), *same], []) == ["value_repeated"]
+    assert anomaly_kinds([*typical_run(100), *same[:5]], typical_run(400)) == []
 
 
-def test_values_that_repeat_by_nature_are_no_anomaly() -> None:
+def test_naturally_repeated_values() -> None:
     """A city that half of the leads share every night."""
-    night = [*usual(50), *usual(50, office={"city": "Berlin"})]
-    before = [*usual(250), *usual(250, office={"city": "Berlin"})]
-    assert [each.text for each in anomalies(nights(night), nights(before)) if "city" in each.text] == []
+    night = [*typical_run(50), *typical_run(50, office={"city": "Berlin"})]
+    before = [*typical_run(250), *typical_run(250, office={"city": "Berlin"})]
+    assert [each.text for each in anomalies(run_statistics(night), run_statistics(before)) if "city" in each.text] == []
 
 
-def test_the_schema_changed() -> None:
+def test_result_fields_change() -> None:
     """Fields that are gone and fields that are new, nested ones by their paths and lists by `*`."""
-    old = usual(60, phones=[{"type": "work"}])
-    new = usual(60, phones=[{"kind": "work"}])
-    assert [each.text for each in anomalies(nights(new), nights(old))] == [
+    old = typical_run(60, phones=[{"type": "work"}])
+    new = typical_run(60, phones=[{"kind": "work"}])
+    assert [each.text for each in anomalies(run_statistics(new), run_statistics(old))] == [
         "no answer has `phones.*.type` any more",
         "answers have `phones.*.kind`, which was never there before",
     ]
-    assert kinds(usual(60), old) == ["schema"]
+    assert anomaly_kinds(typical_run(60), old) == ["schema"]
     # What few had may be missing by chance, and few may have what is new.
-    assert kinds(usual(60), [*usual(55), *usual(5, title="Dr")]) == []
-    assert kinds([*usual(59), hit(1, title="Dr")], usual(60)) == []
+    assert anomaly_kinds(typical_run(60), [*typical_run(55), *typical_run(5, title="Dr")]) == []
+    assert anomaly_kinds([*typical_run(59), match(1, title="Dr")], typical_run(60)) == []
 
 
-def test_names_of_fields_that_may_be_data_are_not_told() -> None:
+def test_field_names_with_data_are_hidden() -> None:
     """An address as a key."""
     secret: Any = {"by": {"ada@engine.example": 1, "Ada Lovelace": 2, "x" * 80: 3}}
-    said = text(usual(60, **secret), usual(60))
-    assert said == "answers have `by`, which was never there before"
+    message = anomaly_text(typical_run(60, **secret), typical_run(60))
+    assert message == "answers have `by`, which was never there before"
 
 
-def test_a_status_has_another_word() -> None:
+def test_status_changes() -> None:
     """Where another word was said for the same; the first failure of a job is none."""
-    assert text(usual(30, status="success"), usual(60)) == (
+    assert anomaly_text(typical_run(30, status="success"), typical_run(60)) == (
         "tasks have a status that was never there before: `success`"
     )
-    assert kinds([*usual(30), failure()], usual(60)) == []
+    assert anomaly_kinds([*typical_run(30), failure()], typical_run(60)) == []
 
 
-def test_purged_answers_are_no_anomaly() -> None:
+def test_purged_answers_are_ignored() -> None:
     """Nobody knows what was in them."""
-    purged = [each._replace(answer=None, erased=1) for each in usual(60)]
-    assert kinds(usual(40), purged) == []
-    assert kinds(purged, usual(40)) == []
+    purged = [each._replace(answer=None, erased=1) for each in typical_run(60)]
+    assert anomaly_kinds(typical_run(40), purged) == []
+    assert anomaly_kinds(purged, typical_run(40)) == []
 
 
 @pytest.mark.long
-def test_equal_nights_are_hardly_ever_told() -> None:
+def test_few_false_alarms_in_simulation() -> None:
     """A thousand weeks of equal rates, prices and fields: a false alarm in a few of them at most."""
     chance = random.Random(6)
 
@@ -188,29 +188,29 @@ def test_equal_nights_are_hardly_ever_told() -> None:
                 number = chance.randrange(10_000)
                 more: dict[str, Any] = {"title": "Dr"} if chance.random() < 0.1 else {}
                 more |= {"office": {"city": f"city {chance.randrange(9)}"}}
-                made.append(hit(number, chance.choice([10_000, 500_000, 1_500_000]), **more))
+                made.append(match(number, chance.choice([10_000, 500_000, 1_500_000]), **more))
             else:
-                made.append(miss(chance.choice([0, 0, 100_000])))
+                made.append(no_match(chance.choice([0, 0, 100_000])))
         return made
 
-    alarms = sum(bool(kinds(night(chance.choice([25, 60, 120])), night(200))) for _ in range(300))
+    alarms = sum(bool(anomaly_kinds(night(chance.choice([25, 60, 120])), night(200))) for _ in range(300))
 
     assert alarms <= 4
 
 
-def test_a_bad_night_is_told() -> None:
+def test_bad_run_is_detected_in_simulation() -> None:
     """The same simulation with a provider that is down: told in nearly all of a hundred weeks."""
     chance = random.Random(7)
 
     def night(size: int, rate: float) -> list[Settled]:
-        return [hit(number) if chance.random() < rate else miss() for number in range(size)]
+        return [match(number) if chance.random() < rate else no_match() for number in range(size)]
 
-    assert sum("hit_rate" in kinds(night(120, 0.3), night(400, 0.6)) for _ in range(100)) >= 95
+    assert sum("hit_rate" in anomaly_kinds(night(120, 0.3), night(400, 0.6)) for _ in range(100)) >= 95
 
 
 @pytest.mark.long
 @given(st.lists(st.integers(0, 50), max_size=300))
-def test_often_counts_exactly_what_it_can_keep(values: list[int]) -> None:
+def test_frequency_sketch_is_exact_for_few_values(values: list[int]) -> None:
     """Few different values are counted one by one."""
     often = Often()
     for value in values:
@@ -222,7 +222,7 @@ def test_often_counts_exactly_what_it_can_keep(values: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 400), max_size=600), st.integers(2, 40))
-def test_often_is_too_low_by_little_with_little_memory(values: list[int], kept: int) -> None:
+def test_frequency_sketch_error_bound(values: list[int], kept: int) -> None:
     """By one in `kept` of all at most, and never too high."""
     often = Often()
     with pytest.MonkeyPatch.context() as patch:
@@ -235,22 +235,22 @@ def test_often_is_too_low_by_little_with_little_memory(values: list[int], kept: 
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
-def test_the_chance_of_none_is_the_hypergeometric_one(there: int, others: int, other: int) -> None:
+def test_hypergeometric_probability_of_zero(there: int, others: int, other: int) -> None:
     """Counted out."""
     of = there + others
     assert chance_of_none(there, of, other) == pytest.approx(comb(of, there) / comb(of + other, there))
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.data())
-def test_shares_that_are_equal_differ_by_nothing(of: int, times: int, data: st.DataObject) -> None:
+def test_equal_shares_do_not_differ(of: int, times: int, data: st.DataObject) -> None:
     """And which is larger has the sign."""
     count = data.draw(st.integers(0, of))
     assert z_of_shares(count, of, count * times, of * times) == pytest.approx(0, abs=1e-6)
     assert z_of_shares(of, of, 0, of) > 0 > z_of_shares(0, of, of, of)
 
 
-def test_a_price_that_never_varied_is_dearer_for_sure() -> None:
+def test_constant_price_increase_is_certain() -> None:
     """There is no chance in it at all."""
-    dearer = z_of_cost(nights(usual(30, paid=700_000)), nights(usual(30)))
+    dearer = z_of_cost(run_statistics(typical_run(30, paid=700_000)), run_statistics(typical_run(30)))
     assert dearer == float("inf")
-    assert z_of_cost(nights(usual(30)), nights(usual(60))) == 0
+    assert z_of_cost(run_statistics(typical_run(30)), run_statistics(typical_run(60))) == 0

@@ -26,7 +26,7 @@ def wrapper(result: object, *steps: dict[str, Any], by_provider: object = None) 
     return {"result": result, "result_field": ["email"], "enrichment_data": by_provider, "steps": list(steps)}
 
 
-def read(**task: Any) -> Answer:
+def parse_answer(**task: Any) -> Answer:
     """Judge a task."""
     return read_answer(TaskReply(task, json.dumps(task)), phase_of(task), PATHS)
 
@@ -53,12 +53,12 @@ def read(**task: Any) -> Answer:
         (["completed"], Phase.RUNNING),
     ],
 )
-def test_a_status_tells_how_far_a_task_is(status: object, phase: Phase) -> None:
+def test_status_mapping(status: object, phase: Phase) -> None:
     """Aliases and capitals count; what was never seen before counts as running, for a task must not be lost."""
     assert phase_of({"status": status}) is phase
 
 
-def test_a_task_without_a_status_is_running() -> None:
+def test_missing_status_means_running() -> None:
     """Nothing is known of it."""
     assert phase_of({}) is Phase.RUNNING
 
@@ -79,9 +79,9 @@ def test_a_task_without_a_status_is_running() -> None:
     ],
 )
 @in_turn("status", ["completed", "SUCCESS", "partially_completed", "no_data"])
-def test_a_hit_is_found_in_every_shape(status: str, data: object) -> None:
+def test_match_found_in_every_shape(status: str, data: object) -> None:
     """The documents contradict each other about the shape; what was paid for is found in all of them."""
-    answer = read(status=status, data=data, credits_spent=2.5)
+    answer = parse_answer(status=status, data=data, credits_spent=2.5)
     assert (answer.state, answer.credits) == (State.FOUND, 2_500_000)
     assert pick(parse_data(data).fields, "email") == EMAIL
 
@@ -113,17 +113,17 @@ def test_a_hit_is_found_in_every_shape(status: str, data: object) -> None:
     ],
 )
 @in_turn("status", ["completed", "no_data"])
-def test_a_miss_is_a_miss_in_every_shape(status: str, data: object) -> None:
+def test_no_match_found_in_every_shape(status: str, data: object) -> None:
     """It cost what it cost, and it is no failure."""
-    answer = read(status=status, data=data, credits_spent=0)
+    answer = parse_answer(status=status, data=data, credits_spent=0)
     assert (answer.state, answer.error, answer.provider, answer.credits) == (State.NOT_FOUND, None, None, 0)
 
 
 @in_turn("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
-def test_a_value_that_looks_empty_is_one(value: object) -> None:
+def test_zero_and_false_are_values(value: object) -> None:
     """Nought and false are answers; blank are only null, blank text, [] and {}."""
     assert not is_blank(value)
-    assert read(status="completed", data={"email": value}).state is State.FOUND
+    assert parse_answer(status="completed", data={"email": value}).state is State.FOUND
 
 
 @in_turn(
@@ -146,7 +146,7 @@ def test_a_value_that_looks_empty_is_one(value: object) -> None:
         ("person.nobody.name", None),
     ],
 )
-def test_a_dotted_path_leads_into_the_result(path: str, value: object) -> None:
+def test_dotted_path_lookup(path: str, value: object) -> None:
     """Through objects and lists; a name that has the dots itself wins; what leads nowhere is null."""
     fields = {
         "email": EMAIL,
@@ -157,7 +157,7 @@ def test_a_dotted_path_leads_into_the_result(path: str, value: object) -> None:
     assert pick(fields, path) == value
 
 
-def test_the_columns_of_the_job_decide_what_is_found() -> None:
+def test_job_columns_decide_match() -> None:
     """A value that no column asks for makes no hit; any of the columns makes one."""
     task = {"status": "completed", "data": {"email": None, "phone": "1"}}
     assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email"]).state is State.NOT_FOUND
@@ -185,24 +185,24 @@ def test_the_columns_of_the_job_decide_what_is_found() -> None:
         ({"amount": 1}, None),
     ],
 )
-def test_credits_are_read_or_not_known(spent: object, micros: int | None) -> None:
+def test_credits_parsing(spent: object, micros: int | None) -> None:
     """Number or text; what is not an amount is not taken for 0."""
-    assert read(status="completed", data=None, credits_spent=spent).credits == micros
-    assert read(status="failed", credits_spent=spent).credits == micros
+    assert parse_answer(status="completed", data=None, credits_spent=spent).credits == micros
+    assert parse_answer(status="failed", credits_spent=spent).credits == micros
 
 
-def test_credits_that_were_left_out_are_not_known() -> None:
+def test_missing_credits_are_unknown() -> None:
     """Without steps there is nothing to sum."""
-    assert read(status="completed", data={"email": EMAIL}).credits is None
-    assert read(status="completed", data=wrapper({"email": EMAIL})).credits is None
+    assert parse_answer(status="completed", data={"email": EMAIL}).credits is None
+    assert parse_answer(status="completed", data=wrapper({"email": EMAIL})).credits is None
 
 
-def test_the_steps_tell_the_cost_that_the_task_left_out() -> None:
+def test_step_costs_replace_missing_credits() -> None:
     """Their costs are text and are summed; one that cannot be read leaves the sum unknown."""
     steps = [step("A", "1.0"), step("B", 0.5), step("C", "0")]
-    assert read(status="completed", data=wrapper({}, *steps)).credits == 1_500_000
-    assert read(status="completed", data=wrapper({}, *steps), credits_spent=9).credits == 9_000_000
-    assert read(status="completed", data=wrapper({}, *steps, step("D", None))).credits is None
+    assert parse_answer(status="completed", data=wrapper({}, *steps)).credits == 1_500_000
+    assert parse_answer(status="completed", data=wrapper({}, *steps), credits_spent=9).credits == 9_000_000
+    assert parse_answer(status="completed", data=wrapper({}, *steps, step("D", None))).credits is None
 
 
 @in_turn(
@@ -220,17 +220,17 @@ def test_the_steps_tell_the_cost_that_the_task_left_out() -> None:
         ({"data": wrapper(None, step("A", "0"))}, False),
     ],
 )
-def test_a_failure_is_free_only_when_the_api_says_so(task: dict[str, Any], *, is_free: bool) -> None:
+def test_free_failure_requires_zero_credits(task: dict[str, Any], *, is_free: bool) -> None:
     """Free ones are asked again by themselves, so 0 must be said, and no step may have a cost."""
-    answer = read(status="failed", error="boom", **task)
+    answer = parse_answer(status="failed", error="boom", **task)
     assert answer.state is State.FAILED
     assert answer.free_failure is is_free
 
 
 @in_turn("status", ["completed", "no_data", "gone"])
-def test_only_a_failure_is_a_free_failure(status: str) -> None:
+def test_free_no_match_is_final(status: str) -> None:
     """A miss that cost nothing is an answer, and is not asked again."""
-    assert not read(status=status, credits_spent=0).free_failure
+    assert not parse_answer(status=status, credits_spent=0).free_failure
 
 
 @in_turn(
@@ -250,15 +250,15 @@ def test_only_a_failure_is_a_free_failure(status: str) -> None:
         ([None, ""], None),
     ],
 )
-def test_an_error_is_one_line_whatever_its_shape(error: object, text: str | None) -> None:
+def test_error_is_one_line(error: object, text: str | None) -> None:
     """Text, a list of texts or an object; a failure that says nothing says its status."""
     assert error_text(error) == text
-    assert read(status="Cancelled", error=error).error == (text or "the API says: Cancelled")
+    assert parse_answer(status="Cancelled", error=error).error == (text or "the API says: Cancelled")
 
 
-def test_a_result_that_is_gone_has_expired() -> None:
+def test_expired_result() -> None:
     """What it cost is not known then."""
-    answer = read(status="gone")
+    answer = parse_answer(status="gone")
     assert (answer.state, answer.credits) == (State.EXPIRED, None)
     assert "expired" in (answer.error or "")
 
@@ -278,12 +278,12 @@ def test_a_result_that_is_gone_has_expired() -> None:
         ({"email": EMAIL}, None),
     ],
 )
-def test_the_provider_is_who_has_the_value(data: object, provider: str | None) -> None:
+def test_provider_of_match(data: object, provider: str | None) -> None:
     """By its own data first, then by the steps; nobody is named for a miss."""
-    assert read(status="completed", data=data).provider == provider
+    assert parse_answer(status="completed", data=data).provider == provider
 
 
-def test_the_whole_answer_is_kept() -> None:
+def test_raw_answer_is_kept() -> None:
     """What was paid for is in the ledger as it came, readable by a person."""
     task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
     written = json.dumps(task, ensure_ascii=False, indent=1)
@@ -296,7 +296,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 #: Objects with the names that the parser looks for, and anything behind them.
-KNOWN = st.fixed_dictionaries(
+TASK_BODIES = st.fixed_dictionaries(
     {},
     optional={
         name: JSON | st.lists(st.fixed_dictionaries({}, optional={"provider": JSON, "cost": JSON, "result": JSON}))
@@ -307,11 +307,11 @@ KNOWN = st.fixed_dictionaries(
 
 @given(
     status=st.sampled_from(["completed", "failed", "gone", "no_data", "processing"]) | JSON,
-    data=JSON | KNOWN | st.lists(KNOWN, max_size=2),
+    data=JSON | TASK_BODIES | st.lists(TASK_BODIES, max_size=2),
     error=JSON,
     spent=JSON,
 )
-def test_no_answer_is_a_bug_of_ours(status: object, data: object, error: object, spent: object) -> None:
+def test_any_json_is_parsed(status: object, data: object, error: object, spent: object) -> None:
     """Any JSON at all is judged, and what comes of it can be written down."""
     task = {"status": status, "data": data, "error": error, "credits_spent": spent}
     answer = read_answer(TaskReply(task, json.dumps(task)), phase_of(task), ["email", "result", "a.0.b"])

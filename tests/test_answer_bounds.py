@@ -15,8 +15,8 @@ import pytest
 from enrich.api.transport import START_BYTES, AnswerTooLarge
 from enrich.api.unpacking import MOST_MEMBERS
 from tests.cases import in_turn
-from tests.sending import Sender, get, sending
-from tests.wire import Act, Reply, answering, http
+from tests.sending import Sender, send_get, with_transport
+from tests.wire import ConnectionAction, Reply, http_reply, serve_replies
 
 MIB = 1024 * 1024
 SMALL = 256 * 1024
@@ -24,7 +24,7 @@ BODY = json.dumps({"task_id": "a", "data": [{"email": f"lead-{number}@engine.exa
 TEXT = BODY.encode()
 
 
-def raw_deflate(data: bytes) -> bytes:
+def deflate_raw(data: bytes) -> bytes:
     """Pack without zlib's header."""
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
@@ -36,14 +36,14 @@ def chunked(data: bytes, size: int) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
-def zeros(times: int, level: int = 9) -> bytes:
+def compressed_zeros(times: int, level: int = 9) -> bytes:
     """Pack so many MiB of zeros, with a wrong checksum, in no time."""
     packer = zlib.compressobj(level, zlib.DEFLATED, -15)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
     return b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + block * times + packer.flush() + bytes(8)
 
 
-PACKED = {
+COMPRESSED = {
     "gzip": ("gzip", gzip.compress(TEXT)),
     "gzip by its old name": ("x-gzip", gzip.compress(TEXT)),
     "gzip in other letters, with blanks": (" GZip , identity ", gzip.compress(TEXT)),
@@ -51,44 +51,44 @@ PACKED = {
     "gzip, not compressed": ("gzip", gzip.compress(TEXT, 0)),
     "zlib": ("deflate", zlib.compress(TEXT)),
     "zlib, hardly compressed": ("deflate", zlib.compress(TEXT, 1)),
-    "raw deflate": ("deflate", raw_deflate(TEXT)),
+    "raw deflate": ("deflate", deflate_raw(TEXT)),
     "identity": ("identity", TEXT),
     "an empty name": ("", TEXT),
 }
 
 
-@in_turn(("encoding", "data"), PACKED.values(), ids=PACKED.keys())
+@in_turn(("encoding", "data"), COMPRESSED.values(), ids=COMPRESSED.keys())
 @in_turn("chunk", [0, 1, 1000])
-def test_packed_answers_are_read(encoding: str, data: bytes, chunk: int) -> None:
+def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk: int) -> None:
     """In whole or in chunks of any size; nobody unpacks them again, the header is gone."""
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %b\r\n" % encoding.encode()
     if chunk:
         reply = head + b"transfer-encoding: chunked\r\n\r\n" + chunked(data, chunk)
     else:
         reply = head + b"content-length: %d\r\n\r\n" % len(data) + data
-    with answering(Reply(reply)) as wire:
-        response = get(wire.base_url)
+    with serve_replies(Reply(reply)) as server:
+        response = send_get(server.base_url)
         assert response.content == TEXT
         assert "content-encoding" not in response.headers
 
 
-def test_a_long_run_of_one_byte_is_unpacked_whole() -> None:
+def test_highly_compressed_body_is_complete() -> None:
     """Much comes out of few bytes, some of it after the last was read."""
     for size in (0, 1, 64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1, 3 * MIB + 7):
-        for encoding, pack in (("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", raw_deflate)):
-            with answering(http(200, pack(bytes(size)), content_encoding=encoding)) as wire:
-                assert get(wire.base_url).content == bytes(size)
+        for encoding, pack in (("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", deflate_raw)):
+            with serve_replies(http_reply(200, pack(bytes(size)), content_encoding=encoding)) as server:
+                assert send_get(server.base_url).content == bytes(size)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_an_empty_body_needs_no_unpacking(encoding: str) -> None:
+def test_empty_compressed_body(encoding: str) -> None:
     """A 429 without a body may say that it is packed."""
-    with answering(http(429, b"", content_encoding=encoding)) as wire:
-        response = get(wire.base_url)
+    with serve_replies(http_reply(429, b"", content_encoding=encoding)) as server:
+        response = send_get(server.base_url)
         assert (response.status_code, response.content) == (429, b"")
 
 
-UNREADABLE = {
+CORRUPT = {
     "gzip cut": ("gzip", gzip.compress(TEXT)[:-9]),
     "gzip without its checksum": ("gzip", gzip.compress(TEXT)[:-1]),
     "gzip header alone": ("gzip", gzip.compress(TEXT)[:5]),
@@ -100,7 +100,7 @@ UNREADABLE = {
     "too many members": ("gzip", gzip.compress(b"") * (MOST_MEMBERS + 1)),
     "zlib cut": ("deflate", zlib.compress(TEXT)[:-3]),
     "one byte of deflate": ("deflate", b"\x78"),
-    "raw deflate cut": ("deflate", raw_deflate(TEXT)[:-3]),
+    "raw deflate cut": ("deflate", deflate_raw(TEXT)[:-3]),
     "bytes behind zlib": ("deflate", zlib.compress(TEXT) + zlib.compress(TEXT)),
     "no deflate": ("deflate", TEXT),
     "brotli": ("br", b"\x0b\x02\x80{}\x03"),
@@ -110,9 +110,9 @@ UNREADABLE = {
 }
 
 
-@in_turn(("encoding", "data"), UNREADABLE.values(), ids=UNREADABLE.keys())
+@in_turn(("encoding", "data"), CORRUPT.values(), ids=CORRUPT.keys())
 @in_turn("status", [200, 500])
-def test_what_cannot_be_unpacked_is_an_exception(encoding: str, data: bytes, status: int) -> None:
+def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int) -> None:
     """It is said in words; what came is not shown as an answer, and the next request has another connection."""
 
     async def two(send: Sender) -> str:
@@ -122,10 +122,10 @@ def test_what_cannot_be_unpacked_is_an_exception(encoding: str, data: bytes, sta
         await send("/b")
         return str(caught.value)
 
-    with answering(
-        lambda seen: http(status, data, content_encoding=encoding) if "/a" in seen.line else http(200, {})
-    ) as wire:
-        words = sending(wire.base_url, two)
+    with serve_replies(
+        lambda seen: http_reply(status, data, content_encoding=encoding) if "/a" in seen.line else http_reply(200, {})
+    ) as server:
+        words = with_transport(server.base_url, two)
         assert words in {
             "the answer is packed, and damaged",
             "the answer is packed, and its end is missing",
@@ -136,21 +136,21 @@ def test_what_cannot_be_unpacked_is_an_exception(encoding: str, data: bytes, sta
 
 @in_turn("over", [-1, 0, 1, 1000])
 @in_turn("packed", [True, False])
-def test_the_bound_is_exact(over: int, packed: bool) -> None:  # noqa: FBT001 - a case
+def test_response_size_limit_is_exact(over: int, packed: bool) -> None:  # noqa: FBT001 - a case
     """An answer of the bound is read, one byte more is too much; its start is kept."""
     data = (TEXT * 2)[: SMALL - 200 + over] if not packed else bytes(SMALL + over)
     if packed:
-        reply = http(200, gzip.compress(data), content_encoding="gzip")
+        reply = http_reply(200, gzip.compress(data), content_encoding="gzip")
         bound = SMALL
     else:
-        reply = http(200, data)
+        reply = http_reply(200, data)
         bound = len(reply.data) - over
-    with answering(reply) as wire:
+    with serve_replies(reply) as server:
         if over <= 0:
-            assert get(wire.base_url, most_bytes=bound).content == data
+            assert send_get(server.base_url, most_bytes=bound).content == data
             return
         with pytest.raises(AnswerTooLarge, match="larger than") as caught:
-            get(wire.base_url, most_bytes=bound)
+            send_get(server.base_url, most_bytes=bound)
         assert data.startswith(caught.value.start)
 
 
@@ -163,7 +163,7 @@ ENDLESS = {
     "trailers": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 100_000,
     "interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 40_000,
     "empty lines": b"\r\n" * 400_000,
-    "packed": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 99999999\r\n\r\n" + zeros(9),
+    "packed": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 99999999\r\n\r\n" + compressed_zeros(9),
     "a header": b"HTTP/1.1 200 OK\r\nx: " + b"x" * 4_000_000,
     "a header's name": b"HTTP/1.1 200 OK\r\n" + b"x" * 4_000_000,
     "headers": b"HTTP/1.1 200 OK\r\n" + b"x-some: thing\r\n" * 100_000,
@@ -174,7 +174,7 @@ ENDLESS = {
 
 
 @in_turn("data", ENDLESS.values(), ids=ENDLESS.keys())
-def test_an_answer_without_end_ends_at_the_bound(data: bytes) -> None:
+def test_endless_response_is_cut_at_limit(data: bytes) -> None:
     """Wherever it has no end, it is cut off, long before its time is over; the connection is not used again."""
 
     async def two(send: Sender) -> httpx.Response:
@@ -183,45 +183,47 @@ def test_an_answer_without_end_ends_at_the_bound(data: bytes) -> None:
         assert "no answer in" not in str(caught.value)
         return await send("/b")
 
-    with answering(lambda seen: Reply(data, Act.SILENCE) if "/a" in seen.line else http(200, {"b": 1})) as wire:
-        assert sending(wire.base_url, two, most_bytes=SMALL).json() == {"b": 1}
+    with serve_replies(
+        lambda seen: Reply(data, ConnectionAction.SILENCE) if "/a" in seen.line else http_reply(200, {"b": 1})
+    ) as server:
+        assert with_transport(server.base_url, two, most_bytes=SMALL).json() == {"b": 1}
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_start_of_what_is_too_large_is_kept(packed: bool) -> None:  # noqa: FBT001 - a case
+def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT001 - a case
     """64 KiB of it, unpacked: it shows what came."""
     data = TEXT * 20
-    reply = http(200, gzip.compress(data), content_encoding="gzip") if packed else http(200, data)
-    with answering(reply) as wire:
+    reply = http_reply(200, gzip.compress(data), content_encoding="gzip") if packed else http_reply(200, data)
+    with serve_replies(reply) as server:
         with pytest.raises(AnswerTooLarge) as caught:
-            get(wire.base_url, most_bytes=SMALL)
+            send_get(server.base_url, most_bytes=SMALL)
         assert caught.value.start == data[:START_BYTES]
 
 
 @in_turn("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])
-def test_a_length_that_is_none_is_no_answer(length: bytes) -> None:
+def test_invalid_content_length_is_an_error(length: bytes) -> None:
     """Nor are two that differ: nobody knows where that answer ends."""
-    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", Act.CLOSE)
-    with answering(reply) as wire, pytest.raises(httpx.ReadError):
-        get(wire.base_url)
+    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", ConnectionAction.CLOSE)
+    with serve_replies(reply) as server, pytest.raises(httpx.ReadError):
+        send_get(server.base_url)
 
 
-def test_a_body_that_is_shorter_than_its_length_is_no_answer() -> None:
+def test_truncated_body_is_an_error() -> None:
     """The connection was cut off, or an intermediary was."""
-    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}", Act.CLOSE)
-    with answering(reply) as wire, pytest.raises(httpx.ReadError, match="too early"):
-        get(wire.base_url)
+    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}", ConnectionAction.CLOSE)
+    with serve_replies(reply) as server, pytest.raises(httpx.ReadError, match="too early"):
+        send_get(server.base_url)
 
 
 #: Asks for something side by side, in a process of its own, and prints how many failed and the most memory, in KiB.
-MEASURE = """
+MEASURE_SCRIPT = """
 import asyncio, json, resource, sys
-from tests.sending import Sender, sending
+from tests.sending import Sender, with_transport
 
 async def ask(send: Sender) -> list[object]:
     return await asyncio.gather(*(send("/a", seconds=60) for _ in range(int(sys.argv[2]))), return_exceptions=True)
 
-answers = sending(sys.argv[1], ask)
+answers = with_transport(sys.argv[1], ask)
 failed = [type(answer).__name__ for answer in answers if isinstance(answer, Exception)]
 del answers
 print(json.dumps([failed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
@@ -230,28 +232,31 @@ print(json.dumps([failed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 
 def measure(reply: Reply, times: int) -> tuple[list[str], float]:
     """Tell how `times` such answers at once fail, and how much memory they take, in MiB."""
-    with answering(reply) as wire:
+    with serve_replies(reply) as server:
         process = subprocess.run(
-            [sys.executable, "-c", MEASURE, wire.base_url, str(times)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", MEASURE_SCRIPT, server.base_url, str(times)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
     failed: list[str]
     failed, kib = json.loads(process.stdout)
     return failed, kib / 1024
 
 
-def packed(data: bytes, **headers: Any) -> Reply:
+def compressed_reply(data: bytes, **headers: Any) -> Reply:
     """Answer with something packed already."""
-    return http(200, data, content_encoding="gzip", **headers)
+    return http_reply(200, data, content_encoding="gzip", **headers)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("times", [1, 32])
-def test_a_bomb_costs_at_most_100_mib(times: int) -> None:
+def test_decompression_bomb_memory_limit(times: int) -> None:
     """10 GiB of zeros in 10 MiB, one or 32 at once; and such that grow more slowly."""
     rows = json.dumps([{"email": f"lead-{number}@engine.example"} for number in range(60_000)]).encode()
     slow = gzip.compress(rows) * 30
-    _, without = measure(http(200, {"task_id": "a"}), times)
-    for bomb in (packed(zeros(10_240)), packed(slow), http(200, bytes(40 * MIB))):
+    _, without = measure(http_reply(200, {"task_id": "a"}), times)
+    for bomb in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
         failed, memory = measure(bomb, times)
         assert failed == ["AnswerTooLarge"] * times
         assert memory - without < 100

@@ -23,7 +23,7 @@ from enrich.rows import Rows
 from enrich.store.ledger import Ledger
 from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
-from tests.books import FOUND, Books, file_of, wanted
+from tests.books import FOUND, CommittingLedger, row_requests, sqlite_connection
 from tests.cases import examples, in_turn
 
 CALL = Call("email_getter", (833, 966), 10)
@@ -40,7 +40,7 @@ BLANKS = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map
 MAILS = st.sampled_from(["a@b.example", "a@b", "@b.example", "a@b@c.d", "a b@c.d", "a\u2003b@c.d", "a@.", "a@\n."])
 
 
-def row_by_row(
+def expected_requests(
     leads: Sequence[Mapping[str, str]], *, dedupe: bool
 ) -> list[tuple[str | None, bytes | None, str | None]]:
     """Ask for each row as the first version did: params, fingerprint, reason. All ledgers stand on these bytes."""
@@ -81,7 +81,7 @@ def row_by_row(
     dedupe=st.booleans(),
 )
 @settings(max_examples=examples(200), deadline=None)
-def test_requests_have_the_very_names_that_they_always_had(
+def test_fingerprints_are_stable(
     tmp_path_factory: pytest.TempPathFactory, leads: list[dict[str, str]], *, dedupe: bool
 ) -> None:
     """Another byte in params or fingerprint, and everybody would pay for everything again."""
@@ -90,9 +90,11 @@ def test_requests_have_the_very_names_that_they_always_had(
         csv.writer(file).writerows([["A", "B", "E", "F"], *([lead[name] for name in "ABEF"] for lead in leads)])
     job = folder / "job.yaml"
     job.write_text(JOB.format(dedupe=str(dedupe).lower()), encoding="utf-8")
-    question = Question(CALL, ("a",), ("email",), {"new": "email"}, None)
-    (batch,) = Rows(load_job(job)).batches(question)
-    assert list(zip(batch.params, batch.fingerprints, batch.errors, strict=True)) == row_by_row(leads, dedupe=dedupe)
+    template = Question(CALL, ("a",), ("email",), {"new": "email"}, None)
+    (batch,) = Rows(load_job(job)).batches(template)
+    assert list(zip(batch.params, batch.fingerprints, batch.errors, strict=True)) == expected_requests(
+        leads, dedupe=dedupe
+    )
     assert [status is RowStatus.INVALID for status in batch.statuses] == [name is None for name in batch.fingerprints]
 
 
@@ -101,7 +103,7 @@ def test_requests_have_the_very_names_that_they_always_had(
     separator=st.sampled_from([",", ";", "\t", "|", " ", "a"]),
 )
 @settings(max_examples=examples(200), deadline=None)
-def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], separator: str) -> None:
+def test_csv_output_matches_csv_module(rows: list[tuple[str | None, ...]], separator: str) -> None:
     """Quotes where they are needed and nowhere else, blanks as nothing, whoever writes it."""
     raw, text = io.BytesIO(), io.StringIO()
     with CsvWriter(raw, separator) as writer:
@@ -127,13 +129,13 @@ def test_csv_is_written_as_python_writes_it(rows: list[tuple[str | None, ...]], 
         ("[]", None),
     ],
 )
-def test_every_digit_of_an_answer_counts(value: str, text: str | None) -> None:
+def test_number_precision_is_kept(value: str, text: str | None) -> None:
     """What the fast parser would round or refuse is read by the exact one."""
     answer = f'{{"data": [{{"result": {{"found": {value}, "name": "Ada"}}, "steps": []}}]}}'
     assert cell_texts(answer, ["found", "name", "none"]) == [text, "Ada", None]
 
 
-def statements(ledger: Ledger, work: Callable[[], object]) -> int:
+def count_statements(ledger: Ledger, work: Callable[[], object]) -> int:
     """Count what SQLite is asked to do; a statement for many rows counts once for each."""
     count = 0
 
@@ -141,9 +143,9 @@ def statements(ledger: Ledger, work: Callable[[], object]) -> int:
         nonlocal count
         count += 1
 
-    file_of(ledger).set_trace_callback(heard)
+    sqlite_connection(ledger).set_trace_callback(heard)
     work()
-    file_of(ledger).set_trace_callback(None)
+    sqlite_connection(ledger).set_trace_callback(None)
     return count
 
 
@@ -153,50 +155,52 @@ class TestStatements:
     ROWS, FEW = 1_000, 25
 
     @pytest.fixture
-    def books(self, tmp_path: Path) -> Books:
+    def ledger(self, tmp_path: Path) -> CommittingLedger:
         """Open a ledger."""
-        return Books.open(tmp_path / "ledger.db")
+        return CommittingLedger.open(tmp_path / "ledger.db")
 
-    def test_new_requests_cost_two_a_row(self, books: Books) -> None:
+    def test_two_statements_per_new_row(self, ledger: CommittingLedger) -> None:
         """One to load it, one to make it."""
-        batch = wanted(range(self.ROWS))
-        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < 2 * self.ROWS + self.FEW
+        batch = row_requests(range(self.ROWS))
+        assert (
+            count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < 2 * self.ROWS + self.FEW
+        )
 
-    def test_known_requests_cost_one_a_row(self, books: Books) -> None:
+    def test_one_statement_per_known_row(self, ledger: CommittingLedger) -> None:
         """To enroll them again, to look at them, and to collect their answers."""
-        books.enroll(range(self.ROWS))
-        batch = wanted(range(self.ROWS))
-        books.do(Ledger.begin_pass)
-        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < self.ROWS + self.FEW
-        assert statements(books.ledger, lambda: books.ledger.look(batch)) < self.ROWS + self.FEW
-        assert statements(books.ledger, lambda: books.ledger.standing(batch)) < self.ROWS + self.FEW
+        ledger.enroll(range(self.ROWS))
+        batch = row_requests(range(self.ROWS))
+        ledger.do(Ledger.begin_pass)
+        assert count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < self.ROWS + self.FEW
+        assert count_statements(ledger.ledger, lambda: ledger.ledger.look(batch)) < self.ROWS + self.FEW
+        assert count_statements(ledger.ledger, lambda: ledger.ledger.standing(batch)) < self.ROWS + self.FEW
 
-    def test_rows_that_ask_the_same_cost_next_to_nothing(self, books: Books) -> None:
+    def test_duplicate_rows_add_no_statements(self, ledger: CommittingLedger) -> None:
         """They are loaded once."""
-        batch = wanted([1, 2, 3] * self.ROWS)
-        assert statements(books.ledger, lambda: books.do(Ledger.enroll, ASKED, batch)) < self.FEW
-        assert statements(books.ledger, lambda: books.ledger.standing(batch)) < self.FEW
+        batch = row_requests([1, 2, 3] * self.ROWS)
+        assert count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < self.FEW
+        assert count_statements(ledger.ledger, lambda: ledger.ledger.standing(batch)) < self.FEW
 
-    def test_all_that_follows_costs_a_few(self, books: Books) -> None:
+    def test_selection_uses_few_statements(self, ledger: CommittingLedger) -> None:
         """Choosing, marking and counting ask nothing row by row."""
-        books.do(Ledger.begin_pass)
-        books.do(Ledger.enroll, ASKED, wanted(range(self.ROWS)))
+        ledger.do(Ledger.begin_pass)
+        ledger.do(Ledger.enroll, ASKED, row_requests(range(self.ROWS)))
 
         def follow() -> None:
             for move in (Ledger.choose, Ledger.mark, Ledger.decided, Ledger.enrolled, Ledger.oldest_answer):
-                books.do(move)
+                ledger.do(move)
 
-        assert statements(books.ledger, follow) < self.FEW
+        assert count_statements(ledger.ledger, follow) < self.FEW
 
 
-def test_a_plan_counts_once_what_a_run_enrolls_meanwhile(tmp_path: Path) -> None:
+def test_plan_during_run_counts_requests_once(tmp_path: Path) -> None:
     """What was unknown when it was first seen stays one request, under whatever number it is known now."""
-    books = Books.open(tmp_path / "ledger.db")
-    reader = Ledger(books.path, read_only=True)
-    reader.look(wanted([1, 2]))
-    books.begin(1).settle(books.submit(), FOUND)
-    reader.look(wanted([1, 2, 3], 2))
+    ledger = CommittingLedger.open(tmp_path / "ledger.db")
+    reader = Ledger(ledger.path, read_only=True)
+    reader.look(row_requests([1, 2]))
+    ledger.begin(1).settle(ledger.submit(), FOUND)
+    reader.look(row_requests([1, 2, 3], 2))
     assert reader.decided() == {Decision.NEW: 3}
-    assert [told.first for told in reader.decisions(wanted([3, 2, 1]))] == [4, 1, 0]
+    assert [told.first for told in reader.decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
     reader.close()
-    books.ledger.close()
+    ledger.ledger.close()

@@ -22,12 +22,12 @@ ROOT = Path(__file__).parent.parent
 LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
-def run(name: str, *options: str) -> str:
+def run_benchmark(name: str, *options: str) -> str:
     """Run a benchmark as a person would, and return what it prints."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def first_cells(printed: str) -> list[str]:
@@ -35,28 +35,28 @@ def first_cells(printed: str) -> list[str]:
     return [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
 
 
-def test_overhead_prints_a_line_for_each_way() -> None:
+def test_overhead_benchmark_output() -> None:
     """Plain loops and whole runs stand side by side."""
-    printed = run("overhead", "--rows", "24", "--seconds", "0")
+    printed = run_benchmark("overhead", "--rows", "24", "--seconds", "0")
 
     names = first_cells(printed)
     assert {"httpx, 10 tasks", "transport, 50 tasks", SHORT, LONG} <= set(names)
     assert "steady state" in printed
 
 
-def test_compare_prints_a_line_for_each_contender() -> None:
+def test_compare_benchmark_output() -> None:
     """The vendor's SDK is left out when it is not installed, and nothing fails for it."""
-    names = first_cells(run("compare", "--rows", "20", "--seconds", "0"))
+    names = first_cells(run_benchmark("compare", "--rows", "20", "--seconds", "0"))
 
     assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
 
 
-def test_the_sdk_enriches_every_row() -> None:
+def test_sdk_client_enriches_every_row() -> None:
     """The vendor's SDK understands the fake API, by single calls and in bulk."""
     pytest.importorskip("databar", reason="the extra `bench` is not installed")
     with serving() as server:
-        single = run("vendor", "--rows", "6", "--threads", "3", "--base-url", server.base_url)
-        bulk = run("vendor", "--rows", "6", "--bulk", "--base-url", server.base_url)
+        single = run_benchmark("vendor", "--rows", "6", "--threads", "3", "--base-url", server.base_url)
+        bulk = run_benchmark("vendor", "--rows", "6", "--bulk", "--base-url", server.base_url)
 
         assert '"rows": 6' in single
         assert '"rows": 6' in bulk
@@ -72,7 +72,7 @@ def _post(server: Server, path: str, params: object) -> str:
     return task_id
 
 
-def test_the_server_answers_as_the_api_does() -> None:
+def test_fake_server_response_shapes() -> None:
     """A single run is one wrapper in a list; a bulk run is a list aligned to its inputs, with its progress."""
     with serving() as server:
         tasks = [_post(server, "run", LEAD), _post(server, "bulk-run", [LEAD] * 3)]
@@ -87,7 +87,7 @@ def test_the_server_answers_as_the_api_does() -> None:
     assert unknown.status_code == 404
 
 
-def test_the_server_takes_its_time() -> None:
+def test_fake_server_latency() -> None:
     """With a latency a task is running first."""
     with serving("--latency", "30") as server:
         task = httpx.get(f"{server.base_url}/tasks/{_post(server, 'run', LEAD)}", trust_env=False).json()
@@ -95,7 +95,7 @@ def test_the_server_takes_its_time() -> None:
     assert (task["status"], task["data"], task["credits_spent"]) == ("processing", None, 0)
 
 
-def test_the_server_allows_so_many_requests() -> None:
+def test_fake_server_rate_limit() -> None:
     """Beyond the burst a request is answered 429, which says when to come again, and counted."""
     with serving("--rate", "0.001", "--burst", "2", "--retry-after", "1") as server:
         answers = [httpx.get(f"{server.base_url}/user/me", trust_env=False) for _ in range(3)]
@@ -105,7 +105,7 @@ def test_the_server_allows_so_many_requests() -> None:
         assert server.counts() == {"user": {"200": 2, "429": 1}}
 
 
-def test_who_does_not_answer_every_row_is_not_measured(tmp_path: Path) -> None:
+def test_incomplete_contender_is_not_measured(tmp_path: Path) -> None:
     """A contender that leaves rows out would be the fastest."""
     script = tmp_path / "quick.py"
     script.write_text('print(\'{"rows": 1, "elapsed_s": 0.1}\')')
@@ -113,7 +113,7 @@ def test_who_does_not_answer_every_row_is_not_measured(tmp_path: Path) -> None:
         measure(Contender("quick", 2, lambda *_: [sys.executable, str(script)]), server)
 
 
-def test_figures() -> None:
+def test_steady_state_figures() -> None:
     """The steady state is what the long run has beyond the short one; the best of a kind has no interpreter's start."""
 
     def result(name: str, rows: int, *seconds: float) -> Result:
@@ -131,7 +131,7 @@ def test_figures() -> None:
     assert (results[0].cpu_s, results[0].requests) == (0.5, 2.0)
 
 
-def test_a_table_is_markdown() -> None:
+def test_markdown_table() -> None:
     """Numbers stand to the right."""
     assert table(("who", "rows/s"), [("a loop", "10")]).splitlines() == [
         "| who    | rows/s |",
@@ -140,13 +140,13 @@ def test_a_table_is_markdown() -> None:
     ]
 
 
-def test_a_script_that_takes_too_long_is_ended() -> None:
+def test_slow_script_is_stopped() -> None:
     """It does not hold up the others."""
     with pytest.raises(RuntimeError, match="server took longer"):
         told(Script("server", (), 0.5))
 
 
-def test_tables_go_between_their_marks() -> None:
+def test_tables_replace_marked_section() -> None:
     """A section replaces the one with its heading; the others and the page's words stay."""
     page = "words\n<!-- measured -->\n## A\nold\n\n## B\nold\n\n<!-- end -->\nmore words\n"
     new = with_tables(page, ["## B\nnew\n\n", "## C\nnew\n\n"])

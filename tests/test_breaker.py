@@ -5,7 +5,7 @@ from __future__ import annotations
 from enrich.breaker import Breaker
 
 
-def test_the_breaker_lets_one_at_a_time_through_when_the_api_is_ill() -> None:
+def test_breaker_opens_and_probes() -> None:
     """Three bad answers in a row trip it; the pauses double up to a minute; a good answer ends it."""
     breaker = Breaker()
     for now in (1.0, 2.0):
@@ -30,7 +30,7 @@ def test_the_breaker_lets_one_at_a_time_through_when_the_api_is_ill() -> None:
     assert breaker.delay(3.0, on_the_wire=31) == 0
 
 
-def test_a_full_wire_that_fails_at_once_is_one_hiccup() -> None:
+def test_simultaneous_failures_count_once() -> None:
     """What had left before the pause began says nothing new: the pause is a second and not a minute."""
     breaker = Breaker()
     for _ in range(32):
@@ -38,7 +38,7 @@ def test_a_full_wire_that_fails_at_once_is_one_hiccup() -> None:
     assert breaker.delay(5.0, on_the_wire=0) == 1
 
 
-def test_good_answers_between_bad_ones_keep_the_breaker_closed() -> None:
+def test_success_resets_failure_count() -> None:
     """Only bad answers in a row are an illness."""
     breaker = Breaker()
     for now in range(30):

@@ -9,7 +9,7 @@ import pytest
 
 from enrich.errors import Exit
 from enrich.sandbox import Fault
-from tests.harness import HASTY, Office, people, serving
+from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads, serve_api
 
 FAULTS = (
     "error-after=0.05,status=502",
@@ -22,37 +22,39 @@ FAULTS = (
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_cap_holds_with_hundreds_in_flight_and_doubts(tmp_path: Path, office: Office, seed: int) -> None:
+def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace, seed: int) -> None:
     """All providers and their verifications charged, misses too, a tenth of the POSTs ambiguous."""
     cap = 60
-    office.write_job(email_verifier="10", limits=f"{{requests_per_second: 1000, in_flight: 400, max_credits: {cap}}}")
-    office.write_leads(people(400))
+    workspace.write_job(
+        email_verifier="10", limits=f"{{requests_per_second: 1000, in_flight: 400, max_credits: {cap}}}"
+    )
+    workspace.write_leads(make_leads(400))
     faults = tuple(Fault.parse(text) for text in FAULTS)
-    with serving(
+    with serve_api(
         tmp_path / "api.db", seed=seed, fault_seed=seed, charge_misses=True, latency="uniform(0,0.5)", faults=faults
     ) as api:
-        receipt = office.run(api, timing=replace(HASTY, outage_s=60))
+        summary = workspace.run(api, timing=replace(SHORT_TIMEOUTS, outage_s=60))
         audit = api.audit()
 
-    assert receipt.exit_code == Exit.CREDITS
+    assert summary.exit_code == Exit.CREDITS
     assert audit["credits_charged"] + audit["credits_reserved"] <= cap
-    assert receipt.credits_spent <= audit["credits_charged"]
+    assert summary.credits_spent <= audit["credits_charged"]
     # Doubts keep their worst price reserved; the rest of the cap is used.
     assert audit["credits_charged"] > cap / 4
 
 
-def test_what_a_night_left_in_flight_counts_against_the_next_cap(tmp_path: Path, office: Office) -> None:
+def test_open_tasks_count_against_next_cap(tmp_path: Path, workspace: Workspace) -> None:
     """What settles in an execution is paid by it: its cap has room for the rest only."""
-    office.write_job(limits="{requests_per_second: 1000, max_credits: 1000}")
-    office.write_leads(people(8))
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 1000}")
+    workspace.write_leads(make_leads(8))
     state = tmp_path / "api.db"
-    with serving(state, latency="fixed(60)", hit_rate=1.0) as slow:
-        office.leave_at_the_api(slow)
+    with serve_api(state, latency="fixed(60)", hit_rate=1.0) as slow:
+        workspace.leave_at_the_api(slow)
         slow.advance(100)
-    office.write_job(limits="{requests_per_second: 1000, max_credits: 12}")
-    office.write_leads(people(40))
-    with serving(state, hit_rate=1.0) as api:
-        receipt = office.run(api)
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 12}")
+    workspace.write_leads(make_leads(40))
+    with serve_api(state, hit_rate=1.0) as api:
+        summary = workspace.run(api)
 
-    assert receipt.exit_code == Exit.CREDITS
-    assert receipt.credits_spent <= 12 or receipt.submitted == 0
+    assert summary.exit_code == Exit.CREDITS
+    assert summary.credits_spent <= 12 or summary.submitted == 0

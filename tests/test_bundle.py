@@ -16,8 +16,8 @@ from enrich.model import Answer, State
 from tests.cases import in_turn
 
 ADA = {"email": "ada@engine.example"}
-WRONG = {"company": ["This field is required."]}
-SAID = "company: This field is required."
+INVALID_PARAM = {"company": ["This field is required."]}
+INVALID_PARAM_MESSAGE = "company: This field is required."
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -26,12 +26,12 @@ json_values = st.recursive(
 )
 
 
-def read(size: int, **task: Any) -> tuple[list[Answer], int | None]:
+def parse_bulk_answer(size: int, **task: Any) -> tuple[list[Answer], int | None]:
     """Judge a task."""
     return read_bundle(TaskReply(task, json.dumps(task)), phase_of(task), size, ["email"])
 
 
-def states(answers: list[Answer]) -> list[str]:
+def state_names(answers: list[Answer]) -> list[str]:
     """Name the states of answers."""
     return [answer.state.value for answer in answers]
 
@@ -39,29 +39,29 @@ def states(answers: list[Answer]) -> list[str]:
 # The answer of a task
 
 
-def test_each_row_has_its_own_answer() -> None:
+def test_rows_get_their_own_answer() -> None:
     """In the order sent; a wrapper, flat fields and a list of one are read as for a single run."""
     wrapper = {"result": ADA, "steps": [{"provider": "Mailhound", "cost": "1.0"}], "enrichment_data": {}}
-    answers, price = read(4, status="completed", data=[wrapper, None, ADA, [ADA]], credits_spent=2.5)
+    answers, price = parse_bulk_answer(4, status="completed", data=[wrapper, None, ADA, [ADA]], credits_spent=2.5)
 
-    assert states(answers) == ["found", "not_found", "found", "found"]
+    assert state_names(answers) == ["found", "not_found", "found", "found"]
     assert (price, [answer.credits for answer in answers]) == (2_500_000, [None] * 4)
     assert answers[0].provider == "Mailhound"
     assert json.loads(answers[2].raw or "") == {"data": ADA}
 
 
 @in_turn("data", [None, [], {}, [None, None], [{}, []]])
-def test_nothing_at_all_is_a_miss_of_each(data: object) -> None:
+def test_empty_data_is_no_match(data: object) -> None:
     """However the API writes that it found nothing."""
-    assert states(read(2, status="completed", data=data, credits_spent=0)[0]) == ["not_found"] * 2
+    assert state_names(parse_bulk_answer(2, status="completed", data=data, credits_spent=0)[0]) == ["not_found"] * 2
 
 
 @in_turn("data", [[ADA], [ADA, ADA, ADA], ADA, "text", 7, True])
-def test_what_cannot_be_aligned_fails_every_row(data: object) -> None:
+def test_unaligned_data_fails_all_rows(data: object) -> None:
     """Nobody's answer is shown as another's; what came is kept once, and not as the first row's own."""
-    answers, price = read(2, status="completed", data=data, credits_spent=1)
+    answers, price = parse_bulk_answer(2, status="completed", data=data, credits_spent=1)
 
-    assert states(answers) == ["failed", "failed"]
+    assert state_names(answers) == ["failed", "failed"]
     assert "nobody can tell which is whose" in str(answers[1].error)
     assert (price, answers[0].free_failure) == (1_000_000, False)
     assert json.loads(answers[0].raw or "")["bundle"]["data"] == data
@@ -78,12 +78,14 @@ def test_what_cannot_be_aligned_fails_every_row(data: object) -> None:
         ("2", "not_found", False),
     ],
 )
-def test_rows_without_an_answer_are_misses_unless_some_failed(failed: object, rest: str, *, free: bool) -> None:
+def test_missing_rows_in_partial_failure(failed: object, rest: str, *, free: bool) -> None:
     """Which of them failed nobody says; only when all did at no charge they are asked again."""
     progress = {"total": 3, "failed": failed}
-    answers, _ = read(3, status="partially_completed", data=[ADA, None, None], progress=progress, credits_spent=0)
+    answers, _ = parse_bulk_answer(
+        3, status="partially_completed", data=[ADA, None, None], progress=progress, credits_spent=0
+    )
 
-    assert states(answers) == ["found", rest, rest]
+    assert state_names(answers) == ["found", rest, rest]
     assert answers[1].free_failure is free
     if failed == 1:
         assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
@@ -100,20 +102,20 @@ def test_rows_without_an_answer_are_misses_unless_some_failed(failed: object, re
         ("failed", None, None, False),
     ],
 )
-def test_a_task_that_failed_fails_every_row(status: str, data: object, credits_: object, *, free: bool) -> None:
+def test_failed_task_fails_all_rows(status: str, data: object, credits_: object, *, free: bool) -> None:
     """At no charge only when the API says so, and gave nothing."""
-    answers, _ = read(2, status=status, data=data, credits_spent=credits_, error=["no", "way"])
+    answers, _ = parse_bulk_answer(2, status=status, data=data, credits_spent=credits_, error=["no", "way"])
 
-    assert states(answers) == ["failed"] * 2
+    assert state_names(answers) == ["failed"] * 2
     assert [answer.free_failure for answer in answers] == [free] * 2
     assert answers[1].error == "no; way"
 
 
-def test_what_is_gone_has_no_known_price() -> None:
+def test_expired_task_has_unknown_price() -> None:
     """The zero in the body of an expired task is no price."""
-    answers, price = read(2, status="gone", data=None, credits_spent=0)
+    answers, price = parse_bulk_answer(2, status="gone", data=None, credits_spent=0)
 
-    assert (states(answers), price) == (["expired"] * 2, None)
+    assert (state_names(answers), price) == (["expired"] * 2, None)
 
 
 @given(
@@ -139,7 +141,7 @@ def test_any_json_is_judged(task: dict[str, Any], phase: Phase) -> None:
 
 
 @pytest.mark.parametrize(("depth", "state"), [(300, "not_found"), (1_000, "failed")])
-def test_an_answer_that_is_nested_deeply(depth: int, state: str) -> None:
+def test_deeply_nested_answer(depth: int, state: str) -> None:
     """What can't be written down is no answer; the others are not harmed."""
     deep: list[Any] = []
     for _ in range(depth):
@@ -147,7 +149,7 @@ def test_an_answer_that_is_nested_deeply(depth: int, state: str) -> None:
 
     answers, _ = read_bundle(TaskReply({"data": [deep, ADA]}, "{}"), Phase.COMPLETED, 2, ["email"])
 
-    assert states(answers) == [state, "found"]
+    assert state_names(answers) == [state, "found"]
 
 
 # A refused POST
@@ -156,33 +158,33 @@ def test_an_answer_that_is_nested_deeply(depth: int, state: str) -> None:
 @in_turn(
     "body",
     [
-        {"error": "INVALID_PARAMS", "detail": "Row 2: …", "rows": [{"position": 2, "fields": WRONG}]},
-        {"detail": [{}, WRONG, {}]},
+        {"error": "INVALID_PARAMS", "detail": "Row 2: …", "rows": [{"position": 2, "fields": INVALID_PARAM}]},
+        {"detail": [{}, INVALID_PARAM, {}]},
         {"detail": [{"loc": ["body", "params", 1, "company"], "msg": "This field is required."}]},
     ],
     ids=["new", "old", "FastAPI"],
 )
-def test_a_row_is_named(body: object) -> None:
+def test_invalid_row_is_identified(body: object) -> None:
     """In each generation of the body."""
-    assert named_rows(body, 3) == {1: SAID}
+    assert named_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
 
 
 @in_turn(
     "body",
     [
-        {"rows": [{"position": 0, "fields": WRONG}]},
-        {"rows": [{"position": 4, "fields": WRONG}, {"position": 1, "fields": WRONG}]},
-        {"rows": [{"fields": WRONG}]},
-        {"rows": [{"position": "1", "fields": WRONG}]},
-        {"rows": [{"position": True, "fields": WRONG}]},
-        {"detail": [WRONG]},
-        {"detail": WRONG},
-        {"fields": WRONG},
+        {"rows": [{"position": 0, "fields": INVALID_PARAM}]},
+        {"rows": [{"position": 4, "fields": INVALID_PARAM}, {"position": 1, "fields": INVALID_PARAM}]},
+        {"rows": [{"fields": INVALID_PARAM}]},
+        {"rows": [{"position": "1", "fields": INVALID_PARAM}]},
+        {"rows": [{"position": True, "fields": INVALID_PARAM}]},
+        {"detail": [INVALID_PARAM]},
+        {"detail": INVALID_PARAM},
+        {"fields": INVALID_PARAM},
         {"detail": [{"loc": ["body", "params", -1, "company"], "msg": "x"}]},
         {"detail": [{"loc": ["body", "params", "company"], "msg": "x"}]},
     ],
 )
-def test_a_complaint_whose_row_nobody_knows(body: object) -> None:
+def test_error_without_row_index(body: object) -> None:
     """Something is wrong with some of them; of a POST with one row it is that one."""
     assert named_rows(body, 3) == {}
     assert named_rows(body, 1) == named_params(body) != {}
@@ -200,7 +202,7 @@ def test_a_complaint_whose_row_nobody_knows(body: object) -> None:
         {"rows": []},
     ],
 )
-def test_a_refusal_that_is_not_about_rows(body: object) -> None:
+def test_error_not_about_rows(body: object) -> None:
     """The job is wrong, or the API."""
     assert named_rows(body, 3) is None
     assert named_rows(body, 1) is None
@@ -219,7 +221,7 @@ def test_a_refusal_that_is_not_about_rows(body: object) -> None:
     ),
     size=st.integers(1, 5),
 )
-def test_any_body_is_read(body: object, size: int) -> None:
+def test_any_error_body_is_parsed(body: object, size: int) -> None:
     """Only rows that were sent are named, each with words."""
     named = named_rows(body, size)
 

@@ -14,51 +14,51 @@ from enrich.sandbox.questions import Refused
 from enrich.spec import Canary
 from enrich.surroundings import Options
 from tests.cases import first_quick, in_turn
-from tests.harness import BOTH_IN_TIME, Office, kill, people, serving, until
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, Workspace, kill_process, make_leads, serve_api, wait_until
 
 LEADS = 30
-CANARY = "{rows: 6, min_hit_rate: 0.5}"
+CANARY_YAML = "{rows: 6, min_hit_rate: 0.5}"
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
-def careful(office: Office) -> Office:
+def canary_workspace(workspace: Workspace) -> Workspace:
     """Make an office whose job has a canary of six."""
-    office.write_job(canary=CANARY)
-    office.write_leads(people(LEADS))
-    return office
+    workspace.write_job(canary=CANARY_YAML)
+    workspace.write_leads(make_leads(LEADS))
+    return workspace
 
 
-def test_good_answers_release_the_rest(tmp_path: Path, careful: Office) -> None:
+def test_good_canary_continues(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Nobody notices a canary that lives."""
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        receipt = careful.run(api)
-    assert (receipt.exit_code, receipt.submitted, receipt.found) == (0, LEADS, LEADS)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run(api)
+    assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, LEADS)
 
 
-def test_bad_answers_stop_the_run(tmp_path: Path, careful: Office) -> None:
+def test_bad_canary_stops_run(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Exit 15 with what was seen; only the first were paid, the rest is pending, the old output stays."""
-    (careful.folder / "out.csv").write_text("of yesterday\n")
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        done = careful.command("run", "job.yaml", "--json", api=api)
+    (canary_workspace.folder / "out.csv").write_text("of yesterday\n")
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        result = canary_workspace.command("run", "job.yaml", "--json", api=api)
         assert api.audit()["accepted"] == 6
 
-    assert (done.code, done.receipt["submitted"], done.receipt["pending"]) == (15, 6, LEADS - 6)
-    assert "0 of 6 answers found something (0%), at least 50% were wished for; 6 not_found" in done.stderr
-    assert (careful.folder / "out.csv").read_text() == "of yesterday\n"
+    assert (result.code, result.receipt["submitted"], result.receipt["pending"]) == (15, 6, LEADS - 6)
+    assert "0 of 6 answers found something (0%), at least 50% were wished for; 6 not_found" in result.stderr
+    assert (canary_workspace.folder / "out.csv").read_text() == "of yesterday\n"
 
 
-def test_started_again_it_judges_the_next(tmp_path: Path, careful: Office) -> None:
+def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
     """What was asked stays answered; each start risks no more than the canary's rows."""
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        nights = [careful.run(api) for _ in range(3)]
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        runs = [canary_workspace.run(api) for _ in range(3)]
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (18, 0)
-    assert [(night.exit_code, night.submitted, night.reused) for night in nights] == [
+    assert [(night.exit_code, night.submitted, night.reused) for night in runs] == [
         (15, 6, 0),
         (15, 6, 6),
         (15, 6, 12),
@@ -66,44 +66,44 @@ def test_started_again_it_judges_the_next(tmp_path: Path, careful: Office) -> No
 
 
 @pytest.mark.parametrize(("leads", "limit"), first_quick(1, [(5, None), (6, None), (LEADS, 4), (LEADS, 6)]))
-def test_with_no_more_wanted_than_the_canary_nothing_is_judged(
-    tmp_path: Path, careful: Office, leads: int, limit: int | None
+def test_canary_skipped_for_small_runs(
+    tmp_path: Path, canary_workspace: Workspace, leads: int, limit: int | None
 ) -> None:
     """There is no rest to protect."""
-    careful.write_leads(people(leads))
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        receipt = careful.run(api, Options(limit=limit))
-    assert (receipt.exit_code, receipt.submitted) == (0, limit or leads)
+    canary_workspace.write_leads(make_leads(leads))
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        summary = canary_workspace.run(api, Options(limit=limit))
+    assert (summary.exit_code, summary.submitted) == (0, limit or leads)
 
 
-def test_a_limit_above_the_canary_holds_for_both_together(tmp_path: Path, careful: Office) -> None:
+def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
     """The canary's rows are among those that the limit allows."""
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        receipt = careful.run(api, Options(limit=10))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run(api, Options(limit=10))
         assert api.audit()["accepted"] == 10
-    assert (receipt.exit_code, receipt.submitted, receipt.pending) == (0, 10, LEADS - 10)
+    assert (summary.exit_code, summary.submitted, summary.pending) == (0, 10, LEADS - 10)
 
 
-def test_failures_at_no_charge_stop_it_too(tmp_path: Path, careful: Office) -> None:
+def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
     """An API that fails every task is asked six times, although each of them could be asked again."""
-    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
-        receipt = careful.run(api)
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
+        summary = canary_workspace.run(api)
         assert api.audit()["accepted"] == 6
-    assert (receipt.exit_code, receipt.submitted, receipt.pending) == (15, 6, LEADS)
+    assert (summary.exit_code, summary.submitted, summary.pending) == (15, 6, LEADS)
 
 
-def test_doubts_are_no_answers(tmp_path: Path, careful: Office) -> None:
+def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace) -> None:
     """When nothing is known of the first, nothing more is risked."""
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         api.fault("error-after", 100)
-        receipt = careful.run(api)
+        summary = canary_workspace.run(api)
         assert api.audit()["accepted"] == 6
-    assert (receipt.exit_code, receipt.in_doubt) == (15, 6)
-    assert "no answer came" in str(receipt.error)
+    assert (summary.exit_code, summary.in_doubt) == (15, 6)
+    assert "no answer came" in str(summary.error)
 
 
-def test_what_the_api_refuses_counts_among_the_first(
-    tmp_path: Path, careful: Office, monkeypatch: pytest.MonkeyPatch
+def test_canary_counts_rejected_rows(
+    tmp_path: Path, canary_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mapping that every row is refused for is noticed after six, not after all."""
 
@@ -111,61 +111,61 @@ def test_what_the_api_refuses_counts_among_the_first(
         raise Refused({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
 
     monkeypatch.setattr(Databar, "submit", refuse)
-    with serving(tmp_path / "api.db") as api:
-        receipt = careful.run(api)
+    with serve_api(tmp_path / "api.db") as api:
+        summary = canary_workspace.run(api)
         assert api.audit()["requests"]["run"] == 6
-    assert (receipt.exit_code, receipt.failed, receipt.pending) == (15, 6, LEADS - 6)
+    assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
 
 
-def test_answers_that_do_not_come_in_time_stop_it(tmp_path: Path, careful: Office) -> None:
+def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Beyond the patience nothing was seen: exit 15, and the next run collects what was bought."""
-    careful.write_job(canary=CANARY, policy="{patience: 1s}")
-    with serving(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
-        receipt = careful.run(api)
-        assert (receipt.exit_code, receipt.submitted) == (15, 6)
+    canary_workspace.write_job(canary=CANARY_YAML, policy="{patience: 1s}")
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        summary = canary_workspace.run(api)
+        assert (summary.exit_code, summary.submitted) == (15, 6)
         api.advance(120)
-        careful.write_leads(people(6))
-        assert careful.run(api).found == 6
+        canary_workspace.write_leads(make_leads(6))
+        assert canary_workspace.run(api).found == 6
         assert api.audit()["accepted"] == 6
 
 
-def test_refusals_by_the_rate_do_not_count(tmp_path: Path, careful: Office) -> None:
+def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace) -> None:
     """A 429 is no answer about a lead."""
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         api.fault("rate-limit", 5, "post", retry_after=0)
-        receipt = careful.run(api)
+        summary = canary_workspace.run(api)
         assert api.audit()["accepted"] == 6
-    assert (receipt.exit_code, receipt.submitted) == (15, 6)
+    assert (summary.exit_code, summary.submitted) == (15, 6)
 
 
-def test_the_cap_comes_before_the_canary(tmp_path: Path, careful: Office) -> None:
+def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Who ran out of credits among the first is told that."""
-    careful.write_job(canary=CANARY, limits="{requests_per_second: 1000, max_credits: 4, in_flight: 1}")
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        receipt = careful.run(api)
+    canary_workspace.write_job(canary=CANARY_YAML, limits="{requests_per_second: 1000, max_credits: 4, in_flight: 1}")
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run(api)
         assert api.audit()["credits_charged"] <= 4
-    assert receipt.exit_code == Exit.CREDITS
-    assert receipt.submitted < 6
+    assert summary.exit_code == Exit.CREDITS
+    assert summary.submitted < 6
 
 
 @pytest.mark.long
-def test_a_kill_among_the_first_costs_nothing_twice(tmp_path: Path, careful: Office) -> None:
+def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Kill -9 in the middle of the canary: the next start collects its answers and judges six of its own."""
-    with serving(tmp_path / "api.db", hit_rate=0.0, latency="fixed(60)") as api:
-        process = careful.start("run", "job.yaml", api=api)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0, latency="fixed(60)") as api:
+        process = canary_workspace.start("run", "job.yaml", api=api)
         try:
-            until(lambda: api.audit()["accepted"] == 6)
+            wait_until(lambda: api.audit()["accepted"] == 6)
         finally:
-            kill(process)
+            kill_process(process)
         api.advance(120)
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        receipt = careful.run(api)
-        assert (receipt.exit_code, receipt.submitted) == (15, 6)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        summary = canary_workspace.run(api)
+        assert (summary.exit_code, summary.submitted) == (15, 6)
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (12, 0)
 
 
 @in_turn("of", [7, 20, 100])
-def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
+def test_hit_rate_threshold_is_inclusive(of: int) -> None:
     """11 of 20 are 55 %, however a computer writes 0.55."""
     for found in range(1, of + 1):
         canary = Canary(rows=of, min_hit_rate=found / of)
@@ -174,36 +174,36 @@ def test_a_share_that_is_met_exactly_is_enough(of: int) -> None:
 
 
 @pytest.mark.long
-def test_what_is_asked_again_is_no_canary(tmp_path: Path, careful: Office) -> None:
+def test_canary_excludes_refreshes(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
-    with serving(tmp_path / "api.db", hit_rate=0.5) as api:
-        careful.write_job(ledger="scout.db", output="scout.csv")
-        careful.run(api)
-        found = {row["Last Name"] for row in careful.output("scout.csv") if row["enrich_status"] == "found"}
-        misses = [row for row in people(LEADS) if row[1] not in found]
-        hits = [row for row in people(LEADS) if row[1] in found]
+    with serve_api(tmp_path / "api.db", hit_rate=0.5) as api:
+        canary_workspace.write_job(ledger="scout.db", output="scout.csv")
+        canary_workspace.run(api)
+        found = {row["Last Name"] for row in canary_workspace.output("scout.csv") if row["enrich_status"] == "found"}
+        misses = [row for row in make_leads(LEADS) if row[1] not in found]
+        hits = [row for row in make_leads(LEADS) if row[1] in found]
         assert min(len(misses), len(hits)) > 6
-        careful.write_leads(misses)
-        careful.write_job()
-        assert careful.run(api).not_found == len(misses)
+        canary_workspace.write_leads(misses)
+        canary_workspace.write_job()
+        assert canary_workspace.run(api).not_found == len(misses)
 
-        careful.write_leads([*misses, *hits])
-        careful.write_job(canary=CANARY, policy="{refresh: {not_found: 0s}}")
-        receipt = careful.run(api)
+        canary_workspace.write_leads([*misses, *hits])
+        canary_workspace.write_job(canary=CANARY_YAML, policy="{refresh: {not_found: 0s}}")
+        summary = canary_workspace.run(api)
 
-    assert (receipt.exit_code, receipt.submitted, receipt.found) == (0, LEADS, len(hits))
+    assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, len(hits))
 
 
-def test_only_what_is_new_is_judged(tmp_path: Path, careful: Office) -> None:
+def test_canary_uses_new_leads_only(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Due answers that come back do not hide that the new leads find nothing."""
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        careful.write_job()
-        careful.run(api)
-    careful.write_leads([*people(LEADS), *people(10, start=LEADS)])
-    careful.write_job(canary=CANARY, policy="{refresh: {found: 0s}}")
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        canary_workspace.write_job()
+        canary_workspace.run(api)
+    canary_workspace.write_leads([*make_leads(LEADS), *make_leads(10, start=LEADS)])
+    canary_workspace.write_job(canary=CANARY_YAML, policy="{refresh: {found: 0s}}")
 
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        stopped = careful.run(api)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        stopped = canary_workspace.run(api)
 
     assert (stopped.exit_code, stopped.submitted) == (15, 6)
     assert "0 of 6 answers" in (stopped.error or "")

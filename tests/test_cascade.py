@@ -17,9 +17,9 @@ from enrich.cascade import Cascade, Earned, Earnings, read_offers
 from enrich.model import Settled, State
 from tests.books import CALL
 from tests.cases import first_quick, in_turn
-from tests.harness import CALM, Office, people, serving
+from tests.harness import INSTANT_API, Workspace, make_leads, serve_api
 
-OFFER = Waterfall.model_validate(
+WATERFALL = Waterfall.model_validate(
     {
         "identifier": "email_getter",
         "available_enrichments": [
@@ -31,12 +31,12 @@ OFFER = Waterfall.model_validate(
         "email_verifiers": [{"id": 10, "name": "Mailproof"}],
     }
 )
-ASKED = {"first_name": "Ada"}
+SENT_PARAMS = {"first_name": "Ada"}
 
 
-def settled(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> Settled:
+def settled_attempt(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> Settled:
     """Make an attempt that was settled with this `data`."""
-    made = Settled(1, state, CALL.canonical(), json.dumps(ASKED), paid, json.dumps({"data": data}), 0)
+    made = Settled(1, state, CALL.canonical(), json.dumps(SENT_PARAMS), paid, json.dumps({"data": data}), 0)
     return made._replace(**changed)
 
 
@@ -45,12 +45,16 @@ def step(provider: object, cost: object = "0", action: str = "search", **more: o
     return {"action": action, "provider": provider, "cost": cost, **more}
 
 
-def wrapped(email: str | None, *steps: object, by: str | None = None) -> dict[str, object]:
+def result_wrapper(email: str | None, *steps: object, provider: str | None = None) -> dict[str, object]:
     """Make a wrapper with steps."""
-    return {"result": {"email": email}, "enrichment_data": {by: {"email": email}} if by else {}, "steps": list(steps)}
+    return {
+        "result": {"email": email},
+        "enrichment_data": {provider: {"email": email}} if provider else {},
+        "steps": list(steps),
+    }
 
 
-def added_up(answers: Iterable[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
+def stats_of(answers: Iterable[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
     """Add up answers."""
     cascade = Cascade(offers)
     for answer in answers:
@@ -58,16 +62,18 @@ def added_up(answers: Iterable[Settled], offers: Mapping[str, Waterfall]) -> Ear
     return cascade.earnings()
 
 
-def told(*answers: Settled) -> tuple[dict[str, Earned], Earnings]:
+def provider_stats(*answers: Settled) -> tuple[dict[str, Earned], Earnings]:
     """Add up answers; providers by their names."""
-    whole = added_up(answers, {"email_getter": OFFER})
+    whole = stats_of(answers, {"email_getter": WATERFALL})
     return {each.name: each for each in whole.providers}, whole
 
 
-def test_steps_tell_who_was_asked() -> None:
+def test_steps_give_provider_stats() -> None:
     """Each in its place, with its price; who knew the answer has found it, the others passed it on."""
     steps = step("Mailhound"), step("Peoplegrid", "1.5")
-    by_name, whole = told(settled(State.FOUND, [wrapped("a@b.example", *steps, by="Peoplegrid")], 1_500_000))
+    by_name, whole = provider_stats(
+        settled_attempt(State.FOUND, [result_wrapper("a@b.example", *steps, provider="Peoplegrid")], 1_500_000)
+    )
 
     assert [each.name for each in whole.providers] == ["Mailhound", "Peoplegrid"]
     first, second = by_name["Mailhound"], by_name["Peoplegrid"]
@@ -76,7 +82,7 @@ def test_steps_tell_who_was_asked() -> None:
     assert (whole.answers, whole.found, whole.untold, whole.spent, whole.elsewhere) == (1, 1, 0, 1_500_000, 0)
 
 
-def test_a_verifier_stands_last_and_finds_nothing() -> None:
+def test_verifier_stats() -> None:
     """What it turned down is rejected once, however often it looked; a find that holds is none of its own."""
     steps = (
         step("Mailhound"),
@@ -86,7 +92,9 @@ def test_a_verifier_stands_last_and_finds_nothing() -> None:
         step("Mailproof", "0.01", "verify", is_verified=True),
     )
     call = CALL.canonical().replace('"enrichments"', '"email_verifier": 10, "enrichments"')
-    by_name, whole = told(settled(State.FOUND, wrapped("a@b.example", *steps), 1_030_000, call=call))
+    by_name, whole = provider_stats(
+        settled_attempt(State.FOUND, result_wrapper("a@b.example", *steps), 1_030_000, call=call)
+    )
 
     assert [each.name for each in whole.providers] == ["Mailhound", "Peoplegrid", "Mailproof"]
     assert (by_name["Mailhound"].rejected, by_name["Peoplegrid"].rejected) == (1, 0)
@@ -96,20 +104,22 @@ def test_a_verifier_stands_last_and_finds_nothing() -> None:
     assert whole.elsewhere == 0
 
 
-@in_turn("data", [None, [], {}, [None], {"email": None}, {"email": ""}, wrapped(None)])
-def test_a_silent_miss_presumes_everybody_who_could_be_asked(data: object) -> None:
+@in_turn("data", [None, [], {}, [None], {"email": None}, {"email": ""}, result_wrapper(None)])
+def test_no_match_without_steps_is_inferred(data: object) -> None:
     """All but those whose inputs were not sent; no price is made up."""
-    by_name, whole = told(settled(State.NOT_FOUND, data, 50))
+    by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, data, 50))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
     assert all((each.asked, each.presumed, each.passed_on) == (0, 1, 1) for each in whole.providers)
     assert (whole.untold, whole.elsewhere) == (0, 50)
 
 
-def test_a_find_without_steps_is_presumed_down_to_who_found_it() -> None:
+def test_match_without_steps_is_inferred() -> None:
     """When its own data tells who that was; else nobody knows whom it asked."""
     data = {"result": {"email": "a@b.example"}, "enrichment_data": {"Peoplegrid": {"email": "a@b.example"}}}
-    by_name, whole = told(settled(State.FOUND, data), settled(State.FOUND, {"email": "a@b.example"}))
+    by_name, whole = provider_stats(
+        settled_attempt(State.FOUND, data), settled_attempt(State.FOUND, {"email": "a@b.example"})
+    )
 
     assert {name: (each.presumed, each.found) for name, each in by_name.items()} == {
         "Mailhound": (1, 0),
@@ -118,65 +128,71 @@ def test_a_find_without_steps_is_presumed_down_to_who_found_it() -> None:
     assert (whole.answers, whole.found, whole.untold) == (2, 2, 1)
 
 
-def test_a_finder_that_no_step_names_was_asked_all_the_same() -> None:
+def test_provider_from_data_without_step() -> None:
     """Its data is in the answer."""
-    by_name, _ = told(settled(State.FOUND, wrapped("a@b.example", step("Mailhound"), by="Peoplegrid")))
+    by_name, _ = provider_stats(
+        settled_attempt(State.FOUND, result_wrapper("a@b.example", step("Mailhound"), provider="Peoplegrid"))
+    )
 
     assert (by_name["Peoplegrid"].asked, by_name["Peoplegrid"].found) == (1, 1)
 
 
-def test_what_nobody_can_tell_is_told_as_such() -> None:
+def test_unattributed_credits() -> None:
     """Failures without steps, purged answers and unknown providers."""
-    gone = settled(State.NOT_FOUND, answer=None, params="{}", erased=1)
-    other = settled(State.NOT_FOUND, call=CALL.canonical().replace("966", "999"))
-    foreign = settled(State.NOT_FOUND, call=CALL.canonical().replace("email_getter", "other"))
-    _, whole = told(settled(State.FAILED, paid=7), gone, other, foreign)
+    gone = settled_attempt(State.NOT_FOUND, answer=None, params="{}", erased=1)
+    other = settled_attempt(State.NOT_FOUND, call=CALL.canonical().replace("966", "999"))
+    foreign = settled_attempt(State.NOT_FOUND, call=CALL.canonical().replace("email_getter", "other"))
+    _, whole = provider_stats(settled_attempt(State.FAILED, paid=7), gone, other, foreign)
 
     assert (whole.providers, whole.answers, whole.untold, whole.spent, whole.elsewhere) == ([], 4, 4, 7, 7)
 
 
-def test_expired_and_doubtful_ones_are_no_answers() -> None:
+def test_expired_and_in_doubt_add_only_cost() -> None:
     """They add what they cost."""
-    _, whole = told(settled(State.EXPIRED, paid=3), settled(State.IN_DOUBT, paid=None))
+    _, whole = provider_stats(settled_attempt(State.EXPIRED, paid=3), settled_attempt(State.IN_DOUBT, paid=None))
 
     assert (whole.answers, whole.spent, whole.elsewhere) == (0, 3, 3)
 
 
-def test_an_answer_of_unknown_price_takes_nothing_from_what_was_paid_elsewhere() -> None:
+def test_unknown_price_leaves_bill_unchanged() -> None:
     """Its steps tell what its providers cost; the bill does not know."""
-    by_name, whole = told(settled(State.NOT_FOUND, wrapped(None, step("Mailhound", "2")), None))
+    by_name, whole = provider_stats(
+        settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", "2")), None)
+    )
 
     assert (by_name["Mailhound"].credits, whole.spent, whole.elsewhere) == (2_000_000, 0, 0)
 
 
-def test_a_refund_is_less_than_nothing_elsewhere() -> None:
+def test_refund_gives_negative_unattributed() -> None:
     """The steps tell more than was paid: providers and the rest still add up to the bill."""
-    _, whole = told(settled(State.FAILED, wrapped(None, step("Mailhound", "2")), 0))
+    _, whole = provider_stats(settled_attempt(State.FAILED, result_wrapper(None, step("Mailhound", "2")), 0))
 
     assert whole.elsewhere == -2_000_000
 
 
 @in_turn("cost", [None, "", "free", "NaN", "-1", -3, True, [], {}, [["1"]], "1e99"])
-def test_a_cost_that_is_none_is_not_counted(cost: object) -> None:
+def test_invalid_step_cost_is_ignored(cost: object) -> None:
     """What was paid for it is elsewhere."""
-    by_name, whole = told(settled(State.NOT_FOUND, wrapped(None, step("Mailhound", cost)), 500_000))
+    by_name, whole = provider_stats(
+        settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", cost)), 500_000)
+    )
 
     assert (by_name["Mailhound"].asked, by_name["Mailhound"].credits, whole.elsewhere) == (1, 0, 500_000)
 
 
 @in_turn("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
-def test_a_step_without_a_name_names_nobody(provider: object) -> None:
+def test_step_without_name_is_ignored(provider: object) -> None:
     """Then it is as if there was none."""
-    by_name, whole = told(settled(State.NOT_FOUND, wrapped(None, step(provider, "1"))))
+    by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, result_wrapper(None, step(provider, "1"))))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
     assert whole.elsewhere == 0
 
 
 @in_turn("answer", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"data": {"steps": 7}}'])
-def test_an_answer_that_nobody_can_read_breaks_nothing(answer: str) -> None:
+def test_unreadable_answer_is_counted(answer: str) -> None:
     """It is counted."""
-    _, whole = told(settled(State.NOT_FOUND, answer=answer))
+    _, whole = provider_stats(settled_attempt(State.NOT_FOUND, answer=answer))
 
     assert whole.answers == 1
 
@@ -208,9 +224,9 @@ ANSWERS = st.tuples(
 
 
 @given(st.lists(ANSWERS, max_size=6))
-def test_whatever_the_api_says_the_sums_hold(answers: list[tuple[State, object, int | None]]) -> None:
+def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]) -> None:
     """The parts add up to the bill where prices are known, and nobody found what nobody was asked for."""
-    by_name, whole = told(*(settled(state, data, paid) for state, data, paid in answers))
+    by_name, whole = provider_stats(*(settled_attempt(state, data, paid) for state, data, paid in answers))
 
     assert whole.spent == sum(paid or 0 for _, _, paid in answers)
     if all(paid is not None for _, _, paid in answers):
@@ -222,18 +238,18 @@ def test_whatever_the_api_says_the_sums_hold(answers: list[tuple[State, object, 
     assert sum(each.found for each in whole.providers) <= whole.found
 
 
-def test_who_finds_and_checks_was_asked_once() -> None:
+def test_provider_that_verifies_counted_once() -> None:
     """Nobody is asked for more leads than there are."""
     steps = step("Peoplegrid"), {**step("Peoplegrid"), "action": "verify"}
-    by_name, _ = told(settled(State.FOUND, wrapped("a@b.example", *steps)))
+    by_name, _ = provider_stats(settled_attempt(State.FOUND, result_wrapper("a@b.example", *steps)))
 
     assert by_name["Peoplegrid"].asked == 1
 
 
-def earned(office: Office) -> Earnings:
+def ledger_stats(workspace: Workspace) -> Earnings:
     """Add up the ledger of the office's job."""
-    with closing(office.ledger()) as ledger:
-        return added_up(ledger.settled("job"), read_offers(ledger.waterfalls()))
+    with closing(workspace.ledger()) as ledger:
+        return stats_of(ledger.settled("job"), read_offers(ledger.waterfalls()))
 
 
 @pytest.mark.parametrize(
@@ -250,18 +266,18 @@ def earned(office: Office) -> Earnings:
         ],
     ),
 )
-def test_it_agrees_with_what_the_api_charged(
-    tmp_path: Path, office: Office, *, shape: str, verifier: bool, bulk: bool
+def test_stats_agree_with_audit(
+    tmp_path: Path, workspace: Workspace, *, shape: str, verifier: bool, bulk: bool
 ) -> None:
     """With steps finds and credits are the API's own, and all are asked whom it asked; without, nothing is made up."""
     more = {"email_verifier": "10"} if verifier else {}
-    office.write_job(**more, **({"dispatch": "{bulk: 25}"} if bulk else {}))
-    office.write_leads(people(60))
+    workspace.write_job(**more, **({"dispatch": "{bulk: 25}"} if bulk else {}))
+    workspace.write_leads(make_leads(60))
     kinds = ("null", "empty_list", "empty_object", "null_result", "blank_result")
-    with serving(tmp_path / "api.db", CALM, shape=shape, miss_kinds=kinds, charge_misses=True) as api:
-        assert office.command("run", "job.yaml", api=api).code == 0
+    with serve_api(tmp_path / "api.db", INSTANT_API, shape=shape, miss_kinds=kinds, charge_misses=True) as api:
+        assert workspace.command("run", "job.yaml", api=api).code == 0
         audit = api.audit()
-    true, whole = audit["by_provider"], earned(office)
+    true, whole = audit["by_provider"], ledger_stats(workspace)
 
     assert whole.spent / 1e6 == pytest.approx(audit["credits_charged"])
     assert whole.answers == audit["charged"] == 60
@@ -279,15 +295,15 @@ def test_it_agrees_with_what_the_api_charged(
 
 
 @pytest.mark.long
-def test_misses_that_tell_their_steps_are_told_to_the_credit(tmp_path: Path, office: Office) -> None:
+def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) -> None:
     """Finds, questions and credits of every provider and verifier are those that the API charged."""
-    office.write_job(email_verifier="10")
-    office.write_leads(people(60))
-    with serving(tmp_path / "api.db", CALM, miss_kinds=("null_result",), charge_misses=True) as api:
-        office.command("run", "job.yaml", api=api)
+    workspace.write_job(email_verifier="10")
+    workspace.write_leads(make_leads(60))
+    with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("null_result",), charge_misses=True) as api:
+        workspace.command("run", "job.yaml", api=api)
         true = api.audit()["by_provider"]
 
     assert {
         each.name: {"asked": each.asked, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
-        for each in earned(office).providers
+        for each in ledger_stats(workspace).providers
     } == true

@@ -30,32 +30,32 @@ from enrich.errors import (
 )
 from enrich.model import SystemClock
 from tests.cases import in_turn
-from tests.harness import Api, serving
-from tests.wire import Act, Reply, Seen, answering, http, unused_port
+from tests.harness import SandboxApi, serve_api
+from tests.wire import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port
 
 T = TypeVar("T")
 
 KEY = "key-5b1f0e77-that-nobody-may-see"
 BODY = b'{"enrichments": [833], "params": {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}}'
-CREATED = http(200, {"task_id": "t-1", "status": "created"})
+CREATED = http_reply(200, {"task_id": "t-1", "status": "created"})
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxApi]:
     """Serve one API to all tests of this file."""
-    with serving(tmp_path_factory.mktemp("api") / "api.db") as api:
+    with serve_api(tmp_path_factory.mktemp("api") / "api.db") as api:
         yield api
 
 
 @pytest.fixture
-def api(served: Api) -> Iterator[Api]:
+def api(shared_api: SandboxApi) -> Iterator[SandboxApi]:
     """Take that API, without faults that another test left."""
-    yield served
-    served.heal()
+    yield shared_api
+    shared_api.heal()
 
 
 @dataclass
-class HeardClock(SystemClock):
+class RecordingClock(SystemClock):
     """A clock that remembers what time the API has."""
 
     heard: list[int] = field(default_factory=list)
@@ -65,7 +65,7 @@ class HeardClock(SystemClock):
         self.heard.append(api_ms)
 
 
-def ask(
+def call_api(
     base_url: str,
     call: Callable[[Client], Awaitable[T]],
     key: str = KEY,
@@ -82,19 +82,19 @@ def ask(
     return asyncio.run(asking())
 
 
-def refused(
+def expect_failure(
     base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 30.0
 ) -> CallFailed:
     """Make a call that fails."""
-    return failures(base_url, [call], key, seconds)[0]
+    return expect_failures(base_url, [call], key, seconds)[0]
 
 
-def kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[CallFailed]]:
+def failure_kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[CallFailed]]:
     """Tell how each of the calls fails."""
-    return [type(error) for error in failures(base_url, calls)]
+    return [type(error) for error in expect_failures(base_url, calls)]
 
 
-def failures(
+def expect_failures(
     base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 30.0
 ) -> list[CallFailed]:
     """Make calls that fail; whatever is written down of the failures, the key is not in it."""
@@ -107,24 +107,24 @@ def failures(
             errors.append(caught.value)
         return errors
 
-    errors = ask(base_url, each, key, seconds=seconds)
+    errors = call_api(base_url, each, key, seconds=seconds)
     for error in errors:
         written = "".join(traceback.format_exception(error)) + repr(error) + str(error) + str(error.hint)
         assert key not in written
     return errors
 
 
-def patience(fault: str) -> float:
+def timeout_for(fault: str) -> float:
     """Wait long, but not for what never comes."""
     return 0.3 if fault.startswith(("silence", "slow")) else 30.0
 
 
-async def run(client: Client) -> str:
+async def submit_run(client: Client) -> str:
     """Submit one run."""
     return await client.run("email_getter", BODY)
 
 
-async def task(client: Client) -> dict[str, Any]:
+async def get_task(client: Client) -> dict[str, Any]:
     """Ask for a task."""
     return (await client.task("t-1")).body
 
@@ -158,14 +158,14 @@ async def task(client: Client) -> dict[str, Any]:
         ("no-task-id", {}, Ambiguous, 1),
     ],
 )
-def test_a_fault_tells_whether_a_run_may_be_sent_again(
-    api: Api, fault: str, params: dict[str, Any], kind: type[CallFailed], accepted: int
+def test_post_faults_are_classified(
+    api: SandboxApi, fault: str, params: dict[str, Any], kind: type[CallFailed], accepted: int
 ) -> None:
     """Only what was provably not accepted is NotAccepted, and no fault makes the client post twice."""
     before = api.audit()
     api.fault(fault, count=2, scope="post", **params)
 
-    error = refused(api.base_url, run, key=api.api_key, seconds=patience(fault))
+    error = expect_failure(api.base_url, submit_run, key=api.api_key, seconds=timeout_for(fault))
 
     assert type(error) is kind
     after = api.audit()
@@ -193,58 +193,65 @@ def test_a_fault_tells_whether_a_run_may_be_sent_again(
         ("wrong-json", {}, NotBelieved),
     ],
 )
-def test_a_fault_of_a_poll_can_always_be_mended(
-    api: Api, fault: str, params: dict[str, Any], kind: type[CallFailed]
-) -> None:
+def test_poll_faults_are_retryable(api: SandboxApi, fault: str, params: dict[str, Any], kind: type[CallFailed]) -> None:
     """A task may be asked for again after anything but a refused key; none of these makes it lost."""
-    task_id = ask(api.base_url, run, api.api_key)
+    task_id = call_api(api.base_url, submit_run, api.api_key)
     api.fault(fault, scope="get", **params)
 
-    error = refused(api.base_url, lambda client: client.task(task_id), key=api.api_key, seconds=patience(fault))
+    error = expect_failure(
+        api.base_url, lambda client: client.task(task_id), key=api.api_key, seconds=timeout_for(fault)
+    )
     api.heal()
 
     assert type(error) is kind
-    assert ask(api.base_url, lambda client: client.task(task_id), api.api_key).body["task_id"] == task_id
+    assert call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body["task_id"] == task_id
 
 
-def test_an_accepted_run_gives_its_task(api: Api) -> None:
+def test_run_returns_task_id(api: SandboxApi) -> None:
     """The way of a request that nothing goes wrong with."""
-    task_id = ask(api.base_url, run, api.api_key)
-    answer = ask(api.base_url, lambda client: client.task(task_id), api.api_key).body
+    task_id = call_api(api.base_url, submit_run, api.api_key)
+    answer = call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body
     assert answer["status"] == "completed"
 
 
-def test_a_wrong_key_is_refused(api: Api) -> None:
+def test_wrong_key_error(api: SandboxApi) -> None:
     """It is the key that must be mended, and it is not shown."""
-    assert type(refused(api.base_url, run)) is Unauthorized
-    assert type(refused(api.base_url, lambda client: client.user())) is Unauthorized
+    assert type(expect_failure(api.base_url, submit_run)) is Unauthorized
+    assert type(expect_failure(api.base_url, lambda client: client.user())) is Unauthorized
 
 
-def test_an_unknown_waterfall_stops_the_job(api: Api) -> None:
+def test_unknown_waterfall_error(api: SandboxApi) -> None:
     """A 404 for a run is about the job; so is one for the waterfall itself."""
-    assert isinstance(refused(api.base_url, lambda client: client.run("no_such", BODY), api.api_key), JobRejected)
-    assert isinstance(refused(api.base_url, lambda client: client.waterfall("no_such"), api.api_key), JobRejected)
+    assert isinstance(
+        expect_failure(api.base_url, lambda client: client.run("no_such", BODY), api.api_key), JobRejected
+    )
+    assert isinstance(
+        expect_failure(api.base_url, lambda client: client.waterfall("no_such"), api.api_key), JobRejected
+    )
 
 
-def test_an_unknown_task_is_told_from_an_expired_one(api: Api) -> None:
+def test_unknown_and_expired_task(api: SandboxApi) -> None:
     """404 is an error of its own, 410 an answer."""
-    assert type(refused(api.base_url, task, api.api_key)) is TaskUnknown
-    task_id = ask(api.base_url, run, api.api_key)
-    ask(api.base_url, lambda client: client.task(task_id), api.api_key)
+    assert type(expect_failure(api.base_url, get_task, api.api_key)) is TaskUnknown
+    task_id = call_api(api.base_url, submit_run, api.api_key)
+    call_api(api.base_url, lambda client: client.task(task_id), api.api_key)
     api.advance(100_000)
-    assert ask(api.base_url, lambda client: client.task(task_id), api.api_key).body == {"status": "gone"}
+    assert call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body == {"status": "gone"}
 
 
 @in_turn("error_shape", ["new", "fields", "old"])
-def test_a_400_tells_a_wrong_row_from_a_wrong_job(tmp_path: Path, error_shape: Literal["new", "fields", "old"]) -> None:
+def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", "fields", "old"]) -> None:
     """In every generation of its body a complaint about a param is about the row, one about a provider is not."""
-    with serving(tmp_path / "api.db", error_shape=error_shape) as api:
+    with serve_api(tmp_path / "api.db", error_shape=error_shape) as api:
         body = BODY.replace(b', "company": "engine.example"', b"")
-        error = refused(api.base_url, lambda client: client.run("email_getter", body), api.api_key)
+        error = expect_failure(api.base_url, lambda client: client.run("email_getter", body), api.api_key)
         assert type(error) is BadParams
         assert error.message == "company: This field is required."
         body = BODY.replace(b"833", b"1")
-        assert type(refused(api.base_url, lambda client: client.run("email_getter", body), api.api_key)) is JobRejected
+        assert (
+            type(expect_failure(api.base_url, lambda client: client.run("email_getter", body), api.api_key))
+            is JobRejected
+        )
 
 
 @in_turn(
@@ -270,13 +277,13 @@ def test_a_400_tells_a_wrong_row_from_a_wrong_job(tmp_path: Path, error_shape: L
         (520, Ambiguous),
     ],
 )
-def test_every_other_status_of_a_run_has_its_meaning(status: int, kind: type[CallFailed]) -> None:
+def test_other_run_statuses(status: int, kind: type[CallFailed]) -> None:
     """The status decides, whatever the body is; a task id counts with 2xx only."""
     bodies: list[object] = [None, b"<html>", {"detail": "said"}, {"task_id": "t-1"}, ["said"]]
-    replies = iter([http(status, None if status in (204, 304) else body) for body in bodies])
-    with answering(lambda _: next(replies)) as wire:
-        assert kinds(wire.base_url, [run] * len(bodies)) == [kind] * len(bodies)
-        assert len(wire.requests) == len(bodies)
+    replies = iter([http_reply(status, None if status in (204, 304) else body) for body in bodies])
+    with serve_replies(lambda _: next(replies)) as server:
+        assert failure_kinds(server.base_url, [submit_run] * len(bodies)) == [kind] * len(bodies)
+        assert len(server.requests) == len(bodies)
 
 
 @in_turn(
@@ -290,68 +297,68 @@ def test_every_other_status_of_a_run_has_its_meaning(status: int, kind: type[Cal
         (406, OutOfCredits),
     ],
 )
-def test_no_other_status_of_a_poll_loses_the_task(status: int, kind: type[CallFailed]) -> None:
+def test_other_poll_statuses_keep_task(status: int, kind: type[CallFailed]) -> None:
     """A 400 for a poll is not taken for "unknown": a firewall's whim must not expire what was paid for."""
-    with answering(http(status, {"detail": [{"loc": ["path", "task_id"], "msg": "said"}]})) as wire:
-        assert type(refused(wire.base_url, task)) is kind
+    with serve_replies(http_reply(status, {"detail": [{"loc": ["path", "task_id"], "msg": "said"}]})) as server:
+        assert type(expect_failure(server.base_url, get_task)) is kind
 
 
 @pytest.mark.parametrize(
     "detail", ["no \x1b]0;owned\x07\x1b[2J\nerror: more", [{"loc": ["\x1b[31m"], "msg": "\u202e"}]]
 )
-def test_the_words_of_the_api_do_not_move_the_cursor(detail: object) -> None:
+def test_api_messages_are_one_clean_line(detail: object) -> None:
     """They are shown on a terminal as one line."""
-    with answering(http(406, {"detail": detail})) as wire:
-        assert refused(wire.base_url, run).message.isprintable()
+    with serve_replies(http_reply(406, {"detail": detail})) as server:
+        assert expect_failure(server.base_url, submit_run).message.isprintable()
 
 
 @in_turn("where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"])
-def test_a_redirected_run_is_never_followed(where: str) -> None:
+def test_post_redirects_are_not_followed(where: str) -> None:
     """Nothing was accepted, nothing is posted again, and the key goes nowhere else."""
-    with answering(CREATED) as elsewhere:
+    with serve_replies(CREATED) as other_server:
         statuses = [301, 302, 303, 307, 308]
-        replies = iter([http(status, location=where.format(port=elsewhere.port)) for status in statuses])
-        with answering(lambda _: next(replies)) as wire:
-            assert kinds(wire.base_url, [run] * len(statuses)) == [NotAccepted] * len(statuses)
-            assert len(wire.requests) == len(statuses)
-        assert not elsewhere.requests
+        replies = iter([http_reply(status, location=where.format(port=other_server.port)) for status in statuses])
+        with serve_replies(lambda _: next(replies)) as server:
+            assert failure_kinds(server.base_url, [submit_run] * len(statuses)) == [NotAccepted] * len(statuses)
+            assert len(server.requests) == len(statuses)
+        assert not other_server.requests
 
 
 @in_turn("status", [301, 302, 307, 308])
-def test_a_redirected_get_is_followed_to_the_same_host(status: int) -> None:
+def test_get_redirect_to_same_host(status: int) -> None:
     """A list that moved by a slash is still found."""
 
-    def answer(seen: Seen) -> Reply:
+    def answer(request: ReceivedRequest) -> Reply:
         return (
-            http(200, {"workspace": "w"})
-            if seen.line.startswith("GET /v1/moved")
-            else http(status, location="/v1/moved")
+            http_reply(200, {"workspace": "w"})
+            if request.line.startswith("GET /v1/moved")
+            else http_reply(status, location="/v1/moved")
         )
 
-    with answering(answer) as wire:
-        assert ask(wire.base_url, lambda client: client.user()).workspace == "w"
-        assert [seen.line for seen in wire.requests] == ["GET /v1/user/me HTTP/1.1", "GET /v1/moved HTTP/1.1"]
+    with serve_replies(answer) as server:
+        assert call_api(server.base_url, lambda client: client.user()).workspace == "w"
+        assert [seen.line for seen in server.requests] == ["GET /v1/user/me HTTP/1.1", "GET /v1/moved HTTP/1.1"]
 
 
 @in_turn("where", ["http://127.0.0.1:{port}/steal", "//127.0.0.1:{port}/steal", "http://localhost:{port}/"])
-def test_a_get_is_never_redirected_to_another_host(where: str) -> None:
+def test_get_redirect_to_other_host_is_refused(where: str) -> None:
     """The key would go with it; another port is another host."""
     with (
-        answering(http(200, {})) as elsewhere,
-        answering(http(302, location=where.format(port=elsewhere.port))) as wire,
+        serve_replies(http_reply(200, {})) as other_server,
+        serve_replies(http_reply(302, location=where.format(port=other_server.port))) as server,
     ):
-        error = refused(wire.base_url, lambda client: client.user())
+        error = expect_failure(server.base_url, lambda client: client.user())
         assert type(error) is NotAccepted
         assert error.message == "the API redirects to another host"
-        assert not elsewhere.requests
+        assert not other_server.requests
 
 
 @in_turn("where", ["/v1/user/me", "http://[", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "https://127.0.0.1/"])
-def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
+def test_redirect_loops_fail(where: str) -> None:
     """Redirects that lead to no answer are one failure, and not a bug of ours."""
-    with answering(http(302, location=where)) as wire:
-        assert type(refused(wire.base_url, lambda client: client.user())) is NotAccepted
-        assert len(wire.requests) <= 3
+    with serve_replies(http_reply(302, location=where)) as server:
+        assert type(expect_failure(server.base_url, lambda client: client.user())) is NotAccepted
+        assert len(server.requests) <= 3
 
 
 @in_turn(
@@ -385,10 +392,10 @@ def test_a_get_that_is_led_in_circles_or_nowhere_ends(where: str) -> None:
         ({"retry_after": "Sun, 99 Nov 2026 12:00:05 GMT", "date": "Sun, 01 Nov 2026 12:00:00 GMT"}, None),
     ],
 )
-def test_retry_after_is_read_as_seconds_or_as_a_date(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_formats(headers: dict[str, str], seconds: float | None) -> None:
     """A date is measured against the API's own clock; what cannot be read is not known."""
-    with answering(http(429, {"detail": "Too Many Requests"}, **headers)) as wire:
-        error = refused(wire.base_url, run)
+    with serve_replies(http_reply(429, {"detail": "Too Many Requests"}, **headers)) as server:
+        error = expect_failure(server.base_url, submit_run)
     assert isinstance(error, RateLimited)
     assert error.retry_after == seconds
 
@@ -404,10 +411,10 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(headers: dict[str, str], se
         ({"task_id": 17}, "17"),
     ],
 )
-def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: str) -> None:
+def test_task_id_names_and_types(body: dict[str, Any], task_id: str) -> None:
     """`request_id` is the older name, and no form is required of an id."""
-    with answering(http(200, body)) as wire:
-        assert ask(wire.base_url, run) == task_id
+    with serve_replies(http_reply(200, body)) as server:
+        assert call_api(server.base_url, submit_run) == task_id
 
 
 @in_turn(
@@ -433,43 +440,43 @@ def test_the_task_id_has_two_names_and_two_kinds(body: dict[str, Any], task_id: 
         {"task_id": []},
     ],
 )
-def test_a_200_without_a_task_id_is_in_doubt(body: object) -> None:
+def test_success_without_task_id_is_in_doubt(body: object) -> None:
     """It may have been accepted, so it is not sent again."""
-    with answering(http(200, body)) as wire:
-        assert type(refused(wire.base_url, run)) is Ambiguous
+    with serve_replies(http_reply(200, body)) as server:
+        assert type(expect_failure(server.base_url, submit_run)) is Ambiguous
 
 
 @in_turn(
     "reply",
     [
-        Reply(then=Act.CLOSE),
-        Reply(then=Act.RESET),
-        Reply(then=Act.SILENCE),
-        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.CLOSE),
-        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.RESET),
-        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', Act.SILENCE),
-        Reply(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"tas\r\n', Act.CLOSE),
-        Reply(b"HTTP/1.1 200 OK\r\ncontent-le", Act.CLOSE),
-        Reply(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", Act.CLOSE),
+        Reply(then=ConnectionAction.CLOSE),
+        Reply(then=ConnectionAction.RESET),
+        Reply(then=ConnectionAction.SILENCE),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.CLOSE),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.RESET),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.SILENCE),
+        Reply(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"tas\r\n', ConnectionAction.CLOSE),
+        Reply(b"HTTP/1.1 200 OK\r\ncontent-le", ConnectionAction.CLOSE),
+        Reply(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", ConnectionAction.CLOSE),
         Reply(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nnope"),
-        Reply(b"HTTP/1.1 100 Continue\r\n\r\n", Act.CLOSE),
+        Reply(b"HTTP/1.1 100 Continue\r\n\r\n", ConnectionAction.CLOSE),
     ],
     ids=str,
 )
-def test_a_connection_that_breaks_after_the_request_left_leaves_a_doubt(reply: Reply) -> None:
+def test_broken_connection_after_send_is_in_doubt(reply: Reply) -> None:
     """Nobody can tell what the API did; the client posts once and no more."""
-    with answering(reply) as wire:
-        seconds = 0.3 if reply.then is Act.SILENCE else 30.0
-        assert type(refused(wire.base_url, run, seconds=seconds)) is Ambiguous
-        assert len(wire.requests) == 1
+    with serve_replies(reply) as server:
+        seconds = 0.3 if reply.then is ConnectionAction.SILENCE else 30.0
+        assert type(expect_failure(server.base_url, submit_run, seconds=seconds)) is Ambiguous
+        assert len(server.requests) == 1
 
 
 @in_turn(("host", "scheme"), [("127.0.0.1", "http"), ("127.0.0.1", "https"), ("no-such-host.invalid", "https")])
-def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> None:
+def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
     """A refused connection and a name that nobody has: the request may be sent again."""
     base_url = f"{scheme}://{host}:{unused_port()}/v1"
-    assert type(refused(base_url, run)) is NotAccepted
-    assert type(refused(base_url, task)) is NotAccepted
+    assert type(expect_failure(base_url, submit_run)) is NotAccepted
+    assert type(expect_failure(base_url, get_task)) is NotAccepted
 
 
 @in_turn(
@@ -485,17 +492,17 @@ def test_without_a_connection_nothing_was_accepted(host: str, scheme: str) -> No
         (502, b"<html>", Ambiguous, None),
     ],
 )
-def test_what_a_refusal_in_bulk_means(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
+def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
     """Which rows are wrong, if the API says so; that there are too many; or that nobody can tell."""
-    with answering(http(status, body)) as wire:
-        error = refused(wire.base_url, lambda client: client.run("email_getter", b'{"params": []}', rows=3))
+    with serve_replies(http_reply(status, body)) as server:
+        error = expect_failure(server.base_url, lambda client: client.run("email_getter", b'{"params": []}', rows=3))
         assert isinstance(error, kind)
         assert getattr(error, "rows", None) == rows
-        assert wire.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
+        assert server.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
 
 
 @in_turn("status", [400, 401, 403, 404, 406, 422, 429, 500])
-def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
+def test_echoed_key_is_redacted(status: int) -> None:
     """Messages end in the ledger, the output and the log."""
     bodies = [
         {"detail": f"Invalid API key {KEY}"},
@@ -503,9 +510,9 @@ def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
         {"detail": [{"loc": ["header", "x-apikey"], "msg": KEY}]},
         {"fields": {"company": [KEY]}},
     ]
-    replies = iter([http(status, body) for body in bodies * 2])
-    with answering(lambda _: next(replies)) as wire:
-        kinds(wire.base_url, [run] * len(bodies) + [task] * len(bodies))
+    replies = iter([http_reply(status, body) for body in bodies * 2])
+    with serve_replies(lambda _: next(replies)) as server:
+        failure_kinds(server.base_url, [submit_run] * len(bodies) + [get_task] * len(bodies))
 
 
 @in_turn(
@@ -534,17 +541,17 @@ def test_a_key_that_the_api_echoes_is_not_passed_on(status: int) -> None:
         (None, None),
     ],
 )
-def test_params_are_named_in_every_generation_of_the_400(body: object, named: str | None) -> None:
+def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
     """A complaint about anything else than a param is one about the job."""
     assert named_params(body).get(0) == named
 
 
-def test_an_odd_error_body_is_no_bug_of_ours() -> None:
+def test_malformed_error_bodies() -> None:
     """What the API says wrongly is still what the API said."""
-    odd: list[object] = [None, 5, "body", {}, []]
-    replies = iter([http(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in odd])
-    with answering(lambda _: next(replies)) as wire:
-        assert kinds(wire.base_url, [run] * len(odd)) == [JobRejected] * len(odd)
+    scripted_api: list[object] = [None, 5, "body", {}, []]
+    replies = iter([http_reply(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in scripted_api])
+    with serve_replies(lambda _: next(replies)) as server:
+        assert failure_kinds(server.base_url, [submit_run] * len(scripted_api)) == [JobRejected] * len(scripted_api)
 
 
 @in_turn(
@@ -558,10 +565,10 @@ def test_an_odd_error_body_is_no_bug_of_ours() -> None:
         f"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{KEY}\r\n",
     ],
 )
-def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
+def test_non_http_response_is_not_quoted(answer: str) -> None:
     """Messages end in the ledger, the output and the log, each on a line; what came may be about anybody."""
-    with answering(Reply(answer.encode(), Act.CLOSE)) as wire:
-        error = refused(wire.base_url, run)
+    with serve_replies(Reply(answer.encode(), ConnectionAction.CLOSE)) as server:
+        error = expect_failure(server.base_url, submit_run)
     assert (type(error), error.message) == (
         Ambiguous,
         "no answer from the API: the connection ended too early, or what came is not HTTP",
@@ -569,29 +576,29 @@ def test_an_answer_that_is_not_http_is_not_quoted(answer: str) -> None:
 
 
 @in_turn("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
-def test_an_answer_that_is_no_task_is_asked_again(body: object) -> None:
+def test_invalid_task_body_is_retried(body: object) -> None:
     """Without a status nothing is known of the task."""
-    with answering(http(200, body)) as wire:
-        assert type(refused(wire.base_url, task)) is NotBelieved
+    with serve_replies(http_reply(200, body)) as server:
+        assert type(expect_failure(server.base_url, get_task)) is NotBelieved
 
 
 @in_turn(("body", "kind"), [([], NotUnderstood), ("x", NotUnderstood), (5, NotUnderstood), (b"<html>", NotAccepted)])
-def test_an_answer_of_another_shape_is_no_bug_of_ours(body: object, kind: type[CallFailed]) -> None:
+def test_malformed_user_and_waterfalls(body: object, kind: type[CallFailed]) -> None:
     """The account and the waterfalls are read leniently, but they must be what they are."""
-    with answering(http(200, body)) as wire:
-        assert type(refused(wire.base_url, lambda client: client.user())) is kind
-        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is kind
+    with serve_replies(http_reply(200, body)) as server:
+        assert type(expect_failure(server.base_url, lambda client: client.user())) is kind
+        assert type(expect_failure(server.base_url, lambda client: client.waterfall("w"))) is kind
         if body != []:
-            assert type(refused(wire.base_url, lambda client: client.waterfalls())) is kind
+            assert type(expect_failure(server.base_url, lambda client: client.waterfalls())) is kind
 
 
 @in_turn("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
-def test_a_waterfall_without_an_identifier_is_none(body: object) -> None:
+def test_waterfall_requires_identifier(body: object) -> None:
     """The one thing that it must have; a list loses only such items."""
-    with answering(http(200, body)) as wire:
-        assert type(refused(wire.base_url, lambda client: client.waterfall("w"))) is NotUnderstood
-    with answering(http(200, [body, {"identifier": 5}, None, "x"])) as wire:
-        assert [each.identifier for each in ask(wire.base_url, lambda client: client.waterfalls())] == ["5"]
+    with serve_replies(http_reply(200, body)) as server:
+        assert type(expect_failure(server.base_url, lambda client: client.waterfall("w"))) is NotUnderstood
+    with serve_replies(http_reply(200, [body, {"identifier": 5}, None, "x"])) as server:
+        assert [each.identifier for each in call_api(server.base_url, lambda client: client.waterfalls())] == ["5"]
 
 
 @in_turn("status", [401, 403])
@@ -605,54 +612,58 @@ def test_a_waterfall_without_an_identifier_is_none(body: object) -> None:
         (None, Unauthorized),
     ],
 )
-def test_a_page_that_refuses_is_not_about_the_key(status: int, body: object, kind: type[CallFailed]) -> None:
+def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[CallFailed]) -> None:
     """A firewall or CDN before the API refuses with a page; the API itself with JSON."""
-    calls: list[Callable[[Client], Awaitable[object]]] = [run, task, lambda client: client.user()]
-    with answering(http(status, body, content_type="text/html")) as wire:
-        errors = failures(wire.base_url, calls)
+    calls: list[Callable[[Client], Awaitable[object]]] = [submit_run, get_task, lambda client: client.user()]
+    with serve_replies(http_reply(status, body, content_type="text/html")) as server:
+        errors = expect_failures(server.base_url, calls)
     assert [type(error) for error in errors] == [kind] * len(calls)
     assert all(("check the key" in (error.hint or "")) == (kind is Unauthorized) for error in errors)
 
 
-def test_a_proxy_that_wants_a_login_accepted_nothing() -> None:
+def test_proxy_407_is_not_accepted() -> None:
     """407 comes from what stands between."""
-    with answering(http(407, b"<html>")) as wire:
-        assert kinds(wire.base_url, [run, task]) == [NotAccepted] * 2
-        assert "the proxy wants a login" in refused(wire.base_url, run).message
+    with serve_replies(http_reply(407, b"<html>")) as server:
+        assert failure_kinds(server.base_url, [submit_run, get_task]) == [NotAccepted] * 2
+        assert "the proxy wants a login" in expect_failure(server.base_url, submit_run).message
 
 
 @in_turn("body", [b"<html>", b"", {"detail": "x"}])
-def test_pages_of_other_statuses_mean_what_the_status_means(body: object) -> None:
+def test_html_with_other_statuses(body: object) -> None:
     """A 429 is a 429 and a 5xx may have been accepted, whatever comes with it."""
-    replies = iter([http(429, body), http(503, body)])
-    with answering(lambda _: next(replies)) as wire:
-        assert kinds(wire.base_url, [run, run]) == [RateLimited, Ambiguous]
+    replies = iter([http_reply(429, body), http_reply(503, body)])
+    with serve_replies(lambda _: next(replies)) as server:
+        assert failure_kinds(server.base_url, [submit_run, submit_run]) == [RateLimited, Ambiguous]
 
 
-def test_half_a_character_does_not_stop_an_answer() -> None:
+def test_lone_surrogate_is_replaced() -> None:
     """A lone surrogate is legal JSON, but neither a database nor a file can hold it."""
-    with answering(http(200, rb'{"status": "completed", "data": {"email": "a\ud83d\ude00b\ud800c"}}')) as wire:
-        assert ask(wire.base_url, task)["data"] == {"email": "a\U0001f600b?c"}
+    with serve_replies(
+        http_reply(200, rb'{"status": "completed", "data": {"email": "a\ud83d\ude00b\ud800c"}}')
+    ) as server:
+        assert call_api(server.base_url, get_task)["data"] == {"email": "a\U0001f600b?c"}
 
 
-def test_every_digit_of_a_number_counts() -> None:
+def test_large_integers_are_kept() -> None:
     """A whole number of more digits than a machine's word holds stays whole: it may be the id of a paid task."""
     number = 123456789012345678901234
-    with answering(http(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})) as wire:
-        assert ask(wire.base_url, run) == str(number)
-        assert ask(wire.base_url, lambda client: client.task(str(number))).body["data"] == [number, -(2**63) - 1]
+    with serve_replies(
+        http_reply(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})
+    ) as server:
+        assert call_api(server.base_url, submit_run) == str(number)
+        assert call_api(server.base_url, lambda client: client.task(str(number))).body["data"] == [number, -(2**63) - 1]
 
 
-def test_the_key_and_the_call_are_sent_as_documented() -> None:
+def test_request_headers_and_paths() -> None:
     """One header holds the key, no cookie is kept, and names are quoted in paths."""
-    with answering(http(200, {"task_id": "../user/me", "status": "x"}, set_cookie="a=b; Path=/")) as wire:
+    with serve_replies(http_reply(200, {"task_id": "../user/me", "status": "x"}, set_cookie="a=b; Path=/")) as server:
 
         async def both(client: Client) -> None:
             await client.run("a/b?c", BODY)
             await client.task("../user/me")
 
-        ask(wire.base_url, both)
-        first, second = wire.requests
+        call_api(server.base_url, both)
+        first, second = server.requests
     assert first.line == "POST /v1/waterfalls/a%2Fb%3Fc/run HTTP/1.1"
     assert second.line == "GET /v1/tasks/..%2Fuser%2Fme HTTP/1.1"
     assert first.body == BODY
@@ -670,9 +681,9 @@ def test_the_key_and_the_call_are_sent_as_documented() -> None:
         ("Sun, 01 Nov 99999 12:00:00 GMT", []),
     ],
 )
-def test_the_clock_hears_what_time_the_api_has(date: str, heard: list[int]) -> None:
+def test_clock_observes_date_header(date: str, heard: list[int]) -> None:
     """Ages are measured on the API's clock when ours is far off; an unreadable date is none."""
-    clock = HeardClock()
-    with answering(http(200, {"workspace": "w"}, date=date)) as wire:
-        ask(wire.base_url, lambda client: client.user(), clock=clock)
+    clock = RecordingClock()
+    with serve_replies(http_reply(200, {"workspace": "w"}, date=date)) as server:
+        call_api(server.base_url, lambda client: client.user(), clock=clock)
     assert clock.heard == heard

@@ -37,10 +37,10 @@ from enrich.store.ledger import Ledger
 from enrich.tables import storage
 from enrich.tables.source import Source
 from tests import postgres as servers
-from tests.books import FOUND, MISSED, Books
-from tests.buckets import BUCKET, pointing_to, put
-from tests.harness import until
-from tests.tables import load, save
+from tests.books import FOUND, NO_MATCH, CommittingLedger
+from tests.buckets import BUCKET, put_object, storage_environ
+from tests.harness import wait_until
+from tests.tables import read_table, write_table
 
 # Ray warns of what Ray does.
 pytestmark = [
@@ -50,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-QUESTION = Question(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
+TEMPLATE = Question(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A}\ninput: leads/\noutput: out/\n"
 NAMES = [f"person {number % 40}" for number in range(150)]
 
@@ -61,7 +61,7 @@ def _ray(endpoint: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # noqa: PLC0415 - it reads its settings when it is imported
 
-    with patch.dict(os.environ, pointing_to(endpoint)):
+    with patch.dict(os.environ, storage_environ(endpoint)):
         ray.init(
             "local",
             num_cpus=2,
@@ -84,158 +84,164 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "ROWS", 25)
 
 
-def opened(place: LedgerPlace, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+def open_ledger_remotely(ledger_location: LedgerPlace, environ: dict[str, str], seen: Path | None = None) -> Ledger:
     """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
     os.environ.update(environ)
     if seen is not None:
         with seen.open("a") as file:
             file.write(f"{os.getpid()}\n")
-    return Ledger(place)
+    return Ledger(ledger_location)
 
 
-def lay(folder: Path, kind: str = "parquet", names: Sequence[str] = NAMES) -> None:
+def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] = NAMES) -> None:
     """Write leads in three files."""
     for number, country in enumerate(("DE", "DE", "FR")):
         path = folder / "leads" / f"country={country}" / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, ["A", "B"], [[name, f"{number}"] for name in names[number * 50 : (number + 1) * 50]])
+        write_table(path, ["A", "B"], [[name, f"{number}"] for name in names[number * 50 : (number + 1) * 50]])
 
 
-def rows_of(folder: Path, more: str = "") -> Rows:
+def open_rows(folder: Path, more: str = "") -> Rows:
     """Open the leads of a job."""
     (folder / "job.yaml").write_text(JOB + more)
     return Rows(load_job(folder / "job.yaml"))
 
 
-def taken(folder: Path, books: Books, wish: Wish, environ: dict[str, str] | None = None) -> Any:
+def begin_enrollment(
+    folder: Path, ledger: CommittingLedger, selection: Wish, environ: dict[str, str] | None = None
+) -> Any:
     """Make the pass that blocks take part in."""
     from enrich.cluster.blocks import Pass  # noqa: PLC0415 - as above
 
-    opening = partial(opened, books.place, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen")
-    return Pass(load_job(folder / "job.yaml"), QUESTION, wish, opening)
+    opening = partial(
+        open_ledger_remotely, ledger.place, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
+    )
+    return Pass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
 
 
-def watching(boss: Boss | None = None) -> Any:
+def monitor_heartbeats(boss: Boss | None = None) -> Any:
     """Watch over a step."""
     from enrich.cluster.presence import Presence, Watch, new_ear  # noqa: PLC0415 - as above
 
     return Watch(Presence(new_ear()), boss or Boss())
 
 
-def alone(rows: Rows, books: Books, wish: Wish) -> tuple[int, Counter[str]]:
+def enroll_locally(rows: Rows, ledger: CommittingLedger, selection: Wish) -> tuple[int, Counter[str]]:
     """Enroll in this process."""
     of_rows: Counter[str] = Counter()
     height = 0
-    with books.ledger.transaction():
-        books.ledger.begin_pass(wish)
-        for batch in rows.batches(QUESTION):
-            books.ledger.enroll(QUESTION.call, batch.asked())
+    with ledger.ledger.transaction():
+        ledger.ledger.begin_pass(selection)
+        for batch in rows.batches(TEMPLATE):
+            ledger.ledger.enroll(TEMPLATE.call, batch.asked())
             of_rows.update(status.value for status in batch.statuses if status is not None)
             height += batch.frame.height
-        books.ledger.choose()
-        books.ledger.mark()
+        ledger.ledger.choose()
+        ledger.ledger.mark()
     return height, of_rows
 
 
-def together(folder: Path, rows: Rows, books: Books, wish: Wish, **options: Any) -> Any:
+def enroll_blocks(folder: Path, rows: Rows, ledger: CommittingLedger, selection: Wish, **options: Any) -> Any:
     """Enroll on Ray."""
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
-    books.do(Ledger.begin_pass, wish)
-    found = enroll_on_ray(rows, taken(folder, books, wish), watching(), **options)
-    with books.ledger.transaction():
-        books.ledger.choose()
-        books.ledger.mark()
+    ledger.do(Ledger.begin_pass, selection)
+    found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
+    with ledger.ledger.transaction():
+        ledger.ledger.choose()
+        ledger.ledger.mark()
     return found
 
 
-def queue_of(books: Books) -> list[Any]:
+def queued_requests(ledger: CommittingLedger) -> list[Any]:
     """Look at what is to be asked, in its order."""
-    rows = books.all("SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position")
+    rows = ledger.all("SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position")
     return [(bytes(row[0]), *row[1:]) for row in rows]
 
 
-def answer(books: Books, but: int = 5) -> None:
+def answer_queued(ledger: CommittingLedger, but: int = 5) -> None:
     """Answer what is in the queue, each third a miss; leave the last."""
-    for number in range(len(queue_of(books)) - but):
-        books.settle(books.submit(f"task {number}"), FOUND if number % 3 else MISSED)
+    for number in range(len(queued_requests(ledger)) - but):
+        ledger.settle(ledger.submit(f"task {number}"), FOUND if number % 3 else NO_MATCH)
 
 
 @pytest.fixture
-def place(postgres: servers.Postgres, tmp_path: Path) -> LedgerPlace:
+def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerPlace:
     """Name the place of a ledger: several processes share one only on a server."""
     return locate_ledger(tmp_path, postgres.url(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_a_cluster_enrolls_what_one_process_enrolls(
-    tmp_path: Path, books: Books, postgres: servers.Postgres, kind: str
+def test_enrollment_matches_single_process(
+    tmp_path: Path, ledger: CommittingLedger, postgres: servers.PostgresServer, kind: str
 ) -> None:
     """The same requests in the same order, the same left out and for the same reasons."""
-    lay(tmp_path, kind, ["" if number % 30 == 7 else name for number, name in enumerate(NAMES)])
-    rows = rows_of(tmp_path, "where: B <> '1'\ncaps: {by: country, max: 25}\n")
-    wish = Wish(max_per_group=25, limit=30)
-    other = Books.open(locate_ledger(tmp_path, postgres.url(), tmp_path))
+    write_input_files(tmp_path, kind, ["" if number % 30 == 7 else name for number, name in enumerate(NAMES)])
+    rows = open_rows(tmp_path, "where: B <> '1'\ncaps: {by: country, max: 25}\n")
+    selection = Wish(max_per_group=25, limit=30)
+    other = CommittingLedger.open(locate_ledger(tmp_path, postgres.url(), tmp_path))
     with closing(other.ledger):
-        books.start()
+        ledger.start()
         other.start()
-        height, of_rows = alone(rows, other, wish)
-        told: list[int] = []
-        found = together(tmp_path, rows, books, wish, tell=lambda so_far: told.append(so_far.rows))
+        height, of_rows = enroll_locally(rows, other, selection)
+        result: list[int] = []
+        found = enroll_blocks(tmp_path, rows, ledger, selection, tell=lambda so_far: result.append(so_far.rows))
         assert (found.rows, found.of_rows) == (height, {Decision(name): count for name, count in of_rows.items()})
         assert found.asked == height - sum(of_rows.values())
-        assert sum(books.ledger.decided().values()) == sum(other.ledger.decided().values())
-        assert books.ledger.decided() == other.ledger.decided()
-        assert queue_of(books) == queue_of(other) != []
-        assert told == sorted(told)
-        assert told[-1] == 150
+        assert sum(ledger.ledger.decided().values()) == sum(other.ledger.decided().values())
+        assert ledger.ledger.decided() == other.ledger.decided()
+        assert queued_requests(ledger) == queued_requests(other) != []
+        assert result == sorted(result)
+        assert result[-1] == 150
         processes = (tmp_path / "seen").read_text().splitlines()
         assert len(processes) == len(set(processes)), "each process opens the ledger once"
 
 
-def test_a_cluster_collects_what_one_process_collects(tmp_path: Path, books: Books) -> None:
+def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLedger) -> None:
     """The same table, and the same counts; a price stands on the first row that asked, wherever the others are."""
     from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
-    rows = rows_of(tmp_path, "where: B <> '1'\n")
-    books.start()
-    alone(rows, books, Wish())
-    answer(books)
-    told: list[int] = []
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path, "where: B <> '1'\n")
+    ledger.start()
+    enroll_locally(rows, ledger, Wish())
+    answer_queued(ledger)
+    result: list[int] = []
     counted = collect_on_ray(
         rows,
-        taken(tmp_path, books, Wish()),
+        begin_enrollment(tmp_path, ledger, Wish()),
         tmp_path / "out",
-        watching(),
-        tell=lambda so_far: told.append(so_far.statuses.total()),
+        monitor_heartbeats(),
+        tell=lambda so_far: result.append(so_far.statuses.total()),
     )
-    one = Collector(books.ledger, load_job(tmp_path / "job.yaml"), QUESTION, rows)
+    one = Collector(ledger.ledger, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
     assert one.write(tmp_path / "one") == counted
     assert counted.statuses[RowStatus.PENDING]
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
-    assert len(parts) == len(told) == 6
-    assert [row for part in parts for row in load(part)[1:]] == load(next((tmp_path / "one").glob("*.parquet")))[1:]
+    assert len(parts) == len(result) == 6
+    assert [row for part in parts for row in read_table(part)[1:]] == read_table(
+        next((tmp_path / "one").glob("*.parquet"))
+    )[1:]
     assert {part.stat().st_mode & 0o777 for part in parts} == {0o600}
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 @pytest.mark.usefixtures("bucket")
-def test_a_cluster_reads_from_a_storage_and_writes_to_one(tmp_path: Path, books: Books, kind: str) -> None:
+def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedger, kind: str) -> None:
     """Every task fetches what it reads, and sends what it writes."""
     from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
 
-    lay(tmp_path, kind)
+    write_input_files(tmp_path, kind)
     for path in (tmp_path / "leads").rglob(f"*.{kind}"):
-        put(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+        put_object(path.relative_to(tmp_path).as_posix(), path.read_bytes())
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", f"s3://{BUCKET}/leads/"))
     rows = Rows(load_job(tmp_path / "job.yaml"))
-    books.start()
-    assert together(tmp_path, rows, books, Wish()).rows == 150
+    ledger.start()
+    assert enroll_blocks(tmp_path, rows, ledger, Wish()).rows == 150
     target = Url("s3", BUCKET, "out/")
     for _ in range(2):
-        counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), target, watching())
+        counted = collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), target, monitor_heartbeats())
         assert counted.statuses == {RowStatus.PENDING: 150}
     source = Source(target, Input(path=str(target)))
     written = pl.concat(source.batches())
@@ -244,56 +250,56 @@ def test_a_cluster_reads_from_a_storage_and_writes_to_one(tmp_path: Path, books:
     assert len(list(storage.below(target))) == len(source.leaves) + 1
 
 
-def test_no_rows_are_a_dataset_too(tmp_path: Path, books: Books) -> None:
+def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
     """With its columns."""
     from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
 
     (tmp_path / "leads").mkdir()
-    save(tmp_path / "leads" / "a.csv", ["A", "B"], [])
-    rows = rows_of(tmp_path)
-    books.start()
-    assert together(tmp_path, rows, books, Wish()).rows == 0
-    counted = collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", watching())
+    write_table(tmp_path / "leads" / "a.csv", ["A", "B"], [])
+    rows = open_rows(tmp_path)
+    ledger.start()
+    assert enroll_blocks(tmp_path, rows, ledger, Wish()).rows == 0
+    counted = collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), tmp_path / "out", monitor_heartbeats())
     assert counted.statuses.total() == 0
     (part,) = (tmp_path / "out").glob("part-*.parquet")
-    assert load(part)[0][:3] == ["A", "B", "email"]
+    assert read_table(part)[0][:3] == ["A", "B", "email"]
 
 
-def test_what_is_wrong_with_the_input_is_raised_as_it_is(tmp_path: Path, books: Books) -> None:
+def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLedger) -> None:
     """With its file, its row and its remedy, and no word of Ray; nothing is queued."""
-    lay(tmp_path, "csv")
+    write_input_files(tmp_path, "csv")
     with (tmp_path / "leads" / "country=FR" / "2.csv").open("a") as file:
         file.write("one cell\n")
-    rows = rows_of(tmp_path)
+    rows = open_rows(tmp_path)
     with pytest.raises(Refused, match=r"country=FR/2.csv: row 51 \(line 52\) has 1 cell") as caught:
-        together(tmp_path, rows, books, Wish())
+        enroll_blocks(tmp_path, rows, ledger, Wish())
     assert type(caught.value) is Refused
-    lay(tmp_path, "csv", [*NAMES[:-1], "7"])
-    rows = rows_of(tmp_path, "where: CAST(A AS INT) > 1\n")
+    write_input_files(tmp_path, "csv", [*NAMES[:-1], "7"])
+    rows = open_rows(tmp_path, "where: CAST(A AS INT) > 1\n")
     with pytest.raises(JobError, match=r"job.yaml:6: where: cannot be computed") as failed:
-        together(tmp_path, rows, books, Wish())
+        enroll_blocks(tmp_path, rows, ledger, Wish())
     assert (failed.value.hint or "").startswith("cells are text")
     assert "person" not in f"{failed.value.message}{failed.value.hint}"
 
 
-def test_what_cannot_be_divided_is_refused(tmp_path: Path, books: Books) -> None:
+def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
     """The caller does it in one process."""
     from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
+    write_input_files(tmp_path)
     for more in ("dedupe: false\n", "order_by: B\n"):
         with pytest.raises(Refused, match=r"can't be enrolled part by part: `(dedupe|order_by)"):
-            together(tmp_path, rows_of(tmp_path, more), books, Wish())
-    rows = rows_of(tmp_path, "dedupe: false\n")
+            enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, Wish())
+    rows = open_rows(tmp_path, "dedupe: false\n")
     with pytest.raises(Refused, match="can't be collected part by part: `dedupe"):
-        collect_on_ray(rows, taken(tmp_path, books, Wish()), tmp_path / "out", watching())
+        collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), tmp_path / "out", monitor_heartbeats())
 
 
-class GivenUpError(Exception):
+class InterruptedByTestError(Exception):
     """What a signal raises."""
 
 
-def wait_there(flag: Path, rows: Rows) -> int:
+def wait_in_block(flag: Path, rows: Rows) -> int:
     """Be slow but for the first block: say that the work has begun, and wait."""
     if rows.first:
         flag.touch()
@@ -301,70 +307,70 @@ def wait_there(flag: Path, rows: Rows) -> int:
     return rows.first
 
 
-def test_who_gives_up_does_not_wait(tmp_path: Path) -> None:
+def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
     """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
-    rows = rows_of(tmp_path)
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
     flag = tmp_path / "begun"
 
-    done: list[int] = []
+    result: list[int] = []
 
     def check() -> None:
-        if done and flag.exists():
-            raise GivenUpError
+        if result and flag.exists():
+            raise InterruptedByTestError
 
-    watch = watching(Boss(check))
-    found = on_blocks(rows, divided(rows, watch), partial(wait_there, flag), watch)
-    done.append(next(found))
-    with pytest.raises(GivenUpError):
-        done.append(next(found))
+    watch = monitor_heartbeats(Boss(check))
+    found = on_blocks(rows, divided(rows, watch), partial(wait_in_block, flag), watch)
+    result.append(next(found))
+    with pytest.raises(InterruptedByTestError):
+        result.append(next(found))
     import ray  # noqa: PLC0415 - as above
 
-    until(lambda: ray.available_resources().get("CPU") == 2, 30)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, 30)
 
 
-def die_once(flag: Path, rows: Rows) -> tuple[int, int]:
+def kill_process_once(flag: Path, rows: Rows) -> tuple[int, int]:
     """Be killed in the middle, the first time."""
-    height = sum(batch.frame.height for batch in rows.batches(QUESTION))
+    height = sum(batch.frame.height for batch in rows.batches(TEMPLATE))
     if rows.first == 50 and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return rows.first, height
 
 
-def test_a_block_is_done_again_when_its_process_is_lost(tmp_path: Path) -> None:
+def test_lost_block_is_retried(tmp_path: Path) -> None:
     """What comes of it is told once."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
-    rows = rows_of(tmp_path)
-    watch = watching()
-    done = sorted(on_blocks(rows, divided(rows, watch), partial(die_once, tmp_path / "flag"), watch))
-    assert done == [(first, 25) for first in range(0, 150, 25)]
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    watch = monitor_heartbeats()
+    result = sorted(on_blocks(rows, divided(rows, watch), partial(kill_process_once, tmp_path / "flag"), watch))
+    assert result == [(first, 25) for first in range(0, 150, 25)]
     assert (tmp_path / "flag").exists()
 
 
-def die(rows: Rows) -> int:
+def kill_process(rows: Rows) -> int:
     """Be killed, as for want of memory."""
     if rows.first < 50:
         os.kill(os.getpid(), signal.SIGKILL)
     return rows.first
 
 
-def test_a_block_that_ends_its_process_again_and_again_is_given_up(tmp_path: Path) -> None:
+def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
     """It would never come to an end; the next run resumes."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
-    rows, watch = rows_of(tmp_path), watching()
+    write_input_files(tmp_path)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
     with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
-        list(on_blocks(rows, divided(rows, watch), die, watch))
+        list(on_blocks(rows, divided(rows, watch), kill_process, watch))
 
 
 @pytest.fixture
-def _no_room(_ray: None) -> Iterator[None]:
+def _full_cluster(_ray: None) -> Iterator[None]:
     """Let others have all of the cluster."""
     import ray  # noqa: PLC0415 - as above
 
@@ -376,68 +382,66 @@ def _no_room(_ray: None) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.usefixtures("_no_room")
-def test_a_cluster_that_has_no_room_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool
-) -> None:
+@pytest.mark.usefixtures("_full_cluster")
+def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
     """It is told soon, and at once when the time is up; others may need the machines the whole night."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(presence, "ROOM_S", 1.0)
     monkeypatch.setattr(presence, "NO_ROOM_S", 60.0 if late else 3.0)
-    lay(tmp_path, kind)
-    told: list[str] = []
-    rows, watch = rows_of(tmp_path), watching(Boss(tell=told.append, late=lambda: late))
+    write_input_files(tmp_path, kind)
+    result: list[str] = []
+    rows, watch = open_rows(tmp_path), monitor_heartbeats(Boss(tell=result.append, late=lambda: late))
     with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
-        list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
-    assert len(told) == 1
-    assert told[0].startswith("the cluster has no room for the input: waiting")
+        list(on_blocks(rows, divided(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
+    assert len(result) == 1
+    assert result[0].startswith("the cluster has no room for the input: waiting")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_who_is_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """However long a block takes, and though it is late."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(presence, "ROOM_S", 15.0)
-    lay(tmp_path, kind)
-    rows, watch = rows_of(tmp_path), watching(Boss(late=lambda: True))
-    assert sorted(on_blocks(rows, divided(rows, watch), take_long, watch))
+    write_input_files(tmp_path, kind)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats(Boss(late=lambda: True))
+    assert sorted(on_blocks(rows, divided(rows, watch), process_slowly, watch))
 
 
-def take_long(rows: Rows) -> int:
+def process_slowly(rows: Rows) -> int:
     """Be slow with one block."""
     time.sleep(0 if rows.first else 18)
     return rows.first
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_another_version_does_no_block(tmp_path: Path, kind: str) -> None:
+def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
     """It might ask other questions, and pay for them."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
 
-    lay(tmp_path, kind)
-    rows, watch = rows_of(tmp_path), watching()
+    write_input_files(tmp_path, kind)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
     watch.presence = replace(watch.presence, version="0.0.1")
     with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
-        list(on_blocks(rows, divided(rows, watch), partial(wait_there, tmp_path / "flag"), watch))
+        list(on_blocks(rows, divided(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
 
 
-def fail(how: str, rows: Rows) -> int:
+def raise_unexpected(how: str, rows: Rows) -> int:
     """Fail as nobody foresaw."""
-    raise ValueError(f"{how} {next(rows.batches(QUESTION)).frame.row(0)}")
+    raise ValueError(f"{how} {next(rows.batches(TEMPLATE)).frame.row(0)}")
 
 
-def test_a_failure_that_nobody_foresaw_tells_no_cell(tmp_path: Path) -> None:
+def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
     """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
     from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
 
-    lay(tmp_path, names=["Nobody-Knows-Me"] * 150)
-    rows, watch = rows_of(tmp_path), watching()
+    write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
     with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
-        list(on_blocks(rows, divided(rows, watch), partial(fail, "it was"), watch))
+        list(on_blocks(rows, divided(rows, watch), partial(raise_unexpected, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
@@ -446,8 +450,8 @@ def test_a_failure_that_nobody_foresaw_tells_no_cell(tmp_path: Path) -> None:
     assert not [path for path in logs if b"Nobody-Knows-Me" in path.read_bytes()]
 
 
-def test_enrolling_survives_a_restart_of_the_database(
-    tmp_path: Path, own_postgres: servers.Postgres, monkeypatch: pytest.MonkeyPatch
+def test_enrollment_survives_database_restart(
+    tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was in the middle is done again."""
     from enrich.cluster import source  # noqa: PLC0415 - as above
@@ -455,9 +459,9 @@ def test_enrolling_survives_a_restart_of_the_database(
 
     monkeypatch.setattr(parts, "ROWS", 2)
     monkeypatch.setattr(source, "ROWS", 2)
-    lay(tmp_path)
-    rows = rows_of(tmp_path)
-    books = Books.open(locate_ledger(tmp_path, own_postgres.url(), tmp_path))
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    ledger = CommittingLedger.open(locate_ledger(tmp_path, own_postgres.url(), tmp_path))
     restarting: list[threading.Thread] = []
 
     def restart(_: object) -> None:
@@ -467,26 +471,28 @@ def test_enrolling_survives_a_restart_of_the_database(
 
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
-    books.do(Ledger.begin_pass, Wish())
-    found = enroll_on_ray(rows, taken(tmp_path, books, Wish(), own_postgres.environ), watching(), tell=restart)
+    ledger.do(Ledger.begin_pass, Wish())
+    found = enroll_on_ray(
+        rows, begin_enrollment(tmp_path, ledger, Wish(), own_postgres.environ), monitor_heartbeats(), tell=restart
+    )
     restarting[0].join()
     assert (found.rows, found.asked) == (150, 150)
-    assert books.all("SELECT count(*) FROM requests") == [(40,)]
-    assert books.all("SELECT count(*) FROM seen") == [(40,)]
-    books.ledger.close()
+    assert ledger.all("SELECT count(*) FROM requests") == [(40,)]
+    assert ledger.all("SELECT count(*) FROM seen") == [(40,)]
+    ledger.ledger.close()
 
 
-def test_a_ledger_that_is_gone_is_told(tmp_path: Path, books: Books) -> None:
+def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     """As in one process, with what to do."""
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
-    lay(tmp_path)
-    rows = rows_of(tmp_path)
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
     (tmp_path / "none").touch()
-    opening = partial(opened, tmp_path / "none" / "ledger.db", {})
-    broken = replace(taken(tmp_path, books, Wish()), opening=opening)
+    opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
+    broken = replace(begin_enrollment(tmp_path, ledger, Wish()), opening=opening)
     with pytest.raises(EnrichError) as caught:
-        enroll_on_ray(rows, broken, watching())
+        enroll_on_ray(rows, broken, monitor_heartbeats())
     assert "ledger" in caught.value.message
     assert isinstance(caught.value, Refused | LedgerFailed)
 
@@ -508,7 +514,7 @@ CELLS: dict[str, Any] = {
 }
 
 
-def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
+def test_column_types_survive_blocks(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
     from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - as above
     from enrich.tables.cells import json_column  # noqa: PLC0415 - likewise
@@ -530,15 +536,15 @@ def test_every_type_comes_through_a_block(tmp_path: Path) -> None:
     rows = Rows(load_job(tmp_path / "job.yaml"))
     import ray  # noqa: PLC0415 - as above
 
-    presence = watching().presence
-    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape, presence), override_num_blocks=1)
+    heartbeats = monitor_heartbeats().presence
+    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape, heartbeats), override_num_blocks=1)
     block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
     ((_, back),) = from_block(block, rows.known)
     assert back.equals(frame.drop("json"))
-    assert next(read((rows.parts()[0],), rows.shape, presence)).num_rows == 3
+    assert next(read((rows.parts()[0],), rows.shape, heartbeats)).num_rows == 3
 
 
-def test_blocks_that_were_put_together_are_taken_apart() -> None:
+def test_merged_blocks_are_split() -> None:
     """Each stretch of rows that follow one another has its place."""
     import pyarrow as pa  # noqa: PLC0415 - comes with Ray
 
@@ -555,14 +561,14 @@ def test_blocks_that_were_put_together_are_taken_apart() -> None:
     assert caught.value.hint == "look"
 
 
-def test_what_travels_can_be_packed() -> None:
+def test_errors_can_be_pickled() -> None:
     """Every error comes back as it was."""
     for error in (Refused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
         back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
 
 
-QUIET = """
+QUIET_SCRIPT = """
 import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
@@ -576,23 +582,23 @@ from enrich.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
 from enrich.tables.source import Source
-from tests.test_cluster_blocks import QUESTION, opened, rows_of, watching
+from tests.test_cluster_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
 from enrich.job import load_job
 import sys
 
 folder = Path(sys.argv[1])
-rows = rows_of(folder)
+rows = open_rows(folder)
 Ledger(folder / "quiet.db").close()
 with connected(None):
-    taken = Pass(load_job(folder / "job.yaml"), QUESTION, Wish(), partial(opened, folder / "quiet.db", {}))
-    assert enroll_on_ray(rows, taken, watching()).rows == 150
+    taken = Pass(load_job(folder / "job.yaml"), TEMPLATE, Wish(), partial(open_ledger_remotely, folder / "quiet.db", {}))
+    assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150
 """
 
 
-def test_nothing_is_said_on_the_terminal(tmp_path: Path) -> None:
+def test_no_terminal_output(tmp_path: Path) -> None:
     """Neither a bar nor a log line: success is silent."""
-    lay(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", QUIET, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
+    write_input_files(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", QUIET_SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Api, Office, people, until, usual_signals
-from tests.postgres import Postgres
+from tests.harness import SandboxApi, Workspace, make_leads, reset_signals, wait_until
+from tests.postgres import PostgresServer
 
 pytestmark = [
     pytest.mark.cluster,
@@ -28,16 +28,16 @@ ON_RAY = ("run", "job.yaml", "--engine", "ray", "--workers", "1")
 
 
 @pytest.fixture
-def office(tmp_path: Path, postgres: Postgres) -> Office:
+def workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
     """Make an office whose ledger is on the server."""
-    made = Office(tmp_path, postgres.url(), postgres.environ)
+    made = Workspace(tmp_path, postgres.url(), postgres.environ)
     made.write_job()
-    made.write_leads(people(300))
+    made.write_leads(make_leads(300))
     return made
 
 
 @pytest.fixture
-def mute() -> Iterator[str]:
+def unresponsive_address() -> Iterator[str]:
     """Listen as a server does that is busy, or is none of Ray's; return its address."""
     with closing(socket.socket()) as listening:
         listening.bind(("127.0.0.1", 0))
@@ -47,14 +47,14 @@ def mute() -> Iterator[str]:
 
 @pytest.mark.parametrize("heard", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("after_s", [0.0, 1.0])
-def test_a_signal_is_heard_while_ray_starts(
-    api: Api, office: Office, heard: tuple[signal.Signals, int], after_s: float
+def test_signal_during_ray_start(
+    api: SandboxApi, workspace: Workspace, heard: tuple[signal.Signals, int], after_s: float
 ) -> None:
     """Ray has handlers of its own, and swallows what is raised in the middle of it; the exit code is ours."""
     number, code = heard
     api.fault("slow", 1000, "post", seconds=1)
-    run = office.start(*ON_RAY, api=api)
-    until(lambda: has_children(run.pid), at_most=40)  # Ray begins with a process of its own
+    run = workspace.start(*ON_RAY, api=api)
+    wait_until(lambda: has_children(run.pid), timeout_s=40)  # Ray begins with a process of its own
     time.sleep(after_s)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
@@ -64,7 +64,7 @@ def test_a_signal_is_heard_while_ray_starts(
     assert "Traceback" not in err
 
 
-LEAVING = """
+SHUTDOWN_SCRIPT = """
 import os, signal
 from enrich.cluster.connection import connected
 
@@ -77,35 +77,37 @@ os._exit(0)
 """
 
 
-def test_who_leaves_ray_does_what_is_left_to_do() -> None:
+def test_signal_during_ray_shutdown() -> None:
     """It hears no signal meanwhile, and has its own handlers afterwards: Ray would let SIGTERM kill it."""
-    leaving = subprocess.Popen([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE, preexec_fn=usual_signals)
+    leaving = subprocess.Popen(
+        [sys.executable, "-c", SHUTDOWN_SCRIPT], stdout=subprocess.PIPE, preexec_fn=reset_signals
+    )
     assert leaving.stdout is not None
-    said = os.read(leaving.stdout.fileno(), 100)
+    message = os.read(leaving.stdout.fileno(), 100)
     for _ in range(10):
         leaving.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    said += leaving.communicate(timeout=60)[0]
+    message += leaving.communicate(timeout=60)[0]
 
     assert leaving.returncode == 0
-    before, _, after = said.partition(b"left")
+    before, _, after = message.partition(b"left")
     assert before.count(b"heard") <= 1  # in the moment before it leaves
     assert b"heard" in after
 
 
-def test_who_is_not_ray_is_not_waited_for(api: Api, office: Office, mute: str) -> None:
+def test_non_ray_address_fails_fast(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
     """Ray would wait for minutes, and hear nobody meanwhile."""
-    done = office.enrich(*ON_RAY, "--address", mute, api=api)
+    result = workspace.enrich(*ON_RAY, "--address", unresponsive_address, api=api)
 
-    assert done.code == 4
-    assert f"the Ray cluster at {mute} can't be reached: it does not answer" in done.stderr
-    assert "hint: does it run there" in done.stderr
+    assert result.code == 4
+    assert f"the Ray cluster at {unresponsive_address} can't be reached: it does not answer" in result.stderr
+    assert "hint: does it run there" in result.stderr
 
 
-def test_a_second_signal_ends_the_wait_for_ray(api: Api, office: Office, mute: str) -> None:
+def test_second_signal_stops_waiting_for_ray(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
     """Ray's own calls can't be interrupted."""
-    run = office.start(*ON_RAY, "--address", mute, "--json", api=api)
-    until(lambda: "_raylet" in Path(f"/proc/{run.pid}/maps").read_text(encoding="utf-8"))
+    run = workspace.start(*ON_RAY, "--address", unresponsive_address, "--json", api=api)
+    wait_until(lambda: "_raylet" in Path(f"/proc/{run.pid}/maps").read_text(encoding="utf-8"))
     begun = time.monotonic()
     while run.poll() is None:
         run.send_signal(signal.SIGTERM)

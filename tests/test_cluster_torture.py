@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster_torture import Report, torture
-from tests.postgres import Postgres
+from tests.cluster_torture import ClusterTortureReport, run_torture
+from tests.postgres import PostgresServer
 
-SHORT = {
+SHORT_INJECTIONS = {
     "workers killed": 4,
     "workers stopped for longer than a lease": 1,
     "restarts of the server": 1,
@@ -18,7 +18,7 @@ SHORT = {
 }
 
 
-def assert_kept(report: Report) -> None:
+def assert_promises_kept(report: ClusterTortureReport) -> None:
     """Check that every promise was kept, and that there was something to keep it against."""
     assert report.sound, report.table()
     assert report.done.total() >= 5, report.table()
@@ -30,6 +30,6 @@ def assert_kept(report: Report) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: Postgres) -> None:
+def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: PostgresServer) -> None:
     """Actors of a Ray cluster: killed, stopped past their leases, their server restarted and crashed."""
-    assert_kept(torture(tmp_path, own_postgres, rows=150, workers=3, strikes=SHORT, seed=5))
+    assert_promises_kept(run_torture(tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5))

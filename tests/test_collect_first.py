@@ -24,10 +24,10 @@ from enrich.store.lock import hold
 from enrich.store.opening import opened
 from enrich.surroundings import Options, Surroundings
 from tests.cases import first_quick
-from tests.harness import HASTY, Office, people
-from tests.wire import Reply, Seen, answering, http
+from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads
+from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
 
-TIMING = replace(HASTY, start_s=3.0, young_s=0.4, outage_s=10.0, no_data_s=0.1)
+TIMEOUTS = replace(SHORT_TIMEOUTS, start_s=3.0, young_s=0.4, outage_s=10.0, no_data_s=0.1)
 WATERFALL = {
     "identifier": "email_getter",
     "name": "E-mail",
@@ -38,23 +38,23 @@ WATERFALL = {
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask again soon after an answer that does not count."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1)
 
 
 @dataclass
-class Odd:
+class ScriptedApi:
     """An API whose answers a test can exchange; tasks are named after the lead, and answered by `task`."""
 
-    user: Reply = field(default_factory=lambda: http(200, {"balance": 100, "workspace": "ours"}))
-    waterfall: Reply = field(default_factory=lambda: http(200, WATERFALL))
-    post: Callable[[str], Reply] = lambda name: http(200, {"task_id": f"t-{name}", "status": "created"})
-    task: Callable[[str], Reply] = lambda name: completed(name)  # noqa: PLW0108 - it is defined below
+    user: Reply = field(default_factory=lambda: http_reply(200, {"balance": 100, "workspace": "ours"}))
+    waterfall: Reply = field(default_factory=lambda: http_reply(200, WATERFALL))
+    post: Callable[[str], Reply] = lambda name: http_reply(200, {"task_id": f"t-{name}", "status": "created"})
+    task: Callable[[str], Reply] = lambda name: completed_reply(name)  # noqa: PLW0108 - it is defined below
     posts: list[str] = field(default_factory=list)
     polls: list[str] = field(default_factory=list)
 
-    def __call__(self, seen: Seen) -> Reply:
+    def __call__(self, seen: ReceivedRequest) -> Reply:
         """Answer."""
         path = seen.line.split()[1]
         if seen.line.startswith("POST"):
@@ -66,7 +66,7 @@ class Odd:
             self.polls.append(name)
             return self.task(name)
         if path.endswith("/waterfalls/"):
-            return http(200, [WATERFALL])
+            return http_reply(200, [WATERFALL])
         return self.user if path.endswith("/me") else self.waterfall
 
     def asked(self) -> None:
@@ -75,60 +75,60 @@ class Odd:
         self.polls.clear()
 
 
-def completed(name: str, **more: Any) -> Reply:
+def completed_reply(name: str, **more: Any) -> Reply:
     """Say that a task found the lead's address."""
     body = {"task_id": f"t-{name}", "status": "completed", "data": [{"email": f"{name.lower()}@found.example"}]}
-    return http(200, body | {"credits_spent": 0.5} | more)
+    return http_reply(200, body | {"credits_spent": 0.5} | more)
 
 
-def running(name: str) -> Reply:
+def running_reply(name: str) -> Reply:
     """Say that a task is at work."""
-    return http(200, {"task_id": f"t-{name}", "status": "processing"})
+    return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
 
 
-def night(office: Office, base_url: str, options: Options | None = None, timing: Timing = TIMING) -> Receipt:
+def run_once(workspace: Workspace, base_url: str, options: Options | None = None, timing: Timing = TIMEOUTS) -> Receipt:
     """Run the job against an odd API."""
-    job = load_job(office.job_file)
+    job = load_job(workspace.job_file)
     with hold(job.ledger, 0), opened(job.ledger) as (ledger, _):
         around = Surroundings(job, Access(base_url, SecretStr("key-of-the-test")), ledger, timing=timing)
         return run_job(around, options or Options())
 
 
-def states(office: Office) -> list[str]:
+def request_states(workspace: Workspace) -> list[str]:
     """Tell where the requests stand, in the order of the input."""
-    return [state for (state,) in office.sql("SELECT state FROM requests ORDER BY id")]
+    return [state for (state,) in workspace.sql("SELECT state FROM requests ORDER BY id")]
 
 
-def left_behind(office: Office, odd: Odd, base_url: str, leads: int = 3) -> None:
+def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: str, leads: int = 3) -> None:
     """Buy for some leads, and leave while all tasks run."""
-    office.write_leads(people(leads))
-    odd.task = running
-    office.write_job(policy="{patience: 1s}")
-    assert night(office, base_url).exit_code == 13
-    assert states(office) == ["submitted"] * leads
-    office.write_job()
-    odd.task = completed
-    odd.asked()
+    workspace.write_leads(make_leads(leads))
+    scripted_api.task = running_reply
+    workspace.write_job(policy="{patience: 1s}")
+    assert run_once(workspace, base_url).exit_code == 13
+    assert request_states(workspace) == ["submitted"] * leads
+    workspace.write_job()
+    scripted_api.task = completed_reply
+    scripted_api.asked()
 
 
-REFUSALS: dict[str, tuple[Callable[[Odd, Office], object], int]] = {
-    "the waterfall is gone": (lambda odd, _: setattr(odd, "waterfall", http(404, {"detail": "no"})), 2),
+REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
+    "the waterfall is gone": (lambda odd, _: setattr(odd, "waterfall", http_reply(404, {"detail": "no"})), 2),
     "the waterfall is another": (
-        lambda odd, _: setattr(odd, "waterfall", http(200, WATERFALL | {"identifier": "phone_getter"})),
+        lambda odd, _: setattr(odd, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
         4,
     ),
     "the waterfall wants more": (
         lambda odd, _: setattr(
-            odd, "waterfall", http(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
+            odd, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
         ),
         2,
     ),
-    "the account is unknown": (lambda odd, _: setattr(odd, "user", http(404, {"detail": "no"})), 2),
-    "the account is no JSON": (lambda odd, _: setattr(odd, "user", http(200, b"<html>")), 4),
-    "the account fails": (lambda odd, _: setattr(odd, "user", http(500, {"detail": "no"})), 4),
-    "the account is a list": (lambda odd, _: setattr(odd, "user", http(200, [1])), 4),
+    "the account is unknown": (lambda odd, _: setattr(odd, "user", http_reply(404, {"detail": "no"})), 2),
+    "the account is no JSON": (lambda odd, _: setattr(odd, "user", http_reply(200, b"<html>")), 4),
+    "the account fails": (lambda odd, _: setattr(odd, "user", http_reply(500, {"detail": "no"})), 4),
+    "the account is a list": (lambda odd, _: setattr(odd, "user", http_reply(200, [1])), 4),
     "the workspace is another": (
-        lambda odd, _: setattr(odd, "user", http(200, {"balance": 1, "workspace": "theirs"})),
+        lambda odd, _: setattr(odd, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
         2,
     ),
     "the input is broken": (lambda _, office: (office.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
@@ -146,65 +146,71 @@ REFUSALS: dict[str, tuple[Callable[[Odd, Office], object], int]] = {
 
 
 @pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
-def test_what_runs_is_collected_before_a_run_is_refused(office: Office, refusal: str) -> None:
+def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str) -> None:
     """Each open task is asked for and its answer kept; nothing new is sent, and the run says why."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url)
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
         spoil, code = REFUSALS[refusal]
-        spoil(odd, office)
+        spoil(scripted_api, workspace)
 
-        receipt = night(office, wire.base_url)
+        summary = run_once(workspace, server.base_url)
 
-    assert (receipt.exit_code, odd.posts) == (code, [])
-    assert states(office) == ["found"] * 3
-    assert receipt.error
-
-
-UNSEEN = [http(404, {}), http(410, {}), http(401, {}), http(403, {}), http(200, {"status": "gone"})]
+    assert (summary.exit_code, scripted_api.posts) == (code, [])
+    assert request_states(workspace) == ["found"] * 3
+    assert summary.error
 
 
-@pytest.mark.parametrize("answer", first_quick(1, UNSEEN, single=True))
-def test_another_workspace_writes_nothing_off(office: Office, answer: Reply) -> None:
+NOT_FOUND_REPLIES = [
+    http_reply(404, {}),
+    http_reply(410, {}),
+    http_reply(401, {}),
+    http_reply(403, {}),
+    http_reply(200, {"status": "gone"}),
+]
+
+
+@pytest.mark.parametrize("answer", first_quick(1, NOT_FOUND_REPLIES, single=True))
+def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -> None:
     """A key that cannot see the tasks proves nothing about them."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url)
-        odd.user = http(200, {"balance": 1, "workspace": "theirs"})
-        odd.task = lambda name: answer if name != "First1" else completed(name)
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.user = http_reply(200, {"balance": 1, "workspace": "theirs"})
+        scripted_api.task = lambda name: answer if name != "First1" else completed_reply(name)
 
-        receipt = night(office, wire.base_url)
+        summary = run_once(workspace, server.base_url)
 
-        assert (receipt.exit_code, odd.posts) == (2, [])
-        assert "--workspace-renamed" in (receipt.hint or "")
-        assert states(office) == ["submitted", "found", "submitted"]
+        assert (summary.exit_code, scripted_api.posts) == (2, [])
+        assert "--workspace-renamed" in (summary.hint or "")
+        assert request_states(workspace) == ["submitted", "found", "submitted"]
 
-        odd.task = completed
-        renamed = night(office, wire.base_url, Options(workspace_renamed=True))
-        again = night(office, wire.base_url)
+        scripted_api.task = completed_reply
+        renamed = run_once(workspace, server.base_url, Options(workspace_renamed=True))
+        again = run_once(workspace, server.base_url)
 
-    assert (renamed.exit_code, again.exit_code, odd.posts) == (0, 0, [])
-    assert states(office) == ["found"] * 3
+    assert (renamed.exit_code, again.exit_code, scripted_api.posts) == (0, 0, [])
+    assert request_states(workspace) == ["found"] * 3
 
 
-def test_nothing_is_sent_to_another_host(office: Office) -> None:
+def test_no_requests_to_other_host(workspace: Workspace) -> None:
     """Not even the free questions: the ledger's task ids are not that host's business."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url)
-        office.sql("UPDATE facts SET value = 'api.other.example' WHERE name = 'api_host'")
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        workspace.sql("UPDATE facts SET value = 'api.other.example' WHERE name = 'api_host'")
 
         with pytest.raises(Exception, match=r"api\.other\.example"):
-            night(office, wire.base_url)
+            run_once(workspace, server.base_url)
 
-        assert (odd.posts, odd.polls) == ([], [])
+        assert (scripted_api.posts, scripted_api.polls) == ([], [])
 
 
 # When a task is lost
 
 
 @given(pattern=st.lists(st.booleans(), min_size=0, max_size=12))
-def test_a_404_counts_only_without_a_break(pattern: list[bool]) -> None:
+def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A task that flickers is never written off, however often it is unknown in between."""
     from enrich.model import Task  # noqa: PLC0415
     from enrich.poller import Waiting  # noqa: PLC0415 - the rule alone
@@ -222,145 +228,145 @@ def test_a_404_counts_only_without_a_break(pattern: list[bool]) -> None:
         assert believed == (run >= 5 and now - since >= 60.0)
 
 
-def test_a_signal_or_the_end_of_the_time_writes_nothing_off(office: Office) -> None:
+def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
     """The API that does not know a task for a while is asked again by the next run."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url)
-        odd.task = lambda _: http(404, {})
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.task = lambda _: http_reply(404, {})
 
-        receipt = night(office, wire.base_url, Options(max_time_s=0.9), replace(TIMING, young_s=60.0))
-        assert receipt.exit_code == 13
-        assert states(office) == ["submitted"] * 3
+        summary = run_once(workspace, server.base_url, Options(max_time_s=0.9), replace(TIMEOUTS, young_s=60.0))
+        assert summary.exit_code == 13
+        assert request_states(workspace) == ["submitted"] * 3
 
-        odd.task = completed
-        assert night(office, wire.base_url).exit_code == 0
+        scripted_api.task = completed_reply
+        assert run_once(workspace, server.base_url).exit_code == 0
 
-    assert (states(office), odd.posts) == (["found"] * 3, [])
+    assert (request_states(workspace), scripted_api.posts) == (["found"] * 3, [])
 
 
-def test_what_was_written_off_is_asked_for_once_more(office: Office) -> None:
+def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
     """A 404 that was believed and a doubt with an id: the next run asks before a person has to pay."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url)
-        odd.task = lambda _: http(404, {})
-        assert night(office, wire.base_url).exit_code == 10
-        assert states(office) == ["expired"] * 3
-        odd.task, odd.polls = completed, []
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.task = lambda _: http_reply(404, {})
+        assert run_once(workspace, server.base_url).exit_code == 10
+        assert request_states(workspace) == ["expired"] * 3
+        scripted_api.task, scripted_api.polls = completed_reply, []
 
-        receipt = night(office, wire.base_url)
+        summary = run_once(workspace, server.base_url)
 
-    assert (receipt.exit_code, receipt.submitted, odd.posts) == (0, 0, [])
-    assert states(office) == ["found"] * 3
-    assert receipt.credits_spent == 1.5
+    assert (summary.exit_code, summary.submitted, scripted_api.posts) == (0, 0, [])
+    assert request_states(workspace) == ["found"] * 3
+    assert summary.credits_spent == 1.5
 
 
 @pytest.mark.parametrize("then", first_quick(1, ["completed", "running", "unknown", "gone"]))
-def test_a_doubt_with_an_id_is_asked_for_before_it_is_bought_again(office: Office, then: str) -> None:
+def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -> None:
     """`--retry` pays for what the API does not have, and for nothing else."""
-    odd, office_leads = Odd(), people(2)
-    office.write_leads(office_leads)
-    odd.post = lambda name: http(500, {"task_id": f"t-{name}", "detail": "sorry"})
-    with answering(odd) as wire:
-        assert night(office, wire.base_url).exit_code == 14
-        assert office.sql("SELECT state, task_id FROM attempts ORDER BY id") == [
+    scripted_api, office_leads = ScriptedApi(), make_leads(2)
+    workspace.write_leads(office_leads)
+    scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
+    with serve_replies(scripted_api) as server:
+        assert run_once(workspace, server.base_url).exit_code == 14
+        assert workspace.sql("SELECT state, task_id FROM attempts ORDER BY id") == [
             ("in_doubt", "t-First0"),
             ("in_doubt", "t-First1"),
         ]
-        odd.post = Odd.post
-        odd.asked()
-        still = iter([running("First0"), running("First0")])
-        odd.task = {
-            "completed": completed,
-            "running": lambda name: next(still, completed(name)) if name == "First0" else completed(name),
-            "unknown": lambda name: http(404, {}) if len(odd.posts) < 2 else completed(name),
-            "gone": lambda name: http(410, {}) if len(odd.posts) < 2 else completed(name),
+        scripted_api.post = ScriptedApi.post
+        scripted_api.asked()
+        still = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = {
+            "completed": completed_reply,
+            "running": lambda name: next(still, completed_reply(name)) if name == "First0" else completed_reply(name),
+            "unknown": lambda name: http_reply(404, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
+            "gone": lambda name: http_reply(410, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
         }[then]
 
-        receipt = night(office, wire.base_url, Options(retry=frozenset({State.IN_DOUBT})))
+        summary = run_once(workspace, server.base_url, Options(retry=frozenset({State.IN_DOUBT})))
 
     bought = 2 if then in ("unknown", "gone") else 0
-    assert (receipt.exit_code, len(odd.posts)) == (0, bought)
-    assert states(office) == ["found"] * 2
+    assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
+    assert request_states(workspace) == ["found"] * 2
 
 
-def test_credits_without_data_are_asked_for_once_more(office: Office) -> None:
+def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
     """A task that says it is done and has cost something may not have its data yet."""
-    odd = Odd()
-    office.write_leads(people(1))
-    first = iter([completed("First0", data=None)])
-    odd.task = lambda name: next(first, completed(name))
-    with answering(odd) as wire:
-        receipt = night(office, wire.base_url)
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(1))
+    first = iter([completed_reply("First0", data=None)])
+    scripted_api.task = lambda name: next(first, completed_reply(name))
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url)
 
-    assert (receipt.exit_code, receipt.found, len(odd.polls)) == (0, 1, 2)
+    assert (summary.exit_code, summary.found, len(scripted_api.polls)) == (0, 1, 2)
 
 
-def test_a_long_retry_after_of_a_post_does_not_silence_polls(office: Office) -> None:
+def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
     """Each open task is asked for before such a run leaves, and it leaves when an outage would end it."""
-    odd = Odd()
-    with answering(odd) as wire:
-        left_behind(office, odd, wire.base_url, leads=1)
-        office.write_leads(people(3))
-        odd.post = lambda _: http(429, {}, retry_after="3600")
-        asked = iter([running("First0"), running("First0")])
-        odd.task = lambda name: next(asked, completed(name))
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url, leads=1)
+        workspace.write_leads(make_leads(3))
+        scripted_api.post = lambda _: http_reply(429, {}, retry_after="3600")
+        asked = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = lambda name: next(asked, completed_reply(name))
 
-        receipt = night(office, wire.base_url, timing=replace(TIMING, outage_s=1.5))
+        summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=1.5))
 
-    assert receipt.exit_code == 4
-    assert states(office) == ["found", "pending", "pending"]
+    assert summary.exit_code == 4
+    assert request_states(workspace) == ["found", "pending", "pending"]
 
 
 # Poison
 
-POISON: dict[str, tuple[Callable[[str], Reply], str, float | None]] = {
-    "negative credits": (lambda name: completed(name, credits_spent=-5), "found", None),
-    "too many credits": (lambda name: completed(name, credits_spent=1_000_001), "found", None),
-    "credits as text": (lambda name: completed(name, credits_spent="NaN"), "found", None),
+UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = {
+    "negative credits": (lambda name: completed_reply(name, credits_spent=-5), "found", None),
+    "too many credits": (lambda name: completed_reply(name, credits_spent=1_000_001), "found", None),
+    "credits as text": (lambda name: completed_reply(name, credits_spent="NaN"), "found", None),
     "credits as NaN": (
-        lambda name: Reply(completed(name).data.replace(b'"credits_spent": 0.5', b'"credits_spent": NaN')),
+        lambda name: Reply(completed_reply(name).data.replace(b'"credits_spent": 0.5', b'"credits_spent": NaN')),
         "found",
         None,
     ),
-    "credits as an object": (lambda name: completed(name, credits_spent={"amount": 1}), "found", None),
+    "credits as an object": (lambda name: completed_reply(name, credits_spent={"amount": 1}), "found", None),
     "many steps": (
-        lambda name: completed(
+        lambda name: completed_reply(
             name, data=[{"result": {"email": "a@b.example"}, "steps": [{"provider": "P", "cost": "0"}] * 20_000}]
         ),
         "found",
         0.5,
     ),
     "deep": (
-        lambda name: http(
+        lambda name: http_reply(
             200, b'{"task_id":"t-%s","status":"completed","data":%s}' % (name.encode(), b"[" * 5000 + b"]" * 5000)
         ),
         "submitted",
         None,
     ),
-    "no JSON": (lambda _: http(200, b"<html>busy</html>"), "submitted", None),
-    "no status": (lambda name: http(200, {"task_id": f"t-{name}"}), "submitted", None),
-    "another task": (lambda _: completed("First1"), "submitted", None),
-    "a long id": (lambda name: completed(name, task_id="x" * 600), "submitted", None),
+    "no JSON": (lambda _: http_reply(200, b"<html>busy</html>"), "submitted", None),
+    "no status": (lambda name: http_reply(200, {"task_id": f"t-{name}"}), "submitted", None),
+    "another task": (lambda _: completed_reply("First1"), "submitted", None),
+    "a long id": (lambda name: completed_reply(name, task_id="x" * 600), "submitted", None),
 }
 
 
-@pytest.mark.parametrize("poison", first_quick(2, POISON, single=True))
-def test_one_answer_costs_that_answer(office: Office, poison: str) -> None:
+@pytest.mark.parametrize("poison", first_quick(2, UNUSABLE_ANSWERS, single=True))
+def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> None:
     """The other leads get theirs, the row says what is wrong, and the run is not held."""
-    odd = Odd()
-    answer, state, spent = POISON[poison]
-    office.write_leads(people(3))
-    odd.task = lambda name: answer(name) if name == "First0" else completed(name)
-    with answering(odd) as wire:
-        receipt = night(office, wire.base_url)
-        rows = office.output()
-        healed = night(office, wire.base_url) if state == "submitted" else receipt
-        odd.task = completed
-        last = night(office, wire.base_url)
+    scripted_api = ScriptedApi()
+    answer, state, spent = UNUSABLE_ANSWERS[poison]
+    workspace.write_leads(make_leads(3))
+    scripted_api.task = lambda name: answer(name) if name == "First0" else completed_reply(name)
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url)
+        rows = workspace.output()
+        healed = run_once(workspace, server.base_url) if state == "submitted" else summary
+        scripted_api.task = completed_reply
+        last = run_once(workspace, server.base_url)
 
-    assert receipt.exit_code == (13 if state == "submitted" else 0)
+    assert summary.exit_code == (13 if state == "submitted" else 0)
     assert [row["enrich_status"] for row in rows[1:]] == ["found", "found"]
     assert rows[1]["work_email"] == "first1@found.example"
     assert healed.exit_code in (0, 13)
@@ -371,23 +377,23 @@ def test_one_answer_costs_that_answer(office: Office, poison: str) -> None:
         assert rows[0]["enrich_status"] == "pending"
         assert rows[0]["enrich_error"]
     assert last.exit_code == 0
-    assert states(office) == ["found"] * 3
-    assert len(odd.posts) == 3
+    assert request_states(workspace) == ["found"] * 3
+    assert len(scripted_api.posts) == 3
 
 
-def test_ids_that_no_attempt_has_stop_submitting(office: Office) -> None:
+def test_unknown_task_ids_stop_submitting(workspace: Workspace) -> None:
     """Somebody else's tasks, again and again: kept raw, and after 20 nothing more is bought."""
-    odd = Odd()
-    office.write_job(limits="{requests_per_second: 1000, in_flight: 25}")
-    office.write_leads(people(80))
-    odd.task = lambda name: completed(name, task_id=f"alien-{name}")
-    with answering(odd) as wire:
-        receipt = night(office, wire.base_url, timing=replace(TIMING, outage_s=60.0))
+    scripted_api = ScriptedApi()
+    workspace.write_job(limits="{requests_per_second: 1000, in_flight: 25}")
+    workspace.write_leads(make_leads(80))
+    scripted_api.task = lambda name: completed_reply(name, task_id=f"alien-{name}")
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=60.0))
 
-    assert receipt.exit_code == 4
-    assert len(odd.posts) < 80
-    assert set(states(office)) <= {"submitted", "pending"}
-    kept = office.sql("SELECT count(*) FROM attempts WHERE answer LIKE '%alien-%' AND state = 'submitted'")
+    assert summary.exit_code == 4
+    assert len(scripted_api.posts) < 80
+    assert set(request_states(workspace)) <= {"submitted", "pending"}
+    kept = workspace.sql("SELECT count(*) FROM attempts WHERE answer LIKE '%alien-%' AND state = 'submitted'")
     assert kept[0][0] >= 20
 
 
@@ -395,7 +401,7 @@ def test_ids_that_no_attempt_has_stop_submitting(office: Office) -> None:
 
 
 @given(steps=st.lists(st.integers(-72, 72), min_size=1, max_size=5))
-def test_steps_of_the_local_clock_change_no_time(steps: list[int]) -> None:
+def test_local_clock_steps_are_ignored(steps: list[int]) -> None:
     """The clock of a run is the one it began with, counted on."""
     clock = SystemClock()
     before = clock.now_ms()
@@ -407,7 +413,7 @@ def test_steps_of_the_local_clock_change_no_time(steps: list[int]) -> None:
 
 
 @given(offsets=st.lists(st.integers(-(10**8), 10**8), min_size=0, max_size=8))
-def test_a_clock_offset_needs_answers_that_agree(offsets: list[int]) -> None:
+def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
     """One answer, or several that differ, leave the clock as it is."""
     clock = SystemClock()
     for number, offset in enumerate(offsets):
@@ -423,21 +429,21 @@ def test_a_clock_offset_needs_answers_that_agree(offsets: list[int]) -> None:
         assert clock.earliest_ms() <= clock.now_ms() + 5
 
 
-def test_a_date_from_a_cache_is_no_clock() -> None:
+def test_cached_date_header_is_ignored() -> None:
     """An `Age` header says that the answer is old."""
     from enrich.api.client import Client  # noqa: PLC0415 - the header alone
 
-    heard: list[int] = []
+    received: list[int] = []
 
     class Heard(SystemClock):
         def observe(self, api_ms: int) -> None:
-            heard.append(api_ms)
+            received.append(api_ms)
 
     async def asking(base_url: str) -> None:
         async with Client(Access(base_url, SecretStr("key-of-the-test")), Heard()) as client:
             await client.user()
 
     for more in ({}, {"age": "7200"}):
-        with answering(http(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as wire:
-            asyncio.run(asking(wire.base_url))
-    assert heard == [1_793_534_400_000]
+        with serve_replies(http_reply(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as server:
+            asyncio.run(asking(server.base_url))
+    assert received == [1_793_534_400_000]

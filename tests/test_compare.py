@@ -17,65 +17,67 @@ from enrich.job import load_job
 from enrich.report.compare import compare_executions, compare_jobs, mcnemar, verdict
 from enrich.report.facts import Comparison, Side
 from tests.cases import in_turn
-from tests.harness import CALM, Api, Office, people, serving
+from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api
 
 
-def other(office: Office, name: str = "other", **changes: str) -> Path:
+def write_other_job(workspace: Workspace, name: str = "other", **changes: str) -> Path:
     """Write another job beside the office's."""
     changes = {"output": f"{name}.csv", "name": name} | changes
-    ours = office.job_file.read_text()
-    path = office.write_job(**changes).rename(office.folder / f"{name}.yaml")
-    office.job_file.write_text(ours)
+    ours = workspace.job_file.read_text()
+    path = workspace.write_job(**changes).rename(workspace.folder / f"{name}.yaml")
+    workspace.job_file.write_text(ours)
     return path
 
 
-def run(office: Office, api: Api, job: str = "job.yaml") -> dict[str, Any]:
+def run_job(workspace: Workspace, api: SandboxApi, job: str = "job.yaml") -> dict[str, Any]:
     """Run a job; return its receipt."""
-    done = office.command("run", job, "--json", api=api)
-    assert done.code == 0, done.stderr
-    return done.receipt
+    result = workspace.command("run", job, "--json", api=api)
+    assert result.code == 0, result.stderr
+    return result.receipt
 
 
-def compared(office: Office, what: str, *more: str) -> dict[str, Any]:
+def compare_json(workspace: Workspace, what: str, *more: str) -> dict[str, Any]:
     """Return the comparison as `--json` prints it."""
-    done = office.command("report", "job.yaml", "--json", "--compare", what, *more)
-    assert (done.code, done.stderr) == (0, "")
-    told: dict[str, Any] = done.receipt["comparison"]
-    return told
+    result = workspace.command("report", "job.yaml", "--json", "--compare", what, *more)
+    assert (result.code, result.stderr) == (0, "")
+    output: dict[str, Any] = result.receipt["comparison"]
+    return output
 
 
-def refused(office: Office, what: str) -> tuple[int, str]:
+def comparison_error(workspace: Workspace, what: str) -> tuple[int, str]:
     """Return how a comparison was refused."""
-    done = office.command("report", "job.yaml", "--json", "--compare", what)
-    return done.code, done.stderr
+    result = workspace.command("report", "job.yaml", "--json", "--compare", what)
+    return result.code, result.stderr
 
 
 @pytest.mark.long
-def test_two_orders_of_providers_with_two_ledgers(tmp_path: Path, office: Office) -> None:
+def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
     """Each side as it was, and the leads that both asked for like with like."""
-    office.write_job(enrichments="[833, 966]")
-    office.write_leads(people(60))
-    office.write_leads(people(60, start=20), name="later.csv")
-    other(office, input="later.csv", enrichments="[701]")
-    with serving(tmp_path / "api.db", replace(CALM, charge_misses=True)) as api:
-        receipts = [run(office, api), run(office, api, "other.yaml")]
+    workspace.write_job(enrichments="[833, 966]")
+    workspace.write_leads(make_leads(60))
+    workspace.write_leads(make_leads(60, start=20), name="later.csv")
+    write_other_job(workspace, input="later.csv", enrichments="[701]")
+    with serve_api(tmp_path / "api.db", replace(INSTANT_API, charge_misses=True)) as api:
+        summaries = [run_job(workspace, api), run_job(workspace, api, "other.yaml")]
         bought = api.audit()["runs"]
-    told = compared(office, "other.yaml")
+    comparison = compare_json(workspace, "other.yaml")
 
-    for side, receipt, label in zip((told["left"], told["right"]), receipts, ("job.yaml", "other.yaml"), strict=True):
+    for side, summary, label in zip(
+        (comparison["left"], comparison["right"]), summaries, ("job.yaml", "other.yaml"), strict=True
+    ):
         assert side["label"] == label
-        assert (side["asked"], side["found"], side["not_found"]) == (60, receipt["found"], receipt["not_found"])
-        assert side["credits"] == pytest.approx(receipt["credits_spent"])
-        assert side["cost_per_hit"] == pytest.approx(receipt["credits_spent"] / receipt["found"])
-    assert told["left"]["providers"] == ["Mailhound", "Peoplegrid"]
-    assert told["right"]["providers"] == ["Inboxly"]
-    left, right = answers(office, "out.csv"), answers(office, "other.csv")
+        assert (side["asked"], side["found"], side["not_found"]) == (60, summary["found"], summary["not_found"])
+        assert side["credits"] == pytest.approx(summary["credits_spent"])
+        assert side["cost_per_hit"] == pytest.approx(summary["credits_spent"] / summary["found"])
+    assert comparison["left"]["providers"] == ["Mailhound", "Peoplegrid"]
+    assert comparison["right"]["providers"] == ["Inboxly"]
+    left, right = matches_by_lead(workspace, "out.csv"), matches_by_lead(workspace, "other.csv")
     both = left.keys() & right.keys()
-    assert told["common"] == len(both) == 40
-    assert told["both"] == sum(left[lead] and right[lead] for lead in both)
-    assert told["only_left"] == sum(left[lead] and not right[lead] for lead in both)
-    assert told["only_right"] == sum(right[lead] and not left[lead] for lead in both)
-    assert told["neither"] == sum(not left[lead] and not right[lead] for lead in both)
+    assert comparison["common"] == len(both) == 40
+    assert comparison["both"] == sum(left[lead] and right[lead] for lead in both)
+    assert comparison["only_left"] == sum(left[lead] and not right[lead] for lead in both)
+    assert comparison["only_right"] == sum(right[lead] and not left[lead] for lead in both)
+    assert comparison["neither"] == sum(not left[lead] and not right[lead] for lead in both)
     for name, providers in (("common_left_credits", [833, 966]), ("common_right_credits", [701])):
         spent = [each["credits"] for each in bought if each["enrichments"] == providers]
         common = [
@@ -84,115 +86,118 @@ def test_two_orders_of_providers_with_two_ledgers(tmp_path: Path, office: Office
             if each["enrichments"] == providers and each["params"]["first_name"] in both
         ]
         assert len(spent) == 60
-        assert told[name] == pytest.approx(sum(common))
-    assert told["verdict"].startswith("`other.yaml` found ")
-    assert "40 leads that both asked for" in told["verdict"]
+        assert comparison[name] == pytest.approx(sum(common))
+    assert comparison["verdict"].startswith("`other.yaml` found ")
+    assert "40 leads that both asked for" in comparison["verdict"]
 
 
-def answers(office: Office, output: str) -> dict[str, bool]:
+def matches_by_lead(workspace: Workspace, output: str) -> dict[str, bool]:
     """Tell of each lead whether it was found."""
-    return {row["First Name"]: row["enrich_status"] == "found" for row in office.output(output)}
+    return {row["First Name"]: row["enrich_status"] == "found" for row in workspace.output(output)}
 
 
 @pytest.mark.long
-def test_two_jobs_with_one_ledger(api: Api, office: Office) -> None:
+def test_two_jobs_sharing_a_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """Another verifier makes another question; the same question is asked once, by whoever came first."""
-    office.write_job(ledger="shared.db")
-    office.write_leads(people(10))
-    other(office, ledger="shared.db", email_verifier="10")
-    other(office, "same", ledger="shared.db")
+    workspace.write_job(ledger="shared.db")
+    workspace.write_leads(make_leads(10))
+    write_other_job(workspace, ledger="shared.db", email_verifier="10")
+    write_other_job(workspace, "same", ledger="shared.db")
     for job in ("job.yaml", "other.yaml", "same.yaml"):
-        run(office, api, job)
+        run_job(workspace, api, job)
 
-    told = compared(office, "other.yaml")
-    assert (told["left"]["asked"], told["right"]["asked"], told["common"]) == (10, 10, 10)
-    assert [each["name"] for each in told["right_providers"] if each["verifies"]] == ["Mailproof"]
-    nothing = compared(office, "same.yaml")
+    comparison = compare_json(workspace, "other.yaml")
+    assert (comparison["left"]["asked"], comparison["right"]["asked"], comparison["common"]) == (10, 10, 10)
+    assert [each["name"] for each in comparison["right_providers"] if each["verifies"]] == ["Mailproof"]
+    nothing = compare_json(workspace, "same.yaml")
     assert (nothing["right"]["asked"], nothing["right"]["cost_per_hit"], nothing["common"]) == (0, None, 0)
     assert nothing["verdict"].startswith("no lead was answered on both sides")
 
 
-def test_two_executions(tmp_path: Path, office: Office) -> None:
+def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
     """The newest that was answered anything against an earlier one; a lead that was asked again is in both."""
-    office.write_leads(people(12))
-    with serving(tmp_path / "api.db") as api:
-        first = run(office, api)
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db") as api:
+        first = run_job(workspace, api)
         api.reprice({833: 2, 966: 2, 701: 2, 745: 2})
-        office.write_leads(people(15))
-        office.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
-        second = run(office, api)
-        assert office.command("run", "job.yaml", "--limit", "0", api=api).code == 0  # is answered nothing
-    told = compared(office, "1")
+        workspace.write_leads(make_leads(15))
+        workspace.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
+        second = run_job(workspace, api)
+        assert workspace.command("run", "job.yaml", "--limit", "0", api=api).code == 0  # is answered nothing
+    comparison = compare_json(workspace, "1")
 
-    assert [told[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]
-    assert (told["left"]["asked"], told["right"]["asked"], told["common"]) == (15, 12, 12)
-    assert told["left"]["credits"] == pytest.approx(second["credits_spent"])
-    assert told["common_right_credits"] == pytest.approx(first["credits_spent"])
-    assert told["common_left_credits"] > told["common_right_credits"]
-    assert (told["both"], told["neither"]) == (first["found"], first["not_found"])
-    assert "credits less per hit" in told["verdict"]
-    assert compare_executions(load_job(office.job_file), 2).left.label == "execution 1"
+    assert [comparison[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]
+    assert (comparison["left"]["asked"], comparison["right"]["asked"], comparison["common"]) == (15, 12, 12)
+    assert comparison["left"]["credits"] == pytest.approx(second["credits_spent"])
+    assert comparison["common_right_credits"] == pytest.approx(first["credits_spent"])
+    assert comparison["common_left_credits"] > comparison["common_right_credits"]
+    assert (comparison["both"], comparison["neither"]) == (first["found"], first["not_found"])
+    assert "credits less per hit" in comparison["verdict"]
+    assert compare_executions(load_job(workspace.job_file), 2).left.label == "execution 1"
 
 
 @pytest.mark.long
-def test_leads_in_bulk_cost_their_part_of_the_task(api: Api, office: Office) -> None:
+def test_bulk_cost_is_split_by_lead(api: SandboxApi, workspace: Workspace) -> None:
     """The price is the task's; a lead that only one side asked for takes its part with it."""
-    office.write_leads(people(8))
-    other(office, input="few.csv", dispatch="{bulk: 5}", columns="{mail: email}")
-    office.write_leads(people(5), name="few.csv")
-    run(office, api)
-    receipt = run(office, api, "other.yaml")
+    workspace.write_leads(make_leads(8))
+    write_other_job(workspace, input="few.csv", dispatch="{bulk: 5}", columns="{mail: email}")
+    workspace.write_leads(make_leads(5), name="few.csv")
+    run_job(workspace, api)
+    summary = run_job(workspace, api, "other.yaml")
 
-    told = compare_jobs(load_job(office.job_file), load_job(office.folder / "other.yaml"))
-    assert told.common == 5
-    assert told.common_right_credits == pytest.approx(receipt["credits_spent"])
-    assert told.only_left == told.only_right == 0
-    assert "found as many of the 5 leads" in told.verdict
+    comparison = compare_jobs(load_job(workspace.job_file), load_job(workspace.folder / "other.yaml"))
+    assert comparison.common == 5
+    assert comparison.common_right_credits == pytest.approx(summary["credits_spent"])
+    assert comparison.only_left == comparison.only_right == 0
+    assert "found as many of the 5 leads" in comparison.verdict
 
 
-def test_forgotten_leads_are_not_compared(api: Api, office: Office) -> None:
+def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> None:
     """Nobody knows any more whom they were about: they are no common lead of each other."""
-    office.write_leads(people(6))
-    other(office)
-    run(office, api)
-    run(office, api, "other.yaml")
+    workspace.write_leads(make_leads(6))
+    write_other_job(workspace)
+    run_job(workspace, api)
+    run_job(workspace, api, "other.yaml")
     for job in ("job.yaml", "other.yaml"):
-        assert office.command("forget", job, "--match", "First Name=First1", "--yes").code == 0
-        assert office.command("forget", job, "--match", "First Name=First2", "--yes").code == 0
+        assert workspace.command("forget", job, "--match", "First Name=First1", "--yes").code == 0
+        assert workspace.command("forget", job, "--match", "First Name=First2", "--yes").code == 0
 
-    told = compared(office, "other.yaml")
-    assert (told["left"]["asked"], told["common"]) == (6, 4)
+    comparison = compare_json(workspace, "other.yaml")
+    assert (comparison["left"]["asked"], comparison["common"]) == (6, 4)
 
 
-def test_what_cannot_be_compared_says_why(api: Api, office: Office) -> None:
+def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
     """Itself, an execution that is none of the job's, a job that never ran, one that is not there."""
-    office.write_leads(people(2))
-    other(office)
-    assert refused(office, "1")[0] == 5
-    run(office, api)
+    workspace.write_leads(make_leads(2))
+    write_other_job(workspace)
+    assert comparison_error(workspace, "1")[0] == 5
+    run_job(workspace, api)
 
-    assert refused(office, "1") == (5, "error: --compare 1: no other execution of job was answered anything\n")
-    code, said = refused(office, "7")
+    assert comparison_error(workspace, "1") == (
+        5,
+        "error: --compare 1: no other execution of job was answered anything\n",
+    )
+    code, message = comparison_error(workspace, "7")
     assert code == 2
-    assert "job has no execution 7" in said
-    assert refused(office, "job.yaml")[0] == 2
-    code, said = refused(office, "other.yaml")
+    assert "job has no execution 7" in message
+    assert comparison_error(workspace, "job.yaml")[0] == 2
+    code, message = comparison_error(workspace, "other.yaml")
     assert code == 5
-    assert "other has never run" in said
-    code, said = refused(office, "third.yaml")
+    assert "other has never run" in message
+    code, message = comparison_error(workspace, "third.yaml")
     assert code == 2
-    assert "third.yaml" in said
+    assert "third.yaml" in message
 
 
-def test_a_comparison_names_no_lead(api: Api, office: Office) -> None:
+def test_comparison_has_no_personal_data(api: SandboxApi, workspace: Workspace) -> None:
     """It is part of a report that may be passed on."""
-    office.write_leads(people(4))
-    other(office)
-    run(office, api)
-    run(office, api, "other.yaml")
-    said = json.dumps(compared(office, "other.yaml"))
-    assert "First1" not in said
-    assert "company1" not in said
+    workspace.write_leads(make_leads(4))
+    write_other_job(workspace)
+    run_job(workspace, api)
+    run_job(workspace, api, "other.yaml")
+    message = json.dumps(compare_json(workspace, "other.yaml"))
+    assert "First1" not in message
+    assert "company1" not in message
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -205,14 +210,14 @@ def test_mcnemar_is_the_exact_binomial_test(one: int, other_: int) -> None:
     assert mcnemar(one, other_) == mcnemar(other_, one)
 
 
-def test_mcnemar_of_very_many_agrees_with_the_exact_one() -> None:
+def test_mcnemar_approximation_matches_exact() -> None:
     """Where the normal distribution takes over nothing jumps, and millions take no time."""
     exact, near = mcnemar(460, 540), mcnemar(460, 541)
     assert near == pytest.approx(exact, rel=0.15)
     assert mcnemar(1_000_000, 1_010_000) < 1e-6
 
 
-def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> Comparison:
+def make_comparison(leads: tuple[int, int, int, int], left: float, right: float) -> Comparison:
     """Make a comparison of the leads that both asked for: found by both, only left, only right, neither."""
     sides = [Side(label, (), 0, 0, 0, 0.0, None) for label in ("a.yaml", "b.yaml")]
     return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
@@ -222,7 +227,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
     ("told", "unknown", "said"),
     [
         (
-            comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
+            make_comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
             0,
             (
                 "`b.yaml` found 12 more of the 150 leads that both asked for (41 only there, 29 only here: may be "
@@ -230,7 +235,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
             ),
         ),
         (
-            comparison((60, 40, 0, 0), 100, 90),
+            make_comparison((60, 40, 0, 0), 100, 90),
             0,
             (
                 "`b.yaml` found 40 fewer of the 100 leads that both asked for (0 only there, 40 only here: no chance: "
@@ -238,7 +243,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
             ),
         ),
         (
-            comparison((60, 5, 17, 0), 65, 77),
+            make_comparison((60, 5, 17, 0), 65, 77),
             0,
             (
                 "`b.yaml` found 12 more of the 82 leads that both asked for (17 only there, 5 only here: hardly "
@@ -246,7 +251,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
             ),
         ),
         (
-            comparison((1, 0, 0, 0), 1, 1),
+            make_comparison((1, 0, 0, 0), 1, 1),
             1,
             (
                 "`b.yaml` found as many of the 1 lead that both asked for (0 only there, 0 only here); what that "
@@ -254,7 +259,7 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
             ),
         ),
         (
-            comparison((0, 0, 0, 3), 1, 2.5),
+            make_comparison((0, 0, 0, 3), 1, 2.5),
             0,
             (
                 "`b.yaml` found as many of the 3 leads that both asked for (0 only there, 0 only here) "
@@ -262,12 +267,12 @@ def comparison(leads: tuple[int, int, int, int], left: float, right: float) -> C
             ),
         ),
         (
-            comparison((0, 0, 0, 0), 0, 0),
+            make_comparison((0, 0, 0, 0), 0, 0),
             0,
             "no lead was answered on both sides: compare the rates with care, the leads differ",
         ),
     ],
 )
-def test_the_verdict_is_one_sentence(told: Comparison, unknown: int, said: str) -> None:
+def test_verdict_text(told: Comparison, unknown: int, said: str) -> None:
     """Who found more for less, and how sure that is."""
     assert verdict(told, unknown) == said

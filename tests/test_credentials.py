@@ -15,18 +15,18 @@ from tests.cases import in_turn
 KEY = "key-5b1f0e77-that-nobody-may-see"
 
 
-def login(home: Path, text: str) -> None:
+def write_login(home: Path, text: str) -> None:
     """Write what `databar login` writes."""
     folder = home / ".databar"
     folder.mkdir()
     (folder / "config").write_text(text, encoding="utf-8")
 
 
-def test_the_key_is_looked_for_in_three_places_in_order(tmp_path: Path) -> None:
+def test_key_lookup_order(tmp_path: Path) -> None:
     """The variable, then the file that a variable names, then the file of `databar login`."""
     file = tmp_path / "key"
     file.write_text("from-file\n", encoding="utf-8")
-    login(tmp_path, "user = ada\napi_key = from-login\n")
+    write_login(tmp_path, "user = ada\napi_key = from-login\n")
     environ = {"DATABAR_API_KEY": " from-variable ", "DATABAR_API_KEY_FILE": str(file)}
 
     assert find_key(environ, tmp_path).get_secret_value() == "from-variable"
@@ -35,25 +35,25 @@ def test_the_key_is_looked_for_in_three_places_in_order(tmp_path: Path) -> None:
 
 
 @in_turn("text", ["", "\n", "api_key=\n", "api_key\n", "other=KEY\n", "# api_key=KEY\n"])
-def test_a_login_without_a_key_is_none(tmp_path: Path, text: str) -> None:
+def test_login_file_without_key(tmp_path: Path, text: str) -> None:
     """The message says where was looked, and how to try without."""
-    login(tmp_path, text)
+    write_login(tmp_path, text)
     with pytest.raises(KeyRefused, match="no API key") as caught:
         find_key({}, tmp_path)
     assert "--sandbox" in (caught.value.hint or "")
 
 
 @in_turn("text", [KEY, f"{KEY}\r\n", f"\ufeff{KEY}\n", f"\n  {KEY}\t\n"])
-def test_a_key_file_may_end_in_a_line(tmp_path: Path, text: str) -> None:
+def test_key_file_whitespace_and_bom(tmp_path: Path, text: str) -> None:
     """Editors add line ends, and some a byte order mark; neither is part of the key."""
     file = tmp_path / "key"
     file.write_text(text, encoding="utf-8", newline="")
     assert find_key({"DATABAR_API_KEY_FILE": str(file)}, tmp_path).get_secret_value() == KEY
 
 
-def test_a_key_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_unreadable_key_file(tmp_path: Path) -> None:
     """A file that was named is not passed over in silence for another place."""
-    login(tmp_path, f"api_key={KEY}")
+    write_login(tmp_path, f"api_key={KEY}")
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.touch()
     binary.write_bytes(b"\xff\xfe\x00")
@@ -69,7 +69,7 @@ def test_a_key_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 @in_turn("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u200b"])
-def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path: Path, key: str) -> None:
+def test_invalid_key_characters(tmp_path: Path, key: str) -> None:
     """Two lines in a file, a copied blank: it is told before anything is sent, without showing it."""
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
@@ -79,7 +79,7 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(tmp_path: Path, key: s
         assert KEY not in "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
 
 
-def test_the_key_is_in_no_repr() -> None:
+def test_key_is_not_in_repr() -> None:
     """Neither a log nor a traceback that shows the value can tell it."""
     access = Access(DEFAULT_BASE_URL, SecretStr(KEY))
     assert KEY not in f"{access} {access!r} {access.key}"
@@ -98,7 +98,7 @@ def test_the_key_is_in_no_repr() -> None:
         (" https://api.databar.ai/v1\n", "api.databar.ai"),
     ],
 )
-def test_an_address_is_https_or_loopback(tmp_path: Path, base_url: str, host: str) -> None:
+def test_base_url_https_or_loopback(tmp_path: Path, base_url: str, host: str) -> None:
     """The key travels encrypted or not at all beyond this machine."""
     access = find_access({"DATABAR_BASE_URL": base_url, "DATABAR_API_KEY": KEY}, tmp_path)
     assert access.host == host
@@ -106,7 +106,7 @@ def test_an_address_is_https_or_loopback(tmp_path: Path, base_url: str, host: st
 
 
 @in_turn("base_url", [None, "", " "])
-def test_the_address_has_a_default(tmp_path: Path, base_url: str | None) -> None:
+def test_default_base_url(tmp_path: Path, base_url: str | None) -> None:
     """An empty variable counts as missing."""
     environ = {"DATABAR_API_KEY": KEY} | ({} if base_url is None else {"DATABAR_BASE_URL": base_url})
     assert find_access(environ, tmp_path).base_url == DEFAULT_BASE_URL
@@ -133,7 +133,7 @@ def test_the_address_has_a_default(tmp_path: Path, base_url: str | None) -> None
         "https://api.databar.ai/v1\x00",
     ],
 )
-def test_any_other_address_is_refused(base_url: str) -> None:
+def test_invalid_base_url(base_url: str) -> None:
     """Before anything is sent; the hint says what to write instead."""
     with pytest.raises(JobError, match="must be an https address, or http on loopback") as caught:
         check_base_url(base_url)

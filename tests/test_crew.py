@@ -28,7 +28,7 @@ from enrich.worker import Errand, Told, Word
 
 
 @dataclass(slots=True, eq=False)
-class Puppet:
+class FakeWorker:
     """A worker that does what a test says."""
 
     heard: Callable[[Hand], None]
@@ -63,18 +63,20 @@ class Puppet:
 
 
 @dataclass(slots=True)
-class Stage:
+class FakeBackend:
     """Where puppets come from."""
 
-    hired: list[Puppet] = field(default_factory=list)
+    hired: list[FakeWorker] = field(default_factory=list)
 
     def hire(self, _: Errand, heard: Callable[[Hand], None]) -> Hand:
         """Have one more."""
-        self.hired.append(Puppet(heard))
+        self.hired.append(FakeWorker(heard))
         return self.hired[-1]
 
 
-def play(*, scenes: Sequence[Callable[[Stage], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0) -> Crew:
+def run_pool(
+    *, steps: Sequence[Callable[[FakeBackend], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0
+) -> Crew:
     """Let a crew of three live through scenes, one after the other, until none of them is left."""
     monkeypatch.setattr(crews, "LOOK_S", 0.02)
     monkeypatch.setattr(crews, "START_S", 0.5)
@@ -82,139 +84,139 @@ def play(*, scenes: Sequence[Callable[[Stage], None]], monkeypatch: pytest.Monke
     execution = Execution(1, SystemClock(), Pace(None))
     budget = Budget(None, 0, "", "")
     shift = Shift(Call("email_getter", (833,)), budget, {}, None, ("email",), 3, 60.0, workers=3)
-    place = Server("postgresql://nowhere", "enrich", Path(), lease_s)
+    ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = Access("http://127.0.0.1", SecretStr("none"))
-    errand = Errand(shift, access, place, 1, Timing(), 10, 60.0, PollTimes())
-    stage = Stage()
-    crew = Crew(execution, errand, stage.hire)
+    worker_task = Errand(shift, access, ledger_location, 1, Timing(), 10, 60.0, PollTimes())
+    stage = FakeBackend()
+    pool = Crew(execution, worker_task, stage.hire)
 
     async def live() -> None:
-        run = asyncio.create_task(crew.run())
-        for scene in scenes:
+        run = asyncio.create_task(pool.run())
+        for scene in steps:
             await asyncio.sleep(0.1)
             scene(stage)
         async with asyncio.timeout(10):
             await run
 
     asyncio.run(live())
-    return crew
+    return pool
 
 
-def all_end(stage: Stage) -> None:
+def finish_all(backend: FakeBackend) -> None:
     """Let all end in peace who are there."""
-    for puppet in stage.hired:
-        puppet.tell()
-        puppet.leave(ended=True)
+    for worker in backend.hired:
+        worker.tell()
+        worker.leave(ended=True)
 
 
-def test_what_all_have_told_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what those told who are gone; one that sends no more, as its key is refused, stops all."""
 
-    def work(stage: Stage) -> None:
-        for puppet in stage.hired:
-            puppet.tell(tally=Tally(submitted=2))
-        stage.hired[0].leave(ended=False)
+    def work(backend: FakeBackend) -> None:
+        for worker in backend.hired:
+            worker.tell(tally=Tally(submitted=2))
+        backend.hired[0].leave(ended=False)
 
-    def stop(stage: Stage) -> None:
+    def stop(backend: FakeBackend) -> None:
         refused = {Exit.KEY: ("the API refuses the key", None)}
-        stage.hired[1].tell(tally=Tally(submitted=3), reasons=refused, closing=True)
+        backend.hired[1].tell(tally=Tally(submitted=3), reasons=refused, closing=True)
 
     words: list[list[Word]] = []
 
-    def end(stage: Stage) -> None:
-        words.extend(puppet.words for puppet in stage.hired)
-        for puppet in stage.hired[1:]:
-            puppet.leave(ended=True)
+    def end(backend: FakeBackend) -> None:
+        words.extend(puppet.words for puppet in backend.hired)
+        for worker in backend.hired[1:]:
+            worker.leave(ended=True)
 
-    crew = play(scenes=[work, stop, end], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[work, stop, end], monkeypatch=monkeypatch)
 
-    assert crew.execution.tally.submitted == 2 + 3 + 2
-    assert crew.execution.reasons[Exit.KEY].message == "the API refuses the key"
+    assert pool.execution.tally.submitted == 2 + 3 + 2
+    assert pool.execution.reasons[Exit.KEY].message == "the API refuses the key"
     assert all(Word.CLOSE in said for said in words[1:])
-    assert crew.lost == ["it fell"]
+    assert pool.lost == ["it fell"]
 
 
 def test_a_worker_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on meanwhile."""
-    seen: list[Stage] = []
+    seen: list[FakeBackend] = []
 
-    def fall(stage: Stage) -> None:
+    def fall(stage: FakeBackend) -> None:
         seen.append(stage)
         for puppet in stage.hired:
             puppet.tell()
         stage.hired[0].leave(ended=False)
 
-    crew = play(scenes=[fall, all_end], monkeypatch=monkeypatch)
+    crew = run_pool(steps=[fall, finish_all], monkeypatch=monkeypatch)
 
     assert len(seen[0].hired) == 4
     assert Word.CLOSE not in seen[0].hired[1].words
     assert crew.lost == ["it fell"]
 
 
-def test_who_falls_before_its_first_word_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_lost_before_first_status_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was there: somebody has killed it."""
-    seen: list[Stage] = []
+    seen: list[FakeBackend] = []
 
-    def fall(stage: Stage) -> None:
-        seen.append(stage)
-        stage.hired[1].leave(ended=False)
+    def fall(backend: FakeBackend) -> None:
+        seen.append(backend)
+        backend.hired[1].leave(ended=False)
 
-    crew = play(scenes=[fall, all_end], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[fall, finish_all], monkeypatch=monkeypatch)
 
     assert len(seen[0].hired) == 4
-    assert crew.lost == ["it fell"]
+    assert pool.lost == ["it fell"]
 
 
-def test_those_who_always_fall_are_not_replaced_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacement_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end nobody is left, and what is left is the boss's."""
 
-    def fall(stage: Stage) -> None:
-        for puppet in stage.hired:
-            puppet.tell()
-            puppet.leave(ended=False)
+    def fall(backend: FakeBackend) -> None:
+        for worker in backend.hired:
+            worker.tell()
+            worker.leave(ended=False)
 
-    crew = play(scenes=[fall] * (SPARES + 2), monkeypatch=monkeypatch)
+    pool = run_pool(steps=[fall] * (SPARES + 2), monkeypatch=monkeypatch)
 
-    assert len(crew.lost) == 3 + SPARES * 3
+    assert len(pool.lost) == 3 + SPARES * 3
 
 
-def test_who_says_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """After two leases, when what it was at is another's; one is hired in its place."""
 
-    def speak(stage: Stage) -> None:
-        for puppet in [*stage.hired[:2], *stage.hired[3:]]:
-            puppet.tell()
+    def speak(backend: FakeBackend) -> None:
+        for worker in [*backend.hired[:2], *backend.hired[3:]]:
+            worker.tell()
 
-    def begin(stage: Stage) -> None:
-        for puppet in stage.hired:
-            puppet.tell()
+    def begin(backend: FakeBackend) -> None:
+        for worker in backend.hired:
+            worker.tell()
 
-    crew = play(scenes=[begin, *[speak] * 5, all_end], monkeypatch=monkeypatch, lease_s=0.2)
+    pool = run_pool(steps=[begin, *[speak] * 5, finish_all], monkeypatch=monkeypatch, lease_s=0.2)
 
-    assert crew.lost == ["it said nothing any more"]
+    assert pool.lost == ["it said nothing any more"]
 
 
-def test_who_comes_when_all_is_done_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_worker_is_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster may have no room for all: the others do it."""
 
-    def some_end(stage: Stage) -> None:
-        for puppet in stage.hired[:2]:
-            puppet.tell()
-            puppet.leave(ended=True)
+    def some_end(backend: FakeBackend) -> None:
+        for worker in backend.hired[:2]:
+            worker.tell()
+            worker.leave(ended=True)
 
-    assert play(scenes=[some_end], monkeypatch=monkeypatch).lost == []
+    assert run_pool(steps=[some_end], monkeypatch=monkeypatch).lost == []
 
 
-def test_who_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_never_starts_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """When there is room for none, the boss does it."""
-    crew = play(scenes=[], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[], monkeypatch=monkeypatch)
 
-    assert set(crew.lost) == {"it said nothing any more"}
+    assert set(pool.lost) == {"it said nothing any more"}
 
 
 def test_a_post_may_be_on_the_wire_until_a_worker_says_that_it_sends_no_more() -> None:
     """A signal may come before the first report of a worker that has sent just now: its answer is waited for."""
-    puppet = Puppet(lambda _: None)
+    puppet = FakeWorker(lambda _: None)
 
     assert (on_the_wire(puppet, closing=False), on_the_wire(puppet, closing=True)) == (0, 1)
     puppet.told = Told(on_the_wire=3)

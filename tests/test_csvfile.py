@@ -18,30 +18,32 @@ from enrich.tables.csvfile import CELL_LIMIT, CsvWriter, likely_separator, read_
 from enrich.tables.textfile import TableFile, TableProblem
 from tests.cases import examples, first_quick, in_turn
 
-UTF8_MARK = b"\xef\xbb\xbf"
+UTF8_BOM = b"\xef\xbb\xbf"
 
 
-def saved(folder: Path, content: bytes | str, name: str = "leads.csv", **options: Any) -> TableFile:
+def write_csv(folder: Path, content: bytes | str, name: str = "leads.csv", **options: Any) -> TableFile:
     """Save a file and return its format."""
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return TableFile(path, **options)
 
 
-def rows_of(source: TableFile, rows_per_batch: int = 20_000) -> list[tuple[str, ...]]:
+def read_rows(source: TableFile, rows_per_batch: int = 20_000) -> list[tuple[str, ...]]:
     """Return the header and all rows."""
     frames = list(read_batches(source, rows_per_batch))
     return [tuple(read_header(source)), *(row for frame in frames for row in frame.rows())]
 
 
-def problem_of(source: TableFile) -> TableProblem:
+def read_problem(source: TableFile) -> TableProblem:
     """Return the problem that reading the whole file meets."""
     with pytest.raises(TableProblem) as caught:
-        rows_of(source)
+        read_rows(source)
     return caught.value
 
 
-def written(header: list[str], rows: list[list[str | None]], separator: str = ",", encoding: str = "utf-8") -> bytes:
+def written_bytes(
+    header: list[str], rows: list[list[str | None]], separator: str = ",", encoding: str = "utf-8"
+) -> bytes:
     """Return the bytes of a file of these rows, written as two frames."""
     raw = io.BytesIO()
     with CsvWriter(raw, separator, encoding) as writer:
@@ -60,8 +62,8 @@ def written(header: list[str], rows: list[list[str | None]], separator: str = ",
         pytest.param("a,b\r\n1,2\r\n", [("a", "b"), ("1", "2")], id="CRLF"),
         pytest.param("a,b\r1,2\r", [("a", "b"), ("1", "2")], id="CR"),
         pytest.param("a,b\r\n1,2\n3,4\r5,6", [("a", "b"), ("1", "2"), ("3", "4"), ("5", "6")], id="mixed line ends"),
-        pytest.param(UTF8_MARK + b"a,b\n1,2\n", [("a", "b"), ("1", "2")], id="byte order mark"),
-        pytest.param(UTF8_MARK + b'"a",b\n1,2\n', [("a", "b"), ("1", "2")], id="byte order mark before a quote"),
+        pytest.param(UTF8_BOM + b"a,b\n1,2\n", [("a", "b"), ("1", "2")], id="byte order mark"),
+        pytest.param(UTF8_BOM + b'"a",b\n1,2\n', [("a", "b"), ("1", "2")], id="byte order mark before a quote"),
         pytest.param("\n\na,b\n\n1,2\n\n\r\n3,4\n\n", [("a", "b"), ("1", "2"), ("3", "4")], id="empty lines"),
         pytest.param("a\n\n1\n\n2\n", [("a",), ("1",), ("2",)], id="empty lines of one column"),
         pytest.param('a\n""\n\n \n', [("a",), ("",), (" ",)], id="blank cells of one column"),
@@ -79,54 +81,54 @@ def written(header: list[str], rows: list[list[str | None]], separator: str = ",
         pytest.param("^a.*$,*\n1,2\n", [("^a.*$", "*"), ("1", "2")], id="column names that are patterns"),
     ],
 )
-def test_ugly_but_sound_text_is_read_exactly(tmp_path: Path, content: bytes | str, rows: list[tuple[str, ...]]) -> None:
+def test_valid_unusual_csv(tmp_path: Path, content: bytes | str, rows: list[tuple[str, ...]]) -> None:
     """Each cell comes out as it was written, and no row is invented or lost."""
-    assert rows_of(saved(tmp_path, content)) == rows
+    assert read_rows(write_csv(tmp_path, content)) == rows
 
 
 @in_turn("rows_per_batch", [1, 2, 3, 100])
-def test_batches_keep_the_order(tmp_path: Path, rows_per_batch: int) -> None:
+def test_batches_keep_order(tmp_path: Path, rows_per_batch: int) -> None:
     """However the rows are cut, they come in the order of the file, each batch full but the last."""
-    source = saved(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
+    source = write_csv(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
     frames = list(read_batches(source, rows_per_batch))
     assert [cell for frame in frames for cell in frame["n"]] == [str(number) for number in range(7)]
     assert all(frame.height == rows_per_batch for frame in frames[:-1])
     assert all(frame.schema == {"n": pl.String} for frame in frames)
 
 
-def test_a_file_without_rows_yields_no_batch(tmp_path: Path) -> None:
+def test_header_only_file_has_no_batches(tmp_path: Path) -> None:
     """A header alone is a header, not a batch of nothing."""
-    assert list(read_batches(saved(tmp_path, "a,b\n"))) == []
+    assert list(read_batches(write_csv(tmp_path, "a,b\n"))) == []
 
 
 @in_turn("padding", range(8180, 8196))
-def test_a_line_end_across_two_reads_is_one(tmp_path: Path, padding: int) -> None:
+def test_crlf_across_read_buffers(tmp_path: Path, padding: int) -> None:
     """A CRLF that the buffer of the text cuts in two ends one line, not two."""
-    source = saved(tmp_path, f'a\r\n"{"x" * padding}\r\n"\r\n2\r\n3')
-    assert problem_of(saved(tmp_path, f"a\r\n{'x' * padding}\r\n2\r\n3,", "bad.csv")).message.endswith(
+    source = write_csv(tmp_path, f'a\r\n"{"x" * padding}\r\n"\r\n2\r\n3')
+    assert read_problem(write_csv(tmp_path, f"a\r\n{'x' * padding}\r\n2\r\n3,", "bad.csv")).message.endswith(
         "row 3 (line 4) has 2 cells, but the header has 1 column"
     )
-    assert rows_of(source)[1:] == [("x" * padding + "\r\n",), ("2",), ("3",)]
+    assert read_rows(source)[1:] == [("x" * padding + "\r\n",), ("2",), ("3",)]
 
 
 @in_turn("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
-def test_every_encoding_of_unicode_is_read(tmp_path: Path, encoding: str) -> None:
+def test_unicode_encodings(tmp_path: Path, encoding: str) -> None:
     """The encoding is the one that was named, and a byte order mark is never part of a name."""
     text = "名前,b\nЩёлк,Ωμέγα 🚀\n"
     expected = [("名前", "b"), ("Щёлк", "Ωμέγα 🚀")]
-    assert rows_of(saved(tmp_path, text.encode(encoding), encoding=encoding)) == expected
-    assert rows_of(saved(tmp_path, ("\ufeff" + text).encode("utf-16-le"), encoding="utf-16-le")) == expected
+    assert read_rows(write_csv(tmp_path, text.encode(encoding), encoding=encoding)) == expected
+    assert read_rows(write_csv(tmp_path, ("\ufeff" + text).encode("utf-16-le"), encoding="utf-16-le")) == expected
 
 
 @in_turn("separator", [";", "\t", "|", " ", "¦"])
-def test_other_separators_are_read(tmp_path: Path, separator: str) -> None:
+def test_separators(tmp_path: Path, separator: str) -> None:
     """The separator parts the cells, and the comma is text."""
-    assert rows_of(saved(tmp_path, f"a{separator}b\n1,5{separator}2\n", separator=separator))[1] == ("1,5", "2")
+    assert read_rows(write_csv(tmp_path, f"a{separator}b\n1,5{separator}2\n", separator=separator))[1] == ("1,5", "2")
 
 
-def test_a_gz_file_is_read_through_gzip(tmp_path: Path) -> None:
+def test_gzip_by_extension(tmp_path: Path) -> None:
     """The ending alone decides, in either case."""
-    assert rows_of(saved(tmp_path, gzip.compress(b"a\n1\n"), "leads.csv.GZ")) == [("a",), ("1",)]
+    assert read_rows(write_csv(tmp_path, gzip.compress(b"a\n1\n"), "leads.csv.GZ")) == [("a",), ("1",)]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_a_gz_file_is_read_through_gzip(tmp_path: Path) -> None:
         [
             pytest.param("", "{path} is empty", "column names", id="0 bytes"),
             pytest.param("\n\r\n\n", "{path} is empty", "column names", id="empty lines only"),
-            pytest.param(UTF8_MARK, "{path} is empty", "column names", id="byte order mark only"),
+            pytest.param(UTF8_BOM, "{path} is empty", "column names", id="byte order mark only"),
             pytest.param(
                 "a,b,c\n1,2,3\n\n1,2\n",
                 "{path}: row 2 (line 4) has 2 cells, but the header has 3 columns",
@@ -232,21 +234,21 @@ def test_a_gz_file_is_read_through_gzip(tmp_path: Path) -> None:
         ],
     ),
 )
-def test_a_broken_file_is_named_by_row_and_line(tmp_path: Path, content: bytes | str, message: str, hint: str) -> None:
+def test_error_names_row_and_line(tmp_path: Path, content: bytes | str, message: str, hint: str) -> None:
     """The message says where, the hint what to do."""
-    source = saved(tmp_path, content)
-    problem = problem_of(source)
+    source = write_csv(tmp_path, content)
+    problem = read_problem(source)
     assert problem.message.startswith(message.format(path=source.path))
     assert str(problem) == problem.message
     assert hint in (problem.hint or "")
 
 
 @in_turn("at", [0, 1, 2, 3, 4])
-def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
+def test_error_in_later_batch(tmp_path: Path, at: int) -> None:
     """The row is counted over the whole file, and the batches before it have come out."""
     lines = [f"{number},x" for number in range(5)]
     lines[at] += ",y"
-    source = saved(tmp_path, "a,b\n" + "\n".join(lines))
+    source = write_csv(tmp_path, "a,b\n" + "\n".join(lines))
     batches = read_batches(source, 2)
     before = [next(batches) for _ in range(at // 2)]
     assert sum(frame.height for frame in before) == at // 2 * 2
@@ -255,12 +257,12 @@ def test_a_flaw_is_found_in_any_batch(tmp_path: Path, at: int) -> None:
 
 
 @in_turn("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
-def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
+def test_errors_do_not_quote_cells(tmp_path: Path, row: str) -> None:
     """Messages may end in logs, and the cells are about persons."""
-    source = saved(tmp_path, f"a,b\n{row}\n".encode(errors="surrogatepass"))
-    problem = problem_of(source)
-    told = "".join([*traceback.format_exception_only(problem), problem.hint or ""])
-    assert "Jane" not in told.replace(str(source.path), "")
+    source = write_csv(tmp_path, f"a,b\n{row}\n".encode(errors="surrogatepass"))
+    problem = read_problem(source)
+    result = "".join([*traceback.format_exception_only(problem), problem.hint or ""])
+    assert "Jane" not in result.replace(str(source.path), "")
     assert problem.__context__ is None or problem.__suppress_context__
 
 
@@ -268,7 +270,7 @@ def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
     ("content", "encoding", "hint"),
     [
         (b"a\n\x81\n", "cp1252", "`encoding: utf-8`"),
-        (UTF8_MARK + b"a\n", "cp1252", "`encoding: utf-8`"),
+        (UTF8_BOM + b"a\n", "cp1252", "`encoding: utf-8`"),
         (b"abcd\n1\n", "utf-16", "`encoding: utf-8`"),
         ("a\n1\n".encode("utf-16-le"), "utf-16", "`encoding: utf-16-le`"),
         ("a\n1\n".encode("utf-16-be"), "utf-16", "`encoding: utf-16-be`"),
@@ -276,26 +278,26 @@ def test_no_cell_is_quoted(tmp_path: Path, row: str) -> None:
         (b"a\n+2AA-\n", "utf-7", "`encoding: utf-8`"),
     ],
 )
-def test_text_of_another_encoding_is_refused(tmp_path: Path, content: bytes, encoding: str, hint: str) -> None:
+def test_wrong_encoding_hint(tmp_path: Path, content: bytes, encoding: str, hint: str) -> None:
     """Where the bytes show it, the hint names an encoding that fits better."""
-    problem = problem_of(saved(tmp_path, content, encoding=encoding))
+    problem = read_problem(write_csv(tmp_path, content, encoding=encoding))
     assert f"is not `{encoding}` text" in problem.message
     assert hint in (problem.hint or "")
 
 
 @in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
-def test_an_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
     """It is told by its name, whether one reads or writes."""
-    problem = problem_of(saved(tmp_path, "a\n1\n", encoding=encoding))
+    problem = read_problem(write_csv(tmp_path, "a\n1\n", encoding=encoding))
     assert problem.message == f"encoding `{encoding}` is not known"
     with pytest.raises(TableProblem, match="is not known"):
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
 @in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
-def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separator: str) -> None:
+def test_invalid_separators(tmp_path: Path, separator: str) -> None:
     """Quotes and line ends have their own meaning."""
-    assert "is not a single character" in problem_of(saved(tmp_path, "a\n", separator=separator)).message
+    assert "is not a single character" in read_problem(write_csv(tmp_path, "a\n", separator=separator)).message
     with pytest.raises(TableProblem, match="is not a single character"):
         CsvWriter(io.BytesIO(), separator)
 
@@ -303,46 +305,46 @@ def test_a_separator_is_one_character_that_can_separate(tmp_path: Path, separato
 @in_turn(
     "content", [b"a\n1\n", gzip.compress(b"a\n1\n", mtime=0)[:-9], gzip.compress(b"a\n" * 99, mtime=0)[:12] + b"?" * 9]
 )
-def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_corrupt_gzip(tmp_path: Path, content: bytes) -> None:
     """Plain text, a file cut short and a damaged one are alike: not a sound gzip file."""
-    source = saved(tmp_path, content, "leads.csv.gz")
-    assert problem_of(source).message == f"{source.path} is not a sound gzip file"
+    source = write_csv(tmp_path, content, "leads.csv.gz")
+    assert read_problem(source).message == f"{source.path} is not a sound gzip file"
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     """The path stands in the message as it was given."""
-    assert problem_of(TableFile(tmp_path / "none.csv")).message == f"{tmp_path / 'none.csv'} does not exist"
-    file = saved(tmp_path, "a\n").path
-    assert problem_of(TableFile(file / "below")).message == f"{file / 'below'} cannot be read: Not a directory"
+    assert read_problem(TableFile(tmp_path / "none.csv")).message == f"{tmp_path / 'none.csv'} does not exist"
+    file = write_csv(tmp_path, "a\n").path
+    assert read_problem(TableFile(file / "below")).message == f"{file / 'below'} cannot be read: Not a directory"
 
 
-def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+def test_not_a_regular_file(tmp_path: Path) -> None:
     """A folder cannot be read, and a named pipe would never end."""
-    assert problem_of(TableFile(tmp_path)).message == f"{tmp_path} is a folder"
+    assert read_problem(TableFile(tmp_path)).message == f"{tmp_path} is a folder"
     os.mkfifo(tmp_path / "pipe.csv")
-    assert problem_of(TableFile(tmp_path / "pipe.csv")).message.endswith("pipe.csv is not a file")
+    assert read_problem(TableFile(tmp_path / "pipe.csv")).message.endswith("pipe.csv is not a file")
 
 
-def test_a_file_of_others_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The right is refused by hand, since root may read everything."""
 
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    source = saved(tmp_path, "a\n")
+    source = write_csv(tmp_path, "a\n")
     monkeypatch.setattr(Path, "open", refuse)
-    assert problem_of(source).message == f"{source.path} may not be read by this user"
+    assert read_problem(source).message == f"{source.path} may not be read by this user"
 
 
-def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+def test_field_size_limit_is_restored(tmp_path: Path) -> None:
     """The limit of the csv module is the whole process's, so it is as before, also between two batches."""
-    source = saved(tmp_path, f"a\n{'x' * 200_000}\n2\n")
+    source = write_csv(tmp_path, f"a\n{'x' * 200_000}\n2\n")
     before = csv.field_size_limit()
     batches = read_batches(source, 1)
     assert next(batches)["a"].str.len_chars().item() == 200_000
     assert csv.field_size_limit() == before
     assert next(batches)["a"].item() == "2"
-    problem_of(saved(tmp_path, 'a\n"', "bad.csv"))
+    read_problem(write_csv(tmp_path, 'a\n"', "bad.csv"))
     assert csv.field_size_limit() == before
 
 
@@ -358,37 +360,37 @@ def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         (["a;b", "c"], ",", None),
     ],
 )
-def test_the_likely_separator_is_guessed(header: list[str], separator: str, likely: str | None) -> None:
+def test_separator_suggestion(header: list[str], separator: str, likely: str | None) -> None:
     """Only a header of one single column gives rise to doubt."""
     assert likely_separator(header, separator) == likely
 
 
-def test_writing_quotes_only_where_needed() -> None:
+def test_minimal_quoting() -> None:
     """Line feeds end the lines, and a null is a blank cell."""
     rows: list[list[str | None]] = [[None, "x y"], ["1,5", 'a "b"'], [" ", "c\rd"], ["", "e\nf\r\n"]]
-    assert written(["a", "ü"], rows) == 'a,ü\n,x y\n"1,5","a ""b"""\n ,"c\rd"\n,"e\nf\r\n"\n'.encode()
+    assert written_bytes(["a", "ü"], rows) == 'a,ü\n,x y\n"1,5","a ""b"""\n ,"c\rd"\n,"e\nf\r\n"\n'.encode()
 
 
-def test_a_row_of_one_blank_cell_stays_a_row(tmp_path: Path) -> None:
+def test_single_blank_cell_is_quoted(tmp_path: Path) -> None:
     """It is written in quotes, since an empty line is no row."""
-    content = written(["a"], [[""], [None], ["x"]])
+    content = written_bytes(["a"], [[""], [None], ["x"]])
     assert content == b'a\n""\n""\nx\n'
-    assert rows_of(saved(tmp_path, content)) == [("a",), ("",), ("",), ("x",)]
+    assert read_rows(write_csv(tmp_path, content)) == [("a",), ("",), ("",), ("x",)]
 
 
-def test_a_mark_that_begins_the_first_name_stays_in_it(tmp_path: Path) -> None:
+def test_bom_character_in_first_header(tmp_path: Path) -> None:
     """It is no byte order mark of the file."""
-    assert read_header(saved(tmp_path, written(["\ufeffa", "b"], []))) == ["\ufeffa", "b"]
+    assert read_header(write_csv(tmp_path, written_bytes(["\ufeffa", "b"], []))) == ["\ufeffa", "b"]
 
 
-def test_the_byte_order_mark_is_written_once(tmp_path: Path) -> None:
+def test_bom_is_written_once(tmp_path: Path) -> None:
     """Several frames make one text."""
-    content = written(["a"], [["1"], ["2"]], encoding="utf-16")
+    content = written_bytes(["a"], [["1"], ["2"]], encoding="utf-16")
     assert content.decode("utf-16") == "a\n1\n2\n"
-    assert rows_of(saved(tmp_path, content, encoding="utf-16")) == [("a",), ("1",), ("2",)]
+    assert read_rows(write_csv(tmp_path, content, encoding="utf-16")) == [("a",), ("1",), ("2",)]
 
 
-def test_a_character_the_encoding_lacks_is_told() -> None:
+def test_unencodable_character() -> None:
     """The problem names the column and the row, counted over all frames, and nothing of the frame is written."""
     raw = io.BytesIO()
     with CsvWriter(raw, encoding="cp1252") as writer:
@@ -410,20 +412,20 @@ CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str | None]]]:
+def csv_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str | None]]]:
     """Draw a header of different names and rows of any text."""
     header = draw(st.lists(CELL, min_size=1, max_size=4, unique=True))
     return header, draw(st.lists(st.lists(CELL, min_size=len(header), max_size=len(header)), max_size=5))
 
 
 @given(
-    table=tables(),
+    table=csv_tables(),
     separator=st.sampled_from([",", ";", "\t", "|", " ", "a", "¦"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le"]),
     rows_per_batch=st.integers(1, 6),
 )
 @settings(max_examples=examples(150), deadline=None)
-def test_what_was_written_is_read_again(
+def test_csv_roundtrip(
     tmp_path_factory: pytest.TempPathFactory,
     table: tuple[list[str], list[list[str | None]]],
     separator: str,
@@ -432,12 +434,12 @@ def test_what_was_written_is_read_again(
 ) -> None:
     """Any text in any cell comes back, through any separator and encoding of Unicode."""
     header, rows = table
-    content = written(header, rows, separator, encoding)
-    source = saved(tmp_path_factory.mktemp("round"), content, separator=separator, encoding=encoding)
-    assert rows_of(source, rows_per_batch) == [tuple(header), *map(tuple, rows)]
+    content = written_bytes(header, rows, separator, encoding)
+    source = write_csv(tmp_path_factory.mktemp("round"), content, separator=separator, encoding=encoding)
+    assert read_rows(source, rows_per_batch) == [tuple(header), *map(tuple, rows)]
     frames = read_batches(source)
     again = [[*row] for frame in frames for row in frame.rows()]
-    assert written(read_header(source), again, separator, encoding) == content
+    assert written_bytes(read_header(source), again, separator, encoding) == content
 
 
 @given(
@@ -446,12 +448,12 @@ def test_what_was_written_is_read_again(
     encoding=st.sampled_from(["utf-8", "ascii", "cp1252", "utf-16", "utf-7", "shift_jis"]),
 )
 @settings(max_examples=examples(200), deadline=None)
-def test_whatever_a_file_holds_it_is_read_or_refused(
+def test_any_bytes_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, encoding: str
 ) -> None:
     """Rows of one width or a problem, never another exception; the same from gzip."""
     packed = gzip.compress(content) if name.endswith(".gz") else content
-    source = saved(tmp_path_factory.mktemp("any"), packed, name, encoding=encoding)
+    source = write_csv(tmp_path_factory.mktemp("any"), packed, name, encoding=encoding)
     with suppress(TableProblem):
-        rows = rows_of(source, 2)
+        rows = read_rows(source, 2)
         assert {len(row) for row in rows} == {len(rows[0])}

@@ -16,101 +16,103 @@ import pytest
 from enrich.errors import Refused
 from enrich.store.ledger import Ledger
 from enrich.store.records import Records
-from tests.books import Books
+from tests.books import CommittingLedger
 from tests.cases import first_quick
-from tests.harness import Api, Done, Office, people, serving, until
+from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
-OLD = "the output of an older night\n"
-ON_THE_WIRE = 64  # the most that may be in doubt when the ledger can't remember any more
+OLD_OUTPUT = "the output of an older night\n"
+MAX_POSTS_IN_FLIGHT = 64  # the most that may be in doubt when the ledger can't remember any more
 
 
-def cramped(office: Office, api: Api, room: int, *arguments: str) -> Done:
+def run_with_file_limit(workspace: Workspace, api: SandboxApi, max_file_bytes: int, *arguments: str) -> ProgramResult:
     """Run the program where no file grows beyond `room` bytes, as on a full disk."""
-    return office.enrich(*arguments, api=api, room=room)
+    return workspace.enrich(*arguments, api=api, room=max_file_bytes)
 
 
-def told(done: Done, code: int, *words: str) -> dict[str, Any]:
+def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
     """Expect an exit: its code here and in the JSON object, these words on stderr, a hint, no trace."""
-    assert done.code == code, done.stderr
-    assert done.receipt["exit_code"] == code
-    assert "Traceback" not in done.stderr
-    for word in (*words, "hint: "):
-        assert word in done.stderr
-    return done.receipt
+    assert result.code == code, result.stderr
+    assert result.receipt["exit_code"] == code
+    assert "Traceback" not in result.stderr
+    for word in (*messages, "hint: "):
+        assert word in result.stderr
+    return result.receipt
 
 
-def remembered(office: Office) -> int:
+def known_task_count(workspace: Workspace) -> int:
     """Count the tasks whose id the ledger has."""
-    with closing(sqlite3.connect(office.ledger_path)) as db:
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
         count: int = db.execute("SELECT count(*) FROM attempts WHERE task_id IS NOT NULL").fetchone()[0]
     return count
 
 
-def goes_on(office: Office, api: Api, leads: int) -> None:
+def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
     """Run again where there is room: every lead is answered or in doubt, and nothing was bought twice."""
-    receipt = office.run(api)
+    summary = workspace.run(api)
     audit = api.audit()
-    rows = office.output()
-    assert receipt.exit_code in (0, 14)
-    assert (receipt.pending, len(rows)) == (0, leads)
-    assert (receipt.in_doubt or 0) <= ON_THE_WIRE
+    rows = workspace.output()
+    assert summary.exit_code in (0, 14)
+    assert (summary.pending, len(rows)) == (0, leads)
+    assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
     assert (audit["paid_twice"], audit["accepted_more_than_once"]) == (0, 0)
     told_tasks = {row["enrich_task_id"] for row in rows}
-    doubtful = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
+    in_doubt = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
     for run in audit["runs"]:
-        assert run["params"]["first_name"] in doubtful or set(run["task_ids"]) <= told_tasks
-    assert office.command("ledger", "check", "job.yaml").code == 0
+        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= told_tasks
+    assert workspace.command("ledger", "check", "job.yaml").code == 0
 
 
 # Full
 
 
 @pytest.mark.long
-def test_a_disk_that_fills_up_in_the_middle_is_exit_1(api: Api, office: Office) -> None:
+def test_disk_full_during_run_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
     """Once the ledger can't remember, nothing is sent any more; with room again the run goes on."""
-    office.write_leads(people(150))
-    (office.folder / "out.csv").write_text(OLD)
+    workspace.write_leads(make_leads(150))
+    (workspace.folder / "out.csv").write_text(OLD_OUTPUT)
 
-    done = cramped(office, api, 150_000, "run", "job.yaml", "--json")
+    result = run_with_file_limit(workspace, api, 150_000, "run", "job.yaml", "--json")
 
-    told(done, 1, "the ledger cannot be written", "make room")
+    assert_exit(result, 1, "the ledger cannot be written", "make room")
     audit = api.audit()
     assert 0 < audit["accepted"] < 150
-    assert audit["accepted"] - remembered(office) <= ON_THE_WIRE
-    assert (office.folder / "out.csv").read_text() == OLD
-    goes_on(office, api, 150)
+    assert audit["accepted"] - known_task_count(workspace) <= MAX_POSTS_IN_FLIGHT
+    assert (workspace.folder / "out.csv").read_text() == OLD_OUTPUT
+    assert_resumes(workspace, api, 150)
 
 
 @pytest.mark.long
-def test_a_disk_that_is_full_from_the_start_costs_nothing(api: Api, office: Office) -> None:
+def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
     """No ledger can be made: refused before anything is sent, and no half of one stays in the way."""
-    office.write_leads(people(5))
+    workspace.write_leads(make_leads(5))
 
-    done = cramped(office, api, 8_000, "run", "job.yaml", "--json")
+    result = run_with_file_limit(workspace, api, 8_000, "run", "job.yaml", "--json")
 
-    told(done, 5, "job.db: the ledger cannot be opened")
+    assert_exit(result, 5, "job.db: the ledger cannot be opened")
     assert api.audit()["accepted"] == 0
-    goes_on(office, api, 5)
+    assert_resumes(workspace, api, 5)
 
 
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
-def test_no_room_for_the_output_keeps_the_old_one_and_the_answers(api: Api, office: Office, name: str) -> None:
+def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Told with the way out; `collect` writes it without paying when there is room."""
     # Room that the ledger's journal never needs, however many commits a slow machine makes.
     room = 3_000_000
-    leads = [[*lead[:4], random.Random(number).randbytes(4_000).hex()] for number, lead in enumerate(people(10) * 100)]
-    office.write_leads(leads)
-    office.write_job(output=name)
-    (office.folder / name).write_text(OLD)
+    leads = [
+        [*lead[:4], random.Random(number).randbytes(4_000).hex()] for number, lead in enumerate(make_leads(10) * 100)
+    ]
+    workspace.write_leads(leads)
+    workspace.write_job(output=name)
+    (workspace.folder / name).write_text(OLD_OUTPUT)
 
-    done = cramped(office, api, room, "run", "job.yaml", "--json")
+    result = run_with_file_limit(workspace, api, room, "run", "job.yaml", "--json")
 
-    told(done, 1, f"{name}: the output cannot be written", "enrich collect")
-    assert (office.folder / name).read_text() == OLD
-    assert not list(office.folder.glob(".*part*"))
-    assert api.audit()["accepted"] == remembered(office) == 10
-    assert office.command("collect", "job.yaml").code == 0
-    assert (office.folder / name).stat().st_size > room
+    assert_exit(result, 1, f"{name}: the output cannot be written", "enrich collect")
+    assert (workspace.folder / name).read_text() == OLD_OUTPUT
+    assert not list(workspace.folder.glob(".*part*"))
+    assert api.audit()["accepted"] == known_task_count(workspace) == 10
+    assert workspace.command("collect", "job.yaml").code == 0
+    assert (workspace.folder / name).stat().st_size > room
     assert api.audit()["accepted"] == 10
 
 
@@ -119,90 +121,88 @@ def test_no_room_for_the_output_keeps_the_old_one_and_the_answers(api: Api, offi
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_ledger_that_cannot_be_written_is_exit_5(api: Api, office: Office, what: str) -> None:
+def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what: str) -> None:
     """Seen before anything is sent."""
-    office.write_leads(people(3))
-    Ledger(office.ledger_path).close()
-    place, mode = (office.ledger_path, 0o400) if what == "file" else (office.ledger_path.parent, 0o500)
+    workspace.write_leads(make_leads(3))
+    Ledger(workspace.ledger_path).close()
+    place, mode = (workspace.ledger_path, 0o400) if what == "file" else (workspace.ledger_path.parent, 0o500)
     place.chmod(mode)
 
-    done = office.command("run", "job.yaml", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--json", api=api)
 
     place.chmod(0o700)
-    assert (done.code, done.receipt["exit_code"]) == (5, 5)
-    assert "job.db" in done.stderr
+    assert (result.code, result.receipt["exit_code"]) == (5, 5)
+    assert "job.db" in result.stderr
     assert api.audit()["accepted"] == 0
 
 
-def test_a_ledger_whose_journal_cannot_be_written_is_exit_5(api: Api, office: Office) -> None:
+def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
     """What binds root as well: a folder in the journal's place."""
-    office.write_leads(people(3))
-    Ledger(office.ledger_path).close()
-    office.ledger_path.with_name("job.db-wal").mkdir()
+    workspace.write_leads(make_leads(3))
+    Ledger(workspace.ledger_path).close()
+    workspace.ledger_path.with_name("job.db-wal").mkdir()
 
-    done = office.command("run", "job.yaml", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--json", api=api)
 
-    told(done, 5, "job.db: the ledger cannot be opened")
+    assert_exit(result, 5, "job.db: the ledger cannot be opened")
     assert api.audit()["accepted"] == 0
 
 
 # Damaged
 
 
-def cut(content: bytearray) -> None:
+def truncate(content: bytearray) -> None:
     """Lose the second half."""
     del content[len(content) // 2 :]
 
 
-def emptied(content: bytearray) -> None:
+def clear(content: bytearray) -> None:
     """Lose everything."""
     content.clear()
 
 
-def overwritten(content: bytearray) -> None:
+def corrupt_pages(content: bytearray) -> None:
     """Find noise where the newest pages were: the file opens all the same."""
     content[-12_288:-4_096] = random.Random(3).randbytes(8_192)
 
 
-def beheaded(content: bytearray) -> None:
+def corrupt_header(content: bytearray) -> None:
     """Find noise where the header was."""
     content[:100] = random.Random(3).randbytes(100)
 
 
-@pytest.mark.parametrize("damage", first_quick(1, [cut, emptied, overwritten, beheaded]))
-def test_a_damaged_ledger_is_exit_5_and_nothing_is_sent(
-    api: Api, office: Office, damage: Callable[[bytearray], None]
-) -> None:
+@pytest.mark.parametrize("damage", first_quick(1, [truncate, clear, corrupt_pages, corrupt_header]))
+def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage: Callable[[bytearray], None]) -> None:
     """What it forgot would be paid for again: the way out is a backup, and it works."""
-    office.write_leads(people(60))
-    office.run(api)
-    office.command("ledger", "backup", "job.yaml", "copy.db")
-    content = bytearray(office.ledger_path.read_bytes())
+    workspace.write_leads(make_leads(60))
+    workspace.run(api)
+    workspace.command("ledger", "backup", "job.yaml", "copy.db")
+    content = bytearray(workspace.ledger_path.read_bytes())
     damage(content)
-    office.ledger_path.write_bytes(content)
+    workspace.ledger_path.write_bytes(content)
 
-    done = office.command("run", "job.yaml", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--json", api=api)
 
-    told(done, 5, "job.db", "restore a backup")
-    assert office.ledger_path.read_bytes() == content
+    assert_exit(result, 5, "job.db", "restore a backup")
+    assert workspace.ledger_path.read_bytes() == content
     assert api.audit()["accepted"] == 60
-    for path in office.ledger_path.parent.glob("job.db*"):
+    for path in workspace.ledger_path.parent.glob("job.db*"):
         path.unlink()
-    shutil.copyfile(office.folder / "copy.db", office.ledger_path)
-    assert office.run(api).reused == 60
+    shutil.copyfile(workspace.folder / "copy.db", workspace.ledger_path)
+    assert workspace.run(api).reused == 60
     assert api.audit()["accepted"] == 60
 
 
-def test_a_backup_restored_beside_an_old_journal_is_refused(tmp_path: Path) -> None:
+def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
     """SQLite plays the killed run's journal into it: that is seen before anything is sent."""
-    books = Books.open(tmp_path / "job.db").begin(*range(300))
-    with closing(Records(books.path)) as records:
+    ledger = CommittingLedger.open(tmp_path / "job.db").begin(*range(300))
+    with closing(Records(ledger.path)) as records:
         records.backup(tmp_path / "copy.db")
     for number in range(200):
-        books.settle(books.submit(str(number)))
+        ledger.settle(ledger.submit(str(number)))
     (tmp_path / "restored.db-wal").write_bytes((tmp_path / "job.db-wal").read_bytes())
     (tmp_path / "copy.db").rename(tmp_path / "restored.db")
-    books.ledger.close()
+    ledger.ledger.close()
 
     with pytest.raises(Refused, match=r"damaged|malformed") as refusal:
         Ledger(tmp_path / "restored.db")
@@ -210,31 +210,31 @@ def test_a_backup_restored_beside_an_old_journal_is_refused(tmp_path: Path) -> N
     assert "-wal" in str(refusal.value.hint)
 
 
-def test_a_newer_ledger_is_left_as_it_is(api: Api, office: Office) -> None:
+def test_newer_ledger_is_unchanged(api: SandboxApi, workspace: Workspace) -> None:
     """Refused by every command that opens it, to the byte the same afterwards."""
-    office.write_leads(people(2))
-    office.run(api)
-    with closing(sqlite3.connect(office.ledger_path)) as db:
+    workspace.write_leads(make_leads(2))
+    workspace.run(api)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
         db.execute("PRAGMA user_version = 99")
-    content = office.ledger_path.read_bytes()
+    content = workspace.ledger_path.read_bytes()
 
     for command in (["run"], ["collect"], ["status"], ["ledger", "check"]):
-        told(office.command(*command, "job.yaml", "--json", api=api), 5, "newer")
+        assert_exit(workspace.command(*command, "job.yaml", "--json", api=api), 5, "newer")
 
-    assert office.ledger_path.read_bytes() == content
+    assert workspace.ledger_path.read_bytes() == content
     assert api.audit()["accepted"] == 2
 
 
-def test_the_start_of_a_ledger_may_be_killed(api: Api, office: Office) -> None:
+def test_kill_during_ledger_creation(api: SandboxApi, workspace: Workspace) -> None:
     """What a kill left of a ledger that was being made is no ledger, and in nobody's way."""
-    office.write_leads(people(2))
-    office.ledger_path.parent.mkdir()
-    part = office.ledger_path.with_name(".job.db.new")
+    workspace.write_leads(make_leads(2))
+    workspace.ledger_path.parent.mkdir()
+    part = workspace.ledger_path.with_name(".job.db.new")
     part.write_text("half a led")
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.exit_code, receipt.submitted) == (0, 2)
+    assert (summary.exit_code, summary.submitted) == (0, 2)
     assert not part.exists()
 
 
@@ -242,21 +242,21 @@ def test_the_start_of_a_ledger_may_be_killed(api: Api, office: Office) -> None:
 
 
 @pytest.mark.long
-def test_an_output_folder_that_vanished_loses_no_answer(tmp_path: Path, office: Office) -> None:
+def test_output_folder_removed(tmp_path: Path, workspace: Workspace) -> None:
     """Removed while the run was at work it is made again; removed afterwards, `collect` makes it again."""
-    office.write_leads(people(5))
-    office.write_job(output="out/out.csv")
-    with serving(tmp_path / "api.db", latency="fixed(1)") as api:
-        process = office.start("run", "job.yaml", "--json", api=api)
-        until(lambda: api.audit()["accepted"] == 5)
-        shutil.rmtree(office.folder / "out")
+    workspace.write_leads(make_leads(5))
+    workspace.write_job(output="out/out.csv")
+    with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
+        process = workspace.start("run", "job.yaml", "--json", api=api)
+        wait_until(lambda: api.audit()["accepted"] == 5)
+        shutil.rmtree(workspace.folder / "out")
         out, err = process.communicate(timeout=30)
-        done = Done(process.returncode, out, err)
+        result = ProgramResult(process.returncode, out, err)
 
-        assert done.code == 0, done.stderr
-        written = office.output("out/out.csv")
+        assert result.code == 0, result.stderr
+        written = workspace.output("out/out.csv")
         assert "pending" not in {row["enrich_status"] for row in written}
-        shutil.rmtree(office.folder / "out")
-        assert office.command("collect", "job.yaml").code == 0
-        assert office.output("out/out.csv") == written
+        shutil.rmtree(workspace.folder / "out")
+        assert workspace.command("collect", "job.yaml").code == 0
+        assert workspace.output("out/out.csv") == written
         assert api.audit()["accepted"] == 5

@@ -18,12 +18,12 @@ from tests.documents import (
     ALL_DOCUMENTS,
     DOCUMENTS,
     ROOT,
-    blocks,
     check_console,
-    code,
-    invocations,
-    lay_out,
-    links,
+    code_text,
+    enrich_invocations,
+    fenced_blocks,
+    make_checkout,
+    relative_links,
 )
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -36,7 +36,7 @@ def keys_of_a_job() -> set[str]:
     return {key for model in models for key in model["properties"]}
 
 
-def parse(arguments: list[str]) -> None:
+def parse_command_line(arguments: list[str]) -> None:
     """Read arguments as the command line does; raises click.UsageError for a command or an option that is not there."""
     command: click.Command = cli
     while isinstance(command, click.Group) and arguments:
@@ -52,27 +52,27 @@ def parse(arguments: list[str]) -> None:
 
 @pytest.mark.long
 @in_turn("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_the_console_says_what_a_document_shows(document: Path, tmp_path: Path) -> None:
+def test_console_blocks_match_output(document: Path, tmp_path: Path) -> None:
     """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""
     shown = document.read_text(encoding="utf-8").count("\n$ ")
-    assert check_console(document, lay_out(tmp_path)) == shown
+    assert check_console(document, make_checkout(tmp_path)) == shown
 
 
 @each_document
-def test_every_job_shown_loads(document: Path, tmp_path: Path) -> None:
+def test_documented_jobs_load(document: Path, tmp_path: Path) -> None:
     """Every block that is a whole job file is a right one; parts of one have keys that there are."""
-    for number, block in enumerate(blocks(document, "yaml")):
+    for number, block in enumerate(fenced_blocks(document, "yaml")):
         if re.search(r"^version:", block, re.MULTILINE):
             path = tmp_path / f"job{number}.yaml"
             path.write_text(block, encoding="utf-8")
             load_job(path)
         elif isinstance(part := yaml.safe_load(block), dict) and "apiVersion" in part:
-            parse(shlex.split(part["spec"]["entrypoint"])[1:])  # another program's file
+            parse_command_line(shlex.split(part["spec"]["entrypoint"])[1:])  # another program's file
         elif isinstance(part, dict):
             assert part.keys() <= JobModel.model_fields.keys()
 
 
-def test_every_job_that_ships_loads() -> None:
+def test_shipped_jobs_load() -> None:
     """The examples' jobs and those of `jobs/` are right."""
     jobs = [*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "examples" / "jobs").glob("*.yaml")]
     assert len(jobs) >= 4
@@ -80,41 +80,41 @@ def test_every_job_that_ships_loads() -> None:
         load_job(job)
 
 
-def test_every_key_is_explained() -> None:
+def test_all_job_keys_are_documented() -> None:
     """No key of the job file is unknown to the documents."""
-    shown = "\n".join(map(code, DOCUMENTS))
+    shown = "\n".join(map(code_text, DOCUMENTS))
     alone = {key for path in re.findall(r"^[\w.]+$", shown, re.MULTILINE) for key in path.split(".")}
     assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
 
 
 @each_document
-def test_every_command_shown_is_there(document: Path) -> None:
+def test_documented_commands_exist(document: Path) -> None:
     """Every `enrich …` in a block or in a sentence names a command and options that exist."""
     wrong = []
-    for arguments in invocations(code(document)):
+    for arguments in enrich_invocations(code_text(document)):
         try:
-            parse(arguments)
+            parse_command_line(arguments)
         except click.UsageError as error:
             wrong.append(f"enrich {' '.join(arguments)}: {error.format_message()}")
     assert not wrong
 
 
-def test_commands_that_are_not_there_would_be_found() -> None:
+def test_unknown_commands_are_detected() -> None:
     """The check itself: wrong commands and options are told, in all the forms in which documents show them."""
     shown = (
         "enrich rnu job\nX=y enrich run job --max-tiem 5h | tee x\n15 2 * * * K=/k /opt/bin/enrich ledger chekc J; ls"
     )
-    found = list(invocations(shown))
+    found = list(enrich_invocations(shown))
     assert len(found) == 3
     for arguments in found:
         with pytest.raises(click.UsageError):
-            parse(arguments)
+            parse_command_line(arguments)
 
 
 @in_turn("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_somewhere(document: Path) -> None:
+def test_links_resolve(document: Path) -> None:
     """Relative links point to files that are there, and to headings that they have."""
-    for link in links(document):
+    for link in relative_links(document):
         name, _, heading = link.partition("#")
         target = (document.parent / name).resolve() if name else document
         assert target.exists(), link

@@ -12,127 +12,137 @@ import pytest
 from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from tests.cases import first_quick
-from tests.harness import AWAY, Api, Done, Office, people, serving
+from tests.harness import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
 
 @pytest.fixture
-def ready(office: Office, api: Api) -> Office:
+def ready_workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
     """An office whose nights will be good."""
-    office.write_leads(people(3))
-    office.write_job(limits="{max_credits: 50}")
-    key = office.folder / "key"
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(limits="{max_credits: 50}")
+    key = workspace.folder / "key"
     key.write_text(api.api_key, encoding="utf-8")
     key.chmod(0o600)
-    return office
+    return workspace
 
 
-def doctor(office: Office, api: Api, *more: str, beside: dict[str, str] | None = None) -> Done:
+def run_doctor(
+    workspace: Workspace, api: SandboxApi, *more: str, shell_environ: dict[str, str] | None = None
+) -> ProgramResult:
     """Ask the doctor, with what the crontab sets; `beside` is set in the shell alone."""
-    env = {"HOME": str(office.folder), "DATABAR_BASE_URL": api.base_url}
-    env["DATABAR_API_KEY_FILE"] = str(office.folder / "key")
+    env = {"HOME": str(workspace.folder), "DATABAR_BASE_URL": api.base_url}
+    env["DATABAR_API_KEY_FILE"] = str(workspace.folder / "key")
     given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
-    return office.command("doctor", "job.yaml", *given, *more, api=None, **(beside or {}))
+    return workspace.command("doctor", "job.yaml", *given, *more, api=None, **(shell_environ or {}))
 
 
-def findings(done: Done, mark: str) -> dict[str, str]:
+def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
     """The lines with a mark, by their subject."""
-    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
     return {subject: said for found, subject, said in lines if found == mark}
 
 
-def test_a_good_job_has_nothing_to_fear(ready: Office, api: Api) -> None:
+def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     """All marks are ok; nothing is written, nothing is paid."""
-    before = {path: path.stat().st_mtime_ns for path in ready.folder.rglob("*")}
-    done = doctor(ready, api)
+    before = {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")}
+    result = run_doctor(ready_workspace, api)
 
-    assert (done.code, done.stderr) == (0, "")
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
-    assert {"key", "api", "clock", "job", "ledger", "disk", "balance", "program"} <= findings(done, "ok").keys()
-    assert {path: path.stat().st_mtime_ns for path in ready.folder.rglob("*")} == before
+    assert (result.code, result.stderr) == (0, "")
+    assert {line.split()[0] for line in result.stdout.splitlines()} == {"ok"}
+    assert {"key", "api", "clock", "job", "ledger", "disk", "balance", "program"} <= findings_with_mark(
+        result, "ok"
+    ).keys()
+    assert {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")} == before
     assert api.audit()["accepted"] == 0
 
 
-def test_after_good_nights_too(ready: Office, api: Api) -> None:
+def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The ledger is looked into, and is as it was."""
-    assert ready.command("run", "job.yaml", api=api).code == 0
-    before = ready.ledger_path.read_bytes()
-    done = doctor(ready, api)
-    assert done.code == 0
-    assert "3 requests in" in findings(done, "ok")["ledger"]
-    assert ready.ledger_path.read_bytes() == before
+    assert ready_workspace.command("run", "job.yaml", api=api).code == 0
+    before = ready_workspace.ledger_path.read_bytes()
+    result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "3 requests in" in findings_with_mark(result, "ok")["ledger"]
+    assert ready_workspace.ledger_path.read_bytes() == before
     assert api.audit()["accepted"] == 3
 
 
-def test_a_key_of_the_shell_is_not_crons(ready: Office, api: Api) -> None:
+def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The classic: it works by hand and never at night."""
-    done = ready.command("doctor", "job.yaml", "--env", f"HOME={ready.folder}", "--offline", api=api)
-    assert done.code == 3
-    assert "DATABAR_API_KEY is set in this shell only: cron will not have it" in findings(done, "fail")["key"]
-    assert "DATABAR_BASE_URL is set in this shell only" in findings(done, "warn")["api"]
-    assert api.api_key not in done.stdout
+    result = ready_workspace.command(
+        "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
+    )
+    assert result.code == 3
+    assert (
+        "DATABAR_API_KEY is set in this shell only: cron will not have it" in findings_with_mark(result, "fail")["key"]
+    )
+    assert "DATABAR_BASE_URL is set in this shell only" in findings_with_mark(result, "warn")["api"]
+    assert api.api_key not in result.stdout
 
 
-def test_the_environment_may_come_from_a_file(ready: Office, api: Api) -> None:
+def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
     """As systemd's EnvironmentFile."""
-    text = f"# cron\nDATABAR_BASE_URL={api.base_url}\nDATABAR_API_KEY_FILE='{ready.folder}/key'\nHOME=/nowhere\n"
-    (ready.folder / "env").write_text(text, encoding="utf-8")
-    assert ready.command("doctor", "job.yaml", "--env-file", "env").code == 0
-    (ready.folder / "env").write_text("nonsense", encoding="utf-8")
-    assert ready.command("doctor", "job.yaml", "--env-file", "env").code == 2
-    assert ready.command("doctor", "job.yaml", "--env", "nonsense").code == 2
+    text = (
+        f"# cron\nDATABAR_BASE_URL={api.base_url}\nDATABAR_API_KEY_FILE='{ready_workspace.folder}/key'\nHOME=/nowhere\n"
+    )
+    (ready_workspace.folder / "env").write_text(text, encoding="utf-8")
+    assert ready_workspace.command("doctor", "job.yaml", "--env-file", "env").code == 0
+    (ready_workspace.folder / "env").write_text("nonsense", encoding="utf-8")
+    assert ready_workspace.command("doctor", "job.yaml", "--env-file", "env").code == 2
+    assert ready_workspace.command("doctor", "job.yaml", "--env", "nonsense").code == 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://p.example"), ("SSL_CERT_FILE", "/nowhere")])
-def test_a_way_that_cron_cannot_take(ready: Office, api: Api, name: str, value: str) -> None:
+def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, name: str, value: str) -> None:
     """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
     way = ["--env", "DATABAR_BASE_URL=https://api.example/v1", "--env", f"{name}={value}", "--offline"]
-    done = doctor(ready, api, *way)
-    assert done.code == 2
-    assert findings(done, "fail")["api"].startswith(f"{name}: ")
-    done = doctor(ready, api, beside={name: value})
-    assert done.code == 0
-    assert f"{name} is set in this shell only" in findings(done, "warn")["api"]
+    result = run_doctor(ready_workspace, api, *way)
+    assert result.code == 2
+    assert findings_with_mark(result, "fail")["api"].startswith(f"{name}: ")
+    result = run_doctor(ready_workspace, api, shell_environ={name: value})
+    assert result.code == 0
+    assert f"{name} is set in this shell only" in findings_with_mark(result, "warn")["api"]
 
 
-def test_no_key_at_all(ready: Office) -> None:
+def test_missing_key(ready_workspace: Workspace) -> None:
     """Exit 3, as the run."""
-    done = ready.command("doctor", "job.yaml", "--env", f"HOME={ready.folder}")
-    assert done.code == 3
-    assert "no API key" in findings(done, "fail")["key"]
+    result = ready_workspace.command("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
+    assert result.code == 3
+    assert "no API key" in findings_with_mark(result, "fail")["key"]
 
 
-def test_a_key_that_the_api_refuses(ready: Office, api: Api) -> None:
+def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Exit 3; offline nobody can tell."""
-    (ready.folder / "key").write_text("old", encoding="utf-8")
-    assert doctor(ready, api).code == 3
-    assert doctor(ready, api, "--offline").code == 0
+    (ready_workspace.folder / "key").write_text("old", encoding="utf-8")
+    assert run_doctor(ready_workspace, api).code == 3
+    assert run_doctor(ready_workspace, api, "--offline").code == 0
 
 
-def test_a_key_that_others_may_read(ready: Office, api: Api) -> None:
+def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi) -> None:
     """A warning with its remedy."""
-    (ready.folder / "key").chmod(0o644)
-    done = doctor(ready, api)
-    assert done.code == 0
-    assert findings(done, "warn")["key"].endswith(f"chmod 600 {ready.folder}/key")
+    (ready_workspace.folder / "key").chmod(0o644)
+    result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert findings_with_mark(result, "warn")["key"].endswith(f"chmod 600 {ready_workspace.folder}/key")
 
 
-def test_an_api_that_is_away(ready: Office) -> None:
+def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exit 4."""
-    away = Api("http://127.0.0.1:9/v1", "key")
+    away = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.setup.online.Timing", lambda: AWAY):
-        done = doctor(ready, away)
-    assert done.code == 4
-    assert "unreachable" in findings(done, "fail")["api"]
+        result = run_doctor(ready_workspace, away)
+    assert result.code == 4
+    assert "unreachable" in findings_with_mark(result, "fail")["api"]
 
 
-def test_a_job_that_is_wrong(ready: Office, api: Api) -> None:
+def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Exit 2, and the key is looked at all the same."""
-    ready.write_job(watrfall="x")
-    done = doctor(ready, api)
-    assert done.code == 2
-    assert "watrfall" in findings(done, "fail")["job"]
-    assert "key" in findings(done, "ok")
+    ready_workspace.write_job(watrfall="x")
+    result = run_doctor(ready_workspace, api)
+    assert result.code == 2
+    assert "watrfall" in findings_with_mark(result, "fail")["job"]
+    assert "key" in findings_with_mark(result, "ok")
 
 
 @pytest.mark.parametrize(
@@ -149,95 +159,97 @@ def test_a_job_that_is_wrong(ready: Office, api: Api) -> None:
         ],
     ),
 )
-def test_what_would_end_the_run(ready: Office, api: Api, changed: dict[str, str], said: str, code: int) -> None:
+def test_predicts_exit_code_of_run(
+    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], said: str, code: int
+) -> None:
     """With the exit code that the run would have."""
-    ready.write_job(**changed)
-    done = doctor(ready, api)
-    assert done.code == code
-    assert any(said in line for line in done.stdout.splitlines() if line.startswith("fail"))
+    ready_workspace.write_job(**changed)
+    result = run_doctor(ready_workspace, api)
+    assert result.code == code
+    assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
 
 
-def test_an_old_input_and_a_missing_cap(ready: Office, api: Api) -> None:
+def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Warnings leave exit 0."""
-    ready.write_job()
+    ready_workspace.write_job()
     three_days_ago = time.time() - 3 * 86_400
-    os.utime(ready.folder / "leads.csv", (three_days_ago, three_days_ago))
-    done = doctor(ready, api)
-    assert done.code == 0
-    assert "is the export still running?" in findings(done, "warn")["input"]
-    assert "max_credits is not set" in findings(done, "warn")["cap"]
+    os.utime(ready_workspace.folder / "leads.csv", (three_days_ago, three_days_ago))
+    result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "is the export still running?" in findings_with_mark(result, "warn")["input"]
+    assert "max_credits is not set" in findings_with_mark(result, "warn")["cap"]
 
 
-def test_a_run_that_is_at_work(ready: Office, api: Api) -> None:
+def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
     """It holds the lock; nobody is disturbed."""
-    ready.command("run", "job.yaml", api=api)
-    with hold(ready.ledger_path, 0):
-        done = doctor(ready, api)
-    assert done.code == 0
-    assert "a run holds the ledger now" in findings(done, "warn")["lock"]
+    ready_workspace.command("run", "job.yaml", api=api)
+    with hold(ready_workspace.ledger_path, 0):
+        result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "a run holds the ledger now" in findings_with_mark(result, "warn")["lock"]
 
 
-def test_doubts_and_results_that_expire(ready: Office, tmp_path: Path) -> None:
+def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: Path) -> None:
     """What waits for a person, and what waits at the API until it is gone."""
-    with serving(tmp_path / "slow.db", latency="fixed(600)") as slow:
-        (ready.folder / "key").write_text(slow.api_key, encoding="utf-8")
-        ready.leave_at_the_api(slow)
-        ledger = Ledger(ready.ledger_path)
+    with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
+        (ready_workspace.folder / "key").write_text(slow.api_key, encoding="utf-8")
+        ready_workspace.leave_at_the_api(slow)
+        ledger = Ledger(ready_workspace.ledger_path)
         with ledger.transaction():
             ledger.doubt([(ledger.tasks()[0].attempts[0], "reset", 1, None)])
         ledger.close()
-        done = doctor(ready, slow, "--at", "23:59")
-        ready.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
-        late = doctor(ready, slow)
-    assert "1 requests are in doubt" in findings(done, "warn")["doubts"]
-    assert "2 paid requests wait at the API" in done.stdout
-    assert "2 expire before the next run" in findings(late, "warn")["results"]
+        result = run_doctor(ready_workspace, slow, "--at", "23:59")
+        ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
+        late = run_doctor(ready_workspace, slow)
+    assert "1 requests are in doubt" in findings_with_mark(result, "warn")["doubts"]
+    assert "2 paid requests wait at the API" in result.stdout
+    assert "2 expire before the next run" in findings_with_mark(late, "warn")["results"]
 
 
-def test_a_cap_that_stopped_the_last_night(ready: Office, api: Api) -> None:
+def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The rest was left pending."""
-    ready.write_leads(people(20))
-    ready.write_job(limits="{max_credits: 5}")
-    assert ready.command("run", "job.yaml", api=api).code == 12
-    done = doctor(ready, api)
-    assert done.code == 0
-    assert "1 of the last 1 runs stopped for credits" in findings(done, "warn")["cap"]
+    ready_workspace.write_leads(make_leads(20))
+    ready_workspace.write_job(limits="{max_credits: 5}")
+    assert ready_workspace.command("run", "job.yaml", api=api).code == 12
+    result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "1 of the last 1 runs stopped for credits" in findings_with_mark(result, "warn")["cap"]
 
 
-def test_a_ledger_on_a_network_file_system(ready: Office, api: Api) -> None:
+def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Its locks cannot be trusted."""
-    mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready.folder)} rw - nfs4 nas:/x rw\n"
+    mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
     with patch("enrich.nights.machine.mountinfo", lambda: mounts):
-        done = doctor(ready, api)
-    assert done.code == 0
-    assert "network file system (nfs4)" in findings(done, "warn")["ledger"]
+        result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "network file system (nfs4)" in findings_with_mark(result, "warn")["ledger"]
 
 
-def test_a_clock_that_is_off(ready: Office, api: Api) -> None:
+def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Against the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
     with patch("enrich.setup.online.time.time_ns", lambda: an_hour_ago):
-        done = doctor(ready, api)
-    assert done.code == 0
-    assert "behind the API's" in findings(done, "warn")["clock"]
+        result = run_doctor(ready_workspace, api)
+    assert result.code == 0
+    assert "behind the API's" in findings_with_mark(result, "warn")["clock"]
 
 
 @pytest.mark.long
-def test_paths_that_crons_python_cannot_write(ready: Office, api: Api) -> None:
+def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Only where the locale forbids UTF-8."""
-    ready.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
-    assert doctor(ready, api).code == 0
+    ready_workspace.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
+    assert run_doctor(ready_workspace, api).code == 0
     old = ("--env", "PYTHONUTF8=0", "--env", "PYTHONCOERCECLOCALE=0", "--env", "LC_ALL=C")
-    done = doctor(ready, api, *old)
-    assert done.code == 5
-    assert "in ascii" in findings(done, "fail")["names"]
+    result = run_doctor(ready_workspace, api, *old)
+    assert result.code == 5
+    assert "in ascii" in findings_with_mark(result, "fail")["names"]
 
 
-def test_json_is_one_object(ready: Office, api: Api) -> None:
+def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The findings with marks, messages and remedies."""
-    told = doctor(ready, api, "--json").receipt
-    assert told["exit_code"] == 0
-    assert told["findings"][0] == {
+    output = run_doctor(ready_workspace, api, "--json").receipt
+    assert output["exit_code"] == 0
+    assert output["findings"][0] == {
         "mark": "ok",
         "subject": "key",
         "message": "cron will find it",
@@ -245,24 +257,26 @@ def test_json_is_one_object(ready: Office, api: Api) -> None:
     }
 
 
-def test_the_sandbox_needs_no_key(ready: Office) -> None:
+def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     """For a first look; nothing is left behind."""
-    before = sorted(ready.folder.rglob("*"))
-    done = ready.command("doctor", "job.yaml", "--sandbox")
-    assert (done.code, sorted(ready.folder.rglob("*"))) == (0, before)
+    before = sorted(ready_workspace.folder.rglob("*"))
+    result = ready_workspace.command("doctor", "job.yaml", "--sandbox")
+    assert (result.code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
 
 
-def test_the_environment_of_the_shell_comes_back(ready: Office, api: Api) -> None:
+def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The doctor lives in cron's for a moment only."""
     with patch.dict(os.environ, {"MINE": "1"}):
         before = dict(os.environ)
-        doctor(ready, api)
+        run_doctor(ready_workspace, api)
         assert dict(os.environ) == before
 
 
 @pytest.mark.long
-def test_as_a_program_under_an_empty_environment(ready: Office, api: Api) -> None:
+def test_as_subprocess_with_empty_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
     """What cron would say when it asked the doctor itself."""
-    done = ready.enrich("doctor", "job.yaml", "--env", f"HOME={ready.folder}", "--offline", api=api)
-    assert done.code == 3
-    assert "cron will not have it" in done.stdout
+    result = ready_workspace.enrich(
+        "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
+    )
+    assert result.code == 3
+    assert "cron will not have it" in result.stdout

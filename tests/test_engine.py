@@ -19,9 +19,9 @@ import polars as pl
 import pytest
 
 from enrich.receipt import Receipt
-from tests.cluster_torture import ON_RAY, workers_of
-from tests.harness import Api, Office, kill, people, serving, until
-from tests.postgres import Postgres
+from tests.cluster_torture import ON_RAY, worker_pids
+from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+from tests.postgres import PostgresServer
 
 needs_ray = [
     pytest.mark.cluster,
@@ -32,15 +32,15 @@ RUN = ("run", "job.yaml", "--json")
 THREE = (*ON_RAY, "3")
 
 #: What Ray says of itself.
-RAY = re.compile(r"\bray(let)?\b", re.IGNORECASE)
+RAY_MESSAGE = re.compile(r"\bray(let)?\b", re.IGNORECASE)
 
 
 @pytest.fixture
-def far(tmp_path: Path, postgres: Postgres) -> Office:
+def postgres_workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
     """Make an office whose ledger is on the server."""
     folder = tmp_path / "far"
     folder.mkdir()
-    made = Office(folder, f"{postgres.url()}&lease=2", postgres.environ)
+    made = Workspace(folder, f"{postgres.url()}&lease=2", postgres.environ)
     made.write_job(limits="{requests_per_second: 100}")
     return made
 
@@ -48,27 +48,27 @@ def far(tmp_path: Path, postgres: Postgres) -> Office:
 # What can't be
 
 
-def test_a_ledger_in_a_file_is_for_one_machine(api: Api, office: Office) -> None:
+def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """Told with the file, the line, the key and what to do."""
-    office.write_job(ledger="leads.db")
-    office.write_leads(people(2))
-    done = office.command(*RUN, "--engine", "ray", api=api)
+    workspace.write_job(ledger="leads.db")
+    workspace.write_leads(make_leads(2))
+    result = workspace.command(*RUN, "--engine", "ray", api=api)
 
-    assert done.code == 2
-    line = office.job_file.read_text(encoding="utf-8").splitlines().index("ledger: leads.db") + 1
-    assert f"job.yaml:{line}: ledger: --engine ray needs a ledger that all workers reach" in done.stderr
-    assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in done.stderr
+    assert result.code == 2
+    line = workspace.job_file.read_text(encoding="utf-8").splitlines().index("ledger: leads.db") + 1
+    assert f"job.yaml:{line}: ledger: --engine ray needs a ledger that all workers reach" in result.stderr
+    assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in result.stderr
 
 
 @pytest.mark.long
-def test_without_the_extra(api: Api, far: Office) -> None:
+def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """It is said how to get it."""
-    far.write_leads(people(2))
+    postgres_workspace.write_leads(make_leads(2))
     with patch("enrich.commands.engines.find_spec", return_value=None):
-        done = far.command(*RUN, "--engine", "ray", api=api)
+        result = postgres_workspace.command(*RUN, "--engine", "ray", api=api)
 
-    assert done.code == 2
-    assert "hint: pip install 'databar-enrich[cluster]'" in done.stderr
+    assert result.code == 2
+    assert "hint: pip install 'databar-enrich[cluster]'" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -81,34 +81,36 @@ def test_without_the_extra(api: Api, far: Office) -> None:
         (["--engine", "ray", "--address", "ray://127.0.0.1:10001"], "without `ray://`"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], said: str, api: Api, office: Office) -> None:
+def test_incompatible_options(options: list[str], said: str, api: SandboxApi, workspace: Workspace) -> None:
     """They are errors of usage, told before anything begins."""
-    office.write_leads(people(2))
-    done = office.command(*RUN, *options, api=api)
+    workspace.write_leads(make_leads(2))
+    result = workspace.command(*RUN, *options, api=api)
 
-    assert done.code == 2
-    assert said in done.stderr
+    assert result.code == 2
+    assert said in result.stderr
 
 
-def test_a_pipe_is_of_one_machine(api: Api, far: Office) -> None:
+def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """The others of a cluster do not see what came through it."""
-    done = far.command(*RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api)
+    result = postgres_workspace.command(*RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api)
 
-    assert done.code == 2
-    assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in done.stderr
+    assert result.code == 2
+    assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in result.stderr
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
-def test_a_cluster_that_is_not_there(api: Api, far: Office) -> None:
+def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """The next run resumes: exit 4, and nothing was sent."""
-    far.write_leads(people(2))
+    postgres_workspace.write_leads(make_leads(2))
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
-        done = far.command(*RUN, "--engine", "ray", "--address", f"127.0.0.1:{taken.getsockname()[1]}", api=api)
+        result = postgres_workspace.command(
+            *RUN, "--engine", "ray", "--address", f"127.0.0.1:{taken.getsockname()[1]}", api=api
+        )
 
-    assert done.code == 4
-    assert "the Ray cluster at 127.0.0.1" in done.stderr
-    assert "can't be reached" in done.stderr
+    assert result.code == 4
+    assert "the Ray cluster at 127.0.0.1" in result.stderr
+    assert "can't be reached" in result.stderr
     assert accepted(api) == 0
 
 
@@ -116,7 +118,7 @@ def test_a_cluster_that_is_not_there(api: Api, far: Office) -> None:
 
 
 @pytest.fixture
-def cluster(far: Office) -> Iterator[tuple[str, int]]:
+def cluster(postgres_workspace: Workspace) -> Iterator[tuple[str, int]]:
     """Start a Ray cluster that was there before the run, and stays after it; return its address and its process."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -125,28 +127,28 @@ def cluster(far: Office) -> Iterator[tuple[str, int]]:
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     head = subprocess.Popen(
         [ray, *words, "--disable-usage-stats"],
-        cwd=far.folder,
-        env=far.variables() | {"RAY_AUTH_MODE": "disabled"},
+        cwd=postgres_workspace.folder,
+        env=postgres_workspace.variables() | {"RAY_AUTH_MODE": "disabled"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         process_group=0,
     )
     try:
-        until(lambda: listens(port), 40)
+        wait_until(lambda: is_listening(port), 40)
         yield f"127.0.0.1:{port}", head.pid
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
 
 
-def listens(port: int) -> bool:
+def is_listening(port: int) -> bool:
     """Tell whether somebody listens there."""
     with closing(socket.socket()) as probe:
         return not probe.connect_ex(("127.0.0.1", port))
 
 
-def accepted(api: Api) -> int:
+def accepted(api: SandboxApi) -> int:
     """Count the runs that the API has taken."""
     return int(api.audit()["accepted"])
 
@@ -161,31 +163,31 @@ def alive(number: int) -> bool:
 
 @contextmanager
 def at_work(
-    far: Office, api: Api, *more: str, enough: int = 30, group: bool = False
+    far: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """Start a run, wait until its three actors have bought enough; whatever happens, it is not left."""
     process = far.start(*THREE, *more, api=api, group=group)
     try:
-        until(lambda: accepted(api) >= enough and len(list(workers_of(process.pid))) == 3, 120)
-        yield process, list(workers_of(process.pid))
+        wait_until(lambda: accepted(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
+        yield process, list(worker_pids(process.pid))
     finally:
-        kill(process) if process.poll() is None else None
+        kill_process(process) if process.poll() is None else None
 
 
-def end_of(process: subprocess.Popen[str]) -> Receipt:
+def wait_for_summary(process: subprocess.Popen[str]) -> Receipt:
     """Wait for the end of a run that says nothing but its receipt on stdout."""
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err
-    assert not RAY.search(err)
+    assert not RAY_MESSAGE.search(err)
     return Receipt(**json.loads(out))
 
 
-def sound(api: Api, leads: int, receipt: Receipt) -> None:
+def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: Receipt) -> None:
     """Hold a receipt against the API's books."""
     audit = api.audit()
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
-    assert receipt.pending == 0
-    assert leads - (receipt.in_doubt or 0) <= audit["accepted"] <= leads
+    assert summary.pending == 0
+    assert leads - (summary.in_doubt or 0) <= audit["accepted"] <= leads
 
 
 class TestOnRay:
@@ -194,49 +196,49 @@ class TestOnRay:
     pytestmark = needs_ray
 
     @pytest.mark.parametrize("dispatch", ["{bulk: null}", "{bulk: 7}"])
-    def test_ray_answers_as_one_process_does(
-        self, tmp_path: Path, far: Office, postgres: Postgres, dispatch: str
+    def test_ray_matches_single_process(
+        self, tmp_path: Path, postgres_workspace: Workspace, postgres: PostgresServer, dispatch: str
     ) -> None:
         """The same rows with the same answers, here as a dataset; rate, canary and limit count for all workers."""
         canary, limits = "{rows: 5, min_hit_rate: 0.01}", "{requests_per_second: 50}"
-        far.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
-        far.write_leads(people(120))
-        told = []
+        postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
+        postgres_workspace.write_leads(make_leads(120))
+        outcomes = []
         for words in (RUN, THREE):
             more = ("--limit", "100", "--ledger", f"{postgres.url()}&lease=2", "--new-ledger")
-            with serving(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
-                done = end_of(far.start(*words, *more, api=api))
+            with serve_api(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
+                result = wait_for_summary(postgres_workspace.start(*words, *more, api=api))
                 assert api.audit()["paid_twice"] == 0
-            rows = pl.read_parquet(far.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
-            told.append((done.exit_code, done.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))
-            assert (done.pending, done.rate_limited) == (20, 0)
+            rows = pl.read_parquet(postgres_workspace.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
+            outcomes.append((result.exit_code, result.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))
+            assert (result.pending, result.rate_limited) == (20, 0)
 
-        assert told[0] == told[1]
+        assert outcomes[0] == outcomes[1]
 
-    def test_an_actor_is_killed(self, tmp_path: Path, far: Office) -> None:
+    def test_killed_actor_is_replaced(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
         """The others inherit, another comes in its place; no file of Ray has the key."""
-        far.write_leads(people(200))
-        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(far, api) as (process, workers):
+        postgres_workspace.write_leads(make_leads(200))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(postgres_workspace, api) as (process, workers):
                 files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108 - Ray's
                 assert not any(api.api_key.encode() in each.read_bytes() for each in files)
                 os.kill(workers[0], signal.SIGKILL)
-                receipt = end_of(process)
-            sound(api, 200, receipt)
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, summary)
 
-        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
-        assert any("an actor of the cluster died" in note for note in receipt.notes)
+        assert summary.exit_code == (14 if summary.in_doubt else 0)
+        assert any("an actor of the cluster died" in note for note in summary.notes)
 
-    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Office) -> None:
+    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Workspace) -> None:
         """What it had reserved stays so until its tasks are answered; none stops while some may come free."""
         far.write_job(limits="{requests_per_second: 120, max_credits: 15}")
-        far.write_leads(people(200))
+        far.write_leads(make_leads(200))
         with (
-            serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
+            serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
             at_work(far, api, enough=5) as (process, workers),
         ):
             os.kill(workers[0], signal.SIGKILL)
-            receipt = end_of(process)
+            receipt = wait_for_summary(process)
             audit = api.audit()
         (worst,) = far.sql("SELECT max(reserved) FROM attempts")[0]
         unknown = receipt.in_doubt or 0
@@ -244,69 +246,73 @@ class TestOnRay:
         assert (receipt.exit_code, audit["paid_twice"]) == (12, 0)
         assert 15 - (1 + unknown) * worst / 1e6 < audit["credits_charged"] <= 15
 
-    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Office) -> None:
+    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Workspace) -> None:
         """Its tasks are the others' meanwhile; woken up it overwrites nothing, and helps again."""
         far.write_job(limits="{requests_per_second: 40}")
-        far.write_leads(people(300))
-        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+        far.write_leads(make_leads(300))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             with at_work(far, api) as (process, workers):
                 leases = ("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {workers[0]}")
-                until(lambda: far.sql(*leases) == [(1,)])
+                wait_until(lambda: far.sql(*leases) == [(1,)])
                 os.kill(workers[0], signal.SIGSTOP)
-                until(lambda: far.sql(*leases) == [(0,)])
+                wait_until(lambda: far.sql(*leases) == [(0,)])
                 os.kill(workers[0], signal.SIGCONT)
-                until(lambda: far.sql(*leases) == [(1,)])
-                receipt = end_of(process)
-            sound(api, 300, receipt)
+                wait_until(lambda: far.sql(*leases) == [(1,)])
+                receipt = wait_for_summary(process)
+            assert_consistent_with_audit(api, 300, receipt)
 
         assert receipt.exit_code == (14 if receipt.in_doubt else 0)
         assert not any("lost" in note for note in receipt.notes)
 
-    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Office) -> None:
+    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Workspace) -> None:
         """The run ends without it."""
-        far.write_leads(people(200))
-        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+        far.write_leads(make_leads(200))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             with at_work(far, api) as (process, workers):
                 os.kill(workers[0], signal.SIGSTOP)
-                receipt = end_of(process)
-            sound(api, 200, receipt)
+                receipt = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, receipt)
 
         assert not alive(workers[0])
         assert any("said nothing any more" in note for note in receipt.notes)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
-    def test_signals_are_ours(self, tmp_path: Path, far: Office, number: signal.Signals) -> None:
+    def test_signals_stop_actors_cleanly(
+        self, tmp_path: Path, postgres_workspace: Workspace, number: signal.Signals
+    ) -> None:
         """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt.
 
         Ctrl-C reaches every process of the terminal.
         """
-        far.write_leads(people(150))
+        postgres_workspace.write_leads(make_leads(150))
         code = 128 + number
-        with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-            with at_work(far, api, group=True) as (process, left):
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            with at_work(postgres_workspace, api, group=True) as (process, left):
                 (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-                receipt = end_of(process)
-            assert far.at_the_api() == accepted(api)
+                summary = wait_for_summary(process)
+            assert postgres_workspace.at_the_api() == accepted(api)
 
-        assert (process.returncode, receipt.exit_code, receipt.in_doubt) == (code, code, 0)
+        assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
         assert not any(map(alive, left))
 
-    def test_actors_of_a_cluster_leave_when_their_boss_is_killed(
-        self, tmp_path: Path, far: Office, cluster: tuple[str, int]
+    def test_actors_exit_when_driver_is_killed(
+        self, tmp_path: Path, postgres_workspace: Workspace, cluster: tuple[str, int]
     ) -> None:
         """They write down what is on the wire; the next run goes on, on the same cluster."""
-        far.write_leads(people(300))
+        postgres_workspace.write_leads(make_leads(300))
         address, head = cluster
         words = (*THREE, "--address", address)
-        with serving(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            process = far.start(*words, api=api)
-            until(lambda: accepted(api) >= 30 and len(list(workers_of(head))) == 3, 60)
-            kill(process)
-            until(lambda: not list(workers_of(head)), 40)
-            until(lambda: far.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)
-            assert far.sql("SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')") == [(0,)]
-            receipt = end_of(far.start(*words, api=api))
-            assert not list(workers_of(head))
-            sound(api, 300, receipt)
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            process = postgres_workspace.start(*words, api=api)
+            wait_until(lambda: accepted(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
+            kill_process(process)
+            wait_until(lambda: not list(worker_pids(head)), 40)
+            wait_until(lambda: postgres_workspace.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)
+            assert postgres_workspace.sql(
+                "SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')"
+            ) == [(0,)]
+            summary = wait_for_summary(postgres_workspace.start(*words, api=api))
+            assert not list(worker_pids(head))
+            assert_consistent_with_audit(api, 300, summary)
 
-        assert (receipt.exit_code, receipt.in_doubt) == (0, 0)
+        assert (summary.exit_code, summary.in_doubt) == (0, 0)

@@ -15,7 +15,7 @@ from enrich.execution import Timing
 from enrich.sandbox import Fault
 from enrich.sandbox.faults import KINDS
 from tests.cases import first_quick
-from tests.harness import HASTY, JOB, Api, Office, people, serving, until
+from tests.harness import JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 #: `fault` as the sandbox names it (`get:` when it is a poll that meets it), for two of four leads. What these two
 #: are at the end of the night; whether their question is posted again by itself: `tonight` or the `next night`,
@@ -82,12 +82,12 @@ TABLE = """
 | get:many-steps,steps=20000       | answered |              | yes      | 0    |
 | get:gzip-bomb                    | answered |              | yes      | 0    |
 """
-LEADS, MEET_IT = 4, 2
+LEADS, AFFECTED = 4, 2
 #: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …
-TIMING = replace(HASTY, get_s=0.7, young_s=20.0, outage_s=30.0)
+TIMEOUTS = replace(SHORT_TIMEOUTS, get_s=0.7, young_s=20.0, outage_s=30.0)
 #: … but where the end of that time is what the test waits for.
-IN_TIME = replace(TIMING, post_s=2.0, young_s=0.7)
-ANSWERS = frozenset({"found", "not_found", "failed"})
+TIGHT_TIMEOUTS = replace(TIMEOUTS, post_s=2.0, young_s=0.7)
+ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
 #: One line of each kind, for `make test`: the long tests go through all.
 QUICK = {
     "rate-limit",
@@ -107,7 +107,7 @@ QUICK = {
 }
 
 
-class Case(NamedTuple):
+class FaultCase(NamedTuple):
     """A line of the table."""
 
     fault: str
@@ -120,30 +120,30 @@ class Case(NamedTuple):
     def timing(self) -> Timing:
         """How long to wait; the two that meet it are given up at the end of that, or nobody is."""
         is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
-        return IN_TIME if is_the_end_of_it else TIMING
+        return TIGHT_TIMEOUTS if is_the_end_of_it else TIMEOUTS
 
-    def happen(self, api: Api) -> None:
+    def happen(self, api: SandboxApi) -> None:
         """Let the next two meet it (all at once do, when the whole API is away)."""
         name, *params = self.fault.split(",")
         fault = Fault.parse(",".join([f"{name}=0", *params]))
-        count = 1 if fault.name == "unavailable" else MEET_IT
+        count = 1 if fault.name == "unavailable" else AFFECTED
         api.fault(fault.name, count, "get" if fault.scope == "get" else "post", **fault.params)
 
 
-CASES = [Case(*map(str.strip, line.strip("|").split("|"))) for line in TABLE.strip().splitlines()[2:]]
+CASES = [FaultCase(*map(str.strip, line.strip("|").split("|"))) for line in TABLE.strip().splitlines()[2:]]
 
 
-def leads_that_are(office: Office, statuses: Collection[str]) -> set[str]:
+def leads_with_status(workspace: Workspace, statuses: Collection[str]) -> set[str]:
     """Name the leads with a status among these."""
-    return {row["First Name"] for row in office.output() if row["enrich_status"] in statuses}
+    return {row["First Name"] for row in workspace.output() if row["enrich_status"] in statuses}
 
 
-def accepted(api: Api) -> dict[str, int]:
+def accepted_counts(api: SandboxApi) -> dict[str, int]:
     """Tell how many runs the API accepted for each lead."""
     return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
 
 
-def test_the_table_knows_every_fault() -> None:
+def test_table_covers_all_faults() -> None:
     """Whatever the sandbox can do wrong has its line."""
     named = {Fault.parse(f"{case.fault.split(',')[0]}=0").name for case in CASES}
     assert named == set(KINDS)
@@ -153,46 +153,46 @@ def test_the_table_knows_every_fault() -> None:
     "case",
     [pytest.param(case, id=case.fault, marks=[] if case.fault in QUICK else pytest.mark.long) for case in CASES],
 )
-def test_a_fault_leads_where_the_table_says(
-    api: Api, office: Office, case: Case, monkeypatch: pytest.MonkeyPatch
+def test_fault_outcomes_match_table(
+    api: SandboxApi, workspace: Workspace, case: FaultCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not accepted for sure: posted again by itself. Not sure: in doubt, and no plain run ever buys it again."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.2)
-    office.write_leads(people(LEADS))
+    workspace.write_leads(make_leads(LEADS))
     case.happen(api)
 
-    night = office.run(api, timing=case.timing)
+    summary = workspace.run(api, timing=case.timing)
 
-    assert night.exit_code == int(case.exit)
+    assert summary.exit_code == int(case.exit)
     if case.fault.startswith("slow"):  # carried out after we had given up
-        until(lambda: sum(accepted(api).values()) == LEADS)
-    if night.exit_code == Exit.KEY:  # leaves the old output
-        assert office.command("collect", "job.yaml", "--partial").code == 0
-    met = leads_that_are(office, {case.lead_is} if case.lead_is != "answered" else ANSWERS)
+        wait_until(lambda: sum(accepted_counts(api).values()) == LEADS)
+    if summary.exit_code == Exit.KEY:  # leaves the old output
+        assert workspace.command("collect", "job.yaml", "--partial").code == 0
+    met = leads_with_status(workspace, {case.lead_is} if case.lead_is != "answered" else ANSWER_STATUSES)
     others = LEADS - len(met)
-    assert len(leads_that_are(office, ANSWERS) - met) == others
+    assert len(leads_with_status(workspace, ANSWER_STATUSES) - met) == others
     if case.lead_is == "answered":
         assert others == 0
     elif case.lead_is == "in_doubt" and not case.fault.startswith("unavailable"):
-        assert len(met) == MEET_IT
-    runs = accepted(api)
+        assert len(met) == AFFECTED
+    runs = accepted_counts(api)
     was_accepted = case.accepted == "yes" or case.posted_again == "tonight"
     assert {runs.get(name, 0) for name in met} == {int(was_accepted)}
     posts = api.audit()["requests"]["run"]
-    refused = MEET_IT if case.posted_again == "tonight" else 0
+    refused = AFFECTED if case.posted_again == "tonight" else 0
     assert posts <= LEADS + refused
     assert case.posted_again == "next night" or posts == LEADS + refused
 
     api.heal()
-    second = office.run(api, timing=case.timing)
+    second = workspace.run(api, timing=case.timing)
 
     if case.posted_again == "never":
         assert (second.exit_code, second.submitted) == (14, 0)
-        assert leads_that_are(office, {"in_doubt"}) == met
-        assert accepted(api) == runs
+        assert leads_with_status(workspace, {"in_doubt"}) == met
+        assert accepted_counts(api) == runs
     else:
         assert (second.exit_code, second.submitted) == (0, LEADS - len(runs))
-        assert len(leads_that_are(office, ANSWERS)) == LEADS
+        assert len(leads_with_status(workspace, ANSWER_STATUSES)) == LEADS
     assert api.audit()["accepted_more_than_once"] == 0
 
 
@@ -200,58 +200,58 @@ def test_a_fault_leads_where_the_table_says(
     ("hours", "fault"),
     first_quick(1, [(2, "rate-limit-date"), (-2, "rate-limit-date"), (2, "late-task,seconds=0.2"), (-2, "lost-task")]),
 )
-def test_an_api_with_a_wrong_clock_changes_nothing(tmp_path: Path, office: Office, hours: int, fault: str) -> None:
+def test_api_clock_offset(tmp_path: Path, workspace: Workspace, hours: int, fault: str) -> None:
     """Its Retry-After is measured by its own clock, and no task is too old or too young because of it."""
     case = next(case for case in CASES if case.fault == fault)
-    office.write_leads(people(LEADS))
-    with serving(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
         case.happen(api)
 
-        night = office.run(api, timing=case.timing)
-        second = office.run(api, timing=case.timing)
+        summary = workspace.run(api, timing=case.timing)
+        second = workspace.run(api, timing=case.timing)
 
-        assert night.exit_code == second.exit_code == int(case.exit)
-        assert night.elapsed_s < 60
+        assert summary.exit_code == second.exit_code == int(case.exit)
+        assert summary.elapsed_s < 60
         assert second.submitted == 0
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (LEADS, 0)
 
 
 @pytest.mark.long
-def test_a_storm_does_not_leave_a_thousand_in_doubt(tmp_path: Path, office: Office) -> None:
+def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace) -> None:
     """Sending stops, probes leave one at a time after growing pauses, what is at the API is fetched; then exit 4."""
     bought, new = 5, 150
-    office.write_job(JOB, limits="{requests_per_second: 1000, in_flight: 500}")
-    office.write_leads(people(bought))
-    with serving(tmp_path / "api.db", latency="fixed(2.5)") as api:
-        office.leave_at_the_api(api)
-        office.write_leads(people(bought + new))
+    workspace.write_job(JOB, limits="{requests_per_second: 1000, in_flight: 500}")
+    workspace.write_leads(make_leads(bought))
+    with serve_api(tmp_path / "api.db", latency="fixed(2.5)") as api:
+        workspace.leave_at_the_api(api)
+        workspace.write_leads(make_leads(bought + new))
         api.fault("error-before", 10_000, "post", status=503)
 
-        night = office.run(api, timing=replace(TIMING, outage_s=2.5))
+        summary = workspace.run(api, timing=replace(TIMEOUTS, outage_s=2.5))
 
-        assert night.exit_code == 4
-        assert len(leads_that_are(office, ANSWERS)) == bought
-        doubts = night.in_doubt or 0
-        assert 5 <= doubts <= 40
-        assert night.pending == new - doubts
-        assert api.audit()["requests"]["run"] == bought + doubts
-        claimed = _claimed_s(office)
-        assert len(claimed) == doubts
+        assert summary.exit_code == 4
+        assert len(leads_with_status(workspace, ANSWER_STATUSES)) == bought
+        in_doubt_rows = summary.in_doubt or 0
+        assert 5 <= in_doubt_rows <= 40
+        assert summary.pending == new - in_doubt_rows
+        assert api.audit()["requests"]["run"] == bought + in_doubt_rows
+        claimed = _claimed_s(workspace)
+        assert len(claimed) == in_doubt_rows
         pauses = [round(later - earlier, 1) for earlier, later in zip(claimed[-3:], claimed[-2:], strict=False)]
         assert pauses[0] >= 0.9
         assert pauses[1] >= 1.9
         assert api.audit()["accepted"] == bought
 
         api.heal()
-        second = office.run(api, timing=TIMING)
+        second = workspace.run(api, timing=TIMEOUTS)
 
-        assert (second.exit_code, second.submitted, second.in_doubt) == (14, new - doubts, doubts)
+        assert (second.exit_code, second.submitted, second.in_doubt) == (14, new - in_doubt_rows, in_doubt_rows)
         assert api.audit()["accepted_more_than_once"] == 0
 
 
-def _claimed_s(office: Office) -> list[float]:
+def _claimed_s(workspace: Workspace) -> list[float]:
     """Tell when each POST left that is in doubt now."""
-    ledger = office.ledger()
+    ledger = workspace.ledger()
     try:
         rows = ledger._db.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()
     finally:

@@ -7,135 +7,135 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import BOTH_IN_TIME, Api, Office, people, serving
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
+def api(tmp_path: Path) -> Iterator[SandboxApi]:
     """An API that finds everybody."""
-    with serving(tmp_path / "api.db", hit_rate=1.0) as served:
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as served:
         yield served
 
 
 @pytest.fixture
-def office(office: Office) -> Office:
+def workspace(workspace: Workspace) -> Workspace:
     """Six leads, of which one cannot be asked."""
-    rows = people(6)
+    rows = make_leads(6)
     rows[3][0] = ""
-    office.write_leads(rows)
-    return office
+    workspace.write_leads(rows)
+    return workspace
 
 
-def feed(office: Office, api: Api, *words: str) -> list[dict[str, str]]:
+def run_and_read_changes(workspace: Workspace, api: SandboxApi, *words: str) -> list[dict[str, str]]:
     """Run, and read the change feed."""
-    done = office.command("run", "job.yaml", "--json", *words, api=api)
-    assert done.code == 0, done.stderr
-    changes = office.output("changes.csv")
-    assert done.receipt["changed"] == len(changes)
+    result = workspace.command("run", "job.yaml", "--json", *words, api=api)
+    assert result.code == 0, result.stderr
+    changes = workspace.output("changes.csv")
+    assert result.receipt["changed"] == len(changes)
     return changes
 
 
-def test_rejects_can_be_mended_and_fed_back(office: Office, api: Api) -> None:
+def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxApi) -> None:
     """They have the input's columns and the reason; mended, they are asked and nobody else is."""
-    office.write_job(rejects="rejects.csv")
-    done = office.command("run", "job.yaml", "--json", api=api)
-    assert (done.code, done.receipt["rejected"]) == (0, 1)
-    (reject,) = office.output("rejects.csv")
+    workspace.write_job(rejects="rejects.csv")
+    result = workspace.command("run", "job.yaml", "--json", api=api)
+    assert (result.code, result.receipt["rejected"]) == (0, 1)
+    (reject,) = workspace.output("rejects.csv")
     assert reject["Last Name"] == "Last3"
     assert (reject["enrich_status"], "first_name is empty" in reject["enrich_error"]) == ("invalid", True)
-    assert (office.folder / "rejects.csv").stat().st_mode & 0o777 == 0o600
+    assert (workspace.folder / "rejects.csv").stat().st_mode & 0o777 == 0o600
 
-    mended = office.folder / "mended.csv"
-    text = (office.folder / "rejects.csv").read_text(encoding="utf-8")
+    mended = workspace.folder / "mended.csv"
+    text = (workspace.folder / "rejects.csv").read_text(encoding="utf-8")
     mended.write_text(text.replace("\n,Last3", "\nFirst3,Last3"), encoding="utf-8")
-    done = office.command("run", "job.yaml", "--input", "mended.csv", "--output", "m.csv", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--input", "mended.csv", "--output", "m.csv", "--json", api=api)
 
-    assert (done.code, done.receipt["submitted"], done.receipt["rejected"]) == (0, 1, 0)
-    assert office.output("rejects.csv") == []
+    assert (result.code, result.receipt["submitted"], result.receipt["rejected"]) == (0, 1, 0)
+    assert workspace.output("rejects.csv") == []
 
 
 def test_failed_rows_are_rejects(tmp_path: Path) -> None:
     """Those that the API failed are there with what it said."""
-    office = Office(tmp_path)
-    office.write_job(rejects="rejects.csv")
-    office.write_leads(people(4))
-    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        done = office.command("run", "job.yaml", "--json", api=api)
-    assert done.code == 10
-    rejects = office.output("rejects.csv")
-    assert len(rejects) == done.receipt["rejected"] == 4
+    workspace = Workspace(tmp_path)
+    workspace.write_job(rejects="rejects.csv")
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        result = workspace.command("run", "job.yaml", "--json", api=api)
+    assert result.code == 10
+    rejects = workspace.output("rejects.csv")
+    assert len(rejects) == result.receipt["rejected"] == 4
     assert all(row["enrich_status"] == "failed" and row["enrich_error"] for row in rejects)
 
 
-def test_the_feed_tells_what_is_new_and_then_nothing(office: Office, api: Api) -> None:
+def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxApi) -> None:
     """One line a field with its key, and no line twice."""
-    office.write_job(changes="{path: changes.csv, key: [Last Name, Note]}")
-    changes = feed(office, api)
-    found = [row for row in office.output() if row["enrich_status"] == "found"]
+    workspace.write_job(changes="{path: changes.csv, key: [Last Name, Note]}")
+    changes = run_and_read_changes(workspace, api)
+    found = [row for row in workspace.output() if row["enrich_status"] == "found"]
     assert [(line["Last Name"], line["Note"], line["field"], line["old"], line["new"]) for line in changes] == [
         (row["Last Name"], row["Note"], "work_email", "", row["work_email"]) for row in found
     ]
     assert found
     assert all(line["provider"] and line["at"].endswith("Z") for line in changes)
 
-    assert feed(office, api) == []
+    assert run_and_read_changes(workspace, api) == []
 
 
-def test_a_new_lead_that_was_answered_before_is_news(office: Office, api: Api) -> None:
+def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api: SandboxApi) -> None:
     """The CRM has not heard of it under this key, though nothing is paid for."""
-    office.write_job(changes="{path: changes.csv, key: Note}")
-    feed(office, api)
-    rows = people(3)
+    workspace.write_job(changes="{path: changes.csv, key: Note}")
+    run_and_read_changes(workspace, api)
+    rows = make_leads(3)
     rows.append([*rows[0][:4], "the same lead in another record"])
-    office.write_leads(rows)
+    workspace.write_leads(rows)
 
-    changes = feed(office, api)
+    changes = run_and_read_changes(workspace, api)
 
-    told = {line["Note"] for line in changes}
-    first = next(row for row in office.output() if row["Note"] == "note 0")
-    assert told == ({"the same lead in another record"} if first["work_email"] else set())
+    result = {line["Note"] for line in changes}
+    first = next(row for row in workspace.output() if row["Note"] == "note 0")
+    assert result == ({"the same lead in another record"} if first["work_email"] else set())
     assert api.audit()["accepted"] == 5
 
 
-def test_a_refresh_tells_old_and_new(office: Office, api: Api) -> None:
+def test_change_feed_after_refresh(workspace: Workspace, api: SandboxApi) -> None:
     """Only what is another value now is a change."""
-    office.write_job(changes="changes.csv")
-    feed(office, api)
-    office.write_job(changes="changes.csv", policy="{refresh: {found: 0s, not_found: 0s}}")
+    workspace.write_job(changes="changes.csv")
+    run_and_read_changes(workspace, api)
+    workspace.write_job(changes="changes.csv", policy="{refresh: {found: 0s, not_found: 0s}}")
     # The sandbox knows the same people: the answers are newer, the values are not.
-    assert feed(office, api) == []
+    assert run_and_read_changes(workspace, api) == []
 
 
-def test_in_place_the_old_value_is_the_inputs(office: Office, api: Api) -> None:
+def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     """With merge the feed compares with the cell that the CRM has."""
-    rows = people(6)
+    rows = make_leads(6)
     for row in rows:
         row[3] = "stale@crm.example"
-    office.write_leads(rows)
-    text = office.write_job(merge="overwrite", changes="{path: changes.csv, key: Note}").read_text(encoding="utf-8")
-    office.job_file.write_text(text.replace("work_email: email", "Email: email"), encoding="utf-8")
+    workspace.write_leads(rows)
+    text = workspace.write_job(merge="overwrite", changes="{path: changes.csv, key: Note}").read_text(encoding="utf-8")
+    workspace.job_file.write_text(text.replace("work_email: email", "Email: email"), encoding="utf-8")
 
-    changes = feed(office, api)
+    changes = run_and_read_changes(workspace, api)
 
-    found = {row["Note"]: row["Email"] for row in office.output() if row["enrich_status"] == "found"}
+    found = {row["Note"]: row["Email"] for row in workspace.output() if row["enrich_status"] == "found"}
     assert {line["Note"]: (line["field"], line["old"], line["new"]) for line in changes} == {
         note: ("Email", "stale@crm.example", email) for note, email in found.items()
     }
 
 
-def test_a_feed_that_could_not_be_written_is_told_again(office: Office, api: Api) -> None:
+def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi) -> None:
     """What nobody could read was not told."""
-    office.write_job(changes="feeds/changes.csv")
-    (office.folder / "feeds" / "changes.csv").mkdir(parents=True)
-    assert office.command("run", "job.yaml", api=api).code == 5
-    (office.folder / "feeds" / "changes.csv").rmdir()
-    assert office.command("run", "job.yaml", "--json", api=api).receipt["changed"]
+    workspace.write_job(changes="feeds/changes.csv")
+    (workspace.folder / "feeds" / "changes.csv").mkdir(parents=True)
+    assert workspace.command("run", "job.yaml", api=api).code == 5
+    (workspace.folder / "feeds" / "changes.csv").rmdir()
+    assert workspace.command("run", "job.yaml", "--json", api=api).receipt["changed"]
 
 
 @pytest.mark.parametrize(
@@ -150,22 +150,22 @@ def test_a_feed_that_could_not_be_written_is_told_again(office: Office, api: Api
         ({"rejects": "feed.csv", "changes": "feed.csv"}, "it is `rejects`"),
     ],
 )
-def test_a_wrong_feed_is_found_before_anything_is_spent(
-    office: Office, api: Api, replaced: dict[str, str], words: str
+def test_invalid_change_feed_config(
+    workspace: Workspace, api: SandboxApi, replaced: dict[str, str], words: str
 ) -> None:
     """Exit 2, with the key of the job file."""
-    (office.folder / "alias").symlink_to(office.folder)
-    (office.folder / "never.csv").write_text("nobody.example\n")
-    office.write_job(**replaced)
-    done = office.command("run", "job.yaml", api=api)
-    assert (done.code, words in done.stderr) == (2, True), done.stderr
+    (workspace.folder / "alias").symlink_to(workspace.folder)
+    (workspace.folder / "never.csv").write_text("nobody.example\n")
+    workspace.write_job(**replaced)
+    result = workspace.command("run", "job.yaml", api=api)
+    assert (result.code, words in result.stderr) == (2, True), result.stderr
     assert api.audit()["accepted"] == 0
 
 
-def test_collect_spares_the_feeds_too(office: Office, api: Api) -> None:
+def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxApi) -> None:
     """An output from the command line must not replace the rejects."""
-    office.write_job(rejects="rejects.csv")
-    assert office.command("run", "job.yaml", api=api).code == 0
-    done = office.command("collect", "job.yaml", "--output", "rejects.csv")
-    assert (done.code, "written twice" in done.stderr) == (2, True)
-    assert len(office.output("rejects.csv")) == 1
+    workspace.write_job(rejects="rejects.csv")
+    assert workspace.command("run", "job.yaml", api=api).code == 0
+    result = workspace.command("collect", "job.yaml", "--output", "rejects.csv")
+    assert (result.code, "written twice" in result.stderr) == (2, True)
+    assert len(workspace.output("rejects.csv")) == 1

@@ -17,151 +17,156 @@ from enrich.spec import Input, Output
 from enrich.tables import copies, dataset, storage
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
-from tests.buckets import BUCKET, put
+from tests.buckets import BUCKET, put_object
 from tests.cases import first_quick, in_turn
-from tests.harness import HEADER, Api, Office, people
-from tests.tables import INPUTS, save
+from tests.harness import HEADER, SandboxApi, Workspace, make_leads
+from tests.tables import INPUTS, write_table
 
 ROWS = [["1", "2"], ["3", "4"], ["5", "6"]]
 
 
-def lay(folder: Path, *names: str) -> Path:
+def write_files(folder: Path, *names: str) -> Path:
     """Write a file of one row for each name; return the folder."""
     for name, row in zip(names, ROWS, strict=False):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        save(folder / name, ["A", "B"], [row])
+        write_table(folder / name, ["A", "B"], [row])
     return folder
 
 
-def opened(where: Path | Url, **told: str) -> Source:
+def open_input(location: Path | Url, **options: str) -> Source:
     """Open an input."""
-    return Source(where, Input.model_validate({"path": str(where), **told}))
+    return Source(location, Input.model_validate({"path": str(location), **options}))
 
 
-def read(where: Path | Url, **told: str) -> list[tuple[Any, ...]]:
+def read_rows(location: Path | Url, **options: str) -> list[tuple[Any, ...]]:
     """Read all rows."""
-    return [row for frame in opened(where, **told).batches() for row in frame.rows()]
+    return [row for frame in open_input(location, **options).batches() for row in frame.rows()]
 
 
-def refused(where: Path | Url) -> Refused:
+def read_error(location: Path | Url) -> Refused:
     """Return why it can't be read."""
     with pytest.raises(Refused) as caught:
-        read(where)
+        read_rows(location)
     return caught.value
 
 
 @in_turn("ending", INPUTS)
-def test_a_folder_is_all_files_below_it(tmp_path: Path, ending: str) -> None:
+def test_folder_includes_all_files(tmp_path: Path, ending: str) -> None:
     """In the order of their paths; what is hidden or begins with `_` does not count."""
-    folder = lay(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
+    folder = write_files(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
     for name in (f"_x.{ending}", f".x.{ending}", "_SUCCESS", f"_old/x.{ending}", f".tmp/x.{ending}"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("?")
-    assert read(folder) == [("1", "2"), ("3", "4"), ("5", "6")]
+    assert read_rows(folder) == [("1", "2"), ("3", "4"), ("5", "6")]
 
 
-def test_names_of_folders_become_columns(tmp_path: Path) -> None:
+def test_partition_columns(tmp_path: Path) -> None:
     """As text behind the others, written as Hive does it; nothing is null."""
     names = ("country=DE/day=1/a.csv", "country=FR%2FGP/day=2/a.csv", "country=__HIVE_DEFAULT_PARTITION__/day=/a.csv")
-    folder = lay(tmp_path / "year=2026", *names)
-    source = opened(folder)
+    folder = write_files(tmp_path / "year=2026", *names)
+    source = open_input(folder)
     assert list(source.schema.items()) == [(name, pl.String()) for name in ("A", "B", "country", "day")]
-    assert read(folder) == [("1", "2", "DE", "1"), ("3", "4", "FR/GP", "2"), ("5", "6", None, "")]
-    assert [row[2:] for row in read(folder / "country=*" / "day=*" / "a.csv")] == [row[2:] for row in read(folder)]
-    assert read(folder / "country=DE") == [("1", "2", "1")]
+    assert read_rows(folder) == [("1", "2", "DE", "1"), ("3", "4", "FR/GP", "2"), ("5", "6", None, "")]
+    assert [row[2:] for row in read_rows(folder / "country=*" / "day=*" / "a.csv")] == [
+        row[2:] for row in read_rows(folder)
+    ]
+    assert read_rows(folder / "country=DE") == [("1", "2", "1")]
 
 
 @in_turn("ending", ["csv", "jsonl", "parquet"])
-def test_a_column_of_the_files_goes_before_what_their_folders_say(tmp_path: Path, ending: str) -> None:
+def test_file_column_overrides_partition(tmp_path: Path, ending: str) -> None:
     """Spark writes both."""
-    folder = lay(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")
-    assert read(folder) == [("1", "2"), ("3", "4")]
+    folder = write_files(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")
+    assert read_rows(folder) == [("1", "2"), ("3", "4")]
 
 
-def test_folders_that_name_other_columns_are_told(tmp_path: Path) -> None:
+def test_inconsistent_partition_columns(tmp_path: Path) -> None:
     """Silently blank cells would be asked with."""
-    folder = lay(tmp_path / "leads", "c=1/a.csv", "c=2/d=3/a.csv")
-    told = refused(folder)
-    assert told.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
+    folder = write_files(tmp_path / "leads", "c=1/a.csv", "c=2/d=3/a.csv")
+    result = read_error(folder)
+    assert result.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
 
 
-def test_folders_that_name_a_column_twice_are_told(tmp_path: Path) -> None:
+def test_duplicate_partition_columns(tmp_path: Path) -> None:
     """Nobody can tell which of them counts."""
-    folder = lay(tmp_path / "leads", "c=1/c=2/a.csv")
-    assert refused(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
+    folder = write_files(tmp_path / "leads", "c=1/c=2/a.csv")
+    assert read_error(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
 
 
-def test_files_of_another_format_are_told(tmp_path: Path) -> None:
+def test_mixed_formats_are_refused(tmp_path: Path) -> None:
     """A file that lies there by mistake is named, unless the format is said."""
-    folder = lay(tmp_path / "leads", "a.parquet", "b.csv")
-    assert refused(folder).message == f"{folder}/b.csv is CSV text, but {folder}/a.parquet is not"
-    folder = lay(tmp_path / "exports", "a.txt", "b.dat")
-    assert read(folder, format="csv") == [("1", "2"), ("3", "4")]
+    folder = write_files(tmp_path / "leads", "a.parquet", "b.csv")
+    assert read_error(folder).message == f"{folder}/b.csv is CSV text, but {folder}/a.parquet is not"
+    folder = write_files(tmp_path / "exports", "a.txt", "b.dat")
+    assert read_rows(folder, format="csv") == [("1", "2"), ("3", "4")]
 
 
-def test_files_of_another_header_are_told(tmp_path: Path) -> None:
+def test_different_headers_are_refused(tmp_path: Path) -> None:
     """With both names and the difference."""
-    folder = lay(tmp_path / "leads", "a.csv")
-    save(folder / "b.csv", ["A", "C"], [])
-    assert refused(folder).message == (
+    folder = write_files(tmp_path / "leads", "a.csv")
+    write_table(folder / "b.csv", ["A", "C"], [])
+    assert read_error(folder).message == (
         f"{folder}/b.csv: its header differs from that of {folder}/a.csv: `B` is missing, `C` is new"
     )
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path, office: Office, api: Api) -> None:
+def test_empty_folder_is_refused(tmp_path: Path, workspace: Workspace, api: SandboxApi) -> None:
     """Perhaps the export has not come yet: exit 5, and nothing is spent."""
-    (office.folder / "leads").mkdir()
-    (office.folder / "leads" / "_SUCCESS").touch()
+    (workspace.folder / "leads").mkdir()
+    (workspace.folder / "leads" / "_SUCCESS").touch()
     for named in ("leads", "leads/"):
-        office.write_job(input=named)
-        done = office.command("run", "job.yaml", api=api)
-        assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/leads has no files in it")
-    assert refused(tmp_path / "none").message == f"{tmp_path}/none does not exist"
+        workspace.write_job(input=named)
+        result = workspace.command("run", "job.yaml", api=api)
+        assert (result.code, result.stderr.splitlines()[0]) == (
+            5,
+            f"error: {workspace.folder}/leads has no files in it",
+        )
+    assert read_error(tmp_path / "none").message == f"{tmp_path}/none does not exist"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_is_closed_is_refused(tmp_path: Path) -> None:
+def test_unreadable_subfolder_is_refused(tmp_path: Path) -> None:
     """It is named: its rows are not left out in silence."""
-    folder = lay(tmp_path / "leads", "a.csv", "b/c.csv")
+    folder = write_files(tmp_path / "leads", "a.csv", "b/c.csv")
     (folder / "b").chmod(0)
     try:
-        assert refused(folder).message == f"{folder}/b cannot be read: Permission denied"
+        assert read_error(folder).message == f"{folder}/b cannot be read: Permission denied"
     finally:
         (folder / "b").chmod(0o700)
 
 
-def test_a_file_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
+def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
     """As one that changes is, and one that moves to where it means something else."""
-    folder = lay(tmp_path / "leads", "c=1/a.csv", "c=2/a.csv")
-    source = opened(folder)
+    folder = write_files(tmp_path / "leads", "c=1/a.csv", "c=2/a.csv")
+    source = open_input(folder)
     before, digest = source.stamp(), source.digest()
-    assert (source.stamp(), opened(folder).digest()) == (before, digest)
+    assert (source.stamp(), open_input(folder).digest()) == (before, digest)
     (folder / "c=2").rename(folder / "c=3")
     assert source.stamp() != before
-    assert opened(folder).digest() != digest
+    assert open_input(folder).digest() != digest
     (folder / "c=3").rename(folder / "c=2")
     assert source.stamp() == before
-    save(folder / "c=2" / "a.csv", ["A", "B"], [])
+    write_table(folder / "c=2" / "a.csv", ["A", "B"], [])
     assert source.stamp() != before
 
 
-def test_a_run_reads_a_folder(office: Office, api: Api) -> None:
+def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
     """Its column may be asked with; a file that comes next night pays for its rows alone."""
     for name in ("country=DE", "country=FR"):
-        (office.folder / "in" / name).mkdir(parents=True)
-    save(office.folder / "in" / "country=DE" / "a.csv", HEADER, people(3))
-    office.write_job(input="in/", where="country = 'DE'")
-    assert office.run(api).submitted == 3
-    save(office.folder / "in" / "country=DE" / "b.csv", HEADER, people(2, start=2))
-    save(office.folder / "in" / "country=FR" / "b.csv", HEADER, people(2, start=7))
-    receipt = office.run(api)
-    assert (receipt.rows, receipt.submitted, receipt.reused) == (7, 1, 3)
-    assert [row["country"] for row in office.output()] == ["DE"] * 5 + ["FR"] * 2
-    assert [row["enrich_status"] == "filtered" for row in office.output()] == [False] * 5 + [True] * 2
-    assert office.command("check", "job.yaml", api=api).code == 0
+        (workspace.folder / "in" / name).mkdir(parents=True)
+    write_table(workspace.folder / "in" / "country=DE" / "a.csv", HEADER, make_leads(3))
+    workspace.write_job(input="in/", where="country = 'DE'")
+    assert workspace.run(api).submitted == 3
+    write_table(workspace.folder / "in" / "country=DE" / "b.csv", HEADER, make_leads(2, start=2))
+    write_table(workspace.folder / "in" / "country=FR" / "b.csv", HEADER, make_leads(2, start=7))
+    summary = workspace.run(api)
+    assert (summary.rows, summary.submitted, summary.reused) == (7, 1, 3)
+    assert [row["country"] for row in workspace.output()] == ["DE"] * 5 + ["FR"] * 2
+    assert [row["enrich_status"] == "filtered" for row in workspace.output()] == [False] * 5 + [True] * 2
+    assert workspace.command("check", "job.yaml", api=api).code == 0
 
 
-def test_the_output_has_the_name_of_the_folder(tmp_path: Path) -> None:
+def test_output_named_after_folder(tmp_path: Path) -> None:
     """Beside the job, as that of a file."""
     (tmp_path / "job.yaml").write_text("version: 1\nwaterfall: w\nparams: {a: A}\ninput: crm/leads/\n")
     assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
@@ -170,9 +175,9 @@ def test_the_output_has_the_name_of_the_folder(tmp_path: Path) -> None:
     assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
 
 
-def test_nothing_is_written_where_the_next_run_would_read_it(tmp_path: Path) -> None:
+def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
     """Hidden places and those that begin with `_` may be anywhere."""
-    folder = lay(tmp_path / "leads", "a.csv")
+    folder = write_files(tmp_path / "leads", "a.csv")
     (tmp_path / "link").symlink_to(folder)
     for name in ("leads/out.csv", "leads/new/out.csv", "link/out.csv"):
         with pytest.raises(JobError, match="the output would be read as input by the next run"):
@@ -185,63 +190,63 @@ def test_nothing_is_written_where_the_next_run_would_read_it(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("bucket")
-def test_a_folder_of_a_storage_is_all_objects_below_it(tmp_path: Path) -> None:
+def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
     """As on a disk; what else begins like its name is none of them."""
     for name, row in zip(("b/c=1/x.csv", "b/c=2/x.csv", "b2/c=3/x.csv"), ROWS, strict=True):
-        put(name, save(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
-    put("b/_SUCCESS", b"?")
-    put("b/.hidden/x.csv", b"?")
+        put_object(name, write_table(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
+    put_object("b/_SUCCESS", b"?")
+    put_object("b/.hidden/x.csv", b"?")
     url = Url("s3", BUCKET, "b/")
-    assert read(url) == [("1", "2", "1"), ("3", "4", "2")]
-    assert read(Url("s3", BUCKET, "b*/c=*/x.csv")) == [(*row, str(place)) for place, row in enumerate(ROWS, 1)]
-    assert read(Url("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
+    assert read_rows(url) == [("1", "2", "1"), ("3", "4", "2")]
+    assert read_rows(Url("s3", BUCKET, "b*/c=*/x.csv")) == [(*row, str(place)) for place, row in enumerate(ROWS, 1)]
+    assert read_rows(Url("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
 
 
 @pytest.mark.usefixtures("bucket")
-def test_an_object_of_this_very_name_is_itself() -> None:
+def test_object_name_with_glob_characters() -> None:
     """Signs of a pattern may be in its name."""
-    put("leads[1].csv", b"A\n1\n")
-    put("leads1.csv", b"A\n2\n")
-    assert read(Url("s3", BUCKET, "leads[1].csv")) == [("1",)]
+    put_object("leads[1].csv", b"A\n1\n")
+    put_object("leads1.csv", b"A\n2\n")
+    assert read_rows(Url("s3", BUCKET, "leads[1].csv")) == [("1",)]
 
 
 @pytest.mark.usefixtures("bucket")
-def test_nothing_in_a_storage_is_refused() -> None:
+def test_empty_storage_prefix_is_refused() -> None:
     """With the URL."""
-    assert refused(Url("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
-    assert refused(Url("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
+    assert read_error(Url("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
+    assert read_error(Url("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
 
 
 @pytest.mark.usefixtures("bucket")
-def test_an_object_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+def test_changed_object_is_detected(tmp_path: Path) -> None:
     """Objects are fetched when they are read, each time anew but for the last."""
     for name in ("in/a.csv", "in/b.csv"):
-        put(name, b"A\n1\n")
-    source = opened(Url("s3", BUCKET, "in/"))
+        put_object(name, b"A\n1\n")
+    source = open_input(Url("s3", BUCKET, "in/"))
     before = source.stamp()
     assert source.stamp() == before
-    put("in/a.csv", b"A\n2\n")
+    put_object("in/a.csv", b"A\n2\n")
     assert source.stamp() != before
     with pytest.raises(Refused, match=f"s3://{BUCKET}/in/a.csv changed since the run began"):
         list(source.batches())
-    put("in/c.csv", save(tmp_path / "c.csv", ["B"], []).read_bytes())
-    assert refused(Url("s3", BUCKET, "in/")).message == (
+    put_object("in/c.csv", write_table(tmp_path / "c.csv", ["B"], []).read_bytes())
+    assert read_error(Url("s3", BUCKET, "in/")).message == (
         f"s3://{BUCKET}/in/c.csv: its header differs from that of s3://{BUCKET}/in/a.csv: `A` is missing, `B` is new"
     )
 
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("ending", first_quick(1, ["parquet", "csv", "tsv.gz"]))
-def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns, and of Parquet the number of rows; unless that little does not say it."""
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
     for name in ("in/a", "in/b"):
-        put(f"{name}.{ending}", save(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
+        put_object(f"{name}.{ending}", write_table(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
     url = Url("s3", BUCKET, "in/")
     monkeypatch.setattr(copies, "SMALL", 1000)
     with patch.object(storage, "fetch", side_effect=AssertionError):
-        source = opened(url)
-        one = opened(Url("s3", BUCKET, f"in/a.{ending}"))
+        source = open_input(url)
+        one = open_input(Url("s3", BUCKET, f"in/a.{ending}"))
     before = one.stamp()
     with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
         assert one.stamp() == before
@@ -250,37 +255,41 @@ def test_little_is_fetched_before_rows_are_read(tmp_path: Path, ending: str, mon
     assert list(source._counted.values()) == ([500, 500] if ending == "parquet" else [])
     assert [row for frame in source.batches() for row in frame.rows()] == [tuple(row) for row in leads * 2]
     header = ["A" * 2000, "B"]
-    put(f"in/c.{ending}", save(tmp_path / f"a.{ending}", header, leads).read_bytes())
-    assert refused(url).message.startswith(f"s3://{BUCKET}/in/c.{ending}: its header differs")
-    put(f"in/c.{ending}", b"PAR1" + b"\0" * 5000 + b"\xff\xff\xff\x7fPAR1")
-    assert f"s3://{BUCKET}/in/c.{ending}" in refused(url).message
+    put_object(f"in/c.{ending}", write_table(tmp_path / f"a.{ending}", header, leads).read_bytes())
+    assert read_error(url).message.startswith(f"s3://{BUCKET}/in/c.{ending}: its header differs")
+    put_object(f"in/c.{ending}", b"PAR1" + b"\0" * 5000 + b"\xff\xff\xff\x7fPAR1")
+    assert f"s3://{BUCKET}/in/c.{ending}" in read_error(url).message
 
 
 @pytest.mark.usefixtures("bucket")
-def test_a_dataset_of_ours_is_what_its_manifest_says() -> None:
+def test_dataset_manifest_selects_parts() -> None:
     """Parts of a writer that is at work are none of it; a part that is missing is told."""
     target = Url("s3", BUCKET, "out/")
     frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
     write(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new=1)
     dataset.begin(target, "job").write_part(0, frame.schema, [frame])
-    assert read(target) == [("x", 0)]
-    (key,) = [leaf.where.key for leaf in opened(target).leaves if isinstance(leaf.where, Url)]
+    assert read_rows(target) == [("x", 0)]
+    (key,) = [leaf.where.key for leaf in open_input(target).leaves if isinstance(leaf.where, Url)]
     storage.remove(target, [key])
-    assert refused(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
+    assert read_error(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
 @pytest.mark.long
-def test_a_run_reads_a_folder_of_a_storage(office: Office, api: Api, bucket: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_reads_a_folder_of_a_storage(
+    workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
+) -> None:
     """Nothing of it is left on the disk, and no output goes in between."""
     for number in range(3):
-        put(f"in/{number}.parquet", save(tmp_path / "a.parquet", HEADER, people(1, number)).read_bytes())
-    office.write_job(input=f"s3://{BUCKET}/in/")
-    (office.folder / "tmp").mkdir()
-    environ = bucket | {"TMPDIR": str(office.folder / "tmp")}
-    done = office.command("run", "job.yaml", "--json", api=api, **environ)
-    assert (done.code, done.receipt["submitted"], done.stderr) == (0, 3, "")
-    assert [row["First Name"] for row in office.output()] == ["First0", "First1", "First2"]
-    assert list((office.folder / "tmp").iterdir()) == []
-    done = office.command("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
-    assert (done.code, "would be read as input" in done.stderr) == (2, True)
+        put_object(
+            f"in/{number}.parquet", write_table(tmp_path / "a.parquet", HEADER, make_leads(1, number)).read_bytes()
+        )
+    workspace.write_job(input=f"s3://{BUCKET}/in/")
+    (workspace.folder / "tmp").mkdir()
+    environ = bucket | {"TMPDIR": str(workspace.folder / "tmp")}
+    result = workspace.command("run", "job.yaml", "--json", api=api, **environ)
+    assert (result.code, result.receipt["submitted"], result.stderr) == (0, 3, "")
+    assert [row["First Name"] for row in workspace.output()] == ["First0", "First1", "First2"]
+    assert list((workspace.folder / "tmp").iterdir()) == []
+    result = workspace.command("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
+    assert (result.code, "would be read as input" in result.stderr) == (2, True)
     assert storage.stamp(Url("s3", BUCKET, "in/out.csv")) is None

@@ -21,17 +21,44 @@ from enrich.tables import excel
 from enrich.tables.source import Source
 from enrich.tables.writing import write
 from tests.cases import examples, in_turn
-from tests.tables import INPUTS, OUTPUTS, load, save
+from tests.tables import INPUTS, OUTPUTS, read_table, write_table
 
-NASTY = ["007", "+49 30 1234", "=1+1", " a ", '"', ",", "\t", "\n", "\r\n", "\r", "'", "NULL", "true", "1e5", "1.0"]
-NASTY += ["12345678901234567890", "0.1000", "_x0041_", "\u2028", "\ufeffa", "日本😀", "\x01", "null", "{}", "a" * 9000]
-TEXT = st.sampled_from(NASTY) | st.text(
+HOSTILE_CELLS = [
+    "007",
+    "+49 30 1234",
+    "=1+1",
+    " a ",
+    '"',
+    ",",
+    "\t",
+    "\n",
+    "\r\n",
+    "\r",
+    "'",
+    "NULL",
+    "true",
+    "1e5",
+    "1.0",
+]
+HOSTILE_CELLS += [
+    "12345678901234567890",
+    "0.1000",
+    "_x0041_",
+    "\u2028",
+    "\ufeffa",
+    "日本😀",
+    "\x01",
+    "null",
+    "{}",
+    "a" * 9000,
+]
+TEXT = st.sampled_from(HOSTILE_CELLS) | st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufffe\uffff"), max_size=8
 )
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
+def hostile_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
     """Draw a header and rows of its width, of which none is all blank."""
     name = TEXT.map("h".__add__) | st.sampled_from(["", "^h.*$", "*", "column_0"])
     header = draw(st.lists(name, min_size=1, max_size=3, unique=True).filter(any))
@@ -39,57 +66,57 @@ def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
     return header, draw(st.lists(cells, min_size=1, max_size=5))
 
 
-def texts(source: Source) -> list[list[Any]]:
+def read_rows(source: Source) -> list[list[Any]]:
     """Read a source's rows as they are."""
     return [list(row) for frame in source.batches() for row in frame.rows()]
 
 
-def copied(source: Path, target: Path, **told: Any) -> Path:
+def copy_table(source: Path, target: Path, **options: Any) -> Path:
     """Read a file and write its rows to another, with a new column."""
-    table = Source(source, Input(path=str(source), **told))
+    table = Source(source, Input(path=str(source), **options))
     frames = (frame.with_columns(new=pl.lit("=new")) for frame in table.batches())
     schema = {**table.schema, "new": pl.String()}
     write(target, Output(path=str(target)), job="job", schema=schema, frames=frames, new=1)
     return target
 
 
-def refused(path: Path, **told: Any) -> str:
+def read_error(path: Path, **options: Any) -> str:
     """Read a file that can't be read; return what is told, without its path."""
     with pytest.raises(Refused) as caught:
-        texts(Source(path, Input(path=str(path), **told)))
+        read_rows(Source(path, Input(path=str(path), **options)))
     return f"{caught.value.message} / {caught.value.hint}".replace(str(path), "FILE")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("given_as", INPUTS)
-@given(table=tables())
+@given(table=hostile_tables())
 @settings(max_examples=examples(12), deadline=None)
-def test_the_same_leads_come_back_whatever_the_formats(
+def test_values_survive_every_format_pair(
     tmp_path_factory: pytest.TempPathFactory, given_as: str, table: tuple[list[str], list[list[str]]]
 ) -> None:
     """Every cell's very text through every pair of formats; only in CSV the new value is kept from being run."""
     folder = tmp_path_factory.mktemp("pairs")
     header, rows = table
-    leads = save(folder / f"leads.{given_as}", header, rows)
+    leads = write_table(folder / f"leads.{given_as}", header, rows)
     for wanted_as in OUTPUTS:
-        found = load(copied(leads, folder / f"out.{wanted_as}"))
+        found = read_table(copy_table(leads, folder / f"out.{wanted_as}"))
         new = "'=new" if wanted_as[:3] in ("csv", "tsv") else "=new"
         assert found == [[*header, "new"], *([*row, new] for row in rows)], wanted_as
 
 
 @in_turn("wanted_as", [*OUTPUTS, "jsonl.gz", "tsv.gz"])
-def test_equal_outputs_are_equal_bytes(tmp_path: Path, wanted_as: str) -> None:
+def test_outputs_are_deterministic(tmp_path: Path, wanted_as: str) -> None:
     """No time and no name is inside."""
-    leads = save(tmp_path / "leads.csv", ["A"], [["1"], [""], ["2"]])
-    one, other = copied(leads, tmp_path / f"one.{wanted_as}"), copied(leads, tmp_path / f"other.{wanted_as}")
+    leads = write_table(tmp_path / "leads.csv", ["A"], [["1"], [""], ["2"]])
+    one, other = copy_table(leads, tmp_path / f"one.{wanted_as}"), copy_table(leads, tmp_path / f"other.{wanted_as}")
     assert one.read_bytes() == other.read_bytes()
 
 
 @in_turn("given_as", ["csv", "jsonl", "parquet", "xlsx"])
-def test_any_name_will_do_with_a_format(tmp_path: Path, given_as: Format) -> None:
+def test_explicit_format_ignores_extension(tmp_path: Path, given_as: Format) -> None:
     """The ending says nothing then."""
-    leads = save(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
-    assert texts(Source(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
+    leads = write_table(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
+    assert read_rows(Source(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
 
 
 # Parquet
@@ -122,27 +149,27 @@ AS_TEXT[0] += ['{"n":1,"on":"2026-01-02"}']
 AS_TEXT[1] += ["", "", "", "", "", "ff", "", ""]
 
 
-def test_parquet_keeps_its_types_in_parquet(tmp_path: Path) -> None:
+def test_parquet_types_are_kept(tmp_path: Path) -> None:
     """Nested ones, too, under names that polars would take for patterns; nulls stay nulls."""
     frame = pl.DataFrame(TYPED)
     frame.write_parquet(tmp_path / "leads.parquet")
-    found = pl.read_parquet(copied(tmp_path / "leads.parquet", tmp_path / "out.parquet"))
+    found = pl.read_parquet(copy_table(tmp_path / "leads.parquet", tmp_path / "out.parquet"))
     assert found.drop("new").schema == frame.schema
     assert found.drop("new").equals(frame)
 
 
 @in_turn("wanted_as", ["csv", "tsv", "xlsx"])
-def test_parquet_becomes_text_that_a_person_can_read(tmp_path: Path, wanted_as: str) -> None:
+def test_parquet_values_as_text(tmp_path: Path, wanted_as: str) -> None:
     """Whole numbers without a point, dates as ISO 8601, nested values as JSON, nulls blank."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
-    found = load(copied(tmp_path / "leads.parquet", tmp_path / f"out.{wanted_as}"))
+    found = read_table(copy_table(tmp_path / "leads.parquet", tmp_path / f"out.{wanted_as}"))
     assert [row[:-1] for row in found] == [list(TYPED), *AS_TEXT]
 
 
-def test_parquet_becomes_json_of_its_types(tmp_path: Path) -> None:
+def test_parquet_values_as_json(tmp_path: Path) -> None:
     """Numbers and booleans are such; what JSON has no type for is the text of above."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
-    first, second = copied(tmp_path / "leads.parquet", tmp_path / "out.jsonl").read_text().splitlines()
+    first, second = copy_table(tmp_path / "leads.parquet", tmp_path / "out.jsonl").read_text().splitlines()
     typed: dict[str, Any] = {"^x.*$": 1, "big": 2**64 - 1, "float": 12.0, "short": 0.1, "yes": True, "money": 1.5}
     typed |= {"list": ["a", "é"], "nested": {"n": 1, "on": "2026-01-02"}}
     assert json.loads(first) == dict(zip(TYPED, AS_TEXT[0], strict=True)) | typed | {"new": "=new"}
@@ -150,20 +177,20 @@ def test_parquet_becomes_json_of_its_types(tmp_path: Path) -> None:
     assert json.loads(second) == blank
 
 
-def test_parquet_flows_in_batches(tmp_path: Path) -> None:
+def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
     """In the order of the file."""
     pl.DataFrame({"n": range(50_000)}).write_parquet(tmp_path / "leads.parquet", row_group_size=7_000)
     source = Source(tmp_path / "leads.parquet", Input(path="leads.parquet"))
     heights = [frame.height for frame in source.batches()]
     assert (sum(heights), max(heights)) == (50_000, 20_000)
-    assert [row[0] for row in texts(source)] == list(range(50_000))
+    assert [row[0] for row in read_rows(source)] == list(range(50_000))
 
 
 @in_turn("content", [b"", b"PAR1", b"A,B\n1,2\n", b"PAR1" + b"x" * 100 + b"PAR1"])
-def test_a_damaged_parquet_file_is_told(tmp_path: Path, content: bytes) -> None:
+def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
     """Whatever is wrong with it."""
     (tmp_path / "leads.parquet").write_bytes(content)
-    assert refused(tmp_path / "leads.parquet").startswith("FILE is not a sound Parquet file")
+    assert read_error(tmp_path / "leads.parquet").startswith("FILE is not a sound Parquet file")
 
 
 # JSON Lines
@@ -176,10 +203,10 @@ LINES = r"""
 """
 
 
-def test_json_lines_become_text(tmp_path: Path) -> None:
+def test_jsonl_values_as_text(tmp_path: Path) -> None:
     """Keys are columns in order of appearance, numbers as they are written, nothing is blank."""
     (tmp_path / "leads.ndjson").write_text(LINES)
-    assert load(copied(tmp_path / "leads.ndjson", tmp_path / "out.csv")) == [
+    assert read_table(copy_table(tmp_path / "leads.ndjson", tmp_path / "out.csv")) == [
         ["Email", "n", "more", "flag", "😀", "new"],
         ["ada@lovelace.example", "1.0", "", "", "", "'=new"],
         ["", "1e23", '{"k":[1,2.50,"é"]}', "", "", "'=new"],
@@ -187,10 +214,10 @@ def test_json_lines_become_text(tmp_path: Path) -> None:
     ]
 
 
-def test_json_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_jsonl_roundtrip(tmp_path: Path) -> None:
     """Numbers to the digit, booleans, null; a key that a line lacks is null."""
     (tmp_path / "leads.jsonl").write_text(LINES)
-    assert copied(tmp_path / "leads.jsonl", tmp_path / "out.jsonl").read_text().splitlines() == [
+    assert copy_table(tmp_path / "leads.jsonl", tmp_path / "out.jsonl").read_text().splitlines() == [
         '{"Email": "ada@lovelace.example", "n": 1.0, "more": null, "flag": null, "😀": null, "new": "=new"}',
         '{"Email": null, "n": 1e23, "more": {"k":[1,2.50,"é"]}, "flag": null, "😀": null, "new": "=new"}',
         '{"Email": "", "n": "text", "more": null, "flag": false, "😀": "😀", "new": "=new"}',
@@ -218,13 +245,13 @@ def test_json_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
         (b"PK\x03\x04", "FILE is not JSON Lines but a zip archive"),
     ],
 )
-def test_a_bad_line_is_told(tmp_path: Path, content: str | bytes, told: str) -> None:
+def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, told: str) -> None:
     """File, row, line and what; no value is quoted."""
     (tmp_path / "leads.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-    assert refused(tmp_path / "leads.jsonl").startswith(told)
+    assert read_error(tmp_path / "leads.jsonl").startswith(told)
 
 
-def test_a_file_that_changes_between_two_readings_is_told(tmp_path: Path) -> None:
+def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
     """Its keys were collected first."""
     path = tmp_path / "leads.jsonl"
     path.write_text('{"a": "1"}\n')
@@ -232,13 +259,13 @@ def test_a_file_that_changes_between_two_readings_is_told(tmp_path: Path) -> Non
     for line in ('{"a": 1}\n', '{"b": "1"}\n'):
         path.write_text(line)
         with pytest.raises(Refused, match="changed while it was read"):
-            texts(source)
+            read_rows(source)
 
 
 # Excel
 
 
-def workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> Path:
+def write_workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> Path:
     """Write a workbook by another library."""
     book = openpyxl.Workbook()
     sheet = book.active
@@ -250,7 +277,7 @@ def workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> Path:
     return path
 
 
-def test_cells_of_a_workbook_are_read_as_a_person_sees_them(tmp_path: Path) -> None:
+def test_excel_cell_text(tmp_path: Path) -> None:
     """Numbers without idle noughts, dates as ISO 8601, short rows filled up, empty rows only dropped at the end."""
     rows: list[list[Any]] = [
         ["n", "when", "x"],
@@ -265,8 +292,8 @@ def test_cells_of_a_workbook_are_read_as_a_person_sees_them(tmp_path: Path) -> N
         [None, " a "],
         [""],
     ]
-    path = workbook(tmp_path / "leads.xlsx", rows)
-    assert texts(Source(path, Input(path="leads.xlsx"))) == [
+    path = write_workbook(tmp_path / "leads.xlsx", rows)
+    assert read_rows(Source(path, Input(path="leads.xlsx"))) == [
         ["12", "2026-01-02", "007"],
         ["12.5", "2026-01-02T12:00:00", "TRUE"],
         ["0.3", "03:04:05", ""],
@@ -277,7 +304,7 @@ def test_cells_of_a_workbook_are_read_as_a_person_sees_them(tmp_path: Path) -> N
     ]
 
 
-def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
+def test_excel_sheet_selection(tmp_path: Path) -> None:
     """The first without one; a wrong name is told with the right ones."""
     book = openpyxl.Workbook()
     for name in ("One", "Two"):
@@ -286,9 +313,9 @@ def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
     del book["Sheet"]
     book.save(tmp_path / "leads.xlsx")
     path = tmp_path / "leads.xlsx"
-    assert texts(Source(path, Input(path="leads.xlsx"))) == [["One"]]
-    assert texts(Source(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
-    assert refused(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
+    assert read_rows(Source(path, Input(path="leads.xlsx"))) == [["One"]]
+    assert read_rows(Source(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
+    assert read_error(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
 
 
 @in_turn(
@@ -302,22 +329,24 @@ def test_a_sheet_is_chosen_by_its_name(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_sheet_without_a_sound_header_is_told(tmp_path: Path, rows: list[list[Any]], told: str) -> None:
+def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], told: str) -> None:
     """By row and column, as the spreadsheet calls them."""
-    assert refused(workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
+    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
 
 
 @in_turn("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])
-def test_a_damaged_workbook_is_told(tmp_path: Path, content: bytes) -> None:
+def test_damaged_workbook(tmp_path: Path, content: bytes) -> None:
     """Whatever is wrong with it."""
     (tmp_path / "leads.xlsx").write_bytes(content)
-    assert refused(tmp_path / "leads.xlsx").startswith("FILE is not a sound Excel workbook")
+    assert read_error(tmp_path / "leads.xlsx").startswith("FILE is not a sound Excel workbook")
 
 
-def test_a_workbook_is_written_for_a_person(tmp_path: Path) -> None:
+def test_excel_output_formatting(tmp_path: Path) -> None:
     """All cells are text, no formula among them; the header is bold, frozen and filters."""
-    leads = save(tmp_path / "leads.csv", ["A", "B"], [["=1+1", "00123456789012345678"], ["https://a.example", ""]])
-    sheet = openpyxl.load_workbook(copied(leads, tmp_path / "out.xlsx")).active
+    leads = write_table(
+        tmp_path / "leads.csv", ["A", "B"], [["=1+1", "00123456789012345678"], ["https://a.example", ""]]
+    )
+    sheet = openpyxl.load_workbook(copy_table(leads, tmp_path / "out.xlsx")).active
     assert sheet is not None
     assert (sheet.freeze_panes, sheet.auto_filter.ref) == ("A2", "A1:C3")
     assert all(cell.font.b for cell in sheet[1])
@@ -326,26 +355,24 @@ def test_a_workbook_is_written_for_a_person(tmp_path: Path) -> None:
     assert sheet["A3"].hyperlink is None
 
 
-def test_what_a_sheet_cannot_hold_is_told_and_the_old_file_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too long a cell, too many rows or columns; the limit of rows is made smaller here."""
     target = tmp_path / "out.xlsx"
     target.write_text("the old one")
     longest = "x" * 32_767
-    leads = save(tmp_path / "leads.csv", ["A"], [[longest], ["x" + longest]])
+    leads = write_table(tmp_path / "leads.csv", ["A"], [[longest], ["x" + longest]])
     with pytest.raises(Refused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"):
-        copied(leads, target)
-    leads = save(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # of two units each, as Excel counts
+        copy_table(leads, target)
+    leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # of two units each, as Excel counts
     with pytest.raises(Refused, match="row 1, column `A`"):
-        copied(leads, target)
-    save(leads, [str(number) for number in range(16_384)], [])
+        copy_table(leads, target)
+    write_table(leads, [str(number) for number in range(16_384)], [])
     with pytest.raises(Refused, match="no more than 16,384 columns"):
-        copied(leads, target)
+        copy_table(leads, target)
     monkeypatch.setattr(excel, "MOST_ROWS", 3)
-    save(leads, ["A"], [["1"], ["2"], ["3"]])
+    write_table(leads, ["A"], [["1"], ["2"], ["3"]])
     with pytest.raises(Refused, match="no more than 2 rows under its header"):
-        copied(leads, target)
+        copy_table(leads, target)
     assert target.read_text() == "the old one"
-    save(leads, ["A"], [["1"], ["2"]])
-    assert len(load(copied(leads, target))) == 3
+    write_table(leads, ["A"], [["1"], ["2"]])
+    assert len(read_table(copy_table(leads, target))) == 3

@@ -22,12 +22,12 @@ NAMES = ["Ada", "Grace", "Alan"]
 PARAMS = sorted({name for concept in CONCEPTS for name in concept.params.split(",")} | {"budget"})
 
 
-def columns(**named: Sequence[str]) -> list[Column]:
+def describe_columns(**named: Sequence[str]) -> list[Column]:
     """Describe columns."""
     return [describe(name.replace("_", " "), values) for name, values in named.items()]
 
 
-def chosen(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def chosen_columns(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Which columns are taken; none: ()."""
     found = guess(params, [describe(name, values) for name, values in table.items()])
     return {param: each.columns if each else () for param, each in found.items()}
@@ -52,16 +52,16 @@ def chosen(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, 
         (["Contact First Name", "Contact Last Name"], "Contact First Name", "Contact Last Name"),
     ],
 )
-def test_names_are_found_in_many_languages(header: list[str], first: str, last: str) -> None:
+def test_header_names_in_many_languages(header: list[str], first: str, last: str) -> None:
     """As exports of CRMs write them."""
-    assert chosen(["first_name", "last_name"], dict.fromkeys(header, NAMES)) == {
+    assert chosen_columns(["first_name", "last_name"], dict.fromkeys(header, NAMES)) == {
         "first_name": (first,),
         "last_name": (last,),
     }
 
 
 @in_turn("header", ["E-Mail", "email", "Email Address", "Work Email", "Courriel", "Correo electrónico"])
-def test_an_email_is_found_by_its_header_and_proven_by_its_values(header: str) -> None:
+def test_email_by_header_and_values(header: str) -> None:
     """Both together are sure."""
     found = guess(["email"], [describe("Notes", ["x"]), describe(header, MAILS)])["email"]
     assert found is not None
@@ -69,9 +69,9 @@ def test_an_email_is_found_by_its_header_and_proven_by_its_values(header: str) -
     assert "100% of its values are e-mail addresses" in found.why
 
 
-def test_values_alone_are_a_guess() -> None:
+def test_match_by_values_is_uncertain() -> None:
     """A column of another name that holds nothing but what is asked for."""
-    found = guess(["email", "linkedin", "phone"], columns(Field_7=MAILS, Field_8=PROFILES, Field_9=PHONES))
+    found = guess(["email", "linkedin", "phone"], describe_columns(Field_7=MAILS, Field_8=PROFILES, Field_9=PHONES))
     assert [(each.columns, each.sure) for each in found.values() if each] == [
         (("Field 7",), "a guess"),
         (("Field 8",), "a guess"),
@@ -79,40 +79,44 @@ def test_values_alone_are_a_guess() -> None:
     ]
 
 
-def test_a_header_that_its_values_contradict_is_not_taken() -> None:
+def test_header_contradicted_by_values() -> None:
     """`Email` that says yes or no is no address; `Phone` of `mobile` is no number."""
-    assert chosen(["email", "phone"], {"Email": ["yes", "no"], "Phone": ["mobile", "desk"]}) == {
+    assert chosen_columns(["email", "phone"], {"Email": ["yes", "no"], "Phone": ["mobile", "desk"]}) == {
         "email": (),
         "phone": (),
     }
 
 
-def test_blank_columns_are_taken_by_their_header_and_are_not_sure() -> None:
+def test_empty_columns_are_uncertain() -> None:
     """Tonight's export may have values where the sample had none."""
-    found = guess(["email"], columns(Email=["", " "]))["email"]
+    found = guess(["email"], describe_columns(Email=["", " "]))["email"]
     assert found is not None
     assert (found.columns, found.sure) == (("Email",), "likely")
     assert "blank" in found.why
 
 
-def test_a_company_is_its_domain_from_the_website_then_from_the_email() -> None:
+def test_company_from_website_then_email() -> None:
     """`company` is asked with a domain, which is the same for all that write it differently."""
-    found = guess(EMAIL_GETTER, columns(Vorname=NAMES, Nachname=NAMES, Firma=["A GmbH"], Webseite=SITES, Mail=MAILS))
+    found = guess(
+        EMAIL_GETTER, describe_columns(Vorname=NAMES, Nachname=NAMES, Firma=["A GmbH"], Webseite=SITES, Mail=MAILS)
+    )
     company = found["company"]
     assert company is not None
     assert (company.columns, company.transform, company.sure) == (("Webseite", "Mail"), ("domain",), "sure")
 
 
-def test_private_mailboxes_tell_no_company() -> None:
+def test_free_mail_domains_are_ignored() -> None:
     """The domain of gmail.com would be asked for everybody."""
     private = ["ada@gmail.com", "grace@gmx.de", "alan@bombe.example"]
-    assert chosen(["company"], {"Email": private, "Company": ["A Ltd", "B Ltd", "C Ltd"]}) == {"company": ("Company",)}
-    assert chosen(["company"], {"Email": MAILS, "Company": ["A", "B", "C"]}) == {"company": ("Email",)}
+    assert chosen_columns(["company"], {"Email": private, "Company": ["A Ltd", "B Ltd", "C Ltd"]}) == {
+        "company": ("Company",)
+    }
+    assert chosen_columns(["company"], {"Email": MAILS, "Company": ["A", "B", "C"]}) == {"company": ("Email",)}
 
 
-def test_a_company_without_website_is_a_guess_by_its_name() -> None:
+def test_company_by_name_is_uncertain() -> None:
     """It is said that no column holds the website."""
-    found = guess(["company"], columns(Account=["A Ltd", "B Ltd"]))["company"]
+    found = guess(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
     assert found is not None
     assert (found.columns, found.transform, found.sure) == (("Account",), (), "a guess")
     assert "no column holds the company's website" in found.why
@@ -127,46 +131,46 @@ def test_a_company_without_website_is_a_guess_by_its_name() -> None:
         ("LinkedIn", PROFILES),
     ],
 )
-def test_addresses_that_lead_to_one_site_are_no_company(header: str, values: list[str]) -> None:
+def test_shared_hosts_are_not_company_domains(header: str, values: list[str]) -> None:
     """Photos and profiles lie on the domain of somebody else."""
-    assert chosen(["company_website"], {header: values}) == {"company_website": ()}
+    assert chosen_columns(["company_website"], {header: values}) == {"company_website": ()}
 
 
-def test_the_leads_of_one_company_have_one_website() -> None:
+def test_single_company_website() -> None:
     """A header that says so is believed."""
-    assert chosen(["company"], {"Website": ["https://engine.example"] * 9}) == {"company": ("Website",)}
+    assert chosen_columns(["company"], {"Website": ["https://engine.example"] * 9}) == {"company": ("Website",)}
 
 
 @in_turn("header", ["Account Owner Email", "Parent Company", "Email Opt Out", "Last Contacted", "Name"])
-def test_a_column_about_something_else_is_left(header: str) -> None:
+def test_column_about_something_else(header: str) -> None:
     """A word of the header says that it is about somebody or something else."""
-    assert not any(chosen(["first_name", "last_name", "email", "company_name"], {header: ["x", "y"]}).values())
+    assert not any(chosen_columns(["first_name", "last_name", "email", "company_name"], {header: ["x", "y"]}).values())
 
 
-def test_whole_names_are_told() -> None:
+def test_full_names_are_reported() -> None:
     """No transform splits a name."""
-    whole = columns(Name=["Ada Lovelace", "Grace Hopper"])
+    whole = describe_columns(Name=["Ada Lovelace", "Grace Hopper"])
     assert guess(["first_name"], whole) == {"first_name": None}
     assert "split it" in (unmatched("first_name", whole) or "")
     assert unmatched("email", whole) is None
 
 
-def test_a_param_that_nobody_knows_is_matched_by_its_own_name() -> None:
+def test_unknown_param_matches_same_name() -> None:
     """Other waterfalls have other params."""
-    assert chosen(["tax_number", "colour"], {"Tax Number": ["12"], "Shape": ["round"]}) == {
+    assert chosen_columns(["tax_number", "colour"], {"Tax Number": ["12"], "Shape": ["round"]}) == {
         "tax_number": ("Tax Number",),
         "colour": (),
     }
 
 
-def test_waterfalls_are_rated_by_the_params_that_have_a_column() -> None:
+def test_waterfalls_ranked_by_matched_params() -> None:
     """A list of profiles fits the phone finder and not the e-mail finder."""
-    profiles = columns(Profile_URL=PROFILES)
+    profiles = describe_columns(Profile_URL=PROFILES)
     assert fitness(DOCUMENTED["phone_getter"], profiles) == (1, 1)
     assert fitness(DOCUMENTED["email_getter"], profiles) == (0, 3)
 
 
-def test_new_columns_have_names_that_the_input_lacks() -> None:
+def test_new_column_names_are_unused() -> None:
     """Whatever the case: `email` beside `Email` would be taken for the other."""
     assert list(new_names(["email", "phone", "email"], ["Email", "found_email"])) == [
         ("found_email_2", "email"),
@@ -184,7 +188,7 @@ TABLES = st.dictionaries(HEADERS, st.lists(TEXTS, max_size=5), max_size=8)
 
 @settings(deadline=None)
 @given(TABLES, st.lists(st.sampled_from(PARAMS), unique=True, max_size=8))
-def test_no_table_is_too_strange(table: dict[str, list[str]], params: list[str]) -> None:
+def test_any_table_is_handled(table: dict[str, list[str]], params: list[str]) -> None:
     """It never raises, is the same each time, names columns that are there, and gives none to two params.
 
     But for the domain that is taken out of a column.
@@ -204,7 +208,7 @@ def test_no_table_is_too_strange(table: dict[str, list[str]], params: list[str])
 
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=6)), st.lists(st.text(min_size=1, max_size=6)))
-def test_new_names_never_clash(header: list[str], fields: list[str]) -> None:
+def test_new_names_are_unique(header: list[str], fields: list[str]) -> None:
     """Neither with the input's nor with each other."""
     names = [name.casefold() for name, _ in new_names(fields, header)]
     assert len(set(names)) == len(fields)

@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 
 from tests.cases import first_quick
-from tests.harness import Api, Office, people, serving, shown_on, until, usual_signals
+from tests.harness import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api, wait_until
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", first_quick(1, NUMBERS, single=True), ids=str)
-def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals) -> None:
+def test_ignored_signal_does_not_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
     """At its start, while tasks are at the API, and until the output is written; others still end it."""
-    office.write_leads(people(20))
-    with serving(tmp_path / "api.db", latency="fixed(60)") as api:
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         api.fault("slow", 1, "me", seconds=1)
-        process = office.start("run", "job.yaml", "--json", api=api, ignoring=[number])
-        until(lambda: api.audit()["requests"].get("me", 0) == 1)
+        process = workspace.start("run", "job.yaml", "--json", api=api, ignoring=[number])
+        wait_until(lambda: api.audit()["requests"].get("me", 0) == 1)
         process.send_signal(number)
-        until(lambda: api.audit()["accepted"] == 20)
+        wait_until(lambda: api.audit()["accepted"] == 20)
         process.send_signal(number)
         process.send_signal(number)
         api.advance(100)
@@ -38,13 +38,13 @@ def test_a_run_goes_on(tmp_path: Path, office: Office, number: signal.Signals) -
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
-def test_others_still_end_it(tmp_path: Path, office: Office, number: signal.Signals) -> None:
+def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
     """Only what was ignored is."""
-    office.write_leads(people(5))
+    workspace.write_leads(make_leads(5))
     others = [other for other in NUMBERS if other != number]
-    with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-        process = office.start("run", "job.yaml", "--json", api=api, ignoring=others)
-        until(lambda: api.audit()["accepted"] == 5)
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        process = workspace.start("run", "job.yaml", "--json", api=api, ignoring=others)
+        wait_until(lambda: api.audit()["accepted"] == 5)
         process.send_signal(number)
         process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
@@ -52,62 +52,62 @@ def test_others_still_end_it(tmp_path: Path, office: Office, number: signal.Sign
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
-def test_a_run_that_waits_for_its_input_goes_on(api: Api, office: Office, number: signal.Signals) -> None:
+def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
     """A pipe that is slow is read with the program's own dispositions."""
-    office.write_leads(people(3))
+    workspace.write_leads(make_leads(3))
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-        cwd=office.folder,
-        env=office.variables(api) | {"TMPDIR": str(office.folder)},
+        cwd=workspace.folder,
+        env=workspace.variables(api) | {"TMPDIR": str(workspace.folder)},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=partial(usual_signals, [number]),
+        preexec_fn=partial(reset_signals, [number]),
     )
-    leads = (office.folder / "leads.csv").read_bytes()
+    leads = (workspace.folder / "leads.csv").read_bytes()
     assert process.stdin is not None
     process.stdin.write(leads[:20])
     process.stdin.flush()
-    until(lambda: any(office.folder.glob("enrich-*")))
+    wait_until(lambda: any(workspace.folder.glob("enrich-*")))
     process.send_signal(number)
     process.send_signal(number)
     _, err = process.communicate(leads[20:], timeout=60)
     assert (process.returncode, err) == (0, b"")
-    assert len(office.output()) == 3
+    assert len(workspace.output()) == 3
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
-def test_a_question_stays(api: Api, office: Office, number: signal.Signals) -> None:
+def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
     """While the person is asked on a terminal, too."""
-    office.write_leads(people(3))
+    workspace.write_leads(make_leads(3))
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
-        cwd=office.folder,
-        env=office.variables(api) | {"TERM": "dumb"},
+        cwd=workspace.folder,
+        env=workspace.variables(api) | {"TERM": "dumb"},
         stdin=theirs,
         stderr=theirs,
         stdout=subprocess.DEVNULL,
-        preexec_fn=partial(usual_signals, [number]),
+        preexec_fn=partial(reset_signals, [number]),
     )
     os.close(theirs)
-    shown_on(ours, up_to=b"Go on?")
+    read_terminal(ours, up_to=b"Go on?")
     process.send_signal(number)
     os.write(ours, b"y\n")
-    shown_on(ours)
+    read_terminal(ours)
     os.close(ours)
     assert process.wait(60) == 0
 
 
 @pytest.mark.long
-def test_the_sandbox_goes_on(office: Office) -> None:
+def test_ignored_signal_does_not_stop_sandbox(workspace: Workspace) -> None:
     """`enrich sandbox &` in a script is not ended by the script's Ctrl-C."""
-    process = office.start("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])
+    process = workspace.start("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])
     assert process.stdout is not None
     environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGHUP)
-    assert Api(environ["DATABAR_BASE_URL"], environ["DATABAR_API_KEY"]).audit()["accepted"] == 0
+    assert SandboxApi(environ["DATABAR_BASE_URL"], environ["DATABAR_API_KEY"]).audit()["accepted"] == 0
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 0

@@ -21,52 +21,52 @@ from enrich.setup.template import Draft, scalar, write_job
 from enrich.spec import json_schema
 from enrich.tables.textfile import TableFile
 from tests.cases import examples, first_quick
-from tests.harness import AWAY, Api, Office, people
+from tests.harness import AWAY, SandboxApi, Workspace, make_leads
 
 LEADS = Path(__file__).parent.parent / "sample_data" / "leads.csv"
 
 
 @pytest.fixture
-def sample(office: Office) -> Office:
+def sample_workspace(workspace: Workspace) -> Workspace:
     """An office with the leads that ship, and no job."""
-    shutil.copy(LEADS, office.folder)
-    office.job_file.unlink()
-    return office
+    shutil.copy(LEADS, workspace.folder)
+    workspace.job_file.unlink()
+    return workspace
 
 
-def test_a_job_for_the_sample_is_checked_and_run_at_once(sample: Office) -> None:
+def test_init_check_run_with_sample(sample_workspace: Workspace) -> None:
     """init, check, run: nothing to write by hand."""
-    made = sample.command("init", "leads.csv", "--waterfall", "email_getter", "--sandbox")
-    checked = sample.command("check", "leads.yaml", "--sandbox")
-    ran = sample.command("run", "leads.yaml", "--sandbox", "--limit", "3", "--json")
+    made = sample_workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--sandbox")
+    checked = sample_workspace.command("check", "leads.yaml", "--sandbox")
+    ran = sample_workspace.command("run", "leads.yaml", "--sandbox", "--limit", "3", "--json")
 
     assert (made.code, made.stdout, made.stderr) == (0, "", "")
     assert checked.code == 0
     assert checked.stdout.startswith("ok: leads: 263 rows, 243 can be asked")
     assert (ran.code, ran.receipt["submitted"], ran.receipt["failed"]) == (0, 3, 0)
-    assert (sample.folder / "leads.yaml").stat().st_mode & 0o777 == 0o600
+    assert (sample_workspace.folder / "leads.yaml").stat().st_mode & 0o777 == 0o600
 
 
-def test_each_guess_says_how_sure_it_is(sample: Office) -> None:
+def test_match_confidence_is_shown(sample_workspace: Workspace) -> None:
     """By which header, by which values; the names of the new columns do not clash."""
-    text = sample.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-").stdout
+    text = sample_workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-").stdout
 
     assert "first_name: First Name # sure: by its header" in text
     assert re.search(r"company: \{column: \[Website, Email\], transform: \[domain\]\} # sure: .*web addresses", text)
     assert "found_email: email" in text
     assert "the public documentation of 2026-11" in text
-    assert sorted(path.name for path in sample.folder.iterdir()) == ["leads.csv"]
+    assert sorted(path.name for path in sample_workspace.folder.iterdir()) == ["leads.csv"]
 
 
-def test_what_is_commented_out_is_right(sample: Office) -> None:
+def test_commented_keys_are_valid(sample_workspace: Workspace) -> None:
     """Each key that is offered may be used by taking the # away."""
-    text = sample.command("init", "leads.csv", "--waterfall", "email_getter", "--sandbox", "-o", "-").stdout
+    text = sample_workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--sandbox", "-o", "-").stdout
     usable = re.sub(r"^# (?=\w+: )(?!yaml|Email finder|More)", "", text, flags=re.MULTILINE)
     usable = re.sub(r"^# (limits|policy):$", r"\1:", usable, flags=re.MULTILINE)
     usable = re.sub(r"^#   (\w+:)", r"  \1", usable, flags=re.MULTILINE)
-    (sample.folder / "job.yaml").write_text(usable, encoding="utf-8")
+    (sample_workspace.folder / "job.yaml").write_text(usable, encoding="utf-8")
 
-    model = load_job(sample.folder / "job.yaml").model
+    model = load_job(sample_workspace.folder / "job.yaml").model
 
     offered = {
         "order_by",
@@ -85,102 +85,102 @@ def test_what_is_commented_out_is_right(sample: Office) -> None:
     assert model.email_verifier == 10
 
 
-def test_a_param_without_column_is_marked_and_told_by_check(office: Office) -> None:
+def test_param_without_column(workspace: Workspace) -> None:
     """The file loads; check says line, key and what to put there."""
-    office.write_leads([["Ada", "Lovelace"]], header=["First Name", "Last Name"])
-    made = office.command("init", "leads.csv", "--waterfall", "email_getter", "--offline")
-    checked = office.command("check", "leads.yaml")
+    workspace.write_leads([["Ada", "Lovelace"]], header=["First Name", "Last Name"])
+    made = workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    checked = workspace.command("check", "leads.yaml")
 
     assert made.code == 0
-    assert "REQUIRED: no column looks like it" in (office.folder / "leads.yaml").read_text(encoding="utf-8")
+    assert "REQUIRED: no column looks like it" in (workspace.folder / "leads.yaml").read_text(encoding="utf-8")
     assert checked.code == 2
     assert re.search(r"leads.yaml:\d+: params.company: is still to be filled in", checked.stderr)
     assert "put the name of the column there" in checked.stderr
 
 
-def test_nothing_is_replaced_without_force(sample: Office) -> None:
+def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
     """The job file may hold an evening's work."""
-    (sample.folder / "leads.yaml").write_text("mine", encoding="utf-8")
+    (sample_workspace.folder / "leads.yaml").write_text("mine", encoding="utf-8")
     ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
 
-    refused = sample.command(*ask)
+    refused = sample_workspace.command(*ask)
     assert refused.code == 2
     assert "--force" in refused.stderr
-    assert (sample.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
-    assert sample.command(*ask, "--force").code == 0
-    assert load_job(sample.folder / "leads.yaml").model.waterfall == "email_getter"
+    assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
+    assert sample_workspace.command(*ask, "--force").code == 0
+    assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
 
 
-def test_without_a_waterfall_those_that_fit_are_listed(office: Office) -> None:
+def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
     """Exit 2 with a hint, the best first."""
-    office.write_leads([["https://linkedin.example/in/ada"]], header=["LinkedIn"])
-    done = office.command("init", "leads.csv", "--offline")
+    workspace.write_leads([["https://linkedin.example/in/ada"]], header=["LinkedIn"])
+    result = workspace.command("init", "leads.csv", "--offline")
 
-    assert (done.code, done.stdout) == (2, "")
-    listed = re.findall(r"^  (\w+)  +(\d) of (\d)", done.stderr, re.MULTILINE)
+    assert (result.code, result.stdout) == (2, "")
+    listed = re.findall(r"^  (\w+)  +(\d) of (\d)", result.stderr, re.MULTILINE)
     assert {name for name, found, needed in listed if found == needed} == {"person_by_link", "phone_getter"}
     assert listed[-1][0] == "email_getter"
-    assert "--waterfall ID" in done.stderr
+    assert "--waterfall ID" in result.stderr
 
 
-def test_an_unknown_waterfall_gets_the_nearest_name(sample: Office) -> None:
+def test_unknown_waterfall_suggestion(sample_workspace: Workspace) -> None:
     """A typing mistake."""
-    done = sample.command("init", "leads.csv", "--waterfall", "email_geter", "--offline")
-    assert done.code == 2
-    assert "did you mean `email_getter`?" in done.stderr
+    result = sample_workspace.command("init", "leads.csv", "--waterfall", "email_geter", "--offline")
+    assert result.code == 2
+    assert "did you mean `email_getter`?" in result.stderr
 
 
-def test_the_api_is_asked_when_there_is_a_key(sample: Office, api: Api) -> None:
+def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -> None:
     """The file says whom it was asked of, and when."""
-    text = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api).stdout
+    text = sample_workspace.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api).stdout
     assert re.search(r"those of the API at 127.0.0.1, asked on \d{4}-\d\d-\d\d", text)
     assert "833 Mailhound: 0.5 credits" in text
 
 
-def test_an_api_that_is_away_is_replaced_by_the_documentation(sample: Office) -> None:
+def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
     """It is said, in the file too."""
-    gone = Api("http://127.0.0.1:9/v1", "key")
+    gone = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.look.offer.Timing", lambda: AWAY):
-        done = sample.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone)
-    assert done.code == 0
-    assert "unreachable" in done.stderr
-    assert "the public documentation" in done.stdout
+        result = sample_workspace.command("init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone)
+    assert result.code == 0
+    assert "unreachable" in result.stderr
+    assert "the public documentation" in result.stdout
 
 
-def test_without_a_key_the_documentation_serves(sample: Office) -> None:
+def test_documentation_used_without_key(sample_workspace: Workspace) -> None:
     """A newcomer has none."""
-    done = sample.command("init", "leads.csv", "--waterfall", "person_getter", "-o", "-")
-    assert done.code == 0
-    assert "no API key" in done.stderr
-    assert "email: {column: Email, transform: [lower]}" in done.stdout
+    result = sample_workspace.command("init", "leads.csv", "--waterfall", "person_getter", "-o", "-")
+    assert result.code == 0
+    assert "no API key" in result.stderr
+    assert "email: {column: Email, transform: [lower]}" in result.stdout
 
 
-def test_a_schema_is_named_only_where_it_lies(sample: Office) -> None:
+def test_schema_comment_only_if_present(sample_workspace: Workspace) -> None:
     """An editor must not complain of a file that is not there."""
     ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
-    schema = sample.folder / "schema.json"
-    assert "$schema" not in sample.command(*ask).stdout
+    schema = sample_workspace.folder / "schema.json"
+    assert "$schema" not in sample_workspace.command(*ask).stdout
     schema.write_text("{}", encoding="utf-8")
-    assert "$schema" not in sample.command(*ask).stdout
-    schema.write_text(sample.command("schema").stdout, encoding="utf-8")
-    assert sample.command(*ask).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert "$schema" not in sample_workspace.command(*ask).stdout
+    schema.write_text(sample_workspace.command("schema").stdout, encoding="utf-8")
+    assert sample_workspace.command(*ask).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
     assert json_schema()
 
 
 @pytest.mark.parametrize("separator", first_quick(2, [",", ";", "\t", "|"]))
 @pytest.mark.parametrize("encoding", first_quick(2, ["utf-8", "utf-8-sig", "cp1252", "utf-16"]))
-def test_separator_and_encoding_are_guessed(office: Office, separator: str, encoding: str) -> None:
+def test_separator_and_encoding_detected(workspace: Workspace, separator: str, encoding: str) -> None:
     """As spreadsheets of many countries save them; the job reads the file as it is."""
     rows = [["Vorname", "Nachname", "Firma, Ort", "Webseite"], ["Jürgen", "Groß", "Ä; B| C", "https://a.example"]]
     text = "\n".join(separator.join(f'"{cell}"' for cell in row) for row in rows)
-    (office.folder / "leads.csv").write_text(text, encoding=encoding)
+    (workspace.folder / "leads.csv").write_text(text, encoding=encoding)
 
-    made = office.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
-    done = office.command("check", "leads.yaml")
+    made = workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
+    result = workspace.command("check", "leads.yaml")
 
     assert made.code == 0
-    assert done.stderr == ""
-    assert done.stdout.startswith("ok: leads: 1 row, 1 can be asked")
+    assert result.stderr == ""
+    assert result.stdout.startswith("ok: leads: 1 row, 1 can be asked")
 
 
 @pytest.mark.parametrize(
@@ -194,36 +194,36 @@ def test_separator_and_encoding_are_guessed(office: Office, separator: str, enco
         (None, "does not exist"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(office: Office, content: bytes | None, said: str) -> None:
+def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, said: str) -> None:
     """With the reason that a run would give, exit 5."""
     if content is not None:
-        (office.folder / "leads.csv").write_bytes(content)
-    done = office.command("init", "leads.csv", "--waterfall", "email_getter", "--offline")
-    assert done.code == 5
-    assert said in done.stderr
+        (workspace.folder / "leads.csv").write_bytes(content)
+    result = workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    assert result.code == 5
+    assert said in result.stderr
 
 
-def test_a_job_elsewhere_finds_its_input(office: Office) -> None:
+def test_job_in_other_folder(workspace: Workspace) -> None:
     """The paths of a job file are relative to it."""
-    office.write_leads(people(2))
-    made = office.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "jobs/night.yaml")
+    workspace.write_leads(make_leads(2))
+    made = workspace.command("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "jobs/night.yaml")
     assert made.code == 0
-    assert "input: ../leads.csv" in (office.folder / "jobs" / "night.yaml").read_text(encoding="utf-8")
-    assert office.command("check", "jobs/night.yaml").code == 0
+    assert "input: ../leads.csv" in (workspace.folder / "jobs" / "night.yaml").read_text(encoding="utf-8")
+    assert workspace.command("check", "jobs/night.yaml").code == 0
 
 
-def test_a_percent_in_the_name_is_no_code(office: Office) -> None:
+def test_percent_sign_in_file_name(workspace: Workspace) -> None:
     """The output is named after the input, whatever that is called."""
-    office.write_leads(people(1), name="100%d leads.csv")
-    assert office.command("init", "100%d leads.csv", "--waterfall", "email_getter", "--offline").code == 0
-    job = load_job(office.folder / "100%d leads.yaml")
+    workspace.write_leads(make_leads(1), name="100%d leads.csv")
+    assert workspace.command("init", "100%d leads.csv", "--waterfall", "email_getter", "--offline").code == 0
+    job = load_job(workspace.folder / "100%d leads.yaml")
 
     assert job.output_path(datetime.now(UTC)).name == "100%d leads_enriched.csv"
 
 
 @settings(deadline=None)
 @given(st.text(min_size=1))
-def test_a_scalar_is_read_as_it_was_meant(text: str) -> None:
+def test_yaml_scalars_roundtrip(text: str) -> None:
     """Any text survives YAML, on one line."""
     if any("\ud800" <= sign <= "\udfff" for sign in text):
         return
@@ -238,7 +238,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @settings(deadline=None, max_examples=examples(30))
 @given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
-def test_any_header_makes_a_job_that_loads(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
+def test_any_header_makes_valid_job(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
     """Whatever a column is called, the file is YAML and names it rightly."""
     path = tmp_path_factory.getbasetemp() / "strange.yaml"
     sample = Sample(TableFile(Path("leads.csv"), ";", "utf-8"), [describe(name, ["x"]) for name in header], 1)
@@ -249,7 +249,7 @@ def test_any_header_makes_a_job_that_loads(tmp_path_factory: pytest.TempPathFact
         assert all(set(param.columns) <= {*header, "FILL THIS IN"} for param in model.params.values())
 
 
-def test_only_the_first_rows_are_looked_at(office: Office) -> None:
+def test_samples_first_rows_only(workspace: Workspace) -> None:
     """A large file is not read through for its columns."""
-    office.write_leads(people(1_200))
-    assert take_sample(office.folder / "leads.csv").rows == 1_000
+    workspace.write_leads(make_leads(1_200))
+    assert take_sample(workspace.folder / "leads.csv").rows == 1_000

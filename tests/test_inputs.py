@@ -19,48 +19,50 @@ from enrich.spec import Input
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare
 from tests.cases import first_quick, in_turn
-from tests.harness import HEADER, Api, Done, Office, people, serving, until, usual_signals
-from tests.tables import INPUTS, load, save
+from tests.harness import HEADER, ProgramResult, SandboxApi, Workspace, make_leads, reset_signals, serve_api, wait_until
+from tests.tables import INPUTS, read_table, write_table
 
 
-def piped(office: Office, api: Api, data: bytes | None, *arguments: str, **environ: str) -> Done:
+def run_with_stdin(
+    workspace: Workspace, api: SandboxApi, data: bytes | None, *arguments: str, **environ: str
+) -> ProgramResult:
     """Run the program with what comes through a pipe; None: nothing is open there."""
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
-        cwd=office.folder,
-        env=office.variables(api) | environ,
+        cwd=workspace.folder,
+        env=workspace.variables(api) | environ,
         input=data,
         preexec_fn=(lambda: os.close(0)) if data is None else None,
         capture_output=True,
         timeout=60,
         check=False,
     )
-    return Done(process.returncode, process.stdout.decode(), process.stderr.decode())
+    return ProgramResult(process.returncode, process.stdout.decode(), process.stderr.decode())
 
 
 # Several files
 
 
-def several(folder: Path, *tables: list[list[str]], ending: str = "csv") -> Path:
+def write_inputs(folder: Path, *tables: list[list[str]], ending: str = "csv") -> Path:
     """Write a.csv, b.csv … and return the pattern that matches them."""
     for name, (header, *rows) in zip("abcdef", tables, strict=False):
-        save(folder / f"{name}.{ending}", header, rows)
+        write_table(folder / f"{name}.{ending}", header, rows)
     return folder / f"*.{ending}"
 
 
-def read(pattern: Path, **told: str) -> list[tuple[object, ...]]:
+def read_rows(pattern: Path, **options: str) -> list[tuple[object, ...]]:
     """Read all rows."""
-    source = Source(pattern, Input.model_validate({"path": str(pattern), **told}))
+    source = Source(pattern, Input.model_validate({"path": str(pattern), **options}))
     return [row for frame in source.batches() for row in frame.rows()]
 
 
 @in_turn("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
-def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
+def test_glob_reads_matching_files(tmp_path: Path, ending: str) -> None:
     """In the order of their names; hidden files and folders are none of them."""
-    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
+    pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
     (tmp_path / f".hidden.{ending}").write_text("?")
     (tmp_path / f"folder.{ending}").mkdir()
-    assert read(pattern) == [("1", "2"), ("3", "4"), ("5", "6")]
+    assert read_rows(pattern) == [("1", "2"), ("3", "4"), ("5", "6")]
 
 
 @in_turn(
@@ -73,16 +75,18 @@ def test_files_that_match_are_read_as_one(tmp_path: Path, ending: str) -> None:
     ],
 )
 @in_turn("ending", ["csv", "parquet", "xlsx"])
-def test_a_file_whose_header_differs_is_named(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
+def test_different_header_is_reported(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
     """With the difference; silently shifted columns would be paid for."""
-    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending)
+    pattern = write_inputs(
+        tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending
+    )
     with pytest.raises(Refused) as caught:
-        read(pattern)
+        read_rows(pattern)
     there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
     assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
 
 
-def test_json_lines_of_several_files_have_the_keys_of_all(tmp_path: Path) -> None:
+def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
     """As the lines of one file have."""
     (tmp_path / "a.jsonl").write_text('{"A": "1"}\n')
     (tmp_path / "b.jsonl").write_text('{"A": 2, "B": true}\n')
@@ -91,35 +95,35 @@ def test_json_lines_of_several_files_have_the_keys_of_all(tmp_path: Path) -> Non
     assert sum(frame.height for frame in source.batches()) == 2
 
 
-def test_a_pattern_without_an_ending_leaves_the_format_to_the_files(tmp_path: Path) -> None:
+def test_pattern_without_extension(tmp_path: Path) -> None:
     """Which must be the same."""
-    several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
-    assert read(tmp_path / "*") == [("1", "2"), ("3", "4")]
-    save(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
+    write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
+    assert read_rows(tmp_path / "*") == [("1", "2"), ("3", "4")]
+    write_table(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
     with pytest.raises(Refused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
-        read(tmp_path / "*")
+        read_rows(tmp_path / "*")
 
 
-def test_a_flaw_is_told_with_its_own_file_and_line(tmp_path: Path) -> None:
+def test_error_names_file_and_line(tmp_path: Path) -> None:
     """Rows and lines count from the beginning of that file."""
-    pattern = several(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
+    pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
     with pytest.raises(Refused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
-        read(pattern)
+        read_rows(pattern)
 
 
-def test_a_pattern_without_a_match_is_refused(office: Office, api: Api) -> None:
+def test_pattern_without_match(workspace: Workspace, api: SandboxApi) -> None:
     """Perhaps the export has not come yet: exit 5, and nothing is spent."""
-    office.write_job(input='"in/*.csv"')
-    done = office.command("run", "job.yaml", api=api)
-    assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {office.folder}/in/*.csv: no file matches")
+    workspace.write_job(input='"in/*.csv"')
+    result = workspace.command("run", "job.yaml", api=api)
+    assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {workspace.folder}/in/*.csv: no file matches")
 
 
 @in_turn("kind", INPUTS)
-def test_a_file_of_this_very_name_is_itself(tmp_path: Path, kind: str) -> None:
+def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
     """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
     folder = tmp_path / "old [1]"
     folder.mkdir()
-    save(folder / f"leads[1].{kind}", ["A"], [["1"]])
+    write_table(folder / f"leads[1].{kind}", ["A"], [["1"]])
     job = "version: 1\nwaterfall: w\nparams: {a: A}\ninput: "
     for named, name in ((f"leads[1].{kind}", "leads[1]_enriched.csv"), (f'"*.{kind}"', "job_enriched.csv")):
         (folder / "job.yaml").write_text(job + named)
@@ -129,45 +133,45 @@ def test_a_file_of_this_very_name_is_itself(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("output", ["leads/out.csv", "leads/%Y.csv", "soft.csv", "leads/../leads/x.csv"])
-def test_an_output_that_the_next_run_would_read_is_an_error(office: Office, api: Api, output: str) -> None:
+def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, output: str) -> None:
     """Exit 2 with its name, before anything is spent or read."""
-    (office.folder / "leads").mkdir()
-    leads = save(office.folder / "leads" / "a.csv", HEADER, people(1))
-    (office.folder / "soft.csv").symlink_to(leads)
-    office.write_job(input='"leads/*.csv"', output=output)
-    done = office.command("run", "job.yaml", api=api)
-    assert done.code == 2
-    assert done.stderr.startswith(f"error: {office.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
+    (workspace.folder / "leads").mkdir()
+    leads = write_table(workspace.folder / "leads" / "a.csv", HEADER, make_leads(1))
+    (workspace.folder / "soft.csv").symlink_to(leads)
+    workspace.write_job(input='"leads/*.csv"', output=output)
+    result = workspace.command("run", "job.yaml", api=api)
+    assert result.code == 2
+    assert result.stderr.startswith(f"error: {workspace.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
     assert api.audit()["accepted"] == 0
 
 
-def test_other_files_of_a_run_are_kept_from_the_pattern_too(tmp_path: Path) -> None:
+def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
     """The message says which key to change."""
     with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
         prepare(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
     assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
 
 
-def test_a_file_that_comes_next_night_pays_for_its_rows_alone(office: Office, api: Api) -> None:
+def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -> None:
     """Row positions run on; the output has the rows of all files."""
-    (office.folder / "in").mkdir()
-    office.write_job(input='"in/*.csv"')
-    save(office.folder / "in" / "2026-11-01.csv", HEADER, people(3))
-    assert office.run(api).submitted == 3
-    save(office.folder / "in" / "2026-10-31.csv", HEADER, people(2, start=2))  # one of them is known
-    receipt = office.run(api)
-    assert (receipt.rows, receipt.submitted, receipt.reused) == (5, 1, 3)
-    assert [row["First Name"][5:] for row in office.output()] == ["2", "3", "0", "1", "2"]
+    (workspace.folder / "in").mkdir()
+    workspace.write_job(input='"in/*.csv"')
+    write_table(workspace.folder / "in" / "2026-11-01.csv", HEADER, make_leads(3))
+    assert workspace.run(api).submitted == 3
+    write_table(workspace.folder / "in" / "2026-10-31.csv", HEADER, make_leads(2, start=2))  # one of them is known
+    summary = workspace.run(api)
+    assert (summary.rows, summary.submitted, summary.reused) == (5, 1, 3)
+    assert [row["First Name"][5:] for row in workspace.output()] == ["2", "3", "0", "1", "2"]
     assert api.audit()["accepted"] == 4
 
 
-def test_a_file_that_comes_during_the_run_is_noticed(tmp_path: Path) -> None:
+def test_file_added_during_run(tmp_path: Path) -> None:
     """As a change of the only file is."""
-    pattern = several(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
+    pattern = write_inputs(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
     source = Source(pattern, Input(path="*.csv"))
     before = source.stamp()
     assert source.stamp() == before
-    save(tmp_path / "c.csv", ["A"], [])
+    write_table(tmp_path / "c.csv", ["A"], [])
     assert source.stamp() != before
     (tmp_path / "c.csv").unlink()
     assert source.stamp() == before
@@ -177,30 +181,32 @@ def test_a_file_that_comes_during_the_run_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", first_quick(1, ["plain", "gzip"]))
-def test_leads_come_through_a_pipe(office: Office, api: Api, packed: str) -> None:
+def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) -> None:
     """They are in the format of the job's input; the copy on disk is gone at the end."""
-    office.write_job(input="leads.jsonl", output="out.jsonl")
-    (office.folder / "tmp").mkdir()
-    lines = "".join(json.dumps({**dict(zip(HEADER, lead, strict=True)), "n": 1.0}) + "\n" for lead in people(3))
+    workspace.write_job(input="leads.jsonl", output="out.jsonl")
+    (workspace.folder / "tmp").mkdir()
+    lines = "".join(json.dumps({**dict(zip(HEADER, lead, strict=True)), "n": 1.0}) + "\n" for lead in make_leads(3))
     data = gzip.compress(lines.encode()) if packed == "gzip" else lines.encode()
 
-    done = piped(office, api, data, "run", "job.yaml", "--input", "-", "--json", TMPDIR=str(office.folder / "tmp"))
+    result = run_with_stdin(
+        workspace, api, data, "run", "job.yaml", "--input", "-", "--json", TMPDIR=str(workspace.folder / "tmp")
+    )
 
-    assert (done.code, done.receipt["rows"], done.receipt["submitted"]) == (0, 3, 3)
-    assert [row[5] for row in load(office.folder / "out.jsonl")[1:]] == [1.0] * 3
-    assert list((office.folder / "tmp").iterdir()) == []
+    assert (result.code, result.receipt["rows"], result.receipt["submitted"]) == (0, 3, 3)
+    assert [row[5] for row in read_table(workspace.folder / "out.jsonl")[1:]] == [1.0] * 3
+    assert list((workspace.folder / "tmp").iterdir()) == []
 
 
 @pytest.mark.long
-def test_the_job_itself_may_read_from_a_pipe(office: Office, api: Api) -> None:
+def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> None:
     """CSV, when nothing else is said; the output has a name all the same."""
-    (office.folder / "job.yaml").write_text(
+    (workspace.folder / "job.yaml").write_text(
         'version: 1\ninput: "-"\nwaterfall: email_getter\n'
         "params: {first_name: A, last_name: B, company: {value: a.example}}\n"
     )
-    assert piped(office, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").code == 0
-    assert len(office.output("stdin_enriched.csv")) == 1
-    assert piped(office, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").code == 0
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").code == 0
+    assert len(workspace.output("stdin_enriched.csv")) == 1
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").code == 0
 
 
 @pytest.mark.long
@@ -213,22 +219,22 @@ def test_the_job_itself_may_read_from_a_pipe(office: Office, api: Api) -> None:
         (None, "error: standard input is a terminal, or closed"),
     ],
 )
-def test_a_pipe_that_brings_nothing_of_use_is_told(office: Office, api: Api, data: bytes | None, told: str) -> None:
+def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, told: str) -> None:
     """Nothing is spent."""
-    done = piped(office, api, data, "run", "job.yaml", "--input", "-")
-    assert (done.code, done.stderr.startswith(told)) == (2 if told == "error: " else 5, True), done.stderr
+    result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
+    assert (result.code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.long
-def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
+def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> None:
     """Whoever forgot the pipe is told so."""
     ours, theirs = os.openpty()
     try:
         process = subprocess.run(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-            cwd=office.folder,
-            env=office.variables(api),
+            cwd=workspace.folder,
+            env=workspace.variables(api),
             stdin=theirs,
             capture_output=True,
             timeout=60,
@@ -243,34 +249,34 @@ def test_a_terminal_is_not_waited_for(office: Office, api: Api) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("waiting_at_the_api", [0, 2])
-def test_a_signal_ends_the_wait_for_a_pipe(tmp_path: Path, office: Office, waiting_at_the_api: int) -> None:
+def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waiting_at_the_api: int) -> None:
     """Whatever is to be collected: the exit code says so, nothing is asked, and what came so far is removed."""
-    (office.folder / "tmp").mkdir()
-    office.write_leads(people(waiting_at_the_api))
-    with serving(tmp_path / "slow.db", latency="fixed(60)") as api:
+    (workspace.folder / "tmp").mkdir()
+    workspace.write_leads(make_leads(waiting_at_the_api))
+    with serve_api(tmp_path / "slow.db", latency="fixed(60)") as api:
         if waiting_at_the_api:
-            office.leave_at_the_api(api)
+            workspace.leave_at_the_api(api)
         asked = api.audit()["requests"]
         process = subprocess.Popen(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-            cwd=office.folder,
-            env=office.variables(api) | {"TMPDIR": str(office.folder / "tmp")},
+            cwd=workspace.folder,
+            env=workspace.variables(api) | {"TMPDIR": str(workspace.folder / "tmp")},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            preexec_fn=usual_signals,
+            preexec_fn=reset_signals,
         )
         assert process.stdin is not None
         process.stdin.write(b"First Name\n")
         process.stdin.flush()
-        until(lambda: process.poll() is not None or any((office.folder / "tmp").iterdir()))
+        wait_until(lambda: process.poll() is not None or any((workspace.folder / "tmp").iterdir()))
         process.terminate()
-        _, told = process.communicate(timeout=30)
-        assert (process.returncode, b"Traceback" in told) == (143, False)
+        _, result = process.communicate(timeout=30)
+        assert (process.returncode, b"Traceback" in result) == (143, False)
         assert api.audit()["requests"] == asked
-    assert list((office.folder / "tmp").iterdir()) == []
+    assert list((workspace.folder / "tmp").iterdir()) == []
 
 
-def test_a_copy_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Personal data; it goes with the object that reads it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with (tmp_path / "leads.csv").open("w+") as file:
@@ -308,12 +314,12 @@ def test_a_copy_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("{path: export, format: jsonl}", "other", "jsonl", ","),
     ],
 )
-def test_the_ending_tells_the_format(tmp_path: Path, job: str, given: str | None, kind: str, separator: str) -> None:
+def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: str, separator: str) -> None:
     """Unless it is said; another input from the command line brings its own."""
     text = f"version: 1\ninput: {job}\nwaterfall: w\nparams: {{a: A}}\n"
     (tmp_path / "job.yaml").write_text(text.replace(";}", '";"}'))
-    told = load_job(tmp_path / "job.yaml", Overrides(input=given)).input
-    assert (told.format, told.separator) == (kind, separator)
+    result = load_job(tmp_path / "job.yaml", Overrides(input=given)).input
+    assert (result.format, result.separator) == (kind, separator)
 
 
 @in_turn(
@@ -326,7 +332,7 @@ def test_the_ending_tells_the_format(tmp_path: Path, job: str, given: str | None
         ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
     ],
 )
-def test_a_mistake_about_the_input_is_told(tmp_path: Path, line: str, told: str) -> None:
+def test_input_option_errors(tmp_path: Path, line: str, told: str) -> None:
     """With file, line and key."""
     (tmp_path / "job.yaml").write_text(f"version: 1\n{line}\nwaterfall: w\nparams: {{a: A}}\n")
     with pytest.raises(JobError) as caught:
@@ -334,7 +340,7 @@ def test_a_mistake_about_the_input_is_told(tmp_path: Path, line: str, told: str)
     assert caught.value.message == f"{tmp_path}/job.yaml:{told}"
 
 
-def test_a_place_is_a_path_or_a_url(tmp_path: Path) -> None:
+def test_path_or_url_parsing(tmp_path: Path) -> None:
     """URLs have no working directory and keep their slashes."""
     assert locate(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
     assert locate(tmp_path, "S3://bucket/a//b.csv") == Url("s3", "bucket", "a//b.csv")

@@ -17,54 +17,54 @@ from enrich.model import State
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, COST, FOUND, FREE_FAILURE, MISSED, PRICE, Books, listen
-from tests.harness import BOTH
+from tests.books import BINDING, COST, FOUND, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger, record_statements
+from tests.harness import BOTH_BACKENDS
 
 
-@pytest.fixture(params=BOTH)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
-def books(books: Books) -> Books:
+def ledger(ledger: CommittingLedger) -> CommittingLedger:
     """Begin an execution that wants a hundred."""
-    return books.begin(*range(100))
+    return ledger.begin(*range(100))
 
 
-def sleep(_: Ledger) -> None:
+def slow_move(_: Ledger) -> None:
     """Keep the journal busy, so that moves come together behind it."""
     time.sleep(0.05)
 
 
-def fill(ledger: Ledger) -> None:
+def fill_disk(ledger: Ledger) -> None:
     """Write more than a full disk takes."""
     ledger.remember_waterfall("big", {"description": "x" * 10_000_000}, [])
 
 
-def test_a_move_is_durable_before_its_future_is_done(books: Books) -> None:
+def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
     """Who awaited a move finds it through another connection, at once."""
 
-    async def one(journal: Journal, number: int) -> None:
+    async def one(writer: Journal, number: int) -> None:
         await asyncio.sleep(number % 7 / 1000)
-        execution = await journal.do(Ledger.start_execution, f"job {number}", None, number)
-        assert books.one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
+        execution = await writer.do(Ledger.start_execution, f"job {number}", None, number)
+        assert ledger.one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            await asyncio.gather(*(one(journal, number) for number in range(100)))
+        async with Journal(ledger.ledger) as writer:
+            await asyncio.gather(*(one(writer, number) for number in range(100)))
 
     asyncio.run(scene())
 
 
-def test_moves_are_made_in_the_order_they_were_asked_for(books: Books) -> None:
+def test_transitions_keep_order(ledger: CommittingLedger) -> None:
     """First asked, first made, first resolved."""
     resolved: list[int] = []
 
     async def scene() -> list[int]:
-        async with Journal(books.ledger) as journal:
-            futures = [journal.do(Ledger.start_execution, "job", None, number) for number in range(50)]
+        async with Journal(ledger.ledger) as writer:
+            futures = [writer.do(Ledger.start_execution, "job", None, number) for number in range(50)]
             for number, future in enumerate(futures):
                 future.add_done_callback(partial(lambda number, _: resolved.append(number), number))
             return await asyncio.gather(*futures)
@@ -75,7 +75,7 @@ def test_moves_are_made_in_the_order_they_were_asked_for(books: Books) -> None:
     assert resolved == list(range(50))
 
 
-def test_moves_that_come_together_share_a_commit(books: Books) -> None:
+def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None:
     """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
     statements: list[str] = []
     begun, asked = threading.Event(), threading.Event()
@@ -85,152 +85,152 @@ def test_moves_that_come_together_share_a_commit(books: Books) -> None:
         asked.wait(10)
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            moves: list[asyncio.Future[Any]] = [journal.do(slow)]
+        async with Journal(ledger.ledger) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.do(slow)]
             await asyncio.to_thread(begun.wait, 10)
-            moves += [journal.do(Ledger.claim, books.execution, PRICE, 1) for _ in range(100)]
+            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
             await asyncio.sleep(0)
             asked.set()
             await asyncio.gather(*moves)
 
-    listen(books.ledger, statements)
+    record_statements(ledger.ledger, statements)
     asyncio.run(scene())
 
     assert statements.count("COMMIT") == 2
-    assert books.ledger.counts() == {State.SUBMITTING: 100}
+    assert ledger.ledger.counts() == {State.SUBMITTING: 100}
 
 
-def test_a_move_that_fails_harms_no_other(books: Books) -> None:
+def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:
     """Its own changes are taken back, the others of its batch stay."""
 
-    def stumble(ledger: Ledger) -> None:
-        ledger.claim(books.execution, PRICE, 1)
+    def failing_move(raw_ledger: Ledger) -> None:
+        raw_ledger.claim(ledger.execution, MAX_PRICE, 1)
         raise CapReached
 
     async def scene() -> list[object]:
-        async with Journal(books.ledger) as journal:
-            moves: list[asyncio.Future[Any]] = [journal.do(sleep)]
-            moves += [journal.do(Ledger.claim, books.execution, PRICE, 1), journal.do(stumble)]
-            moves += [journal.do(Ledger.claim, books.execution, PRICE, 1) for _ in range(2)]
+        async with Journal(ledger.ledger) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.do(slow_move)]
+            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1), writer.do(failing_move)]
+            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
     results = asyncio.run(scene())
 
     assert [type(result).__name__ for result in results] == ["NoneType", "list", "CapReached", "list", "list"]
-    assert books.money == (0, 3 * PRICE, 0, 0)
+    assert ledger.money == (0, 3 * MAX_PRICE, 0, 0)
 
 
-def test_what_comes_together_is_told_in_one(books: Books) -> None:
+def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
     """Each asker gets its own part of what the move returned, though it was made once for all."""
-    attempts = [books.submit(f"task {number}") for number in range(4)]
-    answers = [MISSED, FOUND, FREE_FAILURE, FOUND]
+    attempts = [ledger.submit(f"task {number}") for number in range(4)]
+    answers = [NO_MATCH, FOUND, FREE_FAILURE, FOUND]
     statements: list[str] = []
 
     async def scene() -> list[list[State]]:
-        async with Journal(books.ledger) as journal:
+        async with Journal(ledger.ledger) as writer:
             asked = threading.Event()
-            slow = journal.do(lambda _: asked.wait(10))
-            told = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
-            parts = [told[:1], told[1:3], told[3:]]
-            states = [journal.together(Ledger.settle, part, books.execution, 3) for part in parts]
+            slow = writer.do(lambda _: asked.wait(10))
+            result = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
+            parts = [result[:1], result[1:3], result[3:]]
+            states = [writer.together(Ledger.settle, part, ledger.execution, 3) for part in parts]
             await asyncio.sleep(0)  # all are handed over
             asked.set()
             await slow
             return list(await asyncio.gather(*states))
 
-    listen(books.ledger, statements)
+    record_statements(ledger.ledger, statements)
     assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
     assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
-    assert books.money == (2 * COST, 0, 0, 4)
+    assert ledger.money == (2 * COST, 0, 0, 4)
 
 
-def test_what_differs_is_not_told_in_one(books: Books) -> None:
+def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
     """Other arguments, or another move: a group of its own, in the order asked for."""
-    attempts = [books.submit(f"task {number}") for number in range(3)]
+    attempts = [ledger.submit(f"task {number}") for number in range(3)]
 
     async def scene() -> list[object]:
-        async with Journal(books.ledger) as journal:
+        async with Journal(ledger.ledger) as writer:
             last, again = (
-                journal.together(Ledger.settle, [(attempt, FREE_FAILURE, 5)], books.execution, max_attempts)
+                writer.together(Ledger.settle, [(attempt, FREE_FAILURE, 5)], ledger.execution, max_attempts)
                 for attempt, max_attempts in zip(attempts, (1, 2), strict=False)
             )
-            lost = journal.together(Ledger.doubt, [(attempts[2], "404", 5, None)])
+            lost = writer.together(Ledger.doubt, [(attempts[2], "404", 5, None)])
             return list(await asyncio.gather(last, again, lost))
 
     assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
 
 
-def test_a_group_that_fails_harms_no_other(books: Books) -> None:
+def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
     """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
-    first, second, third = (books.submit(f"task {number}") for number in range(3))
-    books.settle(third)
+    first, second, third = (ledger.submit(f"task {number}") for number in range(3))
+    ledger.settle(third)
 
     async def scene() -> list[object]:
-        async with Journal(books.ledger) as journal:
+        async with Journal(ledger.ledger) as writer:
             moves: list[asyncio.Future[Any]] = [
-                journal.together(Ledger.settle, [(first, FOUND, 5)], books.execution, 3),
-                journal.together(Ledger.settle, [(third, FOUND, 5)], books.execution, 3),
-                journal.together(Ledger.doubt, [(second, "404", 5, None)]),
+                writer.together(Ledger.settle, [(first, FOUND, 5)], ledger.execution, 3),
+                writer.together(Ledger.settle, [(third, FOUND, 5)], ledger.execution, 3),
+                writer.together(Ledger.doubt, [(second, "404", 5, None)]),
             ]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
     results = asyncio.run(scene())
 
     assert [type(result).__name__ for result in results] == ["AssertionError", "AssertionError", "NoneType"]
-    assert [books.state(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
-    assert books.money == (COST, 2 * PRICE, 0, 3)
+    assert [ledger.state(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
+    assert ledger.money == (COST, 2 * MAX_PRICE, 0, 3)
 
 
 @pytest.mark.parametrize("bulk", [False, True])
-def test_32_requests_take_less_than_a_statement_each(books: Books, *, bulk: bool) -> None:
+def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> None:
     """From the claim over the task ids to the answers: what comes at once is written at once."""
     statements: list[str] = []
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            claims = await journal.do(Ledger.claim, books.execution, PRICE, 1, 32, bulk=bulk)
+        async with Journal(ledger.ledger) as writer:
+            claims = await writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
             attempts = [claim.attempt_id for claim in claims]
             accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
-            await asyncio.gather(*(journal.together(Ledger.accepted, [told], BOUND) for told in accepted))
+            await asyncio.gather(*(writer.together(Ledger.accepted, [told], BINDING) for told in accepted))
             if bulk:
-                told = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
-                await journal.do(Ledger.settle_bundle, told, books.execution, 3, 32 * COST)
+                result = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
+                await writer.do(Ledger.settle_bundle, result, ledger.execution, 3, 32 * COST)
             else:
                 moves = (
-                    journal.together(Ledger.settle, [(attempt, FOUND, 3)], books.execution, 3) for attempt in attempts
+                    writer.together(Ledger.settle, [(attempt, FOUND, 3)], ledger.execution, 3) for attempt in attempts
                 )
                 await asyncio.gather(*moves)
 
-    listen(books.ledger, statements)
+    record_statements(ledger.ledger, statements)
     asyncio.run(scene())
 
     assert len(statements) < 32, statements
-    assert books.ledger.counts() == {State.PENDING: 68, State.FOUND: 32}
-    assert books.money == (32 * COST, 0, 0, 32)
+    assert ledger.ledger.counts() == {State.PENDING: 68, State.FOUND: 32}
+    assert ledger.money == (32 * COST, 0, 0, 32)
 
 
-def test_a_move_is_made_even_when_nobody_waits_any_more(books: Books) -> None:
+def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> None:
     """What was asked for is written down, though its asker was cancelled and the journal is being closed."""
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            journal.do(sleep)
-            abandoned = asyncio.ensure_future(journal.do(Ledger.claim, books.execution, PRICE, 1))
+        async with Journal(ledger.ledger) as writer:
+            writer.do(slow_move)
+            abandoned = asyncio.ensure_future(writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1))
             abandoned.cancel()
-            journal.do(Ledger.claim, books.execution, PRICE, 1)
+            writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
     asyncio.run(scene())
 
-    assert books.ledger.counts()[State.SUBMITTING] == 2
+    assert ledger.ledger.counts()[State.SUBMITTING] == 2
 
 
-@pytest.mark.parametrize("where", ["file"])
+@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
-def test_when_a_commit_fails_nothing_is_written_any_more(books: Books, trouble: str) -> None:
+def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
     """Every move of the batch fails with LedgerFailed, and so does every later one, though the trouble be over."""
-    pages = books.one("PRAGMA page_count")[0]
-    db = books.ledger._db
-    other = sqlite3.connect(books.path, isolation_level=None)
+    pages = ledger.one("PRAGMA page_count")[0]
+    db = ledger.ledger._db
+    other = sqlite3.connect(ledger.path, isolation_level=None)
     if trouble == "full":
         db.execute(f"PRAGMA max_page_count = {pages + 2}")
     else:
@@ -238,9 +238,12 @@ def test_when_a_commit_fails_nothing_is_written_any_more(books: Books, trouble: 
         other.execute("BEGIN IMMEDIATE")
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            batch: list[asyncio.Future[Any]] = [journal.do(Ledger.claim, books.execution, PRICE, 1), journal.do(fill)]
-            batch.append(journal.do(Ledger.claim, books.execution, PRICE, 1))
+        async with Journal(ledger.ledger) as writer:
+            batch: list[asyncio.Future[Any]] = [
+                writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1),
+                writer.do(fill_disk),
+            ]
+            batch.append(writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1))
             for result in await asyncio.gather(*batch, return_exceptions=True):
                 assert isinstance(result, LedgerFailed)
                 assert trouble in result.message
@@ -249,22 +252,22 @@ def test_when_a_commit_fails_nothing_is_written_any_more(books: Books, trouble: 
             else:
                 other.execute("ROLLBACK")
             with pytest.raises(EnrichError, match=trouble):
-                await journal.do(Ledger.claim, books.execution, PRICE, 1)
+                await writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
     try:
         asyncio.run(scene())
     finally:
         other.close()
 
-    assert books.ledger.counts() == {State.PENDING: 100}
-    assert books.money == (0, 0, 0, 0)
+    assert ledger.ledger.counts() == {State.PENDING: 100}
+    assert ledger.money == (0, 0, 0, 0)
 
 
-def test_waiting_for_moves_costs_nothing(books: Books) -> None:
+def test_idle_writer_uses_no_cpu(ledger: CommittingLedger) -> None:
     """An idle journal sleeps."""
 
     async def scene() -> float:
-        async with Journal(books.ledger):
+        async with Journal(ledger.ledger):
             before = time.process_time()
             await asyncio.sleep(0.5)
             return time.process_time() - before

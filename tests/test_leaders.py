@@ -21,33 +21,33 @@ from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
 from enrich.store.opening import alone, leased, opened
 from enrich.store.records import check
-from tests.books import PRICE, Books, ask
+from tests.books import MAX_PRICE, CommittingLedger, run_sql
 from tests.cases import first_quick, in_turn
-from tests.harness import Api, Office, people
-from tests.postgres import Postgres
+from tests.harness import SandboxApi, Workspace, make_leads
+from tests.postgres import PostgresServer
 
 
 @pytest.fixture
-def where() -> str:
+def backend() -> str:
     """Only at a server are there leases."""
     return "server"
 
 
 @pytest.fixture
-def ledger(place: LedgerPlace) -> Place:
+def server_ledger(ledger_location: LedgerPlace) -> Place:
     """Make a ledger on a server."""
-    assert isinstance(place, Place)
-    Ledger(place).close()
-    return place
+    assert isinstance(ledger_location, Place)
+    Ledger(ledger_location).close()
+    return ledger_location
 
 
 @pytest.fixture
-def worker(ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
+def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
     """Be a worker whose run was killed: nobody holds the lock, and the lease of who led has ended."""
     with ExitStack() as run, ExitStack() as stack:
-        _, leader = run.enter_context(opened(ledger))
+        _, leader = run.enter_context(opened(server_ledger))
         assert leader is not None
-        worker = stack.enter_context(leased(ledger, follows=leader.fence.owner))
+        worker = stack.enter_context(leased(server_ledger, follows=leader.fence.owner))
         run.close()
         yield worker
 
@@ -55,36 +55,36 @@ def worker(ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
 # A worker and who leads it
 
 
-def test_a_worker_begins_no_lease_for_a_run_that_is_over(ledger: Place) -> None:
+def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     """It was asleep, and wakes up when the next run may be at work already."""
-    with opened(ledger) as (_, leader):
+    with opened(server_ledger) as (_, leader):
         assert leader is not None
-        with leased(ledger, follows=leader.fence.owner) as (mine, lease):
+        with leased(server_ledger, follows=leader.fence.owner) as (mine, lease):
             assert lease.holds()
             assert [other.leads for other in mine.others()] == [True]
-    with pytest.raises(LeaderGone), leased(ledger, follows=leader.fence.owner):
+    with pytest.raises(LeaderGone), leased(server_ledger, follows=leader.fence.owner):
         pass
-    assert ask(ledger, "SELECT count(*) FROM owners") == [(0,)]
+    assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
 
 
-def test_who_is_dismissed_begins_no_lease(ledger: Place) -> None:
+def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
     """Another has ended the lease of who led, and waits for those who are left."""
-    with opened(ledger) as (mine, leader):
+    with opened(server_ledger) as (mine, leader):
         assert leader is not None
-        other = Ledger(ledger)
+        other = Ledger(server_ledger)
         other.end_lease_of(other.others())
         other.close()
-        with pytest.raises(LeaderGone), leased(ledger, follows=leader.fence.owner):
+        with pytest.raises(LeaderGone), leased(server_ledger, follows=leader.fence.owner):
             pass
         assert mine.owner == leader.fence.owner
 
 
-def test_who_looks_for_those_left_sees_the_worker_or_its_leader(ledger: Place) -> None:
+def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
     """Also while a worker is about to begin, whose leader's lease has run out: nobody goes on as if alone."""
-    leader, beginner, looker = (Ledger(ledger) for _ in range(3))
+    leader, beginner, looker = (Ledger(server_ledger) for _ in range(3))
     with leader.transaction():
         number = leader.begin_lease("leader", 30)
-    ask(ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
+    run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
     beginner._db.begin()
     beginner.begin_lease("worker", 30, follows=number)
     assert [owner.name for owner in looker.others()] == ["leader"]
@@ -97,35 +97,35 @@ def test_who_looks_for_those_left_sees_the_worker_or_its_leader(ledger: Place) -
 # What a crash leaves
 
 
-def test_a_lease_may_end_at_any_moment_of_a_recovery(books: Books, place: LedgerPlace) -> None:
+def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerPlace) -> None:
     """What its holder was at is in doubt with its request, or neither yet: nothing is torn."""
-    assert isinstance(place, Place)
-    books.begin(1, 2, 3, 4, 5, 6, 7, 8)
-    done = 0
+    assert isinstance(ledger_location, Place)
+    ledger.begin(1, 2, 3, 4, 5, 6, 7, 8)
+    result = 0
     for moment in range(1, 5):
-        with opened(place) as (_, leader):
+        with opened(ledger_location) as (_, leader):
             assert leader is not None
-            holder = Ledger(place, fence=leader.fence)
+            holder = Ledger(ledger_location, fence=leader.fence)
             with holder.transaction():
-                holder.claim(books.execution, PRICE, books.now)
-            _at(books.ledger, moment, lambda: ask(place, "DELETE FROM owners"))
-            books.do(Ledger.recover, books.now)
-            assert check(place).problems == []
+                holder.claim(ledger.execution, MAX_PRICE, ledger.now)
+            _before_statement(ledger.ledger, moment, lambda: run_sql(ledger_location, "DELETE FROM owners"))
+            ledger.do(Ledger.recover, ledger.now)
+            assert check(ledger_location).problems == []
             holder.close()
-        done += books.do(Ledger.recover, books.now)
-        assert check(place).problems == []
-    assert books.all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
-    assert done < 4  # some were found by the first look
+        result += ledger.do(Ledger.recover, ledger.now)
+        assert check(ledger_location).problems == []
+    assert ledger.all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
+    assert result < 4  # some were found by the first look
 
 
-def _at(ledger: Ledger, moment: int, strike: Callable[[], object]) -> None:
+def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[], object]) -> None:
     """Let something happen before one of the next statements of a ledger."""
-    execute, left = ledger._db.execute, [moment]
+    execute, left = ledger._db.execute, [statement_number]
 
     def told(sql: str, values: Sequence[Any] = (), /) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            strike()
+            action()
         return execute(sql, values)
 
     ledger._db.execute = told  # type: ignore[method-assign]
@@ -134,75 +134,73 @@ def _at(ledger: Ledger, moment: int, strike: Callable[[], object]) -> None:
 # Several at once
 
 
-def test_nobody_waits_for_who_only_names_the_execution(books: Books, place: LedgerPlace) -> None:
+def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerPlace) -> None:
     """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
-    books.begin(1, 2)
-    attempt = books.submit()
-    with closing(Ledger(place)) as other, other.transaction():
-        other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (books.execution, attempt))
-        books.ledger._db.execute("SET lock_timeout = '5s'")
-        assert books.claim()
+    ledger.begin(1, 2)
+    attempt = ledger.submit()
+    with closing(Ledger(ledger_location)) as other, other.transaction():
+        other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (ledger.execution, attempt))
+        ledger.ledger._db.execute("SET lock_timeout = '5s'")
+        assert ledger.claim()
 
 
 # What is done to a ledger that no run is at work with
 
 
-def test_nobody_is_alone_with_a_ledger_while_a_worker_lives(ledger: Place, worker: tuple[Ledger, Lease]) -> None:
+def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
     """Though nobody holds its lock: it may send yet what it has claimed."""
     assert worker[1].holds()
-    with pytest.raises(LedgerLocked, match="left processes behind"), alone(ledger):
+    with pytest.raises(LedgerLocked, match="left processes behind"), alone(server_ledger):
         pass
 
 
-def test_a_run_sees_who_is_alone_with_a_ledger(ledger: Place) -> None:
+def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
     """Also when the server has lost its lock: who is alone has a lease, as one who leads."""
-    with alone(ledger), closing(Ledger(ledger)) as other:
+    with alone(server_ledger), closing(Ledger(server_ledger)) as other:
         assert [owner.leads for owner in other.others()] == [True]
 
 
-def test_nothing_is_copied_while_a_worker_lives(ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
+def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
     """What it buys in the old ledger the new one would buy again."""
     assert worker[1].holds()
     with pytest.raises(LedgerLocked):
-        copy(ledger, tmp_path / "copy.db")
+        copy(server_ledger, tmp_path / "copy.db")
     assert not exists(tmp_path / "copy.db")
 
 
 @pytest.mark.parametrize("command", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "0s")])
-def test_nothing_is_erased_while_a_worker_lives(api: Api, office: Office, command: tuple[str, ...]) -> None:
+def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, command: tuple[str, ...]) -> None:
     """It would be told of again by what comes yet."""
-    office.write_leads(people(2))
-    assert office.command("run", "job.yaml", api=api).code == 0
-    assert isinstance(office.place, Place)
-    with opened(office.place) as (_, leader):
+    workspace.write_leads(make_leads(2))
+    assert workspace.command("run", "job.yaml", api=api).code == 0
+    assert isinstance(workspace.place, Place)
+    with opened(workspace.place) as (_, leader):
         assert leader is not None
-        done = office.command(command[0], "job.yaml", *command[1:], "--yes")
-    again = office.command(command[0], "job.yaml", *command[1:], "--yes")
+        result = workspace.command(command[0], "job.yaml", *command[1:], "--yes")
+    again = workspace.command(command[0], "job.yaml", *command[1:], "--yes")
 
-    assert (done.code, again.code) == (Exit.LOCKED, 0), (done.stderr, again.stderr)
+    assert (result.code, again.code) == (Exit.LOCKED, 0), (result.stderr, again.stderr)
 
 
 # A clock that nobody sets
 
 
-def test_a_lease_tells_the_servers_time_though_somebody_sets_this_machines_clock(
-    ledger: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What processes write down for each other has one time."""
-    with opened(ledger) as (mine, lease):
+    with opened(server_ledger) as (mine, lease):
         assert lease is not None
         hours_ago = time.time_ns() - 10**9 * 7200
         monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
         assert abs(lease.now_ms() - mine.now_ms()) < 60_000
 
 
-def test_a_transaction_that_could_not_begin_is_no_obstacle(books: Books) -> None:
+def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
     """The connection serves the next one."""
-    books.all("ALTER TABLE commits RENAME TO gone")
-    with pytest.raises(DatabaseFailed), books.ledger.transaction():
+    ledger.all("ALTER TABLE commits RENAME TO gone")
+    with pytest.raises(DatabaseFailed), ledger.ledger.transaction():
         pass
-    books.all("ALTER TABLE gone RENAME TO commits")
-    books.begin(1)
+    ledger.all("ALTER TABLE gone RENAME TO commits")
+    ledger.begin(1)
 
 
 # Its name
@@ -222,14 +220,14 @@ SECRETS = (
 
 
 @pytest.mark.parametrize("url", [*SECRETS[:2], *(pytest.param(url, marks=pytest.mark.long) for url in SECRETS[2:])])
-def test_a_password_is_refused_wherever_a_ledger_is_named(
-    office: Office, api: Api, postgres: Postgres, tmp_path: Path, url: str
+def test_password_in_url_is_refused(
+    workspace: Workspace, api: SandboxApi, postgres: PostgresServer, tmp_path: Path, url: str
 ) -> None:
     """In the job file, as an option, in the environment, as an argument; and nobody repeats it."""
     url = url.format(f"127.0.0.1:{postgres.port}")
-    office.write_leads(people(1))
-    plain = Office(office.folder)
-    told = [
+    workspace.write_leads(make_leads(1))
+    plain = Workspace(workspace.folder)
+    result = [
         plain.command("run", "job.yaml", "--log-file", "log", "--ledger", url, api=api),
         plain.command("status", "job.yaml", "--ledger", url),
         plain.command("run", "job.yaml", "--log-file", "log", api=api, ENRICH_LEDGER=url),
@@ -238,14 +236,14 @@ def test_a_password_is_refused_wherever_a_ledger_is_named(
         plain.command("ledger", "copy", url, "copy.db"),
     ]
     plain.write_job(ledger=f'"{url}"')
-    told.append(plain.command("run", "job.yaml", "--log-file", "log", api=api))
+    result.append(plain.command("run", "job.yaml", "--log-file", "log", api=api))
 
-    assert [done.code for done in told] == [Exit.USAGE] * len(told), [done.stderr for done in told]
-    assert all("set PGPASSWORD" in done.stderr for done in told)
-    said = "".join(done.stdout + done.stderr for done in told)
+    assert [done.code for done in result] == [Exit.USAGE] * len(result), [done.stderr for done in result]
+    assert all("set PGPASSWORD" in done.stderr for done in result)
+    message = "".join(done.stdout + done.stderr for done in result)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != plain.job_file)
-    assert "hunter2" not in said
-    assert "ter2" not in said
+    assert "hunter2" not in message
+    assert "ter2" not in message
     assert b"ter2" not in written
     assert api.audit()["accepted"] == 0
 
@@ -259,7 +257,7 @@ def test_a_password_is_refused_wherever_a_ledger_is_named(
         "postgres://one:5432,two:5433/enrich?target_session_attrs=read-write&schema=leads&lease=5",
     ],
 )
-def test_what_libpq_takes_names_a_ledger(url: str, tmp_path: Path) -> None:
+def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
     """As long as nothing secret is in it."""
     found = locate_ledger(tmp_path, url, tmp_path)
     assert isinstance(found, Place)
@@ -267,17 +265,17 @@ def test_what_libpq_takes_names_a_ledger(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", first_quick(1, ["status", "runs", "explain", "report"]))
-def test_whoever_looks_finds_the_ledger_by_its_url(api: Api, office: Office, command: str) -> None:
+def test_ledger_option_finds_server_ledger(api: SandboxApi, workspace: Workspace, command: str) -> None:
     """An option names it as the job file would."""
-    office.write_leads(people(2))
-    url = str(office.server)
-    plain = Office(office.folder, environ=office.environ)
+    workspace.write_leads(make_leads(2))
+    url = str(workspace.server)
+    plain = Workspace(workspace.folder, environ=workspace.environ)
     plain.write_job()
     assert plain.command("run", "job.yaml", "--ledger", url, api=api).code == 0
     which = ("--row", "1") if command == "explain" else ()
 
-    done = plain.command(command, "job.yaml", "--ledger", url, "--json", *which)
+    result = plain.command(command, "job.yaml", "--ledger", url, "--json", *which)
 
-    assert done.code == 0, done.stderr
-    assert "found" in done.stdout
+    assert result.code == 0, result.stderr
+    assert "found" in result.stdout
     assert not (plain.folder / f"postgresql:{os.sep}").exists()

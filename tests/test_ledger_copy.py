@@ -24,98 +24,110 @@ from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from enrich.store.records import check
 from tests import postgres as servers
-from tests.books import CALL, COST, FREE_FAILURE, MISSED, Books, ask
+from tests.books import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
 from tests.cases import examples
-from tests.harness import BOTH_IN_TIME, Api, Office, people
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Copy from both kinds of ledgers."""
     return str(request.param)
 
 
 @pytest.fixture
-def server(postgres: servers.Postgres, tmp_path: Path) -> LedgerPlace:
+def server_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerPlace:
     """Name a place on the server where nothing is."""
     return locate_ledger(tmp_path, postgres.url(), tmp_path / "keys")
 
 
 @pytest.fixture
-def night(books: Books) -> Books:
+def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     """Make a ledger with something in every table."""
-    books.begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
-    books.settle(books.submit("a"))
-    books.settle(books.submit("b"), MISSED)
-    books.submit("c")
-    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
-    books.do(Ledger.rejected, [(books.claim().attempt_id, "company: Bad.", books.now)])
-    books.settle(books.submit("d"), FREE_FAILURE)
-    books.settle_bundle(books.submit_bundle(3), MISSED, credits_=COST)
-    books.do(Ledger.remember_waterfall, "email_getter", {"name": "é"}, [1, 2])
-    books.do(Ledger.deliver, "job", [(0, b"key", 1)])
-    books.do(Ledger.forget, make_key(books.place), [(2, b"0" * 16, "{}")], books.now)
-    books.do(Ledger.remember_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
-    books.do(Ledger.end_execution, books.execution, 10, {"rows": 9}, books.now)
-    return books
+    ledger.begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
+    ledger.settle(ledger.submit("a"))
+    ledger.settle(ledger.submit("b"), NO_MATCH)
+    ledger.submit("c")
+    ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.do(Ledger.rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
+    ledger.settle(ledger.submit("d"), FREE_FAILURE)
+    ledger.settle_bundle(ledger.submit_bundle(3), NO_MATCH, credits_=COST)
+    ledger.do(Ledger.remember_waterfall, "email_getter", {"name": "é"}, [1, 2])
+    ledger.do(Ledger.deliver, "job", [(0, b"key", 1)])
+    ledger.do(Ledger.forget, make_key(ledger.place), [(2, b"0" * 16, "{}")], ledger.now)
+    ledger.do(Ledger.remember_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
+    ledger.do(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    return ledger
 
 
-def everything(place: LedgerPlace) -> dict[str, list[str]]:
+def table_contents(ledger_location: LedgerPlace) -> dict[str, list[str]]:
     """Read all that a ledger remembers, in any order."""
-    return {table: sorted(map(repr, ask(place, f"SELECT {_columns(place, table)} FROM {table}"))) for table in TABLES}
+    return {
+        table: sorted(map(repr, run_sql(ledger_location, f"SELECT {_columns(ledger_location, table)} FROM {table}")))
+        for table in TABLES
+    }
 
 
-def _columns(place: LedgerPlace, table: str) -> str:
-    if isinstance(place, Path):
-        names = ask(place, "SELECT name FROM pragma_table_info(?)", table)
+def _columns(ledger_location: LedgerPlace, table: str) -> str:
+    if isinstance(ledger_location, Path):
+        names = run_sql(ledger_location, "SELECT name FROM pragma_table_info(?)", table)
     else:
-        names = ask(
-            place,
+        names = run_sql(
+            ledger_location,
             "SELECT column_name FROM information_schema.columns WHERE table_schema = ? AND table_name = ?",
-            place.schema,
+            ledger_location.schema,
             table,
         )
     return ", ".join(sorted(name for (name,) in names if name != "owner_id"))
 
 
-def test_no_table_is_left_behind(night: Books) -> None:
+def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
     """Whoever adds a table says whether it is copied; the night has something in each."""
-    if isinstance(night.place, Postgres):
+    if isinstance(filled_ledger.place, Postgres):
         named = {
-            name for (name,) in night.all("SELECT tablename FROM pg_tables WHERE schemaname = ?", night.place.schema)
+            name
+            for (name,) in filled_ledger.all(
+                "SELECT tablename FROM pg_tables WHERE schemaname = ?", filled_ledger.place.schema
+            )
         }
         named -= {"ledger", "owners", "allowance", "seen", "commits"}
     else:
-        named = {name for (name,) in night.all("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        named = {name for (name,) in filled_ledger.all("SELECT name FROM sqlite_master WHERE type = 'table'")}
     assert named == set(TABLES)
-    assert all(everything(night.place).values())
+    assert all(table_contents(filled_ledger.place).values())
 
 
-def test_there_and_back_is_the_same(night: Books, server: LedgerPlace, tmp_path: Path) -> None:
+def test_copy_roundtrip_is_identical(
+    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path
+) -> None:
     """Every number, text and key arrives, on the server and in a file again; what was copied stays as it was."""
-    before, back = everything(night.place), tmp_path / "back" / "ledger.db"
+    before, back = table_contents(filled_ledger.place), tmp_path / "back" / "ledger.db"
 
-    there = copy(night.place, server)
-    again = copy(server, back)
+    there = copy(filled_ledger.place, server_location)
+    again = copy(server_location, back)
 
     assert replace(there, key=None) == replace(again, key=None)
-    assert everything(night.place) == everything(server) == everything(back) == before
-    assert key_path(night.place).read_bytes() == key_path(server).read_bytes() == key_path(back).read_bytes()
+    assert table_contents(filled_ledger.place) == table_contents(server_location) == table_contents(back) == before
+    assert (
+        key_path(filled_ledger.place).read_bytes()
+        == key_path(server_location).read_bytes()
+        == key_path(back).read_bytes()
+    )
     assert key_path(back).stat().st_mode & 0o777 == 0o600
-    assert check(night.place) == check(server) == check(back)
+    assert check(filled_ledger.place) == check(server_location) == check(back)
 
 
-def test_a_copy_is_a_ledger_to_go_on_with(night: Books, server: LedgerPlace, tmp_path: Path) -> None:
+def test_copy_can_be_used(filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path) -> None:
     """New requests, attempts and executions get numbers of their own, and what was at the API settles."""
-    for target in (server, tmp_path / "copy.db"):
-        copy(night.place, target)
-        books = Books.open(target)
-        (task,) = [task for task in books.ledger.tasks() if task.task_id == "c"]
-        books.begin(7, 20, 21)
-        books.settle(task.attempts[0])
-        books.settle(books.submit("new"))
-        books.submit_bundle(1)
-        books.ledger.close()
+    for target in (server_location, tmp_path / "copy.db"):
+        copy(filled_ledger.place, target)
+        ledger = CommittingLedger.open(target)
+        (task,) = [task for task in ledger.ledger.tasks() if task.task_id == "c"]
+        ledger.begin(7, 20, 21)
+        ledger.settle(task.attempts[0])
+        ledger.settle(ledger.submit("new"))
+        ledger.submit_bundle(1)
+        ledger.ledger.close()
         assert check(target).problems == []
 
 
@@ -133,8 +145,8 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
 )
 @settings(max_examples=examples(30), suppress_health_check=list(HealthCheck))
 @pytest.mark.long
-def test_whatever_was_written_is_read_again(
-    postgres: servers.Postgres,
+def test_any_values_are_copied(
+    postgres: servers.PostgresServer,
     *,
     facts: dict[str, str],
     asked: list[str],
@@ -146,89 +158,97 @@ def test_whatever_was_written_is_read_again(
     with tempfile.TemporaryDirectory() as name:
         first, back = Path(name) / "first.db", Path(name) / "back.db"
         server = locate_ledger(Path(name), postgres.url(), Path(name))
-        books = Books.open(first)
-        books.begin(*range(len(asked)))
-        with books.ledger.transaction():
-            db = books.ledger._db
+        ledger = CommittingLedger.open(first)
+        ledger.begin(*range(len(asked)))
+        with ledger.ledger.transaction():
+            db = ledger.ledger._db
             db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             db.executemany("UPDATE requests SET params = ? WHERE id = ?", [(it, n) for n, it in enumerate(asked, 1)])
             db.executemany("INSERT INTO forgotten VALUES (?)", [(it,) for it in hashes])
             db.execute("UPDATE executions SET balance_before = ?", (balance,))
-            books.ledger.remember_latencies(CALL, latencies.items())
-        books.ledger.close()
+            ledger.ledger.remember_latencies(CALL, latencies.items())
+        ledger.ledger.close()
 
         assert copy(first, server).digest == copy(server, back).digest
 
-        assert everything(server) == everything(back)
+        assert table_contents(server) == table_contents(back)
         postgres.drop_schemas()
-        plain = {table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in everything(first).items()}
-        stands = {table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in everything(back).items()}
+        plain = {
+            table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in table_contents(first).items()
+        }
+        stands = {
+            table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in table_contents(back).items()
+        }
         assert {table: sorted(rows) for table, rows in plain.items()} == {
             table: sorted(rows) for table, rows in stands.items()
         }
 
 
-def test_nothing_is_replaced(night: Books, server: LedgerPlace, tmp_path: Path) -> None:
+def test_existing_target_is_refused(
+    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path
+) -> None:
     """A ledger in which something stands stays as it is, and so does the key of another."""
-    for target in (server, tmp_path / "other.db"):
-        books = Books.open(target).begin(1)
-        books.ledger.close()
-        before = everything(target)
+    for target in (server_location, tmp_path / "other.db"):
+        ledger = CommittingLedger.open(target).begin(1)
+        ledger.ledger.close()
+        before = table_contents(target)
         with pytest.raises(Refused, match="not empty"):
-            copy(night.place, target)
-        assert everything(target) == before
+            copy(filled_ledger.place, target)
+        assert table_contents(target) == before
     taken = tmp_path / "taken.db"
     key_path(taken).write_bytes(b"another")
     with pytest.raises(Refused, match=r"taken\.db\.key: here lies the key of another ledger"):
-        copy(night.place, taken)
+        copy(filled_ledger.place, taken)
     assert key_path(taken).read_bytes() == b"another"
     assert not exists(taken)
 
 
-def test_what_fails_leaves_nothing_and_may_be_tried_again(
-    night: Books, server: LedgerPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failed_copy_leaves_nothing(
+    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is there as a whole or not at all."""
-    for target in (server, tmp_path / "copy.db"):
+    for target in (server_location, tmp_path / "copy.db"):
         with monkeypatch.context() as broken:
             broken.setattr(copying, "_copy_key", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                copy(night.place, target)
+                copy(filled_ledger.place, target)
         assert not exists(target)
-        copy(night.place, target)
-        assert everything(target) == everything(night.place)
+        copy(filled_ledger.place, target)
+        assert table_contents(target) == table_contents(filled_ledger.place)
 
 
 @pytest.mark.parametrize("held", ["source", "target"])
-def test_a_run_is_not_disturbed(night: Books, server: LedgerPlace, held: str) -> None:
+def test_copy_refused_during_run(filled_ledger: CommittingLedger, server_location: LedgerPlace, held: str) -> None:
     """While one is at work with either, nothing is copied."""
-    with hold(night.place if held == "source" else server, 0), pytest.raises(LedgerLocked):
-        copy(night.place, server)
+    with hold(filled_ledger.place if held == "source" else server_location, 0), pytest.raises(LedgerLocked):
+        copy(filled_ledger.place, server_location)
 
 
-def test_a_ledger_is_not_copied_onto_itself(night: Books) -> None:
+def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
     """However it is named."""
     with pytest.raises(Refused, match="the ledger itself"):
-        copy(night.place, night.place)
+        copy(filled_ledger.place, filled_ledger.place)
 
 
-def test_what_is_not_there_is_not_copied(place: LedgerPlace, server: LedgerPlace, tmp_path: Path) -> None:
+def test_missing_source_is_refused(ledger_location: LedgerPlace, server_location: LedgerPlace, tmp_path: Path) -> None:
     """It is told, and no empty copy is made of it."""
-    for target in (server, tmp_path / "copy.db"):
+    for target in (server_location, tmp_path / "copy.db"):
         with pytest.raises(Refused, match="no such ledger"):
-            copy(place, target)
+            copy(ledger_location, target)
         assert not exists(target)
 
 
-def test_what_is_not_sound_is_not_copied(night: Books, server: LedgerPlace) -> None:
+def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerPlace) -> None:
     """Equal to what is wrong is wrong, too: it is told, and nothing stays."""
-    night.all("UPDATE executions SET spent = spent + 1")
+    filled_ledger.all("UPDATE executions SET spent = spent + 1")
     with pytest.raises(Refused, match="execution whose spending is not the sum"):
-        copy(night.place, server)
-    assert not exists(server)
+        copy(filled_ledger.place, server_location)
+    assert not exists(server_location)
 
 
-def test_a_difference_is_found(night: Books, server: LedgerPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_are_detected(
+    filled_ledger: CommittingLedger, server_location: LedgerPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What does not arrive, or arrives as something else, is no copy."""
     take = copying._New.fill
 
@@ -243,20 +263,22 @@ def test_a_difference_is_found(night: Books, server: LedgerPlace, monkeypatch: p
 
     monkeypatch.setattr(copying._New, "fill", lose)
     with pytest.raises(Refused, match="delivered differs"):
-        copy(night.place, server)
+        copy(filled_ledger.place, server_location)
 
 
 # The command
 
 
-def test_a_job_moves_to_a_server_and_buys_nothing_again(api: Api, office: Office, postgres: servers.Postgres) -> None:
+def test_job_moves_to_server_without_resending(
+    api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer
+) -> None:
     """Its ledger is copied, the job file says so, and the next run uses every answer again; likewise back."""
-    office.write_leads(people(6))
-    assert office.command("run", "job.yaml", api=api).code == 0
+    workspace.write_leads(make_leads(6))
+    assert workspace.command("run", "job.yaml", api=api).code == 0
     url = postgres.url()
 
-    there = replace(office, environ=postgres.environ).command("ledger", "copy", "job.yaml", url, "--json")
-    moved = replace(office, server=url, environ=postgres.environ)
+    there = replace(workspace, environ=postgres.environ).command("ledger", "copy", "job.yaml", url, "--json")
+    moved = replace(workspace, server=url, environ=postgres.environ)
     moved.write_job()
     ran = moved.run(api)
     back = moved.command("ledger", "copy", "job.yaml", "back.db")
@@ -269,21 +291,21 @@ def test_a_job_moves_to_a_server_and_buys_nothing_again(api: Api, office: Office
     assert api.audit()["paid_twice"] == 0
 
 
-def test_the_key_lies_where_the_job_looks_for_it(
-    api: Api, office: Office, postgres: servers.Postgres, tmp_path: Path
+def test_hash_key_is_copied(
+    api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer, tmp_path: Path
 ) -> None:
     """Whoever was forgotten is not asked about again, from whichever folder the copy was made."""
-    office.write_leads(people(3))
-    office.run(api)
-    assert office.command("forget", "job.yaml", "--match", "First Name=First1", "--yes").code == 0
-    url, away = postgres.url(), Office(tmp_path, environ=postgres.environ)
+    workspace.write_leads(make_leads(3))
+    workspace.run(api)
+    assert workspace.command("forget", "job.yaml", "--match", "First Name=First1", "--yes").code == 0
+    url, away = postgres.url(), Workspace(tmp_path, environ=postgres.environ)
 
-    done = away.command("ledger", "copy", str(office.job_file), url)
-    moved = replace(office, server=url, environ=postgres.environ)
+    result = away.command("ledger", "copy", str(workspace.job_file), url)
+    moved = replace(workspace, server=url, environ=postgres.environ)
     moved.write_job()
 
-    assert done.code == 0, done.stderr
-    assert f"is {key_path(moved.place)}" in done.stdout
+    assert result.code == 0, result.stderr
+    assert f"is {key_path(moved.place)}" in result.stdout
     ran = moved.run(api)
     assert (ran.reused, ran.submitted) == (2, 0)
 
@@ -298,9 +320,9 @@ def test_the_key_lies_where_the_job_looks_for_it(
         (("nothing.yaml", "copy.db"), 2, "nothing.yaml"),
     ],
 )
-def test_what_cannot_be_copied_is_told(office: Office, arguments: tuple[str, ...], code: int, word: str) -> None:
+def test_copy_errors_have_exit_codes(workspace: Workspace, arguments: tuple[str, ...], code: int, word: str) -> None:
     """With the exit code of its kind, never a trace."""
-    done = office.command("ledger", "copy", *arguments)
+    result = workspace.command("ledger", "copy", *arguments)
 
-    assert (done.code, word in done.stderr) == (code, True), done.stderr
-    assert not (office.folder / "copy.db").exists()
+    assert (result.code, word in result.stderr) == (code, True), result.stderr
+    assert not (workspace.folder / "copy.db").exists()

@@ -18,9 +18,9 @@ from enrich.model import MOVES, RETRYABLE, Acceptance, Answer, State
 from enrich.place import LedgerPlace, locate_ledger
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
-from tests.books import BOUND, Books, params, wanted
+from tests.books import BINDING, CommittingLedger, params, row_requests
 from tests.cases import examples
-from tests.postgres import Postgres
+from tests.postgres import PostgresServer
 
 LEADS = range(6)
 PRICES = st.integers(1, 9)
@@ -28,7 +28,7 @@ MAX_ATTEMPTS = 2
 
 
 @dataclass
-class Post:
+class AttemptModel:
     """An attempt as the model sees it."""
 
     lead: int
@@ -47,7 +47,7 @@ class Post:
 
 
 @dataclass
-class Lead:
+class RequestModel:
     """A request as the model sees it."""
 
     state: State = State.PENDING
@@ -63,11 +63,11 @@ class Lead:
 
 
 @dataclass
-class Model:
+class LedgerModel:
     """All that the ledger should know."""
 
-    leads: dict[int, Lead] = field(default_factory=dict)
-    posts: dict[int, Post] = field(default_factory=dict)
+    leads: dict[int, RequestModel] = field(default_factory=dict)
+    posts: dict[int, AttemptModel] = field(default_factory=dict)
     caps: dict[int, int | None] = field(default_factory=dict)
     adopted: dict[int, int] = field(default_factory=dict)
     spent: Counter[int] = field(default_factory=Counter)
@@ -87,8 +87,10 @@ class Model:
 
     def together(self, number: int) -> list[int]:
         """List the attempts that were sent with one as one task, itself too."""
-        bundle = self.posts[number].bundle
-        return [number] if bundle is None else [other for other, post in self.posts.items() if post.bundle == bundle]
+        bulk_task = self.posts[number].bundle
+        return (
+            [number] if bulk_task is None else [other for other, post in self.posts.items() if post.bundle == bulk_task]
+        )
 
     def asked(self, number: int) -> tuple[bool, list[int]]:
         """Tell what was asked with one attempt: in bulk or alone, and for which leads, in the order sent."""
@@ -128,14 +130,14 @@ class Model:
         return all(newest) and all(post.state in ("in_doubt", "expired") for post in posts)
 
 
-class Machine(RuleBasedStateMachine):
+class LedgerStateMachine(RuleBasedStateMachine):
     """Nights of one job: files come and go, the program is killed, the API does what it likes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.books = Books.open(self.place(Path(self.folder.name)))
-        self.model = Model()
+        self.books = CommittingLedger.open(self.place(Path(self.folder.name)))
+        self.model = LedgerModel()
         self.before: dict[int, State] = {}
         self.begin(None)
 
@@ -220,7 +222,7 @@ class Machine(RuleBasedStateMachine):
         for position, number in enumerate(flat):
             if number in flat[:position]:
                 continue
-            lead = self.model.leads.setdefault(number, Lead())
+            lead = self.model.leads.setdefault(number, RequestModel())
             old = lead.newest is not None and self.model.posts[lead.newest].at < before.get(lead.state, -1)
             if old or lead.state in {*retry, State.PENDING, State.SUBMITTING, State.SUBMITTED}:
                 lead.wanted_at = position
@@ -249,7 +251,7 @@ class Machine(RuleBasedStateMachine):
             assert claim.attempt_id not in self.model.posts
             assert (claim.bundle is not None) is bulk
             lead = self.model.leads[number]
-            post = Post(number, execution, "submitting", price, self.books.now, lead.state, lead.newest)
+            post = AttemptModel(number, execution, "submitting", price, self.books.now, lead.state, lead.newest)
             post.counted_in, post.bundle = execution, claim.bundle
             self.model.posts[claim.attempt_id] = post
             if lead.state is not State.PENDING:
@@ -265,19 +267,19 @@ class Machine(RuleBasedStateMachine):
         if not self.model.among("submitting"):
             return
         numbers = self.model.together(data.draw(st.sampled_from(self.model.among("submitting"))))
-        books = self.books
+        ledger = self.books
         task_id = self.a_task_id(data, numbers[0])
         if answer == "accepted":
             taken = self.model.takes(numbers, task_id)
-            means = books.do(Ledger.accepted, [(number, task_id, books.now) for number in numbers], BOUND)
+            means = ledger.do(Ledger.accepted, [(number, task_id, ledger.now) for number in numbers], BINDING)
             assert {each is Acceptance.TAKEN for each in means} == {taken}
             for number in numbers:
                 self.close(number, State.IN_DOUBT if taken else State.SUBMITTED)
                 self.model.posts[number].task_id = None if taken else task_id
         elif answer == "doubt":
-            said = data.draw(st.sampled_from([None, task_id]))
-            kept = None if said is None or self.model.takes(numbers, said) else said
-            books.do(Ledger.doubt, [(number, "reset", books.now, said) for number in numbers])
+            message = data.draw(st.sampled_from([None, task_id]))
+            kept = None if message is None or self.model.takes(numbers, message) else message
+            ledger.do(Ledger.doubt, [(number, "reset", ledger.now, message) for number in numbers])
             for number in numbers:
                 self.close(number, State.IN_DOUBT)
                 self.model.posts[number].task_id = kept
@@ -287,10 +289,10 @@ class Machine(RuleBasedStateMachine):
                 post = self.model.posts[number]
                 post.credits, post.counted_in = 0, None
                 if number in wrong:
-                    books.do(Ledger.rejected, [(number, "400", books.now)])
+                    ledger.do(Ledger.rejected, [(number, "400", ledger.now)])
                     self.close(number, State.FAILED)
                 else:
-                    books.do(Ledger.refused, [(number, "429", books.now)])
+                    ledger.do(Ledger.refused, [(number, "429", ledger.now)])
                     self.close(number, post.came_from, "refused")
 
     def a_task_id(self, data: Any, number: int) -> str:
@@ -301,19 +303,19 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
     def a_free_question_is_asked(self, data: Any, paid: int, answer: str) -> None:
         """Ask for what was written off: the API knows it after all, or has deleted it."""
-        books, model = self.books, self.model
-        if not model.left_by_others(books.execution):
+        ledger, model = self.books, self.model
+        if not model.left_by_others(ledger.execution):
             self.a_task_is_lost(data)
             self.every_request_has_one_fate()
             self.a_new_execution(None)
-        assert sorted(list(task.attempts) for task in books.ledger.written_off(0)) == model.may_be_asked_for()
-        left = model.left_by_others(books.execution)
+        assert sorted(list(task.attempts) for task in ledger.ledger.written_off(0)) == model.may_be_asked_for()
+        left = model.left_by_others(ledger.execution)
         if not left:
             return
         numbers = data.draw(st.sampled_from(left))
         lead = model.leads[model.posts[numbers[0]].lead]
         if answer == "gone":
-            books.do(Ledger.mark_gone, numbers)
+            ledger.do(Ledger.mark_gone, numbers)
             for number in numbers:
                 model.posts[number].gone = True
             return
@@ -325,18 +327,18 @@ class Machine(RuleBasedStateMachine):
         if lead.newest != numbers[0]:
             (number,) = numbers
             late = Answer(State.FOUND, credits=paid, raw="{}")
-            books.do(Ledger.settle_superseded, number, late, books.now, books.execution)
+            ledger.do(Ledger.settle_superseded, number, late, ledger.now, ledger.execution)
             post = model.posts[number]
-            model.spent[books.execution] += paid
-            post.credits, post.counted_in, post.at = paid, None, books.now
-            model.late[books.execution] += paid
+            model.spent[ledger.execution] += paid
+            post.credits, post.counted_in, post.at = paid, None, ledger.now
+            model.late[ledger.execution] += paid
             return
-        books.do(Ledger.revive, numbers, books.execution)
+        ledger.do(Ledger.revive, numbers, ledger.execution)
         for number in numbers:
             post = model.posts[number]
-            if post.execution != books.execution:
-                model.late[books.execution] += post.reserved
-            post.state, post.counted_in = "submitted", books.execution
+            if post.execution != ledger.execution:
+                model.late[ledger.execution] += post.reserved
+            post.state, post.counted_in = "submitted", ledger.execution
             model.leads[post.lead].state = State.SUBMITTED
 
     @rule(
@@ -353,25 +355,25 @@ class Machine(RuleBasedStateMachine):
         if not self.model.among("submitted"):
             return
         number = data.draw(st.sampled_from(self.model.among("submitted")))
-        books, post = self.books, self.model.posts[number]
+        ledger, post = self.books, self.model.posts[number]
         if post.bundle is not None:
             self.a_bundle_is_done(data, self.model.together(number), share)
             return
         lead = self.model.leads[post.lead]
         free = free and state is State.FAILED
         paid = 0 if free else None if share is None else post.reserved * share // 3
-        told = paid
+        result = paid
         if paid and self.model.paid_before([number]):
             paid = 0
         after = State.PENDING if free and lead.attempts < MAX_ATTEMPTS else state
-        answer = Answer(state, credits=told, raw=f"{number}", free_failure=free)
-        assert books.settle(number, answer, MAX_ATTEMPTS) is after
+        answer = Answer(state, credits=result, raw=f"{number}", free_failure=free)
+        assert ledger.settle(number, answer, MAX_ATTEMPTS) is after
         self.close(number, after, state.value)
         post.credits = paid
-        self.model.spent[books.execution] += paid or 0
+        self.model.spent[ledger.execution] += paid or 0
         if paid is None:
-            self.model.unknown[books.execution] += 1
-            post.settled_in = books.execution
+            self.model.unknown[ledger.execution] += 1
+            post.settled_in = ledger.execution
         else:
             post.counted_in = None
         if state is State.FOUND:
@@ -379,7 +381,7 @@ class Machine(RuleBasedStateMachine):
 
     def a_bundle_is_done(self, data: Any, numbers: list[int], share: int | None) -> None:
         """Bring the answers of a task of several, each of any kind, at one price."""
-        books, model = self.books, self.model
+        ledger, model = self.books, self.model
         fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
         answers = [
             Answer(state, raw=f"{number}", free_failure=state is State.FAILED and share == 0)
@@ -394,20 +396,20 @@ class Machine(RuleBasedStateMachine):
             else answer.state
             for number, answer in zip(numbers, answers, strict=True)
         ]
-        told = [(number, answer, books.now) for number, answer in zip(numbers, answers, strict=True)]
-        assert books.do(Ledger.settle_bundle, told, books.execution, MAX_ATTEMPTS, paid) == after
+        result = [(number, answer, ledger.now) for number, answer in zip(numbers, answers, strict=True)]
+        assert ledger.do(Ledger.settle_bundle, result, ledger.execution, MAX_ATTEMPTS, paid) == after
         if paid and model.paid_before(numbers):
             paid = 0
-        bundle = model.posts[numbers[0]].bundle
-        assert bundle is not None
-        model.bundles[bundle] = paid
-        model.spent[books.execution] += paid or 0
+        bulk_task = model.posts[numbers[0]].bundle
+        assert bulk_task is not None
+        model.bundles[bulk_task] = paid
+        model.spent[ledger.execution] += paid or 0
         for number, answer, state in zip(numbers, answers, after, strict=True):
             post = model.posts[number]
             self.close(number, state, answer.state.value)
             if paid is None:
-                model.unknown[books.execution] += 1
-                post.settled_in = books.execution
+                model.unknown[ledger.execution] += 1
+                post.settled_in = ledger.execution
             else:
                 post.counted_in = None
             if state is State.FOUND:
@@ -433,13 +435,13 @@ class Machine(RuleBasedStateMachine):
         settled = [number for number in self.model.posts if number not in self.model.among("submitting", "submitted")]
         if not settled:
             return
-        number, books = data.draw(st.sampled_from(settled)), self.books
+        number, ledger = data.draw(st.sampled_from(settled)), self.books
         moves: dict[str, Callable[[], object]] = {
-            "accepted": lambda: books.do(Ledger.accepted, [(number, "x", books.now)], BOUND),
-            "refused": lambda: books.do(Ledger.refused, [(number, "x", books.now)]),
-            "rejected": lambda: books.do(Ledger.rejected, [(number, "x", books.now)]),
-            "doubt": lambda: books.do(Ledger.doubt, [(number, "x", books.now, None)]),
-            "settle": lambda: books.settle(number, Answer(State.FOUND, credits=1)),
+            "accepted": lambda: ledger.do(Ledger.accepted, [(number, "x", ledger.now)], BINDING),
+            "refused": lambda: ledger.do(Ledger.refused, [(number, "x", ledger.now)]),
+            "rejected": lambda: ledger.do(Ledger.rejected, [(number, "x", ledger.now)]),
+            "doubt": lambda: ledger.do(Ledger.doubt, [(number, "x", ledger.now, None)]),
+            "settle": lambda: ledger.settle(number, Answer(State.FOUND, credits=1)),
         }
         with pytest.raises(AssertionError):
             moves[move]()
@@ -492,7 +494,7 @@ class Machine(RuleBasedStateMachine):
     def every_row_is_told_the_truth(self) -> None:
         """The last found answer stands; without one, the newest fate is told."""
         self.books.do(Ledger.begin_pass)
-        for known in self.books.ledger.standing(wanted(LEADS)):
+        for known in self.books.ledger.standing(row_requests(LEADS)):
             lead = self.model.leads[known.position]
             stands = lead.standing if lead.standing is not None else lead.newest
             assert known.state == (State.FOUND if lead.standing is not None else lead.state)
@@ -505,7 +507,7 @@ class Machine(RuleBasedStateMachine):
         assert all(list(task.attempts) == self.model.together(task.attempts[0]) for task in tasks)
 
 
-TestLedger = Machine.TestCase
+TestLedger = LedgerStateMachine.TestCase
 TestLedger.settings = settings(
     max_examples=examples(40),
     stateful_step_count=40,
@@ -515,10 +517,10 @@ TestLedger.settings = settings(
 )
 
 
-class MachineOnServer(Machine):
+class PostgresStateMachine(LedgerStateMachine):
     """The same nights, with the ledger on a server."""
 
-    server: ClassVar[Postgres]
+    server: ClassVar[PostgresServer]
 
     @classmethod
     def place(cls, folder: Path) -> LedgerPlace:
@@ -532,8 +534,8 @@ class MachineOnServer(Machine):
 
 
 @pytest.mark.long
-def test_the_ledger_on_a_server(postgres: Postgres) -> None:
+def test_stateful_postgres(postgres: PostgresServer) -> None:
     """Fewer nights than in a file: each move takes longer."""
-    MachineOnServer.server = postgres
+    PostgresStateMachine.server = postgres
     few = settings(TestLedger.settings, max_examples=examples(8), stateful_step_count=25)
-    run_state_machine_as_test(MachineOnServer, settings=few)
+    run_state_machine_as_test(PostgresStateMachine, settings=few)

@@ -21,10 +21,10 @@ from enrich.connect import patiently
 from enrich.errors import ApiUnreachable, CallFailed, CertificateUntrusted, JobError, NotAccepted
 from enrich.model import SystemClock
 from tests.cases import first_quick, in_turn
-from tests.harness import Api, Office, people, serving
+from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 from tests.test_client import BODY, CREATED, KEY
-from tests.tunnel import Certificate, make_certificate, tunnelling
-from tests.wire import answering, http, unused_port
+from tests.tunnel import Certificate, make_certificate, serve_connect_proxy
+from tests.wire import http_reply, serve_replies, unused_port
 
 HOST = "api.enrich.example"
 API = f"https://{HOST}/v1"
@@ -40,12 +40,12 @@ LOOPBACK = [
     "http://[0:0:0:0:0:0:0:1]/v1",
     "https://[::ffff:127.0.0.1]/v1",
 ]
-BROKEN = ["socks5://127.0.0.1:9", "http://", "http://[", "http://proxy.example:http", "://", "nonsense://x"]
+INVALID_PROXIES = ["socks5://127.0.0.1:9", "http://", "http://[", "http://proxy.example:http", "://", "nonsense://x"]
 
 
 @in_turn("base_url", LOOPBACK)
-@in_turn("value", [*BROKEN, "http://proxy.example:3128"])
-def test_loopback_looks_at_no_proxy_variable(base_url: str, value: str) -> None:
+@in_turn("value", [*INVALID_PROXIES, "http://proxy.example:3128"])
+def test_loopback_ignores_proxy(base_url: str, value: str) -> None:
     """The demo runs behind any corporate proxy, and even beside a broken variable."""
     names = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]
     assert find_proxy(dict.fromkeys(names, value), base_url) is None
@@ -79,7 +79,7 @@ def test_loopback_looks_at_no_proxy_variable(base_url: str, value: str) -> None:
         ({"http_proxy": "socks5://a.example:1", "HTTPS_PROXY": "b.example:1"}, "http://b.example:1"),
     ],
 )
-def test_proxy_variables_are_read_as_curl_reads_them(environ: Mapping[str, str], url: str | None) -> None:
+def test_proxy_variable_precedence(environ: Mapping[str, str], url: str | None) -> None:
     """Lower case first, the scheme's before `all_proxy`; empty is none, without a scheme it is http."""
     proxy = find_proxy(environ, API)
     assert (proxy.url if proxy else None) == url
@@ -117,16 +117,14 @@ def test_proxy_variables_are_read_as_curl_reads_them(environ: Mapping[str, str],
     ],
 )
 @in_turn("name", ["no_proxy", "NO_PROXY"])
-def test_no_proxy_names_what_is_reached_directly(
-    no_proxy: str, direct: list[str], proxied: list[str], name: str
-) -> None:
+def test_no_proxy_matching(no_proxy: str, direct: list[str], proxied: list[str], name: str) -> None:
     """Hosts, their domains, ports, addresses and networks, with commas or blanks between them."""
     environ = {"https_proxy": "http://p.example:3128", name: no_proxy}
     assert [host for host in direct if find_proxy(environ, f"https://{host}/v1")] == []
     assert [host for host in proxied if not find_proxy(environ, f"https://{host}/v1")] == []
 
 
-def test_the_lower_case_no_proxy_comes_first() -> None:
+def test_lower_case_no_proxy_first() -> None:
     """Unless it is empty, which is as if it were not there."""
     environ = {"https_proxy": "p.example:1", "NO_PROXY": "*"}
     assert find_proxy(environ, API) is None
@@ -147,7 +145,7 @@ def test_the_lower_case_no_proxy_comes_first() -> None:
         ("a@b:c", b"a@b:c"),
     ],
 )
-def test_user_and_password_of_a_proxy_become_a_header(userinfo: str, pair: bytes) -> None:
+def test_proxy_credentials_become_header(userinfo: str, pair: bytes) -> None:
     """They are in no URL and no repr from then on."""
     proxy = find_proxy({"https_proxy": f"http://{userinfo}@p.example:3128"}, API)
     assert proxy is not None
@@ -160,14 +158,14 @@ def test_user_and_password_of_a_proxy_become_a_header(userinfo: str, pair: bytes
 
 @in_turn("scheme", ["socks", "socks4", "socks4a", "socks5", "SOCKS5H", "ftp", "quic", "file", ""])
 @in_turn("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
-def test_other_kinds_of_proxies_are_refused_by_name(scheme: str, name: str) -> None:
+def test_unsupported_proxy_kinds(scheme: str, name: str) -> None:
     """Ignored, the key would take a way that its owner did not want."""
     with pytest.raises(JobError, match=f"^{name}: ") as caught:
         find_proxy({name: f"{scheme}://ada:s3cret@p.example:1080"}, API)
-    told = f"{caught.value} {caught.value.hint}"
-    assert scheme.lower() in told
-    assert "no_proxy" in told
-    assert "s3cret" not in told
+    message = f"{caught.value} {caught.value.hint}"
+    assert scheme.lower() in message
+    assert "no_proxy" in message
+    assert "s3cret" not in message
     assert find_proxy({name: f"{scheme}://p.example:1080", "no_proxy": HOST}, API) is None
 
 
@@ -187,7 +185,7 @@ def test_other_kinds_of_proxies_are_refused_by_name(scheme: str, name: str) -> N
         "ada:s3cret",
     ],
 )
-def test_what_is_no_address_is_refused_without_being_shown(value: str) -> None:
+def test_invalid_proxy_url_is_not_shown(value: str) -> None:
     """A password with a sign that should have been percent-encoded is not printed."""
     with pytest.raises(JobError, match=r"^https_proxy: not the address of a proxy$") as caught:
         find_proxy({"https_proxy": value}, API)
@@ -197,7 +195,7 @@ def test_what_is_no_address_is_refused_without_being_shown(value: str) -> None:
 # Over real connections.
 
 
-def ask(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -> str:
+def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -> str:
     """Post a run and poll it once, with this environment."""
 
     async def asking() -> str:
@@ -210,7 +208,7 @@ def ask(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -
     return asyncio.run(asking())
 
 
-def answer_both(line: str) -> object:
+def answer_post_or_get(line: str) -> object:
     """Answer a POST with a task, a GET with its answer."""
     return {"task_id": "t-1", "status": "created" if line.startswith("POST") else "processing"}
 
@@ -229,15 +227,15 @@ def proxy_certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @needs_openssl
 @pytest.mark.parametrize("value", ["http://127.0.0.1:{}", "127.0.0.1:{}", "http://ada:s3%2Fcret@127.0.0.1:{}/"])
-def test_the_api_is_reached_through_a_proxy(certificate: Certificate, value: str) -> None:
+def test_api_through_proxy(certificate: Certificate, value: str) -> None:
     """The proxy is asked for a tunnel only, and sees neither the request nor the key."""
     with (
-        answering(lambda seen: http(200, answer_both(seen.line)), tls=certificate.server()) as wire,
-        tunnelling(wire.port) as proxy,
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port) as proxy,
     ):
         environ = {"HTTPS_PROXY": value.format(proxy.port), "SSL_CERT_FILE": str(certificate.file)}
-        assert ask(environ) == "t-1"
-        assert [seen.line.split()[:2] for seen in wire.requests] == [
+        assert post_and_poll(environ) == "t-1"
+        assert [seen.line.split()[:2] for seen in server.requests] == [
             ["POST", "/v1/waterfalls/email_getter/run"],
             ["GET", "/v1/tasks/t-1"],
         ]
@@ -246,29 +244,29 @@ def test_the_api_is_reached_through_a_proxy(certificate: Certificate, value: str
         for head in proxy.heads:
             assert KEY not in head
             assert (f"proxy-authorization: basic {basic}".lower() in head.lower()) is ("@" in value)
-        assert not any("authorization" in seen.head.lower() for seen in wire.requests)
+        assert not any("authorization" in seen.head.lower() for seen in server.requests)
 
 
 @needs_openssl
 @pytest.mark.parametrize("scheme", ["https", "HTTPS"])
-def test_a_proxy_may_speak_tls(certificate: Certificate, proxy_certificate: Certificate, scheme: str) -> None:
+def test_proxy_over_tls(certificate: Certificate, proxy_certificate: Certificate, scheme: str) -> None:
     """TLS to the proxy, and in it TLS to the API."""
-    bundle = certificate.file.parent / "both.pem"
-    bundle.write_bytes(certificate.file.read_bytes() + proxy_certificate.file.read_bytes())
+    bulk_task = certificate.file.parent / "both.pem"
+    bulk_task.write_bytes(certificate.file.read_bytes() + proxy_certificate.file.read_bytes())
     with (
-        answering(lambda seen: http(200, answer_both(seen.line)), tls=certificate.server()) as wire,
-        tunnelling(wire.port, tls=proxy_certificate.server()) as proxy,
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port, tls=proxy_certificate.server()) as proxy,
     ):
-        environ = {"all_proxy": f"{scheme}://ada:x@127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(bundle)}
-        assert ask(environ) == "t-1"
-        assert len(proxy.heads) == len(wire.requests) == 2
+        environ = {"all_proxy": f"{scheme}://ada:x@127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(bulk_task)}
+        assert post_and_poll(environ) == "t-1"
+        assert len(proxy.heads) == len(server.requests) == 2
         assert "proxy-authorization" in proxy.heads[0].lower()
 
 
-def failed(environ: Mapping[str, str], base_url: str = API) -> CallFailed:
+def failed_post(environ: Mapping[str, str], base_url: str = API) -> CallFailed:
     """Post a run that fails; no secret is in what is written of it, nor in what it was raised from."""
     with pytest.raises(CallFailed) as caught:
-        ask(environ, base_url)
+        post_and_poll(environ, base_url)
     error: BaseException | None = caught.value
     written = "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
     while error is not None:
@@ -280,11 +278,11 @@ def failed(environ: Mapping[str, str], base_url: str = API) -> CallFailed:
 
 
 @in_turn("status", [200, 301, 401, 403, 407, 502, 599])
-def test_a_proxy_that_opens_no_tunnel_accepted_nothing(status: int) -> None:
+def test_proxy_refuses_tunnel(status: int) -> None:
     """The error names the variable and the status, and shows neither user nor password."""
     refusal = b"HTTP/1.1 %d s3cret\r\nproxy-authenticate: s3cret\r\nconnection: close\r\n\r\ns3cret" % status
-    with tunnelling(0, refusal=refusal) as proxy:
-        error = failed({"https_proxy": f"http://ada:s3%63ret@127.0.0.1:{proxy.port}"})
+    with serve_connect_proxy(0, refusal=refusal) as proxy:
+        error = failed_post({"https_proxy": f"http://ada:s3%63ret@127.0.0.1:{proxy.port}"})
         assert type(error) is NotAccepted
         assert f"http://127.0.0.1:{proxy.port} of https_proxy" in error.message
         if status != 200:
@@ -292,30 +290,30 @@ def test_a_proxy_that_opens_no_tunnel_accepted_nothing(status: int) -> None:
 
 
 @in_turn("refusal", [b"garbage s3cret\r\n\r\n", b"HTTP/1.1 200", b"\x00" * 99_999, b"HTTP/1.1 200 OK\r\n"])
-def test_a_proxy_that_speaks_no_http_accepted_nothing(refusal: bytes) -> None:
+def test_proxy_without_http(refusal: bytes) -> None:
     """What it says is not quoted."""
-    with tunnelling(0, refusal=refusal) as proxy:
-        assert type(failed({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is NotAccepted
+    with serve_connect_proxy(0, refusal=refusal) as proxy:
+        assert type(failed_post({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is NotAccepted
 
 
-def test_a_proxy_that_is_not_there_accepted_nothing() -> None:
+def test_unreachable_proxy() -> None:
     """It is named, with its variable: the API itself may be well."""
     port = unused_port()
-    error = failed({"ALL_PROXY": f"ada:s3cret@127.0.0.1:{port}"})
+    error = failed_post({"ALL_PROXY": f"ada:s3cret@127.0.0.1:{port}"})
     assert type(error) is NotAccepted
     assert f"http://127.0.0.1:{port} of ALL_PROXY" in error.message
 
 
 @in_turn("name", ["HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"])
-def test_a_run_on_loopback_uses_no_proxy(name: str) -> None:
+def test_run_on_loopback_without_proxy(name: str) -> None:
     """Neither for POSTs nor for polls, whatever the environment says."""
-    with answering(lambda seen: http(200, answer_both(seen.line))) as wire:
-        assert ask({name: "http://127.0.0.1:1"}, wire.base_url) == "t-1"
+    with serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line))) as server:
+        assert post_and_poll({name: "http://127.0.0.1:1"}, server.base_url) == "t-1"
 
 
 @needs_openssl
 @pytest.mark.parametrize("by_proxy", ["proxy", "no proxy"])
-def test_netrc_is_not_read(
+def test_netrc_is_ignored(
     certificate: Certificate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_proxy: str
 ) -> None:
     """Its passwords are for other programs."""
@@ -328,18 +326,21 @@ def test_netrc_is_not_read(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(netrc))
     tls = certificate.server() if by_proxy == "proxy" else None
-    with answering(lambda seen: http(200, answer_both(seen.line)), tls=tls) as wire, tunnelling(wire.port) as proxy:
+    with (
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=tls) as server,
+        serve_connect_proxy(server.port) as proxy,
+    ):
         through = {"https_proxy": f"127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(certificate.file)}
-        ask(os.environ | through, API if tls else wire.base_url)
-        assert len(wire.requests) == 2
-        for head in [seen.head for seen in wire.requests] + proxy.heads:
+        post_and_poll(os.environ | through, API if tls else server.base_url)
+        assert len(server.requests) == 2
+        for head in [seen.head for seen in server.requests] + proxy.heads:
             assert "authorization" not in head.lower()
 
 
 # Certificates.
 
 
-def test_without_a_variable_the_usual_certificates_are_trusted() -> None:
+def test_default_certificates() -> None:
     """None: whatever comes with the program; an empty variable is none."""
     assert find_certificates({}) is None
     assert find_certificates({"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}) is None
@@ -349,7 +350,7 @@ def test_without_a_variable_the_usual_certificates_are_trusted() -> None:
 @pytest.mark.parametrize(
     "kind", first_quick(2, ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"])
 )
-def test_a_wrong_certificate_file_is_named(certificate: Certificate, tmp_path: Path, kind: str) -> None:
+def test_invalid_certificate_file(certificate: Certificate, tmp_path: Path, kind: str) -> None:
     """Nothing takes its place in silence; a pipe and a device are not read at all."""
     path = tmp_path / "named.pem"
     match kind:
@@ -376,7 +377,7 @@ def test_a_wrong_certificate_file_is_named(certificate: Certificate, tmp_path: P
 
 @needs_openssl
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "unhashed"])
-def test_a_wrong_certificate_folder_is_named(certificate: Certificate, tmp_path: Path, kind: str) -> None:
+def test_invalid_certificate_folder(certificate: Certificate, tmp_path: Path, kind: str) -> None:
     """OpenSSL would find nothing in it and say nothing of it."""
     path = tmp_path / "certificates"
     if kind == "file":
@@ -393,24 +394,24 @@ def test_a_wrong_certificate_folder_is_named(certificate: Certificate, tmp_path:
 
 @needs_openssl
 @pytest.mark.parametrize("separated", ["{}", "/nowhere:{}"])
-def test_a_folder_of_certificates_is_trusted(certificate: Certificate, tmp_path: Path, separated: str) -> None:
+def test_certificate_folder(certificate: Certificate, tmp_path: Path, separated: str) -> None:
     """Several folders are one list."""
     folder = tmp_path / "certificates"
     folder.mkdir()
     shutil.copy(certificate.file, folder)
     subprocess.run(["openssl", "rehash", str(folder)], check=True, capture_output=True)
     with (
-        answering(lambda seen: http(200, answer_both(seen.line)), tls=certificate.server()) as wire,
-        tunnelling(wire.port) as proxy,
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port) as proxy,
     ):
         environ = {"https_proxy": f"127.0.0.1:{proxy.port}", "SSL_CERT_DIR": separated.format(folder)}
-        assert ask(environ) == "t-1"
+        assert post_and_poll(environ) == "t-1"
 
 
 @needs_openssl
 @pytest.mark.parametrize("kind", first_quick(1, ["unknown", "expired", "another host"]))
 @pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
-def test_an_untrusted_certificate_ends_it_at_once(tmp_path: Path, kind: str, whose: str) -> None:
+def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> None:
     """Asking again changes nothing; the words name the certificate and SSL_CERT_FILE. Nothing was sent."""
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
@@ -429,39 +430,42 @@ def test_an_untrusted_certificate_ends_it_at_once(tmp_path: Path, kind: str, who
         async with Client(Access(API, SecretStr(KEY)), SystemClock(), environ=environ) as client:
             await client.user()
 
-    with answering(CREATED, tls=api.server()) as wire, tunnelling(wire.port, tls=front.server()) as proxy:
+    with (
+        serve_replies(CREATED, tls=api.server()) as server,
+        serve_connect_proxy(server.port, tls=front.server()) as proxy,
+    ):
         environ = {"https_proxy": f"https://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(trusted)}
-        assert type(failed(environ)) is CertificateUntrusted
+        assert type(failed_post(environ)) is CertificateUntrusted
         with pytest.raises(ApiUnreachable, match="certificate") as caught:
             asyncio.run(patiently(user, 20.0))
         assert tries == 1
         assert "SSL_CERT_FILE" in (caught.value.hint or "")
-        assert not wire.requests
+        assert not server.requests
 
 
 # The whole program.
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
+def workspace(tmp_path: Path) -> Workspace:
     """Make a job and two leads."""
-    office = Office(tmp_path)
-    office.write_job()
-    office.write_leads(people(2))
-    return office
+    workspace = Workspace(tmp_path)
+    workspace.write_job()
+    workspace.write_leads(make_leads(2))
+    return workspace
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[Api]:
+def api(tmp_path: Path) -> Iterator[SandboxApi]:
     """Serve the sandbox on loopback."""
-    with serving(tmp_path / "api.db") as api:
+    with serve_api(tmp_path / "api.db") as api:
         yield api
 
 
-def test_the_program_runs_on_loopback_behind_any_proxy(office: Office, api: Api) -> None:
+def test_loopback_with_broken_network_settings(workspace: Workspace, api: SandboxApi) -> None:
     """A broken proxy variable and a missing certificate file are nothing to it."""
     broken = {"HTTP_PROXY": "socks5://x", "https_proxy": "http://[", "ALL_PROXY": "://", "SSL_CERT_FILE": "/nowhere"}
-    assert office.command("run", "job.yaml", api=api, **broken).code == 0
+    assert workspace.command("run", "job.yaml", api=api, **broken).code == 0
 
 
 @pytest.mark.parametrize(
@@ -469,18 +473,20 @@ def test_the_program_runs_on_loopback_behind_any_proxy(office: Office, api: Api)
     [("https_proxy", "socks5://127.0.0.1:9"), ("ALL_PROXY", "http://ada:s3#cret@x"), ("SSL_CERT_FILE", "/nowhere")],
 )
 @pytest.mark.parametrize("command", [("run", "job.yaml"), ("plan", "job.yaml"), ("waterfalls",)])
-def test_what_cannot_be_used_is_exit_2(office: Office, variable: str, value: str, command: tuple[str, ...]) -> None:
+def test_invalid_network_settings_are_exit_2(
+    workspace: Workspace, variable: str, value: str, command: tuple[str, ...]
+) -> None:
     """With the variable's name, without a traceback, before anything is sent."""
     environ = {"DATABAR_BASE_URL": API, "DATABAR_API_KEY": KEY, variable: value}
-    done = office.command(*command, api=None, **environ)
-    assert done.code == 2
-    assert f"error: {variable}: " in done.stderr
-    assert "hint: " in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "cret" not in done.stderr + done.stdout
+    result = workspace.command(*command, api=None, **environ)
+    assert result.code == 2
+    assert f"error: {variable}: " in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "cret" not in result.stderr + result.stdout
 
 
-def test_a_proxy_is_shown_without_its_password() -> None:
+def test_proxy_password_is_hidden() -> None:
     """Whatever prints it."""
     proxy = Proxy("http://p.example:1", "https_proxy", SecretStr("Basic s3cret"))
     assert "s3cret" not in f"{proxy} {proxy!r}"

@@ -10,157 +10,159 @@ import pytest
 from enrich.errors import Refused
 from enrich.surroundings import Options
 from tests.cases import first_quick
-from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
 
 RUN = ("run", "job.yaml", "--json")
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
-def office(office: Office) -> Office:
+def workspace(workspace: Workspace) -> Workspace:
     """Have some leads."""
-    office.write_leads(people(5))
-    return office
+    workspace.write_leads(make_leads(5))
+    return workspace
 
 
-def refused(office: Office, api: Api, *more: str) -> None:
+def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
     """Expect that nothing is sent off a terminal, however often it is tried, and that the ways out are named."""
     before = api.audit()["accepted"]
     for _ in range(2):
-        done = office.command(*RUN, *more, "--yes", api=api)
-        assert (done.code, done.receipt["exit_code"]) == (5, 5), done.stderr
-        assert "was paid for from another ledger" in done.stderr
-        assert "--new-ledger pays again" in done.stderr
+        result = workspace.command(*RUN, *more, "--yes", api=api)
+        assert (result.code, result.receipt["exit_code"]) == (5, 5), result.stderr
+        assert "was paid for from another ledger" in result.stderr
+        assert "--new-ledger pays again" in result.stderr
     assert api.audit()["accepted"] == before
 
 
-@IN_A_FILE
+@FILE_ONLY
 @pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
-def test_a_new_ledger_beside_a_paid_output_is_refused(api: Api, office: Office, how: str) -> None:
+def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, how: str) -> None:
     """However it came to be new; with --new-ledger it pays."""
-    office.run(api)
+    workspace.run(api)
     more: tuple[str, ...] = ()
     match how:
         case "ledger removed":
-            office.ledger_path.unlink()
+            workspace.ledger_path.unlink()
         case "folder removed":
-            shutil.rmtree(office.ledger_path.parent)
+            shutil.rmtree(workspace.ledger_path.parent)
         case "another ledger":
             more = ("--ledger", "other.db")
         case _:
-            office.write_job(name="renamed")
+            workspace.write_job(name="renamed")
 
-    refused(office, api, *more)
+    assert_refused(workspace, api, *more)
 
-    done = office.command(*RUN, *more, "--new-ledger", api=api)
-    assert (done.code, done.receipt["submitted"]) == (0, 5)
-    assert office.command(*RUN, *more, api=api).receipt["reused"] == 5
+    result = workspace.command(*RUN, *more, "--new-ledger", api=api)
+    assert (result.code, result.receipt["submitted"]) == (0, 5)
+    assert workspace.command(*RUN, *more, api=api).receipt["reused"] == 5
 
 
-def test_a_ledger_on_a_server_is_compared_too(api: Api, office: Office) -> None:
+def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """The output was written from a file before, or from another schema."""
-    office.run(api)
-    refused(office, api, "--ledger", f"{office.server or 'other.db'}".replace("schema=", "schema=other_"))
+    workspace.run(api)
+    assert_refused(workspace, api, "--ledger", f"{workspace.server or 'other.db'}".replace("schema=", "schema=other_"))
 
 
-@IN_A_FILE
+@FILE_ONLY
 @pytest.mark.parametrize(
     "name",
     first_quick(
         2, ["o.csv.gz", "o.tsv", "o.jsonl", "o.parquet", "o.xlsx", "parts/", "o-%Y-%m-%d.csv", "runs/%Y/%m/o.csv"]
     ),
 )
-def test_every_kind_of_output_is_read(api: Api, office: Office, name: str) -> None:
+def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Also one of another day."""
-    office.write_job(output=name)
-    assert office.run(api).exit_code == 0
+    workspace.write_job(output=name)
+    assert workspace.run(api).exit_code == 0
     if "%d" in name:
-        (found,) = office.folder.glob("o-*.csv")
-        found.rename(office.folder / "o-2024-02-29.csv")
-    shutil.rmtree(office.ledger_path.parent)
+        (found,) = workspace.folder.glob("o-*.csv")
+        found.rename(workspace.folder / "o-2024-02-29.csv")
+    shutil.rmtree(workspace.ledger_path.parent)
 
-    refused(office, api)
+    assert_refused(workspace, api)
 
 
-@IN_A_FILE
-def test_other_separators_and_encodings_are_read(api: Api, office: Office) -> None:
+@FILE_ONLY
+def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
     """As the job writes them."""
-    office.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
-    assert office.run(api).exit_code == 0
-    shutil.rmtree(office.ledger_path.parent)
+    workspace.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
+    assert workspace.run(api).exit_code == 0
+    shutil.rmtree(workspace.ledger_path.parent)
 
-    refused(office, api)
+    assert_refused(workspace, api)
 
 
-@IN_A_FILE
-def test_the_newest_output_counts(api: Api, office: Office) -> None:
+@FILE_ONLY
+def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """An older one may be of any ledger."""
-    office.write_job(output="o-%Y-%m-%d.csv")
-    assert office.run(api).exit_code == 0
-    (paid,) = office.folder.glob("o-*.csv")
-    paid.rename(office.folder / "o-2024-01-01.csv")
-    os.utime(office.folder / "o-2024-01-01.csv", (1, 1))
-    (office.folder / "o-2024-01-02.csv").write_text("Name\nAda\n")
-    shutil.rmtree(office.ledger_path.parent)
+    workspace.write_job(output="o-%Y-%m-%d.csv")
+    assert workspace.run(api).exit_code == 0
+    (paid,) = workspace.folder.glob("o-*.csv")
+    paid.rename(workspace.folder / "o-2024-01-01.csv")
+    os.utime(workspace.folder / "o-2024-01-01.csv", (1, 1))
+    (workspace.folder / "o-2024-01-02.csv").write_text("Name\nAda\n")
+    shutil.rmtree(workspace.ledger_path.parent)
 
-    assert office.command(*RUN, api=api).code == 0
+    assert workspace.command(*RUN, api=api).code == 0
 
 
-@IN_A_FILE
+@FILE_ONLY
 @pytest.mark.parametrize(
     "text",
     first_quick(1, ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n']),
     ids=["empty", "another file", "no ids", "blank"],
 )
-def test_an_output_without_tasks_is_no_reason(api: Api, office: Office, text: str) -> None:
+def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, text: str) -> None:
     """It was not paid for; an empty or broken one is replaced."""
-    (office.folder / "out.csv").write_text(text)
+    (workspace.folder / "out.csv").write_text(text)
 
-    assert office.command(*RUN, api=api).code == 0
+    assert workspace.command(*RUN, api=api).code == 0
 
 
-@IN_A_FILE
-def test_an_output_that_cannot_be_read_is_a_note(api: Api, office: Office) -> None:
+@FILE_ONLY
+def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """The run goes on, and the receipt says what is not known."""
-    (office.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
+    (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
 
-    done = office.command(*RUN, api=api)
+    result = workspace.command(*RUN, api=api)
 
-    assert done.code == 0, done.stderr
-    assert any("not known" in note for note in done.receipt["notes"])
+    assert result.code == 0, result.stderr
+    assert any("not known" in note for note in result.receipt["notes"])
 
 
-@IN_A_FILE
-def test_an_output_of_the_sandbox_is_no_reason(api: Api, office: Office) -> None:
+@FILE_ONLY
+def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Neither is a rehearsal after a real run."""
-    assert office.command(*RUN, "--sandbox").code == 0
-    assert office.command(*RUN, api=api).code == 0
-    assert office.command(*RUN, "--sandbox").code == 0
-    (office.ledger_path.parent / "job.db").unlink()
-    assert office.command(*RUN, api=api).code == 0
+    assert workspace.command(*RUN, "--sandbox").code == 0
+    assert workspace.command(*RUN, api=api).code == 0
+    assert workspace.command(*RUN, "--sandbox").code == 0
+    (workspace.ledger_path.parent / "job.db").unlink()
+    assert workspace.command(*RUN, api=api).code == 0
     assert api.audit()["accepted"] == 10
 
 
-@IN_A_FILE
-def test_an_input_that_was_an_output_is_no_reason(api: Api, office: Office) -> None:
+@FILE_ONLY
+def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Its columns are replaced, as ever."""
-    office.run(api)
-    (office.folder / "out.csv").rename(office.folder / "leads.csv")
-    office.write_job(merge="fill_empty")
-    shutil.rmtree(office.ledger_path.parent)
+    workspace.run(api)
+    (workspace.folder / "out.csv").rename(workspace.folder / "leads.csv")
+    workspace.write_job(merge="fill_empty")
+    shutil.rmtree(workspace.ledger_path.parent)
 
-    assert office.command(*RUN, api=api).code == 0
+    assert workspace.command(*RUN, api=api).code == 0
 
 
-def test_on_a_terminal_the_person_is_asked(api: Api, office: Office) -> None:
+def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """No: one line, exit 5, no run on record. Yes: it pays."""
-    office.run(api)
-    other = Office(office.folder, office.server and office.server.replace("schema=", "schema=other_"), office.environ)
+    workspace.run(api)
+    other = Workspace(
+        workspace.folder, workspace.server and workspace.server.replace("schema=", "schema=other_"), workspace.environ
+    )
     other.write_job(name="other", ledger=other.server or ".enrich/other.db")
     asked: list[str] = []
 
@@ -171,8 +173,8 @@ def test_on_a_terminal_the_person_is_asked(api: Api, office: Office) -> None:
     with pytest.raises(Refused) as no:
         other.run(api, Options(confirm_new_ledger=confirm))
     assert (no.value.message, no.value.hint) == ("cancelled: nothing was sent", None)
-    receipt = other.run(api, Options(confirm_new_ledger=confirm))
+    summary = other.run(api, Options(confirm_new_ledger=confirm))
 
-    assert (receipt.exit_code, receipt.submitted, receipt.execution) == (0, 5, 1)
+    assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
     assert len(asked) == 2
     assert "out.csv was paid for from another ledger" in asked[0]

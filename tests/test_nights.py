@@ -17,112 +17,112 @@ from enrich.model import State
 from enrich.receipt import Receipt
 from enrich.sandbox.catalogue import WATERFALLS
 from enrich.surroundings import Options
-from tests.harness import HASTY, Api, Office, later, people, serving
+from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, clock_ahead, make_leads, serve_api
 
 DAY = 86_400
 
 
-def again(*states: State) -> Options:
+def retry_options(*states: State) -> Options:
     """Ask these states again, by the person's word."""
     return Options(retry=frozenset(states))
 
 
-def by_name(office: Office, name: str = "out.csv") -> dict[str, dict[str, str]]:
+def rows_by_first_name(workspace: Workspace, name: str = "out.csv") -> dict[str, dict[str, str]]:
     """Return the rows of the output by the lead's first name."""
-    return {row["First Name"]: row for row in office.output(name)}
+    return {row["First Name"]: row for row in workspace.output(name)}
 
 
-def statuses(office: Office) -> list[str]:
+def status_column(workspace: Workspace) -> list[str]:
     """Return the status column."""
-    return [row["enrich_status"] for row in office.output()]
+    return [row["enrich_status"] for row in workspace.output()]
 
 
 # The same leads, other leads
 
 
-def test_appended_and_shuffled_leads_pay_only_for_the_new(api: Api, office: Office) -> None:
+def test_only_new_leads_are_sent(api: SandboxApi, workspace: Workspace) -> None:
     """The row number is no identity: order and neighbours may change, the answers stay with their leads."""
-    office.write_leads(people(30))
-    office.run(api)
-    before = by_name(office)
-    leads = people(35)
+    workspace.write_leads(make_leads(30))
+    workspace.run(api)
+    before = rows_by_first_name(workspace)
+    leads = make_leads(35)
     random.Random(7).shuffle(leads)
-    office.write_leads(leads)
+    workspace.write_leads(leads)
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.submitted, receipt.reused) == (5, 30)
-    assert [row["First Name"] for row in office.output()] == [lead[0] for lead in leads]
-    after = by_name(office)
+    assert (summary.submitted, summary.reused) == (5, 30)
+    assert [row["First Name"] for row in workspace.output()] == [lead[0] for lead in leads]
+    after = rows_by_first_name(workspace)
     assert {name: after[name] for name in before} == before
     assert api.audit()["accepted"] == 35
 
 
-def test_columns_that_are_not_asked_about_may_change(api: Api, office: Office) -> None:
+def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> None:
     """A new note, another order of columns, a `www.` more: still the same question."""
-    office.write_leads(people(6))
-    office.run(api)
+    workspace.write_leads(make_leads(6))
+    workspace.run(api)
     header = ["Note", "Owner", "Website", "Last Name", "First Name", "Email"]
-    office.write_leads(
+    workspace.write_leads(
         [["new", "me", f"company{n}.example", f" Last{n} ", f"First{n}", ""] for n in range(6)], header=header
     )
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.exit_code, receipt.submitted, receipt.reused) == (0, 0, 6)
-    assert [row["Note"] for row in office.output()] == ["new"] * 6
+    assert (summary.exit_code, summary.submitted, summary.reused) == (0, 0, 6)
+    assert [row["Note"] for row in workspace.output()] == ["new"] * 6
 
 
-def test_another_question_is_another_payment(api: Api, office: Office) -> None:
+def test_other_providers_are_sent_again(api: SandboxApi, workspace: Workspace) -> None:
     """Other providers, another order of them or a verifier make another question."""
-    office.write_leads(people(3))
+    workspace.write_leads(make_leads(3))
     for number, enrichments in enumerate(("[833, 966]", "[966, 833]", "[833]"), start=1):
-        office.write_job(enrichments=enrichments)
-        assert office.run(api).submitted == 3
+        workspace.write_job(enrichments=enrichments)
+        assert workspace.run(api).submitted == 3
         assert api.audit()["accepted"] == 3 * number
-    office.write_job(enrichments="[833]", email_verifier="10")
-    assert office.run(api).submitted == 3
+    workspace.write_job(enrichments="[833]", email_verifier="10")
+    assert workspace.run(api).submitted == 3
     assert api.audit()["paid_twice"] == 0
 
 
-def test_other_columns_of_the_same_answer_are_free(api: Api, office: Office) -> None:
+def test_other_result_columns_are_free(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger keeps whole answers: a job that wants another field of them pays nothing."""
-    office.write_job(waterfall="company_lookup", params="{company_website: Website}", columns="{industry: industry}")
-    office.write_leads(people(9))
-    first = office.run(api)
-    office.write_job(
+    workspace.write_job(waterfall="company_lookup", params="{company_website: Website}", columns="{industry: industry}")
+    workspace.write_leads(make_leads(9))
+    first = workspace.run(api)
+    workspace.write_job(
         waterfall="company_lookup", params="{company_website: Website}", columns="{city: headquarters.city, x: none}"
     )
 
-    second = office.run(api)
+    second = workspace.run(api)
 
     assert (second.submitted, second.found) == (0, first.found)
-    assert {bool(row["city"]) for row in office.output() if row["enrich_status"] == "found"} == {True}
+    assert {bool(row["city"]) for row in workspace.output() if row["enrich_status"] == "found"} == {True}
 
 
-def test_a_lead_that_left_while_pending_is_never_paid_for(api: Api, office: Office) -> None:
+def test_removed_pending_lead_is_not_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Only what tonight's file wants is sent, whatever waits in the ledger from other nights."""
-    office.write_leads(people(10))
-    first = office.run(api, Options(limit=4))
+    workspace.write_leads(make_leads(10))
+    first = workspace.run(api, Options(limit=4))
     assert (first.exit_code, first.submitted, first.pending) == (0, 4, 6)
-    office.write_leads(people(6))
+    workspace.write_leads(make_leads(6))
 
-    second = office.run(api)
+    second = workspace.run(api)
 
     assert (second.submitted, second.pending) == (2, 0)
     assert api.audit()["accepted"] == 6
 
 
-def test_a_lead_that_left_while_at_the_api_is_collected(tmp_path: Path, office: Office) -> None:
+def test_removed_open_lead_is_collected(tmp_path: Path, workspace: Workspace) -> None:
     """What was bought is fetched although tonight's file does not want it, for it may come back."""
-    office.write_leads(people(4))
-    with serving(tmp_path / "api.db", latency="fixed(30)") as api:
-        office.leave_at_the_api(api)
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
+        workspace.leave_at_the_api(api)
         api.advance(60)
-        office.write_leads([])
-        empty = office.run(api)
-        office.write_leads(people(4))
-        back = office.run(api)
+        workspace.write_leads([])
+        empty = workspace.run(api)
+        workspace.write_leads(make_leads(4))
+        back = workspace.run(api)
         audit = api.audit()
 
     assert (empty.exit_code, empty.rows, empty.submitted) == (0, 0, 0)
@@ -130,53 +130,53 @@ def test_a_lead_that_left_while_at_the_api_is_collected(tmp_path: Path, office: 
     assert (back.submitted, back.reused, audit["accepted"]) == (0, 4, 4)
 
 
-def test_a_limit_takes_the_leads_in_the_files_order(api: Api, office: Office) -> None:
+def test_limit_follows_file_order(api: SandboxApi, workspace: Workspace) -> None:
     """`--limit N` asks the first N that are new; night by night the file is done."""
-    office.write_leads(people(9))
+    workspace.write_leads(make_leads(9))
 
-    nights = [office.run(api, Options(limit=4)) for _ in range(3)]
+    runs = [workspace.run(api, Options(limit=4)) for _ in range(3)]
 
-    assert [night.submitted for night in nights] == [4, 4, 1]
-    assert [night.exit_code for night in nights] == [0, 0, 0]
-    assert [night.pending for night in nights] == [5, 1, 0]
+    assert [night.submitted for night in runs] == [4, 4, 1]
+    assert [night.exit_code for night in runs] == [0, 0, 0]
+    assert [night.pending for night in runs] == [5, 1, 0]
 
 
-def test_a_limit_counts_doubtful_requests_too(api: Api, office: Office) -> None:
+def test_limit_counts_unconfirmed(api: SandboxApi, workspace: Workspace) -> None:
     """What may have been bought is one of the N: a limit is a promise about money."""
-    office.write_leads(people(9))
+    workspace.write_leads(make_leads(9))
     api.fault("error-after", 2)
 
-    receipt = office.run(api, Options(limit=3))
+    summary = workspace.run(api, Options(limit=3))
 
     assert api.audit()["accepted"] == 3
-    assert (receipt.in_doubt, receipt.submitted, receipt.pending) == (2, 1, 6)
+    assert (summary.in_doubt, summary.submitted, summary.pending) == (2, 1, 6)
 
 
-def test_what_is_due_first_is_asked_first(tmp_path: Path, office: Office) -> None:
+def test_open_tasks_collected_with_zero_limit(tmp_path: Path, workspace: Workspace) -> None:
     """What an earlier night left at the API is collected even by a run that may buy nothing."""
-    office.write_leads(people(3))
-    with serving(tmp_path / "api.db", latency="fixed(60)") as api:
-        office.leave_at_the_api(api)
+    workspace.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.leave_at_the_api(api)
         api.advance(90)
-        office.write_leads(people(6))
-        receipt = office.run(api, Options(limit=0))
+        workspace.write_leads(make_leads(6))
+        summary = workspace.run(api, Options(limit=0))
 
-    assert (receipt.exit_code, receipt.submitted, receipt.pending) == (0, 0, 3)
-    assert statuses(office)[3:] == ["pending"] * 3
-    assert any("collected first" in note for note in receipt.notes)
+    assert (summary.exit_code, summary.submitted, summary.pending) == (0, 0, 3)
+    assert status_column(workspace)[3:] == ["pending"] * 3
+    assert any("collected first" in note for note in summary.notes)
 
 
-def test_a_result_that_expired_meanwhile_is_told_and_not_bought_again(tmp_path: Path, office: Office) -> None:
+def test_expired_result_is_not_resent(tmp_path: Path, workspace: Workspace) -> None:
     """The API keeps a result for a day: who comes too late is told, and only `--retry expired` pays again."""
-    office.write_leads(people(3))
+    workspace.write_leads(make_leads(3))
     state = tmp_path / "api.db"
-    with serving(state, latency="fixed(30)") as api:
-        office.leave_at_the_api(api)
+    with serve_api(state, latency="fixed(30)") as api:
+        workspace.leave_at_the_api(api)
         api.advance(3 * DAY)
-    with serving(state) as api:
-        late = office.run(api)
-        later = office.run(api)
-        retried = office.run(api, again(State.EXPIRED))
+    with serve_api(state) as api:
+        late = workspace.run(api)
+        later = workspace.run(api)
+        retried = workspace.run(api, retry_options(State.EXPIRED))
         audit = api.audit()
 
     assert (late.exit_code, late.expired, late.submitted) == (10, 3, 0)
@@ -189,86 +189,86 @@ def test_a_result_that_expired_meanwhile_is_told_and_not_bought_again(tmp_path: 
 # By the person's word
 
 
-def test_failed_requests_are_asked_again_only_when_told(tmp_path: Path, office: Office) -> None:
+def test_failed_requests_need_retry(tmp_path: Path, workspace: Workspace) -> None:
     """A failure stays one, night after night, until `--retry failed`, which asks those and no others."""
-    office.write_leads(people(30))
-    with serving(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
-        first = office.run(api)
-        second = office.run(api)
-        doubts = office.run(api, again(State.IN_DOUBT, State.EXPIRED))
-        third = office.run(api, again(State.FAILED))
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
+        first = workspace.run(api)
+        second = workspace.run(api)
+        in_doubt_rows = workspace.run(api, retry_options(State.IN_DOUBT, State.EXPIRED))
+        third = workspace.run(api, retry_options(State.FAILED))
         audit = api.audit()
 
     failed = first.failed or 0
     assert failed > 0
     assert (second.submitted, second.failed, second.exit_code) == (0, failed, 0)
-    assert doubts.submitted == 0
+    assert in_doubt_rows.submitted == 0
     assert (third.submitted, third.failed, third.exit_code) == (failed, failed, 10)
     assert (audit["accepted"], audit["accepted_more_than_once"]) == (30 + failed, failed)
 
 
 @pytest.mark.long
-def test_failures_at_no_charge_are_asked_again_by_themselves(tmp_path: Path, office: Office) -> None:
+def test_free_failures_are_retried(tmp_path: Path, workspace: Workspace) -> None:
     """A task that failed for free is sent again, up to `max_attempts`, and costs nothing extra."""
-    office.write_leads(people(30))
-    with serving(tmp_path / "api.db", failure_rate=0.5, free_failures=1.0) as api:
-        receipt = office.run(api)
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=0.5, free_failures=1.0) as api:
+        summary = workspace.run(api)
         audit = api.audit()
 
-    assert (receipt.exit_code, receipt.failed) == (0, 0)
-    assert audit["accepted"] == receipt.submitted > 30
+    assert (summary.exit_code, summary.failed) == (0, 0)
+    assert audit["accepted"] == summary.submitted > 30
     assert audit["paid_twice"] == 0
-    assert receipt.credits_spent == pytest.approx(audit["credits_charged"])
+    assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
-def test_attempts_at_no_charge_come_to_an_end(tmp_path: Path, office: Office) -> None:
+def test_max_attempts_limits_free_failures(tmp_path: Path, workspace: Workspace) -> None:
     """With `max_attempts: 1` a free failure is a failure."""
-    office.write_job(policy="{max_attempts: 1}")
-    office.write_leads(people(20))
-    with serving(tmp_path / "api.db", failure_rate=0.5, free_failures=1.0) as api:
-        receipt = office.run(api)
+    workspace.write_job(policy="{max_attempts: 1}")
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", failure_rate=0.5, free_failures=1.0) as api:
+        summary = workspace.run(api)
 
-    assert (receipt.submitted, receipt.exit_code) == (20, 10)
-    assert (receipt.failed or 0) > 0
+    assert (summary.submitted, summary.exit_code) == (20, 10)
+    assert (summary.failed or 0) > 0
 
 
-def test_doubts_are_asked_again_only_when_told(api: Api, office: Office) -> None:
+def test_in_doubt_needs_retry(api: SandboxApi, workspace: Workspace) -> None:
     """`--retry in_doubt` is the person's decision that it may cost twice."""
-    office.write_leads(people(5))
+    workspace.write_leads(make_leads(5))
     api.fault("error-after", 2)
-    first = office.run(api)
+    first = workspace.run(api)
     assert (first.exit_code, first.in_doubt) == (14, 2)
 
-    retried = office.run(api, again(State.IN_DOUBT))
+    retried = workspace.run(api, retry_options(State.IN_DOUBT))
 
     assert (retried.exit_code, retried.in_doubt, retried.submitted) == (0, 0, 2)
     assert api.audit()["accepted_more_than_once"] == 2
 
 
-def test_a_retry_asks_only_for_leads_of_this_file(api: Api, office: Office) -> None:
+def test_retry_only_for_rows_in_input(api: SandboxApi, workspace: Workspace) -> None:
     """A doubt about a lead that is gone stays a doubt; nobody pays for it."""
-    office.write_leads(people(4))
+    workspace.write_leads(make_leads(4))
     api.fault("error-after", 4)
-    office.run(api)
-    office.write_leads(people(1))
+    workspace.run(api)
+    workspace.write_leads(make_leads(1))
 
-    receipt = office.run(api, again(State.IN_DOUBT))
+    summary = workspace.run(api, retry_options(State.IN_DOUBT))
 
-    assert (receipt.submitted, receipt.exit_code) == (1, 0)
+    assert (summary.submitted, summary.exit_code) == (1, 0)
     assert api.audit()["accepted"] == 5
 
 
-def test_a_retry_that_was_refused_changes_nothing(tmp_path: Path, office: Office) -> None:
+def test_retry_is_not_remembered_after_refusal(tmp_path: Path, workspace: Workspace) -> None:
     """A person's word is for one run: when that is refused for lack of credits, tomorrow's cron does not act on it."""
-    office.write_leads(people(4))
-    with serving(tmp_path / "api.db", balance=50) as api:
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", balance=50) as api:
         api.fault("error-after", 2)
-        office.run(api)
+        workspace.run(api)
         balance = api.audit()["balance"]
         api.top_up(-balance)
-        refused = office.run(api, again(State.IN_DOUBT))
+        refused = workspace.run(api, retry_options(State.IN_DOUBT))
         api.top_up(balance)
-        plain = office.run(api)
+        plain = workspace.run(api)
         audit = api.audit()
 
     assert refused.exit_code == 5
@@ -276,88 +276,88 @@ def test_a_retry_that_was_refused_changes_nothing(tmp_path: Path, office: Office
     assert audit["accepted_more_than_once"] == 0
 
 
-def test_a_retry_takes_a_shared_request_once(api: Api, office: Office) -> None:
+def test_retry_of_shared_request_once(api: SandboxApi, workspace: Workspace) -> None:
     """Rows that share a doubtful request are all answered by one new run."""
-    office.write_leads(people(2) * 3)
+    workspace.write_leads(make_leads(2) * 3)
     api.fault("no-task-id", 2)
-    assert office.run(api).in_doubt == 6
+    assert workspace.run(api).in_doubt == 6
 
-    receipt = office.run(api, again(State.IN_DOUBT))
+    summary = workspace.run(api, retry_options(State.IN_DOUBT))
 
-    assert (receipt.submitted, receipt.in_doubt) == (2, 0)
+    assert (summary.submitted, summary.in_doubt) == (2, 0)
 
 
 # The age of answers
 
 
-def test_answers_that_are_too_old_are_asked_again(tmp_path: Path, office: Office) -> None:
+def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
     """`policy.refresh` has an age for hits and one for misses; by default answers are good for ever."""
     state = tmp_path / "api.db"
-    office.write_leads(people(20))
-    with serving(state) as api:
-        first = office.run(api)
+    workspace.write_leads(make_leads(20))
+    with serve_api(state) as api:
+        first = workspace.run(api)
         api.advance(20 * DAY)
-        assert office.run(api, clock=later(20 * DAY)).submitted == 0
-        office.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
-        misses = office.run(api, clock=later(20 * DAY))
-        assert office.run(api, clock=later(20 * DAY)).submitted == 0
+        assert workspace.run(api, clock=clock_ahead(20 * DAY)).submitted == 0
+        workspace.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
+        misses = workspace.run(api, clock=clock_ahead(20 * DAY))
+        assert workspace.run(api, clock=clock_ahead(20 * DAY)).submitted == 0
         api.advance(80 * DAY)
-        all_of_them = office.run(api, clock=later(100 * DAY))
+        all_of_them = workspace.run(api, clock=clock_ahead(100 * DAY))
 
     assert 0 < misses.submitted == (first.not_found or 0) < 20
     assert all_of_them.submitted == 20
 
 
-def test_the_last_hit_stands_until_a_newer_one_comes(tmp_path: Path, office: Office) -> None:
+def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) -> None:
     """A refresh that misses or fails does not take an address away that was paid for."""
     state = tmp_path / "api.db"
-    office.write_leads(people(12))
-    office.write_job(policy="{refresh: {found: 90d}}")
-    with serving(state) as api:
-        office.run(api)
-        before = by_name(office)
+    workspace.write_leads(make_leads(12))
+    workspace.write_job(policy="{refresh: {found: 90d}}")
+    with serve_api(state) as api:
+        workspace.run(api)
+        before = rows_by_first_name(workspace)
         api.advance(100 * DAY)
-    with serving(state, hit_rate=0.0) as api:
+    with serve_api(state, hit_rate=0.0) as api:
         api.fault("no-task-id")
-        office.run(api, clock=later(100 * DAY))
+        workspace.run(api, clock=clock_ahead(100 * DAY))
 
-    after = by_name(office)
+    after = rows_by_first_name(workspace)
     hits = [name for name, row in before.items() if row["enrich_status"] == "found"]
     assert hits
     for name in hits:
         assert after[name]["work_email"] == before[name]["work_email"]
 
 
-def test_a_refresh_that_ends_in_doubt_is_told(tmp_path: Path, office: Office) -> None:
+def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
     """An old miss asked again without an answer is a doubt: the row and the exit code say so."""
-    office.write_leads(people(3))
-    office.write_job(policy="{refresh: {not_found: 14d}}")
-    with serving(tmp_path / "api.db", hit_rate=0.0) as api:
-        office.run(api)
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(policy="{refresh: {not_found: 14d}}")
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        workspace.run(api)
         api.advance(20 * DAY)
         api.fault("error-after")
 
-        receipt = office.run(api, clock=later(20 * DAY))
+        summary = workspace.run(api, clock=clock_ahead(20 * DAY))
 
-    assert (receipt.exit_code, receipt.in_doubt) == (14, 1)
-    assert sorted(statuses(office)) == ["in_doubt", "not_found", "not_found"]
+    assert (summary.exit_code, summary.in_doubt) == (14, 1)
+    assert sorted(status_column(workspace)) == ["in_doubt", "not_found", "not_found"]
 
 
 # Files that come back
 
 
-def test_an_earlier_output_may_be_the_next_input(api: Api, office: Office) -> None:
+def test_output_as_next_input(api: SandboxApi, workspace: Workspace) -> None:
     """Fed back in, nothing is paid again, our status columns are replaced, all other columns are kept."""
-    office.write_leads(people(8))
-    office.run(api)
-    first = office.output()
-    (office.folder / "out.csv").rename(office.folder / "again.csv")
-    office.write_job(input="again.csv", columns="{work_email_2: email}")
+    workspace.write_leads(make_leads(8))
+    workspace.run(api)
+    first = workspace.output()
+    (workspace.folder / "out.csv").rename(workspace.folder / "again.csv")
+    workspace.write_job(input="again.csv", columns="{work_email_2: email}")
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.exit_code, receipt.submitted) == (0, 0)
-    second = office.output()
+    assert (summary.exit_code, summary.submitted) == (0, 0)
+    second = workspace.output()
     assert list(second[0]) == [
         *("First Name", "Last Name", "Website", "Email", "Note", "work_email", "work_email_2", "enrich_status"),
         *("enrich_error", "enrich_provider", "enrich_credits", "enrich_task_id", "enrich_at"),
@@ -366,240 +366,240 @@ def test_an_earlier_output_may_be_the_next_input(api: Api, office: Office) -> No
     assert [row["enrich_status"] for row in second] == [row["enrich_status"] for row in first]
 
 
-def test_an_earlier_output_with_the_same_new_column_is_refused(api: Api, office: Office) -> None:
+def test_output_as_input_with_column_clash(api: SandboxApi, workspace: Workspace) -> None:
     """A column that the input has already is the person's: it is not overwritten in silence."""
-    office.write_leads(people(2))
-    office.run(api)
-    (office.folder / "out.csv").rename(office.folder / "again.csv")
-    office.write_job(input="again.csv")
+    workspace.write_leads(make_leads(2))
+    workspace.run(api)
+    (workspace.folder / "out.csv").rename(workspace.folder / "again.csv")
+    workspace.write_job(input="again.csv")
 
     with pytest.raises(JobError, match="work_email"):
-        office.run(api)
+        workspace.run(api)
 
 
-def test_a_name_that_only_looks_like_a_lead_may_decide_by_its_status(api: Api, office: Office) -> None:
+def test_where_uses_status_columns(api: SandboxApi, workspace: Workspace) -> None:
     """`where` may look at an earlier output's status columns."""
-    office.write_leads(people(12))
-    first = office.run(api)
-    (office.folder / "out.csv").rename(office.folder / "again.csv")
-    office.write_job(input="again.csv", columns="{second: email}", where="enrich_status = 'not_found'")
+    workspace.write_leads(make_leads(12))
+    first = workspace.run(api)
+    (workspace.folder / "out.csv").rename(workspace.folder / "again.csv")
+    workspace.write_job(input="again.csv", columns="{second: email}", where="enrich_status = 'not_found'")
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert receipt.filtered == first.found
+    assert summary.filtered == first.found
 
 
 # Whose ledger it is
 
 
-def test_the_sandbox_has_a_ledger_of_its_own(api: Api, office: Office) -> None:
+def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> None:
     """Trying a job for free neither answers the real run nor costs it anything."""
-    office.write_leads(people(4))
+    workspace.write_leads(make_leads(4))
 
-    free = office.command("run", "job.yaml", "--sandbox", "--json")
-    real = office.command("run", "job.yaml", "--json", api=api)
+    free = workspace.command("run", "job.yaml", "--sandbox", "--json")
+    real = workspace.command("run", "job.yaml", "--json", api=api)
 
     assert free.receipt["submitted"] == real.receipt["submitted"] == 4
     assert api.audit()["accepted"] == 4
-    assert {path.name for path in office.ledger_path.parent.glob("*.db")} == {
+    assert {path.name for path in workspace.ledger_path.parent.glob("*.db")} == {
         *("job.db", "job.sandbox.db", "job.sandbox.api.db"),
     }
 
 
-def test_the_sandbox_remembers_from_night_to_night(office: Office) -> None:
+def test_sandbox_reuses_answers(workspace: Workspace) -> None:
     """The second free run pays no pretended credits either."""
-    office.write_leads(people(4))
-    office.command("run", "job.yaml", "--sandbox")
+    workspace.write_leads(make_leads(4))
+    workspace.command("run", "job.yaml", "--sandbox")
 
-    receipt = office.command("run", "job.yaml", "--sandbox", "--json").receipt
+    summary = workspace.command("run", "job.yaml", "--sandbox", "--json").receipt
 
-    assert (receipt["submitted"], receipt["credits_spent"]) == (0, 0)
+    assert (summary["submitted"], summary["credits_spent"]) == (0, 0)
 
 
-def test_a_ledger_belongs_to_one_workspace(api: Api, office: Office) -> None:
+def test_ledger_bound_to_workspace(api: SandboxApi, workspace: Workspace) -> None:
     """With the key of another workspace the ledger is refused: its answers were bought by somebody else."""
-    office.write_leads(people(2))
-    office.run(api)
-    _execute(office, "UPDATE facts SET value = 'the other team' WHERE name = 'workspace'")
+    workspace.write_leads(make_leads(2))
+    workspace.run(api)
+    _execute_sql(workspace, "UPDATE facts SET value = 'the other team' WHERE name = 'workspace'")
 
-    done = office.command("run", "job.yaml", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--json", api=api)
 
-    assert done.code == done.receipt["exit_code"] == 2
-    assert "the other team" in done.stderr
-    assert "sandbox" in done.stderr
+    assert result.code == result.receipt["exit_code"] == 2
+    assert "the other team" in result.stderr
+    assert "sandbox" in result.stderr
 
 
-def test_a_ledger_belongs_to_one_host(api: Api, office: Office) -> None:
+def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
     """The same for another API; what was never used is bound to nothing."""
-    elsewhere = dataclasses.replace(api, base_url=api.base_url.replace("127.0.0.1", "localhost"))
-    office.write_leads(people(2))
-    assert office.run(api, Options(limit=0)).exit_code == 0
-    assert office.run(elsewhere).exit_code == 0
+    other_server = dataclasses.replace(api, base_url=api.base_url.replace("127.0.0.1", "localhost"))
+    workspace.write_leads(make_leads(2))
+    assert workspace.run(api, Options(limit=0)).exit_code == 0
+    assert workspace.run(other_server).exit_code == 0
 
     with pytest.raises(JobError, match="localhost"):
-        office.run(api)
+        workspace.run(api)
 
 
-def test_a_new_ledger_beside_others_is_announced(api: Api, office: Office) -> None:
+def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Workspace) -> None:
     """A job that was renamed would pay for everything again: the receipt says so."""
-    office.write_leads(people(2))
-    office.command("run", "job.yaml", api=api)
-    office.write_job(output="renamed.csv")
-    office.job_file.rename(office.folder / "renamed.yaml")
+    workspace.write_leads(make_leads(2))
+    workspace.command("run", "job.yaml", api=api)
+    workspace.write_job(output="renamed.csv")
+    workspace.job_file.rename(workspace.folder / "renamed.yaml")
 
-    done = office.command("run", "renamed.yaml", "--json", "--log-file", "log", api=api)
+    result = workspace.command("run", "renamed.yaml", "--json", "--log-file", "log", api=api)
 
-    announced = [json.loads(line) for line in (office.folder / "log").read_text().splitlines()]
+    announced = [json.loads(line) for line in (workspace.folder / "log").read_text().splitlines()]
     assert any("job.db" in line.get("text", "") and "ledger:" in line["text"] for line in announced)
-    assert any("job.db" in note for note in done.receipt["notes"])
+    assert any("job.db" in note for note in result.receipt["notes"])
 
 
-def test_the_first_ledger_and_the_sandboxs_are_no_news(api: Api, office: Office) -> None:
+def test_first_and_sandbox_ledgers_are_not_reported(api: SandboxApi, workspace: Workspace) -> None:
     """A job that was tried in the sandbox first has nothing to be warned of."""
-    office.write_leads(people(2))
-    first = office.command("run", "job.yaml", "--sandbox", "--json")
+    workspace.write_leads(make_leads(2))
+    first = workspace.command("run", "job.yaml", "--sandbox", "--json")
 
-    done = office.command("run", "job.yaml", "--json", api=api)
+    result = workspace.command("run", "job.yaml", "--json", api=api)
 
-    assert first.receipt["notes"] == done.receipt["notes"] == []
+    assert first.receipt["notes"] == result.receipt["notes"] == []
 
 
-def test_two_jobs_may_share_a_ledger(api: Api, office: Office) -> None:
+def test_shared_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """`ledger:` makes two jobs pay once for the same question."""
-    office.write_job(ledger="shared.db")
-    office.write_leads(people(3))
-    office.run(api)
-    office.job_file.rename(office.folder / "other.yaml")
-    Office(office.folder).write_job(ledger="shared.db", output="other.csv", name="second")
+    workspace.write_job(ledger="shared.db")
+    workspace.write_leads(make_leads(3))
+    workspace.run(api)
+    workspace.job_file.rename(workspace.folder / "other.yaml")
+    Workspace(workspace.folder).write_job(ledger="shared.db", output="other.csv", name="second")
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.job, receipt.submitted, receipt.reused) == ("second", 0, 3)
+    assert (summary.job, summary.submitted, summary.reused) == ("second", 0, 3)
 
 
 # The vendor's defaults
 
 
-def _vendor_enables(monkeypatch: pytest.MonkeyPatch, *enabled: int) -> None:
+def _set_default_providers(monkeypatch: pytest.MonkeyPatch, *enabled: int) -> None:
     waterfall = WATERFALLS["email_getter"]
     providers = tuple(dataclasses.replace(provider, enabled=provider.id in enabled) for provider in waterfall.providers)
     monkeypatch.setitem(WATERFALLS, "email_getter", dataclasses.replace(waterfall, providers=providers))
 
 
-def _asked(api: Api) -> set[tuple[int, ...]]:
+def _request_counts(api: SandboxApi) -> set[tuple[int, ...]]:
     return {tuple(run["enrichments"]) for run in api.audit()["runs"]}
 
 
-def test_a_change_of_the_vendors_defaults_is_told_and_not_followed(
-    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+def test_changed_provider_defaults_are_reported(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other defaults would be other questions, paid again: the ledger keeps the first ones until it is told."""
-    office.write_leads(people(3))
-    office.run(api)
-    _vendor_enables(monkeypatch, 833, 113)
-    office.write_leads(people(5))
+    workspace.write_leads(make_leads(3))
+    workspace.run(api)
+    _set_default_providers(monkeypatch, 833, 113)
+    workspace.write_leads(make_leads(5))
 
-    told = office.run(api)
-    followed = office.run(api, Options(update_providers=True))
-    kept = office.run(api)
+    result = workspace.run(api)
+    followed = workspace.run(api, Options(update_providers=True))
+    kept = workspace.run(api)
 
-    assert told.submitted == 2
-    assert any("833, 113" in note and "--update-providers" in note for note in told.notes)
+    assert result.submitted == 2
+    assert any("833, 113" in note and "--update-providers" in note for note in result.notes)
     assert (followed.submitted, followed.notes) == (5, [])
     assert (kept.submitted, kept.notes) == (0, [])
-    assert _asked(api) == {(833, 966, 701, 745), (833, 113)}
+    assert _request_counts(api) == {(833, 966, 701, 745), (833, 113)}
 
 
-def test_a_job_that_names_its_providers_hears_nothing_of_defaults(
-    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
+def test_explicit_providers_ignore_default_changes(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who chose is not told what others would get."""
-    office.write_job(enrichments="[833]")
-    office.write_leads(people(2))
-    office.run(api)
-    _vendor_enables(monkeypatch, 966)
+    workspace.write_job(enrichments="[833]")
+    workspace.write_leads(make_leads(2))
+    workspace.run(api)
+    _set_default_providers(monkeypatch, 966)
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.submitted, receipt.notes) == (0, [])
+    assert (summary.submitted, summary.notes) == (0, [])
 
 
 # An input that changes while the run is at work
 
 
 @pytest.mark.long
-def test_an_input_that_changes_meanwhile_is_read_again(tmp_path: Path, office: Office) -> None:
+def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
     """The output has the rows of the new file; those that are new are pending, and exit 4 says to run again."""
-    office.write_leads(people(6))
+    workspace.write_leads(make_leads(6))
     changed: list[Path] = []
-    with serving(tmp_path / "api.db", latency="fixed(0.5)") as api:
-        process = office.start("run", "job.yaml", "--json", api=api)
+    with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api:
+        process = workspace.start("run", "job.yaml", "--json", api=api)
         while api.audit()["accepted"] < 6:
             pass
-        changed.append(office.write_leads(people(8)))
+        changed.append(workspace.write_leads(make_leads(8)))
         out, err = process.communicate(timeout=30)
-        second = office.run(api)
+        second = workspace.run(api)
 
-    receipt = json.loads(out)
-    assert process.returncode == receipt["exit_code"] == 4, err
-    assert "changed" in receipt["error"]
-    assert (receipt["rows"], receipt["pending"], receipt["submitted"], receipt["reused"]) == (8, 2, 6, 0)
+    summary = json.loads(out)
+    assert process.returncode == summary["exit_code"] == 4, err
+    assert "changed" in summary["error"]
+    assert (summary["rows"], summary["pending"], summary["submitted"], summary["reused"]) == (8, 2, 6, 0)
     assert (second.exit_code, second.submitted, second.reused) == (0, 2, 6)
 
 
-def _execute(office: Office, sql: str, values: Sequence[object] = ()) -> None:
-    db = sqlite3.connect(office.ledger_path)
+def _execute_sql(workspace: Workspace, sql: str, values: Sequence[object] = ()) -> None:
+    db = sqlite3.connect(workspace.ledger_path)
     with db:
         db.execute(sql, values)
     db.close()
 
 
-def test_every_execution_is_kept(api: Api, office: Office) -> None:
+def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger remembers each night's receipt."""
-    office.write_leads(people(2))
-    receipts: list[Receipt] = [office.run(api), office.run(api)]
+    workspace.write_leads(make_leads(2))
+    summaries: list[Receipt] = [workspace.run(api), workspace.run(api)]
 
-    ledger = office.ledger()
+    ledger = workspace.ledger()
     try:
         kept = ledger.executions("job")
     finally:
         ledger.close()
-    told = [json.loads(json.dumps(receipt.as_json())) for receipt in reversed(receipts)]
-    assert [json.loads(row["receipt"]) for row in kept] == told
+    output = [json.loads(json.dumps(receipt.as_json())) for receipt in reversed(summaries)]
+    assert [json.loads(row["receipt"]) for row in kept] == output
 
 
-def test_nothing_waits_for_a_patient_api(api: Api, office: Office) -> None:
+def test_run_without_new_requests(api: SandboxApi, workspace: Workspace) -> None:
     """A night with nothing to do asks the API who we are and what it offers, and nothing else."""
-    office.write_leads(people(4))
-    office.run(api, timing=HASTY)
+    workspace.write_leads(make_leads(4))
+    workspace.run(api, timing=SHORT_TIMEOUTS)
     before = api.audit()["requests"]
 
-    receipt = office.run(api, timing=HASTY)
+    summary = workspace.run(api, timing=SHORT_TIMEOUTS)
 
     after = api.audit()["requests"]
-    assert receipt.polls == 0
+    assert summary.polls == 0
     assert {name: after[name] - before[name] for name in after} == {"me": 1, "waterfalls": 1, "run": 0, "task": 0}
 
 
-def test_answers_are_collected_though_tonights_header_clashes(office: Office, tmp_path: Path) -> None:
+def test_open_tasks_collected_despite_header_clash(workspace: Workspace, tmp_path: Path) -> None:
     """What was paid for is fetched before the clash of columns ends the run."""
-    office.write_leads(people(3))
-    with serving(tmp_path / "api.db", latency="fixed(20)") as api:
-        office.leave_at_the_api(api)
+    workspace.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(20)") as api:
+        workspace.leave_at_the_api(api)
         api.advance(60)
-        leads = office.folder / "leads.csv"
+        leads = workspace.folder / "leads.csv"
         leads.write_text(leads.read_text().replace("Note", "work_email"))
 
-        done = office.command("run", "job.yaml", "--json", api=api)
+        result = workspace.command("run", "job.yaml", "--json", api=api)
 
-    assert (done.code, "already" in done.stderr) == (2, True)
-    with closing(office.ledger()) as ledger:
+    assert (result.code, "already" in result.stderr) == (2, True)
+    with closing(workspace.ledger()) as ledger:
         assert not ledger.tasks()
 
 
-def test_what_is_taken_for_lost_is_not_asked_again_in_the_same_breath(office: Office) -> None:
+def test_accepted_in_doubt_is_not_retried_at_once(workspace: Workspace) -> None:
     """`--accept in_doubt` makes them failed: `--retry failed` beside it would pay for them once more."""
-    office.write_leads(people(1))
+    workspace.write_leads(make_leads(1))
     for states in ("failed", "expired,in_doubt"):
-        done = office.command("run", "job.yaml", "--accept", "in_doubt", "--retry", states)
-        assert (done.code, "would ask them again" in done.stderr) == (2, True)
+        result = workspace.command("run", "job.yaml", "--accept", "in_doubt", "--retry", states)
+        assert (result.code, "would ask them again" in result.stderr) == (2, True)

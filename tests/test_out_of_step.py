@@ -11,16 +11,24 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.harness import Api
-from tests.out_of_step import Act, Choose, Exchange, Proxy, Trick, by_chance, out_of_step
+from tests.harness import SandboxApi
+from tests.out_of_step import (
+    ChooseFault,
+    Exchange,
+    FaultyProxy,
+    ProxyFault,
+    ProxyFaultKind,
+    faulty_proxy,
+    random_faults,
+)
 
 LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
-class Client:
+class ProxiedClient:
     """Talks to the API through the proxy, over one connection when it can."""
 
-    def __init__(self, proxy: Proxy, api: Api) -> None:
+    def __init__(self, proxy: FaultyProxy, api: SandboxApi) -> None:
         self.http = httpx.Client(verify=False, trust_env=False, timeout=5, headers={"x-apikey": api.api_key})  # noqa: S501
         self.url = proxy.base_url
 
@@ -44,35 +52,35 @@ class Client:
 
 
 @contextmanager
-def talking(api: Api, choose: Choose) -> Iterator[Client]:
+def open_client(api: SandboxApi, choose_fault: ChooseFault) -> Iterator[ProxiedClient]:
     """Talk through a proxy with tricks."""
-    with out_of_step(api.base_url, choose) as proxy:
-        client = Client(proxy, api)
+    with faulty_proxy(api.base_url, choose_fault) as proxy:
+        client = ProxiedClient(proxy, api)
         try:
             yield client
         finally:
             client.http.close()
 
 
-def on(kind: str, *tricks: Trick | None) -> Callable[[Exchange], Trick | None]:
+def faults_for(kind: str, *tricks: ProxyFault | None) -> Callable[[Exchange], ProxyFault | None]:
     """Play these tricks with the first requests of a kind, in order."""
     return lambda exchange: (
         tricks[exchange.number - 1] if exchange.kind == kind and exchange.number <= len(tricks) else None
     )
 
 
-def test_without_tricks_nothing_is_seen_of_it(api: Api) -> None:
+def test_no_faults_by_default(api: SandboxApi) -> None:
     """Every answer is the API's own, and the switches work."""
-    with talking(api, lambda _: None) as client:
+    with open_client(api, lambda _: None) as client:
         task_id = client.run()
         assert client.task(task_id)["task_id"] == task_id
         assert client.http.get(client.url.removesuffix("/v1") + "/__audit").json()["accepted"] == 1
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01])
-def test_an_answer_comes_twice(api: Api, after_s: float) -> None:
+def test_repeated_response(api: SandboxApi, after_s: float) -> None:
     """The next request on that connection gets the answer of the one before."""
-    with talking(api, on("GET", None, Trick(Act.REPEAT, after_s))) as client:
+    with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.REPEAT, after_s))) as client:
         first, second = client.run("Ada"), client.run("Bela")
         client.get(first)
         host, port = client.url.split("/")[2].split(":")
@@ -85,17 +93,17 @@ def test_an_answer_comes_twice(api: Api, after_s: float) -> None:
         assert seen.count(second.encode()) == 4
 
 
-def test_an_answer_that_was_not_asked_for(api: Api) -> None:
+def test_unsolicited_response(api: SandboxApi) -> None:
     """A 429 follows in the same breath."""
-    with talking(api, on("POST", Trick(Act.UNASKED, 0.0, status=429))) as client:
+    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.UNASKED, 0.0, status=429))) as client:
         assert client.post().status_code == 200
     assert api.audit()["accepted"] == 1
 
 
-def test_two_polls_are_swapped(api: Api) -> None:
+def test_swapped_polls(api: SandboxApi) -> None:
     """Each gets the other's answer."""
-    swap = Trick(Act.SWAP)
-    with talking(api, on("GET", swap, swap)) as client, talking(api, lambda _: None) as other:
+    swap = ProxyFault(ProxyFaultKind.SWAP)
+    with open_client(api, faults_for("GET", swap, swap)) as client, open_client(api, lambda _: None) as other:
         first, second = client.run("Ada"), client.run("Bela")
         other.url = client.url
         got: dict[str, str] = {}
@@ -110,21 +118,30 @@ def test_two_polls_are_swapped(api: Api) -> None:
         assert got == {first: second, second: first}
 
 
-def test_a_swap_without_a_partner_is_none(api: Api) -> None:
+def test_swap_without_partner(api: SandboxApi) -> None:
     """An answer waits for another to be swapped with, but not for ever."""
-    with talking(api, on("GET", Trick(Act.SWAP))) as client:
+    with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.SWAP))) as client:
         task_id = client.run()
         assert client.task(task_id)["task_id"] == task_id
 
 
-def test_another_tasks_answer(api: Api) -> None:
+def test_response_of_other_task(api: SandboxApi) -> None:
     """A poll gets what an earlier one got; a POST gets an id that is already known and was polled."""
-    with talking(api, on("GET", None, Trick(Act.ANOTHER))) as client:
+    with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.ANOTHER))) as client:
         first, second = client.run("Ada"), client.run("Bela")
         right = client.get(first).content
         assert client.get(second).content == right
         assert client.task(second)["task_id"] == second
-    with talking(api, on("POST", Trick(Act.ANOTHER), None, Trick(Act.ANOTHER), Trick(Act.SHARED))) as client:
+    with open_client(
+        api,
+        faults_for(
+            "POST",
+            ProxyFault(ProxyFaultKind.ANOTHER),
+            None,
+            ProxyFault(ProxyFaultKind.ANOTHER),
+            ProxyFault(ProxyFaultKind.SHARED),
+        ),
+    ) as client:
         first, second = client.run("Chidi"), client.run("Dolores")
         assert first != second
         client.get(second)
@@ -132,53 +149,56 @@ def test_another_tasks_answer(api: Api) -> None:
     assert api.audit()["accepted"] == 6
 
 
-def test_a_task_of_nowhere(api: Api) -> None:
+def test_response_of_unknown_task(api: SandboxApi) -> None:
     """Its id is nobody's, and its answer looks like one."""
-    with talking(api, on("GET", Trick(Act.NOWHERE), Trick(Act.NOWHERE, task_id="nowhere"))) as client:
+    with open_client(
+        api,
+        faults_for("GET", ProxyFault(ProxyFaultKind.NOWHERE), ProxyFault(ProxyFaultKind.NOWHERE, task_id="nowhere")),
+    ) as client:
         task_id = client.run()
-        stranger = client.task(task_id)
-        assert stranger["task_id"] != task_id
-        assert stranger["status"] == "completed"
+        other_lead = client.task(task_id)
+        assert other_lead["task_id"] != task_id
+        assert other_lead["status"] == "completed"
         assert client.task(task_id)["request_id"] == "nowhere"
-    with talking(api, on("POST", Trick(Act.NOWHERE))) as client:
+    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.NOWHERE))) as client:
         assert client.get(client.run("Bela")).status_code == 404
 
 
-def test_half_an_answer(api: Api) -> None:
+def test_truncated_response(api: SandboxApi) -> None:
     """The connection ends in the middle of the body."""
-    with talking(api, on("GET", Trick(Act.CUT))) as client:
+    with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.CUT))) as client:
         task_id = client.run()
         with pytest.raises(httpx.RemoteProtocolError):
             client.get(task_id)
         assert client.task(task_id)["task_id"] == task_id
 
 
-def test_another_status(api: Api) -> None:
+def test_changed_status(api: SandboxApi) -> None:
     """A body comes with another 2xx."""
-    with talking(api, on("POST", Trick(Act.STATUS, status=203))) as client:
+    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.STATUS, status=203))) as client:
         response = client.post()
         assert response.status_code == 203
         assert client.task(response.json()["task_id"])["status"] == "completed"
 
 
-def test_a_reset_stays_one(api: Api) -> None:
+def test_reset_is_forwarded(api: SandboxApi) -> None:
     """What the API breaks off is broken off."""
     api.fault("reset-after")
-    with talking(api, lambda _: None) as client, pytest.raises(httpx.ReadError, match="reset"):
+    with open_client(api, lambda _: None) as client, pytest.raises(httpx.ReadError, match="reset"):
         client.post()
     assert api.audit()["accepted"] == 1
 
 
-def test_chances_follow_the_seed() -> None:
+def test_random_faults_follow_seed() -> None:
     """The same seed plays the same tricks, about as often as it shall; nothing happens without a chance."""
     exchanges = [Exchange("POST" if number % 2 else "GET", number, 1, "/v1/tasks/x") for number in range(1, 2_001)]
 
-    def played(seed: int) -> list[Trick | None]:
-        choose = by_chance({Act.REPEAT: (0.1, 0.0), Act.UNASKED: (0.0, 0.3)}, seed)
+    def played(seed: int) -> list[ProxyFault | None]:
+        choose = random_faults({ProxyFaultKind.REPEAT: (0.1, 0.0), ProxyFaultKind.UNASKED: (0.0, 0.3)}, seed)
         return [choose(exchange) for exchange in exchanges]
 
     assert played(1) == played(1) != played(2)
     posts = [trick for trick, exchange in zip(played(1), exchanges, strict=True) if exchange.is_post]
-    assert {trick.act for trick in posts if trick} == {Act.REPEAT}
+    assert {trick.act for trick in posts if trick} == {ProxyFaultKind.REPEAT}
     assert 60 < sum(trick is not None for trick in posts) < 140
-    assert {trick.status for trick in played(1) if trick and trick.act is Act.UNASKED} <= {408, 429, 503}
+    assert {trick.status for trick in played(1) if trick and trick.act is ProxyFaultKind.UNASKED} <= {408, 429, 503}

@@ -54,7 +54,7 @@ nonsense
         ("/mnt/twice/x", "ext4", False),
     ],
 )
-def test_the_file_system_of_a_path(path: str, kind: str, network: bool) -> None:  # noqa: FBT001 - a table
+def test_file_system_of_path(path: str, kind: str, network: bool) -> None:  # noqa: FBT001 - a table
     """The nearest mount counts, and of several at one place the last."""
     assert file_system(MOUNTS, Path(path)) == kind
     assert is_network(kind) is network
@@ -74,18 +74,18 @@ def test_local_file_systems(kind: str | None) -> None:
 
 @settings(deadline=None)
 @given(st.text())
-def test_no_mountinfo_is_too_strange(text: str) -> None:
+def test_malformed_mountinfo(text: str) -> None:
     """Another kernel may say anything."""
     file_system(text, Path("/srv"))
     file_system(f"1 2 3 / / {text} - ext4", Path("/srv"))
 
 
-def test_without_mountinfo_nothing_is_known() -> None:
+def test_missing_mountinfo() -> None:
     """On other systems than Linux."""
     assert file_system("", Path("/srv")) is None
 
 
-def test_a_lock_is_seen_and_not_made(tmp_path: Path) -> None:
+def test_lock_detection(tmp_path: Path) -> None:
     """Only while a process holds it."""
     lock = tmp_path / "job.db.lock"
     assert not is_locked(lock)
@@ -98,7 +98,7 @@ def test_a_lock_is_seen_and_not_made(tmp_path: Path) -> None:
     assert not is_locked(lock)
 
 
-def test_an_environment_file_is_read_as_a_shell_would() -> None:
+def test_environment_file_syntax() -> None:
     """Comments, quotes, `export`; nothing else."""
     text = "# for cron\n\nexport A=1\nB='two words' # why\nC=\"x=y\"\nD=\n"
     assert read_environ(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
@@ -107,20 +107,20 @@ def test_an_environment_file_is_read_as_a_shell_would() -> None:
             read_environ(["X=1", wrong])
 
 
-def test_a_program_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_program_start_errors(tmp_path: Path) -> None:
     """In its own words, or in the system's."""
     assert starts([sys.executable, "-m", "enrich"], {}) is None
     assert "No such file" in (starts([str(tmp_path / "enrich")], {}) or "")
     assert "no_such_module" in (starts([sys.executable, "-m", "no_such_module"], {}) or "")
 
 
-def test_python_is_asked_for_its_encoding() -> None:
+def test_python_encoding_detection() -> None:
     """An empty environment is UTF-8 today, unless that is forbidden."""
     assert names_files_in({}) == "utf-8"
     assert names_files_in({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}) == "ascii"
 
 
-def test_rights_of_a_file(tmp_path: Path) -> None:
+def test_file_permissions(tmp_path: Path) -> None:
     """Group and others."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
@@ -140,14 +140,14 @@ def test_rights_of_a_file(tmp_path: Path) -> None:
         (-7200.0, "warn", "2:00:00 ahead of the API's"),
     ],
 )
-def test_clocks(ahead_s: float | None, mark: str, said: str) -> None:
+def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
     """More than five minutes are told, with their direction."""
     finding = outlook.clock(ahead_s)
     assert finding.mark == mark
     assert said in finding.message
 
 
-def one(findings: Any) -> Finding:
+def only_finding(findings: Any) -> Finding:
     """The only finding."""
     (finding,) = findings
     assert isinstance(finding, Finding)
@@ -167,10 +167,10 @@ def one(findings: Any) -> Finding:
         ((140, 100, 5), [50], "warn", 0),
     ],
 )
-def test_money(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
+def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
     """The balance against what must stay, one request's worst price, and what a past run spent."""
     balance, least, worst = (None if each is None else each * MICROS for each in credits_)
-    finding = one(outlook.money(balance, least, worst, [each * MICROS for each in last]))
+    finding = only_finding(outlook.money(balance, least, worst, [each * MICROS for each in last]))
     assert (finding.mark, finding.code) == (mark, code)
 
 
@@ -185,14 +185,14 @@ def test_money(credits_: tuple[int | None, ...], last: list[int], mark: str, cod
         (4, 5, [], "fail", 12),
     ],
 )
-def test_caps(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
+def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
     """Below a request's price, below what the last nights needed, or none at all."""
     rows = [{"exit_code": Exit(exit_code), "spent": spent * MICROS} for exit_code, spent in nights]
-    finding = one(outlook.cap(None if cap is None else cap * MICROS, worst * MICROS, rows))
+    finding = only_finding(outlook.cap(None if cap is None else cap * MICROS, worst * MICROS, rows))
     assert (finding.mark, finding.code) == (mark, code)
 
 
-def test_results_that_expire_before_the_night_are_told() -> None:
+def test_expiring_results_finding() -> None:
     """With how many are gone already."""
     hour = 3_600_000
     submitted = [-30 * hour, -20 * hour, -1 * hour]
@@ -204,7 +204,7 @@ def test_results_that_expire_before_the_night_are_told() -> None:
     assert outlook.expiring([], 24 * hour, 0, 6 * hour).mark == "ok"
 
 
-def test_an_old_input_is_asked_after() -> None:
+def test_old_input_finding() -> None:
     """After two days."""
     day = 86_400
     assert outlook.input_age(0, day).mark == "ok"
@@ -223,14 +223,14 @@ def test_an_old_input_is_asked_after() -> None:
         ("out-%m-%d.csv", "warn", "comes again after 365 nights"),
     ],
 )
-def test_names_that_come_again(name: str, mark: str, said: str) -> None:
+def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
     """Codes that are the same after some nights let an older output be replaced."""
     finding = outlook.output_names(lambda now: Path(now.strftime(name)), NOW, {})
     assert finding.mark == mark
     assert said in finding.message
 
 
-def test_a_name_that_meets_the_input_some_night_fails() -> None:
+def test_output_name_clash_finding() -> None:
     """It would be refused only that night."""
     finding = outlook.output_names(
         lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
@@ -240,12 +240,12 @@ def test_a_name_that_meets_the_input_some_night_fails() -> None:
 
 
 @in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
-def test_room(free: int, mark: str) -> None:
+def test_disk_space_finding(free: int, mark: str) -> None:
     """The output is certain, the ledger's growth is an estimate."""
     assert outlook.room(Path("/srv"), free, 100, 50).mark == mark
 
 
-def test_the_next_night() -> None:
+def test_next_run_time() -> None:
     """Later today, or tomorrow."""
     assert outlook.next_night(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
     assert outlook.next_night(NOW, 2, 0) == NOW + timedelta(hours=6)

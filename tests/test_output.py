@@ -39,7 +39,7 @@ NAMES = ["out.csv", "out.csv.gz", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.p
 JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
 
 
-def written(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.String, **options: str) -> Path:
+def write_output(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.String, **options: str) -> Path:
     """Write a file of one column of the input, which says the same, and one of ours."""
     frame = pl.DataFrame({"old": [str(value) for value in values], "new": pl.Series(values, dtype=kind)})
     output = Output(path=target.name, **options)
@@ -47,14 +47,14 @@ def written(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.St
     return target
 
 
-def cells(path: Path, encoding: str = "utf-8", separator: str = ",") -> list[list[str]]:
+def read_cells(path: Path, encoding: str = "utf-8", separator: str = ",") -> list[list[str]]:
     """Read a CSV file."""
     with path.open(newline="", encoding=encoding) as file:
         return list(csv.reader(file, delimiter=separator, strict=True))
 
 
 @contextmanager
-def little_room(size: int) -> Iterator[None]:
+def limit_file_size(size: int) -> Iterator[None]:
     """Let no file grow beyond a size, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -64,13 +64,13 @@ def little_room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class GivenUpError(Exception):
+class InterruptedByTestError(Exception):
     """What a signal raises between two batches."""
 
 
 @in_turn("name", NAMES)
-@in_turn("error", [Refused("the input changed"), GivenUpError(), KeyboardInterrupt()], ids=repr)
-def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, error: BaseException) -> None:
+@in_turn("error", [Refused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()], ids=repr)
+def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: BaseException) -> None:
     """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
     target = tmp_path / name
@@ -87,7 +87,7 @@ def test_a_file_that_was_not_finished_never_appears(tmp_path: Path, name: str, e
     assert list(tmp_path.iterdir()) == [target]
 
 
-KILLED = """
+KILLED_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import polars as pl
@@ -107,13 +107,13 @@ write(target, Output(path=target.name), job="job", schema=schema, frames=frames(
 
 @pytest.mark.long
 @in_turn("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
-def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+def test_kill_keeps_old_file(tmp_path: Path, name: str) -> None:
     """And at most one part beside it, which the next start removes."""
     target = tmp_path / "out" / name
     target.parent.mkdir()
     target.write_text("the old one")
     environ = {**os.environ, "TMPDIR": str(tmp_path)}  # where a workbook grows: what a kill leaves there is ours alone
-    process = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environ, check=False, timeout=60)
+    process = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, str(target)], env=environ, check=False, timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert target.read_text() == "the old one"
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("enrich-*")} <= {0o700}
@@ -122,29 +122,29 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path, name: str) -> None:
 
 
 @in_turn("name", NAMES)
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, name: str) -> None:
+def test_disk_full_keeps_old_file(tmp_path: Path, name: str) -> None:
     """It is told, and the answers are in the ledger all the same."""
     target = tmp_path / name
     target.write_text("the old one")
-    with little_room(1000), pytest.raises(Refused, match=f"{name}: the output cannot be written: .*File too large"):
-        written(target, [os.urandom(50).hex() for _ in range(500)])
+    with limit_file_size(1000), pytest.raises(Refused, match=f"{name}: the output cannot be written: .*File too large"):
+        write_output(target, [os.urandom(50).hex() for _ in range(500)])
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]
 
 
 @in_turn("name", NAMES)
-def test_only_the_owner_can_read_it(tmp_path: Path, name: str) -> None:
+def test_output_permissions(tmp_path: Path, name: str) -> None:
     """Personal data; also when the old file was open to all and a killed run left a part."""
     target = tmp_path / name
     target.write_text("old")
     target.chmod(0o644)
     part_of(target, "job").write_text("stale")
-    written(target, ["x"])
+    write_output(target, ["x"])
     assert target.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+def test_leftover_parts_are_removed(tmp_path: Path) -> None:
     """Whatever the date in the name of the next output; nothing else is touched."""
     part_of(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
     other = part_of(tmp_path / "out.csv", "other")
@@ -153,7 +153,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_two_jobs_of_one_name_do_not_mix_their_files(tmp_path: Path) -> None:
+def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
     """When another run has replaced the part that we write, ours fails rather than publish theirs."""
     target = tmp_path / "out.csv"
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
@@ -168,15 +168,15 @@ def test_two_jobs_of_one_name_do_not_mix_their_files(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     """At the start, not after the night."""
     target = tmp_path / "a/b/out.csv"
     prepare(target, tmp_path / "leads.csv", "job")
-    written(target, ["x"])
+    write_output(target, ["x"])
     assert target.exists()
 
 
-def test_the_output_never_replaces_the_input(tmp_path: Path) -> None:
+def test_output_never_replaces_input(tmp_path: Path) -> None:
     """Under whatever name the input goes: the same path, a symbolic link, a hard link, a detour."""
     leads = tmp_path / "leads.csv"
     leads.write_text("A\n1\n")
@@ -192,7 +192,7 @@ def test_the_output_never_replaces_the_input(tmp_path: Path) -> None:
     assert leads.read_text() == "A\n1\n"
 
 
-def test_the_output_never_replaces_a_ledger(tmp_path: Path) -> None:
+def test_output_never_replaces_ledger(tmp_path: Path) -> None:
     """This job's or another's: it would destroy the memory of what was paid for."""
     path = tmp_path / "memory.csv"
     Ledger(path).close()
@@ -201,7 +201,7 @@ def test_the_output_never_replaces_a_ledger(tmp_path: Path) -> None:
 
 
 @in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
-def test_an_output_that_cannot_be_is_told_before_anything_is_spent(tmp_path: Path, name: str) -> None:
+def test_invalid_output_refused_before_spending(tmp_path: Path, name: str) -> None:
     """A file where a folder should be, a folder where the file should be, a name that is too long."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
@@ -225,7 +225,7 @@ FORMULAS = [
     "-5e3",
 ]
 FORMULAS += ["- item", "+1;=1", "+1\n=cmd()", "--5", "+(x)", "=", "-A1", "-5%"]
-HARMLESS = [
+HARMLESS_CELLS = [
     "+49 30 1234",
     "-5",
     "+1 (202) 555-0100 ext. 5",
@@ -234,57 +234,60 @@ HARMLESS = [
     "-5.25",
     "-1,000",
 ]
-HARMLESS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", "", "1-2", "(1)", "null"]
+HARMLESS_CELLS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", "", "1-2", "(1)", "null"]
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
-def test_a_new_value_is_no_formula_to_a_spreadsheet(tmp_path: Path, name: str) -> None:
+def test_formula_injection_is_escaped(tmp_path: Path, name: str) -> None:
     """It gets an apostrophe; numbers, phones and all cells of the input are left alone."""
-    path = written(tmp_path / name, [*FORMULAS, *HARMLESS])
+    path = write_output(tmp_path / name, [*FORMULAS, *HARMLESS_CELLS])
     if name.endswith(".gz"):
         path = path.with_suffix("")
         path.write_bytes(gzip.decompress((tmp_path / name).read_bytes()))
-    assert cells(path) == [
+    assert read_cells(path) == [
         ["old", "new"],
         *([value, "'" + value] for value in FORMULAS),
-        *([value, value] for value in HARMLESS),
+        *([value, value] for value in HARMLESS_CELLS),
     ]
 
 
-def test_parquet_is_left_alone(tmp_path: Path) -> None:
+def test_parquet_values_are_not_escaped(tmp_path: Path) -> None:
     """Nobody runs it: values and types are as they are, null is null."""
-    path = written(tmp_path / "out.parquet", [*FORMULAS, None])
+    path = write_output(tmp_path / "out.parquet", [*FORMULAS, None])
     assert pl.read_parquet(path)["new"].to_list() == [*FORMULAS, None]
-    path = written(tmp_path / "credits.parquet", [1.5, None, 0.0], pl.Float64)
+    path = write_output(tmp_path / "credits.parquet", [1.5, None, 0.0], pl.Float64)
     assert pl.read_parquet(path)["new"].to_list() == [1.5, None, 0.0]
 
 
-def test_numbers_are_written_plainly(tmp_path: Path) -> None:
+def test_number_formatting(tmp_path: Path) -> None:
     """Without exponents and idle noughts, to the millionth that the ledger knows; what is not known is blank."""
-    path = written(tmp_path / "out.csv", [0.0, 1.0, 2.5, 0.000001, 1234567.0, 0.1 + 0.2, 100.0, None], pl.Float64)
-    assert [row[1] for row in cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
+    path = write_output(tmp_path / "out.csv", [0.0, 1.0, 2.5, 0.000001, 1234567.0, 0.1 + 0.2, 100.0, None], pl.Float64)
+    assert [row[1] for row in read_cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
 
 
 @in_turn(("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")])
-def test_the_output_has_the_form_that_was_asked_for(tmp_path: Path, separator: str, encoding: str) -> None:
+def test_output_separator_and_encoding(tmp_path: Path, separator: str, encoding: str) -> None:
     """The separator inside a value is quoted, and a spreadsheet finds the mark it needs."""
     values = [f"Größe{separator}1,5", '"', "a\r\nb", "a\rb"]
-    path = written(tmp_path / "out.csv", values, separator=separator, encoding=encoding)
-    assert cells(path, encoding, separator) == [["old", "new"], *([value, value] for value in values)]
+    path = write_output(tmp_path / "out.csv", values, separator=separator, encoding=encoding)
+    assert read_cells(path, encoding, separator) == [["old", "new"], *([value, value] for value in values)]
 
 
-def test_a_character_that_the_encoding_lacks_is_told_by_row_and_column(tmp_path: Path) -> None:
+def test_unencodable_character_error(tmp_path: Path) -> None:
     """The old file stays; nothing is replaced by question marks."""
     target = tmp_path / "out.csv"
     with pytest.raises(Refused, match="row 2, column `old`: `cp1252` has no sign") as caught:
-        written(target, ["ö", "日本"], encoding="cp1252")
+        write_output(target, ["ö", "日本"], encoding="cp1252")
     assert "encoding: utf-8" in (caught.value.hint or "")
     assert not target.exists()
 
 
-def test_equal_outputs_are_equal_bytes(tmp_path: Path) -> None:
+def test_outputs_are_deterministic(tmp_path: Path) -> None:
     """A compressed file holds neither its name nor the time."""
-    assert written(tmp_path / "a.csv.gz", ["x"]).read_bytes() == written(tmp_path / "b.csv.gz", ["x"]).read_bytes()
+    assert (
+        write_output(tmp_path / "a.csv.gz", ["x"]).read_bytes()
+        == write_output(tmp_path / "b.csv.gz", ["x"]).read_bytes()
+    )
 
 
 @in_turn(
@@ -306,7 +309,7 @@ def test_equal_outputs_are_equal_bytes(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_a_value_becomes_a_cell(value: object, text: str | None) -> None:
+def test_result_value_as_cell(value: object, text: str | None) -> None:
     """Text as it is, anything else as JSON, nothing as nothing."""
     assert cell(value) == text
 
@@ -314,7 +317,7 @@ def test_a_value_becomes_a_cell(value: object, text: str | None) -> None:
 # The collector
 
 
-def job_with(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[Job, Rows, Question]:
+def write_job_and_leads(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[Job, Rows, Question]:
     """Write a job and its leads, header first."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(leads)
@@ -323,13 +326,13 @@ def job_with(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[Jo
     return loaded, Rows(loaded), Question(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
 
 
-def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dict[str, Any] | None]) -> None:
+def enroll_and_settle(ledger: Ledger, rows: Rows, template: Question, tasks: Sequence[dict[str, Any] | None]) -> None:
     """Ask all rows and settle the distinct requests, in their order, with these tasks; None leaves one pending."""
     with ledger.transaction():
         execution = ledger.start_execution("job", None, 0)
         ledger.begin_pass()
-        for batch in rows.batches(question):
-            ledger.enroll(question.call, batch.asked())
+        for batch in rows.batches(template):
+            ledger.enroll(template.call, batch.asked())
         ledger.mark()
         for number, task in enumerate(tasks):
             (claim,) = ledger.claim(execution, 0, 0)
@@ -338,23 +341,23 @@ def answered(ledger: Ledger, rows: Rows, question: Question, tasks: Sequence[dic
                 return
             ledger.accepted([(claim.attempt_id, f"t-{number}", 0)], {})
             written = json.dumps(task, ensure_ascii=False)
-            answer = read_answer(TaskReply(task, written), phase_of(task), tuple(question.columns.values()))
+            answer = read_answer(TaskReply(task, written), phase_of(task), tuple(template.columns.values()))
             ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
+def open_ledger(tmp_path: Path) -> Iterator[Ledger]:
     """Open a ledger."""
     opened = Ledger(tmp_path / "ledger.db")
     yield opened
     opened.close()
 
 
-def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger) -> None:
+def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None:
     """Rows that ask the same share the answer; what it cost is shown once, on the first of them."""
     leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
     job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
-    loaded, rows, question = job_with(tmp_path, leads, job)
+    loaded, rows, template = write_job_and_leads(tmp_path, leads, job)
     steps = [{"provider": "Mailhound", "cost": "1"}]
     tasks: list[dict[str, Any] | None] = [
         {
@@ -366,13 +369,13 @@ def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger
         {"status": "failed", "error": ["-boom", "bang"], "credits_spent": None},
         None,
     ]
-    answered(ledger, rows, question, tasks)
+    enroll_and_settle(open_ledger, rows, template, tasks)
     target = tmp_path / "out.csv"
 
-    counted = Collector(ledger, loaded, question, rows).write(target)
+    counted = Collector(open_ledger, loaded, template, rows).write(target)
 
     at = "2026-11-01T12:00:00Z"
-    assert cells(target) == [
+    assert read_cells(target) == [
         ["A", "Skip", "mail", "more", *STATUS],
         ["ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "1.5", "t-0", at],
         ["bob", "", "", "", "not_found", "", "", "0", "t-1", at],
@@ -391,35 +394,37 @@ def test_every_row_gets_its_answer_and_its_status(tmp_path: Path, ledger: Ledger
         RowStatus.PENDING: 1,
     }
     assert counted.hits == {"mail": 2, "more": 2}
-    assert Collector(ledger, loaded, question, rows).count() == counted
+    assert Collector(open_ledger, loaded, template, rows).count() == counted
 
 
-def test_the_job_s_columns_decide_again_at_every_collect(tmp_path: Path, ledger: Ledger) -> None:
+def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) -> None:
     """The ledger keeps the whole answer: another column is another look at it, and costs nothing."""
-    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
-    answered(ledger, rows, question, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}])
-    assert Collector(ledger, loaded, question, rows).count().statuses == {RowStatus.NOT_FOUND: 1}
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    enroll_and_settle(
+        open_ledger, rows, template, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}]
+    )
+    assert Collector(open_ledger, loaded, template, rows).count().statuses == {RowStatus.NOT_FOUND: 1}
     other = Question(CALL, (), (), {"phone": "phone"}, None)
-    assert Collector(ledger, loaded, other, rows).count().statuses == {RowStatus.FOUND: 1}
+    assert Collector(open_ledger, loaded, other, rows).count().statuses == {RowStatus.FOUND: 1}
 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
 @pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
-def test_a_value_of_any_kind_is_collected(tmp_path: Path, ledger: Ledger, name: str, value: object) -> None:
+def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: str, value: object) -> None:
     """New columns are text, whatever the API sends."""
-    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
-    answered(ledger, rows, question, [{"status": "completed", "data": {"email": value}}])
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": value}}])
     target = tmp_path / name
-    Collector(ledger, loaded, question, rows).write(target)
-    found = pl.read_parquet(target)["email"].to_list() if name.endswith("parquet") else [cells(target)[1][1]]
+    Collector(open_ledger, loaded, template, rows).write(target)
+    found = pl.read_parquet(target)["email"].to_list() if name.endswith("parquet") else [read_cells(target)[1][1]]
     assert found == [value if isinstance(value, str) else json.dumps(value)]
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
-def test_an_input_without_rows_gives_an_output_without_rows(tmp_path: Path, ledger: Ledger, name: str) -> None:
+def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, name: str) -> None:
     """With all its columns, in their types: the next step of a pipeline need not know."""
-    loaded, rows, question = job_with(tmp_path, [["A", ""]], "params: {a: A}\n")
-    assert Collector(ledger, loaded, question, rows).write(tmp_path / name).statuses == {}
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
+    assert Collector(open_ledger, loaded, template, rows).write(tmp_path / name).statuses == {}
     columns = ["A", "", "email", *STATUS]
     if name.endswith(".parquet"):
         schema = pl.read_parquet_schema(tmp_path / name)
@@ -431,39 +436,39 @@ def test_an_input_without_rows_gives_an_output_without_rows(tmp_path: Path, ledg
         assert text == ",".join(columns) + "\n"
 
 
-def test_the_output_of_a_night_may_be_the_input_of_the_next(tmp_path: Path, ledger: Ledger) -> None:
+def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
     """The status columns are replaced and not added again."""
-    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
-    answered(ledger, rows, question, [{"status": "completed", "data": {"email": "x"}}])
-    Collector(ledger, loaded, question, rows).write(tmp_path / "first.csv")
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": "x"}}])
+    Collector(open_ledger, loaded, template, rows).write(tmp_path / "first.csv")
     job = "params: {a: A}\ncolumns: {again: email}\n"
-    loaded, rows, question = job_with(tmp_path, cells(tmp_path / "first.csv"), job)
-    Collector(ledger, loaded, question, rows).write(tmp_path / "second.csv")
-    header, row = cells(tmp_path / "second.csv")
+    loaded, rows, template = write_job_and_leads(tmp_path, read_cells(tmp_path / "first.csv"), job)
+    Collector(open_ledger, loaded, template, rows).write(tmp_path / "second.csv")
+    header, row = read_cells(tmp_path / "second.csv")
     assert header == ["A", "mail", "again", *STATUS]
     assert row[:4] == ["ada", "x", "x", "found"]
 
 
-def test_giving_up_between_batches_leaves_the_old_file(tmp_path: Path, ledger: Ledger) -> None:
+def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
     """`check` is asked before every batch."""
 
     def check() -> None:
-        raise GivenUpError
+        raise InterruptedByTestError
 
-    loaded, rows, question = job_with(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
     target = tmp_path / "out.csv"
     target.write_text("old")
-    with pytest.raises(GivenUpError):
-        Collector(ledger, loaded, question, rows, check).write(target)
+    with pytest.raises(InterruptedByTestError):
+        Collector(open_ledger, loaded, template, rows, check).write(target)
     assert target.read_text() == "old"
 
 
-def test_an_input_that_breaks_off_leaves_the_old_file(tmp_path: Path, ledger: Ledger) -> None:
+def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
     """It is told as a fault of the input."""
-    loaded, rows, question = job_with(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
     target = tmp_path / "out.parquet"
     with pytest.raises(EnrichError, match="row 2"):
-        Collector(ledger, loaded, question, rows).write(target)
+        Collector(open_ledger, loaded, template, rows).write(target)
     assert not target.exists()
 
 
@@ -493,32 +498,30 @@ NAME = TEXT.map("h".__add__) | st.sampled_from(["", " ", "^h.*$", "*", "column_0
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> list[list[str]]:
+def output_tables(draw: st.DrawFn) -> list[list[str]]:
     """Draw a header and rows of its width."""
     header = draw(st.lists(NAME, min_size=1, max_size=4, unique=True))
     width = len(header)
     return [header, *draw(st.lists(st.lists(TEXT, min_size=width, max_size=width), max_size=6))]
 
 
-@given(table=tables())
+@given(table=output_tables())
 @settings(deadline=None)
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
-def test_every_cell_of_the_input_comes_back_in_its_place(
-    tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]
-) -> None:
+def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]) -> None:
     """Any text in any cell under any name: the very text, the very order, and the new columns behind."""
     folder = tmp_path_factory.getbasetemp()
     ledger = Ledger(folder / "cells.db")
     try:
-        loaded, rows, question = job_with(folder, table, "params: {a: {value: x}}\n")
-        counted = Collector(ledger, loaded, question, rows).write(folder / name)
+        loaded, rows, template = write_job_and_leads(folder, table, "params: {a: {value: x}}\n")
+        counted = Collector(ledger, loaded, template, rows).write(folder / name)
     finally:
         ledger.close()
     if name.endswith(".parquet"):
         frame = pl.read_parquet(folder / name)
         back = [frame.columns, *map(list, frame.rows())]
     else:
-        back = cells(folder / name)
+        back = read_cells(folder / name)
     width = len(table[0])
     assert back[0] == [*table[0], "email", *STATUS]
     assert [row[:width] for row in back] == table

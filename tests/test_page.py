@@ -25,40 +25,40 @@ from enrich.report.page import render
 from enrich.report.words import DASH, clean, fit
 from enrich.report.words import width as width_of
 from tests import reports
-from tests.chromium import ABSENT, PROGRAM, Browser, Scheme, browsing
+from tests.chromium import CHROMIUM_PATH, NOT_INSTALLED, Browser, Scheme, open_browser
 
-MADE = {
-    "full": reports.full,
-    "nasty": reports.nasty,
-    "millions": reports.millions,
-    "nothing found": reports.nothing_found,
-    "empty": reports.empty,
+REPORTS = {
+    "full": reports.full_report,
+    "nasty": reports.hostile_report,
+    "millions": reports.large_report,
+    "nothing found": reports.no_match_report,
+    "empty": reports.empty_report,
 }
 WIDTHS = (390, 1024, 1600)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 #: A usual report stays below, in bytes.
-SMALL = 400_000
+MAX_PAGE_BYTES = 400_000
 
-browsed = pytest.mark.skipif(PROGRAM is None, reason=ABSENT)
+needs_browser = pytest.mark.skipif(CHROMIUM_PATH is None, reason=NOT_INSTALLED)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Start one browser for all tests of this file."""
-    with browsing() as opened:
+    with open_browser() as opened:
         yield opened
 
 
 @cache
-def page_of(make: Callable[[], Report]) -> str:
+def rendered_page(make: Callable[[], Report]) -> str:
     """Write a report once for all tests that read it."""
     return render(make())
 
 
-def written(folder: Path, make: Callable[[], Report]) -> Path:
+def write_page(folder: Path, make: Callable[[], Report]) -> Path:
     """Put a report into a file."""
     path = folder / "report.html"
-    path.write_text(page_of(make), encoding="utf-8")
+    path.write_text(rendered_page(make), encoding="utf-8")
     return path
 
 
@@ -66,75 +66,75 @@ def written(folder: Path, make: Callable[[], Report]) -> Path:
 
 
 @pytest.mark.long
-def test_equal_facts_make_equal_bytes() -> None:
+def test_page_is_deterministic() -> None:
     """A report can be compared with an older one byte by byte."""
-    assert render(reports.full()) == page_of(reports.full)
+    assert render(reports.full_report()) == rendered_page(reports.full_report)
 
 
 @pytest.mark.long
-def test_numbers_carry_their_names_and_values() -> None:
+def test_page_contains_machine_readable_values() -> None:
     """A program reads from the page what `--json` tells, to the last digit."""
-    report = reports.rich()
-    page = page_of(reports.rich)
-    assert reports.marked(page, "job", "credits_spent") == [1236.6]
-    assert set(reports.marked(page, "night 9", "credits_spent")) == {171.35}
-    assert set(reports.marked(page, "night 9", "found")) == {52.0}
-    assert set(reports.marked(page, "night 4", "balance_after")) == {None}
-    assert reports.marked(page, "waterfall", "answers") == [1180.0]
+    report = reports.typical_report()
+    page = rendered_page(reports.typical_report)
+    assert reports.marked_values(page, "job", "credits_spent") == [1236.6]
+    assert set(reports.marked_values(page, "night 9", "credits_spent")) == {171.35}
+    assert set(reports.marked_values(page, "night 9", "found")) == {52.0}
+    assert set(reports.marked_values(page, "night 4", "balance_after")) == {None}
+    assert reports.marked_values(page, "waterfall", "answers") == [1180.0]
     for provider in report.waterfall.providers:
-        assert reports.marked(page, f"provider {provider.name}", "credits") == [provider.credits]
-        assert reports.marked(page, f"provider {provider.name}", "cost_per_hit") == [provider.cost_per_hit]
+        assert reports.marked_values(page, f"provider {provider.name}", "credits") == [provider.credits]
+        assert reports.marked_values(page, f"provider {provider.name}", "cost_per_hit") == [provider.cost_per_hit]
     for status, count in report.statuses.items():
-        assert reports.marked(page, "statuses", status)[:1] == ([float(count)] if count else [])
+        assert reports.marked_values(page, "statuses", status)[:1] == ([float(count)] if count else [])
 
 
-def test_what_is_not_known_is_no_zero() -> None:
+def test_unknown_values_are_dashes() -> None:
     """A balance that nobody told is a dash, and an amount of unknown price is named."""
-    page = page_of(reports.nothing_found)
+    page = rendered_page(reports.no_match_report)
     assert re.search(rf'data-name="balance_after">{DASH}<', page)
     assert re.search(rf'data-name="cost_per_hit">{DASH}<', page)
     assert "3 answers of unknown price" in page
 
 
 @pytest.mark.long
-def test_a_night_is_held_against_the_night_before() -> None:
+def test_changes_against_previous_run() -> None:
     """The key numbers say by how much they changed; the first night has nothing to be held against."""
-    page = page_of(reports.rich)
+    page = rendered_page(reports.typical_report)
     assert "▼ 13.6 points less" in page
     assert "▲ 1.88 more" in page
-    first = render(replace(reports.rich(), nights=reports.rich().nights[:1]))
+    first = render(replace(reports.typical_report(), nights=reports.typical_report().nights[:1]))
     assert "night before" not in first
 
 
 @pytest.mark.long
-def test_needs_come_first_with_their_commands() -> None:
+def test_actions_come_first() -> None:
     """What waits for a person stands before all numbers; when nothing does, the page says so."""
-    page = page_of(reports.rich)
+    page = rendered_page(reports.typical_report)
     assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
     assert "What needs you" in page
-    calm = render(replace(reports.rich(), needs=(), anomalies=()))
+    calm = render(replace(reports.typical_report(), needs=(), anomalies=()))
     assert "Nothing needs you" in calm
     assert "What needs you" not in calm
 
 
 @pytest.mark.long
-def test_a_comparison_stands_before_the_waterfall() -> None:
+def test_comparison_section_position() -> None:
     """Who compares two sides wants the verdict first; without a comparison there is no such section."""
-    page = page_of(reports.full)
+    page = rendered_page(reports.full_report)
     assert page.index("found 19 more") < page.index('id="waterfall"')
-    assert set(reports.marked(page, "common left", "common_found")) == {238.0}
-    assert "compared" not in page_of(reports.rich)
+    assert set(reports.marked_values(page, "common left", "common_found")) == {238.0}
+    assert "compared" not in rendered_page(reports.typical_report)
 
 
-def test_rows_are_there_only_when_given() -> None:
+def test_rows_only_on_request() -> None:
     """Without `--with-rows` no lead is on the page."""
-    assert "ada@northwind.example" in page_of(reports.full)
-    assert "personal data" not in page_of(reports.rich)
+    assert "ada@northwind.example" in rendered_page(reports.full_report)
+    assert "personal data" not in rendered_page(reports.typical_report)
 
 
-def test_a_job_that_never_ran_has_a_page() -> None:
+def test_empty_report() -> None:
     """Sections without facts are left out, and the page says why."""
-    page = page_of(reports.empty)
+    page = rendered_page(reports.empty_report)
     assert "has never run" in page
     assert "<svg" not in page
 
@@ -142,19 +142,19 @@ def test_a_job_that_never_ran_has_a_page() -> None:
 # The staircase
 
 
-def test_finds_make_a_staircase() -> None:
+def test_provider_staircase_chart() -> None:
     """Each provider's finds start where those before it ended; what nobody found is what is left."""
-    steps = staircase.steps(reports.rich().waterfall)
+    steps = staircase.steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
     assert steps[0].presumed == 74
     assert (steps[-1].name, steps[-1].end - steps[-1].start) == (staircase.NOBODY, 1180 - 735)
 
 
-def test_verifiers_are_no_steps() -> None:
+def test_verifiers_not_in_chart() -> None:
     """A verifier finds nothing: it stands in the table and in the words."""
-    assert "Mailproof" not in [step.name for step in staircase.steps(reports.rich().waterfall)]
-    page = page_of(reports.rich)
+    assert "Mailproof" not in [step.name for step in staircase.steps(reports.typical_report().waterfall)]
+    page = rendered_page(reports.typical_report)
     assert "Mailproof (verifier)" in page
     assert "Mailproof verified 752 finds: 37.60 credits." in page
 
@@ -162,9 +162,9 @@ def test_verifiers_are_no_steps() -> None:
 # Names from outside
 
 
-def test_hostile_names_stay_text() -> None:
+def test_hostile_names_are_escaped() -> None:
     """No name becomes an element, an attribute or a template, in the page or in a picture."""
-    page = page_of(reports.nasty)
+    page = rendered_page(reports.hostile_report)
     assert "<script" not in page
     assert "<img" not in page
     assert page.count("</style>") == 1
@@ -189,9 +189,9 @@ def test_long_names_are_shortened(name: str, room: int) -> None:
     assert fitted == name or fitted.endswith("…")
 
 
-def test_a_page_names_no_other_place() -> None:
+def test_page_has_no_external_resources() -> None:
     """Nothing in it can be loaded or run: no script, no address but those of the SVG format itself."""
-    page = page_of(reports.full)
+    page = rendered_page(reports.full_report)
     assert "default-src 'none'" in page
     assert not re.search(r"<(script|link|iframe|img|object|base)\b|\bon\w+=|https?:|url\((?!#)|@import", page)
 
@@ -200,32 +200,32 @@ def test_a_page_names_no_other_place() -> None:
 
 
 @pytest.mark.long
-def test_a_report_is_small() -> None:
+def test_page_size_limit() -> None:
     """A usual report can be sent by mail; even one of a million rows and 400 nights opens at once."""
-    assert len(page_of(reports.full).encode()) < SMALL
-    assert len(page_of(reports.millions).encode()) < 2.5 * SMALL
+    assert len(rendered_page(reports.full_report).encode()) < MAX_PAGE_BYTES
+    assert len(rendered_page(reports.large_report).encode()) < 2.5 * MAX_PAGE_BYTES
 
 
 # In the browser
 
 #: Looks at the page that is open and tells what is wrong, and what is there.
-LOOK = Path(__file__).with_name("look.js").read_text(encoding="utf-8")
+LAYOUT_SCRIPT = Path(__file__).with_name("look.js").read_text(encoding="utf-8")
 
 
-def looked(browser: Browser) -> dict[str, Any]:
+def inspect_layout(page: Browser) -> dict[str, Any]:
     """Tell what the page that is open looks like."""
-    return dict(browser.evaluate(LOOK))
+    return dict(page.evaluate(LAYOUT_SCRIPT))
 
 
 @pytest.mark.long
-@browsed
-@pytest.mark.parametrize("name", list(MADE))
-def test_it_looks_right(browser: Browser, tmp_path: Path, name: str) -> None:
+@needs_browser
+@pytest.mark.parametrize("name", list(REPORTS))
+def test_page_layout(browser: Browser, tmp_path: Path, name: str) -> None:
     """At any width and in both schemes: quiet, within its bounds, legible, with marks in every picture."""
-    path = written(tmp_path, MADE[name])
+    path = write_page(tmp_path, REPORTS[name])
     for width, scheme in itertools.product(WIDTHS, SCHEMES):
         browser.open(path, width, scheme)
-        seen = looked(browser)
+        seen = inspect_layout(browser)
         where = f"{name} at {width} pixels, {scheme}"
         assert browser.complaints() == [], where
         assert browser.requests() == [path.as_uri()], where
@@ -238,36 +238,36 @@ def test_it_looks_right(browser: Browser, tmp_path: Path, name: str) -> None:
     check_structure(seen)
 
 
-def check_structure(seen: dict[str, Any]) -> None:
+def check_structure(layout: dict[str, Any]) -> None:
     """One main heading, no level left out, named tables and pictures, ids that are there once."""
-    levels = seen["headings"]
+    levels = layout["headings"]
     assert levels.count(1) == 1
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert seen["nameless"] == []
-    assert seen["ids"] == sorted(set(seen["ids"]))
-    assert seen["lang"] == "en"
+    assert layout["nameless"] == []
+    assert layout["ids"] == sorted(set(layout["ids"]))
+    assert layout["lang"] == "en"
 
 
 @pytest.mark.long
-@browsed
-def test_it_prints(browser: Browser, tmp_path: Path) -> None:
+@needs_browser
+def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
     """On paper it is light, and what is folded on a screen is open."""
-    browser.open(written(tmp_path, reports.full), 1024, "dark")
+    browser.open(write_page(tmp_path, reports.full_report), 1024, "dark")
     printed = pypdf.PdfReader(io.BytesIO(browser.pdf()))
     text = " ".join(" ".join(page.extract_text() for page in printed.pages).split())
     assert 3 <= len(printed.pages) <= 12
     for number in ("45.2%", "171.35", "6,128.65", "1,236.60", "of it presumed"):
         assert number in text
     browser.do("Emulation.setEmulatedMedia", media="print")
-    seen = looked(browser)
+    seen = inspect_layout(browser)
     assert seen["dark"] is False
     assert seen["faint"] == []
 
 
 @pytest.mark.long
-@browsed
-def test_a_page_that_is_wrong_is_noticed(browser: Browser, tmp_path: Path) -> None:
+@needs_browser
+def test_layout_checks_detect_errors(browser: Browser, tmp_path: Path) -> None:
     """The eyes of these tests see: a faint word, a word too wide, an image from elsewhere, an error."""
     wrong = tmp_path / "wrong.html"
     wrong.write_text(
@@ -278,7 +278,7 @@ def test_a_page_that_is_wrong_is_noticed(browser: Browser, tmp_path: Path) -> No
     deadline = time.monotonic() + 30
     while not browser.complaints() and time.monotonic() < deadline:
         browser.evaluate("1")
-    seen = looked(browser)
+    seen = inspect_layout(browser)
     assert seen["faint"]
     assert seen["overflowing"]
     assert len(browser.requests()) == 2

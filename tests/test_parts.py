@@ -21,21 +21,21 @@ from enrich.privacy import Forgotten, keyed
 from enrich.question import Question
 from enrich.rows import Rows
 from enrich.tables import parts, reading
-from tests.buckets import BUCKET, put
+from tests.buckets import BUCKET, put_object
 from tests.cases import in_turn
-from tests.tables import save
+from tests.tables import write_table
 
-QUESTION = Question(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
+TEMPLATE = Question(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A, b: B}\n"
 
 
-def rows_of(folder: Path, where: str = "leads/", more: str = "", forgotten: Forgotten | None = None) -> Rows:
+def open_rows(folder: Path, input_path: str = "leads/", more: str = "", forgotten: Forgotten | None = None) -> Rows:
     """Open the leads of a job."""
-    (folder / "job.yaml").write_text(f"{JOB}input: {where}\n{more}")
+    (folder / "job.yaml").write_text(f"{JOB}input: {input_path}\n{more}")
     return Rows(load_job(folder / "job.yaml"), forgotten)
 
 
-def seen(batches: Iterator[Batch]) -> list[tuple[object, ...]]:
+def described_rows(batches: Iterator[Batch]) -> list[tuple[object, ...]]:
     """List what is known of each row: its place, its cells, what it asks or why it doesn't."""
     return [
         row
@@ -53,7 +53,7 @@ def seen(batches: Iterator[Batch]) -> list[tuple[object, ...]]:
     ]
 
 
-def elsewhere(rows: Rows) -> Rows:
+def pickle_roundtrip(rows: Rows) -> Rows:
     """Take it to another process."""
     copied: Rows = pickle.loads(pickle.dumps(rows))  # noqa: S301 - our own
     return copied
@@ -69,7 +69,7 @@ FILE = st.tuples(st.sampled_from(["", "c=1/", "c=2/"]), st.lists(st.tuples(CELL,
     kind=st.sampled_from(["parquet", "csv", "jsonl"]),
     size=st.integers(1, 4),
 )
-def test_all_parts_are_the_whole(
+def test_parts_equal_whole_input(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, list[tuple[str, str]]]], kind: str, size: int
 ) -> None:
     """The same rows in the same places ask the same, whatever the files and the size of the parts."""
@@ -79,113 +79,122 @@ def test_all_parts_are_the_whole(
     for number, (below, leads) in enumerate(files):
         path = folder / "leads" / ((below or "c=3/") if deep else "") / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
+        write_table(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
     with patch.object(parts, "ROWS", size):
-        rows = rows_of(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
+        rows = open_rows(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
         divided = rows.parts()
-        whole = seen(rows.batches(QUESTION))
+        whole = described_rows(rows.batches(TEMPLATE))
         assert sum(part.rows for part in divided) == len(whole)
-        assert [row for part in divided for row in seen(rows.part(part).batches(QUESTION))] == whole
+        assert [row for part in divided for row in described_rows(rows.part(part).batches(TEMPLATE))] == whole
     if kind == "parquet":
         assert all(0 < part.rows <= size for part in divided)
 
 
-def test_a_part_needs_nothing_but_its_file(tmp_path: Path) -> None:
+def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
     """Neither the job file nor the list of those who are never asked: they went with it."""
     folder = tmp_path / "leads"
     folder.mkdir()
     people = [["Ada", "ada@x.example"], ["Bob", "bob@y.example"], ["Cyd", "cyd@z.example"]]
     for name, lead in zip("abc", people, strict=True):
-        save(folder / f"{name}.csv", ["A", "B"], [lead])
+        write_table(folder / f"{name}.csv", ["A", "B"], [lead])
     (tmp_path / "never.txt").write_text("x.example\n")
     forgotten = Forgotten(b"key", frozenset([keyed(b"key", b'{"a":"Bob","b":"bob@y.example"}')]))
-    rows = rows_of(tmp_path, more="suppress: never.txt\n", forgotten=forgotten)
-    whole, divided = seen(rows.batches(QUESTION)), rows.parts()
-    sent = [elsewhere(rows.part(part)) for part in divided]
+    rows = open_rows(tmp_path, more="suppress: never.txt\n", forgotten=forgotten)
+    whole, divided = described_rows(rows.batches(TEMPLATE)), rows.parts()
+    sent = [pickle_roundtrip(rows.part(part)) for part in divided]
     for name in ("job.yaml", "never.txt", "leads/b.csv"):
         (tmp_path / name).unlink()
     assert [row[4] for row in whole] == ["filtered", "filtered", None]
-    assert seen(sent[0].batches(QUESTION)) + seen(sent[2].batches(QUESTION)) == [whole[0], whole[2]]
+    assert described_rows(sent[0].batches(TEMPLATE)) + described_rows(sent[2].batches(TEMPLATE)) == [whole[0], whole[2]]
     with pytest.raises(Refused, match=f"{folder}/b.csv does not exist"):
-        seen(sent[1].batches(QUESTION))
+        described_rows(sent[1].batches(TEMPLATE))
 
 
-def test_what_is_wrong_with_a_part_is_told_where_it_is_read(tmp_path: Path) -> None:
+def test_part_errors_name_job_line(tmp_path: Path) -> None:
     """With the line of the job file, though it isn't there, and with no cell."""
-    save(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
-    rows = elsewhere((whole := rows_of(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).part(whole.parts()[0]))
+    write_table(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
+    rows = pickle_roundtrip(
+        (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).part(whole.parts()[0])
+    )
     (tmp_path / "job.yaml").unlink()
     with pytest.raises(Exception, match=r"job.yaml:5: where: cannot be computed") as caught:
-        seen(rows.batches(QUESTION))
+        described_rows(rows.batches(TEMPLATE))
     assert "'x'" not in str(caught.value)
 
 
-def test_rows_that_were_read_already_have_their_places(tmp_path: Path) -> None:
+def test_in_memory_rows_keep_positions(tmp_path: Path) -> None:
     """As a cluster brings them."""
-    save(tmp_path / "leads.csv", ["A", "B", "enrich_status"], [["x", "1", "found"], ["y", "2", "failed"]])
-    rows = rows_of(tmp_path, "leads.csv", "where: enrich_status = 'failed'\n")
+    write_table(tmp_path / "leads.csv", ["A", "B", "enrich_status"], [["x", "1", "found"], ["y", "2", "failed"]])
+    rows = open_rows(tmp_path, "leads.csv", "where: enrich_status = 'failed'\n")
     frame = pl.DataFrame({"A": ["y"], "B": ["2"], "enrich_status": ["failed"]})
-    assert seen(elsewhere(rows.block(1, frame)).batches(QUESTION)) == seen(rows.batches(QUESTION))[1:]
+    assert (
+        described_rows(pickle_roundtrip(rows.block(1, frame)).batches(TEMPLATE))
+        == described_rows(rows.batches(TEMPLATE))[1:]
+    )
 
 
 @in_turn(("kind", "rows"), [("parquet", 0), ("parquet", 2), ("csv", 0), ("csv", 2), ("csv", 4)])
-def test_a_file_that_has_other_rows_by_now_is_refused(tmp_path: Path, kind: str, rows: int) -> None:
+def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> None:
     """The rows behind it would have other places."""
-    path = save(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)
-    whole = rows_of(tmp_path, path.name)
+    path = write_table(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)
+    whole = open_rows(tmp_path, path.name)
     (part,) = whole.parts()
-    save(path, ["A", "B"], [["1", "2"]] * rows)
+    write_table(path, ["A", "B"], [["1", "2"]] * rows)
     with pytest.raises(Refused, match=rf"leads.{kind} changed since the run began"):
-        seen(whole.part(part).batches(QUESTION))
+        described_rows(whole.part(part).batches(TEMPLATE))
 
 
-def test_what_depends_on_all_rows_has_no_parts(tmp_path: Path) -> None:
+def test_undividable_inputs(tmp_path: Path) -> None:
     """And says why."""
-    save(tmp_path / "leads.csv", ["A", "B"], [])
-    assert rows_of(tmp_path, "leads.csv").undivided() is None
-    assert "`dedupe: false`" in (rows_of(tmp_path, "leads.csv", "dedupe: false\n").undivided() or "")
-    assert "`order_by`" in (rows_of(tmp_path, "leads.csv", "order_by: A\n").undivided() or "")
+    write_table(tmp_path / "leads.csv", ["A", "B"], [])
+    assert open_rows(tmp_path, "leads.csv").undivided() is None
+    assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").undivided() or "")
+    assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").undivided() or "")
 
 
 @pytest.mark.usefixtures("bucket")
-def test_parts_of_an_object_are_read_anywhere(tmp_path: Path) -> None:
+def test_parts_of_objects(tmp_path: Path) -> None:
     """It is fetched there; another object in its place is none of the run's."""
     leads = [[str(number), "x"] for number in range(5)]
-    data = save(tmp_path / "a.parquet", ["A", "B"], leads).read_bytes()
+    data = write_table(tmp_path / "a.parquet", ["A", "B"], leads).read_bytes()
     for name in ("in/c=1/a.parquet", "in/c=2/a.parquet"):
-        put(name, data)
-    rows = rows_of(tmp_path, f"s3://{BUCKET}/in/")
+        put_object(name, data)
+    rows = open_rows(tmp_path, f"s3://{BUCKET}/in/")
     with patch.object(parts, "ROWS", 2):
         divided = rows.parts()
     assert [(part.first, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
-    whole = seen(rows.batches(QUESTION))
-    assert [row for part in divided for row in seen(elsewhere(rows.part(part)).batches(QUESTION))] == whole
-    put("in/c=2/a.parquet", save(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes())
+    whole = described_rows(rows.batches(TEMPLATE))
+    assert [
+        row for part in divided for row in described_rows(pickle_roundtrip(rows.part(part)).batches(TEMPLATE))
+    ] == whole
+    put_object(
+        "in/c=2/a.parquet", write_table(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes()
+    )
     with pytest.raises(Refused, match=r"c=2/a.parquet changed since the run began"):
-        seen(rows.part(divided[-1]).batches(QUESTION))
+        described_rows(rows.part(divided[-1]).batches(TEMPLATE))
 
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("name", ["leads.parquet", "leads[1].parquet"])
-def test_an_object_that_is_replaced_between_two_parts_is_told(tmp_path: Path, name: str) -> None:
+def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
     """Though it has as many rows: half of the output would be of the old one, and half of the new."""
-    data = save(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
-    put(name, data)
-    rows = rows_of(tmp_path, f"s3://{BUCKET}/{name}")
+    data = write_table(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
+    put_object(name, data)
+    rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
     with patch.object(parts, "ROWS", 2):
         first, second = rows.parts()
-    assert len(seen(elsewhere(rows.part(first)).batches(QUESTION))) == 2
-    put(name, save(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
+    assert len(described_rows(pickle_roundtrip(rows.part(first)).batches(TEMPLATE))) == 2
+    put_object(name, write_table(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
     with pytest.raises(Refused, match=rf"{re.escape(name)} changed since the run began"):
-        seen(elsewhere(rows.part(second)).batches(QUESTION))
+        described_rows(pickle_roundtrip(rows.part(second)).batches(TEMPLATE))
 
 
-def test_only_what_is_no_parquet_is_read_to_be_counted(tmp_path: Path) -> None:
+def test_row_counting_reads(tmp_path: Path) -> None:
     """The others say it themselves."""
     for name in ("a.parquet", "b.parquet"):
         (tmp_path / "leads").mkdir(exist_ok=True)
-        save(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
-    rows = rows_of(tmp_path)
+        write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
+    rows = open_rows(tmp_path)
     with patch.object(reading, "_batches", side_effect=AssertionError):
         assert [(part.leaf.where.name, part.start, part.rows, part.first) for part in rows.parts()] == [
             ("a.parquet", 0, 3, 0),

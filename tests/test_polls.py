@@ -16,26 +16,26 @@ from enrich.polls import AGES, INHERITED, PollTimes, Price
 from tests.cases import first_quick, in_turn
 
 
-def taught(*ages: float, times: int = 40) -> PollTimes:
+def trained_schedule(*durations_s: float, times: int = 40) -> PollTimes:
     """Make poll times that have seen tasks take so long, closely watched."""
     learned = PollTimes()
     for _ in range(times):
-        for age in ages:
+        for age in durations_s:
             learned.finished(age * 0.97, age)
     return learned
 
 
-def asked(times: PollTimes, price: Price = Price.FAIR, until: float = 60.0) -> list[float]:
+def poll_ages(times: PollTimes, cost: Price = Price.FAIR, until: float = 60.0) -> list[float]:
     """List the ages at which a task is asked that runs so long."""
-    ages = [times.wait(0.0, price)]
+    ages = [times.wait(0.0, cost)]
     while ages[-1] < until:
-        ages.append(ages[-1] + times.wait(ages[-1], price))
+        ages.append(ages[-1] + times.wait(ages[-1], cost))
     return ages
 
 
-def test_before_anything_is_known_polls_come_early_and_then_less_and_less_often() -> None:
+def test_initial_polls_back_off() -> None:
     """The first guess is a second; nothing waits longer than half a minute for the next poll."""
-    ages = asked(PollTimes(), until=200.0)
+    ages = poll_ages(PollTimes(), until=200.0)
     assert ages[0] == pytest.approx(0.9)
     gaps = [after - before for before, after in pairwise(ages)]
     assert gaps == sorted(gaps)
@@ -44,23 +44,23 @@ def test_before_anything_is_known_polls_come_early_and_then_less_and_less_often(
     assert PollTimes().typical == PollTimes.FIRST_GUESS_S
 
 
-def test_a_task_that_always_takes_as_long_is_asked_once() -> None:
+def test_constant_duration_polled_once() -> None:
     """Just after it is done."""
-    first = taught(4.0).wait(0.0)
+    first = trained_schedule(4.0).wait(0.0)
     assert 4.0 <= first < 4.7
 
 
-def test_two_kinds_of_tasks_are_asked_at_two_times() -> None:
+def test_bimodal_durations() -> None:
     """Nobody asks in between, when none can be done."""
-    ages = asked(taught(2.0, 20.0), until=18.0)
+    ages = poll_ages(trained_schedule(2.0, 20.0), until=18.0)
     assert 2.0 <= ages[0] < 2.5
     assert ages[1] >= 18.0
 
 
-def test_a_dear_poll_comes_later_and_a_cheap_one_sooner() -> None:
+def test_poll_cost_shifts_time() -> None:
     """The price of a poll decides how sure it must be."""
-    times = taught(2.0, 3.0, 4.0, 5.0, 7.0)
-    low, fair, high = (len(asked(times, price, until=7.0)) for price in Price)
+    times = trained_schedule(2.0, 3.0, 4.0, 5.0, 7.0)
+    low, fair, high = (len(poll_ages(times, price, until=7.0)) for price in Price)
     assert low > fair > high >= 1
     assert times.wait(0.0, Price.LOW) < times.wait(0.0, Price.HIGH)
 
@@ -69,14 +69,14 @@ def test_a_dear_poll_comes_later_and_a_cheap_one_sooner() -> None:
     ("scarce", "room", "price"),
     [(True, 0.9, Price.HIGH), (True, 0.2, Price.FAIR), (False, 0.9, Price.FAIR), (False, 0.0, Price.LOW)],
 )
-def test_what_makes_a_run_long_sets_the_price(scarce: bool, room: float, price: Price) -> None:  # noqa: FBT001 - a table
+def test_poll_cost_from_run_limits(scarce: bool, room: float, price: Price) -> None:  # noqa: FBT001 - a table
     """Slots that submits want make a poll dear; a full house and slots left over make it cheap."""
     assert Price.of(scarce=scarce, room=room) is price
 
 
-def test_an_api_that_changed_is_learned_anew_within_some_tens_of_answers() -> None:
+def test_durations_are_relearned() -> None:
     """After thousands of quick tasks a hundred slow ones decide."""
-    times = taught(1.0, times=1000)
+    times = trained_schedule(1.0, times=1000)
     assert times.typical == pytest.approx(1.0, rel=0.1)
     for _ in range(60):
         times.finished(29.0, 30.0)
@@ -85,7 +85,7 @@ def test_an_api_that_changed_is_learned_anew_within_some_tens_of_answers() -> No
 
 
 @pytest.mark.parametrize(("before", "after"), [(30.0, 2.0), (4.0, 1.0), (2.0, 30.0)])
-def test_an_api_that_becomes_faster_or_slower_is_noticed(before: float, after: float) -> None:
+def test_duration_changes_are_noticed(before: float, after: float) -> None:
     """Also when every answer is there at the time at which it was expected: one in twenty is looked for earlier."""
     tasks = count()
 
@@ -98,15 +98,15 @@ def test_an_api_that_becomes_faster_or_slower_is_noticed(before: float, after: f
     assert median(seen.delays[1400:]) < 0.6 * after
 
 
-def test_an_interval_teaches_no_more_than_it_says() -> None:
+def test_wide_intervals_are_weak_evidence() -> None:
     """A laptop that slept, a poll that was late: done at some time in these hours agrees with what is known."""
-    times = taught(4.0)
+    times = trained_schedule(4.0)
     for _ in range(30):
         times.finished(0.0, 30_000.0)
     assert times.typical == pytest.approx(4.0, rel=0.1)
 
 
-def test_our_own_poll_times_do_not_bend_what_is_learned() -> None:
+def test_poll_times_do_not_bias_durations() -> None:
     """Asked every ten seconds, tasks of 4 or 13 seconds teach that they took at most 10 and 20, not 10 and 20."""
     times, chance = PollTimes(), random.Random(1)
     for _ in range(200):
@@ -116,23 +116,30 @@ def test_our_own_poll_times_do_not_bend_what_is_learned() -> None:
     assert 3.0 < times.typical < 6.0
 
 
-def test_a_clock_that_was_set_back_teaches_nothing() -> None:
+def test_negative_intervals_are_ignored() -> None:
     """A task cannot be done before it was seen at work."""
     times = PollTimes()
     times.finished(10.0, 3.0)
     assert times.learned == []
 
 
-def test_a_ledger_that_somebody_changed_teaches_nothing_wrong() -> None:
+def test_invalid_stored_durations_are_ignored() -> None:
     """What cannot be is passed over."""
-    odd = [(4.0, -5.0), (float("inf"), 3.0), (-1.0, 3.0), (2.0, 1e300), (float("nan"), 1.0), (1.0, float("nan"))]
-    assert PollTimes(odd).learned == []
-    assert PollTimes([*odd, (3.0, 6.0)]).typical == pytest.approx(3.0, rel=0.1)
+    scripted_api = [
+        (4.0, -5.0),
+        (float("inf"), 3.0),
+        (-1.0, 3.0),
+        (2.0, 1e300),
+        (float("nan"), 1.0),
+        (1.0, float("nan")),
+    ]
+    assert PollTimes(scripted_api).learned == []
+    assert PollTimes([*scripted_api, (3.0, 6.0)]).typical == pytest.approx(3.0, rel=0.1)
 
 
-def test_another_night_begins_where_this_one_ended_but_believes_its_own_answers_more() -> None:
+def test_stored_durations_have_low_weight() -> None:
     """What was inherited weighs as much as a few answers."""
-    times = PollTimes(taught(8.0).learned)
+    times = PollTimes(trained_schedule(8.0).learned)
     assert sum(answers for _, answers in times.learned) == pytest.approx(INHERITED)
     assert 8.0 <= times.wait(0.0) < 9.5
     for _ in range(40):
@@ -145,9 +152,7 @@ def test_another_night_begins_where_this_one_ended_but_believes_its_own_answers_
     age=st.floats(0, 1e6),
     price=st.sampled_from(Price),
 )
-def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
-    intervals: list[tuple[float, float]], age: float, price: Price
-) -> None:
+def test_next_poll_is_bounded(intervals: list[tuple[float, float]], age: float, price: Price) -> None:
     """The wait is above nothing, and at most until the oldest age that is known."""
     times = PollTimes()
     for after, longer in intervals:
@@ -158,7 +163,7 @@ def test_whatever_was_heard_a_poll_is_never_in_the_past_nor_out_of_sight(
 
 
 @pytest.mark.long
-def test_few_polls_bring_the_answers_soon() -> None:
+def test_polls_and_delay_on_typical_latencies() -> None:
     """For the latencies that such an API has: beginner's polls included.
 
     Who knew the distribution beforehand and planned for just this would need 1.74 polls for a median delay of 1.5 s,
@@ -170,21 +175,21 @@ def test_few_polls_bring_the_answers_soon() -> None:
 
 
 @pytest.mark.parametrize("name", first_quick(1, LATENCIES, single=True))
-def test_learning_beats_every_fixed_interval_somewhere_and_loses_nowhere_by_much(name: str) -> None:
+def test_schedule_beats_fixed_intervals(name: str) -> None:
     """In polls and typical latencies of delay together, at the price that is fair."""
     latency = LATENCIES[name]
     chance = random.Random(1)
     typical = sorted(latency(chance) for _ in range(999))[499]
 
-    def cost(seen: Seen) -> float:
-        return seen.polls * Price.FAIR.value * typical + sum(seen.delays) / len(seen.delays)
+    def cost(request: Seen) -> float:
+        return request.polls * Price.FAIR.value * typical + sum(request.delays) / len(request.delays)
 
     best = min(cost(play(Every(seconds), latency)) for seconds in (1.0, 2.0, 5.0))
     assert cost(play(PollTimes(), latency)) < 1.15 * best
 
 
 @pytest.mark.long
-def test_under_a_tight_allowance_nearly_half_of_the_slots_are_submits() -> None:
+def test_submits_share_of_tight_rate() -> None:
     """With one poll a row half would be the most."""
     for name in ("constant 4 s", "lognormal(4 s, 0.2)", "lognormal(4 s, 0.6)", "2 s or 12 s"):
         seen = tight.play(PollTimes(), LATENCIES[name], arbitrated=True, rate=20.0, rows=2000)
@@ -192,7 +197,7 @@ def test_under_a_tight_allowance_nearly_half_of_the_slots_are_submits() -> None:
         assert seen.polls_per_row <= 1.1
 
 
-def test_where_the_room_is_the_limit_cheap_polls_make_it_again() -> None:
+def test_cheap_polls_free_open_task_limit() -> None:
     """Answers that are fetched sooner make room for the next submits."""
     latency = LATENCIES["lognormal(60 s, 0.6)"]
     given_way, fair = (

@@ -14,20 +14,20 @@ import psycopg
 import pytest
 
 from tests import postgres as servers
-from tests.harness import until
-from tests.postgres import Postgres
+from tests.harness import wait_until
+from tests.postgres import PostgresServer
 
 #: They start servers of their own.
 pytestmark = pytest.mark.long
 
 
-def test_a_wrong_password_is_refused(postgres: Postgres) -> None:
+def test_wrong_password_is_refused(postgres: PostgresServer) -> None:
     """Nobody comes in without the password: what passes here passes on a real server."""
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         replace(postgres, password="wrong").connect()
 
 
-def test_what_a_url_names_is_dropped_afterwards(postgres: Postgres) -> None:
+def test_test_schemas_are_dropped(postgres: PostgresServer) -> None:
     """A schema that a test made is gone after it, and that of the sandbox."""
     schema = postgres.url().rpartition("=")[2]
     with closing(postgres.connect()) as db:
@@ -37,7 +37,7 @@ def test_what_a_url_names_is_dropped_afterwards(postgres: Postgres) -> None:
         assert db.execute("SELECT count(*) FROM pg_namespace WHERE nspname LIKE %s", (f"{schema}%",)).fetchone() == (0,)
 
 
-def test_words_are_sorted_as_people_sort(postgres: Postgres) -> None:
+def test_text_sorts_by_locale(postgres: PostgresServer) -> None:
     """The database has a language: whoever relies on the order of bytes is found out."""
     with closing(postgres.connect()) as db:
         row = db.execute("SELECT to_jsonb(d)->>'datlocprovider' FROM pg_database d WHERE datname = 'enrich'").fetchone()
@@ -46,7 +46,7 @@ def test_words_are_sorted_as_people_sort(postgres: Postgres) -> None:
         assert db.execute("SELECT 'a' < 'B'").fetchone() == (True,)
 
 
-def test_a_server_of_ones_own_comes_back(own_postgres: Postgres) -> None:
+def test_dedicated_server_restarts(own_postgres: PostgresServer) -> None:
     """What was committed is there after a restart and after a crash; connections are lost."""
     with closing(own_postgres.connect()) as db:
         db.execute("CREATE TABLE kept AS SELECT 1 AS number")
@@ -61,16 +61,16 @@ def test_a_server_of_ones_own_comes_back(own_postgres: Postgres) -> None:
         assert db.execute("SELECT number FROM kept").fetchone() == (1,)
 
 
-SERVE = """\
+SERVE_SCRIPT = """\
 import sys
-from tests.postgres import serving_alone
-with serving_alone() as server:
+from tests.postgres import dedicated_server
+with dedicated_server() as server:
     print(server.folder, flush=True)
     sys.stdin.read()
 """
 
 
-def runs(process: int) -> bool:
+def is_running(process: int) -> bool:
     """Tell whether a process is there."""
     try:
         os.kill(process, 0)
@@ -79,15 +79,15 @@ def runs(process: int) -> bool:
     return True
 
 
-def test_a_server_ends_with_whoever_started_it() -> None:
+def test_server_stops_with_parent() -> None:
     """Though pytest is killed no server stays, and no folder."""
     if not servers.find_binaries():
-        pytest.skip(servers.ABSENT)
+        pytest.skip(servers.NOT_INSTALLED)
     with subprocess.Popen(
-        [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVE_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
         folder = Path(process.stdout.readline().strip())
         server = int((folder / "data" / "postmaster.pid").read_text().splitlines()[0])
         process.send_signal(signal.SIGKILL)
-    until(lambda: not folder.exists() and not runs(server))
+    wait_until(lambda: not folder.exists() and not is_running(server))

@@ -12,7 +12,7 @@ from enrich.budget import make_budget
 from enrich.errors import JobError, Refused
 from enrich.job import load_job
 from enrich.question import Question, default_providers, make_question
-from tests.harness import Office
+from tests.harness import Workspace
 
 JOB = """\
 version: 1
@@ -25,9 +25,9 @@ params:
 """
 
 
-def described(**changes: Any) -> Waterfall:
+def waterfall_json(**changes: Any) -> Waterfall:
     """Describe a waterfall as the API does."""
-    said = {
+    message = {
         "identifier": "email_getter",
         "input_params": [
             {"name": "first_name", "type": "text", "required": True},
@@ -45,72 +45,75 @@ def described(**changes: Any) -> Waterfall:
         "is_email_verifying": True,
         "email_verifiers": [{"id": 10, "name": "V", "price": "0.1"}],
     }
-    return Waterfall.model_validate(said | changes)
+    return Waterfall.model_validate(message | changes)
 
 
-def question(
-    office: Office, more: str = "", waterfall: Waterfall | None = None, providers: Sequence[int] | None = None
+def build_template(
+    workspace: Workspace,
+    extra_yaml: str = "",
+    waterfall: Waterfall | None = None,
+    providers: Sequence[int] | None = None,
 ) -> Question:
     """Make the question of a job."""
-    waterfall = waterfall or described()
-    job = load_job(office.write_job(JOB + more))
+    waterfall = waterfall or waterfall_json()
+    job = load_job(workspace.write_job(JOB + extra_yaml))
     return make_question(job, waterfall, default_providers(waterfall) if providers is None else providers)
 
 
-def refusal(office: Office, more: str = "", waterfall: Waterfall | None = None) -> tuple[str, str | None]:
+def job_error(workspace: Workspace, extra_yaml: str = "", waterfall: Waterfall | None = None) -> tuple[str, str | None]:
     """Return the message, without the job file's path, and the hint."""
     with pytest.raises(JobError) as caught:
-        question(office, more, waterfall)
-    return caught.value.message.removeprefix(f"{office.job_file}:"), caught.value.hint
+        build_template(workspace, extra_yaml, waterfall)
+    return caught.value.message.removeprefix(f"{workspace.job_file}:"), caught.value.hint
 
 
-def test_the_providers_are_those_enabled_by_default(office: Office) -> None:
+def test_default_providers(workspace: Workspace) -> None:
     """Add-ons run only when they are named; a provider that says nothing is enabled."""
-    assert question(office).call.enrichments == (833, 966)
-    assert question(office, providers=[966]).call.enrichments == (966,)
+    assert build_template(workspace).call.enrichments == (833, 966)
+    assert build_template(workspace, providers=[966]).call.enrichments == (966,)
 
 
-def test_the_job_s_order_of_providers_is_kept(office: Office) -> None:
+def test_provider_order_of_job(workspace: Workspace) -> None:
     """It is the order in which they are asked, and so it is part of the question."""
-    assert question(office, "enrichments: [966, 113, 833]\n").call.enrichments == (966, 113, 833)
+    assert build_template(workspace, "enrichments: [966, 113, 833]\n").call.enrichments == (966, 113, 833)
 
 
-def test_the_worst_price_is_everybody_asked_and_checked(office: Office) -> None:
+def test_max_price(workspace: Workspace) -> None:
     """In millionths: each provider, and a verification of what each found."""
-    assert question(office).worst_price == 1_750_000
-    assert question(office, "enrichments: [113]\n").worst_price == 3_000_000
-    assert question(office, "email_verifier: 10\n").worst_price == 1_950_000
+    assert build_template(workspace).worst_price == 1_750_000
+    assert build_template(workspace, "enrichments: [113]\n").worst_price == 3_000_000
+    assert build_template(workspace, "email_verifier: 10\n").worst_price == 1_950_000
 
 
 @pytest.mark.parametrize("price", [None, "free", "", -1, "nan"])
-def test_a_price_that_is_not_known_is_not_nought(office: Office, price: object) -> None:
+def test_unknown_price(workspace: Workspace, price: object) -> None:
     """Without a cap the run may go on; a cap that cannot be kept is refused."""
-    waterfall = described(available_enrichments=[{"id": 833, "price": "1"}, {"id": 966, "price": price}])
-    made = question(office, waterfall=waterfall)
+    waterfall = waterfall_json(available_enrichments=[{"id": 833, "price": "1"}, {"id": 966, "price": price}])
+    made = build_template(workspace, waterfall=waterfall)
     assert made.worst_price is None
-    assert make_budget(load_job(office.job_file), made, None).price == 0
-    capped = load_job(office.write_job(f"{JOB}limits: {{max_credits: 5}}\n"))
+    assert make_budget(load_job(workspace.job_file), made, None).price == 0
+    capped = load_job(workspace.write_job(f"{JOB}limits: {{max_credits: 5}}\n"))
     with pytest.raises(Refused, match="names no price"):
         make_budget(capped, made, None)
-    assert make_budget(capped, question(office), None).price == 1_750_000
+    assert make_budget(capped, build_template(workspace), None).price == 1_750_000
 
 
-def test_a_provider_that_the_api_no_longer_lists_has_no_known_price(office: Office) -> None:
+def test_unlisted_provider_has_unknown_price(workspace: Workspace) -> None:
     """The ledger may keep it from the first run: what it costs today nobody says."""
-    assert question(office, providers=[833, 1]).worst_price is None
+    assert build_template(workspace, providers=[833, 1]).worst_price is None
 
 
-def test_required_params_and_emails_are_known(office: Office) -> None:
+def test_required_params_and_emails(workspace: Workspace) -> None:
     """A param is an e-mail by its type or by its name."""
-    made = question(office)
+    made = build_template(workspace)
     assert made.required == ("first_name", "last_name", "company")
     assert made.emails == ("email", "second")
 
 
-def test_the_columns_are_the_waterfall_s_fields_unless_the_job_names_some(office: Office) -> None:
+def test_default_result_columns(workspace: Workspace) -> None:
     """New column: field of the result."""
-    assert question(office).columns == {"email": "email", "score": "score"}
-    assert question(office, "columns: {work: email, city: person.city}\n").columns == {
+    assert build_template(workspace).columns == {"email": "email", "score": "score"}
+    assert build_template(workspace, "columns: {work: email, city: person.city}\n").columns == {
         "work": "email",
         "city": "person.city",
     }
@@ -138,37 +141,37 @@ def test_the_columns_are_the_waterfall_s_fields_unless_the_job_names_some(office
         ("email_verifier: 9\n", "8: email_verifier: `email_getter` has no verifier 9", "it has 10 V"),
     ],
 )
-def test_what_the_waterfall_lacks_is_told(office: Office, more: str, message: str, hint: str) -> None:
+def test_unknown_names_are_reported(workspace: Workspace, more: str, message: str, hint: str) -> None:
     """With the line of the job file and what there is instead."""
-    assert refusal(office, more) == (message, hint)
+    assert job_error(workspace, more) == (message, hint)
 
 
-def test_a_required_param_must_be_mapped(office: Office) -> None:
+def test_unmapped_required_param(workspace: Workspace) -> None:
     """It is told before anything is asked."""
     known = {"name": "linkedin", "required": True}
-    message, hint = refusal(
-        office, waterfall=described(input_params=[known, *described().model_dump()["input_params"]])
+    message, hint = job_error(
+        workspace, waterfall=waterfall_json(input_params=[known, *waterfall_json().model_dump()["input_params"]])
     )
     assert message == "4: params: the waterfall `email_getter` requires `linkedin`"
     assert hint == "map it: linkedin: <a column of the input>"
 
 
-def test_a_waterfall_that_verifies_nothing_takes_no_verifier(office: Office) -> None:
+def test_verifier_not_supported(workspace: Workspace) -> None:
     """The API would ignore it, or charge for nothing."""
-    message, _ = refusal(office, "email_verifier: 10\n", described(is_email_verifying=False))
+    message, _ = job_error(workspace, "email_verifier: 10\n", waterfall_json(is_email_verifying=False))
     assert message == "8: email_verifier: the waterfall `email_getter` verifies no e-mails"
 
 
-def test_a_waterfall_that_says_little_is_taken_at_the_job_s_word(office: Office) -> None:
+def test_incomplete_waterfall_is_accepted(workspace: Workspace) -> None:
     """Older documents know neither verifiers nor defaults; nothing is refused for what nobody says."""
     waterfall = Waterfall.model_validate({"identifier": "email_getter", "is_email_verifying": True})
-    made = question(office, "enrichments: [1]\nemail_verifier: 2\ncolumns: {a: b}\n", waterfall)
+    made = build_template(workspace, "enrichments: [1]\nemail_verifier: 2\ncolumns: {a: b}\n", waterfall)
     assert (made.call.enrichments, made.call.email_verifier, made.worst_price) == ((1,), 2, None)
-    assert "say which `enrichments`" in (refusal(office, "columns: {a: b}\n", waterfall)[1] or "")
-    assert "say which `columns`" in (refusal(office, "enrichments: [1]\n", waterfall)[1] or "")
+    assert "say which `enrichments`" in (job_error(workspace, "columns: {a: b}\n", waterfall)[1] or "")
+    assert "say which `columns`" in (job_error(workspace, "enrichments: [1]\n", waterfall)[1] or "")
 
 
-def test_null_is_as_good_as_left_out() -> None:
+def test_null_keys_are_optional() -> None:
     """The API's documents do not tell which keys may be null."""
     waterfall = Waterfall.model_validate(
         {
@@ -187,7 +190,7 @@ def test_null_is_as_good_as_left_out() -> None:
     assert User.model_validate({"balance": "5.5", "workspace": "w"}).balance == "5.5"
 
 
-def test_what_was_described_can_be_remembered() -> None:
+def test_waterfall_json_roundtrip() -> None:
     """The ledger keeps the description as JSON and makes the same question of it."""
-    waterfall = described()
+    waterfall = waterfall_json()
     assert Waterfall.model_validate(waterfall.model_dump()) == waterfall

@@ -11,8 +11,8 @@ from enrich import __version__
 from enrich.cli import cli
 from enrich.job import load_job
 from enrich.spec import json_schema
-from tests.documents import ROOT, blocks, check_console, lay_out, run
-from tests.harness import CALM, serving
+from tests.documents import ROOT, check_console, fenced_blocks, make_checkout, run_shell
+from tests.harness import INSTANT_API, serve_api
 
 README = ROOT / "README.md"
 
@@ -20,39 +20,39 @@ README = ROOT / "README.md"
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout whose .venv is the one that runs the tests."""
-    return lay_out(tmp_path_factory.mktemp("checkout"))
+    return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.mark.long
-def test_the_console_says_what_the_readme_shows(checkout: Path) -> None:
+def test_readme_console_output(checkout: Path) -> None:
     """Every `$ command` of the README prints what stands below it, in the README's order."""
     assert check_console(README, checkout) >= 3
 
 
 @pytest.mark.long
-def test_the_commands_for_the_real_api_work(checkout: Path, tmp_path: Path) -> None:
+def test_readme_api_commands(checkout: Path, tmp_path: Path) -> None:
     """The commands with a key run as they stand, against an API that accepts this key."""
-    (block,) = blocks(README, "sh")
-    with serving(tmp_path / "api.db", CALM, api_key="your-key") as api:
-        said = run(block, checkout, DATABAR_BASE_URL=api.base_url)
+    (block,) = fenced_blocks(README, "sh")
+    with serve_api(tmp_path / "api.db", INSTANT_API, api_key="your-key") as api:
+        message = run_shell(block, checkout, DATABAR_BASE_URL=api.base_url)
         accepted = api.audit()["accepted"]
-    assert "email_getter" in said
+    assert "email_getter" in message
     assert accepted == 232
 
 
-def test_the_example_is_the_job_that_ships() -> None:
+def test_readme_example_job() -> None:
     """The job file shown is `jobs/leads.yaml`."""
-    (block,) = blocks(README, "yaml")
+    (block,) = fenced_blocks(README, "yaml")
     assert block in (ROOT / "jobs" / "leads.yaml").read_text(encoding="utf-8")
 
 
-def test_every_command_is_mentioned() -> None:
+def test_readme_mentions_every_command() -> None:
     """The README knows every command."""
     for name in cli.commands:
         assert f"enrich {name}" in README.read_text(encoding="utf-8")
 
 
-def test_the_schema_beside_the_jobs_is_current() -> None:
+def test_shipped_schema_is_current() -> None:
     """`jobs/schema.json` is what `enrich schema` prints, and every job points to it."""
     assert json.loads((ROOT / "jobs" / "schema.json").read_text(encoding="utf-8")) == json_schema()
     jobs = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -62,7 +62,7 @@ def test_the_schema_beside_the_jobs_is_current() -> None:
         load_job(job)
 
 
-def test_the_changelog_names_the_version() -> None:
+def test_changelog_names_version() -> None:
     """The changelog has a heading for what comes next or for this version."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## Unreleased" in changelog or f"## {__version__}" in changelog

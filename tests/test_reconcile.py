@@ -14,12 +14,12 @@ from enrich.errors import Exit
 from enrich.model import MICROS, State, read_balance
 from enrich.surroundings import Options, Progress
 from tests.cases import first_quick, in_turn
-from tests.harness import BOTH_IN_TIME, HASTY, Api, Office, people, serving
-from tests.wire import Reply, Seen, answering, http
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
+from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
@@ -29,24 +29,24 @@ def credits_(amount: float) -> int:
     return int(amount * MICROS)
 
 
-def test_what_is_known_explains_the_difference() -> None:
+def test_known_prices_explain_difference() -> None:
     """Answers of known price alone: nothing is left to explain."""
-    told = compare(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
+    comparison = compare(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
 
-    assert (told.difference, told.spent.most, told.unexplained) == (10, 10, 0)
+    assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
 
 
 @in_turn("gone", [10.0, 12.0, 14.0])
-def test_a_doubt_may_have_cost_anything_up_to_its_worst_price(gone: float) -> None:
+def test_unconfirmed_cost_range(gone: float) -> None:
     """Between nothing and the worst price everything is explained, and no part is said to be the one."""
     movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
 
-    told = compare(1, credits_(100), credits_(100 - gone), movements)
+    comparison = compare(1, credits_(100), credits_(100 - gone), movements)
 
-    assert (told.in_doubt.least, told.in_doubt.most, told.unexplained) == (0, 4, 0)
+    assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
 
 
-def test_what_the_ledger_cannot_know_is_told_apart() -> None:
+def test_external_changes_are_separated() -> None:
     """Above what all parts could cost it went elsewhere; below what they must cost it came from elsewhere."""
     movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
 
@@ -54,222 +54,224 @@ def test_what_the_ledger_cannot_know_is_told_apart() -> None:
     assert compare(1, credits_(100), credits_(95), movements).unexplained == -5
 
 
-def test_what_was_reserved_before_can_only_give_back() -> None:
+def test_earlier_reservations_can_be_returned() -> None:
     """A task of an earlier execution had its price reserved already: settled now, the balance may rise."""
     movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
 
-    told = compare(2, credits_(100), credits_(102), movements)
+    comparison = compare(2, credits_(100), credits_(102), movements)
 
-    assert (told.earlier.least, told.earlier.most) == (-2, 1)
-    assert (told.at_the_api.least, told.at_the_api.most) == (-3, 0)
-    assert told.unexplained == 0
+    assert (comparison.earlier.least, comparison.earlier.most) == (-2, 1)
+    assert (comparison.at_the_api.least, comparison.at_the_api.most) == (-3, 0)
+    assert comparison.unexplained == 0
 
 
-def test_a_night_with_doubts_is_reconciled(tmp_path: Path, office: Office) -> None:
+def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace) -> None:
     """The command tells the difference, its parts, and who must decide; it changes nothing."""
-    office.write_leads(people(12))
-    with serving(tmp_path / "api.db") as api:
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db") as api:
         api.fault("error-after", 2, "post", status=502)
-        receipt = office.run(api, timing=HASTY)
+        summary = workspace.run(api, timing=SHORT_TIMEOUTS)
 
-        done = office.command("reconcile", "job.yaml", "--json", api=api)
+        result = workspace.command("reconcile", "job.yaml", "--json", api=api)
 
-        told = done.receipt
-        assert receipt.exit_code == Exit.IN_DOUBT
-        assert done.code == 0
-        assert told["difference"] == pytest.approx(api.audit()["credits_charged"])
-        assert told["spent"]["most"] == pytest.approx(receipt.credits_spent)
-        assert told["in_doubt"]["number"] == 2
-        assert told["unexplained"] == 0
-        said = office.command("reconcile", "job.yaml", api=api).stdout
-        assert "--retry in_doubt" in said
-        assert "--accept in_doubt" in said
+        output = result.receipt
+        assert summary.exit_code == Exit.IN_DOUBT
+        assert result.code == 0
+        assert output["difference"] == pytest.approx(api.audit()["credits_charged"])
+        assert output["spent"]["most"] == pytest.approx(summary.credits_spent)
+        assert output["in_doubt"]["number"] == 2
+        assert output["unexplained"] == 0
+        message = workspace.command("reconcile", "job.yaml", api=api).stdout
+        assert "--retry in_doubt" in message
+        assert "--accept in_doubt" in message
         assert api.audit()["accepted"] == 12
 
 
 @pytest.mark.long
-def test_others_who_use_the_account_are_not_blamed_on_the_job(tmp_path: Path, office: Office) -> None:
+def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspace) -> None:
     """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
-    office.write_leads(people(5))
-    other = Office(office.folder / "other")
+    workspace.write_leads(make_leads(5))
+    other = Workspace(workspace.folder / "other")
     other.folder.mkdir()
     other.write_job()
-    other.write_leads(people(5, start=100))
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        office.run(api)
+    other.write_leads(make_leads(5, start=100))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run(api)
         theirs = other.run(api).credits_spent
 
-        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
-        assert told["unexplained"] == pytest.approx(theirs)
-        assert "other users" in office.command("reconcile", "job.yaml", api=api).stdout
+        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert output["unexplained"] == pytest.approx(theirs)
+        assert "other users" in workspace.command("reconcile", "job.yaml", api=api).stdout
 
         api.top_up(1_000)
-        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
-        assert told["unexplained"] == pytest.approx(theirs - 1_000)
-        assert "came in" in office.command("reconcile", "job.yaml", api=api).stdout
+        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert output["unexplained"] == pytest.approx(theirs - 1_000)
+        assert "came in" in workspace.command("reconcile", "job.yaml", api=api).stdout
 
 
-def test_answers_without_a_price_are_named(tmp_path: Path, office: Office) -> None:
+def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:
     """Where the API hides what an answer cost, the difference is explained by their worst price."""
-    office.write_leads(people(4))
-    with serving(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
-        office.run(api)
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
+        workspace.run(api)
 
-        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
+        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
 
-    assert told["unknown_price"]["number"] == 4
-    assert told["unexplained"] == 0
+    assert output["unknown_price"]["number"] == 4
+    assert output["unexplained"] == 0
 
 
-def test_without_a_run_there_is_nothing_to_reconcile(api: Api, office: Office) -> None:
+def test_reconcile_without_runs(api: SandboxApi, workspace: Workspace) -> None:
     """A job that never ran, and an execution that is not there, are refused."""
-    office.write_leads(people(1))
-    assert office.command("reconcile", "job.yaml", api=api).code == Exit.REFUSED
-    office.run(api)
-    assert office.command("reconcile", "job.yaml", "--since", "99", api=api).code == Exit.REFUSED
-    assert office.command("reconcile", "job.yaml", "--since", "1", api=api).code == Exit.OK
+    workspace.write_leads(make_leads(1))
+    assert workspace.command("reconcile", "job.yaml", api=api).code == Exit.REFUSED
+    workspace.run(api)
+    assert workspace.command("reconcile", "job.yaml", "--since", "99", api=api).code == Exit.REFUSED
+    assert workspace.command("reconcile", "job.yaml", "--since", "1", api=api).code == Exit.OK
 
 
-def test_a_doubt_may_be_taken_for_lost(tmp_path: Path, office: Office) -> None:
+def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
     """`--accept in_doubt` makes it failed: told once with exit 10, never asked again by itself."""
-    office.write_leads(people(6))
-    with serving(tmp_path / "api.db") as api:
+    workspace.write_leads(make_leads(6))
+    with serve_api(tmp_path / "api.db") as api:
         api.fault("error-after", 1, "post", status=500)
-        assert office.run(api, timing=HASTY).exit_code == Exit.IN_DOUBT
+        assert workspace.run(api, timing=SHORT_TIMEOUTS).exit_code == Exit.IN_DOUBT
 
-        accepted = office.run(api, Options(accept_doubts=True), HASTY)
+        accepted = workspace.run(api, Options(accept_doubts=True), SHORT_TIMEOUTS)
 
         assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (Exit.SOME_FAILED, 0, 1)
-        assert office.run(api, timing=HASTY).exit_code == Exit.OK
+        assert workspace.run(api, timing=SHORT_TIMEOUTS).exit_code == Exit.OK
         assert api.audit()["accepted"] == 6
-        with_word = office.run(api, Options(retry=frozenset({State.FAILED})), HASTY)
+        with_word = workspace.run(api, Options(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
         assert (with_word.exit_code, with_word.submitted) == (Exit.OK, 1)
 
 
-def test_to_accept_and_to_retry_are_opposites(api: Api, office: Office) -> None:
+def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> None:
     """Both at once is a mistake of the command line."""
-    office.write_leads(people(1))
-    done = office.command("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
-    assert done.code == Exit.USAGE
+    workspace.write_leads(make_leads(1))
+    result = workspace.command("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
+    assert result.code == Exit.USAGE
     assert api.audit()["accepted"] == 0
 
 
-def test_the_receipt_and_the_status_show_the_difference(tmp_path: Path, office: Office) -> None:
+def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace) -> None:
     """The balance before and after, and what of it is not the credits spent."""
-    office.write_leads(people(8))
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
+    workspace.write_leads(make_leads(8))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         api.fault("error-after", 1, "post", status=500)
-        done = office.command("run", "job.yaml", api=api)
+        result = workspace.command("run", "job.yaml", api=api)
 
-        assert "7 answers of known price" in done.stderr
-        assert "1 in doubt, or 0.00" in done.stderr
-        assert "enrich reconcile job.yaml" in done.stderr
-        execution = office.command("status", "job.yaml", "--json").receipt["executions"][0]
+        assert "7 answers of known price" in result.stderr
+        assert "1 in doubt, or 0.00" in result.stderr
+        assert "enrich reconcile job.yaml" in result.stderr
+        execution = workspace.command("status", "job.yaml", "--json").receipt["executions"][0]
         gone = execution["balance_before"] - execution["balance_after"]
         assert gone == pytest.approx(api.audit()["credits_charged"])
         assert gone > execution["credits_spent"]
-        assert "beyond the credits spent" in office.command("status", "job.yaml").stdout
+        assert "beyond the credits spent" in workspace.command("status", "job.yaml").stdout
 
 
-def test_no_more_is_submitted_than_can_be_fetched_in_time(tmp_path: Path, office: Office) -> None:
+def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> None:
     """With a slow allowance and results that expire soon, few are in flight, whatever `in_flight` allows."""
-    office.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
-    office.write_leads(people(40))
+    workspace.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
+    workspace.write_leads(make_leads(40))
     seen: list[int] = []
 
     def show(progress: Progress) -> None:
         seen.append(progress.in_flight)
 
-    with serving(tmp_path / "api.db", latency="fixed(0.3)") as api:
-        receipt = office.run(api, show=show)
+    with serve_api(tmp_path / "api.db", latency="fixed(0.3)") as api:
+        summary = workspace.run(api, show=show)
 
-    assert receipt.exit_code == Exit.OK
+    assert summary.exit_code == Exit.OK
     assert 0 < max(seen) <= 40 * 1 * 0.25
 
 
-def test_doubts_are_remembered_until_they_are_decided(tmp_path: Path, office: Office) -> None:
+def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> None:
     """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
-    office.write_leads(people(4))
-    with serving(tmp_path / "api.db", hit_rate=1.0) as api:
-        office.run(api)  # before there is any doubt
-        office.write_leads(people(8))
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run(api)  # before there is any doubt
+        workspace.write_leads(make_leads(8))
         api.fault("error-after", 1, "post", status=500)
-        doubtful = office.run(api, timing=HASTY)
-        office.write_leads(people(12))
-        office.run(api, timing=HASTY)
-        office.run(api, timing=HASTY)
+        in_doubt = workspace.run(api, timing=SHORT_TIMEOUTS)
+        workspace.write_leads(make_leads(12))
+        workspace.run(api, timing=SHORT_TIMEOUTS)
+        workspace.run(api, timing=SHORT_TIMEOUTS)
 
-        told = office.command("reconcile", "job.yaml", "--json", api=api).receipt
-        assert (told["since"], told["in_doubt"]["number"], told["unexplained"]) == (doubtful.execution, 1, 0)
-        assert office.command("reconcile", "job.yaml", "--since", "4", "--json", api=api).receipt["since"] == 4
-        status = office.command("status", "job.yaml", "--json").receipt
+        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        assert (output["since"], output["in_doubt"]["number"], output["unexplained"]) == (in_doubt.execution, 1, 0)
+        assert workspace.command("reconcile", "job.yaml", "--since", "4", "--json", api=api).receipt["since"] == 4
+        status = workspace.command("status", "job.yaml", "--json").receipt
         assert status["doubts"]["number"] == 1
-        assert status["doubts"]["oldest_execution"] == doubtful.execution
+        assert status["doubts"]["oldest_execution"] == in_doubt.execution
         assert status["doubts"]["credits_at_most"] > 0
         assert status["doubts"]["oldest_age_s"] >= 0
-        assert status["balance"]["since_execution"] == doubtful.execution
+        assert status["balance"]["since_execution"] == in_doubt.execution
         missing = status["balance"]["before"] - status["balance"]["after"] - status["balance"]["credits_spent"]
         assert 0 < missing <= status["doubts"]["credits_at_most"]
-        shown = office.command("status", "job.yaml").stdout
+        shown = workspace.command("status", "job.yaml").stdout
         assert "may have cost up to" in shown
-        assert f"of execution {doubtful.execution}" in shown
+        assert f"of execution {in_doubt.execution}" in shown
 
-        office.run(api, Options(accept_doubts=True), HASTY)
-        assert office.command("reconcile", "job.yaml", "--json", api=api).receipt["since"] == 5
-        status = office.command("status", "job.yaml", "--json").receipt
+        workspace.run(api, Options(accept_doubts=True), SHORT_TIMEOUTS)
+        assert workspace.command("reconcile", "job.yaml", "--json", api=api).receipt["since"] == 5
+        status = workspace.command("status", "job.yaml", "--json").receipt
         assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
 
 
-def test_a_cap_that_was_overrun_is_told_with_its_reason(office: Office) -> None:
+def test_cap_overrun_is_explained(workspace: Workspace) -> None:
     """Prices that rose while requests were at the API: how much, why, and what to look at."""
-    office.write_leads(people(4))
-    office.write_job(limits="{requests_per_second: 1000, max_credits: 20}", enrichments="[833]")
-    with serving(office.folder / "api.db") as api:
+    workspace.write_leads(make_leads(4))
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 20}", enrichments="[833]")
+    with serve_api(workspace.folder / "api.db") as api:
         waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
 
-    def answer(seen: Seen) -> Reply:
-        if seen.line.startswith("POST"):
-            return http(200, {"task_id": f"t-{json.loads(seen.body)['params']['first_name']}"})
-        if "/tasks/" in seen.line:
-            task_id = seen.line.split()[1].rpartition("/")[2]
-            done = {"task_id": task_id, "status": "completed", "credits_spent": 9, "data": {"email": "a@x.example"}}
-            return http(200, done)
-        return http(200, {"balance": 100, "workspace": "w"} if "/user/me" in seen.line else waterfall)
+    def answer(request: ReceivedRequest) -> Reply:
+        if request.line.startswith("POST"):
+            return http_reply(200, {"task_id": f"t-{json.loads(request.body)['params']['first_name']}"})
+        if "/tasks/" in request.line:
+            task_id = request.line.split()[1].rpartition("/")[2]
+            result = {"task_id": task_id, "status": "completed", "credits_spent": 9, "data": {"email": "a@x.example"}}
+            return http_reply(200, result)
+        return http_reply(200, {"balance": 100, "workspace": "w"} if "/user/me" in request.line else waterfall)
 
-    with answering(answer) as wire:
-        done = office.command("run", "job.yaml", "--json", "--receipt", api=Api(wire.base_url, "sandbox-key"))
-    receipt, err = done.receipt, done.stderr
+    with serve_replies(answer) as server:
+        result = workspace.command(
+            "run", "job.yaml", "--json", "--receipt", api=SandboxApi(server.base_url, "sandbox-key")
+        )
+    summary, err = result.receipt, result.stderr
 
-    over = receipt["credits_spent"] - 20
+    over = summary["credits_spent"] - 20
     assert over > 0
-    assert receipt["credits_over_cap"] == pytest.approx(over)
-    assert f"cap was overrun by {over:,.2f}" in receipt["notes"][-1]
+    assert summary["credits_over_cap"] == pytest.approx(over)
+    assert f"cap was overrun by {over:,.2f}" in summary["notes"][-1]
     assert "over cap" in err
     assert "because a price rose" in err
 
 
 @pytest.mark.parametrize("balance", first_quick(2, [-3, -0.5, "-3.5", "-1e3", "-0.000001"]))
-def test_a_negative_balance_is_a_balance(office: Office, balance: object) -> None:
+def test_negative_balance(workspace: Workspace, balance: object) -> None:
     """It is shown, and no run begins with it."""
-    office.write_leads(people(2))
-    with serving(office.folder / "api.db") as api:
+    workspace.write_leads(make_leads(2))
+    with serve_api(workspace.folder / "api.db") as api:
         waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
 
-    def answer(seen: Seen) -> Reply:
-        return http(200, {"balance": balance, "workspace": 7} if "/user/me" in seen.line else waterfall)
+    def answer(request: ReceivedRequest) -> Reply:
+        return http_reply(200, {"balance": balance, "workspace": 7} if "/user/me" in request.line else waterfall)
 
-    with answering(answer) as wire:
-        api = Api(wire.base_url, "sandbox-key")
-        done = office.command("run", "job.yaml", "--json", api=api)
-        assert (done.code, done.receipt["balance_before"]) == (Exit.REFUSED, pytest.approx(float(str(balance))))
-        assert "the balance is -" in done.stderr
-        planned = office.command("plan", "job.yaml", "--json", api=api).receipt
+    with serve_replies(answer) as server:
+        api = SandboxApi(server.base_url, "sandbox-key")
+        result = workspace.command("run", "job.yaml", "--json", api=api)
+        assert (result.code, result.receipt["balance_before"]) == (Exit.REFUSED, pytest.approx(float(str(balance))))
+        assert "the balance is -" in result.stderr
+        planned = workspace.command("plan", "job.yaml", "--json", api=api).receipt
         assert planned["balance"] == pytest.approx(float(str(balance)))
         assert any("would be refused: the balance is -" in note for note in planned["notes"])
-        assert all(seen.line.startswith("GET") for seen in wire.requests)
+        assert all(seen.line.startswith("GET") for seen in server.requests)
 
 
 @in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
-def test_a_balance_that_cannot_be_read_is_not_known(balance: object) -> None:
+def test_unreadable_balance_is_unknown(balance: object) -> None:
     """It is never 0."""
     assert read_balance(User.model_validate({"balance": balance}).balance) is None

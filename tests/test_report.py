@@ -22,44 +22,53 @@ from enrich.report.gather import gather
 from enrich.report.nights import latencies
 from enrich.store.lock import hold
 from enrich.watch.outcome import Target
-from tests.books import FREE_FAILURE, MISSED, Books
+from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.cases import first_quick
-from tests.harness import BOTH_IN_TIME, CALM, Api, Office, kill, people, serving, until
-from tests.reports import marked, told
+from tests.harness import (
+    BOTH_BACKENDS_SERVER_LONG,
+    INSTANT_API,
+    SandboxApi,
+    Workspace,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+from tests.reports import marked_values, report_json
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = Target("job.yaml --output out.csv", "job.yaml")
 CREDIT = 1_000_000
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
-def gathered(office: Office, now: datetime = NOW, **more: Any) -> Report:
+def build_report_at(workspace: Workspace, now: datetime = NOW, **more: Any) -> Report:
     """Gather the facts in this process, at a time."""
-    return gather(load_job(office.job_file), TARGET, now, **more)
+    return gather(load_job(workspace.job_file), TARGET, now, **more)
 
 
-def assert_true(office: Office, job: str = "job.yaml") -> dict[str, Any]:
+def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> dict[str, Any]:
     """Hold the report against the status and the list of runs; return it."""
-    report = told(office, job=job)
-    status = office.command("status", job, "--json").receipt
-    runs = office.command("runs", job, "--last", "99", "--json").receipt
+    report = report_json(workspace, job=job)
+    status = workspace.command("status", job, "--json").receipt
+    runs = workspace.command("runs", job, "--last", "99", "--json").receipt
 
     assert report["requests"] == {name: status[name] for name in report["requests"]}
     assert sum(report["requests"].values()) == status["requests"]
     for name in ("credits_spent", "credits_unknown"):
         assert report[name] == pytest.approx(runs["totals"][name])
     assert len(report["nights"]) == runs["totals"]["executions"]
-    for night, run in zip(report["nights"], reversed(runs["executions"]), strict=True):
-        for name in night.keys() & run.keys() - {"found"}:
-            assert night[name] == run[name], name
-    for night, execution in zip(reversed(report["nights"]), status["executions"], strict=False):
-        for name in night.keys() & execution.keys():
-            assert night[name] == execution[name], name
+    for run_number, run in zip(report["nights"], reversed(runs["executions"]), strict=True):
+        for name in run_number.keys() & run.keys() - {"found"}:
+            assert run_number[name] == run[name], name
+    for run_number, execution in zip(reversed(report["nights"]), status["executions"], strict=False):
+        for name in run_number.keys() & execution.keys():
+            assert run_number[name] == execution[name], name
     waterfall = report["waterfall"]
     assert waterfall["spent"] == pytest.approx(report["credits_spent"])
     paid = sum(each["credits"] for each in waterfall["providers"])
@@ -67,7 +76,7 @@ def assert_true(office: Office, job: str = "job.yaml") -> dict[str, Any]:
     return report
 
 
-def assert_earned(report: dict[str, Any], audit: dict[str, Any]) -> None:
+def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> None:
     """Hold the waterfall against what the API charged for whom."""
     true = audit["by_provider"]
     for each in report["waterfall"]["providers"]:
@@ -77,63 +86,65 @@ def assert_earned(report: dict[str, Any], audit: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_the_page_says_what_the_status_and_the_books_say(tmp_path: Path, office: Office) -> None:
+def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     """The numbers of two nights, read from the page itself."""
-    office.write_job(email_verifier="10")
-    with serving(tmp_path / "api.db", miss_kinds=("null_result",)) as api:
+    workspace.write_job(email_verifier="10")
+    with serve_api(tmp_path / "api.db", miss_kinds=("null_result",)) as api:
         for leads in (20, 45):
-            office.write_leads(people(leads))
-            office.command("run", "job.yaml", api=api)
+            workspace.write_leads(make_leads(leads))
+            workspace.command("run", "job.yaml", api=api)
         audit = api.audit()
-    assert office.command("report", "job.yaml").code == 0
-    page = (office.folder / "job_report.html").read_text(encoding="utf-8")
-    status = office.command("status", "job.yaml", "--json").receipt
+    assert workspace.command("report", "job.yaml").code == 0
+    page = (workspace.folder / "job_report.html").read_text(encoding="utf-8")
+    status = workspace.command("status", "job.yaml", "--json").receipt
 
     assert (
-        marked(page, "job", "credits_spent") == [pytest.approx(audit["credits_charged"])] == [status["credits_spent"]]
+        marked_values(page, "job", "credits_spent")
+        == [pytest.approx(audit["credits_charged"])]
+        == [status["credits_spent"]]
     )
-    assert marked(page, "job", "rows") == [45]
-    assert marked(page, "waterfall", "answers") == [audit["accepted"]]
+    assert marked_values(page, "job", "rows") == [45]
+    assert marked_values(page, "waterfall", "answers") == [audit["accepted"]]
     for execution in status["executions"]:
         about = f"night {execution['execution']}"
         for name in ("submitted", "credits_spent", "balance_after"):
-            assert set(marked(page, about, name)) == {execution[name]}
-        assert set(marked(page, about, "rate_limited")) == {execution["receipt"]["rate_limited"]}
+            assert set(marked_values(page, about, name)) == {execution[name]}
+        assert set(marked_values(page, about, "rate_limited")) == {execution["receipt"]["rate_limited"]}
     for name, true in audit["by_provider"].items():
         about = f"provider {name}"
-        assert marked(page, about, "credits") == [pytest.approx(true["credits"])]
-        assert set(marked(page, about, "asked_in_all")) == {true["asked"]}
-    assert set(marked(page, "statuses", "found")) == {float(status["found"])}
+        assert marked_values(page, about, "credits") == [pytest.approx(true["credits"])]
+        assert set(marked_values(page, about, "asked_in_all")) == {true["asked"]}
+    assert set(marked_values(page, "statuses", "found")) == {float(status["found"])}
 
 
 @pytest.mark.long
-def test_a_week_is_told_as_it_was(tmp_path: Path, office: Office) -> None:
+def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
     """New leads, new prices, a kill -9, tasks that were cancelled and refunded, failures asked again."""
-    settings = replace(CALM, failure_rate=0.2, miss_kinds=("null_result",))
-    with serving(tmp_path / "api.db", settings) as api:
-        office.write_leads(people(30))
-        receipts = [office.command("run", "job.yaml", "--json", api=api).receipt]
+    settings = replace(INSTANT_API, failure_rate=0.2, miss_kinds=("null_result",))
+    with serve_api(tmp_path / "api.db", settings) as api:
+        workspace.write_leads(make_leads(30))
+        summaries = [workspace.command("run", "job.yaml", "--json", api=api).receipt]
         api.reprice({833: 1.25, 966: 3})
-        office.write_leads(people(50))
-        receipts.append(office.command("run", "job.yaml", "--json", api=api).receipt)
-        assert api.audit()["credits_charged"] == pytest.approx(assert_true(office)["credits_spent"])
-    with serving(tmp_path / "api.db", settings, latency="fixed(600)") as api:
-        office.write_leads(people(70))
-        process = office.start("run", "job.yaml", api=api)
+        workspace.write_leads(make_leads(50))
+        summaries.append(workspace.command("run", "job.yaml", "--json", api=api).receipt)
+        assert api.audit()["credits_charged"] == pytest.approx(assert_agrees_with_status(workspace)["credits_spent"])
+    with serve_api(tmp_path / "api.db", settings, latency="fixed(600)") as api:
+        workspace.write_leads(make_leads(70))
+        process = workspace.start("run", "job.yaml", api=api)
         try:
-            until(lambda: office.at_the_api() == 20)
+            wait_until(lambda: workspace.at_the_api() == 20)
         finally:
-            kill(process)
-        at_work = told(office)
-        with closing(office.ledger()) as ledger:
-            cancel(api, [task.task_id for task in ledger.tasks()[:3]])
+            kill_process(process)
+        at_work = report_json(workspace)
+        with closing(workspace.ledger()) as ledger:
+            cancel_tasks(api, [task.task_id for task in ledger.tasks()[:3]])
         api.advance(700)
-    with serving(tmp_path / "api.db", settings) as api:
-        receipts.append(office.command("run", "job.yaml", "--json", api=api).receipt)
-        receipts.append(office.command("run", "job.yaml", "--json", "--retry", "failed", api=api).receipt)
+    with serve_api(tmp_path / "api.db", settings) as api:
+        summaries.append(workspace.command("run", "job.yaml", "--json", api=api).receipt)
+        summaries.append(workspace.command("run", "job.yaml", "--json", "--retry", "failed", api=api).receipt)
         audit = api.audit()
 
-    report = assert_true(office)
+    report = assert_agrees_with_status(workspace)
     assert report["credits_spent"] == pytest.approx(audit["credits_charged"])
     assert sum(night["submitted"] for night in report["nights"]) == audit["accepted"]
     assert [night["outcome"] for night in report["nights"]][2] == "killed"
@@ -141,18 +152,18 @@ def test_a_week_is_told_as_it_was(tmp_path: Path, office: Office) -> None:
     assert at_work["needs"][0]["commands"][0].startswith("enrich run ")
     assert any("killed" in note for note in report["notes"])
     ended = [night for night in report["nights"] if night["exit_code"] is not None]
-    for night, receipt in zip(ended, receipts, strict=True):
-        for name in night.keys() & receipt.keys() - {"found", "not_found", "failed", "expired", "elapsed_s"}:
-            assert night[name] == receipt[name], name
+    for run_number, summary in zip(ended, summaries, strict=True):
+        for name in run_number.keys() & summary.keys() - {"found", "not_found", "failed", "expired", "elapsed_s"}:
+            assert run_number[name] == summary[name], name
     # Nobody is there twice: what is answered for the first time is a row.
     first = ended[0]
     assert {name: first[name] for name in ("found", "not_found", "failed")} == {
-        name: receipts[0][name] for name in ("found", "not_found", "failed")
+        name: summaries[0][name] for name in ("found", "not_found", "failed")
     }
-    assert report["statuses"] == {name: receipts[-1][name] for name in RowStatus}
+    assert report["statuses"] == {name: summaries[-1][name] for name in RowStatus}
     assert sum(night["found"] for night in report["nights"]) == report["requests"]["found"]
     assert sum(night["not_found"] for night in report["nights"]) == report["requests"]["not_found"]
-    assert report["rows"] == receipts[-1]["rows"]
+    assert report["rows"] == summaries[-1]["rows"]
     assert sum(age["found"] for age in report["ages"]) == report["requests"]["found"]
     # Charged failures show their steps only now and then, so only finds are the API's own here.
     true = audit["by_provider"]
@@ -161,41 +172,41 @@ def test_a_week_is_told_as_it_was(tmp_path: Path, office: Office) -> None:
     assert report["latencies"]["longest"] < 60
 
 
-def cancel(api: Api, task_ids: list[str]) -> None:
+def cancel_tasks(api: SandboxApi, task_ids: list[str]) -> None:
     """Take tasks back, and get the credits again."""
     with httpx.Client(verify=False, trust_env=False, headers={"x-apikey": api.api_key}) as http:  # noqa: S501 - loopback
         for task_id in task_ids:
             http.post(f"{api.base_url}/tasks/{task_id}/cancel").raise_for_status()
 
 
-def test_who_earned_it_is_what_the_api_charged(tmp_path: Path, office: Office) -> None:
+def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> None:
     """Provider by provider, over two nights with other prices."""
-    with serving(tmp_path / "api.db", CALM, miss_kinds=("blank_result",), charge_misses=True) as api:
+    with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("blank_result",), charge_misses=True) as api:
         for count, price in ((20, 0.5), (45, 0.75)):
             api.reprice({833: price})
-            office.write_leads(people(count))
-            office.command("run", "job.yaml", api=api)
+            workspace.write_leads(make_leads(count))
+            workspace.command("run", "job.yaml", api=api)
         audit = api.audit()
 
-    report = assert_true(office)
-    assert_earned(report, audit)
+    report = assert_agrees_with_status(workspace)
+    assert_agrees_with_audit(report, audit)
     assert report["waterfall"]["answers"] == 45
     assert (report["waterfall"]["untold"], report["waterfall"]["elsewhere"]) == (0, 0)
 
 
-def test_jobs_that_share_a_ledger_have_their_own_nights(tmp_path: Path, office: Office) -> None:
+def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
     """One of them in bulk: each is told what it spent, together they are the bill."""
-    office.write_leads(people(12), name="alpha.csv")
-    office.write_leads(people(30), name="beta.csv")
+    workspace.write_leads(make_leads(12), name="alpha.csv")
+    workspace.write_leads(make_leads(30), name="beta.csv")
     for name, more in (("alpha", {}), ("beta", {"dispatch": "{bulk: 7}"})):
-        office.write_job(ledger="shared.db", input=f"{name}.csv", output=f"{name}-out.csv", **more)
-        office.job_file.rename(office.folder / f"{name}.yaml")
-    with serving(tmp_path / "api.db", CALM, miss_kinds=("null",), charge_misses=True) as api:
+        workspace.write_job(ledger="shared.db", input=f"{name}.csv", output=f"{name}-out.csv", **more)
+        workspace.job_file.rename(workspace.folder / f"{name}.yaml")
+    with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("null",), charge_misses=True) as api:
         for name in ("alpha", "beta"):
-            assert office.command("run", f"{name}.yaml", api=api).code == 0
+            assert workspace.command("run", f"{name}.yaml", api=api).code == 0
         audit = api.audit()
 
-    alpha, beta = (assert_true(office, f"{name}.yaml") for name in ("alpha", "beta"))
+    alpha, beta = (assert_agrees_with_status(workspace, f"{name}.yaml") for name in ("alpha", "beta"))
     assert alpha["credits_spent"] + beta["credits_spent"] == pytest.approx(audit["credits_charged"])
     assert (alpha["nights"][0]["submitted"], beta["nights"][0]["submitted"]) == (12, 18)
     assert alpha["requests"] == beta["requests"]
@@ -208,20 +219,20 @@ def test_jobs_that_share_a_ledger_have_their_own_nights(tmp_path: Path, office: 
     assert found.keys() <= audit["by_provider"].keys()
 
 
-def test_a_job_that_never_ran_has_a_report(office: Office) -> None:
+def test_job_without_runs(workspace: Workspace) -> None:
     """Nothing is known, nothing is made."""
-    report = told(office)
+    report = report_json(workspace)
 
     assert (report["nights"], report["rows"], report["planned"], report["traffic"]) == ([], None, None, None)
     assert report["notes"] == ["this job has never run: nothing is known yet"]
-    assert not office.ledger_path.parent.exists()
+    assert not workspace.ledger_path.parent.exists()
 
 
-def test_an_input_that_is_gone_leaves_the_rest(done: Office) -> None:
+def test_missing_input(finished_run: Workspace) -> None:
     """Its rows are not known; nights, credits and providers are."""
-    whole = told(done)
-    (done.folder / "leads.csv").unlink()
-    report = told(done)
+    whole = report_json(finished_run)
+    (finished_run.folder / "leads.csv").unlink()
+    report = report_json(finished_run)
 
     assert report["rows"] is None
     assert report["statuses"] == {}
@@ -230,7 +241,7 @@ def test_an_input_that_is_gone_leaves_the_rest(done: Office) -> None:
     assert report["waterfall"] == whole["waterfall"]
     assert report["notes"] == []
     assert "leads.csv" in report["needs"][0]["text"]
-    assert report["needs"][0]["commands"] == [f"enrich check {done.folder}/job.yaml"]
+    assert report["needs"][0]["commands"] == [f"enrich check {finished_run.folder}/job.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -246,22 +257,22 @@ def test_an_input_that_is_gone_leaves_the_rest(done: Office) -> None:
         ],
     ),
 )
-def test_a_job_file_that_fits_no_more_leaves_the_rest(done: Office, changes: dict[str, str]) -> None:
+def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str]) -> None:
     """It says why the rows are not known; where that is no pipe, somebody should look."""
-    done.write_job(**changes)
-    report = told(done)
+    finished_run.write_job(**changes)
+    report = report_json(finished_run)
 
     assert report["rows"] is None
-    said = [*report["notes"], *(need["text"] for need in report["needs"])]
-    assert [text.startswith("nothing is known of the rows: ") for text in said] == [True]
+    message = [*report["notes"], *(need["text"] for need in report["needs"])]
+    assert [text.startswith("nothing is known of the rows: ") for text in message] == [True]
     assert bool(report["needs"]) is changes.keys().isdisjoint({"input", "waterfall"})
     assert len(report["nights"]) == 1
 
 
-def test_other_columns_judge_the_same_answers(done: Office) -> None:
+def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
     """As in the output that the next run would write."""
-    done.write_job(columns="{nothing: phone, mail: email}")
-    report = told(done)
+    finished_run.write_job(columns="{nothing: phone, mail: email}")
+    report = report_json(finished_run)
 
     assert [(each["name"], each["found"]) for each in report["columns"]] == [
         ("nothing", 0),
@@ -269,21 +280,21 @@ def test_other_columns_judge_the_same_answers(done: Office) -> None:
     ]
 
 
-def test_an_old_description_of_the_waterfall_is_no_hindrance(done: Office) -> None:
+def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     """One that nobody understands is as good as none: then nothing is presumed."""
-    done.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
-    report = told(done)
+    finished_run.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
+    report = report_json(finished_run)
 
     assert report["nights"][0]["found"] == report["requests"]["found"]
     assert report["waterfall"]["untold"] == report["requests"]["not_found"]
 
 
-def test_purged_and_forgotten_leads_are_not_known(done: Office) -> None:
+def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     """That they were paid for is; what they answered is no zero."""
-    before = told(done)
-    assert done.command("forget", "job.yaml", "--match", "First Name=First0", "--yes").code == 0
-    assert done.command("purge", "job.yaml", "--older-than", "0s", "--yes").code == 0
-    report = told(done)
+    before = report_json(finished_run)
+    assert finished_run.command("forget", "job.yaml", "--match", "First Name=First0", "--yes").code == 0
+    assert finished_run.command("purge", "job.yaml", "--older-than", "0s", "--yes").code == 0
+    report = report_json(finished_run)
 
     assert report["requests"] == before["requests"]
     assert report["credits_spent"] == before["credits_spent"]
@@ -293,15 +304,15 @@ def test_purged_and_forgotten_leads_are_not_known(done: Office) -> None:
     assert report["anomalies"] == []
 
 
-def test_a_run_at_work_is_told_as_such(office: Office) -> None:
+def test_report_during_run(workspace: Workspace) -> None:
     """What is committed is shown, and whoever holds the lock is no killed one."""
-    office.write_leads(people(2))
-    books = Books.open(office.place).begin(1, 2)
-    books.submit()
-    with hold(office.place, 0), books.ledger.transaction():
-        books.ledger.claim(books.execution, 1, 1)
-        report = told(office)
-    books.ledger.close()
+    workspace.write_leads(make_leads(2))
+    ledger = CommittingLedger.open(workspace.place).begin(1, 2)
+    ledger.submit()
+    with hold(workspace.place, 0), ledger.ledger.transaction():
+        ledger.ledger.claim(ledger.execution, 1, 1)
+        report = report_json(workspace)
+    ledger.ledger.close()
 
     (night,) = report["nights"]
     assert (night["outcome"], night["ended_at"], night["polls"], night["elapsed_s"]) == (
@@ -314,87 +325,90 @@ def test_a_run_at_work_is_told_as_such(office: Office) -> None:
     assert any("at work" in note for note in report["notes"])
 
 
-def test_a_failure_that_was_taken_back_is_no_fate(office: Office) -> None:
+def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
     """Failed at no charge, asked again, found: one request, one hit."""
-    books = Books.open(office.place).begin(1, 2, 3)
-    assert books.settle(books.submit(), FREE_FAILURE) is State.PENDING
-    assert books.settle(books.submit()) is State.FOUND
-    assert books.settle(books.submit(), MISSED) is State.NOT_FOUND
-    assert books.settle(books.submit(), FREE_FAILURE) is State.PENDING
-    books.start()
-    books.enroll([1, 2, 3])
-    assert books.settle(books.submit(), Answer(State.FAILED, credits=CREDIT)) is State.FAILED
-    books.start()
-    books.enroll([1, 2, 3], retry=[State.FAILED])
-    books.settle(books.submit())
-    books.ledger.close()
+    ledger = CommittingLedger.open(workspace.place).begin(1, 2, 3)
+    assert ledger.settle(ledger.submit(), FREE_FAILURE) is State.PENDING
+    assert ledger.settle(ledger.submit()) is State.FOUND
+    assert ledger.settle(ledger.submit(), NO_MATCH) is State.NOT_FOUND
+    assert ledger.settle(ledger.submit(), FREE_FAILURE) is State.PENDING
+    ledger.start()
+    ledger.enroll([1, 2, 3])
+    assert ledger.settle(ledger.submit(), Answer(State.FAILED, credits=CREDIT)) is State.FAILED
+    ledger.start()
+    ledger.enroll([1, 2, 3], retry=[State.FAILED])
+    ledger.settle(ledger.submit())
+    ledger.ledger.close()
 
-    fates = [(night.found, night.not_found, night.failed) for night in gathered(office).nights]
+    fates = [(night.found, night.not_found, night.failed) for night in build_report_at(workspace).nights]
 
     assert fates == [(1, 1, 0), (0, 0, 1), (1, 0, 0)]
 
 
-def test_what_waits_for_a_person_has_its_command(tmp_path: Path, office: Office) -> None:
+def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
     """Failed rows, doubts and rows that were never sent."""
-    office.write_leads([*people(8), ["", "", "", "", "nobody"]])
-    office.write_job(rejects="rejects.csv")
-    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+    workspace.write_leads([*make_leads(8), ["", "", "", "", "nobody"]])
+    workspace.write_job(rejects="rejects.csv")
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
         api.fault("no-task-id")
-        assert office.command("run", "job.yaml", api=api).code == 14
-    report = gathered(office)
+        assert workspace.command("run", "job.yaml", api=api).code == 14
+    report = build_report_at(workspace)
 
     run = "enrich run job.yaml --output out.csv"
-    doubts = ("enrich reconcile job.yaml", f"{run} --retry in_doubt", f"{run} --accept in_doubt")
+    in_doubt_rows = ("enrich reconcile job.yaml", f"{run} --retry in_doubt", f"{run} --accept in_doubt")
     assert [(need.text.partition(":")[0], need.commands) for need in report.needs] == [
-        ("1 row in doubt", doubts),
+        ("1 row in doubt", in_doubt_rows),
         ("7 rows failed", (f"{run} --retry failed",)),
         ("1 row invalid, so never sent", ()),
     ]
-    assert f"{office.folder}/rejects.csv says why" in report.needs[-1].text
+    assert f"{workspace.folder}/rejects.csv says why" in report.needs[-1].text
 
 
-def test_the_commands_name_the_paths_that_were_given(api: Api, office: Office) -> None:
+def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None:
     """They can be pasted anywhere."""
-    office.write_leads(people(3), name="other file.csv")
+    workspace.write_leads(make_leads(3), name="other file.csv")
     api.fault("no-task-id")
-    office.command("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
-    report = told(office, "--input", "other file.csv", "--ledger", "l.db")
+    workspace.command("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
+    report = report_json(workspace, "--input", "other file.csv", "--ledger", "l.db")
 
     commands = [command for need in report["needs"] for command in need["commands"]]
-    assert f"enrich reconcile {office.folder}/job.yaml --ledger {office.folder}/l.db" in commands
-    assert any(f"--input '{office.folder}/other file.csv' --retry in_doubt" in command for command in commands)
+    assert f"enrich reconcile {workspace.folder}/job.yaml --ledger {workspace.folder}/l.db" in commands
+    assert any(f"--input '{workspace.folder}/other file.csv' --retry in_doubt" in command for command in commands)
 
 
-def test_a_last_night_that_failed_says_what_helps(api: Api, office: Office) -> None:
+def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     """As the notification of that night does."""
-    office.write_leads(people(30))
-    office.write_job(limits="{max_credits: 4, requests_per_second: 1000}")
-    assert office.command("run", "job.yaml", api=api).code == 12
+    workspace.write_leads(make_leads(30))
+    workspace.write_job(limits="{max_credits: 4, requests_per_second: 1000}")
+    assert workspace.command("run", "job.yaml", api=api).code == 12
 
-    (need,) = gathered(office).needs
+    (need,) = build_report_at(workspace).needs
     assert need.text.startswith("execution 1 ended with exit 12 (out of credits): top up")
     assert need.commands == ("enrich run job.yaml --output out.csv",)
 
 
-def test_answers_have_their_age(done: Office) -> None:
+def test_answer_ages(finished_run: Workspace) -> None:
     """Each that the output shows, once, whatever asks for it."""
-    leads = people(12)
-    done.write_leads([*leads, *leads])
+    leads = make_leads(12)
+    finished_run.write_leads([*leads, *leads])
     since = datetime.now(UTC)
     for days, label in ((0, "today"), (1.2, "1-7 days"), (7.9, "1-7 days"), (20, "8-30 days"), (400, "older")):
-        ages = {age.label: age.found + age.not_found for age in gathered(done, since + timedelta(days=days)).ages}
+        ages = {
+            age.label: age.found + age.not_found
+            for age in build_report_at(finished_run, since + timedelta(days=days)).ages
+        }
         assert {name for name, count in ages.items() if count} == {label}
         assert ages[label] == 12
 
 
-def test_rows_are_grouped_by_a_column_of_the_input(api: Api, office: Office) -> None:
+def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     """The largest first; what only one row has may be a person, and is no group of its own."""
     notes = ["DE"] * 3 + ["", " "] + ["FR"] * 2 + ["Ada", "Bea"]
-    office.write_leads([[*lead[:4], note] for lead, note in zip(people(9), notes, strict=True)])
-    office.write_job(report="{by: [Note, Website]}")
-    office.command("run", "job.yaml", api=api)
+    workspace.write_leads([[*lead[:4], note] for lead, note in zip(make_leads(9), notes, strict=True)])
+    workspace.write_job(report="{by: [Note, Website]}")
+    workspace.command("run", "job.yaml", api=api)
 
-    note, website = told(office)["groups"]
+    note, website = report_json(workspace)["groups"]
     assert [(group["name"], group["rows"]) for group in note["groups"]] == [
         ("DE", 3),
         ("(blank)", 2),
@@ -407,7 +421,7 @@ def test_rows_are_grouped_by_a_column_of_the_input(api: Api, office: Office) -> 
     assert website["rest"] == 9
 
     with patch("enrich.report.present.MOST_VALUES", 4):
-        report = told(office)
+        report = report_json(workspace)
     assert report["groups"] == []
     assert report["notes"] == [
         f"the column `{name}` makes no groups: it has more than 100,000 different values"
@@ -415,36 +429,36 @@ def test_rows_are_grouped_by_a_column_of_the_input(api: Api, office: Office) -> 
     ]
 
 
-def test_leads_are_told_only_when_asked_for(done: Office) -> None:
+def test_rows_only_on_request(finished_run: Workspace) -> None:
     """Personal data is in no report else; at most a thousand rows, the rest is counted."""
-    plain = json.dumps(told(done))
+    plain = json.dumps(report_json(finished_run))
     assert "First1" not in plain
     assert "company1" not in plain
 
-    shown = told(done, "--with-rows")["leads"]
+    shown = report_json(finished_run, "--with-rows")["leads"]
     assert shown["columns"] == ["First Name", "Last Name", "Website", "Email", "Note", "work_email", "enrich_status"]
     assert [row[0] for row in shown["cells"]] == [f"First{number}" for number in range(12)]
     assert shown["left_out"] == 0
     with patch("enrich.report.present.MOST_ROWS", 5):
-        shown = told(done, "--with-rows")["leads"]
+        shown = report_json(finished_run, "--with-rows")["leads"]
     assert (len(shown["cells"]), shown["left_out"]) == (5, 7)
 
 
-def test_traffic_is_what_the_run_wrote_down(done: Office) -> None:
+def test_traffic_from_progress(finished_run: Workspace) -> None:
     """Its pulse, when there is one; else what its attempts tell, and polls are not known."""
-    heard = told(done)
-    assert sum(heard["traffic"]["polls"]) == heard["nights"][0]["polls"]
-    assert (sum(heard["traffic"]["submitted"]), sum(heard["traffic"]["answered"])) == (12, 12)
+    received = report_json(finished_run)
+    assert sum(received["traffic"]["polls"]) == received["nights"][0]["polls"]
+    assert (sum(received["traffic"]["submitted"]), sum(received["traffic"]["answered"])) == (12, 12)
 
-    done.sql("UPDATE executions SET pulse = '{}'")
+    finished_run.sql("UPDATE executions SET pulse = '{}'")
 
-    derived = told(done)["traffic"]
+    derived = report_json(finished_run)["traffic"]
     assert (derived["execution"], sum(derived["submitted"]), sum(derived["answered"])) == (1, 12, 12)
     assert derived["polls"] == derived["rate_limited"] == []
 
 
 @given(st.lists(st.integers(0, 10**9), max_size=200))
-def test_latencies_are_all_counted(waits: list[int]) -> None:
+def test_latency_histogram(waits: list[int]) -> None:
     """Each in its bar; half took no longer than the median, nine of ten no longer than p90."""
     waits.sort()
     made = latencies(waits)

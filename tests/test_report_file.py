@@ -17,13 +17,13 @@ from enrich.errors import Exit, Interrupted, JobError
 from enrich.report.facts import Report
 from enrich.report.file import MARK
 from tests.cases import first_quick
-from tests.harness import CALM, HEADER, Api, Office, kill, people, serving, until
+from tests.harness import HEADER, INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
 # The file
 
 
 @contextmanager
-def drawing(page: str = "<html>drawn</html>", error: BaseException | None = None) -> Iterator[None]:
+def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None = None) -> Iterator[None]:
     """Draw this page, or fail."""
     module = ModuleType("enrich.report.page")
 
@@ -38,29 +38,29 @@ def drawing(page: str = "<html>drawn</html>", error: BaseException | None = None
         yield
 
 
-def test_the_report_lies_beside_the_output(done: Office) -> None:
+def test_report_beside_output(finished_run: Workspace) -> None:
     """For its owner only, replaced by the next one; nothing is said off a terminal."""
-    path = done.folder / "job_report.html"
+    path = finished_run.folder / "job_report.html"
     for page in ("<html>one</html>", "<html>two</html>"):
-        with drawing(page):
-            written = done.command("report", "job.yaml")
+        with fake_renderer(page):
+            written = finished_run.command("report", "job.yaml")
         assert (written.code, written.stdout, written.stderr) == (0, "", "")
         assert path.read_text() == page + MARK.decode()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert not list(done.folder.glob(".job_report*"))
+    assert not list(finished_run.folder.glob(".job_report*"))
 
 
-def test_the_report_goes_where_it_is_told(done: Office) -> None:
+def test_report_destinations(finished_run: Workspace) -> None:
     """To a file, to stdout, or where the job says."""
-    with drawing():
-        assert done.command("report", "job.yaml", "-o", "-").stdout == "<html>drawn</html>\n"
-        assert done.command("report", "job.yaml", "-o", "deep/er/page.html", "--json").receipt["job"] == "job"
-        done.write_job(report="reports/%Y.html")
-        assert done.command("report", "job.yaml").code == 0
-        assert done.command("report", "job.yaml", "--json", "-o", "-").code == 2
-    assert (done.folder / "deep/er/page.html").exists()
-    assert len(list((done.folder / "reports").glob("20*.html"))) == 1
-    assert not (done.folder / "job_report.html").exists()
+    with fake_renderer():
+        assert finished_run.command("report", "job.yaml", "-o", "-").stdout == "<html>drawn</html>\n"
+        assert finished_run.command("report", "job.yaml", "-o", "deep/er/page.html", "--json").receipt["job"] == "job"
+        finished_run.write_job(report="reports/%Y.html")
+        assert finished_run.command("report", "job.yaml").code == 0
+        assert finished_run.command("report", "job.yaml", "--json", "-o", "-").code == 2
+    assert (finished_run.folder / "deep/er/page.html").exists()
+    assert len(list((finished_run.folder / "reports").glob("20*.html"))) == 1
+    assert not (finished_run.folder / "job_report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_the_report_goes_where_it_is_told(done: Office) -> None:
         2, ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"]
     ),
 )
-def test_nothing_but_a_report_is_replaced(done: Office, name: str) -> None:
+def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
     """Neither a file of the job, there or to come, nor the lock of its ledger (which is empty), nor somebody's page."""
-    (done.folder / "mine.html").write_text("<html>mine</html>")
-    done.write_job(rejects="later.csv")
-    path = done.folder / name
+    (finished_run.folder / "mine.html").write_text("<html>mine</html>")
+    finished_run.write_job(rejects="later.csv")
+    path = finished_run.folder / name
     before = path.read_bytes() if path.exists() else None
 
-    with drawing():
-        refused = done.command("report", "job.yaml", "-o", name)
+    with fake_renderer():
+        refused = finished_run.command("report", "job.yaml", "-o", name)
 
     assert refused.code == 2
     assert name.rsplit("/", 1)[-1] in refused.stderr
@@ -85,26 +85,26 @@ def test_nothing_but_a_report_is_replaced(done: Office, name: str) -> None:
     assert (path.read_bytes() if path.exists() else None) == before
 
 
-def test_a_page_that_cannot_be_written_is_exit_5(done: Office) -> None:
+def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
     """The message names it."""
-    with drawing():
-        refused = done.command("report", "job.yaml", "-o", "leads.csv/page.html")
+    with fake_renderer():
+        refused = finished_run.command("report", "job.yaml", "-o", "leads.csv/page.html")
     assert refused.code == 5
     assert "page.html: the report cannot be written" in refused.stderr
 
 
-def test_without_the_extra_there_are_facts_but_no_page(api: Api, done: Office) -> None:
+def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """And a hint how to get it; a job that wants a page of every run is told before the night."""
     pip = "pip install 'databar-enrich[report]'"
     with patch("enrich.report.file._LIBRARIES", ("no_such_library",)):
-        page, facts = done.command("report", "job.yaml"), done.command("report", "job.yaml", "--json")
-        assert pip not in done.command("check", "job.yaml", api=api).stderr
-        done.write_job(report="page.html")
+        page, facts = finished_run.command("report", "job.yaml"), finished_run.command("report", "job.yaml", "--json")
+        assert pip not in finished_run.command("check", "job.yaml", api=api).stderr
+        finished_run.write_job(report="page.html")
         checked, doctor = (
-            done.command("check", "job.yaml", api=api),
-            done.command("doctor", "job.yaml", "--json", api=api),
+            finished_run.command("check", "job.yaml", api=api),
+            finished_run.command("doctor", "job.yaml", "--json", api=api),
         )
-        run = done.command("run", "job.yaml", api=api)
+        run = finished_run.command("run", "job.yaml", api=api)
 
     assert (page.code, facts.code, checked.code, run.code) == (2, 0, 0, 0)
     assert pip in page.stderr
@@ -117,20 +117,20 @@ def test_without_the_extra_there_are_facts_but_no_page(api: Api, done: Office) -
 # The run's own report
 
 
-def test_every_run_leaves_its_report(api: Api, office: Office) -> None:
+def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
     """After a good night and after a bad one, and after the sandbox's."""
-    office.write_leads(people(3))
-    office.write_job(report="page.html")
-    path = office.folder / "page.html"
-    with drawing():
-        assert office.command("run", "job.yaml", api=api).code == 0
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(report="page.html")
+    path = workspace.folder / "page.html"
+    with fake_renderer():
+        assert workspace.command("run", "job.yaml", api=api).code == 0
         assert path.exists()
         path.unlink()
-        office.write_leads(people(30))
-        assert office.command("run", "job.yaml", "--max-credits", "3", api=api).code == 12
+        workspace.write_leads(make_leads(30))
+        assert workspace.command("run", "job.yaml", "--max-credits", "3", api=api).code == 12
         assert path.exists()
         path.unlink()
-        assert office.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
+        assert workspace.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
         assert path.exists()
 
 
@@ -147,51 +147,51 @@ def test_every_run_leaves_its_report(api: Api, office: Office) -> None:
         ],
     ),
 )
-def test_a_report_that_fails_does_not_break_the_run(api: Api, office: Office, error: BaseException, why: str) -> None:
+def test_failing_report_is_a_note(api: SandboxApi, workspace: Workspace, error: BaseException, why: str) -> None:
     """One note; the exit code is the run's, and the note quotes nobody."""
-    office.write_leads(people(2))
-    office.write_job(report="page.html")
-    with drawing(error=error):
-        done = office.command("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(report="page.html")
+    with fake_renderer(error=error):
+        result = workspace.command("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
 
-    assert done.code == done.receipt["exit_code"] == 0
-    (note,) = done.stderr.splitlines()
+    assert result.code == result.receipt["exit_code"] == 0
+    (note,) = result.stderr.splitlines()
     assert note == f"note: the report was not written: {why}"
-    assert note.removeprefix("note: ") in (office.folder / "run.log").read_text()
+    assert note.removeprefix("note: ") in (workspace.folder / "run.log").read_text()
 
 
-def test_a_report_over_somebody_elses_file_does_not_break_the_run(api: Api, office: Office) -> None:
+def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """It stays, and one note says so; the check has told before."""
-    office.write_leads(people(2))
-    office.write_job(report="mine.html")
-    mine = office.folder / "mine.html"
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(report="mine.html")
+    mine = workspace.folder / "mine.html"
     mine.write_text("<html>mine</html>")
-    checked = office.command("check", "job.yaml")
-    with drawing():
-        done = office.command("run", "job.yaml", api=api)
+    checked = workspace.command("check", "job.yaml")
+    with fake_renderer():
+        result = workspace.command("run", "job.yaml", api=api)
 
     assert checked.code == 2
     assert "no report of enrich" in checked.stderr
-    assert done.code == 0
-    assert "mine.html is there already" in done.stderr
+    assert result.code == 0
+    assert "mine.html is there already" in result.stderr
     assert mine.read_text() == "<html>mine</html>"
 
 
 @pytest.mark.long
-def test_an_interrupted_run_leaves_fast(tmp_path: Path, office: Office) -> None:
+def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) -> None:
     """It writes no report."""
-    office.write_leads(people(2))
-    office.write_job(report="page.html")
-    with serving(tmp_path / "api.db", CALM, latency="fixed(600)") as api:
-        process = office.start("run", "job.yaml", api=api)
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(report="page.html")
+    with serve_api(tmp_path / "api.db", INSTANT_API, latency="fixed(600)") as api:
+        process = workspace.start("run", "job.yaml", api=api)
         try:
-            until(lambda: office.at_the_api() == 2)
+            wait_until(lambda: workspace.at_the_api() == 2)
             process.terminate()
             process.communicate(timeout=30)
         finally:
-            kill(process)
+            kill_process(process)
     assert process.returncode == 143
-    assert not (office.folder / "page.html").exists()
+    assert not (workspace.folder / "page.html").exists()
 
 
 # The key in the job file
@@ -210,41 +210,41 @@ def test_an_interrupted_run_leaves_fast(tmp_path: Path, office: Office) -> None:
         ("{by: [Note, Contry]}", "job.yaml:12: report.by.1: the input has no column `Contry`"),
     ],
 )
-def test_a_wrong_key_names_its_line(office: Office, report: str, said: str) -> None:
+def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> None:
     """And the nearest right name; the check says what the run says."""
-    office.write_leads([[*people(1)[0], "found"]], [*HEADER, "enrich_status"])
-    office.write_job(report=report)
+    workspace.write_leads([[*make_leads(1)[0], "found"]], [*HEADER, "enrich_status"])
+    workspace.write_job(report=report)
     for command in ("check", "run"):
-        done = office.command(command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1")
-        assert done.code == 2
-        assert said in done.stderr
+        result = workspace.command(command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1")
+        assert result.code == 2
+        assert said in result.stderr
 
 
-def test_no_two_files_are_one(api: Api, office: Office) -> None:
+def test_report_path_clash(api: SandboxApi, workspace: Workspace) -> None:
     """A report that is another file of the job is refused before anything is spent."""
-    office.write_leads(people(1))
-    office.write_job(report="page.html", metrics="m.prom", suppress="page.html")
-    (office.folder / "page.html").write_text("")
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(report="page.html", metrics="m.prom", suppress="page.html")
+    (workspace.folder / "page.html").write_text("")
     for command in ("check", "run"):
-        done = office.command(command, "job.yaml", api=api)
-        assert done.code == 2
-        assert "`suppress`" in done.stderr
+        result = workspace.command(command, "job.yaml", api=api)
+        assert result.code == 2
+        assert "`suppress`" in result.stderr
     assert api.audit()["accepted"] == 0
 
 
-def test_an_unwritable_place_is_noticed_by_the_check(office: Office) -> None:
+def test_unwritable_path_found_by_check(workspace: Workspace) -> None:
     """Before the night."""
-    office.write_leads(people(1))
-    office.write_job(report="leads.csv/page.html")
-    done = office.command("check", "job.yaml")
-    assert done.code == 5
-    assert "`report` cannot be written" in done.stderr
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(report="leads.csv/page.html")
+    result = workspace.command("check", "job.yaml")
+    assert result.code == 5
+    assert "`report` cannot be written" in result.stderr
 
 
-def test_a_report_that_only_groups_is_written_by_no_run(api: Api, office: Office) -> None:
+def test_report_with_only_groups(api: SandboxApi, workspace: Workspace) -> None:
     """`by` alone says how `enrich report` groups."""
-    office.write_leads(people(2))
-    office.write_job(report="{by: Note}")
-    with drawing():
-        office.command("run", "job.yaml", api=api)
-    assert not list(office.folder.glob("*.html"))
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(report="{by: Note}")
+    with fake_renderer():
+        workspace.command("run", "job.yaml", api=api)
+    assert not list(workspace.folder.glob("*.html"))

@@ -24,7 +24,7 @@ from tests.cases import in_turn
 CALL = Call("email_getter", (833, 966), 10)
 
 
-def rows_of(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = ()) -> Rows:
+def open_rows(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = ()) -> Rows:
     """Write a job and its leads, and open them."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *leads])
@@ -38,23 +38,25 @@ def as_yaml(**keys: Any) -> str:
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
 
 
-def read(rows: Rows, call: Call = CALL, required: Sequence[str] = (), emails: Sequence[str] = ()) -> Batch:
+def read_requests(rows: Rows, call: Call = CALL, required: Sequence[str] = (), emails: Sequence[str] = ()) -> Batch:
     """Read the rows of a small input."""
-    question = Question(call, tuple(required), tuple(emails), {"new": "email"}, None)
-    rows.check_new_columns(question)
-    (batch,) = list(rows.batches(question))
+    template = Question(call, tuple(required), tuple(emails), {"new": "email"}, None)
+    rows.check_new_columns(template)
+    (batch,) = list(rows.batches(template))
     return batch
 
 
-def params_of(batch: Batch) -> list[dict[str, str] | None]:
+def sent_params(batch: Batch) -> list[dict[str, str] | None]:
     """Return what each row sends."""
     return [None if params is None else json.loads(params) for params in batch.params]
 
 
-def refusal(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = (("x",) * 9,)) -> JobError:
+def job_error(
+    folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = (("x",) * 9,)
+) -> JobError:
     """Return why the job does not fit its input."""
     with pytest.raises(JobError) as caught:
-        read(rows_of(folder, job, header, [row[: len(header)] for row in leads]))
+        read_requests(open_rows(folder, job, header, [row[: len(header)] for row in leads]))
     assert caught.value.message.startswith(f"{folder / 'job.yaml'}:")
     return caught.value
 
@@ -113,10 +115,10 @@ def refusal(folder: Path, job: str, header: Sequence[str], leads: Sequence[Seque
         ("+49 30 1234", None),
     ],
 )
-def test_the_domain_of_what_people_write(tmp_path: Path, cell: str, domain: str | None) -> None:
+def test_domain_transform(tmp_path: Path, cell: str, domain: str | None) -> None:
     """A URL, an e-mail address or a bare host has one; what has none asks nothing."""
-    rows = rows_of(tmp_path, "params: {company: {column: A, transform: [domain]}, b: B}\n", ["A", "B"], [[cell, "x"]])
-    assert params_of(read(rows)) == [{"b": "x"} | ({"company": domain} if domain else {})]
+    rows = open_rows(tmp_path, "params: {company: {column: A, transform: [domain]}, b: B}\n", ["A", "B"], [[cell, "x"]])
+    assert sent_params(read_requests(rows)) == [{"b": "x"} | ({"company": domain} if domain else {})]
 
 
 @in_turn(
@@ -136,13 +138,13 @@ def test_the_domain_of_what_people_write(tmp_path: Path, cell: str, domain: str 
         ("", '{"a":1}', '{"a":1}'),
     ],
 )
-def test_what_is_sent_is_normalised_and_no_more(tmp_path: Path, transform: str, cell: str, sent: str) -> None:
+def test_param_normalization(tmp_path: Path, transform: str, cell: str, sent: str) -> None:
     """NFC, without outer blanks, case kept; the transforms come before, in their order."""
-    rows = rows_of(tmp_path, f"params: {{a: {{column: A, transform: [{transform}]}}}}\n", ["A"], [[cell]])
-    assert params_of(read(rows)) == [{"a": sent}]
+    rows = open_rows(tmp_path, f"params: {{a: {{column: A, transform: [{transform}]}}}}\n", ["A"], [[cell]])
+    assert sent_params(read_requests(rows)) == [{"a": sent}]
 
 
-def test_the_first_column_that_is_not_blank_after_the_transforms_counts(tmp_path: Path) -> None:
+def test_first_non_blank_column(tmp_path: Path) -> None:
     """A website that is no URL gives way to the e-mail address."""
     job = "params: {company: {column: [Website, Email, Firm], transform: [domain]}, name: [Nick, Name], k: K}\n"
     leads = [
@@ -151,8 +153,8 @@ def test_the_first_column_that_is_not_blank_after_the_transforms_counts(tmp_path
         ["", "", "c.example", "", "", "k"],
         ["Acme Inc.", "none", "-", "\t", " ", "k"],
     ]
-    rows = rows_of(tmp_path, job, ["Website", "Email", "Firm", "Nick", "Name", "K"], leads)
-    assert params_of(read(rows)) == [
+    rows = open_rows(tmp_path, job, ["Website", "Email", "Firm", "Nick", "Name", "K"], leads)
+    assert sent_params(read_requests(rows)) == [
         {"company": "a.example", "name": "Ada", "k": "k"},
         {"company": "b.example", "name": "Augusta", "k": "k"},
         {"company": "c.example", "k": "k"},
@@ -160,43 +162,45 @@ def test_the_first_column_that_is_not_blank_after_the_transforms_counts(tmp_path
     ]
 
 
-def test_a_constant_is_sent_with_every_row(tmp_path: Path) -> None:
+def test_constant_param(tmp_path: Path) -> None:
     """It is normalised like a cell; alone it is a question too."""
-    rows = rows_of(tmp_path, "params: {country: {value: ' US '}, a: A}\n", ["A"], [["1"], ["2"]])
-    assert params_of(read(rows)) == [{"a": "1", "country": "US"}, {"a": "2", "country": "US"}]
-    rows = rows_of(tmp_path, "params: {country: {value: US}}\n", ["A"], [["1"], ["2"]])
-    assert params_of(read(rows)) == [{"country": "US"}] * 2
+    rows = open_rows(tmp_path, "params: {country: {value: ' US '}, a: A}\n", ["A"], [["1"], ["2"]])
+    assert sent_params(read_requests(rows)) == [{"a": "1", "country": "US"}, {"a": "2", "country": "US"}]
+    rows = open_rows(tmp_path, "params: {country: {value: US}}\n", ["A"], [["1"], ["2"]])
+    assert sent_params(read_requests(rows)) == [{"country": "US"}] * 2
 
 
-def test_a_required_param_that_is_blank_makes_a_row_invalid(tmp_path: Path) -> None:
+def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
     """It is never sent, and the reason names the param and its columns but no cell; an optional one is left out."""
     job = "params: {first: First, company: {column: [Site, Mail], transform: [domain]}, opt: Opt}\n"
     leads = [["Ada", "x.example", "", ""], ["Ada", "Secret Inc.", "none", "o"], [" ", "x.example", "", ""]]
-    batch = read(rows_of(tmp_path, job, ["First", "Site", "Mail", "Opt"], leads), required=["first", "company"])
-    assert params_of(batch) == [{"first": "Ada", "company": "x.example"}, None, None]
+    batch = read_requests(
+        open_rows(tmp_path, job, ["First", "Site", "Mail", "Opt"], leads), required=["first", "company"]
+    )
+    assert sent_params(batch) == [{"first": "Ada", "company": "x.example"}, None, None]
     assert batch.statuses == [None, RowStatus.INVALID, RowStatus.INVALID]
     assert batch.errors == [None, "company is empty (Site, Mail)", "first is empty (First)"]
     assert [fingerprint is None for fingerprint in batch.fingerprints] == [False, True, True]
     assert [wanted.position for wanted in batch.asked()] == [0]
 
 
-def test_a_row_that_would_send_nothing_is_invalid(tmp_path: Path) -> None:
+def test_row_without_params_is_invalid(tmp_path: Path) -> None:
     """Even when nothing is required."""
-    batch = read(rows_of(tmp_path, "params: {a: A}\n", ["A", "B"], [["", "x"]]))
+    batch = read_requests(open_rows(tmp_path, "params: {a: A}\n", ["A", "B"], [["", "x"]]))
     assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["no param has a value"])
 
 
 @in_turn("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
-def test_an_e_mail_address_is_sent(tmp_path: Path, good: str) -> None:
+def test_email_param(tmp_path: Path, good: str) -> None:
     """The check is a coarse one: only the API knows which exist."""
-    batch = read(rows_of(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
-    assert params_of(batch) == [{"email": good.strip()}]
+    batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
+    assert sent_params(batch) == [{"email": good.strip()}]
 
 
 @in_turn("bad", ["ada", "ada@x", "@x.example", "ada@", "a b@x.example", "a@b@c.d", "a@b.c,d@e.f g", "a@b .c"])
-def test_a_malformed_e_mail_address_makes_a_row_invalid(tmp_path: Path, bad: str) -> None:
+def test_malformed_email_is_invalid(tmp_path: Path, bad: str) -> None:
     """It is not paid for, and the reason does not quote it."""
-    batch = read(rows_of(tmp_path, "params: {email: E}\n", ["E"], [[bad]]), emails=["email"])
+    batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[bad]]), emails=["email"])
     assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["email is no e-mail address (E)"])
 
 
@@ -231,11 +235,11 @@ LEADS = [
         ("LENGTH(Name) BETWEEN 1 AND 3", "Ada Bob Cyd Dan"),
     ],
 )
-def test_where_chooses_rows(tmp_path: Path, where: str, kept: str) -> None:
+def test_where_filters_rows(tmp_path: Path, where: str, kept: str) -> None:
     """SQL over text: blanks are '', and where the answer is null the row is left out."""
     job = f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n"
-    batch = read(rows_of(tmp_path, job, HEADER, LEADS))
-    assert " ".join(params["name"] for params in params_of(batch) if params) == kept
+    batch = read_requests(open_rows(tmp_path, job, HEADER, LEADS))
+    assert " ".join(params["name"] for params in sent_params(batch) if params) == kept
     assert set(batch.statuses) <= {None, RowStatus.FILTERED}
     assert batch.errors == [None] * 4
 
@@ -264,9 +268,9 @@ def test_where_chooses_rows(tmp_path: Path, where: str, kept: str) -> None:
         ("Name = 'a') AS x, (Name = 'b'", "must say yes or no for each row by itself", ""),
     ],
 )
-def test_a_where_that_cannot_be_is_told(tmp_path: Path, where: str, message: str, hint: str) -> None:
+def test_invalid_where(tmp_path: Path, where: str, message: str, hint: str) -> None:
     """Before anything is spent, with the line; what looks at other rows is refused, for rows come in batches."""
-    error = refusal(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
+    error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert error.message.startswith(f"{tmp_path / 'job.yaml'}:5: where: {message}")
     assert "\n" not in error.message
     assert hint in (error.hint or "")
@@ -276,28 +280,30 @@ def test_a_where_that_cannot_be_is_told(tmp_path: Path, where: str, message: str
     "where",
     ['CAST("Team Size" AS INT) > 4', "CAST(Name AS DATE) > '2024-01-01'", "STRPTIME(Name, '%Y') IS NULL"],
 )
-def test_a_where_that_fails_at_a_cell_is_told_without_the_cell(tmp_path: Path, where: str) -> None:
+def test_where_error_hides_cell(tmp_path: Path, where: str) -> None:
     """Cells are about persons; the hint says how to cast what may be blank."""
-    error = refusal(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
+    error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert "where: cannot be computed" in error.message
     assert "TRY_CAST" in (error.hint or "")
-    told = error.message.replace(str(tmp_path), "")  # which has numbers, and may have those of a cell
-    assert not any(cell in told for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
+    result = error.message.replace(str(tmp_path), "")  # which has numbers, and may have those of a cell
+    assert not any(cell in result for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
 
 
-def test_rows_are_asked_for_only_if_columns_are_blank(tmp_path: Path) -> None:
+def test_only_if_empty(tmp_path: Path) -> None:
     """All of them, outer blanks not counting; together with `where` both must hold."""
     leads = [["a", "", ""], ["b", " \t", ""], ["c", "x", ""], ["d", "", "y"], ["e", "", ""]]
     job = "params: {n: N}\nonly_if_empty: [E, P]\n"
-    batch = read(rows_of(tmp_path, job, ["N", "E", "P"], leads))
-    assert [params and params["n"] for params in params_of(batch)] == ["a", "b", None, None, "e"]
-    batch = read(rows_of(tmp_path, job + "where: N <> 'a'\n", ["N", "E", "P"], leads))
-    assert [params and params["n"] for params in params_of(batch)] == [None, "b", None, None, "e"]
+    batch = read_requests(open_rows(tmp_path, job, ["N", "E", "P"], leads))
+    assert [params and params["n"] for params in sent_params(batch)] == ["a", "b", None, None, "e"]
+    batch = read_requests(open_rows(tmp_path, job + "where: N <> 'a'\n", ["N", "E", "P"], leads))
+    assert [params and params["n"] for params in sent_params(batch)] == [None, "b", None, None, "e"]
 
 
-def test_a_filtered_row_is_not_called_invalid(tmp_path: Path) -> None:
+def test_filtered_rows_have_no_reason(tmp_path: Path) -> None:
     """What the job leaves out needs no reason."""
-    batch = read(rows_of(tmp_path, "params: {a: A}\nonly_if_empty: [B]\n", ["A", "B"], [["", "x"]]), required=["a"])
+    batch = read_requests(
+        open_rows(tmp_path, "params: {a: A}\nonly_if_empty: [B]\n", ["A", "B"], [["", "x"]]), required=["a"]
+    )
     assert (batch.statuses, batch.errors) == ([RowStatus.FILTERED], [None])
 
 
@@ -317,16 +323,16 @@ def test_a_filtered_row_is_not_called_invalid(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_column_that_the_input_lacks_is_told(tmp_path: Path, job: str, where: str, hint: str) -> None:
+def test_unknown_column(tmp_path: Path, job: str, where: str, hint: str) -> None:
     """With the line of the job file, the input file, and the nearest column."""
-    error = refusal(tmp_path, job, ["First Name", "Email"])
+    error = job_error(tmp_path, job, ["First Name", "Email"])
     assert error.message.startswith(f"{tmp_path / 'job.yaml'}:{where}: the input has no column")
     assert str(tmp_path / "leads.csv") in error.message
     assert error.hint == hint
 
 
 @in_turn(("separator", "shown"), [(";", '";"'), ("\t", '"\\t"'), ("|", '"|"')])
-def test_another_separator_is_recognised_by_the_header(tmp_path: Path, separator: str, shown: str) -> None:
+def test_separator_hint(tmp_path: Path, separator: str, shown: str) -> None:
     """The commonest mistake has a hint that can be copied, and following it helps."""
     (tmp_path / "leads.csv").write_text(separator.join(["Name", "Email"]) + "\n" + separator.join(["Ada", "x"]) + "\n")
     path = tmp_path / "job.yaml"
@@ -336,10 +342,10 @@ def test_another_separator_is_recognised_by_the_header(tmp_path: Path, separator
         Rows(load_job(path))
     assert caught.value.hint == f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
     path.write_text(text.replace("leads.csv", f"{{path: leads.csv, separator: {shown}}}"))
-    assert params_of(read(Rows(load_job(path)))) == [{"a": "Ada"}]
+    assert sent_params(read_requests(Rows(load_job(path)))) == [{"a": "Ada"}]
 
 
-def test_an_input_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_input(tmp_path: Path) -> None:
     """It is no mistake of the job file, and nothing was spent."""
     path = tmp_path / "job.yaml"
     path.write_text("version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: A}\n")
@@ -348,12 +354,12 @@ def test_an_input_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "leads.csv").write_text("A,B\n1,2\n3\n")
     rows = Rows(load_job(path))
     with pytest.raises(Refused, match=r"row 2 \(line 3\) has 1 cell"):
-        read(rows)
+        read_requests(rows)
 
 
-def test_new_columns_must_be_new(tmp_path: Path) -> None:
+def test_new_column_clash(tmp_path: Path) -> None:
     """A clash is told with the line; the status columns have their names for themselves."""
-    rows = rows_of(tmp_path, "params: {a: A}\ncolumns:\n  A: email\n  enrich_at: x\n", ["A"])
+    rows = open_rows(tmp_path, "params: {a: A}\ncolumns:\n  A: email\n  enrich_at: x\n", ["A"])
     for name, message in [
         ("A", "6: columns.A: the input has a column"),
         ("enrich_at", "7: columns.enrich_at: this name is"),
@@ -363,15 +369,15 @@ def test_new_columns_must_be_new(tmp_path: Path) -> None:
         assert f"job.yaml:{message}" in caught.value.message
 
 
-def test_the_status_columns_of_an_earlier_output_are_replaced(tmp_path: Path) -> None:
+def test_status_columns_are_replaced(tmp_path: Path) -> None:
     """An output may be the next input: what we added does not come back twice, and can still be read."""
     header = ["enrich_status", "A", "enrich_credits", "enrich_at"]
     job = "params: {a: A, status: enrich_status}\nwhere: enrich_status <> 'found'\n"
-    rows = rows_of(tmp_path, job, header, [["failed", "x", "1", "t"], ["found", "y", "1", "t"]])
-    batch = read(rows)
+    rows = open_rows(tmp_path, job, header, [["failed", "x", "1", "t"], ["found", "y", "1", "t"]])
+    batch = read_requests(rows)
     assert rows.columns == batch.frame.columns == ["A"]
     assert batch.frame.rows() == [("x",), ("y",)]
-    assert params_of(batch) == [{"a": "x", "status": "failed"}, None]
+    assert sent_params(batch) == [{"a": "x", "status": "failed"}, None]
 
 
 @in_turn(
@@ -389,27 +395,27 @@ def test_the_status_columns_of_an_earlier_output_are_replaced(tmp_path: Path) ->
         ["len", "index", "count"],
     ],
 )
-def test_any_column_name_will_do(tmp_path: Path, header: list[str]) -> None:
+def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
     """Names are names and never patterns, and none is in the way of ours."""
     job = as_yaml(params={"a": header[1], "wanted": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
     leads = [["1", "2", ""], ["4", "5", "6"]]
-    batch = read(rows_of(tmp_path, job, header, leads))
+    batch = read_requests(open_rows(tmp_path, job, header, leads))
     assert batch.frame.columns == header
     assert batch.frame.rows() == [tuple(row) for row in leads]
-    assert params_of(batch) == [{"a": "2", "literal": "c"}, None]
+    assert sent_params(batch) == [{"a": "2", "literal": "c"}, None]
 
 
-def test_batches_count_positions_over_the_whole_input(tmp_path: Path) -> None:
+def test_positions_count_over_batches(tmp_path: Path) -> None:
     """A position is a row's place in the file, whatever the batch."""
-    rows = rows_of(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
     batches = list(rows.batches(Question(CALL, (), (), {"new": "x"}, None)))
     assert [(batch.first, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
     assert [wanted.position for batch in batches for wanted in batch.asked()] == list(range(20_001))
 
 
-def test_a_changed_input_has_another_stamp(tmp_path: Path) -> None:
+def test_changed_input_changes_stamp(tmp_path: Path) -> None:
     """Replaced, appended to or gone: the answer must not be joined to other rows."""
-    rows = rows_of(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
     before = rows.stamp()
     assert before == rows.stamp()
     with (tmp_path / "leads.csv").open("a") as file:
@@ -422,43 +428,43 @@ def test_a_changed_input_has_another_stamp(tmp_path: Path) -> None:
 # Fingerprints
 
 
-def fingerprints(
+def fingerprints_of(
     folder: Path, leads: Sequence[Sequence[str]], job: str = "params: {first: F, company: C}\n", call: Call = CALL
 ) -> list[str]:
     """Return the fingerprints of rows with the columns F, C and N."""
-    batch = read(rows_of(folder, job, ["F", "C", "N"], leads), call)
+    batch = read_requests(open_rows(folder, job, ["F", "C", "N"], leads), call)
     return [fingerprint.hex() for fingerprint in batch.fingerprints if fingerprint]
 
 
 def test_fingerprints_never_change(tmp_path: Path) -> None:
     """Every ledger in the world stands on these very bytes: another value here means that everybody pays again."""
-    assert fingerprints(tmp_path, [["Ada", "engine.example", ""]]) == ["13a2745522ca047efcb51bda5339965d"]
-    assert fingerprints(tmp_path, [["Zoë", "größe.example", ""]], call=Call("email_getter", (833,))) == [
+    assert fingerprints_of(tmp_path, [["Ada", "engine.example", ""]]) == ["13a2745522ca047efcb51bda5339965d"]
+    assert fingerprints_of(tmp_path, [["Zoë", "größe.example", ""]], call=Call("email_getter", (833,))) == [
         "20d77e6ed2160a4654c9c6deb12bf693"
     ]
 
 
-def test_a_fingerprint_is_of_the_question_alone(tmp_path: Path) -> None:
+def test_fingerprint_depends_only_on_request(tmp_path: Path) -> None:
     """Not of the row's place, its other columns, the order of the params, or how a cell is written."""
-    first, second, third = fingerprints(
+    first, second, third = fingerprints_of(
         tmp_path, [["Ada", "x.example", "1"], ["Bob", "x.example", "2"], [" Ada", "x.example ", "3"]]
     )
     assert first == third != second
-    assert fingerprints(
+    assert fingerprints_of(
         tmp_path, [["Ada", "x.example", "4"]], "params:\n  company: C\n  first: [N, F]\nwhere: N <> ''\n"
     ) != [first]
-    assert fingerprints(
+    assert fingerprints_of(
         tmp_path, [["Ada", "x.example", "4"]], "params:\n  company: C\n  first: F\nwhere: N <> ''\n"
     ) == [first]
-    assert fingerprints(tmp_path, [["Ada", "-", ""]], "params: {first: F, company: {value: x.example}}\n") == [first]
-    composed, decomposed = fingerprints(tmp_path, [["Zoë", "x", ""], ["Zoe\u0308", "x", ""]])
+    assert fingerprints_of(tmp_path, [["Ada", "-", ""]], "params: {first: F, company: {value: x.example}}\n") == [first]
+    composed, decomposed = fingerprints_of(tmp_path, [["Zoë", "x", ""], ["Zoe\u0308", "x", ""]])
     assert composed == decomposed
 
 
-def test_a_blank_param_is_no_param(tmp_path: Path) -> None:
+def test_blank_param_not_in_fingerprint(tmp_path: Path) -> None:
     """What is not sent is not in the name either."""
-    (without,) = fingerprints(tmp_path, [["Ada", "x", ""]], "params: {first: F, company: C, note: N}\n")
-    assert fingerprints(tmp_path, [["Ada", "x", ""]]) == [without]
+    (without,) = fingerprints_of(tmp_path, [["Ada", "x", ""]], "params: {first: F, company: C, note: N}\n")
+    assert fingerprints_of(tmp_path, [["Ada", "x", ""]]) == [without]
 
 
 @in_turn(
@@ -471,24 +477,24 @@ def test_a_blank_param_is_no_param(tmp_path: Path) -> None:
         Call("person_getter", (833, 966), 10),
     ],
 )
-def test_another_call_is_another_question(tmp_path: Path, call: Call) -> None:
+def test_fingerprint_depends_on_call(tmp_path: Path, call: Call) -> None:
     """The waterfall, the providers in their order, the verifier: each changes what comes back."""
     lead = ["Ada", "x.example", ""]
-    assert fingerprints(tmp_path, [lead], call=call) != fingerprints(tmp_path, [lead])
+    assert fingerprints_of(tmp_path, [lead], call=call) != fingerprints_of(tmp_path, [lead])
 
 
-def test_without_dedupe_every_row_has_a_question_of_its_own(tmp_path: Path) -> None:
+def test_fingerprints_without_dedupe(tmp_path: Path) -> None:
     """The first of equal rows is the shared one; the others are told apart by their place among them."""
     job = "params: {first: F, company: C}\ndedupe: false\n"
     ada, bob = ["Ada", "x", ""], ["Bob", "x", ""]
-    (shared_ada, shared_bob) = fingerprints(tmp_path, [ada, bob])
-    found = fingerprints(tmp_path, [ada, bob, ada, ada, bob], job)
+    (shared_ada, shared_bob) = fingerprints_of(tmp_path, [ada, bob])
+    found = fingerprints_of(tmp_path, [ada, bob, ada, ada, bob], job)
     assert (found[0], found[1]) == (shared_ada, shared_bob)
     assert len(set(found)) == 5
-    again = fingerprints(tmp_path, [bob, ada, ada, ["Cyd", "x", ""], bob, ada], job)
+    again = fingerprints_of(tmp_path, [bob, ada, ada, ["Cyd", "x", ""], bob, ada], job)
     assert [again[0], again[1], again[2], again[4], again[5]] == [found[1], found[0], found[2], found[4], found[3]]
-    rows = rows_of(tmp_path, job, ["F", "C", "N"], [ada, ada])
-    assert read(rows).fingerprints == read(rows).fingerprints
+    rows = open_rows(tmp_path, job, ["F", "C", "N"], [ada, ada])
+    assert read_requests(rows).fingerprints == read_requests(rows).fingerprints
 
 
 CELL = st.text(alphabet="aA bB\u00e9e\u0301\u00a0\"\\{},:'\n", max_size=4) | st.text(
@@ -498,7 +504,7 @@ CELL = st.text(alphabet="aA bB\u00e9e\u0301\u00a0\"\\{},:'\n", max_size=4) | st.
 )
 
 
-def sent_of(cells: Mapping[str, str]) -> dict[str, str]:
+def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
     """Say what the contract says is sent."""
     clean = {name: unicodedata.normalize("NFC", cell).strip() for name, cell in cells.items()}
     return {name: value for name, value in clean.items() if value}
@@ -506,22 +512,20 @@ def sent_of(cells: Mapping[str, str]) -> dict[str, str]:
 
 @given(leads=st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=8))
 @settings(deadline=None)
-def test_equal_questions_and_no_others_have_equal_names(
-    tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]
-) -> None:
+def test_fingerprint_equality(tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]) -> None:
     """No cell can be made so that two different questions share an answer, or one is paid twice."""
-    rows = rows_of(tmp_path_factory.getbasetemp(), "params: {a: A, ab: B, b: C}\n", ["A", "B", "C"], leads)
-    batch = read(rows)
-    named = list(zip(params_of(batch), batch.fingerprints, strict=True))
+    rows = open_rows(tmp_path_factory.getbasetemp(), "params: {a: A, ab: B, b: C}\n", ["A", "B", "C"], leads)
+    batch = read_requests(rows)
+    named = list(zip(sent_params(batch), batch.fingerprints, strict=True))
     for params, fingerprint in named:
         for other, other_fingerprint in named:
             assert (params == other) == (fingerprint == other_fingerprint)
-    expected = [sent_of(dict(zip(["a", "ab", "b"], lead, strict=True))) for lead in leads]
-    assert [params or {} for params in params_of(batch)] == expected
+    expected = [expected_params(dict(zip(["a", "ab", "b"], lead, strict=True))) for lead in leads]
+    assert [params or {} for params in sent_params(batch)] == expected
 
 
-def test_a_pattern_in_where_is_told(tmp_path: Path) -> None:
+def test_column_pattern_in_where(tmp_path: Path) -> None:
     """A pattern for a column name in `where` is beyond polars' SQL: that is told, too."""
     job = as_yaml(params={"a": "x"}, where="\"^x.*$\" = 'p'")
     with pytest.raises(JobError, match="where: not a polars SQL expression over the columns"):
-        rows_of(tmp_path, job, ["^x.*$", "x", "xy"], [["p", "q", "r"]])
+        open_rows(tmp_path, job, ["^x.*$", "x", "xy"], [["p", "q", "r"]])

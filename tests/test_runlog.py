@@ -26,49 +26,49 @@ from enrich.surroundings import Progress
 from enrich.watch import runlog
 from enrich.watch.runlog import Log, log_to, without_data
 from tests.cases import in_turn
-from tests.harness import AWAY, Api, Office, kill, people, serving, until
-from tests.watch import assert_nobody_in, events, log_lines, somebody
+from tests.harness import AWAY, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+from tests.watch import assert_no_personal_data, log_events, log_lines, searchable_leads
 
-AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
-LOG = ("--log-file", "run.log")
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+LOG_OPTIONS = ("--log-file", "run.log")
 
 
-def test_a_run_has_a_start_and_an_end(api: Api, office: Office) -> None:
+def test_start_and_end_events(api: SandboxApi, workspace: Workspace) -> None:
     """Every line has its envelope; the start says what the run was given, the end what came of it."""
-    office.write_leads(somebody(3))
+    workspace.write_leads(searchable_leads(3))
 
-    done = office.command("run", "job.yaml", "--json", "--limit", "2", "--retry", "failed", *LOG, api=api)
+    result = workspace.command("run", "job.yaml", "--json", "--limit", "2", "--retry", "failed", *LOG_OPTIONS, api=api)
 
-    start, end = log_lines(office)
+    start, end = log_lines(workspace)
     for line in (start, end):
         assert (line["v"], line["job"]) == (1, "job")
         assert isinstance(line["pid"], int)
-        assert AT.fullmatch(line["at"])
+        assert TIMESTAMP.fullmatch(line["at"])
     assert (start["event"], start["version"], start["sandbox"]) == ("start", __version__, False)
     assert (start["options"]["limit"], start["options"]["retry"]) == (2, ["failed"])
     assert start["options"]["max_credits"] is None
     for name, path in (("job_file", "job.yaml"), ("input", "leads.csv"), ("output", "out.csv")):
-        assert start[name] == str(office.folder / path)
-    assert start["ledger"] == str(office.ledger_path)
+        assert start[name] == str(workspace.folder / path)
+    assert start["ledger"] == str(workspace.ledger_path)
     assert (end["event"], end["execution"], end["exit_code"]) == ("end", 1, 0)
-    assert end["receipt"] == done.receipt
+    assert end["receipt"] == result.receipt
 
 
-def _no_key(_: Office, __: Api) -> dict[str, str]:
+def _no_key(_: Workspace, __: SandboxApi) -> dict[str, str]:
     return {}
 
 
-def _nobody_there(_: Office, api: Api) -> dict[str, str]:
+def _no_api(_: Workspace, api: SandboxApi) -> dict[str, str]:
     return api.environ | {"DATABAR_BASE_URL": "http://127.0.0.1:9/v1"}
 
 
-def _no_job(office: Office, api: Api) -> dict[str, str]:
-    office.write_job(colour="red")
+def _no_job(workspace: Workspace, api: SandboxApi) -> dict[str, str]:
+    workspace.write_job(colour="red")
     return api.environ
 
 
-def _no_input(office: Office, api: Api) -> dict[str, str]:
-    (office.folder / "leads.csv").unlink()
+def _no_input(workspace: Workspace, api: SandboxApi) -> dict[str, str]:
+    (workspace.folder / "leads.csv").unlink()
     return api.environ
 
 
@@ -77,81 +77,81 @@ def _no_input(office: Office, api: Api) -> dict[str, str]:
     [
         (_no_job, (2, "unknown key", ["error"])),
         (_no_key, (3, "DATABAR_API_KEY", ["start", "error"])),
-        (_nobody_there, (4, "unreachable", ["start", "error"])),
+        (_no_api, (4, "unreachable", ["start", "error"])),
         (_no_input, (5, "leads.csv", ["start", "error"])),
     ],
 )
-def test_a_start_that_fails_leaves_a_line(
-    api: Api,
-    office: Office,
+def test_failed_start_is_logged(
+    api: SandboxApi,
+    workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Office, Api], dict[str, str]],
+    spoil: Callable[[Workspace, SandboxApi], dict[str, str]],
     told: tuple[int, str, list[str]],
 ) -> None:
     """Before an execution exists there is an error with its exit code, also for a job file that is wrong."""
     away = tuple(getattr(AWAY, name) for name in Timing.__dataclass_fields__)
     monkeypatch.setattr(Timing.__init__, "__defaults__", away)
     code, word, seen = told
-    office.write_leads(somebody(1))
-    environ = spoil(office, api)
+    workspace.write_leads(searchable_leads(1))
+    environ = spoil(workspace, api)
 
-    done = office.command("run", "job.yaml", *LOG, api=None, **environ)
+    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=None, **environ)
 
-    assert done.code == code
-    assert events(office) == seen
-    error = log_lines(office)[-1]
+    assert result.code == code
+    assert log_events(workspace) == seen
+    error = log_lines(workspace)[-1]
     assert (error["exit_code"], error["job"]) == (code, "job")
     assert word in error["error"]
 
 
-def test_who_is_locked_out_writes_too(api: Api, office: Office) -> None:
+def test_locked_out_run_is_logged(api: SandboxApi, workspace: Workspace) -> None:
     """Exit 11 is an error, a turn that was skipped an end without a receipt."""
-    office.write_leads(somebody(1))
-    with hold(office.ledger_path, 0):
-        refused = office.command("run", "job.yaml", *LOG, api=api)
-        skipped = office.command("run", "job.yaml", "--if-locked", "skip", *LOG, api=api)
+    workspace.write_leads(searchable_leads(1))
+    with hold(workspace.ledger_path, 0):
+        refused = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+        skipped = workspace.command("run", "job.yaml", "--if-locked", "skip", *LOG_OPTIONS, api=api)
 
     assert (refused.code, skipped.code) == (11, 0)
-    assert events(office) == ["start", "error", "start", "end"]
-    lines = log_lines(office)
+    assert log_events(workspace) == ["start", "error", "start", "end"]
+    lines = log_lines(workspace)
     assert lines[1]["exit_code"] == 11
     assert (lines[3]["exit_code"], "receipt" in lines[3]) == (0, False)
     assert "another execution" in lines[3]["skipped"]
 
 
 @pytest.mark.long
-def test_two_processes_share_a_log(tmp_path: Path, office: Office) -> None:
+def test_two_processes_share_log(tmp_path: Path, workspace: Workspace) -> None:
     """While one is at work the other is refused; both are in the log, line by line."""
-    office.write_leads(somebody(2))
-    with serving(tmp_path / "api.db", latency="fixed(3600)") as api:
-        first = office.start("run", "job.yaml", *LOG, api=api)
-        until(lambda: api.audit()["accepted"] == 2)
-        second = office.command("run", "job.yaml", *LOG, api=api)
+    workspace.write_leads(searchable_leads(2))
+    with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
+        first = workspace.start("run", "job.yaml", *LOG_OPTIONS, api=api)
+        wait_until(lambda: api.audit()["accepted"] == 2)
+        second = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=20)
 
     assert (second.code, first.returncode) == (11, 143)
-    lines = log_lines(office)
+    lines = log_lines(workspace)
     assert [line["event"] for line in lines] == ["start", "start", "error", "end"]
     assert lines[0]["pid"] == lines[3]["pid"] == first.pid
     assert lines[3]["exit_code"] == 143
 
 
 @pytest.mark.long
-def test_a_killed_run_has_no_end_and_the_next_one_tells_of_it(tmp_path: Path, office: Office) -> None:
+def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> None:
     """The next start follows a start; its notes carry the number of the execution."""
-    office.write_leads(somebody(3))
-    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
-        first = office.start("run", "job.yaml", *LOG, api=api)
-        until(lambda: api.audit()["accepted"] == 3)
-        until(lambda: office.ledger().counts().get(State.SUBMITTED) == 3)
-        kill(first)
+    workspace.write_leads(searchable_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
+        first = workspace.start("run", "job.yaml", *LOG_OPTIONS, api=api)
+        wait_until(lambda: api.audit()["accepted"] == 3)
+        wait_until(lambda: workspace.ledger().counts().get(State.SUBMITTED) == 3)
+        kill_process(first)
         api.advance(601)
-        done = office.command("run", "job.yaml", *LOG, api=api)
+        result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert done.code == 0
-    assert events(office) == ["start", "start", "note", "end"]
-    note, end = log_lines(office)[2:]
+    assert result.code == 0
+    assert log_events(workspace) == ["start", "start", "note", "end"]
+    note, end = log_lines(workspace)[2:]
     assert (note["execution"], end["execution"]) == (2, 2)
     assert "3 tasks of an earlier execution" in note["text"]
 
@@ -159,80 +159,80 @@ def test_a_killed_run_has_no_end_and_the_next_one_tells_of_it(tmp_path: Path, of
 # What never is in it
 
 
-def test_no_line_has_personal_data(tmp_path: Path, office: Office) -> None:
+def test_log_has_no_personal_data(tmp_path: Path, workspace: Workspace) -> None:
     """Doubts, failures and refusals are logged without a cell of the input and without an answer."""
-    office.write_leads(somebody(12))
-    with serving(tmp_path / "api.db", failure_rate=0.3) as api:
+    workspace.write_leads(searchable_leads(12))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3) as api:
         api.fault("no-task-id", count=2)
-        doubtful = office.command("run", "job.yaml", *LOG, api=api)
-        office.command("run", "job.yaml", "--retry", "failed,in_doubt", *LOG, api=api)
+        in_doubt = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+        workspace.command("run", "job.yaml", "--retry", "failed,in_doubt", *LOG_OPTIONS, api=api)
 
-    assert doubtful.code == 14
-    assert_nobody_in((office.folder / "run.log").read_text(encoding="utf-8"), office)
+    assert in_doubt.code == 14
+    assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
 
 
-def test_an_api_that_quotes_what_was_sent_is_not_quoted(
-    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quoted_params_are_removed(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its words are on stderr for the person; the log has the status."""
 
     def submit(_: Databar, order: Any, __: Any = None) -> str:
         raise ApiRefusal({"detail": f"there is no {order.rows[0]['first_name']}"})
 
-    office.write_leads(somebody(1))
+    workspace.write_leads(searchable_leads(1))
     monkeypatch.setattr(Databar, "submit", submit)
 
-    done = office.command("run", "job.yaml", *LOG, api=api)
+    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert done.code == 2
-    assert "Adalbert0" in done.stderr
-    assert "HTTP 4" in log_lines(office)[-1]["error"]
-    assert_nobody_in((office.folder / "run.log").read_text(encoding="utf-8"), office)
+    assert result.code == 2
+    assert "Adalbert0" in result.stderr
+    assert "HTTP 4" in log_lines(workspace)[-1]["error"]
+    assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
 
 
 @pytest.mark.parametrize(
     ("header", "code"), [(["Ada", "Ada", "Lovelace", "x", "y"], 5), (["Lovelace", "First name", "Ada", "x", "y"], 2)]
 )
-def test_a_lead_in_the_headers_place_is_not_quoted(api: Api, office: Office, header: list[str], code: int) -> None:
+def test_lead_as_header_is_not_logged(api: SandboxApi, workspace: Workspace, header: list[str], code: int) -> None:
     """Where the header is missing the first lead stands in its place: no column's name is logged."""
-    office.write_leads(somebody(1), header)
+    workspace.write_leads(searchable_leads(1), header)
 
-    done = office.command("run", "job.yaml", *LOG, api=api)
+    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert done.code == code
-    logged = (office.folder / "run.log").read_text(encoding="utf-8")
+    assert result.code == code
+    logged = (workspace.folder / "run.log").read_text(encoding="utf-8")
     assert "Ada" not in logged
     assert "Lovelace" not in logged
 
 
-def test_a_where_that_fails_on_a_cell_does_not_quote_it(api: Api, office: Office) -> None:
+def test_where_error_hides_cell(api: SandboxApi, workspace: Workspace) -> None:
     """What polars says of a cell stays out of the log."""
-    office.write_job(where="CAST(Note AS INT) > 1")
-    office.write_leads(somebody(1))
+    workspace.write_job(where="CAST(Note AS INT) > 1")
+    workspace.write_leads(searchable_leads(1))
 
-    done = office.command("run", "job.yaml", *LOG, api=api)
+    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert done.code == 2
-    assert_nobody_in((office.folder / "run.log").read_text(encoding="utf-8"), office)
+    assert result.code == 2
+    assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
 
 
-def test_a_bug_is_logged_by_its_kind_alone(api: Api, office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_logs_type_only(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The text of an unexpected exception may hold anything."""
-    office.write_leads(somebody(1))
+    workspace.write_leads(searchable_leads(1))
 
     def broken(*_: object) -> None:
         raise RuntimeError("Adalbert0 is strange")
 
     monkeypatch.setattr("enrich.pipeline.run", broken)
 
-    done = office.command("run", "job.yaml", *LOG, api=api)
+    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert done.code == 1
-    assert log_lines(office)[-1]["error"] == "this is a bug: RuntimeError"
-    assert log_lines(office)[-1]["exit_code"] == 1
+    assert result.code == 1
+    assert log_lines(workspace)[-1]["error"] == "this is a bug: RuntimeError"
+    assert log_lines(workspace)[-1]["exit_code"] == 1
 
 
-def test_what_quotes_nothing_is_kept_whole() -> None:
+def test_other_messages_are_kept() -> None:
     """Only what follows a quoting word is cut off."""
     assert without_data("job.yaml:3: colour: unknown key") == "job.yaml:3: colour: unknown key"
     assert (
@@ -244,55 +244,55 @@ def test_what_quotes_nothing_is_kept_whole() -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_log_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotate every 20 lines or so."""
     monkeypatch.setattr(runlog, "LARGEST", 2_000)
 
 
 @pytest.fixture
-def complaints() -> list[str]:
+def log_warnings() -> list[str]:
     """What the log complains of."""
     return []
 
 
-def texts(folder: Path) -> Iterator[str]:
+def log_texts(folder: Path) -> Iterator[str]:
     """The texts of all lines of all files of a log."""
     for path in folder.glob("run.log*"):
         if path.is_file():
             yield from (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.usefixtures("small")
-def test_a_large_log_is_rotated(tmp_path: Path, complaints: list[str]) -> None:
+@pytest.mark.usefixtures("_small_log_files")
+def test_log_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
     """Two writers take turns: no line is lost or doubled, and every file is for its owner only."""
     old = os.umask(0)
     try:
         with ExitStack() as stack:
-            logs = [stack.enter_context(log_to(tmp_path / "run.log", "job", complaints.append)) for _ in range(2)]
+            logs = [stack.enter_context(log_to(tmp_path / "run.log", "job", log_warnings.append)) for _ in range(2)]
             for number in range(60):
                 logs[number % 2].line("note", text=str(number))
     finally:
         os.umask(old)
 
-    assert sorted(map(int, texts(tmp_path))) == list(range(60))
+    assert sorted(map(int, log_texts(tmp_path))) == list(range(60))
     files = list(tmp_path.glob("run.log*"))
     assert len(files) > 2
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
-    assert complaints == []
+    assert log_warnings == []
 
 
-@pytest.mark.usefixtures("small")
-def test_no_more_than_five_old_files_are_kept(tmp_path: Path, complaints: list[str]) -> None:
+@pytest.mark.usefixtures("_small_log_files")
+def test_rotation_keeps_five_files(tmp_path: Path, log_warnings: list[str]) -> None:
     """The oldest lines go."""
-    with log_to(tmp_path / "run.log", "job", complaints.append) as log:
+    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
         for number in range(400):
             log.line("note", text=str(number))
 
     assert len(list(tmp_path.iterdir())) == 6
-    assert max(map(int, texts(tmp_path))) == 399
+    assert max(map(int, log_texts(tmp_path))) == 399
 
 
-WRITER = """
+WRITER_SCRIPT = """
 import sys
 from pathlib import Path
 from enrich.watch import runlog
@@ -304,90 +304,91 @@ with runlog.log_to(Path("run.log"), "job", print) as log:
 
 
 @pytest.mark.long
-def test_processes_that_rotate_at_once_lose_no_line(tmp_path: Path) -> None:
+def test_concurrent_rotation(tmp_path: Path) -> None:
     """Three processes write and rotate one file as fast as they can."""
     root = str(Path(__file__).parents[1])
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, name], cwd=tmp_path, env={"PYTHONPATH": root}) for name in "abc"
+        subprocess.Popen([sys.executable, "-c", WRITER_SCRIPT, name], cwd=tmp_path, env={"PYTHONPATH": root})
+        for name in "abc"
     ]
     assert [writer.wait(30) for writer in writers] == [0, 0, 0]
 
-    assert sorted(texts(tmp_path)) == sorted(f"{name}-{number}" for name in "abc" for number in range(100))
+    assert sorted(log_texts(tmp_path)) == sorted(f"{name}-{number}" for name in "abc" for number in range(100))
     assert len(list(tmp_path.glob("run.log*"))) > 2
 
 
-def test_logrotate_may_take_the_file_away(tmp_path: Path, complaints: list[str]) -> None:
+def test_external_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
     """The next line goes to the file that has the name then."""
-    with log_to(tmp_path / "run.log", "job", complaints.append) as log:
+    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
         log.line("note", text="old")
         (tmp_path / "run.log").rename(tmp_path / "old.log")
         log.line("note", text="new")
         log.line("note", text="newer")
 
     assert "old" in (tmp_path / "old.log").read_text()
-    assert list(texts(tmp_path)) == ["new", "newer"]
+    assert list(log_texts(tmp_path)) == ["new", "newer"]
 
 
-@pytest.mark.usefixtures("small")
-def test_a_log_that_cannot_be_rotated_goes_on(tmp_path: Path, complaints: list[str]) -> None:
+@pytest.mark.usefixtures("_small_log_files")
+def test_failed_rotation_keeps_logging(tmp_path: Path, log_warnings: list[str]) -> None:
     """Where something is in the way the file grows, and that is told once."""
     (tmp_path / "run.log.4").write_text("{}")
     (tmp_path / "run.log.5").mkdir()
-    with log_to(tmp_path / "run.log", "job", complaints.append) as log:
+    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
         for number in range(60):
             log.line("note", text=str(number))
 
     written = (tmp_path / "run.log").read_text().splitlines()
     assert [json.loads(line)["text"] for line in written] == [str(number) for number in range(60)]
-    assert len(complaints) == 1
-    assert "rotated" in complaints[0]
+    assert len(log_warnings) == 1
+    assert "rotated" in log_warnings[0]
 
 
-@pytest.mark.usefixtures("small")
-def test_a_link_is_followed(tmp_path: Path, complaints: list[str]) -> None:
+@pytest.mark.usefixtures("_small_log_files")
+def test_symlinked_log_is_rotated(tmp_path: Path, log_warnings: list[str]) -> None:
     """The file that it leads to is rotated, where it lies."""
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "run.log").touch()
     (tmp_path / "here.log").symlink_to(tmp_path / "far" / "run.log")
-    with log_to(tmp_path / "here.log", "job", complaints.append) as log:
+    with log_to(tmp_path / "here.log", "job", log_warnings.append) as log:
         for number in range(60):
             log.line("note", text=str(number))
 
     assert (tmp_path / "here.log").is_symlink()
-    assert sorted(map(int, texts(tmp_path / "far"))) == list(range(60))
+    assert sorted(map(int, log_texts(tmp_path / "far"))) == list(range(60))
 
 
 @pytest.mark.long
-def test_a_disk_that_fills_up_does_not_break_the_run(api: Api, office: Office) -> None:
+def test_disk_full_log_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """The log stays behind, is told of once on stderr, and the leads are enriched."""
-    office.write_leads(somebody(2))
+    workspace.write_leads(searchable_leads(2))
     room = 3_000_000
-    (office.folder / "run.log").write_text('{"v": 1}\n' * (room // 9))
+    (workspace.folder / "run.log").write_text('{"v": 1}\n' * (room // 9))
 
-    done = office.enrich("run", "job.yaml", *LOG, api=api, room=room)
+    result = workspace.enrich("run", "job.yaml", *LOG_OPTIONS, api=api, room=room)
 
-    assert done.code == 0
-    assert done.stderr.count("\n") == 1
-    assert "run.log: the log cannot be written" in done.stderr
-    assert len(office.output()) == 2
+    assert result.code == 0
+    assert result.stderr.count("\n") == 1
+    assert "run.log: the log cannot be written" in result.stderr
+    assert len(workspace.output()) == 2
 
 
-def test_a_log_that_cannot_be_opened_is_exit_5(api: Api, office: Office) -> None:
+def test_unwritable_log_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
     """Told before anything is spent."""
-    office.write_leads(somebody(1))
+    workspace.write_leads(searchable_leads(1))
 
-    done = office.command("run", "job.yaml", "--log-file", "leads.csv/run.log", api=api)
+    result = workspace.command("run", "job.yaml", "--log-file", "leads.csv/run.log", api=api)
 
-    assert done.code == 5
-    assert "log" in done.stderr
+    assert result.code == 5
+    assert "log" in result.stderr
     assert api.audit()["accepted"] == 0
 
 
-def test_progress_is_a_line_a_minute(tmp_path: Path, complaints: list[str]) -> None:
+def test_progress_event_per_minute(tmp_path: Path, log_warnings: list[str]) -> None:
     """Also after the process was stopped for an hour: one line, not sixty."""
     now = 0.0
     progress = Progress(total=9, done=3, found=2, spent=1.5, in_flight=4)
-    with log_to(tmp_path / "run.log", "job", complaints.append) as opened:
+    with log_to(tmp_path / "run.log", "job", log_warnings.append) as opened:
         log = Log(opened._handler, "job", lambda: now)
         for moment in (0, 59, 60, 61, 119, 120, 3720, 3721, 3722):
             now = float(moment)
@@ -401,15 +402,15 @@ def test_progress_is_a_line_a_minute(tmp_path: Path, complaints: list[str]) -> N
 
 
 @in_turn("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
-def test_what_is_no_log_is_not_written_into(tmp_path: Path, name: str) -> None:
+def test_foreign_file_is_not_appended(tmp_path: Path, name: str) -> None:
     """A slip of the pen must not append to the leads, or rotate a ledger away."""
-    office = Office(tmp_path)
-    office.write_job()
-    office.write_leads(people(1))
+    workspace = Workspace(tmp_path)
+    workspace.write_job()
+    workspace.write_leads(make_leads(1))
     (tmp_path / "leads.jsonl").write_text('{"First Name": "Ada"}\n')
-    with serving(tmp_path / "api.db") as api:
-        assert office.command("run", "job.yaml", api=api).code == 0
+    with serve_api(tmp_path / "api.db") as api:
+        assert workspace.command("run", "job.yaml", api=api).code == 0
         before = (tmp_path / name).read_bytes()
-        done = office.command("run", "job.yaml", "--log-file", name, api=api)
-    assert (done.code, "no log" in done.stderr) == (5, True)
+        result = workspace.command("run", "job.yaml", "--log-file", name, api=api)
+    assert (result.code, "no log" in result.stderr) == (5, True)
     assert (tmp_path / name).read_bytes() == before

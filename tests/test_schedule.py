@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from enrich.errors import JobError
 from enrich.nights.schedule import Night, Plan, crontab_line, on_calendar, parse_at, parse_days, service, timer
 from tests.cases import in_turn
-from tests.harness import Office, people, serving
+from tests.harness import Workspace, make_leads, serve_api
 
 
-def plan(**changed: object) -> Plan:
+def make_plan(**changed: object) -> Plan:
     """A plan of plain paths."""
     usual: dict[str, object] = {
         "name": "leads",
@@ -35,39 +35,39 @@ def plan(**changed: object) -> Plan:
     return Plan(**(usual | changed))  # type: ignore[arg-type]
 
 
-def given_to_the_shell(line: str) -> str:
+def shell_command_of(line: str) -> str:
     r"""What cron hands to sh -c: the sixth field up to the first bare `%`, with the backslash taken off `\%`.
 
     As cronie's do_command.c reads it, sign by sign.
     """
     command = line.split(" ", 5)[5]
-    said, escaped = "", False
+    message, escaped = "", False
     for sign in command:
         if escaped:
-            said = said[:-1] + sign if sign == "%" else said + sign
+            message = message[:-1] + sign if sign == "%" else message + sign
             escaped = False
             continue
         if sign == "%":
             break
         escaped = sign == "\\"
-        said += sign
-    return said
+        message += sign
+    return message
 
 
-def words_of_unit(text: str) -> list[str]:
+def unit_words(text: str) -> list[str]:
     r"""Read a line of words as systemd does: quotes, backslashes, then `%%` and `$$`."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters, lexer.quotes = True, "", '"'
     return [word.replace("%%", "%").replace("$$", "$") for word in lexer]
 
 
-def test_the_line_is_what_one_would_write_by_hand() -> None:
+def test_crontab_line() -> None:
     """Nothing is quoted that needs no quotes."""
-    assert crontab_line(plan()) == (
+    assert crontab_line(make_plan()) == (
         "5 2 * * * DATABAR_API_KEY_FILE=/etc/enrich/key /opt/enrich/bin/enrich run /srv/leads/job.yaml "
         "--if-locked skip --max-time 5h --log-file /srv/leads/job.log"
     )
-    assert crontab_line(plan(night=Night(23, 0, (1, 5)))).startswith("0 23 * * 1,5 ")
+    assert crontab_line(make_plan(night=Night(23, 0, (1, 5)))).startswith("0 23 * * 1,5 ")
 
 
 PRINTABLE = st.text(
@@ -78,54 +78,54 @@ PRINTABLE = st.text(
 
 @settings(deadline=None)
 @given(st.lists(PRINTABLE, min_size=3, max_size=3))
-def test_any_path_survives_the_crontab(names: Sequence[str]) -> None:
+def test_crontab_escapes_any_path(names: Sequence[str]) -> None:
     """Per cent, quotes, backslashes, dollars, blanks, in any order."""
     job, log, key = (Path(f"/srv/{name}") for name in names)
-    line = crontab_line(plan(job=job, log=log, key_file=key))
-    key_word, *words = shlex.split(given_to_the_shell(line))
+    line = crontab_line(make_plan(job=job, log=log, key_file=key))
+    key_word, *words = shlex.split(shell_command_of(line))
     assert key_word == f"DATABAR_API_KEY_FILE={key}"
     assert (words[2], words[-1]) == (str(job), str(log))
     assert "\n" not in line
 
 
 @in_turn("name", ["100% sure", r"a\%b", r"\\%%\'", "it's", '"x" $HOME `id` $(id)', "ü; rm -rf x &", "#a"])
-def test_a_real_shell_reads_the_line_so(name: str) -> None:
+def test_shell_parses_crontab_line(name: str) -> None:
     """As cron runs it: `sh -c`, next to nothing in the environment."""
-    line = crontab_line(plan(command=["/usr/bin/printf", "%s\\n"], job=Path(f"/srv/{name}")))
-    done = subprocess.run(
-        ["/usr/bin/env", "-i", "/bin/sh", "-c", given_to_the_shell(line)], capture_output=True, text=True, check=True
+    line = crontab_line(make_plan(command=["/usr/bin/printf", "%s\\n"], job=Path(f"/srv/{name}")))
+    result = subprocess.run(
+        ["/usr/bin/env", "-i", "/bin/sh", "-c", shell_command_of(line)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[:2] == ["run", f"/srv/{name}"]
+    assert result.stdout.splitlines()[:2] == ["run", f"/srv/{name}"]
 
 
 @settings(deadline=None)
 @given(PRINTABLE, PRINTABLE)
-def test_any_path_survives_the_unit(one: str, other: str) -> None:
+def test_systemd_escapes_any_path(one: str, other: str) -> None:
     """Specifiers, variables and quotes of systemd are none in a path."""
     job, folder = Path(f"/srv/{one}"), Path(f"/srv/{other}")
-    text = service(plan(job=job, writes=[folder, Path("/srv/b")]))
+    text = service(make_plan(job=job, writes=[folder, Path("/srv/b")]))
     settings = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z]\w+=", line))
-    assert words_of_unit(settings["ExecStart"])[2] == str(job)
-    assert words_of_unit(settings["ReadWritePaths"])[0] == str(folder).replace("$$", "$")
+    assert unit_words(settings["ExecStart"])[2] == str(job)
+    assert unit_words(settings["ReadWritePaths"])[0] == str(folder).replace("$$", "$")
     assert not re.search(r"(?<!%)%(?:%%)*(?!%)", settings["ExecStart"])
 
 
 @in_turn("name", ["a\nb", "a\tb", "a\x00b", "a\u2028b"])
-def test_a_path_that_fits_on_no_line_is_refused(name: str) -> None:
+def test_newline_in_path_is_refused(name: str) -> None:
     """Rather than a crontab of two broken lines."""
     for write in (crontab_line, service):
         with pytest.raises(JobError, match="fits in no crontab"):
-            write(plan(job=Path(f"/srv/{name}")))
+            write(make_plan(job=Path(f"/srv/{name}")))
 
 
 @in_turn(("text", "time"), [("02:00", (2, 0)), ("2:00", (2, 0)), ("23:59", (23, 59)), ("0:00", (0, 0))])
-def test_times_of_the_day(text: str, time: tuple[int, int]) -> None:
+def test_times_of_day(text: str, time: tuple[int, int]) -> None:
     """Hours and minutes."""
     assert parse_at(text) == time
 
 
 @in_turn("text", ["25:00", "24:00", "2", "2:0", "02:60", "2pm", "", "-1:00", "02:00:00", "٠٢:00"])
-def test_other_times_are_refused(text: str) -> None:
+def test_invalid_times(text: str) -> None:
     """Rather than a job that never runs."""
     with pytest.raises(ValueError, match="must be a time of the day"):
         parse_at(text)
@@ -142,56 +142,56 @@ def test_other_times_are_refused(text: str) -> None:
         ("sat, sun", (0, 6)),
     ],
 )
-def test_days(text: str, days: tuple[int, ...]) -> None:
+def test_weekdays(text: str, days: tuple[int, ...]) -> None:
     """Names, ranges, lists; all of them are none in particular."""
     assert parse_days(text) == days
 
 
 @in_turn("text", ["", "m", "mon-", "1-5", "mond", "mon;tue"])
-def test_other_days_are_refused(text: str) -> None:
+def test_invalid_weekdays(text: str) -> None:
     """With what can be said."""
     with pytest.raises(ValueError, match="is no day"):
         parse_days(text)
 
 
-def test_the_calendar_of_systemd() -> None:
+def test_systemd_calendar() -> None:
     """On all days, or on some."""
     assert on_calendar(Night(2, 0)) == "*-*-* 02:00:00"
     assert on_calendar(Night(2, 5, (0, 5))) == "Sun,Fri *-*-* 02:05:00"
 
 
-def test_a_private_tmp_is_given_only_where_nothing_lies_in_the_common_one() -> None:
+def test_private_tmp() -> None:
     """A job in /tmp would not be found in another."""
-    assert "PrivateTmp=true" in service(plan())
-    assert "PrivateTmp" not in service(plan(job=Path("/tmp/job.yaml")))  # noqa: S108
+    assert "PrivateTmp=true" in service(make_plan())
+    assert "PrivateTmp" not in service(make_plan(job=Path("/tmp/job.yaml")))  # noqa: S108
 
 
 # As a person uses it
 
 
 @pytest.fixture
-def night(office: Office) -> Office:
+def odd_path_workspace(workspace: Workspace) -> Workspace:
     """An office in a folder with blanks and signs in its name, with leads and a key file."""
-    folder = office.folder / "100% of O'Brien's \"leads\""
+    folder = workspace.folder / "100% of O'Brien's \"leads\""
     folder.mkdir()
-    made = Office(folder)
+    made = Workspace(folder)
     made.write_job()
-    made.write_leads(people(3))
+    made.write_leads(make_leads(3))
     (folder / "key").write_text("sandbox-key\n", encoding="utf-8")
     (folder / "key").chmod(0o600)
     return made
 
 
 @pytest.mark.long
-def test_the_line_runs_the_job_as_cron_would(night: Office, tmp_path: Path) -> None:
+def test_crontab_line_runs_job(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """With an empty environment, from another folder; the key comes from its file, the log is written."""
-    with serving(tmp_path / "cron-api.db", api_key="sandbox-key") as api:
-        printed = night.command(
+    with serve_api(tmp_path / "cron-api.db", api_key="sandbox-key") as api:
+        printed = odd_path_workspace.command(
             "cron", "job.yaml", "--crontab", "--key-file", "key", DATABAR_BASE_URL=api.base_url, SSL_CERT_FILE=""
         )
         (line,) = [line for line in printed.stdout.splitlines() if not line.startswith("#")]
-        done = subprocess.run(
-            ["/usr/bin/env", "-i", "PATH=/usr/bin:/bin", f"HOME={tmp_path}", "/bin/sh", "-c", given_to_the_shell(line)],
+        result = subprocess.run(
+            ["/usr/bin/env", "-i", "PATH=/usr/bin:/bin", f"HOME={tmp_path}", "/bin/sh", "-c", shell_command_of(line)],
             cwd="/",
             capture_output=True,
             text=True,
@@ -200,21 +200,23 @@ def test_the_line_runs_the_job_as_cron_would(night: Office, tmp_path: Path) -> N
         )
         audit = api.audit()
     assert (printed.code, printed.stderr) == (0, "")
-    assert (done.returncode, done.stdout, done.stderr) in [(code, "", done.stderr) for code in (0, 10)]
+    assert (result.returncode, result.stdout, result.stderr) in [(code, "", result.stderr) for code in (0, 10)]
     assert audit["accepted"] == 3
-    assert len(night.output()) == 3
-    assert (night.folder / "job.log").stat().st_size
+    assert len(odd_path_workspace.output()) == 3
+    assert (odd_path_workspace.folder / "job.log").stat().st_size
     assert "sandbox-key" not in printed.stdout
 
 
-def test_systemd_takes_the_units(night: Office, tmp_path: Path) -> None:
+def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """`systemd-analyze verify` has nothing to say, and its calendar knows the time."""
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd-analyze is not on this machine")
     units = tmp_path / "units"
-    done = night.command("cron", "job.yaml", "--at", "2:30", "--days", "mon-fri", "--output-dir", str(units))
-    assert (done.code, done.stdout) == (0, "")
+    result = odd_path_workspace.command(
+        "cron", "job.yaml", "--at", "2:30", "--days", "mon-fri", "--output-dir", str(units)
+    )
+    assert (result.code, result.stdout) == (0, "")
     files = sorted(units.iterdir())
     assert [path.name for path in files] == ["enrich-job.service", "enrich-job.timer"]
     verified = subprocess.run(
@@ -232,19 +234,19 @@ def test_systemd_takes_the_units(night: Office, tmp_path: Path) -> None:
     assert "Normalized form: Mon..Fri *-*-* 02:30:00" in calendar.stdout
 
 
-def test_units_are_not_replaced_without_force(night: Office, tmp_path: Path) -> None:
+def test_existing_units_need_force(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """They may have been edited."""
     ask = ("cron", "job.yaml", "--output-dir", str(tmp_path))
-    assert night.command(*ask).code == 0
-    assert night.command(*ask).code == 2
-    assert night.command(*ask, "--force").code == 0
+    assert odd_path_workspace.command(*ask).code == 0
+    assert odd_path_workspace.command(*ask).code == 2
+    assert odd_path_workspace.command(*ask, "--force").code == 0
 
 
-def test_one_of_the_two_may_be_asked_for(night: Office) -> None:
+def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
     """Both are printed otherwise."""
-    both = night.command("cron", "job.yaml").stdout
-    line = night.command("cron", "job.yaml", "--crontab").stdout
-    units = night.command("cron", "job.yaml", "--systemd", "--user", "nightly").stdout
+    both = odd_path_workspace.command("cron", "job.yaml").stdout
+    line = odd_path_workspace.command("cron", "job.yaml", "--crontab").stdout
+    units = odd_path_workspace.command("cron", "job.yaml", "--systemd", "--user", "nightly").stdout
     assert line in both
     assert "[Service]" in both
     assert "[Service]" not in line
@@ -252,19 +254,19 @@ def test_one_of_the_two_may_be_asked_for(night: Office) -> None:
     assert "* * *" not in units
     assert "LoadCredential=databar_api_key:" in units
     assert "Environment=DATABAR_API_KEY_FILE=%d/databar_api_key" in units
-    assert "Persistent=true" in timer(plan())
+    assert "Persistent=true" in timer(make_plan())
 
 
 @pytest.mark.parametrize(
     "wrong", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
 )
-def test_a_wrong_word_is_exit_2(night: Office, wrong: tuple[str, ...]) -> None:
+def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, wrong: tuple[str, ...]) -> None:
     """Before anything is printed."""
-    done = night.command("cron", "job.yaml", *wrong)
-    assert (done.code, done.stdout) == (2, "")
+    result = odd_path_workspace.command("cron", "job.yaml", *wrong)
+    assert (result.code, result.stdout) == (2, "")
 
 
-def test_a_job_that_is_wrong_is_not_scheduled(night: Office) -> None:
+def test_invalid_job_is_refused(odd_path_workspace: Workspace) -> None:
     """It would fail every night."""
-    night.write_job(watrfall="x")
-    assert night.command("cron", "job.yaml").code == 2
+    odd_path_workspace.write_job(watrfall="x")
+    assert odd_path_workspace.command("cron", "job.yaml").code == 2

@@ -19,39 +19,39 @@ from enrich.place import Postgres as Place
 from enrich.store.journal import Journal
 from enrich.store.ledger import Ledger
 from enrich.store.records import check
-from tests.books import Books
-from tests.harness import Api, Office, kill, people, serving, until
-from tests.postgres import Postgres
+from tests.books import CommittingLedger
+from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+from tests.postgres import PostgresServer
 
 
 @pytest.fixture
-def place(own_postgres: Postgres, tmp_path: Path) -> LedgerPlace:
+def ledger_location(own_postgres: PostgresServer, tmp_path: Path) -> LedgerPlace:
     """Name a place on a server that may be restarted."""
     return locate_ledger(tmp_path, own_postgres.url(), tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["fast", "immediate"])
-def test_a_restart_between_two_moves_loses_neither(
-    books: Books, own_postgres: Postgres, how: Literal["fast", "immediate"]
+def test_restart_between_transitions(
+    ledger: CommittingLedger, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
     """The second finds its connection gone before it wrote anything, and is made all the same."""
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            await journal.do(Ledger.start_execution, "before", None, 1)
+        async with Journal(ledger.ledger) as writer:
+            await writer.do(Ledger.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
-            await journal.do(Ledger.start_execution, "after", None, 2)
+            await writer.do(Ledger.start_execution, "after", None, 2)
 
     asyncio.run(scene())
 
-    assert books.all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
+    assert ledger.all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["fast", "immediate"])
-def test_restarts_in_the_middle_make_no_move_twice(
-    books: Books, own_postgres: Postgres, how: Literal["fast", "immediate"]
+def test_no_duplicate_transition_after_lost_commit(
+    ledger: CommittingLedger, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
     """Of a commit whose end was not heard the server tells afterwards whether it was one."""
     stop = threading.Event()
@@ -60,75 +60,77 @@ def test_restarts_in_the_middle_make_no_move_twice(
     def reached(number: int) -> bool:
         return len(made) > number
 
-    async def ask(journal: Journal, asker: int) -> None:
+    async def ask(writer: Journal, asker: int) -> None:
         while not stop.is_set():
             name = f"{asker} {len(made)}"
             made.append(name)
-            await journal.do(Ledger.start_execution, name, None, 1)
+            await writer.do(Ledger.start_execution, name, None, 1)
 
     async def disturb() -> None:
         for _ in range(3):
             enough = len(made) + 50
-            await asyncio.to_thread(until, partial(reached, enough))
+            await asyncio.to_thread(wait_until, partial(reached, enough))
             await asyncio.to_thread(own_postgres.restart, how)
         stop.set()
 
     async def scene() -> None:
-        async with Journal(books.ledger) as journal:
-            await asyncio.gather(disturb(), *(ask(journal, asker) for asker in range(5)))
+        async with Journal(ledger.ledger) as writer:
+            await asyncio.gather(disturb(), *(ask(writer, asker) for asker in range(5)))
 
     asyncio.run(scene())
 
-    assert sorted(name for (name,) in books.all("SELECT job FROM executions")) == sorted(made)
+    assert sorted(name for (name,) in ledger.all("SELECT job FROM executions")) == sorted(made)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["fast", "immediate"])
-def test_a_run_outlives_its_server(tmp_path: Path, own_postgres: Postgres, how: Literal["fast", "immediate"]) -> None:
+def test_run_survives_server_restarts(
+    tmp_path: Path, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
+) -> None:
     """Restarted twice in the thick of it, and away for a while: every lead is answered, none is paid for twice."""
-    office = Office(tmp_path, f"{own_postgres.url()}&lease=3", own_postgres.environ)
-    office.write_job(limits="{requests_per_second: 60}")
-    office.write_leads(people(150))
-    with serving(tmp_path / "api.db", latency="uniform(0.1,0.5)") as api:
-        process = office.start("run", "job.yaml", "--json", api=api)
+    workspace = Workspace(tmp_path, f"{own_postgres.url()}&lease=3", own_postgres.environ)
+    workspace.write_job(limits="{requests_per_second: 60}")
+    workspace.write_leads(make_leads(150))
+    with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.5)") as api:
+        process = workspace.start("run", "job.yaml", "--json", api=api)
         try:
             for enough in (30, 70):
-                until(partial(sent, api, enough))
+                wait_until(partial(requests_sent, api, enough))
                 own_postgres.restart(how)
-            until(partial(sent, api, 100))
+            wait_until(partial(requests_sent, api, 100))
             own_postgres.stop(how)
             time.sleep(2)
             own_postgres.start()
             out, err = process.communicate(timeout=60)
         finally:
-            kill(process)
+            kill_process(process)
         audit = api.audit()
 
     assert process.returncode == 0, err
-    receipt = json.loads(out)
-    assert (receipt["rows"], receipt["submitted"], receipt["in_doubt"], receipt["pending"]) == (150, 150, 0, 0)
+    summary = json.loads(out)
+    assert (summary["rows"], summary["submitted"], summary["in_doubt"], summary["pending"]) == (150, 150, 0, 0)
     assert (audit["accepted"], audit["accepted_more_than_once"], audit["paid_twice"]) == (150, 0, 0)
-    assert check(office.place).problems == []
+    assert check(workspace.place).problems == []
 
 
-def sent(api: Api, enough: int) -> bool:
+def requests_sent(api: SandboxApi, enough: int) -> bool:
     """Tell whether so many requests were sent."""
     return bool(api.audit()["requests"].get("run", 0) >= enough)
 
 
 @pytest.mark.long
-def test_what_was_learned_is_not_waited_for(own_postgres: Postgres, tmp_path: Path) -> None:
+def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp_path: Path) -> None:
     """Who goes on alone, or leaves, does so without the others' pace when the server is away."""
-    place = locate_ledger(tmp_path, own_postgres.url(), tmp_path)
-    assert isinstance(place, Place)
-    Ledger(place).close()
-    pace = Pace(None)
-    pace.rate = 42.0
-    share(place, pace)
+    ledger_location = locate_ledger(tmp_path, own_postgres.url(), tmp_path)
+    assert isinstance(ledger_location, Place)
+    Ledger(ledger_location).close()
+    limiter = Pace(None)
+    limiter.rate = 42.0
+    share(ledger_location, limiter)
     own_postgres.stop()
-    away = unshare(place)
+    away = unshare(ledger_location)
     own_postgres.start()
-    back = unshare(place)
+    back = unshare(ledger_location)
 
     assert away is None
     assert back is not None

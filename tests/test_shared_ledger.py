@@ -12,15 +12,15 @@ from enrich.job import load_job
 from enrich.model import State
 from enrich.store.lock import hold
 from enrich.surroundings import Options
-from tests.harness import Api, Office, people, serving
+from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 
 LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}", "ledger": "shared.db"}
 
 
-def of(office: Office, name: str) -> Office:
+def workspace_for(workspace: Workspace, name: str) -> Workspace:
     """Another job of the same folder; its outputs are called like it."""
 
-    class Other(Office):
+    class Other(Workspace):
         """An office that works on another job file."""
 
         @property
@@ -31,29 +31,29 @@ def of(office: Office, name: str) -> Office:
         def ledger_path(self) -> Path:
             return self.folder / "shared.db"
 
-    other = Other(office.folder)
+    other = Other(workspace.folder)
     other.write_job(ledger="shared.db", output=f"{name}.csv")
     return other
 
 
 @pytest.fixture
-def alpha(office: Office) -> Office:
+def alpha(workspace: Workspace) -> Workspace:
     """Make a job."""
-    return of(office, "alpha")
+    return workspace_for(workspace, "alpha")
 
 
 @pytest.fixture
-def beta(office: Office) -> Office:
+def beta(workspace: Workspace) -> Workspace:
     """Make another job with the same ledger."""
-    return of(office, "beta")
+    return workspace_for(workspace, "beta")
 
 
-def test_an_answer_for_one_job_answers_the_other(api: Api, alpha: Office, beta: Office) -> None:
+def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """The same question of another job is reused, under other columns too."""
     beta.write_job(ledger="shared.db", output="beta.csv", columns="{mail: email}")
-    alpha.write_leads(people(5))
+    alpha.write_leads(make_leads(5))
     first = alpha.run(api)
-    alpha.write_leads(people(7))
+    alpha.write_leads(make_leads(7))
 
     second = beta.run(api)
 
@@ -63,9 +63,9 @@ def test_an_answer_for_one_job_answers_the_other(api: Api, alpha: Office, beta: 
     assert any(answers.values())
 
 
-def test_executions_and_receipts_stay_apart(api: Api, alpha: Office, beta: Office) -> None:
+def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """`status` shows a job its own executions."""
-    alpha.write_leads(people(2))
+    alpha.write_leads(make_leads(2))
     alpha.run(api)
     beta.run(api)
     alpha.run(api)
@@ -80,12 +80,12 @@ def test_executions_and_receipts_stay_apart(api: Api, alpha: Office, beta: Offic
     assert {each["receipt"]["job"] for each in shown["alpha"]} == {"alpha"}
 
 
-def test_a_task_left_behind_is_judged_by_the_job_that_asked(tmp_path: Path, alpha: Office, beta: Office) -> None:
+def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
     """Collected by a job that looks for another field, it is found all the same, for who asked for it."""
     alpha.write_job(columns="{industry: industry}", output="alpha.csv", **LOOKUP)
     beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
-    alpha.write_leads(people(4))
-    with serving(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+    alpha.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         alpha.leave_at_the_api(api)
         api.advance(90)
         collected = beta.run(api)
@@ -98,48 +98,48 @@ def test_a_task_left_behind_is_judged_by_the_job_that_asked(tmp_path: Path, alph
     assert (again.submitted, again.found) == (0, 4)
 
 
-def test_what_waits_for_another_job_is_waited_for(tmp_path: Path, alpha: Office, beta: Office) -> None:
+def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
     """The same question at the API is not asked twice; the plan says that it waits."""
-    alpha.write_leads(people(3))
-    with serving(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+    alpha.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         alpha.leave_at_the_api(api)
-        told = beta.command("plan", "beta.yaml", "--json", api=api).receipt
+        output = beta.command("plan", "beta.yaml", "--json", api=api).receipt
         api.advance(90)
-        receipt = beta.run(api)
-    assert (told["to_submit"], told["decisions"]["waiting"]) == (0, 3)
-    assert (receipt.submitted, receipt.found) == (0, 3)
+        summary = beta.run(api)
+    assert (output["to_submit"], output["decisions"]["waiting"]) == (0, 3)
+    assert (summary.submitted, summary.found) == (0, 3)
 
 
-def test_the_queue_of_one_job_is_not_paid_for_by_the_other(api: Api, alpha: Office, beta: Office) -> None:
+def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """What a job left pending is its own affair, even after it was killed before it could send."""
-    alpha.write_leads(people(6))
+    alpha.write_leads(make_leads(6))
     alpha.run(api, Options(limit=2))
-    alpha.write_leads(people(1, start=50))
+    alpha.write_leads(make_leads(1, start=50))
 
-    receipt = beta.run(api)
+    summary = beta.run(api)
 
-    assert (receipt.submitted, api.audit()["accepted"]) == (1, 3)
+    assert (summary.submitted, api.audit()["accepted"]) == (1, 3)
 
 
-def test_one_at_a_time(api: Api, alpha: Office, beta: Office) -> None:
+def test_jobs_exclude_each_other(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """The ledger is locked for all of its jobs."""
-    alpha.write_leads(people(1))
+    alpha.write_leads(make_leads(1))
     with hold(load_job(alpha.job_file).ledger, 0):
         assert beta.command("run", "beta.yaml", api=api).code == LedgerLocked.exit_code
 
 
-def test_a_plan_of_one_job_minds_what_the_other_asks(api: Api, alpha: Office, beta: Office) -> None:
+def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """Between the plan and its run the other job answers a part: only the rest is asked."""
-    alpha.write_leads(people(6))
+    alpha.write_leads(make_leads(6))
     assert alpha.command("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).code == 0
     beta.run(api, Options(limit=3))
 
-    receipt = alpha.command("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).receipt
+    summary = alpha.command("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).receipt
 
-    assert (receipt["exit_code"], receipt["submitted"], receipt["pending"]) == (0, 1, 2)
+    assert (summary["exit_code"], summary["submitted"], summary["pending"]) == (0, 1, 2)
 
 
-def test_each_job_is_asked_about_its_first_real_run(api: Api, alpha: Office, beta: Office) -> None:
+def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """That another job has spent before is no leave for this one."""
     asked: list[str] = []
 
@@ -147,9 +147,9 @@ def test_each_job_is_asked_about_its_first_real_run(api: Api, alpha: Office, bet
         asked.append(text)
         return False
 
-    alpha.write_leads(people(2))
+    alpha.write_leads(make_leads(2))
     alpha.run(api)
-    alpha.write_leads(people(4))
+    alpha.write_leads(make_leads(4))
     assert beta.run(api, Options(confirm=refuse)).exit_code == 5
     assert alpha.run(api, Options(confirm=refuse)).submitted == 2
     assert len(asked) == 1

@@ -25,20 +25,20 @@ from enrich.signals import Signals
 from enrich.slip import lines
 from enrich.watch.outcome import Target, advice, needs
 from tests.cases import in_turn
-from tests.harness import HASTY, Api, Office, people, serving, shown_on
+from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
 TARGET = Target("job.yaml", "job.yaml")
 NUMBERS = st.integers(0, 5_000_000)
 CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
 
-def provider(name: str, **known: Any) -> dict[str, Any]:
+def make_provider(name: str, **known: Any) -> dict[str, Any]:
     """A provider of a receipt."""
     nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
     return {"name": name, **nothing, "cost_per_hit": None, **known}
 
 
-def columns(text: str) -> int:
+def terminal_width(text: str) -> int:
     """How many columns of a terminal a text takes."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) + wide - sum(unicodedata.category(letter) in {"Mn", "Me"} for letter in text)
@@ -46,10 +46,10 @@ def columns(text: str) -> int:
 
 @pytest.mark.long
 @given(st.data())
-def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
+def test_line_width(data: st.DataObject) -> None:
     """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
     names = st.text(min_size=1, max_size=60)
-    receipt = Receipt(
+    summary = Receipt(
         job=data.draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         exit_code=0,
         execution=data.draw(st.integers(1, 99_999)),
@@ -70,7 +70,7 @@ def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
         rate_limited=data.draw(st.integers(0, 9_999)),
         elapsed_s=data.draw(st.floats(0, 90_000)),
         providers=[
-            provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
+            make_provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
             for name in data.draw(st.lists(names, max_size=4))
         ],
         providers_untold=data.draw(NUMBERS),
@@ -80,13 +80,13 @@ def test_no_line_is_longer_than_a_terminal(data: st.DataObject) -> None:
         {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
     )
 
-    for line in lines(receipt):
-        assert columns(line) <= 80
+    for line in lines(summary):
+        assert terminal_width(line) <= 80
         assert line == line.rstrip()
         assert line.isprintable()
 
 
-def test_numbers_stand_below_each_other_in_any_script() -> None:
+def test_columns_are_aligned_in_any_script() -> None:
     """Ideographs and emoji take two columns of a terminal, an accent of its own none."""
     names = [
         "plain",
@@ -96,18 +96,18 @@ def test_numbers_stand_below_each_other_in_any_script() -> None:
         "Zoe\N{COMBINING DIAERESIS}",
         "e" + "\N{COMBINING ACUTE ACCENT}" * 999,
     ]
-    receipt = Receipt(
-        "leads", 0, rows=9, providers=[provider(name, asked=7, found=5) for name in names], providers_untold=1
+    summary = Receipt(
+        "leads", 0, rows=9, providers=[make_provider(name, asked=7, found=5) for name in names], providers_untold=1
     ).with_rows({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
 
     for share in ("55.6%", "71.4%"):
-        before = [columns(line[: line.index(share)]) for line in lines(receipt) if share in line]
+        before = [terminal_width(line[: line.index(share)]) for line in lines(summary) if share in line]
         assert before == [before[0]] * len(names)
 
 
-def test_little_is_not_nothing() -> None:
+def test_small_amounts() -> None:
     """Less than a hundredth of a credit is told as it is, and nothing has no sign."""
-    told = "\n".join(
+    result = "\n".join(
         lines(
             Receipt(
                 "leads",
@@ -115,22 +115,22 @@ def test_little_is_not_nothing() -> None:
                 rows=1,
                 credits_spent=0.004,
                 cost_per_hit=0.000012,
-                providers=[provider("Inboxly", asked=1, credits=0.0)],
+                providers=[make_provider("Inboxly", asked=1, credits=0.0)],
                 credits_elsewhere=-0.0000001,
                 providers_untold=1,
             )
         )
     )
-    assert " 0.004 " in told
-    assert " 0.000012" in told
-    assert "-0.00" not in told
-    assert "1 answer more does not say who was asked" in told
+    assert " 0.004 " in result
+    assert " 0.000012" in result
+    assert "-0.00" not in result
+    assert "1 answer more does not say who was asked" in result
 
 
-def test_what_is_not_known_is_not_shown_as_nothing() -> None:
+def test_unknown_values_are_omitted() -> None:
     """No hits have no price, no plan has no figure, no balance has no line."""
-    receipt = Receipt("job", 0, rows=1, polls=3).with_rows({RowStatus.PENDING: 1}, {"a": 0})
-    words = [word for line in lines(receipt) for word in line.split()]
+    summary = Receipt("job", 0, rows=1, polls=3).with_rows({RowStatus.PENDING: 1}, {"a": 0})
+    words = [word for line in lines(summary) for word in line.split()]
 
     assert "balance" not in words
     assert "hit" not in words
@@ -138,29 +138,29 @@ def test_what_is_not_known_is_not_shown_as_nothing() -> None:
     assert "a" not in words  # nothing was answered, so nothing can be said of a column
 
 
-def test_a_price_that_is_not_known_is_counted() -> None:
+def test_unknown_prices_are_counted() -> None:
     """What was spent is then at least so much."""
-    receipt = Receipt(
+    summary = Receipt(
         "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
     )
 
-    text = "\n".join(lines(receipt))
+    text = "\n".join(lines(summary))
     assert "planned 3.00, at an unknown price" in text
     assert "2         answers of unknown price" in text
 
 
-def test_a_difference_that_is_just_what_was_spent_needs_no_words() -> None:
+def test_balance_difference() -> None:
     """Any other is taken apart, to what nobody can explain."""
-    receipt = Receipt("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
+    summary = Receipt("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
     movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
     difference = compare(1, 10_000_000, 2_000_000, movements)
 
-    text = "\n".join(lines(replace(receipt, difference=difference.as_json())))
+    text = "\n".join(lines(replace(summary, difference=difference.as_json())))
 
     assert "3.00         2 answers of known price" in text
     assert "2.00         1 in doubt, or 0.00" in text
     assert "3.00         went elsewhere, not explained: enrich reconcile" in text
-    assert "known price" not in "\n".join(lines(replace(receipt, balance_after=7)))
+    assert "known price" not in "\n".join(lines(replace(summary, balance_after=7)))
 
 
 @in_turn(
@@ -183,7 +183,7 @@ def test_a_difference_that_is_just_what_was_spent_needs_no_words() -> None:
         ),
     ],
 )
-def test_what_needs_a_person_has_its_command(code: int, rows: dict[str, int], commands: list[str]) -> None:
+def test_commands_for_required_actions(code: int, rows: dict[str, int], commands: list[str]) -> None:
     """Each once, ready to be pasted."""
     needed = needs(code, rows, TARGET)
 
@@ -191,115 +191,113 @@ def test_what_needs_a_person_has_its_command(code: int, rows: dict[str, int], co
     assert [line.strip() for line in advice(needed) if line.startswith("  ")] == commands
 
 
-def test_the_receipt_adds_up_to_the_bill(tmp_path: Path, office: Office) -> None:
+def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
     """Providers, what is of no provider, and the columns: all of it is what the API charged and answered."""
-    office.write_leads(people(80))
-    office.write_job(email_verifier="10")
-    with serving(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
-        receipt = office.run(api)
+    workspace.write_leads(make_leads(80))
+    workspace.write_job(email_verifier="10")
+    with serve_api(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
+        summary = workspace.run(api)
         audit = api.audit()
 
-    by_provider = sum(each["credits"] for each in receipt.providers)
-    assert receipt.credits_spent == pytest.approx(audit["credits_charged"])
-    assert by_provider + (receipt.credits_elsewhere or 0) == pytest.approx(receipt.credits_spent)
-    assert sum(each["found"] for each in receipt.providers) == receipt.found
-    assert receipt.columns == {"work_email": receipt.found}
-    assert receipt.cost_per_hit == pytest.approx(receipt.credits_spent / (receipt.found or 0), abs=1e-6)
-    assert receipt.planned is not None
-    assert receipt.credits_spent <= (receipt.planned["max"] or 0)
-    assert receipt.difference is None
-    first, *others = [each for each in receipt.providers if not each["verifies"]]
-    assert first["asked"] + first["presumed"] + (receipt.providers_untold or 0) == audit["accepted"]
+    by_provider = sum(each["credits"] for each in summary.providers)
+    assert summary.credits_spent == pytest.approx(audit["credits_charged"])
+    assert by_provider + (summary.credits_elsewhere or 0) == pytest.approx(summary.credits_spent)
+    assert sum(each["found"] for each in summary.providers) == summary.found
+    assert summary.columns == {"work_email": summary.found}
+    assert summary.cost_per_hit == pytest.approx(summary.credits_spent / (summary.found or 0), abs=1e-6)
+    assert summary.planned is not None
+    assert summary.credits_spent <= (summary.planned["max"] or 0)
+    assert summary.difference is None
+    first, *others = [each for each in summary.providers if not each["verifies"]]
+    assert first["asked"] + first["presumed"] + (summary.providers_untold or 0) == audit["accepted"]
     for before, after in zip([first, *others], others, strict=False):
         passed_on = before["asked"] + before["presumed"] - before["found"]
         assert after["asked"] + after["presumed"] <= passed_on
 
 
 @pytest.mark.long
-def test_a_resumed_run_explains_what_the_balance_gained(tmp_path: Path, office: Office) -> None:
+def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> None:
     """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
-    office.write_leads(people(12))
-    with serving(tmp_path / "api.db", latency="fixed(600)") as api:
-        office.leave_at_the_api(api)
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
+        workspace.leave_at_the_api(api)
         waited = iter([601])
-        receipt = office.run(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
+        summary = workspace.run(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
 
-    assert receipt.balance_before is not None
-    assert receipt.balance_after is not None
-    assert receipt.balance_before - receipt.balance_after < receipt.credits_spent
-    assert receipt.difference is not None
-    assert receipt.difference["unexplained"] == 0
-    assert "answers submitted before" in "\n".join(lines(receipt))
+    assert summary.balance_before is not None
+    assert summary.balance_after is not None
+    assert summary.balance_before - summary.balance_after < summary.credits_spent
+    assert summary.difference is not None
+    assert summary.difference["unexplained"] == 0
+    assert "answers submitted before" in "\n".join(lines(summary))
 
 
-def test_a_signal_does_not_wait_until_a_million_answers_are_read(
-    api: Api, office: Office, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who earned it is then not known; a few answers are read all the same."""
-    office.write_leads(people(3))
-    receipt = office.run(api)
+    workspace.write_leads(make_leads(3))
+    summary = workspace.run(api)
     signals = Signals(on_first=lambda _: None)
     ending = Closing(Mock(), Mock(), Mock(), Mock(), signals)
 
-    with closing(office.ledger()) as ledger:
+    with closing(workspace.ledger()) as ledger:
         signals.heard = Exit.TERMINATED
-        few = ending._read(ledger, receipt)
+        few = ending._read(ledger, summary)
         monkeypatch.setattr("enrich.closing.READ_WHEN_INTERRUPTED", 2)
-        many = ending._read(ledger, receipt)
+        many = ending._read(ledger, summary)
 
     assert few is not None
     assert few.answers == 3
     assert many is None
 
 
-def on_a_terminal(office: Office, api: Api, **environ: str) -> str:
+def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> str:
     """Run the job on a terminal of 80 columns and return what was shown."""
     leader, follower = os.openpty()
     variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
     command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
     with subprocess.Popen(
-        command, cwd=office.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
+        command, cwd=workspace.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
     ) as run:
         os.close(follower)
-        shown = shown_on(leader)
+        shown = read_terminal(leader)
         run.wait(timeout=60)
     os.close(leader)
     return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.long
-def test_a_terminal_shows_colours_unless_they_are_not_wanted(api: Api, office: Office) -> None:
+def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
     """NO_COLOR and dumb terminals have the same words, plain."""
-    office.write_leads([*people(3), ["", "", "", "", ""]])
-    office.run(api, timing=HASTY)
+    workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
+    workspace.run(api, timing=SHORT_TIMEOUTS)
 
-    coloured = on_a_terminal(office, api)
-    plain = on_a_terminal(office, api, NO_COLOR="1")
+    coloured = run_on_terminal(workspace, api)
+    plain = run_on_terminal(workspace, api, NO_COLOR="1")
 
     assert "\x1b[32mfound" in coloured
     assert "\x1b[" not in plain[plain.index("job: 4 rows") :]
-    assert "\x1b[" not in on_a_terminal(office, api, TERM="dumb")
+    assert "\x1b[" not in run_on_terminal(workspace, api, TERM="dumb")
     assert "1  25.0%  never sent: see enrich_error" in plain
 
 
-def test_commands_are_those_of_the_command_line(tmp_path: Path, office: Office) -> None:
+def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
     """With the paths as they were typed: they work where they are read."""
-    office.write_leads(people(30))
-    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        done = office.command("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        result = workspace.command("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
 
-        assert done.code == 10
-        assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in done.stderr
+        assert result.code == 10
+        assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
 
 
-def test_a_name_that_begins_with_a_dash_is_no_option(tmp_path: Path, office: Office) -> None:
+def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> None:
     """Its command can be pasted all the same."""
-    office.write_leads(people(3))
-    office.write_job().rename(office.folder / "-job.yaml")
-    with serving(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        done = office.command("run", "--receipt", "--", "-job.yaml", api=api)
-        (command,) = (line.split() for line in done.stderr.splitlines() if "--retry failed" in line)
-        again = office.command(*command[1:], api=api)
+    workspace.write_leads(make_leads(3))
+    workspace.write_job().rename(workspace.folder / "-job.yaml")
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        result = workspace.command("run", "--receipt", "--", "-job.yaml", api=api)
+        (command,) = (line.split() for line in result.stderr.splitlines() if "--retry failed" in line)
+        again = workspace.command(*command[1:], api=api)
 
     assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]
-    assert (done.code, again.code) == (10, 10)
+    assert (result.code, again.code) == (10, 10)

@@ -14,28 +14,28 @@ from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slot
 from enrich.pace import BURST_S, Pace
 from tests.cases import examples, in_turn
 
-WANTED = 32
+REQUESTED_SLOTS = 32
 
 
-def shared(rate: float) -> str:
+def shared_state(rate: float) -> str:
     """Write down a pace that has found its rate."""
-    pace = Pace(rate)
-    pace.rate = rate
-    return written(pace, 0.0)
+    limiter = Pace(rate)
+    limiter.rate = rate
+    return written(limiter, 0.0)
 
 
 @dataclass
-class Row:
+class SharedRow:
     """The row that all of them share."""
 
     state: str
 
 
 @dataclass
-class Process:
+class SimulatedProcess:
     """One process: looks at the row, and sends in what it was given when its processor lets it."""
 
-    row: Row
+    row: SharedRow
     rng: random.Random
     #: At most so many seconds until the row's answer is here, and until a timer is heard.
     answer_s: float
@@ -45,7 +45,7 @@ class Process:
 
     def live(self, now: float) -> float:
         """Look and send once; return when it is our turn again."""
-        if wanted := WANTED - len(self.slots):
+        if wanted := REQUESTED_SLOTS - len(self.slots):
             self.row.state, taken = take_slots(self.row.state, now, [], wanted)
             asked = now + self.rng.uniform(0, self.answer_s / 2)
             now = asked + self.rng.uniform(0, self.answer_s / 2)
@@ -57,18 +57,18 @@ class Process:
         return now + max(LOOK_EVERY_S / 2, wait or 0.0) + self.rng.uniform(0, self.late_s)
 
 
-def night(rate: float, seed: int, lags: list[tuple[float, float]], seconds: float = 8.0) -> list[float]:
+def simulate(rate: float, seed: int, delays: list[tuple[float, float]], seconds: float = 8.0) -> list[float]:
     """Let processes with these lags share a rate; return when their requests left."""
-    rng, row = random.Random(seed), Row(shared(rate))
-    crew = [Process(row, rng, answer_s, late_s) for answer_s, late_s in lags]
-    turns = [(rng.random(), process) for process in crew]
+    rng, row = random.Random(seed), SharedRow(shared_state(rate))
+    pool = [SimulatedProcess(row, rng, answer_s, late_s) for answer_s, late_s in delays]
+    turns = [(rng.random(), process) for process in pool]
     while (turn := min(turns, key=lambda turn: turn[0]))[0] < seconds:
         turns.remove(turn)
         turns.append((turn[1].live(turn[0]), turn[1]))
-    return sorted(at for process in crew for at in process.sent)
+    return sorted(at for process in pool for at in process.sent)
 
 
-def busiest(sent: list[float]) -> int:
+def busiest_second(sent: list[float]) -> int:
     """Count the requests of the busiest second, wherever it begins."""
     begin, most = 0, 0
     for end in count(1):
@@ -80,7 +80,7 @@ def busiest(sent: list[float]) -> int:
     raise AssertionError
 
 
-LAG = st.floats(0, 1.5) | st.just(0.0)
+DELAYS = st.floats(0, 1.5) | st.just(0.0)
 
 
 @pytest.mark.long
@@ -88,24 +88,22 @@ LAG = st.floats(0, 1.5) | st.just(0.0)
 @given(
     rate=st.sampled_from([2.0, 20.0, 100.0, 400.0]),
     seed=st.integers(0, 1000),
-    lags=st.lists(st.tuples(LAG, LAG), min_size=1, max_size=5),
+    lags=st.lists(st.tuples(DELAYS, DELAYS), min_size=1, max_size=5),
 )
-def test_no_second_has_more_than_the_rate_and_the_burst(
-    rate: float, seed: int, lags: list[tuple[float, float]]
-) -> None:
+def test_shared_rate_never_exceeded(rate: float, seed: int, lags: list[tuple[float, float]]) -> None:
     """Answers of the server may be late, and processes may not get their turn."""
-    assert busiest(night(rate, seed, lags)) <= rate * (1 + LATE_S + BURST_S) + 1
+    assert busiest_second(simulate(rate, seed, lags)) <= rate * (1 + LATE_S + BURST_S) + 1
 
 
 @in_turn("processes", [1, 2, 5])
 @in_turn("rate", [20.0, 100.0, 400.0])
-def test_the_rate_is_used(rate: float, processes: int) -> None:
+def test_shared_rate_is_used(rate: float, processes: int) -> None:
     """With a server and timers as they are, by one process as by many."""
-    sent = night(rate, 1, [(0.01, 0.01)] * processes)
+    sent = simulate(rate, 1, [(0.01, 0.01)] * processes)
     assert len(sent) >= 0.95 * rate * (8 - 1)
 
 
-def test_a_slot_is_gone_after_its_time() -> None:
+def test_unused_slots_expire() -> None:
     """Who was held up does not catch up; who got one back may use it now."""
     slots = Slots()
     slots.add(10.0, [0.0, 0.1, 0.2])
@@ -118,15 +116,15 @@ def test_a_slot_is_gone_after_its_time() -> None:
     assert slots.delay(10.2) == 0
 
 
-def test_what_one_hears_holds_for_all() -> None:
+def test_retry_after_applies_to_all() -> None:
     """A 429 shuts the door for everybody who looks, for as long as the API says; then they are slower."""
-    state, first = take_slots(shared(50.0), 100.0, [], 8)
-    state, told = take_slots(state, 100.1, [Heard("throttled", 3.0)], 8)
+    state, first = take_slots(shared_state(50.0), 100.0, [], 8)
+    state, result = take_slots(state, 100.1, [Heard("throttled", 3.0)], 8)
     state, other = take_slots(state, 101.0, [], 8)
     assert first.slots
-    assert not told.slots
+    assert not result.slots
     assert not other.slots
-    assert told.shut_s == pytest.approx(3.0)
+    assert result.shut_s == pytest.approx(3.0)
     assert other.shut_s == pytest.approx(2.1)
     _, later = take_slots(state, 103.2, [], 8)
     assert later.slots
@@ -134,13 +132,13 @@ def test_what_one_hears_holds_for_all() -> None:
     assert later.rate < 50
 
 
-def test_a_pace_is_the_same_by_another_clock() -> None:
+def test_rate_state_is_clock_independent() -> None:
     """What was written by one machine's clock is read by another's."""
-    pace = Pace(None)
+    limiter = Pace(None)
     for at in (5.0, 5.1, 5.2):
-        pace.take(at)
-    pace.throttled(5.3, 2.0)
-    other = read(written(pace, 100.0), 40.0)
+        limiter.take(at)
+    limiter.throttled(5.3, 2.0)
+    other = read(written(limiter, 100.0), 40.0)
     assert other.shut(65.3) == pytest.approx(2.0)
-    assert other.rate == pace.rate
-    assert written(other, 40.0) == written(pace, 100.0)
+    assert other.rate == limiter.rate
+    assert written(other, 40.0) == written(limiter, 100.0)

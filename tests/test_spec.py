@@ -18,7 +18,7 @@ from enrich.jobfile import Document
 from enrich.spec import json_schema
 from tests.cases import in_turn
 
-BASE = """\
+BASE_JOB = """\
 version: 1
 input: leads.csv
 waterfall: email_getter
@@ -27,7 +27,7 @@ params:
 """
 
 
-def job_of(folder: Path, text: str, overrides: Overrides | None = None, name: str = "job.yaml") -> Job:
+def load_job_text(folder: Path, text: str, overrides: Overrides | None = None, name: str = "job.yaml") -> Job:
     """Write a job file and load it."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,20 +35,20 @@ def job_of(folder: Path, text: str, overrides: Overrides | None = None, name: st
     return load_job(path, overrides)
 
 
-def mistakes(folder: Path, text: str | bytes) -> list[str]:
+def job_errors(folder: Path, text: str | bytes) -> list[str]:
     """Load a job file that is wrong; return what is told, line by line, the file's path left out, and the hint."""
     path = folder / "job.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(JobError) as caught:
         load_job(path)
-    told = [line.removeprefix(str(path)).removeprefix(":") for line in caught.value.message.splitlines()]
+    message = [line.removeprefix(str(path)).removeprefix(":") for line in caught.value.message.splitlines()]
     assert all(line.startswith(str(path)) for line in caught.value.message.splitlines())
-    return [*told, f"hint: {caught.value.hint}"] if caught.value.hint else told
+    return [*message, f"hint: {caught.value.hint}"] if caught.value.hint else message
 
 
-def test_the_whole_file_is_read(tmp_path: Path) -> None:
+def test_all_keys_are_read(tmp_path: Path) -> None:
     """Every key of the contract, in its long form."""
-    job = job_of(
+    job = load_job_text(
         tmp_path,
         """\
 version: 1
@@ -106,9 +106,9 @@ policy:
     assert model.policy.patience == timedelta(hours=1, minutes=30)
 
 
-def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
+def test_defaults(tmp_path: Path) -> None:
     """The shortest job file is five lines."""
-    job = job_of(tmp_path, BASE, name="Leads of May.yaml")
+    job = load_job_text(tmp_path, BASE_JOB, name="Leads of May.yaml")
     model = job.model
     assert job.name == "Leads of May"
     assert job.input_path == tmp_path / "leads.csv"
@@ -150,28 +150,26 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("columns:\n  work_email: ", "columns.work_email"),
     ],
 )
-def test_what_yaml_takes_for_something_else_is_to_be_quoted(
-    tmp_path: Path, word: str, kind: str, before: str, key: str
-) -> None:
+def test_ambiguous_yaml_values_need_quotes(tmp_path: Path, word: str, kind: str, before: str, key: str) -> None:
     """Norway is no boolean and a postcode no number; a person who reads the message knows what to type."""
     if kind == "nothing" and key in {"where", "name"}:
         return  # these may be left out
-    text = f"{BASE}{before}{word}{']' if '[' in before else ''}\n"
+    text = f"{BASE_JOB}{before}{word}{']' if '[' in before else ''}\n"
     line = len(text.splitlines())
-    assert mistakes(tmp_path, text) == [f"{line}: {key}: must be text, but YAML reads it as {kind}: put it in quotes"]
+    assert job_errors(tmp_path, text) == [f"{line}: {key}: must be text, but YAML reads it as {kind}: put it in quotes"]
 
 
-def test_a_param_of_nothing_is_to_be_quoted(tmp_path: Path) -> None:
+def test_null_param_needs_quotes(tmp_path: Path) -> None:
     """A key with nothing behind it is null to YAML."""
     for before, key in [("  x:", "params.x.column"), ("  x:\n    value:", "params.x.value")]:
-        (told,) = mistakes(tmp_path, f"{BASE}{before}\n")
-        assert told.endswith(f"{key}: must be text, but YAML reads it as nothing: put it in quotes")
+        (result,) = job_errors(tmp_path, f"{BASE_JOB}{before}\n")
+        assert result.endswith(f"{key}: must be text, but YAML reads it as nothing: put it in quotes")
 
 
 @in_turn("word", ["NO", "00501", "1.5", "null", "2024-01-01", "=", "!x", "*x", "&x"])
-def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
+def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
     """The remedy of the message works."""
-    job = job_of(tmp_path, f"{BASE}  a: {{value: '{word}'}}\n  b: \"{word}\"\n")
+    job = load_job_text(tmp_path, f"{BASE_JOB}  a: {{value: '{word}'}}\n  b: \"{word}\"\n")
     assert job.model.params["a"].value == word
     assert job.model.params["b"].columns == [word]
 
@@ -180,120 +178,123 @@ def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
     ("text", "told"),
     [
         ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
-        (BASE.replace("version: 1", "version: 2"), ["1: version: Input should be 1"]),
-        (BASE.replace("version: 1", "version: '1'"), ["1: version: Input should be 1"]),
-        (f"{BASE}inputs: x\n", ["6: inputs: unknown key", "hint: did you mean `input`?"]),
-        (f"{BASE}Where: x\n", ["6: Where: unknown key", "hint: did you mean `where`?"]),
-        (f"{BASE}zzz: 1\n", ["6: zzz: unknown key"]),
-        (f"{BASE}limits:\n  in_flght: 3\n", ["7: limits.in_flght: unknown key", "hint: did you mean `in_flight`?"]),
-        (f"{BASE}policy:\n  patence: 3h\n", ["7: policy.patence: unknown key", "hint: did you mean `patience`?"]),
+        (BASE_JOB.replace("version: 1", "version: 2"), ["1: version: Input should be 1"]),
+        (BASE_JOB.replace("version: 1", "version: '1'"), ["1: version: Input should be 1"]),
+        (f"{BASE_JOB}inputs: x\n", ["6: inputs: unknown key", "hint: did you mean `input`?"]),
+        (f"{BASE_JOB}Where: x\n", ["6: Where: unknown key", "hint: did you mean `where`?"]),
+        (f"{BASE_JOB}zzz: 1\n", ["6: zzz: unknown key"]),
+        (f"{BASE_JOB}limits:\n  in_flght: 3\n", ["7: limits.in_flght: unknown key", "hint: did you mean `in_flight`?"]),
+        (f"{BASE_JOB}policy:\n  patence: 3h\n", ["7: policy.patence: unknown key", "hint: did you mean `patience`?"]),
         (
-            f"{BASE}policy:\n  refresh:\n    foud: 3d\n",
+            f"{BASE_JOB}policy:\n  refresh:\n    foud: 3d\n",
             ["8: policy.refresh.foud: unknown key", "hint: did you mean `found`?"],
         ),
-        (f"{BASE}  x:\n    colum: A\n", ["7: params.x.colum: unknown key", "hint: did you mean `column`?"]),
-        (f"{BASE}  str: {{colum: A}}\n", ["6: params.str.colum: unknown key", "hint: did you mean `column`?"]),
-        (f"{BASE}  x: {{columns: A}}\n", ["6: params.x.columns: unknown key", "hint: did you mean `column`?"]),
+        (f"{BASE_JOB}  x:\n    colum: A\n", ["7: params.x.colum: unknown key", "hint: did you mean `column`?"]),
+        (f"{BASE_JOB}  str: {{colum: A}}\n", ["6: params.str.colum: unknown key", "hint: did you mean `column`?"]),
+        (f"{BASE_JOB}  x: {{columns: A}}\n", ["6: params.x.columns: unknown key", "hint: did you mean `column`?"]),
         (
-            f"{BASE}output:\n  paht: x.csv\n",
+            f"{BASE_JOB}output:\n  paht: x.csv\n",
             ["6: output.path: is missing", "7: output.paht: unknown key, did you mean `path`?"],
         ),
         (
-            BASE.replace("leads.csv", "{path: a.csv, seperator: ;}"),
+            BASE_JOB.replace("leads.csv", "{path: a.csv, seperator: ;}"),
             ["2: input.seperator: unknown key", "hint: did you mean `separator`?"],
         ),
-        (f"{BASE}  x: {{}}\n", ["6: params.x: needs either `column` or `value`"]),
-        (f"{BASE}  x: {{column: A, value: b}}\n", ["6: params.x: needs either `column` or `value`"]),
-        (f"{BASE}  x: {{value: b, transform: [trim]}}\n", ["6: params.x: a constant `value` has no `transform`"]),
-        (f"{BASE}  x: {{column: A, transform: trim}}\n", ["6: params.x.transform: must be a list: [...]"]),
+        (f"{BASE_JOB}  x: {{}}\n", ["6: params.x: needs either `column` or `value`"]),
+        (f"{BASE_JOB}  x: {{column: A, value: b}}\n", ["6: params.x: needs either `column` or `value`"]),
+        (f"{BASE_JOB}  x: {{value: b, transform: [trim]}}\n", ["6: params.x: a constant `value` has no `transform`"]),
+        (f"{BASE_JOB}  x: {{column: A, transform: trim}}\n", ["6: params.x.transform: must be a list: [...]"]),
         (
-            f"{BASE}  x: {{column: A, transform: [trimm]}}\n",
+            f"{BASE_JOB}  x: {{column: A, transform: [trimm]}}\n",
             ["6: params.x.transform.0: Input should be 'trim', 'lower' or 'domain'"],
         ),
-        (f"{BASE}  x: []\n", ["6: params.x.column: must not be empty"]),
-        (f"{BASE}  x: ''\n", ["6: params.x.column.0: must not be empty"]),
-        (f"{BASE}  x: {{value: ''}}\n", ["6: params.x.value: must not be empty"]),
-        (BASE.replace(":\n  company: Company", ": {}"), ["4: params: must not be empty"]),
-        (BASE.replace(":\n  company: Company", ":"), ["4: params: must be a mapping of keys"]),
-        (BASE.replace("company: Company", "- company"), ["4: params: must be a mapping of keys"]),
-        (f"{BASE}columns: [email]\n", ["6: columns: must be a mapping of keys"]),
-        (f"{BASE}columns: {{}}\n", ["6: columns: must not be empty"]),
-        (f"{BASE}limits:\n", ["6: limits: must be a mapping of keys"]),
-        (f"{BASE}only_if_empty: Email\n", ["6: only_if_empty: must be a list: [...]"]),
-        (f"{BASE}enrichments: []\n", ["6: enrichments: must not be empty"]),
-        (f"{BASE}enrichments:\n  - 833\n  - '966'\n", ["8: enrichments.1: Input should be a valid integer"]),
-        (f"{BASE}email_verifier: '10'\n", ["6: email_verifier: Input should be a valid integer"]),
-        (f"{BASE}dedupe: 'no'\n", ["6: dedupe: Input should be a valid boolean"]),
-        (f"{BASE}name: a/b\n", ["6: name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"]),
-        (f"{BASE}limits: {{in_flight: 0}}\n", ["6: limits.in_flight: Input should be greater than or equal to 1"]),
+        (f"{BASE_JOB}  x: []\n", ["6: params.x.column: must not be empty"]),
+        (f"{BASE_JOB}  x: ''\n", ["6: params.x.column.0: must not be empty"]),
+        (f"{BASE_JOB}  x: {{value: ''}}\n", ["6: params.x.value: must not be empty"]),
+        (BASE_JOB.replace(":\n  company: Company", ": {}"), ["4: params: must not be empty"]),
+        (BASE_JOB.replace(":\n  company: Company", ":"), ["4: params: must be a mapping of keys"]),
+        (BASE_JOB.replace("company: Company", "- company"), ["4: params: must be a mapping of keys"]),
+        (f"{BASE_JOB}columns: [email]\n", ["6: columns: must be a mapping of keys"]),
+        (f"{BASE_JOB}columns: {{}}\n", ["6: columns: must not be empty"]),
+        (f"{BASE_JOB}limits:\n", ["6: limits: must be a mapping of keys"]),
+        (f"{BASE_JOB}only_if_empty: Email\n", ["6: only_if_empty: must be a list: [...]"]),
+        (f"{BASE_JOB}enrichments: []\n", ["6: enrichments: must not be empty"]),
+        (f"{BASE_JOB}enrichments:\n  - 833\n  - '966'\n", ["8: enrichments.1: Input should be a valid integer"]),
+        (f"{BASE_JOB}email_verifier: '10'\n", ["6: email_verifier: Input should be a valid integer"]),
+        (f"{BASE_JOB}dedupe: 'no'\n", ["6: dedupe: Input should be a valid boolean"]),
+        (f"{BASE_JOB}name: a/b\n", ["6: name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"]),
+        (f"{BASE_JOB}limits: {{in_flight: 0}}\n", ["6: limits.in_flight: Input should be greater than or equal to 1"]),
         (
-            f"{BASE}limits: {{requests_per_second: 0}}\n",
+            f"{BASE_JOB}limits: {{requests_per_second: 0}}\n",
             ["6: limits.requests_per_second: Input should be greater than 0"],
         ),
         (
-            f"{BASE}limits: {{requests_per_second: .inf}}\n",
+            f"{BASE_JOB}limits: {{requests_per_second: .inf}}\n",
             ["6: limits.requests_per_second: Input should be a finite number"],
         ),
-        (f"{BASE}limits: {{max_credits: '5'}}\n", ["6: limits.max_credits: must be a number of credits"]),
-        (f"{BASE}limits: {{max_credits: yes}}\n", ["6: limits.max_credits: must be a number of credits"]),
-        (f"{BASE}limits: {{max_credits: -1}}\n", ["6: limits.max_credits: Input should be greater than or equal to 0"]),
+        (f"{BASE_JOB}limits: {{max_credits: '5'}}\n", ["6: limits.max_credits: must be a number of credits"]),
+        (f"{BASE_JOB}limits: {{max_credits: yes}}\n", ["6: limits.max_credits: must be a number of credits"]),
         (
-            f"{BASE}limits: {{max_credits: .nan}}\n",
+            f"{BASE_JOB}limits: {{max_credits: -1}}\n",
+            ["6: limits.max_credits: Input should be greater than or equal to 0"],
+        ),
+        (
+            f"{BASE_JOB}limits: {{max_credits: .nan}}\n",
             ["6: limits.max_credits: must be a number of credits"],
         ),
         (
-            f"{BASE}limits: {{max_credits: 1e+13}}\n",
+            f"{BASE_JOB}limits: {{max_credits: 1e+13}}\n",
             ["6: limits.max_credits: must be a number of credits"],
         ),
         (
-            f"{BASE}policy: {{max_attempts: 0}}\n",
+            f"{BASE_JOB}policy: {{max_attempts: 0}}\n",
             ["6: policy.max_attempts: Input should be greater than or equal to 1"],
         ),
         (
-            f"{BASE}policy: {{patience: 60}}\n",
+            f"{BASE_JOB}policy: {{patience: 60}}\n",
             ["6: policy.patience: a duration is a number with its unit: 90d, 24h, 30m or 45s"],
         ),
-        (f"{BASE}policy: {{patience: {9**20}d}}\n", ["6: policy.patience: this duration is too long"]),
+        (f"{BASE_JOB}policy: {{patience: {9**20}d}}\n", ["6: policy.patience: this duration is too long"]),
         (
-            BASE.replace("leads.csv", '{path: a.csv, separator: ";;"}'),
+            BASE_JOB.replace("leads.csv", '{path: a.csv, separator: ";;"}'),
             ['2: input.separator: must be one character, such as "," or ";" or "\\t", and no quote or line end'],
         ),
         (
-            f"{BASE}output: {{path: a.csv, separator: '\"'}}\n",
+            f"{BASE_JOB}output: {{path: a.csv, separator: '\"'}}\n",
             ['6: output.separator: must be one character, such as "," or ";" or "\\t", and no quote or line end'],
         ),
         (
-            f"{BASE}output: {{path: a.csv, encoding: utf9}}\n",
+            f"{BASE_JOB}output: {{path: a.csv, encoding: utf9}}\n",
             ["6: output.encoding: no encoding that is known: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
-            BASE.replace("leads.csv", "{path: a.csv, encoding: base64}"),
+            BASE_JOB.replace("leads.csv", "{path: a.csv, encoding: base64}"),
             ["2: input.encoding: no encoding that is known: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
-            f"{BASE}output: out.xls\n",
+            f"{BASE_JOB}output: out.xls\n",
             [
                 "6: output: `out.xls` is of no type that can be written",
                 "hint: use .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .parquet, .xlsx; for a folder: leads/",
             ],
         ),
         (
-            f"{BASE}output: out.parquet/\n",
+            f"{BASE_JOB}output: out.parquet/\n",
             ["6: output: `out.parquet/`: a folder has no ending of a file", "hint: as in out/leads/"],
         ),
-        (f"{BASE}waterfall: x\n", ["6: `waterfall` is there twice", "hint: remove one of the two"]),
-        (f"{BASE}  company: B\n", ["6: `company` is there twice", "hint: remove one of the two"]),
-        (f"{BASE}  x: {{column: A, column: B}}\n", ["6: `column` is there twice", "hint: remove one of the two"]),
-        (f"{BASE}where: &a x\nname: *a\n", ["7: YAML aliases (*a) are not allowed: write the value out"]),
-        (f"{BASE}  <<: {{a: A}}\n", None),
-        (f"{BASE}? [a]\n: 1\n", ["6: a key must be text"]),
-        (f"{BASE}where: !!python/name:os.system x\n", None),
-        (f"{BASE}where: 2024-13-45\n", ["6: month must be in 1..12", "hint: put it in quotes if it is text"]),
+        (f"{BASE_JOB}waterfall: x\n", ["6: `waterfall` is there twice", "hint: remove one of the two"]),
+        (f"{BASE_JOB}  company: B\n", ["6: `company` is there twice", "hint: remove one of the two"]),
+        (f"{BASE_JOB}  x: {{column: A, column: B}}\n", ["6: `column` is there twice", "hint: remove one of the two"]),
+        (f"{BASE_JOB}where: &a x\nname: *a\n", ["7: YAML aliases (*a) are not allowed: write the value out"]),
+        (f"{BASE_JOB}  <<: {{a: A}}\n", None),
+        (f"{BASE_JOB}? [a]\n: 1\n", ["6: a key must be text"]),
+        (f"{BASE_JOB}where: !!python/name:os.system x\n", None),
+        (f"{BASE_JOB}where: 2024-13-45\n", ["6: month must be in 1..12", "hint: put it in quotes if it is text"]),
         (
-            f"{BASE}output: %Y.csv\n",
+            f"{BASE_JOB}output: %Y.csv\n",
             ["6: found character '%' that cannot start any token", "hint: put it in quotes if it is text"],
         ),
-        (f"{BASE}---\n{BASE}", ["6: but found another document"]),
+        (f"{BASE_JOB}---\n{BASE_JOB}", ["6: but found another document"]),
         (
             "version: 1\n\tinput: x\n",
             ["2: found character '\\t' that cannot start any token", "hint: indent with blanks"],
@@ -308,14 +309,14 @@ def test_in_quotes_every_word_is_text(tmp_path: Path, word: str) -> None:
         ("name: Größe".encode("cp1252"), [" the job file is not UTF-8 text", "hint: save it as UTF-8"]),
     ],
 )
-def test_a_mistake_is_told_with_its_line(tmp_path: Path, text: str | bytes, told: list[str] | None) -> None:
+def test_error_names_line_and_suggestion(tmp_path: Path, text: str | bytes, told: list[str] | None) -> None:
     """File, line, key and, where there is one, the nearest right name."""
-    found = mistakes(tmp_path, text)
+    found = job_errors(tmp_path, text)
     assert found == told if told is not None else found
 
 
 @pytest.mark.parametrize("text", [b"Vorname;Nachname\nS\xf6ren;Wei\xdf\n", b"First Name\nAda\n"])
-def test_leads_are_no_job(tmp_path: Path, text: bytes) -> None:
+def test_csv_as_job_file(tmp_path: Path, text: bytes) -> None:
     """Who gives the leads instead of the job is told which command makes one of them, and it runs as it stands."""
     path = tmp_path / "my leads.csv"
     path.write_bytes(text)
@@ -324,7 +325,7 @@ def test_leads_are_no_job(tmp_path: Path, text: bytes) -> None:
     assert caught.value.hint == f"a job is a YAML file; for leads: enrich init '{path}'"
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_listed(tmp_path: Path) -> None:
     """In the order of the lines, each with its own nearest name: nobody mends a file one error at a time."""
     text = """\
 version: 2
@@ -342,7 +343,7 @@ policy:
   result_ttl: 24
 were: x
 """
-    assert mistakes(tmp_path, text) == [
+    assert job_errors(tmp_path, text) == [
         "1: version: Input should be 1",
         "2: input.path: is missing",
         "2: input.pth: unknown key, did you mean `path`?",
@@ -360,20 +361,20 @@ were: x
 @in_turn(
     "text",
     [
-        "api_key: SECRET\n" + BASE,
-        BASE + "api_key: SECRET\nwhere: 5\n",
-        BASE + "limits: {api_key: SECRET}\n",
-        BASE + "databar_api_key: SECRET\n",
-        BASE + "api_key: SECRET\napi_key: SECRET\n",
-        BASE + "input: {path: x, api_key: SECRET}\n",
-        BASE + "api_key: {key: SECRET}\n",
-        BASE + "api_key: [SECRET\n",
+        "api_key: SECRET\n" + BASE_JOB,
+        BASE_JOB + "api_key: SECRET\nwhere: 5\n",
+        BASE_JOB + "limits: {api_key: SECRET}\n",
+        BASE_JOB + "databar_api_key: SECRET\n",
+        BASE_JOB + "api_key: SECRET\napi_key: SECRET\n",
+        BASE_JOB + "input: {path: x, api_key: SECRET}\n",
+        BASE_JOB + "api_key: {key: SECRET}\n",
+        BASE_JOB + "api_key: [SECRET\n",
     ],
 )
-def test_a_key_in_the_file_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+def test_api_key_in_job_is_refused(tmp_path: Path, text: str) -> None:
     """Job files are shared; the message says where the key belongs and not what it is."""
     with pytest.raises(JobError) as caught:
-        job_of(tmp_path, text)
+        load_job_text(tmp_path, text)
     assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"
     if text.startswith("api_key"):
         assert caught.value.message.endswith("job.yaml:1: api_key: a job file holds no key")
@@ -381,7 +382,7 @@ def test_a_key_in_the_file_is_refused_and_not_shown(tmp_path: Path, text: str) -
     assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_job_file(tmp_path: Path) -> None:
     """So is a folder."""
     with pytest.raises(JobError, match="there is no such job file"):
         load_job(tmp_path / "none.yaml")
@@ -389,50 +390,57 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         load_job(tmp_path)
 
 
-@in_turn("text", ["\ufeff" + BASE, BASE.replace("\n", "\r\n"), "---\n" + BASE, BASE + "...\n", BASE.rstrip("\n")])
-def test_how_editors_save_a_file_makes_no_difference(tmp_path: Path, text: str) -> None:
+@in_turn(
+    "text",
+    [
+        "\ufeff" + BASE_JOB,
+        BASE_JOB.replace("\n", "\r\n"),
+        "---\n" + BASE_JOB,
+        BASE_JOB + "...\n",
+        BASE_JOB.rstrip("\n"),
+    ],
+)
+def test_file_encodings_and_line_ends(tmp_path: Path, text: str) -> None:
     """A byte order mark, line ends of Windows, marks of a document."""
     path = tmp_path / "job.yaml"
     path.write_bytes(text.encode())
-    assert load_job(path).model == job_of(tmp_path, BASE).model
+    assert load_job(path).model == load_job_text(tmp_path, BASE_JOB).model
 
 
-def test_keys_are_text_as_they_are_written(tmp_path: Path) -> None:
+def test_keys_are_text(tmp_path: Path) -> None:
     """A param called `no`, a new column called 2024: YAML's opinion of them does not count."""
-    job = job_of(tmp_path, f"{BASE}  NO: A\n  1: B\n  2024-01-01: C\ncolumns: {{null: email, 1.0: name}}\n")
+    job = load_job_text(tmp_path, f"{BASE_JOB}  NO: A\n  1: B\n  2024-01-01: C\ncolumns: {{null: email, 1.0: name}}\n")
     assert list(job.model.params) == ["company", "NO", "1", "2024-01-01"]
     assert job.model.columns == {"null": "email", "1.0": "name"}
 
 
-def test_paths_in_the_file_are_relative_to_it_and_those_of_the_command_to_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cron starts in the home folder, a person anywhere."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    text = BASE.replace("leads.csv", "../in/leads.csv") + "output: ../out/x.csv\nledger: ../state/x.db\n"
+    other_server = tmp_path / "elsewhere"
+    other_server.mkdir()
+    monkeypatch.chdir(other_server)
+    text = BASE_JOB.replace("leads.csv", "../in/leads.csv") + "output: ../out/x.csv\nledger: ../state/x.db\n"
     now = datetime(2026, 11, 1).astimezone()
 
-    job = job_of(tmp_path, text, name="jobs/job.yaml")
+    job = load_job_text(tmp_path, text, name="jobs/job.yaml")
     assert (job.input_path, job.output_path(now), job.ledger) == (
         tmp_path / "in/leads.csv",
         tmp_path / "out/x.csv",
         tmp_path / "state/x.db",
     )
-    told = Overrides(input=Path("a.csv"), output=Path("b/c.parquet"), ledger=Path("../d.db"))
-    job = job_of(tmp_path, text, told, name="jobs/job.yaml")
+    result = Overrides(input=Path("a.csv"), output=Path("b/c.parquet"), ledger=Path("../d.db"))
+    job = load_job_text(tmp_path, text, result, name="jobs/job.yaml")
     monkeypatch.chdir(tmp_path)
-    assert (job.input_path, job.output_path(now)) == (elsewhere / "a.csv", elsewhere / "b/c.parquet")
+    assert (job.input_path, job.output_path(now)) == (other_server / "a.csv", other_server / "b/c.parquet")
     assert isinstance(job.ledger, Path)
     assert job.ledger.resolve() == tmp_path / "d.db"
-    absolute = job_of(tmp_path, f"{BASE}output: {tmp_path}/o.csv\n", Overrides(input=tmp_path / "i.csv"))
+    absolute = load_job_text(tmp_path, f"{BASE_JOB}output: {tmp_path}/o.csv\n", Overrides(input=tmp_path / "i.csv"))
     assert (absolute.input_path, absolute.output_path(now)) == (tmp_path / "i.csv", tmp_path / "o.csv")
 
 
-def test_a_relative_job_file_is_found_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_job_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its paths do not move when the working directory does."""
-    job_of(tmp_path, BASE, name="jobs/job.yaml")
+    load_job_text(tmp_path, BASE_JOB, name="jobs/job.yaml")
     monkeypatch.chdir(tmp_path)
     assert load_job(Path("jobs/job.yaml")).input_path == tmp_path / "jobs/leads.csv"
 
@@ -446,10 +454,10 @@ def test_a_relative_job_file_is_found_from_where_one_stands(tmp_path: Path, monk
         ("plain.CSV", "plain.CSV"),
     ],
 )
-def test_the_output_s_name_may_hold_the_date(tmp_path: Path, output: str, name: str) -> None:
+def test_date_in_output_name(tmp_path: Path, output: str, name: str) -> None:
     """Codes of strftime, in local time, folders included; a per cent sign of the job's own folder is none."""
     home = tmp_path / "50%Y off"
-    job = job_of(home, f"{BASE}output: {output}\n")
+    job = load_job_text(home, f"{BASE_JOB}output: {output}\n")
     assert job.output_path(datetime(2026, 11, 1, 9, 30).astimezone()) == home / name
 
 
@@ -464,30 +472,30 @@ def test_the_output_s_name_may_hold_the_date(tmp_path: Path, output: str, name: 
         ("in/100%Y.csv", "100%Y_enriched.csv"),
     ],
 )
-def test_the_output_is_named_for_the_input(tmp_path: Path, leads: str, name: str) -> None:
+def test_default_output_name(tmp_path: Path, leads: str, name: str) -> None:
     """It lies beside the job file; a per cent sign in the input's name is no date."""
     now = datetime(2026, 11, 1).astimezone()
-    assert job_of(tmp_path, BASE.replace("leads.csv", leads)).output_path(now) == tmp_path / name
-    assert job_of(tmp_path, BASE, Overrides(input=Path(leads))).output_path(now) == tmp_path / name
+    assert load_job_text(tmp_path, BASE_JOB.replace("leads.csv", leads)).output_path(now) == tmp_path / name
+    assert load_job_text(tmp_path, BASE_JOB, Overrides(input=Path(leads))).output_path(now) == tmp_path / name
 
 
-def test_the_sandbox_has_a_ledger_of_its_own(tmp_path: Path) -> None:
+def test_sandbox_ledger_path(tmp_path: Path) -> None:
     """What play money bought is never taken for the real thing."""
     sandbox = Overrides(sandbox=True)
-    assert job_of(tmp_path, BASE, sandbox).ledger == tmp_path / ".enrich/job.sandbox.db"
-    assert job_of(tmp_path, f"{BASE}name: leads\n", sandbox).ledger == tmp_path / ".enrich/leads.sandbox.db"
-    assert job_of(tmp_path, f"{BASE}ledger: a.db\n", sandbox).ledger == tmp_path / "a.sandbox.db"
+    assert load_job_text(tmp_path, BASE_JOB, sandbox).ledger == tmp_path / ".enrich/job.sandbox.db"
+    assert load_job_text(tmp_path, f"{BASE_JOB}name: leads\n", sandbox).ledger == tmp_path / ".enrich/leads.sandbox.db"
+    assert load_job_text(tmp_path, f"{BASE_JOB}ledger: a.db\n", sandbox).ledger == tmp_path / "a.sandbox.db"
 
 
-def test_the_command_line_has_the_last_word_about_the_cap(tmp_path: Path) -> None:
+def test_command_line_cap_overrides(tmp_path: Path) -> None:
     """A number of credits, and nothing that would mean "no cap" by mistake."""
-    text = f"{BASE}limits: {{max_credits: 5}}\n"
-    assert job_of(tmp_path, text).max_credits == 5
-    assert job_of(tmp_path, text, Overrides(max_credits=0)).max_credits == 0
-    assert job_of(tmp_path, text, Overrides(max_credits=7.5)).max_credits == 7.5
-    for odd in (float("nan"), float("inf"), -1.0, 1e13):
+    text = f"{BASE_JOB}limits: {{max_credits: 5}}\n"
+    assert load_job_text(tmp_path, text).max_credits == 5
+    assert load_job_text(tmp_path, text, Overrides(max_credits=0)).max_credits == 0
+    assert load_job_text(tmp_path, text, Overrides(max_credits=7.5)).max_credits == 7.5
+    for scripted_api in (float("nan"), float("inf"), -1.0, 1e13):
         with pytest.raises(JobError, match="--max-credits"):
-            job_of(tmp_path, text, Overrides(max_credits=odd))
+            load_job_text(tmp_path, text, Overrides(max_credits=scripted_api))
 
 
 @in_turn(
@@ -502,21 +510,21 @@ def test_the_command_line_has_the_last_word_about_the_cap(tmp_path: Path) -> Non
         ("0s", 0),
     ],
 )
-def test_a_duration_is_a_number_with_its_unit(text: str, seconds: int) -> None:
+def test_duration_syntax(text: str, seconds: int) -> None:
     """Units may follow each other from the longest to the shortest."""
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
 @in_turn("odd", ["", " ", "5", 5, 1.5, None, True, "h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"])
-def test_anything_else_is_no_duration(odd: object) -> None:
+def test_invalid_durations(odd: object) -> None:
     """A number alone could be seconds or days, and that may cost money."""
     with pytest.raises(ValueError, match="a duration is a number with its unit"):
         parse_duration(odd)
 
 
-def test_a_line_is_found_for_every_key(tmp_path: Path) -> None:
+def test_line_of_every_key(tmp_path: Path) -> None:
     """From the top to the deepest; of what is not there, the nearest that is."""
-    job = job_of(tmp_path, f"{BASE}  x:\n    column:\n      - A\n      - B\nwhere: a\n")
+    job = load_job_text(tmp_path, f"{BASE_JOB}  x:\n    column:\n      - A\n      - B\nwhere: a\n")
     line = job.document.line
     assert [line(["version"]), line(["params"]), line(["params", "company"]), line(["where"])] == [1, 4, 5, 10]
     assert [line(["params", "x", "column", 1]), line(["params", "x", "column", 7]), line(["params", "x", "value"])] == [
@@ -530,7 +538,7 @@ def test_a_line_is_found_for_every_key(tmp_path: Path) -> None:
     assert error.hint == "do this"
 
 
-def test_the_nearest_name_is_found_whatever_the_capitals() -> None:
+def test_nearest_name_suggestion() -> None:
     """One that is close, else all when they are few."""
     assert nearest("first name", ["First Name", "Last Name"]) == "did you mean `First Name`?"
     assert nearest("E-Mail", ["email", "phone"]) == "did you mean `email`?"
@@ -539,7 +547,7 @@ def test_the_nearest_name_is_found_whatever_the_capitals() -> None:
     assert nearest("zzz", []) is None
 
 
-def test_the_schema_knows_the_short_forms() -> None:
+def test_schema_accepts_short_forms() -> None:
     """An editor must not mark what the program takes."""
     schema = json_schema()
     text, several = {"type": "string", "minLength": 1}, {"type": "array"}
@@ -557,7 +565,7 @@ def test_the_schema_knows_the_short_forms() -> None:
     assert (credits_["minimum"], credits_["type"]) == (0, "number")
 
 
-def test_the_schema_is_stable_json() -> None:
+def test_schema_is_deterministic() -> None:
     """It is kept in a file, so that it changes only when the job file does; every key is described."""
     schema = json_schema()
     assert json.dumps(schema) == json.dumps(json_schema())
@@ -567,7 +575,7 @@ def test_the_schema_is_stable_json() -> None:
 
 
 @given(st.text() | st.text(alphabet="abc: -[]{}&*!|>'\"#%\n\t,?123", max_size=60))
-def test_no_text_is_a_bug_of_ours(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_text_is_handled(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     """Whatever stands in the file, it is a job or a mistake that names the file."""
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
@@ -576,7 +584,7 @@ def test_no_text_is_a_bug_of_ours(tmp_path_factory: pytest.TempPathFactory, text
     assert caught.value.message.startswith(str(path))
 
 
-def test_nothing_is_constructed_from_yaml(tmp_path: Path) -> None:
+def test_yaml_constructs_no_objects(tmp_path: Path) -> None:
     """A job file from somebody else can't run code."""
     path = tmp_path / "job.yaml"
     path.write_text("a: !!python/object/apply:os.system [echo]\n", encoding="utf-8")

@@ -13,23 +13,23 @@ import pytest
 
 from enrich.bounded_read import MOST_BYTES
 from tests.cases import first_quick
-from tests.harness import Api, Done, Office, people
+from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads
 
 KEY = "sandbox-key"
 
 
-def run(
-    office: Office,
-    api: Api,
+def run_job(
+    workspace: Workspace,
+    api: SandboxApi,
     *options: str,
     stdin: int = subprocess.DEVNULL,
     environ: Mapping[str, str] = MappingProxyType({}),
-) -> Done:
+) -> ProgramResult:
     """Run the job as a process, so that one that hangs can be ended."""
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *(options or ("run", "job.yaml"))],
-        cwd=office.folder,
-        env=office.variables(api) | dict(environ),
+        cwd=workspace.folder,
+        env=workspace.variables(api) | dict(environ),
         stdin=stdin,
         capture_output=True,
         text=True,
@@ -37,14 +37,14 @@ def run(
         check=False,
     )
     assert "Traceback" not in process.stderr
-    return Done(process.returncode, process.stdout, process.stderr)
+    return ProgramResult(process.returncode, process.stdout, process.stderr)
 
 
-def make(office: Office, kind: str) -> str:
+def make_special_file(workspace: Workspace, kind: str) -> str:
     """Make what is no file; return its name."""
     if kind.startswith("/dev/"):
         return kind
-    path = office.folder / f"{kind}.prom"
+    path = workspace.folder / f"{kind}.prom"
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "folder":
@@ -66,12 +66,12 @@ KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
         [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
     ),
 )
-def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: int, kind: str) -> None:
+def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: str, code: int, kind: str) -> None:
     """With words that name it, and nothing is bought."""
     if kind == "huge" and use not in ("key", "plan", "job"):
         pytest.skip("a file may be large")
-    office.write_leads(people(2))
-    name = make(office, kind)
+    workspace.write_leads(make_leads(2))
+    name = make_special_file(workspace, kind)
     environ: dict[str, str] = {}
     options = ["run", "job.yaml"]
     match use:
@@ -92,58 +92,58 @@ def test_what_is_no_file_is_refused(api: Api, office: Office, use: str, code: in
         case "metrics" if kind.startswith("/dev/"):
             pytest.skip("its name has no .prom")
         case _:
-            office.write_job(**{use: name})
+            workspace.write_job(**{use: name})
 
-    done = run(office, api, *options, environ=environ)
+    result = run_job(workspace, api, *options, environ=environ)
 
     # click refuses folders as options before we see them.
-    assert done.code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), done.stderr
-    assert Path(name).name in done.stderr
+    assert result.code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), result.stderr
+    assert Path(name).name in result.stderr
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
-def test_notifications_without_a_file_are_a_note(api: Api, office: Office, kind: str) -> None:
+def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Workspace, kind: str) -> None:
     """They are no reason not to run."""
-    office.write_leads(people(2))
-    office.write_job(notify=make(office, kind))
-    done = run(office, api)
-    assert done.code == 0
-    assert "nobody can be notified: it " in done.stderr
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(notify=make_special_file(workspace, kind))
+    result = run_job(workspace, api)
+    assert result.code == 0
+    assert "nobody can be notified: it " in result.stderr
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("stdin", ["/dev/zero", "/dev/urandom"])
-def test_a_device_as_standard_input_is_not_read_for_ever(api: Api, office: Office, stdin: str) -> None:
+def test_device_as_stdin(api: SandboxApi, workspace: Workspace, stdin: str) -> None:
     """Only pipes and files are."""
-    office.write_leads(people(1))
+    workspace.write_leads(make_leads(1))
     with open(stdin, "rb") as device:  # noqa: PTH123 - for its descriptor
-        done = run(office, api, "run", "job.yaml", "--input", "-", stdin=device.fileno())
-    assert done.code == 5
-    assert "standard input is a device" in done.stderr
+        result = run_job(workspace, api, "run", "job.yaml", "--input", "-", stdin=device.fileno())
+    assert result.code == 5
+    assert "standard input is a device" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["plan", "check", "explain --row 1", "status", "doctor --offline"])
 @pytest.mark.parametrize("use", ["suppress", "metrics", "notify", "input", "output"])
 @pytest.mark.long
-def test_other_commands_wait_for_no_pipe_either(api: Api, office: Office, use: str, command: str) -> None:
+def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Workspace, use: str, command: str) -> None:
     """Whatever they say, they end."""
-    office.write_leads(people(1))
-    office.write_job(**{use: make(office, "fifo")})
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(**{use: make_special_file(workspace, "fifo")})
     name, *options = command.split()
-    assert run(office, api, name, "job.yaml", *options).code in (0, 1, 2, 3, 5)
+    assert run_job(workspace, api, name, "job.yaml", *options).code in (0, 1, 2, 3, 5)
 
 
 @pytest.mark.long
-def test_a_pipe_with_a_writer_is_a_key_file(api: Api, office: Office) -> None:
+def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
     """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late its writer is."""
-    office.write_leads(people(1))
+    workspace.write_leads(make_leads(1))
     ours, theirs = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
-        cwd=office.folder,
-        env=office.variables(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
+        cwd=workspace.folder,
+        env=workspace.variables(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
         pass_fds=[ours],
     )
     os.close(ours)
@@ -154,19 +154,19 @@ def test_a_pipe_with_a_writer_is_a_key_file(api: Api, office: Office) -> None:
 
 
 @pytest.mark.long
-def test_a_pipe_with_a_reader_is_a_log(api: Api, office: Office) -> None:
+def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
     """A log may be read by another program while it is written."""
-    office.write_leads(people(1))
-    fifo = make(office, "fifo")
+    workspace.write_leads(make_leads(1))
+    fifo = make_special_file(workspace, "fifo")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert run(office, api, "run", "job.yaml", "--log-file", fifo).code == 0
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo).code == 0
     assert b'"event": "end"' in os.read(reader, 1 << 16)
     os.close(reader)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/stderr"])
-def test_logs_that_go_nowhere_or_to_stderr_still_do(api: Api, office: Office, name: str) -> None:
+def test_log_to_null_or_stderr(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """They are devices, too, but take lines."""
-    office.write_leads(people(1))
-    assert run(office, api, "run", "job.yaml", "--log-file", name).code == 0
+    workspace.write_leads(make_leads(1))
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).code == 0

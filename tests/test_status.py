@@ -9,54 +9,54 @@ from enrich.job import load_job
 from enrich.look.status import lines, read_status
 from enrich.model import Answer, State, iso
 from enrich.store.ledger import Ledger
-from tests.books import FREE_FAILURE, MISSED, Books
-from tests.harness import BOTH_IN_TIME, IN_A_FILE, Api, Office, people
+from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
 
 CREDIT = 1_000_000
 DAY_MS = 86_400_000
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
-def open_books(office: Office) -> Books:
+def open_ledger(workspace: Workspace) -> CommittingLedger:
     """Open the ledger of the office's job, as a run does."""
-    return Books.open(load_job(office.job_file).ledger)
+    return CommittingLedger.open(load_job(workspace.job_file).ledger)
 
 
-def test_a_job_that_never_ran_has_a_status(office: Office) -> None:
+def test_job_without_runs(workspace: Workspace) -> None:
     """All is 0, nothing is made on disk, and a person is told so."""
-    status = read_status(load_job(office.job_file))
+    status = read_status(load_job(workspace.job_file))
 
     assert status["requests"] == status["pending"] == status["credits_spent"] == status["at_the_api"] == 0
     assert status["next_expiry"] is None
     assert status["executions"] == []
-    assert not office.ledger_path.parent.exists()
+    assert not workspace.ledger_path.parent.exists()
     assert "never run" in next(lines(status))
 
 
-def test_the_status_agrees_with_the_ledger(office: Office) -> None:
+def test_status_matches_ledger(workspace: Workspace) -> None:
     """Counts, credits and what is not known are what happened, request by request."""
-    books = open_books(office)
-    books.now = 1_750_000_000_000
-    books.begin(*range(9))
-    books.settle(books.submit(), Answer(State.FOUND, credits=CREDIT // 2))
-    books.settle(books.submit(), Answer(State.FOUND))
-    books.settle(books.submit(), MISSED)
-    books.settle(books.submit(), Answer(State.FAILED, credits=2 * CREDIT))
-    books.settle(books.submit(), Answer(State.EXPIRED))
-    books.settle(books.submit(), FREE_FAILURE)
-    books.do(Ledger.doubt, [(books.claim().attempt_id, "reset", books.now, None)])
-    books.submit()
-    books.now += 5_000
-    books.submit()
-    books.do(Ledger.end_execution, books.execution, 10, {"rows": 9}, books.now)
-    books.ledger.close()
+    ledger = open_ledger(workspace)
+    ledger.now = 1_750_000_000_000
+    ledger.begin(*range(9))
+    ledger.settle(ledger.submit(), Answer(State.FOUND, credits=CREDIT // 2))
+    ledger.settle(ledger.submit(), Answer(State.FOUND))
+    ledger.settle(ledger.submit(), NO_MATCH)
+    ledger.settle(ledger.submit(), Answer(State.FAILED, credits=2 * CREDIT))
+    ledger.settle(ledger.submit(), Answer(State.EXPIRED))
+    ledger.settle(ledger.submit(), FREE_FAILURE)
+    ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.submit()
+    ledger.now += 5_000
+    ledger.submit()
+    ledger.do(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.ledger.close()
 
-    status = read_status(load_job(office.job_file))
+    status = read_status(load_job(workspace.job_file))
 
     assert status["job"] == "job"
     assert status["requests"] == 9
@@ -70,8 +70,8 @@ def test_the_status_agrees_with_the_ledger(office: Office) -> None:
     }
     assert (status["credits_spent"], status["credits_unknown"]) == (2.5, 2)
     assert status["at_the_api"] == 2
-    assert status["next_expiry"] == iso(books.now - 5_000 + DAY_MS)
-    assert status["last_expiry"] == iso(books.now + DAY_MS)
+    assert status["next_expiry"] == iso(ledger.now - 5_000 + DAY_MS)
+    assert status["last_expiry"] == iso(ledger.now + DAY_MS)
     (execution,) = status["executions"]
     assert (execution["exit_code"], execution["submitted"], execution["credits_spent"]) == (10, 8, 2.5)
     assert (execution["credits_unknown"], execution["receipt"]) == (2, {"rows": 9})
@@ -81,14 +81,14 @@ def test_the_status_agrees_with_the_ledger(office: Office) -> None:
     assert status["next_expiry"] in shown
 
 
-def test_the_status_can_be_asked_while_a_run_is_at_work(office: Office) -> None:
+def test_status_during_run(workspace: Workspace) -> None:
     """It waits for nobody, shows what is committed, and the execution as not ended."""
-    books = open_books(office).begin(1, 2)
-    books.submit()
-    with books.ledger.transaction():
-        books.ledger.claim(books.execution, 1, 1)
-        status = read_status(load_job(office.job_file))
-    books.ledger.close()
+    ledger = open_ledger(workspace).begin(1, 2)
+    ledger.submit()
+    with ledger.ledger.transaction():
+        ledger.ledger.claim(ledger.execution, 1, 1)
+        status = read_status(load_job(workspace.job_file))
+    ledger.ledger.close()
 
     assert (status["requests"], status["pending"], status["at_the_api"]) == (2, 2, 1)
     (execution,) = status["executions"]
@@ -96,46 +96,46 @@ def test_the_status_can_be_asked_while_a_run_is_at_work(office: Office) -> None:
     assert "not ended" in "\n".join(lines(status))
 
 
-def test_the_status_can_be_asked_after_a_crash(office: Office) -> None:
+def test_status_after_crash(workspace: Workspace) -> None:
     """What was committed is shown though nobody closed the ledger, and the doubt waits for the next run."""
-    books = open_books(office).begin(1)
-    books.claim()
+    ledger = open_ledger(workspace).begin(1)
+    ledger.claim()
 
-    status = read_status(load_job(office.job_file))
+    status = read_status(load_job(workspace.job_file))
 
     assert (status["pending"], status["in_doubt"]) == (1, 0)
-    books.ledger.close()
+    ledger.ledger.close()
 
 
-def test_only_the_last_executions_of_this_job_are_shown(office: Office) -> None:
+def test_last_executions_of_job(workspace: Workspace) -> None:
     """Newest first, at most ten, and none of another job that shares the ledger."""
-    books = open_books(office)
-    started = [books.start() for _ in range(12)]
-    books.do(Ledger.start_execution, "other", None, books.now)
-    books.ledger.close()
+    ledger = open_ledger(workspace)
+    started = [ledger.start() for _ in range(12)]
+    ledger.do(Ledger.start_execution, "other", None, ledger.now)
+    ledger.ledger.close()
 
-    status = read_status(load_job(office.job_file))
+    status = read_status(load_job(workspace.job_file))
 
     assert [row["execution"] for row in status["executions"]] == started[:1:-1]
 
 
-def test_the_status_of_a_real_run_is_its_bill(api: Api, office: Office) -> None:
+def test_status_matches_bill(api: SandboxApi, workspace: Workspace) -> None:
     """After a run, the credits are those that the API charged."""
-    office.write_leads(people(8))
-    receipt = office.run(api)
+    workspace.write_leads(make_leads(8))
+    summary = workspace.run(api)
 
-    status = read_status(load_job(office.job_file))
+    status = read_status(load_job(workspace.job_file))
 
     assert status["credits_spent"] == pytest.approx(api.audit()["credits_charged"])
-    assert (status["found"], status["not_found"]) == (receipt.found, receipt.not_found)
+    assert (status["found"], status["not_found"]) == (summary.found, summary.not_found)
     assert status["executions"][0]["receipt"]["credits_spent"] == status["credits_spent"]
 
 
-@IN_A_FILE
-def test_a_ledger_that_is_none_is_refused(office: Office) -> None:
+@FILE_ONLY
+def test_not_a_ledger_is_refused(workspace: Workspace) -> None:
     """The message names the file."""
-    office.ledger_path.parent.mkdir()
-    office.ledger_path.write_text("First Name,Last Name\n" * 200, encoding="utf-8")
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.write_text("First Name,Last Name\n" * 200, encoding="utf-8")
 
     with pytest.raises(Refused, match=r"job\.db"):
-        read_status(load_job(office.job_file))
+        read_status(load_job(workspace.job_file))

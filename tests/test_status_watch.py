@@ -25,8 +25,8 @@ from enrich.store.ledger import Ledger
 from enrich.store.lock import hold
 from enrich.surroundings import Progress
 from enrich.watch.progress import draw, look
-from tests.books import Books
-from tests.harness import BOTH_IN_TIME, IN_A_FILE, Office
+from tests.books import CommittingLedger
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
 
 NOW = 1_795_000_000_000
 RUN = Latest(
@@ -46,17 +46,17 @@ RUN = Latest(
 )
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
-def pulse(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
+def make_progress(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
     """Make the pulse of an execution that has sent 12 and heard 10 requests a second, for twenty seconds."""
-    meter = Meter()
+    traffic = Meter()
     for second in range(20):
-        meter.count(second + 0.5, Counts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
+        traffic.count(second + 0.5, Counts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
     return Pulse(
         at_ms=NOW - 1_000,
         elapsed_s=20.0,
@@ -67,25 +67,33 @@ def pulse(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
         spent=41_000_000,
         in_flight=40,
         states={"found": 140, "not_found": 58, "failed": 2},
-        traffic=meter.traffic(),
+        traffic=traffic.traffic(),
     )
 
 
-def picture(sign: Sign = Sign.AT_WORK, told: Pulse | None = None, **run: Any) -> Picture:
+def make_view(status: Sign = Sign.AT_WORK, progress: Pulse | None = None, **run: Any) -> Picture:
     """Make a picture of execution 7."""
-    return Picture("leads", Path("/jobs/.enrich/leads.db"), 86_400_000, NOW, sign, replace(RUN, **run), told or pulse())
+    return Picture(
+        "leads",
+        Path("/jobs/.enrich/leads.db"),
+        86_400_000,
+        NOW,
+        status,
+        replace(RUN, **run),
+        progress or make_progress(),
+    )
 
 
 # What is shown
 
 
-def test_the_picture_tells_what_a_person_wants_to_know() -> None:
+def test_view_contents() -> None:
     """How far, how fast, what it cost, what expires, whether it breathes."""
-    shown = list(lines(picture(), 79))
+    shown = list(lines(make_view(), 79))
 
     assert shown[0] == f"leads: execution 7, at work since {iso(RUN.started_ms)} (0:04:12): asking"
     text = "\n".join(shown)
-    for said in (
+    for message in (
         "200/500",
         "70% hits, 41.20 credits, 40 in flight",
         "200 of 500: 140 found, 58 not_found, 2 failed",
@@ -95,28 +103,30 @@ def test_the_picture_tells_what_a_person_wants_to_know() -> None:
         "40 at the API; the first result expires at",
         "1 s ago",
     ):
-        assert said in text
-    assert "0:00:30 to go" in line(picture())
-    assert "\n" not in line(picture())
+        assert message in text
+    assert "0:00:30 to go" in line(make_view())
+    assert "\n" not in line(make_view())
 
 
-def test_what_is_not_known_is_not_shown_as_nothing() -> None:
+def test_unknown_values_are_omitted() -> None:
     """An execution that just began, or of an older version, has no counts; null in JSON."""
     unborn = Picture("leads", Path("x.db"), 1, NOW, Sign.AT_WORK, RUN)
     text = "\n".join(lines(unborn, 79))
 
     assert "not known" in text
     assert "%" not in text
-    told = unborn.as_json()
-    assert told["done"] is told["total"] is told["polls"] is told["submitted_per_s"] is told["to_go_s"] is None
-    reading = picture(told=pulse(Doing.ENROLL, total=None))
+    result = unborn.as_json()
+    assert (
+        result["done"] is result["total"] is result["polls"] is result["submitted_per_s"] is result["to_go_s"] is None
+    )
+    reading = make_view(progress=make_progress(Doing.ENROLL, total=None))
     assert "reading the input" in headline(reading)
     assert reading.to_go_s is None
 
 
-def test_a_silent_run_is_told_by_what_it_last_said() -> None:
+def test_silent_run_shows_last_progress() -> None:
     """Its counts are of its last word, and it is waited for."""
-    silent = picture(Sign.SILENT)
+    silent = make_view(Sign.SILENT)
 
     assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(lines(silent, 99))
     out = io.StringIO()
@@ -125,18 +135,18 @@ def test_a_silent_run_is_told_by_what_it_last_said() -> None:
     assert out.getvalue().endswith(f"; {HOPING}\n")
 
 
-SIGNS = (
-    picture(),
-    picture(Sign.SILENT),
-    picture(Sign.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
-    picture(told=pulse(Doing.RESCUE, total=None)),
+VIEWS = (
+    make_view(),
+    make_view(Sign.SILENT),
+    make_view(Sign.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
+    make_view(progress=make_progress(Doing.RESCUE, total=None)),
     Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NO_LEDGER),
     Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NEVER),
 )
 
 
-@given(st.sampled_from(SIGNS), st.integers(20, 200))
-def test_no_line_is_wider_than_the_window(shown: Picture, columns: int) -> None:
+@given(st.sampled_from(VIEWS), st.integers(20, 200))
+def test_line_width(shown: Picture, columns: int) -> None:
     """Down to twenty columns."""
     assert max(map(len, lines(shown, columns))) <= columns
 
@@ -145,7 +155,7 @@ def test_no_line_is_wider_than_the_window(shown: Picture, columns: int) -> None:
     st.builds(Progress, *[st.integers(1, 10_000_000)] * 3, st.floats(0, 100_000), st.integers(0, 5_000)),
     st.floats(0, 100_000),
 )
-def test_the_bar_of_a_run_fits_and_keeps_the_time_to_go(progress: Progress, elapsed_s: float) -> None:
+def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
     """In 80 columns with the hits, in 40 at least how far it is."""
     progress = replace(progress, done=min(progress.done, progress.total or 0))
     for columns in (80, 40):
@@ -166,7 +176,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Press Ctrl-C after so many pauses."""
     pauses = iter(range(after))
 
@@ -177,12 +187,12 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr("enrich.look.watch.time.sleep", sleep)
 
 
-def test_each_picture_is_drawn_over_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more lines than the window has, and drawn again when that changes its size."""
     sizes = [(80, 24)]
     out = Terminal()
     screen = Screen(out, coloured=False, size=lambda: sizes[-1])
-    screen.show(picture(Sign.ENDED, ended_ms=NOW), waiting=True)
+    screen.show(make_view(Sign.ENDED, ended_ms=NOW), waiting=True)
     first = out.getvalue()
     monkeypatch.setattr("enrich.look.watch.time.sleep", lambda _: sizes.append((30, 4)))
     screen.pause(0.01)
@@ -204,13 +214,13 @@ def test_each_picture_is_drawn_over_the_last_one(monkeypatch: pytest.MonkeyPatch
         ({}, False, False),
     ],
 )
-def test_a_terminal_gets_what_it_can_show(
-    office: Office, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], *, draws: bool, colours: bool
+def test_terminal_capabilities(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], *, draws: bool, colours: bool
 ) -> None:
     """A dumb one gets lines; NO_COLOR is honoured; Ctrl-C leaves it as it was, without a word."""
-    stopping(monkeypatch, after=0)
+    interrupt_after(monkeypatch, after=0)
     out = Terminal()
-    code = watch_job(Lookout(load_job(office.job_file)), out, environ, 1.0, as_json=False)
+    code = watch_job(Lookout(load_job(workspace.job_file)), out, environ, 1.0, as_json=False)
 
     assert code == 130
     assert out.getvalue().startswith(ENTER) == out.getvalue().endswith(LEAVE) == draws
@@ -221,58 +231,58 @@ def test_a_terminal_gets_what_it_can_show(
 # What is told of a run that gives no sign
 
 
-def written(office: Office, told: Pulse) -> Books:
+def ledger_with_progress(workspace: Workspace, progress: Pulse) -> CommittingLedger:
     """Open a ledger with an execution that has this pulse."""
-    books = Books.open(load_job(office.job_file).ledger)
-    books.now = NOW
-    books.start()
-    books.do(Ledger.write_pulse, books.execution, told.model_dump_json())
-    return books
+    ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
+    ledger.now = NOW
+    ledger.start()
+    ledger.do(Ledger.write_pulse, ledger.execution, progress.model_dump_json())
+    return ledger
 
 
-def test_a_clock_that_was_set_does_not_kill_a_run(office: Office) -> None:
+def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     """A pulse of another time is not believed, unless it changes; when it stops to change it is."""
     now = 0.0
-    told = pulse()
-    books = written(office, told)
-    lookout = Lookout(load_job(office.job_file), patience_s=15.0, clock=lambda: now)
-    assert lookout.look().sign is Sign.SILENT
+    result = make_progress()
+    ledger = ledger_with_progress(workspace, result)
+    watcher = Lookout(load_job(workspace.job_file), patience_s=15.0, clock=lambda: now)
+    assert watcher.look().sign is Sign.SILENT
 
     now = 2.0
-    books.do(Ledger.write_pulse, books.execution, told.model_copy(update={"at_ms": 1}).model_dump_json())
-    assert lookout.look().sign is Sign.AT_WORK
+    ledger.do(Ledger.write_pulse, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json())
+    assert watcher.look().sign is Sign.AT_WORK
     now = 17.0
-    assert lookout.look().sign is Sign.AT_WORK
+    assert watcher.look().sign is Sign.AT_WORK
     now = 17.1
-    assert lookout.look().sign is Sign.SILENT
-    books.do(Ledger.end_execution, books.execution, 0, {}, NOW)
-    assert lookout.look().sign is Sign.ENDED
-    books.ledger.close()
+    assert watcher.look().sign is Sign.SILENT
+    ledger.do(Ledger.end_execution, ledger.execution, 0, {}, NOW)
+    assert watcher.look().sign is Sign.ENDED
+    ledger.ledger.close()
 
 
-def test_who_reads_a_large_file_cannot_breathe(office: Office) -> None:
+def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
     """As long as it holds its ledger it is believed; without the lock it was killed."""
-    books = written(office, pulse(Doing.ENROLL, total=None))
-    lookout = Lookout(load_job(office.job_file), patience_s=1.0)
-    with hold(office.place, 0):
-        assert lookout.look().sign is Sign.AT_WORK
-        books.do(Ledger.start_execution, "other", None, NOW)
-        assert lookout.look().sign is Sign.SILENT
-    assert lookout.look().sign is Sign.SILENT
-    books.ledger.close()
+    ledger = ledger_with_progress(workspace, make_progress(Doing.ENROLL, total=None))
+    watcher = Lookout(load_job(workspace.job_file), patience_s=1.0)
+    with hold(workspace.place, 0):
+        assert watcher.look().sign is Sign.AT_WORK
+        ledger.do(Ledger.start_execution, "other", None, NOW)
+        assert watcher.look().sign is Sign.SILENT
+    assert watcher.look().sign is Sign.SILENT
+    ledger.ledger.close()
 
 
-@IN_A_FILE
-def test_looking_takes_no_lock_and_leaves_nothing_open(office: Office) -> None:
+@FILE_ONLY
+def test_watch_takes_no_lock(workspace: Workspace) -> None:
     """A run may start at any moment, and what it wrote can be tidied up."""
-    job = load_job(office.job_file)
-    lookout = Lookout(job)
-    assert lookout.look().sign is Sign.NO_LEDGER
-    assert not office.ledger_path.parent.exists()
-    books = written(office, pulse())
-    lookout.look()
+    job = load_job(workspace.job_file)
+    watcher = Lookout(job)
+    assert watcher.look().sign is Sign.NO_LEDGER
+    assert not workspace.ledger_path.parent.exists()
+    ledger = ledger_with_progress(workspace, make_progress())
+    watcher.look()
 
-    assert not list(office.ledger_path.parent.glob("*.lock"))
-    with closing(sqlite3.connect(office.ledger_path)) as db:
+    assert not list(workspace.ledger_path.parent.glob("*.lock"))
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
         assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
-    books.ledger.close()
+    ledger.ledger.close()

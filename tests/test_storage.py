@@ -17,14 +17,14 @@ from enrich.place import Url
 from enrich.spec import Input, Output
 from enrich.tables.source import Source
 from enrich.tables.writing import prepare, write
-from tests.buckets import BUCKET, SECRET, got, put
+from tests.buckets import BUCKET, SECRET, download_object, put_object
 from tests.cases import first_quick
-from tests.harness import HEADER, Api, Office, people
-from tests.tables import load, save
+from tests.harness import HEADER, SandboxApi, Workspace, make_leads
+from tests.tables import read_table, write_table
 
 
 @pytest.fixture
-def environ(bucket: dict[str, str]) -> dict[str, str]:
+def storage_environ(bucket: dict[str, str]) -> dict[str, str]:
     """Say what points to the storage."""
     return bucket
 
@@ -34,64 +34,64 @@ def environ(bucket: dict[str, str]) -> dict[str, str]:
     first_quick(1, [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")], single=True),
     ids=" to ".join,
 )
-def test_a_run_reads_from_a_storage_and_writes_to_one(
-    tmp_path: Path, office: Office, api: Api, environ: dict[str, Any], names: tuple[str, str]
+def test_run_with_storage_input_and_output(
+    tmp_path: Path, workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], names: tuple[str, str]
 ) -> None:
     """As from and to a disk; the next run pays nothing, and the ledger alone writes the output again."""
     leads, output = names
-    put(f"in/{leads}", save(tmp_path / leads, HEADER, people(3)).read_bytes())
-    office.write_job(input=f"s3://{BUCKET}/in/{leads}", output=f"s3://{BUCKET}/out/{output}")
-    (office.folder / "tmp").mkdir()
-    environ = environ | {"TMPDIR": str(office.folder / "tmp")}
+    put_object(f"in/{leads}", write_table(tmp_path / leads, HEADER, make_leads(3)).read_bytes())
+    workspace.write_job(input=f"s3://{BUCKET}/in/{leads}", output=f"s3://{BUCKET}/out/{output}")
+    (workspace.folder / "tmp").mkdir()
+    storage_environ = storage_environ | {"TMPDIR": str(workspace.folder / "tmp")}
 
-    done = office.command("run", "job.yaml", "--json", api=api, **environ)
+    result = workspace.command("run", "job.yaml", "--json", api=api, **storage_environ)
 
-    assert (done.code, done.receipt["submitted"], done.stderr) == (0, 3, "")
-    assert done.receipt["output"].startswith(f"s3://{BUCKET}/out/o")
-    rows = load(got(tmp_path, done.receipt["output"].removeprefix(f"s3://{BUCKET}/")))
-    assert [row[:5] for row in rows] == [HEADER, *people(3)]
-    assert office.command("run", "job.yaml", "--json", api=api, **environ).receipt["submitted"] == 0
-    assert office.command("collect", "job.yaml", **environ).code == 0
-    assert list((office.folder / "tmp").iterdir()) == []
+    assert (result.code, result.receipt["submitted"], result.stderr) == (0, 3, "")
+    assert result.receipt["output"].startswith(f"s3://{BUCKET}/out/o")
+    rows = read_table(download_object(tmp_path, result.receipt["output"].removeprefix(f"s3://{BUCKET}/")))
+    assert [row[:5] for row in rows] == [HEADER, *make_leads(3)]
+    assert workspace.command("run", "job.yaml", "--json", api=api, **storage_environ).receipt["submitted"] == 0
+    assert workspace.command("collect", "job.yaml", **storage_environ).code == 0
+    assert list((workspace.folder / "tmp").iterdir()) == []
 
 
 @pytest.mark.long
-def test_urls_come_from_the_command_line_too(office: Office, api: Api, environ: dict[str, Any]) -> None:
+def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
     """The process itself, as cron would start it."""
-    put("leads.csv", save(office.folder / "leads.csv", HEADER, people(1)).read_bytes())
-    (office.folder / "leads.csv").unlink()
+    put_object("leads.csv", write_table(workspace.folder / "leads.csv", HEADER, make_leads(1)).read_bytes())
+    (workspace.folder / "leads.csv").unlink()
     places = ("--input", f"s3://{BUCKET}/leads.csv", "--output", f"s3://{BUCKET}/deep/out.csv.gz")
-    done = office.enrich("run", "job.yaml", *places, api=api, **environ)
-    assert (done.code, done.stdout, done.stderr) == (0, "", "")
-    assert len(load(got(office.folder, "deep/out.csv.gz"))) == 2
+    result = workspace.enrich("run", "job.yaml", *places, api=api, **storage_environ)
+    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+    assert len(read_table(download_object(workspace.folder, "deep/out.csv.gz"))) == 2
 
 
-@pytest.mark.usefixtures("environ")
-def test_another_object_has_another_stamp() -> None:
+@pytest.mark.usefixtures("storage_environ")
+def test_changed_object_changes_stamp() -> None:
     """So that a run notices new leads; the rows that were fetched stay as they were."""
-    url = put("leads.csv", b"A\n1\n")
+    url = put_object("leads.csv", b"A\n1\n")
     source = Source(url, Input(path=str(url)))
     before = source.stamp()
     assert source.stamp() == before
-    put("leads.csv", b"A\n2\n")
+    put_object("leads.csv", b"A\n2\n")
     assert source.stamp() != before
     assert [frame.rows() for frame in source.batches()] == [[("1",)]]
     with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
         assert source.stamp() is not None
 
 
-@pytest.mark.usefixtures("environ")
-def test_a_flaw_is_told_with_the_url() -> None:
+@pytest.mark.usefixtures("storage_environ")
+def test_error_names_url() -> None:
     """And not with the name of the copy."""
-    url = put("leads.csv", b"A,B\n1\n")
+    url = put_object("leads.csv", b"A,B\n1\n")
     with pytest.raises(Refused, match=rf"s3://{BUCKET}/leads.csv: row 1 \(line 2\) has 1 cell"):
         list(Source(url, Input(path=str(url))).batches())
 
 
-@pytest.mark.usefixtures("environ")
-def test_an_output_that_fails_leaves_the_old_object(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("storage_environ")
+def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
     """Whole or not at all."""
-    url = put("out.csv", b"the old one")
+    url = put_object("out.csv", b"the old one")
 
     def frames() -> Iterator[pl.DataFrame]:
         yield pl.DataFrame({"A": ["1"]})
@@ -99,11 +99,11 @@ def test_an_output_that_fails_leaves_the_old_object(tmp_path: Path) -> None:
 
     with pytest.raises(Refused, match="the input changed"):
         write(url, Output(path=str(url)), job="job", schema={"A": pl.String()}, frames=frames(), new=0)
-    assert got(tmp_path, "out.csv").read_bytes() == b"the old one"
+    assert download_object(tmp_path, "out.csv").read_bytes() == b"the old one"
 
 
-@pytest.mark.usefixtures("environ")
-def test_an_output_that_cannot_be_sent_can_be_collected_later() -> None:
+@pytest.mark.usefixtures("storage_environ")
+def test_output_collected_after_upload_error() -> None:
     """The bucket went during the night."""
     url = Url("s3", "gone", "out.csv")
     frame = pl.DataFrame({"A": ["1"]})
@@ -113,13 +113,13 @@ def test_an_output_that_cannot_be_sent_can_be_collected_later() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("environ")
-def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("storage_environ")
+def test_multipart_upload(tmp_path: Path) -> None:
     """More than one request can carry."""
     frame = pl.DataFrame({"A": [os.urandom(5_000).hex() for _ in range(1_200)]})
     url = Url("s3", BUCKET, "out.csv")
     write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
-    assert [row[0] for row in load(got(tmp_path, "out.csv"))[1:]] == frame["A"].to_list()
+    assert [row[0] for row in read_table(download_object(tmp_path, "out.csv"))[1:]] == frame["A"].to_list()
 
 
 @pytest.mark.parametrize(
@@ -136,30 +136,30 @@ def test_a_large_output_goes_up_in_parts(tmp_path: Path) -> None:
         ],
     ),
 )
-def test_what_a_storage_refuses_is_told_before_anything_is_spent(
-    office: Office, api: Api, environ: dict[str, Any], url: str, told: str
+def test_storage_errors_before_spending(
+    workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, told: str
 ) -> None:
     """Exit 5, in one line, without what is secret."""
     if "reached" in told:
-        environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+        storage_environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
     if "no credentials" in told:
-        del environ["AWS_ACCESS_KEY_ID"], environ["AWS_SECRET_ACCESS_KEY"]
-        environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:9"
+        del storage_environ["AWS_ACCESS_KEY_ID"], storage_environ["AWS_SECRET_ACCESS_KEY"]
+        storage_environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:9"
     if "TLS" in told:
-        del environ["AWS_ALLOW_HTTP"]
-    office.write_leads(people(1))
-    done = office.command("run", "job.yaml", "--input", url, api=api, **environ)
-    assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+        del storage_environ["AWS_ALLOW_HTTP"]
+    workspace.write_leads(make_leads(1))
+    result = workspace.command("run", "job.yaml", "--input", url, api=api, **storage_environ)
+    assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
     if "none.csv" not in url:
-        done = office.command("run", "job.yaml", "--output", url, api=api, **environ)
-        assert (done.code, done.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
-    assert SECRET not in done.stderr
+        result = workspace.command("run", "job.yaml", "--output", url, api=api, **storage_environ)
+        assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    assert SECRET not in result.stderr
     assert api.audit()["accepted"] == 0
 
 
-def test_credentials_that_are_refused_are_told(endpoint: str, environ: dict[str, Any]) -> None:
+def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) -> None:
     """The server is told to look at them for once; the message names the variables and not their values."""
-    put("a.csv", b"A\n1\n")
+    put_object("a.csv", b"A\n1\n")
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset-auth", content="0")
         try:
@@ -170,23 +170,23 @@ def test_credentials_that_are_refused_are_told(endpoint: str, environ: dict[str,
         finally:
             http.post("/moto-api/reset-auth", content="inf")
     assert "AWS_SECRET_ACCESS_KEY" in (caught.value.hint or "")
-    assert environ["AWS_SECRET_ACCESS_KEY"] not in f"{caught.value.message}{caught.value.hint}"
+    assert storage_environ["AWS_SECRET_ACCESS_KEY"] not in f"{caught.value.message}{caught.value.hint}"
 
 
-def test_an_output_never_replaces_the_input_there(office: Office, api: Api, environ: dict[str, Any]) -> None:
+def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
     """The same URL is an error of the job."""
-    office.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
-    done = office.command("run", "job.yaml", api=api, **environ)
-    assert (done.code, "would replace the input" in done.stderr) == (2, True)
+    workspace.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
+    result = workspace.command("run", "job.yaml", api=api, **storage_environ)
+    assert (result.code, "would replace the input" in result.stderr) == (2, True)
 
 
-def test_without_its_extra_a_storage_is_told_how_to_get_it(office: Office, api: Api) -> None:
+def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
     """One line and the remedy, also for the output."""
-    office.write_leads(people(1))
+    workspace.write_leads(make_leads(1))
     for option in ("--input", "--output"):
         with patch.dict("sys.modules", {"obstore": None, "obstore.store": None}):
-            done = office.command("run", "job.yaml", option, "s3://leads/a.csv", api=api)
-        assert done.code == 2
-        assert done.stderr == (
+            result = workspace.command("run", "job.yaml", option, "s3://leads/a.csv", api=api)
+        assert result.code == 2
+        assert result.stderr == (
             "error: s3://leads/a.csv: storage URLs need their extra\nhint: pip install 'databar-enrich[storage]'\n"
         )

@@ -11,29 +11,29 @@ from pathlib import Path
 import pytest
 
 from tests.cases import first_quick
-from tests.harness import Api, Done, Office, people, usual_signals
+from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, reset_signals
 
 NO_SPACE = "note: stdout cannot be written: No space left on device\n"
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 
 
 @pytest.fixture
-def leads(office: Office) -> Iterator[Office]:
+def stream_workspace(workspace: Workspace) -> Iterator[Workspace]:
     """Make a job with leads, and a log, rejects and report beside the output."""
-    office.write_leads(people(5))
-    office.write_job(rejects="rejects.csv", report="report.html")
-    yield office
+    workspace.write_leads(make_leads(5))
+    workspace.write_job(rejects="rejects.csv", report="report.html")
+    yield workspace
     for descriptor in (0, 1, 2):
         os.fstat(descriptor)
 
 
-def with_streams(
-    office: Office, api: Api, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
-) -> Done:
+def run_with_streams(
+    workspace: Workspace, api: SandboxApi, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
+) -> ProgramResult:
     """Run the program with descriptors that are closed, or on a full disk; what is neither is captured."""
 
     def prepare() -> None:
-        usual_signals()
+        reset_signals()
         for descriptor in full:
             os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
         for descriptor in closed:
@@ -41,8 +41,8 @@ def with_streams(
 
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
-        cwd=office.folder,
-        env=office.variables(api),
+        cwd=workspace.folder,
+        env=workspace.variables(api),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def with_streams(
         check=False,
         preexec_fn=prepare,
     )
-    return Done(process.returncode, process.stdout, process.stderr)
+    return ProgramResult(process.returncode, process.stdout, process.stderr)
 
 
 STREAMS: list[dict[str, tuple[int, ...]]] = [
@@ -67,29 +67,35 @@ STREAMS: list[dict[str, tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize("streams", first_quick(1, STREAMS, single=True), ids=str)
-def test_a_run_does_its_work_without_its_streams(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
+def test_run_without_standard_streams(
+    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
+) -> None:
     """The exit code is that of the leads, every file is whole, and nothing of it is in the files of others."""
-    done = with_streams(leads, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams)
+    result = run_with_streams(
+        stream_workspace, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams
+    )
 
-    assert done.code == 0
-    assert [row["enrich_status"] for row in leads.output()].count("found") > 0
-    assert all((leads.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
-    assert (leads.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
-    assert "Traceback" not in done.stderr
+    assert result.code == 0
+    assert [row["enrich_status"] for row in stream_workspace.output()].count("found") > 0
+    assert all((stream_workspace.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
+    assert (stream_workspace.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
+    assert "Traceback" not in result.stderr
     unusable = streams.get("closed", ()) + streams.get("full", ())
-    assert bool(done.stdout) == (1 not in unusable)
-    assert ("job: 5 rows" in done.stderr) == (2 not in unusable)
-    assert done.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
+    assert bool(result.stdout) == (1 not in unusable)
+    assert ("job: 5 rows" in result.stderr) == (2 not in unusable)
+    assert result.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("streams", STREAMS[:4], ids=str)
-def test_what_goes_wrong_keeps_its_exit_code(api: Api, leads: Office, streams: dict[str, tuple[int, ...]]) -> None:
+def test_exit_codes_without_streams(
+    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
+) -> None:
     """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
     api.fault("no-task-id")
-    assert with_streams(leads, api, "run", "job.yaml", "--json", **streams).code == 14
-    leads.write_job(where="no sql")
-    assert with_streams(leads, api, "run", "job.yaml", "--json", **streams).code == 2
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).code == 14
+    stream_workspace.write_job(where="no sql")
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).code == 2
 
 
 COMMANDS = [["--help"], ["--version"], [], ["schema"], ["run", "--help"], ["status", "job.yaml"], ["plan", "job.yaml"]]
@@ -98,43 +104,45 @@ COMMANDS += [["runs", "job.yaml", "--json"], ["explain", "job.yaml", "--row", "1
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_other_commands_keep_their_exit_codes_too(api: Api, leads: Office, command: list[str]) -> None:
+def test_other_commands_without_streams(api: SandboxApi, stream_workspace: Workspace, command: list[str]) -> None:
     """A full disk is told in a line, a closed stream not at all; neither changes the exit code."""
-    plain = with_streams(leads, api, *command)
+    plain = run_with_streams(stream_workspace, api, *command)
     for streams in STREAMS[:7]:
-        done = with_streams(leads, api, *command, **streams)
-        assert done.code == plain.code
-        assert done.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
+        result = run_with_streams(stream_workspace, api, *command, **streams)
+        assert result.code == plain.code
+        assert result.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--receipt"], ["schema"]], ids=" ".join)
 @pytest.mark.parametrize("left", ["stdout", "stderr"])
-def test_a_reader_that_leaves_changes_nothing(api: Api, leads: Office, arguments: list[str], left: str) -> None:
+def test_closed_reader_does_not_stop_run(
+    api: SandboxApi, stream_workspace: Workspace, arguments: list[str], left: str
+) -> None:
     """`… | head -1` ends the reading, not the run."""
-    process = leads.start(*arguments, api=api)
+    process = stream_workspace.start(*arguments, api=api)
     streams = {"stdout": process.stdout, "stderr": process.stderr}
     stream = streams.pop(left)
     assert stream is not None
     stream.close()
     (other,) = streams.values()
     assert other is not None
-    said = other.read()
+    message = other.read()
     other.close()
 
     assert process.wait(30) == 0
-    assert "Traceback" not in said
-    assert "cannot be written" not in said
+    assert "Traceback" not in message
+    assert "cannot be written" not in message
     if arguments[0] == "run":
-        assert len(leads.output()) == 5
-        assert (leads.folder / "report.html").exists()
+        assert len(stream_workspace.output()) == 5
+        assert (stream_workspace.folder / "report.html").exists()
 
 
 @pytest.mark.long
-def test_watching_ends_when_its_reader_leaves(api: Api, leads: Office) -> None:
+def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Workspace) -> None:
     """`status --watch | head -1` does not watch for ever."""
-    assert leads.command("run", "job.yaml", api=api).code == 0
-    process = leads.start("status", "job.yaml", "--watch", "--every", "1s")
+    assert stream_workspace.command("run", "job.yaml", api=api).code == 0
+    process = stream_workspace.start("status", "job.yaml", "--watch", "--every", "1s")
     assert process.stdout is not None
     assert process.stdout.readline()
     process.stdout.close()
@@ -144,7 +152,7 @@ def test_watching_ends_when_its_reader_leaves(api: Api, leads: Office) -> None:
     process.stderr.close()
 
 
-def test_a_stream_that_does_not_block_is_waited_for() -> None:
+def test_nonblocking_stdout() -> None:
     """A pipe in non-blocking mode that is full for a moment loses nothing."""
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)

@@ -15,25 +15,25 @@ from enrich.errors import Refused
 from enrich.privacy import Suppression, read_suppression
 from enrich.surroundings import Options
 from tests.cases import in_turn
-from tests.harness import BOTH_IN_TIME, Api, Office, people
+from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
 
-@pytest.fixture(params=BOTH_IN_TIME)
-def where(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
     """Ask the same of a ledger in a file and on a server."""
     return str(request.param)
 
 
-def listed(folder: Path, text: str) -> Suppression:
+def read_list(folder: Path, text: str) -> Suppression:
     """Read a list."""
     path = folder / "never.txt"
     path.write_text(text, encoding="utf-8")
     return read_suppression(path)
 
 
-def hit(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
+def is_suppressed(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
     """Tell whether a row is suppressed that is asked with its website, and has a note."""
     (answer,) = suppression.hits(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
     return bool(answer)
@@ -73,34 +73,34 @@ DOMAIN = "acme.example"
         ("mu\u0308nchen.example", "http://M\u00dcNCHEN.example", "", True),
     ],
 )
-def test_who_is_suppressed(tmp_path: Path, entry: str, website: str, note: str, *, expected: bool) -> None:
+def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, *, expected: bool) -> None:
     """An address in any cell; a domain and what is below it where it is asked with, and all addresses at it."""
-    assert hit(listed(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
+    assert is_suppressed(read_list(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
 
 
 @in_turn(
     "line",
     ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
 )
-def test_a_line_that_would_suppress_nobody_is_refused(tmp_path: Path, line: str) -> None:
+def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
     """It is named with its file and line: a list that is misread must not be a list that is ignored."""
     with pytest.raises(Refused, match=r"never\.txt: line 2 is neither"):
-        listed(tmp_path, f"acme.example\n{line}\n")
+        read_list(tmp_path, f"acme.example\n{line}\n")
 
 
-def test_a_list_that_cannot_be_read_is_refused(api: Api, office: Office) -> None:
+def test_unreadable_suppression_list(api: SandboxApi, workspace: Workspace) -> None:
     """Missing, a folder, no text: nobody is asked about."""
-    office.write_job(suppress="never.txt")
-    office.write_leads(people(1))
-    path = office.folder / "never.txt"
-    said = [office.command("run", "job.yaml", api=api)]
+    workspace.write_job(suppress="never.txt")
+    workspace.write_leads(make_leads(1))
+    path = workspace.folder / "never.txt"
+    message = [workspace.command("run", "job.yaml", api=api)]
     path.mkdir()
-    said.append(office.command("run", "job.yaml", api=api))
+    message.append(workspace.command("run", "job.yaml", api=api))
     path.rmdir()
     path.write_bytes(b"\xff\xfe\x00")
-    said.append(office.command("plan", "job.yaml", api=api))
+    message.append(workspace.command("plan", "job.yaml", api=api))
 
-    assert [(done.code, "never.txt" in done.stderr) for done in said] == [(5, True)] * 3
+    assert [(done.code, "never.txt" in done.stderr) for done in message] == [(5, True)] * 3
     assert api.audit()["accepted"] == 0
 
 
@@ -108,7 +108,7 @@ NAMES = st.text(string.ascii_lowercase, min_size=1, max_size=3)
 
 
 @given(st.lists(NAMES, min_size=1, max_size=4), st.lists(NAMES, min_size=1, max_size=4), st.integers())
-def test_a_domain_covers_what_ends_in_it(listed_: list[str], asked: list[str], seed: int) -> None:
+def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: int) -> None:
     """And nothing else, in whatever case."""
     domain, host = ".".join([*listed_, "example"]), ".".join([*asked, "example"])
     chance = random.Random(seed)
@@ -117,32 +117,32 @@ def test_a_domain_covers_what_ends_in_it(listed_: list[str], asked: list[str], s
 
     suppression = Suppression(frozenset(), frozenset({domain}))
 
-    assert hit(suppression, website=f"https://{written}/x") is expected
-    assert hit(suppression, note=f"someone@{written}") is expected
+    assert is_suppressed(suppression, website=f"https://{written}/x") is expected
+    assert is_suppressed(suppression, note=f"someone@{written}") is expected
 
 
-def test_the_suppressed_are_never_sent(api: Api, office: Office) -> None:
+def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Their rows say so, in the output and in the plan; a lead that waited in the queue is taken out of it."""
-    office.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(people(4))])
-    office.run(api, Options(limit=1))
-    (office.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
-    office.write_job(suppress="never.txt")
+    workspace.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(make_leads(4))])
+    workspace.run(api, Options(limit=1))
+    (workspace.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
+    workspace.write_job(suppress="never.txt")
 
-    office.run(api)
+    workspace.run(api)
 
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"First0", "First3"}
-    assert [(row["enrich_status"], row["enrich_error"]) for row in office.output()[1:3]] == [
+    assert [(row["enrich_status"], row["enrich_error"]) for row in workspace.output()[1:3]] == [
         ("filtered", "suppressed: listed as never to be sent")
     ] * 2
 
 
-def test_a_constant_can_be_suppressed(api: Api, office: Office) -> None:
+def test_suppressed_constant_param(api: SandboxApi, workspace: Workspace) -> None:
     """When the company that all rows are asked with is listed, nothing is sent."""
     params = "{first_name: First Name, last_name: Last Name, company: {value: www.acme.example}}"
-    office.write_job(params=params, suppress="never.txt")
-    (office.folder / "never.txt").write_text("acme.example\n")
-    office.write_leads(people(3))
+    workspace.write_job(params=params, suppress="never.txt")
+    (workspace.folder / "never.txt").write_text("acme.example\n")
+    workspace.write_leads(make_leads(3))
 
-    receipt = office.run(api)
+    summary = workspace.run(api)
 
-    assert (receipt.filtered, receipt.submitted, api.audit()["accepted"]) == (3, 0, 0)
+    assert (summary.filtered, summary.submitted, api.audit()["accepted"]) == (3, 0, 0)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.cases import in_turn
-from tests.harness import Office
-from tests.torture import AT_MOST_IN_DOUBT, Report, take_ledger_away, torture
+from tests.harness import Workspace
+from tests.torture import MAX_IN_DOUBT, TortureReport, remove_ledger, run_torture
 
 pytestmark = pytest.mark.long
 
 
-def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> None:
+def test_torture_single(tmp_path: Path) -> None:
     """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
-    report = torture(tmp_path, rows=80, kills=6, seed=3)
+    report = run_torture(tmp_path, rows=80, kills=6, seed=3)
 
     assert report.sound, report.table()
     assert report.kills.total() == 6
@@ -28,13 +28,13 @@ def test_killed_at_any_moment_nothing_is_paid_twice_or_lost(tmp_path: Path) -> N
     assert report.tricks.total() > 5
     assert report.clock_steps > 5
     assert report.ledger_away == 1
-    assert report.on_the_wire_at_a_kill <= AT_MOST_IN_DOUBT
+    assert report.on_the_wire_at_a_kill <= MAX_IN_DOUBT
     assert report.accepted >= 80 - report.in_doubt
 
 
-def test_killed_at_any_moment_in_bulk(tmp_path: Path) -> None:
+def test_torture_bulk(tmp_path: Path) -> None:
     """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
-    report = torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
+    report = run_torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
 
     assert report.sound, report.table()
     assert report.kills.total() == 5
@@ -46,13 +46,13 @@ def test_killed_at_any_moment_in_bulk(tmp_path: Path) -> None:
 ROWS = 12
 
 
-def _falsify(office: Office, sql: str) -> bool:
+def _falsify_request(workspace: Workspace, sql: str) -> bool:
     """Change one request of those who stay that found something; tell whether there was one."""
-    if not office.ledger_path.exists():
+    if not workspace.ledger_path.exists():
         return False
     stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
     chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {stays})"
-    with closing(sqlite3.connect(office.ledger_path)) as db, db:
+    with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
         another = f"(SELECT answer FROM attempts WHERE state = 'found' AND id <> {chosen})"
         return db.execute(sql.format(chosen, another=another)).rowcount == 1
 
@@ -62,20 +62,26 @@ def _falsify(office: Office, sql: str) -> bool:
     [
         ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
         ("UPDATE attempts SET task_id = 'another' WHERE id = {}", "lost"),
-        ("UPDATE attempts SET answer = {another} WHERE id = {}", "anothers"),
+        ("UPDATE attempts SET answer = {another} WHERE id = {}", "misassigned_rows"),
         ("UPDATE requests SET state = 'expired', answer_id = NULL WHERE attempt_id = {}", "lost"),
     ],
     ids=["bought again", "forgotten", "another's", "not fetched"],
 )
-def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
+def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed: str) -> None:
     """A ledger that was falsified between two nights does not pass."""
-    report = torture(
-        tmp_path, rows=ROWS, kills=1, seed=5, faults=(), attacks=False, tamper=lambda office: _falsify(office, sql)
+    report = run_torture(
+        tmp_path,
+        rows=ROWS,
+        kills=1,
+        seed=5,
+        faults=(),
+        extra_faults=False,
+        tamper=lambda office: _falsify_request(office, sql),
     )
 
     assert not report.sound
-    told = getattr(report, noticed)
-    assert (told if isinstance(told, int) else len(told)) == 1, report.table()
+    result = getattr(report, noticed)
+    assert (result if isinstance(result, int) else len(result)) == 1, report.table()
 
 
 @in_turn(
@@ -83,14 +89,12 @@ def test_the_judge_notices(tmp_path: Path, sql: str, noticed: str) -> None:
     [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
 )
 @in_turn("replaced", [False, True])
-def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(
-    tmp_path: Path, code: str, not_missed: int, *, replaced: bool
-) -> None:
+def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_missed: int, *, replaced: bool) -> None:
     """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
-    office, report = Office(tmp_path), Report(1, 1)
-    office.ledger_path.parent.mkdir()
-    office.ledger_path.write_text("the ledger")
-    put = f"from sys import *; from pathlib import *; Path({str(office.ledger_path)!r}).write_text('new'); "
+    workspace, report = Workspace(tmp_path), TortureReport(1, 1)
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.write_text("the ledger")
+    put = f"from sys import *; from pathlib import *; Path({str(workspace.ledger_path)!r}).write_text('new'); "
     process = subprocess.Popen(
         [sys.executable, "-c", f"input(); {put}{code}"],
         stdin=subprocess.PIPE,
@@ -100,6 +104,6 @@ def test_the_judge_notices_a_run_that_does_not_miss_its_ledger(
     )
     assert process.stdin
     process.stdin.write("\n")
-    take_ledger_away(office, process, report, replaced=replaced)
+    remove_ledger(workspace, process, report, replaced=replaced)
     assert (report.ledger_away, report.ledger_not_missed) == (1, not_missed)
-    assert office.ledger_path.read_text() == "the ledger"
+    assert workspace.ledger_path.read_text() == "the ledger"

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from tests.cases import first_quick
-from tests.harness import Api, Office, people
+from tests.harness import SandboxApi, Workspace, make_leads
 
-FINE = {
+VALID_EXPRESSIONS = {
     "alternatives": " OR ".join(f"Note = '{number}'" for number in range(200)) + " OR TRUE",
     "a long list": f"Note NOT IN ({','.join(repr(str(number)) for number in range(20_000))})",
     "words in quotes": "\"Note\" <> 'SUM(x) OVER select -- '' count(*)' AND TRUE",
@@ -19,7 +19,7 @@ FINE = {
     "nested": "COALESCE(" * 20 + "Note" + ", '')" * 20 + " IS NOT NULL",
     "an impossible number": "1/0 > 1 OR TRUE",
 }
-REFUSED = {
+REFUSED_EXPRESSIONS = {
     "3,000 AND": " AND ".join(["Note = 'a'"] * 3_000),
     "30,000 OR": " OR ".join(["Note = 'a'"] * 30_000),
     "sums": f"1{'+1' * 20_000} > 0",
@@ -66,14 +66,14 @@ REFUSED = {
 }
 
 
-def checked(office: Office, where: str) -> subprocess.CompletedProcess[str]:
+def run_plan(workspace: Workspace, where: str) -> subprocess.CompletedProcess[str]:
     """Plan the job with a `where`, as a process: it may be ended by a panic, or hang."""
-    text = office.write_job().read_text(encoding="utf-8")
-    office.job_file.write_text(f"{text}where: {json.dumps(where)}\n", encoding="utf-8")
+    text = workspace.write_job().read_text(encoding="utf-8")
+    workspace.job_file.write_text(f"{text}where: {json.dumps(where)}\n", encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-m", "enrich", "run", "job.yaml", "--json"],
-        cwd=office.folder,
-        env=office.variables() | {"DATABAR_API_KEY": "key-77", "DATABAR_BASE_URL": "http://127.0.0.1:9/v1"},
+        cwd=workspace.folder,
+        env=workspace.variables() | {"DATABAR_API_KEY": "key-77", "DATABAR_BASE_URL": "http://127.0.0.1:9/v1"},
         capture_output=True,
         text=True,
         timeout=50,
@@ -81,24 +81,24 @@ def checked(office: Office, where: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in REFUSED])
-def test_what_cannot_be_computed_row_by_row_is_refused(office: Office, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in REFUSED_EXPRESSIONS])
+def test_non_row_expressions_are_refused(workspace: Workspace, name: str) -> None:
     """With exit 2 and words that name the key, soon, and without ending the process."""
-    office.write_leads(people(3))
-    done = checked(office, REFUSED[name])
-    assert done.returncode == 2, done.stderr
-    assert "job.yaml:" in done.stderr
-    assert "where: " in done.stderr
-    assert "Traceback" not in done.stderr
+    workspace.write_leads(make_leads(3))
+    result = run_plan(workspace, REFUSED_EXPRESSIONS[name])
+    assert result.returncode == 2, result.stderr
+    assert "job.yaml:" in result.stderr
+    assert "where: " in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", first_quick(1, FINE, single=True))
-def test_long_and_odd_conditions_of_one_row_are_computed(api: Api, office: Office, name: str) -> None:
+@pytest.mark.parametrize("name", first_quick(1, VALID_EXPRESSIONS, single=True))
+def test_long_row_expressions_work(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Every row is there afterwards."""
-    office.write_leads(people(3))
-    text = office.write_job().read_text(encoding="utf-8")
-    office.job_file.write_text(f"{text}where: {json.dumps(FINE[name])}\n", encoding="utf-8")
-    done = office.command("run", "job.yaml", api=api)
-    assert (done.code, done.stderr) == (0, "")
-    assert {row["enrich_status"] for row in office.output()} <= {"found", "not_found"}
-    assert len(office.output()) == 3
+    workspace.write_leads(make_leads(3))
+    text = workspace.write_job().read_text(encoding="utf-8")
+    workspace.job_file.write_text(f"{text}where: {json.dumps(VALID_EXPRESSIONS[name])}\n", encoding="utf-8")
+    result = workspace.command("run", "job.yaml", api=api)
+    assert (result.code, result.stderr) == (0, "")
+    assert {row["enrich_status"] for row in workspace.output()} <= {"found", "not_found"}
+    assert len(workspace.output()) == 3

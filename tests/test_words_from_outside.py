@@ -8,90 +8,110 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Api, Done, Office, people
-from tests.wire import Reply, Seen, Wire, answering, http
+from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads
+from tests.wire import RawServer, ReceivedRequest, Reply, http_reply, serve_replies
 
 KEY = "key-5b1f0e77-that-must-not-be-seen"
 #: The key, what steers terminals (C0, C1, DEL), what turns the direction of text, separators, half a character.
-EVIL = f"<{KEY}\x1b]0;x\x07\x1b[2J\x9b31m\x7f\0\u202eevil\u2066\u200f\u2028\u061c{KEY[:9]}\u202e{KEY[9:]}\ud800>"
-STEERING = {
+HOSTILE_TEXT = (
+    f"<{KEY}\x1b]0;x\x07\x1b[2J\x9b31m\x7f\0\u202eevil\u2066\u200f\u2028\u061c{KEY[:9]}\u202e{KEY[9:]}\ud800>"
+)
+CONTROL_CHARACTERS = {
     *map(chr, [*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x61C, 0x200E, 0x200F, 0x2028, 0x2029]),
     *map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]),
 }
 
 
-def evil(name: str) -> str:
+def hostile_name(name: str) -> str:
     """Make a name of it that is still unique."""
-    return f"{name} {EVIL}"
+    return f"{name} {HOSTILE_TEXT}"
 
 
 WATERFALL = {
     "identifier": "email_getter",
-    "name": evil("Email"),
-    "description": evil("Finds\nmails"),
+    "name": hostile_name("Email"),
+    "description": hostile_name("Finds\nmails"),
     "input_params": [
-        {"name": name, "type": evil("text"), "required": True} for name in ("first_name", "last_name", "company")
+        {"name": name, "type": hostile_name("text"), "required": True}
+        for name in ("first_name", "last_name", "company")
     ],
-    "output_fields": [{"name": "email", "label": evil("E-mail")}, {"name": evil("phone"), "label": EVIL}],
+    "output_fields": [
+        {"name": "email", "label": hostile_name("E-mail")},
+        {"name": hostile_name("phone"), "label": HOSTILE_TEXT},
+    ],
     "available_enrichments": [
-        {"id": 833, "name": evil("Provider"), "price": "1", "params": [EVIL]},
-        {"id": 966, "name": evil("Other"), "price": 2},
+        {"id": 833, "name": hostile_name("Provider"), "price": "1", "params": [HOSTILE_TEXT]},
+        {"id": 966, "name": hostile_name("Other"), "price": 2},
     ],
     "is_email_verifying": True,
-    "email_verifiers": [{"id": 10, "name": evil("Verifier"), "price": 1}],
+    "email_verifiers": [{"id": 10, "name": hostile_name("Verifier"), "price": 1}],
 }
 
 
-def completed(task_id: str) -> dict[str, Any]:
+def completed_task(task_id: str) -> dict[str, Any]:
     """A result with it in keys and values, providers and steps."""
     return {
         "task_id": task_id,
         "status": "completed",
         "credits_spent": 1,
-        EVIL: EVIL,
-        "error": EVIL,
+        HOSTILE_TEXT: HOSTILE_TEXT,
+        "error": HOSTILE_TEXT,
         "data": [
             {
-                "result": {"email": f"ada@engine.example{EVIL}", evil("phone"): EVIL, EVIL: [EVIL, {EVIL: EVIL}]},
-                "steps": [{"provider": evil("Provider"), "provider_id": 833, "result": EVIL, "cost": 1}],
-                "enrichment_data": {evil("Provider"): {"email": EVIL}},
+                "result": {
+                    "email": f"ada@engine.example{HOSTILE_TEXT}",
+                    hostile_name("phone"): HOSTILE_TEXT,
+                    HOSTILE_TEXT: [HOSTILE_TEXT, {HOSTILE_TEXT: HOSTILE_TEXT}],
+                },
+                "steps": [
+                    {"provider": hostile_name("Provider"), "provider_id": 833, "result": HOSTILE_TEXT, "cost": 1}
+                ],
+                "enrichment_data": {hostile_name("Provider"): {"email": HOSTILE_TEXT}},
             }
         ],
     }
 
 
-def answers(
-    seen: Seen, post: Callable[[Seen], Reply] | None = None, task: Callable[[str], Reply] | None = None
+def answer_request(
+    request: ReceivedRequest,
+    post: Callable[[ReceivedRequest], Reply] | None = None,
+    task: Callable[[str], Reply] | None = None,
 ) -> Reply:
     """Answer as an API that works, but for what a test wants otherwise."""
-    target = seen.line.split()[1]
-    if seen.line.startswith("POST"):
-        params = json.loads(seen.body)["params"]
-        return post(seen) if post else http(200, {"task_id": f"t-{params['first_name']}", "message": EVIL})
+    target = request.line.split()[1]
+    if request.line.startswith("POST"):
+        params = json.loads(request.body)["params"]
+        return (
+            post(request)
+            if post
+            else http_reply(200, {"task_id": f"t-{params['first_name']}", "message": HOSTILE_TEXT})
+        )
     if "/tasks/" in target:
         task_id = target.rpartition("/")[2]
-        return task(task_id) if task else http(200, completed(task_id))
+        return task(task_id) if task else http_reply(200, completed_task(task_id))
     if target.endswith("/user/me"):
-        return http(200, {"balance": 50, "workspace": evil("w"), "email": EVIL})
-    return http(200, [WATERFALL, {"identifier": evil("other")}] if target.endswith("/waterfalls/") else WATERFALL)
+        return http_reply(200, {"balance": 50, "workspace": hostile_name("w"), "email": HOSTILE_TEXT})
+    return http_reply(
+        200, [WATERFALL, {"identifier": hostile_name("other")}] if target.endswith("/waterfalls/") else WATERFALL
+    )
 
 
 @pytest.fixture
-def leads(office: Office) -> Iterator[Office]:
+def hostile_workspace(workspace: Workspace) -> Iterator[Workspace]:
     """Make a job that writes every file there is; in the end none has the key or steers a terminal."""
     pytest.importorskip("apprise")
-    (office.folder / "notify").write_text("json://127.0.0.1:9/\n", encoding="utf-8")
-    (office.folder / "notify").chmod(0o600)
-    office.write_job(
+    (workspace.folder / "notify").write_text("json://127.0.0.1:9/\n", encoding="utf-8")
+    (workspace.folder / "notify").chmod(0o600)
+    workspace.write_job(
         rejects="rejects.csv",
         changes="{path: changes.csv, key: [Website]}",
         report="report.html",
         metrics="run.prom",
         notify="notify",
     )
-    office.write_leads(people(3))
-    yield office
-    for path in office.folder.rglob("*"):
+    workspace.write_leads(make_leads(3))
+    yield workspace
+    for path in workspace.folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert KEY.encode() not in content, path
@@ -99,20 +119,20 @@ def leads(office: Office) -> Iterator[Office]:
             assert b"\\u006b" not in content, path
 
 
-def shown(office: Office, wire: Wire, *arguments: str) -> Done:
+def run_and_check(workspace: Workspace, server: RawServer, *arguments: str) -> ProgramResult:
     """Run a command; nothing that it shows has the key or steers a terminal."""
-    api = Api(wire.base_url, KEY)
-    done = office.command(*arguments, api=api)
-    for text in (done.stdout, done.stderr):
+    api = SandboxApi(server.base_url, KEY)
+    result = workspace.command(*arguments, api=api)
+    for text in (result.stdout, result.stderr):
         assert KEY not in text
-        assert not STEERING & set(text), sorted(map(hex, map(ord, STEERING & set(text))))
+        assert not CONTROL_CHARACTERS & set(text), sorted(map(hex, map(ord, CONTROL_CHARACTERS & set(text))))
         if text.startswith("{"):
             assert KEY not in json.dumps(json.loads(text), ensure_ascii=False)
-    assert "Traceback" not in done.stderr
-    return done
+    assert "Traceback" not in result.stderr
+    return result
 
 
-LOOKING = [
+READ_COMMANDS = [
     ["plan", "job.yaml"],
     ["plan", "job.yaml", "--json"],
     ["waterfalls"],
@@ -134,115 +154,119 @@ LOOKING = [
 RUN = ["run", "job.yaml", "--receipt", "--log-file", "log"]
 
 
-def look(office: Office, wire: Wire) -> None:
+def check_all_outputs(workspace: Workspace, server: RawServer) -> None:
     """Look at all that can be looked at."""
-    for arguments in LOOKING:
-        shown(office, wire, *arguments)
+    for arguments in READ_COMMANDS:
+        run_and_check(workspace, server, *arguments)
 
 
 @pytest.mark.long
-def test_what_was_answered_is_cleaned_everywhere(leads: Office) -> None:
+def test_results_are_cleaned(hostile_workspace: Workspace) -> None:
     """Every answer counts, with the clean text, and it is the same in all that is shown and written."""
-    with answering(answers) as wire:
-        done = shown(leads, wire, *RUN)
-        assert done.code == 0, done.stderr
-        look(leads, wire)
-        assert shown(leads, wire, *RUN, "--json").code == 0
-    (lead, *_) = leads.output()
+    with serve_replies(answer_request) as server:
+        result = run_and_check(hostile_workspace, server, *RUN)
+        assert result.code == 0, result.stderr
+        check_all_outputs(hostile_workspace, server)
+        assert run_and_check(hostile_workspace, server, *RUN, "--json").code == 0
+    (lead, *_) = hostile_workspace.output()
     assert lead["work_email"].startswith("ada@engine.example<[key] ")
     assert lead["work_email"].endswith("evil [key]?>")
     assert lead["enrich_provider"].startswith("Provider <[key]")
 
 
-SAYING: dict[str, Reply] = {
-    "400 named": http(400, {"detail": {"company": [EVIL]}}),
-    "400 named by the key": http(400, {"detail": {EVIL: [EVIL]}}),
-    "422 rows": http(422, {"rows": [{"position": 1, "fields": {"company": [EVIL]}}]}),
-    "422 FastAPI": http(422, {"detail": [{"loc": ["body", "params", EVIL], "msg": EVIL}]}),
-    "400 of the job": http(400, {"detail": EVIL}),
-    "422 far behind": http(422, {"detail": "x" * (200 - 8 - len("<")) + EVIL}),
-    "401": http(401, {"detail": EVIL}),
-    "403": http(403, {"detail": EVIL}),
-    "403 page": http(403, f"<html>{EVIL}".encode(errors="replace")),
-    "404": http(404, {"detail": EVIL}),
-    "406": http(406, {"detail": EVIL}),
-    "409": http(409, {"detail": {EVIL: EVIL}}),
-    "429": http(429, {"detail": EVIL}, retry_after="0"),
-    "500": http(500, {"detail": EVIL}),
-    "502 page": http(502, f"<html>{EVIL}".encode(errors="replace")),
-    "302": http(302, location=f"/{KEY}"),
-    "no id": http(200, {"detail": EVIL}),
-    "evil id": http(200, {"task_id": EVIL}),
-    "id of the key": http(200, {"task_id": KEY}),
+POST_REPLIES: dict[str, Reply] = {
+    "400 named": http_reply(400, {"detail": {"company": [HOSTILE_TEXT]}}),
+    "400 named by the key": http_reply(400, {"detail": {HOSTILE_TEXT: [HOSTILE_TEXT]}}),
+    "422 rows": http_reply(422, {"rows": [{"position": 1, "fields": {"company": [HOSTILE_TEXT]}}]}),
+    "422 FastAPI": http_reply(422, {"detail": [{"loc": ["body", "params", HOSTILE_TEXT], "msg": HOSTILE_TEXT}]}),
+    "400 of the job": http_reply(400, {"detail": HOSTILE_TEXT}),
+    "422 far behind": http_reply(422, {"detail": "x" * (200 - 8 - len("<")) + HOSTILE_TEXT}),
+    "401": http_reply(401, {"detail": HOSTILE_TEXT}),
+    "403": http_reply(403, {"detail": HOSTILE_TEXT}),
+    "403 page": http_reply(403, f"<html>{HOSTILE_TEXT}".encode(errors="replace")),
+    "404": http_reply(404, {"detail": HOSTILE_TEXT}),
+    "406": http_reply(406, {"detail": HOSTILE_TEXT}),
+    "409": http_reply(409, {"detail": {HOSTILE_TEXT: HOSTILE_TEXT}}),
+    "429": http_reply(429, {"detail": HOSTILE_TEXT}, retry_after="0"),
+    "500": http_reply(500, {"detail": HOSTILE_TEXT}),
+    "502 page": http_reply(502, f"<html>{HOSTILE_TEXT}".encode(errors="replace")),
+    "302": http_reply(302, location=f"/{KEY}"),
+    "no id": http_reply(200, {"detail": HOSTILE_TEXT}),
+    "evil id": http_reply(200, {"task_id": HOSTILE_TEXT}),
+    "id of the key": http_reply(200, {"task_id": KEY}),
     "reason": Reply(f"HTTP/1.1 400 {KEY}\r\ncontent-length: 0\r\n\r\n".encode()),
     "no HTTP": Reply(f"{KEY}\x1b[2J\r\n\r\n".encode()),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in SAYING])
-def test_what_the_api_says_of_a_post_is_cleaned(leads: Office, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in POST_REPLIES])
+def test_post_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> None:
     """In the error, the row, the log, the ledger and whatever is told of it."""
-    with answering(lambda seen: answers(seen, post=lambda _: SAYING[name])) as wire:
-        done = shown(leads, wire, *RUN, "--max-time", "2s")
-        assert done.code != 1
-        look(leads, wire)
+    with serve_replies(lambda seen: answer_request(seen, post=lambda _: POST_REPLIES[name])) as server:
+        result = run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s")
+        assert result.code != 1
+        check_all_outputs(hostile_workspace, server)
 
 
-TELLING: dict[str, Callable[[str], Reply]] = {
-    "failed": lambda task_id: http(200, {"task_id": task_id, "status": "failed", "error": EVIL, "data": None}),
-    "failed oddly": lambda task_id: http(200, {"task_id": task_id, "status": "failed", "error": [EVIL, {EVIL: EVIL}]}),
-    "odd status": lambda task_id: http(200, {"task_id": task_id, "status": EVIL}),
-    "gone": lambda _: http(410, {"detail": EVIL}),
-    "unknown": lambda _: http(404, {"detail": EVIL}),
-    "401": lambda _: http(401, {"detail": EVIL}),
-    "500": lambda _: http(500, {"detail": EVIL}),
-    "302": lambda _: http(302, location=f"/{KEY}"),
-    "302 elsewhere": lambda _: http(302, location=f"http://{KEY}.example/"),
-    "302 nowhere": lambda _: http(302, location=f"http://[{KEY}"),
-    "no JSON": lambda _: http(200, f"<html>{KEY}".encode()),
-    "broken JSON": lambda task_id: http(200, json.dumps(completed(task_id)).encode()[:-9]),
+TASK_REPLIES: dict[str, Callable[[str], Reply]] = {
+    "failed": lambda task_id: http_reply(
+        200, {"task_id": task_id, "status": "failed", "error": HOSTILE_TEXT, "data": None}
+    ),
+    "failed oddly": lambda task_id: http_reply(
+        200, {"task_id": task_id, "status": "failed", "error": [HOSTILE_TEXT, {HOSTILE_TEXT: HOSTILE_TEXT}]}
+    ),
+    "odd status": lambda task_id: http_reply(200, {"task_id": task_id, "status": HOSTILE_TEXT}),
+    "gone": lambda _: http_reply(410, {"detail": HOSTILE_TEXT}),
+    "unknown": lambda _: http_reply(404, {"detail": HOSTILE_TEXT}),
+    "401": lambda _: http_reply(401, {"detail": HOSTILE_TEXT}),
+    "500": lambda _: http_reply(500, {"detail": HOSTILE_TEXT}),
+    "302": lambda _: http_reply(302, location=f"/{KEY}"),
+    "302 elsewhere": lambda _: http_reply(302, location=f"http://{KEY}.example/"),
+    "302 nowhere": lambda _: http_reply(302, location=f"http://[{KEY}"),
+    "no JSON": lambda _: http_reply(200, f"<html>{KEY}".encode()),
+    "broken JSON": lambda task_id: http_reply(200, json.dumps(completed_task(task_id)).encode()[:-9]),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in TELLING])
-def test_what_the_api_says_of_a_task_is_cleaned(leads: Office, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in TASK_REPLIES])
+def test_task_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> None:
     """Failed, gone or not readable."""
-    with answering(lambda seen: answers(seen, task=TELLING[name])) as wire:
-        assert shown(leads, wire, *RUN, "--max-time", "2s").code != 1
-        look(leads, wire)
+    with serve_replies(lambda seen: answer_request(seen, task=TASK_REPLIES[name])) as server:
+        assert run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s").code != 1
+        check_all_outputs(hostile_workspace, server)
 
 
 @pytest.mark.parametrize("escape", ["raw", "escaped"])
-def test_the_key_is_found_in_every_spelling_of_json(leads: Office, escape: str) -> None:
+def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str) -> None:
     """Also where every letter of it is an escape."""
 
     def task(task_id: str) -> Reply:
-        text = json.dumps(completed(task_id), ensure_ascii=escape == "escaped")
+        text = json.dumps(completed_task(task_id), ensure_ascii=escape == "escaped")
         spelled = "".join(f"\\u{ord(letter):04x}" for letter in KEY) if escape == "escaped" else KEY
-        return http(200, text.replace(KEY, spelled).encode(errors="replace"))
+        return http_reply(200, text.replace(KEY, spelled).encode(errors="replace"))
 
-    with answering(lambda seen: answers(seen, task=task)) as wire:
-        assert shown(leads, wire, *RUN).code == 0
-        look(leads, wire)
+    with serve_replies(lambda seen: answer_request(seen, task=task)) as server:
+        assert run_and_check(hostile_workspace, server, *RUN).code == 0
+        check_all_outputs(hostile_workspace, server)
 
 
-def test_a_bug_does_not_show_the_key(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace quotes values, too."""
 
     def broken(*_: object) -> None:
         raise ValueError(f"header x-apikey: {KEY}\x1b[2J")
 
     monkeypatch.setattr("enrich.commands.options.load", broken)
-    office.write_leads(people(1))
-    done = office.command("run", "job.yaml", api=Api("http://127.0.0.1:9/v1", KEY))
-    assert done.code == 1
-    assert "Traceback" in done.stderr
-    assert "x-apikey: [key] [2J" in done.stderr
-    assert KEY not in done.stderr
+    workspace.write_leads(make_leads(1))
+    result = workspace.command("run", "job.yaml", api=SandboxApi("http://127.0.0.1:9/v1", KEY))
+    assert result.code == 1
+    assert "Traceback" in result.stderr
+    assert "x-apikey: [key] [2J" in result.stderr
+    assert KEY not in result.stderr
 
 
-def test_the_name_of_a_file_does_not_steer_the_terminal(office: Office) -> None:
+def test_file_names_are_escaped(workspace: Workspace) -> None:
     """Errors quote names that anybody may have chosen."""
-    done = office.command("run", "no\x1b[2Jsuch\u202e.yaml")
-    assert done.code == 2
-    assert not STEERING & set(done.stderr)
+    result = workspace.command("run", "no\x1b[2Jsuch\u202e.yaml")
+    assert result.code == 2
+    assert not CONTROL_CHARACTERS & set(result.stderr)

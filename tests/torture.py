@@ -29,10 +29,10 @@ from typing import Any
 from enrich.api.client import BULK_POSTS_ON_THE_WIRE
 from enrich.errors import Exit
 from enrich.sandbox import Fault, SandboxSettings
-from tests.harness import JOB, Api, Office, people, serving
-from tests.out_of_step import Act, by_chance, out_of_step
-from tests.own_answers import ANSWERS, wrong_rows
-from tests.stepping_clock import start_by_clock
+from tests.harness import JOB, SandboxApi, Workspace, make_leads, serve_api
+from tests.out_of_step import ProxyFaultKind, faulty_proxy, random_faults
+from tests.own_answers import ANSWER_STATUSES, misassigned_rows
+from tests.stepping_clock import start_with_clock
 
 #: Every way in which the API goes wrong, each for a small share of the requests. A lost task is not among them:
 #: it takes a minute to be sure of one.
@@ -81,29 +81,29 @@ FAULTS = (
 #: How connections get out of step, each for a small share of the POSTs and of the polls. A POST never gets the answer
 #: of a task that exists nowhere: it takes a minute to be sure of that. Nor are the answers of two POSTs exchanged:
 #: nothing in them tells whose they are.
-TRICKS: Mapping[Act, tuple[float, float]] = {
-    Act.REPEAT: (0.03, 0.03),
-    Act.UNASKED: (0.01, 0.01),
-    Act.SWAP: (0.0, 0.02),
-    Act.ANOTHER: (0.005, 0.01),
-    Act.NOWHERE: (0.0, 0.005),
-    Act.CUT: (0.005, 0.01),
-    Act.STATUS: (0.01, 0.0),
+PROXY_FAULTS: Mapping[ProxyFaultKind, tuple[float, float]] = {
+    ProxyFaultKind.REPEAT: (0.03, 0.03),
+    ProxyFaultKind.UNASKED: (0.01, 0.01),
+    ProxyFaultKind.SWAP: (0.0, 0.02),
+    ProxyFaultKind.ANOTHER: (0.005, 0.01),
+    ProxyFaultKind.NOWHERE: (0.0, 0.005),
+    ProxyFaultKind.CUT: (0.005, 0.01),
+    ProxyFaultKind.STATUS: (0.01, 0.0),
 }
 #: By how much the clock of this machine may be off, in hours.
-HOURS = (-30, -7, -2, 0, 0, 2, 7, 30)
+CLOCK_STEPS_H = (-30, -7, -2, 0, 0, 2, 7, 30)
 #: In each of so many nights the ledger is renamed away under the run, or replaced by a copy, and back after it.
-LEDGER_AWAY_EACH = 8
+LEDGER_AWAY_EVERY = 8
 #: What a kill may leave in doubt, whatever `in_flight` is; in bulk it is what four POSTs carry.
-AT_MOST_IN_DOUBT = 64
+MAX_IN_DOUBT = 64
 #: How a night that was not killed may end here.
-ENDS = frozenset({0, 4, 10, 14})
+ALLOWED_EXIT_CODES = frozenset({0, 4, 10, 14})
 #: Nights after the last kill in which it must come to its end.
-PATIENCE = 20
+MAX_EXTRA_RUNS = 20
 
 
 @dataclass
-class Report:
+class TortureReport:
     """What became of a tortured job; the sandbox's word, not ours."""
 
     rows: int
@@ -133,7 +133,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Tell whether every promise was kept."""
-        broken = (
+        broken_promises = (
             self.paid_twice,
             self.paid_without_need,
             self.lost,
@@ -143,13 +143,13 @@ class Report:
             self.bought_again_without_doubt,
             self.unanswered,
             self.on_the_wire_at_a_kill > self.at_most_in_doubt,
-            self.ended.keys() - ENDS,
+            self.ended.keys() - ALLOWED_EXIT_CODES,
         )
-        return not any(broken)
+        return not any(broken_promises)
 
     def table(self) -> str:
         """The report as a Markdown table."""
-        told = {
+        lines_by_name = {
             "leads": self.rows,
             "kills (SIGKILL)": self.kills.total(),
             **{f"… {moment}": count for moment, count in sorted(self.kills.items())},
@@ -172,11 +172,13 @@ class Report:
             "bought again without having been in doubt": self.bought_again_without_doubt,
             "unanswered after that": self.unanswered,
         }
-        return "\n".join(["| what | number |", "|---|---|", *(f"| {name} | {n:,} |" for name, n in told.items())])
+        return "\n".join(
+            ["| what | number |", "|---|---|", *(f"| {name} | {n:,} |" for name, n in lines_by_name.items())]
+        )
 
 
 @dataclass
-class Town:
+class LeadSchedule:
     """The leads of each night: most stay, new ones come, some are there for one night only; all in any order."""
 
     rows: int
@@ -190,10 +192,10 @@ class Town:
     def dusk(self, night: int) -> list[list[str]]:
         """Tell who is in the file tonight: half of the leads from the start, all after the last kill."""
         share = min(1.0, 0.5 + 0.5 * night / self.nights)
-        staying = people(int(self.rows * share))
+        permanent = make_leads(int(self.rows * share))
         a_few = max(1, self.rows // 10 // self.nights) if night < self.nights else 0
-        self._passing = people(a_few, start=self.rows + night * a_few)
-        self.tonight = staying + self._passing
+        self._passing = make_leads(a_few, start=self.rows + night * a_few)
+        self.tonight = permanent + self._passing
         self.rng.shuffle(self.tonight)
         return self.tonight
 
@@ -203,7 +205,7 @@ class Town:
             self.left[name] = accepted.get(name, 0) + (name in on_the_wire)
 
 
-def torture(
+def run_torture(
     folder: Path,
     *,
     rows: int,
@@ -211,10 +213,10 @@ def torture(
     seed: int,
     stop_s: float = 1.0,
     faults: Iterable[str] = FAULTS,
-    attacks: bool = True,
+    extra_faults: bool = True,
     bulk: int | None = None,
-    tamper: Callable[[Office], bool] | None = None,
-) -> Report:
+    tamper: Callable[[Workspace], bool] | None = None,
+) -> TortureReport:
     """Run the job, killing it `kills` times, and judge it by the sandbox's audit.
 
     `attacks`: beside kills and faults let connections get out of step, the clock step, and the ledger be away.
@@ -222,9 +224,9 @@ def torture(
     that it did: to see the judge find it.
     """
     rng = random.Random(seed)
-    office = Office(folder)
+    workspace = Workspace(folder)
     keys = {"dispatch": f"{{bulk: {bulk}}}"} if bulk else {}
-    office.write_job(JOB, limits="{requests_per_second: 400, in_flight: 500}", policy="{max_attempts: 5}", **keys)
+    workspace.write_job(JOB, limits="{requests_per_second: 400, in_flight: 500}", policy="{max_attempts: 5}", **keys)
     settings = SandboxSettings(
         latency="lognormal(0.5,0.6)",
         seed=seed,
@@ -233,66 +235,66 @@ def torture(
         no_data_seconds=0.5,
         faults=tuple(map(Fault.parse, faults)),
     )
-    report = Report(rows, AT_MOST_IN_DOUBT if bulk is None else BULK_POSTS_ON_THE_WIRE * bulk)
-    town = Town(rows, kills, rng)
-    began = time.monotonic()
+    report = TortureReport(rows, MAX_IN_DOUBT if bulk is None else BULK_POSTS_ON_THE_WIRE * bulk)
+    schedule = LeadSchedule(rows, kills, rng)
+    started_at = time.monotonic()
     with (
-        serving(folder / "api.db", settings) as api,
-        out_of_step(api.base_url, by_chance(TRICKS if attacks else {}, seed)) as proxy,
-        _stepping(folder / "clock", random.Random(seed), report, going=attacks),
+        serve_api(folder / "api.db", settings) as api,
+        faulty_proxy(api.base_url, random_faults(PROXY_FAULTS if extra_faults else {}, seed)) as proxy,
+        _step_clock(folder / "clock", random.Random(seed), report, enabled=extra_faults),
     ):
-        behind = replace(api, base_url=proxy.base_url)
-        night, done = 0, False
-        while not done:
-            office.write_leads(town.dusk(night))
+        proxied_api = replace(api, base_url=proxy.base_url)
+        run_number, finished = 0, False
+        while not finished:
+            workspace.write_leads(schedule.dusk(run_number))
             kill = report.kills.total() < kills
-            away = attacks and kill and night % LEDGER_AWAY_EACH == LEDGER_AWAY_EACH // 2
-            plan = Plan(night, stop_s if not report.stops else 1.0, kill=kill, ledger_away=away)
-            code = _one_night(office, behind, rng, report, plan)
-            on_the_wire = _names(office, "submitting")
-            report.on_the_wire_at_a_kill = max(report.on_the_wire_at_a_kill, len(on_the_wire))
+            ledger_away = extra_faults and kill and run_number % LEDGER_AWAY_EVERY == LEDGER_AWAY_EVERY // 2
+            plan = RunScenario(run_number, stop_s if not report.stops else 1.0, kill=kill, ledger_away=ledger_away)
+            code = _run_once(workspace, proxied_api, rng, report, plan)
+            in_flight = _leads_in_state(workspace, "submitting")
+            report.on_the_wire_at_a_kill = max(report.on_the_wire_at_a_kill, len(in_flight))
             audit = api.audit()
-            report.anothers |= _anothers(office, audit, settings, bulk=bulk is not None)
-            town.dawn(_accepted(audit), on_the_wire)
-            night += 1
-            done = not kill and night > kills and code in (0, 10, 14) and not tamper
-            if tamper and tamper(office):
+            report.anothers |= _misassigned_rows(workspace, audit, settings, bulk=bulk is not None)
+            schedule.dawn(_accepted_counts(audit), in_flight)
+            run_number += 1
+            finished = not kill and run_number > kills and code in (0, 10, 14) and not tamper
+            if tamper and tamper(workspace):
                 tamper = None
-            assert night < 2 * kills + PATIENCE, f"it does not end:\n{report.table()}"
-        _judge(office, api, report, town)
+            assert run_number < 2 * kills + MAX_EXTRA_RUNS, f"it does not end:\n{report.table()}"
+        _check_audit(workspace, api, report, schedule)
         proxy.heal()
         report.tricks = proxy.happened
-        _buy_again(office, api, behind, report)
-        report.anothers |= _anothers(office, api.audit(), settings, bulk=bulk is not None)
+        _retry_in_doubt(workspace, api, proxied_api, report)
+        report.anothers |= _misassigned_rows(workspace, api.audit(), settings, bulk=bulk is not None)
         report.faults = sum(api.audit()["faults"].values())
-    report.seconds = time.monotonic() - began
+    report.seconds = time.monotonic() - started_at
     return report
 
 
 @contextmanager
-def _stepping(clock: Path, rng: random.Random, report: Report, *, going: bool) -> Iterator[None]:
+def _step_clock(clock: Path, rng: random.Random, report: TortureReport, *, enabled: bool) -> Iterator[None]:
     """Step the clock that the runs see, by hours, every second or so; at the end it is right."""
-    over = Event()
+    stopped = Event()
 
     def step() -> None:
-        while not over.wait(rng.uniform(0.2, 2.0)):
-            clock.write_text(str(rng.choice(HOURS) * 3600))
+        while not stopped.wait(rng.uniform(0.2, 2.0)):
+            clock.write_text(str(rng.choice(CLOCK_STEPS_H) * 3600))
             report.clock_steps += 1
 
     thread = Thread(target=step, daemon=True)
-    if going:
+    if enabled:
         thread.start()
     try:
         yield
     finally:
-        over.set()
-        if going:
+        stopped.set()
+        if enabled:
             thread.join()
         clock.write_text("0")
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunScenario:
     """What a night has in store; `stop_s`: for how long a run that falls asleep sleeps."""
 
     night: int
@@ -301,21 +303,23 @@ class Plan:
     ledger_away: bool
 
 
-def _one_night(office: Office, api: Api, rng: random.Random, report: Report, plan: Plan) -> int | None:
+def _run_once(
+    workspace: Workspace, api: SandboxApi, rng: random.Random, report: TortureReport, scenario: RunScenario
+) -> int | None:
     """Start the run; kill it at a random or a chosen moment. Return its exit code, None when it was killed."""
-    moment, comes, at_most = _moment(office, rng, plan)
-    process = start_by_clock(office, api, office.folder / "clock")
-    if plan.kill:
-        came = _wait(process, comes, at_most)
-        if plan.ledger_away and came and process.poll() is None:
-            take_ledger_away(office, process, report, replaced=rng.random() < 1 / 2)
+    moment, condition, at_most = _choose_moment(workspace, rng, scenario)
+    process = start_with_clock(workspace, api, workspace.folder / "clock")
+    if scenario.kill:
+        reached = _wait_for(process, condition, at_most)
+        if scenario.ledger_away and reached and process.poll() is None:
+            remove_ledger(workspace, process, report, replaced=rng.random() < 1 / 2)
             return None
         if moment == "asleep" and process.poll() is None:
-            _sleep(process, plan.stop_s)
+            _suspend(process, scenario.stop_s)
             report.stops += 1
             moment = "after a sleep"
-            _wait(process, _never, rng.uniform(0.0, 1.0))
-        elif not came or plan.ledger_away:
+            _wait_for(process, _never, rng.uniform(0.0, 1.0))
+        elif not reached or scenario.ledger_away:
             moment = "at any moment"
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -327,10 +331,12 @@ def _one_night(office: Office, api: Api, rng: random.Random, report: Report, pla
     return process.returncode
 
 
-def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Report, *, replaced: bool = False) -> None:
+def remove_ledger(
+    workspace: Workspace, process: subprocess.Popen[str], report: TortureReport, *, replaced: bool = False
+) -> None:
     """Rename the ledger away until the run has ended because of it; `replaced`: a copy takes its place meanwhile."""
-    files = [Path(f"{office.ledger_path}{ending}") for ending in ("", "-wal", "-shm")]
-    away = office.folder / "away"
+    files = [Path(f"{workspace.ledger_path}{ending}") for ending in ("", "-wal", "-shm")]
+    away = workspace.folder / "away"
     away.mkdir(exist_ok=True)
     moved = [path for path in files if path.exists()]
     for path in moved:
@@ -338,31 +344,37 @@ def take_ledger_away(office: Office, process: subprocess.Popen[str], report: Rep
     if replaced:
         for path in moved:
             shutil.copy(away / path.name, path)
-    _, said = process.communicate(timeout=600)
+    _, stderr = process.communicate(timeout=600)
     for path in files:  # of a ledger in its place
         path.unlink(missing_ok=True)
     for path in moved:
         (away / path.name).rename(path)
     report.ledger_away += 1
-    report.ledger_not_missed += process.returncode != Exit.BUG or "this is a bug" in said
+    report.ledger_not_missed += process.returncode != Exit.BUG or "this is a bug" in stderr
 
 
-def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callable[[], bool], float]:
+def _choose_moment(
+    workspace: Workspace, rng: random.Random, scenario: RunScenario
+) -> tuple[str, Callable[[], bool], float]:
     """Choose when to strike: its name, how to know it, and for how many seconds to wait for it."""
-    executions, attempts = _count(office, "executions"), _count(office, "attempts")
-    wire = rng.choice((1, 4, 16))
+    executions, attempts = _count(workspace, "executions"), _count(workspace, "attempts")
+    min_in_flight = rng.choice((1, 4, 16))
 
     def begun() -> bool:  # what the ledger says before is about the night before
-        return _count(office, "executions") > executions
+        return _count(workspace, "executions") > executions
 
     def sending() -> bool:
-        return _count(office, "attempts") > attempts
+        return _count(workspace, "attempts") > attempts
 
     def posting() -> bool:
-        return begun() and _count(office, "attempts", "submitting") >= wire
+        return begun() and _count(workspace, "attempts", "submitting") >= min_in_flight
 
     def polling() -> bool:
-        return begun() and not _count(office, "attempts", "submitting") and _count(office, "attempts", "submitted") > 0
+        return (
+            begun()
+            and not _count(workspace, "attempts", "submitting")
+            and _count(workspace, "attempts", "submitted") > 0
+        )
 
     moments: list[tuple[str, Callable[[], bool], float]] = [
         ("asleep", posting, 5.0),
@@ -370,17 +382,17 @@ def _moment(office: Office, rng: random.Random, plan: Plan) -> tuple[str, Callab
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
         ("while polling only", polling, 5.0),
         ("while enrolling", begun, 5.0),
-        ("while the output is written", (office.folder / ".job.enrich-part").exists, 10.0),
+        ("while the output is written", (workspace.folder / ".job.enrich-part").exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
-    return ("in the first seconds", sending, 30.0) if plan.ledger_away else moments[plan.night % len(moments)]
+    return ("in the first seconds", sending, 30.0) if scenario.ledger_away else moments[scenario.night % len(moments)]
 
 
-def _wait(process: subprocess.Popen[str], comes: Callable[[], bool], seconds: float) -> bool:
+def _wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], seconds: float) -> bool:
     """Wait for a moment; tell whether it came."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        if comes():
+        if condition():
             return True
         time.sleep(0.004)
     return False
@@ -390,19 +402,19 @@ def _never() -> bool:
     return False
 
 
-def _sleep(process: subprocess.Popen[str], seconds: float) -> None:
+def _suspend(process: subprocess.Popen[str], seconds: float) -> None:
     """Close the laptop, and open it again."""
     process.send_signal(signal.SIGSTOP)
     time.sleep(seconds)
     process.send_signal(signal.SIGCONT)
 
 
-def _ask(office: Office, sql: str) -> list[Any]:
+def _query(workspace: Workspace, sql: str) -> list[Any]:
     """Look into the ledger, which may not be there yet."""
-    if not office.ledger_path.exists():
+    if not workspace.ledger_path.exists():
         return []
     for mode in ("ro", "rw"):
-        with closing(sqlite3.connect(f"{office.ledger_path.as_uri()}?mode={mode}", uri=True)) as db:
+        with closing(sqlite3.connect(f"{workspace.ledger_path.as_uri()}?mode={mode}", uri=True)) as db:
             try:
                 return db.execute(sql).fetchall()
             except sqlite3.OperationalError as error:
@@ -413,63 +425,67 @@ def _ask(office: Office, sql: str) -> list[Any]:
     return []
 
 
-def _count(office: Office, table: str, state: str | None = None) -> int:
-    rows = _ask(office, f"SELECT count(*) FROM {table}" + (f" WHERE state = '{state}'" if state else ""))
+def _count(workspace: Workspace, table: str, state: str | None = None) -> int:
+    rows = _query(workspace, f"SELECT count(*) FROM {table}" + (f" WHERE state = '{state}'" if state else ""))
     return int(rows[0][0]) if rows else 0
 
 
-def _names(office: Office, state: str) -> set[str]:
+def _leads_in_state(workspace: Workspace, state: str) -> set[str]:
     """Name the leads with an attempt in a state."""
     sql = "SELECT json_extract(params, '$.first_name') FROM requests r JOIN attempts a ON a.request_id = r.id"
-    return {name for (name,) in _ask(office, f"{sql} WHERE a.state = '{state}'")}
+    return {name for (name,) in _query(workspace, f"{sql} WHERE a.state = '{state}'")}
 
 
-def _accepted(audit: Mapping[str, Any]) -> dict[str, int]:
+def _accepted_counts(audit: Mapping[str, Any]) -> dict[str, int]:
     """Tell how many runs of each lead were accepted."""
     return {run["params"]["first_name"]: run["accepted"] for run in audit["runs"]}
 
 
-def _anothers(office: Office, audit: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> dict[str, str]:
+def _misassigned_rows(
+    workspace: Workspace, audit: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool
+) -> dict[str, str]:
     """Name the leads that have another's answer, in the output that is there now or in the ledger."""
     sql = "SELECT json_extract(params, '$.first_name'), a.state, coalesce(a.task_id, '')"
-    settled = _ask(office, f"{sql} FROM requests r JOIN attempts a ON a.request_id = r.id")
+    settled = _query(workspace, f"{sql} FROM requests r JOIN attempts a ON a.request_id = r.id")
     ledger = [dict(zip(("First Name", "enrich_status", "enrich_task_id"), row, strict=True)) for row in settled]
-    output = office.output() if (office.folder / "out.csv").exists() else []
-    wrong = wrong_rows(ledger, audit, settings, bulk=bulk, column=None)
-    return wrong | wrong_rows(output, audit, settings, bulk=bulk)
+    output = workspace.output() if (workspace.folder / "out.csv").exists() else []
+    wrong = misassigned_rows(ledger, audit, settings, bulk=bulk, column=None)
+    return wrong | misassigned_rows(output, audit, settings, bulk=bulk)
 
 
-def _judge(office: Office, api: Api, report: Report, town: Town) -> None:
+def _check_audit(workspace: Workspace, api: SandboxApi, report: TortureReport, schedule: LeadSchedule) -> None:
     """Hold output and ledger against the sandbox's audit."""
     audit = api.audit()
     report.accepted, report.paid_twice = audit["accepted"], audit["paid_twice"]
-    output = office.output()
+    output = workspace.output()
     report.out_of_place = sum(
-        list(row.values())[: len(lead)] != lead for row, lead in zip(output, town.tonight, strict=True)
+        list(row.values())[: len(lead)] != lead for row, lead in zip(output, schedule.tonight, strict=True)
     )
     report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
-    states = dict(_ask(office, "SELECT json_extract(params, '$.first_name'), state FROM requests"))
+    states = dict(_query(workspace, "SELECT json_extract(params, '$.first_name'), state FROM requests"))
     states |= {row["First Name"]: row["enrich_status"] for row in output}
-    known = {task_id for (task_id,) in _ask(office, "SELECT task_id FROM attempts")}
-    doubtful = _names(office, "in_doubt")
+    known = {task_id for (task_id,) in _query(workspace, "SELECT task_id FROM attempts")}
+    in_doubt = _leads_in_state(workspace, "in_doubt")
     for run in audit["runs"]:
         name = run["params"]["first_name"]
-        report.lost += name not in doubtful and (states[name] not in ANSWERS or not known.issuperset(run["task_ids"]))
-        report.paid_without_need += run["accepted"] > town.left.get(name, run["accepted"])
+        report.lost += name not in in_doubt and (
+            states[name] not in ANSWER_STATUSES or not known.issuperset(run["task_ids"])
+        )
+        report.paid_without_need += run["accepted"] > schedule.left.get(name, run["accepted"])
 
 
-def _buy_again(office: Office, api: Api, behind: Api, report: Report) -> None:
+def _retry_in_doubt(workspace: Workspace, api: SandboxApi, proxied_api: SandboxApi, report: TortureReport) -> None:
     """Ask again for those in doubt, and for no others; `behind` is the API behind the proxy."""
-    before = _accepted(api.audit())
-    doubtful = {row["First Name"] for row in office.output() if row["enrich_status"] == "in_doubt"}
+    before = _accepted_counts(api.audit())
+    in_doubt = {row["First Name"] for row in workspace.output() if row["enrich_status"] == "in_doubt"}
     api.heal()
-    if doubtful:
-        office.enrich("run", "job.yaml", "--json", "--retry", "in_doubt", api=behind)
-    for name, accepted in _accepted(api.audit()).items():
+    if in_doubt:
+        workspace.enrich("run", "job.yaml", "--json", "--retry", "in_doubt", api=proxied_api)
+    for name, accepted in _accepted_counts(api.audit()).items():
         if accepted > before.get(name, 0):
-            report.bought_again += name in doubtful
-            report.bought_again_without_doubt += name not in doubtful
-    report.unanswered = sum(row["enrich_status"] not in ANSWERS for row in office.output())
+            report.bought_again += name in in_doubt
+            report.bought_again_without_doubt += name not in in_doubt
+    report.unanswered = sum(row["enrich_status"] not in ANSWER_STATUSES for row in workspace.output())
 
 
 def main() -> None:
@@ -482,7 +498,7 @@ def main() -> None:
     parser.add_argument("--bulk", type=int, help="requests to a task; default: each by itself")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = torture(
+        report = run_torture(
             Path(folder), rows=given.rows, kills=given.kills, seed=given.seed, stop_s=given.stop, bulk=given.bulk
         )
     print(report.table())

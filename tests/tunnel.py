@@ -47,7 +47,7 @@ def _openssl(command: str, *files: str) -> None:
 
 
 @dataclass
-class Tunnels:
+class ConnectProxy:
     """A proxy that was started; `heads`: what it was asked for, as it came."""
 
     port: int
@@ -61,7 +61,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, target: int, tls: ssl.SSLContext | None, refusal: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.tls, self.refusal = target, tls, refusal
-        self.tunnels = Tunnels(self.server_address[1])
+        self.tunnels = ConnectProxy(self.server_address[1])
 
     def handle_error(self, *_: Any) -> None:
         """Say nothing: the other side may go away at any time."""
@@ -104,7 +104,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 @contextmanager
-def tunnelling(target: int, tls: ssl.SSLContext | None = None, refusal: bytes = b"") -> Iterator[Tunnels]:
+def serve_connect_proxy(target: int, tls: ssl.SSLContext | None = None, refusal: bytes = b"") -> Iterator[ConnectProxy]:
     """Lead every tunnel to a port on loopback, whatever host was asked for; or refuse with these bytes."""
     with _Server(target, tls, refusal) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

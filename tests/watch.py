@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.harness import Office
+from tests.harness import Workspace
 
-SHORTEST = 4
+MIN_WORD_LENGTH = 4
 
 
 @dataclass(frozen=True)
-class Heard:
+class RecordedRequest:
     """One request."""
 
     path: str
@@ -27,11 +27,11 @@ class Heard:
 
 
 @dataclass
-class Ear:
+class RequestRecorder:
     """A server on loopback that hears everything; `answers` are the next statuses, then 200."""
 
     port: int = 0
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[RecordedRequest] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     #: Answers wait for this.
     may_answer: threading.Event = field(default_factory=threading.Event)
@@ -48,18 +48,18 @@ class Ear:
 
 
 @contextmanager
-def listening() -> Iterator[Ear]:
+def record_requests() -> Iterator[RequestRecorder]:
     """Listen on loopback."""
-    ear = Ear()
-    ear.may_answer.set()
+    recorder = RequestRecorder()
+    recorder.may_answer.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             parts = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("content-length", 0))).decode()
-            ear.heard.append(Heard(parts.path, parse_qs(parts.query), body))
-            status = ear.answers.pop(0) if ear.answers else 200
-            ear.may_answer.wait(30)
+            recorder.heard.append(RecordedRequest(parts.path, parse_qs(parts.query), body))
+            status = recorder.answers.pop(0) if recorder.answers else 200
+            recorder.may_answer.wait(30)
             self.send_response(status)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -73,47 +73,47 @@ def listening() -> Iterator[Ear]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    ear.port = server.server_port
+    recorder.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield ear
+        yield recorder
     finally:
-        ear.may_answer.set()
+        recorder.may_answer.set()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
-def log_lines(office: Office, name: str = "run.log") -> list[dict[str, Any]]:
+def log_lines(workspace: Workspace, name: str = "run.log") -> list[dict[str, Any]]:
     """Read the log; every line is whole."""
-    return [json.loads(line) for line in (office.folder / name).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (workspace.folder / name).read_text(encoding="utf-8").splitlines()]
 
 
-def events(office: Office, name: str = "run.log") -> list[str]:
+def log_events(workspace: Workspace, name: str = "run.log") -> list[str]:
     """The events of the log, in order."""
-    return [line["event"] for line in log_lines(office, name)]
+    return [line["event"] for line in log_lines(workspace, name)]
 
 
-def personal(office: Office) -> set[str]:
+def personal_data(workspace: Workspace) -> set[str]:
     """Every cell of the input, every answer, and their parts, but for what is too short to be told apart."""
     found: set[str] = set()
-    with (office.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
+    with (workspace.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
         cells = [cell for row in list(csv.reader(file))[1:] for cell in row]
-    if (office.folder / "out.csv").exists():
-        cells += [row["work_email"] for row in office.output()]
+    if (workspace.folder / "out.csv").exists():
+        cells += [row["work_email"] for row in workspace.output()]
     for cell in cells:
         found |= {cell, *cell.replace("@", " ").replace("/", " ").split()}
-    return {word for word in found if len(word) >= SHORTEST}
+    return {word for word in found if len(word) >= MIN_WORD_LENGTH}
 
 
-def assert_nobody_in(text: str, office: Office) -> None:
+def assert_no_personal_data(text: str, workspace: Workspace) -> None:
     """No personal data: nothing of a cell, nothing of an answer, no address."""
-    assert [word for word in personal(office) if word in text] == []
+    assert [word for word in personal_data(workspace) if word in text] == []
     assert "@" not in text
 
 
-def somebody(count: int, start: int = 0) -> list[list[str]]:
+def searchable_leads(count: int, start: int = 0) -> list[list[str]]:
     """Make leads whose every cell can be searched for."""
     return [
         [f"Adalbert{n}", f"Byronsson{n}", f"https://enginesmith{n}.example/about", "", f"private{n}"]

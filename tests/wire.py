@@ -16,7 +16,7 @@ from threading import Event, Thread
 from typing import Any
 
 
-class Act(Enum):
+class ConnectionAction(Enum):
     """What the server does with the connection instead of answering, or after an answer."""
 
     KEEP = "keep"
@@ -26,7 +26,7 @@ class Act(Enum):
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReceivedRequest:
     """A request as it came; `connection` counts from 1."""
 
     connection: int
@@ -44,16 +44,16 @@ class Reply:
     """What goes back; `later`: bytes that nothing asked for, 30 ms after it."""
 
     data: bytes = b""
-    then: Act = Act.KEEP
+    then: ConnectionAction = ConnectionAction.KEEP
     later: bytes = b""
 
 
 @dataclass
-class Wire:
+class RawServer:
     """A server that was started; `greeted`: it sent its greeting; `ended`: the numbers of connections that are over."""
 
     port: int
-    requests: list[Seen] = field(default_factory=list)
+    requests: list[ReceivedRequest] = field(default_factory=list)
     connections: int = 0
     ended: list[int] = field(default_factory=list)
     greeted: Event = field(default_factory=Event)
@@ -64,7 +64,7 @@ class Wire:
         return f"http://127.0.0.1:{self.port}/v1"
 
 
-def http(status: int, body: object = None, **headers: str) -> Reply:
+def http_reply(status: int, body: object = None, **headers: str) -> Reply:
     """Write an HTTP answer; a body that is not bytes is written as JSON."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} Reason", f"content-length: {len(data)}"]
@@ -77,14 +77,14 @@ class _Server(socketserver.ThreadingTCPServer):
     block_on_close = False
 
     def __init__(
-        self, answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None, greeting: bytes = b""
+        self, answer: Reply | Callable[[ReceivedRequest], Reply], tls: ssl.SSLContext | None, greeting: bytes = b""
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
         self.greeting = greeting
         self.tls = tls
         self.over = Event()
-        self.wire = Wire(self.server_address[1])
+        self.wire = RawServer(self.server_address[1])
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
@@ -101,16 +101,16 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        wire = self.server.wire
-        wire.connections += 1
-        number = wire.connections
+        server = self.server.wire
+        server.connections += 1
+        number = server.connections
         with suppress(OSError):
-            self._serve(wire, number)
-        wire.ended.append(number)
+            self._serve(server, number)
+        server.ended.append(number)
 
-    def _serve(self, wire: Wire, number: int) -> None:
+    def _serve(self, wire: RawServer, number: int) -> None:
         while head := self._head():
-            seen = Seen(number, head, self.rfile.read(_length(head)))
+            seen = ReceivedRequest(number, head, self.rfile.read(_content_length(head)))
             wire.requests.append(seen)
             answer = self.server.answer
             reply = answer if isinstance(answer, Reply) else answer(seen)
@@ -118,12 +118,12 @@ class _Handler(socketserver.StreamRequestHandler):
             if reply.later:
                 time.sleep(0.03)
                 self.wfile.write(reply.later)
-            if reply.then is Act.SILENCE:
+            if reply.then is ConnectionAction.SILENCE:
                 self.server.over.wait(30)
-            if reply.then is Act.RESET:
+            if reply.then is ConnectionAction.RESET:
                 # Lingering for no time at all makes the kernel say RST rather than FIN.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if reply.then is not Act.KEEP:
+            if reply.then is not ConnectionAction.KEEP:
                 return
 
     def _head(self) -> str:
@@ -143,9 +143,9 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 @contextmanager
-def answering(
-    answer: Reply | Callable[[Seen], Reply], tls: ssl.SSLContext | None = None, greeting: bytes = b""
-) -> Iterator[Wire]:
+def serve_replies(
+    answer: Reply | Callable[[ReceivedRequest], Reply], tls: ssl.SSLContext | None = None, greeting: bytes = b""
+) -> Iterator[RawServer]:
     """Serve on loopback, in threads, until the block ends; `greeting` is sent before any request."""
     with _Server(answer, tls, greeting) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -158,7 +158,7 @@ def answering(
             thread.join()
 
 
-def _length(head: str) -> int:
+def _content_length(head: str) -> int:
     for line in head.splitlines():
         name, _, value = line.partition(":")
         if name.lower() == "content-length":

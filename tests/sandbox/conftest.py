@@ -14,12 +14,12 @@ from enrich.sandbox.settings import SandboxSettings
 ADA = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
-def people(count: int) -> list[dict[str, str]]:
+def make_leads(count: int) -> list[dict[str, str]]:
     """Make up leads."""
     return [{"first_name": f"Ada{n}", "last_name": "Byron", "company": "engine.example"} for n in range(count)]
 
 
-class Api:
+class SandboxClient:
     """A client that holds the right key, and knows the sandbox's switches."""
 
     def __init__(self, base_url: str, api_key: str) -> None:
@@ -85,26 +85,26 @@ class Api:
         self.http.post(f"{self.root}/__faults", json=body).raise_for_status()
 
 
-Start = Callable[..., Api]
+StartSandbox = Callable[..., SandboxClient]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[StartSandbox]:
     """Start a sandbox whose tasks are ready at once, unless the settings say otherwise."""
     with ExitStack() as stack:
 
-        def starter(**settings: Any) -> Api:
+        def start_sandbox(**settings: Any) -> SandboxClient:
             chosen = SandboxSettings(**{"latency": "fixed(0)", "hit_rate": 1.0, "failure_rate": 0.0, **settings})
             state = tmp_path / f"{len(list(tmp_path.iterdir()))}.db"
             running = stack.enter_context(embedded(state, chosen))
-            api = Api(running.base_url, running.api_key)
+            api = SandboxClient(running.base_url, running.api_key)
             stack.callback(api.http.close)
             return api
 
-        yield starter
+        yield start_sandbox
 
 
 @pytest.fixture
-def api(start: Start) -> Api:
+def api(start: StartSandbox) -> SandboxClient:
     """Give a sandbox that knows everybody."""
     return start()

@@ -6,16 +6,16 @@ import httpx
 import pytest
 
 from enrich.sandbox.gate import Busiest
-from tests.sandbox.conftest import ADA, Api, Start, people
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 
-def assert_adds_up(totals: Any) -> None:
+def assert_totals_add_up(totals: Any) -> None:
     """Check that no credit appears or disappears."""
     gone = totals["credits_charged"] + totals["credits_reserved"]
     assert totals["balance_at_start"] + totals["topped_up"] - totals["balance"] == pytest.approx(gone, abs=1e-9)
 
 
-def test_counts_the_canonical_question(api: Api) -> None:
+def test_counts_the_canonical_question(api: SandboxClient) -> None:
     """Equal questions are one entry with all task ids; another provider or verifier is another question."""
     tasks = [api.run(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
     api.run(ADA, enrichments=[966, 833], email_verifier=10)
@@ -37,14 +37,14 @@ def test_counts_the_canonical_question(api: Api) -> None:
     }
 
 
-def test_default_cascade_is_the_named_one(api: Api) -> None:
+def test_same_key_for_default_and_named_providers(api: SandboxClient) -> None:
     """A run without enrichments is the same question as one that names the default cascade."""
     api.run(ADA)
     api.run(ADA, enrichments=[833, 966, 701, 745])
     assert api.audit()["paid_twice"] == 1
 
 
-def test_totals_alone(api: Api) -> None:
+def test_totals_alone(api: SandboxClient) -> None:
     """The list of runs can be left out."""
     api.run()
     totals = api.audit(runs=False)
@@ -52,12 +52,12 @@ def test_totals_alone(api: Api) -> None:
     assert totals["accepted"] == 1
 
 
-def test_needs_no_key(api: Api) -> None:
+def test_needs_no_key(api: SandboxClient) -> None:
     """The switches need no key."""
     assert httpx.get(f"{api.root}/__audit", trust_env=False).status_code == 200
 
 
-def test_counts_requests(api: Api) -> None:
+def test_counts_requests(api: SandboxClient) -> None:
     """Requests are counted by endpoint, and unhappy answers by status; the switches are not counted."""
     task_id = api.run()
     api.task(task_id)
@@ -79,27 +79,27 @@ def test_counts_requests(api: Api) -> None:
     }
 
 
-def test_money_adds_up(start: Start) -> None:
+def test_credits_are_charged_or_reserved(start: StartSandbox) -> None:
     """What is gone from the balance is charged or reserved, at every moment."""
     api = start(latency="uniform(0,100)", hit_rate=0.7, failure_rate=0.2)
-    for number, params in enumerate(people(40)):
+    for number, params in enumerate(make_leads(40)):
         task_id = api.run(params, enrichments=[833, 966], email_verifier=10)
         if number % 10 == 0:
             api.cancel(task_id)
         if number % 5 == 0:
             api.advance(7)
-            assert_adds_up(api.audit(runs=False))
+            assert_totals_add_up(api.audit(runs=False))
     assert api.audit(runs=False)["credits_reserved"] > 0
     api.advance(100)
     totals = api.audit()
-    assert_adds_up(totals)
+    assert_totals_add_up(totals)
     assert totals["credits_reserved"] == 0
     assert totals["credits_charged"] == pytest.approx(sum(run["credits"] for run in totals["runs"]), abs=1e-9)
     spent = sum(api.task(run["task_ids"][0])["credits_spent"] for run in totals["runs"])
     assert totals["credits_charged"] == pytest.approx(spent, abs=1e-9)
 
 
-def test_top_up(start: Start) -> None:
+def test_top_up(start: StartSandbox) -> None:
     """Credits can be added while it runs, and are told apart from those at the start."""
     api = start(balance=0.4)
     assert api.post_run(ADA, enrichments=[833]).status_code == 406
@@ -108,13 +108,13 @@ def test_top_up(start: Start) -> None:
     assert api.post_run(ADA, enrichments=[833]).status_code == 200
     totals = api.audit()
     assert (totals["balance_at_start"], totals["topped_up"]) == (0.4, 0.1)
-    assert_adds_up(totals)
+    assert_totals_add_up(totals)
 
 
-def test_who_earned_it_adds_up(start: Start) -> None:
+def test_provider_totals_add_up(start: StartSandbox) -> None:
     """By provider and verifier, whatever the answers tell of it; what was refunded is nobody's."""
     api = start(latency="uniform(10,100)", charge_misses=True, hit_rate=0.7, failure_rate=0.2, shape="flat")
-    for number, person in enumerate(people(24)):
+    for number, person in enumerate(make_leads(24)):
         task_id = api.run(person, enrichments=[833, 966], email_verifier=10)
         if number % 6 == 0:
             api.cancel(task_id)
@@ -122,15 +122,15 @@ def test_who_earned_it_adds_up(start: Start) -> None:
     api.advance(100)
     totals = api.audit(runs=False)
 
-    earned = totals["by_provider"]
-    assert set(earned) == {"Mailhound", "Peoplegrid", "Mailproof"}
-    assert sum(each["credits"] for each in earned.values()) == pytest.approx(totals["credits_charged"])
-    assert earned["Mailhound"]["asked"] <= totals["charged"] <= 20
-    assert 0 < earned["Peoplegrid"]["asked"] <= 20 - earned["Mailhound"]["found"]
-    assert earned["Mailproof"]["found"] == 0
+    stats = totals["by_provider"]
+    assert set(stats) == {"Mailhound", "Peoplegrid", "Mailproof"}
+    assert sum(each["credits"] for each in stats.values()) == pytest.approx(totals["credits_charged"])
+    assert stats["Mailhound"]["asked"] <= totals["charged"] <= 20
+    assert 0 < stats["Peoplegrid"]["asked"] <= 20 - stats["Mailhound"]["found"]
+    assert stats["Mailproof"]["found"] == 0
 
 
-def test_counts_the_busiest_second() -> None:
+def test_busiest_second_is_a_sliding_window() -> None:
     """The most requests in any second, wherever it begins; so a client that is too fast can't hide in the average."""
     now = 0.0
     busiest = Busiest(lambda: now)
@@ -139,7 +139,7 @@ def test_counts_the_busiest_second() -> None:
     assert busiest.most == 4  # from 0.5 to 1.4
 
 
-def test_tells_the_busiest_second(api: Api) -> None:
+def test_busiest_second_counts_all_api_requests(api: SandboxClient) -> None:
     """Whatever is asked counts, only the switches do not."""
     for _ in range(3):
         api.run(ADA)

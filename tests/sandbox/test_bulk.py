@@ -1,98 +1,98 @@
 """A bulk run is one task whose data is aligned with its rows."""
 
-from tests.sandbox.conftest import ADA, Api, Start, people
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 
-def test_aligned(start: Start) -> None:
+def test_results_are_aligned_with_rows(start: StartSandbox) -> None:
     """Data has an element for each row, null where nothing was found; progress counts them."""
     api = start(hit_rate=0.5)
-    task = api.task(api.bulk(people(20)))
+    task = api.task(api.bulk(make_leads(20)))
     found = [row for row in task["data"] if row is not None]
     assert (task["status"], len(task["data"])) == ("completed", 20)
     assert 0 < len(found) < 20
     missed = 20 - len(found)
     assert task["progress"] == {"total": 20, "completed": len(found), "no_data": missed, "failed": 0, "processing": 0}
-    assert api.task(api.run(people(20)[0]))["data"] in ([task["data"][0]], None, [], {})
+    assert api.task(api.run(make_leads(20)[0]))["data"] in ([task["data"][0]], None, [], {})
 
 
-def test_credits_are_those_of_the_single_runs(api: Api) -> None:
+def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
     """A bulk run costs what its rows cost one by one."""
-    bulk = api.task(api.bulk(people(5), enrichments=[833, 966]))
-    singles = [api.task_of(params, enrichments=[833, 966]) for params in people(5)]
+    bulk = api.task(api.bulk(make_leads(5), enrichments=[833, 966]))
+    singles = [api.task_of(params, enrichments=[833, 966]) for params in make_leads(5)]
     assert bulk["credits_spent"] == sum(task["credits_spent"] for task in singles)
     assert [[row] for row in bulk["data"]] == [task["data"] for task in singles]
 
 
-def test_partially_completed(start: Start) -> None:
+def test_partially_completed_status(start: StartSandbox) -> None:
     """Some failures make it `partially_completed`, with their errors in a list."""
     api = start(failure_rate=0.3)
-    task = api.task(api.bulk(people(20)))
+    task = api.task(api.bulk(make_leads(20)))
     failed = task["progress"]["failed"]
     assert (task["status"], len(task["data"])) == ("partially_completed", 20)
     assert 0 < failed <= len(task["error"])
     assert task["data"].count(None) == failed
 
 
-def test_all_failed(start: Start) -> None:
+def test_failed_status_when_all_rows_fail(start: StartSandbox) -> None:
     """A bulk run of which nothing succeeded has failed."""
     api = start(failure_rate=1.0)
-    assert api.task(api.bulk(people(3)))["status"] == "failed"
+    assert api.task(api.bulk(make_leads(3)))["status"] == "failed"
 
 
-def test_partial_rows(start: Start) -> None:
+def test_partial_rows(start: StartSandbox) -> None:
     """A running bulk shows its finished rows only when asked to."""
     api = start(latency="uniform(10,1000)")
-    task_id = api.bulk(people(20))
+    task_id = api.bulk(make_leads(20))
     api.advance(500)
     task, partial = api.task(task_id), api.task(task_id, include_partial="true")
-    done = partial["progress"]["completed"]
+    result = partial["progress"]["completed"]
     assert (task["status"], task["data"], task["credits_spent"]) == ("processing", None, 0)
-    assert (partial["status"], len(partial["data"])) == ("processing", done)
-    assert 0 < done < 20
+    assert (partial["status"], len(partial["data"])) == ("processing", result)
+    assert 0 < result < 20
     api.advance(600)
     assert len(api.task(task_id)["data"]) == 20
 
 
-def test_cancelled_half_way(start: Start) -> None:
+def test_cancel_keeps_finished_rows(start: StartSandbox) -> None:
     """Cancelling keeps and charges what has finished, and refunds the rest."""
     api = start(latency="uniform(10,1000)")
-    task_id = api.bulk(people(20), enrichments=[833])
+    task_id = api.bulk(make_leads(20), enrichments=[833])
     api.advance(500)
     task = api.cancel(task_id).json()
-    done = task["progress"]["completed"]
-    assert (task["status"], len(task["data"]), task["progress"]["processing"]) == ("cancelled", done, 0)
-    assert task["credits_spent"] == done * 0.5
+    result = task["progress"]["completed"]
+    assert (task["status"], len(task["data"]), task["progress"]["processing"]) == ("cancelled", result, 0)
+    assert task["credits_spent"] == result * 0.5
     api.advance(1_000)
-    assert api.balance() == 10_000 - done * 0.5
-    assert sum(run["charged"] for run in api.audit()["runs"]) == done
+    assert api.balance() == 10_000 - result * 0.5
+    assert sum(run["charged"] for run in api.audit()["runs"]) == result
 
 
-def test_flat(start: Start) -> None:
+def test_flat_result_shapes(start: StartSandbox) -> None:
     """The flat shapes hold for the rows of a bulk run too."""
     api = start(shape="flat_list")
     [row] = api.task(api.bulk([ADA]))["data"]
     assert row.keys() == {"email"}
 
 
-def test_each_row_is_a_run(api: Api) -> None:
+def test_audit_counts_each_row(api: SandboxClient) -> None:
     """The audit counts each row, equal ones together."""
-    api.bulk([ADA, ADA, *people(3)])
+    api.bulk([ADA, ADA, *make_leads(3)])
     totals = api.audit()
     assert (totals["accepted"], totals["distinct"], totals["accepted_more_than_once"]) == (5, 4, 1)
 
 
-def test_hits_alone(start: Start) -> None:
+def test_matches_without_alignment(start: StartSandbox) -> None:
     """Before July 2026 the data was the hits, in no order; the counts were the same."""
     api = start(hit_rate=0.5, bulk_data="hits")
-    task = api.task(api.bulk(people(20)))
+    task = api.task(api.bulk(make_leads(20)))
     assert None not in task["data"]
     assert len(task["data"]) == task["progress"]["completed"] < 20
 
 
-def test_too_many_rows(start: Start) -> None:
+def test_too_many_rows(start: StartSandbox) -> None:
     """Where there is a limit, a bulk-run beyond it is a 400 that names no row; nothing is accepted."""
     api = start(bulk_limit=3)
-    answer = api.post_bulk(people(4))
+    answer = api.post_bulk(make_leads(4))
     assert (answer.status_code, answer.json()["error"]) == (400, "BATCH_TOO_LARGE")
     assert api.audit()["accepted"] == 0
-    assert api.task(api.bulk(people(3)))["status"] == "completed"
+    assert api.task(api.bulk(make_leads(3)))["status"] == "completed"

@@ -10,7 +10,7 @@ import pytest
 
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import embedded
-from tests.sandbox.conftest import ADA, Api, Start
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox
 
 WATERFALLS = {
     "email_getter",
@@ -30,13 +30,13 @@ ROWS = {
 }
 
 
-def test_health(api: Api) -> None:
+def test_health(api: SandboxClient) -> None:
     """Health needs no key."""
     response = httpx.get(f"{api.root}/health", trust_env=False)
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
-def test_lists_waterfalls(api: Api) -> None:
+def test_lists_waterfalls(api: SandboxClient) -> None:
     """The list holds each waterfall as the single form shows it."""
     listed = api.http.get("/waterfalls/").json()
     assert {waterfall["identifier"] for waterfall in listed} == WATERFALLS
@@ -44,7 +44,7 @@ def test_lists_waterfalls(api: Api) -> None:
         assert api.http.get(f"/waterfalls/{waterfall['identifier']}").json() == waterfall
 
 
-def test_describes_a_waterfall(api: Api) -> None:
+def test_describes_a_waterfall(api: SandboxClient) -> None:
     """A waterfall has params, output fields, priced providers and verifiers; prices are numbers or texts."""
     email = api.http.get("/waterfalls/email_getter").json()
     assert [param["name"] for param in email["input_params"] if param["required"]] == [*ADA]
@@ -58,7 +58,7 @@ def test_describes_a_waterfall(api: Api) -> None:
     assert (person["is_email_verifying"], person["email_verifiers"]) == (False, [])
 
 
-def test_every_waterfall_has_a_provider_to_be_named(api: Api) -> None:
+def test_waterfalls_have_three_providers(api: SandboxClient) -> None:
     """Each waterfall has three providers or more, one of them off by default."""
     for waterfall in api.http.get("/waterfalls/").json():
         enabled = [provider["enabled_by_default"] for provider in waterfall["available_enrichments"]]
@@ -66,7 +66,7 @@ def test_every_waterfall_has_a_provider_to_be_named(api: Api) -> None:
 
 
 @pytest.mark.parametrize("waterfall", sorted(WATERFALLS))
-def test_every_waterfall_runs(api: Api, waterfall: str) -> None:
+def test_every_waterfall_runs(api: SandboxClient, waterfall: str) -> None:
     """A run of each waterfall finds all of its output fields."""
     fields = [field["name"] for field in api.http.get(f"/waterfalls/{waterfall}").json()["output_fields"]]
     result = api.task(api.run(ROWS[waterfall], waterfall))["data"][0]["result"]
@@ -74,7 +74,7 @@ def test_every_waterfall_runs(api: Api, waterfall: str) -> None:
     assert all(result.values())
 
 
-def test_run_answers_a_created_task(api: Api) -> None:
+def test_run_returns_created_task(api: SandboxClient) -> None:
     """A run answers its task id and nothing but `created`."""
     body = api.post_run(ADA, enrichments=[833, 966], email_verifier=10).json()
     assert body.keys() == {"task_id", "status"}
@@ -82,7 +82,7 @@ def test_run_answers_a_created_task(api: Api) -> None:
     assert str(UUID(body["task_id"])) == body["task_id"]
 
 
-def test_task_carries_its_old_name(api: Api) -> None:
+def test_task_has_deprecated_request_id(api: SandboxClient) -> None:
     """A task is named by `task_id` and, deprecated, by `request_id`; a single one has no progress."""
     task_id = api.run()
     task = api.task(task_id)
@@ -90,7 +90,7 @@ def test_task_carries_its_old_name(api: Api) -> None:
     assert "progress" not in task
 
 
-def test_user(api: Api) -> None:
+def test_user(api: SandboxClient) -> None:
     """The user has a balance, a plan and a workspace."""
     user = api.http.get("/user/me").json()
     assert user.keys() == {"first_name", "email", "balance", "plan", "workspace"}
@@ -105,19 +105,19 @@ def test_user(api: Api) -> None:
         ("/user/me/", "/user/me"),
     ],
 )
-def test_redirects_the_other_slash(api: Api, wrong: str, right: str) -> None:
+def test_wrong_trailing_slash_redirects(api: SandboxClient, wrong: str, right: str) -> None:
     """The form with the wrong slash answers 307 to the right one."""
     response = api.http.get(wrong)
     assert (response.status_code, response.headers["location"]) == (307, api.base_url + right)
 
 
-def test_run_with_a_slash_accepts_nothing(api: Api) -> None:
+def test_redirected_run_is_not_accepted(api: SandboxClient) -> None:
     """A run posted to the wrong form is redirected and not accepted."""
     assert api.http.post("/waterfalls/email_getter/run/", json={"params": ADA}).status_code == 307
     assert api.audit()["accepted"] == 0
 
 
-def test_cancels_a_running_task(start: Start) -> None:
+def test_cancels_a_running_task(start: StartSandbox) -> None:
     """Cancelling refunds a task, shows it as cancelled, and works once."""
     api = start(latency="fixed(60)")
     task_id = api.run(enrichments=[833, 966])
@@ -134,7 +134,7 @@ def test_cancels_a_running_task(start: Start) -> None:
     assert api.balance() == 10_000
 
 
-def test_does_not_cancel_a_finished_task(api: Api) -> None:
+def test_does_not_cancel_a_finished_task(api: SandboxClient) -> None:
     """Cancelling a finished task is a 409 and changes nothing."""
     task_id = api.run()
     before = api.task(task_id)
@@ -143,7 +143,7 @@ def test_does_not_cancel_a_finished_task(api: Api) -> None:
     assert api.task(task_id) == before
 
 
-def test_idle_answers_are_prompt(api: Api) -> None:
+def test_responses_have_no_nagle_delay(api: SandboxClient) -> None:
     """The answers on one connection take no Nagle pauses of 40 ms: these would hold up each of them."""
     task_id = api.run()
     times = [time.monotonic()]
@@ -153,14 +153,14 @@ def test_idle_answers_are_prompt(api: Api) -> None:
     assert min(end - start for start, end in pairwise(times)) < 0.04
 
 
-def test_prices_change(tmp_path: Path) -> None:
+def test_changed_price_is_charged(tmp_path: Path) -> None:
     """A new price is told and charged from then on, after a restart, too."""
     settings = SandboxSettings(latency="fixed(0)", hit_rate=1.0, failure_rate=0.0)
     with embedded(tmp_path / "state.db", settings) as first:
         switch = first.base_url.removesuffix("/v1") + "/__prices"
         httpx.post(switch, json={"prices": {833: 4.5}}, trust_env=False).raise_for_status()
     with embedded(tmp_path / "state.db", settings) as second:
-        api = Api(second.base_url, second.api_key)
+        api = SandboxClient(second.base_url, second.api_key)
         offered = api.http.get("/waterfalls/email_getter").json()["available_enrichments"]
         assert [provider["price"] for provider in offered[:2]] == [4.5, 1.0]
         api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]})

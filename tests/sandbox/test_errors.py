@@ -5,12 +5,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.sandbox.conftest import ADA, Api, Start
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox
 
 BLANK = {"first_name": "Ada", "last_name": " ", "company": "engine.example"}
 
 
-def test_missing_key(api: Api) -> None:
+def test_missing_key(api: SandboxClient) -> None:
     """Without the key header the answer is a schema error that names it."""
     response = httpx.get(f"{api.base_url}/user/me", trust_env=False)
     error = response.json()["detail"][0]
@@ -29,26 +29,26 @@ def test_missing_key(api: Api) -> None:
         ("GET", "/user/me"),
     ],
 )
-def test_wrong_key(api: Api, method: str, path: str) -> None:
+def test_wrong_key(api: SandboxClient, method: str, path: str) -> None:
     """A wrong key is forbidden everywhere, whatever else is wrong."""
     response = api.http.request(method, path, headers={"x-apikey": "other"}, json={} if method == "POST" else None)
     assert (response.status_code, response.json()) == (403, {"detail": "Forbidden"})
 
 
-def test_wrong_key_as_401(start: Start) -> None:
+def test_wrong_key_as_401(start: StartSandbox) -> None:
     """A wrong key may be a 401 instead."""
     response = start(wrong_key="401").http.get("/user/me", headers={"x-apikey": "other"})
     assert (response.status_code, response.json()) == (401, {"detail": "Unauthorized"})
 
 
-def test_unknown_waterfall(api: Api) -> None:
+def test_unknown_waterfall(api: SandboxClient) -> None:
     """An unknown waterfall is a 404, for reading and for running."""
     assert api.http.get("/waterfalls/nothing").status_code == 404
     response = api.post_run(ADA, "nothing")
     assert (response.status_code, response.json()) == (404, {"detail": "Waterfall not found"})
 
 
-def test_unknown_task(api: Api) -> None:
+def test_unknown_task(api: SandboxClient) -> None:
     """An unknown task is a 404, for reading and for cancelling."""
     assert (api.get("nothing").status_code, api.get("nothing").json()) == (404, {"detail": "Task not found"})
     assert api.cancel("nothing").status_code == 404
@@ -64,7 +64,7 @@ def test_unknown_task(api: Api) -> None:
         (ADA | {"company": None}, "company", "Not a valid string."),
     ],
 )
-def test_bad_params(api: Api, params: dict[str, Any], name: str, text: str) -> None:
+def test_bad_params(api: SandboxClient, params: dict[str, Any], name: str, text: str) -> None:
     """Bad params are a 400 that names row, param and reason; nothing is accepted."""
     response = api.post_run(params)
     assert response.status_code == 400
@@ -76,7 +76,7 @@ def test_bad_params(api: Api, params: dict[str, Any], name: str, text: str) -> N
     assert api.audit()["accepted"] == 0
 
 
-def test_half_a_surrogate_is_no_string(api: Api) -> None:
+def test_lone_surrogate_is_rejected(api: SandboxClient) -> None:
     """A text that cannot be encoded is refused like any other non-string."""
     body = b'{"params":{"first_name":"\\ud800","last_name":"B","company":"c"}}'
     response = api.http.post("/waterfalls/email_getter/run", content=body, headers={"content-type": "application/json"})
@@ -86,7 +86,7 @@ def test_half_a_surrogate_is_no_string(api: Api) -> None:
     )
 
 
-def test_bad_params_in_bulk(api: Api) -> None:
+def test_bad_params_in_bulk(api: SandboxClient) -> None:
     """One bad row refuses the whole bulk run, and is named by its position."""
     response = api.post_bulk([ADA, BLANK])
     assert response.status_code == 400
@@ -94,7 +94,7 @@ def test_bad_params_in_bulk(api: Api) -> None:
     assert api.audit()["accepted"] == 0
 
 
-def test_bad_rows_without_the_good_ones(start: Start) -> None:
+def test_error_body_old_short_omits_row_index(start: StartSandbox) -> None:
     """`old_short` lists the wrong rows of a bulk run alone: nobody can tell which they were."""
     api = start(error_shape="old_short")
     assert api.post_bulk([ADA, {"first_name": "Ada"}, ADA]).json() == {
@@ -102,7 +102,7 @@ def test_bad_rows_without_the_good_ones(start: Start) -> None:
     }
 
 
-def test_bad_params_the_old_way(start: Start) -> None:
+def test_error_body_old_format(start: StartSandbox) -> None:
     """The older bodies name params at once; for bulk they are a list of rows."""
     api = start(error_shape="old")
     fields = {"last_name": ["This field may not be blank."]}
@@ -110,7 +110,7 @@ def test_bad_params_the_old_way(start: Start) -> None:
     assert api.post_bulk([ADA, BLANK]).json() == {"detail": [{}, fields]}
 
 
-def test_bad_params_as_fields(start: Start) -> None:
+def test_error_body_fields_format(start: StartSandbox) -> None:
     """A single run may answer `fields` in place of `rows`."""
     body = start(error_shape="fields").post_run(BLANK).json()
     assert body["fields"] == {"last_name": ["This field may not be blank."]}
@@ -132,7 +132,7 @@ def test_bad_params_as_fields(start: Start) -> None:
         ([], ["body"], "model_attributes_type"),
     ],
 )
-def test_bad_schema(api: Api, body: Any, location: list[Any], kind: str) -> None:
+def test_bad_schema(api: SandboxClient, body: Any, location: list[Any], kind: str) -> None:
     """A body of another schema is a 422 with location and type."""
     response = api.http.post("/waterfalls/email_getter/run", json=body)
     error = response.json()["detail"][0]
@@ -140,25 +140,25 @@ def test_bad_schema(api: Api, body: Any, location: list[Any], kind: str) -> None
     assert api.audit()["accepted"] == 0
 
 
-def test_broken_json_is_a_schema_error(api: Api) -> None:
+def test_broken_json_is_a_schema_error(api: SandboxClient) -> None:
     """A body that is not JSON is a 422."""
     headers = {"content-type": "application/json"}
     response = api.http.post("/waterfalls/email_getter/run", content=b'{"params":', headers=headers)
     assert (response.status_code, response.json()["detail"][0]["type"]) == (422, "json_invalid")
 
 
-def test_bulk_needs_rows(api: Api) -> None:
+def test_bulk_needs_rows(api: SandboxClient) -> None:
     """A bulk run of no rows, or of one object, is a 422."""
     assert api.post_bulk([]).status_code == 422
     assert api.post_bulk(ADA).status_code == 422
 
 
-def test_schema_is_checked_before_the_waterfall(api: Api) -> None:
+def test_schema_checked_before_waterfall(api: SandboxClient) -> None:
     """An unknown waterfall shows only once the schema is right."""
     assert api.http.post("/waterfalls/nothing/run", json={}).status_code == 422
 
 
-def test_enrichments_may_be_required(start: Start) -> None:
+def test_enrichments_may_be_required(start: StartSandbox) -> None:
     """Where enrichments are required, a run without them is a 422."""
     api = start(require_enrichments=True)
     response = api.post_run()
@@ -166,14 +166,14 @@ def test_enrichments_may_be_required(start: Start) -> None:
     assert api.post_run(enrichments=[833]).status_code == 200
 
 
-def test_unknown_enrichment(api: Api) -> None:
+def test_unknown_enrichment(api: SandboxClient) -> None:
     """A provider of another waterfall is a 400 in the old shape."""
     response = api.post_run(enrichments=[833, 301])
     assert response.status_code == 400
     assert response.json() == {"detail": {"enrichments": ["301 is not part of this waterfall."]}}
 
 
-def test_unknown_verifier(api: Api) -> None:
+def test_unknown_verifier(api: SandboxClient) -> None:
     """An unknown verifier is a 400, and so is any verifier where nothing is verified."""
     response = api.post_run(email_verifier=11)
     assert (response.status_code, [*response.json()["detail"]]) == (400, ["email_verifier"])
@@ -181,7 +181,7 @@ def test_unknown_verifier(api: Api) -> None:
     assert (response.status_code, [*response.json()["detail"]]) == (400, ["email_verifier"])
 
 
-def test_no_credits(start: Start) -> None:
+def test_no_credits(start: StartSandbox) -> None:
     """A balance below the worst case is a 406, though the likely price is below it."""
     api = start(balance=1.51)
     response = api.post_run(enrichments=[833, 966], email_verifier=10)
@@ -190,12 +190,12 @@ def test_no_credits(start: Start) -> None:
     assert api.post_run(enrichments=[833, 966]).status_code == 200
 
 
-def test_params_are_checked_before_money(start: Start) -> None:
+def test_params_checked_before_balance(start: StartSandbox) -> None:
     """Bad params show even when there are no credits."""
     assert start(balance=0).post_run(BLANK).status_code == 400
 
 
-def test_bulk_must_be_payable_as_a_whole(start: Start) -> None:
+def test_bulk_requires_balance_for_all_rows(start: StartSandbox) -> None:
     """A bulk run is refused unless the worst case of all its rows is there."""
     api = start(balance=1)
     assert api.post_bulk([ADA, ADA, ADA], enrichments=[833]).status_code == 406

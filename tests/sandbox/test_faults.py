@@ -11,26 +11,26 @@ import pytest
 
 from enrich.sandbox.faults import KINDS, Fault, Faults
 from tests.cases import in_turn
-from tests.harness import until
-from tests.sandbox.conftest import ADA, Api, Start, people
+from tests.harness import wait_until
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
-See = Callable[[httpx.Response], bool]
+ResponseCheck = Callable[[httpx.Response], bool]
 
 
-def html(response: httpx.Response) -> bool:
+def is_html(response: httpx.Response) -> bool:
     """Say whether it is a page."""
     return response.text.startswith("<!doctype html>") and response.headers["content-type"].startswith("text/html")
 
 
-BEFORE: list[tuple[str, dict[str, Any], int, See]] = [
+FAULTS_BEFORE_ACCEPTANCE: list[tuple[str, dict[str, Any], int, ResponseCheck]] = [
     ("rate-limit", {}, 429, lambda r: r.headers["retry-after"] == "1"),
     ("rate-limit", {"retry_after": 7}, 429, lambda r: r.headers["retry-after"] == "7"),
     ("rate-limit-bare", {}, 429, lambda r: "retry-after" not in r.headers),
     ("error-before", {}, 500, lambda r: "detail" in r.json()),
     ("error-before-502", {}, 502, lambda r: "detail" in r.json()),
     ("error-before", {"status": 504}, 504, lambda r: "detail" in r.json()),
-    ("html", {}, 502, html),
-    ("html", {"status": 503}, 503, html),
+    ("html", {}, 502, is_html),
+    ("html", {"status": 503}, 503, is_html),
     ("redirect", {}, 307, lambda r: r.headers["location"].startswith("http://elsewhere.example/v1/waterfalls/")),
     ("redirect", {"location": "/v2"}, 307, lambda r: r.headers["location"] == "/v2"),
     ("unauthorized", {}, 401, lambda r: r.json() == {"detail": "Unauthorized"}),
@@ -38,18 +38,20 @@ BEFORE: list[tuple[str, dict[str, Any], int, See]] = [
     ("no-credits", {}, 406, lambda r: "credits" in r.json()["detail"]),
 ]
 
-AFTER: list[tuple[str, int, See]] = [
+FAULTS_AFTER_ACCEPTANCE: list[tuple[str, int, ResponseCheck]] = [
     ("error-after", 500, lambda r: "detail" in r.json()),
     ("error-after-503", 503, lambda r: "detail" in r.json()),
-    ("html-200", 200, html),
+    ("html-200", 200, is_html),
     ("broken-json", 200, lambda r: r.text.startswith('{"task_id"') and not r.text.endswith("}")),
     ("wrong-json", 200, lambda r: isinstance(r.json(), list)),
     ("no-task-id", 200, lambda r: r.json() == {"status": "created"}),
 ]
 
 
-@pytest.mark.parametrize(("name", "params", "status", "see"), BEFORE)
-def test_before(api: Api, name: str, params: dict[str, Any], status: int, see: See) -> None:
+@pytest.mark.parametrize(("name", "params", "status", "see"), FAULTS_BEFORE_ACCEPTANCE)
+def test_fault_before_acceptance(
+    api: SandboxClient, name: str, params: dict[str, Any], status: int, see: ResponseCheck
+) -> None:
     """The client sees the answer once; nothing was accepted; the next request is well."""
     api.fault(name, **params)
     response = api.post_run()
@@ -58,8 +60,8 @@ def test_before(api: Api, name: str, params: dict[str, Any], status: int, see: S
     assert api.post_run().status_code == 200
 
 
-@pytest.mark.parametrize(("name", "status", "see"), AFTER)
-def test_after(api: Api, name: str, status: int, see: See) -> None:
+@pytest.mark.parametrize(("name", "status", "see"), FAULTS_AFTER_ACCEPTANCE)
+def test_fault_after_acceptance(api: SandboxClient, name: str, status: int, see: ResponseCheck) -> None:
     """The client sees a spoilt answer, but the run was accepted and charged."""
     api.fault(name)
     response = api.post_run()
@@ -69,7 +71,7 @@ def test_after(api: Api, name: str, status: int, see: See) -> None:
     assert api.task(totals["runs"][0]["task_ids"][0])["status"] == "completed"
 
 
-def test_rate_limit_with_a_date(start: Start) -> None:
+def test_rate_limit_with_a_date(start: StartSandbox) -> None:
     """Retry-After may be a date, by the clock that the Date header tells."""
     api = start(date_offset=-3_600.0)
     api.fault("rate-limit-date", retry_after=5)
@@ -79,7 +81,7 @@ def test_rate_limit_with_a_date(start: Start) -> None:
 
 
 @pytest.mark.parametrize(("name", "accepted"), [("reset-before", 0), ("reset-after", 1)])
-def test_reset(api: Api, name: str, accepted: int) -> None:
+def test_reset(api: SandboxClient, name: str, accepted: int) -> None:
     """The connection is reset without an answer, before or after the run was accepted."""
     api.fault(name)
     with pytest.raises((httpx.ReadError, httpx.WriteError), match="reset"):
@@ -88,7 +90,7 @@ def test_reset(api: Api, name: str, accepted: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "accepted"), [("silence-before", 0), ("silence-after", 1)])
-def test_silence(api: Api, name: str, accepted: int) -> None:
+def test_silence(api: SandboxClient, name: str, accepted: int) -> None:
     """No answer comes until the client gives up, before or after the run was accepted."""
     api.fault(name)
     api.http.timeout = httpx.Timeout(0.2)
@@ -98,14 +100,14 @@ def test_silence(api: Api, name: str, accepted: int) -> None:
     assert api.audit()["accepted"] == accepted
 
 
-def test_silence_ends_in_a_reset(api: Api) -> None:
+def test_silence_ends_with_reset(api: SandboxClient) -> None:
     """A client with all the patience in the world is reset in the end."""
     api.fault("silence-before", seconds=0.1)
     with pytest.raises(httpx.ReadError):
         api.post_run()
 
 
-def test_slow(api: Api) -> None:
+def test_slow(api: SandboxClient) -> None:
     """The right answer comes late."""
     api.fault("slow", seconds=0.2)
     start = time.monotonic()
@@ -113,16 +115,16 @@ def test_slow(api: Api) -> None:
     assert time.monotonic() - start >= 0.2
 
 
-def test_slow_is_carried_out_when_the_client_has_gone(api: Api) -> None:
+def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
     """A time-out that is charged afterwards: what makes a repeated POST pay twice."""
     api.fault("slow", seconds=2)
     with pytest.raises(httpx.ReadTimeout):
         api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]}, timeout=0.3)
     assert api.audit()["accepted"] == 0
-    until(lambda: api.audit()["accepted"] == 1)
+    wait_until(lambda: api.audit()["accepted"] == 1)
 
 
-def test_lost_task(api: Api) -> None:
+def test_lost_task(api: SandboxClient) -> None:
     """An accepted run whose task is unknown for ever, and paid for."""
     api.fault("lost-task")
     task_id = api.run()
@@ -132,7 +134,7 @@ def test_lost_task(api: Api) -> None:
     assert api.audit()["credits_charged"] > 0
 
 
-def test_late_task(api: Api) -> None:
+def test_late_task(api: SandboxClient) -> None:
     """An accepted run whose task is unknown at first."""
     api.fault("late-task", seconds=30)
     task_id = api.run()
@@ -141,7 +143,7 @@ def test_late_task(api: Api) -> None:
     assert api.task(task_id)["status"] == "completed"
 
 
-def test_flickering_task(api: Api) -> None:
+def test_flickering_task_returns(api: SandboxClient) -> None:
     """A task that was known is unknown for a while, then known again with its answer."""
     api.fault("flickering-task", seconds=30)
     task_id = api.run()
@@ -150,7 +152,7 @@ def test_flickering_task(api: Api) -> None:
     assert api.task(task_id)["status"] == "completed"
 
 
-def test_a_task_that_runs_flickers_after_it_was_known(start: Start) -> None:
+def test_task_flickers_after_first_poll(start: StartSandbox) -> None:
     """The first poll finds it at work, the next ones don't find it."""
     api = start(latency="fixed(60)")
     api.fault("flickering-task", seconds=10)
@@ -161,7 +163,7 @@ def test_a_task_that_runs_flickers_after_it_was_known(start: Start) -> None:
 
 
 @pytest.mark.parametrize("status", [201, 202, 203])
-def test_other_success(api: Api, status: int) -> None:
+def test_other_success(api: SandboxClient, status: int) -> None:
     """An accepted run is answered as usual, but for the status."""
     api.fault("other-success", status=status)
     response = api.post_run()
@@ -170,16 +172,16 @@ def test_other_success(api: Api, status: int) -> None:
 
 
 @pytest.mark.parametrize("credits_", ["many", -5, 1e300, "NaN"])
-def test_odd_credits(api: Api, credits_: float | str) -> None:
+def test_odd_credits(api: SandboxClient, credits_: float | str) -> None:
     """The price that a task tells is nonsense, the rest of it is right."""
     task_id = api.run()
     right = api.task(task_id)
     api.fault("odd-credits", credits=credits_)
-    odd = json.loads(api.get(task_id).text, parse_constant=str)
-    assert odd == right | {"credits_spent": credits_}
+    scripted_api = json.loads(api.get(task_id).text, parse_constant=str)
+    assert scripted_api == right | {"credits_spent": credits_}
 
 
-def test_invalid_utf8(api: Api) -> None:
+def test_invalid_utf8(api: SandboxClient) -> None:
     """Bytes that are no text stand in a body that is whole otherwise."""
     task_id = api.run()
     right = api.task(task_id)
@@ -193,7 +195,7 @@ def test_invalid_utf8(api: Api) -> None:
 
 
 @pytest.mark.parametrize("scope", ["post", "get"])
-def test_long_id(api: Api, scope: str) -> None:
+def test_long_id(api: SandboxClient, scope: str) -> None:
     """An id is longer than any can be; the API itself knows another."""
     task_id = api.run() if scope == "get" else ""
     api.fault("long-id", scope=scope)
@@ -203,7 +205,7 @@ def test_long_id(api: Api, scope: str) -> None:
     assert len(run["task_ids"][0]) == 36
 
 
-def test_deep_json(api: Api) -> None:
+def test_deep_json(api: SandboxClient) -> None:
     """Lists in lists in lists, deeper than a parser goes."""
     task_id = api.run()
     api.fault("deep-json")
@@ -214,7 +216,7 @@ def test_deep_json(api: Api) -> None:
 
 
 @pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat"])
-def test_many_steps(start: Start, shape: str) -> None:
+def test_many_steps(start: StartSandbox, shape: str) -> None:
     """The list of steps is longer than any; what was found is there."""
     api = start(shape=shape)
     task_id = api.run()
@@ -226,7 +228,7 @@ def test_many_steps(start: Start, shape: str) -> None:
     assert response.json()["credits_spent"] == right["credits_spent"]
 
 
-def test_gzip_bomb(api: Api) -> None:
+def test_gzip_bomb(api: SandboxClient) -> None:
     """A small answer becomes a large one when it is unpacked."""
     task_id = api.run()
     right = api.task(task_id)
@@ -238,7 +240,7 @@ def test_gzip_bomb(api: Api) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "age"), [(7_200, 0), (-7_200, 0), (86_400, 600)])
-def test_wrong_date(start: Start, seconds: int, age: int) -> None:
+def test_wrong_date(start: StartSandbox, seconds: int, age: int) -> None:
     """One answer tells a wrong time, an old one with its age; the next is right."""
     api = start(date_offset=60.0)
     api.fault("wrong-date", seconds=seconds, age=age)
@@ -249,7 +251,7 @@ def test_wrong_date(start: Start, seconds: int, age: int) -> None:
     assert (wrong.get("age"), right.get("age")) == (str(age) if age else None, None)
 
 
-def test_odd_status(api: Api) -> None:
+def test_odd_status(api: SandboxClient) -> None:
     """A task reports statuses never seen before, then completes."""
     api.fault("odd-status", polls=3)
     task_id = api.run()
@@ -259,7 +261,7 @@ def test_odd_status(api: Api) -> None:
     assert statuses[3] == "completed"
 
 
-def test_unavailable(api: Api) -> None:
+def test_unavailable(api: SandboxClient) -> None:
     """For a while everything is a 503; the switches still work."""
     task_id = api.run()
     api.fault("unavailable", seconds=60)
@@ -270,13 +272,13 @@ def test_unavailable(api: Api) -> None:
     assert api.audit()["accepted"] == 1
 
 
-def test_after_faults_leave_refusals_alone(api: Api) -> None:
+def test_after_faults_leave_refusals_alone(api: SandboxClient) -> None:
     """A request that is refused anyway shows why, as there is nothing to be in doubt about."""
     api.fault("error-after")
     assert api.post_run({}).status_code == 400
 
 
-def test_scope_of_a_get(api: Api) -> None:
+def test_scope_of_a_get(api: SandboxClient) -> None:
     """A fault of the scope `get` waits for the GET of a task, and spoils it."""
     task_id = api.run()
     api.fault("broken-json", scope="get")
@@ -285,7 +287,7 @@ def test_scope_of_a_get(api: Api) -> None:
     assert api.task(task_id)["status"] == "completed"
 
 
-def test_default_scope_of_charged_faults_is_the_run(api: Api) -> None:
+def test_default_scope_of_charged_faults_is_the_run(api: SandboxClient) -> None:
     """What can cost money happens to runs, single and bulk."""
     task_id = api.run()
     api.fault("error-after", times=2)
@@ -293,7 +295,7 @@ def test_default_scope_of_charged_faults_is_the_run(api: Api) -> None:
     assert (api.post_run().status_code, api.post_bulk([ADA]).status_code) == (500, 500)
 
 
-def test_next_requests(api: Api) -> None:
+def test_fault_for_next_n_requests(api: SandboxClient) -> None:
     """A chosen fault happens to the next N requests; the list tells what is left and what happened."""
     api.fault("error-before", times=2, scope="me")
     assert api.http.get(f"{api.root}/__faults").json() == {"chosen": ["error-before"] * 2, "happened": {}}
@@ -302,13 +304,13 @@ def test_next_requests(api: Api) -> None:
     assert api.audit()["requests"] == {"me": 3, "500": 2}
 
 
-def test_chances_are_drawn_by_seed(start: Start) -> None:
+def test_faults_are_drawn_by_seed(start: StartSandbox) -> None:
     """Which requests meet a fault follows from the fault seed, whatever else is asked between."""
 
     def statuses(*, polls: bool, **settings: Any) -> list[int]:
         api = start(faults=(Fault("error-after", 0.4),), **settings)
         codes = []
-        for params in people(20):
+        for params in make_leads(20):
             codes.append(api.post_run(params).status_code)
             if polls:
                 api.balance()
@@ -320,7 +322,7 @@ def test_chances_are_drawn_by_seed(start: Start) -> None:
     assert statuses(polls=False, fault_seed=2) != once
 
 
-def test_clear(start: Start) -> None:
+def test_clear_faults(start: StartSandbox) -> None:
     """Clearing ends chosen faults, chances and unavailability."""
     api = start(faults=(Fault("forbidden", 1.0),))
     assert api.post_run().status_code == 403
@@ -341,7 +343,7 @@ def test_clear(start: Start) -> None:
         ("error-after-503=0.1", Fault("error-after", 0.1, "post", {"status": 503})),
     ],
 )
-def test_spelling(text: str, fault: Fault) -> None:
+def test_fault_syntax(text: str, fault: Fault) -> None:
     """A fault is written as scope, name, probability and params."""
     assert Fault.parse(text) == fault
 
@@ -350,26 +352,26 @@ def test_spelling(text: str, fault: Fault) -> None:
     "text",
     ["html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status", "get:lost-task=1"],
 )
-def test_misspelling(text: str) -> None:
+def test_invalid_fault_syntax(text: str) -> None:
     """What is no fault is an error."""
     with pytest.raises(ValueError, match=r"."):
         Fault.parse(text)
 
 
-def test_misspelt_choice(api: Api) -> None:
+def test_unknown_fault_name_at_runtime(api: SandboxClient) -> None:
     """An unknown fault is refused at runtime, with the names there are."""
     answer = api.http.post(f"{api.root}/__faults", json={"name": "quake"})
     assert answer.status_code == 422
     assert all(name in answer.json()["detail"] for name in KINDS)
 
 
-def test_chance_is_about_right() -> None:
+def test_fault_rate_matches_probability() -> None:
     """A fault happens about as often as its probability says."""
     faults = Faults([Fault("html", 0.1)], 1)
     assert 60 < sum(faults.draw("me") is not None for _ in range(1_000)) < 140
 
 
-def test_rate_limit_proper(start: Start) -> None:
+def test_rate_and_burst_limit(start: StartSandbox) -> None:
     """Beyond rate and burst the answer is 429; nothing is accepted then."""
     api = start(rate=0.001, burst=3, retry_after=9)
     answers = [api.post_run() for _ in range(5)]
@@ -379,9 +381,9 @@ def test_rate_limit_proper(start: Start) -> None:
     assert (totals["accepted"], totals["requests"]["429"]) == (3, 2)
 
 
-def test_rate_refills(start: Start) -> None:
+def test_rate_refills(start: StartSandbox) -> None:
     """The rate lets requests through again after a while, and may say nothing of when."""
     api = start(rate=0.5, burst=1, retry_after=None)
     assert [api.post_run().status_code, api.post_run().status_code] == [200, 429]
     assert "retry-after" not in api.post_run().headers
-    until(lambda: api.post_run().status_code == 200)
+    wait_until(lambda: api.post_run().status_code == 200)

@@ -8,7 +8,7 @@ import pytest
 
 from enrich.sandbox.people import ascii_name, domain_of
 from tests.cases import in_turn
-from tests.sandbox.conftest import ADA, Api, Start, people
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 MAIL: dict[str, Any] = {"enrichments": [833, 966], "email_verifier": 10}
 
@@ -18,7 +18,7 @@ def step_costs(wrapper: Any) -> Decimal:
     return sum((Decimal(step["cost"]) for step in wrapper["steps"]), Decimal(0))
 
 
-def test_running(start: Start) -> None:
+def test_running(start: StartSandbox) -> None:
     """A running task has no data and has spent nothing."""
     api = start(latency="fixed(60)")
     task = api.task(api.run())
@@ -26,7 +26,7 @@ def test_running(start: Start) -> None:
     assert task == {"status": "processing", "data": None, "error": None, "credits_spent": 0.0}
 
 
-def test_wrapped(api: Api) -> None:
+def test_wrapped_match(api: SandboxClient) -> None:
     """A find is a list of one wrapper, whose steps add up to what was spent."""
     task = api.task(api.run(**MAIL))
     [wrapper] = task["data"]
@@ -39,7 +39,7 @@ def test_wrapped(api: Api) -> None:
     assert step_costs(wrapper) == Decimal(str(task["credits_spent"])) > 0
 
 
-def test_other_shapes(start: Start) -> None:
+def test_other_shapes(start: StartSandbox) -> None:
     """The same find can be a bare wrapper, a flat object, or a list of that."""
     [wrapper] = start().task_of(**MAIL)["data"]
     assert start(shape="wrapper_object").task_of(**MAIL)["data"] == wrapper
@@ -51,14 +51,14 @@ def test_other_shapes(start: Start) -> None:
     ("kind", "data"),
     [("null", None), ("empty_list", []), ("empty_object", {}), ("no_data", None)],
 )
-def test_bare_misses(start: Start, kind: str, data: Any) -> None:
+def test_no_match_without_data(start: StartSandbox, kind: str, data: Any) -> None:
     """A miss may be completed with nothing at all, free of charge."""
     task = start(hit_rate=0.0, miss_kinds=(kind,), no_data_seconds=0.0).task_of()
     assert (task["status"], task["data"], task["error"], task["credits_spent"]) == ("completed", data, None, 0)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("null_result", None), ("blank_result", "")])
-def test_wrapped_misses(start: Start, kind: str, value: str | None) -> None:
+def test_no_match_with_empty_fields(start: StartSandbox, kind: str, value: str | None) -> None:
     """A miss may be a wrapper whose output fields are all null or blank."""
     api = start(hit_rate=0.0, miss_kinds=(kind,))
     [wrapper] = api.task(api.run({"email": "ada@engine.example"}, "person_getter"))["data"]
@@ -67,7 +67,7 @@ def test_wrapped_misses(start: Start, kind: str, value: str | None) -> None:
     assert step_costs(wrapper) == 0
 
 
-def test_no_data_lasts_a_while(start: Start) -> None:
+def test_no_data_becomes_completed(start: StartSandbox) -> None:
     """The status `no_data` becomes `completed` after its time."""
     api = start(hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=60.0)
     task_id = api.run()
@@ -77,7 +77,7 @@ def test_no_data_lasts_a_while(start: Start) -> None:
 
 
 @pytest.mark.parametrize("lasting", [None, -1.0])
-def test_no_data_may_last_for_ever(start: Start, lasting: float | None) -> None:
+def test_no_data_can_be_final(start: StartSandbox, lasting: float | None) -> None:
     """The status `no_data` can be the last word."""
     api = start(hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting)
     task_id = api.run()
@@ -85,11 +85,11 @@ def test_no_data_may_last_for_ever(start: Start, lasting: float | None) -> None:
     assert api.task(task_id)["status"] == "no_data"
 
 
-def test_misses_of_every_kind(start: Start) -> None:
+def test_no_match_shapes_all_occur(start: StartSandbox) -> None:
     """The misses of one list are of all kinds."""
     api = start(hit_rate=0.0)
     seen: Counter[tuple[str, str]] = Counter()
-    for params in people(60):
+    for params in make_leads(60):
         task = api.task(api.run(params))
         shape = "wrapper" if task["data"] else repr(task["data"])
         seen[task["status"], shape] += 1
@@ -102,13 +102,13 @@ def test_misses_of_every_kind(start: Start) -> None:
     }
 
 
-def test_misses_may_be_charged(start: Start) -> None:
+def test_no_match_can_be_charged(start: StartSandbox) -> None:
     """Where misses are charged, each provider that was asked costs its price."""
     task = start(hit_rate=0.0, charge_misses=True).task_of(enrichments=[833, 966])
     assert task["credits_spent"] == 1.5
 
 
-def test_free_failure_succeeds_later(start: Start) -> None:
+def test_free_failure_succeeds_on_retry(start: StartSandbox) -> None:
     """A free failure costs nothing, has no data, and goes away when asked again."""
     api = start(failure_rate=1.0, free_failures=1.0)
     task = api.task(api.run())
@@ -120,7 +120,7 @@ def test_free_failure_succeeds_later(start: Start) -> None:
     assert asked["accepted"] - asked["charged"] == 1 + statuses.count("failed")
 
 
-def test_charged_failure_stays(start: Start) -> None:
+def test_charged_failure_repeats(start: StartSandbox) -> None:
     """A failure that was charged fails again, and is charged again."""
     api = start(failure_rate=1.0, free_failures=0.0)
     first, second = api.task(api.run(enrichments=[833])), api.task(api.run(enrichments=[833]))
@@ -129,36 +129,36 @@ def test_charged_failure_stays(start: Start) -> None:
     assert api.audit()["paid_twice"] == 1
 
 
-def test_errors_are_texts_and_lists(start: Start) -> None:
+def test_errors_are_texts_and_lists(start: StartSandbox) -> None:
     """The error of a failure is a text for some and a list for others."""
     api = start(failure_rate=1.0)
-    assert {type(api.task(api.run(params))["error"]) for params in people(20)} == {str, list}
+    assert {type(api.task(api.run(params))["error"]) for params in make_leads(20)} == {str, list}
 
 
-def test_charged_failures_may_show_steps(start: Start) -> None:
+def test_charged_failures_may_show_steps(start: StartSandbox) -> None:
     """Some failures that were charged have data that says for what."""
     api = start(failure_rate=1.0, free_failures=0.0)
-    shown = [api.task(api.run(params))["data"] for params in people(20)]
+    shown = [api.task(api.run(params))["data"] for params in make_leads(20)]
     wrappers = [data[0] for data in shown if data]
     assert 0 < len(wrappers) < 20
     assert all(step_costs(wrapper) == Decimal("0.5") for wrapper in wrappers)
 
 
-def test_aliases(start: Start) -> None:
+def test_aliases(start: StartSandbox) -> None:
     """The statuses may be spelt `success` and `error`."""
     assert start(aliases=True).task_of()["status"] == "success"
     assert start(aliases=True, failure_rate=1.0).task_of()["status"] == "error"
 
 
-def test_credits_may_be_hidden(start: Start) -> None:
+def test_credits_may_be_hidden(start: StartSandbox) -> None:
     """A task may say nothing of credits."""
     assert "credits_spent" not in start(hide_credits=True).task_of()
 
 
-def test_rejected_finds_cost_the_check(start: Start) -> None:
+def test_rejected_matches_cost_verification(start: StartSandbox) -> None:
     """With a verifier some misses cost what checking the wrong finds cost, and their steps say so."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
-    for params in people(30):
+    for params in make_leads(30):
         task = api.task(api.run(params, **MAIL))
         rejected = [step for step in task["data"][0]["steps"] if step["result"] == "invalid"]
         assert task["data"][0]["result"] == {"email": None}
@@ -166,7 +166,7 @@ def test_rejected_finds_cost_the_check(start: Start) -> None:
     assert api.audit()["credits_charged"] > 0
 
 
-def test_worst_case_is_reserved_and_settled(start: Start) -> None:
+def test_worst_case_is_reserved_and_settled(start: StartSandbox) -> None:
     """The balance drops by the worst case at submit, and rises to the true cost at completion."""
     api = start(latency="fixed(60)")
     task_id = api.run(**MAIL)
@@ -177,7 +177,7 @@ def test_worst_case_is_reserved_and_settled(start: Start) -> None:
     assert spent in {0.51, 1.01, 1.02}
 
 
-def test_default_cascade(start: Start) -> None:
+def test_default_cascade(start: StartSandbox) -> None:
     """Without enrichments the enabled providers are asked, in their order; absent params skip a provider."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task(api.run())["data"]
@@ -187,14 +187,14 @@ def test_default_cascade(start: Start) -> None:
     assert api.audit()["runs"][0]["enrichments"] == [833, 966, 701, 745]
 
 
-def test_order_of_enrichments_is_the_cascade(start: Start) -> None:
+def test_order_of_enrichments_is_the_cascade(start: StartSandbox) -> None:
     """The providers are asked in the order of the request."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task(api.run(enrichments=[966, 113, 833]))["data"]
     assert [step["provider"] for step in wrapper["steps"]] == ["Peoplegrid", "Apex Contacts", "Mailhound"]
 
 
-def test_dotted_paths_lead_somewhere(api: Api) -> None:
+def test_nested_result_fields(api: SandboxClient) -> None:
     """Some results hold objects and lists."""
     result = api.task(api.run({"company_website": "engine.example"}, "company_lookup"))["data"][0]["result"]
     assert isinstance(result["headquarters"]["city"], str)
@@ -234,7 +234,7 @@ def test_companies_have_domains(company: str, domain: str) -> None:
     assert domain_of(company) == domain
 
 
-def test_phones_are_fictional(api: Api) -> None:
+def test_phones_are_fictional(api: SandboxClient) -> None:
     """Phone numbers are from the range that belongs to nobody."""
     for number in range(5):
         task = api.task(api.run({"linkedin": f"https://linkedin.example/in/{number}"}, "phone_getter"))

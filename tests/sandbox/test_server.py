@@ -21,48 +21,48 @@ from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import embedded
 from enrich.sandbox.settings import SandboxSettings
 from tests.cases import first_quick, in_turn
-from tests.harness import usual_signals
-from tests.sandbox.conftest import Api, people
+from tests.harness import reset_signals
+from tests.sandbox.conftest import SandboxClient, make_leads
 
-AT_ONCE = SandboxSettings(latency="fixed(0)")
+INSTANT = SandboxSettings(latency="fixed(0)")
 
 
 @contextmanager
-def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], Api]]:
+def start_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], SandboxClient]]:
     """Run `python -m enrich.sandbox`, and give it with a client."""
     command = [sys.executable, "-m", "enrich.sandbox", "--latency", "fixed(0)", *options]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=usual_signals
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=reset_signals
     ) as running:
         assert running.stdout
         try:
             lines = dict(running.stdout.readline().strip().split("=", 1) for _ in range(2))
             assert [*lines] == ["DATABAR_BASE_URL", "DATABAR_API_KEY"]
-            api = Api(*lines.values())
+            api = SandboxClient(*lines.values())
             with api.http:
                 yield running, api
         finally:
             running.kill()
 
 
-def client(stack: ExitStack, state: Path, settings: SandboxSettings = AT_ONCE) -> Api:
+def open_client(stack: ExitStack, state: Path, settings: SandboxSettings = INSTANT) -> SandboxClient:
     """Serve a state file in this process."""
     running = stack.enter_context(embedded(state, settings))
-    api = Api(running.base_url, running.api_key)
+    api = SandboxClient(running.base_url, running.api_key)
     stack.callback(api.http.close)
     return api
 
 
-def test_restart_keeps_everything(tmp_path: Path) -> None:
+def test_restart_keeps_state(tmp_path: Path) -> None:
     """Tasks, credits and the clock outlive the server."""
     state = tmp_path / "state.db"
     with ExitStack() as stack:
-        api = client(stack, state)
-        before = [api.task_of(params) for params in people(5)]
+        api = open_client(stack, state)
+        before = [api.task_of(params) for params in make_leads(5)]
         api.advance(1_000)
         totals, now = api.audit(), api.advance(0)["now"]
     with ExitStack() as stack:
-        api = client(stack, state, SandboxSettings(latency="fixed(0)", balance=5))
+        api = open_client(stack, state, SandboxSettings(latency="fixed(0)", balance=5))
         assert [api.task(task["task_id"]) for task in before] == before
         after = api.audit()
         since_the_start = {"requests": {}, "busiest_second": 0}
@@ -73,12 +73,12 @@ def test_restart_keeps_everything(tmp_path: Path) -> None:
 def test_kill_keeps_accepted_tasks(tmp_path: Path) -> None:
     """What was answered before a kill -9 is there after it."""
     state = tmp_path / "state.db"
-    with process("--state", str(state)) as (running, api):
-        tasks = [api.run(params) for params in people(20)]
+    with start_process("--state", str(state)) as (running, api):
+        tasks = [api.run(params) for params in make_leads(20)]
         running.kill()
         running.wait()
     with ExitStack() as stack:
-        api = client(stack, state)
+        api = open_client(stack, state)
         assert all(api.get(task_id).status_code == 200 for task_id in tasks)
         assert api.audit()["accepted"] == 20
 
@@ -92,14 +92,14 @@ def test_state_is_private(tmp_path: Path) -> None:
     assert modes == {0o600}
 
 
-def test_one_sandbox_for_one_state(tmp_path: Path) -> None:
+def test_second_sandbox_on_same_state_is_refused(tmp_path: Path) -> None:
     """A second sandbox on the same state is refused."""
     with embedded(tmp_path / "state.db"):
         result = CliRunner().invoke(sandbox, ["--state", str(tmp_path / "state.db")])
     assert (result.exit_code, "locked" in result.output) == (1, True)
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_file_is_refused(tmp_path: Path) -> None:
     """A file that is no state of a sandbox is refused."""
     (tmp_path / "leads.csv").write_text("First Name,Last Name\n" * 100)
     with sqlite3.connect(tmp_path / "other.db") as other:
@@ -121,7 +121,7 @@ def test_port_can_be_chosen(tmp_path: Path) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
 
 
-def test_stops_at_once_with_requests_in_flight(tmp_path: Path) -> None:
+def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
     """A client that waits for a silent answer does not keep the server."""
     failures: list[Exception] = []
 
@@ -132,7 +132,7 @@ def test_stops_at_once_with_requests_in_flight(tmp_path: Path) -> None:
             failures.append(error)
 
     with ExitStack() as stack:
-        api = client(stack, tmp_path / "state.db")
+        api = open_client(stack, tmp_path / "state.db")
         api.fault("silence-after")
         waiting = Thread(target=wait)
         waiting.start()
@@ -146,9 +146,9 @@ def test_stops_at_once_with_requests_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", first_quick(1, [signal.SIGTERM, signal.SIGINT]))
-def test_signals_end_it(number: signal.Signals) -> None:
+def test_signals_stop_the_server(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it with success, after two lines on stdout and not a word more."""
-    with process() as (running, api):
+    with start_process() as (running, api):
         api.run()
         os.kill(running.pid, number)
         rest, errors = running.communicate(timeout=60)
@@ -159,7 +159,7 @@ def test_signals_end_it(number: signal.Signals) -> None:
 def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `--state` nothing stays behind."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with process() as (running, _):
+    with start_process() as (running, _):
         assert [path.name for path in tmp_path.glob("*/*.db")] == ["state.db"]
         running.terminate()
         running.wait()
@@ -167,12 +167,12 @@ def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.long
-def test_options_are_settings(tmp_path: Path) -> None:
+def test_options_reach_settings(tmp_path: Path) -> None:
     """Options reach the settings, faults and misses several times."""
     options = ["--balance", "7.5", "--api-key", "k-1", "--wrong-key", "401", "--aliases", "--hit-rate", "0"]
     options += ["--miss-kind", "empty_list", "--miss-kind", "empty_object", "--no-data-seconds", "none"]
     options += ["--fault", "me:html=1", "--fault", "get:slow=0", "--state", str(tmp_path / "state.db")]
-    with process(*options) as (_, api):
+    with start_process(*options) as (_, api):
         assert api.http.get("/user/me").status_code == 502
         assert api.audit()["balance"] == 7.5
         task = api.task_of()
@@ -206,7 +206,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, "pip install 'databar-enrich[sandbox]'" in result.output) == (2, True)
 
 
-def test_command_needs_no_extra() -> None:
+def test_imports_without_server_extra() -> None:
     """The command and the settings can be imported without FastAPI and uvicorn."""
     code = "import sys; sys.modules.update(fastapi=None, uvicorn=None); import enrich.sandbox.command"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -237,10 +237,10 @@ def test_help_names_every_fault() -> None:
         ("", False),
     ],
 )
-def test_only_requests_to_this_machine_are_answered(tmp_path: Path, host: str, answers: bool) -> None:  # noqa: FBT001
+def test_non_loopback_host_header_is_rejected(tmp_path: Path, host: str, answers: bool) -> None:  # noqa: FBT001
     """A page elsewhere whose name leads to loopback (DNS rebinding) reaches neither the API nor the switches."""
     with ExitStack() as stack:
-        api = client(stack, tmp_path / "state.db")
+        api = open_client(stack, tmp_path / "state.db")
         for path in ("/health", "/v1/user/me", "/__audit", "/nowhere"):
             answer = api.http.get(api.base_url.removesuffix("/v1") + path, headers={"host": host})
             assert (answer.status_code == 403) == (not answers)

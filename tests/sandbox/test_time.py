@@ -8,15 +8,15 @@ import pytest
 
 from enrich.sandbox.latency import latency
 from tests.cases import in_turn
-from tests.sandbox.conftest import ADA, Api, Start, people
+from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 
-def date_of(api: Api) -> float:
+def date_of(api: SandboxClient) -> float:
     """Give the time that the API claims."""
     return parsedate_to_datetime(api.http.get("/user/me").headers["date"]).timestamp()
 
 
-def test_advance_completes_tasks(start: Start) -> None:
+def test_advance_completes_tasks(start: StartSandbox) -> None:
     """Moving the clock makes tasks complete."""
     api = start(latency="fixed(3600)")
     task_id = api.run()
@@ -26,19 +26,19 @@ def test_advance_completes_tasks(start: Start) -> None:
     assert api.task(task_id)["status"] == "completed"
 
 
-def test_latency_belongs_to_the_question(start: Start) -> None:
+def test_latency_is_deterministic_per_request(start: StartSandbox) -> None:
     """How long tasks take is drawn from the settings, and the same every time."""
-    done = []
+    result = []
     for _ in range(2):
         api = start(latency="uniform(0,1000)")
-        tasks = [api.run(params) for params in people(10)]
+        tasks = [api.run(params) for params in make_leads(10)]
         api.advance(500)
-        done.append([api.task(task_id)["status"] for task_id in tasks])
-    assert done[0] == done[1]
-    assert set(done[0]) == {"processing", "completed"}
+        result.append([api.task(task_id)["status"] for task_id in tasks])
+    assert result[0] == result[1]
+    assert set(result[0]) == {"processing", "completed"}
 
 
-def test_date_follows_the_clock(start: Start) -> None:
+def test_date_follows_the_clock(start: StartSandbox) -> None:
     """There is one Date header, which follows the clock and its offset."""
     api = start(date_offset=600.0)
     assert len(api.http.get("/user/me").headers.get_list("date")) == 1
@@ -47,7 +47,7 @@ def test_date_follows_the_clock(start: Start) -> None:
     assert date_of(api) == pytest.approx(time() + 87_000, abs=3)
 
 
-def test_expired(start: Start) -> None:
+def test_expired(start: StartSandbox) -> None:
     """A result is gone after its time, counted from completion: 410."""
     api = start(latency="fixed(1800)", result_ttl=3_600.0)
     task_id = api.run()
@@ -57,7 +57,7 @@ def test_expired(start: Start) -> None:
     assert (api.get(task_id).status_code, api.get(task_id).json()) == (410, {"detail": "Task data has expired"})
 
 
-def test_expired_as_gone(start: Start) -> None:
+def test_expired_task_with_status_gone(start: StartSandbox) -> None:
     """Expiry may be told as a 200 with the status `gone` and no data."""
     api = start(expired_as="gone")
     task_id = api.run()
@@ -65,7 +65,7 @@ def test_expired_as_gone(start: Start) -> None:
     assert (api.task(task_id)["status"], api.task(task_id)["data"]) == ("gone", None)
 
 
-def test_cancelled_tasks_expire(start: Start) -> None:
+def test_cancelled_tasks_expire(start: StartSandbox) -> None:
     """A cancelled task is kept for its time, too."""
     api = start(latency="fixed(100000)")
     task_id = api.run()
@@ -74,7 +74,7 @@ def test_cancelled_tasks_expire(start: Start) -> None:
     assert api.get(task_id).status_code == 410
 
 
-def test_expired_results_stay_paid(api: Api) -> None:
+def test_expired_results_stay_charged(api: SandboxClient) -> None:
     """An expired result has cost what it cost."""
     api.run(ADA, enrichments=[833])
     api.advance(100_000)
