@@ -33,7 +33,7 @@ class Script:
 
     name: str
     options: tuple[str, ...]
-    seconds: float
+    timeout_s: float
 
     @property
     def path(self) -> Path:
@@ -41,7 +41,7 @@ class Script:
         return HERE / f"{self.name}.py"
 
     @property
-    def words(self) -> str:
+    def docstring(self) -> str:
         """What it says about itself."""
         return ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or ""
 
@@ -56,7 +56,7 @@ SCRIPTS = (
 )
 
 
-def told(script: Script) -> str:
+def run_script(script: Script) -> str:
     """Run a script and return what it prints; one that takes too long is ended, with all that it started.
 
     Raises RuntimeError when it did not come to its end.
@@ -64,9 +64,9 @@ def told(script: Script) -> str:
     command = [sys.executable, "-m", f"benchmarks.{script.name}", *script.options]
     with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
-            printed, _ = process.communicate(timeout=script.seconds)
+            printed, _ = process.communicate(timeout=script.timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{script.name} took longer than {script.seconds:g} s") from error
+            raise RuntimeError(f"{script.name} took longer than {script.timeout_s:g} s") from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -75,7 +75,7 @@ def told(script: Script) -> str:
     return str(printed).rstrip()
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Say when and on what this was measured."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     kernel = platform.release().partition("-")[0]
@@ -85,19 +85,19 @@ def machine() -> str:
     )
 
 
-def section(script: Script, table: str) -> str:
+def format_section(script: Script, table: str) -> str:
     """Write one table below the words of its script."""
-    return f"## {script.name.capitalize()}\n\n{script.words}\n\nMeasured {machine()}:\n\n```text\n{table}\n```\n\n"
+    return f"## {script.name.capitalize()}\n\n{script.docstring}\n\nMeasured {describe_machine()}:\n\n```text\n{table}\n```\n\n"
 
 
-def with_tables(document: str, sections: Sequence[str]) -> str:
+def insert_tables(document: str, sections: Sequence[str]) -> str:
     """Put sections into a document, in place of those with the same heading; others stay."""
 
-    def merged(found: re.Match[str]) -> str:
+    def merge_sections(found: re.Match[str]) -> str:
         parts = [part for part in SECTION.split(found[0]) if part.strip()]
         return "".join({part.splitlines()[0]: part for part in [*parts, *sections]}.values())
 
-    return GENERATED.sub(merged, document)
+    return GENERATED.sub(merge_sections, document)
 
 
 def main() -> None:
@@ -107,19 +107,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=present, default=list(present))
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARKS.md")
     options = parser.parse_args()
-    print(f"{machine()}\n")
+    print(f"{describe_machine()}\n")
     sections, failures = [], []
     for script in (present[name] for name in options.only):
-        print(f"{script.name} (at most {script.seconds:g} s)", flush=True)
+        print(f"{script.name} (at most {script.timeout_s:g} s)", flush=True)
         try:
-            table = told(script)
+            table = run_script(script)
         except RuntimeError as error:
             failures.append(str(error))
         else:
             print(f"{table}\n", flush=True)
-            sections.append(section(script, table))
+            sections.append(format_section(script, table))
     if options.write:
-        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), sections), encoding="utf-8")
+        DOCUMENT.write_text(insert_tables(DOCUMENT.read_text(encoding="utf-8"), sections), encoding="utf-8")
     sys.exit("\n".join(failures) or None)
 
 

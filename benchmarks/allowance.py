@@ -23,28 +23,28 @@ from typing import Protocol
 import click
 
 from benchmarks.leads import write_job
-from benchmarks.server import serving
-from enrich.pace import Pace
+from benchmarks.server import start_server
+from enrich.pace import AdaptiveRateLimiter
 
 #: Requests a second at some moment.
-Allowed = Callable[[float], float]
+RateAt = Callable[[float], float]
 
 
 class Server(Protocol):
     """Says yes or 429."""
 
-    def take(self, now: float) -> bool:
+    def accepts(self, now: float) -> bool:
         """Say whether one more request is allowed now."""
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket: `allowed` a second, `burst` at once; at least one."""
 
-    def __init__(self, allowed: Allowed, burst: float) -> None:
+    def __init__(self, allowed: RateAt, burst: float) -> None:
         self._allowed, self._burst = allowed, burst
         self._tokens, self._at = burst, 0.0
 
-    def take(self, now: float) -> bool:
+    def accepts(self, now: float) -> bool:
         """Say whether one more request is allowed now."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._allowed(now))
         self._at = now
@@ -57,11 +57,11 @@ class Bucket:
 class FixedWindow:
     """So many in each second of the server's clock, and when they are used up none until the next second."""
 
-    def __init__(self, allowed: Allowed) -> None:
+    def __init__(self, allowed: RateAt) -> None:
         self._allowed = allowed
         self._second, self._used = -1, 0
 
-    def take(self, now: float) -> bool:
+    def accepts(self, now: float) -> bool:
         """Say whether one more request is allowed now."""
         if int(now) != self._second:
             self._second, self._used = int(now), 0
@@ -74,11 +74,11 @@ class FixedWindow:
 class SlidingWindow:
     """So many in any second."""
 
-    def __init__(self, allowed: Allowed) -> None:
+    def __init__(self, allowed: RateAt) -> None:
         self._allowed = allowed
         self._taken: deque[float] = deque()
 
-    def take(self, now: float) -> bool:
+    def accepts(self, now: float) -> bool:
         """Say whether one more request is allowed now."""
         while self._taken and self._taken[0] <= now - 1:
             self._taken.popleft()
@@ -88,9 +88,9 @@ class SlidingWindow:
         return True
 
 
-SERVERS: dict[str, Callable[[Allowed], Server]] = {
-    "bucket of 10": lambda allowed: Bucket(allowed, 10),
-    "bucket of 1": lambda allowed: Bucket(allowed, 1),
+SERVERS: dict[str, Callable[[RateAt], Server]] = {
+    "bucket of 10": lambda allowed: TokenBucket(allowed, 10),
+    "bucket of 1": lambda allowed: TokenBucket(allowed, 1),
     "fixed window": FixedWindow,
     "sliding window": SlidingWindow,
 }
@@ -100,7 +100,7 @@ RATES = (20.0, 100.0, 500.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Outcome:
     """What came of a night: requests accepted and refused, and how many could have been accepted.
 
     `silent`: requests that left before a Retry-After was over.
@@ -109,10 +109,10 @@ class Seen:
     accepted: int
     refused: int
     possible: float
-    silent: int
+    sent_too_early: int
 
     @property
-    def used(self) -> float:
+    def used_share(self) -> float:
         """The share of the allowance that was used."""
         return self.accepted / self.possible
 
@@ -123,130 +123,144 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Night:
+class Scenario:
     """What a pace is played against; times in seconds.
 
     `others`: requests a second that somebody else sends. `late`: how late a timer is at most. `wire`: how many
     requests can be on the wire.
     """
 
-    allowed: Allowed
-    server: Callable[[Allowed], Server]
+    allowed: RateAt
+    server: Callable[[RateAt], Server]
     latency_s: float = 0.1
     retry_after: float | None = None
-    seconds: float = 60.0
-    others: Allowed = lambda _: 0.0
-    late: float = 0.002
-    wire: int = 64
+    duration_s: float = 60.0
+    other_rate: RateAt = lambda _: 0.0
+    max_timer_delay_s: float = 0.002
+    max_in_flight: int = 64
     ceiling: float | None = None
 
 
-def play(night: Night) -> Seen:
+def simulate(scenario: Scenario) -> Outcome:
     """Send as much as the pace allows, all night."""
-    chance = random.Random(1)
-    pace, server, others = Pace(night.ceiling), night.server(night.allowed), Others(night.others)
+    rng = random.Random(1)
+    limiter, server, others = (
+        AdaptiveRateLimiter(scenario.ceiling),
+        scenario.server(scenario.allowed),
+        OtherClient(scenario.other_rate),
+    )
     answers: list[tuple[float, int, bool]] = []
     accepted = refused = silent = 0
     now = wake = quiet_until = 0.0
-    while now < night.seconds:
-        if answers and (len(answers) >= night.wire or answers[0][0] <= wake):
-            now, _, good = heapq.heappop(answers)
-            if good:
-                pace.answered(now)
+    while now < scenario.duration_s:
+        if answers and (len(answers) >= scenario.max_in_flight or answers[0][0] <= wake):
+            now, _, was_accepted = heapq.heappop(answers)
+            if was_accepted:
+                limiter.record_answer(now)
             else:
-                pace.throttled(now, night.retry_after)
-                quiet_until = max(quiet_until, now + (night.retry_after or 0.0))
+                limiter.record_throttled(now, scenario.retry_after)
+                quiet_until = max(quiet_until, now + (scenario.retry_after or 0.0))
             wake = max(wake, now)
             continue
         now = max(now, wake)
-        if wait := pace.delay(now):
-            wake = now + wait + chance.random() * night.late
+        if wait := limiter.delay(now):
+            wake = now + wait + rng.random() * scenario.max_timer_delay_s
             continue
-        arrives = now + night.latency_s / 2
+        arrives = now + scenario.latency_s / 2
         others.send(server, arrives)
-        pace.take(now)
+        limiter.consume(now)
         silent += now < quiet_until
-        good = server.take(arrives)
-        accepted += good
-        refused += not good
-        heapq.heappush(answers, (now + night.latency_s * (0.9 + 0.2 * chance.random()), accepted + refused, good))
-    moments = [second / 10 for second in range(int(night.seconds * 10))]
-    free = sum(min(night.allowed(at) - night.others(at), night.wire / night.latency_s) for at in moments) / 10
-    return Seen(accepted, refused, free + others.refused, silent)
+        was_accepted = server.accepts(arrives)
+        accepted += was_accepted
+        refused += not was_accepted
+        heapq.heappush(
+            answers, (now + scenario.latency_s * (0.9 + 0.2 * rng.random()), accepted + refused, was_accepted)
+        )
+    moments = [second / 10 for second in range(int(scenario.duration_s * 10))]
+    free = (
+        sum(
+            min(scenario.allowed(at) - scenario.other_rate(at), scenario.max_in_flight / scenario.latency_s)
+            for at in moments
+        )
+        / 10
+    )
+    return Outcome(accepted, refused, free + others.refused, silent)
 
 
 @dataclass(slots=True)
-class Others:
+class OtherClient:
     """Somebody else who sends at a steady rate, whatever is answered."""
 
-    rate: Allowed
+    rate: RateAt
     refused: int = 0
-    at: float = 0.0
+    next_at: float = 0.0
 
     def send(self, server: Server, until: float) -> None:
         """Send what is due."""
-        while self.at <= until:
-            rate = self.rate(self.at)
-            self.refused += bool(rate) and not server.take(self.at)
-            self.at += 1 / rate if rate else 0.1
+        while self.next_at <= until:
+            rate = self.rate(self.next_at)
+            self.refused += bool(rate) and not server.accepts(self.next_at)
+            self.next_at += 1 / rate if rate else 0.1
 
 
-def steady(rate: float) -> Allowed:
+def steady_rate(rate: float) -> RateAt:
     """Allow the same all night."""
     return lambda _: rate
 
 
-def changing(first: float, then: float, at: float) -> Allowed:
+def changing_rate(first: float, then: float, at: float) -> RateAt:
     """Allow something else from some moment on."""
     return lambda now: first if now < at else then
 
 
-def between(rate: float, start: float, end: float) -> Allowed:
+def rate_between(rate: float, start: float, end: float) -> RateAt:
     """Send so much for a while."""
     return lambda now: rate if start <= now < end else 0.0
 
 
-def nights(rate: float) -> dict[str, Callable[[Callable[[Allowed], Server]], Night]]:
+def scenarios(rate: float) -> dict[str, Callable[[Callable[[RateAt], Server]], Scenario]]:
     """List the stories that the table tells about an allowance."""
     return {
-        "steady, 60 s": lambda server: Night(steady(rate), server),
-        "steady, Retry-After 1 s": lambda server: Night(steady(rate), server, retry_after=1.0),
-        "halved after 60 of 120 s": lambda server: Night(changing(rate, rate / 2, 60), server, seconds=120),
-        "doubled after 60 of 120 s": lambda server: Night(changing(rate, rate * 2, 60), server, seconds=120),
-        "half taken from 60 to 120 of 180 s": lambda server: Night(
-            steady(rate), server, seconds=180, others=between(rate / 2, 60, 120)
+        "steady, 60 s": lambda server: Scenario(steady_rate(rate), server),
+        "steady, Retry-After 1 s": lambda server: Scenario(steady_rate(rate), server, retry_after=1.0),
+        "halved after 60 of 120 s": lambda server: Scenario(changing_rate(rate, rate / 2, 60), server, duration_s=120),
+        "doubled after 60 of 120 s": lambda server: Scenario(changing_rate(rate, rate * 2, 60), server, duration_s=120),
+        "half taken from 60 to 120 of 180 s": lambda server: Scenario(
+            steady_rate(rate), server, duration_s=180, other_rate=rate_between(rate / 2, 60, 120)
         ),
     }
 
 
-def real(rate: float, rows: int, retry_after: int | None) -> None:
+def measure_real_run(rate: float, rows: int, retry_after: int | None) -> None:
     """Run the program against a server that allows so many requests a second, and print what came of it.
 
     The time is that from the first POST to the last: starting, and waiting for the last answers, use no allowance.
     """
     options = ["--rate", str(rate), *(["--retry-after", str(retry_after)] if retry_after else [])]
-    with tempfile.TemporaryDirectory(prefix="allowance-") as name, serving(*options) as server:
+    with tempfile.TemporaryDirectory(prefix="allowance-") as name, start_server(*options) as server:
         job = write_job(Path(name), rows)
         text = job.read_text(encoding="utf-8")
         job.write_text(text.replace("  requests_per_second: 100000 # no limit of ours\n", ""), encoding="utf-8")
         command = [sys.executable, "-m", "enrich", "run", str(job), "--yes", "--json"]
-        seen = [(0.0, 0, 0)]
+        samples = [(0.0, 0, 0)]
         with subprocess.Popen(command, env=os.environ | server.environ, stdout=subprocess.PIPE) as running:
             while running.poll() is None:
                 counts = server.counts()
                 posts = sum(counts.get("run", {}).values())
-                if posts > seen[-1][1] or (posts and not seen[-1][1]):
+                if posts > samples[-1][1] or (posts and not samples[-1][1]):
                     accepted = sum(told.get("200", 0) for told in counts.values())
-                    seen.append((time.monotonic(), posts, accepted))
+                    samples.append((time.monotonic(), posts, accepted))
                 time.sleep(0.2)
             assert running.stdout is not None
-            receipt = json.load(running.stdout)
+            summary = json.load(running.stdout)
         counts = server.counts()
-    (begun, _, before), (ended, _, after) = seen[1], seen[-1]
-    refused = sum(told.get("429", 0) for told in counts.values()) / sum(sum(told.values()) for told in counts.values())
+    (begun, _, before), (ended, _, after) = samples[1], samples[-1]
+    refused = sum(by_status.get("429", 0) for by_status in counts.values()) / sum(
+        sum(told.values()) for told in counts.values()
+    )
     print(
-        f"{rate:>4.0f}/s for real, Retry-After {retry_after or '-'}: {rows:,} rows in {receipt['elapsed_s']:.1f} s, "
-        f"{receipt['polls'] / rows:.2f} polls a row, {(after - before) / (ended - begun) / rate:.1%} used, "
+        f"{rate:>4.0f}/s for real, Retry-After {retry_after or '-'}: {rows:,} rows in {summary['elapsed_s']:.1f} s, "
+        f"{summary['polls'] / rows:.2f} polls a row, {(after - before) / (ended - begun) / rate:.1%} used, "
         f"{refused:.2%} answered 429",
         flush=True,
     )
@@ -260,16 +274,16 @@ def main(latency: float, late: float, *, for_real: bool) -> None:
     """Print the share of the allowance that is used, and of the requests that are answered 429."""
     print(f"{'':38}" + "".join(f"{name:^16}" for name in SERVERS))
     for rate in RATES:
-        for name, night in nights(rate).items():
+        for name, make_scenario in scenarios(rate).items():
             cells = []
             for server in SERVERS.values():
-                seen = play(replace(night(server), latency_s=latency, late=late))
-                cells.append(f"{seen.used:>7.1%} {seen.refused_share:>6.2%}  ")
+                outcome = simulate(replace(make_scenario(server), latency_s=latency, max_timer_delay_s=late))
+                cells.append(f"{outcome.used_share:>7.1%} {outcome.refused_share:>6.2%}  ")
             print(f"{rate:>4.0f}/s {name:32}" + "".join(cells))
     if for_real:
         for rate in RATES:
             for retry_after in (None, 1):
-                real(rate, int(rate * 20), retry_after)
+                measure_real_run(rate, int(rate * 20), retry_after)
 
 
 if __name__ == "__main__":

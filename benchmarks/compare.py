@@ -14,36 +14,44 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, loop, table
-from benchmarks.server import serving
+from benchmarks.meter import (
+    BenchmarkCase,
+    Result,
+    enrich_case,
+    format_table,
+    loop_case,
+    measure_in_rounds,
+    supports_bulk,
+)
+from benchmarks.server import start_server
 
 BULK = 100
 HEADER = ("who", "rows", "rows/s", "median", "spread", "CPU s/1,000", "peak MiB", "requests/row", "rows/request")
 
 
-def vendor(name: str, rows: int, *options: str) -> Contender:
+def sdk_case(name: str, rows: int, *options: str) -> BenchmarkCase:
     """Make a contender of the vendor's SDK, see `benchmarks.vendor`."""
     command = [sys.executable, "-m", "benchmarks.vendor", "--rows", str(rows), *options]
-    return Contender(name, rows, lambda _, url: [*command, "--base-url", url])
+    return BenchmarkCase(name, rows, lambda _, url: [*command, "--base-url", url])
 
 
-def contenders(rows: int) -> list[Contender]:
+def make_cases(rows: int) -> list[BenchmarkCase]:
     """Choose who runs: the slow ones with fewer rows, so that all take about as long."""
-    bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
+    bulk = [enrich_case(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if supports_bulk() else []
     sdk = [
-        vendor("databar SDK, 50 threads", max(1, rows // 5), "--threads", "50"),
-        vendor("databar SDK, one bulk call", 10 * rows, "--bulk"),
+        sdk_case("databar SDK, 50 threads", max(1, rows // 5), "--threads", "50"),
+        sdk_case("databar SDK, one bulk call", 10 * rows, "--bulk"),
     ]
     if find_spec("databar") is None:
         print("the vendor's SDK is not installed: pip install -e '.[bench]'", file=sys.stderr)
         sdk = []
-    return [enrich_run("enrich run", rows), *bulk, loop("httpx", 10, max(1, rows // 4)), *sdk]
+    return [enrich_case("enrich run", rows), *bulk, loop_case("httpx", 10, max(1, rows // 4)), *sdk]
 
 
-def line(result: Result) -> list[str]:
+def result_cells(result: Result) -> list[str]:
     """Write down what one contender took."""
     return [
-        *result.speeds,
+        *result.speed_cells,
         f"{result.cpu_per_1000:.2f}",
         f"{result.peak_mib:.0f}",
         f"{result.requests:.2f}",
@@ -57,9 +65,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the others get more or fewer")
     parser.add_argument("--seconds", type=float, default=60, help="as many rounds as fit, at least one")
     options = parser.parse_args()
-    with serving() as server:
-        results = compete(contenders(options.rows), server, options.seconds)
-    print(f"{table(HEADER, map(line, results))}\n\nrounds: {len(results[0].trials)}")
+    with start_server() as server:
+        results = measure_in_rounds(make_cases(options.rows), server, options.seconds)
+    print(f"{format_table(HEADER, map(result_cells, results))}\n\nrounds: {len(results[0].trials)}")
 
 
 if __name__ == "__main__":

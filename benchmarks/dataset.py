@@ -24,9 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.meter import table
+from benchmarks.meter import format_table
 from benchmarks.partitions import make_dataset
-from benchmarks.server import Server, serving
+from benchmarks.server import RunningServer, start_server
 from tests.postgres import PostgresServer, dedicated_server
 
 JOB = """\
@@ -52,22 +52,22 @@ WORKER, BLOCK = "worker", "block"
 
 
 @dataclass
-class Watch:
+class MemoryMonitor:
     """The peak memory of each kind of process below one, looked at now and then; in MiB, without what is shared."""
 
     root: int
     peaks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def monitoring(self) -> Iterator[None]:
         """Look for as long as the block."""
         ended = threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             while not ended.wait(0.2):
-                self._look()
+                self._sample()
 
-        thread = threading.Thread(target=look, daemon=True)
+        thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
             yield
@@ -75,7 +75,7 @@ class Watch:
             ended.set()
             thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         parents: dict[int, int] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -84,10 +84,10 @@ class Watch:
                 except OSError:
                     continue
         for pid in parents:
-            if kind := self._kind(pid, parents):
+            if kind := self._process_kind(pid, parents):
                 self.peaks[kind] = max(self.peaks[kind], _anonymous_mib(pid))
 
-    def _kind(self, pid: int, parents: dict[int, int]) -> str | None:
+    def _process_kind(self, pid: int, parents: dict[int, int]) -> str | None:
         above = pid
         while above != self.root:
             if above not in parents:
@@ -113,36 +113,38 @@ def _anonymous_mib(pid: int) -> float:
 
 
 @dataclass(frozen=True)
-class Night:
+class RunMeasurement:
     """What one run took: seconds of its steps, and what the server and the API counted."""
 
-    receipt: dict[str, Any]
-    steps: tuple[float, float, float]
+    summary: dict[str, Any]
+    phase_seconds: tuple[float, float, float]
     wall_s: float
     statements: int
-    size: int
-    busiest: int
+    ledger_bytes: int
+    peak_requests_per_s: int
     peaks: dict[str, float]
 
     def cells(self, workers: int) -> list[str]:
         """Write it as a line of the table."""
-        rows, questions = self.receipt["rows"], self.receipt["requests"]
+        rows, questions = self.summary["rows"], self.summary["requests"]
         return [
             *(f"{number:,}" for number in (workers, rows, questions)),
-            *(f"{seconds:.1f} s" for seconds in (*self.steps, self.wall_s)),
+            *(f"{seconds:.1f} s" for seconds in (*self.phase_seconds, self.wall_s)),
             f"{rows / self.wall_s:,.0f}",
-            f"{questions / self.steps[1]:,.0f}",
-            f"{self.receipt['polls'] / questions:.2f}",
+            f"{questions / self.phase_seconds[1]:,.0f}",
+            f"{self.summary['polls'] / questions:.2f}",
             f"{self.statements / questions:.1f}",
-            f"{self.size / questions:,.0f}",
-            f"{self.busiest:,}",
+            f"{self.ledger_bytes / questions:,.0f}",
+            f"{self.peak_requests_per_s:,}",
             *(f"{self.peaks.get(kind, 0):.0f}" for kind in ("boss", WORKER, BLOCK)),
         ]
 
 
-def one_night(folder: Path, database: PostgresServer, api: Server, workers: int, **limits: str | int) -> Night:
+def measure_run(
+    folder: Path, database: PostgresServer, api: RunningServer, workers: int, **limits: str | int
+) -> RunMeasurement:
     """Run the job with an empty ledger."""
-    ledger = database.url()
+    ledger = database.ledger_url()
     schema = ledger.rpartition("=")[2]
     job = folder / "job.yaml"
     job.write_text(JOB.format(ledger=ledger, **limits))
@@ -152,16 +154,16 @@ def one_night(folder: Path, database: PostgresServer, api: Server, workers: int,
         db.execute("SELECT pg_stat_statements_reset()")
     began = time.monotonic()
     with subprocess.Popen([*command, "--yes"], env=environ, stdout=subprocess.PIPE) as process:
-        watch = Watch(process.pid)
-        with watch.at_work():
+        monitor = MemoryMonitor(process.pid)
+        with monitor.monitoring():
             out, _ = process.communicate()
     wall_s = time.monotonic() - began
-    receipt = json.loads(out)
-    assert process.returncode == 0, receipt
+    summary = json.loads(out)
+    assert process.returncode == 0, summary
     with database.connect("postgres") as db:
-        statements = _one(db, "SELECT sum(calls) FROM pg_stat_statements s JOIN pg_roles r ON r.oid = s.userid "
+        statements = _fetch_value(db, "SELECT sum(calls) FROM pg_stat_statements s JOIN pg_roles r ON r.oid = s.userid "
                               "WHERE r.rolname = 'enrich'")  # fmt: skip
-        size = _one(
+        size = _fetch_value(
             db,
             "SELECT sum(pg_total_relation_size(c.oid)) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             f"WHERE n.nspname = '{schema}' AND c.relkind = 'r'",
@@ -173,12 +175,18 @@ def one_night(folder: Path, database: PostgresServer, api: Server, workers: int,
     assert times is not None
     steps = tuple((after - before) / 1000 for before, after in pairwise(times))
     database.drop_schemas()
-    return Night(
-        receipt, (steps[0], steps[1], steps[2]), wall_s, int(statements), int(size), api.busiest(), dict(watch.peaks)
+    return RunMeasurement(
+        summary,
+        (steps[0], steps[1], steps[2]),
+        wall_s,
+        int(statements),
+        int(size),
+        api.peak_requests_per_s(),
+        dict(monitor.peaks),
     )
 
 
-def _one(db: Any, sql: str) -> Any:
+def _fetch_value(db: Any, sql: str) -> Any:
     return db.execute(sql).fetchone()[0]
 
 
@@ -205,11 +213,13 @@ def main() -> None:
         folder = Path(name)
         make_dataset(folder / "leads", options.rows, options.questions, options.files)
         for workers in map(int, options.workers.split(",")):
-            with serving() as api:
-                night = one_night(folder, database, api, workers, rate=options.rate, in_flight=options.in_flight)
-                lines.append(night.cells(workers))
-            print(table(HEADER, lines[-1:]), file=sys.stderr)
-    print(table(HEADER, lines))
+            with start_server() as api:
+                measurement = measure_run(
+                    folder, database, api, workers, rate=options.rate, in_flight=options.in_flight
+                )
+                lines.append(measurement.cells(workers))
+            print(format_table(HEADER, lines[-1:]), file=sys.stderr)
+    print(format_table(HEADER, lines))
 
 
 if __name__ == "__main__":

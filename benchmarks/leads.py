@@ -26,7 +26,7 @@ limits:
 """
 
 
-def params(number: int) -> dict[str, str]:
+def lead_params(number: int) -> dict[str, str]:
     """What is sent for one lead."""
     return {"first_name": f"First{number}", "last_name": f"Last{number}", "company": f"company{number}.example"}
 
@@ -36,7 +36,7 @@ def write_job(folder: Path, rows: int, bulk: int | None = None) -> Path:
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["Lead", "First Name", "Last Name", "Company", "Note"])
-        writer.writerows([number, *params(number).values(), f"note {number}"] for number in range(rows))
+        writer.writerows([number, *lead_params(number).values(), f"note {number}"] for number in range(rows))
     job = folder / "job.yaml"
     job.write_text(JOB + (f"dispatch: {{bulk: {bulk}}}\n" if bulk else ""), encoding="utf-8")
     return job

@@ -21,15 +21,15 @@ import aiohttp
 import httpx
 import uvloop
 
-from benchmarks.leads import ENRICHMENTS, params
+from benchmarks.leads import ENRICHMENTS, lead_params
 from benchmarks.server import API_KEY, WATERFALL
 
 HEADERS = {"x-apikey": API_KEY}
 #: Sends a method, a URL and a body; returns the answer's JSON.
-Ask = Callable[[str, str, Any], Awaitable[Any]]
+SendRequest = Callable[[str, str, Any], Awaitable[Any]]
 
 
-def own_transport(connections: int) -> httpx.AsyncBaseTransport:
+def enrich_transport(connections: int) -> httpx.AsyncBaseTransport:
     """The transport of `enrich`: the only place here that knows how it is made."""
     from enrich.api.transport import Transport  # noqa: PLC0415 - the other loops need not have it in memory
 
@@ -37,54 +37,54 @@ def own_transport(connections: int) -> httpx.AsyncBaseTransport:
 
 
 @asynccontextmanager
-async def over_httpx(transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[Ask]:
+async def open_httpx(transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[SendRequest]:
     """Ask with httpx; None: over its own transport."""
     async with httpx.AsyncClient(headers=HEADERS, transport=transport, timeout=30) as client:
 
-        async def ask(method: str, url: str, body: Any) -> Any:
+        async def send(method: str, url: str, body: Any) -> Any:
             response = await client.request(method, url, json=body)
             response.raise_for_status()
             return response.json()
 
-        yield ask
+        yield send
 
 
 @asynccontextmanager
-async def over_aiohttp() -> AsyncIterator[Ask]:
+async def open_aiohttp() -> AsyncIterator[SendRequest]:
     """Ask with aiohttp alone."""
     async with aiohttp.ClientSession(headers=HEADERS) as session:
 
-        async def ask(method: str, url: str, body: Any) -> Any:
+        async def send(method: str, url: str, body: Any) -> Any:
             async with session.request(method, url, json=body) as response:
                 response.raise_for_status()
                 return await response.json()
 
-        yield ask
+        yield send
 
 
-async def worker(ask: Ask, base_url: str, numbers: Iterator[int]) -> int:
+async def worker(send: SendRequest, base_url: str, numbers: Iterator[int]) -> int:
     """Take leads until none is left; return how many were answered."""
     answered = 0
     for number in numbers:
-        body = {"params": params(number), "enrichments": ENRICHMENTS}
-        task_id = (await ask("POST", f"{base_url}/waterfalls/{WATERFALL}/run", body))["task_id"]
-        task = await ask("GET", f"{base_url}/tasks/{task_id}", None)
+        body = {"params": lead_params(number), "enrichments": ENRICHMENTS}
+        task_id = (await send("POST", f"{base_url}/waterfalls/{WATERFALL}/run", body))["task_id"]
+        task = await send("GET", f"{base_url}/tasks/{task_id}", None)
         if task["status"] != "completed":
             raise RuntimeError("this loop is for a server without latency")
         answered += bool(task["data"][0]["result"]["email"])
     return answered
 
 
-async def enrich(kind: str, base_url: str, tasks: int, rows: int) -> int:
+async def enrich_rows(kind: str, base_url: str, tasks: int, rows: int) -> int:
     """Enrich so many rows with so many tasks side by side."""
     numbers = iter(range(rows))
-    way = {
-        "httpx": lambda: over_httpx(None),
-        "transport": lambda: over_httpx(own_transport(tasks)),
-        "aiohttp": over_aiohttp,
+    open_client = {
+        "httpx": lambda: open_httpx(None),
+        "transport": lambda: open_httpx(enrich_transport(tasks)),
+        "aiohttp": open_aiohttp,
     }[kind]
-    async with way() as ask:
-        return sum(await asyncio.gather(*(worker(ask, base_url, numbers) for _ in range(tasks))))
+    async with open_client() as send:
+        return sum(await asyncio.gather(*(worker(send, base_url, numbers) for _ in range(tasks))))
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     runner = uvloop.run if options.uvloop else asyncio.run
     began = time.perf_counter()
-    rows = runner(enrich(options.kind, options.base_url, options.tasks, options.rows))
+    rows = runner(enrich_rows(options.kind, options.base_url, options.tasks, options.rows))
     print(json.dumps({"rows": rows, "elapsed_s": round(time.perf_counter() - began, 3)}))
 
 

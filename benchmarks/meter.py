@@ -18,13 +18,13 @@ from statistics import median
 from typing import Any
 
 from benchmarks.leads import write_job
-from benchmarks.server import ROOT, Server
+from benchmarks.server import ROOT, RunningServer
 
 KIB_PER_MIB = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class BenchmarkCase:
     """Somebody who enriches `rows` leads; `command` is called with an empty folder and the API's base URL."""
 
     name: str
@@ -41,7 +41,7 @@ class Trial:
 
     rows: int
     wall_s: float
-    working_s: float
+    reported_s: float
     cpu_s: float
     peak_mib: float
     requests: int
@@ -55,19 +55,19 @@ class Result:
     trials: tuple[Trial, ...]
 
     @property
-    def rates(self) -> list[float]:
+    def rows_per_s(self) -> list[float]:
         """Rows per second, as a process, of each trial."""
         return [self.rows / trial.wall_s for trial in self.trials]
 
     @property
-    def best(self) -> float:
+    def best_rate(self) -> float:
         """Rows per second of the trial that was disturbed least."""
-        return max(self.rates)
+        return max(self.rows_per_s)
 
     @property
-    def median(self) -> float:
+    def median_rate(self) -> float:
         """Rows per second of the middle trial."""
-        return median(self.rates)
+        return median(self.rows_per_s)
 
     @property
     def rows(self) -> int:
@@ -75,9 +75,9 @@ class Result:
         return self.trials[0].rows
 
     @property
-    def working_s(self) -> float:
+    def reported_s(self) -> float:
         """How long the best trial worked, without the interpreter's start, in seconds."""
-        return min(trial.working_s for trial in self.trials)
+        return min(trial.reported_s for trial in self.trials)
 
     @property
     def cpu_s(self) -> float:
@@ -90,14 +90,16 @@ class Result:
         return 1000 * self.cpu_s / self.rows
 
     @property
-    def speeds(self) -> list[str]:
+    def speed_cells(self) -> list[str]:
         """The cells that every table begins with: name, rows, the best rate, the middle one, how far apart they are."""
-        return [self.name, f"{self.rows:,}", f"{self.best:,.0f}", f"{self.median:,.0f}", self.spread]
+        return [self.name, f"{self.rows:,}", f"{self.best_rate:,.0f}", f"{self.median_rate:,.0f}", self.spread]
 
     @property
     def spread(self) -> str:
         """How far apart the trials are: the range of the rates as a share of their median."""
-        return f"{(max(self.rates) - min(self.rates)) / self.median:.0%}" if len(self.trials) > 1 else "-"
+        return (
+            f"{(max(self.rows_per_s) - min(self.rows_per_s)) / self.median_rate:.0%}" if len(self.trials) > 1 else "-"
+        )
 
     @property
     def peak_mib(self) -> float:
@@ -110,78 +112,78 @@ class Result:
         return median(trial.requests for trial in self.trials) / self.rows
 
 
-def loop(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Contender:
+def loop_case(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> BenchmarkCase:
     """Make a contender of a plain loop, see `benchmarks.loops`."""
     name = f"{kind}, {tasks} tasks" + (", uvloop" if uvloop else "")
     options = ["--tasks", str(tasks), "--rows", str(rows), *(["--uvloop"] if uvloop else [])]
-    return Contender(
+    return BenchmarkCase(
         name, rows, lambda _, url: [sys.executable, "-m", "benchmarks.loops", kind, "--base-url", url, *options]
     )
 
 
-def enrich_run(name: str, rows: int, bulk: int | None = None) -> Contender:
+def enrich_case(name: str, rows: int, bulk: int | None = None) -> BenchmarkCase:
     """Make a contender of `enrich run`, with a new ledger each time; `bulk`: so many requests to a task."""
 
     def command(folder: Path, _: str) -> list[str]:
         job = write_job(folder, rows, bulk)
         return [sys.executable, "-m", "enrich", "run", str(job), "--json", "--yes"]
 
-    return Contender(name, rows, command)
+    return BenchmarkCase(name, rows, command)
 
 
-def has_bulk() -> bool:
+def supports_bulk() -> bool:
     """Tell whether this `enrich` knows `dispatch` in a job file."""
     schema = subprocess.run([sys.executable, "-m", "enrich", "schema"], capture_output=True, check=True)
     return "dispatch" in json.loads(schema.stdout)["properties"]
 
 
-def measure(contender: Contender, server: Server) -> Trial:
+def measure(case: BenchmarkCase, server: RunningServer) -> Trial:
     """Run a contender once. Raises RuntimeError when it did not answer every row."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        command = contender.command(folder, server.base_url)
+        command = case.command(folder, server.base_url)
         environ = {"PATH": os.defpath, "HOME": name, **server.environ}
-        before = server.answered()
+        before = server.request_count()
         began = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            told = process.stdout.read()
+            output = process.stdout.read()
             _, status, used = os.wait4(process.pid, 0)
             wall_s = time.perf_counter() - began
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise RuntimeError(f"{contender.name}: exit {process.returncode}: {told.decode()[:500]}")
-        report: dict[str, Any] = json.loads(told)
-        if report.get("found", report["rows"]) != contender.rows:
-            raise RuntimeError(f"{contender.name}: not every row was answered: {report}")
+            raise RuntimeError(f"{case.name}: exit {process.returncode}: {output.decode()[:500]}")
+        report: dict[str, Any] = json.loads(output)
+        if report.get("found", report["rows"]) != case.rows:
+            raise RuntimeError(f"{case.name}: not every row was answered: {report}")
         return Trial(
-            rows=contender.rows,
+            rows=case.rows,
             wall_s=wall_s,
-            working_s=report["elapsed_s"],
+            reported_s=report["elapsed_s"],
             cpu_s=used.ru_utime + used.ru_stime,
             peak_mib=used.ru_maxrss / KIB_PER_MIB,
-            requests=server.answered() - before,
+            requests=server.request_count() - before,
         )
 
 
-def compete(contenders: Sequence[Contender], server: Server, seconds: float) -> list[Result]:
+def measure_in_rounds(cases: Sequence[BenchmarkCase], server: RunningServer, seconds: float) -> list[Result]:
     """Let all run in turn, for as many rounds as fit into `seconds`, at least one.
 
     In turn, because what disturbs the machine for a while shall disturb them all.
     """
-    trials: list[list[Trial]] = [[] for _ in contenders]
+    trials: list[list[Trial]] = [[] for _ in cases]
     began = round_began = time.perf_counter()
     while True:
-        for contender, mine in zip(contenders, trials, strict=True):
-            mine.append(measure(contender, server))
-            print(f"  {contender.name}: {mine[-1].rows / mine[-1].wall_s:,.0f} rows/s", file=sys.stderr)
+        for case, own_trials in zip(cases, trials, strict=True):
+            own_trials.append(measure(case, server))
+            print(f"  {case.name}: {own_trials[-1].rows / own_trials[-1].wall_s:,.0f} rows/s", file=sys.stderr)
         now = time.perf_counter()
         if now - began + (now - round_began) > seconds:
-            return [Result(one.name, tuple(mine)) for one, mine in zip(contenders, trials, strict=True)]
+            return [Result(one.name, tuple(mine)) for one, mine in zip(cases, trials, strict=True)]
         round_began = now
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Lay out a Markdown table, numbers to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

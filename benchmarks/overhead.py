@@ -14,12 +14,20 @@ from __future__ import annotations
 import argparse
 from math import nan
 
-from benchmarks.meter import Contender, Result, compete, enrich_run, has_bulk, loop, table
-from benchmarks.server import serving
+from benchmarks.meter import (
+    BenchmarkCase,
+    Result,
+    enrich_case,
+    format_table,
+    loop_case,
+    measure_in_rounds,
+    supports_bulk,
+)
+from benchmarks.server import start_server
 
 BULK = 100
-SHORT, LONG = "enrich run", "enrich run, long"
-LONGER = 3
+SHORT_RUN, LONG_RUN = "enrich run", "enrich run, long"
+LONG_FACTOR = 3
 HEADER = (
     "one process, loopback",
     "rows",
@@ -35,58 +43,58 @@ HEADER = (
 )
 
 
-def contenders(rows: int) -> list[Contender]:
+def make_cases(rows: int) -> list[BenchmarkCase]:
     """Choose who runs: the loops with so many rows that all take about as long."""
-    bulk = [enrich_run(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if has_bulk() else []
+    bulk = [enrich_case(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if supports_bulk() else []
     return [
-        loop("httpx", 10, max(1, rows // 4)),
-        loop("httpx", 50, max(1, rows // 8)),
-        loop("transport", 10, rows),
-        loop("transport", 50, rows),
-        loop("transport", 50, rows, uvloop=True),
-        loop("aiohttp", 50, rows, uvloop=True),
-        enrich_run(SHORT, rows),
-        enrich_run(LONG, LONGER * rows),
+        loop_case("httpx", 10, max(1, rows // 4)),
+        loop_case("httpx", 50, max(1, rows // 8)),
+        loop_case("transport", 10, rows),
+        loop_case("transport", 50, rows),
+        loop_case("transport", 50, rows, uvloop=True),
+        loop_case("aiohttp", 50, rows, uvloop=True),
+        enrich_case(SHORT_RUN, rows),
+        enrich_case(LONG_RUN, LONG_FACTOR * rows),
         *bulk,
     ]
 
 
-def best(results: list[Result], kind: str) -> float:
+def best_loop_rate(results: list[Result], kind: str) -> float:
     """Rows per second of the best loop of a kind, without the interpreter's start."""
-    return max(result.rows / result.working_s for result in results if result.name.startswith(f"{kind}, "))
+    return max(result.rows / result.reported_s for result in results if result.name.startswith(f"{kind}, "))
 
 
-def steady(results: list[Result]) -> tuple[float, float]:
+def steady_state(results: list[Result]) -> tuple[float, float]:
     """Rows per second, and CPU seconds for 1,000, of what the long run has beyond the short one.
 
     Not known (nan) from one round: a short run that was disturbed would make it look fast.
     """
     by_name = {result.name: result for result in results}
-    short, long = by_name[SHORT], by_name[LONG]
-    rows, seconds = long.rows - short.rows, long.working_s - short.working_s
+    short, long = by_name[SHORT_RUN], by_name[LONG_RUN]
+    rows, seconds = long.rows - short.rows, long.reported_s - short.reported_s
     known = seconds > 0 and len(long.trials) > 1
     return (rows / seconds if known else nan), 1000 * (long.cpu_s - short.cpu_s) / rows
 
 
-def report(results: list[Result]) -> str:
+def format_report(results: list[Result]) -> str:
     """Write down what came of it: a line for each contender, and the steady state."""
-    plain, ours = best(results, "httpx"), best(results, "transport")
+    plain, ours = best_loop_rate(results, "httpx"), best_loop_rate(results, "transport")
     lines = [
         [
-            *result.speeds,
-            f"{result.rows / result.working_s:,.0f}",
-            f"{result.rows / result.working_s / plain:.2f}",
-            f"{result.rows / result.working_s / ours:.2f}",
+            *result.speed_cells,
+            f"{result.rows / result.reported_s:,.0f}",
+            f"{result.rows / result.reported_s / plain:.2f}",
+            f"{result.rows / result.reported_s / ours:.2f}",
             f"{result.cpu_per_1000:.2f}",
             f"{result.peak_mib:.0f}",
             f"{result.requests:.2f}",
         ]
         for result in results
     ]
-    rate, cpu = steady(results)
+    rate, cpu = steady_state(results)
     ratios = f"{rate / plain:.2f} of httpx, {rate / ours:.2f} of ours"
-    steadily = f"{SHORT}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
-    return f"{table(HEADER, lines)}\n\n{steadily}\nrounds: {len(results[0].trials)}"
+    steady_line = f"{SHORT_RUN}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
+    return f"{format_table(HEADER, lines)}\n\n{steady_line}\nrounds: {len(results[0].trials)}"
 
 
 def main() -> None:
@@ -95,9 +103,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5000, help="of `enrich run`; the slow loops get fewer")
     parser.add_argument("--seconds", type=float, default=120, help="as many rounds as fit, at least one")
     options = parser.parse_args()
-    with serving() as server:
-        results = compete(contenders(options.rows), server, options.seconds)
-    print(report(results))
+    with start_server() as server:
+        results = measure_in_rounds(make_cases(options.rows), server, options.seconds)
+    print(format_report(results))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import click
 
-from enrich.polls import PollTimes, Price
+from enrich.polls import PollCost, PollSchedule
 
 IN_FLIGHT, PER_SECOND = 200, 20.0
 
@@ -25,7 +25,7 @@ Latency = Callable[[random.Random], float]
 
 def lognormal(middle: float, sigma: float) -> Latency:
     """Draw from a lognormal distribution, given its median."""
-    return lambda chance: chance.lognormvariate(math.log(middle), sigma)
+    return lambda rng: rng.lognormvariate(math.log(middle), sigma)
 
 
 LATENCIES: dict[str, Latency] = {
@@ -42,67 +42,67 @@ LATENCIES: dict[str, Latency] = {
 
 
 @dataclass(slots=True)
-class Running:
+class RunningTask:
     """A task: when it was submitted, when it will be done, and how old it was when it was last seen at work."""
 
     submitted: float
     ready: float
-    ran_s: float = 0.0
+    last_running_age_s: float = 0.0
 
 
-class Asker(Protocol):
+class PollStrategy(Protocol):
     """Says when to ask."""
 
-    def wait(self, age: float) -> float:
+    def next_delay_s(self, age_s: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
 
-    def first(self) -> float:
+    def first_delay_s(self) -> float:
         """Tell the same of a new task."""
 
-    def finished(self, after: float, by: float) -> None:
+    def record_duration(self, running_at_s: float, done_at_s: float) -> None:
         """Hear when a task ran and when it was done."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dear:
+class LearnedHighCost:
     """Asks as the program does while a poll takes the slot of a submit."""
 
-    times: PollTimes
+    times: PollSchedule
 
-    def wait(self, age: float) -> float:
+    def next_delay_s(self, age_s: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
-        return self.times.wait(age, Price.HIGH)
+        return self.times.next_delay_s(age_s, PollCost.HIGH)
 
-    def first(self) -> float:
+    def first_delay_s(self) -> float:
         """Tell the same of a new task."""
-        return self.times.first(Price.HIGH)
+        return self.times.first_delay_s(PollCost.HIGH)
 
-    def finished(self, after: float, by: float) -> None:
+    def record_duration(self, running_at_s: float, done_at_s: float) -> None:
         """Hear when a task ran and when it was done."""
-        self.times.finished(after, by)
+        self.times.record_duration(running_at_s, done_at_s)
 
 
 @dataclass(frozen=True, slots=True)
-class Every:
+class FixedInterval:
     """Asks at fixed intervals."""
 
     seconds: float
 
-    def wait(self, age: float) -> float:
+    def next_delay_s(self, age_s: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll."""
-        del age
+        del age_s
         return self.seconds
 
-    def first(self) -> float:
+    def first_delay_s(self) -> float:
         """Tell the same of a new task."""
         return self.seconds
 
-    def finished(self, after: float, by: float) -> None:
+    def record_duration(self, running_at_s: float, done_at_s: float) -> None:
         """Learn nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Outcome:
     """What came of it: polls per row, and the delays until the answers were seen, in seconds."""
 
     polls: float
@@ -114,20 +114,20 @@ class Seen:
         return median(self.delays)
 
     @property
-    def late(self) -> float:
+    def p95(self) -> float:
         """The delay that one answer in twenty exceeds."""
         return quantiles(self.delays, n=20)[-1]
 
 
-def play(asker: Asker, latency: Latency, rows: int = 3000, seed: int = 1) -> Seen:
+def simulate(strategy: PollStrategy, latency: Latency, rows: int = 3000, seed: int = 1) -> Outcome:
     """Submit rows at a steady rate, at most IN_FLIGHT at once, and ask for each until it is done."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     polls, now, delays = 0, 0.0, list[float]()
-    due: list[tuple[float, int, Running]] = []
+    due: list[tuple[float, int, RunningTask]] = []
     submitted = 0
     while len(delays) < rows:
         if submitted < rows and len(due) < IN_FLIGHT and (not due or now <= due[0][0]):
-            heapq.heappush(due, (now + asker.first(), submitted, Running(now, now + latency(chance))))
+            heapq.heappush(due, (now + strategy.first_delay_s(), submitted, RunningTask(now, now + latency(rng))))
             submitted += 1
             now += 1 / PER_SECOND
             continue
@@ -135,12 +135,12 @@ def play(asker: Asker, latency: Latency, rows: int = 3000, seed: int = 1) -> See
         now = max(now, at)
         polls += 1
         if at >= task.ready:
-            asker.finished(task.ran_s, at - task.submitted)
+            strategy.record_duration(task.last_running_age_s, at - task.submitted)
             delays.append(at - task.ready)
         else:
-            task.ran_s = at - task.submitted
-            heapq.heappush(due, (at + asker.wait(task.ran_s), number, task))
-    return Seen(polls / rows, tuple(delays))
+            task.last_running_age_s = at - task.submitted
+            heapq.heappush(due, (at + strategy.next_delay_s(task.last_running_age_s), number, task))
+    return Outcome(polls / rows, tuple(delays))
 
 
 @click.command()
@@ -151,9 +151,15 @@ def main(rows: int) -> None:
     print(f"{'polls, median, 95 %':24}" + "".join(f"{name:^22}" for name in columns))
     for name, latency in LATENCIES.items():
         cells = []
-        for asker in (PollTimes(), Dear(PollTimes()), Every(1), Every(2), Every(5)):
-            seen = play(asker, latency, rows)
-            cells.append(f"{seen.polls:7.2f} {seen.median:6.2f} {seen.late:6.2f}")
+        for strategy in (
+            PollSchedule(),
+            LearnedHighCost(PollSchedule()),
+            FixedInterval(1),
+            FixedInterval(2),
+            FixedInterval(5),
+        ):
+            outcome = simulate(strategy, latency, rows)
+            cells.append(f"{outcome.polls:7.2f} {outcome.median:6.2f} {outcome.p95:6.2f}")
         print(f"{name:22}" + " ".join(cells))
 
 

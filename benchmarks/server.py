@@ -30,8 +30,8 @@ import orjson
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.gate import Busiest
-from enrich.sandbox.latency import Latency, latency
+from enrich.sandbox.gate import PeakRate
+from enrich.sandbox.latency import Latency, parse_latency
 
 ROOT = Path(__file__).parent.parent
 API_KEY = "benchmark"
@@ -39,7 +39,7 @@ WATERFALL = "email_getter"
 PRICE, BALANCE = 0.51, 1e9
 
 
-def _wrapper(name: str, email: str) -> str:
+def _make_wrapper(name: str, email: str) -> str:
     """Shape one answer as the vendor does: found by the second provider, about 500 bytes."""
     step = {"details": None, "is_verified": False, "provider_logo": "https://logos.example/833.png"}
     wrapper = {
@@ -54,17 +54,17 @@ def _wrapper(name: str, email: str) -> str:
     return json.dumps(wrapper, separators=(",", ":"))
 
 
-WRAPPER = _wrapper("Peoplegrid", "lead-%(lead)s@engine.example").encode()
+WRAPPER = _make_wrapper("Peoplegrid", "lead-%(lead)s@engine.example").encode()
 TASK = (
     b'{"task_id":"%(task)s","request_id":"%(task)s","status":"%(status)s",%(progress)s"data":%(data)s,'
     b'"error":null,"credits_spent":%(spent).2f}'
 )
 PROGRESS = b'"progress":{"total":%d,"completed":%d,"no_data":0,"failed":0,"processing":%d},'
-WORDS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429: b"Too Many Requests"}
+STATUS_TEXTS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429: b"Too Many Requests"}
 
 
 @dataclass(slots=True)
-class Bucket:
+class TokenBucket:
     """A token bucket, full at first: `rate` requests per second, `burst` at once; 0: everybody may."""
 
     rate: float
@@ -76,7 +76,7 @@ class Bucket:
     def __post_init__(self) -> None:
         self._tokens = self.burst
 
-    def take(self, now: float) -> bool:
+    def accepts(self, now: float) -> bool:
         """Say whether a request may pass at `now`, in seconds."""
         if not self.rate:
             return True
@@ -98,37 +98,37 @@ class Reply:
     body: bytes
 
 
-class Api:
+class FakeApi:
     """Takes runs and shows tasks. A task is the moments at which its rows are ready; a single run has one."""
 
-    def __init__(self, sample: Latency, bucket: Bucket) -> None:
+    def __init__(self, sample: Latency, bucket: TokenBucket) -> None:
         self.counts: Counter[tuple[str, int]] = Counter()
         self.bucket = bucket
-        self.busiest = Busiest()
+        self.peak_rate = PeakRate()
         self._sample = sample
         self._tasks: dict[bytes, float | list[float]] = {}
         self._suffix = str(uuid4())[8:].encode()
         self._rows = 0
         self._chance = random.Random(0)
-        self._document = WATERFALLS[WATERFALL].document()
+        self._document = WATERFALLS[WATERFALL].to_json()
 
     def answer(self, method: bytes, path: bytes, body: bytes) -> Reply:
         """Answer one request."""
         if path == b"/__counts":
-            return Reply("counts", 200, self._told())
+            return Reply("counts", 200, self._counts_json())
         if path == b"/__busiest":
-            return Reply("busiest", 200, b"%d" % self.busiest.most)
+            return Reply("busiest", 200, b"%d" % self.peak_rate.peak)
         now = time.monotonic()
-        self.busiest.count()
+        self.peak_rate.count()
         endpoint, task = _route(method, path)
-        if not self.bucket.take(now):
+        if not self.bucket.accepts(now):
             reply = Reply(endpoint, 429, b'{"detail":"Too many requests"}')
         elif endpoint == "task":
-            reply = self._show(task, now)
+            reply = self._task_reply(task, now)
         elif endpoint in {"run", "bulk-run"}:
             reply = self._submit(endpoint, body, now)
         else:
-            reply = self._describe(endpoint)
+            reply = self._metadata_reply(endpoint)
         self.counts[reply.endpoint, reply.status] += 1
         return reply
 
@@ -138,17 +138,17 @@ class Api:
             return Reply(endpoint, 422, b'{"detail":[{"loc":["body","params"],"msg":"Field required"}]}')
         task = b"%08x%s" % (len(self._tasks), self._suffix)
         if endpoint == "run":
-            self._tasks[task] = self._ready(now)
+            self._tasks[task] = self._ready_time(now)
         else:
-            self._tasks[task] = sorted(self._ready(now) for _ in params)
+            self._tasks[task] = sorted(self._ready_time(now) for _ in params)
         self._rows += 1 if endpoint == "run" else len(params)
         return Reply(endpoint, 200, b'{"task_id":"%s","request_id":"%s","status":"created"}' % (task, task))
 
-    def _ready(self, now: float) -> float:
+    def _ready_time(self, now: float) -> float:
         # The latency's distributions are open at both ends.
         return now + self._sample(self._chance.uniform(1e-9, 1 - 1e-9))
 
-    def _show(self, task: bytes, now: float) -> Reply:
+    def _task_reply(self, task: bytes, now: float) -> Reply:
         ready = self._tasks.get(task)
         if ready is None:
             return Reply("task", 404, b'{"detail":"Task not found"}')
@@ -165,7 +165,7 @@ class Api:
         data = b"[%s]" % b",".join([WRAPPER % {b"lead": lead} for lead in leads])
         return Reply("task", 200, TASK % {**facts, b"status": b"completed", b"data": data, b"spent": PRICE * rows})
 
-    def _describe(self, endpoint: str) -> Reply:
+    def _metadata_reply(self, endpoint: str) -> Reply:
         balance = round(BALANCE - PRICE * self._rows, 2)
         documents: dict[str, Any] = {
             "user": {"email": "ada@engine.example", "balance": balance, "plan": "benchmark", "workspace": "benchmark"},
@@ -176,11 +176,11 @@ class Api:
             return Reply(endpoint, 404, b'{"detail":"Not Found"}')
         return Reply(endpoint, 200, orjson.dumps(documents[endpoint]))
 
-    def _told(self) -> bytes:
-        told: dict[str, dict[str, int]] = {}
+    def _counts_json(self) -> bytes:
+        counts: dict[str, dict[str, int]] = {}
         for (endpoint, status), count in sorted(self.counts.items()):
-            told.setdefault(endpoint, {})[str(status)] = count
-        return orjson.dumps(told)
+            counts.setdefault(endpoint, {})[str(status)] = count
+        return orjson.dumps(counts)
 
 
 def _route(method: bytes, path: bytes) -> tuple[str, bytes]:
@@ -199,10 +199,10 @@ def _route(method: bytes, path: bytes) -> tuple[str, bytes]:
     return "unknown", b""
 
 
-class Wire(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """One connection: requests with a content-length or no body, answered in their order."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: FakeApi) -> None:
         self._api = api
         self._pending = b""
         self._transport: asyncio.Transport | None = None
@@ -230,7 +230,7 @@ class Wire(asyncio.Protocol):
         wait = self._api.bucket.retry_after if reply.status == 429 else None
         return b"HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s" % (
             reply.status,
-            WORDS[reply.status],
+            STATUS_TEXTS[reply.status],
             formatdate(usegmt=True).encode(),
             b"" if wait is None else b"Retry-After: %g\r\n" % wait,
             len(reply.body),
@@ -239,7 +239,7 @@ class Wire(asyncio.Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class RunningServer:
     """A server that runs."""
 
     url: str
@@ -257,21 +257,21 @@ class Server:
     def counts(self) -> dict[str, dict[str, int]]:
         """How many requests were answered, by endpoint and status."""
         with urlopen(f"{self.url}/__counts", timeout=10) as answer:  # noqa: S310 - loopback
-            told: dict[str, dict[str, int]] = json.load(answer)
-        return told
+            counts: dict[str, dict[str, int]] = json.load(answer)
+        return counts
 
-    def busiest(self) -> int:
+    def peak_requests_per_s(self) -> int:
         """The most requests in any second."""
         with urlopen(f"{self.url}/__busiest", timeout=10) as answer:  # noqa: S310 - loopback
             return int(answer.read())
 
-    def answered(self) -> int:
+    def request_count(self) -> int:
         """How many requests were answered in all."""
         return sum(sum(by_status.values()) for by_status in self.counts().values())
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[Server]:
+def start_server(*options: str) -> Iterator[RunningServer]:
     """Start a server as a process, on a free port unless `options` name one; end it afterwards."""
     command = [sys.executable, "-m", "benchmarks.server", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -280,13 +280,15 @@ def serving(*options: str) -> Iterator[Server]:
             url = process.stdout.readline().strip()
             if not url:
                 raise RuntimeError("the server did not start")
-            yield Server(url)
+            yield RunningServer(url)
         finally:
             process.terminate()
 
 
-async def _serve(api: Api, port: int) -> None:
-    listening = await asyncio.get_running_loop().create_server(lambda: Wire(api), "127.0.0.1", port, backlog=1024)
+async def _serve(api: FakeApi, port: int) -> None:
+    listening = await asyncio.get_running_loop().create_server(
+        lambda: HttpConnection(api), "127.0.0.1", port, backlog=1024
+    )
     host, port = listening.sockets[0].getsockname()[:2]
     print(f"http://{host}:{port}", flush=True)
     await listening.serve_forever()
@@ -297,17 +299,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.server", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0: any that is free")
     help_ = "seconds, or fixed(s), uniform(a,b), lognormal(median,sigma)"
-    parser.add_argument("--latency", type=_latency, default="0", help=help_)
+    parser.add_argument("--latency", type=_parse_latency, default="0", help=help_)
     parser.add_argument("--rate", type=float, default=0, help="requests per second that are allowed; 0: all")
     parser.add_argument("--burst", type=float, default=10, help="how many may come at once")
     parser.add_argument("--retry-after", type=float, help="seconds that a 429 tells to wait; else it tells nothing")
     options = parser.parse_args()
-    api = Api(options.latency, Bucket(options.rate, max(1.0, options.burst), options.retry_after))
+    api = FakeApi(options.latency, TokenBucket(options.rate, max(1.0, options.burst), options.retry_after))
     uvloop.run(_serve(api, options.port))
 
 
-def _latency(text: str) -> Latency:
-    return latency(f"fixed({text})" if text.replace(".", "", 1).isdigit() else text)
+def _parse_latency(text: str) -> Latency:
+    return parse_latency(f"fixed({text})" if text.replace(".", "", 1).isdigit() else text)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,38 @@ from statistics import median
 
 import click
 
-from benchmarks.polls import LATENCIES, Every, Latency, Running
-from enrich.polls import PollTimes, Price
+from benchmarks.polls import LATENCIES, FixedInterval, Latency, RunningTask
+from enrich.polls import PollCost, PollSchedule
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Outcome:
     """What came of it: rows and polls until the last submit, and the median delay of the answers in seconds."""
 
     rows_per_s: float
     polls_per_row: float
-    delay: float
+    median_delay_s: float
     most_in_flight: int
 
 
-def play(times: PollTimes | Every, latency: Latency, *, arbitrated: bool, rate: float, rows: int) -> Seen:
+def simulate(
+    strategy: PollSchedule | FixedInterval, latency: Latency, *, use_poll_cost: bool, rate: float, rows: int
+) -> Outcome:
     """Submit and poll through one door, in turn when both want it, at most 200 tasks in flight."""
-    chance, limit = random.Random(1), 200
-    due: list[tuple[float, int, Running]] = []
-    ready: list[tuple[float, int, Running]] = []
+    rng, limit = random.Random(1), 200
+    due: list[tuple[float, int, RunningTask]] = []
+    ready: list[tuple[float, int, RunningTask]] = []
     delays = list[float]()
-    submitted = polls = most = 0
+    submitted = polls = max_in_flight = 0
     polled = False
     now = idle = 0.0
 
     def wait(age: float) -> float:
-        if isinstance(times, Every):
-            return times.wait(age)
+        if isinstance(strategy, FixedInterval):
+            return strategy.next_delay_s(age)
         room = 1 - (len(due) + len(ready)) / limit
-        price = Price.of(scarce=idle < 0.1, room=room) if arbitrated else Price.FAIR
-        return times.wait(age, price) if age else times.first(price)
+        price = PollCost.choose(rate_is_limiting=idle < 0.1, free_share=room) if use_poll_cost else PollCost.NORMAL
+        return strategy.next_delay_s(age, price) if age else strategy.first_delay_s(price)
 
     while submitted < rows:
         now += 1 / rate
@@ -51,25 +53,25 @@ def play(times: PollTimes | Every, latency: Latency, *, arbitrated: bool, rate: 
             _, number, task = heapq.heappop(due)
             heapq.heappush(ready, (task.submitted, number, task))
         in_flight = len(due) + len(ready)
-        most = max(most, in_flight)
+        max_in_flight = max(max_in_flight, in_flight)
         if ready and (not polled or in_flight >= limit):
             polled = True
             polls += 1
             _, number, task = heapq.heappop(ready)
             age = now - task.submitted
             if now >= task.ready:
-                times.finished(task.ran_s, age)
+                strategy.record_duration(task.last_running_age_s, age)
                 delays.append(now - task.ready)
             else:
-                task.ran_s = age
+                task.last_running_age_s = age
                 heapq.heappush(due, (now + wait(age), number, task))
         elif in_flight < limit:
             polled = False
-            heapq.heappush(due, (now + wait(0.0), submitted, Running(now, now + latency(chance))))
+            heapq.heappush(due, (now + wait(0.0), submitted, RunningTask(now, now + latency(rng))))
             submitted += 1
         else:
             idle += 1 / rate
-    return Seen(len(delays) / now, polls / len(delays), median(delays), most)
+    return Outcome(len(delays) / now, polls / len(delays), median(delays), max_in_flight)
 
 
 @click.command()
@@ -81,16 +83,18 @@ def main(rate: float, rows: int) -> None:
     print(f"{'rows/s, polls, delay':22}" + "".join(f"{name:^24}" for name in columns))
     for name, latency in LATENCIES.items():
         cells = []
-        for times, arbitrated in (
-            (PollTimes(), True),
-            (PollTimes(), False),
-            (Every(1), False),
-            (Every(2), False),
-            (Every(5), False),
+        for strategy, use_poll_cost in (
+            (PollSchedule(), True),
+            (PollSchedule(), False),
+            (FixedInterval(1), False),
+            (FixedInterval(2), False),
+            (FixedInterval(5), False),
         ):
-            seen = play(times, latency, arbitrated=arbitrated, rate=rate, rows=rows)
-            share = seen.rows_per_s / (rate / 2)
-            cells.append(f"{seen.rows_per_s:6.1f} {share:>4.0%} {seen.polls_per_row:5.2f} {seen.delay:5.1f}")
+            outcome = simulate(strategy, latency, use_poll_cost=use_poll_cost, rate=rate, rows=rows)
+            share = outcome.rows_per_s / (rate / 2)
+            cells.append(
+                f"{outcome.rows_per_s:6.1f} {share:>4.0%} {outcome.polls_per_row:5.2f} {outcome.median_delay_s:5.1f}"
+            )
         print(f"{name:22}" + " ".join(cells))
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from databar import DatabarClient
 
-from benchmarks.leads import ENRICHMENTS, params
+from benchmarks.leads import ENRICHMENTS, lead_params
 from benchmarks.server import API_KEY, WATERFALL
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--bulk", action="store_true", help="one POST for all rows, without threads")
     options = parser.parse_args()
-    leads = [params(number) for number in range(options.rows)]
+    leads = [lead_params(number) for number in range(options.rows)]
     began = time.perf_counter()
     with DatabarClient(API_KEY, options.base_url, poll_interval_s=0) as client:
         if options.bulk:

@@ -11,13 +11,13 @@ from itertools import count, repeat
 
 import polars as pl
 
-from enrich.domains import domain
+from enrich.domains import extract_domain
 from enrich.job import Job
-from enrich.model import RowStatus, Wanted
-from enrich.privacy import Forgotten
-from enrich.question import Question
+from enrich.model import RowRequest, RowStatus
+from enrich.privacy import ForgottenRequests
+from enrich.question import RequestTemplate
 from enrich.spec import Param
-from enrich.tables.cells import quoted
+from enrich.tables.cells import quote_json
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
@@ -31,25 +31,25 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
 
 #: In a dataset, whose parts may be read in any order: a row's place in the input, from 0.
 INDEX_COLUMN = "enrich_index"
-OUR_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
+ENRICH_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
 
 #: The columns of the change feed behind its key.
 CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
 #: What JSON does not write as it stands.
-_ESCAPED = r'["\\\x00-\x1f]'
+_NEEDS_ESCAPING = r'["\\\x00-\x1f]'
 #: One `@` with something before it and a dot behind it.
 _EMAIL = r"^[^@]+@[^@]*\.[^@]*$"
 #: What Python's `str.isspace` takes for a blank.
-_BLANK = r"[\s\x1c-\x1f]"
+_WHITESPACE = r"[\s\x1c-\x1f]"
 
 #: Why a row is filtered, where the job's expressions are not the reason.
-SUPPRESSED = "suppressed: listed as never to be sent"
-FORGOTTEN = "forgotten at the person's wish"
+SUPPRESSED_REASON = "suppressed: listed as never to be sent"
+FORGOTTEN_REASON = "forgotten at the person's wish"
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RowBatch:
     """Some rows in the input's order. `first` is the position of the first, from 0.
 
     `frame` has the input's columns in their types, as they are written back. The lists run along it: a row either
@@ -57,127 +57,138 @@ class Batch:
     `groups` are what `caps` counts, `places` the order of asking; None: the input's.
     """
 
-    first: int
+    first_position: int
     frame: pl.DataFrame
     fingerprints: list[bytes | None]
     params: list[str | None]
     statuses: list[RowStatus | None]
     errors: list[str | None]
     groups: list[str | None]
-    places: list[int] | None = None
+    queue_order: list[int] | None = None
 
-    def asked(self) -> Iterator[Wanted]:
+    def requests(self) -> Iterator[RowRequest]:
         """Yield what the rows ask that ask something."""
-        places = self.places or repeat(None)
-        rows = zip(count(self.first), self.fingerprints, self.params, places, self.groups, strict=False)
-        return (Wanted._make(row) for row in rows if row[1] is not None)
+        queue_order = self.queue_order or repeat(None)
+        rows = zip(count(self.first_position), self.fingerprints, self.params, queue_order, self.groups, strict=False)
+        return (RowRequest._make(row) for row in rows if row[1] is not None)
 
 
-class Asking:
+class RequestBuilder:
     """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
 
-    def __init__(self, job: Job, question: Question, header: list[str], forgotten: Forgotten) -> None:
+    def __init__(self, job: Job, template: RequestTemplate, header: list[str], forgotten: ForgottenRequests) -> None:
         params = job.model.params
         self._forgotten = forgotten
         self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
-        call = json.dumps([1, "run", question.call.waterfall, question.call.body()], sort_keys=True)
-        self._prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
+        call = json.dumps([1, "run", template.call.waterfall, template.call.body()], sort_keys=True)
+        self._hash_prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
         self._names = sorted(params)
         self._params = [params[name] for name in self._names]
-        self._problem = _problem(self._names, params, question)
+        self._invalid_reason = _invalid_reason_of(self._names, params, template)
         self._header = header
-        self._group = job.model.caps.by if job.model.caps else None
-        self._kept = [place for place, name in enumerate(header) if name not in OUR_COLUMNS]
+        self._group_by = job.model.caps.by if job.model.caps else None
+        self._kept_columns = [place for place, name in enumerate(header) if name not in ENRICH_COLUMNS]
 
-    def batch(
+    def build_batch(
         self,
-        first: int,
+        first_position: int,
         frame: pl.DataFrame,
-        wanted: pl.Series,
+        selected: pl.Series,
         suppressed: pl.Series | None,
-        places: list[int] | None,
-    ) -> Batch:
+        queue_order: list[int] | None,
+    ) -> RowBatch:
         """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
         # Named by number, so that no param is in the way of another column.
-        values = pl.DataFrame({str(i): source(param, frame, self._header) for i, param in enumerate(self._params)})
-        vetoed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
-        facts = values.with_columns(
-            as_json(self._names, values), wanted.alias("wanted"), vetoed.alias("vetoed")
-        ).select(
-            pl.when(_LEFT_OUT).then(1).when(self._problem.is_not_null()).then(2).otherwise(0).alias("status"),
-            pl.when(_LEFT_OUT).then(_WHY_LEFT_OUT).otherwise(self._problem).alias("error"),
-            pl.when(~_LEFT_OUT & self._problem.is_null()).then("params").alias("params"),
+        values = pl.DataFrame(
+            {str(i): param_values(param, frame, self._header) for i, param in enumerate(self._params)}
         )
-        params = facts.get_column("params")
+        is_suppressed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
+        row_states = values.with_columns(
+            params_as_json(self._names, values), selected.alias("wanted"), is_suppressed.alias("vetoed")
+        ).select(
+            pl.when(_IS_FILTERED).then(1).when(self._invalid_reason.is_not_null()).then(2).otherwise(0).alias("status"),
+            pl.when(_IS_FILTERED).then(_FILTER_REASON).otherwise(self._invalid_reason).alias("error"),
+            pl.when(~_IS_FILTERED & self._invalid_reason.is_null()).then("params").alias("params"),
+        )
+        params = row_states.get_column("params")
         texts: list[str | None] = params.to_list()
-        errors: list[str | None] = facts.get_column("error").to_list()
-        statuses = [_STATUSES[status] for status in facts.get_column("status")]
-        fingerprints = self._fingerprints(params.cast(pl.Binary).to_list())
+        errors: list[str | None] = row_states.get_column("error").to_list()
+        statuses = [_STATUS_BY_CODE[status] for status in row_states.get_column("status")]
+        fingerprints = self._make_fingerprints(params.cast(pl.Binary).to_list())
         for index, text in enumerate(texts) if self._forgotten.hashes else ():
             if text is not None and text in self._forgotten:
-                statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN
+                statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN_REASON
                 texts[index] = fingerprints[index] = None
-        kept = frame.select(pl.nth(self._kept))
-        return Batch(first, kept, fingerprints, texts, statuses, errors, self._grouped(values, frame), places)
+        kept_columns = frame.select(pl.nth(self._kept_columns))
+        return RowBatch(
+            first_position,
+            kept_columns,
+            fingerprints,
+            texts,
+            statuses,
+            errors,
+            self._group_values(values, frame),
+            queue_order,
+        )
 
-    def _fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
+    def _make_fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
         """Name requests by what is sent; stable over versions, machines and the job file's order of params."""
-        prefix, occurrences = self._prefix, self._occurrences
-        names: list[bytes | None] = []
+        prefix, occurrences = self._hash_prefix, self._occurrences
+        fingerprints: list[bytes | None] = []
         for text in params:
             if text is None:
-                names.append(None)
+                fingerprints.append(None)
                 continue
             digest = prefix.copy()
             digest.update(text)
-            name = digest.digest()
+            fingerprint = digest.digest()
             if occurrences is not None:
-                occurrence = occurrences[name]
-                occurrences[name] += 1
+                occurrence = occurrences[fingerprint]
+                occurrences[fingerprint] += 1
                 if occurrence:
                     digest.update(b"\0%d" % occurrence)
-                    name = digest.digest()
-            names.append(name)
-        return names
+                    fingerprint = digest.digest()
+            fingerprints.append(fingerprint)
+        return fingerprints
 
-    def _grouped(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
+    def _group_values(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
         """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
-        if self._group is None:
+        if self._group_by is None:
             return [None] * frame.height
-        if self._group in self._names:
-            value, group = pl.nth(0), values.to_series(self._names.index(self._group))
+        if self._group_by in self._names:
+            value, group = pl.nth(0), values.to_series(self._names.index(self._group_by))
         else:
-            value, group = clean(pl.nth(0)), frame.to_series(self._header.index(self._group))
+            value, group = normalize(pl.nth(0)), frame.to_series(self._header.index(self._group_by))
         return (
             group.alias("").to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
         )
 
 
 #: By the numbers that a frame has for them.
-_STATUSES = (None, RowStatus.FILTERED, RowStatus.INVALID)
-_LEFT_OUT = ~pl.col("wanted") | pl.col("vetoed")
-_WHY_LEFT_OUT = pl.when("wanted").then(pl.lit(SUPPRESSED))
+_STATUS_BY_CODE = (None, RowStatus.FILTERED, RowStatus.INVALID)
+_IS_FILTERED = ~pl.col("wanted") | pl.col("vetoed")
+_FILTER_REASON = pl.when("wanted").then(pl.lit(SUPPRESSED_REASON))
 
 
-def _problem(names: list[str], params: Mapping[str, Param], question: Question) -> pl.Expr:
+def _invalid_reason_of(names: list[str], params: Mapping[str, Param], template: RequestTemplate) -> pl.Expr:
     """Say why a row cannot be asked, whose params are the columns `0`, `1` …; null where it can."""
 
-    def of(name: str) -> tuple[pl.Expr, str]:
+    def value_and_source(name: str) -> tuple[pl.Expr, str]:
         return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
 
     blank = pl.all_horizontal(pl.col(str(number)) == "" for number in range(len(names)))
-    problem: pl.Expr = pl.when(blank).then(pl.lit("no param has a value"))
-    for name in (name for name in reversed(question.emails) if name in names):
-        value, where = of(name)
-        fine = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_BLANK))
-        problem = pl.when(fine).then(problem).otherwise(pl.lit(f"{name} is no e-mail address {where}"))
-    for name in reversed(question.required):
-        value, where = of(name)
-        problem = pl.when(value != "").then(problem).otherwise(pl.lit(f"{name} is empty {where}"))
-    return problem
+    reason: pl.Expr = pl.when(blank).then(pl.lit("no param has a value"))
+    for name in (name for name in reversed(template.email_params) if name in names):
+        value, source_note = value_and_source(name)
+        is_valid = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_WHITESPACE))
+        reason = pl.when(is_valid).then(reason).otherwise(pl.lit(f"{name} is no e-mail address {source_note}"))
+    for name in reversed(template.required_params):
+        value, source_note = value_and_source(name)
+        reason = pl.when(value != "").then(reason).otherwise(pl.lit(f"{name} is empty {source_note}"))
+    return reason
 
 
-def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
+def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out.
 
     The columns of `values` are named by the number of each param.
@@ -185,9 +196,9 @@ def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     pairs = []
     texts = values
     for name, value in zip(names, values.iter_columns(), strict=True):
-        key, text = pl.lit(f"{quoted(name)}:"), pl.col(value.name)
-        if value.str.contains(_ESCAPED).any():
-            texts = texts.with_columns(pl.Series(f"quoted {value.name}", map(quoted, value), pl.String))
+        key, text = pl.lit(f"{quote_json(name)}:"), pl.col(value.name)
+        if value.str.contains(_NEEDS_ESCAPING).any():
+            texts = texts.with_columns(pl.Series(f"quoted {value.name}", map(quote_json, value), pl.String))
             pairs.append(pl.when(text != "").then(key + pl.col(f"quoted {value.name}")))
         else:
             pairs.append(pl.when(text != "").then(key + '"' + text + '"'))
@@ -196,26 +207,26 @@ def as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     ).to_series()
 
 
-def source(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
+def param_values(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
     """Compute a param: NFC, without outer blanks; '' where nothing is to be sent."""
     if param.value is not None:
-        return pl.select(clean(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
+        return pl.select(normalize(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
     text = pl.repeat("", frame.height, dtype=pl.String, eager=True)
     for column in param.columns:
         # Most rows have their value in the first column: the others are computed for the rest alone.
-        rest = (text == "").arg_true()
-        if len(rest):
+        unfilled = (text == "").arg_true()
+        if len(unfilled):
             # Without its name: polars would take one like `^a.*$` for a pattern.
             cells = frame.to_series(header.index(column)).alias("")
             value = pl.nth(0)
             for transform in param.transform:
                 value = TRANSFORMS[transform](value)
-            found = cells.gather(rest).to_frame().select(clean(value)).to_series()
-            text = found if len(found) == len(text) else text.scatter(rest, found)
+            found = cells.gather(unfilled).to_frame().select(normalize(value)).to_series()
+            text = found if len(found) == len(text) else text.scatter(unfilled, found)
     return text
 
 
-def clean(text: pl.Expr) -> pl.Expr:
+def normalize(text: pl.Expr) -> pl.Expr:
     """Normalise (Unicode NFC) and cut outer blanks."""
     return text.str.normalize("NFC").str.strip_chars()
 
@@ -223,5 +234,5 @@ def clean(text: pl.Expr) -> pl.Expr:
 TRANSFORMS = {
     "trim": lambda text: text.str.strip_chars(),
     "lower": lambda text: text.str.to_lowercase(),
-    "domain": domain,
+    "domain": extract_domain,
 }

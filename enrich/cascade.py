@@ -16,13 +16,13 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from enrich.api.answer import Parsed, is_blank, parse_data
+from enrich.api.answer import ParsedData, is_blank, parse_data
 from enrich.api.waterfall import Waterfall
-from enrich.model import Settled, State, to_credits, to_micros
+from enrich.model import SettledAttempt, State, to_credits, to_micros
 
 
 @dataclass(frozen=True, slots=True)
-class Earned:
+class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
     `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked. `rejected` of its finds
@@ -54,23 +54,23 @@ class Earned:
 
 
 @dataclass(frozen=True, slots=True)
-class Earnings:
+class ProviderTotals:
     """All providers in the order they are asked, and what the answers do not tell; credits in millionths.
 
     `answers` were counted; of `untold` nobody knows whom they asked. `elsewhere` was paid and is in no step; below
     0 the steps tell more than was paid. Answers of unknown price are in neither.
     """
 
-    providers: Sequence[Earned] = ()
+    providers: Sequence[ProviderStat] = ()
     answers: int = 0
     found: int = 0
-    untold: int = 0
+    not_reported: int = 0
     spent: int = 0
-    elsewhere: int = 0
+    unattributed: int = 0
 
 
 @dataclass(slots=True)
-class _Count:
+class _ProviderCounter:
     verifies: bool = False
     asked: int = 0
     presumed: int = 0
@@ -78,129 +78,129 @@ class _Count:
     rejected: int = 0
     credits: int = 0
     #: The sum of its places in the cascades that were told, from 0.
-    places: int = 0
+    position_sum: int = 0
 
 
 @dataclass(slots=True)
-class Cascade:
+class ProviderStats:
     """Adds up answers. `offers` are the waterfalls as last described, by identifier."""
 
-    offers: Mapping[str, Waterfall]
-    _counts: dict[str, _Count] = field(default_factory=dict)
-    _calls: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
+    waterfalls: Mapping[str, Waterfall]
+    _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
+    _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _answers: int = 0
     _found: int = 0
-    _untold: int = 0
+    _not_reported: int = 0
     _spent: int = 0
-    _told: int = 0
+    _attributed: int = 0
 
-    def add(self, settled: Settled) -> None:
+    def add(self, settled: SettledAttempt) -> None:
         """Count one answer; what has none, as it expired or is in doubt, adds only what it cost."""
         self._spent += settled.paid or 0
         if settled.state not in (State.FOUND, State.NOT_FOUND, State.FAILED):
             return
         self._answers += 1
         self._found += settled.state == State.FOUND
-        parsed = parse_data(read_task(settled.answer).get("data"))
+        parsed = parse_data(load_task(settled.answer).get("data"))
         asked = [step for step in parsed.steps if _is_name(step.get("provider"))]
         if asked:
             self._add_steps(asked, settled, parsed)
-        elif settled.state == State.FAILED or not self._presume(settled, parsed.provider):
-            self._untold += 1
+        elif settled.state == State.FAILED or not self._infer_providers(settled, parsed.provider):
+            self._not_reported += 1
 
-    def earnings(self) -> Earnings:
+    def totals(self) -> ProviderTotals:
         """Add it all up."""
-        names = sorted(self._counts, key=self._place)
+        names = sorted(self._counters, key=self._sort_key)
         providers = [
-            Earned(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
+            ProviderStat(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
             for name in names
-            for count in (self._counts[name],)
+            for count in (self._counters[name],)
         ]
-        elsewhere = self._spent - self._told
-        return Earnings(providers, self._answers, self._found, self._untold, self._spent, elsewhere)
+        unattributed = self._spent - self._attributed
+        return ProviderTotals(providers, self._answers, self._found, self._not_reported, self._spent, unattributed)
 
-    def _add_steps(self, steps: Sequence[Mapping[str, Any]], settled: Settled, parsed: Parsed) -> None:
-        _, verifier = self._cascade(settled.call)
-        before: str | None = None
+    def _add_steps(self, steps: Sequence[Mapping[str, Any]], settled: SettledAttempt, parsed: ParsedData) -> None:
+        _, verifier = self._call_providers(settled.call)
+        previous: str | None = None
         asked: dict[str, None] = {}
-        checked: dict[str, None] = {}
+        verified: dict[str, None] = {}
         verifiers = set()
         for step in steps:
             name = str(step["provider"])
-            count = self._counts.setdefault(name, _Count())
+            count = self._counters.setdefault(name, _ProviderCounter())
             cost = to_micros(step.get("cost")) or 0
             count.credits += cost
             if settled.paid is not None:
-                self._told += cost
+                self._attributed += cost
             if name == verifier or str(step.get("action", "")).lower().startswith("verif"):
                 count.verifies = True
                 verifiers.add(name)
-                if before is not None:
-                    checked[before] = None
+                if previous is not None:
+                    verified[previous] = None
             else:
                 asked[name] = None
-                before = name
+                previous = name
         # Who verified an answer has not found it: that was the one before.
-        winner = before if parsed.provider in verifiers else parsed.provider
+        winner = previous if parsed.provider in verifiers else parsed.provider
         found = winner if settled.state == State.FOUND else None
         if found is not None and found not in asked:
-            self._counts.setdefault(found, _Count())
+            self._counters.setdefault(found, _ProviderCounter())
             asked[found] = None
-        for place, name in enumerate(asked):
-            self._counts[name].asked += 1
-            self._counts[name].places += place
+        for position, name in enumerate(asked):
+            self._counters[name].asked += 1
+            self._counters[name].position_sum += position
         for name in verifiers - asked.keys():
-            self._counts[name].asked += 1
-        for name in checked:
-            self._counts[name].rejected += name != winner
+            self._counters[name].asked += 1
+        for name in verified:
+            self._counters[name].rejected += name != winner
         if found is not None:
-            self._counts[found].found += 1
+            self._counters[found].found += 1
 
-    def _presume(self, settled: Settled, provider: str | None) -> bool:
+    def _infer_providers(self, settled: SettledAttempt, provider: str | None) -> bool:
         """Count whom a waterfall must have asked for an answer without steps; tell whether that is known."""
-        cascade, _ = self._cascade(settled.call)
+        providers, _ = self._call_providers(settled.call)
         found = settled.state == State.FOUND
-        if settled.erased or not cascade or (found and provider not in dict(cascade)):
+        if settled.erased or not providers or (found and provider not in dict(providers)):
             return False
         sent = frozenset(json.loads(settled.params))  # its keys
-        for place, (name, needed) in enumerate(cascade):
+        for position, (name, needed) in enumerate(providers):
             if needed <= sent or name == provider:
-                count = self._counts.setdefault(name, _Count())
+                count = self._counters.setdefault(name, _ProviderCounter())
                 count.presumed += 1
-                count.places += place
+                count.position_sum += position
             if found and name == provider:
-                self._counts[name].found += 1
+                self._counters[name].found += 1
                 break
         return True
 
-    def _cascade(self, call: str) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
+    def _call_providers(self, call: str) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
         """Name the providers of a call in their order, each with the inputs it needs, and its verifier."""
-        if call not in self._calls:
-            self._calls[call] = self._look_up(json.loads(call))
-        return self._calls[call]
+        if call not in self._providers_by_call:
+            self._providers_by_call[call] = self._find_providers(json.loads(call))
+        return self._providers_by_call[call]
 
-    def _look_up(self, call: Mapping[str, Any]) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
-        offer = self.offers.get(call["waterfall"])
-        if offer is None:
+    def _find_providers(self, call: Mapping[str, Any]) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
+        waterfall = self.waterfalls.get(call["waterfall"])
+        if waterfall is None:
             return [], None
-        known = {each.id: each for each in offer.available_enrichments}
-        verifiers = {each.id: each.name for each in offer.email_verifiers}
+        known = {each.id: each for each in waterfall.available_enrichments}
+        verifiers = {each.id: each.name for each in waterfall.email_verifiers}
         asked = [known[number] for number in call["enrichments"] if number in known]
-        whole = len(asked) == len(call["enrichments"]) and all(each.name for each in asked)
-        cascade = [(each.name, frozenset(each.params)) for each in asked] if whole else []
-        return cascade, verifiers.get(call.get("email_verifier", 0)) or None
+        all_known = len(asked) == len(call["enrichments"]) and all(each.name for each in asked)
+        providers = [(each.name, frozenset(each.params)) for each in asked] if all_known else []
+        return providers, verifiers.get(call.get("email_verifier", 0)) or None
 
-    def _place(self, name: str) -> tuple[bool, float, str]:
+    def _sort_key(self, name: str) -> tuple[bool, float, str]:
         """Verifiers stand last, providers where they are asked on average."""
-        count = self._counts[name]
-        return count.verifies, count.places / max(1, count.asked + count.presumed), name
+        count = self._counters[name]
+        return count.verifies, count.position_sum / max(1, count.asked + count.presumed), name
 
 
 def _is_name(provider: object) -> bool:
     return isinstance(provider, str) and not is_blank(provider)
 
 
-def read_task(answer: str | None) -> Mapping[str, Any]:
+def load_task(answer: str | None) -> Mapping[str, Any]:
     """Read a task as the ledger keeps it; empty where there is none or nobody can read it."""
     try:
         try:
@@ -212,10 +212,10 @@ def read_task(answer: str | None) -> Mapping[str, Any]:
     return task if isinstance(task, dict) else {}
 
 
-def read_offers(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:
+def load_waterfalls(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:
     """Read waterfalls as they were last described; a description that can't be read is as good as none."""
     known = {}
-    for identifier, told in described.items():
+    for identifier, description in descriptions.items():
         with suppress(ValidationError):
-            known[identifier] = Waterfall.model_validate(told)
+            known[identifier] = Waterfall.model_validate(description)
     return known

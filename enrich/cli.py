@@ -17,9 +17,9 @@ import click
 from enrich import __version__
 from enrich.api.outside_text import clean_text
 from enrich.commands import look, nightly, options, report, run, setup, upkeep
-from enrich.errors import EnrichError, Exit, Interrupted
+from enrich.errors import EnrichError, ExitCode, Interrupted
 from enrich.sandbox.command import sandbox
-from enrich.streams import failure, guard_streams
+from enrich.streams import flush_error, guard_streams
 
 
 def main() -> None:
@@ -27,14 +27,14 @@ def main() -> None:
     guard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, or a shell's &
-            signal.signal(number, _terminated)
+            signal.signal(number, _raise_terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # A KeyboardInterrupt in the middle of an import makes `python -m` die of the signal, however it was handled.
-        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGINT, _raise_interrupted)
     # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
     gc.set_threshold(100_000, 50, 100)
     code = run_command(sys.argv[1:])
-    if (error := failure(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
+    if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
     if "ray" in sys.modules:
         # It has ended, but now and then its threads abort a process that ends in order.
@@ -43,12 +43,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _terminated(_number: int, _frame: object) -> None:
-    raise Interrupted(Exit.TERMINATED)
+def _raise_terminated(_number: int, _frame: object) -> None:
+    raise Interrupted(ExitCode.TERMINATED)
 
 
-def _interrupted(_number: int, _frame: object) -> None:
-    raise Interrupted(Exit.INTERRUPTED)
+def _raise_interrupted(_number: int, _frame: object) -> None:
+    raise Interrupted(ExitCode.INTERRUPTED)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -63,45 +63,49 @@ def run_command(arguments: Sequence[str]) -> int:
         return done.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
-        return Exit.USAGE
+        return ExitCode.USAGE
     except click.UsageError as error:
         hint = f"{error.ctx.command_path} --help" if error.ctx else "enrich --help"
-        return _fail(Exit.USAGE, error.format_message(), hint, as_json=as_json)
+        return _fail(ExitCode.USAGE, error.format_message(), hint, as_json=as_json)
     except click.ClickException as error:
-        return _fail(Exit.USAGE, error.format_message(), None, as_json=as_json)
+        return _fail(ExitCode.USAGE, error.format_message(), None, as_json=as_json)
     except (click.Abort, EOFError, KeyboardInterrupt):
-        return _fail(Exit.INTERRUPTED, "interrupted", None, as_json=as_json)
+        return _fail(ExitCode.INTERRUPTED, "interrupted", None, as_json=as_json)
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
     except BrokenPipeError:
-        return Exit.OK  # the reader of our output left, and there is nothing else to do
+        return ExitCode.OK  # the reader of our output left, and there is nothing else to do
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
-        return _unforeseen(
-            error, None if context is None else context.meta.get(options.LEDGER_OF_COMMAND), as_json=as_json
+        return _fail_unexpected(
+            error, None if context is None else context.meta.get(options.LEDGER_META_KEY), as_json=as_json
         )
     return int(code or 0)
 
 
-def _unforeseen(error: Exception, ledger: object, *, as_json: bool) -> int:
+def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
     from enrich.store.dialect import DatabaseFailed
     from enrich.store.records import is_damaged
-    from enrich.store.sqlite import RESTORE, is_locked, tells_of_damage
+    from enrich.store.sqlite import RESTORE_HINT, is_busy_error, is_damage_error
 
     if isinstance(error, DatabaseFailed):
-        return _fail(Exit.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json)
-    if is_locked(error):
+        return _fail(
+            ExitCode.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json
+        )
+    if is_busy_error(error):
         hint = "end the program that holds the lock, then run the same command again"
-        return _fail(Exit.BUG, "another program has locked the ledger", hint, as_json=as_json)
+        return _fail(ExitCode.BUG, "another program has locked the ledger", hint, as_json=as_json)
     # Whatever stumbles over the content of a damaged ledger is no bug, and its trace may quote that.
-    if tells_of_damage(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
-        return _fail(Exit.REFUSED, f"{ledger or 'a database'}: the ledger is damaged", RESTORE, as_json=as_json)
-    click.echo(clean_text("".join(traceback.format_exception(error)), _key()).rstrip("\n"), err=True)
+    if is_damage_error(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
+        return _fail(
+            ExitCode.REFUSED, f"{ledger or 'a database'}: the ledger is damaged", RESTORE_HINT, as_json=as_json
+        )
+    click.echo(clean_text("".join(traceback.format_exception(error)), _find_api_key()).rstrip("\n"), err=True)
     return _fail(
-        Exit.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
+        ExitCode.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
     )
 
 
-def _key() -> str:
+def _find_api_key() -> str:
     """Find the API key, which a value in a trace may hold."""
     from enrich.api.credentials import find_key
 
@@ -110,7 +114,7 @@ def _key() -> str:
     return ""
 
 
-def _fail(code: Exit, message: str, hint: str | None, *, as_json: bool) -> int:
+def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool) -> int:
     message = clean_text(message)  # of a file's name, or of a server
     click.echo(f"error: {message}", err=True)
     if hint:

@@ -10,52 +10,54 @@ from dataclasses import dataclass, field
 import orjson
 import polars as pl
 
-from enrich.api.answer import fields_of, is_blank, pick
-from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, Batch
-from enrich.errors import Refused
+from enrich.api.answer import is_blank, result_fields, value_at
+from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
+from enrich.errors import CommandRefused
 from enrich.job import Job
-from enrich.model import MICROS, OPEN, RowStatus, Standing, State
-from enrich.place import Place, is_dataset
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State
+from enrich.place import Location, is_dataset
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
 from enrich.tables.cells import as_text
-from enrich.tables.writing import guarded, runs_formulas, write
+from enrich.tables.writing import escape_formulas, needs_formula_escape, write_file
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class JoinedBatch:
     """A batch with what is known of the requests of its rows, None where nothing is, and its new cells, by column."""
 
-    batch: Batch
-    known: Sequence[Standing | None]
+    batch: RowBatch
+    results: Sequence[RequestResult | None]
     cells: Mapping[str, pl.Series]
 
-    def statuses(self) -> Counter[RowStatus]:
+    def count_statuses(self) -> Counter[RowStatus]:
         """Count the rows by their status."""
         names, counts = self.cells["enrich_status"].value_counts()
         return Counter({RowStatus(name): count for name, count in zip(names, counts, strict=True)})
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class OutputCounts:
     """Rows by the status that they have in the output, and by each new column in which a value was found."""
 
     statuses: Counter[RowStatus] = field(default_factory=Counter)
-    hits: Counter[str] = field(default_factory=Counter)
+    filled_by_column: Counter[str] = field(default_factory=Counter)
 
-    def __add__(self, other: Counted) -> Counted:
+    def __add__(self, other: OutputCounts) -> OutputCounts:
         """Add up what was counted of several parts."""
-        total = Counted(self.statuses.copy(), self.hits.copy())
+        total = OutputCounts(self.statuses.copy(), self.filled_by_column.copy())
         # A sum of counters would forget the columns in which nothing was found.
         total.statuses.update(other.statuses)
-        total.hits.update(other.hits)
+        total.filled_by_column.update(other.filled_by_column)
         return total
 
-    def add(self, page: Page) -> None:
+    def add(self, joined: JoinedBatch) -> None:
         """Count the rows of a batch."""
-        self.statuses.update(page.statuses())
-        self.hits.update({name: cells.count() for name, cells in page.cells.items() if name not in STATUS_COLUMNS})
+        self.statuses.update(joined.count_statuses())
+        self.filled_by_column.update(
+            {name: cells.count() for name, cells in joined.cells.items() if name not in STATUS_COLUMNS}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,100 +66,112 @@ class Collector:
 
     ledger: Ledger
     job: Job
-    question: Question
-    rows: Rows
-    check: Callable[[], None] = lambda: None
+    template: RequestTemplate
+    job_input: JobInput
+    check_stopped: Callable[[], None] = lambda: None
 
-    def write(self, target: Place, *, partial: bool = True) -> Counted:
+    def write(self, target: Location, *, partial: bool = True) -> OutputCounts:
         """Write the output from the input and the ledger alone; return what is in it.
 
         Raises Refused when the input can't be read, the output can't be written, or rows are pending that is not to be
         `partial`.
         """
-        counted = Counted()
-        indexed = is_dataset(target)
-        schema = output_schema(self.rows, self.question, indexed=indexed)
-        write(
+        counts = OutputCounts()
+        with_index = is_dataset(target)
+        schema = output_schema(self.job_input, self.template, with_index=with_index)
+        write_file(
             target,
             self.job.output,
             job=self.job.name,
             schema=schema,
-            frames=self._checked(counted, indexed=indexed, partial=partial, safely=runs_formulas(target)),
-            new=len(schema) - len(self.rows.schema),
+            frames=self._checked_frames(
+                counts, with_index=with_index, partial=partial, formula_safe=needs_formula_escape(target)
+            ),
+            new_columns=len(schema) - len(self.job_input.schema),
         )
-        return counted
+        return counts
 
-    def frames(self, counted: Counted, *, indexed: bool, safely: bool = False) -> Iterator[pl.DataFrame]:
+    def frames(self, counts: OutputCounts, *, with_index: bool, formula_safe: bool = False) -> Iterator[pl.DataFrame]:
         """Yield the rows of the output, and count them."""
-        merged = self.merged
-        added = [name for name in new_schema(self.question) if name not in merged]
-        for page in self.pages():
-            counted.add(page)
-            batch = page.batch
-            frame = batch.frame.with_columns(self.merge(page, name, safely=safely) for name in merged)
-            first, height = batch.first, batch.frame.height
-            index = [pl.int_range(first, first + height, eager=True).alias(INDEX_COLUMN)] if indexed else []
-            yield frame.hstack([page.cells[name] for name in added] + index)
+        merged_columns = self.merged_columns
+        new_columns = [name for name in new_column_types(self.template) if name not in merged_columns]
+        for joined in self.joined_batches():
+            counts.add(joined)
+            batch = joined.batch
+            frame = batch.frame.with_columns(
+                self.merge_column(joined, name, formula_safe=formula_safe) for name in merged_columns
+            )
+            first_position, height = batch.first_position, batch.frame.height
+            index = (
+                [pl.int_range(first_position, first_position + height, eager=True).alias(INDEX_COLUMN)]
+                if with_index
+                else []
+            )
+            yield frame.hstack([joined.cells[name] for name in new_columns] + index)
 
-    def count(self) -> Counted:
+    def count_rows(self) -> OutputCounts:
         """Count what would be in the output."""
-        counted = Counted()
-        for page in self.pages():
-            counted.add(page)
-        return counted
+        counts = OutputCounts()
+        for joined in self.joined_batches():
+            counts.add(joined)
+        return counts
 
     @property
-    def merged(self) -> list[str]:
+    def merged_columns(self) -> list[str]:
         """The job's columns that the input has already."""
-        return [name for name in self.question.columns if name in self.rows.columns]
+        return [name for name in self.template.columns if name in self.job_input.columns]
 
-    def pages(self) -> Iterator[Page]:
+    def joined_batches(self) -> Iterator[JoinedBatch]:
         """Read the input once, each batch with its new cells."""
-        for batch in self.rows.batches(self.question):
-            self.check()
-            known = self.ledger.standing(batch.asked())
-            numbers = {batch.fingerprints[row.position - batch.first]: number for number, row in enumerate(known)}
-            places = [numbers.get(fingerprint) for fingerprint in batch.fingerprints]
-            cells = _new_cells(batch, known, pl.Series(places, dtype=pl.UInt32), self.question)
-            yield Page(batch, [None if place is None else known[place] for place in places], cells)
+        for batch in self.job_input.batches(self.template):
+            self.check_stopped()
+            results = self.ledger.request_results(batch.requests())
+            index_of = {
+                batch.fingerprints[row.position - batch.first_position]: number for number, row in enumerate(results)
+            }
+            result_indexes = [index_of.get(fingerprint) for fingerprint in batch.fingerprints]
+            cells = _new_cells(batch, results, pl.Series(result_indexes, dtype=pl.UInt32), self.template)
+            yield JoinedBatch(batch, [None if place is None else results[place] for place in result_indexes], cells)
 
-    def _checked(self, counted: Counted, *, indexed: bool, partial: bool, safely: bool) -> Iterator[pl.DataFrame]:
-        yield from self.frames(counted, indexed=indexed, safely=safely)
+    def _checked_frames(
+        self, counts: OutputCounts, *, with_index: bool, partial: bool, formula_safe: bool
+    ) -> Iterator[pl.DataFrame]:
+        yield from self.frames(counts, with_index=with_index, formula_safe=formula_safe)
         self.ledger.check_files()  # before the old output is replaced
-        pending = counted.statuses[RowStatus.PENDING]
+        pending = counts.statuses[RowStatus.PENDING]
         if pending and not partial:
-            raise Refused(
+            raise CommandRefused(
                 f"{pending:,} rows are pending: the output would not be complete",
                 "enrich run goes on with them; --partial writes what is there",
             )
 
-    def merge(self, page: Page, name: str, *, safely: bool = False) -> pl.Series:
+    def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Complete a column of the input; what was not found never blanks what is there."""
         # Without a name: polars would take one like `^a.*$` for a pattern.
-        old = as_text(page.batch.frame.get_column(name)).alias("")
-        new = page.cells[name].alias("")
-        if safely:
-            new = guarded(new)
+        old = as_text(joined.batch.frame.get_column(name)).alias("")
+        new = joined.cells[name].alias("")
+        if formula_safe:
+            new = escape_formulas(new)
         if self.job.model.merge == "fill_empty":
             new = new.set(old.str.strip_chars() != "", None)
         return new.fill_null(old).alias(name)
 
 
-def output_schema(rows: Rows, question: Question, *, indexed: bool) -> dict[str, pl.DataType]:
+def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index: bool) -> dict[str, pl.DataType]:
     """Name the columns of the output, with their types; `indexed` adds the row's place in the input."""
-    new = new_schema(question)
+    new = new_column_types(template)
     # What is merged is text.
-    old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in rows.schema.items()}
-    return old | new | ({INDEX_COLUMN: pl.Int64()} if indexed else {})
+    old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in job_input.schema.items()}
+    return old | new | ({INDEX_COLUMN: pl.Int64()} if with_index else {})
 
 
-def new_schema(question: Question) -> dict[str, pl.DataType]:
+def new_column_types(template: RequestTemplate) -> dict[str, pl.DataType]:
     """Name the new columns, with their types."""
-    return {name: pl.String() for name in question.columns} | STATUS_COLUMNS
+    return {name: pl.String() for name in template.columns} | STATUS_COLUMNS
 
 
 #: What is used of a standing as it is.
-_STANDING = {
+_RESULT_COLUMNS = {
     "position": pl.Int64,
     "first": pl.Int8,
     "state": pl.String,
@@ -169,26 +183,28 @@ _STANDING = {
     "capped": pl.Int8,
     "erased_ms": pl.Int64,
 }
-_WAITS = pl.col("state").is_in([State.PENDING.value, *(state.value for state in OPEN)])
-_CAPPED = _WAITS & (pl.col("capped") == 1)
+_IS_PENDING = pl.col("state").is_in([State.PENDING.value, *(state.value for state in OPEN_STATES)])
+_IS_CAPPED = _IS_PENDING & (pl.col("capped") == 1)
 
 
-def _iso(column: str) -> pl.Expr:
+def _iso_time(column: str) -> pl.Expr:
     return pl.from_epoch(column, "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, question: Question) -> dict[str, pl.Series]:
+def _new_cells(
+    batch: RowBatch, results: Sequence[RequestResult], result_indexes: pl.Series, template: RequestTemplate
+) -> dict[str, pl.Series]:
     """Make the new cells of a batch; `places` tells for each row which of what is known is its own."""
-    paths = list(question.columns.values())
-    values = [_values(row, paths) for row in known]
+    paths = list(template.columns.values())
+    values = [_answer_values(row, paths) for row in results]
     # Another job with other columns may have asked: this job's columns decide here what is found.
     found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
-    is_own = pl.col("position") == pl.int_range(batch.first, batch.first + len(places))
-    of_rows = (
-        _facts(known, found)
-        .select(pl.all().gather(places))
+    is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
+    status_cells = (
+        _status_frame(results, found)
+        .select(pl.all().gather(result_indexes))
         .with_columns(
-            places.alias("place"),
+            result_indexes.alias("place"),
             pl.Series("row_status", batch.statuses, pl.String),
             pl.Series("row_error", batch.errors, pl.String),
         )
@@ -196,28 +212,28 @@ def _new_cells(batch: Batch, known: Sequence[Standing], places: pl.Series, quest
             pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
             pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
             # What an answer cost is shown once.
-            pl.when(is_own).then("enrich_credits").alias("enrich_credits"),
+            pl.when(is_first_row).then("enrich_credits").alias("enrich_credits"),
         )
     )
     nothing = [None] * len(paths)
     cells = zip(*(row or nothing for row in values), strict=True) if values else ((),) * len(paths)
     new = {
         # Without its name: polars would take one like `^a.*$` for a pattern.
-        name: pl.Series("", column, pl.String).gather(places).alias(name)
-        for name, column in zip(question.columns, cells, strict=True)
+        name: pl.Series("", column, pl.String).gather(result_indexes).alias(name)
+        for name, column in zip(template.columns, cells, strict=True)
     }
-    return new | {name: of_rows.get_column(name) for name in STATUS_COLUMNS}
+    return new | {name: status_cells.get_column(name) for name in STATUS_COLUMNS}
 
 
-def _facts(known: Sequence[Standing], found: pl.Series) -> pl.DataFrame:
+def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.DataFrame:
     """Make the status columns of each request, beside its position; `found` is null where there is no answer."""
-    told = dict(zip(Standing._fields, zip(*known, strict=True), strict=True)) if known else {}
-    facts = pl.DataFrame({name: pl.Series(told.get(name, ()), dtype=kind) for name, kind in _STANDING.items()})
-    return facts.with_columns(found).select(
+    columns = dict(zip(RequestResult._fields, zip(*results, strict=True), strict=True)) if results else {}
+    frame = pl.DataFrame({name: pl.Series(columns.get(name, ()), dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
+    return frame.with_columns(found).select(
         "position",
-        pl.when(_CAPPED)
+        pl.when(_IS_CAPPED)
         .then(pl.lit(RowStatus.FILTERED.value))
-        .when(_WAITS)
+        .when(_IS_PENDING)
         .then(pl.lit(RowStatus.PENDING.value))
         .when("found")
         .then(pl.lit(RowStatus.FOUND.value))
@@ -225,45 +241,47 @@ def _facts(known: Sequence[Standing], found: pl.Series) -> pl.DataFrame:
         .then(pl.lit(RowStatus.NOT_FOUND.value))
         .otherwise("state")
         .alias("enrich_status"),
-        pl.when(_CAPPED)
+        pl.when(_IS_CAPPED)
         .then(pl.lit("capped: enough leads of its group are asked"))
-        .when(~_WAITS & pl.col("erased_ms").is_not_null())
-        .then("the answer was purged at " + _iso("erased_ms"))
+        .when(~_IS_PENDING & pl.col("erased_ms").is_not_null())
+        .then("the answer was purged at " + _iso_time("erased_ms"))
         .otherwise("error")
         .alias("enrich_error"),
         # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
-        pl.when(~_WAITS).then("provider").alias("enrich_provider"),
-        pl.when(~_WAITS & (pl.col("first") == 1)).then(pl.col("credits") / MICROS).alias("enrich_credits"),
-        pl.when(~_CAPPED).then("task_id").alias("enrich_task_id"),
-        pl.when(~_WAITS).then(_iso("settled_ms")).alias("enrich_at"),
+        pl.when(~_IS_PENDING).then("provider").alias("enrich_provider"),
+        pl.when(~_IS_PENDING & (pl.col("first") == 1))
+        .then(pl.col("credits") / MICROS_PER_CREDIT)
+        .alias("enrich_credits"),
+        pl.when(~_IS_CAPPED).then("task_id").alias("enrich_task_id"),
+        pl.when(~_IS_PENDING).then(_iso_time("settled_ms")).alias("enrich_at"),
     )
 
 
-def _values(standing: Standing, paths: Sequence[str]) -> list[str | None] | None:
+def _answer_values(result: RequestResult, paths: Sequence[str]) -> list[str | None] | None:
     """Take the job's columns out of an answer; None where there is none to judge."""
-    if standing.answer is None or standing.state not in (State.FOUND, State.NOT_FOUND):
+    if result.answer is None or result.state not in (State.FOUND, State.NOT_FOUND):
         return None
-    return cell_texts(standing.answer, paths)
+    return answer_cells(result.answer, paths)
 
 
-def cell_texts(answer: str, paths: Sequence[str]) -> list[str | None]:
+def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
     """Read values of an answer (JSON) as cells."""
     try:
-        values = _picked(orjson.loads(answer), paths)
+        values = _values_at(orjson.loads(answer), paths)
     except orjson.JSONDecodeError:
         values = None
     if values is None or not all(value is None or isinstance(value, str) for value in values):
         # More slowly, for every digit of a number counts, and what JSON has no word for.
-        values = _picked(json.loads(answer), paths)
-    return list(map(cell, values))
+        values = _values_at(json.loads(answer), paths)
+    return list(map(to_cell, values))
 
 
-def _picked(task: Mapping[str, object], paths: Iterable[str]) -> list[object]:
-    fields = fields_of(task.get("data"))
-    return [fields[path] if path in fields else pick(fields, path) for path in paths]
+def _values_at(task: Mapping[str, object], paths: Iterable[str]) -> list[object]:
+    fields = result_fields(task.get("data"))
+    return [fields[path] if path in fields else value_at(fields, path) for path in paths]
 
 
-def cell(value: object) -> str | None:
+def to_cell(value: object) -> str | None:
     """Write a value of the result as a cell: text as it is, anything else as JSON, nothing as null."""
     if is_blank(value):
         return None

@@ -14,33 +14,33 @@ from enrich.api.waterfall import Waterfall
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,
+    CommandRefused,
     JobError,
     JobRejected,
-    NotAccepted,
-    NotUnderstood,
-    OtherWorkspace,
     RateLimited,
-    Refused,
+    RequestNotAccepted,
     Unauthorized,
+    UnexpectedResponse,
+    WorkspaceMismatch,
 )
-from enrich.job import SANDBOX_SUFFIX, Job, nearest
+from enrich.job import SANDBOX_SUFFIX, Job, suggest_name
 from enrich.model import Call, read_balance
-from enrich.place import Postgres
-from enrich.question import Question, default_providers, make_question
+from enrich.place import PostgresLocation
+from enrich.question import RequestTemplate, default_providers, make_request_template
 from enrich.store.ledger import Ledger
 
 T = TypeVar("T")
-LONGEST_PAUSE_S = 5.0
+MAX_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class Preflight:
     """What was learned. `balance` in millionths, None when the API does not say; `notes` are for the person.
 
     `providers` are those enabled by default when the waterfall was first used.
     """
 
-    question: Question
+    template: RequestTemplate
     balance: int | None
     bound_to: dict[str, str | None]
     waterfall: Waterfall
@@ -48,7 +48,7 @@ class Connection:
     notes: list[str]
 
 
-async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
+async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
     """Ask an unpaid question again until it is answered.
 
     Raises ApiUnreachable after `at_most_s` seconds, and at once when the certificate is not trusted.
@@ -58,135 +58,135 @@ async def patiently(ask: Callable[[], Awaitable[T]], at_most_s: float) -> T:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, RateLimited) and error.retry_after is not None:
             return error.retry_after
-        return min(LONGEST_PAUSE_S, 0.25 * 2.0**state.attempt_number)
+        return min(MAX_PAUSE_S, 0.25 * 2.0**state.attempt_number)
 
     try:
-        async with asyncio.timeout(at_most_s):
+        async with asyncio.timeout(timeout_s):
             async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(_may_mend),
-                stop=tenacity.stop_before_delay(at_most_s),
+                retry=tenacity.retry_if_exception(_is_retryable),
+                stop=tenacity.stop_before_delay(timeout_s),
                 wait=pause,
                 reraise=True,
             ):
                 with attempt:
-                    return await ask()
+                    return await call()
     except Unauthorized:
         raise
-    except (NotAccepted, TimeoutError) as error:
-        reason = str(error) or f"no answer in {at_most_s:g} s"
-        what = "" if isinstance(error, NotUnderstood) else "the API is unreachable: "
+    except (RequestNotAccepted, TimeoutError) as error:
+        reason = str(error) or f"no answer in {timeout_s:g} s"
+        what = "" if isinstance(error, UnexpectedResponse) else "the API is unreachable: "
         hint = getattr(error, "hint", None) or "run the same command again later"
         raise ApiUnreachable(f"{what}{reason}", hint) from error
     raise AssertionError  # the loop returns or raises
 
 
-def _may_mend(error: BaseException) -> bool:
-    return isinstance(error, NotAccepted) and not isinstance(error, Unauthorized | CertificateUntrusted)
+def _is_retryable(error: BaseException) -> bool:
+    return isinstance(error, RequestNotAccepted) and not isinstance(error, Unauthorized | CertificateUntrusted)
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class LedgerBinding:
     """What a ledger knows that matters here; `used`: an execution was begun from it."""
 
     bound_to: Mapping[str, str | None]
     waterfall: tuple[dict[str, Any], list[int] | None] | None
-    used: bool
+    has_runs: bool
 
 
-def recall(ledger: Ledger, identifier: str) -> Memory:
+def read_binding(ledger: Ledger, identifier: str) -> LedgerBinding:
     """Look up what the ledger is bound to, and a waterfall."""
-    bound_to = {name: ledger.fact(name) for name in ("api_host", "workspace")}
-    return Memory(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
+    bound_to = {name: ledger.read_fact(name) for name in ("api_host", "workspace")}
+    return LedgerBinding(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
 
 
-def check_host(memory: Memory, job: Job, host: str) -> None:
+def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
     """Raise JobError when the ledger belongs to another API host: nothing of it is sent there."""
-    bound = memory.bound_to.get("api_host")
-    if bound not in (None, host):
+    bound_host = binding.bound_to.get("api_host")
+    if bound_host not in (None, host):
         raise JobError(
-            f"{job.ledger}: this ledger belongs to another API host: {bound}, not {host}",
+            f"{job.ledger}: this ledger belongs to another API host: {bound_host}, not {host}",
             "use another `ledger:`, or the DATABAR_BASE_URL that it was made with",
         )
 
 
-async def connect(  # noqa: PLR0913 - all of them are needed once
+async def preflight(  # noqa: PLR0913 - all of them are needed once
     client: Client,
-    memory: Memory,
+    binding: LedgerBinding,
     job: Job,
     host: str,
     *,
-    at_most_s: float,
+    timeout_s: float,
     update_providers: bool,
     workspace_renamed: bool = False,
-) -> Connection:
+) -> Preflight:
     """Learn what the run needs to know before it may spend.
 
     Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together;
     OtherWorkspace unless the person says that it was renamed.
     """
-    check_host(memory, job, host)
+    check_api_host(binding, job, host)
     try:
-        user = await patiently(client.user, at_most_s)
+        user = await retry_until(client.get_user, timeout_s)
     except JobRejected as error:
         raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
-    bound = memory.bound_to.get("workspace")
-    if None not in (bound, user.workspace) and bound != user.workspace and not workspace_renamed:
-        raise OtherWorkspace(
-            f"{job.ledger}: this ledger belongs to another workspace: {bound}, not {user.workspace}",
+    bound_workspace = binding.bound_to.get("workspace")
+    if None not in (bound_workspace, user.workspace) and bound_workspace != user.workspace and not workspace_renamed:
+        raise WorkspaceMismatch(
+            f"{job.ledger}: this ledger belongs to another workspace: {bound_workspace}, not {user.workspace}",
             "use another `ledger:`, or the key that it was made with; --workspace-renamed if it has a new name",
         )
     bound_to = {"api_host": host, "workspace": user.workspace}
-    waterfall = await _waterfall(client, job, at_most_s)
-    providers, notes = _providers(memory, job, waterfall, update_providers=update_providers)
-    question = make_question(job, waterfall, providers)
-    if not memory.used:
-        notes += _beside_others(job)
-    return Connection(question, read_balance(user.balance), bound_to, waterfall, providers, notes)
+    waterfall = await _fetch_waterfall(client, job, timeout_s)
+    providers, notes = _choose_providers(binding, job, waterfall, update_providers=update_providers)
+    template = make_request_template(job, waterfall, providers)
+    if not binding.has_runs:
+        notes += _note_other_ledgers(job)
+    return Preflight(template, read_balance(user.balance), bound_to, waterfall, providers, notes)
 
 
-def unconnected(job: Job) -> Connection:
+def offline_preflight(job: Job) -> Preflight:
     """Make do without the API's description: enough to collect what earlier runs left there, not to ask anything."""
     model = job.model
     call = Call(model.waterfall, tuple(model.enrichments or ()), model.email_verifier)
-    question = Question(call, required=(), emails=(), columns=model.columns or {}, worst_price=None)
-    return Connection(question, None, {}, Waterfall(identifier=model.waterfall), [], [])
+    template = RequestTemplate(call, required_params=(), email_params=(), columns=model.columns or {}, worst_price=None)
+    return Preflight(template, None, {}, Waterfall(identifier=model.waterfall), [], [])
 
 
-async def _waterfall(client: Client, job: Job, at_most_s: float) -> Waterfall:
+async def _fetch_waterfall(client: Client, job: Job, timeout_s: float) -> Waterfall:
     name = job.model.waterfall
     try:
-        return await patiently(lambda: client.waterfall(name), at_most_s)
+        return await retry_until(lambda: client.get_waterfall(name), timeout_s)
     except JobRejected as error:
-        known = await patiently(client.waterfalls, at_most_s)
-        hint = nearest(name, [waterfall.identifier for waterfall in known])
+        known = await retry_until(client.list_waterfalls, timeout_s)
+        hint = suggest_name(name, [waterfall.identifier for waterfall in known])
         raise job.error(["waterfall"], f"the API has no waterfall `{name}`", hint) from error
 
 
-def _providers(
-    memory: Memory, job: Job, waterfall: Waterfall, *, update_providers: bool
+def _choose_providers(
+    binding: LedgerBinding, job: Job, waterfall: Waterfall, *, update_providers: bool
 ) -> tuple[list[int], list[str]]:
     """Keep the default providers of the first use: a change of the vendor's is told, not followed."""
     offered = default_providers(waterfall)
-    first = memory.waterfall[1] if memory.waterfall is not None else None
+    first = binding.waterfall[1] if binding.waterfall is not None else None
     if first is None or update_providers:
         return offered, []
     if first != offered and job.model.enrichments is None:
         note = (
-            f"the API's default providers of `{waterfall.identifier}` are now {_listed(offered)}; "
-            f"this ledger keeps {_listed(first)}; --update-providers takes the new ones over "
+            f"the API's default providers of `{waterfall.identifier}` are now {_join_ids(offered)}; "
+            f"this ledger keeps {_join_ids(first)}; --update-providers takes the new ones over "
             "(the questions are others then, and paid for again)"
         )
         return first, [note]
     return first, []
 
 
-def _listed(providers: list[int]) -> str:
+def _join_ids(providers: list[int]) -> str:
     return ", ".join(map(str, providers))
 
 
-def _beside_others(job: Job) -> list[str]:
+def _note_other_ledgers(job: Job) -> list[str]:
     """Announce a new ledger beside others: a renamed job would pay again."""
-    if isinstance(job.ledger, Postgres):
+    if isinstance(job.ledger, PostgresLocation):
         return []
     sandbox = job.ledger.name.endswith(SANDBOX_SUFFIX)
     others = [
@@ -203,13 +203,13 @@ def _beside_others(job: Job) -> list[str]:
     return [note]
 
 
-def remembered(ledger: Ledger, job: Job) -> Question:
+def template_from_ledger(ledger: Ledger, job: Job) -> RequestTemplate:
     """Make the question again without the API, from what the ledger keeps.
 
     Raises Refused when this waterfall was never asked from this ledger.
     """
     known = ledger.waterfall(job.model.waterfall)
     if known is None:
-        raise Refused(f"{job.ledger}: this job has never run: its ledger knows nothing", "enrich run it first")
+        raise CommandRefused(f"{job.ledger}: this job has never run: its ledger knows nothing", "enrich run it first")
     description, providers = known
-    return make_question(job, Waterfall.model_validate(description), providers or [])
+    return make_request_template(job, Waterfall.model_validate(description), providers or [])

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.job import Job
 from enrich.model import to_credits, to_micros
-from enrich.question import Question
+from enrich.question import RequestTemplate
 
 
-def check_balance(job: Job, question: Question, balance: int | None) -> None:
+def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
     """Refuse when the balance is too low for one request, or for one that leaves `min_balance`."""
-    price = question.worst_price
+    max_request_price = template.worst_price
     if balance is not None and balance < 0:
-        raise Refused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
-    if price is None or balance is None:
+        raise CommandRefused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
+    if max_request_price is None or balance is None:
         return
-    have = f"the balance is {to_credits(balance):,g} credits"
-    kept = to_micros(job.model.limits.min_balance)
-    if balance < price:
-        raise Refused(f"{have}, one request may cost {to_credits(price):g}", "top up the account")
-    if kept is not None and balance - kept < price:
-        raise Refused(
-            f"{have}, `min_balance` keeps {to_credits(kept):,g} of them and one request may cost {to_credits(price):g}",
+    balance_text = f"the balance is {to_credits(balance):,g} credits"
+    min_balance = to_micros(job.model.limits.min_balance)
+    if balance < max_request_price:
+        raise CommandRefused(
+            f"{balance_text}, one request may cost {to_credits(max_request_price):g}", "top up the account"
+        )
+    if min_balance is not None and balance - min_balance < max_request_price:
+        raise CommandRefused(
+            f"{balance_text}, `min_balance` keeps {to_credits(min_balance):,g} of them and one request may cost {to_credits(max_request_price):g}",
             "top up the account, or lower `min_balance`",
         )

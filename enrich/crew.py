@@ -12,222 +12,234 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from enrich.allowance import share, unshare
-from enrich.dispatcher import posts_on_the_wire
-from enrich.engine import Hand
+from enrich.allowance import start_sharing, stop_sharing
+from enrich.dispatcher import max_posts_in_flight
+from enrich.engine import WorkerHandle
 from enrich.errors import EnrichError, LedgerFailed
-from enrich.execution import Execution, Tally
-from enrich.pace import Pace
-from enrich.place import Postgres
-from enrich.shift import Shift
+from enrich.execution import RunCounters, RunState
+from enrich.pace import AdaptiveRateLimiter
+from enrich.place import PostgresLocation
+from enrich.shift import WorkConfig
 from enrich.store.dialect import DatabaseFailed
-from enrich.store.journal import Journal
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Surroundings
-from enrich.worker import Errand, Word
+from enrich.surroundings import RunContext
+from enrich.worker import WorkerCommand, WorkerTask
 
 #: So long a worker that shall leave may take to write down what it knows.
-LEAVE_S = 3.0
+STOP_TIMEOUT_S = 3.0
 #: How often the boss looks after those who say nothing.
-LOOK_S = 0.5
+CHECK_EVERY_S = 0.5
 #: Who has not said a word so long after it was hired will not come; it may be that its cluster has no room.
-START_S = 120.0
+START_TIMEOUT_S = 120.0
 #: Who has said nothing for so many leases will not speak again.
-LEASES = 2
+SILENT_LEASES = 2
 #: So many are hired in the place of each that was lost, all told.
-SPARES = 3
+REPLACEMENTS_PER_WORKER = 3
 #: How often it is looked whether the lease of a lost worker ran out, in seconds.
 LOOK_AGAIN_S = 0.5
 
 
 @asynccontextmanager
-async def shared(ledger: Postgres, pace: Pace) -> AsyncIterator[None]:
+async def share_rate(ledger: PostgresLocation, limiter: AdaptiveRateLimiter) -> AsyncIterator[None]:
     """Share a pace by the ledger's row; who shared it goes on with what all have learned."""
     try:
-        await asyncio.to_thread(share, ledger, pace)
+        await asyncio.to_thread(start_sharing, ledger, limiter)
         try:
             yield
         finally:
-            learned = await asyncio.to_thread(unshare, ledger)
+            learned = await asyncio.to_thread(stop_sharing, ledger)
             if learned is not None:
-                vars(pace).update(vars(learned))
+                vars(limiter).update(vars(learned))
     except DatabaseFailed as error:
         raise LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again") from error
 
 
 @dataclass(slots=True)
-class Crew:
+class WorkerPool:
     """Several workers that do together what dispatcher and poller of one would; each gets the same errand.
 
     One that is lost is replaced, and the others take on what it held.
     """
 
-    execution: Execution
-    errand: Errand
+    run_state: RunState
+    worker_task: WorkerTask
     #: Starts a worker; see `Engine`.
-    hire: Callable[[Errand, Callable[[Hand], None]], Hand]
+    start_worker: Callable[[WorkerTask, Callable[[WorkerHandle], None]], WorkerHandle]
     #: Why workers ended before their work was done.
-    lost: list[str] = field(default_factory=list)
-    _hands: list[Hand] = field(default_factory=list)
+    lost_reasons: list[str] = field(default_factory=list)
+    _workers: list[WorkerHandle] = field(default_factory=list)
     #: For how many looks in a row each has told nothing.
-    _silent: dict[Hand, int] = field(default_factory=dict)
+    _silent_checks: dict[WorkerHandle, int] = field(default_factory=dict)
     #: Those who have told anything at all, those who told nothing more, and those who came when all was done.
-    _spoke: set[Hand] = field(default_factory=set)
-    _mute: set[Hand] = field(default_factory=set)
-    _late: set[Hand] = field(default_factory=set)
+    _started: set[WorkerHandle] = field(default_factory=set)
+    _timed_out: set[WorkerHandle] = field(default_factory=set)
+    _not_needed: set[WorkerHandle] = field(default_factory=set)
     #: In whose place others are to be hired: not of those who never came.
-    _missed: int = 0
-    _before: Tally = field(default_factory=Tally)
+    _to_replace: int = 0
+    _initial_counters: RunCounters = field(default_factory=RunCounters)
 
     async def run(self) -> None:
         """Submit and poll to the end. No worker is left when this returns."""
-        execution = self.execution
-        self._before = execution.tally
+        run_state = self.run_state
+        self._initial_counters = run_state.counters
         passing_on: list[asyncio.Task[None]] = []
-        async with shared(self.errand.ledger, execution.pace):
+        async with share_rate(self.worker_task.ledger, run_state.rate_limiter):
             try:
-                for _ in range(self.errand.shift.workers):
-                    self._hire()
-                for event, word in ((execution.closing, Word.CLOSE), (execution.giving_up, Word.GIVE_UP)):
-                    passing_on.append(asyncio.create_task(self._pass_on(event, word)))
-                await self._attend()
+                for _ in range(self.worker_task.work_config.workers):
+                    self._start_worker()
+                for event, word in (
+                    (run_state.stop_submitting, WorkerCommand.STOP_SUBMITTING),
+                    (run_state.stop_polling, WorkerCommand.STOP_POLLING),
+                ):
+                    passing_on.append(asyncio.create_task(self._forward(event, word)))
+                await self._supervise()
             finally:
                 for passing in passing_on:
                     passing.cancel()
-                await self._dismiss()
-                execution.in_flight = execution.on_the_wire = 0
+                await self._stop_all()
+                run_state.open_tasks = run_state.posts_in_flight = 0
 
-    def hurry(self) -> None:
+    def finish_early(self) -> None:
         """Let every task be asked once more, now."""
-        self._say(Word.HURRY)
-        self._add_up()  # what was told before is not all that is on the wire
+        self._send_to_all(WorkerCommand.FINISH_EARLY)
+        self._update_run_state()  # what was told before is not all that is on the wire
 
     @property
-    def _present(self) -> list[Hand]:
-        return [hand for hand in self._hands if not hand.gone.is_set()]
+    def _running(self) -> list[WorkerHandle]:
+        return [hand for hand in self._workers if not hand.gone.is_set()]
 
-    def _hire(self) -> None:
-        self._hands.append(self.hire(self.errand, self._hear))
+    def _start_worker(self) -> None:
+        self._workers.append(self.start_worker(self.worker_task, self._on_status))
 
-    async def _attend(self) -> None:
+    async def _supervise(self) -> None:
         """Wait until all are gone; start others for those that were lost, where that helps."""
-        while present := self._replaced():
+        while present := self._replace_lost():
             if self._all_done(present):
-                self._late.update(present)
+                self._not_needed.update(present)
                 return
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(CHECK_EVERY_S):
                     await present[0].gone.wait()
                 continue
-            await self._give_up_silent(present)
+            await self._terminate_silent(present)
 
-    def _all_done(self, present: Sequence[Hand]) -> bool:
+    def _all_done(self, present: Sequence[WorkerHandle]) -> bool:
         """Tell whether nothing is left for those who have not begun yet: nothing is theirs beforehand."""
-        none_begun = self._spoke.isdisjoint(present)
-        return none_begun and any(hand.told.ended for hand in self._hands)
+        none_begun = self._started.isdisjoint(present)
+        return none_begun and any(hand.status.is_done for hand in self._workers)
 
-    def _replaced(self) -> Sequence[Hand]:
+    def _replace_lost(self) -> Sequence[WorkerHandle]:
         """Start others for those that were lost; return all that are there."""
-        while self._missed and not self.execution.closing.is_set():
-            self._missed -= 1
-            self._hire()
-        return self._present
+        while self._to_replace and not self.run_state.stop_submitting.is_set():
+            self._to_replace -= 1
+            self._start_worker()
+        return self._running
 
-    async def _give_up_silent(self, present: Sequence[Hand]) -> None:
+    async def _terminate_silent(self, present: Sequence[WorkerHandle]) -> None:
         """End those who have said nothing for so long that what they were at is another's by now."""
         for hand in present:
             # Looks are counted, not seconds: all are silent while the machine sleeps.
-            self._silent[hand] = self._silent.get(hand, 0) + 1
-            if self._silent[hand] * LOOK_S > (self.errand.ledger.lease_s * LEASES if hand in self._spoke else START_S):
-                self._mute.add(hand)
+            self._silent_checks[hand] = self._silent_checks.get(hand, 0) + 1
+            if self._silent_checks[hand] * CHECK_EVERY_S > (
+                self.worker_task.ledger.lease_s * SILENT_LEASES if hand in self._started else START_TIMEOUT_S
+            ):
+                self._timed_out.add(hand)
                 await hand.end()
 
-    def _hear(self, hand: Hand) -> None:
+    def _on_status(self, worker: WorkerHandle) -> None:
         """Hear how far a worker is, or that it is gone."""
-        if not hand.gone.is_set():
-            self._spoke.add(hand)
-            self._silent[hand] = 0
-        elif not hand.told.ended and hand not in self._late:
-            self.lost.append("it said nothing any more" if hand in self._mute else hand.why)
-            if self._had_come(hand) and len(self.lost) <= SPARES * self.errand.shift.workers:
-                self._missed += 1
-        self._add_up()
+        if not worker.gone.is_set():
+            self._started.add(worker)
+            self._silent_checks[worker] = 0
+        elif not worker.status.is_done and worker not in self._not_needed:
+            self.lost_reasons.append("it said nothing any more" if worker in self._timed_out else worker.exit_reason)
+            if (
+                self._had_started(worker)
+                and len(self.lost_reasons) <= REPLACEMENTS_PER_WORKER * self.worker_task.work_config.workers
+            ):
+                self._to_replace += 1
+        self._update_run_state()
 
-    def _had_come(self, hand: Hand) -> bool:
+    def _had_started(self, worker: WorkerHandle) -> bool:
         """Tell whether a worker that is lost was there: one that died was, one for which there is no room was not."""
-        return hand in self._spoke or hand not in self._mute
+        return worker in self._started or worker not in self._timed_out
 
-    def _add_up(self) -> None:
+    def _update_run_state(self) -> None:
         """Know of the execution what all of them know."""
-        execution, all_told = self.execution, [hand.told for hand in self._hands]
-        execution.tally = sum((told.tally for told in all_told), self._before)
-        execution.in_flight = sum(hand.told.in_flight for hand in self._present)
-        execution.poll_times = next((told.poll_times for told in all_told if told.poll_times), execution.poll_times)
+        run_state, all_told = self.run_state, [hand.status for hand in self._workers]
+        run_state.counters = sum((told.counters for told in all_told), self._initial_counters)
+        run_state.open_tasks = sum(hand.status.open_tasks for hand in self._running)
+        run_state.poll_schedule = next(
+            (told.poll_schedule for told in all_told if told.poll_schedule), run_state.poll_schedule
+        )
         for told in all_told:
-            for code, (message, hint) in told.reasons.items():
-                execution.reasons.setdefault(code, EnrichError(message, hint))
-            if told.giving_up:
-                execution.giving_up.set()
-            if told.closing:
-                execution.closing.set()
-        closing = execution.closing.is_set()
-        execution.on_the_wire = sum(on_the_wire(hand, closing=closing) for hand in self._present)
-        execution.notify()
+            for code, (message, hint) in told.exit_reasons.items():
+                run_state.exit_reasons.setdefault(code, EnrichError(message, hint))
+            if told.stop_polling:
+                run_state.stop_polling.set()
+            if told.stop_submitting:
+                run_state.stop_submitting.set()
+        closing = run_state.stop_submitting.is_set()
+        run_state.posts_in_flight = sum(posts_in_flight(hand, closing=closing) for hand in self._running)
+        run_state.notify_change()
 
-    async def _pass_on(self, event: asyncio.Event, word: Word) -> None:
+    async def _forward(self, event: asyncio.Event, command: WorkerCommand) -> None:
         await event.wait()
-        self._say(word)
+        self._send_to_all(command)
 
-    def _say(self, word: Word) -> None:
-        for hand in self._hands:
-            hand.say(word)
+    def _send_to_all(self, command: WorkerCommand) -> None:
+        for hand in self._workers:
+            hand.send(command)
 
-    async def _dismiss(self) -> None:
+    async def _stop_all(self) -> None:
         """Let them leave, and end who doesn't; listen to the last word of each."""
-        self._say(Word.LEAVE)
+        self._send_to_all(WorkerCommand.ABORT)
         with suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_S):
-                for hand in self._hands:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                for hand in self._workers:
                     await hand.gone.wait()
-        for hand in self._hands:
+        for hand in self._workers:
             await hand.end()
 
 
-def on_the_wire(hand: Hand, *, closing: bool) -> int:
+def posts_in_flight(worker: WorkerHandle, *, closing: bool) -> int:
     """Tell how many POSTs a worker has on the wire; until it tells that it sends no more, at least one may be there."""
-    told = hand.told
-    unknown = closing and hand.listening and not (told.closing or told.ended or hand.gone.is_set())
-    return max(told.on_the_wire, int(unknown))
+    status = worker.status
+    may_be_sending = (
+        closing and worker.is_ready and not (status.stop_submitting or status.is_done or worker.gone.is_set())
+    )
+    return max(status.posts_in_flight, int(may_be_sending))
 
 
-def make_crew(around: Surroundings, execution: Execution, shift: Shift, work: int) -> Crew | None:
+def make_worker_pool(context: RunContext, run_state: RunState, work_config: WorkConfig, work: int) -> WorkerPool | None:
     """Make the crew for so many requests; None: there is no engine, or no need of workers."""
-    ledger, engine = around.ledger.place, around.engine
-    if engine is None or not isinstance(ledger, Postgres):
+    ledger, engine = context.ledger.location, context.engine
+    if engine is None or not isinstance(ledger, PostgresLocation):
         return None
-    workers = min(engine.workers, execution.in_flight_limit, posts_on_the_wire(shift.bulk), work)
+    workers = min(engine.workers, run_state.max_open_tasks, max_posts_in_flight(work_config.bulk), work)
     if workers < 1:
         return None
-    errand = Errand(
-        replace(shift, workers=workers),
-        around.access,
+    errand = WorkerTask(
+        replace(work_config, workers=workers),
+        context.access,
         ledger,
-        execution.id,
-        around.timing,
-        execution.in_flight_limit // workers,
-        execution.result_ttl_s / workers,  # each has its share of the rate to fetch with
-        execution.poll_times,
-        around.ledger.owner,
+        run_state.execution_id,
+        context.timeouts,
+        run_state.max_open_tasks // workers,
+        run_state.result_ttl_s / workers,  # each has its share of the rate to fetch with
+        run_state.poll_schedule,
+        context.ledger.owner_id,
     )
-    return Crew(execution, errand, engine.hire)
+    return WorkerPool(run_state, errand, engine.start_worker)
 
 
-async def settle_lost_workers(crew: Crew, journal: Journal, note: Callable[[str], None]) -> None:
+async def settle_lost_workers(pool: WorkerPool, ledger_writer: LedgerWriter, note: Callable[[str], None]) -> None:
     """Tell that workers were lost, and wait until what they held is in doubt, or free for any poller."""
-    execution = crew.execution
-    lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(crew.lost).items())
+    execution = pool.run_state
+    lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(pool.lost_reasons).items())
     note(f"workers were lost ({lost}): what they were at was given to others")
-    while (others := await journal.do(Ledger.others)) and not execution.giving_up.is_set():
-        left_s = max(other.left_s for other in others)
-        await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.giving_up)
-    await journal.do(Ledger.recover, execution.clock.now_ms())
+    while (others := await ledger_writer.submit(Ledger.other_holders)) and not execution.stop_polling.is_set():
+        left_s = max(other.remaining_s for other in others)
+        await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.stop_polling)
+    await ledger_writer.submit(Ledger.recover, execution.clock.now_ms())

@@ -9,11 +9,11 @@ from typing import Any
 from enrich.model import to_credits
 
 #: Differences below this are rounding.
-CENT = 0.005
+ROUNDING_CREDITS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DifferencePart:
     """A part of the difference: between `least` and `most` credits, for `number` requests."""
 
     number: int = 0
@@ -35,12 +35,12 @@ class Reconciliation:
     balance_before: float
     balance_now: float
     difference: float
-    spent: Part
-    earlier: Part
-    at_the_api: Part
-    in_doubt: Part
-    expired: Part
-    unknown_price: Part
+    spent: DifferencePart
+    earlier: DifferencePart
+    at_the_api: DifferencePart
+    in_doubt: DifferencePart
+    expired: DifferencePart
+    unknown_price: DifferencePart
     unexplained: float
 
     def as_json(self) -> dict[str, Any]:
@@ -48,16 +48,18 @@ class Reconciliation:
         return asdict(self)
 
 
-def compare(since: int, before: int, now: int, movements: Sequence[tuple[str, bool, int, int, int]]) -> Reconciliation:
+def explain_balance(
+    since: int, before: int, after: int, movements: Sequence[tuple[str, bool, int, int, int]]
+) -> Reconciliation:
     """Take the difference apart; amounts in millionths, `movements` as Ledger.movements gives them."""
 
-    def part(*kinds: str, made_since: bool | None = None) -> Part:
-        rows = [row for row in movements if row[0] in kinds and made_since in (None, bool(row[1]))]
+    def part(*kinds: str, submitted_since: bool | None = None) -> DifferencePart:
+        rows = [row for row in movements if row[0] in kinds and submitted_since in (None, bool(row[1]))]
         number = sum(count for _, _, count, _, _ in rows)
         # What was submitted before may have been reserved before: then it can only give back.
         least = sum(-reserved for _, recent, _, _, reserved in rows if not recent)
         most = sum(reserved for _, recent, _, _, reserved in rows if recent)
-        return Part(number, to_credits(least), to_credits(most))
+        return DifferencePart(number, to_credits(least), to_credits(most))
 
     exact = [row for row in movements if row[0] == "known" and row[1]]
     spent = to_credits(sum(credits_ for _, _, _, credits_, _ in exact))
@@ -65,27 +67,27 @@ def compare(since: int, before: int, now: int, movements: Sequence[tuple[str, bo
     paid = to_credits(sum(credits_ for _, _, _, credits_, _ in old))
     reserved = to_credits(sum(worst for _, _, _, _, worst in old))
     parts = {
-        "spent": Part(sum(row[2] for row in exact), spent, spent),
-        "earlier": Part(sum(row[2] for row in old), paid - reserved, paid),
+        "spent": DifferencePart(sum(row[2] for row in exact), spent, spent),
+        "earlier": DifferencePart(sum(row[2] for row in old), paid - reserved, paid),
         "at_the_api": part("submitting", "submitted"),
         "in_doubt": part("in_doubt"),
         "expired": part("expired"),
         "unknown_price": part("found", "not_found", "failed"),
     }
-    difference = to_credits(before - now)
+    difference = to_credits(before - after)
     least, most = sum(each.least for each in parts.values()), sum(each.most for each in parts.values())
-    outside = max(difference - most, 0.0) + min(difference - least, 0.0)
+    unexplained = max(difference - most, 0.0) + min(difference - least, 0.0)
     return Reconciliation(
         since=since,
         balance_before=to_credits(before),
-        balance_now=to_credits(now),
+        balance_now=to_credits(after),
         difference=difference,
-        unexplained=0.0 if abs(outside) < CENT else round(outside, 6),
+        unexplained=0.0 if abs(unexplained) < ROUNDING_CREDITS else round(unexplained, 6),
         **parts,
     )
 
 
-def reckoned_from(executions: Sequence[Mapping[str, Any]], doubt: int | None) -> Mapping[str, Any] | None:
+def choose_baseline(executions: Sequence[Mapping[str, Any]], oldest_in_doubt: int | None) -> Mapping[str, Any] | None:
     """Choose the execution since which the balance is looked at: the last, or that of the oldest open doubt.
 
     `executions` are the newest first, `doubt` is the number of that execution. Only one that knows its balance counts:
@@ -94,10 +96,10 @@ def reckoned_from(executions: Sequence[Mapping[str, Any]], doubt: int | None) ->
     known = [row for row in executions if row["balance_before"] is not None]
     if not known:
         return None
-    return next((row for row in known if doubt is None or row["id"] <= doubt), known[-1])
+    return next((row for row in known if oldest_in_doubt is None or row["id"] <= oldest_in_doubt), known[-1])
 
 
-WORDS = {
+PART_LABELS = {
     "spent": "answers of known price",
     "earlier": "answers submitted before",
     "at_the_api": "still running at the API",

@@ -8,53 +8,55 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from enrich.asking import Batch
-from enrich.collector import Counted
+from enrich.asking import RowBatch
+from enrich.collector import OutputCounts
 from enrich.job import Job
-from enrich.model import Decision, Wish
-from enrich.place import Place
-from enrich.question import Question
-from enrich.rows import Rows
-from enrich.worker import Errand, Told, Word
+from enrich.model import Decision, RequestSelection
+from enrich.place import Location
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
+from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask
 
 
 @dataclass(frozen=True, slots=True)
-class Enrolled:
+class EnrollCounts:
     """What was read: rows, how many of them ask something, and why the others don't."""
 
     rows: int = 0
-    asked: int = 0
-    of_rows: Counter[Decision] = field(default_factory=Counter)
+    requests: int = 0
+    row_decisions: Counter[Decision] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, batch: Batch) -> Enrolled:
+    def from_batch(cls, batch: RowBatch) -> EnrollCounts:
         """Tell what was read of one batch."""
-        asked = sum(fingerprint is not None for fingerprint in batch.fingerprints)
-        left_out = Counter(Decision(status.value) for status in batch.statuses if status is not None)
-        return cls(batch.frame.height, asked, left_out)
+        requests = sum(fingerprint is not None for fingerprint in batch.fingerprints)
+        row_decisions = Counter(Decision(status.value) for status in batch.statuses if status is not None)
+        return cls(batch.frame.height, requests, row_decisions)
 
-    def __add__(self, other: Enrolled) -> Enrolled:
+    def __add__(self, other: EnrollCounts) -> EnrollCounts:
         """Add up what was read of several blocks."""
-        return Enrolled(self.rows + other.rows, self.asked + other.asked, self.of_rows + other.of_rows)
+        return EnrollCounts(
+            self.rows + other.rows, self.requests + other.requests, self.row_decisions + other.row_decisions
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Boss:
+class ClusterCallbacks:
     """Whoever has a step carried: `check` is called often and may raise to give up, `tell` hears what to tell a person.
 
     When it is `late`, what is at work may come to its end, but nobody is waited for who would have to begin.
     """
 
-    check: Callable[[], None] = lambda: None
-    tell: Callable[[str], object] = lambda _: None
-    late: Callable[[], bool] = lambda: False
+    raise_if_stopped: Callable[[], None] = lambda: None
+    on_message: Callable[[str], object] = lambda _: None
+    is_aborting: Callable[[], bool] = lambda: False
 
 
-class Hand(Protocol):
+class WorkerHandle(Protocol):
     """One worker, seen from the run that started it."""
 
     @property
-    def told(self) -> Told:
+    def status(self) -> WorkerStatus:
         """Its last report."""
 
     @property
@@ -62,37 +64,50 @@ class Hand(Protocol):
         """Set when it has ended; there is no report after that."""
 
     @property
-    def listening(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it has its errand, and takes words."""
 
     @property
-    def why(self) -> str:
+    def exit_reason(self) -> str:
         """Why it ended before its work was done."""
 
-    def say(self, word: Word) -> None:
+    def send(self, word: WorkerCommand) -> None:
         """Tell it how to go on, if it is still there."""
 
     async def end(self) -> None:
         """End it, if it is still there."""
 
 
-class Engine(Protocol):
+class ClusterEngine(Protocol):
     """Machines that carry the three steps, over a ledger that all of them reach."""
 
     @property
     def workers(self) -> int:
         """How many workers send and poll."""
 
-    def hire(self, errand: Errand, heard: Callable[[Hand], None]) -> Hand:
+    def start_worker(self, worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
         """Start a worker; `heard` is called at each of its reports, and when it has ended."""
 
-    def led_by(self, owner: int) -> Engine:
+    def for_leader(self, owner_id: int) -> ClusterEngine:
         """Do the same for an execution, until the lease of the process that leads it ends."""
 
-    def enroll(self, job: Job, rows: Rows, question: Question, wish: Wish, boss: Boss) -> Enrolled:
+    def enroll(
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        callbacks: ClusterCallbacks,
+    ) -> EnrollCounts:
         """Enroll all rows in a pass that was begun."""
 
     def collect(  # noqa: PLR0913, PLR0917 - all of them travel
-        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, boss: Boss
-    ) -> Counted:
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        target: Location,
+        callbacks: ClusterCallbacks,
+    ) -> OutputCounts:
         """Write the output, a dataset."""

@@ -9,148 +9,152 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from enrich.api.answer import is_blank, parse_data, pick
-from enrich.connect import remembered
-from enrich.errors import EnrichError, JobError, Refused
-from enrich.job import Job, nearest
-from enrich.model import OPEN, SystemClock
-from enrich.privacy import make_key
-from enrich.question import Question
-from enrich.rows import Rows
-from enrich.store.database import exists
+from enrich.api.answer import is_blank, parse_data, value_at
+from enrich.connect import template_from_ledger
+from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.job import Job, suggest_name
+from enrich.model import OPEN_STATES, SystemClock
+from enrich.privacy import read_or_make_key
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.store.opening import alone
-from enrich.store.rescue import remove_taken, take_in_files
-from enrich.store.rescue_file import rescue_files
+from enrich.store.opening import open_exclusive
+from enrich.store.rescue import import_rescue_files, remove_imported_files
+from enrich.store.rescue_file import find_rescue_files
 from enrich.surroundings import rescue_folders
 from enrich.tables.cells import text_frame
 
 
-def forget(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
+def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
     """Erase every request about a person; return how many.
 
     A request is hers when all of `matches` (`NAME=VALUE`, without regard to case and outer blanks) hold for
     a row of the input that asks it, or for its params and answers. A hash under a key of the ledger's stays,
     so that nobody asks about her again. Raises JobError for a name that is unknown everywhere, and LedgerLocked.
     """
-    wanted = dict(_parted(match) for match in matches)
-    with _opened(job) as ledger:
-        question = remembered(ledger, job)
-        asking = _asking_rows(job, question, wanted)
+    criteria = dict(_parse_match(match) for match in matches)
+    with _open_for_erasing(job) as ledger:
+        template = template_from_ledger(ledger, job)
+        matching = _matching_requests(job, template, criteria)
         found = [
             known
-            for known in map(dict, ledger.requests())
-            if known["fingerprint"] in asking or _is_about(known, job, question, wanted)
+            for known in map(dict, ledger.requests_with_answers())
+            if known["fingerprint"] in matching or _matches_person(known, job, template, criteria)
         ]
-        waiting = sum(known["state"] in OPEN for known in found)
+        waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
-            raise Refused(f"{waiting} of them wait at the API for their answer", "enrich run collects them; then again")
+            raise CommandRefused(
+                f"{waiting} of them wait at the API for their answer", "enrich run collects them; then again"
+            )
         if not found or not confirm(len(found)):
             return 0
-        ledger.forgotten()  # refuses when the key to earlier ones is gone: a new one would not know them
-        key = make_key(job.ledger)
+        ledger.load_forgotten()  # refuses when the key to earlier ones is gone: a new one would not know them
+        key = read_or_make_key(job.ledger)
         with ledger.transaction():
             # What was purged has no params any more; then the input tells them.
-            told = (
-                (known["id"], known["fingerprint"], asking.get(known["fingerprint"], known["params"]))
+            forgotten_rows = (
+                (known["id"], known["fingerprint"], matching.get(known["fingerprint"], known["params"]))
                 for known in found
             )
-            ledger.forget(key, told, SystemClock().now_ms())
+            ledger.forget(key, forgotten_rows, SystemClock().now_ms())
         return len(found)
 
 
-def purge(job: Job, older_than: timedelta) -> int:
+def purge_answers(job: Job, older_than: timedelta) -> int:
     """Drop params and answers of what was settled longer ago; return how many requests. Raises LedgerLocked."""
     now_ms = SystemClock().now_ms()
-    with _opened(job) as ledger, ledger.transaction():
+    with _open_for_erasing(job) as ledger, ledger.transaction():
         return ledger.purge(now_ms - int(older_than.total_seconds() * 1000), now_ms)
 
 
 @contextmanager
-def _opened(job: Job) -> Iterator[Ledger]:
+def _open_for_erasing(job: Job) -> Iterator[Ledger]:
     """Hold and open the ledger so that what is erased is gone from the file, too."""
     folders = rescue_folders(job)
-    if not exists(job.ledger):
-        if isinstance(job.ledger, Path) and (left := rescue_files(job.ledger, folders)):
-            raise Refused(
-                f"{job.ledger}: there is no ledger, but {left[0]} holds what it knew",
+    if not ledger_exists(job.ledger):
+        if isinstance(job.ledger, Path) and (leftovers := find_rescue_files(job.ledger, folders)):
+            raise CommandRefused(
+                f"{job.ledger}: there is no ledger, but {leftovers[0]} holds what it knew",
                 "enrich run JOB --limit 0 takes that in; then the same command again",
             )
-        raise Refused(f"{job.ledger}: there is no ledger: this job has never run")
-    with alone(job.ledger) as fence, closing(Ledger(job.ledger, fence=fence)) as ledger:
-        ledger.erase_for_good()
+        raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run")
+    with open_exclusive(job.ledger) as fence, closing(Ledger(job.ledger, fencing_token=fence)) as ledger:
+        ledger.enable_secure_delete()
         with ledger.transaction():  # so that nothing is left beside the ledger
-            taken = take_in_files(ledger, folders, job.name, SystemClock().now_ms())
-        remove_taken(taken)
+            rescued = import_rescue_files(ledger, folders, job.name, SystemClock().now_ms())
+        remove_imported_files(rescued)
         yield ledger
-        if not ledger.empty_journal():
-            raise Refused(
+        if not ledger.discard_erased_data():
+            raise CommandRefused(
                 f"{job.ledger} is being read, by `enrich report` perhaps: what was erased is still in the file",
                 "when that has ended, the same command again takes it out",
             )
 
 
-def _parted(match: str) -> tuple[str, str]:
+def _parse_match(match: str) -> tuple[str, str]:
     name, equals, value = match.partition("=")
     if not equals or not name.strip() or not value.strip():
         raise JobError(f"--match {match}: must be NAME=VALUE, such as Email=ada@engine.example")
-    return name.strip(), _folded(value)
+    return name.strip(), _fold(value)
 
 
-def _folded(value: str) -> str:
+def _fold(value: str) -> str:
     return value.strip().casefold()
 
 
-def _asking_rows(job: Job, question: Question, wanted: Mapping[str, str]) -> dict[bytes, str]:
+def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[str, str]) -> dict[bytes, str]:
     """Name the requests of the rows of the input that match, with their params; none when tonight's file is no good."""
-    rows = None
+    job_input = None
     try:
-        rows = Rows(job)
+        job_input = JobInput(job)
     except EnrichError:
         columns: list[str] = []
     else:
-        columns = rows.columns
-    known = [*columns, *job.model.params, *question.columns]
+        columns = job_input.columns
+    known = [*columns, *job.model.params, *template.columns]
     known += [name for param in job.model.params.values() for name in param.columns]
-    for name in wanted:
+    for name in criteria:
         if name not in known:
-            hint = nearest(name, known)
+            hint = suggest_name(name, known)
             raise JobError(f"--match {name}=…: neither the input nor the job has a column `{name}`", hint)
-    if rows is None or not set(wanted) <= set(columns):
+    if job_input is None or not set(criteria) <= set(columns):
         return {}
-    places = {columns.index(name): value for name, value in wanted.items()}
+    cell_indexes = {columns.index(name): value for name, value in criteria.items()}
     return {
         fingerprint: params
-        for batch in rows.batches(question)
+        for batch in job_input.batches(template)
         for cells, fingerprint, params in zip(
             text_frame(batch.frame).iter_rows(), batch.fingerprints, batch.params, strict=True
         )
         if fingerprint is not None
         and params is not None
-        and all(_folded(str(cells[place])) == value for place, value in places.items())
+        and all(_fold(str(cells[index])) == value for index, value in cell_indexes.items())
     }
 
 
-def _is_about(known: Mapping[str, Any], job: Job, question: Question, wanted: Mapping[str, str]) -> bool:
+def _matches_person(
+    request: Mapping[str, Any], job: Job, template: RequestTemplate, criteria: Mapping[str, str]
+) -> bool:
     """Tell whether a request's params and answers match all that is wanted."""
-    params = json.loads(known["params"])
-    answers = [json.loads(answer) for answer in json.loads(known["answers"]) if answer]
+    params = json.loads(request["params"])
+    answers = [json.loads(answer) for answer in json.loads(request["answers"]) if answer]
     fields = [parse_data(answer.get("data")).fields for answer in answers]
     return bool(params or fields) and all(
-        any(_folded(value) == text for value in _values(name, text, params, fields, job, question))
-        for name, text in wanted.items()
+        any(_fold(value) == text for value in _values_named(name, text, params, fields, job, template))
+        for name, text in criteria.items()
     )
 
 
-def _values(  # noqa: PLR0913, PLR0917 - one name is looked up in all of them
-    name: str, text: str, params: Mapping[str, str], fields: list[Any], job: Job, question: Question
+def _values_named(  # noqa: PLR0913, PLR0917 - one name is looked up in all of them
+    name: str, text: str, params: Mapping[str, str], fields: list[Any], job: Job, template: RequestTemplate
 ) -> Iterator[str]:
     """Yield what a request has under a name: a param, a column that a param comes from, a column of the output."""
     for param, source in job.model.params.items():
         if param in params and (name == param or name in source.columns):
             yield params[param]
     for field in fields:
-        if name in question.columns:
-            yield str(pick(field, question.columns[name]))
+        if name in template.columns:
+            yield str(value_at(field, template.columns[name]))
         elif "@" in text:  # an address names its person wherever it stands
             yield from (str(value) for value in field.values() if not is_blank(value))

@@ -33,7 +33,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """The exit codes, one meaning each; other people's crontabs stand on them."""
 
     OK = 0
@@ -53,30 +53,32 @@ class Exit(IntEnum):
 
 
 #: When several hold, the first of these is the exit code (11 comes before all that could hold with it).
-PRECEDENCE = (
-    Exit.BUG,
-    Exit.INTERRUPTED,
-    Exit.TERMINATED,
-    Exit.KEY,
-    Exit.USAGE,
-    Exit.REFUSED,
-    Exit.CANARY,
-    Exit.CREDITS,
-    Exit.API,
-    Exit.TIME,
-    Exit.IN_DOUBT,
-    Exit.SOME_FAILED,
-    Exit.OK,
+EXIT_PRECEDENCE = (
+    ExitCode.BUG,
+    ExitCode.INTERRUPTED,
+    ExitCode.TERMINATED,
+    ExitCode.KEY,
+    ExitCode.USAGE,
+    ExitCode.REFUSED,
+    ExitCode.CANARY,
+    ExitCode.CREDITS,
+    ExitCode.API,
+    ExitCode.TIME,
+    ExitCode.IN_DOUBT,
+    ExitCode.SOME_FAILED,
+    ExitCode.OK,
 )
 
 #: The output is written at these; at the others the old file stays.
-WRITES_OUTPUT = frozenset({Exit.OK, Exit.API, Exit.SOME_FAILED, Exit.CREDITS, Exit.TIME, Exit.IN_DOUBT})
+OUTPUT_WRITING_CODES = frozenset(
+    {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
+)
 
 
 class EnrichError(Exception):
     """A failure told to the person: what is wrong and where (`message`), what to do (`hint`)."""
 
-    exit_code: Exit = Exit.BUG
+    exit_code: ExitCode = ExitCode.BUG
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -87,38 +89,38 @@ class EnrichError(Exception):
 class JobError(EnrichError):
     """The command or the job file is wrong."""
 
-    exit_code = Exit.USAGE
+    exit_code = ExitCode.USAGE
 
 
-class OtherWorkspace(JobError):
+class WorkspaceMismatch(JobError):
     """The key belongs to another workspace than the ledger, or the workspace was renamed."""
 
 
-class KeyRefused(EnrichError):
+class ApiKeyRejected(EnrichError):
     """There is no API key, or the API refuses it."""
 
-    exit_code = Exit.KEY
+    exit_code = ExitCode.KEY
 
 
 class ApiUnreachable(EnrichError):
     """The API does not answer; what was begun is resumed by the next run."""
 
-    exit_code = Exit.API
+    exit_code = ExitCode.API
 
 
 class ClusterFailed(EnrichError):
     """The machines that shall do the work can't be reached or started; the next run resumes."""
 
-    exit_code = Exit.API
+    exit_code = ExitCode.API
 
 
-class Refused(EnrichError):
+class CommandRefused(EnrichError):
     """Refused before anything was spent."""
 
-    exit_code = Exit.REFUSED
+    exit_code = ExitCode.REFUSED
 
 
-class LedgerDamaged(Refused):
+class LedgerDamaged(CommandRefused):
     """The ledger's file is not what was written into it."""
 
 
@@ -129,13 +131,13 @@ LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 class LedgerLocked(EnrichError):
     """Another execution holds the ledger."""
 
-    exit_code = Exit.LOCKED
+    exit_code = ExitCode.LOCKED
 
 
 class CanaryStopped(EnrichError):
     """The first answers look wrong: the rest was not asked."""
 
-    exit_code = Exit.CANARY
+    exit_code = ExitCode.CANARY
 
 
 class LedgerFailed(EnrichError):
@@ -145,16 +147,16 @@ class LedgerFailed(EnrichError):
 class LedgerMoved(LedgerFailed):
     """A file of the ledger was removed or replaced while a run was using it."""
 
-    def __init__(self, message: str, hint: str | None = None, *, gone: bool = True) -> None:
+    def __init__(self, message: str, hint: str | None = None, *, database_missing: bool = True) -> None:
         """`gone`: the database itself is no longer at its path, not only the lock file."""
         super().__init__(message, hint)
-        self.gone = gone
+        self.database_missing = database_missing
 
 
 class LeaseLost(LedgerFailed):
     """This process was silent for too long: what it was at is another's now."""
 
-    exit_code = Exit.API
+    exit_code = ExitCode.API
 
     def __init__(self) -> None:
         super().__init__(
@@ -166,29 +168,29 @@ class LeaseLost(LedgerFailed):
         return type(self), ()
 
 
-class LeaderGone(LeaseLost):
+class RunEnded(LeaseLost):
     """The run that this process worked for is over: there is nothing to begin anew."""
 
 
 class Interrupted(EnrichError):
     """A signal ended the execution."""
 
-    def __init__(self, code: Exit) -> None:
+    def __init__(self, code: ExitCode) -> None:
         super().__init__("interrupted: what is at the API is collected by the next run")
         self.exit_code = code
 
 
-class CallFailed(EnrichError):
+class ApiCallFailed(EnrichError):
     """One call to the API went wrong; the subclasses say what that means for the request."""
 
-    exit_code = Exit.API
+    exit_code = ExitCode.API
 
 
-class NotAccepted(CallFailed):
+class RequestNotAccepted(ApiCallFailed):
     """Provably nothing was accepted: the call may be made again."""
 
 
-class RateLimited(NotAccepted):
+class RateLimited(RequestNotAccepted):
     """429. `retry_after` is the API's wish in seconds, None without one."""
 
     def __init__(self, message: str, retry_after: float | None) -> None:
@@ -196,7 +198,7 @@ class RateLimited(NotAccepted):
         self.retry_after = retry_after
 
 
-class CertificateUntrusted(NotAccepted):
+class CertificateUntrusted(RequestNotAccepted):
     """The certificate of the API or of the proxy is not trusted: asking again changes nothing."""
 
     def __init__(self, message: str) -> None:
@@ -206,58 +208,58 @@ class CertificateUntrusted(NotAccepted):
         )
 
 
-class NotUnderstood(NotAccepted):
+class UnexpectedResponse(RequestNotAccepted):
     """A free question got an answer that is none to it."""
 
 
-class OutOfCredits(NotAccepted):
+class OutOfCredits(RequestNotAccepted):
     """406: the account is out of credits, or the plan does not allow it."""
 
-    exit_code = Exit.CREDITS
+    exit_code = ExitCode.CREDITS
 
 
-class Unauthorized(NotAccepted):
+class Unauthorized(RequestNotAccepted):
     """401 or 403: the key is refused."""
 
-    exit_code = Exit.KEY
+    exit_code = ExitCode.KEY
 
 
-class NotBelieved(NotAccepted):
+class InvalidPollResponse(RequestNotAccepted):
     """An answer to a poll that does not count: it names another task, names none, or cannot be read.
 
     `task_id` is the id that it names, None without one. `raw` is its text, bounded. `fresh`: it came over a connection
     that had carried no request before, so that it cannot be the answer to an earlier one.
     """
 
-    def __init__(self, message: str, raw: str = "", task_id: str | None = None, *, fresh: bool = True) -> None:
+    def __init__(self, message: str, raw: str = "", task_id: str | None = None, *, new_connection: bool = True) -> None:
         super().__init__(message)
         self.raw = raw
         self.task_id = task_id
-        self.fresh = fresh
+        self.new_connection = new_connection
 
 
-class BadParams(CallFailed):
+class BadParams(ApiCallFailed):
     """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked.
 
     None of many (bulk): some of them can't, and the API does not say which.
     """
 
-    def __init__(self, rows: Mapping[int, str], said: str = "") -> None:
-        super().__init__("; ".join(rows.values()) or said)
+    def __init__(self, rows: Mapping[int, str], message: str = "") -> None:
+        super().__init__("; ".join(rows.values()) or message)
         self.rows = rows
 
 
-class JobRejected(CallFailed):
+class JobRejected(ApiCallFailed):
     """404, or a 400 or 422 that names no param: no row of this job can be asked."""
 
-    exit_code = Exit.USAGE
+    exit_code = ExitCode.USAGE
 
 
-class TaskUnknown(CallFailed):
+class TaskUnknown(ApiCallFailed):
     """404 for a task id."""
 
 
-class Ambiguous(CallFailed):
+class SubmissionUnconfirmed(ApiCallFailed):
     """The call may or may not have been accepted. `task_id` is the id that the answer carried, None without one."""
 
     def __init__(self, message: str, task_id: str | None = None) -> None:

@@ -9,90 +9,104 @@ from typing import Any
 
 import polars as pl
 
-from enrich.api.answer import fields_of, pick
+from enrich.api.answer import result_fields, value_at
 from enrich.asking import CHANGE_COLUMNS
-from enrich.collector import Collector, Page, cell
-from enrich.model import RowStatus, iso
-from enrich.place import Place
+from enrich.collector import Collector, JoinedBatch, to_cell
+from enrich.model import RowStatus, iso_time
+from enrich.place import Location
 from enrich.spec import Changes, Output
 from enrich.tables.cells import as_text
-from enrich.tables.writing import write
+from enrich.tables.writing import write_file
 
 #: Rows of these can be mended, or asked again.
-REJECTED = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
+REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
 #: The columns of a reject behind those of the input; when it is fed back, they are replaced.
-REASON = ("enrich_status", "enrich_error")
+REJECT_COLUMNS = ("enrich_status", "enrich_error")
 
 
-def write_rejects(collector: Collector, target: Place, output: Output) -> int:
+def write_rejects(collector: Collector, target: Location, output: Output) -> int:
     """Write the rows that are invalid, failed or expired, as they were and why; return how many."""
     count = 0
 
     def frames() -> Iterator[pl.DataFrame]:
         nonlocal count
-        for page in collector.pages():
-            reason = [page.cells[name] for name in REASON]
-            frame = page.batch.frame.hstack(reason).filter(pl.col("enrich_status").is_in(REJECTED))
+        for joined in collector.joined_batches():
+            reason_cells = [joined.cells[name] for name in REJECT_COLUMNS]
+            frame = joined.batch.frame.hstack(reason_cells).filter(pl.col("enrich_status").is_in(REJECTED_STATUSES))
             count += frame.height
             yield frame
 
-    schema = collector.rows.schema | dict.fromkeys(REASON, pl.String())
-    write(target, output, job=collector.job.name, schema=schema, frames=frames(), new=len(REASON), kind="rejects")
+    schema = collector.job_input.schema | dict.fromkeys(REJECT_COLUMNS, pl.String())
+    write_file(
+        target,
+        output,
+        job=collector.job.name,
+        schema=schema,
+        frames=frames(),
+        new_columns=len(REJECT_COLUMNS),
+        kind="rejects",
+    )
     return count
 
 
-def write_changes(collector: Collector, target: Place, changes: Changes) -> int:
+def write_changes(collector: Collector, target: Location, changes: Changes) -> int:
     """Write what is new since the last feed, one line a field; return how many lines.
 
     What is told is remembered in the caller's transaction: when that fails, it is told again.
     """
-    key = collector.rows.key
+    key = collector.job_input.change_key
     schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
     count = 0
 
     def frames() -> Iterator[pl.DataFrame]:
         nonlocal count
-        for page in collector.pages():
-            lines = list(_changed(collector, page, key))
+        for joined in collector.joined_batches():
+            lines = list(_changed_cells(collector, joined, key))
             count += len(lines)
             yield pl.DataFrame(lines, schema=schema, orient="row")
 
-    write(
-        target, changes, job=collector.job.name, schema=schema, frames=frames(), new=len(CHANGE_COLUMNS), kind="changes"
+    write_file(
+        target,
+        changes,
+        job=collector.job.name,
+        schema=schema,
+        frames=frames(),
+        new_columns=len(CHANGE_COLUMNS),
+        kind="changes",
     )
     return count
 
 
-def _changed(collector: Collector, page: Page, key: list[str]) -> Iterator[list[str | None]]:
+def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
     """Yield the changes of a page, and remember them as told."""
-    job, columns = collector.job.name, collector.question.columns
-    keys = page.batch.frame.select(as_text(page.batch.frame.get_column(name)) for name in key).rows()
-    told: list[tuple[int, bytes, int]] = []
-    statuses = page.cells["enrich_status"]
-    for index, (standing, fingerprint, status) in enumerate(
-        zip(page.known, page.batch.fingerprints, statuses, strict=True)
+    job, columns = collector.job.name, collector.template.columns
+    keys = joined.batch.frame.select(as_text(joined.batch.frame.get_column(name)) for name in key).rows()
+    delivered: list[tuple[int, bytes, int]] = []
+    statuses = joined.cells["enrich_status"]
+    for index, (result, fingerprint, status) in enumerate(
+        zip(joined.results, joined.batch.fingerprints, statuses, strict=True)
     ):
-        if standing is None or fingerprint is None or standing.attempt_id is None:
+        if result is None or fingerprint is None or result.attempt_id is None:
             continue
-        if status == RowStatus.FOUND and standing.erased_ms is None:
-            told.append((index, _row_key(keys[index], fingerprint), standing.attempt_id))
-    merged = {name: collector.merge(page, name) for name in collector.merged}
-    for index, before in collector.ledger.undelivered(job, told):
-        standing, earlier = page.known[index], _fields(before)
+        if status == RowStatus.FOUND and result.erased_ms is None:
+            delivered.append((index, _delivery_key(keys[index], fingerprint), result.attempt_id))
+    merged_columns = {name: collector.merge_column(joined, name) for name in collector.merged_columns}
+    for index, previous_answer in collector.ledger.undelivered_rows(job, delivered):
+        result, previous_fields = joined.results[index], _answer_fields(previous_answer)
         for name, path in columns.items():
-            if name in merged:
-                old, new = as_text(page.batch.frame.get_column(name))[index], merged[name][index]
+            if name in merged_columns:
+                old, new = as_text(joined.batch.frame.get_column(name))[index], merged_columns[name][index]
             else:
-                old, new = cell(pick(earlier, path)) or "", page.cells[name][index] or ""
-            if standing is not None and new and new != old:
-                at = None if standing.settled_ms is None else iso(standing.settled_ms)
-                yield [*keys[index], name, old, new, standing.provider, at]
-    collector.ledger.deliver(job, told)
+                old, new = to_cell(value_at(previous_fields, path)) or "", joined.cells[name][index] or ""
+            if result is not None and new and new != old:
+                at = None if result.settled_ms is None else iso_time(result.settled_ms)
+                yield [*keys[index], name, old, new, result.provider, at]
+    collector.ledger.mark_delivered(job, delivered)
 
 
-def _row_key(cells: tuple[str, ...], fingerprint: bytes) -> bytes:
+def _delivery_key(cells: tuple[str, ...], fingerprint: bytes) -> bytes:
     return blake2b(json.dumps(cells).encode() + fingerprint, digest_size=16, person=b"enrich-delivered").digest()
 
 
-def _fields(answer: str | None) -> Mapping[str, Any]:
-    return {} if answer is None else fields_of(json.loads(answer).get("data"))
+def _answer_fields(answer: str | None) -> Mapping[str, Any]:
+    return {} if answer is None else result_fields(json.loads(answer).get("data"))

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 #: What the ledger can hold, in millionths, as a 64-bit integer.
-MOST_CREDITS = 1e12
+MAX_CREDITS = 1e12
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
@@ -27,35 +27,35 @@ def parse_duration(value: object) -> timedelta:
         raise ValueError("this duration is too long") from error
 
 
-def text(value: object) -> object:
+def check_text(value: object) -> object:
     """Refuse what YAML made of a text that had no quotes."""
     if isinstance(value, bool | int | float | date | datetime) or value is None:
-        raise ValueError(f"must be text, but YAML reads it as {_yaml_word(value)}: put it in quotes")
+        raise ValueError(f"must be text, but YAML reads it as {_yaml_type_name(value)}: put it in quotes")
     return value
 
 
-def _yaml_word(value: object) -> str:
+def _yaml_type_name(value: object) -> str:
     kinds = {bool: "a boolean", int: "a number", float: "a number", type(None): "nothing"}
     return kinds.get(type(value), "a date")
 
 
-def _credits(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= MOST_CREDITS:
+def _check_credits(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= MAX_CREDITS:
         raise ValueError("must be a number of credits")
     return value
 
 
-def _several(value: object) -> object:
-    return value if isinstance(value, list) else [text(value)]
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [check_text(value)]
 
 
-def _separator(value: str) -> str:
+def _check_separator(value: str) -> str:
     if len(value) != 1 or value in '"\r\n\0':
         raise ValueError('must be one character, such as "," or ";" or "\\t", and no quote or line end')
     return value
 
 
-def _encoding(value: str) -> str:
+def _check_encoding(value: str) -> str:
     try:
         "a".encode(value)
     except (LookupError, ValueError) as error:
@@ -63,7 +63,7 @@ def _encoding(value: str) -> str:
     return value
 
 
-def _url(value: str) -> str:
+def _check_url(value: str) -> str:
     try:
         parts = urlsplit(value)
         _ = parts.port  # a port that is no number raises
@@ -74,23 +74,23 @@ def _url(value: str) -> str:
     return value
 
 
-Text = Annotated[str, BeforeValidator(text), Field(min_length=1)]
+Text = Annotated[str, BeforeValidator(check_text), Field(min_length=1)]
 Separator = Annotated[
-    str, AfterValidator(_separator), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1})
+    str, AfterValidator(_check_separator), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1})
 ]
-Encoding = Annotated[Text, AfterValidator(_encoding)]
+Encoding = Annotated[Text, AfterValidator(_check_encoding)]
 Duration = Annotated[
     timedelta,
     BeforeValidator(parse_duration),
     WithJsonSchema({"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", "examples": ["24h", "90d"]}),
 ]
-Credits = Annotated[float, Field(ge=0), BeforeValidator(_credits)]
-Url = Annotated[Text, AfterValidator(_url)]
+Credits = Annotated[float, Field(ge=0), BeforeValidator(_check_credits)]
+Url = Annotated[Text, AfterValidator(_check_url)]
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 #: A column, or several.
 Columns = Annotated[
     list[Text],
-    BeforeValidator(_several),
+    BeforeValidator(_as_list),
     Field(min_length=1),
     WithJsonSchema({"anyOf": [_TEXT_SCHEMA, {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1}]}),
 ]

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from enrich.connect import Connection
+from enrich.connect import Preflight
 from enrich.job import Job
-from enrich.model import ASKED, Decision, duration, iso, to_credits, to_micros
-from enrich.planfile import Priced, asked
+from enrich.model import DECISIONS_TO_SEND, Decision, format_duration, iso_time, to_credits, to_micros
+from enrich.planfile import ProviderPrice, provider_prices
 from enrich.store.ledger import Ledger
 
 #: Polls that a request takes, as long as the ledger has no experience.
-POLLS_GUESS = 1.5
+DEFAULT_POLLS_PER_TASK = 1.5
 
-WHY = {
+DECISION_REASONS = {
     Decision.NEW: "never answered",
     Decision.RETRY: "asked again by --retry",
     Decision.REFRESH: "its answer is older than policy.refresh allows",
@@ -34,7 +34,7 @@ WHY = {
     Decision.FILTERED: "left out by the job",
 }
 
-_OF_ROWS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
+_ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class Cost:
     """
 
     likely: float | None
-    most: float | None
+    maximum: float | None
 
     @classmethod
-    def of(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
+    def for_requests(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
         """Price requests; prices are in millionths."""
         likely = None if likely_price is None else to_credits(round(likely_price * requests))
         most = None if worst_price is None else to_credits(worst_price * requests)
@@ -56,14 +56,14 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         """Add up what is known."""
-        return Cost(_sum(self.likely, other.likely), _sum(self.most, other.most))
+        return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
 
     def as_json(self) -> dict[str, float | None]:
         """Return what `--json` prints."""
-        return {"min": 0.0, "likely": self.likely, "max": self.most}
+        return {"min": 0.0, "likely": self.likely, "max": self.maximum}
 
 
-def _sum(one: float | None, other: float | None) -> float | None:
+def _add_known(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else round(one + other, 6)
 
 
@@ -79,7 +79,7 @@ class Plan:
     job: str
     rows: int
     decisions: dict[Decision, int]
-    oldest_ms: int | None
+    oldest_answer_ms: int | None
     balance: int | None
     max_credits: int | None
     min_balance: int | None
@@ -91,38 +91,38 @@ class Plan:
     polls_per_task: float | None
     bulk: int | None
     canary: int | None
-    providers: list[tuple[Priced, str]]
-    verifier: tuple[Priced, str] | None
+    providers: list[tuple[ProviderPrice, str]]
+    verifier: tuple[ProviderPrice, str] | None
     notes: list[str]
 
     @property
     def to_submit(self) -> int:
         """How many requests would be sent."""
-        return sum(self.decisions.get(decision, 0) for decision in ASKED)
+        return sum(self.decisions.get(decision, 0) for decision in DECISIONS_TO_SEND)
 
     @property
     def requests(self) -> int:
         """How many distinct requests the input wants."""
-        return sum(count for decision, count in self.decisions.items() if decision not in _OF_ROWS)
+        return sum(count for decision, count in self.decisions.items() if decision not in _ROW_DECISIONS)
 
     @property
     def cost(self) -> Cost:
         """What it costs."""
-        return Cost.of(self.to_submit, self.likely_price, self.worst_price)
+        return Cost.for_requests(self.to_submit, self.likely_price, self.worst_price)
 
     @property
-    def covered(self) -> int | None:
+    def cap_allows(self) -> int | None:
         """How many requests the cap allows even at their worst price; None: there is no cap, or no price."""
         if self.cap is None or not self.worst_price:
             return None
         return min(self.to_submit, max(0, self.cap - self.reserved) // self.worst_price)
 
     @property
-    def seconds(self) -> float | None:
+    def duration_s(self) -> float | None:
         """How long it takes at the job's rate; None when the job sets none."""
         if self.requests_per_second is None:
             return None
-        polls = POLLS_GUESS if self.polls_per_task is None else self.polls_per_task
+        polls = DEFAULT_POLLS_PER_TASK if self.polls_per_task is None else self.polls_per_task
         tasks = ceil(self.to_submit / (self.bulk or 1))
         return round(tasks * (1 + polls) / self.requests_per_second, 1)
 
@@ -135,67 +135,71 @@ class Plan:
             "requests": self.requests,
             "to_submit": self.to_submit,
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
-            "oldest_answer_at": None if self.oldest_ms is None else iso(self.oldest_ms),
+            "oldest_answer_at": None if self.oldest_answer_ms is None else iso_time(self.oldest_answer_ms),
             "balance": to_credits(self.balance),
             "cost": self.cost.as_json(),
             "worst_price": to_credits(self.worst_price),
             "max_credits": to_credits(self.max_credits),
             "min_balance": to_credits(self.min_balance),
-            "cap_allows": self.covered,
-            "seconds": self.seconds,
-            "providers": [_priced(*provider) for provider in self.providers],
-            "email_verifier": None if self.verifier is None else _priced(*self.verifier),
+            "cap_allows": self.cap_allows,
+            "seconds": self.duration_s,
+            "providers": [_provider_json(*provider) for provider in self.providers],
+            "email_verifier": None if self.verifier is None else _provider_json(*self.verifier),
             "notes": self.notes,
         }
 
 
-def foresee(  # noqa: PLR0913, PLR0917 - all of them are needed once
-    job: Job, connection: Connection, ledger: Ledger, rows: int, decisions: dict[Decision, int], cap: int | None
+def build_plan(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    job: Job, preflight: Preflight, ledger: Ledger, rows: int, decisions: dict[Decision, int], cap: int | None
 ) -> Plan:
     """Put together what is known once the whole input was seen in a pass of the ledger."""
-    question, waterfall = connection.question, connection.waterfall
-    providers, verifier = asked(question, waterfall)
-    named = {each.id: each.name for each in waterfall.available_enrichments}
-    verifiers = {each.id: each.name for each in waterfall.email_verifiers}
+    template, waterfall = preflight.template, preflight.waterfall
+    providers, verifier = provider_prices(template, waterfall)
+    provider_names = {each.id: each.name for each in waterfall.available_enrichments}
+    verifier_names = {each.id: each.name for each in waterfall.email_verifiers}
     return Plan(
         job=job.name,
         rows=rows,
         decisions=decisions,
-        oldest_ms=ledger.oldest_answer(),
-        balance=connection.balance,
+        oldest_answer_ms=ledger.oldest_answer_ms(),
+        balance=preflight.balance,
         max_credits=to_micros(job.max_credits),
         min_balance=to_micros(job.model.limits.min_balance),
         cap=cap,
-        worst_price=question.worst_price,
-        reserved=ledger.reserved(),
-        likely_price=ledger.experience(question.call)[1],
+        worst_price=template.worst_price,
+        reserved=ledger.open_reservations(),
+        likely_price=ledger.average_price(template.call)[1],
         requests_per_second=job.model.limits.requests_per_second,
         polls_per_task=ledger.polls_per_task(),
         bulk=job.model.dispatch.bulk,
         canary=job.model.canary.rows if job.model.canary else None,
-        providers=[(each, named.get(each.id, "")) for each in providers],
-        verifier=None if verifier is None else (verifier, verifiers.get(verifier.id, "")),
-        notes=connection.notes,
+        providers=[(each, provider_names.get(each.id, "")) for each in providers],
+        verifier=None if verifier is None else (verifier, verifier_names.get(verifier.id, "")),
+        notes=preflight.notes,
     )
 
 
-def _priced(provider: Priced, name: str) -> dict[str, Any]:
+def _provider_json(provider: ProviderPrice, name: str) -> dict[str, Any]:
     return {"id": provider.id, "name": name, "price": to_credits(provider.price)}
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def format_plan(plan: Plan) -> Iterator[str]:
     """Write the plan for a person."""
     yield f"{plan.job}: {plan.rows:,} rows, {plan.requests:,} distinct requests: {plan.to_submit:,} would be sent"
-    for decision, why in WHY.items():
+    for decision, why in DECISION_REASONS.items():
         if count := plan.decisions.get(decision):
-            oldest = f"; the oldest at {iso(plan.oldest_ms)}" if decision is Decision.FOUND and plan.oldest_ms else ""
-            yield f"  {decision.value:<12}{count:>9,}  {'pay' if decision in ASKED else '   '}  {why}{oldest}"
-    yield from _money(plan)
-    if plan.seconds is not None:
+            oldest = (
+                f"; the oldest at {iso_time(plan.oldest_answer_ms)}"
+                if decision is Decision.FOUND and plan.oldest_answer_ms
+                else ""
+            )
+            yield f"  {decision.value:<12}{count:>9,}  {'pay' if decision in DECISIONS_TO_SEND else '   '}  {why}{oldest}"
+    yield from _cost_lines(plan)
+    if plan.duration_s is not None:
         polls = "guessed" if plan.polls_per_task is None else "so far"
-        per_task = POLLS_GUESS if plan.polls_per_task is None else plan.polls_per_task
+        per_task = DEFAULT_POLLS_PER_TASK if plan.polls_per_task is None else plan.polls_per_task
         yield (
-            f"  time      about {duration(plan.seconds)} at {plan.requests_per_second:g} requests/s, "
+            f"  time      about {format_duration(plan.duration_s)} at {plan.requests_per_second:g} requests/s, "
             f"{per_task:.1f} polls a {f'task of {plan.bulk:,}' if plan.bulk else 'request'} {polls}"
         )
     if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
@@ -204,25 +208,25 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"  note      {note}"
 
 
-def _money(plan: Plan) -> Iterator[str]:
+def _cost_lines(plan: Plan) -> Iterator[str]:
     cost = plan.cost
-    most = "an unknown number of" if cost.most is None else f"{cost.most:,.2f}"
+    maximum = "an unknown number of" if cost.maximum is None else f"{cost.maximum:,.2f}"
     likely = "" if cost.likely is None else f", likely {cost.likely:,.2f} (by this ledger's answers so far)"
-    yield f"  cost      0.00 to {most} credits{likely}"
-    asked = [f"{name or 'provider'} {each.id} ({_price(each)})" for each, name in plan.providers]
-    yield f"  asked     {', '.join(asked)}"
+    yield f"  cost      0.00 to {maximum} credits{likely}"
+    providers = [f"{name or 'provider'} {each.id} ({_format_price(each)})" for each, name in plan.providers]
+    yield f"  asked     {', '.join(providers)}"
     if plan.verifier is not None:
         each, name = plan.verifier
-        yield f"            and what each finds is verified by {name or 'verifier'} {each.id} ({_price(each)})"
+        yield f"            and what each finds is verified by {name or 'verifier'} {each.id} ({_format_price(each)})"
     if plan.balance is not None:
         kept = "" if plan.min_balance is None else f", {to_credits(plan.min_balance):,.2f} of it stays (min_balance)"
         yield f"  balance   {to_credits(plan.balance):,.2f}{kept}"
-    if plan.covered is not None:
+    if plan.cap_allows is not None:
         cap = to_credits(plan.cap or 0)
-        enough = "all" if plan.covered == plan.to_submit else f"{plan.covered:,} of {plan.to_submit:,}"
+        enough = "all" if plan.cap_allows == plan.to_submit else f"{plan.cap_allows:,} of {plan.to_submit:,}"
         waiting = f", {to_credits(plan.reserved):,.2f} of them kept for those at the API" if plan.reserved else ""
         yield f"  cap       {cap:,.2f} credits{waiting}: enough for {enough} even at their worst price"
 
 
-def _price(provider: Priced) -> str:
+def _format_price(provider: ProviderPrice) -> str:
     return "price unknown" if provider.price is None else f"{to_credits(provider.price):g}"

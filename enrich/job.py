@@ -13,29 +13,29 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError
-from enrich.fields import MOST_CREDITS
-from enrich.jobfile import Document
+from enrich.fields import MAX_CREDITS
+from enrich.jobfile import YamlDocument
 from enrich.place import (
-    SANDBOX,
+    SANDBOX_NAME,
     STDIN,
-    LedgerPlace,
-    Place,
-    Postgres,
-    Url,
-    for_sandbox,
+    LedgerLocation,
+    Location,
+    ObjectUrl,
+    PostgresLocation,
     format_of,
     is_dataset,
     is_pattern,
-    locate,
-    locate_input,
-    locate_ledger,
+    parse_input_location,
+    parse_ledger_location,
+    parse_location,
+    sandbox_ledger_location,
 )
 from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh, Report
 
 _Table = TypeVar("_Table", Input, Output)
 
 #: The ledger of `--sandbox` lies beside the real one.
-SANDBOX_SUFFIX = f".{SANDBOX}.db"
+SANDBOX_SUFFIX = f".{SANDBOX_NAME}.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
@@ -55,128 +55,138 @@ class Job:
     """A job file that was read, its paths resolved. `input_path` may be a glob, or STDIN."""
 
     model: JobModel
-    document: Document
+    document: YamlDocument
     name: str
     input: Input
-    input_path: Place
+    input_path: Location
     output: Output
     output_base: Path
-    ledger: LedgerPlace
+    ledger: LedgerLocation
 
     @property
     def max_credits(self) -> float | None:
         """The cap of one execution, in credits."""
         return self.model.limits.max_credits
 
-    def output_path(self, now: datetime) -> Place:
+    def output_path(self, now: datetime) -> Location:
         """The output's place at a local time, which its strftime codes stand for."""
-        return locate(self.output_base, _dated(self.output.path, now))
+        return parse_location(self.output_base, _expand_date(self.output.path, now))
 
-    def place(self, named: str, now: datetime) -> Place:
+    def location_of(self, path_or_url: str, now: datetime) -> Location:
         """Find the place of another file of the run, such as `rejects`, at a local time."""
-        return locate(self.document.path.resolve().parent, _dated(named, now))
+        return parse_location(self.document.path.resolve().parent, _expand_date(path_or_url, now))
 
-    def feeds(self, now: datetime) -> dict[str, Place]:
+    def extra_output_paths(self, now: datetime) -> dict[str, Location]:
         """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
-        taken = self.taken(now)
-        return {kind: taken[kind] for kind in ("rejects", "changes") if kind in taken}
+        files = self.file_locations(now)
+        return {kind: files[kind] for kind in ("rejects", "changes") if kind in files}
 
     def report_path(self, now: datetime) -> Path | None:
         """The report that every run writes, if any. Raises JobError when it is another file of the job."""
         report = self.model.report
         if report is None or report.path is None:
             return None
-        place = self.path(_dated(report.path, now))
-        taken = self.taken(now)
-        self._check_apart("report", place, taken | {"input": self.input_path})
-        self._check_outside("report", place, taken["output"])
-        return place
+        path = self.resolve_path(_expand_date(report.path, now))
+        files = self.file_locations(now)
+        self._check_distinct("report", path, files | {"input": self.input_path})
+        self._check_outside_dataset("report", path, files["output"])
+        return path
 
-    def taken(self, now: datetime) -> dict[str, Place]:
+    def file_locations(self, now: datetime) -> dict[str, Location]:
         """All files of the job but the input and the report. Raises JobError when two are one."""
         model = self.model
         named = {"rejects": model.rejects, "changes": model.changes}
-        feeds = {kind: self.place(output.path, now) for kind, output in named.items() if output is not None}
-        taken: dict[str, Place] = {"output": self.output_path(now), "the job file": self.document.path}
-        if not isinstance(self.ledger, Postgres):
-            taken["ledger"] = self.ledger
-        taken |= {key: self.path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))}
-        for kind, place in feeds.items():
-            self._check_apart(kind, place, taken)
-            taken[kind] = place
-        for kind, place in taken.items():
+        extra_outputs = {
+            kind: self.location_of(output.path, now) for kind, output in named.items() if output is not None
+        }
+        files: dict[str, Location] = {"output": self.output_path(now), "the job file": self.document.path}
+        if not isinstance(self.ledger, PostgresLocation):
+            files["ledger"] = self.ledger
+        files |= {
+            key: self.resolve_path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))
+        }
+        for kind, location in extra_outputs.items():
+            self._check_distinct(kind, location, files)
+            files[kind] = location
+        for kind, location in files.items():
             if kind != "output":
-                self._check_outside(kind, place, taken["output"])
-        return taken
+                self._check_outside_dataset(kind, location, files["output"])
+        return files
 
-    def _check_apart(self, kind: str, place: Place, taken: Mapping[str, Place]) -> None:
-        if other := next((key for key, path in taken.items() if _is_same(place, path)), None):
-            raise self.error([kind], f"{place} is written twice: it is `{other}`", "give each file a name of its own")
+    def _check_distinct(self, kind: str, location: Location, files: Mapping[str, Location]) -> None:
+        if other := next((key for key, path in files.items() if _is_same(location, path)), None):
+            raise self.error(
+                [kind], f"{location} is written twice: it is `{other}`", "give each file a name of its own"
+            )
 
-    def _check_outside(self, kind: str, place: object, output: Place) -> None:
+    def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
         """Refuse a file of the job in the folder that every run replaces."""
-        if not isinstance(place, Path) or not isinstance(output, Path) or not is_dataset(output):
+        if not isinstance(location, Path) or not isinstance(output, Path) or not is_dataset(output):
             return
-        if place.resolve().is_relative_to(output.resolve()):
+        if location.resolve().is_relative_to(output.resolve()):
             message = f"{output} is replaced as a whole by every run, and has `{kind}` in it"
             raise self.error(["output"], message, "name a folder of its own")
 
-    def path(self, named: str) -> Path:
+    def resolve_path(self, path: str) -> Path:
         """Resolve a path of the job file."""
-        return _absolute(self.document.path.resolve().parent, named)
+        return _absolute_path(self.document.path.resolve().parent, path)
 
-    def error(self, where: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
+    def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Make an error that names the file, the line and the key."""
-        return JobError(f"{self.document.path}:{self.document.line(where)}: {_dotted(where)}: {message}", hint)
+        return JobError(
+            f"{self.document.path}:{self.document.line_of(key_path)}: {_dotted_path(key_path)}: {message}", hint
+        )
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     """Read a job file. Raises JobError that names the file, the line, the key and the nearest right name."""
     overrides = overrides or Overrides()
-    document = Document(path)
+    document = YamlDocument(path)
     if "api_key" in document.data:
         raise JobError(
-            f"{path}:{document.line(['api_key'])}: api_key: a job file holds no key",
+            f"{path}:{document.line_of(['api_key'])}: api_key: a job file holds no key",
             "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
         )
     try:
         model = JobModel.model_validate(document.data)
     except ValidationError as error:
-        raise _job_error(document, error) from error
+        raise _from_validation_error(document, error) from error
     if overrides.max_credits is not None:
-        if not 0 <= overrides.max_credits <= MOST_CREDITS:
+        if not 0 <= overrides.max_credits <= MAX_CREDITS:
             raise JobError("--max-credits: must be a number of credits")
         limits = model.limits.model_copy(update={"max_credits": overrides.max_credits})
         model = model.model_copy(update={"limits": limits})
-    home = path.resolve().parent
+    job_folder = path.resolve().parent
     name = model.name or path.stem
-    given = _input(model.input, overrides.input)
-    input_path = _place(document, "input", Path.cwd() if overrides.input else home, given.path)
-    output = model.output or Output(path=f"{_stem(input_path, name)}_enriched.csv")
+    input_settings = _override_input(model.input, overrides.input)
+    input_path = _checked_location(
+        document, "input", Path.cwd() if overrides.input else job_folder, input_settings.path
+    )
+    output = model.output or Output(path=f"{_default_stem(input_path, name)}_enriched.csv")
     if overrides.output is not None:
-        output = _elsewhere(output, overrides.output)
-    ledger = _ledger(document, overrides, home, model.ledger or f".enrich/{name}.db")
+        output = _with_path(output, overrides.output)
+    ledger = _ledger_location(document, overrides, job_folder, model.ledger or f".enrich/{name}.db")
     job = Job(
         model=model,
         document=document,
         name=name,
-        input=given,
+        input=input_settings,
         input_path=input_path,
         output=output,
-        output_base=Path.cwd() if overrides.output else home,
+        output_base=Path.cwd() if overrides.output else job_folder,
         ledger=ledger,
     )
-    _check_written(job, home)
+    _check_outputs(job, job_folder)
     return job
 
 
-def _check_written(job: Job, home: Path) -> None:
+def _check_outputs(job: Job, job_folder: Path) -> None:
     """Refuse files to be written that no run can write."""
     model = job.model
     for key, written in (("output", job.output), ("rejects", model.rejects), ("changes", model.changes)):
         if written is None:
             continue
-        _place(job.document, key, home, written.path)
+        _checked_location(job.document, key, job_folder, written.path)
         if key == "output" and written.path.endswith("/"):
             if format_of(written.path.rstrip("/")) is not None:
                 raise job.error([key], f"`{written.path}`: a folder has no ending of a file", "as in out/leads/")
@@ -188,93 +198,99 @@ def _check_written(job: Job, home: Path) -> None:
                 f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
             )
     if model.report is not None and model.report.path is not None:
-        place = _place(job.document, "report", home, model.report.path)
-        if isinstance(place, Url) or place.suffix.lower() not in (".html", ".htm"):
+        location = _checked_location(job.document, "report", job_folder, model.report.path)
+        if isinstance(location, ObjectUrl) or location.suffix.lower() not in (".html", ".htm"):
             raise job.error(["report"], f"`{model.report.path}` is no HTML file on this machine", "as in report.html")
 
 
-def _ledger(document: Document, overrides: Overrides, home: Path, named: str) -> LedgerPlace:
+def _ledger_location(
+    document: YamlDocument, overrides: Overrides, job_folder: Path, path_or_url: str
+) -> LedgerLocation:
     """Find the ledger. Raises JobError for a URL of no use."""
     given = overrides.ledger
     try:
         if given is not None:
-            told = locate_ledger(Path.cwd(), given, home / ".enrich")
-            return for_sandbox(told) if overrides.sandbox and isinstance(told, Postgres) else told
-        ledger = locate_ledger(home, named, home / ".enrich")
+            location = parse_ledger_location(Path.cwd(), given, job_folder / ".enrich")
+            return (
+                sandbox_ledger_location(location)
+                if overrides.sandbox and isinstance(location, PostgresLocation)
+                else location
+            )
+        ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
     except ValueError as error:
-        where = "--ledger" if given is not None else f"{document.path}:{document.line(['ledger'])}: ledger"
-        raise JobError(f"{where}: {error}") from error
-    return for_sandbox(ledger) if overrides.sandbox else ledger
+        option_or_key = "--ledger" if given is not None else f"{document.path}:{document.line_of(['ledger'])}: ledger"
+        raise JobError(f"{option_or_key}: {error}") from error
+    return sandbox_ledger_location(ledger) if overrides.sandbox else ledger
 
 
-def _input(known: Input, path: Path | str | None) -> Input:
+def _override_input(settings: Input, path: Path | str | None) -> Input:
     """Take another path from the command line; stdin has the format that the job's input has."""
     if path is None:
-        return known
-    like = {"format": known.format, "separator": known.separator} if str(path) == str(STDIN) else {}
-    return _elsewhere(known, path, **like)
+        return settings
+    stdin_settings = {"format": settings.format, "separator": settings.separator} if str(path) == str(STDIN) else {}
+    return _with_path(settings, path, **stdin_settings)
 
 
-def _elsewhere(known: _Table, path: Path | str, **like: object) -> _Table:
+def _with_path(settings: _Table, path: Path | str, **defaults: object) -> _Table:
     """Change the path, and with it what followed from its ending."""
-    told = known.model_dump(exclude_unset=True)
+    explicit = settings.model_dump(exclude_unset=True)
     if format_of(str(path)) is not None:
-        told.pop("format", None)
-        told.pop("sheet", None)
+        explicit.pop("format", None)
+        explicit.pop("sheet", None)
     try:
-        return type(known).model_validate({**like, **told, "path": str(path)})
+        return type(settings).model_validate({**defaults, **explicit, "path": str(path)})
     except ValidationError:
         raise JobError(f"`{path}` is no path of a file") from None
 
 
-def _place(document: Document, key: str, base: Path, named: str) -> Place:
+def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url: str) -> Location:
     """Find a place. Raises JobError for a URL of no use."""
     try:
-        return locate_input(base, named) if key == "input" else locate(base, named)
+        return parse_input_location(base, path_or_url) if key == "input" else parse_location(base, path_or_url)
     except ValueError as error:
-        raise JobError(f"{document.path}:{document.line([key])}: {key}: {error}") from error
+        raise JobError(f"{document.path}:{document.line_of([key])}: {key}: {error}") from error
 
 
-def _dated(named: str, now: datetime) -> str:
-    return now.strftime(named) if "%" in named else named
+def _expand_date(path: str, now: datetime) -> str:
+    return now.strftime(path) if "%" in path else path
 
 
-def _is_same(one: Place, other: Place) -> bool:
+def _is_same(one: Location, other: Location) -> bool:
     """Tell whether two places are one, whatever links lead there."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.resolve() == other.resolve()
     return one == other
 
 
-def _absolute(base: Path, path: str | Path) -> Path:
+def _absolute_path(base: Path, path: str | Path) -> Path:
     return Path(os.path.normpath(base / path))
 
 
-def _stem(where: Place, name: str) -> str:
+def _default_stem(location: Location, name: str) -> str:
     """Name the output for its input, or for the job when that is several files; a name, and no strftime code."""
-    if where == STDIN:
+    if location == STDIN:
         return "stdin"
-    stem = name if is_pattern(where) else where.name.removesuffix(".gz").rsplit(".", 1)[0]
+    stem = name if is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
     return stem.replace("%", "%%")
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def suggest_name(name: str, known: Iterable[str]) -> str | None:
     """Write a hint with the nearest right name, or with all of them when they are few."""
     names = list(known)
     by_fold = {candidate.casefold(): candidate for candidate in names}
     close = get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.6)
     if close:
         return f"did you mean `{by_fold[close[0]]}`?"
-    few = 12
-    return f"known: {', '.join(names)}" if 0 < len(names) <= few else None
+    max_listed = 12
+    return f"known: {', '.join(names)}" if 0 < len(names) <= max_listed else None
 
 
-def _dotted(where: Sequence[str | int]) -> str:
-    return ".".join(map(str, where))
+def _dotted_path(key_path: Sequence[str | int]) -> str:
+    return ".".join(map(str, key_path))
 
 
 #: pydantic's kinds of errors in words of the file.
-_MESSAGES = {
+_ERROR_MESSAGES = {
     "missing": "is missing",
     "model_type": "must be a mapping of keys",
     "dict_type": "must be a mapping of keys",
@@ -284,28 +300,28 @@ _MESSAGES = {
 }
 
 
-def _job_error(document: Document, error: ValidationError) -> JobError:
+def _from_validation_error(document: YamlDocument, error: ValidationError) -> JobError:
     """Write all that is wrong, in the order of the lines; a single one has its hint apart."""
     found: list[tuple[int, str, str | None]] = []
     for problem in error.errors(include_url=False):
-        where = [step for step in problem["loc"] if step != "[key]"]
+        key_path = [step for step in problem["loc"] if step != "[key]"]
         if problem["type"] == "default_factory_not_called":
             continue  # what it follows from is an error of its own
-        message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         hint = None
         if problem["type"] == "extra_forbidden":
-            message, hint = "unknown key", nearest(str(where[-1]), _keys_beside(where))
-        line = document.line(where)
-        found.append((line, f"{document.path}:{line}: {_dotted(where)}: {message}", hint))
+            message, hint = "unknown key", suggest_name(str(key_path[-1]), _sibling_keys(key_path))
+        line = document.line_of(key_path)
+        found.append((line, f"{document.path}:{line}: {_dotted_path(key_path)}: {message}", hint))
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
         return JobError(found[0][1], found[0][2])
     return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
 
 
-def _keys_beside(where: Sequence[str | int]) -> list[str]:
+def _sibling_keys(key_path: Sequence[str | int]) -> list[str]:
     """Name the keys that are known where an unknown one was found."""
-    parts: dict[tuple[str, ...], type[BaseModel]] = {
+    models: dict[tuple[str, ...], type[BaseModel]] = {
         ("input",): Input,
         ("output",): Output,
         ("rejects",): Output,
@@ -317,6 +333,6 @@ def _keys_beside(where: Sequence[str | int]) -> list[str]:
         ("policy",): Policy,
         ("policy", "refresh"): Refresh,
     }
-    parent = tuple(map(str, where[:-1]))
-    model = Param if parent[:1] == ("params",) else parts.get(parent, JobModel)
+    parent = tuple(map(str, key_path[:-1]))
+    model = Param if parent[:1] == ("params",) else models.get(parent, JobModel)
     return [field.alias or name for name, field in model.model_fields.items()]

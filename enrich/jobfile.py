@@ -13,7 +13,7 @@ from enrich.bounded_read import read_text
 from enrich.errors import JobError
 
 
-class Document:
+class YamlDocument:
     """A YAML file as plain data, with the line of every key."""
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,9 @@ class Document:
         except OSError as error:
             raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise JobError(f"{path}: the job file is not UTF-8 text", _leads(path) or "save it as UTF-8") from error
+            raise JobError(
+                f"{path}: the job file is not UTF-8 text", _not_yaml_hint(path) or "save it as UTF-8"
+            ) from error
         try:
             root = _Loader(text).get_single_node()
         except yaml.MarkedYAMLError as error:
@@ -41,22 +43,24 @@ class Document:
         except RecursionError:
             raise JobError(f"{path}: nested too deeply") from None
         if not isinstance(root, yaml.MappingNode):
-            raise JobError(f"{path}: a job file is a mapping of keys", _leads(path) or "start from jobs/leads.yaml")
+            raise JobError(
+                f"{path}: a job file is a mapping of keys", _not_yaml_hint(path) or "start from jobs/leads.yaml"
+            )
         self._root = root
-        self.data: dict[Any, Any] = _plain(root, path)
+        self.data: dict[Any, Any] = _to_plain_data(root, path)
 
-    def line(self, where: Sequence[str | int]) -> int:
+    def line_of(self, key_path: Sequence[str | int]) -> int:
         """Return the line (from 1) of the key that a path of keys and indices leads to, or of the last one it meets."""
         node: yaml.Node = self._root
         line = 0
-        for step in where:
+        for key in key_path:
             if isinstance(node, yaml.MappingNode):
-                pair = next((pair for pair in node.value if _key(pair[0]) == str(step)), None)
+                pair = next((pair for pair in node.value if _key_text(pair[0]) == str(key)), None)
                 if pair is None:
                     break
                 line, node = pair[0].start_mark.line, pair[1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-                node = node.value[step]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+                node = node.value[key]
                 line = node.start_mark.line
             else:
                 break
@@ -75,32 +79,32 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _leads(path: Path) -> str | None:
+def _not_yaml_hint(path: Path) -> str | None:
     """Tell who gives the leads instead of a job how to get one."""
     if path.suffix in (".yaml", ".yml"):
         return None
     return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
 
 
-def _key(node: yaml.Node) -> str:
+def _key_text(node: yaml.Node) -> str:
     return str(node.value)
 
 
-def _plain(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
+def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
     """Build plain data; a key is always text, as it is written (`NO:` is not a boolean)."""
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:
-            name = _key(key) if isinstance(key, yaml.ScalarNode) else None
+            name = _key_text(key) if isinstance(key, yaml.ScalarNode) else None
             line = key.start_mark.line + 1
             if name is None:
                 raise JobError(f"{path}:{line}: a key must be text")
             if name in data:
                 raise JobError(f"{path}:{line}: `{name}` is there twice", "remove one of the two")
-            data[name] = _plain(value, path)
+            data[name] = _to_plain_data(value, path)
         return data
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, path) for item in node.value]
+        return [_to_plain_data(item, path) for item in node.value]
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:

@@ -31,7 +31,7 @@ class State(StrEnum):
 #: Every allowed move of a request, by the letters of the drawing in ARCHITECTURE.md. What f and h send back to
 #: pending moves on to submitting in the same transaction: until then it keeps its state, and when the POST is
 #: refused it has it again.
-MOVES: dict[tuple[State, State], str] = {
+TRANSITIONS: dict[tuple[State, State], str] = {
     (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST leaves",
     (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
     (State.SUBMITTING, State.PENDING): "c: provably not accepted",
@@ -57,9 +57,9 @@ MOVES: dict[tuple[State, State], str] = {
 }
 
 #: States in which money may be at stake: the fate is not known yet.
-OPEN = frozenset({State.SUBMITTING, State.SUBMITTED})
+OPEN_STATES = frozenset({State.SUBMITTING, State.SUBMITTED})
 #: States that a person may send back to pending (edge f).
-RETRYABLE = frozenset({State.FAILED, State.EXPIRED, State.IN_DOUBT})
+RETRYABLE_STATES = frozenset({State.FAILED, State.EXPIRED, State.IN_DOUBT})
 
 
 class Decision(StrEnum):
@@ -84,7 +84,7 @@ class Decision(StrEnum):
 
 
 #: What is sent and paid for.
-ASKED = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
+DECISIONS_TO_SEND = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
 
 
 class RowStatus(StrEnum):
@@ -100,43 +100,44 @@ class RowStatus(StrEnum):
     PENDING = "pending"  # not answered yet
 
     @classmethod
-    def of(cls, state: State) -> RowStatus:
+    def from_state(cls, state: State) -> RowStatus:
         """Tell how a request's state shows on its rows."""
-        return cls.PENDING if state in OPEN else cls(state.value)
+        return cls.PENDING if state in OPEN_STATES else cls(state.value)
 
 
-def by_status(counts: Mapping[State, int]) -> dict[str, int]:
+def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
     """Count requests by the status that they show on their rows."""
     shown = [status for status in RowStatus if status not in (RowStatus.INVALID, RowStatus.FILTERED)]
     return {
-        status.value: sum(count for state, count in counts.items() if RowStatus.of(state) is status) for status in shown
+        status.value: sum(count for state, count in counts.items() if RowStatus.from_state(state) is status)
+        for status in shown
     }
 
 
 #: One credit in the ledger's unit: credits are integers there, in millionths.
-MICROS = 1_000_000
+MICROS_PER_CREDIT = 1_000_000
 
 
 #: More credits than this are no price and no balance.
-MOST_CREDITS = 1_000_000_000_000
+MAX_CREDITS = 1_000_000_000_000
 
 
 def to_micros(credits_: object) -> int | None:
     """Read credits as the API writes them (number or string); None when they can't be read."""
-    return _read_credits(credits_, 0, MOST_CREDITS)
+    return _read_credits(credits_, 0, MAX_CREDITS)
 
 
 def read_balance(balance: object) -> int | None:
     """Read a balance, which may be below 0, in millionths; None when it can't be read."""
-    return _read_credits(balance, -MOST_CREDITS, MOST_CREDITS)
+    return _read_credits(balance, -MAX_CREDITS, MAX_CREDITS)
 
 
-def _read_credits(credits_: object, least: int, most: int) -> int | None:
+def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
     if credits_ is None or isinstance(credits_, bool):
         return None
     try:
         amount = Decimal(str(credits_).strip())
-        return int((amount * MICROS).to_integral_value()) if least <= amount <= most else None
+        return int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
     except ArithmeticError:  # no number, or NaN, which compares with nothing
         return None
 
@@ -147,15 +148,15 @@ def to_credits(micros: int) -> float: ...
 def to_credits(micros: int | None) -> float | None: ...
 def to_credits(micros: int | None) -> float | None:
     """Write millionths as credits; None (not known) stays None."""
-    return None if micros is None else micros / MICROS
+    return None if micros is None else micros / MICROS_PER_CREDIT
 
 
-def many(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Write a number with its noun."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def write_credits(amount: float) -> str:
+def format_credits(amount: float) -> str:
     """Write credits for a person; what is less than a hundredth is not nothing."""
     text = f"{amount:,.2f}"
     if text.strip("-0."):
@@ -164,7 +165,7 @@ def write_credits(amount: float) -> str:
     return exact if exact.strip("-0.") else "0.00"
 
 
-def written(value: object) -> str:
+def to_json_text(value: object) -> str:
     """Write a value as JSON. Raises RecursionError when it is nested too deeply."""
     try:
         return orjson.dumps(value).decode()
@@ -172,12 +173,12 @@ def written(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
-def iso(at_ms: int) -> str:
+def iso_time(at_ms: int) -> str:
     """Write a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write a length of time as h:mm:ss."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
@@ -187,7 +188,7 @@ def duration(seconds: float) -> str:
 #: A local clock that is off by more than this is not believed.
 CLOCK_TOLERANCE_MS = 5 * 60 * 1000
 #: So many answers must say by how much it is off, and differ by no more than this.
-CLOCK_ANSWERS, CLOCK_AGREES_MS = 3, 5_000
+CLOCK_SAMPLES, CLOCK_SAMPLE_SPREAD_MS = 3, 5_000
 
 
 class Clock(Protocol):
@@ -227,7 +228,7 @@ class SystemClock:
     #: The local time when the machine started.
     _boot_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000 - _boottime_ms(), init=False)
     #: By how much the API's last answers say that it is off.
-    _seen_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCK_ANSWERS), init=False)
+    _api_offsets_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCK_SAMPLES), init=False)
 
     def monotonic(self) -> float:
         """Seconds that never step."""
@@ -239,14 +240,14 @@ class SystemClock:
 
     def earliest_ms(self) -> int:
         """The earliest that it may be now by this machine or any of the last answers."""
-        behind = (off for off in (self.offset_ms, *self._seen_ms) if off < -CLOCK_TOLERANCE_MS)
+        behind = (off for off in (self.offset_ms, *self._api_offsets_ms) if off < -CLOCK_TOLERANCE_MS)
         return self._local_ms() + min(behind, default=0)
 
     def observe(self, api_ms: int) -> None:
         """Take over the API's time when ours is too far off, by several answers: one may be wrong or from a cache."""
-        self._seen_ms.append(api_ms - self._local_ms())
-        low, high = min(self._seen_ms), max(self._seen_ms)
-        if len(self._seen_ms) == CLOCK_ANSWERS and high - low <= CLOCK_AGREES_MS:
+        self._api_offsets_ms.append(api_ms - self._local_ms())
+        low, high = min(self._api_offsets_ms), max(self._api_offsets_ms)
+        if len(self._api_offsets_ms) == CLOCK_SAMPLES and high - low <= CLOCK_SAMPLE_SPREAD_MS:
             self.offset_ms = high if abs(high) > CLOCK_TOLERANCE_MS else 0
 
     def _local_ms(self) -> int:
@@ -273,7 +274,7 @@ class Call:
         return body
 
 
-class Wanted(NamedTuple):
+class RowRequest(NamedTuple):
     """What a row asks: its position in the input, the request's name, what is sent (JSON).
 
     `place` is where it stands in the order of asking (default: the position), `group` what `caps` counts.
@@ -282,21 +283,21 @@ class Wanted(NamedTuple):
     position: int
     fingerprint: bytes
     params: str
-    place: int | None = None
+    queue_position: int | None = None
     group: str | None = None
 
 
-class Decided(NamedTuple):
+class RowDecision(NamedTuple):
     """What was decided about a row: the position of the first that asks the same, and when it was answered (ms)."""
 
     position: int
-    first: int
+    first_position: int
     decision: Decision
     settled_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RequestSelection:
     """Which requests an execution wants. `stale`: answers older than that (ms) are asked again.
 
     `since`: choose as if nothing had been asked after this execution, the newest when a plan was made.
@@ -304,18 +305,18 @@ class Wish:
     """
 
     retry: frozenset[State] = frozenset()
-    stale: Mapping[State, int] = field(default_factory=dict)
+    refresh_before_ms: Mapping[State, int] = field(default_factory=dict)
     max_per_group: int | None = None
     sample: int | None = None
     seed: int = 0
     limit: int | None = None
-    since: int | None = None
-    killed: bool = False
+    after_execution: int | None = None
+    no_active_run: bool = False
 
     @property
-    def narrowed(self) -> bool:
+    def is_limited(self) -> bool:
         """Whether the person said how many are asked at most."""
-        return not (self.limit is self.sample is self.since is None)
+        return not (self.limit is self.sample is self.after_execution is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +325,7 @@ class Claim:
 
     attempt_id: int
     params: str
-    bundle: int | None = None
+    bulk_task_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +335,10 @@ class Task:
     attempts: tuple[int, ...]
     task_id: str
     submitted_ms: int
-    seen_alive: bool = False
+    acknowledged: bool = False
     #: The columns' paths of the job that asked; () where they are not known.
-    paths: tuple[str, ...] = ()
-    bundle: int | None = None
+    column_paths: tuple[str, ...] = ()
+    bulk_task_id: int | None = None
     #: A newer attempt of the same request was made meanwhile.
     superseded: bool = False
 
@@ -347,11 +348,11 @@ class Acceptance(StrEnum):
 
     NEW = "new"
     CACHED = "cached"  # an attempt of the same question has it: the API's cache
-    TAKEN = "taken"  # an attempt of another question has it: no acceptance
+    CONFLICT = "taken"  # an attempt of another question has it: no acceptance
 
 
 #: What is said of a request whose task id belongs to another.
-TASK_ID_TWICE = "the API gave a task id twice"
+DUPLICATE_TASK_ID = "the API gave a task id twice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,10 +368,10 @@ class Answer:
     credits: int | None = None
     raw: str | None = field(default=None, repr=False)
     free_failure: bool = False
-    gone: bool = False
+    result_deleted: bool = False
 
 
-class Settled(NamedTuple):
+class SettledAttempt(NamedTuple):
     """An attempt that an execution settled: what it asked of whom, what came of it and what it cost.
 
     `state` is the value of a State, `call` a canonical Call, `params` and `answer` are JSON (`answer` None: there is
@@ -386,7 +387,7 @@ class Settled(NamedTuple):
     erased: int
 
 
-class Standing(NamedTuple):
+class RequestResult(NamedTuple):
     """What the ledger knows of one request of a batch, as it comes out of it; 1 is for yes.
 
     `position` is that of the first row of the batch that asks it; `first`: no earlier row of this pass did.

@@ -5,46 +5,48 @@ from __future__ import annotations
 from datetime import datetime
 
 from enrich.collector import Collector
-from enrich.connect import remembered
-from enrich.errors import Exit, Refused
+from enrich.connect import template_from_ledger
+from enrich.errors import CommandRefused, ExitCode
 from enrich.job import Job
-from enrich.question import Question
-from enrich.receipt import Receipt
-from enrich.rows import Rows
-from enrich.store.database import exists
+from enrich.question import RequestTemplate
+from enrich.receipt import RunSummary
+from enrich.rows import JobInput
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.surroundings import Options, wish
-from enrich.tables.writing import prepare
+from enrich.surroundings import RunOptions, select_requests
+from enrich.tables.writing import prepare_file
 
 
-def collect_offline(job: Job, *, partial: bool) -> Receipt:
+def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
     """Write the output; the caller holds the lock.
 
     Raises Refused when rows are pending and `partial` is not set, or when the job never ran.
     """
-    if not exists(job.ledger):
-        raise Refused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
+    if not ledger_exists(job.ledger):
+        raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
     ledger = Ledger(job.ledger, read_only=True)
     try:
-        question = remembered(ledger, job)
+        template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()
         target = job.output_path(now)
-        job.feeds(now)  # refuses an output that is one of them
-        prepare(target, job.input_path, job.name)
-        counted = joined(ledger, job, question).write(target, partial=partial)
+        job.extra_output_paths(now)  # refuses an output that is one of them
+        prepare_file(target, job.input_path, job.name)
+        counts = prepare_collector(ledger, job, template).write(target, partial=partial)
     finally:
         ledger.close()
-    rows = counted.statuses.total()
-    return Receipt(job.name, int(Exit.OK), rows=rows, output=str(target)).with_rows(counted.statuses, counted.hits)
+    rows = counts.statuses.total()
+    return RunSummary(job.name, int(ExitCode.OK), rows=rows, output=str(target)).with_row_counts(
+        counts.statuses, counts.filled_by_column
+    )
 
 
-def joined(ledger: Ledger, job: Job, question: Question) -> Collector:
+def prepare_collector(ledger: Ledger, job: Job, template: RequestTemplate) -> Collector:
     """Make ready to join the present input with the ledger alone. Raises EnrichError when the input can't be read."""
-    rows = Rows(job, ledger.forgotten())
-    rows.check_new_columns(question)
-    ledger.begin_pass(wish(job, Options(), 0))
+    job_input = JobInput(job, ledger.load_forgotten())
+    job_input.check_new_columns(template)
+    ledger.begin_pass(select_requests(job, RunOptions(), 0))
     if job.model.caps is not None:
-        for batch in rows.batches(question, rows.order()):
-            ledger.look(batch.asked())
-        ledger.choose()
-    return Collector(ledger, job, question, rows)
+        for batch in job_input.batches(template, job_input.queue_order()):
+            ledger.preview(batch.requests())
+        ledger.apply_limits()
+    return Collector(ledger, job, template, job_input)

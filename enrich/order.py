@@ -9,23 +9,23 @@ _SIGN, _SYMBOL = r"(-?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
 _NUMBER = rf"^{_SIGN}{_SYMBOL}(-?)(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
 
 
-def sort_keys(frame: pl.DataFrame, places: list[int]) -> pl.DataFrame:
+def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
     """Make the keys by which the rows of a frame are compared: for each column its number, then its text.
 
     What is a number and nothing else has no text: `1,200` and `1200` are equal.
     """
     keys = []
-    for number, place in enumerate(places):
-        text = pl.nth(place).str.strip_chars()
+    for number, column_index in enumerate(column_indexes):
+        text = pl.nth(column_index).str.strip_chars()
         signs = pl.concat_str(text.str.extract(_NUMBER, 1), text.str.extract(_NUMBER, 2))
         digits = text.str.extract(_NUMBER, 3).str.replace_all(",", "", literal=True).cast(pl.Float64, strict=False)
-        size = pl.when(signs == "-").then(-digits).otherwise(digits)
-        is_more = (text != "") & ~(text.str.contains(_NUMBER + "$") & size.is_not_null())
-        keys += [size.alias(f"{number}n"), pl.when(is_more).then(text).alias(f"{number}t")]
+        value = pl.when(signs == "-").then(-digits).otherwise(digits)
+        has_text = (text != "") & ~(text.str.contains(_NUMBER + "$") & value.is_not_null())
+        keys += [value.alias(f"{number}n"), pl.when(has_text).then(text).alias(f"{number}t")]
     return frame.select(keys)
 
 
-def ranks(keys: pl.DataFrame) -> pl.Series:
+def rank_rows(keys: pl.DataFrame) -> pl.Series:
     """Give each row its place in the order of asking: largest first, blanks last, equal ones as in the input."""
-    order = keys.with_row_index("row").sort(keys.columns, descending=True, nulls_last=True, maintain_order=True)
-    return order.select("row").with_row_index("place").sort("row").get_column("place")
+    sorted_rows = keys.with_row_index("row").sort(keys.columns, descending=True, nulls_last=True, maintain_order=True)
+    return sorted_rows.select("row").with_row_index("place").sort("row").get_column("place")

@@ -13,136 +13,152 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from enrich.api.client import Client
-from enrich.budget import Budget, afford
-from enrich.connect import Connection, Memory, check_host, connect, recall, unconnected
-from enrich.desk import Desk
-from enrich.earlier_output import paid_elsewhere
-from enrich.errors import LOCKED_HINT, EnrichError, Exit, Interrupted, LedgerLocked, OtherWorkspace, Refused
-from enrich.execution import Execution
-from enrich.heartbeat import Heartbeat
-from enrich.pace import Pace
-from enrich.place import Place
-from enrich.polls import PollTimes
-from enrich.pulse import Doing
-from enrich.receipt import Receipt
-from enrich.rows import Rows
-from enrich.signals import Signals
-from enrich.store.holding import Owner
-from enrich.store.journal import LOCKED_S, Journal
+from enrich.budget import Budget, make_run_budget
+from enrich.connect import LedgerBinding, Preflight, check_api_host, offline_preflight, preflight, read_binding
+from enrich.desk import RunPhases
+from enrich.earlier_output import find_output_of_other_ledger
+from enrich.errors import (
+    LOCKED_HINT,
+    CommandRefused,
+    EnrichError,
+    ExitCode,
+    Interrupted,
+    LedgerLocked,
+    WorkspaceMismatch,
+)
+from enrich.execution import RunState
+from enrich.heartbeat import ProgressReporter
+from enrich.pace import AdaptiveRateLimiter
+from enrich.place import Location
+from enrich.polls import PollSchedule
+from enrich.pulse import Phase
+from enrich.receipt import RunSummary
+from enrich.rows import JobInput
+from enrich.signals import SignalHandler
+from enrich.store.holding import LeaseHolder
+from enrich.store.journal import LOCK_TIMEOUT_S, LedgerWriter
 from enrich.store.ledger import Ledger
-from enrich.store.rescue import remove_taken, take_in_files
+from enrich.store.rescue import import_rescue_files, remove_imported_files
 from enrich.store.rescue_file import RescueFile
-from enrich.store.sqlite import damaged
-from enrich.surroundings import Options, Surroundings, rescue_folders
-from enrich.tables.writing import prepare
+from enrich.store.sqlite import damaged_ledger_error
+from enrich.surroundings import RunContext, RunOptions, rescue_folders
+from enrich.tables.writing import prepare_file
 
 T = TypeVar("T")
 #: How often it is looked whether others are gone.
-LOOK_AGAIN_S = 0.5
+RECHECK_S = 0.5
 
 
-def run(around: Surroundings, options: Options) -> Receipt:
+def run(context: RunContext, options: RunOptions) -> RunSummary:
     """Run a job; the caller holds the lock of its ledger.
 
     Raises EnrichError for what went wrong before an execution came to be.
     """
-    return asyncio.run(_run(around, options))
+    return asyncio.run(_run_async(context, options))
 
 
-async def _run(around: Surroundings, options: Options) -> Receipt:
+async def _run_async(context: RunContext, options: RunOptions) -> RunSummary:
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - asyncio.run made it
-    signals = Signals(on_first=lambda _: task.cancel())
-    timing = around.timing
+    signals = SignalHandler(on_first_signal=lambda _: task.cancel())
+    timing = context.timeouts
     try:
-        with signals.handled():
-            client = Client(around.access, around.clock, post_s=timing.post_s, get_s=timing.get_s)
-            async with client, _journal(around) as journal:
-                return await _execute(around, options, signals, client, journal)
+        with signals.installed():
+            client = Client(context.access, context.clock, post_timeout_s=timing.post_s, get_timeout_s=timing.get_s)
+            async with client, _open_ledger_writer(context) as ledger_writer:
+                return await _execute(context, options, signals, client, ledger_writer)
     except asyncio.CancelledError:
-        signals.check()
+        signals.raise_if_received()
         raise
 
 
-def _journal(around: Surroundings) -> Journal:
+def _open_ledger_writer(context: RunContext) -> LedgerWriter:
     """Open the journal; what a file does not take goes into a rescue file beside it."""
-    place = around.ledger.place
-    if not isinstance(place, Path):
-        return Journal(around.ledger)
-    rescue = partial(RescueFile, place, rescue_folders(around.job))
-    journal = Journal(around.ledger, rescue=rescue, lock_patience_s=LOCKED_S)
-    journal.on_wait = around.tell
-    return journal
+    location = context.ledger.location
+    if not isinstance(location, Path):
+        return LedgerWriter(context.ledger)
+    rescue = partial(RescueFile, location, rescue_folders(context.job))
+    ledger_writer = LedgerWriter(context.ledger, new_rescue_file=rescue, lock_timeout_s=LOCK_TIMEOUT_S)
+    ledger_writer.on_lock_wait = context.on_message
+    return ledger_writer
 
 
-async def _take_in_rescued(around: Surroundings, journal: Journal) -> list[str]:
+async def _import_rescue_files(context: RunContext, ledger_writer: LedgerWriter) -> list[str]:
     """Take in what an earlier run could not write into the ledger; return it in words.
 
     Raises Refused for a rescue file that is damaged.
     """
-    job = around.job
-    taken = await journal.do(take_in_files, rescue_folders(job), job.name, around.clock.now_ms())
-    return [f"{path} was taken in: {what}" for path, what in remove_taken(taken)]
+    job = context.job
+    imported = await ledger_writer.submit(import_rescue_files, rescue_folders(job), job.name, context.clock.now_ms())
+    return [f"{path} was taken in: {what}" for path, what in remove_imported_files(imported)]
 
 
 async def _execute(
-    around: Surroundings, options: Options, signals: Signals, client: Client, journal: Journal
-) -> Receipt:
-    job, clock = around.job, around.clock
-    started = clock.monotonic()
-    await _others_gone(around, journal)
-    refusals = Refusals(around, journal)
-    rescued = await refusals.attempt(_take_in_rescued(around, journal)) or []
-    doubtful = await journal.do(Ledger.recover, clock.now_ms())
-    memory = await journal.do(recall, job.model.waterfall)
-    check_host(memory, job, around.access.host)
-    files = await refusals.attempt(_open_files(around, signals, journal))
-    await refusals.attempt(_check_new_ledger(around, options, signals, journal, rescued))
-    found = await refusals.attempt(_connect(around, options, client, journal, memory, files))
-    desk = await _begin(around, options, signals, client, journal, found, refusals, started)
-    connection = desk.connection
-    execution = desk.execution
-    if doubtful:
-        desk.note(f"{doubtful} requests were on the wire when the last execution was killed: now in doubt")
-    for note in [*rescued, *connection.notes]:
-        desk.note(note)
-    with _besides(desk.keep_time(), desk.heart.beat(), desk.keep_learned()):
+    context: RunContext, options: RunOptions, signals: SignalHandler, client: Client, ledger_writer: LedgerWriter
+) -> RunSummary:
+    job, clock = context.job, context.clock
+    started_at_s = clock.monotonic()
+    await _wait_for_other_processes(context, ledger_writer)
+    startup_errors = StartupErrors(context, ledger_writer)
+    rescue_notes = await startup_errors.try_step(_import_rescue_files(context, ledger_writer)) or []
+    unconfirmed = await ledger_writer.submit(Ledger.recover, clock.now_ms())
+    binding = await ledger_writer.submit(read_binding, job.model.waterfall)
+    check_api_host(binding, job, context.access.host)
+    files = await startup_errors.try_step(_open_files(context, signals, ledger_writer))
+    await startup_errors.try_step(_check_new_ledger(context, options, signals, ledger_writer, rescue_notes))
+    preflight_result = await startup_errors.try_step(
+        _run_preflight(context, options, client, ledger_writer, binding, files)
+    )
+    phases = await _start_run(
+        context, options, signals, client, ledger_writer, preflight_result, startup_errors, started_at_s
+    )
+    used_preflight = phases.preflight
+    run_state = phases.run_state
+    if unconfirmed:
+        phases.add_note(f"{unconfirmed} requests were on the wire when the last execution was killed: now in doubt")
+    for note in [*rescue_notes, *used_preflight.notes]:
+        phases.add_note(note)
+    with _in_background(
+        phases.enforce_max_time(), phases.progress.report_periodically(), phases.save_latencies_periodically()
+    ):
         try:
-            await desk.rescue()
-            if refusals.errors or files is None:
-                raise refusals.errors[0]
-            desk.feeds = files.feeds
-            return await desk.work(files.rows, files.target)
+            await phases.collect_open_tasks()
+            if startup_errors.errors or files is None:
+                raise startup_errors.errors[0]
+            phases.extra_output_paths = files.extra_output_paths
+            return await phases.run_phases(files.job_input, files.target)
         except (EnrichError, JSONDecodeError) as failure:
-            reason = failure if isinstance(failure, EnrichError) else damaged(job.ledger)
+            reason = failure if isinstance(failure, EnrichError) else damaged_ledger_error(job.ledger)
             code = reason.exit_code
-            if code is Exit.REFUSED and execution.tally.submitted:
-                code = Exit.BUG  # 5 promises that nothing was spent
-            execution.reasons.setdefault(code, reason)
-            await desk.heart.begin(Doing.COLLECT)
-            return await desk.finish(execution.exit_code({}))
+            if code is ExitCode.REFUSED and run_state.counters.submitted:
+                code = ExitCode.BUG  # 5 promises that nothing was spent
+            run_state.exit_reasons.setdefault(code, reason)
+            await phases.progress.start_phase(Phase.COLLECT)
+            return await phases.finish(run_state.exit_code({}))
 
 
-async def _others_gone(around: Surroundings, journal: Journal) -> None:
+async def _wait_for_other_processes(context: RunContext, ledger_writer: LedgerWriter) -> None:
     """Wait until no process of an earlier execution is at work; in a file none can be.
 
     Raises LedgerLocked when one leads an execution and lives: the server lost its lock when it was restarted.
     """
-    told: dict[int, Owner] = {}
-    while others := await journal.do(Ledger.others):
-        left_s = max(other.left_s for other in others)
-        if not told:
-            around.tell(f"an earlier run left processes behind: waiting {left_s:.0f} s at most until their leases end")
+    first_seen: dict[int, LeaseHolder] = {}
+    while others := await ledger_writer.submit(Ledger.other_holders):
+        remaining_s = max(other.remaining_s for other in others)
+        if not first_seen:
+            context.on_message(
+                f"an earlier run left processes behind: waiting {remaining_s:.0f} s at most until their leases end"
+            )
         for other in others:
-            if other.leads and other.until_s > told.setdefault(other.id, other).until_s:
-                raise LedgerLocked(f"{around.job.ledger}: another execution is at work: {other.name}", LOCKED_HINT)
-        if not others[0].leads:
-            await journal.do(Ledger.end_lease_of, others)
-        await asyncio.sleep(min(max(left_s, 0.01), LOOK_AGAIN_S))
+            if other.is_leader and other.expires_at_s > first_seen.setdefault(other.id, other).expires_at_s:
+                raise LedgerLocked(f"{context.job.ledger}: another execution is at work: {other.name}", LOCKED_HINT)
+        if not others[0].is_leader:
+            await ledger_writer.submit(Ledger.revoke_leases, others)
+        await asyncio.sleep(min(max(remaining_s, 0.01), RECHECK_S))
 
 
 @contextmanager
-def _besides(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
+def _in_background(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
     """Let loops run for as long as the block."""
     tasks = [asyncio.create_task(loop) for loop in loops]
     try:
@@ -153,140 +169,153 @@ def _besides(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class RunFiles:
     """The input, and where the output and the files beside it go."""
 
-    rows: Rows
-    target: Place
-    feeds: Mapping[str, Place]
+    job_input: JobInput
+    target: Location
+    extra_output_paths: Mapping[str, Location]
 
 
-async def _open_files(around: Surroundings, signals: Signals, journal: Journal) -> Files:
+async def _open_files(context: RunContext, signals: SignalHandler, ledger_writer: LedgerWriter) -> RunFiles:
     """Open the input and prepare the places of all files. Raises EnrichError when one of them cannot be used."""
-    job, now = around.job, datetime.now().astimezone()
+    job, now = context.job, datetime.now().astimezone()
     job.report_path(now)
-    target, feeds = job.output_path(now), job.feeds(now)
-    forgotten = await journal.do(Ledger.forgotten)
-    with signals.asking():  # a pipe or a storage may let us wait
-        for kind, place in {"output": target, **feeds}.items():
-            prepare(place, job.input_path, job.name, kind)
-        return Files(Rows(job, forgotten), target, feeds)
+    target, extra_output_paths = job.output_path(now), job.extra_output_paths(now)
+    forgotten = await ledger_writer.submit(Ledger.load_forgotten)
+    with signals.interruptible():  # a pipe or a storage may let us wait
+        for kind, location in {"output": target, **extra_output_paths}.items():
+            prepare_file(location, job.input_path, job.name, kind)
+        return RunFiles(JobInput(job, forgotten), target, extra_output_paths)
 
 
-async def _connect(  # noqa: PLR0913, PLR0917 - all of them are needed once
-    around: Surroundings, options: Options, client: Client, journal: Journal, memory: Memory, files: Files | None
-) -> Connection:
+async def _run_preflight(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    context: RunContext,
+    options: RunOptions,
+    client: Client,
+    ledger_writer: LedgerWriter,
+    binding: LedgerBinding,
+    files: RunFiles | None,
+) -> Preflight:
     """Ask the API what a run must know. Raises EnrichError when job, input, API and ledger do not fit together."""
-    job = around.job
-    connection = await connect(
+    job = context.job
+    result = await preflight(
         client,
-        memory,
+        binding,
         job,
-        around.access.host,
-        at_most_s=around.timing.start_s,
+        context.access.host,
+        timeout_s=context.timeouts.startup_s,
         update_providers=options.update_providers,
         workspace_renamed=options.workspace_renamed,
     )
-    workspace = connection.bound_to["workspace"]
+    workspace = result.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
-        await journal.do(Ledger.rename_workspace, workspace)
+        await ledger_writer.submit(Ledger.rename_workspace, workspace)
     if files is not None:
-        files.rows.check_new_columns(connection.question)
-    return connection
+        files.job_input.check_new_columns(result.template)
+    return result
 
 
 @dataclass(slots=True)
-class Refusals:
+class StartupErrors:
     """What refuses a run. Each is kept until what was paid for is collected; without such it is raised at once."""
 
-    around: Surroundings
-    journal: Journal
+    context: RunContext
+    ledger_writer: LedgerWriter
     errors: list[EnrichError] = field(default_factory=list)
 
-    async def attempt(self, work: Awaitable[T]) -> T | None:
+    async def try_step(self, work: Awaitable[T]) -> T | None:
         """Do a part of the preparations; None when it refuses the run."""
         try:
             return await work
         except Interrupted:
             raise
         except EnrichError as error:
-            if not await self.journal.do(_is_open, self.around):
+            if not await self.ledger_writer.submit(_has_open_tasks, self.context):
                 raise
             self.errors.append(error)
             return None
 
 
-def _is_open(ledger: Ledger, around: Surroundings) -> bool:
+def _has_open_tasks(ledger: Ledger, context: RunContext) -> bool:
     """Tell whether the API may have an answer that was paid for."""
-    return bool(ledger.tasks() or ledger.written_off(around.asked_since()))
+    return bool(ledger.submitted_tasks() or ledger.written_off_tasks(context.results_kept_since_ms()))
 
 
 async def _check_new_ledger(
-    around: Surroundings, options: Options, signals: Signals, journal: Journal, notes: list[str]
+    context: RunContext, options: RunOptions, signals: SignalHandler, ledger_writer: LedgerWriter, notes: list[str]
 ) -> None:
     """Raise Refused for a new ledger when an earlier output was paid for from another one, unless the person agrees."""
-    if options.new_ledger or await journal.do(Ledger.has_accepted):
+    if options.new_ledger or await ledger_writer.submit(Ledger.has_own_submissions):
         return
-    output, note = await paid_elsewhere(around.job, journal, signals.asking)
+    output, note = await find_output_of_other_ledger(context.job, ledger_writer, signals.interruptible)
     notes += [note] if note is not None else []
     if output is None:
         return
-    said = (
-        f"{output} was paid for from another ledger: with the new ledger {around.job.ledger} its leads are paid again"
+    message = (
+        f"{output} was paid for from another ledger: with the new ledger {context.job.ledger} its leads are paid again"
     )
-    refused = Refused(said, "name the ledger that paid in `ledger:`, or restore it; --new-ledger pays again")
+    error = CommandRefused(message, "name the ledger that paid in `ledger:`, or restore it; --new-ledger pays again")
     if options.confirm_new_ledger is not None:
-        with signals.asking():
-            if options.confirm_new_ledger(said):
+        with signals.interruptible():
+            if options.confirm_new_ledger(message):
                 return
-        refused = Refused("cancelled: nothing was sent")
-    raise refused
+        error = CommandRefused("cancelled: nothing was sent")
+    raise error
 
 
-async def _begin(  # noqa: PLR0913, PLR0917 - all of them are needed once
-    around: Surroundings,
-    options: Options,
-    signals: Signals,
+async def _start_run(  # noqa: PLR0913, PLR0917 - all of them are needed once
+    context: RunContext,
+    options: RunOptions,
+    signals: SignalHandler,
     client: Client,
-    journal: Journal,
-    found: Connection | None,
-    refusals: Refusals,
-    started: float,
-) -> Desk:
+    ledger_writer: LedgerWriter,
+    preflight_result: Preflight | None,
+    startup_errors: StartupErrors,
+    started_at_s: float,
+) -> RunPhases:
     """Write down that an execution begins, with the budget that it has; without a connection it only collects."""
-    job, clock = around.job, around.clock
-    connection = found or unconnected(job)
-    if found is None:
-        budget = Budget(0, 0, refusals.errors[0].message, refusals.errors[0].hint or "")
+    job, clock = context.job, context.clock
+    effective_preflight = preflight_result or offline_preflight(job)
+    if preflight_result is None:
+        budget = Budget(0, 0, startup_errors.errors[0].message, startup_errors.errors[0].hint or "")
     else:
         plan = None if options.plan is None else (options.plan.to_submit, options.plan.after_execution)
-        budget, refused = await journal.do(afford, job, connection.question, connection.balance, plan)
-        refusals.errors += [refused] if refused is not None else []
-        waterfall = connection.waterfall
-        await journal.do(Ledger.remember_waterfall, waterfall.identifier, waterfall.model_dump(), connection.providers)
-    question = connection.question
-    number = await journal.do(
+        budget, cap_error = await ledger_writer.submit(
+            make_run_budget, job, effective_preflight.template, effective_preflight.balance, plan
+        )
+        startup_errors.errors += [cap_error] if cap_error is not None else []
+        waterfall = effective_preflight.waterfall
+        await ledger_writer.submit(
+            Ledger.save_waterfall, waterfall.identifier, waterfall.model_dump(), effective_preflight.providers
+        )
+    template = effective_preflight.template
+    execution_id = await ledger_writer.submit(
         Ledger.start_execution,
         job.name,
         budget.cap,
         clock.now_ms(),
-        connection.balance,
-        list(question.columns.values()),
+        effective_preflight.balance,
+        list(template.columns.values()),
     )
     limits = job.model.limits
-    execution = Execution(
-        number,
+    run_state = RunState(
+        execution_id,
         clock,
-        Pace(limits.requests_per_second),
-        around.timing,
-        in_flight_limit=limits.in_flight,
+        AdaptiveRateLimiter(limits.requests_per_second),
+        context.timeouts,
+        max_open_tasks=limits.in_flight,
         result_ttl_s=job.model.policy.result_ttl.total_seconds(),
-        holds=around.holds,
-        poll_times=PollTimes(await journal.do(Ledger.latencies, question.call, job.model.dispatch.bulk)),
+        lease_valid=context.lease_valid,
+        poll_schedule=PollSchedule(
+            await ledger_writer.submit(Ledger.load_latencies, template.call, job.model.dispatch.bulk)
+        ),
     )
-    heart = Heartbeat(around, execution, journal, started)
-    desk = Desk(around, options, signals, client, journal, connection, execution, budget, heart, started)
-    desk.answers_only = any(isinstance(error, OtherWorkspace) for error in refusals.errors)
-    signals.on_first = desk.interrupt
-    journal.on_failure = desk.ledger_failed
-    return desk
+    progress = ProgressReporter(context, run_state, ledger_writer, started_at_s)
+    phases = RunPhases(
+        context, options, signals, client, ledger_writer, effective_preflight, run_state, budget, progress, started_at_s
+    )
+    phases.answers_only = any(isinstance(error, WorkspaceMismatch) for error in startup_errors.errors)
+    signals.on_first_signal = phases.interrupt
+    ledger_writer.on_failure = phases.on_ledger_failed
+    return phases

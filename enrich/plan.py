@@ -12,27 +12,27 @@ from tempfile import TemporaryDirectory
 import polars as pl
 
 from enrich.api.client import Client
-from enrich.api.credentials import Access
+from enrich.api.credentials import ApiAccess
 from enrich.budget import make_budget
-from enrich.connect import Connection, connect, recall
+from enrich.connect import Preflight, preflight, read_binding
 from enrich.consent import check_balance
-from enrich.errors import JobError, Refused
-from enrich.execution import Timing
-from enrich.forecast import WHY, Plan, foresee
+from enrich.errors import CommandRefused, JobError
+from enrich.execution import Timeouts
+from enrich.forecast import DECISION_REASONS, Plan, build_plan
 from enrich.job import Job
-from enrich.model import ASKED, Decided, Decision, RowStatus, SystemClock, iso
-from enrich.planfile import FrozenPlan, ground
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.model import DECISIONS_TO_SEND, Decision, RowDecision, RowStatus, SystemClock, iso_time
+from enrich.planfile import SavedPlan, gather_plan_inputs
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.spec import Output
-from enrich.store.database import exists
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.store.lock import is_held
-from enrich.surroundings import Options, wish
-from enrich.tables.writing import prepare, write
+from enrich.store.lock import is_locked
+from enrich.surroundings import RunOptions, select_requests
+from enrich.tables.writing import prepare_file, write_file
 
 #: The columns that `--rows` adds to the input's.
-ROW_COLUMNS = {
+PLAN_COLUMNS = {
     "plan_decision": pl.String(),
     "plan_why": pl.String(),
     "plan_same_as_row": pl.Int64(),
@@ -41,44 +41,46 @@ ROW_COLUMNS = {
 }
 
 
-def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None = None) -> tuple[Plan, FrozenPlan]:
+def make_plan(
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
+) -> tuple[Plan, SavedPlan]:
     """Plan a run, for a person and to be kept to; write each row's decision to `rows_file`, if there is one.
 
     Raises what a run would raise before it spends.
     """
-    with _ledger(job) as ledger:
-        rows = Rows(job, ledger.forgotten())
-        stamp = rows.stamp()
+    with _open_ledger(job) as ledger:
+        job_input = JobInput(job, ledger.load_forgotten())
+        file_versions = job_input.file_versions()
         if rows_file is not None:
             if rows_file.exists() and rows_file.samefile(job.document.path):
                 raise JobError(f"{rows_file}: the rows would replace the job file", "choose another name")
-            prepare(rows_file, job.input_path, job.name, "plan")
-        connection = asyncio.run(_connect(job, access, ledger, options))
-        rows.check_new_columns(connection.question)
+            prepare_file(rows_file, job.input_path, job.name, "plan")
+        preflight_result = asyncio.run(_preflight(job, access, ledger, options))
+        job_input.check_new_columns(preflight_result.template)
         clock = SystemClock()
         now_ms = clock.now_ms()
-        question = connection.question
-        budget = make_budget(job, question, connection.balance)
-        counts = dict.fromkeys(WHY, 0)
-        at_work = bool(is_held(job.ledger))
-        ledger.begin_pass(replace(wish(job, options, now_ms), killed=not at_work))
-        total = asked = 0
-        for batch in rows.batches(question, rows.order()):
-            ledger.look(batch.asked())
-            total += batch.frame.height
-            asked += sum(fingerprint is not None for fingerprint in batch.fingerprints)
+        template = preflight_result.template
+        budget = make_budget(job, template, preflight_result.balance)
+        counts = dict.fromkeys(DECISION_REASONS, 0)
+        is_running = bool(is_locked(job.ledger))
+        ledger.begin_pass(replace(select_requests(job, options, now_ms), no_active_run=not is_running))
+        row_count = requesting_rows = 0
+        for batch in job_input.batches(template, job_input.queue_order()):
+            ledger.preview(batch.requests())
+            row_count += batch.frame.height
+            requesting_rows += sum(fingerprint is not None for fingerprint in batch.fingerprints)
             counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
             counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
-        ledger.choose()
-        decided = ledger.decided()
-        counts |= decided
-        counts[Decision.DUPLICATE] = asked - sum(decided.values())
+        ledger.apply_limits()
+        request_counts = ledger.decision_counts()
+        counts |= request_counts
+        counts[Decision.DUPLICATE] = requesting_rows - sum(request_counts.values())
         if rows_file is not None:
-            _write_rows(rows_file, job, rows, ledger, (question, now_ms))
-        to_submit = sum(counts[decision] for decision in ASKED)
-        frozen = FrozenPlan(
+            _write_rows(rows_file, job, job_input, ledger, (template, now_ms))
+        to_submit = sum(counts[decision] for decision in DECISIONS_TO_SEND)
+        saved_plan = SavedPlan(
             made_ms=now_ms,
-            ground=ground(job, question, connection.waterfall, rows),
+            ground=gather_plan_inputs(job, template, preflight_result.waterfall, job_input),
             limit=options.limit,
             sample=options.sample,
             seed=options.seed,
@@ -87,80 +89,94 @@ def make_plan(job: Job, access: Access, options: Options, rows_file: Path | None
             to_submit=to_submit,
             after_execution=max((row["id"] for row in ledger.executions(last=1)), default=0),
         )
-        if rows.stamp() != stamp:
-            raise Refused(f"{job.input_path}: the input changed while the plan was made", "plan again")
-        plan = foresee(job, connection, ledger, total, counts, budget.cap)
-        return replace(plan, notes=[*plan.notes, *_notes(job, connection, to_submit, at_work=at_work)]), frozen
+        if job_input.file_versions() != file_versions:
+            raise CommandRefused(f"{job.input_path}: the input changed while the plan was made", "plan again")
+        plan = build_plan(job, preflight_result, ledger, row_count, counts, budget.cap)
+        return replace(
+            plan, notes=[*plan.notes, *_notes(job, preflight_result, to_submit, is_running=is_running)]
+        ), saved_plan
 
 
-def _notes(job: Job, connection: Connection, to_submit: int, *, at_work: bool) -> Iterator[str]:
-    if at_work:
+def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running: bool) -> Iterator[str]:
+    if is_running:
         yield "a run is at work in this ledger: what it does from now on is not in this plan"
     if to_submit:
         try:
-            check_balance(job, connection.question, connection.balance)
-        except Refused as error:
+            check_balance(job, preflight_result.template, preflight_result.balance)
+        except CommandRefused as error:
             yield f"a run would be refused: {error.message}"
 
 
 @contextmanager
-def _ledger(job: Job) -> Iterator[Ledger]:
+def _open_ledger(job: Job) -> Iterator[Ledger]:
     """Look into the job's ledger, or into an empty one where there is none yet."""
     with TemporaryDirectory() as folder:
-        known = exists(job.ledger)
-        ledger = Ledger(job.ledger if known else Path(folder) / "none.db", read_only=known)
+        is_known = ledger_exists(job.ledger)
+        ledger = Ledger(job.ledger if is_known else Path(folder) / "none.db", read_only=is_known)
         with closing(ledger):
             yield ledger
 
 
-async def _connect(job: Job, access: Access, ledger: Ledger, options: Options) -> Connection:
+async def _preflight(job: Job, access: ApiAccess, ledger: Ledger, options: RunOptions) -> Preflight:
     async with Client(access, SystemClock()) as client:
-        return await connect(
+        return await preflight(
             client,
-            recall(ledger, job.model.waterfall),
+            read_binding(ledger, job.model.waterfall),
             job,
             access.host,
-            at_most_s=Timing().start_s,
+            timeout_s=Timeouts().startup_s,
             update_providers=options.update_providers,
         )
 
 
-def _write_rows(target: Path, job: Job, rows: Rows, ledger: Ledger, now: tuple[Question, int]) -> None:
+def _write_rows(
+    target: Path, job: Job, job_input: JobInput, ledger: Ledger, template_and_time: tuple[RequestTemplate, int]
+) -> None:
     """Write the input with each row's decision; `now` is the question and the time (ms)."""
-    question, now_ms = now
-    named = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
-    filtered = f"left out by {' or '.join(named)}"
+    template, now_ms = template_and_time
+    filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
+    filtered_reason = f"left out by {' or '.join(filters)}"
 
     def frames() -> Iterator[pl.DataFrame]:
-        for batch in rows.batches(question):
-            known = {told.position: told for told in ledger.decisions(batch.asked())}
-            if len(known) != batch.statuses.count(None):
-                raise Refused(f"{job.input_path}: the input changed while the plan was made", "plan again")
+        for batch in job_input.batches(template):
+            decisions = {row_decision.position: row_decision for row_decision in ledger.row_decisions(batch.requests())}
+            if len(decisions) != batch.statuses.count(None):
+                raise CommandRefused(f"{job.input_path}: the input changed while the plan was made", "plan again")
             cells = [
-                _cells(known[position], now_ms) if status is None else _not_asked(status, error or filtered)
-                for position, (status, error) in enumerate(zip(batch.statuses, batch.errors, strict=True), batch.first)
+                _decision_cells(decisions[position], now_ms)
+                if status is None
+                else _skipped_cells(status, error or filtered_reason)
+                for position, (status, error) in enumerate(
+                    zip(batch.statuses, batch.errors, strict=True), batch.first_position
+                )
             ]
             new = [
                 pl.Series(name, [row[place] for row in cells], dtype)
-                for place, (name, dtype) in enumerate(ROW_COLUMNS.items())
+                for place, (name, dtype) in enumerate(PLAN_COLUMNS.items())
             ]
-            yield batch.frame.select(pl.exclude(*ROW_COLUMNS)).hstack(new)
+            yield batch.frame.select(pl.exclude(*PLAN_COLUMNS)).hstack(new)
 
     # The columns of an earlier plan are replaced.
-    schema = {name: kind for name, kind in rows.schema.items() if name not in ROW_COLUMNS} | ROW_COLUMNS
+    schema = {name: kind for name, kind in job_input.schema.items() if name not in PLAN_COLUMNS} | PLAN_COLUMNS
     output = Output(path=str(target))
-    write(target, output, job=job.name, schema=schema, frames=frames(), new=len(ROW_COLUMNS), kind="plan")
+    write_file(target, output, job=job.name, schema=schema, frames=frames(), new_columns=len(PLAN_COLUMNS), kind="plan")
 
 
-def _not_asked(status: RowStatus, why: str) -> list[object]:
-    return [Decision(status.value), why, None, None, None]
+def _skipped_cells(status: RowStatus, reason: str) -> list[object]:
+    return [Decision(status.value), reason, None, None, None]
 
 
-def _cells(told: Decided, now_ms: int) -> list[object]:
-    at, age = None, None
-    if told.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH) and told.settled_ms is not None:
-        at, age = iso(told.settled_ms), round((now_ms - told.settled_ms) / 86_400_000, 2)
-    if told.first == told.position:
-        return [told.decision, WHY[told.decision], None, at, age]
-    why = f"{WHY[Decision.DUPLICATE]}: {told.decision.value}"
-    return [Decision.DUPLICATE, why, told.first + 1, at, age]
+def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:
+    answered_at, age_days = None, None
+    if (
+        row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
+        and row_decision.settled_ms is not None
+    ):
+        answered_at, age_days = (
+            iso_time(row_decision.settled_ms),
+            round((now_ms - row_decision.settled_ms) / 86_400_000, 2),
+        )
+    if row_decision.first_position == row_decision.position:
+        return [row_decision.decision, DECISION_REASONS[row_decision.decision], None, answered_at, age_days]
+    reason = f"{DECISION_REASONS[Decision.DUPLICATE]}: {row_decision.decision.value}"
+    return [Decision.DUPLICATE, reason, row_decision.first_position + 1, answered_at, age_days]

@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.api.waterfall import Provider, Waterfall
 from enrich.bounded_read import read_text
-from enrich.errors import EnrichError, JobError, Refused
+from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job import Job
-from enrich.model import State, iso, to_micros
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.model import State, iso_time, to_micros
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 
 
-class Priced(BaseModel):
+class ProviderPrice(BaseModel):
     """A provider or the verifier, with its price in millionths of a credit; None: not known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,7 +29,7 @@ class Priced(BaseModel):
     price: int | None
 
 
-class Ground(BaseModel):
+class PlanInputs(BaseModel):
     """What a plan stands on: digests of the job, the input and the list of `suppress`; who is asked at what price."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,18 +38,18 @@ class Ground(BaseModel):
     input: str
     suppress: str | None
     waterfall: str
-    providers: list[Priced]
-    verifier: Priced | None
+    providers: list[ProviderPrice]
+    verifier: ProviderPrice | None
 
 
-class FrozenPlan(BaseModel):
+class SavedPlan(BaseModel):
     """What `enrich plan -o FILE` writes and `enrich run --plan FILE` keeps to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     made_ms: int
-    ground: Ground
+    ground: PlanInputs
     limit: int | None
     sample: int | None
     seed: int
@@ -60,88 +60,91 @@ class FrozenPlan(BaseModel):
     after_execution: int
 
 
-def ground(job: Job, question: Question, waterfall: Waterfall, rows: Rows) -> Ground:
+def gather_plan_inputs(job: Job, template: RequestTemplate, waterfall: Waterfall, job_input: JobInput) -> PlanInputs:
     """Gather what must not change between the plan and the run."""
     resolved = [job.name, job.model.model_dump_json(), str(job.ledger)]
-    providers, verifier = asked(question, waterfall)
-    return Ground(
+    providers, verifier = provider_prices(template, waterfall)
+    return PlanInputs(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
-        input=rows.digest(),
-        suppress=rows.suppressed_digest(),
-        waterfall=question.call.waterfall,
+        input=job_input.digest(),
+        suppress=job_input.suppression_digest(),
+        waterfall=template.call.waterfall,
         providers=providers,
         verifier=verifier,
     )
 
 
-def asked(question: Question, waterfall: Waterfall) -> tuple[list[Priced], Priced | None]:
+def provider_prices(
+    template: RequestTemplate, waterfall: Waterfall
+) -> tuple[list[ProviderPrice], ProviderPrice | None]:
     """Price the providers that are asked, and the verifier."""
-    prices = {provider.id: provider for provider in waterfall.available_enrichments}
+    providers = {provider.id: provider for provider in waterfall.available_enrichments}
     verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
-    verifier = question.call.email_verifier
+    verifier = template.call.email_verifier
     return (
-        [_priced(number, prices.get(number)) for number in question.call.enrichments],
-        None if verifier is None else _priced(verifier, verifiers.get(verifier)),
+        [_provider_price(number, providers.get(number)) for number in template.call.enrichments],
+        None if verifier is None else _provider_price(verifier, verifiers.get(verifier)),
     )
 
 
-def _priced(number: int, provider: Provider | None) -> Priced:
-    return Priced(id=number, price=None if provider is None else to_micros(provider.price))
+def _provider_price(provider_id: int, provider: Provider | None) -> ProviderPrice:
+    return ProviderPrice(id=provider_id, price=None if provider is None else to_micros(provider.price))
 
 
-def changes(then: Ground, now: Ground) -> Sequence[str]:
+def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
     """Name what is no longer as it was."""
     changed = []
-    if then.job != now.job:
+    if planned.job != current.job:
         changed.append("the job file, or the options")
-    if then.input != now.input:
+    if planned.input != current.input:
         changed.append("the input")
-    if then.suppress != now.suppress:
+    if planned.suppress != current.suppress:
         changed.append("the list of `suppress`")
-    asked = [
+    provider_ids = [
         [provider.id for provider in [*each.providers, *([each.verifier] if each.verifier else [])]]
-        for each in (then, now)
+        for each in (planned, current)
     ]
-    if (then.waterfall, asked[0]) != (now.waterfall, asked[1]):
+    if (planned.waterfall, provider_ids[0]) != (current.waterfall, provider_ids[1]):
         changed.append("the providers")
-    elif (then.providers, then.verifier) != (now.providers, now.verifier):
+    elif (planned.providers, planned.verifier) != (current.providers, current.verifier):
         changed.append("the prices")
     return changed
 
 
-def check(plan: FrozenPlan, now: Ground) -> None:
+def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
     """Raise Refused when something changed since the plan was made."""
-    if changed := changes(plan.ground, now):
-        what = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
-        raise Refused(
-            f"{what} changed since the plan was made ({iso(plan.made_ms)})", "make a new one: enrich plan -o FILE"
+    if changed := changed_inputs(plan.ground, current):
+        description = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
+        raise CommandRefused(
+            f"{description} changed since the plan was made ({iso_time(plan.made_ms)})",
+            "make a new one: enrich plan -o FILE",
         )
 
 
-def write_plan(path: Path, plan: FrozenPlan) -> None:
+def write_plan(path: Path, plan: SavedPlan) -> None:
     """Write a plan (0600), whole or not at all. Raises JobError when that would replace what is no plan."""
     if path.exists() and not path.is_file():
-        raise Refused(f"{path}: the plan cannot be written: it is no file")
+        raise CommandRefused(f"{path}: the plan cannot be written: it is no file")
     try:
         if path.exists() and path.stat().st_size:
             read_plan(path)
     except EnrichError as error:
         raise JobError(f"{path}: this is there already, and no plan", "choose another name for the plan") from error
-    part = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        part.unlink(missing_ok=True)
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
             file.write(plan.model_dump_json(indent=2) + "\n")
-        part.replace(path)
+        temporary.replace(path)
     except OSError as error:
-        raise Refused(f"{path}: the plan cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
 
 
-def read_plan(path: Path) -> FrozenPlan:
+def read_plan(path: Path) -> SavedPlan:
     """Read a plan. Raises Refused when it is not there, JobError when it is none."""
     try:
-        return FrozenPlan.model_validate_json(read_text(path))
+        return SavedPlan.model_validate_json(read_text(path))
     except OSError as error:
-        raise Refused(f"{path}: the plan cannot be read: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the plan cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: this is no plan of this version of enrich", "make one: enrich plan -o FILE") from error

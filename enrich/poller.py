@@ -8,68 +8,76 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from enrich.api.answer import Phase, TaskReply, paid_without_data, phase_of, read_answer
-from enrich.api.bundle import read_bundle
-from enrich.api.client import POLLS_ON_THE_WIRE, Client
-from enrich.errors import EnrichError, Exit, NotAccepted, NotBelieved, RateLimited, TaskUnknown, Unauthorized
-from enrich.execution import FETCHED_IN, MOST_UNKNOWN_TASKS, Execution
+from enrich.api.answer import TaskPhase, TaskReply, is_paid_without_data, read_answer, task_phase
+from enrich.api.bundle import read_bulk_answers
+from enrich.api.client import MAX_POLLS_IN_FLIGHT, Client
+from enrich.errors import (
+    EnrichError,
+    ExitCode,
+    InvalidPollResponse,
+    RateLimited,
+    RequestNotAccepted,
+    TaskUnknown,
+    Unauthorized,
+)
+from enrich.execution import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
 from enrich.model import Answer, State, Task
-from enrich.polls import Price
-from enrich.store.journal import Journal
+from enrich.polls import PollCost
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
 
 IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0
-YOUNG_POLL_S = 5.0
+YOUNG_TASK_POLL_S = 5.0
 FAILED_POLL_S = 2.0
 #: A 404 is believed after so many in a row, over `Timing.young_s` at least; so is an answer that can't be read.
-ENOUGH_ANSWERS = 5
+CONFIRMING_REPLIES = 5
 #: An answer with a task that the ledger does not have is believed after so many that are the same.
-SAME_ANSWERS = 3
+CONFIRMING_FOREIGN_REPLIES = 3
 
 
 @dataclass(slots=True)
-class Repeated:
+class RepeatedReply:
     """An answer that is not believed at once: what it is, how often it came in a row, and since when (monotonic)."""
 
-    what: str
+    description: str
     since: float
-    times: int = 0
+    count: int = 0
 
-    def enough(self, now: float, young_s: float) -> bool:
+    def is_conclusive(self, now: float, min_duration_s: float) -> bool:
         """Tell whether it came often enough, over long enough."""
-        return self.times >= ENOUGH_ANSWERS and now - self.since >= young_s
+        return self.count >= CONFIRMING_REPLIES and now - self.since >= min_duration_s
 
 
 @dataclass(slots=True)
-class Waiting:
+class OpenTask:
     """A task whose answer is not there yet. `fresh`: submitted by this execution, so its age teaches something."""
 
     task: Task
-    fresh: bool
-    alive: bool
+    submitted_in_this_run: bool
+    acknowledged: bool
     #: When it was submitted, by the monotonic clock.
-    born: float
+    submitted_at_s: float
     #: It was taken for lost: a free question, which the API need not be able to answer.
     written_off: bool = False
     #: How old it was in seconds when it was last seen at work.
-    ran_s: float = 0.0
+    last_running_age_s: float = 0.0
     no_data_since: float | None = None
     #: The next poll goes over a connection of its own.
-    distrusted: bool = False
-    repeated: Repeated | None = None
+    needs_new_connection: bool = False
+    repeated_reply: RepeatedReply | None = None
     #: The last answer with a task that the ledger does not have, and how often it came in a row.
-    strange: str = ""
-    strange_times: int = 0
+    last_foreign_reply: str = ""
+    foreign_reply_count: int = 0
     #: It is about to be bought again, so its 404 is believed no sooner than any other.
-    to_be_bought: bool = False
+    to_be_resubmitted: bool = False
 
-    def repeats(self, what: str, now: float) -> Repeated:
+    def count_repeat(self, description: str, now: float) -> RepeatedReply:
         """Count an answer that is not believed at once."""
-        if self.repeated is None or self.repeated.what != what:
-            self.repeated = Repeated(what, now)
-        self.repeated.times += 1
-        return self.repeated
+        if self.repeated_reply is None or self.repeated_reply.description != description:
+            self.repeated_reply = RepeatedReply(description, now)
+        self.repeated_reply.count += 1
+        return self.repeated_reply
 
 
 @dataclass(slots=True)
@@ -79,318 +87,341 @@ class Poller:
     A task that another job left behind is judged by that job's.
     """
 
-    execution: Execution
-    journal: Journal
+    run_state: RunState
+    ledger_writer: LedgerWriter
     client: Client
-    paths: tuple[str, ...]
+    column_paths: tuple[str, ...]
     max_attempts: int
     patience_s: float
     #: Ask each task once more and go.
-    last_round: bool = False
+    poll_once_more: bool = False
     #: Nobody will bring new tasks.
-    no_more: bool = False
+    no_new_tasks: bool = False
     #: The key may be another workspace's: only answers count, and no task is lost because of what it can't see.
     answers_only: bool = False
     #: Tasks that were written off, and that could not be asked for now.
-    unasked: list[Task] = field(default_factory=list)
+    unpolled_tasks: list[Task] = field(default_factory=list)
     #: How many of them the API knows after all.
-    revived: int = 0
-    _due: list[tuple[float, int, Waiting]] = field(default_factory=list)
-    _ready: list[tuple[int, int, Waiting]] = field(default_factory=list)
-    _asking: int = 0
-    _relaxed: bool = False
-    _number: count[int] = field(default_factory=count)
+    revived_requests: int = 0
+    _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
+    _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
+    _open_polls: int = 0
+    _polls_brought_forward: bool = False
+    _sequence: count[int] = field(default_factory=count)
 
-    def add(self, task: Task) -> None:
+    def add_task(self, task: Task) -> None:
         """Take on a task that was submitted just now."""
-        now = self.execution.clock.monotonic()
-        self._later(Waiting(task, fresh=True, alive=task.seen_alive, born=now), self._worth(0.0))
+        now = self.run_state.clock.monotonic()
+        self._schedule(
+            OpenTask(task, submitted_in_this_run=True, acknowledged=task.acknowledged, submitted_at_s=now),
+            self._poll_delay_s(0.0),
+        )
 
-    def adopt(self, tasks: Iterable[Task], *, asked_before: bool) -> None:
+    def add_earlier_tasks(self, tasks: Iterable[Task], *, polled_before: bool) -> None:
         """Take on what earlier executions left at the API; ask at once unless that was done just now."""
-        for waiting in self._adopted(tasks):
-            self._later(waiting, self._worth(self._age(waiting)) if asked_before else 0.0)
+        for open_task in self._open_tasks_of(tasks):
+            self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
-    def ask_again(self, tasks: Iterable[Task], *, to_be_bought: bool = False) -> None:
+    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool = False) -> None:
         """Ask once more for tasks that were written off; those that the API knows after all are waited for again."""
-        for waiting in self._adopted(tasks):
-            waiting.written_off, waiting.to_be_bought = True, to_be_bought
-            self._later(waiting, 0.0)
+        for open_task in self._open_tasks_of(tasks):
+            open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted
+            self._schedule(open_task, 0.0)
 
-    def _adopted(self, tasks: Iterable[Task]) -> Iterable[Waiting]:
-        clock = self.execution.clock
+    def _open_tasks_of(self, tasks: Iterable[Task]) -> Iterable[OpenTask]:
+        clock = self.run_state.clock
         for task in tasks:
             age_s = max(0.0, (clock.now_ms() - task.submitted_ms) / 1000)
-            self.execution.in_flight += 1
-            yield Waiting(task, fresh=False, alive=task.seen_alive, born=clock.monotonic() - age_s)
+            self.run_state.open_tasks += 1
+            yield OpenTask(
+                task,
+                submitted_in_this_run=False,
+                acknowledged=task.acknowledged,
+                submitted_at_s=clock.monotonic() - age_s,
+            )
 
-    def end_asking_again(self) -> None:
+    def stop_repolling(self) -> None:
         """Leave alone what was written off and not asked for yet."""
-        left = [waiting for *_, waiting in (*self._due, *self._ready) if waiting.written_off]
-        self._due = [each for each in self._due if not each[2].written_off]
+        skipped = [waiting for *_, waiting in (*self._scheduled, *self._ready) if waiting.written_off]
+        self._scheduled = [each for each in self._scheduled if not each[2].written_off]
         self._ready = [each for each in self._ready if not each[2].written_off]
-        heapq.heapify(self._due)
+        heapq.heapify(self._scheduled)
         heapq.heapify(self._ready)
-        for waiting in left:
-            self._not_asked(waiting)
-        self.execution.notify()
+        for open_task in skipped:
+            self._skip_written_off(open_task)
+        self.run_state.notify_change()
 
-    def hurry(self) -> None:
+    def finish_early(self) -> None:
         """Ask every task once more, now, and go."""
-        self.last_round = True
-        self._due = sorted((0.0, number, waiting) for _, number, waiting in self._due)
-        self.execution.notify()
+        self.poll_once_more = True
+        self._scheduled = sorted((0.0, number, open_task) for _, number, open_task in self._scheduled)
+        self.run_state.notify_change()
 
     async def run(self) -> None:
         """Poll until no task waits and none can come, or the execution gives up."""
-        stop = self.execution.giving_up
+        stop = self.run_state.stop_polling
         async with asyncio.TaskGroup() as polls:
             while not stop.is_set():
-                if self.no_more and not self._relaxed:
-                    self._relax()
-                wait = self._sort_due()
-                if self._ready and self._asking < POLLS_ON_THE_WIRE:
-                    room = min(POLLS_ON_THE_WIRE - self._asking, len(self._ready))
-                    granted = await self.execution.rate_slots(room, stop)
+                if self.no_new_tasks and not self._polls_brought_forward:
+                    self._bring_polls_forward()
+                wait = self._move_due_to_ready()
+                if self._ready and self._open_polls < MAX_POLLS_IN_FLIGHT:
+                    slots = min(MAX_POLLS_IN_FLIGHT - self._open_polls, len(self._ready))
+                    granted = await self.run_state.acquire_slots(slots, stop)
                     for _ in range(min(granted, len(self._ready))):
-                        self._asking += 1
+                        self._open_polls += 1
                         polls.create_task(self._poll(heapq.heappop(self._ready)[2]))
-                elif not (self._ready or self._due or self._asking) and (self.no_more or self.last_round):
+                elif not (self._ready or self._scheduled or self._open_polls) and (
+                    self.no_new_tasks or self.poll_once_more
+                ):
                     return
                 else:
-                    await self.execution.wait_change(min(wait, IDLE_S))
+                    await self.run_state.wait_for_change(min(wait, IDLE_S))
 
-    def _relax(self) -> None:
+    def _bring_polls_forward(self) -> None:
         """Ask sooner than was meant while each poll took the slot of a submit: none waits any more."""
-        self._relaxed = True
-        now = self.execution.clock.monotonic()
-        self._due = [
-            (min(due, now + self._worth(self._age(waiting))), number, waiting) for due, number, waiting in self._due
+        self._polls_brought_forward = True
+        now = self.run_state.clock.monotonic()
+        self._scheduled = [
+            (min(due, now + self._poll_delay_s(self._age_s(open_task))), number, open_task)
+            for due, number, open_task in self._scheduled
         ]
-        heapq.heapify(self._due)
+        heapq.heapify(self._scheduled)
 
-    def _worth(self, age: float) -> float:
+    def _poll_delay_s(self, age_s: float) -> float:
         """Tell in how many seconds a task of this age is worth a poll, before its result or our patience is gone."""
-        execution = self.execution
-        alone = self.no_more or self.last_round or execution.closing.is_set()
-        price = Price.FAIR if alone else execution.poll_price
-        wait = execution.poll_times.wait(age, price) if age else execution.poll_times.first(price)
-        return min(wait, execution.result_ttl_s * FETCHED_IN, max(0.0, self.patience_s - age))
+        run_state = self.run_state
+        no_submits_left = self.no_new_tasks or self.poll_once_more or run_state.stop_submitting.is_set()
+        cost = PollCost.NORMAL if no_submits_left else run_state.poll_cost
+        wait = (
+            run_state.poll_schedule.next_delay_s(age_s, cost) if age_s else run_state.poll_schedule.first_delay_s(cost)
+        )
+        return min(wait, run_state.result_ttl_s * FETCH_WINDOW_SHARE, max(0.0, self.patience_s - age_s))
 
-    def _later(self, waiting: Waiting, seconds: float) -> None:
-        due = self.execution.clock.monotonic() + seconds
-        heapq.heappush(self._due, (due, next(self._number), waiting))
-        self.execution.notify()
+    def _schedule(self, open_task: OpenTask, seconds: float) -> None:
+        due = self.run_state.clock.monotonic() + seconds
+        heapq.heappush(self._scheduled, (due, next(self._sequence), open_task))
+        self.run_state.notify_change()
 
-    def _sort_due(self) -> float:
+    def _move_due_to_ready(self) -> float:
         """Put what is due in the order of its expiry; tell in how many seconds the next will be due."""
-        now = self.execution.clock.monotonic()
-        while self._due and self._due[0][0] <= now:
-            _, number, waiting = heapq.heappop(self._due)
-            heapq.heappush(self._ready, (waiting.task.submitted_ms, number, waiting))
-        return self._due[0][0] - now if self._due else IDLE_S
+        now = self.run_state.clock.monotonic()
+        while self._scheduled and self._scheduled[0][0] <= now:
+            _, number, open_task = heapq.heappop(self._scheduled)
+            heapq.heappush(self._ready, (open_task.task.submitted_ms, number, open_task))
+        return self._scheduled[0][0] - now if self._scheduled else IDLE_S
 
-    async def _poll(self, waiting: Waiting) -> None:
+    async def _poll(self, open_task: OpenTask) -> None:
         """Ask how one task is, and write down what came of it."""
-        execution = self.execution
+        run_state = self.run_state
         try:
-            execution.tally.polls += 1
-            reply = await self.client.task(waiting.task.task_id, fresh=waiting.distrusted)
-        except NotBelieved as error:
-            await self._not_believed(waiting, error)
+            run_state.counters.polls += 1
+            reply = await self.client.poll_task(open_task.task.task_id, new_connection=open_task.needs_new_connection)
+        except InvalidPollResponse as error:
+            await self._handle_invalid_response(open_task, error)
         except RateLimited as error:
-            execution.throttle(error)
-            if self.last_round:
-                self._later(waiting, 0.0)  # this was not the one answer that it is owed
+            run_state.record_throttled(error)
+            if self.poll_once_more:
+                self._schedule(open_task, 0.0)  # this was not the one answer that it is owed
             else:
-                self._again(waiting, 0.0)
+                self._poll_again(open_task, 0.0)
         except Unauthorized as error:
             if self.answers_only:
-                self._again(waiting, FAILED_POLL_S)
+                self._poll_again(open_task, FAILED_POLL_S)
             else:
-                execution.give_up(error.exit_code, error)
+                run_state.give_up(error.exit_code, error)
         except TaskUnknown:
-            execution.good_answer()
-            await self._unknown(waiting)
-        except NotAccepted as error:
-            execution.bad_answer(error)
-            self._again(waiting, FAILED_POLL_S)
+            run_state.record_success()
+            await self._handle_task_unknown(open_task)
+        except RequestNotAccepted as error:
+            run_state.record_failure(error)
+            self._poll_again(open_task, FAILED_POLL_S)
         else:
-            execution.good_answer()
-            waiting.distrusted, waiting.repeated = False, None
-            await self._answered(waiting, reply)
+            run_state.record_success()
+            open_task.needs_new_connection, open_task.repeated_reply = False, None
+            await self._handle_reply(open_task, reply)
         finally:
-            self._asking -= 1
-            execution.notify()
+            self._open_polls -= 1
+            run_state.notify_change()
 
-    async def _answered(self, waiting: Waiting, reply: TaskReply) -> None:
-        execution = self.execution
-        age = self._age(waiting)
-        phase = phase_of(reply.body)
-        if phase is Phase.GONE and (self.answers_only or waiting.written_off):
-            await self._gone(waiting)
+    async def _handle_reply(self, open_task: OpenTask, reply: TaskReply) -> None:
+        run_state = self.run_state
+        age_s = self._age_s(open_task)
+        phase = task_phase(reply.body)
+        if phase is TaskPhase.GONE and (self.answers_only or open_task.written_off):
+            await self._handle_deleted(open_task)
             return
-        if waiting.task.superseded:
-            await self._settle_superseded(waiting, reply, phase)
+        if open_task.task.superseded:
+            await self._settle_superseded(open_task, reply, phase)
             return
-        if waiting.written_off:
-            await self.journal.do(Ledger.revive, waiting.task.attempts, execution.id)
-            waiting.written_off, waiting.alive = False, True
-            self.revived += 1
-        if phase in (Phase.RUNNING, Phase.NO_DATA) and not waiting.alive:
-            waiting.alive = True
-            await self.journal.together(Ledger.alive, waiting.task.attempts)
-        if phase is Phase.RUNNING:
-            waiting.ran_s = age
-            self._still_running(waiting, age)
+        if open_task.written_off:
+            await self.ledger_writer.submit(Ledger.revive, open_task.task.attempts, run_state.execution_id)
+            open_task.written_off, open_task.acknowledged = False, True
+            self.revived_requests += 1
+        if phase in (TaskPhase.RUNNING, TaskPhase.NO_DATA) and not open_task.acknowledged:
+            open_task.acknowledged = True
+            await self.ledger_writer.submit_batch(Ledger.mark_acknowledged, open_task.task.attempts)
+        if phase is TaskPhase.RUNNING:
+            open_task.last_running_age_s = age_s
+            self._handle_running(open_task, age_s)
             return
-        if phase is Phase.NO_DATA or (phase is Phase.COMPLETED and paid_without_data(reply.body)):
-            now = execution.clock.monotonic()
-            waiting.no_data_since = now if waiting.no_data_since is None else waiting.no_data_since
-            if now - waiting.no_data_since < execution.timing.no_data_s:
-                grace = execution.timing.no_data_s
-                self._again(waiting, NO_DATA_POLL_S if phase is Phase.NO_DATA else grace)
+        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_paid_without_data(reply.body)):
+            now = run_state.clock.monotonic()
+            open_task.no_data_since = now if open_task.no_data_since is None else open_task.no_data_since
+            if now - open_task.no_data_since < run_state.timeouts.no_data_s:
+                grace = run_state.timeouts.no_data_s
+                self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
                 return
-        elif waiting.fresh:
-            execution.poll_times.finished(waiting.ran_s, age)
-        paths = waiting.task.paths or self.paths
-        if waiting.task.bundle is None:
-            await self._settle(waiting, read_answer(reply, phase, paths))
+        elif open_task.submitted_in_this_run:
+            run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)
+        column_paths = open_task.task.column_paths or self.column_paths
+        if open_task.task.bulk_task_id is None:
+            await self._settle(open_task, read_answer(reply, phase, column_paths))
         else:
-            size = len(waiting.task.attempts)
-            await self._settle_bundle(waiting, *read_bundle(reply, phase, size, paths))
+            size = len(open_task.task.attempts)
+            await self._settle_bulk_task(open_task, *read_bulk_answers(reply, phase, size, column_paths))
 
-    def _still_running(self, waiting: Waiting, age_s: float) -> None:
-        if waiting.to_be_bought:  # it is not bought then, and what is must not wait for it
-            self.execution.in_flight -= 1
+    def _handle_running(self, open_task: OpenTask, age_s: float) -> None:
+        if open_task.to_be_resubmitted:  # it is not bought then, and what is must not wait for it
+            self.run_state.open_tasks -= 1
         else:
-            self._again(waiting, self._worth(age_s))
+            self._poll_again(open_task, self._poll_delay_s(age_s))
 
-    async def _gone(self, waiting: Waiting) -> None:
+    async def _handle_deleted(self, open_task: OpenTask) -> None:
         """Leave a task as it is, though the API has deleted its result."""
-        if waiting.written_off and not self.answers_only:
-            await self.journal.together(Ledger.mark_gone, waiting.task.attempts)
-        self.execution.in_flight -= 1
+        if open_task.written_off and not self.answers_only:
+            await self.ledger_writer.submit_batch(Ledger.mark_result_deleted, open_task.task.attempts)
+        self.run_state.open_tasks -= 1
 
-    async def _settle_superseded(self, waiting: Waiting, reply: TaskReply, phase: Phase) -> None:
+    async def _settle_superseded(self, open_task: OpenTask, reply: TaskReply, phase: TaskPhase) -> None:
         """Write down what a task cost whose request was asked again meanwhile."""
-        execution = self.execution
-        answer = read_answer(reply, phase, waiting.task.paths or self.paths)
-        execution.in_flight -= 1
-        if phase is not Phase.RUNNING and answer.credits is not None:
-            (attempt,) = waiting.task.attempts
-            await self.journal.do(Ledger.settle_superseded, attempt, answer, execution.clock.now_ms(), execution.id)
-            execution.tally.spent += answer.credits
+        run_state = self.run_state
+        answer = read_answer(reply, phase, open_task.task.column_paths or self.column_paths)
+        run_state.open_tasks -= 1
+        if phase is not TaskPhase.RUNNING and answer.credits is not None:
+            (attempt,) = open_task.task.attempts
+            await self.ledger_writer.submit(
+                Ledger.settle_superseded, attempt, answer, run_state.clock.now_ms(), run_state.execution_id
+            )
+            run_state.counters.spent += answer.credits
 
-    async def _not_believed(self, waiting: Waiting, error: NotBelieved) -> None:
+    async def _handle_invalid_response(self, open_task: OpenTask, error: InvalidPollResponse) -> None:
         """Ask again over a connection of its own; after enough such answers let go of the task until the next run."""
-        execution = self.execution
-        waiting.distrusted = True
-        if not error.fresh:
-            execution.good_answer()
-            self._later(waiting, 0.0)  # what came may be the answer to an earlier request
+        run_state = self.run_state
+        open_task.needs_new_connection = True
+        if not error.new_connection:
+            run_state.record_success()
+            self._schedule(open_task, 0.0)  # what came may be the answer to an earlier request
             return
-        execution.bad_answer(error)
-        now = execution.clock.monotonic()
-        strange = error.task_id is not None and not await self.journal.do(Ledger.has_task, error.task_id)
-        if strange:
-            waiting.strange_times = waiting.strange_times + 1 if error.raw == waiting.strange else 1
-            waiting.strange = error.raw
-        same = strange and waiting.strange_times >= SAME_ANSWERS
-        if same or waiting.repeats(error.message, now).enough(now, execution.timing.young_s):
-            await self._let_go(waiting, error, strange=strange)
-        elif waiting.written_off and not strange:
-            self._not_asked(waiting)
+        run_state.record_failure(error)
+        now = run_state.clock.monotonic()
+        is_foreign = error.task_id is not None and not await self.ledger_writer.submit(Ledger.has_task, error.task_id)
+        if is_foreign:
+            open_task.foreign_reply_count = (
+                open_task.foreign_reply_count + 1 if error.raw == open_task.last_foreign_reply else 1
+            )
+            open_task.last_foreign_reply = error.raw
+        is_confirmed = is_foreign and open_task.foreign_reply_count >= CONFIRMING_FOREIGN_REPLIES
+        if is_confirmed or open_task.count_repeat(error.message, now).is_conclusive(
+            now, run_state.timeouts.young_task_s
+        ):
+            await self._defer_to_next_run(open_task, error, is_foreign=is_foreign)
+        elif open_task.written_off and not is_foreign:
+            self._skip_written_off(open_task)
         else:
-            self._again(waiting, FAILED_POLL_S)
+            self._poll_again(open_task, FAILED_POLL_S)
 
-    async def _let_go(self, waiting: Waiting, error: NotBelieved, *, strange: bool) -> None:
+    async def _defer_to_next_run(self, open_task: OpenTask, error: InvalidPollResponse, *, is_foreign: bool) -> None:
         """Keep what the API said, and let the next run ask for the task again."""
-        execution = self.execution
-        if waiting.written_off:
-            self._not_asked(waiting)
+        run_state = self.run_state
+        if open_task.written_off:
+            self._skip_written_off(open_task)
         else:
             # What belongs to another request is not kept here.
-            raw = error.raw if strange or error.task_id is None else None
-            reason = f"{error.message}, which the ledger does not have" if strange else error.message
-            await self.journal.do(Ledger.keep_unread, waiting.task.attempts, reason, raw)
-            execution.in_flight -= 1
-            said = "the API's answers to some tasks do not count: see enrich_error"
-            execution.reasons.setdefault(Exit.TIME, EnrichError(said, "the next run asks for them again"))
-        if strange:
-            execution.tally.unknown_tasks += 1
-            if execution.tally.unknown_tasks >= MOST_UNKNOWN_TASKS:
-                said = (
-                    f"the API answered {execution.tally.unknown_tasks} polls with tasks that the ledger does not have"
-                )
-                execution.stop(
-                    Exit.API, EnrichError(said, "is there a proxy between, or another client with this key?")
+            raw = error.raw if is_foreign or error.task_id is None else None
+            reason = f"{error.message}, which the ledger does not have" if is_foreign else error.message
+            await self.ledger_writer.submit(Ledger.save_unusable_answer, open_task.task.attempts, reason, raw)
+            run_state.open_tasks -= 1
+            message = "the API's answers to some tasks do not count: see enrich_error"
+            run_state.exit_reasons.setdefault(ExitCode.TIME, EnrichError(message, "the next run asks for them again"))
+        if is_foreign:
+            run_state.counters.unknown_tasks += 1
+            if run_state.counters.unknown_tasks >= MAX_UNKNOWN_TASKS:
+                message = f"the API answered {run_state.counters.unknown_tasks} polls with tasks that the ledger does not have"
+                run_state.stop(
+                    ExitCode.API, EnrichError(message, "is there a proxy between, or another client with this key?")
                 )
 
-    def _not_asked(self, waiting: Waiting) -> None:
+    def _skip_written_off(self, open_task: OpenTask) -> None:
         """Leave a task that was written off as it is."""
-        self.unasked.append(waiting.task)
-        self.execution.in_flight -= 1
+        self.unpolled_tasks.append(open_task.task)
+        self.run_state.open_tasks -= 1
 
-    async def _unknown(self, waiting: Waiting) -> None:
+    async def _handle_task_unknown(self, open_task: OpenTask) -> None:
         """Judge a 404: too young to be known, never accepted after all, or gone."""
-        execution = self.execution
-        now, young_s = execution.clock.monotonic(), execution.timing.young_s
-        if waiting.written_off and not waiting.to_be_bought:
-            execution.in_flight -= 1
-        elif self.answers_only or self.last_round:
-            self._again(waiting, FAILED_POLL_S)
-        elif not waiting.repeats("404", now).enough(now, young_s):
-            wait = YOUNG_POLL_S if self._age(waiting) < young_s else young_s / (ENOUGH_ANSWERS - 1)
-            self._later(waiting, min(wait, young_s / (ENOUGH_ANSWERS - 1)))
-        elif waiting.written_off:
-            execution.in_flight -= 1
-        elif waiting.alive:
+        run_state = self.run_state
+        now, young_task_s = run_state.clock.monotonic(), run_state.timeouts.young_task_s
+        if open_task.written_off and not open_task.to_be_resubmitted:
+            run_state.open_tasks -= 1
+        elif self.answers_only or self.poll_once_more:
+            self._poll_again(open_task, FAILED_POLL_S)
+        elif not open_task.count_repeat("404", now).is_conclusive(now, young_task_s):
+            wait = (
+                YOUNG_TASK_POLL_S if self._age_s(open_task) < young_task_s else young_task_s / (CONFIRMING_REPLIES - 1)
+            )
+            self._schedule(open_task, min(wait, young_task_s / (CONFIRMING_REPLIES - 1)))
+        elif open_task.written_off:
+            run_state.open_tasks -= 1
+        elif open_task.acknowledged:
             reason = "the API has forgotten the task (404) before its result was fetched"
             expired = Answer(State.EXPIRED, reason)
-            if waiting.task.bundle is None:
-                await self._settle(waiting, expired)
+            if open_task.task.bulk_task_id is None:
+                await self._settle(open_task, expired)
             else:
-                await self._settle_bundle(waiting, [expired] * len(waiting.task.attempts), None)
+                await self._settle_bulk_task(open_task, [expired] * len(open_task.task.attempts), None)
         else:
             reason = "the API gave a task id and has never known it since (404)"
-            now_ms = execution.clock.now_ms()
-            told = [(attempt, reason, now_ms, None) for attempt in waiting.task.attempts]
-            await self.journal.together(Ledger.doubt, told)
-            execution.in_flight -= 1
+            now_ms = run_state.clock.now_ms()
+            updates = [(attempt, reason, now_ms, None) for attempt in open_task.task.attempts]
+            await self.ledger_writer.submit_batch(Ledger.mark_in_doubt, updates)
+            run_state.open_tasks -= 1
 
-    async def _settle(self, waiting: Waiting, answer: Answer) -> None:
-        execution = self.execution
-        told = [(waiting.task.attempts[0], answer, execution.clock.now_ms())]
-        states = await self.journal.together(Ledger.settle, told, execution.id, self.max_attempts)
-        self._count(states, answer.credits)
+    async def _settle(self, open_task: OpenTask, answer: Answer) -> None:
+        run_state = self.run_state
+        updates = [(open_task.task.attempts[0], answer, run_state.clock.now_ms())]
+        states = await self.ledger_writer.submit_batch(
+            Ledger.settle, updates, run_state.execution_id, self.max_attempts
+        )
+        self._count_settled(states, answer.credits)
 
-    async def _settle_bundle(self, waiting: Waiting, answers: list[Answer], credits_: int | None) -> None:
-        execution, now_ms = self.execution, self.execution.clock.now_ms()
-        told = [(attempt, answer, now_ms) for attempt, answer in zip(waiting.task.attempts, answers, strict=True)]
-        states = await self.journal.do(Ledger.settle_bundle, told, execution.id, self.max_attempts, credits_)
-        self._count(states, credits_)
+    async def _settle_bulk_task(self, open_task: OpenTask, answers: list[Answer], credits_: int | None) -> None:
+        run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
+        updates = [(attempt, answer, now_ms) for attempt, answer in zip(open_task.task.attempts, answers, strict=True)]
+        states = await self.ledger_writer.submit(
+            Ledger.settle_bulk_task, updates, run_state.execution_id, self.max_attempts, credits_
+        )
+        self._count_settled(states, credits_)
 
-    def _count(self, states: list[State], credits_: int | None) -> None:
+    def _count_settled(self, states: list[State], credits_: int | None) -> None:
         """Count a task that is settled."""
-        self.execution.in_flight -= 1
-        self.execution.tally.spent += credits_ or 0
+        self.run_state.open_tasks -= 1
+        self.run_state.counters.spent += credits_ or 0
         for state in states:
             if state is not State.PENDING:
-                self.execution.tally.count(state)
+                self.run_state.counters.count_settled(state)
 
-    def _again(self, waiting: Waiting, seconds: float) -> None:
+    def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
         """Ask again later, unless the person's patience is at its end."""
-        if waiting.written_off:
-            self._not_asked(waiting)
-        elif self.last_round or self._age(waiting) > self.patience_s:
+        if open_task.written_off:
+            self._skip_written_off(open_task)
+        elif self.poll_once_more or self._age_s(open_task) > self.patience_s:
             reason = EnrichError("tasks are still running at the API", "the next run asks them first")
-            if not self.last_round:
-                self.execution.reasons.setdefault(Exit.TIME, reason)
-            self.execution.in_flight -= 1
+            if not self.poll_once_more:
+                self.run_state.exit_reasons.setdefault(ExitCode.TIME, reason)
+            self.run_state.open_tasks -= 1
         else:
-            self._later(waiting, seconds)
+            self._schedule(open_task, seconds)
 
-    def _age(self, waiting: Waiting) -> float:
+    def _age_s(self, open_task: OpenTask) -> float:
         """How old a task is in seconds."""
-        return self.execution.clock.monotonic() - waiting.born
+        return self.run_state.clock.monotonic() - open_task.submitted_at_s

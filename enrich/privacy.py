@@ -14,15 +14,15 @@ from secrets import token_bytes
 import polars as pl
 
 from enrich.bounded_read import read_bounded, read_text
-from enrich.domains import domain
-from enrich.errors import Refused
-from enrich.place import LedgerPlace, beside
+from enrich.domains import extract_domain
+from enrich.errors import CommandRefused
+from enrich.place import LedgerLocation, path_beside_ledger
 
 #: An e-mail address, alone in a cell or among other text.
-_ADDRESS = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
+_EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
 
 #: What stands around an address in a sentence, and signs that nobody sees.
-_AROUND = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|[.!?…*_`]+$|^[*_`]+")
+_SURROUNDING_MARKS = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|[.!?…*_`]+$|^[*_`]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,43 +32,43 @@ class Suppression:
     addresses: frozenset[str]
     domains: frozenset[str]
 
-    def hits(self, frame: pl.DataFrame, asked_with: Collection[int]) -> pl.Series:
+    def suppressed_rows(self, frame: pl.DataFrame, param_columns: Collection[int]) -> pl.Series:
         """Tell which rows hold a suppressed address in any cell, or a suppressed domain in a cell that is asked with.
 
         A domain stands for all addresses at it, and for the domains below it. `asked_with` are places of columns.
         """
-        hit = pl.repeat(value=False, n=frame.height, eager=True)
-        for place, cells in enumerate(frame.iter_columns()):
+        suppressed = pl.repeat(value=False, n=frame.height, eager=True)
+        for index, cells in enumerate(frame.iter_columns()):
             text = cells.alias("").str.normalize("NFC").str.to_lowercase()
-            found = text.str.extract_all(_ADDRESS)
-            named = found.explode().drop_nulls().unique()
-            listed = [address for address in named if self._lists_address(address)]
+            found = text.str.extract_all(_EMAIL_PATTERN)
+            addresses = found.explode().drop_nulls().unique()
+            listed = [address for address in addresses if self._contains_address(address)]
             if listed:
-                hit |= found.list.eval(pl.element().is_in(listed)).list.any()
-            if place in asked_with and self.domains:
-                hosts = _domains(text)
-                hit |= hosts.is_in([host for host in hosts.unique() if self._below(host)])
-        return hit
+                suppressed |= found.list.eval(pl.element().is_in(listed)).list.any()
+            if index in param_columns and self.domains:
+                hosts = _extract_domains(text)
+                suppressed |= hosts.is_in([host for host in hosts.unique() if self._contains_domain(host)])
+        return suppressed
 
-    def lists(self, text: str) -> bool:
+    def contains(self, text: str) -> bool:
         """Tell whether a constant is one of them."""
-        return bool(self.hits(pl.DataFrame({"": [text]}), [0]).any())
+        return bool(self.suppressed_rows(pl.DataFrame({"": [text]}), [0]).any())
 
-    def _lists_address(self, address: str) -> bool:
-        address = _AROUND.sub("", address)
-        return address in self.addresses or self._below(address.rpartition("@")[2])
+    def _contains_address(self, address: str) -> bool:
+        address = _SURROUNDING_MARKS.sub("", address)
+        return address in self.addresses or self._contains_domain(address.rpartition("@")[2])
 
-    def _below(self, host: str) -> bool:
+    def _contains_domain(self, host: str) -> bool:
         parts = host.split(".")
         return any(".".join(parts[start:]) in self.domains for start in range(len(parts)))
 
 
-def _domains(texts: pl.Series) -> pl.Series:
-    return texts.alias("").to_frame().select(domain(pl.nth(0))).to_series()
+def _extract_domains(texts: pl.Series) -> pl.Series:
+    return texts.alias("").to_frame().select(extract_domain(pl.nth(0))).to_series()
 
 
 #: Bytes of a list that is held in memory.
-LONGEST_LIST = 1 << 28
+MAX_LIST_BYTES = 1 << 28
 
 
 def read_suppression(path: Path) -> Suppression:
@@ -77,23 +77,25 @@ def read_suppression(path: Path) -> Suppression:
     Raises Refused that names file and line.
     """
     try:
-        lines = read_text(path, LONGEST_LIST).splitlines()
+        lines = read_text(path, MAX_LIST_BYTES).splitlines()
     except FileNotFoundError:
-        raise Refused(f"{path}: the list of `suppress` does not exist", "nobody is asked about without it") from None
+        raise CommandRefused(
+            f"{path}: the list of `suppress` does not exist", "nobody is asked about without it"
+        ) from None
     except OSError as error:
-        raise Refused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise Refused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
+        raise CommandRefused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
     addresses, domains = set(), set()
     entries = [unicodedata.normalize("NFC", line.partition("#")[0].strip().lower()) for line in lines]
     # `*.acme.example`, `*@acme.example`, `@acme.example` and `https://acme.example/` all mean the domain.
-    hosts = _domains(pl.Series("", [re.sub(r"^\*?[.@]", "", entry) for entry in entries], pl.String))
+    hosts = _extract_domains(pl.Series("", [re.sub(r"^\*?[.@]", "", entry) for entry in entries], pl.String))
     for number, (entry, host) in enumerate(zip(entries, hosts, strict=True), 1):
         if not entry:
             continue
-        is_address = re.fullmatch(_ADDRESS, entry) is not None and not entry.startswith("*@")
+        is_address = re.fullmatch(_EMAIL_PATTERN, entry) is not None and not entry.startswith("*@")
         if any(map(str.isspace, entry)) or not host or ("@" in entry[2:] and not is_address):
-            raise Refused(f"{path}: line {number} is neither an e-mail address nor a domain", "one entry a line")
+            raise CommandRefused(f"{path}: line {number} is neither an e-mail address nor a domain", "one entry a line")
         if is_address:
             addresses.add(entry)
         else:
@@ -102,7 +104,7 @@ def read_suppression(path: Path) -> Suppression:
 
 
 @dataclass(frozen=True, slots=True)
-class Forgotten:
+class ForgottenRequests:
     """What was asked about people who were forgotten, known by keyed hashes alone."""
 
     key: bytes
@@ -110,18 +112,18 @@ class Forgotten:
 
     def __contains__(self, params: str) -> bool:
         """Tell whether this (JSON, as sent) was asked about one of them."""
-        return bool(self.hashes) and keyed(self.key, params.encode()) in self.hashes
+        return bool(self.hashes) and keyed_hash(self.key, params.encode()) in self.hashes
 
 
 _KEY_BYTES = 32
 
 
-def key_path(ledger: LedgerPlace) -> Path:
+def key_path(ledger: LedgerLocation) -> Path:
     """Where the key to a ledger's hashes lies: beside it, so that a copy of the ledger alone tells nobody."""
-    return beside(ledger, ".key")
+    return path_beside_ledger(ledger, ".key")
 
 
-def read_key(ledger: LedgerPlace, known_by: str | None) -> bytes:
+def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
     """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
     path = key_path(ledger)
     try:
@@ -129,35 +131,35 @@ def read_key(ledger: LedgerPlace, known_by: str | None) -> bytes:
     except OSError as error:
         reason = error.strerror
     else:
-        if len(key) == _KEY_BYTES and known_by in (None, proof(key)):
+        if len(key) == _KEY_BYTES and expected_key_id in (None, key_id(key)):
             return key
         reason = "it is not the one that they were forgotten with"
-    raise Refused(
+    raise CommandRefused(
         f"{path}: the key to those who were forgotten cannot be used: {reason}",
         "restore it from a backup: without it they would be asked about again",
     )
 
 
-def make_key(ledger: LedgerPlace) -> bytes:
+def read_or_make_key(ledger: LedgerLocation) -> bytes:
     """Read the key, or make one (0600), whole or not at all."""
     path = key_path(ledger)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.unlink(missing_ok=True)
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(token_bytes(_KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary.replace(path)
     return read_key(ledger, None)
 
 
-def keyed(key: bytes, said: bytes) -> bytes:
+def keyed_hash(key: bytes, value: bytes) -> bytes:
     """Hash what tells of a person so that nobody without the key can tell of whom."""
-    return blake2b(said, key=key, digest_size=16, person=b"enrich-forgotten").digest()
+    return blake2b(value, key=key, digest_size=16, person=b"enrich-forgotten").digest()
 
 
-def proof(key: bytes) -> str:
+def key_id(key: bytes) -> str:
     """Name a key without telling it."""
     return blake2b(key, digest_size=16, person=b"enrich-key").hexdigest()

@@ -10,12 +10,12 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 #: More bins are merged, so that a night of hours is no longer than a minute.
-MOST_BINS = 240
+MAX_BINS = 240
 #: A speed is told over at least so many seconds, if there were as many.
-SPEED_OVER_S = 10.0
+SPEED_WINDOW_S = 10.0
 
 
-class Doing(StrEnum):
+class Phase(StrEnum):
     """What an execution is at."""
 
     RESCUE = "collecting what was left at the API"
@@ -25,12 +25,12 @@ class Doing(StrEnum):
     COLLECT = "writing the output"
 
     @property
-    def holds_its_breath(self) -> bool:
+    def blocks_snapshots(self) -> bool:
         """Whether the ledger is busy with one long move, so that no pulse can be written."""
-        return self in (Doing.ENROLL, Doing.COLLECT)
+        return self in (Phase.ENROLL, Phase.COLLECT)
 
 
-class Counts(NamedTuple):
+class TrafficCounts(NamedTuple):
     """What happened since the start of the execution."""
 
     submitted: int = 0
@@ -50,19 +50,19 @@ class Traffic(BaseModel):
     polls: tuple[int, ...]
     rate_limited: tuple[int, ...]
 
-    def totals(self) -> Counts:
+    def totals(self) -> TrafficCounts:
         """Add up all bins."""
-        return Counts(sum(self.submitted), sum(self.answered), sum(self.polls), sum(self.rate_limited))
+        return TrafficCounts(sum(self.submitted), sum(self.answered), sum(self.polls), sum(self.rate_limited))
 
-    def lately(self, elapsed_s: float) -> tuple[Counts, float]:
+    def recent(self, elapsed_s: float) -> tuple[TrafficCounts, float]:
         """Add up the last bins, and tell how many seconds of the `elapsed_s` since the start they cover."""
         # The last bin has only begun, so as many before it are taken as it needs.
-        first = max(0, int((elapsed_s - SPEED_OVER_S) // self.width_s))
-        seen = (self.submitted, self.answered, self.polls, self.rate_limited)
-        return Counts(*(sum(bins[first:]) for bins in seen)), elapsed_s - first * self.width_s
+        first = max(0, int((elapsed_s - SPEED_WINDOW_S) // self.width_s))
+        series = (self.submitted, self.answered, self.polls, self.rate_limited)
+        return TrafficCounts(*(sum(bins[first:]) for bins in series)), elapsed_s - first * self.width_s
 
 
-class Pulse(BaseModel):
+class ProgressSnapshot(BaseModel):
     """How far an execution was at a moment; requests, `spent` in millionths of a credit.
 
     `at_ms` is of the machine's own clock (UTC), not corrected by the API's: who watches has the same one. `elapsed_s`,
@@ -73,7 +73,7 @@ class Pulse(BaseModel):
 
     at_ms: int
     elapsed_s: float
-    doing: Doing
+    doing: Phase
     #: How many the execution brings to an end if nothing comes between; None: not known yet.
     total: int | None
     done: int
@@ -85,35 +85,35 @@ class Pulse(BaseModel):
     traffic: Traffic
 
 
-def read_pulse(text: str | None) -> Pulse | None:
+def read_snapshot(text: str | None) -> ProgressSnapshot | None:
     """Read what an execution wrote down; None when there is nothing, or nothing that we understand."""
     if text is None:
         return None
     try:
-        return Pulse.model_validate_json(text)
+        return ProgressSnapshot.model_validate_json(text)
     except ValidationError:
         return None
 
 
 @dataclass(slots=True)
-class Meter:
+class TrafficRecorder:
     """Sorts what happens into bins of time; is told now and then how much happened since the start."""
 
     width_s: float = 1.0
-    _bins: tuple[list[int], ...] = field(default_factory=lambda: tuple([] for _ in Counts._fields))
-    _seen: Counts = field(default_factory=Counts)
+    _bins: tuple[list[int], ...] = field(default_factory=lambda: tuple([] for _ in TrafficCounts._fields))
+    _last_counts: TrafficCounts = field(default_factory=TrafficCounts)
     _latest_s: float = 0.0
 
-    def count(self, elapsed_s: float, seen: Counts) -> None:
+    def record(self, elapsed_s: float, counts: TrafficCounts) -> None:
         """Hear of all that happened in the seconds since the start; what is new falls into the bin of now."""
         self._latest_s = max(self._latest_s, elapsed_s)
-        while self._latest_s // self.width_s >= MOST_BINS:
+        while self._latest_s // self.width_s >= MAX_BINS:
             self._merge()
         now = int(self._latest_s // self.width_s)
-        for bins, before, after in zip(self._bins, self._seen, seen, strict=True):
+        for bins, before, after in zip(self._bins, self._last_counts, counts, strict=True):
             bins.extend([0] * (now + 1 - len(bins)))
             bins[now] += max(0, after - before)
-        self._seen = Counts(*map(max, self._seen, seen))
+        self._last_counts = TrafficCounts(*map(max, self._last_counts, counts))
 
     def traffic(self) -> Traffic:
         """Tell all that was counted."""

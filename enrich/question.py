@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from enrich.api.waterfall import Provider, Waterfall
 from enrich.errors import JobError
-from enrich.job import Job, nearest
+from enrich.job import Job, suggest_name
 from enrich.model import Call, to_micros
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RequestTemplate:
     """What every request of a job has in common.
 
     `required` and `emails` name params; `columns` maps new columns to dotted paths;
@@ -20,8 +20,8 @@ class Question:
     """
 
     call: Call
-    required: tuple[str, ...]
-    emails: tuple[str, ...]
+    required_params: tuple[str, ...]
+    email_params: tuple[str, ...]
     columns: Mapping[str, str]
     worst_price: int | None
 
@@ -31,7 +31,7 @@ def default_providers(waterfall: Waterfall) -> list[int]:
     return [provider.id for provider in waterfall.available_enrichments if provider.enabled_by_default]
 
 
-def make_question(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> Question:
+def make_request_template(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> RequestTemplate:
     """Check the job against the waterfall. `providers` are asked when the job names none.
 
     Raises JobError that names the key and the nearest right name.
@@ -39,16 +39,16 @@ def make_question(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> Q
     model = job.model
     for problem in (*unknown_params(job, waterfall), *missing_params(job, waterfall)):
         raise problem
-    required = tuple(param.name for param in waterfall.input_params if param.required)
-    chosen = _chosen(job, waterfall, providers)
-    verifier = _verifier(job, waterfall)
+    required_params = tuple(param.name for param in waterfall.input_params if param.required)
+    chosen = _chosen_providers(job, waterfall, providers)
+    verifier = _chosen_verifier(job, waterfall)
     columns = model.columns or {field.name: field.name for field in waterfall.output_fields}
     if not columns:
         raise job.error(["waterfall"], "the API names no output fields for it", "say which `columns` you want")
-    return Question(
+    return RequestTemplate(
         call=Call(waterfall.identifier, tuple(provider.id for provider in chosen), model.email_verifier),
-        required=required,
-        emails=tuple(p.name for p in waterfall.input_params if p.type == "email" or p.name == "email"),
+        required_params=required_params,
+        email_params=tuple(p.name for p in waterfall.input_params if p.type == "email" or p.name == "email"),
         columns=columns,
         worst_price=_worst_price(chosen, verifier),
     )
@@ -60,7 +60,7 @@ def unknown_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
     for name in job.model.params if known else ():
         if name not in known:
             message = f"the waterfall `{waterfall.identifier}` has no such param"
-            yield job.error(["params", name], message, nearest(name, known))
+            yield job.error(["params", name], message, suggest_name(name, known))
 
 
 def missing_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
@@ -71,36 +71,38 @@ def missing_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
             yield job.error(["params"], message, f"map it: {param.name}: <a column of the input>")
 
 
-def _chosen(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> list[Provider]:
-    offered = {provider.id: provider for provider in waterfall.available_enrichments}
+def _chosen_providers(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> list[Provider]:
+    available = {provider.id: provider for provider in waterfall.available_enrichments}
     named = job.model.enrichments
-    for index, number in enumerate(named or ()):
-        if offered and number not in offered:
-            known = ", ".join(f"{provider.id} {provider.name}" for provider in offered.values())
+    for index, provider_id in enumerate(named or ()):
+        if available and provider_id not in available:
+            known = ", ".join(f"{provider.id} {provider.name}" for provider in available.values())
             raise job.error(
-                ["enrichments", index], f"`{waterfall.identifier}` has no provider {number}", f"it has {known}"
+                ["enrichments", index], f"`{waterfall.identifier}` has no provider {provider_id}", f"it has {known}"
             )
-        if number in (named or ())[:index]:
-            raise job.error(["enrichments", index], f"provider {number} is there twice", "remove one of the two")
+        if provider_id in (named or ())[:index]:
+            raise job.error(["enrichments", index], f"provider {provider_id} is there twice", "remove one of the two")
     chosen = list(named or providers)
     if not chosen:
         raise job.error(["waterfall"], "the API enables none of its providers by default", "say which `enrichments`")
-    return [offered.get(number, Provider(id=number)) for number in chosen]
+    return [available.get(number, Provider(id=number)) for number in chosen]
 
 
-def _verifier(job: Job, waterfall: Waterfall) -> Provider | None:
-    number = job.model.email_verifier
-    if number is None:
+def _chosen_verifier(job: Job, waterfall: Waterfall) -> Provider | None:
+    verifier_id = job.model.email_verifier
+    if verifier_id is None:
         return None
     if not waterfall.is_email_verifying:
         raise job.error(
             ["email_verifier"], f"the waterfall `{waterfall.identifier}` verifies no e-mails", "leave it out"
         )
     verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
-    if verifiers and number not in verifiers:
+    if verifiers and verifier_id not in verifiers:
         known = ", ".join(f"{verifier.id} {verifier.name}" for verifier in verifiers.values())
-        raise job.error(["email_verifier"], f"`{waterfall.identifier}` has no verifier {number}", f"it has {known}")
-    return verifiers.get(number, Provider(id=number))
+        raise job.error(
+            ["email_verifier"], f"`{waterfall.identifier}` has no verifier {verifier_id}", f"it has {known}"
+        )
+    return verifiers.get(verifier_id, Provider(id=verifier_id))
 
 
 def _worst_price(providers: list[Provider], verifier: Provider | None) -> int | None:

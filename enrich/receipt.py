@@ -10,7 +10,7 @@ from enrich.model import RowStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class RunSummary:
     """Counts and credits as they happened; None: not known. Rows by the status that they have in the output.
 
     `credits_over_cap` is what was spent beyond the cap because prices rose while requests were at the API.
@@ -61,7 +61,7 @@ class Receipt:
     error: str | None = None
     hint: str | None = None
 
-    def with_rows(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> Receipt:
+    def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
         """Add the rows by status, and those that have a value in the new columns."""
         return replace(
             self,
@@ -78,5 +78,5 @@ class Receipt:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        told = asdict(self)
-        return {name: value for name, value in told.items() if name not in ("error", "hint") or value is not None}
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}

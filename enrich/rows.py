@@ -11,46 +11,46 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.asking import CHANGE_COLUMNS, OUR_COLUMNS, Asking, Batch
+from enrich.asking import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
 from enrich.bounded_read import read_bounded
-from enrich.errors import Refused
-from enrich.job import Job, nearest
-from enrich.order import ranks, sort_keys
-from enrich.privacy import LONGEST_LIST, Forgotten, read_suppression
-from enrich.question import Question
+from enrich.errors import CommandRefused
+from enrich.job import Job, suggest_name
+from enrich.order import rank_rows, sort_keys
+from enrich.privacy import MAX_LIST_BYTES, ForgottenRequests, read_suppression
+from enrich.question import RequestTemplate
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import likely_separator
-from enrich.tables.parts import Block, Part, Stretch
-from enrich.tables.reading import Shape
-from enrich.tables.source import Counting, Source
-from enrich.where import EXAMPLE, ONE_ROW, compares_rows, compute, why_not
+from enrich.tables.parts import InMemoryRows, InputPart, PartReader
+from enrich.tables.reading import InputSchema
+from enrich.tables.source import InputTable, RowCounter
+from enrich.where import PER_ROW_MESSAGE, WHERE_EXAMPLE, depends_on_other_rows, evaluate_expression, expression_problem
 
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
-class Rows:
+class JobInput:
     """The rows of a job's input."""
 
-    def __init__(self, job: Job, forgotten: Forgotten | None = None) -> None:
+    def __init__(self, job: Job, forgotten: ForgottenRequests | None = None) -> None:
         """Read the header and check the job against it.
 
         Raises Refused when the input can't be read, JobError when the job names what it lacks.
         """
         self._job = job
-        self._forgotten = forgotten or Forgotten(b"")
+        self._forgotten = forgotten or ForgottenRequests(b"")
         suppress = job.model.suppress
-        self._suppression = None if suppress is None else read_suppression(job.path(suppress))
-        self._source: Source | Stretch | Block = Source(job.input_path, job.input)
+        self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
+        self._table: InputTable | PartReader | InMemoryRows = InputTable(job.input_path, job.input)
         #: All columns that can be named, with their types.
-        self.known = self._source.schema
-        self._header = list(self.known)
+        self.all_columns = self._table.schema
+        self._header = list(self.all_columns)
         #: The columns that are written back; a blank of text is `""` or null.
-        self.schema = {name: kind for name, kind in self.known.items() if name not in OUR_COLUMNS}
+        self.schema = {name: kind for name, kind in self.all_columns.items() if name not in ENRICH_COLUMNS}
         self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
-    def undivided(self) -> str | None:
+    def why_not_parallel(self) -> str | None:
         """Say why what is asked depends on all rows, so that no part can be asked by itself; None: it doesn't.
 
         `dedupe: false` holds for collecting, too; the order only for asking.
@@ -61,59 +61,59 @@ class Rows:
             return "`order_by` compares all rows"
         return None
 
-    def parts(self, counting: Counting | None = None) -> list[Part]:
+    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
         """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
-        return self._whole.parts(counting)
+        return self._full_table.parts(row_counter)
 
-    def part(self, part: Part) -> Rows:
+    def for_part(self, part: InputPart) -> JobInput:
         """Return the rows of one part, with their places in the whole; needs nothing but the part's file."""
-        return self._over(Stretch(part, self.shape))
+        return self._with_table(PartReader(part, self.input_schema))
 
-    def block(self, first: int, frame: pl.DataFrame) -> Rows:
+    def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
         """Return rows that were read already, the first of which has this place in the whole."""
-        return self._over(Block(first, frame))
+        return self._with_table(InMemoryRows(first_position, frame))
 
     @property
-    def shape(self) -> Shape:
+    def input_schema(self) -> InputSchema:
         """What the files are read as."""
-        return self._whole.shape
+        return self._full_table.input_schema
 
     @property
-    def _whole(self) -> Source:
-        assert isinstance(self._source, Source)  # noqa: S101 - what is asked of a part is an error of ours
-        return self._source
+    def _full_table(self) -> InputTable:
+        assert isinstance(self._table, InputTable)  # noqa: S101 - what is asked of a part is an error of ours
+        return self._table
 
     @property
-    def first(self) -> int:
+    def first_position(self) -> int:
         """The place of the first row in the whole."""
-        return self._source.first
+        return self._table.first_position
 
-    def sample(self) -> Rows:
+    def without_rows(self) -> JobInput:
         """Return no rows of it, to be sent where blocks are read."""
-        return self.block(0, pl.DataFrame(schema=self.known))
+        return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
-    def _over(self, source: Stretch | Block) -> Rows:
-        rows = copy(self)
-        rows._source = source  # noqa: SLF001 - that of our own copy
-        return rows
+    def _with_table(self, table: PartReader | InMemoryRows) -> JobInput:
+        job_input = copy(self)
+        job_input._table = table  # noqa: SLF001 - that of our own copy
+        return job_input
 
-    def stamp(self) -> object:
+    def file_versions(self) -> object:
         """Identity of the input's files: one was replaced, changed, added or is gone when this differs."""
-        return self._whole.stamp()
+        return self._full_table.file_versions()
 
     def digest(self) -> str:
         """Hash the bytes of the input's files (SHA-256, hex)."""
-        return self._whole.digest()
+        return self._full_table.digest()
 
-    def suppressed_digest(self) -> str | None:
+    def suppression_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
         suppress = self._job.model.suppress
-        return None if suppress is None else _digest(self._job.path(suppress))
+        return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
 
-    def check_new_columns(self, question: Question) -> None:
+    def check_new_columns(self, template: RequestTemplate) -> None:
         """Refuse new columns that the input has already."""
-        for name in question.columns:
-            if name in OUR_COLUMNS:
+        for name in template.columns:
+            if name in ENRICH_COLUMNS:
                 raise self._job.error(["columns", name], "this name is taken by the status columns", "choose another")
             if name in self.columns and self._job.model.merge is None:
                 raise self._job.error(
@@ -122,32 +122,34 @@ class Rows:
                     "choose another name for the new column, or complete the old one: merge: fill_empty",
                 )
 
-    def order(self) -> pl.Series | None:
+    def queue_order(self) -> pl.Series | None:
         """Read the input once to give each row its place in the order of asking; None: the input's order."""
         if self._job.model.order_by is None:
             return None
-        places = list(map(self._header.index, self._job.model.order_by))
-        keys = [sort_keys(text_frame(frame), places) for frame in self._source.batches()]
-        return ranks(pl.concat(keys)) if keys else None
+        column_indexes = list(map(self._header.index, self._job.model.order_by))
+        keys = [sort_keys(text_frame(frame), column_indexes) for frame in self._table.batches()]
+        return rank_rows(pl.concat(keys)) if keys else None
 
-    def batches(self, question: Question, order: pl.Series | None = None) -> Iterator[Batch]:
+    def batches(self, template: RequestTemplate, queue_order: pl.Series | None = None) -> Iterator[RowBatch]:
         """Read the whole input once. Raises Refused that names file, row and remedy."""
-        ask = Asking(self._job, question, self._header, self._forgotten)
-        kept = [place for place, name in enumerate(self._header) if name in self.schema]
-        first = self._source.first
-        for frame in self._source.batches():
+        builder = RequestBuilder(self._job, template, self._header, self._forgotten)
+        kept_columns = [place for place, name in enumerate(self._header) if name in self.schema]
+        first_position = self._table.first_position
+        for frame in self._table.batches():
             text = text_frame(frame)
-            places = None
-            if order is not None:
-                known = order.slice(first, frame.height).to_list()
+            batch_order = None
+            if queue_order is not None:
+                known_order = queue_order.slice(first_position, frame.height).to_list()
                 # The file may have grown since its order was read.
-                places = [*known, *range(first + len(known), first + frame.height)]
-            batch = ask.batch(first, text, self._wanted(text), self._suppressed(text), places)
-            yield batch if text is frame else replace(batch, frame=frame.select(pl.nth(kept)))
-            first += frame.height
+                batch_order = [*known_order, *range(first_position + len(known_order), first_position + frame.height)]
+            batch = builder.build_batch(
+                first_position, text, self._selected_rows(text), self._suppressed_rows(text), batch_order
+            )
+            yield batch if text is frame else replace(batch, frame=frame.select(pl.nth(kept_columns)))
+            first_position += frame.height
 
     @property
-    def key(self) -> list[str]:
+    def change_key(self) -> list[str]:
         """The columns that tell in the change feed which lead; default: those that are asked with."""
         model = self._job.model
         if model.changes is not None and model.changes.key is not None:
@@ -163,71 +165,75 @@ class Rows:
             self._check_column(column, ["only_if_empty", index])
         for index, column in enumerate(model.order_by or ()):
             self._check_column(column, ["order_by", index])
-        for index, column in enumerate(self.key if model.changes is not None else ()):
+        for index, column in enumerate(self.change_key if model.changes is not None else ()):
             self._check_column(column, ["changes", "key", index])
             if column in CHANGE_COLUMNS:
                 hint = "choose other columns as its `key`, or rename it"
                 raise self._job.error(["changes"], f"the feed has a column `{column}` of its own", hint)
         for index, column in enumerate(model.report.by if model.report is not None else ()):
             self._check_column(column, ["report", "by", index])
-            if column in OUR_COLUMNS:
+            if column in ENRICH_COLUMNS:
                 message = f"`{column}` is a column of the output, and every run writes it anew"
                 raise self._job.error(["report", "by", index], message, "group by a column of your own")
         if model.caps is not None and model.caps.by not in model.params:
-            self._check_column(model.caps.by, ["caps", "by"], also=model.params)
+            self._check_column(model.caps.by, ["caps", "by"], other_names=model.params)
 
-    def _check_column(self, column: str, where: list[str | int], also: Iterable[str] = ()) -> None:
+    def _check_column(self, column: str, key_path: list[str | int], other_names: Iterable[str] = ()) -> None:
         if column in self._header:
             return
-        hint = nearest(column, [*self._header, *also])
-        written = self._job.input
-        if written.format == "csv" and (other := likely_separator(self._header, written.separator)):
+        hint = suggest_name(column, [*self._header, *other_names])
+        settings = self._job.input
+        if settings.format == "csv" and (other := likely_separator(self._header, settings.separator)):
             shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
             hint = f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
-        raise self._job.error(where, f"the input has no column `{column}` ({self._job.input_path})", hint)
+        raise self._job.error(key_path, f"the input has no column `{column}` ({self._job.input_path})", hint)
 
     def _check_where(self) -> None:
         """Try `where` on no rows; it must look at one row at a time, for rows come in batches."""
-        where = self._job.model.where
-        if where is None:
+        expression = self._job.model.where
+        if expression is None:
             return
-        if (problem := why_not(where)) is not None:
-            raise self._job.error(["where"], problem, EXAMPLE)
+        if (problem := expression_problem(expression)) is not None:
+            raise self._job.error(["where"], problem, WHERE_EXAMPLE)
         try:
-            answer = compute(where, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
+            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0]
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
             raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
-        if answer.schema != {"wanted": pl.Boolean} or answer.height or compares_rows(where, self._header):
-            raise self._job.error(["where"], ONE_ROW, EXAMPLE)
+        if result.schema != {"wanted": pl.Boolean} or result.height or depends_on_other_rows(expression, self._header):
+            raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
-    def _suppressed(self, frame: pl.DataFrame) -> pl.Series | None:
+    def _suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
         if self._suppression is None:
             return None
         params = self._job.model.params.values()
-        if any(param.value is not None and self._suppression.lists(param.value) for param in params):
+        if any(param.value is not None and self._suppression.contains(param.value) for param in params):
             return pl.repeat(value=True, n=frame.height, eager=True)
-        return self._suppression.hits(frame, {self._header.index(name) for param in params for name in param.columns})
+        return self._suppression.suppressed_rows(
+            frame, {self._header.index(name) for param in params for name in param.columns}
+        )
 
-    def _wanted(self, frame: pl.DataFrame) -> pl.Series:
+    def _selected_rows(self, frame: pl.DataFrame) -> pl.Series:
         """Tell which rows `where` and `only_if_empty` leave in."""
-        places = map(self._header.index, self._job.model.only_if_empty)
-        blank = [pl.nth(place).str.strip_chars() == "" for place in places]
-        wanted = frame.select(pl.all_horizontal(pl.repeat(value=True, n=pl.len()), *blank).alias("wanted")).to_series()
+        column_indexes = map(self._header.index, self._job.model.only_if_empty)
+        blank = [pl.nth(place).str.strip_chars() == "" for place in column_indexes]
+        selected = frame.select(
+            pl.all_horizontal(pl.repeat(value=True, n=pl.len()), *blank).alias("wanted")
+        ).to_series()
         if self._job.model.where is None:
-            return wanted
+            return selected
         try:
-            return wanted & compute(self._job.model.where, frame).to_series().fill_null(value=False)
+            return selected & evaluate_expression(self._job.model.where, frame).to_series().fill_null(value=False)
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0].split(" for ")[0]
             hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
             raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
 
 
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     try:
-        return sha256(read_bounded(path, LONGEST_LIST)).hexdigest()
+        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
     except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error

@@ -8,40 +8,40 @@ from dataclasses import dataclass
 from enrich.api.client import Client
 from enrich.budget import Budget
 from enrich.dispatcher import Dispatcher
-from enrich.execution import Execution
+from enrich.execution import RunState
 from enrich.model import Call
 from enrich.poller import Poller
-from enrich.store.journal import Journal
+from enrich.store.journal import LedgerWriter
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class WorkConfig:
     """What dispatcher and poller need to know; see there. `workers`: so many work at the same queue."""
 
     call: Call
     budget: Budget
     bound_to: Mapping[str, str | None]
     bulk: int | None
-    paths: tuple[str, ...]
+    column_paths: tuple[str, ...]
     max_attempts: int
     patience_s: float
     workers: int = 1
 
-    def poller(self, execution: Execution, journal: Journal, client: Client) -> Poller:
+    def make_poller(self, run_state: RunState, ledger_writer: LedgerWriter, client: Client) -> Poller:
         """Make the poller, to whom tasks that were left at the API are given before the work."""
-        return Poller(execution, journal, client, self.paths, self.max_attempts, self.patience_s)
+        return Poller(run_state, ledger_writer, client, self.column_paths, self.max_attempts, self.patience_s)
 
-    async def work(self, poller: Poller, limit: int | None = None, *, only_new: bool = False) -> None:
+    async def submit_and_poll(self, poller: Poller, limit: int | None = None, *, only_new: bool = False) -> None:
         """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
-        execution = poller.execution
+        run_state = poller.run_state
         dispatcher = Dispatcher(
-            execution,
-            poller.journal,
+            run_state,
+            poller.ledger_writer,
             poller.client,
             self.call,
             self.budget,
             self.bound_to,
-            poller.add,
+            poller.add_task,
             limit,
             only_new,
             self.bulk,
@@ -53,7 +53,7 @@ class Shift:
             try:
                 await dispatcher.run()
             finally:
-                poller.no_more = True
-                execution.notify()
+                poller.no_new_tasks = True
+                run_state.notify_change()
 
-        await execution.until_leaving(dispatch(), poller.run())
+        await run_state.run_until_abort(dispatch(), poller.run())

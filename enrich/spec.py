@@ -8,27 +8,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from enrich.fields import Columns, Credits, Duration, Encoding, Separator, Text, Url, text
+from enrich.fields import Columns, Credits, Duration, Encoding, Separator, Text, Url, check_text
 from enrich.place import Format, format_of, separator_of
 
 Transform = Literal["trim", "lower", "domain"]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     """A part of the job file: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
-def _usual_separator(known: dict[str, Any]) -> str:
-    return separator_of(known["path"])
+def _default_separator(values: dict[str, Any]) -> str:
+    return separator_of(values["path"])
 
 
-def _usual_format(known: dict[str, Any]) -> Format:
-    return format_of(known["path"]) or "csv"
+def _default_format(values: dict[str, Any]) -> Format:
+    return format_of(values["path"]) or "csv"
 
 
-class Input(_Strict):
+class Input(_StrictModel):
     """The leads: a file, or several files of one format that are read as one."""
 
     path: Text = Field(
@@ -36,23 +36,23 @@ class Input(_Strict):
         "s3://bucket/leads/, or - for stdin; relative to the job file."
     )
     separator: Separator = Field(
-        default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."
+        default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
     encoding: Encoding = Field("utf-8", description="As Python names it: utf-8, cp1252, utf-16 …")
     format: Format = Field(
-        default_factory=_usual_format,
+        default_factory=_default_format,
         description="Default: by the path's ending, which .gz may follow; csv where it says nothing.",
     )
     sheet: Text | None = Field(None, description="The sheet of a workbook; default: the first.")
 
     @model_validator(mode="after")
-    def _sheet_of_a_workbook(self) -> Input:
+    def _check_sheet(self) -> Input:
         if self.sheet is not None and self.format != "xlsx":
             raise ValueError("`sheet` is for workbooks: format xlsx")
         return self
 
 
-class Output(_Strict):
+class Output(_StrictModel):
     """The enriched file."""
 
     path: Text = Field(
@@ -60,12 +60,12 @@ class Output(_Strict):
         "the output may be a folder of Parquet parts, as in leads/; strftime codes allowed; relative to the job file."
     )
     separator: Separator = Field(
-        default_factory=_usual_separator, description="One character; default: a tab for .tsv, else a comma."
+        default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
     encoding: Encoding = Field("utf-8", description="As Python names it.")
 
 
-class Param(_Strict):
+class Param(_StrictModel):
     """Where a param's value comes from: columns of the input, or a constant."""
 
     columns: Columns = Field(
@@ -74,12 +74,12 @@ class Param(_Strict):
         description="A column, or several: the first that is not blank after the transforms counts.",
     )
     transform: list[Transform] = Field([], description="In this order: trim, lower, domain.")
-    value: Annotated[str | None, BeforeValidator(text), Field(min_length=1)] = Field(
+    value: Annotated[str | None, BeforeValidator(check_text), Field(min_length=1)] = Field(
         None, description="A constant, in quotes."
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Param:
+    def _check_one_source(self) -> Param:
         if bool(self.columns) == (self.value is not None):
             raise ValueError("needs either `column` or `value`")
         if self.value is not None and self.transform:
@@ -87,7 +87,7 @@ class Param(_Strict):
         return self
 
 
-class Limits(_Strict):
+class Limits(_StrictModel):
     """What the run may use."""
 
     requests_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -98,14 +98,14 @@ class Limits(_Strict):
     min_balance: Credits | None = Field(None, description="Credits that stay in the account; null: none.")
 
 
-class Refresh(_Strict):
+class Refresh(_StrictModel):
     """When an answer is too old."""
 
     found: Duration | None = None
     not_found: Duration | None = None
 
 
-class Policy(_Strict):
+class Policy(_StrictModel):
     """How long things may last and how often they are tried."""
 
     result_ttl: Duration = Field(timedelta(hours=24), description="How long the API keeps a result.")
@@ -118,7 +118,7 @@ class Policy(_Strict):
     )
 
 
-class Dispatch(_Strict):
+class Dispatch(_StrictModel):
     """How requests are sent: each as a task of its own, or many as one."""
 
     bulk: Annotated[int, Field(ge=2, le=1000)] | None = Field(
@@ -126,14 +126,14 @@ class Dispatch(_Strict):
     )
 
 
-class Caps(_Strict):
+class Caps(_StrictModel):
     """How many leads of one group are asked; those of the input that were asked before count first."""
 
     by: Text = Field(description="A param or a column; rows where it is blank are not capped.")
     max: Annotated[int, Field(ge=1)] = Field(description="So many leads with the same value.")
 
 
-class Canary(_Strict):
+class Canary(_StrictModel):
     """The first requests are answered and judged before the others are sent."""
 
     rows: Annotated[int, Field(ge=1)] = Field(description="So many requests are sent first.")
@@ -151,7 +151,7 @@ class Changes(Output):
     )
 
 
-class Report(_Strict):
+class Report(_StrictModel):
     """The report of the job, for people."""
 
     path: Text | None = Field(
@@ -160,17 +160,17 @@ class Report(_Strict):
     by: Columns = Field([], description="Columns of the input by which the report groups the rows.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> Report:
+    def _check_not_empty(self) -> Report:
         if self.path is None and not self.by:
             raise ValueError("needs `path` or `by`")
         return self
 
 
-def _short_input(value: object) -> object:
+def _expand_path(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-def _short_params(value: object) -> object:
+def _expand_params(value: object) -> object:
     if isinstance(value, dict):
         return {name: param if isinstance(param, dict) else {"column": param} for name, param in value.items()}
     return value
@@ -180,15 +180,15 @@ def _with_short_form(schema: dict[str, Any], short: Sequence[dict[str, Any]]) ->
     return {"anyOf": [*short, schema]}
 
 
-class JobModel(_Strict):
+class JobModel(_StrictModel):
     """A job of enrich: which leads, which waterfall, which columns go in and come out."""
 
     version: Literal[1] = Field(description="The version of this file format.")
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
         None, description="Default: the file's stem."
     )
-    input: Annotated[Input, BeforeValidator(_short_input)] = Field(description="The leads: a path, or an object.")
-    output: Annotated[Output, BeforeValidator(_short_input)] | None = Field(
+    input: Annotated[Input, BeforeValidator(_expand_path)] = Field(description="The leads: a path, or an object.")
+    output: Annotated[Output, BeforeValidator(_expand_path)] | None = Field(
         None, description="Default: <input stem>_enriched.csv beside the job file."
     )
     ledger: Text | None = Field(None, description="Default: .enrich/<name>.db beside the job file.")
@@ -197,7 +197,7 @@ class JobModel(_Strict):
         None, description="The providers, in the order they are asked; default: those enabled by default."
     )
     email_verifier: int | None = Field(None, description="A verifier of the waterfall.")
-    params: Annotated[dict[Text, Param], BeforeValidator(_short_params), Field(min_length=1)] = Field(
+    params: Annotated[dict[Text, Param], BeforeValidator(_expand_params), Field(min_length=1)] = Field(
         description="The waterfall's params: a column, or an object."
     )
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = Field(
@@ -224,13 +224,13 @@ class JobModel(_Strict):
     limits: Limits = Limits()
     policy: Policy = Policy()
     dispatch: Dispatch = Dispatch()
-    rejects: Annotated[Output, BeforeValidator(_short_input)] | None = Field(
+    rejects: Annotated[Output, BeforeValidator(_expand_path)] | None = Field(
         None, description="A file for the rows that are invalid, failed or expired, with the reason."
     )
-    changes: Annotated[Changes, BeforeValidator(_short_input)] | None = Field(
+    changes: Annotated[Changes, BeforeValidator(_expand_path)] | None = Field(
         None, description="A file for what is new since the last one: key columns, field, old, new, provider, time."
     )
-    report: Annotated[Report, BeforeValidator(_short_input)] | None = Field(
+    report: Annotated[Report, BeforeValidator(_expand_path)] | None = Field(
         None, description="The report: a path, or an object."
     )
     metrics: Text | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")

@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-class _Dropping(io.FileIO):
+class _DroppingFile(io.FileIO):
     """Writes what it can; `failed` is the first error."""
 
-    failed: OSError | None = None
+    write_error: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
         """Write, waiting for a reader where the descriptor does not block; after an error drop everything."""
         try:
-            while self.failed is None:
+            while self.write_error is None:
                 if (written := super().write(data)) is not None:
                     return written
                 select.select([], [self], [])
         except OSError as error:
-            self.failed = error
+            self.write_error = error
         return memoryview(data).nbytes
 
 
@@ -39,21 +39,21 @@ def guard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - positional only
-    sys.stdout, sys.stderr = _guarded(sys.stdout, 1), _guarded(sys.stderr, 2)
+    sys.stdout, sys.stderr = _guarded_stream(sys.stdout, 1), _guarded_stream(sys.stderr, 2)
 
 
-def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
+def _guarded_stream(stream: TextIO | None, descriptor: int) -> TextIO:
     errors = stream.errors if stream else None
     return io.TextIOWrapper(
-        io.BufferedWriter(_Dropping(descriptor, "w", closefd=False)),
+        io.BufferedWriter(_DroppingFile(descriptor, "w", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace" if errors in (None, "strict") else errors,
         line_buffering=descriptor == 2 or os.isatty(descriptor),  # noqa: PLR2004 - stderr
     )
 
 
-def failure(stream: TextIO) -> OSError | None:
+def flush_error(stream: TextIO) -> OSError | None:
     """Flush a stream; return why it could not be written, None when it could."""
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    return raw.failed if isinstance(raw, _Dropping) else None
+    return raw.write_error if isinstance(raw, _DroppingFile) else None

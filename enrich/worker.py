@@ -10,179 +10,183 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from enrich.allowance import Allowance
+from enrich.allowance import SharedRateLimiter
 from enrich.api.client import Client
-from enrich.api.credentials import Access
-from enrich.errors import EnrichError, Exit, LeaderGone, LeaseLost
-from enrich.execution import Execution, Tally, Timing
+from enrich.api.credentials import ApiAccess
+from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
+from enrich.execution import RunCounters, RunState, Timeouts
 from enrich.model import SystemClock, Task
-from enrich.pace import Pace
-from enrich.place import Postgres
+from enrich.pace import AdaptiveRateLimiter
+from enrich.place import PostgresLocation
 from enrich.poller import Poller
-from enrich.polls import PollTimes
-from enrich.shift import Shift
-from enrich.store.journal import Journal
+from enrich.polls import PollSchedule
+from enrich.shift import WorkConfig
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
-from enrich.store.opening import leased
+from enrich.store.opening import open_leased
 
 #: How often a worker looks for tasks that nobody holds, in seconds.
-ADOPT_S = 1.0
+TAKE_OVER_EVERY_S = 1.0
 
 
-class Word(Enum):
+class WorkerCommand(Enum):
     """What a worker is told while it works."""
 
-    CLOSE = auto()  # no new POST leaves
-    GIVE_UP = auto()  # nothing more is asked
-    HURRY = auto()  # every task is asked once more
-    LEAVE = auto()  # nothing is waited for any more
+    STOP_SUBMITTING = auto()  # no new POST leaves
+    STOP_POLLING = auto()  # nothing more is asked
+    FINISH_EARLY = auto()  # every task is asked once more
+    ABORT = auto()  # nothing is waited for any more
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class WorkerTask:
     """What a worker is told at its start; it has an equal share of what may be in flight."""
 
-    shift: Shift
-    access: Access
-    ledger: Postgres
-    execution: int
-    timing: Timing
-    in_flight_limit: int
+    work_config: WorkConfig
+    access: ApiAccess
+    ledger: PostgresLocation
+    execution_id: int
+    timeouts: Timeouts
+    max_open_tasks: int
     result_ttl_s: float
-    poll_times: PollTimes
+    poll_schedule: PollSchedule
     #: The owner that leads the execution.
-    leader: int | None = None
+    leader_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class WorkerStatus:
     """How far a worker is; `ended` comes once, when all that it knew is in the ledger."""
 
-    tally: Tally = field(default_factory=Tally)
-    in_flight: int = 0
-    on_the_wire: int = 0
-    reasons: dict[Exit, tuple[str, str | None]] = field(default_factory=dict)
-    closing: bool = False
-    giving_up: bool = False
-    poll_times: PollTimes | None = None
-    ended: bool = False
+    counters: RunCounters = field(default_factory=RunCounters)
+    open_tasks: int = 0
+    posts_in_flight: int = 0
+    exit_reasons: dict[ExitCode, tuple[str, str | None]] = field(default_factory=dict)
+    stop_submitting: bool = False
+    stop_polling: bool = False
+    poll_schedule: PollSchedule | None = None
+    is_done: bool = False
 
 
 class Worker:
     """Does one errand. May be told words, and asked how far it is, at any time."""
 
-    def __init__(self, errand: Errand) -> None:
+    def __init__(self, worker_task: WorkerTask) -> None:
         """Make ready; nothing is sent before `work`."""
-        self._errand = errand
+        self._task = worker_task
         self._poller: Poller | None = None
-        self._hurried = False
-        self._execution = Execution(
-            errand.execution,
+        self._finishing_early = False
+        self._state = RunState(
+            worker_task.execution_id,
             SystemClock(),
-            Pace(None),
-            errand.timing,
-            in_flight_limit=errand.in_flight_limit,
-            result_ttl_s=errand.result_ttl_s,
-            poll_times=errand.poll_times,
+            AdaptiveRateLimiter(None),
+            worker_task.timeouts,
+            max_open_tasks=worker_task.max_open_tasks,
+            result_ttl_s=worker_task.result_ttl_s,
+            poll_schedule=worker_task.poll_schedule,
         )
 
-    def obey(self, word: Word) -> None:
+    def handle(self, command: WorkerCommand) -> None:
         """Go on as the word says."""
-        execution = self._execution
-        match word:
-            case Word.CLOSE:
-                execution.closing.set()
-                execution.notify()
-            case Word.GIVE_UP:
-                execution.closing.set()
-                execution.giving_up.set()
-                execution.notify()
-            case Word.HURRY:
-                self._hurried = True
+        run_state = self._state
+        match command:
+            case WorkerCommand.STOP_SUBMITTING:
+                run_state.stop_submitting.set()
+                run_state.notify_change()
+            case WorkerCommand.STOP_POLLING:
+                run_state.stop_submitting.set()
+                run_state.stop_polling.set()
+                run_state.notify_change()
+            case WorkerCommand.FINISH_EARLY:
+                self._finishing_early = True
                 if self._poller is not None:
-                    self._poller.hurry()
-            case Word.LEAVE:
-                execution.leave()
+                    self._poller.finish_early()
+            case WorkerCommand.ABORT:
+                run_state.abort_now()
 
-    async def leave_alone(self, at_most_s: float) -> None:
+    async def finish_orphaned(self, at_most_s: float) -> None:
         """Without anybody to obey write down what is on the wire, and leave."""
-        self.obey(Word.CLOSE)
-        await self._execution.wire_empty(at_most_s)
-        self._execution.leave()
+        self.handle(WorkerCommand.STOP_SUBMITTING)
+        await self._state.wait_for_posts(at_most_s)
+        self._state.abort_now()
 
-    def told(self, *, ended: bool = False) -> Told:
+    def status(self, *, is_done: bool = False) -> WorkerStatus:
         """Tell how far it is."""
-        execution = self._execution
-        return Told(
-            execution.tally,
-            execution.in_flight,
-            execution.on_the_wire,
-            {code: (error.message, error.hint) for code, error in execution.reasons.items()},
-            execution.closing.is_set(),
-            execution.giving_up.is_set(),
-            execution.poll_times,
-            ended,
+        run_state = self._state
+        return WorkerStatus(
+            run_state.counters,
+            run_state.open_tasks,
+            run_state.posts_in_flight,
+            {code: (error.message, error.hint) for code, error in run_state.exit_reasons.items()},
+            run_state.stop_submitting.is_set(),
+            run_state.stop_polling.is_set(),
+            run_state.poll_schedule,
+            is_done,
         )
 
-    async def work(self) -> None:
+    async def run(self) -> None:
         """Do the errand; what goes wrong is told."""
-        execution = self._execution
+        execution = self._state
         try:
-            with Allowance(self._errand.ledger) as execution.pace:
-                while not await self._live() and not execution.closing.is_set():
-                    execution.in_flight = execution.on_the_wire = 0
+            with SharedRateLimiter(self._task.ledger) as execution.rate_limiter:
+                while not await self._run_with_lease() and not execution.stop_submitting.is_set():
+                    execution.open_tasks = execution.posts_in_flight = 0
         except EnrichError as error:
             # 5 promises that nothing was spent.
-            execution.stop(Exit.BUG if error.exit_code is Exit.REFUSED else error.exit_code, error)
+            execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
 
-    async def _live(self) -> bool:
+    async def _run_with_lease(self) -> bool:
         """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
-        errand, execution = self._errand, self._execution
+        errand, run_state = self._task, self._state
         try:
-            with leased(errand.ledger, follows=errand.leader) as (ledger, lease):
-                execution.clock, execution.holds = lease, lease.holds
-                client = Client(errand.access, lease, post_s=errand.timing.post_s, get_s=errand.timing.get_s)
-                async with client, Journal(ledger) as journal:
-                    tasks = await self._free(journal)
-                    while tasks := await self._send(journal, client, tasks):
+            with open_leased(errand.ledger, leader_id=errand.leader_id) as (ledger, lease):
+                run_state.clock, run_state.lease_valid = lease, lease.is_valid
+                client = Client(
+                    errand.access, lease, post_timeout_s=errand.timeouts.post_s, get_timeout_s=errand.timeouts.get_s
+                )
+                async with client, LedgerWriter(ledger) as ledger_writer:
+                    tasks = await self._take_over(ledger_writer)
+                    while tasks := await self._submit_and_poll(ledger_writer, client, tasks):
                         pass
-        except LeaderGone:
+        except RunEnded:
             pass  # we were asleep, and may wake up long after
         except LeaseLost:
             return False
         return True
 
-    async def _send(self, journal: Journal, client: Client, tasks: Sequence[Task]) -> Sequence[Task]:
+    async def _submit_and_poll(
+        self, ledger_writer: LedgerWriter, client: Client, tasks: Sequence[Task]
+    ) -> Sequence[Task]:
         """Submit and poll, also what others leave behind meanwhile; return what they left in the last moment."""
-        execution, ended = self._execution, asyncio.Event()
+        run_state, ended = self._state, asyncio.Event()
         late: list[Task] = []
-        poller = self._poller = self._errand.shift.poller(execution, journal, client)
-        if self._hurried:
-            poller.hurry()
-        poller.adopt(tasks, asked_before=True)
+        poller = self._poller = self._task.work_config.make_poller(run_state, ledger_writer, client)
+        if self._finishing_early:
+            poller.finish_early()
+        poller.add_earlier_tasks(tasks, polled_before=True)
 
         async def send() -> None:
             try:
-                await self._errand.shift.work(poller)
+                await self._task.work_config.submit_and_poll(poller)
             finally:
                 ended.set()
 
         async def keep_adopting() -> None:
             while not ended.is_set():
-                await execution.pause(ADOPT_S, ended)
-                found = await self._free(journal)
+                await run_state.pause(TAKE_OVER_EVERY_S, ended)
+                found = await self._take_over(ledger_writer)
                 if ended.is_set():
                     late.extend(found)
                 else:
-                    poller.adopt(found, asked_before=True)
+                    poller.add_earlier_tasks(found, polled_before=True)
 
-        await execution.until_leaving(send(), keep_adopting())
+        await run_state.run_until_abort(send(), keep_adopting())
         return late
 
-    async def _free(self, journal: Journal) -> Sequence[Task]:
+    async def _take_over(self, ledger_writer: LedgerWriter) -> Sequence[Task]:
         """Take tasks that nobody holds, as many as there is room for."""
-        execution = self._execution
-        room = execution.in_flight_limit - execution.in_flight - execution.on_the_wire
-        if room <= 0 or self._hurried or execution.giving_up.is_set():
+        run_state = self._state
+        free_slots = run_state.max_open_tasks - run_state.open_tasks - run_state.posts_in_flight
+        if free_slots <= 0 or self._finishing_early or run_state.stop_polling.is_set():
             return ()
-        return await journal.do(Ledger.adopt, room)
+        return await ledger_writer.submit(Ledger.take_over_tasks, free_slots)

@@ -39,7 +39,7 @@ limits: {{requests_per_second: 200, in_flight: 200}}
 """
 
 
-def enrich(server: PostgresServer, *words: str) -> int:
+def run_enrich(server: PostgresServer, *words: str) -> int:
     """Run the program as a person does, and show what is run."""
     print(f"\n$ enrich {' '.join(words)}", flush=True)
     return subprocess.run([ENRICH, *words], env=os.environ | server.environ, check=False).returncode
@@ -52,26 +52,26 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1_000)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/cluster"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     if find_binaries() is None:
         sys.exit(f"error: {NOT_INSTALLED}")
-    shutil.rmtree(given.folder, ignore_errors=True)
-    given.folder.mkdir(parents=True)
-    make_dataset(given.folder / "leads", given.rows, given.questions, files=8)
-    job = given.folder / "job.yaml"
+    shutil.rmtree(options.folder, ignore_errors=True)
+    options.folder.mkdir(parents=True)
+    make_dataset(options.folder / "leads", options.rows, options.questions, files=8)
+    job = options.folder / "job.yaml"
     with dedicated_server() as server:
-        job.write_text(JOB.format(ledger=server.url("cluster")))
-        how = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(given.workers), "--receipt"]
-        print(f"{given.rows:,} leads in {given.folder / 'leads'}, with {given.questions:,} distinct questions")
-        first = enrich(server, *how)
+        job.write_text(JOB.format(ledger=server.ledger_url("cluster")))
+        run_command = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(options.workers), "--receipt"]
+        print(f"{options.rows:,} leads in {options.folder / 'leads'}, with {options.questions:,} distinct questions")
+        first = run_enrich(server, *run_command)
         if first not in (0, 10):
             sys.exit(first)
         print("\nOnce more: everything was answered, so nothing is paid for.")
         began = time.monotonic()
-        enrich(server, *how)
+        run_enrich(server, *run_command)
         print(f"({time.monotonic() - began:.0f} s, with the start of Ray)")
-        enrich(server, "ledger", "check", str(job), "--sandbox")
-    dataset = pl.scan_parquet(given.folder / "enriched" / "*.parquet").sort("enrich_index")
+        run_enrich(server, "ledger", "check", str(job), "--sandbox")
+    dataset = pl.scan_parquet(options.folder / "enriched" / "*.parquet").sort("enrich_index")
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         print(dataset.select("enrich_index", "First Name", "Last Name", "country", "work_email", "enrich_status")
               .head(8).collect())  # fmt: skip

@@ -12,8 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 
-from enrich.model import Answer, Call, Claim, State, Wanted, Wish
-from enrich.place import LedgerPlace
+from enrich.model import Answer, Call, Claim, RequestSelection, RowRequest, State
+from enrich.place import LedgerLocation
 from enrich.store.dialect import Cursor
 from enrich.store.ledger import Ledger
 
@@ -39,12 +39,12 @@ def params(number: int) -> str:
     return json.dumps({"first_name": f"F{number}", "last_name": f"L{number}", "company": f"c{number}.example"})
 
 
-def row_requests(numbers: Iterable[int], first: int = 0) -> list[Wanted]:
+def row_requests(numbers: Iterable[int], first: int = 0) -> list[RowRequest]:
     """Make one batch of the input, its first row at position `first`."""
-    return [Wanted(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
+    return [RowRequest(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
 
 
-def run_sql(location: LedgerPlace, sql: str, *values: object) -> list[Any]:
+def run_sql(location: LedgerLocation, sql: str, *values: object) -> list[Any]:
     """Look into a ledger, or change it, with plain SQL, through a connection of its own; it need not be sound."""
     if isinstance(location, Path):
         with closing(sqlite3.connect(location, isolation_level=None)) as file:
@@ -74,70 +74,70 @@ def record_statements(ledger: Ledger, statements: list[str]) -> None:
 class CommittingLedger:
     """A ledger of which every move is committed by itself."""
 
-    place: LedgerPlace
-    ledger: Ledger
+    location: LedgerLocation
+    wrapped: Ledger
     execution: int = 0
     now: int = 1_000
 
     @classmethod
-    def open(cls, place: LedgerPlace) -> CommittingLedger:
+    def open(cls, location: LedgerLocation) -> CommittingLedger:
         """Open a ledger, as an execution does."""
-        return cls(place, Ledger(place))
+        return cls(location, Ledger(location))
 
     @property
     def path(self) -> Path:
         """The file of a ledger that is one."""
-        assert isinstance(self.place, Path)
-        return self.place
+        assert isinstance(self.location, Path)
+        return self.location
 
-    def do(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def commit(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a move and commit it."""
-        with self.ledger.transaction():
-            return move(self.ledger, *args, **kwargs)
+        with self.wrapped.transaction():
+            return move(self.wrapped, *args, **kwargs)
 
-    def start(self, cap: int | None = None) -> int:
+    def start_execution(self, cap: int | None = None) -> int:
         """Begin an execution."""
-        self.execution = self.do(Ledger.start_execution, "job", cap, self.now)
+        self.execution = self.commit(Ledger.start_execution, "job", cap, self.now)
         return self.execution
 
     def enroll(
         self, *batches: Iterable[int], retry: Collection[State] = (), stale: Mapping[State, int] | None = None
     ) -> None:
         """Read an input, batch by batch."""
-        self.do(Ledger.begin_pass, Wish(frozenset(retry), stale or {}))
+        self.commit(Ledger.begin_pass, RequestSelection(frozenset(retry), stale or {}))
         position = 0
         for numbers in batches:
             batch = row_requests(numbers, position)
             position += len(batch)
-            self.do(Ledger.enroll, CALL, batch)
-        self.do(Ledger.choose)
-        self.do(Ledger.mark)
+            self.commit(Ledger.enroll, CALL, batch)
+        self.commit(Ledger.apply_limits)
+        self.commit(Ledger.fill_queue)
 
     def claim(self, price: int = MAX_PRICE) -> Claim:
         """Claim the next request; there must be one."""
-        (claim,) = self.do(Ledger.claim, self.execution, price, self.now)
+        (claim,) = self.commit(Ledger.claim, self.execution, price, self.now)
         return claim
 
     def submit(self, task_id: str | None = None) -> int:
         """Claim the next request and have it accepted; return its attempt."""
         attempt = self.claim().attempt_id
-        self.do(Ledger.accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BINDING)
+        self.commit(Ledger.record_accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BINDING)
         return attempt
 
     def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
         """Bring an answer."""
-        (state,) = self.do(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
+        (state,) = self.commit(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
         return state
 
-    def submit_bundle(self, size: int, task_id: str | None = None) -> list[int]:
+    def submit_bulk(self, size: int, task_id: str | None = None) -> list[int]:
         """Claim the next requests as one task and have it accepted; return their attempts."""
-        claims = self.do(Ledger.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
+        claims = self.commit(Ledger.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
         attempts = [claim.attempt_id for claim in claims]
         task_id = task_id or f"bundle-{attempts[0]}"
-        self.do(Ledger.accepted, [(attempt, task_id, self.now) for attempt in attempts], BINDING)
+        self.commit(Ledger.record_accepted, [(attempt, task_id, self.now) for attempt in attempts], BINDING)
         return attempts
 
-    def settle_bundle(self, attempts: Iterable[int], *answers: Answer, credits_: int | None) -> list[State]:
+    def settle_bulk(self, attempts: Iterable[int], *answers: Answer, credits_: int | None) -> list[State]:
         """Bring the answers of a task of several, all alike when there is one, and its price."""
         attempts = list(attempts)
         per_row = answers if len(answers) > 1 else answers * len(attempts)
@@ -145,36 +145,36 @@ class CommittingLedger:
             (attempt, replace(answer, credits=None), self.now)
             for attempt, answer in zip(attempts, per_row, strict=True)
         ]
-        return self.do(Ledger.settle_bundle, settled, self.execution, 3, credits_)
+        return self.commit(Ledger.settle_bulk_task, settled, self.execution, 3, credits_)
 
-    def begin(self, *numbers: int, cap: int | None = None) -> CommittingLedger:
+    def start_and_enroll(self, *numbers: int, cap: int | None = None) -> CommittingLedger:
         """Start an execution that wants these leads."""
-        self.start(cap)
+        self.start_execution(cap)
         self.enroll(numbers)
         return self
 
-    def state(self, number: int) -> State:
+    def state_of(self, number: int) -> State:
         """Tell where the request of a lead stands."""
-        return State(self.one("SELECT state FROM requests WHERE fingerprint = ?", fingerprint(number))[0])
+        return State(self.query_one("SELECT state FROM requests WHERE fingerprint = ?", fingerprint(number))[0])
 
     @property
-    def money(self) -> tuple[int, int, int, int]:
+    def execution_counters(self) -> tuple[int, int, int, int]:
         """The execution's spent, reserved, unknown and submitted."""
-        row = self.ledger.execution(self.execution)
+        row = self.wrapped.execution(self.execution)
         return row["spent"], row["reserved"], row["unknown"], row["submitted"]
 
-    def one(self, sql: str, *values: object) -> Any:
+    def query_one(self, sql: str, *values: object) -> Any:
         """Look with plain SQL, through a connection of its own; the first row."""
-        return self.all(sql, *values)[0]
+        return self.query_all(sql, *values)[0]
 
-    def all(self, sql: str, *values: object) -> list[Any]:
+    def query_all(self, sql: str, *values: object) -> list[Any]:
         """Look with plain SQL, through a connection of its own."""
-        return run_sql(self.place, sql, *values)
+        return run_sql(self.location, sql, *values)
 
     def reopen(self) -> None:
         """Be killed, and start again."""
-        self.ledger.close()
-        self.ledger = Ledger(self.place)
+        self.wrapped.close()
+        self.wrapped = Ledger(self.location)
 
 
 def sqlite_connection(ledger: Ledger) -> sqlite3.Connection:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import httpx
 
-from enrich.place import Url
+from enrich.place import ObjectUrl
 from enrich.tables import storage
 
 SECRET = "not-to-be-told"
@@ -49,13 +49,13 @@ def make_bucket(endpoint: str) -> Iterator[dict[str, str]]:
         yield variables
 
 
-def put_object(key: str, content: bytes) -> Url:
+def put_object(key: str, content: bytes) -> ObjectUrl:
     """Put an object."""
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.seek(0)
-        url = Url("s3", BUCKET, key)
-        storage.send(url, cast("BinaryIO", file))
+        url = ObjectUrl("s3", BUCKET, key)
+        storage.upload(url, cast("BinaryIO", file))
     return url
 
 
@@ -63,5 +63,5 @@ def download_object(folder: Path, key: str) -> Path:
     """Fetch an object."""
     path = folder / key.rpartition("/")[2]
     with path.open("wb") as file:
-        storage.fetch(Url("s3", BUCKET, key), file)
+        storage.download(ObjectUrl("s3", BUCKET, key), file)
     return path

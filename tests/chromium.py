@@ -44,21 +44,21 @@ class Browser:
     """A browser with one page; `events` are what it told since the page was opened."""
 
     commands: IO[bytes]
-    answers: IO[bytes]
+    responses: IO[bytes]
     session: str | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _heard: bytes = b""
+    _ids: Iterator[int] = field(default_factory=itertools.count)
+    _buffer: bytes = b""
 
-    def do(self, method: str, **params: Any) -> dict[str, Any]:
+    def send_command(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and return its result; what happens meanwhile is kept in `events`."""
-        number = next(self._numbers)
+        number = next(self._ids)
         command = {"id": number, "method": method, "params": params}
         if self.session:
             command["sessionId"] = self.session
         self.commands.write(json.dumps(command).encode() + b"\0")
         self.commands.flush()
-        while (answer := self._next()).get("id") != number:
+        while (answer := self._read_message()).get("id") != number:
             self.events.append(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
@@ -66,20 +66,22 @@ class Browser:
 
     def open(self, page: Path, width: int, scheme: Scheme = "light", height: int = 900) -> None:
         """Open a file at a width in pixels and wait until it is loaded."""
-        self.look(width, scheme, height)
+        self.set_viewport(width, scheme, height)
         self.events.clear()
-        self.do("Page.navigate", url=page.as_uri())
+        self.send_command("Page.navigate", url=page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._next())
+            self.events.append(self._read_message())
 
-    def look(self, width: int, scheme: Scheme = "light", height: int = 900) -> None:
+    def set_viewport(self, width: int, scheme: Scheme = "light", height: int = 900) -> None:
         """Take another width and colour scheme for the page that is open."""
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send_command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+        self.send_command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def evaluate(self, script: str) -> Any:
         """Return the value of an expression in the page."""
-        response = self.do("Runtime.evaluate", expression=script, returnByValue=True)
+        response = self.send_command("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in response:
             raise RuntimeError(json.dumps(response["exceptionDetails"]))
         return response["result"].get("value")
@@ -89,33 +91,35 @@ class Browser:
         sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
         return [event["params"]["request"]["url"] for event in sent]
 
-    def complaints(self) -> list[str]:
+    def console_messages(self) -> list[str]:
         """Tell what the page wrote to the console, and what went wrong in it."""
         kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
 
-    def picture(self, first: str | None, beyond: str, margin: int = 24) -> bytes:
+    def screenshot(self, from_id: str | None, until_id: str, margin: int = 24) -> bytes:
         """Return a PNG of the page from above one element (None: its top) to above another, by their ids."""
-        top = 0 if first is None else self._top(first) - margin
+        top = 0 if from_id is None else self._top_of(from_id) - margin
         width = self.evaluate("document.documentElement.clientWidth")
-        clip = {"x": 0, "y": top, "width": width, "height": self._top(beyond) - margin - top, "scale": 1}
-        shot = self.do("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        clip = {"x": 0, "y": top, "width": width, "height": self._top_of(until_id) - margin - top, "scale": 1}
+        shot = self.send_command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         return base64.b64decode(shot["data"])
 
-    def _top(self, element: str) -> int:
+    def _top_of(self, element: str) -> int:
         return int(self.evaluate(f"document.getElementById('{element}').getBoundingClientRect().top + scrollY"))
 
     def pdf(self) -> bytes:
         """Print the page."""
-        return base64.b64decode(self.do("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"])
+        return base64.b64decode(
+            self.send_command("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"]
+        )
 
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._heard:
-            piece = os.read(self.answers.fileno(), 1 << 20)
+    def _read_message(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            piece = os.read(self.responses.fileno(), 1 << 20)
             if not piece:
                 raise RuntimeError("the browser is gone")
-            self._heard += piece
-        message, _, self._heard = self._heard.partition(b"\0")
+            self._buffer += piece
+        message, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(message))
 
 
@@ -139,10 +143,12 @@ def open_browser() -> Iterator[Browser]:
             try:
                 with os.fdopen(commands_out, "wb") as commands, os.fdopen(commands_in, "rb") as answers:
                     browser = Browser(commands, answers)
-                    target = browser.do("Target.createTarget", url="about:blank")["targetId"]
-                    browser.session = browser.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+                    target = browser.send_command("Target.createTarget", url="about:blank")["targetId"]
+                    browser.session = browser.send_command("Target.attachToTarget", targetId=target, flatten=True)[
+                        "sessionId"
+                    ]
                     for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
-                        browser.do(f"{domain}.enable")
+                        browser.send_command(f"{domain}.enable")
                     yield browser
             finally:
                 process.kill()

@@ -50,46 +50,46 @@ class ClusterTortureReport:
     workers: int
     rate: int
     cap: float
-    done: Counter[str] = field(default_factory=Counter)
-    ended: Counter[int] = field(default_factory=Counter)
+    injected: Counter[str] = field(default_factory=Counter)
+    exit_codes: Counter[int] = field(default_factory=Counter)
     faults: int = 0
     accepted: int = 0
     paid_twice: int = 0
     lost: int = 0
     in_doubt: int = 0
-    unanswered: int = 0
-    busiest: int = 0
-    most_charged: float = 0.0
+    unanswered_rows: int = 0
+    busiest_second: int = 0
+    max_charged: float = 0.0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         """Tell whether every promise was kept; how busy the busiest second was, the machine decides, too."""
         broken_promises = (
             self.paid_twice,
             self.lost,
-            self.unanswered,
+            self.unanswered_rows,
             self.problems,
-            self.ended.keys() - ALLOWED_EXIT_CODES,
+            self.exit_codes.keys() - ALLOWED_EXIT_CODES,
         )
-        return not any(broken_promises) and self.most_charged <= self.cap + 1e-6
+        return not any(broken_promises) and self.max_charged <= self.cap + 1e-6
 
-    def table(self) -> str:
+    def as_markdown(self) -> str:
         """The report as a Markdown table."""
         lines_by_name: dict[str, float] = {
             "leads": self.rows,
             "workers": self.workers,
-            **dict(sorted(self.done.items())),
-            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.ended.items())},
+            **dict(sorted(self.injected.items())),
+            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.exit_codes.items())},
             "faults met": self.faults,
             "runs accepted by the API": self.accepted,
             "paid twice": self.paid_twice,
             "accepted, but neither answered nor in doubt": self.lost,
             "in doubt at the end": self.in_doubt,
-            "unanswered otherwise": self.unanswered,
-            f"most requests in any second, of {self.rate} allowed": self.busiest,
-            f"most credits charged in one run, of {self.cap:g} allowed": round(self.most_charged, 2),
+            "unanswered otherwise": self.unanswered_rows,
+            f"most requests in any second, of {self.rate} allowed": self.busiest_second,
+            f"most credits charged in one run, of {self.cap:g} allowed": round(self.max_charged, 2),
             "problems that `ledger check` finds": len(self.problems),
         }
         lines = (f"| {name} | {number:,} |" for name, number in lines_by_name.items())
@@ -103,25 +103,25 @@ class FaultInjector:
     server: PostgresServer
     rng: random.Random
     report: ClusterTortureReport
-    left: list[str]
+    remaining: list[str]
 
-    def during(self, run: subprocess.Popen[str]) -> None:
+    def inject_until_exit(self, run: subprocess.Popen[str]) -> None:
         """Strike until the run ends."""
-        while self.left and run.poll() is None:
-            self._pause(run, self.rng.uniform(0.3, 1.5))
+        while self.remaining and run.poll() is None:
+            self._wait(run, self.rng.uniform(0.3, 1.5))
             workers = list(worker_pids(run.pid))
             if run.poll() is None and len(workers) >= MIN_WORKERS:
-                self._strike(self.left[0], run, workers)
+                self._inject(self.remaining[0], run, workers)
 
-    def _strike(self, what: str, run: subprocess.Popen[str], workers: list[int]) -> None:
+    def _inject(self, fault: str, run: subprocess.Popen[str], workers: list[int]) -> None:
         worker_pid = self.rng.choice(workers)
         with suppress(ProcessLookupError):  # it ended just now
-            match what:
+            match fault:
                 case "workers killed":
                     os.kill(worker_pid, signal.SIGKILL)
                 case "workers stopped for longer than a lease":
                     os.kill(worker_pid, signal.SIGSTOP)
-                    self._pause(run, STOP_S)
+                    self._wait(run, STOP_S)
                     with suppress(ProcessLookupError):  # the crew has given it up
                         os.kill(worker_pid, signal.SIGCONT)
                 case "restarts of the server":
@@ -130,11 +130,11 @@ class FaultInjector:
                     self.server.restart("immediate")
                 case "runs killed":
                     run.kill()
-            self.report.done[what] += 1
-            self.left.pop(0)
+            self.report.injected[fault] += 1
+            self.remaining.pop(0)
 
     @staticmethod
-    def _pause(run: subprocess.Popen[str], seconds: float) -> None:
+    def _wait(run: subprocess.Popen[str], seconds: float) -> None:
         with suppress(subprocess.TimeoutExpired):
             run.wait(seconds)
 
@@ -174,7 +174,7 @@ def run_torture(
     rng.shuffle(remaining)
     cap = rows / 6  # in credits: some nights end with it
     report = ClusterTortureReport(rows, workers, rate, cap)
-    workspace = Workspace(folder, f"{server.url()}&lease={LEASE_S}", server.environ)
+    workspace = Workspace(folder, f"{server.ledger_url()}&lease={LEASE_S}", server.environ)
     limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"
     workspace.write_job(JOB, limits=limits, policy="{max_attempts: 5}")
     workspace.write_leads(make_leads(rows))
@@ -190,21 +190,21 @@ def run_torture(
     started_at = time.monotonic()
     with patch.dict(os.environ, server.environ), serve_api(folder / "api.db", settings) as api:
         for _ in range(MAX_EXTRA_RUNS + len(remaining)):
-            run = workspace.start(*ON_RAY, str(workers), api=api)
-            injector.during(run)
+            run = workspace.start_subprocess(*ON_RAY, str(workers), api=api)
+            injector.inject_until_exit(run)
             out, err = run.communicate(timeout=600)
             if run.returncode == -signal.SIGKILL:
                 continue
-            report.ended[run.returncode] += 1
+            report.exit_codes[run.returncode] += 1
             assert "Traceback" not in err, err
             summary = json.loads(out)
             if "execution" not in summary:  # the server was away when it began
                 continue
-            report.most_charged = max(report.most_charged, _credits_bought(workspace, summary))
+            report.max_charged = max(report.max_charged, _credits_bought(workspace, summary))
             if run.returncode in (0, 10, 14) and not (remaining and summary["submitted"]):
                 break  # nothing is left to do, or to strike at
         else:
-            raise AssertionError(f"it does not end:\n{report.table()}")
+            raise AssertionError(f"it does not end:\n{report.as_markdown()}")
         _check_audit(workspace, api, report)
     report.seconds = time.monotonic() - started_at
     return report
@@ -226,7 +226,11 @@ def _credits_bought(workspace: Workspace, summary: dict[str, Any]) -> float:
 def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureReport) -> None:
     """Hold output and ledger against the sandbox's audit."""
     audit = api.audit()
-    report.accepted, report.paid_twice, report.busiest = audit["accepted"], audit["paid_twice"], audit["busiest_second"]
+    report.accepted, report.paid_twice, report.busiest_second = (
+        audit["accepted"],
+        audit["paid_twice"],
+        audit["busiest_second"],
+    )
     report.faults = sum(audit["faults"].values())
     states = {
         json.loads(params)["first_name"]: state for params, state in workspace.sql("SELECT params, state FROM requests")
@@ -243,12 +247,12 @@ def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureRe
         report.lost += name not in in_doubt and (
             states[name] not in ANSWER_STATUSES or not known.issuperset(run["task_ids"])
         )
-    output = workspace.output()
+    output = workspace.read_output()
     assert [row["First Name"] for row in output] == [lead[0] for lead in make_leads(report.rows)]
     report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
-    report.unanswered = sum(row["enrich_status"] not in ANSWER_STATUSES | {"in_doubt"} for row in output)
-    check = workspace.command("ledger", "check", "job.yaml", "--json")
-    report.problems = check.receipt["problems"]
+    report.unanswered_rows = sum(row["enrich_status"] not in ANSWER_STATUSES | {"in_doubt"} for row in output)
+    check = workspace.run_in_process("ledger", "check", "job.yaml", "--json")
+    report.problems = check.json_output["problems"]
 
 
 #: What is done to a run, with how often in the long form.
@@ -274,9 +278,9 @@ def main() -> None:
         report = run_torture(
             Path(folder), server, rows=given.rows, workers=given.workers, injections=INJECTIONS, seed=given.seed
         )
-    print(report.table())
+    print(report.as_markdown())
     print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
-    sys.exit(0 if report.sound else 1)
+    sys.exit(0 if report.passed else 1)
 
 
 if __name__ == "__main__":

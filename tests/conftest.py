@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from enrich.place import LedgerPlace, locate_ledger
+from enrich.place import LedgerLocation, parse_ledger_location
 from tests import postgres as servers
 from tests.books import CommittingLedger
 from tests.cases import FULL
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         lifetime = servers.ServerLifetime()
         os.environ[POSTGRES_FOLDER_VARIABLE] = str(lifetime.folder)
-        config.add_cleanup(lifetime.end)
+        config.add_cleanup(lifetime.close)
 
 
 @pytest.fixture
@@ -56,20 +56,20 @@ def backend() -> str:
 
 
 @pytest.fixture
-def ledger_location(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> LedgerPlace:
+def ledger_location(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> LedgerLocation:
     """Name the place of a ledger that is not there yet."""
     if backend == "file":
         return tmp_path / "ledger.db"
     postgres: PostgresServer = request.getfixturevalue("postgres")
-    return locate_ledger(tmp_path, postgres.url(), tmp_path)
+    return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path)
 
 
 @pytest.fixture
-def ledger(ledger_location: LedgerPlace) -> Iterator[CommittingLedger]:
+def ledger(ledger_location: LedgerLocation) -> Iterator[CommittingLedger]:
     """Open a new ledger."""
     ledger = CommittingLedger.open(ledger_location)
     yield ledger
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def workspace(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> W
     made = Workspace(folder)
     if backend == "server":
         postgres: PostgresServer = request.getfixturevalue("postgres")
-        made = Workspace(folder, postgres.url(), postgres.environ)
+        made = Workspace(folder, postgres.ledger_url(), postgres.environ)
     made.write_job()
     return made
 
@@ -107,7 +107,7 @@ def bucket(endpoint: str) -> Iterator[dict[str, str]]:
 def finished_run(api: SandboxApi, workspace: Workspace) -> Workspace:
     """Make an office whose job has run."""
     workspace.write_leads(make_leads(12))
-    workspace.command("run", "job.yaml", api=api)
+    workspace.run_in_process("run", "job.yaml", api=api)
     return workspace
 
 

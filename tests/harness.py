@@ -23,32 +23,39 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.credentials import Access
+from enrich.api.credentials import ApiAccess
 from enrich.cli import run_command
-from enrich.execution import Timing
+from enrich.execution import Timeouts
 from enrich.job import load_job
 from enrich.model import SystemClock
 from enrich.pipeline import run
-from enrich.place import LedgerPlace, locate_ledger
-from enrich.polls import PollTimes
-from enrich.receipt import Receipt
+from enrich.place import LedgerLocation, parse_ledger_location
+from enrich.polls import PollSchedule
+from enrich.receipt import RunSummary
 from enrich.sandbox import SandboxSettings
-from enrich.sandbox.server import embedded
-from enrich.store.database import exists
+from enrich.sandbox.server import serve_in_thread
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold
-from enrich.store.opening import opened
-from enrich.surroundings import Options, Progress, Surroundings
+from enrich.store.lock import lock_ledger
+from enrich.store.opening import open_for_run
+from enrich.surroundings import Progress, RunContext, RunOptions
 from tests.books import run_sql
 
 #: An API that answers at once and never fails: what most tests want.
 INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
 #: Little patience with what tests wait for, but much with answers that come: a busy machine is late.
-SHORT_TIMEOUTS = Timing(
-    start_s=20, outage_s=20, wire_s=1.0, ready_s=0.3, no_data_s=0.3, young_s=0.5, post_s=20, get_s=20
+SHORT_TIMEOUTS = Timeouts(
+    startup_s=20,
+    outage_s=20,
+    drain_posts_s=1.0,
+    ready_results_s=0.3,
+    no_data_s=0.3,
+    young_task_s=0.5,
+    post_s=20,
+    get_s=20,
 )
 #: The same for an API that is not there at the start, and …
-AWAY = replace(SHORT_TIMEOUTS, start_s=0.5)
+AWAY = replace(SHORT_TIMEOUTS, startup_s=0.5)
 #: … for one that gives no good answer any more in the middle.
 ILL = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: The same for POSTs that are never answered.
@@ -83,11 +90,11 @@ class SandboxApi:
         return {"DATABAR_BASE_URL": self.base_url, "DATABAR_API_KEY": self.api_key}
 
     @property
-    def access(self) -> Access:
+    def access(self) -> ApiAccess:
         """The same, for code."""
-        return Access(self.base_url, SecretStr(self.api_key))
+        return ApiAccess(self.base_url, SecretStr(self.api_key))
 
-    def _switch(self, method: str, path: str, **body: Any) -> Any:
+    def _control(self, method: str, path: str, **body: Any) -> Any:
         # Without certificates, which take long to read and are not needed on loopback.
         with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
             answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
@@ -96,29 +103,29 @@ class SandboxApi:
 
     def audit(self) -> dict[str, Any]:
         """What was accepted, charged and paid twice."""
-        audit: dict[str, Any] = self._switch("GET", "/__audit")
+        audit: dict[str, Any] = self._control("GET", "/__audit")
         return audit
 
     def advance(self, seconds: float) -> None:
         """Move the API's clock."""
-        self._switch("POST", "/__advance", seconds=seconds)
+        self._control("POST", "/__advance", seconds=seconds)
 
-    def fault(self, name: str, count: int = 1, scope: str | None = None, **params: Any) -> None:
+    def inject_fault(self, name: str, count: int = 1, scope: str | None = None, **params: Any) -> None:
         """Let the next requests of a scope meet a fault."""
         body: dict[str, Any] = {"name": name, "next": count, "params": params}
-        self._switch("POST", "/__faults", **body, **({"scope": scope} if scope else {}))
+        self._control("POST", "/__faults", **body, **({"scope": scope} if scope else {}))
 
     def top_up(self, credits_: float) -> None:
         """Add credits to the account."""
-        self._switch("POST", "/__topup", credits=credits_)
+        self._control("POST", "/__topup", credits=credits_)
 
-    def reprice(self, prices: dict[int, float]) -> None:
+    def set_prices(self, prices: dict[int, float]) -> None:
         """Give providers or verifiers another price."""
-        self._switch("POST", "/__prices", prices=prices)
+        self._control("POST", "/__prices", prices=prices)
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """End all faults."""
-        self._switch("POST", "/__faults", clear=True)
+        self._control("POST", "/__faults", clear=True)
 
 
 @contextmanager
@@ -126,7 +133,7 @@ def serve_api(
     state: Path, settings: SandboxSettings = INSTANT_API, port: int = 0, **changes: Any
 ) -> Iterator[SandboxApi]:
     """Serve the sandbox in this process; `changes` are settings."""
-    with embedded(state, replace(settings, **changes), port) as server:
+    with serve_in_thread(state, replace(settings, **changes), port) as server:
         yield SandboxApi(server.base_url, server.api_key)
 
 
@@ -142,7 +149,7 @@ class Workspace:
     """A folder with a job and its leads; the job file says where the ledger is when that is a server."""
 
     folder: Path
-    server: str | None = None
+    server_url: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -156,13 +163,13 @@ class Workspace:
         return self.folder / ".enrich" / "job.db"
 
     @property
-    def place(self) -> LedgerPlace:
+    def ledger_location(self) -> LedgerLocation:
         """Where the job's ledger is, file or server."""
-        return locate_ledger(self.folder, self.server or self.ledger_path, self.ledger_path.parent)
+        return parse_ledger_location(self.folder, self.server_url or self.ledger_path, self.ledger_path.parent)
 
     def sql(self, sql: str, *values: object) -> list[Any]:
         """Look into the ledger, or change it."""
-        return run_sql(self.place, sql, *values)
+        return run_sql(self.ledger_location, sql, *values)
 
     def write_job(self, text: str = JOB, **replaced: str) -> Path:
         """Write the job file; `replaced` maps a key to its new value, on one line (or a new key at the end)."""
@@ -173,8 +180,8 @@ class Workspace:
             while end < len(lines) and lines[end].startswith(" "):
                 end += 1
             lines[at:end] = [f"{key}: {value}"]
-        if self.server and not any(line.startswith("ledger:") for line in lines):
-            lines.append(f"ledger: {self.server}")
+        if self.server_url and not any(line.startswith("ledger:") for line in lines):
+            lines.append(f"ledger: {self.server_url}")
         self.job_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return self.job_file
 
@@ -187,34 +194,34 @@ class Workspace:
             csv.writer(file, lineterminator="\n").writerows([header, *rows])
         return path
 
-    def output(self, name: str = "out.csv") -> list[dict[str, str]]:
+    def read_output(self, name: str = "out.csv") -> list[dict[str, str]]:
         """Read the output."""
         with (self.folder / name).open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def ledger(self) -> Ledger:
+    def open_ledger(self) -> Ledger:
         """Look into the ledger."""
-        return Ledger(self.place, read_only=True)
+        return Ledger(self.ledger_location, read_only=True)
 
-    def enrich(
-        self, *arguments: str, api: SandboxApi | None = None, room: int | None = None, **environ: str
+    def run_subprocess(
+        self, *arguments: str, api: SandboxApi | None = None, max_file_bytes: int | None = None, **environ: str
     ) -> ProgramResult:
         """Run the program to its end, as cron would: with next to nothing in its environment.
 
         With `room` no file grows beyond so many bytes, as on a full disk.
         """
-        if room is not None:  # Python would leave half of a compiled module behind
+        if max_file_bytes is not None:  # Python would leave half of a compiled module behind
             environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
 
         def prepare() -> None:
             reset_signals()
-            if room is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+            if max_file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
         process = subprocess.run(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
-            env=self.variables(api) | environ,
+            env=self.environment(api) | environ,
             preexec_fn=prepare,
             capture_output=True,
             text=True,
@@ -224,20 +231,20 @@ class Workspace:
         )
         return ProgramResult(process.returncode, process.stdout, process.stderr)
 
-    def command(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
+    def run_in_process(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
         """Run the program in this process: quicker to start, blind to signals."""
         out, err = io.StringIO(), io.StringIO()
         with (
             _fast_polling(),
             chdir(self.folder),
-            patch.dict(os.environ, self.variables(api) | environ, clear=True),
+            patch.dict(os.environ, self.environment(api) | environ, clear=True),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
             code = run_command(arguments)
         return ProgramResult(int(code), out.getvalue(), err.getvalue())
 
-    def start(
+    def start_subprocess(
         self,
         *arguments: str,
         api: SandboxApi | None = None,
@@ -249,7 +256,7 @@ class Workspace:
         return subprocess.Popen(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
-            env=self.variables(api) | environ,
+            env=self.environment(api) | environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
@@ -258,28 +265,30 @@ class Workspace:
             text=True,
         )
 
-    def run(
-        self, api: SandboxApi, options: Options | None = None, timing: Timing | None = None, **around: Any
-    ) -> Receipt:
+    def run_job(
+        self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
+    ) -> RunSummary:
         """Run the job in this process, with any patience."""
         job = load_job(self.job_file)
-        with _fast_polling(), hold(job.ledger, 0), opened(job.ledger) as (ledger, lease):
+        with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
-                around = {"clock": lease, "holds": lease.holds} | around
-            return run(Surroundings(job, api.access, ledger, timing=timing or Timing(), **around), options or Options())
+                around = {"clock": lease, "holds": lease.is_valid} | around
+            return run(
+                RunContext(job, api.access, ledger, timeouts=timing or Timeouts(), **around), options or RunOptions()
+            )
 
-    def at_the_api(self) -> int:
+    def open_task_count(self) -> int:
         """Count the tasks that wait for their answer."""
-        if not exists(self.place):
+        if not ledger_exists(self.ledger_location):
             return 0
-        with closing(self.ledger()) as ledger:
-            return len(ledger.tasks())
+        with closing(self.open_ledger()) as ledger:
+            return len(ledger.submitted_tasks())
 
-    def variables(self, api: SandboxApi | None = None) -> dict[str, str]:
+    def environment(self, api: SandboxApi | None = None) -> dict[str, str]:
         """All that is in the environment, as cron would have it."""
         return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
 
-    def leave_at_the_api(self, api: SandboxApi) -> None:
+    def submit_without_collecting(self, api: SandboxApi) -> None:
         """Buy what the job wants from an API that is slow, and leave before any answer is there."""
         clock = JumpingClock()
 
@@ -287,7 +296,7 @@ class Workspace:
             if progress.total and progress.submitted >= progress.total:
                 clock.jumped_s = 3600.0
 
-        summary = self.run(api, Options(max_time_s=600.0), clock=clock, show=end_when_submitted)
+        summary = self.run_job(api, RunOptions(max_time_s=600.0), clock=clock, show=end_when_submitted)
         assert (summary.exit_code, summary.submitted, summary.pending) == (13, summary.requests, summary.rows)
 
 
@@ -306,12 +315,12 @@ class JumpingClock(SystemClock):
 class ProgramResult:
     """How the program ended."""
 
-    code: int
+    exit_code: int
     stdout: str
     stderr: str
 
     @property
-    def receipt(self) -> dict[str, Any]:
+    def json_output(self) -> dict[str, Any]:
         """The one object on stdout."""
         output: dict[str, Any] = json.loads(self.stdout)
         return output
@@ -328,7 +337,7 @@ def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
 @contextmanager
 def _fast_polling() -> Iterator[None]:
     """Poll a sandbox that answers at once after 0.05 s instead of 0.9 s: hundreds of runs are waited for here."""
-    with patch.object(PollTimes, "FIRST_GUESS_S", 0.05), patch.object(PollTimes, "SHORTEST_S", 0.05):
+    with patch.object(PollSchedule, "FIRST_GUESS_S", 0.05), patch.object(PollSchedule, "MIN_DELAY_S", 0.05):
         yield
 
 

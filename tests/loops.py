@@ -11,15 +11,15 @@ from typing import Any
 
 from enrich.api.answer import TaskReply
 from enrich.api.client import Client
-from enrich.breaker import Breaker
+from enrich.breaker import CircuitBreaker
 from enrich.budget import Budget
 from enrich.dispatcher import Dispatcher
-from enrich.execution import Execution, Timing
+from enrich.execution import RunState, Timeouts
 from enrich.model import Call, Clock, SystemClock
-from enrich.pace import Pace
+from enrich.pace import AdaptiveRateLimiter
 from enrich.poller import Poller
-from enrich.polls import PollTimes
-from enrich.store.journal import Journal
+from enrich.polls import PollSchedule
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
 from tests.books import BINDING, CALL, CommittingLedger
 from tests.harness import SHORT_TIMEOUTS, SandboxApi
@@ -28,57 +28,57 @@ from tests.harness import SHORT_TIMEOUTS, SandboxApi
 SANDBOX_MAX_PRICE = 3_510_000
 
 
-class FastPollSchedule(PollTimes):
+class FastPollSchedule(PollSchedule):
     """Asks early: the sandbox answers at once."""
 
     FIRST_GUESS_S = 0.05
-    SHORTEST_S = 0.1
+    MIN_DELAY_S = 0.1
 
 
-class FastCircuitBreaker(Breaker):
+class FastCircuitBreaker(CircuitBreaker):
     """Does not pause for long."""
 
     FIRST_PAUSE_S = 0.05
-    LONGEST_PAUSE_S = 0.2
+    MAX_PAUSE_S = 0.2
 
 
 @dataclass
 class RequestLog:
     """What was seen of the requests."""
 
-    execution: Execution
+    run_state: RunState
     posts: int = 0
-    on_the_wire: int = 0
-    most_on_the_wire: int = 0
-    most_at_the_api: int = 0
+    posts_in_flight: int = 0
+    max_posts_in_flight: int = 0
+    max_open_tasks: int = 0
     #: No POST leaves before so many have been on the wire at once.
     together: int = 0
-    asked: list[str] = field(default_factory=list)
+    polled_task_ids: list[str] = field(default_factory=list)
 
 
 class RecordingClient(Client):
     """The real client; every request is seen."""
 
-    watch: RequestLog
+    request_log: RequestLog
 
     async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
         """Count the POSTs, and those on the wire."""
-        log = self.watch
+        log = self.request_log
         log.posts += 1
-        log.on_the_wire += 1
-        log.most_on_the_wire = max(log.most_on_the_wire, log.on_the_wire)
-        open_tasks = log.execution.on_the_wire + log.execution.in_flight
-        log.most_at_the_api = max(log.most_at_the_api, open_tasks)
+        log.posts_in_flight += 1
+        log.max_posts_in_flight = max(log.max_posts_in_flight, log.posts_in_flight)
+        open_tasks = log.run_state.posts_in_flight + log.run_state.open_tasks
+        log.max_open_tasks = max(log.max_open_tasks, open_tasks)
         try:
-            await wait_until(lambda: log.most_on_the_wire >= log.together)
-            return await super().run(waterfall, body, rows)
+            await wait_until(lambda: log.max_posts_in_flight >= log.together)
+            return await super().submit(waterfall, body, rows)
         finally:
-            log.on_the_wire -= 1
+            log.posts_in_flight -= 1
 
     async def task(self, task_id: str, *, fresh: bool = False) -> TaskReply:
         """Remember who was asked, in order."""
-        self.watch.asked.append(task_id)
-        return await super().task(task_id, fresh=fresh)
+        self.request_log.polled_task_ids.append(task_id)
+        return await super().poll_task(task_id, new_connection=fresh)
 
 
 @dataclass
@@ -86,17 +86,17 @@ class LoopHarness:
     """One execution at work."""
 
     api: SandboxApi
-    books: CommittingLedger
-    execution: Execution
-    journal: Journal
+    ledger: CommittingLedger
+    run_state: RunState
+    writer: LedgerWriter
     client: Client
-    watch: RequestLog
+    request_log: RequestLog
 
-    def poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
+    def make_poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
         """Make a poller that looks for an e-mail."""
-        return Poller(self.execution, self.journal, self.client, ("email",), max_attempts, patience_s)
+        return Poller(self.run_state, self.writer, self.client, ("email",), max_attempts, patience_s)
 
-    def dispatcher(
+    def make_dispatcher(
         self,
         poller: Poller,
         limit: int | None = None,
@@ -107,7 +107,7 @@ class LoopHarness:
         """Make a dispatcher that hands its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
         return Dispatcher(
-            self.execution, self.journal, self.client, call, budget, BINDING, poller.add, limit, bulk=bulk
+            self.run_state, self.writer, self.client, call, budget, BINDING, poller.add_task, limit, bulk_size=bulk
         )
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
@@ -115,35 +115,35 @@ class LoopHarness:
         try:
             await dispatcher.run()
         finally:
-            poller.no_more = True
-            self.execution.notify()
+            poller.no_new_tasks = True
+            self.run_state.notify_change()
 
-    async def work(self, poller: Poller | None = None, **dispatching: Any) -> None:
+    async def run_loops(self, poller: Poller | None = None, **dispatching: Any) -> None:
         """Submit and poll side by side to the end, as the pipeline does."""
-        poller = poller or self.poller()
-        dispatcher = self.dispatcher(poller, **dispatching)
-        await self.execution.until_leaving(self.dispatch(dispatcher, poller), poller.run())
+        poller = poller or self.make_poller()
+        dispatcher = self.make_dispatcher(poller, **dispatching)
+        await self.run_state.run_until_abort(self.dispatch(dispatcher, poller), poller.run())
 
-    async def rescue(self, poller: Poller) -> None:
+    async def poll_once(self, poller: Poller) -> None:
         """Ask once for what earlier executions left at the API."""
-        poller.last_round = True
-        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=False)
-        await self.execution.until_leaving(poller.run())
+        poller.poll_once_more = True
+        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=False)
+        await self.run_state.run_until_abort(poller.run())
 
-    def left_behind(self, *tasks: tuple[str, float], alive: bool = False) -> None:
+    def add_open_tasks(self, *tasks: tuple[str, float], acknowledged: bool = False) -> None:
         """Put tasks of an earlier execution into the ledger: their ids, and how old they are in seconds."""
         for task_id, age_s in tasks:
-            claim = self.books.claim()
-            at = self.execution.clock.now_ms() - int(age_s * 1000)
-            self.books.do(Ledger.accepted, [(claim.attempt_id, task_id, at)], BINDING)
-            if alive:
-                self.books.do(Ledger.alive, [claim.attempt_id])
+            claim = self.ledger.claim()
+            at = self.run_state.clock.now_ms() - int(age_s * 1000)
+            self.ledger.commit(Ledger.record_accepted, [(claim.attempt_id, task_id, at)], BINDING)
+            if acknowledged:
+                self.ledger.commit(Ledger.mark_acknowledged, [claim.attempt_id])
 
-    async def adopt(self, poller: Poller, *, asked_before: bool = False) -> None:
+    async def poll_open_tasks(self, poller: Poller, *, asked_before: bool = False) -> None:
         """Poll to the end what earlier executions left at the API."""
-        poller.adopt(await self.journal.do(Ledger.tasks), asked_before=asked_before)
-        poller.no_more = True
-        await self.execution.until_leaving(poller.run())
+        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=asked_before)
+        poller.no_new_tasks = True
+        await self.run_state.run_until_abort(poller.run())
 
 
 async def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -162,30 +162,30 @@ async def open_loops(
     cap: int | None = None,
     in_flight: int = 200,
     rate: float | None = 1000.0,
-    timing: Timing = SHORT_TIMEOUTS,
+    timing: Timeouts = SHORT_TIMEOUTS,
     clock: Clock | None = None,
 ) -> AsyncIterator[LoopHarness]:
     """Open a ledger, start an execution that wants these leads, and connect to the API."""
     ledger = CommittingLedger.open(path)
     clock = clock or SystemClock()
     ledger.now = clock.now_ms()
-    ledger.start(cap)
+    ledger.start_execution(cap)
     ledger.enroll(leads)
-    execution = Execution(
+    execution = RunState(
         ledger.execution,
         clock,
-        Pace(rate),
+        AdaptiveRateLimiter(rate),
         timing,
-        in_flight_limit=in_flight,
-        breaker=FastCircuitBreaker(),
-        poll_times=FastPollSchedule(),
+        max_open_tasks=in_flight,
+        circuit_breaker=FastCircuitBreaker(),
+        poll_schedule=FastPollSchedule(),
     )
     if rate is not None:
-        execution.pace.rate = rate  # not felt for, as is right for a real API
-    client = RecordingClient(api.access, clock, post_s=timing.post_s, get_s=timing.get_s)
-    client.watch = RequestLog(execution)
+        execution.rate_limiter.rate = rate  # not felt for, as is right for a real API
+    client = RecordingClient(api.access, clock, post_timeout_s=timing.post_s, get_timeout_s=timing.get_s)
+    client.request_log = RequestLog(execution)
     try:
-        async with client, Journal(ledger.ledger) as writer:
-            yield LoopHarness(api, ledger, execution, writer, client, client.watch)
+        async with client, LedgerWriter(ledger.wrapped) as writer:
+            yield LoopHarness(api, ledger, execution, writer, client, client.request_log)
     finally:
-        ledger.ledger.close()
+        ledger.wrapped.close()

@@ -25,19 +25,19 @@ class ProxyFaultKind(StrEnum):
     #: It comes once more on the same connection after `after_s`; with 0 in the same breath.
     REPEAT = "repeat"
     #: An answer with `status` follows on the idle connection after `after_s`.
-    UNASKED = "unasked"
+    UNSOLICITED = "unasked"
     #: It goes to another request of the same kind that waits, and that one's answer comes here.
     SWAP = "swap"
     #: A POST gets the answer of an earlier POST whose task was polled since; a GET the finished task of another.
-    ANOTHER = "another"
+    OTHER_TASK = "another"
     #: A POST gets the answer of the first POST, once that one's task was polled.
-    FIRST = "first"
+    FIRST_AFTER_POLL = "first"
     #: A POST gets the answer of the first POST, as soon as there is one: nothing shows whose it is.
-    SHARED = "shared"
+    FIRST_AT_ONCE = "shared"
     #: It is the answer of a task that exists nowhere: a new id, or `task_id`.
-    NOWHERE = "nowhere"
+    UNKNOWN_TASK = "nowhere"
     #: Half of it comes, then the connection ends.
-    CUT = "cut"
+    TRUNCATED = "cut"
     #: It comes with `status`.
     STATUS = "status"
     #: It comes with `body`.
@@ -48,7 +48,7 @@ class ProxyFaultKind(StrEnum):
 class ProxyFault:
     """What happens to one answer, and how."""
 
-    act: ProxyFaultKind
+    kind: ProxyFaultKind
     after_s: float = 0.03
     status: int = 408
     task_id: str = ""
@@ -137,25 +137,25 @@ class FaultyProxy:
     """A proxy that was started. `happened` counts the tricks that were played."""
 
     base_url: str = ""
-    happened: Counter[str] = field(default_factory=Counter)
-    choose: ChooseFault = lambda _: None
+    fault_counts: Counter[str] = field(default_factory=Counter)
+    choose_fault: ChooseFault = lambda _: None
     _upstream: tuple[str, int] = ("", 0)
-    _numbers: Counter[str] = field(default_factory=Counter)
+    _counts: Counter[str] = field(default_factory=Counter)
     _connections: int = 0
     #: Answers to POSTs by their task id, in order; those whose task was polled.
     _accepted: dict[str, _Message] = field(default_factory=dict)
     _polled: list[str] = field(default_factory=list)
     #: The first POST was answered; its task was polled.
-    _begun: asyncio.Event = field(default_factory=asyncio.Event)
-    _known: asyncio.Event = field(default_factory=asyncio.Event)
+    _first_post_answered: asyncio.Event = field(default_factory=asyncio.Event)
+    _first_task_polled: asyncio.Event = field(default_factory=asyncio.Event)
     #: Answers of finished tasks.
     _finished: dict[str, _Message] = field(default_factory=dict)
     #: Who waits to be swapped, by kind.
     _waiting: dict[str, tuple[_Message, asyncio.Future[_Message]]] = field(default_factory=dict)
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Play no more tricks."""
-        self.choose = lambda _: None
+        self.choose_fault = lambda _: None
 
     async def serve(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass on one connection, until either side has closed it."""
@@ -167,7 +167,7 @@ class FaultyProxy:
         finally:
             writer.close()
 
-    def exchange(self, connection: int, method: str, path: str, body: bytes) -> Exchange | None:
+    def number_request(self, connection: int, method: str, path: str, body: bytes) -> Exchange | None:
         """Number a request; None for one that is left alone."""
         bare = path.partition("?")[0]
         if method == "POST":
@@ -176,58 +176,60 @@ class FaultyProxy:
             kind = "GET" if _TASK.search(bare) else "OTHER" if _OTHER.search(bare) else ""
         if not kind:
             return None
-        self._numbers[kind] += 1
+        self._counts[kind] += 1
         params = _Message(b"", body).json().get("params")
         lead = params if isinstance(params, dict) else {}
-        made = Exchange(kind, self._numbers[kind], connection, path, lead)
+        made = Exchange(kind, self._counts[kind], connection, path, lead)
         if made.is_poll and made.task_id in self._accepted and made.task_id not in self._polled:
             self._polled.append(made.task_id)
             if made.task_id == next(iter(self._accepted)):
-                self._known.set()
+                self._first_task_polled.set()
         return made
 
-    def remember(self, exchange: Exchange, answer: _Message) -> None:
+    def store_answer(self, exchange: Exchange, answer: _Message) -> None:
         """Keep what may be delivered to another."""
         if answer.status >= 300:
             return
         read = answer.json()
         if exchange.is_post:
             self._accepted.setdefault(str(read.get("task_id")), answer)
-            self._begun.set()
+            self._first_post_answered.set()
         elif exchange.is_poll and read.get("status") in ("completed", "success") and read.get("data"):
             self._finished[exchange.task_id] = answer
 
-    async def replaced(self, trick: ProxyFault, exchange: Exchange, answer: _Message) -> _Message:
+    async def substitute(self, fault: ProxyFault, exchange: Exchange, answer: _Message) -> _Message:
         """Give what is delivered in the place of an answer."""
-        if trick.act is ProxyFaultKind.STATUS:
-            return answer.with_status(trick.status) if answer.status < 300 else answer
-        if trick.act is ProxyFaultKind.BODY:
-            return _message(200, trick.body)
-        if trick.act is ProxyFaultKind.NOWHERE:
-            task_id = trick.task_id or str(uuid4())
+        if fault.kind is ProxyFaultKind.STATUS:
+            return answer.with_status(fault.status) if answer.status < 300 else answer
+        if fault.kind is ProxyFaultKind.BODY:
+            return _message(200, fault.body)
+        if fault.kind is ProxyFaultKind.UNKNOWN_TASK:
+            task_id = fault.task_id or str(uuid4())
             ids = {"task_id": task_id, "request_id": task_id}
             if exchange.is_post:
                 return answer.with_json(**ids) if answer.status < 300 else answer
             unknown_task = {"status": "completed", "data": [_UNKNOWN_RESULT], "error": None, "credits_spent": 1.0}
             return _message(200, json.dumps(ids | unknown_task).encode())
-        if trick.act is ProxyFaultKind.SWAP:
-            return await self._swapped(exchange, answer)
-        if trick.act in (ProxyFaultKind.FIRST, ProxyFaultKind.SHARED) and exchange.is_post:
-            ready = self._known if trick.act is ProxyFaultKind.FIRST else self._begun
+        if fault.kind is ProxyFaultKind.SWAP:
+            return await self._swap(exchange, answer)
+        if fault.kind in (ProxyFaultKind.FIRST_AFTER_POLL, ProxyFaultKind.FIRST_AT_ONCE) and exchange.is_post:
+            ready = (
+                self._first_task_polled if fault.kind is ProxyFaultKind.FIRST_AFTER_POLL else self._first_post_answered
+            )
             with suppress(TimeoutError):
                 await asyncio.wait_for(ready.wait(), FIRST_POST_WAIT_S)
             return next(iter(self._accepted.values()), answer)
-        if trick.act is ProxyFaultKind.ANOTHER:
-            return self._another(exchange) or answer
+        if fault.kind is ProxyFaultKind.OTHER_TASK:
+            return self._other_answer(exchange) or answer
         return answer
 
-    def _another(self, exchange: Exchange) -> _Message | None:
+    def _other_answer(self, exchange: Exchange) -> _Message | None:
         if exchange.is_post:
             return self._accepted[self._polled[-1]] if self._polled else None
         others = [task_id for task_id in self._finished if task_id != exchange.task_id]
         return self._finished[others[-1]] if others else None
 
-    async def _swapped(self, exchange: Exchange, answer: _Message) -> _Message:
+    async def _swap(self, exchange: Exchange, answer: _Message) -> _Message:
         partner = self._waiting.pop(exchange.kind, None)
         if partner and not partner[1].done():
             partner[1].set_result(answer)
@@ -252,31 +254,31 @@ class _Session:
         self._number = number
         self._client = client
         self._writer = writer
-        self._late: set[asyncio.Task[None]] = set()
+        self._delayed_writes: set[asyncio.Task[None]] = set()
 
     async def run(self, upstream: tuple[str, int]) -> None:
         """Pass requests and answers on."""
         reader, writer = await asyncio.open_connection(*upstream)
         requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]] = asyncio.Queue()
-        answering = asyncio.create_task(self._answer(requests, reader, writer))
-        asking = asyncio.create_task(self._ask(requests))
+        answering = asyncio.create_task(self._forward_answers(requests, reader, writer))
+        asking = asyncio.create_task(self._read_requests(requests))
         try:
             await asyncio.wait({answering, asking}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (answering, asking, *self._late):
+            for task in (answering, asking, *self._delayed_writes):
                 task.cancel()
             writer.close()
             self._writer.close()
-            await asyncio.gather(answering, asking, *self._late, return_exceptions=True)
+            await asyncio.gather(answering, asking, *self._delayed_writes, return_exceptions=True)
 
-    async def _ask(self, requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]]) -> None:
+    async def _read_requests(self, requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]]) -> None:
         while True:
             head = await self._client.readuntil(b"\r\n\r\n")
             body = await _body(head, self._client, answer=False)
             method, path, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
-            requests.put_nowait((self._proxy.exchange(self._number, method, path, body), head, body))
+            requests.put_nowait((self._proxy.number_request(self._number, method, path, body), head, body))
 
-    async def _answer(
+    async def _forward_answers(
         self,
         requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]],
         reader: asyncio.StreamReader,
@@ -298,27 +300,27 @@ class _Session:
     async def _deliver(self, exchange: Exchange, answer: _Message) -> bool:
         """Play a trick with an answer; tell whether it was delivered."""
         proxy = self._proxy
-        proxy.remember(exchange, answer)
-        fault = proxy.choose(exchange)
+        proxy.store_answer(exchange, answer)
+        fault = proxy.choose_fault(exchange)
         if fault is None:
             return False
-        delivered = await proxy.replaced(fault, exchange, answer)
-        keeps_answer = fault.act in (ProxyFaultKind.REPEAT, ProxyFaultKind.UNASKED, ProxyFaultKind.CUT)
+        delivered = await proxy.substitute(fault, exchange, answer)
+        keeps_answer = fault.kind in (ProxyFaultKind.REPEAT, ProxyFaultKind.UNSOLICITED, ProxyFaultKind.TRUNCATED)
         if not keeps_answer and delivered is answer:  # there was nothing to deliver instead
             return False
-        proxy.happened[f"{exchange.kind} {fault.act}"] += 1
-        if fault.act is ProxyFaultKind.CUT:
+        proxy.fault_counts[f"{exchange.kind} {fault.kind}"] += 1
+        if fault.kind is ProxyFaultKind.TRUNCATED:
             self._writer.write(answer.data[: len(answer.data) // 2])
             await self._writer.drain()
             raise EOFError
         self._writer.write(delivered.data)
-        if fault.act is ProxyFaultKind.REPEAT:
-            self._later(answer.data, fault.after_s)
-        elif fault.act is ProxyFaultKind.UNASKED:
-            self._later(_message(fault.status, b'{"detail":"Unasked"}').data, fault.after_s)
+        if fault.kind is ProxyFaultKind.REPEAT:
+            self._write_later(answer.data, fault.after_s)
+        elif fault.kind is ProxyFaultKind.UNSOLICITED:
+            self._write_later(_message(fault.status, b'{"detail":"Unasked"}').data, fault.after_s)
         return True
 
-    def _later(self, data: bytes, seconds: float) -> None:
+    def _write_later(self, data: bytes, seconds: float) -> None:
         if not seconds:
             self._writer.write(data)
             return
@@ -328,7 +330,7 @@ class _Session:
             if not self._writer.is_closing():
                 self._writer.write(data)
 
-        self._late.add(asyncio.create_task(write()))
+        self._delayed_writes.add(asyncio.create_task(write()))
 
     def _reset(self) -> None:
         """Break off as the API did."""
@@ -361,7 +363,7 @@ async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> b
 def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> Iterator[FaultyProxy]:
     """Stand before the API at a base URL until the block ends; `choose` is asked about every request that it sees."""
     parts = urlsplit(base_url)
-    ready, proxy = Event(), FaultyProxy(choose=choose_fault)
+    ready, proxy = Event(), FaultyProxy(choose_fault=choose_fault)
     loop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def serve() -> None:
@@ -412,7 +414,7 @@ def random_faults(probabilities: Mapping[ProxyFaultKind, tuple[float, float]], s
         for act, (post, get) in probabilities.items():
             if rng.random() < (post if exchange.is_post else get):
                 fault = ProxyFault(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
-                if act is ProxyFaultKind.UNASKED:
+                if act is ProxyFaultKind.UNSOLICITED:
                     return replace(fault, status=rng.choice((408, 429, 503)))
                 return replace(fault, status=rng.choice((201, 202, 203)))
         return None

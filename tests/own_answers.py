@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from enrich.sandbox import SandboxSettings
-from enrich.sandbox.answers import answer
+from enrich.sandbox.answers import make_answer
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.people import Draw, fields
-from enrich.sandbox.questions import Question, cascade
+from enrich.sandbox.people import SeededRandom, invent_fields
+from enrich.sandbox.questions import Lookup, make_cascade
 
 #: What counts as an answer; nothing expires here: `expired` would be a loss.
 ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
@@ -50,8 +50,8 @@ def misassigned_rows(
 
 def _expected_answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
     """Tell the status and the email that the sandbox has for a run of its audit."""
-    asked = cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
-    template = Question(asked, run["params"])
-    draw = Draw(settings.seed, template.person)
-    outcome = answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
-    return _STATUS_BY_OUTCOME[outcome], fields(run["waterfall"], run["params"], draw)["email"]
+    asked = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
+    template = Lookup(asked, run["params"])
+    draw = SeededRandom(settings.seed, template.subject)
+    outcome = make_answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
+    return _STATUS_BY_OUTCOME[outcome], invent_fields(run["waterfall"], run["params"], draw)["email"]

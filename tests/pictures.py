@@ -28,7 +28,7 @@ def main() -> None:
         for page, (name, scheme, from_id, until_id) in zip(pages, SCREENSHOTS, strict=True):
             browser.open(page, WIDTH, scheme)
             browser.evaluate(f"document.body.innerHTML = document.body.innerHTML.replaceAll('{folder}', '/srv')")
-            (ROOT / "docs" / f"{name}.png").write_bytes(browser.picture(from_id, until_id))
+            (ROOT / "docs" / f"{name}.png").write_bytes(browser.screenshot(from_id, until_id))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class PostgresServer:
         """The variable that lets a program in."""
         return {"PGPASSWORD": self.password}
 
-    def url(self, schema: str | None = None, user: str = "enrich") -> str:
+    def ledger_url(self, schema: str | None = None, user: str = "enrich") -> str:
         """Say where a ledger is, in a schema of its own; it need not exist and is dropped after the test."""
         self.schemas.append(schema or f"t_{secrets.token_hex(6)}")
         return f"postgresql://{user}@127.0.0.1:{self.port}/enrich?schema={self.schemas[-1]}"
@@ -113,15 +113,15 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self._control("start", "--log", str(self.folder / "log"))
+        self._pg_ctl("start", "--log", str(self.folder / "log"))
 
-    def stop(self, how: Literal["fast", "immediate"] = "fast") -> None:
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """Stop it: in order, or as if it had crashed."""
-        self._control("stop", "--mode", how)
+        self._pg_ctl("stop", "--mode", mode)
 
-    def restart(self, how: Literal["fast", "immediate"] = "fast") -> None:
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """Stop it and start it again; all connections are lost."""
-        self._control("restart", "--mode", how, "--log", str(self.folder / "log"))
+        self._pg_ctl("restart", "--mode", mode, "--log", str(self.folder / "log"))
 
     def drop_schemas(self) -> None:
         """Forget what `url` was asked for, with the ledgers of the sandbox beside it."""
@@ -132,10 +132,10 @@ class PostgresServer:
                 db.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(name)))
         self.schemas.clear()
 
-    def _control(self, *words: str) -> None:
-        self._call("pg_ctl", *words, "--silent", "--wait", "--pgdata", str(self.folder / "data"))
+    def _pg_ctl(self, *words: str) -> None:
+        self._run("pg_ctl", *words, "--silent", "--wait", "--pgdata", str(self.folder / "data"))
 
-    def _call(self, program: str, *words: str) -> None:
+    def _run(self, program: str, *words: str) -> None:
         with (self.folder / "calls").open("a+") as log:
             result = subprocess.run(
                 [self.binaries / program, *words],
@@ -156,7 +156,7 @@ class PostgresServer:
         secret.write_text(self.password)
         secret.chmod(0o644)
         data = self.folder / "data"
-        self._call(
+        self._run(
             "initdb",
             *("--pgdata", str(data), "--username", "postgres", "--auth", "scram-sha-256", "--pwfile", str(secret)),
             *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
@@ -203,11 +203,11 @@ class ServerLifetime:
     def __init__(self) -> None:
         self.folder = make_folder()
         os.mkfifo(self.folder / "life")
-        self._held = os.open(self.folder / "life", os.O_RDWR)  # to write only would wait for a reader
+        self._pipe = os.open(self.folder / "life", os.O_RDWR)  # to write only would wait for a reader
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End it; a server that was started ends by itself and clears up."""
-        os.close(self._held)
+        os.close(self._pipe)
         if not (self.folder / "data").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -233,7 +233,7 @@ def dedicated_server(**settings: str) -> Iterator[PostgresServer]:
             server = create_server(lifetime.folder, lifetime_pipe.fileno(), **settings)
         yield server
     finally:
-        lifetime.end()
+        lifetime.close()
 
 
 if __name__ == "__main__":

@@ -9,30 +9,30 @@ from html import escape
 from typing import Any
 
 from enrich.report.facts import (
-    Age,
     Anomaly,
-    Bar,
+    AnswerAge,
+    ComparedSide,
     Comparison,
-    Groups,
-    Hits,
-    Latencies,
-    Night,
-    Provider,
+    GroupedHits,
+    HistogramBar,
+    HitCounts,
+    LatencyHistogram,
+    OutputRows,
     Report,
-    Rows,
-    Side,
+    ReportedProvider,
+    ReportedRun,
+    ReportedWaterfall,
     Traffic,
-    Waterfall,
 )
-from enrich.watch.outcome import Need
+from enrich.watch.outcome import RequiredAction
 from tests.harness import Workspace
 
 FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
-def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> Provider:
+def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
     """Make a provider that passes on what it does not find."""
-    return Provider(
+    return ReportedProvider(
         name=name,
         verifies=False,
         asked=asked,
@@ -45,12 +45,12 @@ def make_provider(name: str, asked: int, found: int, spent: float, inferred: int
     )
 
 
-def make_verifier(name: str, asked: int, spent: float) -> Provider:
+def make_verifier(name: str, asked: int, spent: float) -> ReportedProvider:
     """Make a verifier."""
     return replace(make_provider(name, asked, 0, spent), verifies=True, passed_on=0)
 
 
-def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> Night:
+def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> ReportedRun:
     """Make a night, one a day."""
     start = FIRST_RUN_AT + timedelta(days=number - 1)
     values: dict[str, object] = {
@@ -75,7 +75,7 @@ def run_totals(number: int, found: int, not_found: int, spent: float, **more: ob
         "elapsed_s": 2843.2,
         **more,
     }
-    return Night(**values)  # type: ignore[arg-type]
+    return ReportedRun(**values)  # type: ignore[arg-type]
 
 
 def typical_report() -> Report:
@@ -105,7 +105,7 @@ def typical_report() -> Report:
         ledger="jobs/.enrich/leads.db",
         input="sample_data/leads.csv",
         output="out/leads_enriched.csv",
-        waterfall=Waterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999),
+        waterfall=ReportedWaterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999),
         nights=runs,
         rows=1301,
         statuses={
@@ -123,28 +123,28 @@ def typical_report() -> Report:
         credits_unknown=3,
         planned={"min": 96.0, "likely": 142.5, "max": 310.0},
         columns=[
-            Hits("work_email", 1301, 1163, 735),
-            Hits("email_status", 1301, 1163, 731),
-            Hits("mobile_phone", 1301, 1163, 204),
+            HitCounts("work_email", 1301, 1163, 735),
+            HitCounts("email_status", 1301, 1163, 731),
+            HitCounts("mobile_phone", 1301, 1163, 204),
         ],
         groups=[
-            Groups(
+            GroupedHits(
                 "Country",
                 [
-                    Hits("DE", 402, 371, 271),
-                    Hits("US", 390, 344, 240),
-                    Hits("France", 188, 171, 95),
-                    Hits("United Kingdom of Great Britain", 120, 104, 61),
-                    Hits("日本", 80, 72, 21),
-                    Hits("", 64, 51, 20),
-                    Hits("others", 57, 50, 27),
+                    HitCounts("DE", 402, 371, 271),
+                    HitCounts("US", 390, 344, 240),
+                    HitCounts("France", 188, 171, 95),
+                    HitCounts("United Kingdom of Great Britain", 120, 104, 61),
+                    HitCounts("日本", 80, 72, 21),
+                    HitCounts("", 64, 51, 20),
+                    HitCounts("others", 57, 50, 27),
                 ],
                 9,
             )
         ],
-        latencies=Latencies(
+        latencies=LatencyHistogram(
             [
-                Bar(4.0 * place, 4.0 * place + 4, tasks)
+                HistogramBar(4.0 * place, 4.0 * place + 4, tasks)
                 for place, tasks in enumerate([21, 190, 310, 222, 140, 96, 70, 44, 31, 19, 12, 8, 5, 3, 0, 1])
             ],
             1172,
@@ -161,21 +161,21 @@ def typical_report() -> Report:
             [0, 0, 5, 0, 2, 4, 0, 0, 0, 0, 0, 1],
         ),
         ages=[
-            Age("under a day", 52, 63),
-            Age("1 to 7 days", 394, 237),
-            Age("7 to 30 days", 289, 128),
-            Age("over 30 days", 0, 0),
+            AnswerAge("under a day", 52, 63),
+            AnswerAge("1 to 7 days", 394, 237),
+            AnswerAge("7 to 30 days", 289, 128),
+            AnswerAge("over 30 days", 0, 0),
         ],
         anomalies=[
             Anomaly("hit_rate", "The hit rate fell to 45.2%; in the five nights before it was 57.0%."),
             Anomaly("cost_per_hit", "A hit cost 3.30 credits; in the five nights before 1.57."),
         ],
         needs=[
-            Need(
+            RequiredAction(
                 "3 requests are in doubt: each may have been charged, and every run ends with 14 until you decide.",
                 ("enrich reconcile jobs/leads.yaml",),
             ),
-            Need("The balance is enough for about 40 nights like this.", ()),
+            RequiredAction("The balance is enough for about 40 nights like this.", ()),
         ],
         notes=["Prices of Peoplegrid changed on 12 Nov: 2.00 credits, was 1.50."],
     )
@@ -183,8 +183,8 @@ def typical_report() -> Report:
 
 def with_comparison(report: Report) -> Report:
     """Add another order of the providers beside it."""
-    left = Side("jobs/leads.yaml", ["Mailhound", "Peoplegrid", "Profilewell"], 1180, 735, 428, 1261.6, 1.7165)
-    right = Side("jobs/cheap-first.yaml", ["Profilewell", "Peoplegrid"], 410, 231, 170, 371.0, 1.606)
+    left = ComparedSide("jobs/leads.yaml", ["Mailhound", "Peoplegrid", "Profilewell"], 1180, 735, 428, 1261.6, 1.7165)
+    right = ComparedSide("jobs/cheap-first.yaml", ["Profilewell", "Peoplegrid"], 410, 231, 170, 371.0, 1.606)
     return replace(
         report,
         comparison=Comparison(
@@ -208,7 +208,8 @@ def with_rows(report: Report) -> Report:
     """Add rows, as `--with-rows` does."""
     cells = [("Ada", "Example", "northwind.example", "ada@northwind.example", "found", "Mailhound")] * 3
     return replace(
-        report, leads=Rows(("First Name", "Last Name", "Website", "work_email", "enrich_status", "by"), cells, 1298)
+        report,
+        leads=OutputRows(("First Name", "Last Name", "Website", "work_email", "enrich_status", "by"), cells, 1298),
     )
 
 
@@ -217,7 +218,7 @@ def empty_report() -> Report:
     typical = typical_report()
     return replace(
         typical,
-        waterfall=Waterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
+        waterfall=ReportedWaterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
         nights=(),
         rows=None,
         statuses={},
@@ -259,7 +260,7 @@ def hostile_report() -> Report:
     report = full_report()
     first = HOSTILE_TEXTS[1]
     providers = [make_provider(name, 1000 - 100 * place, 90, 90.0) for place, name in enumerate(HOSTILE_TEXTS)]
-    hits = [Hits(name, 900, 800, 100 * place) for place, name in enumerate(HOSTILE_TEXTS)]
+    hits = [HitCounts(name, 900, 800, 100 * place) for place, name in enumerate(HOSTILE_TEXTS)]
     side = (
         replace(report.comparison.left, label=HOSTILE_TEXTS[2], providers=HOSTILE_TEXTS) if report.comparison else None
     )
@@ -270,19 +271,21 @@ def hostile_report() -> Report:
         ledger=HOSTILE_TEXTS[2],
         input=first,
         output=HOSTILE_TEXTS[3],
-        waterfall=Waterfall(HOSTILE_TEXTS[2], [*providers, make_verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0),
+        waterfall=ReportedWaterfall(
+            HOSTILE_TEXTS[2], [*providers, make_verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0
+        ),
         nights=[replace(each, outcome=first, started_at=HOSTILE_TEXTS[6]) for each in report.nights],
         statuses={**report.statuses, HOSTILE_TEXTS[2]: 4, first: 2},
         columns=hits,
-        groups=[Groups(name, hits) for name in HOSTILE_TEXTS[:3]],
-        ages=[Age(name, 3, 4) for name in HOSTILE_TEXTS],
+        groups=[GroupedHits(name, hits) for name in HOSTILE_TEXTS[:3]],
+        ages=[AnswerAge(name, 3, 4) for name in HOSTILE_TEXTS],
         anomalies=[Anomaly(name, name) for name in HOSTILE_TEXTS],
-        needs=[Need(name, (name,)) for name in HOSTILE_TEXTS],
+        needs=[RequiredAction(name, (name,)) for name in HOSTILE_TEXTS],
         notes=HOSTILE_TEXTS,
         comparison=replace(report.comparison, left=side, right=side, verdict=HOSTILE_TEXTS[2])
         if report.comparison and side
         else None,
-        leads=Rows(HOSTILE_TEXTS, [HOSTILE_TEXTS] * 5, 0),
+        leads=OutputRows(HOSTILE_TEXTS, [HOSTILE_TEXTS] * 5, 0),
     )
 
 
@@ -295,12 +298,14 @@ def large_report() -> Report:
     runs = [run_totals(number, 3000 + number * 7 % 900, 2000, 6000.25, rows=1_000_000) for number in range(1, 401)]
     return replace(
         typical_report(),
-        waterfall=Waterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
+        waterfall=ReportedWaterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
         nights=runs,
         rows=1_000_000,
         statuses={"found": 840_000, "not_found": 159_999, "in_doubt": 1},
-        groups=[Groups("Country", [Hits(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
-        latencies=Latencies([Bar(place * 600.0, place * 600.0 + 600, 90_000) for place in range(40)], 1, 60, 61, 9e4),
+        groups=[GroupedHits("Country", [HitCounts(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
+        latencies=LatencyHistogram(
+            [HistogramBar(place * 600.0, place * 600.0 + 600, 90_000) for place in range(40)], 1, 60, 61, 9e4
+        ),
         traffic=Traffic(400, 10.0, [500] * 4000, [490] * 4000, [900] * 4000, [0, 1] * 2000),
     )
 
@@ -309,14 +314,14 @@ def no_match_report() -> Report:
     """Make the report of a first night that found nothing, of a single provider."""
     return replace(
         typical_report(),
-        waterfall=Waterfall("email_getter", [make_provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
+        waterfall=ReportedWaterfall("email_getter", [make_provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
         nights=[run_totals(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
         statuses={"not_found": 12},
-        columns=[Hits("work_email", 12, 12, 0)],
-        groups=[Groups("Country", [Hits("DE", 12, 0, 0)])],
+        columns=[HitCounts("work_email", 12, 12, 0)],
+        groups=[GroupedHits("Country", [HitCounts("DE", 12, 0, 0)])],
         planned={"min": None, "likely": None, "max": None},
         traffic=Traffic(1, 5.0, [], [], [], []),
-        latencies=Latencies([Bar(0.0, 0.5, 12)], 12, 0.2, 0.4, 0.5),
+        latencies=LatencyHistogram([HistogramBar(0.0, 0.5, 12)], 12, 0.2, 0.4, 0.5),
         ages=[],
         anomalies=[],
         needs=[],
@@ -332,6 +337,6 @@ def marked_values(page: str, about: str, name: str) -> list[float | None]:
 
 def report_json(workspace: Workspace, *arguments: str, job: str = "job.yaml") -> dict[str, Any]:
     """Return the facts as `--json` prints them."""
-    result = workspace.command("report", job, "--json", *arguments)
-    assert (result.code, result.stderr) == (0, "")
-    return result.receipt
+    result = workspace.run_in_process("report", job, "--json", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.json_output

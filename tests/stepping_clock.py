@@ -51,7 +51,7 @@ def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *option
     return subprocess.Popen(
         [sys.executable, "-m", "tests.stepping_clock", "run", "job.yaml", "--json", *options],
         cwd=workspace.folder,
-        env=workspace.variables(api) | {CLOCK_VARIABLE: str(clock), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=workspace.environment(api) | {CLOCK_VARIABLE: str(clock), "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,

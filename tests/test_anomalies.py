@@ -12,55 +12,62 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.model import Settled, State
+from enrich.model import SettledAttempt, State
 from enrich.report import anomalies as rules
-from enrich.report.anomalies import Nights, Often, anomalies, chance_of_none, z_of_cost, z_of_shares
+from enrich.report.anomalies import (
+    AnswerStats,
+    FrequencyCounter,
+    absence_probability,
+    cost_z_score,
+    find_anomalies,
+    shares_z_score,
+)
 
 PATHS = {"work_email": "email", "city": "office.city"}
 
 
-def match(number: int, paid: int | None = 500_000, status: str = "completed", **fields: Any) -> Settled:
+def match(number: int, paid: int | None = 500_000, status: str = "completed", **fields: Any) -> SettledAttempt:
     """Make a hit; its address is its own unless it is said."""
     result = {"email": f"person{number}@firm.example", "office": {"city": f"city {number}"}} | fields
     return answer(State.FOUND, paid, {"status": status, "data": result})
 
 
-def no_match(paid: int | None = 0) -> Settled:
+def no_match(paid: int | None = 0) -> SettledAttempt:
     """Make a clean miss."""
     return answer(State.NOT_FOUND, paid, {"status": "completed", "data": None})
 
 
-def failure(paid: int | None = 0) -> Settled:
+def failure(paid: int | None = 0) -> SettledAttempt:
     """Make a failure."""
     return answer(State.FAILED, paid, {"status": "failed", "data": None})
 
 
-def answer(state: State, paid: int | None, task: object) -> Settled:
+def answer(state: State, paid: int | None, task: object) -> SettledAttempt:
     """Make an answer."""
-    return Settled(1, state, "{}", "{}", paid, json.dumps(task), 0)
+    return SettledAttempt(1, state, "{}", "{}", paid, json.dumps(task), 0)
 
 
-def run_statistics(answers: Iterable[Settled]) -> Nights:
+def run_statistics(answers: Iterable[SettledAttempt]) -> AnswerStats:
     """Count the answers of some nights."""
-    made = Nights(PATHS)
+    made = AnswerStats(PATHS)
     for each in answers:
         made.add(each)
     return made
 
 
-def typical_run(hits: int, misses: int = 0, **fields: Any) -> list[Settled]:
+def typical_run(hits: int, misses: int = 0, **fields: Any) -> list[SettledAttempt]:
     """Make a usual night."""
     return [match(number, **fields) for number in range(hits)] + [no_match() for _ in range(misses)]
 
 
-def anomaly_kinds(last: Iterable[Settled], before: Iterable[Settled]) -> list[str]:
+def anomaly_kinds(last: Iterable[SettledAttempt], before: Iterable[SettledAttempt]) -> list[str]:
     """Which rules have something to say."""
-    return [each.kind for each in anomalies(run_statistics(last), run_statistics(before))]
+    return [each.kind for each in find_anomalies(run_statistics(last), run_statistics(before))]
 
 
-def anomaly_text(last: Iterable[Settled], before: Iterable[Settled]) -> str:
+def anomaly_text(last: Iterable[SettledAttempt], before: Iterable[SettledAttempt]) -> str:
     """What the one rule says that says something."""
-    (message,) = anomalies(run_statistics(last), run_statistics(before))
+    (message,) = find_anomalies(run_statistics(last), run_statistics(before))
     return message.text
 
 
@@ -79,8 +86,8 @@ def test_hit_rate_drop() -> None:
     assert anomaly_kinds(typical_run(70, 30), typical_run(300, 200)) == []  # better is fine
     assert anomaly_kinds(typical_run(0, 19), typical_run(300, 200)) == []  # too few
     assert anomaly_kinds(typical_run(52, 48), typical_run(300, 200)) == []  # chance
-    large = Nights(PATHS, found=57_000, not_found=43_000), Nights(PATHS, found=60_000, not_found=40_000)
-    assert anomalies(*large) == []  # sure, but small
+    large = AnswerStats(PATHS, found=57_000, not_found=43_000), AnswerStats(PATHS, found=60_000, not_found=40_000)
+    assert find_anomalies(*large) == []  # sure, but small
 
 
 def test_failure_rate_rise() -> None:
@@ -134,14 +141,16 @@ def test_naturally_repeated_values() -> None:
     """A city that half of the leads share every night."""
     night = [*typical_run(50), *typical_run(50, office={"city": "Berlin"})]
     before = [*typical_run(250), *typical_run(250, office={"city": "Berlin"})]
-    assert [each.text for each in anomalies(run_statistics(night), run_statistics(before)) if "city" in each.text] == []
+    assert [
+        each.text for each in find_anomalies(run_statistics(night), run_statistics(before)) if "city" in each.text
+    ] == []
 
 
 def test_result_fields_change() -> None:
     """Fields that are gone and fields that are new, nested ones by their paths and lists by `*`."""
     old = typical_run(60, phones=[{"type": "work"}])
     new = typical_run(60, phones=[{"kind": "work"}])
-    assert [each.text for each in anomalies(run_statistics(new), run_statistics(old))] == [
+    assert [each.text for each in find_anomalies(run_statistics(new), run_statistics(old))] == [
         "no answer has `phones.*.type` any more",
         "answers have `phones.*.kind`, which was never there before",
     ]
@@ -178,7 +187,7 @@ def test_few_false_alarms_in_simulation() -> None:
     """A thousand weeks of equal rates, prices and fields: a false alarm in a few of them at most."""
     chance = random.Random(6)
 
-    def night(size: int) -> list[Settled]:
+    def night(size: int) -> list[SettledAttempt]:
         rate = 0.6
         made = []
         for _ in range(size):
@@ -202,7 +211,7 @@ def test_bad_run_is_detected_in_simulation() -> None:
     """The same simulation with a provider that is down: told in nearly all of a hundred weeks."""
     chance = random.Random(7)
 
-    def night(size: int, rate: float) -> list[Settled]:
+    def night(size: int, rate: float) -> list[SettledAttempt]:
         return [match(number) if chance.random() < rate else no_match() for number in range(size)]
 
     assert sum("hit_rate" in anomaly_kinds(night(120, 0.3), night(400, 0.6)) for _ in range(100)) >= 95
@@ -212,45 +221,45 @@ def test_bad_run_is_detected_in_simulation() -> None:
 @given(st.lists(st.integers(0, 50), max_size=300))
 def test_frequency_sketch_is_exact_for_few_values(values: list[int]) -> None:
     """Few different values are counted one by one."""
-    often = Often()
+    often = FrequencyCounter()
     for value in values:
         often.add(value)
     counts = sorted((values.count(value) for value in set(values)), reverse=True)
 
     assert often.total == len(values)
-    assert often.most() == [*counts, 0, 0][:2]
+    assert often.top_two() == [*counts, 0, 0][:2]
 
 
 @given(st.lists(st.integers(0, 400), max_size=600), st.integers(2, 40))
 def test_frequency_sketch_error_bound(values: list[int], kept: int) -> None:
     """By one in `kept` of all at most, and never too high."""
-    often = Often()
+    often = FrequencyCounter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "KEPT", kept)
+        patch.setattr(rules, "MAX_VALUES", kept)
         for value in values:
             often.add(value)
     most = max((values.count(value) for value in set(values)), default=0)
 
-    assert most - len(values) / kept <= often.most()[0] <= most
+    assert most - len(values) / kept <= often.top_two()[0] <= most
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_hypergeometric_probability_of_zero(there: int, others: int, other: int) -> None:
     """Counted out."""
     of = there + others
-    assert chance_of_none(there, of, other) == pytest.approx(comb(of, there) / comb(of + other, there))
+    assert absence_probability(there, of, other) == pytest.approx(comb(of, there) / comb(of + other, there))
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.data())
 def test_equal_shares_do_not_differ(of: int, times: int, data: st.DataObject) -> None:
     """And which is larger has the sign."""
     count = data.draw(st.integers(0, of))
-    assert z_of_shares(count, of, count * times, of * times) == pytest.approx(0, abs=1e-6)
-    assert z_of_shares(of, of, 0, of) > 0 > z_of_shares(0, of, of, of)
+    assert shares_z_score(count, of, count * times, of * times) == pytest.approx(0, abs=1e-6)
+    assert shares_z_score(of, of, 0, of) > 0 > shares_z_score(0, of, of, of)
 
 
 def test_constant_price_increase_is_certain() -> None:
     """There is no chance in it at all."""
-    dearer = z_of_cost(run_statistics(typical_run(30, paid=700_000)), run_statistics(typical_run(30)))
+    dearer = cost_z_score(run_statistics(typical_run(30, paid=700_000)), run_statistics(typical_run(30)))
     assert dearer == float("inf")
-    assert z_of_cost(run_statistics(typical_run(30)), run_statistics(typical_run(60))) == 0
+    assert cost_z_score(run_statistics(typical_run(30)), run_statistics(typical_run(60))) == 0

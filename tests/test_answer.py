@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.api.answer import Phase, TaskReply, error_text, is_blank, parse_data, phase_of, pick, read_answer
+from enrich.api.answer import TaskPhase, TaskReply, error_text, is_blank, parse_data, read_answer, task_phase, value_at
 from enrich.model import Answer, State
 from tests.cases import in_turn
 
@@ -28,39 +28,39 @@ def wrapper(result: object, *steps: dict[str, Any], by_provider: object = None) 
 
 def parse_answer(**task: Any) -> Answer:
     """Judge a task."""
-    return read_answer(TaskReply(task, json.dumps(task)), phase_of(task), PATHS)
+    return read_answer(TaskReply(task, json.dumps(task)), task_phase(task), PATHS)
 
 
 @in_turn(
     ("status", "phase"),
     [
-        ("created", Phase.RUNNING),
-        ("processing", Phase.RUNNING),
-        ("completed", Phase.COMPLETED),
-        ("success", Phase.COMPLETED),
-        ("partially_completed", Phase.COMPLETED),
-        ("no_data", Phase.NO_DATA),
-        ("failed", Phase.FAILED),
-        ("error", Phase.FAILED),
-        ("cancelled", Phase.FAILED),
-        ("gone", Phase.GONE),
-        ("COMPLETED", Phase.COMPLETED),
-        (" Completed\n", Phase.COMPLETED),
-        ("queued_again", Phase.RUNNING),
-        ("", Phase.RUNNING),
-        (None, Phase.RUNNING),
-        (1, Phase.RUNNING),
-        (["completed"], Phase.RUNNING),
+        ("created", TaskPhase.RUNNING),
+        ("processing", TaskPhase.RUNNING),
+        ("completed", TaskPhase.COMPLETED),
+        ("success", TaskPhase.COMPLETED),
+        ("partially_completed", TaskPhase.COMPLETED),
+        ("no_data", TaskPhase.NO_DATA),
+        ("failed", TaskPhase.FAILED),
+        ("error", TaskPhase.FAILED),
+        ("cancelled", TaskPhase.FAILED),
+        ("gone", TaskPhase.GONE),
+        ("COMPLETED", TaskPhase.COMPLETED),
+        (" Completed\n", TaskPhase.COMPLETED),
+        ("queued_again", TaskPhase.RUNNING),
+        ("", TaskPhase.RUNNING),
+        (None, TaskPhase.RUNNING),
+        (1, TaskPhase.RUNNING),
+        (["completed"], TaskPhase.RUNNING),
     ],
 )
-def test_status_mapping(status: object, phase: Phase) -> None:
+def test_status_mapping(status: object, phase: TaskPhase) -> None:
     """Aliases and capitals count; what was never seen before counts as running, for a task must not be lost."""
-    assert phase_of({"status": status}) is phase
+    assert task_phase({"status": status}) is phase
 
 
 def test_missing_status_means_running() -> None:
     """Nothing is known of it."""
-    assert phase_of({}) is Phase.RUNNING
+    assert task_phase({}) is TaskPhase.RUNNING
 
 
 @in_turn(
@@ -83,7 +83,7 @@ def test_match_found_in_every_shape(status: str, data: object) -> None:
     """The documents contradict each other about the shape; what was paid for is found in all of them."""
     answer = parse_answer(status=status, data=data, credits_spent=2.5)
     assert (answer.state, answer.credits) == (State.FOUND, 2_500_000)
-    assert pick(parse_data(data).fields, "email") == EMAIL
+    assert value_at(parse_data(data).fields, "email") == EMAIL
 
 
 @in_turn(
@@ -154,14 +154,14 @@ def test_dotted_path_lookup(path: str, value: object) -> None:
         "a.b": "dotted",
         "a": {"b": "nested"},
     }
-    assert pick(fields, path) == value
+    assert value_at(fields, path) == value
 
 
 def test_job_columns_decide_match() -> None:
     """A value that no column asks for makes no hit; any of the columns makes one."""
     task = {"status": "completed", "data": {"email": None, "phone": "1"}}
-    assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email"]).state is State.NOT_FOUND
-    assert read_answer(TaskReply(task, "{}"), Phase.COMPLETED, ["email", "phone"]).state is State.FOUND
+    assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email"]).state is State.NOT_FOUND
+    assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email", "phone"]).state is State.FOUND
 
 
 @in_turn(
@@ -287,7 +287,7 @@ def test_raw_answer_is_kept() -> None:
     """What was paid for is in the ledger as it came, readable by a person."""
     task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
     written = json.dumps(task, ensure_ascii=False, indent=1)
-    assert read_answer(TaskReply(task, written), Phase.COMPLETED, PATHS).raw == written
+    assert read_answer(TaskReply(task, written), TaskPhase.COMPLETED, PATHS).raw == written
 
 
 JSON = st.recursive(
@@ -314,7 +314,7 @@ TASK_BODIES = st.fixed_dictionaries(
 def test_any_json_is_parsed(status: object, data: object, error: object, spent: object) -> None:
     """Any JSON at all is judged, and what comes of it can be written down."""
     task = {"status": status, "data": data, "error": error, "credits_spent": spent}
-    answer = read_answer(TaskReply(task, json.dumps(task)), phase_of(task), ["email", "result", "a.0.b"])
+    answer = read_answer(TaskReply(task, json.dumps(task)), task_phase(task), ["email", "result", "a.0.b"])
     assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}
     assert isinstance(answer.raw, str)
     assert answer.credits is None or answer.credits >= 0

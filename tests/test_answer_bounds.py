@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.api.transport import START_BYTES, AnswerTooLarge
-from enrich.api.unpacking import MOST_MEMBERS
+from enrich.api.transport import KEPT_START_BYTES, AnswerTooLarge
+from enrich.api.unpacking import MAX_MEMBERS
 from tests.cases import in_turn
 from tests.sending import Sender, send_get, with_transport
 from tests.wire import ConnectionAction, Reply, http_reply, serve_replies
@@ -97,7 +97,7 @@ CORRUPT = {
     "a wrong checksum": ("gzip", gzip.compress(TEXT)[:-8] + bytes(8)),
     "bytes behind gzip": ("gzip", gzip.compress(TEXT) + b"more"),
     "no gzip": ("gzip", TEXT),
-    "too many members": ("gzip", gzip.compress(b"") * (MOST_MEMBERS + 1)),
+    "too many members": ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1)),
     "zlib cut": ("deflate", zlib.compress(TEXT)[:-3]),
     "one byte of deflate": ("deflate", b"\x78"),
     "raw deflate cut": ("deflate", deflate_raw(TEXT)[:-3]),
@@ -184,7 +184,7 @@ def test_endless_response_is_cut_at_limit(data: bytes) -> None:
         return await send("/b")
 
     with serve_replies(
-        lambda seen: Reply(data, ConnectionAction.SILENCE) if "/a" in seen.line else http_reply(200, {"b": 1})
+        lambda seen: Reply(data, ConnectionAction.HANG) if "/a" in seen.line else http_reply(200, {"b": 1})
     ) as server:
         assert with_transport(server.base_url, two, most_bytes=SMALL).json() == {"b": 1}
 
@@ -197,7 +197,7 @@ def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT
     with serve_replies(reply) as server:
         with pytest.raises(AnswerTooLarge) as caught:
             send_get(server.base_url, most_bytes=SMALL)
-        assert caught.value.start == data[:START_BYTES]
+        assert caught.value.start == data[:KEPT_START_BYTES]
 
 
 @in_turn("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.receipt import Receipt
+from enrich.receipt import RunSummary
 from tests.cases import examples, first_quick
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads, serve_api
 
@@ -49,10 +49,10 @@ def assert_refused(workspace: Workspace, api: SandboxApi, code: int, expected: t
     old = workspace.folder / "out.csv"
     old.write_text(OLD_OUTPUT)
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert result.code == result.receipt["exit_code"] == code, result.stderr
-    assert result.receipt["error"] in result.stderr
+    assert result.exit_code == result.json_output["exit_code"] == code, result.stderr
+    assert result.json_output["error"] in result.stderr
     for word in ("leads.csv", *expected):
         assert word in result.stderr
     assert "Traceback" not in result.stderr
@@ -112,13 +112,13 @@ def test_header_without_rows(api: SandboxApi, workspace: Workspace, data: bytes)
     """No leads: exit 0, and an output that has the columns and nothing else."""
     (workspace.folder / "leads.csv").write_bytes(data)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.rows, summary.requests, summary.submitted) == (0, 0, 0, 0)
     assert (
         (workspace.folder / "out.csv").read_text().split("\n")[0].startswith("First Name,Last Name,Website,Email,Note,")
     )
-    assert workspace.output() == []
+    assert workspace.read_output() == []
 
 
 @pytest.mark.parametrize("broken", first_quick(1, [b"", HEADER_LINE + VALID_ROW + b"\na,b\n", b"Name\nx\n", None]))
@@ -126,20 +126,20 @@ def test_open_tasks_collected_despite_bad_input(tmp_path: Path, workspace: Works
     """Tonight's file is broken, but yesterday's tasks would expire: they are fetched, and nothing new is bought."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         api.advance(60)
         path = workspace.folder / "leads.csv"
         path.unlink() if broken is None else path.write_bytes(broken)
 
-        result = workspace.command("run", "job.yaml", "--json", api=api)
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
         api.advance(200_000)
         workspace.write_leads(make_leads(4))
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = api.audit()
 
-    assert result.code == result.receipt["exit_code"] == (2 if broken and broken.startswith(b"Name") else 5)
-    assert result.receipt["credits_spent"] == audit["credits_charged"]
-    assert "leads.csv" in result.receipt["error"]
+    assert result.exit_code == result.json_output["exit_code"] == (2 if broken and broken.startswith(b"Name") else 5)
+    assert result.json_output["credits_spent"] == audit["credits_charged"]
+    assert "leads.csv" in result.json_output["error"]
     assert (summary.exit_code, summary.reused, summary.submitted) == (0, 4, 0)
     assert audit["accepted"] == 4
 
@@ -147,7 +147,7 @@ def test_open_tasks_collected_despite_bad_input(tmp_path: Path, workspace: Works
 # Odd, but sound
 
 
-def assert_rows_preserved(workspace: Workspace, summary: Receipt, rows: list[list[str]], header: list[str]) -> None:
+def assert_rows_preserved(workspace: Workspace, summary: RunSummary, rows: list[list[str]], header: list[str]) -> None:
     """Expect every row in its place with the very text of every cell."""
     with (workspace.folder / "out.csv").open(newline="", encoding="utf-8") as file:
         written = list(csv.reader(file))
@@ -188,7 +188,7 @@ def test_spreadsheet_dialects(api: SandboxApi, workspace: Workspace, dialect: tu
     shown = '"\\t"' if separator == "\t" else f'"{separator}"'
     workspace.write_job(input=f"{{path: leads.csv, separator: {shown}, encoding: {encoding}}}")
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert_rows_preserved(workspace, summary, rows, HEADER)
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"Jürgen", "Ada"}
@@ -204,7 +204,7 @@ def test_unusual_cells_are_preserved(api: SandboxApi, workspace: Workspace) -> N
     rows = [[*lead[:4], note] for lead, note in zip(make_leads(len(notes)), notes, strict=True)]
     workspace.write_leads(rows)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert_rows_preserved(workspace, summary, rows, HEADER)
 
@@ -218,7 +218,7 @@ def test_unusual_headers_are_preserved(api: SandboxApi, workspace: Workspace) ->
     rows = [["Ada", "Byron", "", " x ", "engine.example", "1", "2", "3", "4", "5", "6"]]
     workspace.write_leads(rows, header=header)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert_rows_preserved(workspace, summary, rows, header)
     assert api.audit()["runs"][0]["params"] == {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
@@ -229,9 +229,9 @@ def test_unusual_new_column_names(api: SandboxApi, workspace: Workspace) -> None
     workspace.write_job(columns='{"^new.*$": email, "*": email, new: email}')
     workspace.write_leads(make_leads(5))
 
-    workspace.run(api)
+    workspace.run_job(api)
 
-    result = [{row["^new.*$"], row["*"], row["new"]} for row in workspace.output()]
+    result = [{row["^new.*$"], row["*"], row["new"]} for row in workspace.read_output()]
     assert all(len(cells) == 1 for cells in result)
     assert any("@" in cell for cells in result for cell in cells)
 
@@ -241,7 +241,7 @@ def test_blank_lines_are_ignored(api: SandboxApi, workspace: Workspace) -> None:
     path = workspace.write_leads(make_leads(3))
     path.write_text(path.read_text().replace("\n", "\n\n") + "\n\n")
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.rows, summary.submitted) == (3, 3)
     assert_rows_preserved(workspace, summary, make_leads(3), HEADER)
@@ -259,10 +259,10 @@ def test_invalid_rows_are_free(api: SandboxApi, workspace: Workspace) -> None:
         ]
     )
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.invalid, summary.submitted) == (0, 4, 1)
-    assert [row["enrich_error"] for row in workspace.output()] == [
+    assert [row["enrich_error"] for row in workspace.read_output()] == [
         "first_name is empty (First Name)",
         "last_name is empty (Last Name)",
         "company is empty (Website, Email)",
@@ -293,8 +293,8 @@ def test_any_cell_text_is_preserved(shared_api: SandboxApi, rows: list[tuple[str
         with (workspace.folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([HEADER, *rows])
 
-        summary = workspace.run(shared_api)
-        again = workspace.run(shared_api)
+        summary = workspace.run_job(shared_api)
+        again = workspace.run_job(shared_api)
 
         assert_rows_preserved(workspace, summary, [list(row) for row in rows], HEADER)
         assert again.submitted == 0

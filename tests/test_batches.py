@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.collector import cell_texts
+from enrich.collector import answer_cells
 from enrich.job import load_job
 from enrich.model import Call, Decision, RowStatus
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
 from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
@@ -90,8 +90,8 @@ def test_fingerprints_are_stable(
         csv.writer(file).writerows([["A", "B", "E", "F"], *([lead[name] for name in "ABEF"] for lead in leads)])
     job = folder / "job.yaml"
     job.write_text(JOB.format(dedupe=str(dedupe).lower()), encoding="utf-8")
-    template = Question(CALL, ("a",), ("email",), {"new": "email"}, None)
-    (batch,) = Rows(load_job(job)).batches(template)
+    template = RequestTemplate(CALL, ("a",), ("email",), {"new": "email"}, None)
+    (batch,) = JobInput(load_job(job)).batches(template)
     assert list(zip(batch.params, batch.fingerprints, batch.errors, strict=True)) == expected_requests(
         leads, dedupe=dedupe
     )
@@ -132,7 +132,7 @@ def test_csv_output_matches_csv_module(rows: list[tuple[str | None, ...]], separ
 def test_number_precision_is_kept(value: str, text: str | None) -> None:
     """What the fast parser would round or refuse is read by the exact one."""
     answer = f'{{"data": [{{"result": {{"found": {value}, "name": "Ada"}}, "steps": []}}]}}'
-    assert cell_texts(answer, ["found", "name", "none"]) == [text, "Ada", None]
+    assert answer_cells(answer, ["found", "name", "none"]) == [text, "Ada", None]
 
 
 def count_statements(ledger: Ledger, work: Callable[[], object]) -> int:
@@ -163,44 +163,53 @@ class TestStatements:
         """One to load it, one to make it."""
         batch = row_requests(range(self.ROWS))
         assert (
-            count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < 2 * self.ROWS + self.FEW
+            count_statements(ledger.wrapped, lambda: ledger.commit(Ledger.enroll, ASKED, batch))
+            < 2 * self.ROWS + self.FEW
         )
 
     def test_one_statement_per_known_row(self, ledger: CommittingLedger) -> None:
         """To enroll them again, to look at them, and to collect their answers."""
         ledger.enroll(range(self.ROWS))
         batch = row_requests(range(self.ROWS))
-        ledger.do(Ledger.begin_pass)
-        assert count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < self.ROWS + self.FEW
-        assert count_statements(ledger.ledger, lambda: ledger.ledger.look(batch)) < self.ROWS + self.FEW
-        assert count_statements(ledger.ledger, lambda: ledger.ledger.standing(batch)) < self.ROWS + self.FEW
+        ledger.commit(Ledger.begin_pass)
+        assert (
+            count_statements(ledger.wrapped, lambda: ledger.commit(Ledger.enroll, ASKED, batch)) < self.ROWS + self.FEW
+        )
+        assert count_statements(ledger.wrapped, lambda: ledger.wrapped.preview(batch)) < self.ROWS + self.FEW
+        assert count_statements(ledger.wrapped, lambda: ledger.wrapped.request_results(batch)) < self.ROWS + self.FEW
 
     def test_duplicate_rows_add_no_statements(self, ledger: CommittingLedger) -> None:
         """They are loaded once."""
         batch = row_requests([1, 2, 3] * self.ROWS)
-        assert count_statements(ledger.ledger, lambda: ledger.do(Ledger.enroll, ASKED, batch)) < self.FEW
-        assert count_statements(ledger.ledger, lambda: ledger.ledger.standing(batch)) < self.FEW
+        assert count_statements(ledger.wrapped, lambda: ledger.commit(Ledger.enroll, ASKED, batch)) < self.FEW
+        assert count_statements(ledger.wrapped, lambda: ledger.wrapped.request_results(batch)) < self.FEW
 
     def test_selection_uses_few_statements(self, ledger: CommittingLedger) -> None:
         """Choosing, marking and counting ask nothing row by row."""
-        ledger.do(Ledger.begin_pass)
-        ledger.do(Ledger.enroll, ASKED, row_requests(range(self.ROWS)))
+        ledger.commit(Ledger.begin_pass)
+        ledger.commit(Ledger.enroll, ASKED, row_requests(range(self.ROWS)))
 
         def follow() -> None:
-            for move in (Ledger.choose, Ledger.mark, Ledger.decided, Ledger.enrolled, Ledger.oldest_answer):
-                ledger.do(move)
+            for move in (
+                Ledger.apply_limits,
+                Ledger.fill_queue,
+                Ledger.decision_counts,
+                Ledger.enrolled_counts,
+                Ledger.oldest_answer_ms,
+            ):
+                ledger.commit(move)
 
-        assert count_statements(ledger.ledger, follow) < self.FEW
+        assert count_statements(ledger.wrapped, follow) < self.FEW
 
 
 def test_plan_during_run_counts_requests_once(tmp_path: Path) -> None:
     """What was unknown when it was first seen stays one request, under whatever number it is known now."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     reader = Ledger(ledger.path, read_only=True)
-    reader.look(row_requests([1, 2]))
-    ledger.begin(1).settle(ledger.submit(), FOUND)
-    reader.look(row_requests([1, 2, 3], 2))
-    assert reader.decided() == {Decision.NEW: 3}
-    assert [told.first for told in reader.decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
+    reader.preview(row_requests([1, 2]))
+    ledger.start_and_enroll(1).settle(ledger.submit(), FOUND)
+    reader.preview(row_requests([1, 2, 3], 2))
+    assert reader.decision_counts() == {Decision.NEW: 3}
+    assert [told.first_position for told in reader.row_decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
     reader.close()
-    ledger.ledger.close()
+    ledger.wrapped.close()

@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from enrich.breaker import Breaker
+from enrich.breaker import CircuitBreaker
 
 
 def test_breaker_opens_and_probes() -> None:
     """Three bad answers in a row trip it; the pauses double up to a minute; a good answer ends it."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for now in (1.0, 2.0):
-        breaker.bad(now)
-        assert breaker.healthy
-        assert breaker.delay(now, on_the_wire=5) == 0
-    breaker.bad(3.0)
-    assert not breaker.healthy
-    assert breaker.ill_since == 1.0
-    assert breaker.delay(3.0, on_the_wire=1) is None
+        breaker.record_failure(now)
+        assert breaker.is_healthy
+        assert breaker.delay(now, posts_in_flight=5) == 0
+    breaker.record_failure(3.0)
+    assert not breaker.is_healthy
+    assert breaker.failing_since == 1.0
+    assert breaker.delay(3.0, posts_in_flight=1) is None
     pauses, now = [], 3.0
     for _ in range(8):
-        pause = breaker.delay(now, on_the_wire=0)
+        pause = breaker.delay(now, posts_in_flight=0)
         assert pause is not None
         pauses.append(pause)
         now += pause
-        breaker.bad(now)
+        breaker.record_failure(now)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    breaker.good()
-    assert breaker.healthy
-    assert breaker.ill_since is None
-    assert breaker.delay(3.0, on_the_wire=31) == 0
+    breaker.record_success()
+    assert breaker.is_healthy
+    assert breaker.failing_since is None
+    assert breaker.delay(3.0, posts_in_flight=31) == 0
 
 
 def test_simultaneous_failures_count_once() -> None:
     """What had left before the pause began says nothing new: the pause is a second and not a minute."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(32):
-        breaker.bad(5.0)
-    assert breaker.delay(5.0, on_the_wire=0) == 1
+        breaker.record_failure(5.0)
+    assert breaker.delay(5.0, posts_in_flight=0) == 1
 
 
 def test_success_resets_failure_count() -> None:
     """Only bad answers in a row are an illness."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for now in range(30):
-        breaker.bad(float(now))
-        breaker.bad(float(now))
-        breaker.good()
-    assert breaker.healthy
+        breaker.record_failure(float(now))
+        breaker.record_failure(float(now))
+        breaker.record_success()
+    assert breaker.is_healthy

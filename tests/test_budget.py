@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import Exit
+from enrich.errors import ExitCode
 from enrich.sandbox import Fault
 from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads, serve_api
 
@@ -33,10 +33,10 @@ def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
     with serve_api(
         tmp_path / "api.db", seed=seed, fault_seed=seed, charge_misses=True, latency="uniform(0,0.5)", faults=faults
     ) as api:
-        summary = workspace.run(api, timing=replace(SHORT_TIMEOUTS, outage_s=60))
+        summary = workspace.run_job(api, timing=replace(SHORT_TIMEOUTS, outage_s=60))
         audit = api.audit()
 
-    assert summary.exit_code == Exit.CREDITS
+    assert summary.exit_code == ExitCode.CREDITS
     assert audit["credits_charged"] + audit["credits_reserved"] <= cap
     assert summary.credits_spent <= audit["credits_charged"]
     # Doubts keep their worst price reserved; the rest of the cap is used.
@@ -49,12 +49,12 @@ def test_open_tasks_count_against_next_cap(tmp_path: Path, workspace: Workspace)
     workspace.write_leads(make_leads(8))
     state = tmp_path / "api.db"
     with serve_api(state, latency="fixed(60)", hit_rate=1.0) as slow:
-        workspace.leave_at_the_api(slow)
+        workspace.submit_without_collecting(slow)
         slow.advance(100)
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 12}")
     workspace.write_leads(make_leads(40))
     with serve_api(state, hit_rate=1.0) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
 
-    assert summary.exit_code == Exit.CREDITS
+    assert summary.exit_code == ExitCode.CREDITS
     assert summary.credits_spent <= 12 or summary.submitted == 0

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.api.client import BULK_POSTS_ON_THE_WIRE
+from enrich.api.client import MAX_BULK_POSTS_IN_FLIGHT
 from enrich.dispatcher import Dispatcher
-from enrich.errors import EnrichError, Exit
-from enrich.execution import Timing
+from enrich.errors import EnrichError, ExitCode
+from enrich.execution import Timeouts
 from enrich.model import State
-from enrich.receipt import Receipt
+from enrich.receipt import RunSummary
 from enrich.sandbox import Fault, questions
-from enrich.store.records import check
-from enrich.surroundings import Options
+from enrich.store.records import check_ledger
+from enrich.surroundings import RunOptions
 from tests.cases import examples, first_quick
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,
@@ -65,7 +65,7 @@ def workspace(workspace: Workspace) -> Workspace:
 
 def status_counts(workspace: Workspace) -> Counter[str]:
     """Count the rows by status."""
-    return Counter(row["enrich_status"] for row in workspace.output())
+    return Counter(row["enrich_status"] for row in workspace.read_output())
 
 
 def request_count(api: SandboxApi, name: str) -> int:
@@ -83,12 +83,12 @@ def bulk_tasks(workspace: Workspace) -> list[tuple[Any, ...]]:
     return workspace.sql("SELECT size, credits, states FROM readable_bundles ORDER BY id")
 
 
-def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary: Receipt) -> None:
+def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary: RunSummary) -> None:
     """Nothing twice, nothing lost, the receipt is the vendor's bill, and the ledger agrees with itself."""
     audit = api.audit()
     assert audit["paid_twice"] == 0
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 # One task for many
@@ -96,7 +96,7 @@ def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary:
 
 def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace) -> None:
     """Three POSTs for 25 leads; each row has its answer, its task, and no price of its own."""
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.submitted, summary.credits_unknown) == (0, LEADS, 0)
     assert (request_count(api, "bulk_run"), request_count(api, "run"), request_count(api, "task")) == (
@@ -104,7 +104,7 @@ def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace
         0,
         summary.polls,
     )
-    output = workspace.output()
+    output = workspace.read_output()
     assert len({row["enrich_task_id"] for row in output}) == 3
     assert {row["enrich_credits"] for row in output} == {""}
     assert {row["enrich_status"] for row in output} == {"found", "not_found"}
@@ -113,36 +113,37 @@ def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace
 
 def test_task_price_is_stored_once(api: SandboxApi, workspace: Workspace) -> None:
     """Once, beside its bundle: status, runs, plan and a person with `sqlite3` see the same sum."""
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     sizes = [size for size, _, _ in bulk_tasks(workspace)]
     assert sizes == [10, 10, 5]
     assert sum(float(credits_) for _, credits_, _ in bulk_tasks(workspace)) == pytest.approx(summary.credits_spent)
-    status = workspace.command("status", "job.yaml", "--json").receipt
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
     assert (status["credits_spent"], status["credits_unknown"]) == (summary.credits_spent, 0)
-    runs = workspace.command("runs", "job.yaml", "--json").receipt
+    runs = workspace.run_in_process("runs", "job.yaml", "--json").json_output
     assert runs["totals"]["credits_spent"] == summary.credits_spent
     workspace.write_leads(make_leads(2 * LEADS))
-    plan = workspace.command("plan", "job.yaml", "--json", api=api).receipt
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
     assert plan["cost"]["likely"] == pytest.approx(summary.credits_spent, abs=1e-4)
 
 
 def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> None:
     """Ten requests in a POST take a tenth of the time."""
     workspace.write_job(limits="{requests_per_second: 1}", dispatch="{bulk: 25}")
-    assert workspace.command("plan", "job.yaml", "--json", api=api).receipt["seconds"] == 2.5
+    assert workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output["seconds"] == 2.5
     assert (
         "polls a task of 25"
-        in workspace.command("plan", "job.yaml", api=api).stderr + workspace.command("plan", "job.yaml", api=api).stdout
+        in workspace.run_in_process("plan", "job.yaml", api=api).stderr
+        + workspace.run_in_process("plan", "job.yaml", api=api).stdout
     )
 
 
 def test_second_run_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """Answers are reused, and more leads are a new task."""
-    workspace.run(api)
+    workspace.run_job(api)
     workspace.write_leads(make_leads(LEADS + 3))
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.submitted, summary.reused, request_count(api, "bulk_run")) == (3, LEADS, 4)
     assert set(accepted_counts(api).values()) == {1}
@@ -165,9 +166,9 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
             workspace.write_job(**({"dispatch": f"{{bulk: {bulk}}}"} if bulk else {}))
             workspace.write_leads(make_leads(12))
             with serve_api(workspace.folder / "api.db", seed=seed, shape=shape, hit_rate=hit_rate) as api:
-                assert workspace.run(api).exit_code == Exit.OK
+                assert workspace.run_job(api).exit_code == ExitCode.OK
             differ = {"enrich_credits", "enrich_task_id", "enrich_at"}
-            outputs.append([{k: v for k, v in row.items() if k not in differ} for row in workspace.output()])
+            outputs.append([{k: v for k, v in row.items() if k not in differ} for row in workspace.read_output()])
     assert outputs[0] == outputs[1]
 
 
@@ -182,49 +183,49 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
 )
 def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """They are never sent again by themselves; a person's word buys them as a task again."""
-    api.fault(fault, 1, "post")
-    summary = workspace.run(api, timing=SILENT if fault == "silence-after" else SHORT_TIMEOUTS)
-    assert (summary.exit_code, summary.in_doubt, summary.submitted) == (Exit.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
+    api.inject_fault(fault, 1, "post")
+    summary = workspace.run_job(api, timing=SILENT if fault == "silence-after" else SHORT_TIMEOUTS)
+    assert (summary.exit_code, summary.in_doubt, summary.submitted) == (ExitCode.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
     before = accepted_counts(api)
 
-    again = workspace.run(api, timing=SHORT_TIMEOUTS)
-    assert (again.exit_code, again.submitted, accepted_counts(api)) == (Exit.IN_DOUBT, 0, before)
-    assert check(workspace.place).problems == []
+    again = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (again.exit_code, again.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
+    assert check_ledger(workspace.ledger_location).problems == []
 
-    by_word = workspace.command("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
-    assert (by_word.code, by_word.receipt["submitted"]) == (0, BULK_SIZE)
+    by_word = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
+    assert (by_word.exit_code, by_word.json_output["submitted"]) == (0, BULK_SIZE)
 
 
 @pytest.mark.parametrize("fault", ["rate-limit-bare", "redirect"])
 def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """All of its rows, once."""
-    api.fault(fault, 2, "post")
-    summary = workspace.run(api, timing=SHORT_TIMEOUTS)
+    api.inject_fault(fault, 2, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, LEADS, LEADS)
     assert_consistent_with_audit(api, workspace, summary)
 
 
-@pytest.mark.parametrize(("fault", "code"), [("unauthorized", Exit.KEY), ("no-credits", Exit.CREDITS)])
-def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace, fault: str, code: Exit) -> None:
+@pytest.mark.parametrize(("fault", "code"), [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
+def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace, fault: str, code: ExitCode) -> None:
     """401 and 406 mean what they mean for single runs."""
-    api.fault(fault, 99, "post")
-    summary = workspace.run(api, timing=SHORT_TIMEOUTS)
+    api.inject_fault(fault, 99, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.pending, summary.in_doubt) == (code, LEADS, 0)
-    api.heal()
-    assert workspace.run(api).exit_code == Exit.OK
+    api.clear_faults()
+    assert workspace.run_job(api).exit_code == ExitCode.OK
     assert api.audit()["accepted"] == LEADS
 
 
 def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) -> None:
     """Where a whole task is too dear (406), smaller ones are sent; no night buys nothing, or anything twice."""
     with serve_api(tmp_path / "api.db", balance=8 * MAX_PRICE, hit_rate=1.0) as api:
-        runs = [workspace.run(api)]
-        while runs[-1].exit_code == Exit.CREDITS:
+        runs = [workspace.run_job(api)]
+        while runs[-1].exit_code == ExitCode.CREDITS:
             assert runs[-1].submitted > 0
-            runs.append(workspace.run(api))
+            runs.append(workspace.run_job(api))
         assert request_count(api, "406") > 0
         assert accepted_counts(api) == dict.fromkeys(lead_names(range(LEADS)), 1)
-    assert runs[-1].exit_code == Exit.OK
+    assert runs[-1].exit_code == ExitCode.OK
 
 
 def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
@@ -232,8 +233,8 @@ def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_job(dispatch="{bulk: 64}")
     workspace.write_leads(make_leads(400))
     with serve_api(tmp_path / "api.db", balance=30 * MAX_PRICE, hit_rate=1.0) as api:
-        summary = workspace.run(api)
-        assert summary.exit_code == Exit.CREDITS
+        summary = workspace.run_job(api)
+        assert summary.exit_code == ExitCode.CREDITS
         # Six times halved, and some on the wire each time; were nothing learned, it would be hundreds.
         assert request_count(api, "406") <= 6 * 8
 
@@ -242,11 +243,11 @@ def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
     """Too many at once is a mistake of the job file: nothing is bought, and the API's words are told."""
     workspace.write_leads(make_leads(2 * BULK_SIZE))
     with serve_api(tmp_path / "api.db", bulk_limit=5) as api:
-        result = workspace.command("run", "job.yaml", "--json", api=api)
-        assert (result.code, result.receipt["submitted"], api.audit()["accepted"]) == (Exit.USAGE, 0, 0)
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert (result.exit_code, result.json_output["submitted"], api.audit()["accepted"]) == (ExitCode.USAGE, 0, 0)
         assert "At most 5 rows" in result.stderr
         workspace.write_job(dispatch="{bulk: 5}")
-        assert workspace.run(api).exit_code == Exit.OK
+        assert workspace.run_job(api).exit_code == ExitCode.OK
 
 
 @pytest.fixture
@@ -275,12 +276,14 @@ def test_invalid_rows_fail_and_rest_is_resent(
     """In each generation of the API's body, also when it does not say which rows it means."""
     rejected_leads |= lead_names(numbers)
     with serve_api(tmp_path / "api.db", error_shape=shape) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
         assert accepted_counts(api) == dict.fromkeys(lead_names(range(LEADS)) - rejected_leads, 1)
 
-    assert (summary.exit_code, summary.failed) == (Exit.SOME_FAILED, len(rejected_leads))
-    failed = {row["First Name"]: row["enrich_error"] for row in workspace.output() if row["enrich_status"] == "failed"}
+    assert (summary.exit_code, summary.failed) == (ExitCode.SOME_FAILED, len(rejected_leads))
+    failed = {
+        row["First Name"]: row["enrich_error"] for row in workspace.read_output() if row["enrich_status"] == "failed"
+    }
     assert failed == dict.fromkeys(rejected_leads, "company: Bad.")
 
 
@@ -289,9 +292,9 @@ def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: 
     """Every row is failed, and nothing was bought."""
     rejected_leads |= lead_names(range(LEADS))
     with serve_api(tmp_path / "api.db", error_shape=shape) as api:
-        summary = workspace.run(api)
-        assert (summary.exit_code, summary.failed, api.audit()["accepted"]) == (Exit.SOME_FAILED, LEADS, 0)
-    assert check(workspace.place).problems == []
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, summary.failed, api.audit()["accepted"]) == (ExitCode.SOME_FAILED, LEADS, 0)
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 # Answers
@@ -300,24 +303,24 @@ def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: 
 def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> None:
     """Hits alone, in no order, as the API once did: nobody gets another's address, and the price is told."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
 
-    assert (summary.exit_code, summary.failed, summary.credits_unknown) == (Exit.SOME_FAILED, LEADS, 0)
+    assert (summary.exit_code, summary.failed, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, 0)
     assert summary.credits_spent > 0
-    assert all("nobody can tell which is whose" in row["enrich_error"] for row in workspace.output())
-    assert not any(row["work_email"] for row in workspace.output())
+    assert all("nobody can tell which is whose" in row["enrich_error"] for row in workspace.read_output())
+    assert not any(row["work_email"] for row in workspace.read_output())
 
 
 def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> None:
     """`explain` does not show the first address of the task as the first row's."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
-        workspace.run(api)
-    output = workspace.command("explain", "job.yaml", "--row", "1", "--json").receipt
+        workspace.run_job(api)
+    output = workspace.run_in_process("explain", "job.yaml", "--row", "1", "--json").json_output
     (attempt,) = output["rows"][0]["request"]["attempts"]
     assert (attempt["answer"], attempt["credits"], attempt["together"]) == (None, None, BULK_SIZE)
     assert attempt["task_credits"] > 0
-    line = workspace.command("explain", "job.yaml", "--row", "1").stdout
+    line = workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
     assert "with 9 others" in line
     assert "credits for all 10 of the task" in line
 
@@ -325,19 +328,19 @@ def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> N
 def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """An empty list is aligned with anything."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.0) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
     assert (summary.exit_code, summary.not_found) == (0, LEADS)
 
 
 def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
     """What was found is found; a row without an answer is failed where some failed, and says so."""
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0, hit_rate=0.6) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
 
-    assert summary.exit_code == Exit.SOME_FAILED
+    assert summary.exit_code == ExitCode.SOME_FAILED
     assert summary.found
-    assert any("failed or not found" in row["enrich_error"] for row in workspace.output())
+    assert any("failed or not found" in row["enrich_error"] for row in workspace.read_output())
 
 
 @pytest.mark.parametrize("attempts", [1, 5])
@@ -345,7 +348,7 @@ def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attem
     """All of its rows, up to `max_attempts`; rows that fail in a task that cost something are not."""
     workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy=f"{{max_attempts: {attempts}}}")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, hit_rate=1.0) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
     assert set(task_counts(workspace)) == {min(attempts, 2)}
     assert bool(summary.found) is (attempts > 1)
@@ -360,19 +363,19 @@ def task_counts(workspace: Workspace) -> list[int]:
 def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
     """Every row of the task counts as of unknown price and keeps its reservation."""
     with serve_api(tmp_path / "api.db", hide_credits=True) as api:
-        summary = workspace.run(api)
-        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        summary = workspace.run_job(api)
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
 
     assert (summary.credits_spent, summary.credits_unknown) == (0, LEADS)
     assert (output["unknown_price"]["number"], output["unexplained"]) == (LEADS, 0)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspace) -> None:
     """`reconcile` counts each task's credits once."""
-    api.fault("error-after", 1, "post")
-    summary = workspace.run(api, timing=SHORT_TIMEOUTS)
-    output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+    api.inject_fault("error-after", 1, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
 
     assert output["spent"]["number"] == LEADS - BULK_SIZE
     assert output["spent"]["most"] == pytest.approx(summary.credits_spent)
@@ -383,17 +386,17 @@ def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspac
 def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
     """Every row of the task, at an unknown price, whatever the body says."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
-        workspace.leave_at_the_api(api)
-        status = workspace.command("status", "job.yaml")
+        workspace.submit_without_collecting(api)
+        status = workspace.run_in_process("status", "job.yaml")
         assert "25  requests at the API" in status.stdout
         crontab = [f"--env={name}={value}" for name, value in workspace.environ.items()]
-        assert "25 paid requests wait" in workspace.command("doctor", "job.yaml", *crontab, api=api).stdout
+        assert "25 paid requests wait" in workspace.run_in_process("doctor", "job.yaml", *crontab, api=api).stdout
         api.advance(200_000)
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert api.audit()["accepted"] == LEADS
 
-    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
-    assert check(workspace.place).problems == []
+    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, LEADS)
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.parametrize(
@@ -404,44 +407,44 @@ def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: s
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
     with serve_api(tmp_path / "api.db") as api:
         parsed = Fault.parse(fault)
-        api.fault(parsed.name, 1, "post", **parsed.params)
-        summary = workspace.run(api, timing=SHORT_TIMEOUTS)
+        api.inject_fault(parsed.name, 1, "post", **parsed.params)
+        summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.in_doubt) == (code, in_doubt)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.long
 def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> None:
     """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
     # Old enough to be known by now.
     assert workspace.sql("SELECT count(*) FROM attempts WHERE seen_alive = 1") == [(LEADS,)]
     workspace.sql("UPDATE attempts SET submitted_ms = submitted_ms - 600000")
     with serve_api(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
-        summary = workspace.run(other, timing=replace(Timing(), young_s=0.5))
+        summary = workspace.run_job(other, timing=replace(Timeouts(), young_task_s=0.5))
         assert other.audit()["accepted"] == 0
-    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (Exit.SOME_FAILED, LEADS, LEADS)
-    assert check(workspace.place).problems == []
+    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, LEADS)
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.long
 def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None:
     """It failed; at no charge, so it is asked again, and paid for once."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         ((task_id,),) = workspace.sql("SELECT task_id FROM attempts WHERE place = 0 LIMIT 1")
         url = f"{api.base_url}/tasks/{task_id}/cancel"
         httpx.post(url, headers={"x-apikey": api.api_key}, trust_env=False).raise_for_status()
         api.advance(1_000)
-        summary = workspace.run(api, Options(max_time_s=2.0))
+        summary = workspace.run_job(api, RunOptions(max_time_s=2.0))
         assert (summary.exit_code, summary.submitted, status_counts(workspace)["pending"]) == (
-            Exit.TIME,
+            ExitCode.TIME,
             BULK_SIZE,
             BULK_SIZE,
         )
         api.advance(1_000)
-        assert workspace.run(api).exit_code == Exit.OK
+        assert workspace.run_job(api).exit_code == ExitCode.OK
         assert api.audit()["paid_twice"] == 0
 
 
@@ -453,18 +456,18 @@ def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_job(limits=f"{{max_credits: {7 * MAX_PRICE + 1}}}", dispatch=f"{{bulk: {BULK_SIZE}}}")
     workspace.write_leads(make_leads(200))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
 
     assert bulk_tasks(workspace)[0][0] == 7
     assert max(size for size, _, _ in bulk_tasks(workspace)) == 7
-    assert summary.exit_code == Exit.CREDITS
+    assert summary.exit_code == ExitCode.CREDITS
     assert 6 * MAX_PRICE < summary.credits_spent <= 7 * MAX_PRICE + 1
 
 
 def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
     """`--limit` counts requests, not tasks."""
-    summary = workspace.run(api, Options(limit=13))
+    summary = workspace.run_job(api, RunOptions(limit=13))
     assert (summary.submitted, summary.pending, request_count(api, "bulk_run")) == (13, LEADS - 13, 2)
 
 
@@ -475,7 +478,7 @@ def test_canary_is_a_separate_task(
     """Its rows are judged before the others are sent."""
     workspace.write_job(canary="{rows: 4, min_hit_rate: 0.5}", dispatch=f"{{bulk: {BULK_SIZE}}}")
     with serve_api(tmp_path / "api.db", hit_rate=hit_rate) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert (summary.exit_code, api.audit()["accepted"], bulk_tasks(workspace)[0][0]) == (code, bought, 4)
 
 
@@ -485,13 +488,13 @@ def test_bulk_posts_in_flight_limit(tmp_path: Path, workspace: Workspace) -> Non
     workspace.write_job(dispatch="{bulk: 2}")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", faults=(Fault("slow", 1.0, "post", {"seconds": 0.4}),)) as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: request_count(api, "bulk_run") >= 1)
             seen = max(posts_in_flight(workspace) for _ in range(100))
         finally:
             kill_process(process)
-    assert 2 <= seen <= 2 * BULK_POSTS_ON_THE_WIRE
+    assert 2 <= seen <= 2 * MAX_BULK_POSTS_IN_FLIGHT
 
 
 def posts_in_flight(workspace: Workspace) -> int:
@@ -506,18 +509,18 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
 
     async def claim_and_close(dispatcher: Dispatcher, room: int) -> Any:
         claims = await claim(dispatcher, room)
-        dispatcher.execution.stop(Exit.API, EnrichError("enough"))
+        dispatcher.run_state.stop(ExitCode.API, EnrichError("enough"))
         return claims
 
     monkeypatch.setattr(Dispatcher, "_claim", claim_and_close)
 
     async def scene() -> None:
         async with open_loops(api, tmp_path / "ledger.db", range(LEADS)) as harness:
-            await harness.work(bulk=BULK_SIZE)
-            assert harness.books.ledger.counts() == {State.PENDING: LEADS}
-            assert harness.books.money == (0, 0, 0, 0)
-            assert [size for (size,) in harness.books.all("SELECT size FROM bundles")] == [10, 10, 5]
-        assert check(tmp_path / "ledger.db").problems == []
+            await harness.run_loops(bulk=BULK_SIZE)
+            assert harness.ledger.wrapped.state_counts() == {State.PENDING: LEADS}
+            assert harness.ledger.execution_counters == (0, 0, 0, 0)
+            assert [size for (size,) in harness.ledger.query_all("SELECT size FROM bundles")] == [10, 10, 5]
+        assert check_ledger(tmp_path / "ledger.db").problems == []
 
     asyncio.run(scene())
     assert api.audit()["accepted"] == 0
@@ -526,16 +529,16 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
 @FILE_ONLY  # a server has its own time
 def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> None:
     """`policy.refresh` and `--retry` work on bundles, too, and a refused refresh leaves the old answer."""
-    workspace.run(api)
+    workspace.run_job(api)
     misses = status_counts(workspace)["not_found"]
     workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy="{refresh: {not_found: 1d}}")
     api.advance(3 * 86_400)
-    api.fault("rate-limit-bare", 1, "post")
+    api.inject_fault("rate-limit-bare", 1, "post")
 
-    summary = workspace.run(api, clock=clock_ahead(3 * 86_400))
+    summary = workspace.run_job(api, clock=clock_ahead(3 * 86_400))
 
     assert (summary.exit_code, summary.submitted) == (0, misses)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 # Interrupted, and continued otherwise
@@ -545,32 +548,32 @@ def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> Non
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """What had left is in doubt, at most four POSTs of it; everything else is bought once."""
     workspace.write_leads(make_leads(100))
-    api.fault(fault, BULK_POSTS_ON_THE_WIRE)
-    process = workspace.start("run", "job.yaml", api=api)
+    api.inject_fault(fault, MAX_BULK_POSTS_IN_FLIGHT)
+    process = workspace.start_subprocess("run", "job.yaml", api=api)
     try:
-        wait_until(lambda: api.audit()["faults"].get(fault, 0) == BULK_POSTS_ON_THE_WIRE)
+        wait_until(lambda: api.audit()["faults"].get(fault, 0) == MAX_BULK_POSTS_IN_FLIGHT)
     finally:
         kill_process(process)
-    api.heal()
+    api.clear_faults()
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
-    assert (summary.exit_code, summary.in_doubt) == (Exit.IN_DOUBT, BULK_POSTS_ON_THE_WIRE * BULK_SIZE)
-    assert summary.submitted == 100 - BULK_POSTS_ON_THE_WIRE * BULK_SIZE
+    assert (summary.exit_code, summary.in_doubt) == (ExitCode.IN_DOUBT, MAX_BULK_POSTS_IN_FLIGHT * BULK_SIZE)
+    assert summary.submitted == 100 - MAX_BULK_POSTS_IN_FLIGHT * BULK_SIZE
     assert (api.audit()["accepted_more_than_once"], api.audit()["paid_twice"]) == (0, 0)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.long
 def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """The next run collects the bundles first, and buys nothing again."""
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: request_count(api, "bulk_run") == 3 and posts_in_flight(workspace) == 0)
         finally:
             kill_process(process)
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, LEADS)
         assert_consistent_with_audit(api, workspace, summary)
 
@@ -583,14 +586,14 @@ def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace,
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
         workspace.write_job(**jobs[first])
         workspace.write_leads(make_leads(FEW_LEADS))
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         workspace.write_job(**jobs[second])
         workspace.write_leads(make_leads(FEW_LEADS + 7))
-        later = workspace.run(api, Options(max_time_s=3.0))
-        assert (later.exit_code, later.submitted) == (Exit.TIME, 7)
+        later = workspace.run_job(api, RunOptions(max_time_s=3.0))
+        assert (later.exit_code, later.submitted) == (ExitCode.TIME, 7)
         api.advance(60)
         workspace.write_job(**jobs[first])
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
         assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, FEW_LEADS + 7)
 
@@ -599,12 +602,12 @@ def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspac
     """Whichever job of the same ledger collects it."""
     workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
     with serve_api(tmp_path / "api.db", latency="fixed(30)", hit_rate=1.0) as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         api.advance(60)
         workspace.write_job(ledger="shared.db", columns="{other: no_such_field}", name="other")
-        assert workspace.run(api).not_found == LEADS
+        assert workspace.run_job(api).not_found == LEADS
         workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
     assert (summary.exit_code, summary.found, summary.submitted) == (0, LEADS, 0)
 
 
@@ -617,8 +620,8 @@ def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace)
     with serve_api(tmp_path / "api.db", faults=faults, failure_rate=0.1, fault_seed=4) as api:
         for run_number in range(1, 4):
             workspace.write_leads(make_leads(40 * run_number))
-            spent += workspace.run(api, timing=SHORT_TIMEOUTS).credits_spent
-            assert check(workspace.place).problems == []
+            spent += workspace.run_job(api, timing=SHORT_TIMEOUTS).credits_spent
+            assert check_ledger(workspace.ledger_location).problems == []
         audit = api.audit()
     known = {task_id for (task_id,) in workspace.sql("SELECT task_id FROM attempts")}
     in_doubt_rows = sum(run["credits"] for run in audit["runs"] if not known.issuperset(run["task_ids"]))
@@ -634,7 +637,7 @@ def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> N
     """The answer of a task whose rows can't be told apart names them all."""
     workspace.write_leads(make_leads(BULK_SIZE))
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
-        workspace.run(api)
+        workspace.run_job(api)
     raw, *_ = (raw for (raw,) in workspace.sql("SELECT answer FROM attempts WHERE answer IS NOT NULL"))
     emails = [row["email"] for row in json.loads(raw)["bundle"]["data"]]
     assert emails
@@ -643,33 +646,33 @@ def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> N
     assert forget_matching(workspace, "First Name=First7") == 1
 
     assert not any(email.encode() in ledger_bytes(workspace) for email in emails)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) -> None:
     """Where each row has its own answer, hers alone is erased."""
-    workspace.run(api)
-    before = {row["First Name"]: row["work_email"] for row in workspace.output()}
+    workspace.run_job(api)
+    before = {row["First Name"]: row["work_email"] for row in workspace.read_output()}
     name = next(name for name, email in before.items() if email)
 
     assert forget_matching(workspace, f"First Name={name}") == 1
 
-    workspace.command("collect", "job.yaml")
-    after = {row["First Name"]: row["work_email"] for row in workspace.output()}
+    workspace.run_in_process("collect", "job.yaml")
+    after = {row["First Name"]: row["work_email"] for row in workspace.read_output()}
     assert after == before | {name: ""}
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """Also when the first of the task was asked again since."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
-        workspace.run(api)
+        workspace.run_job(api)
         workspace.sql("UPDATE attempts SET settled_ms = settled_ms - 864000000")
         workspace.sql("UPDATE bundles SET settled_ms = settled_ms - 864000000")
-        workspace.run(api, Options(retry=frozenset({State.FAILED}), limit=1))
-    result = workspace.command("purge", "job.yaml", "--older-than", "5d", "--yes", "--json")
+        workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED}), limit=1))
+    result = workspace.run_in_process("purge", "job.yaml", "--older-than", "5d", "--yes", "--json")
 
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     left = workspace.sql(
         "SELECT b.size FROM attempts a JOIN bundles b ON b.id = a.bundle_id WHERE a.answer IS NOT NULL"
     )

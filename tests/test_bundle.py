@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.api.answer import Phase, TaskReply, phase_of
-from enrich.api.bundle import read_bundle
-from enrich.api.complaints import named_params, named_rows
+from enrich.api.answer import TaskPhase, TaskReply, task_phase
+from enrich.api.bundle import read_bulk_answers
+from enrich.api.complaints import wrong_params, wrong_rows
 from enrich.model import Answer, State
 from tests.cases import in_turn
 
@@ -28,7 +28,7 @@ json_values = st.recursive(
 
 def parse_bulk_answer(size: int, **task: Any) -> tuple[list[Answer], int | None]:
     """Judge a task."""
-    return read_bundle(TaskReply(task, json.dumps(task)), phase_of(task), size, ["email"])
+    return read_bulk_answers(TaskReply(task, json.dumps(task)), task_phase(task), size, ["email"])
 
 
 def state_names(answers: list[Answer]) -> list[str]:
@@ -123,12 +123,12 @@ def test_expired_task_has_unknown_price() -> None:
         st.sampled_from(["status", "data", "error", "progress", "credits_spent"]),
         json_values | st.lists(json_values, min_size=3, max_size=3),
     ),
-    phase=st.sampled_from([phase for phase in Phase if phase is not Phase.RUNNING]),
+    phase=st.sampled_from([phase for phase in TaskPhase if phase is not TaskPhase.RUNNING]),
 )
-@example(task={"data": [[[]] * 9, {"a": 10**400}, {"\ud800": "\udfff"}]}, phase=Phase.COMPLETED)
-def test_any_json_is_judged(task: dict[str, Any], phase: Phase) -> None:
+@example(task={"data": [[[]] * 9, {"a": 10**400}, {"\ud800": "\udfff"}]}, phase=TaskPhase.COMPLETED)
+def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
     """An answer for each row, that the ledger can hold and read again, and no price of a row."""
-    answers, price = read_bundle(TaskReply(task, "{}"), phase, 3, ["email"])
+    answers, price = read_bulk_answers(TaskReply(task, "{}"), phase, 3, ["email"])
 
     assert len(answers) == 3
     assert price is None or price >= 0
@@ -147,7 +147,7 @@ def test_deeply_nested_answer(depth: int, state: str) -> None:
     for _ in range(depth):
         deep = [deep]
 
-    answers, _ = read_bundle(TaskReply({"data": [deep, ADA]}, "{}"), Phase.COMPLETED, 2, ["email"])
+    answers, _ = read_bulk_answers(TaskReply({"data": [deep, ADA]}, "{}"), TaskPhase.COMPLETED, 2, ["email"])
 
     assert state_names(answers) == [state, "found"]
 
@@ -166,7 +166,7 @@ def test_deeply_nested_answer(depth: int, state: str) -> None:
 )
 def test_invalid_row_is_identified(body: object) -> None:
     """In each generation of the body."""
-    assert named_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
+    assert wrong_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
 
 
 @in_turn(
@@ -186,8 +186,8 @@ def test_invalid_row_is_identified(body: object) -> None:
 )
 def test_error_without_row_index(body: object) -> None:
     """Something is wrong with some of them; of a POST with one row it is that one."""
-    assert named_rows(body, 3) == {}
-    assert named_rows(body, 1) == named_params(body) != {}
+    assert wrong_rows(body, 3) == {}
+    assert wrong_rows(body, 1) == wrong_params(body) != {}
 
 
 @in_turn(
@@ -204,8 +204,8 @@ def test_error_without_row_index(body: object) -> None:
 )
 def test_error_not_about_rows(body: object) -> None:
     """The job is wrong, or the API."""
-    assert named_rows(body, 3) is None
-    assert named_rows(body, 1) is None
+    assert wrong_rows(body, 3) is None
+    assert wrong_rows(body, 1) is None
 
 
 @given(
@@ -223,6 +223,6 @@ def test_error_not_about_rows(body: object) -> None:
 )
 def test_any_error_body_is_parsed(body: object, size: int) -> None:
     """Only rows that were sent are named, each with words."""
-    named = named_rows(body, size)
+    named = wrong_rows(body, size)
 
     assert named is None or all(0 <= row < size and isinstance(said, str) for row, said in named.items())

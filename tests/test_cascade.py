@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.api.waterfall import Waterfall
-from enrich.cascade import Cascade, Earned, Earnings, read_offers
-from enrich.model import Settled, State
+from enrich.cascade import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
+from enrich.model import SettledAttempt, State
 from tests.books import CALL
 from tests.cases import first_quick, in_turn
 from tests.harness import INSTANT_API, Workspace, make_leads, serve_api
@@ -34,9 +34,9 @@ WATERFALL = Waterfall.model_validate(
 SENT_PARAMS = {"first_name": "Ada"}
 
 
-def settled_attempt(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> Settled:
+def settled_attempt(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> SettledAttempt:
     """Make an attempt that was settled with this `data`."""
-    made = Settled(1, state, CALL.canonical(), json.dumps(SENT_PARAMS), paid, json.dumps({"data": data}), 0)
+    made = SettledAttempt(1, state, CALL.canonical(), json.dumps(SENT_PARAMS), paid, json.dumps({"data": data}), 0)
     return made._replace(**changed)
 
 
@@ -54,15 +54,15 @@ def result_wrapper(email: str | None, *steps: object, provider: str | None = Non
     }
 
 
-def stats_of(answers: Iterable[Settled], offers: Mapping[str, Waterfall]) -> Earnings:
+def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[str, Waterfall]) -> ProviderTotals:
     """Add up answers."""
-    cascade = Cascade(offers)
+    cascade = ProviderStats(offers)
     for answer in answers:
         cascade.add(answer)
-    return cascade.earnings()
+    return cascade.totals()
 
 
-def provider_stats(*answers: Settled) -> tuple[dict[str, Earned], Earnings]:
+def provider_stats(*answers: SettledAttempt) -> tuple[dict[str, ProviderStat], ProviderTotals]:
     """Add up answers; providers by their names."""
     whole = stats_of(answers, {"email_getter": WATERFALL})
     return {each.name: each for each in whole.providers}, whole
@@ -79,7 +79,7 @@ def test_steps_give_provider_stats() -> None:
     first, second = by_name["Mailhound"], by_name["Peoplegrid"]
     assert (first.asked, first.passed_on, first.cost_per_hit) == (1, 1, None)
     assert (second.found, second.cost_per_hit) == (1, 1_500_000)
-    assert (whole.answers, whole.found, whole.untold, whole.spent, whole.elsewhere) == (1, 1, 0, 1_500_000, 0)
+    assert (whole.answers, whole.found, whole.not_reported, whole.spent, whole.unattributed) == (1, 1, 0, 1_500_000, 0)
 
 
 def test_verifier_stats() -> None:
@@ -101,7 +101,7 @@ def test_verifier_stats() -> None:
     assert by_name["Peoplegrid"].found == 1
     proof = by_name["Mailproof"]
     assert (proof.verifies, proof.asked, proof.found, proof.passed_on, proof.credits) == (True, 1, 0, 0, 30_000)
-    assert whole.elsewhere == 0
+    assert whole.unattributed == 0
 
 
 @in_turn("data", [None, [], {}, [None], {"email": None}, {"email": ""}, result_wrapper(None)])
@@ -111,7 +111,7 @@ def test_no_match_without_steps_is_inferred(data: object) -> None:
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
     assert all((each.asked, each.presumed, each.passed_on) == (0, 1, 1) for each in whole.providers)
-    assert (whole.untold, whole.elsewhere) == (0, 50)
+    assert (whole.not_reported, whole.unattributed) == (0, 50)
 
 
 def test_match_without_steps_is_inferred() -> None:
@@ -125,7 +125,7 @@ def test_match_without_steps_is_inferred() -> None:
         "Mailhound": (1, 0),
         "Peoplegrid": (1, 1),
     }
-    assert (whole.answers, whole.found, whole.untold) == (2, 2, 1)
+    assert (whole.answers, whole.found, whole.not_reported) == (2, 2, 1)
 
 
 def test_provider_from_data_without_step() -> None:
@@ -144,14 +144,14 @@ def test_unattributed_credits() -> None:
     foreign = settled_attempt(State.NOT_FOUND, call=CALL.canonical().replace("email_getter", "other"))
     _, whole = provider_stats(settled_attempt(State.FAILED, paid=7), gone, other, foreign)
 
-    assert (whole.providers, whole.answers, whole.untold, whole.spent, whole.elsewhere) == ([], 4, 4, 7, 7)
+    assert (whole.providers, whole.answers, whole.not_reported, whole.spent, whole.unattributed) == ([], 4, 4, 7, 7)
 
 
 def test_expired_and_in_doubt_add_only_cost() -> None:
     """They add what they cost."""
     _, whole = provider_stats(settled_attempt(State.EXPIRED, paid=3), settled_attempt(State.IN_DOUBT, paid=None))
 
-    assert (whole.answers, whole.spent, whole.elsewhere) == (0, 3, 3)
+    assert (whole.answers, whole.spent, whole.unattributed) == (0, 3, 3)
 
 
 def test_unknown_price_leaves_bill_unchanged() -> None:
@@ -160,14 +160,14 @@ def test_unknown_price_leaves_bill_unchanged() -> None:
         settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", "2")), None)
     )
 
-    assert (by_name["Mailhound"].credits, whole.spent, whole.elsewhere) == (2_000_000, 0, 0)
+    assert (by_name["Mailhound"].credits, whole.spent, whole.unattributed) == (2_000_000, 0, 0)
 
 
 def test_refund_gives_negative_unattributed() -> None:
     """The steps tell more than was paid: providers and the rest still add up to the bill."""
     _, whole = provider_stats(settled_attempt(State.FAILED, result_wrapper(None, step("Mailhound", "2")), 0))
 
-    assert whole.elsewhere == -2_000_000
+    assert whole.unattributed == -2_000_000
 
 
 @in_turn("cost", [None, "", "free", "NaN", "-1", -3, True, [], {}, [["1"]], "1e99"])
@@ -177,7 +177,7 @@ def test_invalid_step_cost_is_ignored(cost: object) -> None:
         settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", cost)), 500_000)
     )
 
-    assert (by_name["Mailhound"].asked, by_name["Mailhound"].credits, whole.elsewhere) == (1, 0, 500_000)
+    assert (by_name["Mailhound"].asked, by_name["Mailhound"].credits, whole.unattributed) == (1, 0, 500_000)
 
 
 @in_turn("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
@@ -186,7 +186,7 @@ def test_step_without_name_is_ignored(provider: object) -> None:
     by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, result_wrapper(None, step(provider, "1"))))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
-    assert whole.elsewhere == 0
+    assert whole.unattributed == 0
 
 
 @in_turn("answer", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"data": {"steps": 7}}'])
@@ -230,7 +230,7 @@ def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]
 
     assert whole.spent == sum(paid or 0 for _, _, paid in answers)
     if all(paid is not None for _, _, paid in answers):
-        assert sum(each.credits for each in whole.providers) + whole.elsewhere == whole.spent
+        assert sum(each.credits for each in whole.providers) + whole.unattributed == whole.spent
     for each in by_name.values():
         assert 0 <= each.found <= each.asked + each.presumed <= whole.answers
         assert each.rejected <= each.asked
@@ -246,10 +246,10 @@ def test_provider_that_verifies_counted_once() -> None:
     assert by_name["Peoplegrid"].asked == 1
 
 
-def ledger_stats(workspace: Workspace) -> Earnings:
+def ledger_stats(workspace: Workspace) -> ProviderTotals:
     """Add up the ledger of the office's job."""
-    with closing(workspace.ledger()) as ledger:
-        return stats_of(ledger.settled("job"), read_offers(ledger.waterfalls()))
+    with closing(workspace.open_ledger()) as ledger:
+        return stats_of(ledger.settled_attempts("job"), load_waterfalls(ledger.waterfalls()))
 
 
 @pytest.mark.parametrize(
@@ -275,15 +275,15 @@ def test_stats_agree_with_audit(
     workspace.write_leads(make_leads(60))
     kinds = ("null", "empty_list", "empty_object", "null_result", "blank_result")
     with serve_api(tmp_path / "api.db", INSTANT_API, shape=shape, miss_kinds=kinds, charge_misses=True) as api:
-        assert workspace.command("run", "job.yaml", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         audit = api.audit()
     true, whole = audit["by_provider"], ledger_stats(workspace)
 
     assert whole.spent / 1e6 == pytest.approx(audit["credits_charged"])
     assert whole.answers == audit["charged"] == 60
-    assert sum(each.credits for each in whole.providers) + whole.elsewhere == whole.spent
+    assert sum(each.credits for each in whole.providers) + whole.unattributed == whole.spent
     if not shape.startswith("wrap"):
-        assert whole.untold == whole.found  # who found it is not told
+        assert whole.not_reported == whole.found  # who found it is not told
         assert all(each.found == each.credits == 0 for each in whole.providers)
         return
     for each in whole.providers:
@@ -300,7 +300,7 @@ def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) ->
     workspace.write_job(email_verifier="10")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("null_result",), charge_misses=True) as api:
-        workspace.command("run", "job.yaml", api=api)
+        workspace.run_in_process("run", "job.yaml", api=api)
         true = api.audit()["by_provider"]
 
     assert {

@@ -10,15 +10,15 @@ import pytest
 
 from enrich.api.waterfall import Waterfall
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.setup.drift import differences
+from enrich.setup.drift import waterfall_changes
 from tests.harness import JOB, SandboxApi, Workspace, make_leads
 
 
 def test_valid_job_output(workspace: Workspace) -> None:
     """Rows, what can be asked, and where the waterfall's description comes from."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
-    result = workspace.command("check", "job.yaml")
-    assert (result.code, result.stderr) == (0, "")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert (result.exit_code, result.stderr) == (0, "")
     message = "ok: job: 4 rows, 3 can be asked, email_getter as known from the documentation of 2026-11\n"
     assert result.stdout == message
 
@@ -27,16 +27,16 @@ def test_leaves_no_files(workspace: Workspace) -> None:
     """Neither a ledger nor a lock nor an output."""
     workspace.write_leads(make_leads(1))
     before = sorted(workspace.folder.rglob("*"))
-    assert workspace.command("check", "job.yaml").code == 0
-    assert workspace.command("check", "job.yaml", "--sandbox", "--online").code == 0
+    assert workspace.run_in_process("check", "job.yaml").exit_code == 0
+    assert workspace.run_in_process("check", "job.yaml", "--sandbox", "--online").exit_code == 0
     assert sorted(workspace.folder.rglob("*")) == before
 
 
 def test_needs_no_network_or_key(workspace: Workspace) -> None:
     """An address where nobody answers changes nothing; one that tells the key in the clear is refused."""
     workspace.write_leads(make_leads(1))
-    assert workspace.command("check", "job.yaml", DATABAR_BASE_URL="http://127.0.0.1:9/v1").code == 0
-    assert workspace.command("check", "job.yaml", DATABAR_BASE_URL="http://api.example/v1").code == 2
+    assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://127.0.0.1:9/v1").exit_code == 0
+    assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://api.example/v1").exit_code == 2
 
 
 def test_all_problems_are_listed(workspace: Workspace) -> None:
@@ -49,9 +49,9 @@ def test_all_problems_are_listed(workspace: Workspace) -> None:
         rejects="leads.csv",
         suppress="nobody.txt",
     )
-    result = workspace.command("check", "job.yaml")
+    result = workspace.run_in_process("check", "job.yaml")
 
-    assert (result.code, result.stdout) == (2, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     problems = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     for message in (
         "`Frist Name`",
@@ -72,8 +72,8 @@ def test_missing_required_params(workspace: Workspace) -> None:
     """By the documentation, when the ledger knows nothing yet."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(params="{first_name: First Name}")
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 2
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
     assert "requires `last_name`" in result.stderr
     assert "requires `company`" in result.stderr
 
@@ -82,8 +82,8 @@ def test_unknown_param_is_a_note(workspace: Workspace) -> None:
     """The documentation may be older than the API."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(JOB.replace("columns:\n", "  linkedin: Note\ncolumns:\n"))
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 0
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 0
     assert "note: " in result.stderr
     assert "linkedin" in result.stderr
 
@@ -92,22 +92,22 @@ def test_undocumented_waterfall_is_a_note(workspace: Workspace) -> None:
     """It may exist all the same."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(waterfall="moon_getter")
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 0
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 0
     assert "--online" in result.stderr
 
 
 def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: SandboxApi) -> None:
     """After a run what the API said counts, not the documentation: a param that it does not know is an error."""
     workspace.write_leads(make_leads(1))
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    assert "as known from the API at the last run" in workspace.command("check", "job.yaml", api=api).stdout
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert "as known from the API at the last run" in workspace.run_in_process("check", "job.yaml", api=api).stdout
 
     workspace.write_job(
         JOB.replace("columns:\n", "  linkedn: Note\ncolumns:\n"), email_verifier="99", enrichments="[7]"
     )
-    result = workspace.command("check", "job.yaml", api=api)
-    assert result.code == 2
+    result = workspace.run_in_process("check", "job.yaml", api=api)
+    assert result.exit_code == 2
     assert "did you mean `linkedin`?" in result.stderr
     assert "no provider 7" in result.stderr
 
@@ -115,20 +115,20 @@ def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: San
 def test_ledger_of_other_api_is_refused(workspace: Workspace, api: SandboxApi) -> None:
     """It holds the answers of somebody else."""
     workspace.write_leads(make_leads(1))
-    workspace.command("run", "job.yaml", api=api)
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 2
+    workspace.run_in_process("run", "job.yaml", api=api)
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
     assert "belongs to another api host: 127.0.0.1, not api.databar.ai" in result.stderr
 
 
 def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> None:
     """Before a night is lost to it."""
     workspace.write_leads(make_leads(1))
-    workspace.command("run", "job.yaml", api=api)
+    workspace.run_in_process("run", "job.yaml", api=api)
     for path in workspace.ledger_path.parent.glob("job.db*"):
         path.write_bytes(b"SQLite format 3\0" + b"\x17" * 4096)
-    result = workspace.command("check", "job.yaml", api=api)
-    assert result.code == 5
+    result = workspace.run_in_process("check", "job.yaml", api=api)
+    assert result.exit_code == 5
     assert "damaged" in result.stderr
 
 
@@ -147,8 +147,8 @@ def test_invalid_paths(workspace: Workspace, changed: dict[str, str], said: str,
     """Found before the run, with the run's exit code."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(**changed)
-    result = workspace.command("check", "job.yaml")
-    assert result.code == code
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == code
     assert said in result.stderr
 
 
@@ -158,8 +158,8 @@ def test_unwritable_folder(workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     (workspace.folder / "out").mkdir(mode=0o500)
     workspace.write_job(output="out/leads.csv")
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 5
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 5
     assert "`output` cannot be written" in result.stderr
 
 
@@ -168,10 +168,10 @@ def test_unreadable_ledger(workspace: Workspace) -> None:
     """It is no new one: that would pay for everything again."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / ".enrich").mkdir(mode=0o000)
-    checked = workspace.command("check", "job.yaml")
-    doctored = workspace.command("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
+    checked = workspace.run_in_process("check", "job.yaml")
+    doctored = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
     (workspace.folder / ".enrich").chmod(0o700)
-    assert (checked.code, doctored.code) == (5, 5)
+    assert (checked.exit_code, doctored.exit_code) == (5, 5)
     assert "Permission denied" in checked.stderr
     assert "Permission denied" in doctored.stdout
 
@@ -179,8 +179,8 @@ def test_unreadable_ledger(workspace: Workspace) -> None:
 def test_input_is_read_completely(workspace: Workspace) -> None:
     """A row that is too long is found wherever it stands."""
     workspace.write_leads([*make_leads(30), ["too", "many", "", "", "", "cells"]])
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 5
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 5
     assert "row 31" in result.stderr
 
 
@@ -189,23 +189,23 @@ def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None
     workspace.write_leads([["", "", "", mail, ""] for mail in ("ada@engine.example", "none", "")])
     workspace.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
     for _ in range(2):
-        assert "3 rows, 1 can be asked" in workspace.command("check", "job.yaml", api=api).stdout
-        assert workspace.command("run", "job.yaml", "--json", api=api).receipt["invalid"] == 2
+        assert "3 rows, 1 can be asked" in workspace.run_in_process("check", "job.yaml", api=api).stdout
+        assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["invalid"] == 2
 
 
 def test_failing_expression_is_reported(workspace: Workspace) -> None:
     """Its columns are there; its cells cannot be computed."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(where="CAST(Note AS INT) > 1")
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 2
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
     assert "TRY_CAST" in result.stderr
 
 
 def test_json_is_one_object(workspace: Workspace) -> None:
     """Also when something is wrong."""
     workspace.write_leads(make_leads(1))
-    assert workspace.command("check", "job.yaml", "--json").receipt == {
+    assert workspace.run_in_process("check", "job.yaml", "--json").json_output == {
         "exit_code": 0,
         "job": "job",
         "rows": 1,
@@ -217,7 +217,7 @@ def test_json_is_one_object(workspace: Workspace) -> None:
         "problems": [],
     }
     workspace.write_job(only_if_empty="[Phone]")
-    output = workspace.command("check", "job.yaml", "--json").receipt
+    output = workspace.run_in_process("check", "job.yaml", "--json").json_output
     assert output["exit_code"] == 2
     assert output["error"] == output["problems"][0]["message"]
 
@@ -225,9 +225,9 @@ def test_json_is_one_object(workspace: Workspace) -> None:
 def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi) -> None:
     """Against what the ledger remembers."""
     workspace.write_leads(make_leads(1))
-    workspace.command("run", "job.yaml", api=api)
-    same = workspace.command("check", "job.yaml", "--online", api=api)
-    assert (same.code, same.stderr) == (0, "")
+    workspace.run_in_process("run", "job.yaml", api=api)
+    same = workspace.run_in_process("check", "job.yaml", "--online", api=api)
+    assert (same.exit_code, same.stderr) == (0, "")
     assert "as known from the API now" in same.stdout
 
     from enrich.store.ledger import Ledger  # noqa: PLC0415
@@ -235,11 +235,11 @@ def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi)
     ledger = Ledger(workspace.ledger_path)
     described, providers = ledger.waterfall("email_getter") or ({}, None)
     described["available_enrichments"][0]["price"] = 0.25
-    ledger.remember_waterfall("email_getter", described, providers or [])
+    ledger.save_waterfall("email_getter", described, providers or [])
     ledger.close()
 
-    changed = workspace.command("check", "job.yaml", "--online", api=api)
-    assert changed.code == 0
+    changed = workspace.run_in_process("check", "job.yaml", "--online", api=api)
+    assert changed.exit_code == 0
     assert "note: provider 833 Mailhound: 0.25 credits before, 0.5 credits now (dearer)" in changed.stderr
 
 
@@ -247,14 +247,14 @@ def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi)
 def test_online_needs_a_key(workspace: Workspace, api: SandboxApi, environ: dict[str, str], code: int) -> None:
     """With the run's exit code."""
     workspace.write_leads(make_leads(1))
-    assert workspace.command("check", "job.yaml", "--online", api=api, **environ).code == code
+    assert workspace.run_in_process("check", "job.yaml", "--online", api=api, **environ).exit_code == code
 
 
 def test_waterfall_change_messages() -> None:
     """Params, fields, providers, verifiers, prices, defaults."""
-    before = WATERFALLS["email_getter"].document()
-    now = WATERFALLS["email_getter"].document()
-    assert list(differences(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
+    before = WATERFALLS["email_getter"].to_json()
+    now = WATERFALLS["email_getter"].to_json()
+    assert list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
     now["input_params"] = [*now["input_params"][1:3], {"name": "country", "required": True}]
     now["input_params"][0]["required"] = False
     now["output_fields"] = [{"name": "score"}]
@@ -268,7 +268,7 @@ def test_waterfall_change_messages() -> None:
     ]
     now["email_verifiers"] = now["email_verifiers"][:1]
 
-    result = list(differences(Waterfall.model_validate(before), Waterfall.model_validate(now)))
+    result = list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now)))
 
     assert result == [
         "param country: new, required",
@@ -288,4 +288,4 @@ def test_waterfall_change_messages() -> None:
 
 def test_missing_job_file(workspace: Workspace, tmp_path: Path) -> None:
     """Exit 2, as everywhere."""
-    assert workspace.command("check", str(tmp_path / "none.yaml")).code == 2
+    assert workspace.run_in_process("check", str(tmp_path / "none.yaml")).exit_code == 2

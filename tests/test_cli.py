@@ -16,7 +16,7 @@ import pytest
 
 from enrich import __version__
 from enrich.cli import cli
-from enrich.surroundings import Options
+from enrich.surroundings import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api
 
 COMMANDS = sorted(cli.commands)
@@ -30,9 +30,9 @@ def test_all_commands_exist() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(workspace: Workspace, name: str) -> None:
     """`--help` says what the command does and what each option means; it needs nothing else."""
-    result = workspace.command(name, "--help")
+    result = workspace.run_in_process(name, "--help")
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert f"enrich {name}" in result.stdout
     for parameter in cli.commands[name].params:
         if isinstance(parameter, click.Option):
@@ -43,37 +43,37 @@ def test_every_command_has_help(workspace: Workspace, name: str) -> None:
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
     """The first page names every command, each with a line of its own."""
-    result = workspace.command(option)
+    result = workspace.run_in_process(option)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     for name in COMMANDS:
         assert re.search(rf"^  {name}\s+\S", result.stdout, re.MULTILINE)
 
 
 def test_the_first_page_fits_a_terminal(workspace: Workspace) -> None:
     """No command's line is cut off at 80 columns."""
-    assert "..." not in workspace.command("--help", COLUMNS="80").stdout.partition("Commands:")[2]
+    assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Commands:")[2]
 
 
 def test_version_option(workspace: Workspace) -> None:
     """`--version` for reports of bugs."""
-    assert __version__ in workspace.command("--version").stdout
+    assert __version__ in workspace.run_in_process("--version").stdout
 
 
 def test_no_command_shows_help_with_exit_2(workspace: Workspace) -> None:
     """Nothing asked is a wrong usage, but a helpful one."""
-    result = workspace.command()
+    result = workspace.run_in_process()
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "Commands:" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["schema", "extra"]])
 def test_unknown_command_is_exit_2(workspace: Workspace, arguments: list[str]) -> None:
     """The error names it and where help is, on stderr; stdout stays clean."""
-    result = workspace.command(*arguments)
+    result = workspace.run_in_process(*arguments)
 
-    assert (result.code, result.stdout) == (2, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert "--help" in result.stderr
 
@@ -81,24 +81,24 @@ def test_unknown_command_is_exit_2(workspace: Workspace, arguments: list[str]) -
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["collect", "no.yaml"]])
 def test_json_errors(workspace: Workspace, arguments: list[str]) -> None:
     """Scripts read one object, whatever happens."""
-    result = workspace.command(*arguments, "--json")
+    result = workspace.run_in_process(*arguments, "--json")
 
-    assert result.code == 2
-    assert result.receipt.keys() == {"exit_code", "error"}
-    assert result.receipt["exit_code"] == 2
+    assert result.exit_code == 2
+    assert result.json_output.keys() == {"exit_code", "error"}
+    assert result.json_output["exit_code"] == 2
 
 
 def test_misspelled_option_suggestion(workspace: Workspace) -> None:
     """A typing mistake gets the right word."""
-    assert "--max-credits" in workspace.command("run", "job.yaml", "--max-credit", "5").stderr
+    assert "--max-credits" in workspace.run_in_process("run", "job.yaml", "--max-credit", "5").stderr
 
 
 def test_schema_is_json(workspace: Workspace) -> None:
     """`enrich schema` prints a JSON Schema that names every key of a job file with its meaning."""
-    result = workspace.command("schema")
+    result = workspace.run_in_process("schema")
 
     schema = json.loads(result.stdout)
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(schema["properties"]) >= {"version", "input", "output", "waterfall", "params", "limits", "policy"}
     assert schema["additionalProperties"] is False
@@ -110,10 +110,10 @@ def test_schema_is_json(workspace: Workspace) -> None:
 
 def test_waterfalls_list(api: SandboxApi, workspace: Workspace) -> None:
     """One line each for a person, one list for a program."""
-    text = workspace.command("waterfalls", api=api)
-    listed = workspace.command("waterfalls", "--json", api=api)
+    text = workspace.run_in_process("waterfalls", api=api)
+    listed = workspace.run_in_process("waterfalls", "--json", api=api)
 
-    assert text.code == listed.code == 0
+    assert text.exit_code == listed.exit_code == 0
     known = [item["identifier"] for item in json.loads(listed.stdout)]
     assert [line.split()[0] for line in text.stdout.splitlines()] == known
     assert "email_getter" in text.stdout
@@ -121,33 +121,33 @@ def test_waterfalls_list(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_waterfall_details(api: SandboxApi, workspace: Workspace) -> None:
     """Params, fields, providers, verifiers and prices of the one that is asked for."""
-    text = workspace.command("waterfalls", "email_getter", api=api)
-    shown = workspace.command("waterfalls", "email_getter", "--json", api=api)
+    text = workspace.run_in_process("waterfalls", "email_getter", api=api)
+    shown = workspace.run_in_process("waterfalls", "email_getter", "--json", api=api)
 
     for word in ("first_name", "required", "email", "833", "Mailhound", "0.5 credits", "only when named", "Mailproof"):
         assert word in text.stdout
-    assert shown.receipt["available_enrichments"][0]["id"] == 833
+    assert shown.json_output["available_enrichments"][0]["id"] == 833
 
 
 def test_unknown_waterfall_suggestion(api: SandboxApi, workspace: Workspace) -> None:
     """Exit 2 and the name that was perhaps meant."""
-    result = workspace.command("waterfalls", "email_geter", "--json", api=api)
+    result = workspace.run_in_process("waterfalls", "email_geter", "--json", api=api)
 
-    assert result.code == result.receipt["exit_code"] == 2
+    assert result.exit_code == result.json_output["exit_code"] == 2
     assert "did you mean `email_getter`?" in result.stderr
 
 
 def test_sandbox_waterfalls_need_no_key(workspace: Workspace) -> None:
     """`--sandbox` shows what can be tried."""
-    result = workspace.command("waterfalls", "--sandbox")
+    result = workspace.run_in_process("waterfalls", "--sandbox")
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert "phone_getter" in result.stdout
 
 
 def test_waterfalls_with_a_wrong_key_is_exit_3(api: SandboxApi, workspace: Workspace) -> None:
     """The same exit codes as everywhere."""
-    assert workspace.command("waterfalls", api=SandboxApi(api.base_url, "wrong")).code == 3
+    assert workspace.run_in_process("waterfalls", api=SandboxApi(api.base_url, "wrong")).exit_code == 3
 
 
 # status
@@ -157,40 +157,43 @@ def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> N
     """Counts, credits, what expires when and the past executions, with the names of the receipt."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
-        workspace.run(api, Options(max_time_s=3.0, limit=5))
-        waiting = workspace.command("status", "job.yaml", "--json").receipt
+        workspace.run_job(api, RunOptions(max_time_s=3.0, limit=5))
+        waiting = workspace.run_in_process("status", "job.yaml", "--json").json_output
         api.advance(60)
-        summary = workspace.run(api, Options(limit=0))
+        summary = workspace.run_job(api, RunOptions(limit=0))
 
     assert (waiting["pending"], waiting["at_the_api"], waiting["credits_spent"]) == (12, 5, 0)
     assert waiting["next_expiry"] <= waiting["last_expiry"]
-    status = workspace.command("status", "job.yaml", "--json").receipt
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
     assert (status["found"], status["not_found"], status["pending"]) == (summary.found, summary.not_found, 7)
     assert (status["requests"], status["at_the_api"], status["next_expiry"]) == (12, 0, None)
     assert status["credits_spent"] == summary.credits_spent
     assert [run["exit_code"] for run in status["executions"]] == [0, 13]
-    text = workspace.command("status", "job.yaml")
-    assert (text.code, text.stderr) == (0, "")
+    text = workspace.run_in_process("status", "job.yaml")
+    assert (text.exit_code, text.stderr) == (0, "")
     for word in ("job: 12 requests", "found", "pending", "credits", "execution"):
         assert word in text.stdout
 
 
 def test_status_of_new_job(workspace: Workspace) -> None:
     """No ledger is no error, and none is made by looking."""
-    result = workspace.command("status", "job.yaml", "--json")
+    result = workspace.run_in_process("status", "job.yaml", "--json")
 
-    assert (result.code, result.receipt["requests"], result.receipt["executions"]) == (0, 0, [])
-    assert workspace.command("status", "job.yaml").code == 0
+    assert (result.exit_code, result.json_output["requests"], result.json_output["executions"]) == (0, 0, [])
+    assert workspace.run_in_process("status", "job.yaml").exit_code == 0
     assert not workspace.ledger_path.parent.exists()
 
 
 def test_status_needs_neither_key_nor_network(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger alone is asked, even while the API is away, and the sandbox's is another one."""
     workspace.write_leads(make_leads(2))
-    workspace.run(api)
+    workspace.run_job(api)
 
-    assert workspace.command("status", "job.yaml", "--json", DATABAR_BASE_URL="nonsense").receipt["requests"] == 2
-    assert workspace.command("status", "job.yaml", "--json", "--sandbox").receipt["requests"] == 0
+    assert (
+        workspace.run_in_process("status", "job.yaml", "--json", DATABAR_BASE_URL="nonsense").json_output["requests"]
+        == 2
+    )
+    assert workspace.run_in_process("status", "job.yaml", "--json", "--sandbox").json_output["requests"] == 0
 
 
 # collect
@@ -199,46 +202,46 @@ def test_status_needs_neither_key_nor_network(api: SandboxApi, workspace: Worksp
 def test_collect_from_ledger_only(api: SandboxApi, workspace: Workspace) -> None:
     """The lost output comes back word for word, without key or network."""
     workspace.write_leads(make_leads(9))
-    workspace.run(api)
+    workspace.run_job(api)
     path = workspace.folder / "out.csv"
     written = path.read_bytes()
     path.unlink()
     polls = api.audit()["requests"]
 
-    result = workspace.command("collect", "job.yaml", "--json")
+    result = workspace.run_in_process("collect", "job.yaml", "--json")
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert path.read_bytes() == written
-    assert result.receipt["rows"] == 9
-    assert result.receipt["output"] == str(path)
+    assert result.json_output["rows"] == 9
+    assert result.json_output["output"] == str(path)
     assert api.audit()["requests"] == polls
 
 
 def test_collect_requires_partial_for_pending_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Pending rows: exit 5 and the old file stays; `--partial` writes what is there."""
     workspace.write_leads(make_leads(5))
-    workspace.run(api, Options(limit=2))
+    workspace.run_job(api, RunOptions(limit=2))
     path = workspace.folder / "out.csv"
     path.write_text("old\n")
 
-    refused = workspace.command("collect", "job.yaml", "--json")
+    refused = workspace.run_in_process("collect", "job.yaml", "--json")
 
-    assert refused.code == refused.receipt["exit_code"] == 5
+    assert refused.exit_code == refused.json_output["exit_code"] == 5
     assert "3 rows are pending" in refused.stderr
     assert "--partial" in refused.stderr
     assert path.read_text() == "old\n"
-    partial = workspace.command("collect", "job.yaml", "--partial", "--json")
-    assert (partial.code, partial.receipt["pending"]) == (0, 3)
-    assert len(workspace.output()) == 5
+    partial = workspace.run_in_process("collect", "job.yaml", "--partial", "--json")
+    assert (partial.exit_code, partial.json_output["pending"]) == (0, 3)
+    assert len(workspace.read_output()) == 5
 
 
 def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
     """There is nothing to collect from, and no ledger is left behind."""
     workspace.write_leads(make_leads(1))
 
-    result = workspace.command("collect", "job.yaml", "--json")
+    result = workspace.run_in_process("collect", "job.yaml", "--json")
 
-    assert result.code == 5
+    assert result.exit_code == 5
     assert "never run" in result.stderr
     assert not workspace.ledger_path.exists()
 
@@ -246,12 +249,14 @@ def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
 def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     """Answers that were bought serve any file that asks the same."""
     workspace.write_leads(make_leads(5))
-    workspace.run(api)
+    workspace.run_job(api)
     workspace.write_leads(make_leads(3), name="few.csv")
 
-    result = workspace.command("collect", "job.yaml", "--input", "few.csv", "--output", "few_out.parquet", "--json")
+    result = workspace.run_in_process(
+        "collect", "job.yaml", "--input", "few.csv", "--output", "few_out.parquet", "--json"
+    )
 
-    assert (result.code, result.receipt["rows"]) == (0, 3)
+    assert (result.exit_code, result.json_output["rows"]) == (0, 3)
     assert (workspace.folder / "few_out.parquet").is_file()
 
 
@@ -263,13 +268,13 @@ def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: Sa
     workspace.write_leads(make_leads(2))
     other_server = Workspace(workspace.folder.parent)
 
-    from_job = other_server.command("run", "office/job.yaml", "--json", api=api)
-    from_here = other_server.command(
+    from_job = other_server.run_in_process("run", "office/job.yaml", "--json", api=api)
+    from_here = other_server.run_in_process(
         *("run", "office/job.yaml", "--json", "--output", "here.csv", "--ledger", "here.db"), api=api
     )
 
-    assert from_job.receipt["output"] == str(workspace.folder / "out.csv")
-    assert from_here.receipt["output"] == str(other_server.folder / "here.csv")
+    assert from_job.json_output["output"] == str(workspace.folder / "out.csv")
+    assert from_here.json_output["output"] == str(other_server.folder / "here.csv")
     assert (other_server.folder / "here.db").is_file()
 
 
@@ -279,12 +284,12 @@ def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, wo
     (workspace.folder / "key").write_text(f"{api.api_key}\n")
     url = api.base_url
 
-    from_file = workspace.command("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY_FILE="key")
+    from_file = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY_FILE="key")
     (workspace.folder / ".databar").mkdir()
     (workspace.folder / ".databar" / "config").write_text(f"api_key={api.api_key}\n")
-    from_config = workspace.command("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY="")
+    from_config = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY="")
 
-    assert from_file.code == from_config.code == 0
+    assert from_file.exit_code == from_config.exit_code == 0
 
 
 def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +301,8 @@ def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkey
     workspace.write_leads(make_leads(1))
     monkeypatch.setattr(Path, "home", homeless)
 
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    assert workspace.command("run", "job.yaml").code == 3
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert workspace.run_in_process("run", "job.yaml").exit_code == 3
 
 
 # The sandbox
@@ -307,7 +312,7 @@ def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkey
 def test_sandbox_prints_environment(workspace: Workspace) -> None:
     """What it prints is all the environment that a run needs, and it ends without a word."""
     workspace.write_leads(make_leads(3))
-    process = workspace.start("sandbox")
+    process = workspace.start_subprocess("sandbox")
     assert process.stdout is not None
     try:
         environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
@@ -332,9 +337,9 @@ def test_sandbox_prints_environment(workspace: Workspace) -> None:
 
 def test_sandbox_options_are_validated(workspace: Workspace) -> None:
     """A wrong setting is exit 2 before anything is served."""
-    result = workspace.command("sandbox", "--latency", "soon")
+    result = workspace.run_in_process("sandbox", "--latency", "soon")
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "lognormal" in result.stderr
 
 
@@ -406,16 +411,16 @@ def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tupl
 def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
     """`--quiet` leaves the receipt out even when the exit code is not 0."""
     workspace.write_leads(make_leads(2))
-    api.fault("no-task-id")
+    api.inject_fault("no-task-id")
 
-    result = workspace.command("run", "job.yaml", "--quiet", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--quiet", api=api)
 
-    assert (result.code, result.stdout, result.stderr) == (14, "", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (14, "", "")
 
 
 def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> None:
     """`enrich schema | head -1` ends without a complaint."""
-    process = workspace.start("schema")
+    process = workspace.start_subprocess("schema")
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None

@@ -13,20 +13,20 @@ import pytest
 from pydantic import SecretStr
 
 from enrich.api.client import Client
-from enrich.api.complaints import named_params
-from enrich.api.credentials import Access
+from enrich.api.complaints import wrong_params
+from enrich.api.credentials import ApiAccess
 from enrich.errors import (
-    Ambiguous,
+    ApiCallFailed,
     BadParams,
-    CallFailed,
+    InvalidPollResponse,
     JobRejected,
-    NotAccepted,
-    NotBelieved,
-    NotUnderstood,
     OutOfCredits,
     RateLimited,
+    RequestNotAccepted,
+    SubmissionUnconfirmed,
     TaskUnknown,
     Unauthorized,
+    UnexpectedResponse,
 )
 from enrich.model import SystemClock
 from tests.cases import in_turn
@@ -51,18 +51,18 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxApi]
 def api(shared_api: SandboxApi) -> Iterator[SandboxApi]:
     """Take that API, without faults that another test left."""
     yield shared_api
-    shared_api.heal()
+    shared_api.clear_faults()
 
 
 @dataclass
 class RecordingClock(SystemClock):
     """A clock that remembers what time the API has."""
 
-    heard: list[int] = field(default_factory=list)
+    observed: list[int] = field(default_factory=list)
 
     def observe(self, api_ms: int) -> None:
         """Remember."""
-        self.heard.append(api_ms)
+        self.observed.append(api_ms)
 
 
 def call_api(
@@ -75,8 +75,8 @@ def call_api(
     """Make calls with a client of their own."""
 
     async def asking() -> T:
-        access = Access(base_url, SecretStr(key))
-        async with Client(access, clock or SystemClock(), post_s=seconds, get_s=seconds) as client:
+        access = ApiAccess(base_url, SecretStr(key))
+        async with Client(access, clock or SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds) as client:
             return await call(client)
 
     return asyncio.run(asking())
@@ -84,25 +84,25 @@ def call_api(
 
 def expect_failure(
     base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 30.0
-) -> CallFailed:
+) -> ApiCallFailed:
     """Make a call that fails."""
     return expect_failures(base_url, [call], key, seconds)[0]
 
 
-def failure_kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[CallFailed]]:
+def failure_kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[ApiCallFailed]]:
     """Tell how each of the calls fails."""
     return [type(error) for error in expect_failures(base_url, calls)]
 
 
 def expect_failures(
     base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 30.0
-) -> list[CallFailed]:
+) -> list[ApiCallFailed]:
     """Make calls that fail; whatever is written down of the failures, the key is not in it."""
 
-    async def each(client: Client) -> list[CallFailed]:
+    async def each(client: Client) -> list[ApiCallFailed]:
         errors = []
         for call in calls:
-            with pytest.raises(CallFailed) as caught:
+            with pytest.raises(ApiCallFailed) as caught:
                 await call(client)
             errors.append(caught.value)
         return errors
@@ -121,12 +121,12 @@ def timeout_for(fault: str) -> float:
 
 async def submit_run(client: Client) -> str:
     """Submit one run."""
-    return await client.run("email_getter", BODY)
+    return await client.submit("email_getter", BODY)
 
 
 async def get_task(client: Client) -> dict[str, Any]:
     """Ask for a task."""
-    return (await client.task("t-1")).body
+    return (await client.poll_task("t-1")).body
 
 
 @pytest.mark.parametrize(
@@ -138,32 +138,32 @@ async def get_task(client: Client) -> dict[str, Any]:
         ("rate-limit", {}, RateLimited, 0),
         ("rate-limit-date", {}, RateLimited, 0),
         ("rate-limit-bare", {}, RateLimited, 0),
-        ("redirect", {}, NotAccepted, 0),
-        ("error-before", {"status": 500}, Ambiguous, 0),
-        ("error-before", {"status": 502}, Ambiguous, 0),
-        ("error-before", {"status": 503}, Ambiguous, 0),
-        ("error-before", {"status": 504}, Ambiguous, 0),
-        ("error-before", {"status": 599}, Ambiguous, 0),
-        ("error-after", {"status": 500}, Ambiguous, 1),
-        ("error-after", {"status": 503}, Ambiguous, 1),
-        ("unavailable", {"seconds": 0}, Ambiguous, 0),
-        ("html", {}, Ambiguous, 0),
-        ("html-200", {}, Ambiguous, 1),
-        ("reset-before", {}, Ambiguous, 0),
-        ("reset-after", {}, Ambiguous, 1),
-        ("silence-before", {}, Ambiguous, 0),
-        ("silence-after", {}, Ambiguous, 1),
-        ("broken-json", {}, Ambiguous, 1),
-        ("wrong-json", {}, Ambiguous, 1),
-        ("no-task-id", {}, Ambiguous, 1),
+        ("redirect", {}, RequestNotAccepted, 0),
+        ("error-before", {"status": 500}, SubmissionUnconfirmed, 0),
+        ("error-before", {"status": 502}, SubmissionUnconfirmed, 0),
+        ("error-before", {"status": 503}, SubmissionUnconfirmed, 0),
+        ("error-before", {"status": 504}, SubmissionUnconfirmed, 0),
+        ("error-before", {"status": 599}, SubmissionUnconfirmed, 0),
+        ("error-after", {"status": 500}, SubmissionUnconfirmed, 1),
+        ("error-after", {"status": 503}, SubmissionUnconfirmed, 1),
+        ("unavailable", {"seconds": 0}, SubmissionUnconfirmed, 0),
+        ("html", {}, SubmissionUnconfirmed, 0),
+        ("html-200", {}, SubmissionUnconfirmed, 1),
+        ("reset-before", {}, SubmissionUnconfirmed, 0),
+        ("reset-after", {}, SubmissionUnconfirmed, 1),
+        ("silence-before", {}, SubmissionUnconfirmed, 0),
+        ("silence-after", {}, SubmissionUnconfirmed, 1),
+        ("broken-json", {}, SubmissionUnconfirmed, 1),
+        ("wrong-json", {}, SubmissionUnconfirmed, 1),
+        ("no-task-id", {}, SubmissionUnconfirmed, 1),
     ],
 )
 def test_post_faults_are_classified(
-    api: SandboxApi, fault: str, params: dict[str, Any], kind: type[CallFailed], accepted: int
+    api: SandboxApi, fault: str, params: dict[str, Any], kind: type[ApiCallFailed], accepted: int
 ) -> None:
     """Only what was provably not accepted is NotAccepted, and no fault makes the client post twice."""
     before = api.audit()
-    api.fault(fault, count=2, scope="post", **params)
+    api.inject_fault(fault, count=2, scope="post", **params)
 
     error = expect_failure(api.base_url, submit_run, key=api.api_key, seconds=timeout_for(fault))
 
@@ -180,53 +180,55 @@ def test_post_faults_are_classified(
         ("forbidden", {}, Unauthorized),
         ("rate-limit", {}, RateLimited),
         ("rate-limit-bare", {}, RateLimited),
-        ("redirect", {}, NotAccepted),
-        ("error-before", {"status": 500}, NotAccepted),
-        ("error-before", {"status": 503}, NotAccepted),
-        ("error-after", {"status": 502}, NotAccepted),
-        ("unavailable", {"seconds": 0}, NotAccepted),
-        ("html", {}, NotAccepted),
-        ("html-200", {}, NotBelieved),
-        ("silence-before", {}, NotAccepted),
-        ("slow", {}, NotAccepted),
-        ("broken-json", {}, NotBelieved),
-        ("wrong-json", {}, NotBelieved),
+        ("redirect", {}, RequestNotAccepted),
+        ("error-before", {"status": 500}, RequestNotAccepted),
+        ("error-before", {"status": 503}, RequestNotAccepted),
+        ("error-after", {"status": 502}, RequestNotAccepted),
+        ("unavailable", {"seconds": 0}, RequestNotAccepted),
+        ("html", {}, RequestNotAccepted),
+        ("html-200", {}, InvalidPollResponse),
+        ("silence-before", {}, RequestNotAccepted),
+        ("slow", {}, RequestNotAccepted),
+        ("broken-json", {}, InvalidPollResponse),
+        ("wrong-json", {}, InvalidPollResponse),
     ],
 )
-def test_poll_faults_are_retryable(api: SandboxApi, fault: str, params: dict[str, Any], kind: type[CallFailed]) -> None:
+def test_poll_faults_are_retryable(
+    api: SandboxApi, fault: str, params: dict[str, Any], kind: type[ApiCallFailed]
+) -> None:
     """A task may be asked for again after anything but a refused key; none of these makes it lost."""
     task_id = call_api(api.base_url, submit_run, api.api_key)
-    api.fault(fault, scope="get", **params)
+    api.inject_fault(fault, scope="get", **params)
 
     error = expect_failure(
-        api.base_url, lambda client: client.task(task_id), key=api.api_key, seconds=timeout_for(fault)
+        api.base_url, lambda client: client.poll_task(task_id), key=api.api_key, seconds=timeout_for(fault)
     )
-    api.heal()
+    api.clear_faults()
 
     assert type(error) is kind
-    assert call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body["task_id"] == task_id
+    assert call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key).body["task_id"] == task_id
 
 
 def test_run_returns_task_id(api: SandboxApi) -> None:
     """The way of a request that nothing goes wrong with."""
     task_id = call_api(api.base_url, submit_run, api.api_key)
-    answer = call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body
+    answer = call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key).body
     assert answer["status"] == "completed"
 
 
 def test_wrong_key_error(api: SandboxApi) -> None:
     """It is the key that must be mended, and it is not shown."""
     assert type(expect_failure(api.base_url, submit_run)) is Unauthorized
-    assert type(expect_failure(api.base_url, lambda client: client.user())) is Unauthorized
+    assert type(expect_failure(api.base_url, lambda client: client.get_user())) is Unauthorized
 
 
 def test_unknown_waterfall_error(api: SandboxApi) -> None:
     """A 404 for a run is about the job; so is one for the waterfall itself."""
     assert isinstance(
-        expect_failure(api.base_url, lambda client: client.run("no_such", BODY), api.api_key), JobRejected
+        expect_failure(api.base_url, lambda client: client.submit("no_such", BODY), api.api_key), JobRejected
     )
     assert isinstance(
-        expect_failure(api.base_url, lambda client: client.waterfall("no_such"), api.api_key), JobRejected
+        expect_failure(api.base_url, lambda client: client.get_waterfall("no_such"), api.api_key), JobRejected
     )
 
 
@@ -234,9 +236,9 @@ def test_unknown_and_expired_task(api: SandboxApi) -> None:
     """404 is an error of its own, 410 an answer."""
     assert type(expect_failure(api.base_url, get_task, api.api_key)) is TaskUnknown
     task_id = call_api(api.base_url, submit_run, api.api_key)
-    call_api(api.base_url, lambda client: client.task(task_id), api.api_key)
+    call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key)
     api.advance(100_000)
-    assert call_api(api.base_url, lambda client: client.task(task_id), api.api_key).body == {"status": "gone"}
+    assert call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key).body == {"status": "gone"}
 
 
 @in_turn("error_shape", ["new", "fields", "old"])
@@ -244,12 +246,12 @@ def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", 
     """In every generation of its body a complaint about a param is about the row, one about a provider is not."""
     with serve_api(tmp_path / "api.db", error_shape=error_shape) as api:
         body = BODY.replace(b', "company": "engine.example"', b"")
-        error = expect_failure(api.base_url, lambda client: client.run("email_getter", body), api.api_key)
+        error = expect_failure(api.base_url, lambda client: client.submit("email_getter", body), api.api_key)
         assert type(error) is BadParams
         assert error.message == "company: This field is required."
         body = BODY.replace(b"833", b"1")
         assert (
-            type(expect_failure(api.base_url, lambda client: client.run("email_getter", body), api.api_key))
+            type(expect_failure(api.base_url, lambda client: client.submit("email_getter", body), api.api_key))
             is JobRejected
         )
 
@@ -257,27 +259,27 @@ def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", 
 @in_turn(
     ("status", "kind"),
     [
-        (204, Ambiguous),
-        (301, NotAccepted),
-        (302, NotAccepted),
-        (303, NotAccepted),
-        (304, NotAccepted),
-        (307, NotAccepted),
-        (308, NotAccepted),
+        (204, SubmissionUnconfirmed),
+        (301, RequestNotAccepted),
+        (302, RequestNotAccepted),
+        (303, RequestNotAccepted),
+        (304, RequestNotAccepted),
+        (307, RequestNotAccepted),
+        (308, RequestNotAccepted),
         (400, JobRejected),
-        (402, Ambiguous),
-        (405, Ambiguous),
-        (408, Ambiguous),
-        (409, Ambiguous),
-        (410, Ambiguous),
-        (418, Ambiguous),
+        (402, SubmissionUnconfirmed),
+        (405, SubmissionUnconfirmed),
+        (408, SubmissionUnconfirmed),
+        (409, SubmissionUnconfirmed),
+        (410, SubmissionUnconfirmed),
+        (418, SubmissionUnconfirmed),
         (422, JobRejected),
-        (501, Ambiguous),
-        (505, Ambiguous),
-        (520, Ambiguous),
+        (501, SubmissionUnconfirmed),
+        (505, SubmissionUnconfirmed),
+        (520, SubmissionUnconfirmed),
     ],
 )
-def test_other_run_statuses(status: int, kind: type[CallFailed]) -> None:
+def test_other_run_statuses(status: int, kind: type[ApiCallFailed]) -> None:
     """The status decides, whatever the body is; a task id counts with 2xx only."""
     bodies: list[object] = [None, b"<html>", {"detail": "said"}, {"task_id": "t-1"}, ["said"]]
     replies = iter([http_reply(status, None if status in (204, 304) else body) for body in bodies])
@@ -289,15 +291,15 @@ def test_other_run_statuses(status: int, kind: type[CallFailed]) -> None:
 @in_turn(
     ("status", "kind"),
     [
-        (400, NotAccepted),
-        (409, NotAccepted),
-        (418, NotAccepted),
-        (422, NotAccepted),
-        (500, NotAccepted),
+        (400, RequestNotAccepted),
+        (409, RequestNotAccepted),
+        (418, RequestNotAccepted),
+        (422, RequestNotAccepted),
+        (500, RequestNotAccepted),
         (406, OutOfCredits),
     ],
 )
-def test_other_poll_statuses_keep_task(status: int, kind: type[CallFailed]) -> None:
+def test_other_poll_statuses_keep_task(status: int, kind: type[ApiCallFailed]) -> None:
     """A 400 for a poll is not taken for "unknown": a firewall's whim must not expire what was paid for."""
     with serve_replies(http_reply(status, {"detail": [{"loc": ["path", "task_id"], "msg": "said"}]})) as server:
         assert type(expect_failure(server.base_url, get_task)) is kind
@@ -319,7 +321,7 @@ def test_post_redirects_are_not_followed(where: str) -> None:
         statuses = [301, 302, 303, 307, 308]
         replies = iter([http_reply(status, location=where.format(port=other_server.port)) for status in statuses])
         with serve_replies(lambda _: next(replies)) as server:
-            assert failure_kinds(server.base_url, [submit_run] * len(statuses)) == [NotAccepted] * len(statuses)
+            assert failure_kinds(server.base_url, [submit_run] * len(statuses)) == [RequestNotAccepted] * len(statuses)
             assert len(server.requests) == len(statuses)
         assert not other_server.requests
 
@@ -336,7 +338,7 @@ def test_get_redirect_to_same_host(status: int) -> None:
         )
 
     with serve_replies(answer) as server:
-        assert call_api(server.base_url, lambda client: client.user()).workspace == "w"
+        assert call_api(server.base_url, lambda client: client.get_user()).workspace == "w"
         assert [seen.line for seen in server.requests] == ["GET /v1/user/me HTTP/1.1", "GET /v1/moved HTTP/1.1"]
 
 
@@ -347,8 +349,8 @@ def test_get_redirect_to_other_host_is_refused(where: str) -> None:
         serve_replies(http_reply(200, {})) as other_server,
         serve_replies(http_reply(302, location=where.format(port=other_server.port))) as server,
     ):
-        error = expect_failure(server.base_url, lambda client: client.user())
-        assert type(error) is NotAccepted
+        error = expect_failure(server.base_url, lambda client: client.get_user())
+        assert type(error) is RequestNotAccepted
         assert error.message == "the API redirects to another host"
         assert not other_server.requests
 
@@ -357,7 +359,7 @@ def test_get_redirect_to_other_host_is_refused(where: str) -> None:
 def test_redirect_loops_fail(where: str) -> None:
     """Redirects that lead to no answer are one failure, and not a bug of ours."""
     with serve_replies(http_reply(302, location=where)) as server:
-        assert type(expect_failure(server.base_url, lambda client: client.user())) is NotAccepted
+        assert type(expect_failure(server.base_url, lambda client: client.get_user())) is RequestNotAccepted
         assert len(server.requests) <= 3
 
 
@@ -443,18 +445,18 @@ def test_task_id_names_and_types(body: dict[str, Any], task_id: str) -> None:
 def test_success_without_task_id_is_in_doubt(body: object) -> None:
     """It may have been accepted, so it is not sent again."""
     with serve_replies(http_reply(200, body)) as server:
-        assert type(expect_failure(server.base_url, submit_run)) is Ambiguous
+        assert type(expect_failure(server.base_url, submit_run)) is SubmissionUnconfirmed
 
 
 @in_turn(
     "reply",
     [
-        Reply(then=ConnectionAction.CLOSE),
-        Reply(then=ConnectionAction.RESET),
-        Reply(then=ConnectionAction.SILENCE),
+        Reply(action=ConnectionAction.CLOSE),
+        Reply(action=ConnectionAction.RESET),
+        Reply(action=ConnectionAction.HANG),
         Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.CLOSE),
         Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.RESET),
-        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.SILENCE),
+        Reply(b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"task_id":', ConnectionAction.HANG),
         Reply(b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"tas\r\n', ConnectionAction.CLOSE),
         Reply(b"HTTP/1.1 200 OK\r\ncontent-le", ConnectionAction.CLOSE),
         Reply(b"SSH-2.0-OpenSSH_9.2\r\n\r\n", ConnectionAction.CLOSE),
@@ -466,8 +468,8 @@ def test_success_without_task_id_is_in_doubt(body: object) -> None:
 def test_broken_connection_after_send_is_in_doubt(reply: Reply) -> None:
     """Nobody can tell what the API did; the client posts once and no more."""
     with serve_replies(reply) as server:
-        seconds = 0.3 if reply.then is ConnectionAction.SILENCE else 30.0
-        assert type(expect_failure(server.base_url, submit_run, seconds=seconds)) is Ambiguous
+        seconds = 0.3 if reply.action is ConnectionAction.HANG else 30.0
+        assert type(expect_failure(server.base_url, submit_run, seconds=seconds)) is SubmissionUnconfirmed
         assert len(server.requests) == 1
 
 
@@ -475,8 +477,8 @@ def test_broken_connection_after_send_is_in_doubt(reply: Reply) -> None:
 def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
     """A refused connection and a name that nobody has: the request may be sent again."""
     base_url = f"{scheme}://{host}:{unused_port()}/v1"
-    assert type(expect_failure(base_url, submit_run)) is NotAccepted
-    assert type(expect_failure(base_url, get_task)) is NotAccepted
+    assert type(expect_failure(base_url, submit_run)) is RequestNotAccepted
+    assert type(expect_failure(base_url, get_task)) is RequestNotAccepted
 
 
 @in_turn(
@@ -488,14 +490,14 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
         (400, {"error": "BATCH_TOO_LARGE", "detail": "At most 2 rows."}, JobRejected, None),
         (404, {"detail": "Not Found"}, JobRejected, None),
         (413, b"<html>", JobRejected, None),
-        (409, {}, Ambiguous, None),
-        (502, b"<html>", Ambiguous, None),
+        (409, {}, SubmissionUnconfirmed, None),
+        (502, b"<html>", SubmissionUnconfirmed, None),
     ],
 )
 def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
     """Which rows are wrong, if the API says so; that there are too many; or that nobody can tell."""
     with serve_replies(http_reply(status, body)) as server:
-        error = expect_failure(server.base_url, lambda client: client.run("email_getter", b'{"params": []}', rows=3))
+        error = expect_failure(server.base_url, lambda client: client.submit("email_getter", b'{"params": []}', rows=3))
         assert isinstance(error, kind)
         assert getattr(error, "rows", None) == rows
         assert server.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
@@ -543,7 +545,7 @@ def test_echoed_key_is_redacted(status: int) -> None:
 )
 def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
     """A complaint about anything else than a param is one about the job."""
-    assert named_params(body).get(0) == named
+    assert wrong_params(body).get(0) == named
 
 
 def test_malformed_error_bodies() -> None:
@@ -570,7 +572,7 @@ def test_non_http_response_is_not_quoted(answer: str) -> None:
     with serve_replies(Reply(answer.encode(), ConnectionAction.CLOSE)) as server:
         error = expect_failure(server.base_url, submit_run)
     assert (type(error), error.message) == (
-        Ambiguous,
+        SubmissionUnconfirmed,
         "no answer from the API: the connection ended too early, or what came is not HTTP",
     )
 
@@ -579,42 +581,45 @@ def test_non_http_response_is_not_quoted(answer: str) -> None:
 def test_invalid_task_body_is_retried(body: object) -> None:
     """Without a status nothing is known of the task."""
     with serve_replies(http_reply(200, body)) as server:
-        assert type(expect_failure(server.base_url, get_task)) is NotBelieved
+        assert type(expect_failure(server.base_url, get_task)) is InvalidPollResponse
 
 
-@in_turn(("body", "kind"), [([], NotUnderstood), ("x", NotUnderstood), (5, NotUnderstood), (b"<html>", NotAccepted)])
-def test_malformed_user_and_waterfalls(body: object, kind: type[CallFailed]) -> None:
+@in_turn(
+    ("body", "kind"),
+    [([], UnexpectedResponse), ("x", UnexpectedResponse), (5, UnexpectedResponse), (b"<html>", RequestNotAccepted)],
+)
+def test_malformed_user_and_waterfalls(body: object, kind: type[ApiCallFailed]) -> None:
     """The account and the waterfalls are read leniently, but they must be what they are."""
     with serve_replies(http_reply(200, body)) as server:
-        assert type(expect_failure(server.base_url, lambda client: client.user())) is kind
-        assert type(expect_failure(server.base_url, lambda client: client.waterfall("w"))) is kind
+        assert type(expect_failure(server.base_url, lambda client: client.get_user())) is kind
+        assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is kind
         if body != []:
-            assert type(expect_failure(server.base_url, lambda client: client.waterfalls())) is kind
+            assert type(expect_failure(server.base_url, lambda client: client.list_waterfalls())) is kind
 
 
 @in_turn("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
 def test_waterfall_requires_identifier(body: object) -> None:
     """The one thing that it must have; a list loses only such items."""
     with serve_replies(http_reply(200, body)) as server:
-        assert type(expect_failure(server.base_url, lambda client: client.waterfall("w"))) is NotUnderstood
+        assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is UnexpectedResponse
     with serve_replies(http_reply(200, [body, {"identifier": 5}, None, "x"])) as server:
-        assert [each.identifier for each in call_api(server.base_url, lambda client: client.waterfalls())] == ["5"]
+        assert [each.identifier for each in call_api(server.base_url, lambda client: client.list_waterfalls())] == ["5"]
 
 
 @in_turn("status", [401, 403])
 @in_turn(
     ("body", "kind"),
     [
-        (b"<!DOCTYPE html><title>Attention Required! | Cloudflare</title>", NotAccepted),
-        (b"error code: 1020", NotAccepted),
-        (b"\xff\xfe<", NotAccepted),
+        (b"<!DOCTYPE html><title>Attention Required! | Cloudflare</title>", RequestNotAccepted),
+        (b"error code: 1020", RequestNotAccepted),
+        (b"\xff\xfe<", RequestNotAccepted),
         ({"detail": "Invalid API key"}, Unauthorized),
         (None, Unauthorized),
     ],
 )
-def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[CallFailed]) -> None:
+def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[ApiCallFailed]) -> None:
     """A firewall or CDN before the API refuses with a page; the API itself with JSON."""
-    calls: list[Callable[[Client], Awaitable[object]]] = [submit_run, get_task, lambda client: client.user()]
+    calls: list[Callable[[Client], Awaitable[object]]] = [submit_run, get_task, lambda client: client.get_user()]
     with serve_replies(http_reply(status, body, content_type="text/html")) as server:
         errors = expect_failures(server.base_url, calls)
     assert [type(error) for error in errors] == [kind] * len(calls)
@@ -624,7 +629,7 @@ def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[Cal
 def test_proxy_407_is_not_accepted() -> None:
     """407 comes from what stands between."""
     with serve_replies(http_reply(407, b"<html>")) as server:
-        assert failure_kinds(server.base_url, [submit_run, get_task]) == [NotAccepted] * 2
+        assert failure_kinds(server.base_url, [submit_run, get_task]) == [RequestNotAccepted] * 2
         assert "the proxy wants a login" in expect_failure(server.base_url, submit_run).message
 
 
@@ -633,7 +638,7 @@ def test_html_with_other_statuses(body: object) -> None:
     """A 429 is a 429 and a 5xx may have been accepted, whatever comes with it."""
     replies = iter([http_reply(429, body), http_reply(503, body)])
     with serve_replies(lambda _: next(replies)) as server:
-        assert failure_kinds(server.base_url, [submit_run, submit_run]) == [RateLimited, Ambiguous]
+        assert failure_kinds(server.base_url, [submit_run, submit_run]) == [RateLimited, SubmissionUnconfirmed]
 
 
 def test_lone_surrogate_is_replaced() -> None:
@@ -651,7 +656,10 @@ def test_large_integers_are_kept() -> None:
         http_reply(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})
     ) as server:
         assert call_api(server.base_url, submit_run) == str(number)
-        assert call_api(server.base_url, lambda client: client.task(str(number))).body["data"] == [number, -(2**63) - 1]
+        assert call_api(server.base_url, lambda client: client.poll_task(str(number))).body["data"] == [
+            number,
+            -(2**63) - 1,
+        ]
 
 
 def test_request_headers_and_paths() -> None:
@@ -659,8 +667,8 @@ def test_request_headers_and_paths() -> None:
     with serve_replies(http_reply(200, {"task_id": "../user/me", "status": "x"}, set_cookie="a=b; Path=/")) as server:
 
         async def both(client: Client) -> None:
-            await client.run("a/b?c", BODY)
-            await client.task("../user/me")
+            await client.submit("a/b?c", BODY)
+            await client.poll_task("../user/me")
 
         call_api(server.base_url, both)
         first, second = server.requests
@@ -685,5 +693,5 @@ def test_clock_observes_date_header(date: str, heard: list[int]) -> None:
     """Ages are measured on the API's clock when ours is far off; an unreadable date is none."""
     clock = RecordingClock()
     with serve_replies(http_reply(200, {"workspace": "w"}, date=date)) as server:
-        call_api(server.base_url, lambda client: client.user(), clock=clock)
-    assert clock.heard == heard
+        call_api(server.base_url, lambda client: client.get_user(), clock=clock)
+    assert clock.observed == heard

@@ -25,17 +25,17 @@ import polars as pl
 import pytest
 
 from enrich.collector import Collector
-from enrich.engine import Boss
-from enrich.errors import ClusterFailed, EnrichError, JobError, LedgerFailed, Refused
+from enrich.engine import ClusterCallbacks
+from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
 from enrich.job import load_job
-from enrich.model import Call, Decision, RowStatus, Wish
-from enrich.place import LedgerPlace, Url, locate_ledger
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.model import Call, Decision, RequestSelection, RowStatus
+from enrich.place import LedgerLocation, ObjectUrl, parse_ledger_location
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
-from enrich.tables.source import Source
+from enrich.tables.source import InputTable
 from tests import postgres as servers
 from tests.books import FOUND, NO_MATCH, CommittingLedger
 from tests.buckets import BUCKET, put_object, storage_environ
@@ -50,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-TEMPLATE = Question(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
+TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A}\ninput: leads/\noutput: out/\n"
 NAMES = [f"person {number % 40}" for number in range(150)]
 
@@ -80,11 +80,11 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from enrich.cluster import source  # noqa: PLC0415 - as above
     from enrich.tables import parts  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(parts, "ROWS", 25)
-    monkeypatch.setattr(source, "ROWS", 25)
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 25)
+    monkeypatch.setattr(source, "ROWS_PER_PART", 25)
 
 
-def open_ledger_remotely(ledger_location: LedgerPlace, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None) -> Ledger:
     """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
     os.environ.update(environ)
     if seen is not None:
@@ -101,61 +101,65 @@ def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] 
         write_table(path, ["A", "B"], [[name, f"{number}"] for name in names[number * 50 : (number + 1) * 50]])
 
 
-def open_rows(folder: Path, more: str = "") -> Rows:
+def open_rows(folder: Path, more: str = "") -> JobInput:
     """Open the leads of a job."""
     (folder / "job.yaml").write_text(JOB + more)
-    return Rows(load_job(folder / "job.yaml"))
+    return JobInput(load_job(folder / "job.yaml"))
 
 
 def begin_enrollment(
-    folder: Path, ledger: CommittingLedger, selection: Wish, environ: dict[str, str] | None = None
+    folder: Path, ledger: CommittingLedger, selection: RequestSelection, environ: dict[str, str] | None = None
 ) -> Any:
     """Make the pass that blocks take part in."""
-    from enrich.cluster.blocks import Pass  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import SharedPass  # noqa: PLC0415 - as above
 
     opening = partial(
-        open_ledger_remotely, ledger.place, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
+        open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
     )
-    return Pass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
+    return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
 
 
-def monitor_heartbeats(boss: Boss | None = None) -> Any:
+def monitor_heartbeats(boss: ClusterCallbacks | None = None) -> Any:
     """Watch over a step."""
-    from enrich.cluster.presence import Presence, Watch, new_ear  # noqa: PLC0415 - as above
+    from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter  # noqa: PLC0415 - as above
 
-    return Watch(Presence(new_ear()), boss or Boss())
+    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), boss or ClusterCallbacks())
 
 
-def enroll_locally(rows: Rows, ledger: CommittingLedger, selection: Wish) -> tuple[int, Counter[str]]:
+def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> tuple[int, Counter[str]]:
     """Enroll in this process."""
     of_rows: Counter[str] = Counter()
     height = 0
-    with ledger.ledger.transaction():
-        ledger.ledger.begin_pass(selection)
+    with ledger.wrapped.transaction():
+        ledger.wrapped.begin_pass(selection)
         for batch in rows.batches(TEMPLATE):
-            ledger.ledger.enroll(TEMPLATE.call, batch.asked())
+            ledger.wrapped.enroll(TEMPLATE.call, batch.requests())
             of_rows.update(status.value for status in batch.statuses if status is not None)
             height += batch.frame.height
-        ledger.ledger.choose()
-        ledger.ledger.mark()
+        ledger.wrapped.apply_limits()
+        ledger.wrapped.fill_queue()
     return height, of_rows
 
 
-def enroll_blocks(folder: Path, rows: Rows, ledger: CommittingLedger, selection: Wish, **options: Any) -> Any:
+def enroll_blocks(
+    folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection, **options: Any
+) -> Any:
     """Enroll on Ray."""
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
-    ledger.do(Ledger.begin_pass, selection)
+    ledger.commit(Ledger.begin_pass, selection)
     found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
-    with ledger.ledger.transaction():
-        ledger.ledger.choose()
-        ledger.ledger.mark()
+    with ledger.wrapped.transaction():
+        ledger.wrapped.apply_limits()
+        ledger.wrapped.fill_queue()
     return found
 
 
 def queued_requests(ledger: CommittingLedger) -> list[Any]:
     """Look at what is to be asked, in its order."""
-    rows = ledger.all("SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position")
+    rows = ledger.query_all(
+        "SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position"
+    )
     return [(bytes(row[0]), *row[1:]) for row in rows]
 
 
@@ -166,9 +170,9 @@ def answer_queued(ledger: CommittingLedger, but: int = 5) -> None:
 
 
 @pytest.fixture
-def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerPlace:
+def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
     """Name the place of a ledger: several processes share one only on a server."""
-    return locate_ledger(tmp_path, postgres.url(), tmp_path)
+    return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -178,18 +182,18 @@ def test_enrollment_matches_single_process(
     """The same requests in the same order, the same left out and for the same reasons."""
     write_input_files(tmp_path, kind, ["" if number % 30 == 7 else name for number, name in enumerate(NAMES)])
     rows = open_rows(tmp_path, "where: B <> '1'\ncaps: {by: country, max: 25}\n")
-    selection = Wish(max_per_group=25, limit=30)
-    other = CommittingLedger.open(locate_ledger(tmp_path, postgres.url(), tmp_path))
-    with closing(other.ledger):
-        ledger.start()
-        other.start()
+    selection = RequestSelection(max_per_group=25, limit=30)
+    other = CommittingLedger.open(parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path))
+    with closing(other.wrapped):
+        ledger.start_execution()
+        other.start_execution()
         height, of_rows = enroll_locally(rows, other, selection)
         result: list[int] = []
         found = enroll_blocks(tmp_path, rows, ledger, selection, tell=lambda so_far: result.append(so_far.rows))
         assert (found.rows, found.of_rows) == (height, {Decision(name): count for name, count in of_rows.items()})
         assert found.asked == height - sum(of_rows.values())
-        assert sum(ledger.ledger.decided().values()) == sum(other.ledger.decided().values())
-        assert ledger.ledger.decided() == other.ledger.decided()
+        assert sum(ledger.wrapped.decision_counts().values()) == sum(other.wrapped.decision_counts().values())
+        assert ledger.wrapped.decision_counts() == other.wrapped.decision_counts()
         assert queued_requests(ledger) == queued_requests(other) != []
         assert result == sorted(result)
         assert result[-1] == 150
@@ -203,18 +207,18 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path, "where: B <> '1'\n")
-    ledger.start()
-    enroll_locally(rows, ledger, Wish())
+    ledger.start_execution()
+    enroll_locally(rows, ledger, RequestSelection())
     answer_queued(ledger)
     result: list[int] = []
     counted = collect_on_ray(
         rows,
-        begin_enrollment(tmp_path, ledger, Wish()),
+        begin_enrollment(tmp_path, ledger, RequestSelection()),
         tmp_path / "out",
         monitor_heartbeats(),
-        tell=lambda so_far: result.append(so_far.statuses.total()),
+        on_progress=lambda so_far: result.append(so_far.statuses.total()),
     )
-    one = Collector(ledger.ledger, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
+    one = Collector(ledger.wrapped, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
     assert one.write(tmp_path / "one") == counted
     assert counted.statuses[RowStatus.PENDING]
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
@@ -236,18 +240,20 @@ def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedge
     for path in (tmp_path / "leads").rglob(f"*.{kind}"):
         put_object(path.relative_to(tmp_path).as_posix(), path.read_bytes())
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", f"s3://{BUCKET}/leads/"))
-    rows = Rows(load_job(tmp_path / "job.yaml"))
-    ledger.start()
-    assert enroll_blocks(tmp_path, rows, ledger, Wish()).rows == 150
-    target = Url("s3", BUCKET, "out/")
+    rows = JobInput(load_job(tmp_path / "job.yaml"))
+    ledger.start_execution()
+    assert enroll_blocks(tmp_path, rows, ledger, RequestSelection()).rows == 150
+    target = ObjectUrl("s3", BUCKET, "out/")
     for _ in range(2):
-        counted = collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), target, monitor_heartbeats())
+        counted = collect_on_ray(
+            rows, begin_enrollment(tmp_path, ledger, RequestSelection()), target, monitor_heartbeats()
+        )
         assert counted.statuses == {RowStatus.PENDING: 150}
-    source = Source(target, Input(path=str(target)))
+    source = InputTable(target, Input(path=str(target)))
     written = pl.concat(source.batches())
     assert written["enrich_index"].to_list() == list(range(150))
     assert written["A"].to_list() == NAMES
-    assert len(list(storage.below(target))) == len(source.leaves) + 1
+    assert len(list(storage.list_objects(target))) == len(source.input_files) + 1
 
 
 def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
@@ -257,9 +263,11 @@ def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> 
     (tmp_path / "leads").mkdir()
     write_table(tmp_path / "leads" / "a.csv", ["A", "B"], [])
     rows = open_rows(tmp_path)
-    ledger.start()
-    assert enroll_blocks(tmp_path, rows, ledger, Wish()).rows == 0
-    counted = collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), tmp_path / "out", monitor_heartbeats())
+    ledger.start_execution()
+    assert enroll_blocks(tmp_path, rows, ledger, RequestSelection()).rows == 0
+    counted = collect_on_ray(
+        rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
+    )
     assert counted.statuses.total() == 0
     (part,) = (tmp_path / "out").glob("part-*.parquet")
     assert read_table(part)[0][:3] == ["A", "B", "email"]
@@ -271,13 +279,13 @@ def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLed
     with (tmp_path / "leads" / "country=FR" / "2.csv").open("a") as file:
         file.write("one cell\n")
     rows = open_rows(tmp_path)
-    with pytest.raises(Refused, match=r"country=FR/2.csv: row 51 \(line 52\) has 1 cell") as caught:
-        enroll_blocks(tmp_path, rows, ledger, Wish())
-    assert type(caught.value) is Refused
+    with pytest.raises(CommandRefused, match=r"country=FR/2.csv: row 51 \(line 52\) has 1 cell") as caught:
+        enroll_blocks(tmp_path, rows, ledger, RequestSelection())
+    assert type(caught.value) is CommandRefused
     write_input_files(tmp_path, "csv", [*NAMES[:-1], "7"])
     rows = open_rows(tmp_path, "where: CAST(A AS INT) > 1\n")
     with pytest.raises(JobError, match=r"job.yaml:6: where: cannot be computed") as failed:
-        enroll_blocks(tmp_path, rows, ledger, Wish())
+        enroll_blocks(tmp_path, rows, ledger, RequestSelection())
     assert (failed.value.hint or "").startswith("cells are text")
     assert "person" not in f"{failed.value.message}{failed.value.hint}"
 
@@ -288,28 +296,30 @@ def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) 
 
     write_input_files(tmp_path)
     for more in ("dedupe: false\n", "order_by: B\n"):
-        with pytest.raises(Refused, match=r"can't be enrolled part by part: `(dedupe|order_by)"):
-            enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, Wish())
+        with pytest.raises(CommandRefused, match=r"can't be enrolled part by part: `(dedupe|order_by)"):
+            enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, RequestSelection())
     rows = open_rows(tmp_path, "dedupe: false\n")
-    with pytest.raises(Refused, match="can't be collected part by part: `dedupe"):
-        collect_on_ray(rows, begin_enrollment(tmp_path, ledger, Wish()), tmp_path / "out", monitor_heartbeats())
+    with pytest.raises(CommandRefused, match="can't be collected part by part: `dedupe"):
+        collect_on_ray(
+            rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
+        )
 
 
 class InterruptedByTestError(Exception):
     """What a signal raises."""
 
 
-def wait_in_block(flag: Path, rows: Rows) -> int:
+def wait_in_block(flag: Path, rows: JobInput) -> int:
     """Be slow but for the first block: say that the work has begun, and wait."""
-    if rows.first:
+    if rows.first_position:
         flag.touch()
         time.sleep(60)
-    return rows.first
+    return rows.first_position
 
 
 def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
     """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
@@ -321,8 +331,8 @@ def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
         if result and flag.exists():
             raise InterruptedByTestError
 
-    watch = monitor_heartbeats(Boss(check))
-    found = on_blocks(rows, divided(rows, watch), partial(wait_in_block, flag), watch)
+    watch = monitor_heartbeats(ClusterCallbacks(check))
+    found = map_blocks(rows, split_input(rows, watch), partial(wait_in_block, flag), watch)
     result.append(next(found))
     with pytest.raises(InterruptedByTestError):
         result.append(next(found))
@@ -331,42 +341,42 @@ def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
     wait_until(lambda: ray.available_resources().get("CPU") == 2, 30)
 
 
-def kill_process_once(flag: Path, rows: Rows) -> tuple[int, int]:
+def kill_process_once(flag: Path, rows: JobInput) -> tuple[int, int]:
     """Be killed in the middle, the first time."""
     height = sum(batch.frame.height for batch in rows.batches(TEMPLATE))
-    if rows.first == 50 and not flag.exists():
+    if rows.first_position == 50 and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return rows.first, height
+    return rows.first_position, height
 
 
 def test_lost_block_is_retried(tmp_path: Path) -> None:
     """What comes of it is told once."""
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
     watch = monitor_heartbeats()
-    result = sorted(on_blocks(rows, divided(rows, watch), partial(kill_process_once, tmp_path / "flag"), watch))
+    result = sorted(map_blocks(rows, split_input(rows, watch), partial(kill_process_once, tmp_path / "flag"), watch))
     assert result == [(first, 25) for first in range(0, 150, 25)]
     assert (tmp_path / "flag").exists()
 
 
-def kill_process(rows: Rows) -> int:
+def kill_process(rows: JobInput) -> int:
     """Be killed, as for want of memory."""
-    if rows.first < 50:
+    if rows.first_position < 50:
         os.kill(os.getpid(), signal.SIGKILL)
-    return rows.first
+    return rows.first_position
 
 
 def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
     """It would never come to an end; the next run resumes."""
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
     with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
-        list(on_blocks(rows, divided(rows, watch), kill_process, watch))
+        list(map_blocks(rows, split_input(rows, watch), kill_process, watch))
 
 
 @pytest.fixture
@@ -386,15 +396,18 @@ def _full_cluster(_ray: None) -> Iterator[None]:
 def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
     """It is told soon, and at once when the time is up; others may need the machines the whole night."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(presence, "ROOM_S", 1.0)
-    monkeypatch.setattr(presence, "NO_ROOM_S", 60.0 if late else 3.0)
+    monkeypatch.setattr(presence, "WARN_AFTER_S", 1.0)
+    monkeypatch.setattr(presence, "CAPACITY_TIMEOUT_S", 60.0 if late else 3.0)
     write_input_files(tmp_path, kind)
     result: list[str] = []
-    rows, watch = open_rows(tmp_path), monitor_heartbeats(Boss(tell=result.append, late=lambda: late))
+    rows, watch = (
+        open_rows(tmp_path),
+        monitor_heartbeats(ClusterCallbacks(on_message=result.append, is_aborting=lambda: late)),
+    )
     with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
-        list(on_blocks(rows, divided(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
+        list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
     assert len(result) == 1
     assert result[0].startswith("the cluster has no room for the input: waiting")
 
@@ -403,45 +416,45 @@ def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """However long a block takes, and though it is late."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - likewise
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(presence, "ROOM_S", 15.0)
+    monkeypatch.setattr(presence, "WARN_AFTER_S", 15.0)
     write_input_files(tmp_path, kind)
-    rows, watch = open_rows(tmp_path), monitor_heartbeats(Boss(late=lambda: True))
-    assert sorted(on_blocks(rows, divided(rows, watch), process_slowly, watch))
+    rows, watch = open_rows(tmp_path), monitor_heartbeats(ClusterCallbacks(is_aborting=lambda: True))
+    assert sorted(map_blocks(rows, split_input(rows, watch), process_slowly, watch))
 
 
-def process_slowly(rows: Rows) -> int:
+def process_slowly(rows: JobInput) -> int:
     """Be slow with one block."""
-    time.sleep(0 if rows.first else 18)
-    return rows.first
+    time.sleep(0 if rows.first_position else 18)
+    return rows.first_position
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
     """It might ask other questions, and pay for them."""
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, kind)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
     watch.presence = replace(watch.presence, version="0.0.1")
     with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
-        list(on_blocks(rows, divided(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
+        list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
 
 
-def raise_unexpected(how: str, rows: Rows) -> int:
+def raise_unexpected(how: str, rows: JobInput) -> int:
     """Fail as nobody foresaw."""
     raise ValueError(f"{how} {next(rows.batches(TEMPLATE)).frame.row(0)}")
 
 
 def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
     """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
-    from enrich.cluster.blocks import divided, on_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
     with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
-        list(on_blocks(rows, divided(rows, watch), partial(raise_unexpected, "it was"), watch))
+        list(map_blocks(rows, split_input(rows, watch), partial(raise_unexpected, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
@@ -457,11 +470,11 @@ def test_enrollment_survives_database_restart(
     from enrich.cluster import source  # noqa: PLC0415 - as above
     from enrich.tables import parts  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(parts, "ROWS", 2)
-    monkeypatch.setattr(source, "ROWS", 2)
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(source, "ROWS_PER_PART", 2)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
-    ledger = CommittingLedger.open(locate_ledger(tmp_path, own_postgres.url(), tmp_path))
+    ledger = CommittingLedger.open(parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path))
     restarting: list[threading.Thread] = []
 
     def restart(_: object) -> None:
@@ -471,15 +484,18 @@ def test_enrollment_survives_database_restart(
 
     from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
 
-    ledger.do(Ledger.begin_pass, Wish())
+    ledger.commit(Ledger.begin_pass, RequestSelection())
     found = enroll_on_ray(
-        rows, begin_enrollment(tmp_path, ledger, Wish(), own_postgres.environ), monitor_heartbeats(), tell=restart
+        rows,
+        begin_enrollment(tmp_path, ledger, RequestSelection(), own_postgres.environ),
+        monitor_heartbeats(),
+        on_progress=restart,
     )
     restarting[0].join()
-    assert (found.rows, found.asked) == (150, 150)
-    assert ledger.all("SELECT count(*) FROM requests") == [(40,)]
-    assert ledger.all("SELECT count(*) FROM seen") == [(40,)]
-    ledger.ledger.close()
+    assert (found.rows, found.requests) == (150, 150)
+    assert ledger.query_all("SELECT count(*) FROM requests") == [(40,)]
+    assert ledger.query_all("SELECT count(*) FROM seen") == [(40,)]
+    ledger.wrapped.close()
 
 
 def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
@@ -490,11 +506,11 @@ def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     rows = open_rows(tmp_path)
     (tmp_path / "none").touch()
     opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
-    broken = replace(begin_enrollment(tmp_path, ledger, Wish()), opening=opening)
+    broken = replace(begin_enrollment(tmp_path, ledger, RequestSelection()), opening=opening)
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken, monitor_heartbeats())
     assert "ledger" in caught.value.message
-    assert isinstance(caught.value, Refused | LedgerFailed)
+    assert isinstance(caught.value, CommandRefused | LedgerFailed)
 
 
 CELLS: dict[str, Any] = {
@@ -516,7 +532,7 @@ CELLS: dict[str, Any] = {
 
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
-    from enrich.cluster.source import PartSource, from_block, read, to_block  # noqa: PLC0415 - as above
+    from enrich.cluster.source import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
     from enrich.tables.cells import json_column  # noqa: PLC0415 - likewise
 
     frame = pl.DataFrame(CELLS).with_columns(
@@ -533,37 +549,39 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
     assert back.schema == frame.schema
     frame.drop("json").write_parquet(tmp_path / "leads.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
-    rows = Rows(load_job(tmp_path / "job.yaml"))
+    rows = JobInput(load_job(tmp_path / "job.yaml"))
     import ray  # noqa: PLC0415 - as above
 
     heartbeats = monitor_heartbeats().presence
-    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.shape, heartbeats), override_num_blocks=1)
+    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.input_schema, heartbeats), override_num_blocks=1)
     block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
-    ((_, back),) = from_block(block, rows.known)
+    ((_, back),) = from_block(block, rows.all_columns)
     assert back.equals(frame.drop("json"))
-    assert next(read((rows.parts()[0],), rows.shape, heartbeats)).num_rows == 3
+    assert next(read_group((rows.parts()[0],), rows.input_schema, heartbeats)).num_rows == 3
 
 
 def test_merged_blocks_are_split() -> None:
     """Each stretch of rows that follow one another has its place."""
     import pyarrow as pa  # noqa: PLC0415 - comes with Ray
 
-    from enrich.cluster.source import failure, from_block, to_block  # noqa: PLC0415 - as above
+    from enrich.cluster.source import error_block, from_block, to_block  # noqa: PLC0415 - as above
 
     schema = {"A": pl.String()}
     blocks = [to_block(first, pl.DataFrame({"A": [f"{first}", "x"]})) for first in (4, 6, 2)]
     found = [(first, frame["A"].to_list()) for first, frame in from_block(pa.concat_tables(blocks), schema)]
     assert found == [(4, ["4", "x", "6", "x"]), (2, ["2", "x"])]
     assert list(from_block(to_block(0, pl.DataFrame(schema=schema)), schema)) == []
-    mixed = pa.concat_tables([*blocks, failure(Refused("the file is gone", "look"))], promote_options="default")
-    with pytest.raises(Refused, match="the file is gone") as caught:
+    mixed = pa.concat_tables(
+        [*blocks, error_block(CommandRefused("the file is gone", "look"))], promote_options="default"
+    )
+    with pytest.raises(CommandRefused, match="the file is gone") as caught:
         list(from_block(mixed, schema))
     assert caught.value.hint == "look"
 
 
 def test_errors_can_be_pickled() -> None:
     """Every error comes back as it was."""
-    for error in (Refused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
+    for error in (CommandRefused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
         back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
 

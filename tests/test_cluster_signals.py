@@ -30,7 +30,7 @@ ON_RAY = ("run", "job.yaml", "--engine", "ray", "--workers", "1")
 @pytest.fixture
 def workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
     """Make an office whose ledger is on the server."""
-    made = Workspace(tmp_path, postgres.url(), postgres.environ)
+    made = Workspace(tmp_path, postgres.ledger_url(), postgres.environ)
     made.write_job()
     made.write_leads(make_leads(300))
     return made
@@ -52,8 +52,8 @@ def test_signal_during_ray_start(
 ) -> None:
     """Ray has handlers of its own, and swallows what is raised in the middle of it; the exit code is ours."""
     number, code = heard
-    api.fault("slow", 1000, "post", seconds=1)
-    run = workspace.start(*ON_RAY, api=api)
+    api.inject_fault("slow", 1000, "post", seconds=1)
+    run = workspace.start_subprocess(*ON_RAY, api=api)
     wait_until(lambda: has_children(run.pid), timeout_s=40)  # Ray begins with a process of its own
     time.sleep(after_s)
     run.send_signal(number)
@@ -97,16 +97,16 @@ def test_signal_during_ray_shutdown() -> None:
 
 def test_non_ray_address_fails_fast(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
     """Ray would wait for minutes, and hear nobody meanwhile."""
-    result = workspace.enrich(*ON_RAY, "--address", unresponsive_address, api=api)
+    result = workspace.run_subprocess(*ON_RAY, "--address", unresponsive_address, api=api)
 
-    assert result.code == 4
+    assert result.exit_code == 4
     assert f"the Ray cluster at {unresponsive_address} can't be reached: it does not answer" in result.stderr
     assert "hint: does it run there" in result.stderr
 
 
 def test_second_signal_stops_waiting_for_ray(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
     """Ray's own calls can't be interrupted."""
-    run = workspace.start(*ON_RAY, "--address", unresponsive_address, "--json", api=api)
+    run = workspace.start_subprocess(*ON_RAY, "--address", unresponsive_address, "--json", api=api)
     wait_until(lambda: "_raylet" in Path(f"/proc/{run.pid}/maps").read_text(encoding="utf-8"))
     begun = time.monotonic()
     while run.poll() is None:

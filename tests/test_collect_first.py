@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from enrich import poller
-from enrich.api.credentials import Access
-from enrich.execution import Timing
+from enrich.api.credentials import ApiAccess
+from enrich.execution import Timeouts
 from enrich.job import load_job
-from enrich.model import CLOCK_AGREES_MS, CLOCK_ANSWERS, State, SystemClock
+from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
 from enrich.pipeline import run as run_job
-from enrich.receipt import Receipt
-from enrich.store.lock import hold
-from enrich.store.opening import opened
-from enrich.surroundings import Options, Surroundings
+from enrich.receipt import RunSummary
+from enrich.store.lock import lock_ledger
+from enrich.store.opening import open_for_run
+from enrich.surroundings import RunContext, RunOptions
 from tests.cases import first_quick
 from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads
 from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
 
-TIMEOUTS = replace(SHORT_TIMEOUTS, start_s=3.0, young_s=0.4, outage_s=10.0, no_data_s=0.1)
+TIMEOUTS = replace(SHORT_TIMEOUTS, startup_s=3.0, young_task_s=0.4, outage_s=10.0, no_data_s=0.1)
 WATERFALL = {
     "identifier": "email_getter",
     "name": "E-mail",
@@ -54,11 +54,11 @@ class ScriptedApi:
     posts: list[str] = field(default_factory=list)
     polls: list[str] = field(default_factory=list)
 
-    def __call__(self, seen: ReceivedRequest) -> Reply:
+    def __call__(self, request: ReceivedRequest) -> Reply:
         """Answer."""
-        path = seen.line.split()[1]
-        if seen.line.startswith("POST"):
-            name = re.findall(rb'"first_name": ?"(\w+)"', seen.body)[0].decode()
+        path = request.line.split()[1]
+        if request.line.startswith("POST"):
+            name = re.findall(rb'"first_name": ?"(\w+)"', request.body)[0].decode()
             self.posts.append(name)
             return self.post(name)
         if "/tasks/" in path:
@@ -69,7 +69,7 @@ class ScriptedApi:
             return http_reply(200, [WATERFALL])
         return self.user if path.endswith("/me") else self.waterfall
 
-    def asked(self) -> None:
+    def take_requests(self) -> None:
         """Forget what was asked so far."""
         self.posts.clear()
         self.polls.clear()
@@ -86,12 +86,14 @@ def running_reply(name: str) -> Reply:
     return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
 
 
-def run_once(workspace: Workspace, base_url: str, options: Options | None = None, timing: Timing = TIMEOUTS) -> Receipt:
+def run_once(
+    workspace: Workspace, base_url: str, options: RunOptions | None = None, timing: Timeouts = TIMEOUTS
+) -> RunSummary:
     """Run the job against an odd API."""
     job = load_job(workspace.job_file)
-    with hold(job.ledger, 0), opened(job.ledger) as (ledger, _):
-        around = Surroundings(job, Access(base_url, SecretStr("key-of-the-test")), ledger, timing=timing)
-        return run_job(around, options or Options())
+    with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
+        around = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
+        return run_job(around, options or RunOptions())
 
 
 def request_states(workspace: Workspace) -> list[str]:
@@ -108,7 +110,7 @@ def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: 
     assert request_states(workspace) == ["submitted"] * leads
     workspace.write_job()
     scripted_api.task = completed_reply
-    scripted_api.asked()
+    scripted_api.take_requests()
 
 
 REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
@@ -186,7 +188,7 @@ def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -
         assert request_states(workspace) == ["submitted", "found", "submitted"]
 
         scripted_api.task = completed_reply
-        renamed = run_once(workspace, server.base_url, Options(workspace_renamed=True))
+        renamed = run_once(workspace, server.base_url, RunOptions(workspace_renamed=True))
         again = run_once(workspace, server.base_url)
 
     assert (renamed.exit_code, again.exit_code, scripted_api.posts) == (0, 0, [])
@@ -213,18 +215,18 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A task that flickers is never written off, however often it is unknown in between."""
     from enrich.model import Task  # noqa: PLC0415
-    from enrich.poller import Waiting  # noqa: PLC0415 - the rule alone
+    from enrich.poller import OpenTask  # noqa: PLC0415 - the rule alone
 
-    waiting, now = Waiting(Task((1,), "t", 0), fresh=True, alive=True, born=0.0), 0.0
+    waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
     believed, run, since = False, 0, 0.0
     for missing in pattern:
         now += 17.0
         if not missing:
-            waiting.repeated, run = None, 0
+            waiting.repeated_reply, run = None, 0
             continue
         since = now if not run else since
         run += 1
-        believed = waiting.repeats("404", now).enough(now, 60.0)
+        believed = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
         assert believed == (run >= 5 and now - since >= 60.0)
 
 
@@ -235,7 +237,7 @@ def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
         submit_and_leave(workspace, scripted_api, server.base_url)
         scripted_api.task = lambda _: http_reply(404, {})
 
-        summary = run_once(workspace, server.base_url, Options(max_time_s=0.9), replace(TIMEOUTS, young_s=60.0))
+        summary = run_once(workspace, server.base_url, RunOptions(max_time_s=0.9), replace(TIMEOUTS, young_task_s=60.0))
         assert summary.exit_code == 13
         assert request_states(workspace) == ["submitted"] * 3
 
@@ -275,7 +277,7 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -
             ("in_doubt", "t-First1"),
         ]
         scripted_api.post = ScriptedApi.post
-        scripted_api.asked()
+        scripted_api.take_requests()
         still = iter([running_reply("First0"), running_reply("First0")])
         scripted_api.task = {
             "completed": completed_reply,
@@ -284,7 +286,7 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -
             "gone": lambda name: http_reply(410, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
         }[then]
 
-        summary = run_once(workspace, server.base_url, Options(retry=frozenset({State.IN_DOUBT})))
+        summary = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
 
     bought = 2 if then in ("unknown", "gone") else 0
     assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
@@ -361,7 +363,7 @@ def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> N
     scripted_api.task = lambda name: answer(name) if name == "First0" else completed_reply(name)
     with serve_replies(scripted_api) as server:
         summary = run_once(workspace, server.base_url)
-        rows = workspace.output()
+        rows = workspace.read_output()
         healed = run_once(workspace, server.base_url) if state == "submitted" else summary
         scripted_api.task = completed_reply
         last = run_once(workspace, server.base_url)
@@ -419,9 +421,9 @@ def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
     for number, offset in enumerate(offsets):
         before = clock.offset_ms
         clock.observe(clock._local_ms() + offset)
-        last = offsets[max(0, number + 1 - CLOCK_ANSWERS) : number + 1]
-        agree = len(last) == CLOCK_ANSWERS and max(last) - min(last) <= CLOCK_AGREES_MS - 100
-        differ = len(last) < CLOCK_ANSWERS or max(last) - min(last) > CLOCK_AGREES_MS + 100
+        last = offsets[max(0, number + 1 - CLOCK_SAMPLES) : number + 1]
+        agree = len(last) == CLOCK_SAMPLES and max(last) - min(last) <= CLOCK_SAMPLE_SPREAD_MS - 100
+        differ = len(last) < CLOCK_SAMPLES or max(last) - min(last) > CLOCK_SAMPLE_SPREAD_MS + 100
         if differ:
             assert clock.offset_ms == before
         if agree and abs(max(last)) > 301_000:
@@ -440,8 +442,8 @@ def test_cached_date_header_is_ignored() -> None:
             received.append(api_ms)
 
     async def asking(base_url: str) -> None:
-        async with Client(Access(base_url, SecretStr("key-of-the-test")), Heard()) as client:
-            await client.user()
+        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), Heard()) as client:
+            await client.get_user()
 
     for more in ({}, {"age": "7200"}):
         with serve_replies(http_reply(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as server:

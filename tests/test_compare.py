@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.job import load_job
-from enrich.report.compare import compare_executions, compare_jobs, mcnemar, verdict
-from enrich.report.facts import Comparison, Side
+from enrich.report.compare import compare_executions, compare_jobs, mcnemar_p_value, write_verdict
+from enrich.report.facts import ComparedSide, Comparison
 from tests.cases import in_turn
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api
 
@@ -31,23 +31,23 @@ def write_other_job(workspace: Workspace, name: str = "other", **changes: str) -
 
 def run_job(workspace: Workspace, api: SandboxApi, job: str = "job.yaml") -> dict[str, Any]:
     """Run a job; return its receipt."""
-    result = workspace.command("run", job, "--json", api=api)
-    assert result.code == 0, result.stderr
-    return result.receipt
+    result = workspace.run_in_process("run", job, "--json", api=api)
+    assert result.exit_code == 0, result.stderr
+    return result.json_output
 
 
 def compare_json(workspace: Workspace, what: str, *more: str) -> dict[str, Any]:
     """Return the comparison as `--json` prints it."""
-    result = workspace.command("report", "job.yaml", "--json", "--compare", what, *more)
-    assert (result.code, result.stderr) == (0, "")
-    output: dict[str, Any] = result.receipt["comparison"]
+    result = workspace.run_in_process("report", "job.yaml", "--json", "--compare", what, *more)
+    assert (result.exit_code, result.stderr) == (0, "")
+    output: dict[str, Any] = result.json_output["comparison"]
     return output
 
 
 def comparison_error(workspace: Workspace, what: str) -> tuple[int, str]:
     """Return how a comparison was refused."""
-    result = workspace.command("report", "job.yaml", "--json", "--compare", what)
-    return result.code, result.stderr
+    result = workspace.run_in_process("report", "job.yaml", "--json", "--compare", what)
+    return result.exit_code, result.stderr
 
 
 @pytest.mark.long
@@ -93,7 +93,7 @@ def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
 
 def matches_by_lead(workspace: Workspace, output: str) -> dict[str, bool]:
     """Tell of each lead whether it was found."""
-    return {row["First Name"]: row["enrich_status"] == "found" for row in workspace.output(output)}
+    return {row["First Name"]: row["enrich_status"] == "found" for row in workspace.read_output(output)}
 
 
 @pytest.mark.long
@@ -119,11 +119,13 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db") as api:
         first = run_job(workspace, api)
-        api.reprice({833: 2, 966: 2, 701: 2, 745: 2})
+        api.set_prices({833: 2, 966: 2, 701: 2, 745: 2})
         workspace.write_leads(make_leads(15))
         workspace.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
         second = run_job(workspace, api)
-        assert workspace.command("run", "job.yaml", "--limit", "0", api=api).code == 0  # is answered nothing
+        assert (
+            workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0
+        )  # is answered nothing
     comparison = compare_json(workspace, "1")
 
     assert [comparison[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]
@@ -159,8 +161,8 @@ def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> 
     run_job(workspace, api)
     run_job(workspace, api, "other.yaml")
     for job in ("job.yaml", "other.yaml"):
-        assert workspace.command("forget", job, "--match", "First Name=First1", "--yes").code == 0
-        assert workspace.command("forget", job, "--match", "First Name=First2", "--yes").code == 0
+        assert workspace.run_in_process("forget", job, "--match", "First Name=First1", "--yes").exit_code == 0
+        assert workspace.run_in_process("forget", job, "--match", "First Name=First2", "--yes").exit_code == 0
 
     comparison = compare_json(workspace, "other.yaml")
     assert (comparison["left"]["asked"], comparison["common"]) == (6, 4)
@@ -206,20 +208,20 @@ def test_mcnemar_is_the_exact_binomial_test(one: int, other_: int) -> None:
     both = one + other_
     tail = sum(Fraction(comb(both, chosen), 2**both) for chosen in range(min(one, other_) + 1))
     exact = 1.0 if one == other_ else float(min(Fraction(1), 2 * tail))
-    assert mcnemar(one, other_) == pytest.approx(exact)
-    assert mcnemar(one, other_) == mcnemar(other_, one)
+    assert mcnemar_p_value(one, other_) == pytest.approx(exact)
+    assert mcnemar_p_value(one, other_) == mcnemar_p_value(other_, one)
 
 
 def test_mcnemar_approximation_matches_exact() -> None:
     """Where the normal distribution takes over nothing jumps, and millions take no time."""
-    exact, near = mcnemar(460, 540), mcnemar(460, 541)
+    exact, near = mcnemar_p_value(460, 540), mcnemar_p_value(460, 541)
     assert near == pytest.approx(exact, rel=0.15)
-    assert mcnemar(1_000_000, 1_010_000) < 1e-6
+    assert mcnemar_p_value(1_000_000, 1_010_000) < 1e-6
 
 
 def make_comparison(leads: tuple[int, int, int, int], left: float, right: float) -> Comparison:
     """Make a comparison of the leads that both asked for: found by both, only left, only right, neither."""
-    sides = [Side(label, (), 0, 0, 0, 0.0, None) for label in ("a.yaml", "b.yaml")]
+    sides = [ComparedSide(label, (), 0, 0, 0, 0.0, None) for label in ("a.yaml", "b.yaml")]
     return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
 
 
@@ -275,4 +277,4 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
 )
 def test_verdict_text(told: Comparison, unknown: int, said: str) -> None:
     """Who found more for less, and how sure that is."""
-    assert verdict(told, unknown) == said
+    assert write_verdict(told, unknown) == said

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.credentials import DEFAULT_BASE_URL, Access, check_base_url, find_access, find_key
-from enrich.errors import JobError, KeyRefused
+from enrich.api.credentials import DEFAULT_BASE_URL, ApiAccess, check_base_url, find_access, find_key
+from enrich.errors import ApiKeyRejected, JobError
 from tests.cases import in_turn
 
 KEY = "key-5b1f0e77-that-nobody-may-see"
@@ -38,7 +38,7 @@ def test_key_lookup_order(tmp_path: Path) -> None:
 def test_login_file_without_key(tmp_path: Path, text: str) -> None:
     """The message says where was looked, and how to try without."""
     write_login(tmp_path, text)
-    with pytest.raises(KeyRefused, match="no API key") as caught:
+    with pytest.raises(ApiKeyRejected, match="no API key") as caught:
         find_key({}, tmp_path)
     assert "--sandbox" in (caught.value.hint or "")
 
@@ -63,7 +63,7 @@ def test_unreadable_key_file(tmp_path: Path) -> None:
         (empty, "is empty"),
         (binary, "it is not text"),
     ]:
-        with pytest.raises(KeyRefused, match=reason) as caught:
+        with pytest.raises(ApiKeyRejected, match=reason) as caught:
             find_key({"DATABAR_API_KEY_FILE": str(path)}, tmp_path)
         assert str(path) in caught.value.message
 
@@ -74,14 +74,14 @@ def test_invalid_key_characters(tmp_path: Path, key: str) -> None:
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
     for environ in ({"DATABAR_API_KEY": key}, {"DATABAR_API_KEY_FILE": str(file)}):
-        with pytest.raises(KeyRefused, match="characters that no key has") as caught:
+        with pytest.raises(ApiKeyRejected, match="characters that no key has") as caught:
             find_key(environ, tmp_path)
         assert KEY not in "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
 
 
 def test_key_is_not_in_repr() -> None:
     """Neither a log nor a traceback that shows the value can tell it."""
-    access = Access(DEFAULT_BASE_URL, SecretStr(KEY))
+    access = ApiAccess(DEFAULT_BASE_URL, SecretStr(KEY))
     assert KEY not in f"{access} {access!r} {access.key}"
 
 

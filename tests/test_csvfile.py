@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.tables.csvfile import CELL_LIMIT, CsvWriter, likely_separator, read_batches, read_header
-from enrich.tables.textfile import TableFile, TableProblem
+from enrich.tables.csvfile import MAX_CELL_CHARACTERS, CsvWriter, likely_separator, read_batches, read_header
+from enrich.tables.textfile import FileProblem, TableFile
 from tests.cases import examples, first_quick, in_turn
 
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -34,9 +34,9 @@ def read_rows(source: TableFile, rows_per_batch: int = 20_000) -> list[tuple[str
     return [tuple(read_header(source)), *(row for frame in frames for row in frame.rows())]
 
 
-def read_problem(source: TableFile) -> TableProblem:
+def read_problem(source: TableFile) -> FileProblem:
     """Return the problem that reading the whole file meets."""
-    with pytest.raises(TableProblem) as caught:
+    with pytest.raises(FileProblem) as caught:
         read_rows(source)
     return caught.value
 
@@ -226,7 +226,7 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
             pytest.param(gzip.compress(b"a\n"), "{path} is not CSV text but compressed with gzip", "`.gz`", id="gzip"),
             pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "no text file", id="picture"),
             pytest.param(
-                "a\n" + "x" * (CELL_LIMIT + 1),
+                "a\n" + "x" * (MAX_CELL_CHARACTERS + 1),
                 "{path}: row 1 (line 2) has a cell of more than 10,000,000 characters",
                 "never closed",
                 id="endless cell",
@@ -252,7 +252,7 @@ def test_error_in_later_batch(tmp_path: Path, at: int) -> None:
     batches = read_batches(source, 2)
     before = [next(batches) for _ in range(at // 2)]
     assert sum(frame.height for frame in before) == at // 2 * 2
-    with pytest.raises(TableProblem, match=rf"row {at + 1} \(line {at + 2}\)"):
+    with pytest.raises(FileProblem, match=rf"row {at + 1} \(line {at + 2}\)"):
         next(batches)
 
 
@@ -290,7 +290,7 @@ def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
     """It is told by its name, whether one reads or writes."""
     problem = read_problem(write_csv(tmp_path, "a\n1\n", encoding=encoding))
     assert problem.message == f"encoding `{encoding}` is not known"
-    with pytest.raises(TableProblem, match="is not known"):
+    with pytest.raises(FileProblem, match="is not known"):
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
@@ -298,7 +298,7 @@ def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
 def test_invalid_separators(tmp_path: Path, separator: str) -> None:
     """Quotes and line ends have their own meaning."""
     assert "is not a single character" in read_problem(write_csv(tmp_path, "a\n", separator=separator)).message
-    with pytest.raises(TableProblem, match="is not a single character"):
+    with pytest.raises(FileProblem, match="is not a single character"):
         CsvWriter(io.BytesIO(), separator)
 
 
@@ -396,13 +396,13 @@ def test_unencodable_character() -> None:
     with CsvWriter(raw, encoding="cp1252") as writer:
         writer.write_header(["a", "b"])
         writer.write(pl.DataFrame({"a": ["é"], "b": [None]}))
-        with pytest.raises(TableProblem, match=r"^row 3, column `b`: `cp1252` has no sign") as caught:
+        with pytest.raises(FileProblem, match=r"^row 3, column `b`: `cp1252` has no sign") as caught:
             writer.write(pl.DataFrame({"a": ["1", "2"], "b": ["3", "田"]}))
         assert caught.value.hint == "Set `encoding: utf-8` for the file to write"
-        with pytest.raises(TableProblem, match=r"^the header, column `田`"):
+        with pytest.raises(FileProblem, match=r"^the header, column `田`"):
             writer.write_header(["a", "田"])
     assert raw.getvalue() == b"a,b\n\xe9,\n"
-    with pytest.raises(TableProblem, match=r"^separator '¦' cannot be written"):
+    with pytest.raises(FileProblem, match=r"^separator '¦' cannot be written"):
         CsvWriter(io.BytesIO(), "¦", "ascii").write_header(["a", "b"])
 
 
@@ -454,6 +454,6 @@ def test_any_bytes_read_or_refused(
     """Rows of one width or a problem, never another exception; the same from gzip."""
     packed = gzip.compress(content) if name.endswith(".gz") else content
     source = write_csv(tmp_path_factory.mktemp("any"), packed, name, encoding=encoding)
-    with suppress(TableProblem):
+    with suppress(FileProblem):
         rows = read_rows(source, 2)
         assert {len(row) for row in rows} == {len(rows[0])}

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.store.ledger import Ledger
-from enrich.store.records import Records
+from enrich.store.records import LedgerVerifier
 from tests.books import CommittingLedger
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
@@ -26,17 +26,17 @@ MAX_POSTS_IN_FLIGHT = 64  # the most that may be in doubt when the ledger can't 
 
 def run_with_file_limit(workspace: Workspace, api: SandboxApi, max_file_bytes: int, *arguments: str) -> ProgramResult:
     """Run the program where no file grows beyond `room` bytes, as on a full disk."""
-    return workspace.enrich(*arguments, api=api, room=max_file_bytes)
+    return workspace.run_subprocess(*arguments, api=api, max_file_bytes=max_file_bytes)
 
 
 def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
     """Expect an exit: its code here and in the JSON object, these words on stderr, a hint, no trace."""
-    assert result.code == code, result.stderr
-    assert result.receipt["exit_code"] == code
+    assert result.exit_code == code, result.stderr
+    assert result.json_output["exit_code"] == code
     assert "Traceback" not in result.stderr
     for word in (*messages, "hint: "):
         assert word in result.stderr
-    return result.receipt
+    return result.json_output
 
 
 def known_task_count(workspace: Workspace) -> int:
@@ -48,9 +48,9 @@ def known_task_count(workspace: Workspace) -> int:
 
 def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
     """Run again where there is room: every lead is answered or in doubt, and nothing was bought twice."""
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
     audit = api.audit()
-    rows = workspace.output()
+    rows = workspace.read_output()
     assert summary.exit_code in (0, 14)
     assert (summary.pending, len(rows)) == (0, leads)
     assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
@@ -59,7 +59,7 @@ def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
     in_doubt = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
     for run in audit["runs"]:
         assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= told_tasks
-    assert workspace.command("ledger", "check", "job.yaml").code == 0
+    assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
 
 # Full
@@ -111,7 +111,7 @@ def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, n
     assert (workspace.folder / name).read_text() == OLD_OUTPUT
     assert not list(workspace.folder.glob(".*part*"))
     assert api.audit()["accepted"] == known_task_count(workspace) == 10
-    assert workspace.command("collect", "job.yaml").code == 0
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
     assert (workspace.folder / name).stat().st_size > room
     assert api.audit()["accepted"] == 10
 
@@ -128,10 +128,10 @@ def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what
     place, mode = (workspace.ledger_path, 0o400) if what == "file" else (workspace.ledger_path.parent, 0o500)
     place.chmod(mode)
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     place.chmod(0o700)
-    assert (result.code, result.receipt["exit_code"]) == (5, 5)
+    assert (result.exit_code, result.json_output["exit_code"]) == (5, 5)
     assert "job.db" in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -142,7 +142,7 @@ def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None
     Ledger(workspace.ledger_path).close()
     workspace.ledger_path.with_name("job.db-wal").mkdir()
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     assert_exit(result, 5, "job.db: the ledger cannot be opened")
     assert api.audit()["accepted"] == 0
@@ -175,13 +175,13 @@ def corrupt_header(content: bytearray) -> None:
 def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage: Callable[[bytearray], None]) -> None:
     """What it forgot would be paid for again: the way out is a backup, and it works."""
     workspace.write_leads(make_leads(60))
-    workspace.run(api)
-    workspace.command("ledger", "backup", "job.yaml", "copy.db")
+    workspace.run_job(api)
+    workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db")
     content = bytearray(workspace.ledger_path.read_bytes())
     damage(content)
     workspace.ledger_path.write_bytes(content)
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     assert_exit(result, 5, "job.db", "restore a backup")
     assert workspace.ledger_path.read_bytes() == content
@@ -189,22 +189,22 @@ def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage:
     for path in workspace.ledger_path.parent.glob("job.db*"):
         path.unlink()
     shutil.copyfile(workspace.folder / "copy.db", workspace.ledger_path)
-    assert workspace.run(api).reused == 60
+    assert workspace.run_job(api).reused == 60
     assert api.audit()["accepted"] == 60
 
 
 def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
     """SQLite plays the killed run's journal into it: that is seen before anything is sent."""
-    ledger = CommittingLedger.open(tmp_path / "job.db").begin(*range(300))
-    with closing(Records(ledger.path)) as records:
+    ledger = CommittingLedger.open(tmp_path / "job.db").start_and_enroll(*range(300))
+    with closing(LedgerVerifier(ledger.path)) as records:
         records.backup(tmp_path / "copy.db")
     for number in range(200):
         ledger.settle(ledger.submit(str(number)))
     (tmp_path / "restored.db-wal").write_bytes((tmp_path / "job.db-wal").read_bytes())
     (tmp_path / "copy.db").rename(tmp_path / "restored.db")
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
-    with pytest.raises(Refused, match=r"damaged|malformed") as refusal:
+    with pytest.raises(CommandRefused, match=r"damaged|malformed") as refusal:
         Ledger(tmp_path / "restored.db")
 
     assert "-wal" in str(refusal.value.hint)
@@ -213,13 +213,13 @@ def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
 def test_newer_ledger_is_unchanged(api: SandboxApi, workspace: Workspace) -> None:
     """Refused by every command that opens it, to the byte the same afterwards."""
     workspace.write_leads(make_leads(2))
-    workspace.run(api)
+    workspace.run_job(api)
     with closing(sqlite3.connect(workspace.ledger_path)) as db:
         db.execute("PRAGMA user_version = 99")
     content = workspace.ledger_path.read_bytes()
 
     for command in (["run"], ["collect"], ["status"], ["ledger", "check"]):
-        assert_exit(workspace.command(*command, "job.yaml", "--json", api=api), 5, "newer")
+        assert_exit(workspace.run_in_process(*command, "job.yaml", "--json", api=api), 5, "newer")
 
     assert workspace.ledger_path.read_bytes() == content
     assert api.audit()["accepted"] == 2
@@ -232,7 +232,7 @@ def test_kill_during_ledger_creation(api: SandboxApi, workspace: Workspace) -> N
     part = workspace.ledger_path.with_name(".job.db.new")
     part.write_text("half a led")
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.submitted) == (0, 2)
     assert not part.exists()
@@ -247,16 +247,16 @@ def test_output_folder_removed(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(5))
     workspace.write_job(output="out/out.csv")
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
-        process = workspace.start("run", "job.yaml", "--json", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
         wait_until(lambda: api.audit()["accepted"] == 5)
         shutil.rmtree(workspace.folder / "out")
         out, err = process.communicate(timeout=30)
         result = ProgramResult(process.returncode, out, err)
 
-        assert result.code == 0, result.stderr
-        written = workspace.output("out/out.csv")
+        assert result.exit_code == 0, result.stderr
+        written = workspace.read_output("out/out.csv")
         assert "pending" not in {row["enrich_status"] for row in written}
         shutil.rmtree(workspace.folder / "out")
-        assert workspace.command("collect", "job.yaml").code == 0
-        assert workspace.output("out/out.csv") == written
+        assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+        assert workspace.read_output("out/out.csv") == written
         assert api.audit()["accepted"] == 5

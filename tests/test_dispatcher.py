@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from enrich.api.client import POSTS_ON_THE_WIRE
-from enrich.errors import EnrichError, Exit, LedgerFailed
-from enrich.model import Call, State, Wanted
+from enrich.api.client import MAX_POSTS_IN_FLIGHT
+from enrich.errors import EnrichError, ExitCode, LedgerFailed
+from enrich.model import Call, RowRequest, State
 from enrich.pace import BURST_S
 from enrich.sandbox.faults import Fault
 from enrich.store.ledger import Ledger
@@ -32,7 +32,7 @@ def delay_posts(seconds: float) -> tuple[Fault, ...]:
 
 def no_credits_reserved(ledger: CommittingLedger) -> bool:
     """Tell whether the execution has set nothing aside."""
-    return ledger.money[1] == 0
+    return ledger.execution_counters[1] == 0
 
 
 #: Seconds of processor time in a second: a loop that spins would use most of it.
@@ -42,18 +42,22 @@ MAX_IDLE_CPU_S = 0.15
 class TestLimits:
     """How many POSTs leave, and when none does any more."""
 
-    @pytest.mark.parametrize(("in_flight", "expected_on_the_wire"), first_quick(1, [(200, POSTS_ON_THE_WIRE), (7, 7)]))
+    @pytest.mark.parametrize(
+        ("in_flight", "expected_on_the_wire"), first_quick(1, [(200, MAX_POSTS_IN_FLIGHT), (7, 7)])
+    )
     def test_max_posts_and_open_tasks(self, tmp_path: Path, in_flight: int, expected_on_the_wire: int) -> None:
         """At most 32 POSTs are on the wire and `in_flight` tasks at the API, and the room is used."""
 
         async def scene(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100), in_flight=in_flight) as harness:
-                harness.watch.together = expected_on_the_wire
-                await harness.work()
-                assert harness.watch.most_on_the_wire == expected_on_the_wire
-                assert harness.watch.most_at_the_api <= in_flight
-                assert (harness.execution.on_the_wire, harness.execution.in_flight) == (0, 0)
-                assert sum(harness.books.ledger.counts().values()) == harness.execution.tally.submitted == 100
+                harness.request_log.together = expected_on_the_wire
+                await harness.run_loops()
+                assert harness.request_log.max_posts_in_flight == expected_on_the_wire
+                assert harness.request_log.max_open_tasks <= in_flight
+                assert (harness.run_state.posts_in_flight, harness.run_state.open_tasks) == (0, 0)
+                assert (
+                    sum(harness.ledger.wrapped.state_counts().values()) == harness.run_state.counters.submitted == 100
+                )
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
             asyncio.run(scene(api))
@@ -65,23 +69,27 @@ class TestLimits:
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(15), rate=40.0) as harness:
                 started = time.monotonic()
-                await harness.work()
+                await harness.run_loops()
                 elapsed = time.monotonic() - started
-                assert 30 <= harness.watch.posts + len(harness.watch.asked) <= 1 + 40 * (elapsed + BURST_S)
+                assert (
+                    30
+                    <= harness.request_log.posts + len(harness.request_log.polled_task_ids)
+                    <= 1 + 40 * (elapsed + BURST_S)
+                )
 
         asyncio.run(scene())
 
     def test_limit_counts_unconfirmed_requests(self, api: SandboxApi, tmp_path: Path) -> None:
         """`--limit` is reached exactly, doubts included, whatever was refused on the way; the rest stays pending."""
-        api.fault("rate-limit-bare", 3, "post")
-        api.fault("error-after", 2, "post")
+        api.inject_fault("rate-limit-bare", 3, "post")
+        api.inject_fault("error-after", 2, "post")
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
-                await harness.work(limit=40)
-                assert harness.execution.tally.submitted == 38
-                assert harness.execution.reasons == {}
-                counts = harness.books.ledger.counts()
+                await harness.run_loops(limit=40)
+                assert harness.run_state.counters.submitted == 38
+                assert harness.run_state.exit_reasons == {}
+                counts = harness.ledger.wrapped.state_counts()
                 assert (counts[State.IN_DOUBT], counts[State.PENDING]) == (2, 10)
 
         asyncio.run(scene())
@@ -93,7 +101,7 @@ class TestLimits:
         async def scene() -> float:
             async with open_loops(api, tmp_path / LEDGER) as harness:
                 started = time.monotonic()
-                await harness.work()
+                await harness.run_loops()
                 return time.monotonic() - started
 
         assert asyncio.run(scene()) < 5
@@ -105,10 +113,10 @@ class TestLimits:
 
         async def scene(api: SandboxApi) -> int:
             async with open_loops(api, tmp_path / LEDGER, range(50), cap=cap) as harness:
-                await harness.work()
-                assert harness.watch.most_at_the_api <= 3
-                assert Exit.CREDITS in harness.execution.reasons
-                spent, reserved, _, submitted = harness.books.money
+                await harness.run_loops()
+                assert harness.request_log.max_open_tasks <= 3
+                assert ExitCode.CREDITS in harness.run_state.exit_reasons
+                spent, reserved, _, submitted = harness.ledger.execution_counters
                 assert reserved == 0
                 assert cap - SANDBOX_MAX_PRICE < spent <= cap
                 assert submitted > 3
@@ -123,9 +131,9 @@ class TestLimits:
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(6), cap=8 * SANDBOX_MAX_PRICE // 2) as harness:
-                await harness.work()
-                assert harness.execution.reasons == {}
-                assert harness.execution.tally.submitted == 6
+                await harness.run_loops()
+                assert harness.run_state.exit_reasons == {}
+                assert harness.run_state.counters.submitted == 6
 
         asyncio.run(scene())
 
@@ -134,9 +142,9 @@ class TestLimits:
 
         async def scene(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(9), cap=4 * SANDBOX_MAX_PRICE) as harness:
-                await harness.work()
-                assert harness.books.money == (0, 4 * SANDBOX_MAX_PRICE, 4, 4)
-                assert Exit.CREDITS in harness.execution.reasons
+                await harness.run_loops()
+                assert harness.ledger.execution_counters == (0, 4 * SANDBOX_MAX_PRICE, 4, 4)
+                assert ExitCode.CREDITS in harness.run_state.exit_reasons
 
         with serve_api(tmp_path / "api.db", hide_credits=True, hit_rate=0.0) as api:
             asyncio.run(scene(api))
@@ -149,17 +157,19 @@ class TestAnswers:
     def test_rejections_are_resent_without_loss(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """What was not accepted is sent again, is paid once, and counts as no attempt."""
         count = 40 if fault == "rate-limit-bare" else 2
-        api.fault(fault, count, "post")
+        api.inject_fault(fault, count, "post")
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(45)) as harness:
-                await harness.work()
-                assert harness.execution.reasons == {}
-                assert harness.execution.tally.rate_limited == (0 if fault == "redirect" else count)
-                assert harness.books.all("SELECT DISTINCT attempts FROM requests") == [(1,)]
-                refused = harness.books.one("SELECT count(*), sum(credits) FROM attempts WHERE state = 'refused'")
+                await harness.run_loops()
+                assert harness.run_state.exit_reasons == {}
+                assert harness.run_state.counters.rate_limited == (0 if fault == "redirect" else count)
+                assert harness.ledger.query_all("SELECT DISTINCT attempts FROM requests") == [(1,)]
+                refused = harness.ledger.query_one(
+                    "SELECT count(*), sum(credits) FROM attempts WHERE state = 'refused'"
+                )
                 assert refused == (count, 0)
-                assert no_credits_reserved(harness.books)
+                assert no_credits_reserved(harness.ledger)
 
         asyncio.run(scene())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (45, 0)
@@ -170,55 +180,55 @@ class TestAnswers:
     )
     def test_unconfirmed_request_is_not_resent(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """It is in doubt and keeps its reservation; the others go on."""
-        api.fault(fault, 2, "post")
+        api.inject_fault(fault, 2, "post")
         timing = SILENT if fault == "silence-after" else SHORT_TIMEOUTS
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(20), timing=timing) as harness:
-                await harness.work()
-                assert harness.execution.reasons == {}
-                assert harness.books.ledger.counts()[State.IN_DOUBT] == 2
-                assert harness.books.money[1] == 2 * SANDBOX_MAX_PRICE
-                assert harness.watch.posts == 20
+                await harness.run_loops()
+                assert harness.run_state.exit_reasons == {}
+                assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 2
+                assert harness.ledger.execution_counters[1] == 2 * SANDBOX_MAX_PRICE
+                assert harness.request_log.posts == 20
 
         asyncio.run(scene())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (20, 0)
 
     def test_circuit_breaker_opens(self, api: SandboxApi, tmp_path: Path) -> None:
         """After the first burst one POST at a time tries; when it stays ill for too long nothing more is sent."""
-        api.fault("error-before", 1000, "post", status=503)
+        api.inject_fault("error-before", 1000, "post", status=503)
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200), timing=ILL) as harness:
-                await harness.work()
-                assert Exit.API in harness.execution.reasons
-                in_doubt = harness.books.ledger.counts()[State.IN_DOUBT]
-                assert 0 < in_doubt == harness.watch.posts <= POSTS_ON_THE_WIRE + 12
+                await harness.run_loops()
+                assert ExitCode.API in harness.run_state.exit_reasons
+                in_doubt = harness.ledger.wrapped.state_counts()[State.IN_DOUBT]
+                assert 0 < in_doubt == harness.request_log.posts <= MAX_POSTS_IN_FLIGHT + 12
 
         asyncio.run(scene())
 
     def test_circuit_breaker_closes(self, api: SandboxApi, tmp_path: Path) -> None:
         """One good answer closes the breaker, and the rest is sent side by side."""
-        api.fault("error-before", 34, "post")
+        api.inject_fault("error-before", 34, "post")
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100)) as harness:
-                await harness.work()
-                assert harness.execution.reasons == {}
-                assert harness.books.ledger.counts()[State.IN_DOUBT] == 34
-                assert harness.execution.tally.submitted == 66
+                await harness.run_loops()
+                assert harness.run_state.exit_reasons == {}
+                assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 34
+                assert harness.run_state.counters.submitted == 66
 
         asyncio.run(scene())
 
     def test_endless_429_ends_run(self, api: SandboxApi, tmp_path: Path) -> None:
         """Nothing but 429 for as long as an outage may last ends the run; everything is pending again."""
-        api.fault("rate-limit-bare", 100_000, "all")
+        api.inject_fault("rate-limit-bare", 100_000, "all")
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50), timing=ILL) as harness:
-                await harness.work()
-                assert Exit.API in harness.execution.reasons
-                assert harness.books.ledger.counts() == {State.PENDING: 50}
+                await harness.run_loops()
+                assert ExitCode.API in harness.run_state.exit_reasons
+                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
 
         asyncio.run(scene())
 
@@ -228,10 +238,10 @@ class TestAnswers:
 
         async def scene() -> None:
             async with open_loops(nowhere, tmp_path / LEDGER, range(50), timing=ILL) as harness:
-                await harness.work()
-                assert Exit.API in harness.execution.reasons
-                assert harness.books.ledger.counts() == {State.PENDING: 50}
-                assert no_credits_reserved(harness.books)
+                await harness.run_loops()
+                assert ExitCode.API in harness.run_state.exit_reasons
+                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
+                assert no_credits_reserved(harness.ledger)
 
         asyncio.run(scene())
 
@@ -240,17 +250,17 @@ class TestAnswers:
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER) as harness:
-                batch = [*row_requests(range(5)), Wanted(5, b"w" * 16, '{"first_name": "Ada"}')]
-                harness.books.do(Ledger.enroll, CALL, batch)
-                harness.books.do(Ledger.mark)
-                await harness.work()
-                counts = harness.books.ledger.counts()
+                batch = [*row_requests(range(5)), RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')]
+                harness.ledger.commit(Ledger.enroll, CALL, batch)
+                harness.ledger.commit(Ledger.fill_queue)
+                await harness.run_loops()
+                counts = harness.ledger.wrapped.state_counts()
                 assert (counts[State.FAILED], sum(counts.values())) == (1, 6)
-                error, credits_ = harness.books.one("SELECT error, credits FROM attempts WHERE state = 'failed'")
+                error, credits_ = harness.ledger.query_one("SELECT error, credits FROM attempts WHERE state = 'failed'")
                 assert "last_name" in error
                 assert credits_ == 0
-                assert no_credits_reserved(harness.books)
-                assert harness.execution.tally.settled[State.FAILED] == 1
+                assert no_credits_reserved(harness.ledger)
+                assert harness.run_state.counters.settled[State.FAILED] == 1
 
         asyncio.run(scene())
 
@@ -259,29 +269,29 @@ class TestAnswers:
         first_quick(
             2,
             [
-                (Call("nothing_getter", (833,)), None, Exit.USAGE),
-                (Call("email_getter", (4711,)), None, Exit.USAGE),
-                (CALL, "unauthorized", Exit.KEY),
-                (CALL, "forbidden", Exit.KEY),
-                (CALL, "no-credits", Exit.CREDITS),
+                (Call("nothing_getter", (833,)), None, ExitCode.USAGE),
+                (Call("email_getter", (4711,)), None, ExitCode.USAGE),
+                (CALL, "unauthorized", ExitCode.KEY),
+                (CALL, "forbidden", ExitCode.KEY),
+                (CALL, "no-credits", ExitCode.CREDITS),
             ],
         ),
         ids=["404", "400", "401", "403", "406"],
     )
     def test_fatal_error_stops_run(
-        self, api: SandboxApi, tmp_path: Path, call: Call, fault: str | None, code: Exit
+        self, api: SandboxApi, tmp_path: Path, call: Call, fault: str | None, code: ExitCode
     ) -> None:
         """The execution stops with its code; every request is pending again and costs nothing."""
         if fault:
-            api.fault(fault, 1000, "post")
+            api.inject_fault(fault, 1000, "post")
 
         async def scene() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(80)) as harness:
-                await harness.work(call=call)
-                assert set(harness.execution.reasons) == {code}
-                assert harness.books.ledger.counts() == {State.PENDING: 80}
-                assert no_credits_reserved(harness.books)
-                assert harness.watch.posts <= POSTS_ON_THE_WIRE
+                await harness.run_loops(call=call)
+                assert set(harness.run_state.exit_reasons) == {code}
+                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 80}
+                assert no_credits_reserved(harness.ledger)
+                assert harness.request_log.posts <= MAX_POSTS_IN_FLIGHT
 
         asyncio.run(scene())
         assert api.audit()["accepted"] == 0
@@ -291,10 +301,10 @@ class TestAnswers:
 
         async def scene(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(10)) as harness:
-                await harness.work(harness.poller(max_attempts=3))
-                counts = harness.books.ledger.counts()
+                await harness.run_loops(harness.make_poller(max_attempts=3))
+                counts = harness.ledger.wrapped.state_counts()
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
-                assert 20 <= harness.watch.posts <= 30
+                assert 20 <= harness.request_log.posts <= 30
 
         with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
             asyncio.run(scene(api))
@@ -309,13 +319,13 @@ class TestEnding:
 
         async def scene(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
-                work = asyncio.create_task(harness.work())
-                await wait_until(lambda: harness.watch.on_the_wire > 0)
-                harness.execution.stop(Exit.INTERRUPTED, EnrichError("stop"))
-                sent = harness.watch.posts
+                work = asyncio.create_task(harness.run_loops())
+                await wait_until(lambda: harness.request_log.posts_in_flight > 0)
+                harness.run_state.stop(ExitCode.INTERRUPTED, EnrichError("stop"))
+                sent = harness.request_log.posts
                 await work
-                assert harness.watch.posts == sent
-                counts = harness.books.ledger.counts()
+                assert harness.request_log.posts == sent
+                counts = harness.ledger.wrapped.state_counts()
                 assert counts.pop(State.PENDING) == 200 - sent
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
 
@@ -334,21 +344,21 @@ class TestEnding:
                     begun.set()
                     ended.wait(30)
 
-                harness.journal.do(busy)
+                harness.writer.submit(busy)
                 await wait_until(begun.is_set)
-                work = asyncio.create_task(harness.work())
-                await wait_until(lambda: harness.journal._batches.qsize() > 0)  # the intents wait behind it
+                work = asyncio.create_task(harness.run_loops())
+                await wait_until(lambda: harness.writer._batches.qsize() > 0)  # the intents wait behind it
                 if leave:
-                    harness.execution.leave()
+                    harness.run_state.abort_now()
                 else:
-                    harness.execution.stop(Exit.INTERRUPTED, EnrichError("stop"))
+                    harness.run_state.stop(ExitCode.INTERRUPTED, EnrichError("stop"))
                 ended.set()
                 await work
-                assert await harness.journal.do(Ledger.recover, 1) == 0
-                assert harness.books.ledger.counts() == {State.PENDING: 50}
-                assert no_credits_reserved(harness.books)
-                assert harness.books.one("SELECT count(*) FROM attempts WHERE state = 'refused'")[0] > 0
-                assert harness.watch.posts == 0
+                assert await harness.writer.submit(Ledger.recover, 1) == 0
+                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
+                assert no_credits_reserved(harness.ledger)
+                assert harness.ledger.query_one("SELECT count(*) FROM attempts WHERE state = 'refused'")[0] > 0
+                assert harness.request_log.posts == 0
 
         asyncio.run(scene())
 
@@ -357,12 +367,12 @@ class TestEnding:
 
         async def scene(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
-                work = asyncio.create_task(harness.work())
-                await wait_until(lambda: harness.watch.on_the_wire == POSTS_ON_THE_WIRE)
-                harness.execution.leave()
+                work = asyncio.create_task(harness.run_loops())
+                await wait_until(lambda: harness.request_log.posts_in_flight == MAX_POSTS_IN_FLIGHT)
+                harness.run_state.abort_now()
                 await work
-                assert await harness.journal.do(Ledger.recover, 1) == POSTS_ON_THE_WIRE
-                assert harness.books.money[1] == POSTS_ON_THE_WIRE * SANDBOX_MAX_PRICE
+                assert await harness.writer.submit(Ledger.recover, 1) == MAX_POSTS_IN_FLIGHT
+                assert harness.ledger.execution_counters[1] == MAX_POSTS_IN_FLIGHT * SANDBOX_MAX_PRICE
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(30)) as api:
             asyncio.run(scene(api))
@@ -372,20 +382,20 @@ class TestEnding:
 
         async def scene() -> int:
             async with open_loops(api, tmp_path / LEDGER, range(2000)) as harness:
-                (pages,) = harness.books.one("PRAGMA page_count")
-                harness.books.ledger._db.execute(f"PRAGMA max_page_count = {pages + 5}")
+                (pages,) = harness.ledger.query_one("PRAGMA page_count")
+                harness.ledger.wrapped._db.execute(f"PRAGMA max_page_count = {pages + 5}")
                 with pytest.raises(LedgerFailed, match="full"):
-                    await harness.work()
-                sent = harness.watch.posts
+                    await harness.run_loops()
+                sent = harness.request_log.posts
                 await asyncio.sleep(0.2)
-                assert harness.watch.posts == sent < 2000
+                assert harness.request_log.posts == sent < 2000
                 return sent
 
         sent = asyncio.run(scene())
         ledger = CommittingLedger.open(tmp_path / LEDGER)
-        ledger.do(Ledger.recover, 1)
-        counts = ledger.ledger.counts()
-        ledger.ledger.close()
+        ledger.commit(Ledger.recover, 1)
+        counts = ledger.wrapped.state_counts()
+        ledger.wrapped.close()
         assert counts[State.PENDING] + sent >= 2000
 
     @pytest.mark.parametrize("waiting_for", first_quick(1, ["room", "cap", "queue", "rate"]))
@@ -397,7 +407,7 @@ class TestEnding:
         async def scene(api: SandboxApi) -> float:
             knob: dict[str, Any] = knobs[waiting_for]
             async with open_loops(api, tmp_path / LEDGER, leads, **knob) as harness:
-                work = asyncio.create_task(harness.work())
+                work = asyncio.create_task(harness.run_loops())
                 used = 1.0
                 for _ in range(5):  # on a busy machine the submitting may not be over at first
                     await asyncio.sleep(0.5)
@@ -406,7 +416,7 @@ class TestEnding:
                     used = time.thread_time() - before
                     if used < MAX_IDLE_CPU_S:
                         break
-                harness.execution.leave()
+                harness.run_state.abort_now()
                 await work
                 return used
 
@@ -419,15 +429,15 @@ def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
 
     async def scene() -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
-            ledger, dispatcher = harness.books.ledger, harness.dispatcher(harness.poller())
+            ledger, dispatcher = harness.ledger.wrapped, harness.make_dispatcher(harness.make_poller())
             with ledger.transaction():
-                dispatcher._claim_some(ledger, 3, 1, 0)
+                dispatcher._claim_batches(ledger, 3, 1, 0)
             ledger._db.begin()
-            dispatcher._unclaim(ledger, 0)
+            dispatcher._release_unsent(ledger, 0)
             ledger.rollback()
             with ledger.transaction():
-                dispatcher._unclaim(ledger, 0)
-            assert ledger.counts() == {State.PENDING: 3}
+                dispatcher._release_unsent(ledger, 0)
+            assert ledger.state_counts() == {State.PENDING: 3}
 
     asyncio.run(scene())
 
@@ -444,8 +454,8 @@ def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
                 asked += 1
                 return asked > 2
 
-            harness.execution.holds = holds
-            await harness.work()
-            assert harness.books.all("SELECT count(*) FROM attempts") == [(3,)]
+            harness.run_state.lease_valid = holds
+            await harness.run_loops()
+            assert harness.ledger.query_all("SELECT count(*) FROM attempts") == [(3,)]
 
     asyncio.run(scene())

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold
+from enrich.store.lock import lock_ledger
 from tests.cases import first_quick
 from tests.harness import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
@@ -33,7 +33,7 @@ def run_doctor(
     env = {"HOME": str(workspace.folder), "DATABAR_BASE_URL": api.base_url}
     env["DATABAR_API_KEY_FILE"] = str(workspace.folder / "key")
     given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
-    return workspace.command("doctor", "job.yaml", *given, *more, api=None, **(shell_environ or {}))
+    return workspace.run_in_process("doctor", "job.yaml", *given, *more, api=None, **(shell_environ or {}))
 
 
 def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
@@ -47,7 +47,7 @@ def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     before = {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")}
     result = run_doctor(ready_workspace, api)
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert {line.split()[0] for line in result.stdout.splitlines()} == {"ok"}
     assert {"key", "api", "clock", "job", "ledger", "disk", "balance", "program"} <= findings_with_mark(
         result, "ok"
@@ -58,10 +58,10 @@ def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The ledger is looked into, and is as it was."""
-    assert ready_workspace.command("run", "job.yaml", api=api).code == 0
+    assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     before = ready_workspace.ledger_path.read_bytes()
     result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "3 requests in" in findings_with_mark(result, "ok")["ledger"]
     assert ready_workspace.ledger_path.read_bytes() == before
     assert api.audit()["accepted"] == 3
@@ -69,10 +69,10 @@ def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> 
 
 def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The classic: it works by hand and never at night."""
-    result = ready_workspace.command(
+    result = ready_workspace.run_in_process(
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )
-    assert result.code == 3
+    assert result.exit_code == 3
     assert (
         "DATABAR_API_KEY is set in this shell only: cron will not have it" in findings_with_mark(result, "fail")["key"]
     )
@@ -86,10 +86,10 @@ def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
         f"# cron\nDATABAR_BASE_URL={api.base_url}\nDATABAR_API_KEY_FILE='{ready_workspace.folder}/key'\nHOME=/nowhere\n"
     )
     (ready_workspace.folder / "env").write_text(text, encoding="utf-8")
-    assert ready_workspace.command("doctor", "job.yaml", "--env-file", "env").code == 0
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env").exit_code == 0
     (ready_workspace.folder / "env").write_text("nonsense", encoding="utf-8")
-    assert ready_workspace.command("doctor", "job.yaml", "--env-file", "env").code == 2
-    assert ready_workspace.command("doctor", "job.yaml", "--env", "nonsense").code == 2
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env").exit_code == 2
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env", "nonsense").exit_code == 2
 
 
 @pytest.mark.long
@@ -98,41 +98,41 @@ def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, nam
     """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
     way = ["--env", "DATABAR_BASE_URL=https://api.example/v1", "--env", f"{name}={value}", "--offline"]
     result = run_doctor(ready_workspace, api, *way)
-    assert result.code == 2
+    assert result.exit_code == 2
     assert findings_with_mark(result, "fail")["api"].startswith(f"{name}: ")
     result = run_doctor(ready_workspace, api, shell_environ={name: value})
-    assert result.code == 0
+    assert result.exit_code == 0
     assert f"{name} is set in this shell only" in findings_with_mark(result, "warn")["api"]
 
 
 def test_missing_key(ready_workspace: Workspace) -> None:
     """Exit 3, as the run."""
-    result = ready_workspace.command("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
-    assert result.code == 3
+    result = ready_workspace.run_in_process("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
+    assert result.exit_code == 3
     assert "no API key" in findings_with_mark(result, "fail")["key"]
 
 
 def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Exit 3; offline nobody can tell."""
     (ready_workspace.folder / "key").write_text("old", encoding="utf-8")
-    assert run_doctor(ready_workspace, api).code == 3
-    assert run_doctor(ready_workspace, api, "--offline").code == 0
+    assert run_doctor(ready_workspace, api).exit_code == 3
+    assert run_doctor(ready_workspace, api, "--offline").exit_code == 0
 
 
 def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi) -> None:
     """A warning with its remedy."""
     (ready_workspace.folder / "key").chmod(0o644)
     result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert findings_with_mark(result, "warn")["key"].endswith(f"chmod 600 {ready_workspace.folder}/key")
 
 
 def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exit 4."""
     away = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.setup.online.Timing", lambda: AWAY):
+    with patch("enrich.setup.online.Timeouts", lambda: AWAY):
         result = run_doctor(ready_workspace, away)
-    assert result.code == 4
+    assert result.exit_code == 4
     assert "unreachable" in findings_with_mark(result, "fail")["api"]
 
 
@@ -140,7 +140,7 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Exit 2, and the key is looked at all the same."""
     ready_workspace.write_job(watrfall="x")
     result = run_doctor(ready_workspace, api)
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "watrfall" in findings_with_mark(result, "fail")["job"]
     assert "key" in findings_with_mark(result, "ok")
 
@@ -165,7 +165,7 @@ def test_predicts_exit_code_of_run(
     """With the exit code that the run would have."""
     ready_workspace.write_job(**changed)
     result = run_doctor(ready_workspace, api)
-    assert result.code == code
+    assert result.exit_code == code
     assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
 
 
@@ -175,17 +175,17 @@ def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) 
     three_days_ago = time.time() - 3 * 86_400
     os.utime(ready_workspace.folder / "leads.csv", (three_days_ago, three_days_ago))
     result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "is the export still running?" in findings_with_mark(result, "warn")["input"]
     assert "max_credits is not set" in findings_with_mark(result, "warn")["cap"]
 
 
 def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
     """It holds the lock; nobody is disturbed."""
-    ready_workspace.command("run", "job.yaml", api=api)
-    with hold(ready_workspace.ledger_path, 0):
+    ready_workspace.run_in_process("run", "job.yaml", api=api)
+    with lock_ledger(ready_workspace.ledger_path, 0):
         result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "a run holds the ledger now" in findings_with_mark(result, "warn")["lock"]
 
 
@@ -193,10 +193,10 @@ def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: 
     """What waits for a person, and what waits at the API until it is gone."""
     with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
         (ready_workspace.folder / "key").write_text(slow.api_key, encoding="utf-8")
-        ready_workspace.leave_at_the_api(slow)
+        ready_workspace.submit_without_collecting(slow)
         ledger = Ledger(ready_workspace.ledger_path)
         with ledger.transaction():
-            ledger.doubt([(ledger.tasks()[0].attempts[0], "reset", 1, None)])
+            ledger.mark_in_doubt([(ledger.submitted_tasks()[0].attempts[0], "reset", 1, None)])
         ledger.close()
         result = run_doctor(ready_workspace, slow, "--at", "23:59")
         ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
@@ -210,18 +210,18 @@ def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) ->
     """The rest was left pending."""
     ready_workspace.write_leads(make_leads(20))
     ready_workspace.write_job(limits="{max_credits: 5}")
-    assert ready_workspace.command("run", "job.yaml", api=api).code == 12
+    assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
     result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "1 of the last 1 runs stopped for credits" in findings_with_mark(result, "warn")["cap"]
 
 
 def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Its locks cannot be trusted."""
     mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
-    with patch("enrich.nights.machine.mountinfo", lambda: mounts):
+    with patch("enrich.nights.machine.read_mountinfo", lambda: mounts):
         result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "network file system (nfs4)" in findings_with_mark(result, "warn")["ledger"]
 
 
@@ -230,7 +230,7 @@ def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
     an_hour_ago = time.time_ns() - 3_600 * 10**9
     with patch("enrich.setup.online.time.time_ns", lambda: an_hour_ago):
         result = run_doctor(ready_workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "behind the API's" in findings_with_mark(result, "warn")["clock"]
 
 
@@ -238,16 +238,16 @@ def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
 def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Only where the locale forbids UTF-8."""
     ready_workspace.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
-    assert run_doctor(ready_workspace, api).code == 0
+    assert run_doctor(ready_workspace, api).exit_code == 0
     old = ("--env", "PYTHONUTF8=0", "--env", "PYTHONCOERCECLOCALE=0", "--env", "LC_ALL=C")
     result = run_doctor(ready_workspace, api, *old)
-    assert result.code == 5
+    assert result.exit_code == 5
     assert "in ascii" in findings_with_mark(result, "fail")["names"]
 
 
 def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The findings with marks, messages and remedies."""
-    output = run_doctor(ready_workspace, api, "--json").receipt
+    output = run_doctor(ready_workspace, api, "--json").json_output
     assert output["exit_code"] == 0
     assert output["findings"][0] == {
         "mark": "ok",
@@ -260,8 +260,8 @@ def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None
 def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     """For a first look; nothing is left behind."""
     before = sorted(ready_workspace.folder.rglob("*"))
-    result = ready_workspace.command("doctor", "job.yaml", "--sandbox")
-    assert (result.code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
+    result = ready_workspace.run_in_process("doctor", "job.yaml", "--sandbox")
+    assert (result.exit_code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
 
 
 def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxApi) -> None:
@@ -275,8 +275,8 @@ def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxA
 @pytest.mark.long
 def test_as_subprocess_with_empty_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
     """What cron would say when it asked the doctor itself."""
-    result = ready_workspace.enrich(
+    result = ready_workspace.run_subprocess(
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )
-    assert result.code == 3
+    assert result.exit_code == 3
     assert "cron will not have it" in result.stdout

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.receipt import Receipt
+from enrich.receipt import RunSummary
 from tests.cluster_torture import ON_RAY, worker_pids
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer
@@ -40,7 +40,7 @@ def postgres_workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
     """Make an office whose ledger is on the server."""
     folder = tmp_path / "far"
     folder.mkdir()
-    made = Workspace(folder, f"{postgres.url()}&lease=2", postgres.environ)
+    made = Workspace(folder, f"{postgres.ledger_url()}&lease=2", postgres.environ)
     made.write_job(limits="{requests_per_second: 100}")
     return made
 
@@ -52,9 +52,9 @@ def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """Told with the file, the line, the key and what to do."""
     workspace.write_job(ledger="leads.db")
     workspace.write_leads(make_leads(2))
-    result = workspace.command(*RUN, "--engine", "ray", api=api)
+    result = workspace.run_in_process(*RUN, "--engine", "ray", api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     line = workspace.job_file.read_text(encoding="utf-8").splitlines().index("ledger: leads.db") + 1
     assert f"job.yaml:{line}: ledger: --engine ray needs a ledger that all workers reach" in result.stderr
     assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in result.stderr
@@ -65,9 +65,9 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
     """It is said how to get it."""
     postgres_workspace.write_leads(make_leads(2))
     with patch("enrich.commands.engines.find_spec", return_value=None):
-        result = postgres_workspace.command(*RUN, "--engine", "ray", api=api)
+        result = postgres_workspace.run_in_process(*RUN, "--engine", "ray", api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "hint: pip install 'databar-enrich[cluster]'" in result.stderr
 
 
@@ -84,17 +84,19 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
 def test_incompatible_options(options: list[str], said: str, api: SandboxApi, workspace: Workspace) -> None:
     """They are errors of usage, told before anything begins."""
     workspace.write_leads(make_leads(2))
-    result = workspace.command(*RUN, *options, api=api)
+    result = workspace.run_in_process(*RUN, *options, api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert said in result.stderr
 
 
 def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """The others of a cluster do not see what came through it."""
-    result = postgres_workspace.command(*RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api)
+    result = postgres_workspace.run_in_process(
+        *RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api
+    )
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in result.stderr
 
 
@@ -104,11 +106,11 @@ def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Work
     postgres_workspace.write_leads(make_leads(2))
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
-        result = postgres_workspace.command(
+        result = postgres_workspace.run_in_process(
             *RUN, "--engine", "ray", "--address", f"127.0.0.1:{taken.getsockname()[1]}", api=api
         )
 
-    assert result.code == 4
+    assert result.exit_code == 4
     assert "the Ray cluster at 127.0.0.1" in result.stderr
     assert "can't be reached" in result.stderr
     assert accepted(api) == 0
@@ -128,7 +130,7 @@ def cluster(postgres_workspace: Workspace) -> Iterator[tuple[str, int]]:
     head = subprocess.Popen(
         [ray, *words, "--disable-usage-stats"],
         cwd=postgres_workspace.folder,
-        env=postgres_workspace.variables() | {"RAY_AUTH_MODE": "disabled"},
+        env=postgres_workspace.environment() | {"RAY_AUTH_MODE": "disabled"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -166,7 +168,7 @@ def at_work(
     far: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """Start a run, wait until its three actors have bought enough; whatever happens, it is not left."""
-    process = far.start(*THREE, *more, api=api, group=group)
+    process = far.start_subprocess(*THREE, *more, api=api, group=group)
     try:
         wait_until(lambda: accepted(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
         yield process, list(worker_pids(process.pid))
@@ -174,15 +176,15 @@ def at_work(
         kill_process(process) if process.poll() is None else None
 
 
-def wait_for_summary(process: subprocess.Popen[str]) -> Receipt:
+def wait_for_summary(process: subprocess.Popen[str]) -> RunSummary:
     """Wait for the end of a run that says nothing but its receipt on stdout."""
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err
     assert not RAY_MESSAGE.search(err)
-    return Receipt(**json.loads(out))
+    return RunSummary(**json.loads(out))
 
 
-def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: Receipt) -> None:
+def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: RunSummary) -> None:
     """Hold a receipt against the API's books."""
     audit = api.audit()
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
@@ -205,9 +207,9 @@ class TestOnRay:
         postgres_workspace.write_leads(make_leads(120))
         outcomes = []
         for words in (RUN, THREE):
-            more = ("--limit", "100", "--ledger", f"{postgres.url()}&lease=2", "--new-ledger")
+            more = ("--limit", "100", "--ledger", f"{postgres.ledger_url()}&lease=2", "--new-ledger")
             with serve_api(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
-                result = wait_for_summary(postgres_workspace.start(*words, *more, api=api))
+                result = wait_for_summary(postgres_workspace.start_subprocess(*words, *more, api=api))
                 assert api.audit()["paid_twice"] == 0
             rows = pl.read_parquet(postgres_workspace.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
             outcomes.append((result.exit_code, result.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))
@@ -290,7 +292,7 @@ class TestOnRay:
             with at_work(postgres_workspace, api, group=True) as (process, left):
                 (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
                 summary = wait_for_summary(process)
-            assert postgres_workspace.at_the_api() == accepted(api)
+            assert postgres_workspace.open_task_count() == accepted(api)
 
         assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
         assert not any(map(alive, left))
@@ -303,7 +305,7 @@ class TestOnRay:
         address, head = cluster
         words = (*THREE, "--address", address)
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            process = postgres_workspace.start(*words, api=api)
+            process = postgres_workspace.start_subprocess(*words, api=api)
             wait_until(lambda: accepted(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
             kill_process(process)
             wait_until(lambda: not list(worker_pids(head)), 40)
@@ -311,7 +313,7 @@ class TestOnRay:
             assert postgres_workspace.sql(
                 "SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')"
             ) == [(0,)]
-            summary = wait_for_summary(postgres_workspace.start(*words, api=api))
+            summary = wait_for_summary(postgres_workspace.start_subprocess(*words, api=api))
             assert not list(worker_pids(head))
             assert_consistent_with_audit(api, 300, summary)
 

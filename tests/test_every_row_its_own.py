@@ -15,10 +15,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from enrich import poller
-from enrich.execution import Timing
-from enrich.receipt import Receipt
+from enrich.execution import Timeouts
+from enrich.receipt import RunSummary
 from enrich.sandbox import SandboxSettings
-from enrich.surroundings import Options
+from enrich.surroundings import RunOptions
 from tests.cases import examples, first_quick
 from tests.harness import INSTANT_API, JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 from tests.out_of_step import ChooseFault, Exchange, FaultyProxy, ProxyFault, ProxyFaultKind, faulty_proxy
@@ -28,7 +28,7 @@ LEADS = 40
 #: Longer than any machine needs, but for a task that is not known.
 TIMEOUTS = replace(SHORT_TIMEOUTS, outage_s=15.0)
 #: So that a 404 is not believed because of the time that passed.
-NO_YOUNG_TIMEOUTS = replace(TIMEOUTS, young_s=60.0)
+NO_YOUNG_TIMEOUTS = replace(TIMEOUTS, young_task_s=60.0)
 #: How a run may end that cannot fetch all answers.
 UNFINISHED_EXIT_CODES = {4, 13}
 DUPLICATE_ID_MESSAGE = "the API gave a task id twice"
@@ -44,38 +44,38 @@ def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 class Scenario:
     """An office whose API is behind a proxy; `api` is the API itself."""
 
-    office: Workspace
+    workspace: Workspace
     api: SandboxApi
     proxy: FaultyProxy
     settings: SandboxSettings = INSTANT_API
     bulk: bool = False
 
-    def run(self, timing: Timing = TIMEOUTS, options: Options | None = None) -> Receipt:
+    def run_job(self, timing: Timeouts = TIMEOUTS, options: RunOptions | None = None) -> RunSummary:
         """Run the job through the proxy; no row may have another's answer, whatever happens."""
-        summary = self.office.run(replace(self.api, base_url=self.proxy.base_url), options, timing)
-        self.check()
+        summary = self.workspace.run_job(replace(self.api, base_url=self.proxy.base_url), options, timing)
+        self.check_output()
         return summary
 
-    def check(self) -> None:
+    def check_output(self) -> None:
         """Hold the output against the API: no row with another's answer, nothing paid twice, nothing lost."""
-        audit, rows = self.api.audit(), self.office.output()
+        audit, rows = self.api.audit(), self.workspace.read_output()
         assert misassigned_rows(rows, audit, self.settings, bulk=self.bulk) == {}
         assert (audit["accepted_more_than_once"], audit["paid_twice"]) == (0, 0)
         accepted = {run["params"]["first_name"] for run in audit["runs"]}
         unsent = {row["First Name"] for row in rows if row["enrich_status"] == "pending"} - accepted
-        assert {row["First Name"] for row in rows} == accepted | unsent | self.doubtful()
+        assert {row["First Name"] for row in rows} == accepted | unsent | self.leads_in_doubt()
 
     def statuses(self) -> Counter[str]:
         """Count the rows by status."""
-        return Counter(row["enrich_status"] for row in self.office.output())
+        return Counter(row["enrich_status"] for row in self.workspace.read_output())
 
-    def answered(self) -> int:
+    def answered_count(self) -> int:
         """Count the rows that have an answer."""
         return sum(count for status, count in self.statuses().items() if status in ANSWER_STATUSES)
 
-    def doubtful(self) -> set[str]:
+    def leads_in_doubt(self) -> set[str]:
         """Name the leads in doubt."""
-        return {row["First Name"] for row in self.office.output() if row["enrich_status"] == "in_doubt"}
+        return {row["First Name"] for row in self.workspace.read_output() if row["enrich_status"] == "in_doubt"}
 
 
 @contextmanager
@@ -120,14 +120,14 @@ def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> Ch
 def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
     """A connection that says its answer again gives it to no other; a poll that it spoils is made again."""
     with make_scenario(tmp_path, every_nth(share, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
-        first = scenario.run()
+        first = scenario.run_job()
         # An API all of whose POSTs are spoilt is left alone after a while.
-        assert scenario.answered() + len(scenario.doubtful()) == LEADS or first.exit_code == 4
-        assert sum(scenario.proxy.happened.values()) >= min(5, LEADS // share)
-        scenario.proxy.heal()
-        scenario.run()
-        assert len(scenario.doubtful()) <= (0 if kinds == ("GET",) else LEADS // share)
-        assert scenario.answered() == LEADS - len(scenario.doubtful())
+        assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS or first.exit_code == 4
+        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // share)
+        scenario.proxy.clear_faults()
+        scenario.run_job()
+        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // share)
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
 
 
 @pytest.mark.long
@@ -135,61 +135,63 @@ def test_duplicated_responses_subprocess(tmp_path: Path) -> None:
     """The program as a person starts it does the same."""
     with make_scenario(tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.03))) as scenario:
         api = replace(scenario.api, base_url=scenario.proxy.base_url)
-        result = scenario.office.enrich("run", "job.yaml", "--json", api=api)
-        scenario.check()
-        assert result.code in (0, 14), result.stderr
-        assert scenario.answered() + len(scenario.doubtful()) == LEADS
+        result = scenario.workspace.run_subprocess("run", "job.yaml", "--json", api=api)
+        scenario.check_output()
+        assert result.exit_code in (0, 14), result.stderr
+        assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS
 
 
 @pytest.mark.parametrize("after_s", first_quick(1, [0.02, 0.0]), ids=["20 ms later", "at once"])
 @pytest.mark.parametrize("status", first_quick(2, [200, 404, 408, 429, 503]))
 def test_unsolicited_responses(tmp_path: Path, status: int, after_s: float) -> None:
     """What comes on an idle connection answers no request: none is refused or repeated because of it."""
-    with make_scenario(tmp_path, every_nth(3, ProxyFault(ProxyFaultKind.UNASKED, after_s, status))) as scenario:
-        scenario.run(NO_YOUNG_TIMEOUTS)
-        assert len(scenario.doubtful()) <= LEADS // 3
-        assert scenario.answered() == LEADS - len(scenario.doubtful())
+    with make_scenario(tmp_path, every_nth(3, ProxyFault(ProxyFaultKind.UNSOLICITED, after_s, status))) as scenario:
+        scenario.run_job(NO_YOUNG_TIMEOUTS)
+        assert len(scenario.leads_in_doubt()) <= LEADS // 3
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
         assert scenario.api.audit()["requests"]["run"] == LEADS
 
 
 def test_swapped_polls(tmp_path: Path) -> None:
     """Two polls that get each other's answer are both made again."""
     with make_scenario(tmp_path, fault_first_polls(2, lambda _: ProxyFault(ProxyFaultKind.SWAP))) as scenario:
-        scenario.run()
-        assert scenario.answered() == LEADS
-        assert scenario.proxy.happened["GET swap"]
+        scenario.run_job()
+        assert scenario.answered_count() == LEADS
+        assert scenario.proxy.fault_counts["GET swap"]
 
 
 @pytest.mark.parametrize("times", first_quick(1, [1, 3]))
 def test_poll_gets_other_task(tmp_path: Path, times: int) -> None:
     """However often: the task is polled until its own answer comes."""
-    with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.ANOTHER))) as scenario:
-        summary = scenario.run()
-        assert (summary.exit_code, scenario.answered()) == (0, LEADS)
-        assert scenario.proxy.happened["GET another"]
+    with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK))) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count()) == (0, LEADS)
+        assert scenario.proxy.fault_counts["GET another"]
 
 
 @pytest.mark.long
 def test_polls_get_other_task_permanently(tmp_path: Path) -> None:
     """The tasks are left at the API, and fetched when it is well again."""
     with make_scenario(
-        tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.ANOTHER)), leads=12
+        tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK)), leads=12
     ) as scenario:
-        first = scenario.run(NO_YOUNG_TIMEOUTS, Options(max_time_s=2.0))
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=2.0))
         assert first.exit_code in UNFINISHED_EXIT_CODES
         assert scenario.statuses()["pending"] >= 10
-        scenario.proxy.heal()
-        second = scenario.run()
-        assert (second.exit_code, second.submitted, scenario.answered()) == (0, 0, 12)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, 12)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_poll_gets_unknown_task(tmp_path: Path, times: int) -> None:
     """An id that was never given is no answer."""
-    with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.NOWHERE))) as scenario:
-        summary = scenario.run()
-        assert (summary.exit_code, scenario.answered()) == (0, LEADS)
+    with make_scenario(
+        tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.UNKNOWN_TASK))
+    ) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count()) == (0, LEADS)
 
 
 @pytest.mark.long
@@ -203,20 +205,20 @@ def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
         if len(victims) < 3 and exchange.task_id not in victims:
             victims.append(exchange.task_id)
         return (
-            ProxyFault(ProxyFaultKind.NOWHERE, task_id=f"not-{exchange.task_id}")
+            ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
             if exchange.task_id in victims
             else None
         )
 
     with make_scenario(tmp_path, choose) as scenario:
-        first = scenario.run(NO_YOUNG_TIMEOUTS, Options(max_time_s=10.0))
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=10.0))
         assert first.exit_code in UNFINISHED_EXIT_CODES
         assert scenario.statuses()["pending"] == 3
-        unanswered = [row for row in scenario.office.output() if row["enrich_status"] == "pending"]
+        unanswered = [row for row in scenario.workspace.read_output() if row["enrich_status"] == "pending"]
         assert all(row["enrich_error"] for row in unanswered)
-        scenario.proxy.heal()
-        second = scenario.run()
-        assert (second.exit_code, second.submitted, scenario.answered()) == (0, 0, LEADS)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, LEADS)
 
 
 @pytest.mark.long
@@ -224,16 +226,16 @@ def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
     """An API that answers for tasks that nobody has gets no more leads; what it has is fetched later."""
     job = JOB.replace("1000}", "1000, in_flight: 25}")
     strange = fault_first_polls(
-        10_000, lambda exchange: ProxyFault(ProxyFaultKind.NOWHERE, task_id=f"not-{exchange.task_id}")
+        10_000, lambda exchange: ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
     )
     with make_scenario(tmp_path, strange, leads=80, job=job) as scenario:
-        first = scenario.run(NO_YOUNG_TIMEOUTS, Options(max_time_s=20.0))
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=20.0))
         assert first.exit_code == 4
         assert first.submitted < 80
-        assert scenario.answered() == 0
-        scenario.proxy.heal()
-        second = scenario.run()
-        assert (second.exit_code, first.submitted + second.submitted, scenario.answered()) == (0, 80, 80)
+        assert scenario.answered_count() == 0
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, first.submitted + second.submitted, scenario.answered_count()) == (0, 80, 80)
 
 
 def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
@@ -243,26 +245,26 @@ def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
 
 def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
     """The first keeps it; the others are in doubt and stay so, as nobody knows their own ids."""
-    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST), leads=8) as scenario:
-        first = scenario.run()
-        assert (first.exit_code, len(scenario.doubtful())) == (14, 3)
-        errors = [row["enrich_error"] for row in scenario.office.output() if row["enrich_status"] == "in_doubt"]
+    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AFTER_POLL), leads=8) as scenario:
+        first = scenario.run_job()
+        assert (first.exit_code, len(scenario.leads_in_doubt())) == (14, 3)
+        errors = [row["enrich_error"] for row in scenario.workspace.read_output() if row["enrich_status"] == "in_doubt"]
         assert all(DUPLICATE_ID_MESSAGE in error for error in errors), errors
-        assert scenario.answered() == 5
-        in_doubt = scenario.doubtful()
-        scenario.proxy.heal()
-        second = scenario.run()
-        assert (second.exit_code, second.submitted, scenario.doubtful()) == (14, 0, in_doubt)
+        assert scenario.answered_count() == 5
+        in_doubt = scenario.leads_in_doubt()
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.leads_in_doubt()) == (14, 0, in_doubt)
 
 
 def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
     """Nothing shows whose it is: at most one of the four has its answer."""
-    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.SHARED), leads=8) as scenario:
-        scenario.office.run(replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
-        rows = [row for row in scenario.office.output() if row["enrich_status"] in ANSWER_STATUSES]
+    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AT_ONCE), leads=8) as scenario:
+        scenario.workspace.run_job(replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
+        rows = [row for row in scenario.workspace.read_output() if row["enrich_status"] in ANSWER_STATUSES]
         assert max(Counter(row["enrich_task_id"] for row in rows).values()) == 1
         assert max(Counter(row["work_email"] for row in rows if row["work_email"]).values(), default=1) == 1
-        assert len(scenario.doubtful()) >= 3
+        assert len(scenario.leads_in_doubt()) >= 3
         assert scenario.api.audit()["accepted_more_than_once"] == 0
 
 
@@ -270,35 +272,40 @@ def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
     """All leads of a bulk task whose id another has are in doubt."""
     job = f"{JOB}dispatch: {{bulk: 4}}\n"
     with make_scenario(
-        tmp_path, lambda one: ProxyFault(ProxyFaultKind.FIRST) if one.is_post and one.number > 1 else None, 12, job
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.is_post and one.number > 1 else None,
+        12,
+        job,
     ) as scenario:
-        summary = scenario.run()
-        assert (summary.exit_code, scenario.answered(), len(scenario.doubtful())) == (14, 4, 8)
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 8)
 
 
 def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
     """The ledger remembers whose an id is."""
     with make_scenario(
-        tmp_path, lambda one: ProxyFault(ProxyFaultKind.FIRST) if one.number > 4 and one.is_post else None, leads=4
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 4 and one.is_post else None,
+        leads=4,
     ) as scenario:
-        assert scenario.run().exit_code == 0
-        scenario.office.write_leads(make_leads(8))
-        second = scenario.run()
-        assert (second.exit_code, scenario.answered(), len(scenario.doubtful())) == (14, 4, 4)
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_leads(make_leads(8))
+        second = scenario.run_job()
+        assert (second.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 4)
 
 
 def test_same_task_id_for_same_request(tmp_path: Path) -> None:
     """An API that remembers what it answered gives the id again: that is no doubt."""
     with make_scenario(
         tmp_path,
-        lambda one: ProxyFault(ProxyFaultKind.FIRST) if one.number > 1 and one.is_post else None,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 1 and one.is_post else None,
         leads=1,
         hit_rate=0.0,
     ) as scenario:
-        assert scenario.run().exit_code == 0
-        scenario.office.write_job(policy="{refresh: {not_found: 0d}}")
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_job(policy="{refresh: {not_found: 0d}}")
         api = replace(scenario.api, base_url=scenario.proxy.base_url)
-        second = scenario.office.run(api, timing=TIMEOUTS)
+        second = scenario.workspace.run_job(api, timing=TIMEOUTS)
         assert (second.exit_code, second.submitted) == (0, 1)
         assert scenario.statuses() == {"not_found": 1}
 
@@ -311,17 +318,17 @@ def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: 
     with make_scenario(
         tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.STATUS, status=status), "POST"), 10, job
     ) as scenario:
-        summary = scenario.run()
-        assert (summary.exit_code, summary.submitted, scenario.answered()) == (0, 10, 10)
+        summary = scenario.run_job()
+        assert (summary.exit_code, summary.submitted, scenario.answered_count()) == (0, 10, 10)
 
 
 @pytest.mark.parametrize("kind", first_quick(1, ["POST", "GET"]))
 def test_truncated_responses(tmp_path: Path, kind: str) -> None:
     """A POST is in doubt then; a poll is made again."""
-    with make_scenario(tmp_path, every_nth(4, ProxyFault(ProxyFaultKind.CUT), kind)) as scenario:
-        scenario.run()
-        assert len(scenario.doubtful()) == (LEADS // 4 if kind == "POST" else 0)
-        assert scenario.answered() == LEADS - len(scenario.doubtful())
+    with make_scenario(tmp_path, every_nth(4, ProxyFault(ProxyFaultKind.TRUNCATED), kind)) as scenario:
+        scenario.run_job()
+        assert len(scenario.leads_in_doubt()) == (LEADS // 4 if kind == "POST" else 0)
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
 
 
 def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
@@ -329,8 +336,8 @@ def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
     with make_scenario(
         tmp_path, fault_first_polls(4, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
     ) as scenario:
-        summary = scenario.run(replace(TIMEOUTS, young_s=0.05))
-        assert (summary.exit_code, scenario.answered()) == (0, 6)
+        summary = scenario.run_job(replace(TIMEOUTS, young_task_s=0.05))
+        assert (summary.exit_code, scenario.answered_count()) == (0, 6)
 
 
 def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
@@ -338,11 +345,11 @@ def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
     with make_scenario(
         tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
     ) as scenario:
-        first = scenario.run(replace(TIMEOUTS, young_s=0.2))
-        assert (first.exit_code, len(scenario.doubtful())) == (14, 6)
-        scenario.proxy.heal()
-        second = scenario.run()
-        assert (second.exit_code, second.submitted, scenario.answered()) == (0, 0, 6)
+        first = scenario.run_job(replace(TIMEOUTS, young_task_s=0.2))
+        assert (first.exit_code, len(scenario.leads_in_doubt())) == (14, 6)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, 6)
 
 
 #: What comes for a question about the account or the waterfall.
@@ -375,11 +382,11 @@ def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, wha
         return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[what]).encode())
 
     with make_scenario(tmp_path, lambda _: None, leads=4) as scenario:
-        assert scenario.run().exit_code == 0
-        scenario.office.write_leads(make_leads(8))
-        scenario.proxy.choose = choose
-        second = scenario.run()
-        assert (scripted_api, second.exit_code, second.submitted, scenario.answered()) == ([where], 0, 4, 8)
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_leads(make_leads(8))
+        scenario.proxy.choose_fault = choose
+        second = scenario.run_job()
+        assert (scripted_api, second.exit_code, second.submitted, scenario.answered_count()) == ([where], 0, 4, 8)
 
 
 def test_duplicated_user_and_waterfall_responses(tmp_path: Path) -> None:
@@ -387,28 +394,28 @@ def test_duplicated_user_and_waterfall_responses(tmp_path: Path) -> None:
     with make_scenario(
         tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.02), "OTHER", "GET"), leads=8
     ) as scenario:
-        first = scenario.run()
-        scenario.office.write_leads(make_leads(16))
-        second = scenario.run()
-        assert (first.exit_code, second.exit_code, scenario.answered()) == (0, 0, 16)
+        first = scenario.run_job()
+        scenario.workspace.write_leads(make_leads(16))
+        second = scenario.run_job()
+        assert (first.exit_code, second.exit_code, scenario.answered_count()) == (0, 0, 16)
         assert first.balance_after is not None
 
 
 FAULT_KINDS = {
     "POST": (
         ProxyFaultKind.REPEAT,
-        ProxyFaultKind.UNASKED,
-        ProxyFaultKind.ANOTHER,
-        ProxyFaultKind.CUT,
+        ProxyFaultKind.UNSOLICITED,
+        ProxyFaultKind.OTHER_TASK,
+        ProxyFaultKind.TRUNCATED,
         ProxyFaultKind.STATUS,
     ),
     "GET": (
         ProxyFaultKind.REPEAT,
-        ProxyFaultKind.UNASKED,
-        ProxyFaultKind.ANOTHER,
+        ProxyFaultKind.UNSOLICITED,
+        ProxyFaultKind.OTHER_TASK,
         ProxyFaultKind.SWAP,
-        ProxyFaultKind.NOWHERE,
-        ProxyFaultKind.CUT,
+        ProxyFaultKind.UNKNOWN_TASK,
+        ProxyFaultKind.TRUNCATED,
     ),
 }
 
@@ -419,7 +426,7 @@ def proxy_faults(draw: st.DrawFn, kind: str) -> ProxyFault | None:
     if draw(st.booleans()):
         return None
     act = draw(st.sampled_from(FAULT_KINDS[kind]))
-    status = draw(st.sampled_from((408, 429, 503) if act is ProxyFaultKind.UNASKED else (201, 202, 203)))
+    status = draw(st.sampled_from((408, 429, 503) if act is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
     return ProxyFault(act, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
 
 
@@ -437,13 +444,13 @@ def test_random_response_faults(posts: list[ProxyFault | None], gets: list[Proxy
         drawn = {"POST": posts, "GET": gets}.get(exchange.kind, [])
         return drawn[exchange.number - 1] if exchange.number <= len(drawn) else None
 
-    disturbed = sum(trick is not None and trick.act is not ProxyFaultKind.STATUS for trick in posts)
+    disturbed = sum(trick is not None and trick.kind is not ProxyFaultKind.STATUS for trick in posts)
     with tempfile.TemporaryDirectory() as folder, make_scenario(Path(folder), choose, leads=12) as scenario:
-        scenario.run(NO_YOUNG_TIMEOUTS)
-        in_doubt = scenario.doubtful()
-        assert scenario.answered() + len(in_doubt) == 12
+        scenario.run_job(NO_YOUNG_TIMEOUTS)
+        in_doubt = scenario.leads_in_doubt()
+        assert scenario.answered_count() + len(in_doubt) == 12
         assert len(in_doubt) <= disturbed
-        scenario.proxy.heal()
-        second = scenario.run(NO_YOUNG_TIMEOUTS)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job(NO_YOUNG_TIMEOUTS)
         assert second.submitted == 0
-        assert scenario.doubtful() <= in_doubt
+        assert scenario.leads_in_doubt() <= in_doubt

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from enrich.look.prospects import outlook
+from enrich.look.prospects import describe_next_step
 from enrich.model import State
 from enrich.spec import Policy, Refresh
-from enrich.store.lock import hold
-from enrich.surroundings import Options
+from enrich.store.lock import lock_ledger
+from enrich.surroundings import RunOptions
 from tests.cases import in_turn
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,
@@ -36,15 +36,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:
     """Ask as a program would."""
-    result = workspace.command("explain", "job.yaml", *options, "--json")
-    assert result.code == 0, result.stderr
-    return result.receipt
+    result = workspace.run_in_process("explain", "job.yaml", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    return result.json_output
 
 
 def explain_text(workspace: Workspace, *options: str) -> str:
     """Ask as a person would."""
-    result = workspace.command("explain", "job.yaml", *options)
-    assert (result.code, result.stderr) == (0, "")
+    result = workspace.run_in_process("explain", "job.yaml", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 
 
@@ -59,10 +59,10 @@ def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
     """Found, missed and failed: status, provider, price, task, time and answer are those of the output."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
-        workspace.run(api)
+        workspace.run_job(api)
 
     seen = set()
-    for number, output in enumerate(workspace.output(), start=1):
+    for number, output in enumerate(workspace.read_output(), start=1):
         row = only_row(explain_json(workspace, "--row", str(number)))
         seen.add(output["enrich_status"])
         assert row["status"] == output["enrich_status"]
@@ -82,9 +82,9 @@ def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
 def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
     """What it asks with and from which cell, the intent, the task, the answer, the price, and what comes next."""
     workspace.write_leads(make_leads(12))
-    workspace.run(api)
-    number = next(n for n, row in enumerate(workspace.output(), start=1) if row["work_email"])
-    output = workspace.output()[number - 1]
+    workspace.run_job(api)
+    number = next(n for n, row in enumerate(workspace.read_output(), start=1) if row["work_email"])
+    output = workspace.read_output()[number - 1]
 
     text = explain_text(workspace, "--row", str(number))
 
@@ -108,7 +108,7 @@ def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> Non
             ["Ada", "King", "engine.example", "", ""],
         ]
     )
-    workspace.run(api)
+    workspace.run_job(api)
 
     result = [only_row(explain_json(workspace, "--row", str(number))) for number in (1, 2, 3, 4)]
 
@@ -126,7 +126,7 @@ def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Several rows match, whatever the case of the letters and the blanks around; all are told."""
     first, second = make_leads(2)
     workspace.write_leads([first, second, first, [" First0 ", *first[1:]]])
-    workspace.run(api)
+    workspace.run_job(api)
 
     result = explain_json(workspace, "--match", "First Name=fIRST0 ")
 
@@ -140,7 +140,7 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """With `dedupe: false` each occurrence is a request, and none is another's other question."""
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(1) * 2)
-    workspace.run(api)
+    workspace.run_job(api)
 
     first, second = explain_json(workspace, "--match", "First Name=First0")["rows"]
 
@@ -172,7 +172,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None:
     """The job has run, this row has not."""
     workspace.write_leads(make_leads(1))
-    workspace.run(api)
+    workspace.run_job(api)
     workspace.write_leads(make_leads(2))
 
     assert "never asked so far; the next run asks" in explain_text(workspace, "--row", "2")
@@ -181,8 +181,8 @@ def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None
 def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     """The doubt, what may have been lost, and both ways out; a retry is the next attempt of the same story."""
     workspace.write_leads(make_leads(1))
-    api.fault("no-task-id")
-    workspace.run(api)
+    api.inject_fault("no-task-id")
+    workspace.run_job(api)
 
     row = only_row(explain_json(workspace, "--row", "1"))
     assert row["status"] == "in_doubt"
@@ -192,7 +192,7 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert (doubt["task_id"], doubt["credits"]) == (None, None)
     assert "price not known" in explain_text(workspace, "--row", "1")
 
-    workspace.run(api, Options(retry=frozenset({State.IN_DOUBT})))
+    workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT})))
     attempts = only_row(explain_json(workspace, "--row", "1"))["request"]["attempts"]
     assert [attempt["execution"] for attempt in attempts] == [1, 2]
     assert attempts[0] == doubt
@@ -201,9 +201,9 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
 def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     """The attempt stays in doubt on record, the request has failed by the person's word."""
     workspace.write_leads(make_leads(1))
-    api.fault("no-task-id")
-    workspace.run(api)
-    workspace.run(api, Options(accept_doubts=True))
+    api.inject_fault("no-task-id")
+    workspace.run_job(api)
+    workspace.run_job(api, RunOptions(accept_doubts=True))
 
     row = only_row(explain_json(workspace, "--row", "1"))
 
@@ -219,7 +219,7 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         for number in range(3):
-            workspace.run(api, clock=clock_ahead(number * 100 * DAY))
+            workspace.run_job(api, clock=clock_ahead(number * 100 * DAY))
             api.advance(100 * DAY)
 
     row = only_row(explain_json(workspace, "--row", "1"))
@@ -236,21 +236,21 @@ def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace)
     workspace.write_job(policy="{refresh: {found: 90d}}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        workspace.run(api)
+        workspace.run_job(api)
         api.advance(100 * DAY)
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
-        workspace.run(api, clock=clock_ahead(100 * DAY))
+        workspace.run_job(api, clock=clock_ahead(100 * DAY))
 
     row = only_row(explain_json(workspace, "--row", "1"))
 
-    assert row["status"] == workspace.output()[0]["enrich_status"] == "found"
+    assert row["status"] == workspace.read_output()[0]["enrich_status"] == "found"
     assert [attempt["state"] for attempt in row["request"]["attempts"]] == ["found", "not_found"]
 
 
 def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
     """By a column that the job asks with, through its transforms; the rows that are there are not gone."""
     workspace.write_leads(make_leads(3))
-    workspace.run(api)
+    workspace.run_job(api)
     workspace.write_leads(make_leads(2, start=1))
 
     for match in ("First Name=first0", "Website=http://COMPANY0.example/"):
@@ -269,9 +269,9 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
 def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) -> None:
     """Other providers make another request; both belong to the lead's story."""
     workspace.write_leads(make_leads(1))
-    workspace.run(api)
+    workspace.run_job(api)
     workspace.write_job(enrichments="[833]")
-    workspace.run(api)
+    workspace.run_job(api)
 
     row = only_row(explain_json(workspace, "--match", "Last Name=Last0"))
 
@@ -286,9 +286,9 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
     """What waits at the API says until when; after a kill it waits for the next run."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: api.audit()["accepted"] == 1)
-        wait_until(lambda: workspace.at_the_api() == 1)
+        wait_until(lambda: workspace.open_task_count() == 1)
         text = explain_text(workspace, "--row", "1")
         kill_process(process)
 
@@ -311,9 +311,9 @@ def test_invalid_selection_is_exit_2(workspace: Workspace, which: list[str], cod
     """The message says what is right."""
     workspace.write_leads(make_leads(2))
 
-    result = workspace.command("explain", "job.yaml", *which)
+    result = workspace.run_in_process("explain", "job.yaml", *which)
 
-    assert result.code == code
+    assert result.exit_code == code
     assert words in result.stderr
 
 
@@ -329,11 +329,11 @@ def test_column_name_with_equals_sign(workspace: Workspace) -> None:
 def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """It needs neither the lock nor the network, and leaves the ledger as it is."""
     workspace.write_leads(make_leads(2))
-    workspace.run(api)
+    workspace.run_job(api)
     before = workspace.ledger_path.read_bytes()
     calls = api.audit()["requests"]
 
-    with hold(workspace.place, 0):
+    with lock_ledger(workspace.ledger_location, 0):
         explain_text(workspace, "--row", "1")
 
     assert workspace.ledger_path.read_bytes() == before
@@ -354,4 +354,4 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 )
 def test_every_state_has_next_step(state: State, at_work: bool | None, words: str) -> None:  # noqa: FBT001 - a table
     """Nobody is left without a word of what comes next."""
-    assert words in outlook(state, [], Policy(refresh=Refresh()), 0, at_work=at_work)
+    assert words in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=at_work)

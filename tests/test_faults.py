@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 
 from enrich import poller
-from enrich.errors import Exit
-from enrich.execution import Timing
+from enrich.errors import ExitCode
+from enrich.execution import Timeouts
 from enrich.sandbox import Fault
-from enrich.sandbox.faults import KINDS
+from enrich.sandbox.faults import FAULT_KINDS
 from tests.cases import first_quick
 from tests.harness import JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
@@ -84,9 +84,9 @@ TABLE = """
 """
 LEADS, AFFECTED = 4, 2
 #: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …
-TIMEOUTS = replace(SHORT_TIMEOUTS, get_s=0.7, young_s=20.0, outage_s=30.0)
+TIMEOUTS = replace(SHORT_TIMEOUTS, get_s=0.7, young_task_s=20.0, outage_s=30.0)
 #: … but where the end of that time is what the test waits for.
-TIGHT_TIMEOUTS = replace(TIMEOUTS, post_s=2.0, young_s=0.7)
+TIGHT_TIMEOUTS = replace(TIMEOUTS, post_s=2.0, young_task_s=0.7)
 ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
 #: One line of each kind, for `make test`: the long tests go through all.
 QUICK = {
@@ -111,23 +111,23 @@ class FaultCase(NamedTuple):
     """A line of the table."""
 
     fault: str
-    lead_is: str
+    lead_status: str
     posted_again: str
     accepted: str
-    exit: str
+    exit_codes: str
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> Timeouts:
         """How long to wait; the two that meet it are given up at the end of that, or nobody is."""
         is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
         return TIGHT_TIMEOUTS if is_the_end_of_it else TIMEOUTS
 
-    def happen(self, api: SandboxApi) -> None:
+    def inject(self, api: SandboxApi) -> None:
         """Let the next two meet it (all at once do, when the whole API is away)."""
         name, *params = self.fault.split(",")
         fault = Fault.parse(",".join([f"{name}=0", *params]))
         count = 1 if fault.name == "unavailable" else AFFECTED
-        api.fault(fault.name, count, "get" if fault.scope == "get" else "post", **fault.params)
+        api.inject_fault(fault.name, count, "get" if fault.scope == "get" else "post", **fault.params)
 
 
 CASES = [FaultCase(*map(str.strip, line.strip("|").split("|"))) for line in TABLE.strip().splitlines()[2:]]
@@ -135,7 +135,7 @@ CASES = [FaultCase(*map(str.strip, line.strip("|").split("|"))) for line in TABL
 
 def leads_with_status(workspace: Workspace, statuses: Collection[str]) -> set[str]:
     """Name the leads with a status among these."""
-    return {row["First Name"] for row in workspace.output() if row["enrich_status"] in statuses}
+    return {row["First Name"] for row in workspace.read_output() if row["enrich_status"] in statuses}
 
 
 def accepted_counts(api: SandboxApi) -> dict[str, int]:
@@ -146,7 +146,7 @@ def accepted_counts(api: SandboxApi) -> dict[str, int]:
 def test_table_covers_all_faults() -> None:
     """Whatever the sandbox can do wrong has its line."""
     named = {Fault.parse(f"{case.fault.split(',')[0]}=0").name for case in CASES}
-    assert named == set(KINDS)
+    assert named == set(FAULT_KINDS)
 
 
 @pytest.mark.parametrize(
@@ -159,21 +159,21 @@ def test_fault_outcomes_match_table(
     """Not accepted for sure: posted again by itself. Not sure: in doubt, and no plain run ever buys it again."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.2)
     workspace.write_leads(make_leads(LEADS))
-    case.happen(api)
+    case.inject(api)
 
-    summary = workspace.run(api, timing=case.timing)
+    summary = workspace.run_job(api, timing=case.timing)
 
-    assert summary.exit_code == int(case.exit)
+    assert summary.exit_code == int(case.exit_codes)
     if case.fault.startswith("slow"):  # carried out after we had given up
         wait_until(lambda: sum(accepted_counts(api).values()) == LEADS)
-    if summary.exit_code == Exit.KEY:  # leaves the old output
-        assert workspace.command("collect", "job.yaml", "--partial").code == 0
-    met = leads_with_status(workspace, {case.lead_is} if case.lead_is != "answered" else ANSWER_STATUSES)
+    if summary.exit_code == ExitCode.KEY:  # leaves the old output
+        assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
+    met = leads_with_status(workspace, {case.lead_status} if case.lead_status != "answered" else ANSWER_STATUSES)
     others = LEADS - len(met)
     assert len(leads_with_status(workspace, ANSWER_STATUSES) - met) == others
-    if case.lead_is == "answered":
+    if case.lead_status == "answered":
         assert others == 0
-    elif case.lead_is == "in_doubt" and not case.fault.startswith("unavailable"):
+    elif case.lead_status == "in_doubt" and not case.fault.startswith("unavailable"):
         assert len(met) == AFFECTED
     runs = accepted_counts(api)
     was_accepted = case.accepted == "yes" or case.posted_again == "tonight"
@@ -183,8 +183,8 @@ def test_fault_outcomes_match_table(
     assert posts <= LEADS + refused
     assert case.posted_again == "next night" or posts == LEADS + refused
 
-    api.heal()
-    second = workspace.run(api, timing=case.timing)
+    api.clear_faults()
+    second = workspace.run_job(api, timing=case.timing)
 
     if case.posted_again == "never":
         assert (second.exit_code, second.submitted) == (14, 0)
@@ -205,12 +205,12 @@ def test_api_clock_offset(tmp_path: Path, workspace: Workspace, hours: int, faul
     case = next(case for case in CASES if case.fault == fault)
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
-        case.happen(api)
+        case.inject(api)
 
-        summary = workspace.run(api, timing=case.timing)
-        second = workspace.run(api, timing=case.timing)
+        summary = workspace.run_job(api, timing=case.timing)
+        second = workspace.run_job(api, timing=case.timing)
 
-        assert summary.exit_code == second.exit_code == int(case.exit)
+        assert summary.exit_code == second.exit_code == int(case.exit_codes)
         assert summary.elapsed_s < 60
         assert second.submitted == 0
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (LEADS, 0)
@@ -223,11 +223,11 @@ def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace
     workspace.write_job(JOB, limits="{requests_per_second: 1000, in_flight: 500}")
     workspace.write_leads(make_leads(bought))
     with serve_api(tmp_path / "api.db", latency="fixed(2.5)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         workspace.write_leads(make_leads(bought + new))
-        api.fault("error-before", 10_000, "post", status=503)
+        api.inject_fault("error-before", 10_000, "post", status=503)
 
-        summary = workspace.run(api, timing=replace(TIMEOUTS, outage_s=2.5))
+        summary = workspace.run_job(api, timing=replace(TIMEOUTS, outage_s=2.5))
 
         assert summary.exit_code == 4
         assert len(leads_with_status(workspace, ANSWER_STATUSES)) == bought
@@ -242,8 +242,8 @@ def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace
         assert pauses[1] >= 1.9
         assert api.audit()["accepted"] == bought
 
-        api.heal()
-        second = workspace.run(api, timing=TIMEOUTS)
+        api.clear_faults()
+        second = workspace.run_job(api, timing=TIMEOUTS)
 
         assert (second.exit_code, second.submitted, second.in_doubt) == (14, new - in_doubt_rows, in_doubt_rows)
         assert api.audit()["accepted_more_than_once"] == 0
@@ -251,7 +251,7 @@ def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace
 
 def _claimed_s(workspace: Workspace) -> list[float]:
     """Tell when each POST left that is in doubt now."""
-    ledger = workspace.ledger()
+    ledger = workspace.open_ledger()
     try:
         rows = ledger._db.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()
     finally:

@@ -34,19 +34,19 @@ def workspace(workspace: Workspace) -> Workspace:
 
 def run_and_read_changes(workspace: Workspace, api: SandboxApi, *words: str) -> list[dict[str, str]]:
     """Run, and read the change feed."""
-    result = workspace.command("run", "job.yaml", "--json", *words, api=api)
-    assert result.code == 0, result.stderr
-    changes = workspace.output("changes.csv")
-    assert result.receipt["changed"] == len(changes)
+    result = workspace.run_in_process("run", "job.yaml", "--json", *words, api=api)
+    assert result.exit_code == 0, result.stderr
+    changes = workspace.read_output("changes.csv")
+    assert result.json_output["changed"] == len(changes)
     return changes
 
 
 def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxApi) -> None:
     """They have the input's columns and the reason; mended, they are asked and nobody else is."""
     workspace.write_job(rejects="rejects.csv")
-    result = workspace.command("run", "job.yaml", "--json", api=api)
-    assert (result.code, result.receipt["rejected"]) == (0, 1)
-    (reject,) = workspace.output("rejects.csv")
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert (result.exit_code, result.json_output["rejected"]) == (0, 1)
+    (reject,) = workspace.read_output("rejects.csv")
     assert reject["Last Name"] == "Last3"
     assert (reject["enrich_status"], "first_name is empty" in reject["enrich_error"]) == ("invalid", True)
     assert (workspace.folder / "rejects.csv").stat().st_mode & 0o777 == 0o600
@@ -54,10 +54,12 @@ def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxAp
     mended = workspace.folder / "mended.csv"
     text = (workspace.folder / "rejects.csv").read_text(encoding="utf-8")
     mended.write_text(text.replace("\n,Last3", "\nFirst3,Last3"), encoding="utf-8")
-    result = workspace.command("run", "job.yaml", "--input", "mended.csv", "--output", "m.csv", "--json", api=api)
+    result = workspace.run_in_process(
+        "run", "job.yaml", "--input", "mended.csv", "--output", "m.csv", "--json", api=api
+    )
 
-    assert (result.code, result.receipt["submitted"], result.receipt["rejected"]) == (0, 1, 0)
-    assert workspace.output("rejects.csv") == []
+    assert (result.exit_code, result.json_output["submitted"], result.json_output["rejected"]) == (0, 1, 0)
+    assert workspace.read_output("rejects.csv") == []
 
 
 def test_failed_rows_are_rejects(tmp_path: Path) -> None:
@@ -66,10 +68,10 @@ def test_failed_rows_are_rejects(tmp_path: Path) -> None:
     workspace.write_job(rejects="rejects.csv")
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        result = workspace.command("run", "job.yaml", "--json", api=api)
-    assert result.code == 10
-    rejects = workspace.output("rejects.csv")
-    assert len(rejects) == result.receipt["rejected"] == 4
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert result.exit_code == 10
+    rejects = workspace.read_output("rejects.csv")
+    assert len(rejects) == result.json_output["rejected"] == 4
     assert all(row["enrich_status"] == "failed" and row["enrich_error"] for row in rejects)
 
 
@@ -77,7 +79,7 @@ def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxA
     """One line a field with its key, and no line twice."""
     workspace.write_job(changes="{path: changes.csv, key: [Last Name, Note]}")
     changes = run_and_read_changes(workspace, api)
-    found = [row for row in workspace.output() if row["enrich_status"] == "found"]
+    found = [row for row in workspace.read_output() if row["enrich_status"] == "found"]
     assert [(line["Last Name"], line["Note"], line["field"], line["old"], line["new"]) for line in changes] == [
         (row["Last Name"], row["Note"], "work_email", "", row["work_email"]) for row in found
     ]
@@ -98,7 +100,7 @@ def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api:
     changes = run_and_read_changes(workspace, api)
 
     result = {line["Note"] for line in changes}
-    first = next(row for row in workspace.output() if row["Note"] == "note 0")
+    first = next(row for row in workspace.read_output() if row["Note"] == "note 0")
     assert result == ({"the same lead in another record"} if first["work_email"] else set())
     assert api.audit()["accepted"] == 5
 
@@ -123,7 +125,7 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
 
     changes = run_and_read_changes(workspace, api)
 
-    found = {row["Note"]: row["Email"] for row in workspace.output() if row["enrich_status"] == "found"}
+    found = {row["Note"]: row["Email"] for row in workspace.read_output() if row["enrich_status"] == "found"}
     assert {line["Note"]: (line["field"], line["old"], line["new"]) for line in changes} == {
         note: ("Email", "stale@crm.example", email) for note, email in found.items()
     }
@@ -133,9 +135,9 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
     """What nobody could read was not told."""
     workspace.write_job(changes="feeds/changes.csv")
     (workspace.folder / "feeds" / "changes.csv").mkdir(parents=True)
-    assert workspace.command("run", "job.yaml", api=api).code == 5
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 5
     (workspace.folder / "feeds" / "changes.csv").rmdir()
-    assert workspace.command("run", "job.yaml", "--json", api=api).receipt["changed"]
+    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["changed"]
 
 
 @pytest.mark.parametrize(
@@ -157,15 +159,15 @@ def test_invalid_change_feed_config(
     (workspace.folder / "alias").symlink_to(workspace.folder)
     (workspace.folder / "never.csv").write_text("nobody.example\n")
     workspace.write_job(**replaced)
-    result = workspace.command("run", "job.yaml", api=api)
-    assert (result.code, words in result.stderr) == (2, True), result.stderr
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
     assert api.audit()["accepted"] == 0
 
 
 def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxApi) -> None:
     """An output from the command line must not replace the rejects."""
     workspace.write_job(rejects="rejects.csv")
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    result = workspace.command("collect", "job.yaml", "--output", "rejects.csv")
-    assert (result.code, "written twice" in result.stderr) == (2, True)
-    assert len(workspace.output("rejects.csv")) == 1
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    result = workspace.run_in_process("collect", "job.yaml", "--output", "rejects.csv")
+    assert (result.exit_code, "written twice" in result.stderr) == (2, True)
+    assert len(workspace.read_output("rejects.csv")) == 1

@@ -10,13 +10,13 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.errors import JobError, Refused
+from enrich.errors import CommandRefused, JobError
 from enrich.job import load_job
-from enrich.place import Url
+from enrich.place import ObjectUrl
 from enrich.spec import Input, Output
 from enrich.tables import copies, dataset, storage
-from enrich.tables.source import Source
-from enrich.tables.writing import prepare, write
+from enrich.tables.source import InputTable
+from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, put_object
 from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
@@ -33,19 +33,19 @@ def write_files(folder: Path, *names: str) -> Path:
     return folder
 
 
-def open_input(location: Path | Url, **options: str) -> Source:
+def open_input(location: Path | ObjectUrl, **options: str) -> InputTable:
     """Open an input."""
-    return Source(location, Input.model_validate({"path": str(location), **options}))
+    return InputTable(location, Input.model_validate({"path": str(location), **options}))
 
 
-def read_rows(location: Path | Url, **options: str) -> list[tuple[Any, ...]]:
+def read_rows(location: Path | ObjectUrl, **options: str) -> list[tuple[Any, ...]]:
     """Read all rows."""
     return [row for frame in open_input(location, **options).batches() for row in frame.rows()]
 
 
-def read_error(location: Path | Url) -> Refused:
+def read_error(location: Path | ObjectUrl) -> CommandRefused:
     """Return why it can't be read."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(CommandRefused) as caught:
         read_rows(location)
     return caught.value
 
@@ -116,8 +116,8 @@ def test_empty_folder_is_refused(tmp_path: Path, workspace: Workspace, api: Sand
     (workspace.folder / "leads" / "_SUCCESS").touch()
     for named in ("leads", "leads/"):
         workspace.write_job(input=named)
-        result = workspace.command("run", "job.yaml", api=api)
-        assert (result.code, result.stderr.splitlines()[0]) == (
+        result = workspace.run_in_process("run", "job.yaml", api=api)
+        assert (result.exit_code, result.stderr.splitlines()[0]) == (
             5,
             f"error: {workspace.folder}/leads has no files in it",
         )
@@ -139,15 +139,15 @@ def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
     """As one that changes is, and one that moves to where it means something else."""
     folder = write_files(tmp_path / "leads", "c=1/a.csv", "c=2/a.csv")
     source = open_input(folder)
-    before, digest = source.stamp(), source.digest()
-    assert (source.stamp(), open_input(folder).digest()) == (before, digest)
+    before, digest = source.file_versions(), source.digest()
+    assert (source.file_versions(), open_input(folder).digest()) == (before, digest)
     (folder / "c=2").rename(folder / "c=3")
-    assert source.stamp() != before
+    assert source.file_versions() != before
     assert open_input(folder).digest() != digest
     (folder / "c=3").rename(folder / "c=2")
-    assert source.stamp() == before
+    assert source.file_versions() == before
     write_table(folder / "c=2" / "a.csv", ["A", "B"], [])
-    assert source.stamp() != before
+    assert source.file_versions() != before
 
 
 def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
@@ -156,14 +156,14 @@ def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
         (workspace.folder / "in" / name).mkdir(parents=True)
     write_table(workspace.folder / "in" / "country=DE" / "a.csv", HEADER, make_leads(3))
     workspace.write_job(input="in/", where="country = 'DE'")
-    assert workspace.run(api).submitted == 3
+    assert workspace.run_job(api).submitted == 3
     write_table(workspace.folder / "in" / "country=DE" / "b.csv", HEADER, make_leads(2, start=2))
     write_table(workspace.folder / "in" / "country=FR" / "b.csv", HEADER, make_leads(2, start=7))
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
     assert (summary.rows, summary.submitted, summary.reused) == (7, 1, 3)
-    assert [row["country"] for row in workspace.output()] == ["DE"] * 5 + ["FR"] * 2
-    assert [row["enrich_status"] == "filtered" for row in workspace.output()] == [False] * 5 + [True] * 2
-    assert workspace.command("check", "job.yaml", api=api).code == 0
+    assert [row["country"] for row in workspace.read_output()] == ["DE"] * 5 + ["FR"] * 2
+    assert [row["enrich_status"] == "filtered" for row in workspace.read_output()] == [False] * 5 + [True] * 2
+    assert workspace.run_in_process("check", "job.yaml", api=api).exit_code == 0
 
 
 def test_output_named_after_folder(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     for name in ("leads/out.csv", "leads/new/out.csv", "link/out.csv"):
         with pytest.raises(JobError, match="the output would be read as input by the next run"):
-            prepare(tmp_path / name, folder, "job")
+            prepare_file(tmp_path / name, folder, "job")
     for name in ("leads/_out/out.csv", "leads/.out.csv", "leads.csv"):
-        prepare(tmp_path / name, folder, "job")
+        prepare_file(tmp_path / name, folder, "job")
 
 
 # In a storage
@@ -196,10 +196,12 @@ def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
         put_object(name, write_table(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
     put_object("b/_SUCCESS", b"?")
     put_object("b/.hidden/x.csv", b"?")
-    url = Url("s3", BUCKET, "b/")
+    url = ObjectUrl("s3", BUCKET, "b/")
     assert read_rows(url) == [("1", "2", "1"), ("3", "4", "2")]
-    assert read_rows(Url("s3", BUCKET, "b*/c=*/x.csv")) == [(*row, str(place)) for place, row in enumerate(ROWS, 1)]
-    assert read_rows(Url("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
+    assert read_rows(ObjectUrl("s3", BUCKET, "b*/c=*/x.csv")) == [
+        (*row, str(place)) for place, row in enumerate(ROWS, 1)
+    ]
+    assert read_rows(ObjectUrl("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
 
 
 @pytest.mark.usefixtures("bucket")
@@ -207,14 +209,14 @@ def test_object_name_with_glob_characters() -> None:
     """Signs of a pattern may be in its name."""
     put_object("leads[1].csv", b"A\n1\n")
     put_object("leads1.csv", b"A\n2\n")
-    assert read_rows(Url("s3", BUCKET, "leads[1].csv")) == [("1",)]
+    assert read_rows(ObjectUrl("s3", BUCKET, "leads[1].csv")) == [("1",)]
 
 
 @pytest.mark.usefixtures("bucket")
 def test_empty_storage_prefix_is_refused() -> None:
     """With the URL."""
-    assert read_error(Url("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
-    assert read_error(Url("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
+    assert read_error(ObjectUrl("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
+    assert read_error(ObjectUrl("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
 
 
 @pytest.mark.usefixtures("bucket")
@@ -222,15 +224,15 @@ def test_changed_object_is_detected(tmp_path: Path) -> None:
     """Objects are fetched when they are read, each time anew but for the last."""
     for name in ("in/a.csv", "in/b.csv"):
         put_object(name, b"A\n1\n")
-    source = open_input(Url("s3", BUCKET, "in/"))
-    before = source.stamp()
-    assert source.stamp() == before
+    source = open_input(ObjectUrl("s3", BUCKET, "in/"))
+    before = source.file_versions()
+    assert source.file_versions() == before
     put_object("in/a.csv", b"A\n2\n")
-    assert source.stamp() != before
-    with pytest.raises(Refused, match=f"s3://{BUCKET}/in/a.csv changed since the run began"):
+    assert source.file_versions() != before
+    with pytest.raises(CommandRefused, match=f"s3://{BUCKET}/in/a.csv changed since the run began"):
         list(source.batches())
     put_object("in/c.csv", write_table(tmp_path / "c.csv", ["B"], []).read_bytes())
-    assert read_error(Url("s3", BUCKET, "in/")).message == (
+    assert read_error(ObjectUrl("s3", BUCKET, "in/")).message == (
         f"s3://{BUCKET}/in/c.csv: its header differs from that of s3://{BUCKET}/in/a.csv: `A` is missing, `B` is new"
     )
 
@@ -242,17 +244,17 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
     for name in ("in/a", "in/b"):
         put_object(f"{name}.{ending}", write_table(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
-    url = Url("s3", BUCKET, "in/")
-    monkeypatch.setattr(copies, "SMALL", 1000)
-    with patch.object(storage, "fetch", side_effect=AssertionError):
+    url = ObjectUrl("s3", BUCKET, "in/")
+    monkeypatch.setattr(copies, "HEAD_BYTES", 1000)
+    with patch.object(storage, "download", side_effect=AssertionError):
         source = open_input(url)
-        one = open_input(Url("s3", BUCKET, f"in/a.{ending}"))
-    before = one.stamp()
+        one = open_input(ObjectUrl("s3", BUCKET, f"in/a.{ending}"))
+    before = one.file_versions()
     with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
-        assert one.stamp() == before
+        assert one.file_versions() == before
     assert [row for frame in one.batches() for row in frame.rows()] == [tuple(row) for row in leads]
     assert list(source.schema) == ["A", "B"]
-    assert list(source._counted.values()) == ([500, 500] if ending == "parquet" else [])
+    assert list(source._known_row_counts.values()) == ([500, 500] if ending == "parquet" else [])
     assert [row for frame in source.batches() for row in frame.rows()] == [tuple(row) for row in leads * 2]
     header = ["A" * 2000, "B"]
     put_object(f"in/c.{ending}", write_table(tmp_path / f"a.{ending}", header, leads).read_bytes())
@@ -264,13 +266,13 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
 @pytest.mark.usefixtures("bucket")
 def test_dataset_manifest_selects_parts() -> None:
     """Parts of a writer that is at work are none of it; a part that is missing is told."""
-    target = Url("s3", BUCKET, "out/")
+    target = ObjectUrl("s3", BUCKET, "out/")
     frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
-    write(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new=1)
-    dataset.begin(target, "job").write_part(0, frame.schema, [frame])
+    write_file(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new_columns=1)
+    dataset.begin_dataset(target, "job").write_part(0, frame.schema, [frame])
     assert read_rows(target) == [("x", 0)]
-    (key,) = [leaf.where.key for leaf in open_input(target).leaves if isinstance(leaf.where, Url)]
-    storage.remove(target, [key])
+    (key,) = [leaf.location.key for leaf in open_input(target).input_files if isinstance(leaf.location, ObjectUrl)]
+    storage.delete_objects(target, [key])
     assert read_error(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
@@ -286,10 +288,10 @@ def test_a_run_reads_a_folder_of_a_storage(
     workspace.write_job(input=f"s3://{BUCKET}/in/")
     (workspace.folder / "tmp").mkdir()
     environ = bucket | {"TMPDIR": str(workspace.folder / "tmp")}
-    result = workspace.command("run", "job.yaml", "--json", api=api, **environ)
-    assert (result.code, result.receipt["submitted"], result.stderr) == (0, 3, "")
-    assert [row["First Name"] for row in workspace.output()] == ["First0", "First1", "First2"]
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api, **environ)
+    assert (result.exit_code, result.json_output["submitted"], result.stderr) == (0, 3, "")
+    assert [row["First Name"] for row in workspace.read_output()] == ["First0", "First1", "First2"]
     assert list((workspace.folder / "tmp").iterdir()) == []
-    result = workspace.command("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
-    assert (result.code, "would be read as input" in result.stderr) == (2, True)
-    assert storage.stamp(Url("s3", BUCKET, "in/out.csv")) is None
+    result = workspace.run_in_process("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
+    assert (result.exit_code, "would be read as input" in result.stderr) == (2, True)
+    assert storage.object_version(ObjectUrl("s3", BUCKET, "in/out.csv")) is None

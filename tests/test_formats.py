@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.place import Format
 from enrich.spec import Input, Output
 from enrich.tables import excel
-from enrich.tables.source import Source
-from enrich.tables.writing import write
+from enrich.tables.source import InputTable
+from enrich.tables.writing import write_file
 from tests.cases import examples, in_turn
 from tests.tables import INPUTS, OUTPUTS, read_table, write_table
 
@@ -66,24 +66,24 @@ def hostile_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
     return header, draw(st.lists(cells, min_size=1, max_size=5))
 
 
-def read_rows(source: Source) -> list[list[Any]]:
+def read_rows(source: InputTable) -> list[list[Any]]:
     """Read a source's rows as they are."""
     return [list(row) for frame in source.batches() for row in frame.rows()]
 
 
 def copy_table(source: Path, target: Path, **options: Any) -> Path:
     """Read a file and write its rows to another, with a new column."""
-    table = Source(source, Input(path=str(source), **options))
+    table = InputTable(source, Input(path=str(source), **options))
     frames = (frame.with_columns(new=pl.lit("=new")) for frame in table.batches())
     schema = {**table.schema, "new": pl.String()}
-    write(target, Output(path=str(target)), job="job", schema=schema, frames=frames, new=1)
+    write_file(target, Output(path=str(target)), job="job", schema=schema, frames=frames, new_columns=1)
     return target
 
 
 def read_error(path: Path, **options: Any) -> str:
     """Read a file that can't be read; return what is told, without its path."""
-    with pytest.raises(Refused) as caught:
-        read_rows(Source(path, Input(path=str(path), **options)))
+    with pytest.raises(CommandRefused) as caught:
+        read_rows(InputTable(path, Input(path=str(path), **options)))
     return f"{caught.value.message} / {caught.value.hint}".replace(str(path), "FILE")
 
 
@@ -116,7 +116,7 @@ def test_outputs_are_deterministic(tmp_path: Path, wanted_as: str) -> None:
 def test_explicit_format_ignores_extension(tmp_path: Path, given_as: Format) -> None:
     """The ending says nothing then."""
     leads = write_table(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
-    assert read_rows(Source(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
+    assert read_rows(InputTable(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
 
 
 # Parquet
@@ -180,7 +180,7 @@ def test_parquet_values_as_json(tmp_path: Path) -> None:
 def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
     """In the order of the file."""
     pl.DataFrame({"n": range(50_000)}).write_parquet(tmp_path / "leads.parquet", row_group_size=7_000)
-    source = Source(tmp_path / "leads.parquet", Input(path="leads.parquet"))
+    source = InputTable(tmp_path / "leads.parquet", Input(path="leads.parquet"))
     heights = [frame.height for frame in source.batches()]
     assert (sum(heights), max(heights)) == (50_000, 20_000)
     assert [row[0] for row in read_rows(source)] == list(range(50_000))
@@ -255,10 +255,10 @@ def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
     """Its keys were collected first."""
     path = tmp_path / "leads.jsonl"
     path.write_text('{"a": "1"}\n')
-    source = Source(path, Input(path="leads.jsonl"))
+    source = InputTable(path, Input(path="leads.jsonl"))
     for line in ('{"a": 1}\n', '{"b": "1"}\n'):
         path.write_text(line)
-        with pytest.raises(Refused, match="changed while it was read"):
+        with pytest.raises(CommandRefused, match="changed while it was read"):
             read_rows(source)
 
 
@@ -293,7 +293,7 @@ def test_excel_cell_text(tmp_path: Path) -> None:
         [""],
     ]
     path = write_workbook(tmp_path / "leads.xlsx", rows)
-    assert read_rows(Source(path, Input(path="leads.xlsx"))) == [
+    assert read_rows(InputTable(path, Input(path="leads.xlsx"))) == [
         ["12", "2026-01-02", "007"],
         ["12.5", "2026-01-02T12:00:00", "TRUE"],
         ["0.3", "03:04:05", ""],
@@ -313,8 +313,8 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
     del book["Sheet"]
     book.save(tmp_path / "leads.xlsx")
     path = tmp_path / "leads.xlsx"
-    assert read_rows(Source(path, Input(path="leads.xlsx"))) == [["One"]]
-    assert read_rows(Source(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
+    assert read_rows(InputTable(path, Input(path="leads.xlsx"))) == [["One"]]
+    assert read_rows(InputTable(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
     assert read_error(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
 
 
@@ -361,17 +361,19 @@ def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     target.write_text("the old one")
     longest = "x" * 32_767
     leads = write_table(tmp_path / "leads.csv", ["A"], [[longest], ["x" + longest]])
-    with pytest.raises(Refused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"):
+    with pytest.raises(
+        CommandRefused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"
+    ):
         copy_table(leads, target)
     leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # of two units each, as Excel counts
-    with pytest.raises(Refused, match="row 1, column `A`"):
+    with pytest.raises(CommandRefused, match="row 1, column `A`"):
         copy_table(leads, target)
     write_table(leads, [str(number) for number in range(16_384)], [])
-    with pytest.raises(Refused, match="no more than 16,384 columns"):
+    with pytest.raises(CommandRefused, match="no more than 16,384 columns"):
         copy_table(leads, target)
-    monkeypatch.setattr(excel, "MOST_ROWS", 3)
+    monkeypatch.setattr(excel, "MAX_ROWS", 3)
     write_table(leads, ["A"], [["1"], ["2"], ["3"]])
-    with pytest.raises(Refused, match="no more than 2 rows under its header"):
+    with pytest.raises(CommandRefused, match="no more than 2 rows under its header"):
         copy_table(leads, target)
     assert target.read_text() == "the old one"
     write_table(leads, ["A"], [["1"], ["2"]])

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.setup.concepts import CONCEPTS, Column, describe
-from enrich.setup.guess import Guess, fitness, guess, new_names, unmatched
-from enrich.setup.snapshot import DOCUMENTED
+from enrich.setup.concepts import COLUMN_KINDS, Column, describe_column
+from enrich.setup.guess import ColumnMatch, count_matched_params, match_columns, result_column_names, unmatched_reason
+from enrich.setup.snapshot import DOCUMENTED_WATERFALLS
 from tests.cases import in_turn
 
 EMAIL_GETTER = ("first_name", "last_name", "company")
@@ -19,17 +19,17 @@ SITES = ["https://www.engine.example/about", "http://cobol.example", "bombe.exam
 PROFILES = [f"https://www.linkedin.com/in/{name}" for name in ("ada", "grace", "alan")]
 PHONES = ["+44 20 7946 0000", "020 7946 0771", "(613) 555-0148", ""]
 NAMES = ["Ada", "Grace", "Alan"]
-PARAMS = sorted({name for concept in CONCEPTS for name in concept.params.split(",")} | {"budget"})
+PARAMS = sorted({name for concept in COLUMN_KINDS for name in concept.params.split(",")} | {"budget"})
 
 
 def describe_columns(**named: Sequence[str]) -> list[Column]:
     """Describe columns."""
-    return [describe(name.replace("_", " "), values) for name, values in named.items()]
+    return [describe_column(name.replace("_", " "), values) for name, values in named.items()]
 
 
 def chosen_columns(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Which columns are taken; none: ()."""
-    found = guess(params, [describe(name, values) for name, values in table.items()])
+    found = match_columns(params, [describe_column(name, values) for name, values in table.items()])
     return {param: each.columns if each else () for param, each in found.items()}
 
 
@@ -63,16 +63,18 @@ def test_header_names_in_many_languages(header: list[str], first: str, last: str
 @in_turn("header", ["E-Mail", "email", "Email Address", "Work Email", "Courriel", "Correo electrónico"])
 def test_email_by_header_and_values(header: str) -> None:
     """Both together are sure."""
-    found = guess(["email"], [describe("Notes", ["x"]), describe(header, MAILS)])["email"]
+    found = match_columns(["email"], [describe_column("Notes", ["x"]), describe_column(header, MAILS)])["email"]
     assert found is not None
-    assert (found.columns, found.transform, found.sure) == ((header,), ("lower",), "sure")
-    assert "100% of its values are e-mail addresses" in found.why
+    assert (found.columns, found.transform, found.confidence) == ((header,), ("lower",), "sure")
+    assert "100% of its values are e-mail addresses" in found.reason
 
 
 def test_match_by_values_is_uncertain() -> None:
     """A column of another name that holds nothing but what is asked for."""
-    found = guess(["email", "linkedin", "phone"], describe_columns(Field_7=MAILS, Field_8=PROFILES, Field_9=PHONES))
-    assert [(each.columns, each.sure) for each in found.values() if each] == [
+    found = match_columns(
+        ["email", "linkedin", "phone"], describe_columns(Field_7=MAILS, Field_8=PROFILES, Field_9=PHONES)
+    )
+    assert [(each.columns, each.confidence) for each in found.values() if each] == [
         (("Field 7",), "a guess"),
         (("Field 8",), "a guess"),
         (("Field 9",), "a guess"),
@@ -89,20 +91,20 @@ def test_header_contradicted_by_values() -> None:
 
 def test_empty_columns_are_uncertain() -> None:
     """Tonight's export may have values where the sample had none."""
-    found = guess(["email"], describe_columns(Email=["", " "]))["email"]
+    found = match_columns(["email"], describe_columns(Email=["", " "]))["email"]
     assert found is not None
-    assert (found.columns, found.sure) == (("Email",), "likely")
-    assert "blank" in found.why
+    assert (found.columns, found.confidence) == (("Email",), "likely")
+    assert "blank" in found.reason
 
 
 def test_company_from_website_then_email() -> None:
     """`company` is asked with a domain, which is the same for all that write it differently."""
-    found = guess(
+    found = match_columns(
         EMAIL_GETTER, describe_columns(Vorname=NAMES, Nachname=NAMES, Firma=["A GmbH"], Webseite=SITES, Mail=MAILS)
     )
     company = found["company"]
     assert company is not None
-    assert (company.columns, company.transform, company.sure) == (("Webseite", "Mail"), ("domain",), "sure")
+    assert (company.columns, company.transform, company.confidence) == (("Webseite", "Mail"), ("domain",), "sure")
 
 
 def test_free_mail_domains_are_ignored() -> None:
@@ -116,10 +118,10 @@ def test_free_mail_domains_are_ignored() -> None:
 
 def test_company_by_name_is_uncertain() -> None:
     """It is said that no column holds the website."""
-    found = guess(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
+    found = match_columns(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
     assert found is not None
-    assert (found.columns, found.transform, found.sure) == (("Account",), (), "a guess")
-    assert "no column holds the company's website" in found.why
+    assert (found.columns, found.transform, found.confidence) == (("Account",), (), "a guess")
+    assert "no column holds the company's website" in found.reason
 
 
 @in_turn(
@@ -150,9 +152,9 @@ def test_column_about_something_else(header: str) -> None:
 def test_full_names_are_reported() -> None:
     """No transform splits a name."""
     whole = describe_columns(Name=["Ada Lovelace", "Grace Hopper"])
-    assert guess(["first_name"], whole) == {"first_name": None}
-    assert "split it" in (unmatched("first_name", whole) or "")
-    assert unmatched("email", whole) is None
+    assert match_columns(["first_name"], whole) == {"first_name": None}
+    assert "split it" in (unmatched_reason("first_name", whole) or "")
+    assert unmatched_reason("email", whole) is None
 
 
 def test_unknown_param_matches_same_name() -> None:
@@ -166,13 +168,13 @@ def test_unknown_param_matches_same_name() -> None:
 def test_waterfalls_ranked_by_matched_params() -> None:
     """A list of profiles fits the phone finder and not the e-mail finder."""
     profiles = describe_columns(Profile_URL=PROFILES)
-    assert fitness(DOCUMENTED["phone_getter"], profiles) == (1, 1)
-    assert fitness(DOCUMENTED["email_getter"], profiles) == (0, 3)
+    assert count_matched_params(DOCUMENTED_WATERFALLS["phone_getter"], profiles) == (1, 1)
+    assert count_matched_params(DOCUMENTED_WATERFALLS["email_getter"], profiles) == (0, 3)
 
 
 def test_new_column_names_are_unused() -> None:
     """Whatever the case: `email` beside `Email` would be taken for the other."""
-    assert list(new_names(["email", "phone", "email"], ["Email", "found_email"])) == [
+    assert list(result_column_names(["email", "phone", "email"], ["Email", "found_email"])) == [
         ("found_email_2", "email"),
         ("phone", "phone"),
         ("found_email_3", "email"),
@@ -193,16 +195,16 @@ def test_any_table_is_handled(table: dict[str, list[str]], params: list[str]) ->
 
     But for the domain that is taken out of a column.
     """
-    described = [describe(name, values) for name, values in table.items()]
-    found = guess(params, described)
-    assert found == guess(params, described)
+    described = [describe_column(name, values) for name, values in table.items()]
+    found = match_columns(params, described)
+    assert found == match_columns(params, described)
     assert list(found) == params
-    taken: list[Guess] = [each for each in found.values() if each is not None]
+    taken: list[ColumnMatch] = [each for each in found.values() if each is not None]
     assert {column for each in taken for column in each.columns} <= table.keys() - {""}
     whole = Counter(column for each in taken if each.transform != ("domain",) for column in each.columns)
     assert all(times == 1 for times in whole.values())
     for each in taken:
-        assert each.why
+        assert each.reason
         assert each.columns
 
 
@@ -210,6 +212,6 @@ def test_any_table_is_handled(table: dict[str, list[str]], params: list[str]) ->
 @given(st.lists(st.text(max_size=6)), st.lists(st.text(min_size=1, max_size=6)))
 def test_new_names_are_unique(header: list[str], fields: list[str]) -> None:
     """Neither with the input's nor with each other."""
-    names = [name.casefold() for name, _ in new_names(fields, header)]
+    names = [name.casefold() for name, _ in result_column_names(fields, header)]
     assert len(set(names)) == len(fields)
     assert not set(names) & {name.casefold() for name in header}

@@ -22,8 +22,8 @@ def test_ignored_signal_does_not_stop_run(tmp_path: Path, workspace: Workspace, 
     """At its start, while tasks are at the API, and until the output is written; others still end it."""
     workspace.write_leads(make_leads(20))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-        api.fault("slow", 1, "me", seconds=1)
-        process = workspace.start("run", "job.yaml", "--json", api=api, ignoring=[number])
+        api.inject_fault("slow", 1, "me", seconds=1)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, ignoring=[number])
         wait_until(lambda: api.audit()["requests"].get("me", 0) == 1)
         process.send_signal(number)
         wait_until(lambda: api.audit()["accepted"] == 20)
@@ -43,7 +43,7 @@ def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: si
     workspace.write_leads(make_leads(5))
     others = [other for other in NUMBERS if other != number]
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-        process = workspace.start("run", "job.yaml", "--json", api=api, ignoring=others)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, ignoring=others)
         wait_until(lambda: api.audit()["accepted"] == 5)
         process.send_signal(number)
         process.communicate(timeout=60)
@@ -58,7 +58,7 @@ def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspac
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
         cwd=workspace.folder,
-        env=workspace.variables(api) | {"TMPDIR": str(workspace.folder)},
+        env=workspace.environment(api) | {"TMPDIR": str(workspace.folder)},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=partial(reset_signals, [number]),
@@ -72,7 +72,7 @@ def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspac
     process.send_signal(number)
     _, err = process.communicate(leads[20:], timeout=60)
     assert (process.returncode, err) == (0, b"")
-    assert len(workspace.output()) == 3
+    assert len(workspace.read_output()) == 3
 
 
 @pytest.mark.long
@@ -84,7 +84,7 @@ def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, num
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
-        env=workspace.variables(api) | {"TERM": "dumb"},
+        env=workspace.environment(api) | {"TERM": "dumb"},
         stdin=theirs,
         stderr=theirs,
         stdout=subprocess.DEVNULL,
@@ -102,7 +102,7 @@ def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, num
 @pytest.mark.long
 def test_ignored_signal_does_not_stop_sandbox(workspace: Workspace) -> None:
     """`enrich sandbox &` in a script is not ended by the script's Ctrl-C."""
-    process = workspace.start("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])
+    process = workspace.start_subprocess("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])
     assert process.stdout is not None
     environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
     process.send_signal(signal.SIGINT)

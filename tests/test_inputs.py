@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import JobError, Refused
+from enrich.errors import CommandRefused, JobError
 from enrich.job import Overrides, load_job
-from enrich.place import STDIN, Url, locate
+from enrich.place import STDIN, ObjectUrl, parse_location
 from enrich.spec import Input
-from enrich.tables.source import Source
-from enrich.tables.writing import prepare
+from enrich.tables.source import InputTable
+from enrich.tables.writing import prepare_file
 from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, ProgramResult, SandboxApi, Workspace, make_leads, reset_signals, serve_api, wait_until
 from tests.tables import INPUTS, read_table, write_table
@@ -30,7 +30,7 @@ def run_with_stdin(
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
         cwd=workspace.folder,
-        env=workspace.variables(api) | environ,
+        env=workspace.environment(api) | environ,
         input=data,
         preexec_fn=(lambda: os.close(0)) if data is None else None,
         capture_output=True,
@@ -52,7 +52,7 @@ def write_inputs(folder: Path, *tables: list[list[str]], ending: str = "csv") ->
 
 def read_rows(pattern: Path, **options: str) -> list[tuple[object, ...]]:
     """Read all rows."""
-    source = Source(pattern, Input.model_validate({"path": str(pattern), **options}))
+    source = InputTable(pattern, Input.model_validate({"path": str(pattern), **options}))
     return [row for frame in source.batches() for row in frame.rows()]
 
 
@@ -80,7 +80,7 @@ def test_different_header_is_reported(tmp_path: Path, ending: str, header: list[
     pattern = write_inputs(
         tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending
     )
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(CommandRefused) as caught:
         read_rows(pattern)
     there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
     assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
@@ -90,7 +90,7 @@ def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
     """As the lines of one file have."""
     (tmp_path / "a.jsonl").write_text('{"A": "1"}\n')
     (tmp_path / "b.jsonl").write_text('{"A": 2, "B": true}\n')
-    source = Source(tmp_path / "*.jsonl", Input(path="*.jsonl"))
+    source = InputTable(tmp_path / "*.jsonl", Input(path="*.jsonl"))
     assert list(source.schema) == ["A", "B"]
     assert sum(frame.height for frame in source.batches()) == 2
 
@@ -100,22 +100,25 @@ def test_pattern_without_extension(tmp_path: Path) -> None:
     write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
     assert read_rows(tmp_path / "*") == [("1", "2"), ("3", "4")]
     write_table(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
-    with pytest.raises(Refused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
+    with pytest.raises(CommandRefused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
         read_rows(tmp_path / "*")
 
 
 def test_error_names_file_and_line(tmp_path: Path) -> None:
     """Rows and lines count from the beginning of that file."""
     pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
-    with pytest.raises(Refused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
+    with pytest.raises(CommandRefused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
         read_rows(pattern)
 
 
 def test_pattern_without_match(workspace: Workspace, api: SandboxApi) -> None:
     """Perhaps the export has not come yet: exit 5, and nothing is spent."""
     workspace.write_job(input='"in/*.csv"')
-    result = workspace.command("run", "job.yaml", api=api)
-    assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {workspace.folder}/in/*.csv: no file matches")
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (
+        5,
+        f"error: {workspace.folder}/in/*.csv: no file matches",
+    )
 
 
 @in_turn("kind", INPUTS)
@@ -128,7 +131,9 @@ def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
     for named, name in ((f"leads[1].{kind}", "leads[1]_enriched.csv"), (f'"*.{kind}"', "job_enriched.csv")):
         (folder / "job.yaml").write_text(job + named)
         loaded = load_job(folder / "job.yaml")
-        assert [row for frame in Source(loaded.input_path, loaded.input).batches() for row in frame.rows()] == [("1",)]
+        assert [row for frame in InputTable(loaded.input_path, loaded.input).batches() for row in frame.rows()] == [
+            ("1",)
+        ]
         assert loaded.output.path == name
 
 
@@ -139,8 +144,8 @@ def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, ou
     leads = write_table(workspace.folder / "leads" / "a.csv", HEADER, make_leads(1))
     (workspace.folder / "soft.csv").symlink_to(leads)
     workspace.write_job(input='"leads/*.csv"', output=output)
-    result = workspace.command("run", "job.yaml", api=api)
-    assert result.code == 2
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {workspace.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
     assert api.audit()["accepted"] == 0
 
@@ -148,7 +153,7 @@ def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, ou
 def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
     """The message says which key to change."""
     with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
-        prepare(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
+        prepare_file(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
     assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
 
 
@@ -157,24 +162,24 @@ def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -
     (workspace.folder / "in").mkdir()
     workspace.write_job(input='"in/*.csv"')
     write_table(workspace.folder / "in" / "2026-11-01.csv", HEADER, make_leads(3))
-    assert workspace.run(api).submitted == 3
+    assert workspace.run_job(api).submitted == 3
     write_table(workspace.folder / "in" / "2026-10-31.csv", HEADER, make_leads(2, start=2))  # one of them is known
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
     assert (summary.rows, summary.submitted, summary.reused) == (5, 1, 3)
-    assert [row["First Name"][5:] for row in workspace.output()] == ["2", "3", "0", "1", "2"]
+    assert [row["First Name"][5:] for row in workspace.read_output()] == ["2", "3", "0", "1", "2"]
     assert api.audit()["accepted"] == 4
 
 
 def test_file_added_during_run(tmp_path: Path) -> None:
     """As a change of the only file is."""
     pattern = write_inputs(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
-    source = Source(pattern, Input(path="*.csv"))
-    before = source.stamp()
-    assert source.stamp() == before
+    source = InputTable(pattern, Input(path="*.csv"))
+    before = source.file_versions()
+    assert source.file_versions() == before
     write_table(tmp_path / "c.csv", ["A"], [])
-    assert source.stamp() != before
+    assert source.file_versions() != before
     (tmp_path / "c.csv").unlink()
-    assert source.stamp() == before
+    assert source.file_versions() == before
 
 
 # Through a pipe
@@ -192,7 +197,7 @@ def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) ->
         workspace, api, data, "run", "job.yaml", "--input", "-", "--json", TMPDIR=str(workspace.folder / "tmp")
     )
 
-    assert (result.code, result.receipt["rows"], result.receipt["submitted"]) == (0, 3, 3)
+    assert (result.exit_code, result.json_output["rows"], result.json_output["submitted"]) == (0, 3, 3)
     assert [row[5] for row in read_table(workspace.folder / "out.jsonl")[1:]] == [1.0] * 3
     assert list((workspace.folder / "tmp").iterdir()) == []
 
@@ -204,9 +209,9 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
         'version: 1\ninput: "-"\nwaterfall: email_getter\n'
         "params: {first_name: A, last_name: B, company: {value: a.example}}\n"
     )
-    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").code == 0
-    assert len(workspace.output("stdin_enriched.csv")) == 1
-    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").code == 0
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").exit_code == 0
+    assert len(workspace.read_output("stdin_enriched.csv")) == 1
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").exit_code == 0
 
 
 @pytest.mark.long
@@ -222,7 +227,7 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, told: str) -> None:
     """Nothing is spent."""
     result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
-    assert (result.code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
+    assert (result.exit_code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
     assert api.audit()["accepted"] == 0
 
 
@@ -234,7 +239,7 @@ def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> Non
         process = subprocess.run(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=workspace.folder,
-            env=workspace.variables(api),
+            env=workspace.environment(api),
             stdin=theirs,
             capture_output=True,
             timeout=60,
@@ -255,12 +260,12 @@ def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waitin
     workspace.write_leads(make_leads(waiting_at_the_api))
     with serve_api(tmp_path / "slow.db", latency="fixed(60)") as api:
         if waiting_at_the_api:
-            workspace.leave_at_the_api(api)
+            workspace.submit_without_collecting(api)
         asked = api.audit()["requests"]
         process = subprocess.Popen(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=workspace.folder,
-            env=workspace.variables(api) | {"TMPDIR": str(workspace.folder / "tmp")},
+            env=workspace.environment(api) | {"TMPDIR": str(workspace.folder / "tmp")},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             preexec_fn=reset_signals,
@@ -283,11 +288,11 @@ def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file.write("A\n1\n")
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", file)
-        source = Source(STDIN, Input(path="-"))
+        source = InputTable(STDIN, Input(path="-"))
     (folder,) = tmp_path.glob("enrich-*")
     (copy,) = folder.iterdir()
     assert (folder.stat().st_mode & 0o777, copy.stat().st_mode & 0o777) == (0o700, 0o600)
-    assert source.stamp() == source.stamp()
+    assert source.file_versions() == source.file_versions()
     del source
     assert not folder.exists()
 
@@ -342,6 +347,6 @@ def test_input_option_errors(tmp_path: Path, line: str, told: str) -> None:
 
 def test_path_or_url_parsing(tmp_path: Path) -> None:
     """URLs have no working directory and keep their slashes."""
-    assert locate(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
-    assert locate(tmp_path, "S3://bucket/a//b.csv") == Url("s3", "bucket", "a//b.csv")
-    assert str(Url("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"
+    assert parse_location(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
+    assert parse_location(tmp_path, "S3://bucket/a//b.csv") == ObjectUrl("s3", "bucket", "a//b.csv")
+    assert str(ObjectUrl("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.model import Answer, Decision, State, Wanted, Wish
-from enrich.order import ranks, sort_keys
-from enrich.store.intake import spread
+from enrich.model import Answer, Decision, RequestSelection, RowRequest, State
+from enrich.order import rank_rows, sort_keys
+from enrich.store.intake import stratified_sample
 from enrich.store.ledger import Ledger
 from tests.books import CALL, FOUND, FREE_FAILURE, NO_MATCH, CommittingLedger, fingerprint, params, row_requests
 from tests.harness import BOTH_BACKENDS
@@ -25,28 +25,32 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def row_request(position: int, number: int, *, queue_position: int | None = None, group: str | None = None) -> Wanted:
+def row_request(
+    position: int, number: int, *, queue_position: int | None = None, group: str | None = None
+) -> RowRequest:
     """Ask about a lead."""
-    return Wanted(position, fingerprint(number), params(number), queue_position, group)
+    return RowRequest(position, fingerprint(number), params(number), queue_position, group)
 
 
 def enroll_and_decide(
-    ledger: CommittingLedger, rows: Sequence[Wanted], selection: Wish | None = None
+    ledger: CommittingLedger, rows: Sequence[RowRequest], selection: RequestSelection | None = None
 ) -> list[Decision]:
     """Read an input, mark what is wanted, and tell what was decided about each row."""
-    ledger.do(Ledger.begin_pass, selection or Wish())
-    ledger.do(Ledger.enroll, CALL, rows)
-    ledger.do(Ledger.choose)
-    ledger.do(Ledger.mark)
-    return [told.decision for told in ledger.ledger.decisions(rows)]
+    ledger.commit(Ledger.begin_pass, selection or RequestSelection())
+    ledger.commit(Ledger.enroll, CALL, rows)
+    ledger.commit(Ledger.apply_limits)
+    ledger.commit(Ledger.fill_queue)
+    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
 
 
-def preview_decisions(ledger: CommittingLedger, rows: Sequence[Wanted], selection: Wish) -> list[Decision]:
+def preview_decisions(
+    ledger: CommittingLedger, rows: Sequence[RowRequest], selection: RequestSelection
+) -> list[Decision]:
     """Decide without changing the ledger, as a plan does."""
-    ledger.ledger.begin_pass(selection)
-    ledger.ledger.look(rows)
-    ledger.ledger.choose()
-    return [told.decision for told in ledger.ledger.decisions(rows)]
+    ledger.wrapped.begin_pass(selection)
+    ledger.wrapped.preview(rows)
+    ledger.wrapped.apply_limits()
+    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
 
 
 def queued_leads(ledger: CommittingLedger) -> list[int]:
@@ -55,7 +59,7 @@ def queued_leads(ledger: CommittingLedger) -> list[int]:
         "SELECT fingerprint FROM requests WHERE position IS NOT NULL "
         "AND state NOT IN ('submitting', 'submitted') ORDER BY position"
     )
-    return [int.from_bytes(name) for (name,) in ledger.all(sql)]
+    return [int.from_bytes(name) for (name,) in ledger.query_all(sql)]
 
 
 class TestCaps:
@@ -66,31 +70,39 @@ class TestCaps:
         groups = ["a", "a", None, "b", "a", None, None]
         rows = [row_request(n, n, queue_position=10 - n, group=group) for n, group in enumerate(groups)]
 
-        assert enroll_and_decide(ledger, rows, Wish(max_per_group=2)) == [CAPPED, NEW, NEW, NEW, NEW, NEW, NEW]
+        assert enroll_and_decide(ledger, rows, RequestSelection(max_per_group=2)) == [
+            CAPPED,
+            NEW,
+            NEW,
+            NEW,
+            NEW,
+            NEW,
+            NEW,
+        ]
         assert queued_leads(ledger) == [6, 5, 4, 3, 2, 1]
 
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
     def test_cap_counts_earlier_requests(self, ledger: CommittingLedger, answer: Answer) -> None:
         """A new lead at the top of the file does not get the place of one that was paid for."""
-        ledger.start()
+        ledger.start_execution()
         enroll_and_decide(ledger, [row_request(0, 1, group="a")])
         ledger.settle(ledger.submit(), answer)
 
         result = enroll_and_decide(
             ledger,
             [row_request(0, 2, group="a"), row_request(1, 3, group="a"), row_request(2, 1, group="a")],
-            Wish(max_per_group=2),
+            RequestSelection(max_per_group=2),
         )
 
         assert result[:2] == [NEW, CAPPED]
 
     def test_retry_does_not_count_for_cap(self, ledger: CommittingLedger) -> None:
         """It was asked before, so it is none of the new that the cap leaves out."""
-        ledger.start()
+        ledger.start_execution()
         enroll_and_decide(ledger, [row_request(0, 1, group="a")])
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
 
-        selection = Wish(frozenset({State.FAILED}), max_per_group=1)
+        selection = RequestSelection(frozenset({State.FAILED}), max_per_group=1)
         assert enroll_and_decide(ledger, [row_request(0, 2, group="a"), row_request(1, 1, group="a")], selection) == [
             CAPPED,
             Decision.RETRY,
@@ -104,15 +116,18 @@ class TestCaps:
             row_request(2, 1, queue_position=0, group="b"),
         ]
 
-        assert enroll_and_decide(ledger, rows, Wish(max_per_group=1)) == [NEW, CAPPED, NEW]
+        assert enroll_and_decide(ledger, rows, RequestSelection(max_per_group=1)) == [NEW, CAPPED, NEW]
 
     def test_capped_lead_without_request(self, ledger: CommittingLedger) -> None:
         """`collect` sees a lead that came after the last run as a run would."""
-        ledger.begin(1)
+        ledger.start_and_enroll(1)
         rows = [row_request(0, 1, group="a"), row_request(1, 2, group="a"), row_request(2, 3)]
-        assert preview_decisions(ledger, rows, Wish(max_per_group=1)) == [NEW, CAPPED, NEW]
+        assert preview_decisions(ledger, rows, RequestSelection(max_per_group=1)) == [NEW, CAPPED, NEW]
 
-        assert [(known.position, known.capped) for known in ledger.ledger.standing(rows)] == [(0, False), (1, True)]
+        assert [(known.position, known.capped) for known in ledger.wrapped.request_results(rows)] == [
+            (0, False),
+            (1, True),
+        ]
 
 
 class TestLimits:
@@ -122,14 +137,19 @@ class TestLimits:
         """In the order of asking, not of the file."""
         rows = [row_request(n, n, queue_position=place) for n, place in enumerate([2, 0, 3, 1])]
 
-        assert enroll_and_decide(ledger, rows, Wish(limit=2)) == [Decision.OVER_LIMIT, NEW, Decision.OVER_LIMIT, NEW]
+        assert enroll_and_decide(ledger, rows, RequestSelection(limit=2)) == [
+            Decision.OVER_LIMIT,
+            NEW,
+            Decision.OVER_LIMIT,
+            NEW,
+        ]
         assert queued_leads(ledger) == [1, 3]
 
     def test_caps_then_sample_then_limit(self, ledger: CommittingLedger) -> None:
         """Of ten leads in two groups six are left, of those a sample of three, of those two."""
         rows = [row_request(n, n, group="ab"[n % 2]) for n in range(10)]
 
-        result = enroll_and_decide(ledger, rows, Wish(max_per_group=3, sample=3, limit=2))
+        result = enroll_and_decide(ledger, rows, RequestSelection(max_per_group=3, sample=3, limit=2))
 
         assert {decision: result.count(decision) for decision in result} == {
             CAPPED: 4,
@@ -141,8 +161,12 @@ class TestLimits:
 
     def test_free_failures_and_limit(self, ledger: CommittingLedger) -> None:
         """A task that fails at no charge goes on in an ordinary run; `--limit 0` sends nothing."""
-        for selection, sent in ((Wish(), [1]), (Wish(limit=0), []), (Wish(sample=1), [])):
-            ledger.begin(1)
+        for selection, sent in (
+            (RequestSelection(), [1]),
+            (RequestSelection(limit=0), []),
+            (RequestSelection(sample=1), []),
+        ):
+            ledger.start_and_enroll(1)
             attempt = ledger.submit()
             assert enroll_and_decide(ledger, row_requests([1]), selection) == [WAITING]
             ledger.settle(attempt, FREE_FAILURE, max_attempts=9)
@@ -150,21 +174,21 @@ class TestLimits:
 
     def test_preview_of_interrupted_requests(self, ledger: CommittingLedger) -> None:
         """A plan calls it what the next run will find it to be; while a run is at work it waits."""
-        ledger.begin(1)
+        ledger.start_and_enroll(1)
         ledger.claim()
 
-        assert preview_decisions(ledger, row_requests([1]), Wish()) == [WAITING]
-        assert preview_decisions(ledger, row_requests([1]), Wish(killed=True)) == [Decision.IN_DOUBT]
-        assert preview_decisions(ledger, row_requests([1]), Wish(frozenset({State.IN_DOUBT}), killed=True)) == [
-            Decision.RETRY
-        ]
+        assert preview_decisions(ledger, row_requests([1]), RequestSelection()) == [WAITING]
+        assert preview_decisions(ledger, row_requests([1]), RequestSelection(no_active_run=True)) == [Decision.IN_DOUBT]
+        assert preview_decisions(
+            ledger, row_requests([1]), RequestSelection(frozenset({State.IN_DOUBT}), no_active_run=True)
+        ) == [Decision.RETRY]
 
     def test_plan_counts_requests_sent_since(self, ledger: CommittingLedger) -> None:
         """Of a plan for three one was asked: the same other two are left, and a failure at no charge is owed."""
-        ledger.begin(1)
+        ledger.start_and_enroll(1)
         waiting = ledger.submit()
-        planned = Wish(limit=3, since=ledger.execution)
-        ledger.start()
+        planned = RequestSelection(limit=3, after_execution=ledger.execution)
+        ledger.start_execution()
         assert enroll_and_decide(ledger, row_requests([1, 2, 3, 4, 5]), planned) == [
             WAITING,
             NEW,
@@ -184,15 +208,15 @@ class TestLimits:
 
     def test_plan_retries_once(self, ledger: CommittingLedger) -> None:
         """What it asked again and failed again is not asked a third time by the same plan."""
-        ledger.begin(1)
+        ledger.start_and_enroll(1)
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
-        planned = Wish(frozenset({State.FAILED}), since=ledger.execution)
-        ledger.start()
+        planned = RequestSelection(frozenset({State.FAILED}), after_execution=ledger.execution)
+        ledger.start_execution()
         assert enroll_and_decide(ledger, row_requests([1, 2]), planned) == [Decision.RETRY, NEW]
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
 
         assert enroll_and_decide(ledger, row_requests([1, 2]), planned) == [Decision.PLANNED, NEW]
-        assert ledger.ledger.asked_since(1, "job") == 1
+        assert ledger.wrapped.sent_since(1, "job") == 1
 
 
 class TestInDoubt:
@@ -200,26 +224,26 @@ class TestInDoubt:
 
     def test_accept_in_doubt_once_per_row(self, ledger: CommittingLedger) -> None:
         """Whichever batches it came in, and however often each; who left the file stays in doubt."""
-        ledger.begin(*range(4))
+        ledger.start_and_enroll(*range(4))
         for _ in range(3):
             ledger.claim()
-        ledger.do(Ledger.recover, ledger.now)
-        ledger.do(Ledger.begin_pass, Wish())
+        ledger.commit(Ledger.recover, ledger.now)
+        ledger.commit(Ledger.begin_pass, RequestSelection())
         for batch in (
             [row_request(0, 0), row_request(1, 3)],
             [row_request(2, 1), row_request(3, 0)],
             [row_request(2, 1), row_request(3, 0)],
         ):
-            ledger.do(Ledger.enroll, CALL, batch)
-        accepted = ledger.do(Ledger.accept_doubts)
-        ledger.do(Ledger.choose)
-        ledger.do(Ledger.mark)
+            ledger.commit(Ledger.enroll, CALL, batch)
+        accepted = ledger.commit(Ledger.accept_in_doubt_as_failed)
+        ledger.commit(Ledger.apply_limits)
+        ledger.commit(Ledger.fill_queue)
 
         assert accepted == 2
-        assert [ledger.state(number) for number in range(3)] == [State.FAILED, State.FAILED, State.IN_DOUBT]
-        assert ledger.ledger.decided() == {Decision.FAILED: 2, NEW: 1}
+        assert [ledger.state_of(number) for number in range(3)] == [State.FAILED, State.FAILED, State.IN_DOUBT]
+        assert ledger.wrapped.decision_counts() == {Decision.FAILED: 2, NEW: 1}
         assert queued_leads(ledger) == [3]
-        assert ledger.do(Ledger.accept_doubts) == 0
+        assert ledger.commit(Ledger.accept_in_doubt_as_failed) == 0
 
 
 class TestSampling:
@@ -228,22 +252,22 @@ class TestSampling:
     @given(st.integers(0, 200), st.integers(1, 10**15), st.integers())
     def test_one_row_per_stratum(self, count: int, sample: int, seed: int) -> None:
         """As many as asked for, or all there are; in order, each in its own stretch."""
-        chosen = spread(count, sample, seed)
+        chosen = stratified_sample(count, sample, seed)
 
         size = min(count, sample)
         assert len(chosen) == len(set(chosen)) == size
         assert all(n * count // size <= number < (n + 1) * count // size for n, number in enumerate(chosen))
-        assert chosen == spread(count, sample, seed)
+        assert chosen == stratified_sample(count, sample, seed)
 
     def test_different_seeds_differ(self) -> None:
         """Another seed is another sample."""
-        assert len({tuple(spread(1000, 5, seed)) for seed in range(20)}) == 20
+        assert len({tuple(stratified_sample(1000, 5, seed)) for seed in range(20)}) == 20
 
 
 def sorted_rows(*columns: Sequence[str]) -> list[int]:
     """The rows in the order in which they are asked."""
     frame = pl.DataFrame([pl.Series(f"^{n}$", list(cells), pl.String) for n, cells in enumerate(columns)])
-    places = ranks(sort_keys(frame, list(range(len(columns))))).to_list()
+    places = rank_rows(sort_keys(frame, list(range(len(columns))))).to_list()
     return sorted(range(frame.height), key=places.__getitem__)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.model import State
-from enrich.store.journal import Journal
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BINDING, COST, FOUND, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger, record_statements
@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def ledger(ledger: CommittingLedger) -> CommittingLedger:
     """Begin an execution that wants a hundred."""
-    return ledger.begin(*range(100))
+    return ledger.start_and_enroll(*range(100))
 
 
 def slow_move(_: Ledger) -> None:
@@ -40,19 +40,19 @@ def slow_move(_: Ledger) -> None:
 
 def fill_disk(ledger: Ledger) -> None:
     """Write more than a full disk takes."""
-    ledger.remember_waterfall("big", {"description": "x" * 10_000_000}, [])
+    ledger.save_waterfall("big", {"description": "x" * 10_000_000}, [])
 
 
 def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
     """Who awaited a move finds it through another connection, at once."""
 
-    async def one(writer: Journal, number: int) -> None:
+    async def one(writer: LedgerWriter, number: int) -> None:
         await asyncio.sleep(number % 7 / 1000)
-        execution = await writer.do(Ledger.start_execution, f"job {number}", None, number)
-        assert ledger.one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
+        execution = await writer.submit(Ledger.start_execution, f"job {number}", None, number)
+        assert ledger.query_one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             await asyncio.gather(*(one(writer, number) for number in range(100)))
 
     asyncio.run(scene())
@@ -63,8 +63,8 @@ def test_transitions_keep_order(ledger: CommittingLedger) -> None:
     resolved: list[int] = []
 
     async def scene() -> list[int]:
-        async with Journal(ledger.ledger) as writer:
-            futures = [writer.do(Ledger.start_execution, "job", None, number) for number in range(50)]
+        async with LedgerWriter(ledger.wrapped) as writer:
+            futures = [writer.submit(Ledger.start_execution, "job", None, number) for number in range(50)]
             for number, future in enumerate(futures):
                 future.add_done_callback(partial(lambda number, _: resolved.append(number), number))
             return await asyncio.gather(*futures)
@@ -85,19 +85,19 @@ def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None
         asked.wait(10)
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
-            moves: list[asyncio.Future[Any]] = [writer.do(slow)]
+        async with LedgerWriter(ledger.wrapped) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.submit(slow)]
             await asyncio.to_thread(begun.wait, 10)
-            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
             await asyncio.sleep(0)
             asked.set()
             await asyncio.gather(*moves)
 
-    record_statements(ledger.ledger, statements)
+    record_statements(ledger.wrapped, statements)
     asyncio.run(scene())
 
     assert statements.count("COMMIT") == 2
-    assert ledger.ledger.counts() == {State.SUBMITTING: 100}
+    assert ledger.wrapped.state_counts() == {State.SUBMITTING: 100}
 
 
 def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:
@@ -108,16 +108,16 @@ def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> Non
         raise CapReached
 
     async def scene() -> list[object]:
-        async with Journal(ledger.ledger) as writer:
-            moves: list[asyncio.Future[Any]] = [writer.do(slow_move)]
-            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1), writer.do(failing_move)]
-            moves += [writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
+        async with LedgerWriter(ledger.wrapped) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.submit(slow_move)]
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1), writer.submit(failing_move)]
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
     results = asyncio.run(scene())
 
     assert [type(result).__name__ for result in results] == ["NoneType", "list", "CapReached", "list", "list"]
-    assert ledger.money == (0, 3 * MAX_PRICE, 0, 0)
+    assert ledger.execution_counters == (0, 3 * MAX_PRICE, 0, 0)
 
 
 def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
@@ -127,21 +127,21 @@ def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
     statements: list[str] = []
 
     async def scene() -> list[list[State]]:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             asked = threading.Event()
-            slow = writer.do(lambda _: asked.wait(10))
+            slow = writer.submit(lambda _: asked.wait(10))
             result = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
             parts = [result[:1], result[1:3], result[3:]]
-            states = [writer.together(Ledger.settle, part, ledger.execution, 3) for part in parts]
+            states = [writer.submit_batch(Ledger.settle, part, ledger.execution, 3) for part in parts]
             await asyncio.sleep(0)  # all are handed over
             asked.set()
             await slow
             return list(await asyncio.gather(*states))
 
-    record_statements(ledger.ledger, statements)
+    record_statements(ledger.wrapped, statements)
     assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
     assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
-    assert ledger.money == (2 * COST, 0, 0, 4)
+    assert ledger.execution_counters == (2 * COST, 0, 0, 4)
 
 
 def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
@@ -149,12 +149,12 @@ def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
     attempts = [ledger.submit(f"task {number}") for number in range(3)]
 
     async def scene() -> list[object]:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             last, again = (
-                writer.together(Ledger.settle, [(attempt, FREE_FAILURE, 5)], ledger.execution, max_attempts)
+                writer.submit_batch(Ledger.settle, [(attempt, FREE_FAILURE, 5)], ledger.execution, max_attempts)
                 for attempt, max_attempts in zip(attempts, (1, 2), strict=False)
             )
-            lost = writer.together(Ledger.doubt, [(attempts[2], "404", 5, None)])
+            lost = writer.submit_batch(Ledger.mark_in_doubt, [(attempts[2], "404", 5, None)])
             return list(await asyncio.gather(last, again, lost))
 
     assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
@@ -166,19 +166,19 @@ def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
     ledger.settle(third)
 
     async def scene() -> list[object]:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [
-                writer.together(Ledger.settle, [(first, FOUND, 5)], ledger.execution, 3),
-                writer.together(Ledger.settle, [(third, FOUND, 5)], ledger.execution, 3),
-                writer.together(Ledger.doubt, [(second, "404", 5, None)]),
+                writer.submit_batch(Ledger.settle, [(first, FOUND, 5)], ledger.execution, 3),
+                writer.submit_batch(Ledger.settle, [(third, FOUND, 5)], ledger.execution, 3),
+                writer.submit_batch(Ledger.mark_in_doubt, [(second, "404", 5, None)]),
             ]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
     results = asyncio.run(scene())
 
     assert [type(result).__name__ for result in results] == ["AssertionError", "AssertionError", "NoneType"]
-    assert [ledger.state(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
-    assert ledger.money == (COST, 2 * MAX_PRICE, 0, 3)
+    assert [ledger.state_of(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
+    assert ledger.execution_counters == (COST, 2 * MAX_PRICE, 0, 3)
 
 
 @pytest.mark.parametrize("bulk", [False, True])
@@ -187,49 +187,50 @@ def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> Non
     statements: list[str] = []
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
-            claims = await writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
+        async with LedgerWriter(ledger.wrapped) as writer:
+            claims = await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
             attempts = [claim.attempt_id for claim in claims]
             accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
-            await asyncio.gather(*(writer.together(Ledger.accepted, [told], BINDING) for told in accepted))
+            await asyncio.gather(*(writer.submit_batch(Ledger.record_accepted, [told], BINDING) for told in accepted))
             if bulk:
                 result = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
-                await writer.do(Ledger.settle_bundle, result, ledger.execution, 3, 32 * COST)
+                await writer.submit(Ledger.settle_bulk_task, result, ledger.execution, 3, 32 * COST)
             else:
                 moves = (
-                    writer.together(Ledger.settle, [(attempt, FOUND, 3)], ledger.execution, 3) for attempt in attempts
+                    writer.submit_batch(Ledger.settle, [(attempt, FOUND, 3)], ledger.execution, 3)
+                    for attempt in attempts
                 )
                 await asyncio.gather(*moves)
 
-    record_statements(ledger.ledger, statements)
+    record_statements(ledger.wrapped, statements)
     asyncio.run(scene())
 
     assert len(statements) < 32, statements
-    assert ledger.ledger.counts() == {State.PENDING: 68, State.FOUND: 32}
-    assert ledger.money == (32 * COST, 0, 0, 32)
+    assert ledger.wrapped.state_counts() == {State.PENDING: 68, State.FOUND: 32}
+    assert ledger.execution_counters == (32 * COST, 0, 0, 32)
 
 
 def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> None:
     """What was asked for is written down, though its asker was cancelled and the journal is being closed."""
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
-            writer.do(slow_move)
-            abandoned = asyncio.ensure_future(writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1))
+        async with LedgerWriter(ledger.wrapped) as writer:
+            writer.submit(slow_move)
+            abandoned = asyncio.ensure_future(writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1))
             abandoned.cancel()
-            writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1)
+            writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
     asyncio.run(scene())
 
-    assert ledger.ledger.counts()[State.SUBMITTING] == 2
+    assert ledger.wrapped.state_counts()[State.SUBMITTING] == 2
 
 
 @pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
 def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
     """Every move of the batch fails with LedgerFailed, and so does every later one, though the trouble be over."""
-    pages = ledger.one("PRAGMA page_count")[0]
-    db = ledger.ledger._db
+    pages = ledger.query_one("PRAGMA page_count")[0]
+    db = ledger.wrapped._db
     other = sqlite3.connect(ledger.path, isolation_level=None)
     if trouble == "full":
         db.execute(f"PRAGMA max_page_count = {pages + 2}")
@@ -238,12 +239,12 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
         other.execute("BEGIN IMMEDIATE")
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             batch: list[asyncio.Future[Any]] = [
-                writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1),
-                writer.do(fill_disk),
+                writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1),
+                writer.submit(fill_disk),
             ]
-            batch.append(writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1))
+            batch.append(writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1))
             for result in await asyncio.gather(*batch, return_exceptions=True):
                 assert isinstance(result, LedgerFailed)
                 assert trouble in result.message
@@ -252,22 +253,22 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
             else:
                 other.execute("ROLLBACK")
             with pytest.raises(EnrichError, match=trouble):
-                await writer.do(Ledger.claim, ledger.execution, MAX_PRICE, 1)
+                await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
     try:
         asyncio.run(scene())
     finally:
         other.close()
 
-    assert ledger.ledger.counts() == {State.PENDING: 100}
-    assert ledger.money == (0, 0, 0, 0)
+    assert ledger.wrapped.state_counts() == {State.PENDING: 100}
+    assert ledger.execution_counters == (0, 0, 0, 0)
 
 
 def test_idle_writer_uses_no_cpu(ledger: CommittingLedger) -> None:
     """An idle journal sleeps."""
 
     async def scene() -> float:
-        async with Journal(ledger.ledger):
+        async with LedgerWriter(ledger.wrapped):
             before = time.process_time()
             await asyncio.sleep(0.5)
             return time.process_time() - before

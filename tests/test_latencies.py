@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from enrich.store.ledger import Ledger
-from enrich.store.records import check
+from enrich.store.records import check_ledger
 from tests.books import CALL, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, Workspace, make_leads, serve_api
 
@@ -22,16 +22,16 @@ def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
     """Another call has its own latencies; the newest replace the older ones."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     other = type(CALL)(CALL.waterfall, (*CALL.enrichments, 99))
-    ledger.do(Ledger.remember_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
-    ledger.do(Ledger.remember_latencies, other, [(9.0, 1.0)])
-    ledger.do(Ledger.remember_latencies, CALL, [(4.0, 2.0)])
-    assert ledger.ledger.latencies(CALL) == [(4.0, 2.0)]
-    assert ledger.ledger.latencies(other) == [(9.0, 1.0)]
-    ledger.do(Ledger.remember_latencies, CALL, [(30.0, 1.0)], 100)
-    assert ledger.ledger.latencies(CALL, 100) == [(30.0, 1.0)]
-    assert ledger.ledger.latencies(CALL) == [(4.0, 2.0)]
-    assert check(ledger.path).problems == []
-    ledger.ledger.close()
+    ledger.commit(Ledger.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
+    ledger.commit(Ledger.save_latencies, other, [(9.0, 1.0)])
+    ledger.commit(Ledger.save_latencies, CALL, [(4.0, 2.0)])
+    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
+    assert ledger.wrapped.load_latencies(other) == [(9.0, 1.0)]
+    ledger.commit(Ledger.save_latencies, CALL, [(30.0, 1.0)], 100)
+    assert ledger.wrapped.load_latencies(CALL, 100) == [(30.0, 1.0)]
+    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
+    assert check_ledger(ledger.path).problems == []
+    ledger.wrapped.close()
 
 
 @pytest.mark.long
@@ -43,7 +43,7 @@ def test_second_run_uses_stored_latencies(tmp_path: Path) -> None:
     with serve_api(tmp_path / "api.db", latency="fixed(0.8)") as api:
         for run_number in range(2):
             workspace.write_leads(make_leads(30, start=100 * run_number))
-            summary = workspace.run(api)
+            summary = workspace.run_job(api)
             polls.append(summary.polls)
     assert polls[1] < polls[0]
     assert polls[1] <= 1.5 * 30

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from enrich.errors import Exit, LeaderGone, LedgerLocked
-from enrich.place import LedgerPlace, locate_ledger
-from enrich.place import Postgres as Place
-from enrich.store.copying import copy
-from enrich.store.database import exists
+from enrich.errors import ExitCode, LedgerLocked, RunEnded
+from enrich.place import LedgerLocation, parse_ledger_location
+from enrich.place import PostgresLocation as Place
+from enrich.store.copying import copy_ledger
+from enrich.store.database import ledger_exists
 from enrich.store.dialect import DatabaseFailed
 from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
-from enrich.store.opening import alone, leased, opened
-from enrich.store.records import check
+from enrich.store.opening import open_exclusive, open_for_run, open_leased
+from enrich.store.records import check_ledger
 from tests.books import MAX_PRICE, CommittingLedger, run_sql
 from tests.cases import first_quick, in_turn
 from tests.harness import SandboxApi, Workspace, make_leads
@@ -34,7 +34,7 @@ def backend() -> str:
 
 
 @pytest.fixture
-def server_ledger(ledger_location: LedgerPlace) -> Place:
+def server_ledger(ledger_location: LedgerLocation) -> Place:
     """Make a ledger on a server."""
     assert isinstance(ledger_location, Place)
     Ledger(ledger_location).close()
@@ -45,9 +45,9 @@ def server_ledger(ledger_location: LedgerPlace) -> Place:
 def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
     """Be a worker whose run was killed: nobody holds the lock, and the lease of who led has ended."""
     with ExitStack() as run, ExitStack() as stack:
-        _, leader = run.enter_context(opened(server_ledger))
+        _, leader = run.enter_context(open_for_run(server_ledger))
         assert leader is not None
-        worker = stack.enter_context(leased(server_ledger, follows=leader.fence.owner))
+        worker = stack.enter_context(open_leased(server_ledger, leader_id=leader.fencing_token.owner_id))
         run.close()
         yield worker
 
@@ -57,39 +57,39 @@ def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
 
 def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     """It was asleep, and wakes up when the next run may be at work already."""
-    with opened(server_ledger) as (_, leader):
+    with open_for_run(server_ledger) as (_, leader):
         assert leader is not None
-        with leased(server_ledger, follows=leader.fence.owner) as (mine, lease):
-            assert lease.holds()
-            assert [other.leads for other in mine.others()] == [True]
-    with pytest.raises(LeaderGone), leased(server_ledger, follows=leader.fence.owner):
+        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (mine, lease):
+            assert lease.is_valid()
+            assert [other.is_leader for other in mine.other_holders()] == [True]
+    with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
         pass
     assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
 
 
 def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
     """Another has ended the lease of who led, and waits for those who are left."""
-    with opened(server_ledger) as (mine, leader):
+    with open_for_run(server_ledger) as (mine, leader):
         assert leader is not None
         other = Ledger(server_ledger)
-        other.end_lease_of(other.others())
+        other.revoke_leases(other.other_holders())
         other.close()
-        with pytest.raises(LeaderGone), leased(server_ledger, follows=leader.fence.owner):
+        with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
             pass
-        assert mine.owner == leader.fence.owner
+        assert mine.owner_id == leader.fencing_token.owner_id
 
 
 def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
     """Also while a worker is about to begin, whose leader's lease has run out: nobody goes on as if alone."""
     leader, beginner, looker = (Ledger(server_ledger) for _ in range(3))
     with leader.transaction():
-        number = leader.begin_lease("leader", 30)
+        number = leader.acquire_lease("leader", 30)
     run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
     beginner._db.begin()
-    beginner.begin_lease("worker", 30, follows=number)
-    assert [owner.name for owner in looker.others()] == ["leader"]
+    beginner.acquire_lease("worker", 30, leader_id=number)
+    assert [owner.name for owner in looker.other_holders()] == ["leader"]
     beginner._db.commit()
-    assert [owner.name for owner in looker.others()] == ["worker"]
+    assert [owner.name for owner in looker.other_holders()] == ["worker"]
     for each in (leader, beginner, looker):
         each.close()
 
@@ -97,24 +97,24 @@ def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
 # What a crash leaves
 
 
-def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerPlace) -> None:
+def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
     """What its holder was at is in doubt with its request, or neither yet: nothing is torn."""
     assert isinstance(ledger_location, Place)
-    ledger.begin(1, 2, 3, 4, 5, 6, 7, 8)
+    ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8)
     result = 0
     for moment in range(1, 5):
-        with opened(ledger_location) as (_, leader):
+        with open_for_run(ledger_location) as (_, leader):
             assert leader is not None
-            holder = Ledger(ledger_location, fence=leader.fence)
+            holder = Ledger(ledger_location, fencing_token=leader.fencing_token)
             with holder.transaction():
                 holder.claim(ledger.execution, MAX_PRICE, ledger.now)
-            _before_statement(ledger.ledger, moment, lambda: run_sql(ledger_location, "DELETE FROM owners"))
-            ledger.do(Ledger.recover, ledger.now)
-            assert check(ledger_location).problems == []
+            _before_statement(ledger.wrapped, moment, lambda: run_sql(ledger_location, "DELETE FROM owners"))
+            ledger.commit(Ledger.recover, ledger.now)
+            assert check_ledger(ledger_location).problems == []
             holder.close()
-        result += ledger.do(Ledger.recover, ledger.now)
-        assert check(ledger_location).problems == []
-    assert ledger.all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
+        result += ledger.commit(Ledger.recover, ledger.now)
+        assert check_ledger(ledger_location).problems == []
+    assert ledger.query_all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
     assert result < 4  # some were found by the first look
 
 
@@ -134,13 +134,13 @@ def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[]
 # Several at once
 
 
-def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerPlace) -> None:
+def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
     """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
-    ledger.begin(1, 2)
+    ledger.start_and_enroll(1, 2)
     attempt = ledger.submit()
     with closing(Ledger(ledger_location)) as other, other.transaction():
         other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (ledger.execution, attempt))
-        ledger.ledger._db.execute("SET lock_timeout = '5s'")
+        ledger.wrapped._db.execute("SET lock_timeout = '5s'")
         assert ledger.claim()
 
 
@@ -149,37 +149,37 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
 
 def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
     """Though nobody holds its lock: it may send yet what it has claimed."""
-    assert worker[1].holds()
-    with pytest.raises(LedgerLocked, match="left processes behind"), alone(server_ledger):
+    assert worker[1].is_valid()
+    with pytest.raises(LedgerLocked, match="left processes behind"), open_exclusive(server_ledger):
         pass
 
 
 def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
     """Also when the server has lost its lock: who is alone has a lease, as one who leads."""
-    with alone(server_ledger), closing(Ledger(server_ledger)) as other:
-        assert [owner.leads for owner in other.others()] == [True]
+    with open_exclusive(server_ledger), closing(Ledger(server_ledger)) as other:
+        assert [owner.is_leader for owner in other.other_holders()] == [True]
 
 
 def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
     """What it buys in the old ledger the new one would buy again."""
-    assert worker[1].holds()
+    assert worker[1].is_valid()
     with pytest.raises(LedgerLocked):
-        copy(server_ledger, tmp_path / "copy.db")
-    assert not exists(tmp_path / "copy.db")
+        copy_ledger(server_ledger, tmp_path / "copy.db")
+    assert not ledger_exists(tmp_path / "copy.db")
 
 
 @pytest.mark.parametrize("command", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "0s")])
 def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, command: tuple[str, ...]) -> None:
     """It would be told of again by what comes yet."""
     workspace.write_leads(make_leads(2))
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    assert isinstance(workspace.place, Place)
-    with opened(workspace.place) as (_, leader):
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert isinstance(workspace.ledger_location, Place)
+    with open_for_run(workspace.ledger_location) as (_, leader):
         assert leader is not None
-        result = workspace.command(command[0], "job.yaml", *command[1:], "--yes")
-    again = workspace.command(command[0], "job.yaml", *command[1:], "--yes")
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:], "--yes")
+    again = workspace.run_in_process(command[0], "job.yaml", *command[1:], "--yes")
 
-    assert (result.code, again.code) == (Exit.LOCKED, 0), (result.stderr, again.stderr)
+    assert (result.exit_code, again.exit_code) == (ExitCode.LOCKED, 0), (result.stderr, again.stderr)
 
 
 # A clock that nobody sets
@@ -187,7 +187,7 @@ def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, comman
 
 def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What processes write down for each other has one time."""
-    with opened(server_ledger) as (mine, lease):
+    with open_for_run(server_ledger) as (mine, lease):
         assert lease is not None
         hours_ago = time.time_ns() - 10**9 * 7200
         monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
@@ -196,11 +196,11 @@ def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.Monkey
 
 def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
     """The connection serves the next one."""
-    ledger.all("ALTER TABLE commits RENAME TO gone")
-    with pytest.raises(DatabaseFailed), ledger.ledger.transaction():
+    ledger.query_all("ALTER TABLE commits RENAME TO gone")
+    with pytest.raises(DatabaseFailed), ledger.wrapped.transaction():
         pass
-    ledger.all("ALTER TABLE gone RENAME TO commits")
-    ledger.begin(1)
+    ledger.query_all("ALTER TABLE gone RENAME TO commits")
+    ledger.start_and_enroll(1)
 
 
 # Its name
@@ -228,17 +228,17 @@ def test_password_in_url_is_refused(
     workspace.write_leads(make_leads(1))
     plain = Workspace(workspace.folder)
     result = [
-        plain.command("run", "job.yaml", "--log-file", "log", "--ledger", url, api=api),
-        plain.command("status", "job.yaml", "--ledger", url),
-        plain.command("run", "job.yaml", "--log-file", "log", api=api, ENRICH_LEDGER=url),
-        plain.command("cron", "job.yaml", "--at", "02:00", ENRICH_LEDGER=url),
-        plain.command("ledger", "check", url),
-        plain.command("ledger", "copy", url, "copy.db"),
+        plain.run_in_process("run", "job.yaml", "--log-file", "log", "--ledger", url, api=api),
+        plain.run_in_process("status", "job.yaml", "--ledger", url),
+        plain.run_in_process("run", "job.yaml", "--log-file", "log", api=api, ENRICH_LEDGER=url),
+        plain.run_in_process("cron", "job.yaml", "--at", "02:00", ENRICH_LEDGER=url),
+        plain.run_in_process("ledger", "check", url),
+        plain.run_in_process("ledger", "copy", url, "copy.db"),
     ]
     plain.write_job(ledger=f'"{url}"')
-    result.append(plain.command("run", "job.yaml", "--log-file", "log", api=api))
+    result.append(plain.run_in_process("run", "job.yaml", "--log-file", "log", api=api))
 
-    assert [done.code for done in result] == [Exit.USAGE] * len(result), [done.stderr for done in result]
+    assert [done.exit_code for done in result] == [ExitCode.USAGE] * len(result), [done.stderr for done in result]
     assert all("set PGPASSWORD" in done.stderr for done in result)
     message = "".join(done.stdout + done.stderr for done in result)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != plain.job_file)
@@ -259,7 +259,7 @@ def test_password_in_url_is_refused(
 )
 def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
     """As long as nothing secret is in it."""
-    found = locate_ledger(tmp_path, url, tmp_path)
+    found = parse_ledger_location(tmp_path, url, tmp_path)
     assert isinstance(found, Place)
     assert str(found).partition("?")[0] == f"postgresql://{url.partition('://')[2].partition('?')[0]}"
 
@@ -268,14 +268,14 @@ def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
 def test_ledger_option_finds_server_ledger(api: SandboxApi, workspace: Workspace, command: str) -> None:
     """An option names it as the job file would."""
     workspace.write_leads(make_leads(2))
-    url = str(workspace.server)
+    url = str(workspace.server_url)
     plain = Workspace(workspace.folder, environ=workspace.environ)
     plain.write_job()
-    assert plain.command("run", "job.yaml", "--ledger", url, api=api).code == 0
+    assert plain.run_in_process("run", "job.yaml", "--ledger", url, api=api).exit_code == 0
     which = ("--row", "1") if command == "explain" else ()
 
-    result = plain.command(command, "job.yaml", "--ledger", url, "--json", *which)
+    result = plain.run_in_process(command, "job.yaml", "--ledger", url, "--json", *which)
 
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "found" in result.stdout
     assert not (plain.folder / f"postgresql:{os.sep}").exists()

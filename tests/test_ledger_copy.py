@@ -14,15 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import LedgerLocked, Refused
-from enrich.place import LedgerPlace, Postgres, locate_ledger
-from enrich.privacy import key_path, make_key
+from enrich.errors import CommandRefused, LedgerLocked
+from enrich.place import LedgerLocation, PostgresLocation, parse_ledger_location
+from enrich.privacy import key_path, read_or_make_key
 from enrich.store import copying
-from enrich.store.copying import TABLES, copy
-from enrich.store.database import exists
+from enrich.store.copying import COPIED_TABLES, copy_ledger
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold
-from enrich.store.records import check
+from enrich.store.lock import lock_ledger
+from enrich.store.records import check_ledger
 from tests import postgres as servers
 from tests.books import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
 from tests.cases import examples
@@ -36,39 +36,39 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def server_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerPlace:
+def server_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
     """Name a place on the server where nothing is."""
-    return locate_ledger(tmp_path, postgres.url(), tmp_path / "keys")
+    return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path / "keys")
 
 
 @pytest.fixture
 def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     """Make a ledger with something in every table."""
-    ledger.begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
+    ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     ledger.settle(ledger.submit("a"))
     ledger.settle(ledger.submit("b"), NO_MATCH)
     ledger.submit("c")
-    ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
-    ledger.do(Ledger.rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
+    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(Ledger.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
-    ledger.settle_bundle(ledger.submit_bundle(3), NO_MATCH, credits_=COST)
-    ledger.do(Ledger.remember_waterfall, "email_getter", {"name": "é"}, [1, 2])
-    ledger.do(Ledger.deliver, "job", [(0, b"key", 1)])
-    ledger.do(Ledger.forget, make_key(ledger.place), [(2, b"0" * 16, "{}")], ledger.now)
-    ledger.do(Ledger.remember_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
-    ledger.do(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
+    ledger.commit(Ledger.save_waterfall, "email_getter", {"name": "é"}, [1, 2])
+    ledger.commit(Ledger.mark_delivered, "job", [(0, b"key", 1)])
+    ledger.commit(Ledger.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
+    ledger.commit(Ledger.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
+    ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     return ledger
 
 
-def table_contents(ledger_location: LedgerPlace) -> dict[str, list[str]]:
+def table_contents(ledger_location: LedgerLocation) -> dict[str, list[str]]:
     """Read all that a ledger remembers, in any order."""
     return {
         table: sorted(map(repr, run_sql(ledger_location, f"SELECT {_columns(ledger_location, table)} FROM {table}")))
-        for table in TABLES
+        for table in COPIED_TABLES
     }
 
 
-def _columns(ledger_location: LedgerPlace, table: str) -> str:
+def _columns(ledger_location: LedgerLocation, table: str) -> str:
     if isinstance(ledger_location, Path):
         names = run_sql(ledger_location, "SELECT name FROM pragma_table_info(?)", table)
     else:
@@ -83,52 +83,52 @@ def _columns(ledger_location: LedgerPlace, table: str) -> str:
 
 def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
     """Whoever adds a table says whether it is copied; the night has something in each."""
-    if isinstance(filled_ledger.place, Postgres):
+    if isinstance(filled_ledger.location, PostgresLocation):
         named = {
             name
-            for (name,) in filled_ledger.all(
-                "SELECT tablename FROM pg_tables WHERE schemaname = ?", filled_ledger.place.schema
+            for (name,) in filled_ledger.query_all(
+                "SELECT tablename FROM pg_tables WHERE schemaname = ?", filled_ledger.location.schema
             )
         }
         named -= {"ledger", "owners", "allowance", "seen", "commits"}
     else:
-        named = {name for (name,) in filled_ledger.all("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert named == set(TABLES)
-    assert all(table_contents(filled_ledger.place).values())
+        named = {name for (name,) in filled_ledger.query_all("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert named == set(COPIED_TABLES)
+    assert all(table_contents(filled_ledger.location).values())
 
 
 def test_copy_roundtrip_is_identical(
-    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
     """Every number, text and key arrives, on the server and in a file again; what was copied stays as it was."""
-    before, back = table_contents(filled_ledger.place), tmp_path / "back" / "ledger.db"
+    before, back = table_contents(filled_ledger.location), tmp_path / "back" / "ledger.db"
 
-    there = copy(filled_ledger.place, server_location)
-    again = copy(server_location, back)
+    there = copy_ledger(filled_ledger.location, server_location)
+    again = copy_ledger(server_location, back)
 
     assert replace(there, key=None) == replace(again, key=None)
-    assert table_contents(filled_ledger.place) == table_contents(server_location) == table_contents(back) == before
+    assert table_contents(filled_ledger.location) == table_contents(server_location) == table_contents(back) == before
     assert (
-        key_path(filled_ledger.place).read_bytes()
+        key_path(filled_ledger.location).read_bytes()
         == key_path(server_location).read_bytes()
         == key_path(back).read_bytes()
     )
     assert key_path(back).stat().st_mode & 0o777 == 0o600
-    assert check(filled_ledger.place) == check(server_location) == check(back)
+    assert check_ledger(filled_ledger.location) == check_ledger(server_location) == check_ledger(back)
 
 
-def test_copy_can_be_used(filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path) -> None:
+def test_copy_can_be_used(filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path) -> None:
     """New requests, attempts and executions get numbers of their own, and what was at the API settles."""
     for target in (server_location, tmp_path / "copy.db"):
-        copy(filled_ledger.place, target)
+        copy_ledger(filled_ledger.location, target)
         ledger = CommittingLedger.open(target)
-        (task,) = [task for task in ledger.ledger.tasks() if task.task_id == "c"]
-        ledger.begin(7, 20, 21)
+        (task,) = [task for task in ledger.wrapped.submitted_tasks() if task.task_id == "c"]
+        ledger.start_and_enroll(7, 20, 21)
         ledger.settle(task.attempts[0])
         ledger.settle(ledger.submit("new"))
-        ledger.submit_bundle(1)
-        ledger.ledger.close()
-        assert check(target).problems == []
+        ledger.submit_bulk(1)
+        ledger.wrapped.close()
+        assert check_ledger(target).problems == []
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -157,19 +157,19 @@ def test_any_values_are_copied(
     """Signs of all alphabets, JSON with a NUL in it, the largest numbers; a bare NUL becomes what stands for it."""
     with tempfile.TemporaryDirectory() as name:
         first, back = Path(name) / "first.db", Path(name) / "back.db"
-        server = locate_ledger(Path(name), postgres.url(), Path(name))
+        server = parse_ledger_location(Path(name), postgres.ledger_url(), Path(name))
         ledger = CommittingLedger.open(first)
-        ledger.begin(*range(len(asked)))
-        with ledger.ledger.transaction():
-            db = ledger.ledger._db
+        ledger.start_and_enroll(*range(len(asked)))
+        with ledger.wrapped.transaction():
+            db = ledger.wrapped._db
             db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             db.executemany("UPDATE requests SET params = ? WHERE id = ?", [(it, n) for n, it in enumerate(asked, 1)])
             db.executemany("INSERT INTO forgotten VALUES (?)", [(it,) for it in hashes])
             db.execute("UPDATE executions SET balance_before = ?", (balance,))
-            ledger.ledger.remember_latencies(CALL, latencies.items())
-        ledger.ledger.close()
+            ledger.wrapped.save_latencies(CALL, latencies.items())
+        ledger.wrapped.close()
 
-        assert copy(first, server).digest == copy(server, back).digest
+        assert copy_ledger(first, server).digest == copy_ledger(server, back).digest
 
         assert table_contents(server) == table_contents(back)
         postgres.drop_schemas()
@@ -185,74 +185,76 @@ def test_any_values_are_copied(
 
 
 def test_existing_target_is_refused(
-    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
     """A ledger in which something stands stays as it is, and so does the key of another."""
     for target in (server_location, tmp_path / "other.db"):
-        ledger = CommittingLedger.open(target).begin(1)
-        ledger.ledger.close()
+        ledger = CommittingLedger.open(target).start_and_enroll(1)
+        ledger.wrapped.close()
         before = table_contents(target)
-        with pytest.raises(Refused, match="not empty"):
-            copy(filled_ledger.place, target)
+        with pytest.raises(CommandRefused, match="not empty"):
+            copy_ledger(filled_ledger.location, target)
         assert table_contents(target) == before
     taken = tmp_path / "taken.db"
     key_path(taken).write_bytes(b"another")
-    with pytest.raises(Refused, match=r"taken\.db\.key: here lies the key of another ledger"):
-        copy(filled_ledger.place, taken)
+    with pytest.raises(CommandRefused, match=r"taken\.db\.key: here lies the key of another ledger"):
+        copy_ledger(filled_ledger.location, taken)
     assert key_path(taken).read_bytes() == b"another"
-    assert not exists(taken)
+    assert not ledger_exists(taken)
 
 
 def test_failed_copy_leaves_nothing(
-    filled_ledger: CommittingLedger, server_location: LedgerPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is there as a whole or not at all."""
     for target in (server_location, tmp_path / "copy.db"):
         with monkeypatch.context() as broken:
-            broken.setattr(copying, "_copy_key", lambda *_: 1 / 0)
+            broken.setattr(copying, "_copy_forgotten_key", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                copy(filled_ledger.place, target)
-        assert not exists(target)
-        copy(filled_ledger.place, target)
-        assert table_contents(target) == table_contents(filled_ledger.place)
+                copy_ledger(filled_ledger.location, target)
+        assert not ledger_exists(target)
+        copy_ledger(filled_ledger.location, target)
+        assert table_contents(target) == table_contents(filled_ledger.location)
 
 
 @pytest.mark.parametrize("held", ["source", "target"])
-def test_copy_refused_during_run(filled_ledger: CommittingLedger, server_location: LedgerPlace, held: str) -> None:
+def test_copy_refused_during_run(filled_ledger: CommittingLedger, server_location: LedgerLocation, held: str) -> None:
     """While one is at work with either, nothing is copied."""
-    with hold(filled_ledger.place if held == "source" else server_location, 0), pytest.raises(LedgerLocked):
-        copy(filled_ledger.place, server_location)
+    with lock_ledger(filled_ledger.location if held == "source" else server_location, 0), pytest.raises(LedgerLocked):
+        copy_ledger(filled_ledger.location, server_location)
 
 
 def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
     """However it is named."""
-    with pytest.raises(Refused, match="the ledger itself"):
-        copy(filled_ledger.place, filled_ledger.place)
+    with pytest.raises(CommandRefused, match="the ledger itself"):
+        copy_ledger(filled_ledger.location, filled_ledger.location)
 
 
-def test_missing_source_is_refused(ledger_location: LedgerPlace, server_location: LedgerPlace, tmp_path: Path) -> None:
+def test_missing_source_is_refused(
+    ledger_location: LedgerLocation, server_location: LedgerLocation, tmp_path: Path
+) -> None:
     """It is told, and no empty copy is made of it."""
     for target in (server_location, tmp_path / "copy.db"):
-        with pytest.raises(Refused, match="no such ledger"):
-            copy(ledger_location, target)
-        assert not exists(target)
+        with pytest.raises(CommandRefused, match="no such ledger"):
+            copy_ledger(ledger_location, target)
+        assert not ledger_exists(target)
 
 
-def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerPlace) -> None:
+def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerLocation) -> None:
     """Equal to what is wrong is wrong, too: it is told, and nothing stays."""
-    filled_ledger.all("UPDATE executions SET spent = spent + 1")
-    with pytest.raises(Refused, match="execution whose spending is not the sum"):
-        copy(filled_ledger.place, server_location)
-    assert not exists(server_location)
+    filled_ledger.query_all("UPDATE executions SET spent = spent + 1")
+    with pytest.raises(CommandRefused, match="execution whose spending is not the sum"):
+        copy_ledger(filled_ledger.location, server_location)
+    assert not ledger_exists(server_location)
 
 
 def test_differences_are_detected(
-    filled_ledger: CommittingLedger, server_location: LedgerPlace, monkeypatch: pytest.MonkeyPatch
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not arrive, or arrives as something else, is no copy."""
-    take = copying._New.fill
+    take = copying._TargetLedger.load_tables
 
-    def lose(new: copying._New, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
+    def lose(new: copying._TargetLedger, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
         take(
             new,
             {
@@ -261,9 +263,9 @@ def test_differences_are_detected(
             },
         )
 
-    monkeypatch.setattr(copying._New, "fill", lose)
-    with pytest.raises(Refused, match="delivered differs"):
-        copy(filled_ledger.place, server_location)
+    monkeypatch.setattr(copying._TargetLedger, "load_tables", lose)
+    with pytest.raises(CommandRefused, match="delivered differs"):
+        copy_ledger(filled_ledger.location, server_location)
 
 
 # The command
@@ -274,17 +276,17 @@ def test_job_moves_to_server_without_resending(
 ) -> None:
     """Its ledger is copied, the job file says so, and the next run uses every answer again; likewise back."""
     workspace.write_leads(make_leads(6))
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    url = postgres.url()
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    url = postgres.ledger_url()
 
-    there = replace(workspace, environ=postgres.environ).command("ledger", "copy", "job.yaml", url, "--json")
-    moved = replace(workspace, server=url, environ=postgres.environ)
+    there = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
+    moved = replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
-    ran = moved.run(api)
-    back = moved.command("ledger", "copy", "job.yaml", "back.db")
+    ran = moved.run_job(api)
+    back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
 
-    assert (there.code, back.code) == (0, 0), there.stderr + back.stderr
-    assert (there.receipt["to"], there.receipt["key"], there.receipt["rows"]["requests"]) == (url, None, 6)
+    assert (there.exit_code, back.exit_code) == (0, 0), there.stderr + back.stderr
+    assert (there.json_output["to"], there.json_output["key"], there.json_output["rows"]["requests"]) == (url, None, 6)
     assert (ran.reused, ran.submitted) == (6, 0)
     assert back.stdout.startswith("ok: ")
     assert "run no more with the old one" in back.stdout
@@ -296,17 +298,17 @@ def test_hash_key_is_copied(
 ) -> None:
     """Whoever was forgotten is not asked about again, from whichever folder the copy was made."""
     workspace.write_leads(make_leads(3))
-    workspace.run(api)
-    assert workspace.command("forget", "job.yaml", "--match", "First Name=First1", "--yes").code == 0
-    url, away = postgres.url(), Workspace(tmp_path, environ=postgres.environ)
+    workspace.run_job(api)
+    assert workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes").exit_code == 0
+    url, away = postgres.ledger_url(), Workspace(tmp_path, environ=postgres.environ)
 
-    result = away.command("ledger", "copy", str(workspace.job_file), url)
-    moved = replace(workspace, server=url, environ=postgres.environ)
+    result = away.run_in_process("ledger", "copy", str(workspace.job_file), url)
+    moved = replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
 
-    assert result.code == 0, result.stderr
-    assert f"is {key_path(moved.place)}" in result.stdout
-    ran = moved.run(api)
+    assert result.exit_code == 0, result.stderr
+    assert f"is {key_path(moved.ledger_location)}" in result.stdout
+    ran = moved.run_job(api)
     assert (ran.reused, ran.submitted) == (2, 0)
 
 
@@ -322,7 +324,7 @@ def test_hash_key_is_copied(
 )
 def test_copy_errors_have_exit_codes(workspace: Workspace, arguments: tuple[str, ...], code: int, word: str) -> None:
     """With the exit code of its kind, never a trace."""
-    result = workspace.command("ledger", "copy", *arguments)
+    result = workspace.run_in_process("ledger", "copy", *arguments)
 
-    assert (result.code, word in result.stderr) == (code, True), result.stderr
+    assert (result.exit_code, word in result.stderr) == (code, True), result.stderr
     assert not (workspace.folder / "copy.db").exists()

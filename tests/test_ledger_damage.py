@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.store.ledger import Ledger
-from enrich.store.records import check
+from enrich.store.records import check_ledger
 from tests.books import CommittingLedger
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api
@@ -50,7 +50,7 @@ def paid_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sand
     workspace.write_job()
     workspace.write_leads([[f"{SECRET}{number}", *lead[1:]] for number, lead in enumerate(make_leads(30))])
     with serve_api(folder / "api.db") as api:
-        assert workspace.run(api).exit_code == 0
+        assert workspace.run_job(api).exit_code == 0
         yield api, workspace, workspace.ledger_path.read_bytes()
 
 
@@ -66,10 +66,10 @@ def write_ledger(workspace: Workspace, content: bytes) -> None:
 def assert_error_without_content(result: ProgramResult, *codes: int) -> None:
     """Expect one of these exits, without a trace and without a word of the content."""
     assert "Traceback" not in result.stderr
-    assert result.code in codes, result.stderr
-    if result.code:
+    assert result.exit_code in codes, result.stderr
+    if result.exit_code:
         assert SECRET not in result.stderr + result.stdout
-    if result.code == 5 and "forgotten" not in result.stderr:
+    if result.exit_code == 5 and "forgotten" not in result.stderr:
         assert "damaged" in result.stderr + result.stdout, result.stderr
 
 
@@ -91,7 +91,7 @@ def test_truncated_file_is_reported(
     api, workspace, content = paid_ledger
     write_ledger(workspace, content[:-lost])
 
-    assert_error_without_content(workspace.command(*command, api=api), 5)
+    assert_error_without_content(workspace.run_in_process(*command, api=api), 5)
 
 
 @pytest.mark.parametrize("command", first_quick(2, COMMANDS, single=True), ids=NAMES)
@@ -107,7 +107,7 @@ def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace
     ]:
         write_ledger(workspace, content[:start] + chance.randbytes(length) + content[start + length :])
 
-        assert_error_without_content(workspace.command(*command, api=api), 5, 0)
+        assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
 
 
 @pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
@@ -132,7 +132,7 @@ def test_invalid_text_is_reported(
     write_ledger(workspace, content)
     execute_raw(workspace.ledger_path, statement)
 
-    assert_error_without_content(workspace.command(*command, api=api), 5, 0)
+    assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
 
 
 def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, bytes]) -> None:
@@ -146,9 +146,9 @@ def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, by
         "UPDATE facts SET value = CAST(x'ff' AS TEXT) WHERE name = 'workspace'",
     )
 
-    result = workspace.command("ledger", "check", "job.yaml", api=api)
+    result = workspace.run_in_process("ledger", "check", "job.yaml", api=api)
 
-    assert result.code == 5
+    assert result.exit_code == 5
     assert "requests.params, id 3: not UTF-8" in result.stdout
     assert "attempts.answer, id 5: not JSON" in result.stdout
     assert "facts.value, row 2: not UTF-8" in result.stdout
@@ -158,10 +158,10 @@ def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, by
 @pytest.fixture(scope="module")
 def small_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a ledger of a few pages."""
-    ledger = CommittingLedger.open(tmp_path_factory.mktemp("sound") / "sound.db").begin(*range(30))
+    ledger = CommittingLedger.open(tmp_path_factory.mktemp("sound") / "sound.db").start_and_enroll(*range(30))
     for number in range(20):
         ledger.settle(ledger.submit(str(number)))
-    ledger.ledger.close()
+    ledger.wrapped.close()
     return ledger.path
 
 
@@ -173,9 +173,9 @@ def test_any_truncation_is_refused(small_ledger: Path, tmp_path_factory: pytest.
     path = tmp_path_factory.mktemp("cut") / "job.db"
     for read_only in (True, False):
         path.write_bytes(content[:length])
-        with pytest.raises(Refused, match="damaged"):
+        with pytest.raises(CommandRefused, match="damaged"):
             Ledger(path, read_only=read_only).close()
-    assert check(path).problems
+    assert check_ledger(path).problems
 
 
 @given(start=st.floats(0, 1), noise=st.binary(min_size=1, max_size=300))
@@ -189,8 +189,8 @@ def test_check_of_random_damage(
     path.write_bytes(content[:at] + noise + content[at + len(noise) :])
 
     try:
-        found = check(path)
-    except Refused as refused:
+        found = check_ledger(path)
+    except CommandRefused as refused:
         assert refused.message.startswith(str(path))  # noqa: PT017 - both ways out are right
         return
     assert all("example" not in problem and "F1" not in problem for problem in found.problems)
@@ -240,9 +240,9 @@ def test_special_files_are_refused(
     workspace.ledger_path.parent.mkdir()
     make(workspace.ledger_path)
 
-    result = workspace.command(*command, api=api)
+    result = workspace.run_in_process(*command, api=api)
 
-    assert result.code == 5, result.stderr
+    assert result.exit_code == 5, result.stderr
     assert "Traceback" not in result.stderr
     assert str(workspace.ledger_path) in result.stderr
     assert not workspace.ledger_path.with_name("gone.db").exists()
@@ -252,11 +252,11 @@ def test_special_files_are_refused(
 def test_symlinked_ledger_shares_lock(api: SandboxApi, workspace: Workspace) -> None:
     """It is used where it is, its lock too, so that no other run gets at it by another name."""
     workspace.write_leads(make_leads(3))
-    assert workspace.run(api).exit_code == 0
+    assert workspace.run_job(api).exit_code == 0
     (workspace.folder / "link.db").symlink_to(workspace.ledger_path)
 
-    result = workspace.command("run", "job.yaml", "--ledger", "link.db", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--ledger", "link.db", "--json", api=api)
 
-    assert result.code == 0, result.stderr
-    assert result.receipt["reused"] == 3
+    assert result.exit_code == 0, result.stderr
+    assert result.json_output["reused"] == 3
     assert not (workspace.folder / "link.db.lock").exists()

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import LedgerLocked, Refused
-from enrich.store.lock import hold, is_held
+from enrich.errors import CommandRefused, LedgerLocked
+from enrich.store.lock import is_locked, lock_ledger
 
 HOLDER_SCRIPT = """
 import sys, time
 from pathlib import Path
-from enrich.store.lock import hold
-with hold(Path(sys.argv[1]), 0):
+from enrich.store.lock import lock_ledger
+with lock_ledger(Path(sys.argv[1]), 0):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -49,7 +49,7 @@ def test_held_lock_fails_at_once(ledger_path: Path) -> None:
     """Without waiting, the error names the ledger and what to do."""
     with lock_in_other_process(ledger_path):
         started = time.monotonic()
-        with pytest.raises(LedgerLocked, match=r"leads\.db") as locked, hold(ledger_path, 0):
+        with pytest.raises(LedgerLocked, match=r"leads\.db") as locked, lock_ledger(ledger_path, 0):
             pytest.fail("two writers")
         assert time.monotonic() - started < 10
 
@@ -62,7 +62,7 @@ def test_lock_released_by_killed_process(ledger_path: Path) -> None:
     with lock_in_other_process(ledger_path) as process:
         process.kill()
         process.wait()
-        with hold(ledger_path, 0):
+        with lock_ledger(ledger_path, 0):
             pass
 
 
@@ -70,16 +70,16 @@ def test_lock_released_by_killed_process(ledger_path: Path) -> None:
 def test_wait_for_lock(ledger_path: Path, wait_s: float) -> None:
     """It is taken as soon as the other process lets go."""
     with lock_in_other_process(ledger_path, 0.3):
-        with pytest.raises(LedgerLocked), hold(ledger_path, 0.05):
+        with pytest.raises(LedgerLocked), lock_ledger(ledger_path, 0.05):
             pytest.fail("two writers")
-        with hold(ledger_path, wait_s):
+        with lock_ledger(ledger_path, wait_s):
             pass
 
 
 def test_lock_excludes_within_process(ledger_path: Path) -> None:
     """The lock is of the holder, not of the process; it can be taken again when it was let go."""
     for _ in range(2):
-        with hold(ledger_path, 0), pytest.raises(LedgerLocked), hold(ledger_path, 0):
+        with lock_ledger(ledger_path, 0), pytest.raises(LedgerLocked), lock_ledger(ledger_path, 0):
             pytest.fail("two writers")
 
 
@@ -87,7 +87,7 @@ def test_lock_file_permissions(ledger_path: Path) -> None:
     """Removing it would let two processes hold two files of one name."""
     before = os.umask(0)
     try:
-        with hold(ledger_path, 0):
+        with lock_ledger(ledger_path, 0):
             pass
     finally:
         os.umask(before)
@@ -100,19 +100,19 @@ def test_file_system_without_locks(tmp_path: Path) -> None:
     """The message names the file."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "leads.db", Path("/proc/enrich/leads.db")):
-        with pytest.raises(Refused, match=r"leads\.db\.lock"), hold(path, 0):
+        with pytest.raises(CommandRefused, match=r"leads\.db\.lock"), lock_ledger(path, 0):
             pytest.fail("held nothing")
 
 
 def test_lock_inspection_changes_nothing(tmp_path: Path) -> None:
     """Held or not, looking changes nothing for who holds it, and makes no file."""
     ledger = tmp_path / "ledger.db"
-    assert not is_held(ledger)
+    assert not is_locked(ledger)
     assert list(tmp_path.iterdir()) == []
-    with hold(ledger, 0):
-        assert is_held(ledger)
-        with pytest.raises(LedgerLocked), hold(ledger, 0):
+    with lock_ledger(ledger, 0):
+        assert is_locked(ledger)
+        with pytest.raises(LedgerLocked), lock_ledger(ledger, 0):
             pass
-    assert not is_held(ledger)
-    with hold(ledger, 0):
+    assert not is_locked(ledger)
+    with lock_ledger(ledger, 0):
         pass

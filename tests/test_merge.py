@@ -43,8 +43,8 @@ def run_and_compare_emails(workspace: Workspace, api: SandboxApi, merge: str) ->
     workspace.write_job(MERGE_JOB, merge=merge)
     with (workspace.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
         before = [row["Email"] for row in csv.DictReader(file)]
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    rows = workspace.output()
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    rows = workspace.read_output()
     assert list(rows[0])[: len(HEADER)] == HEADER
     return before, [row["Email"] for row in rows], [row["enrich_status"] for row in rows]
 
@@ -72,25 +72,27 @@ def test_overwrite_with_matches(workspace: Workspace, api: SandboxApi) -> None:
 def test_name_clash_without_merge(workspace: Workspace, api: SandboxApi) -> None:
     """The hint names the way out; nothing is spent."""
     workspace.write_job(MERGE_JOB)
-    result = workspace.command("run", "job.yaml", api=api)
-    assert (result.code, "merge: fill_empty" in result.stderr) == (2, True)
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, "merge: fill_empty" in result.stderr) == (2, True)
     assert api.audit()["accepted"] == 0
 
 
 def test_only_if_empty_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     """Rows that have an address are neither asked nor changed."""
     workspace.write_job(MERGE_JOB, merge="fill_empty", only_if_empty="[Email]")
-    result = workspace.command("run", "job.yaml", "--json", api=api)
-    assert (result.code, result.receipt["submitted"], result.receipt["filtered"]) == (0, 4, 4)
-    assert [row["Email"] for row in workspace.output()][1::2] == [f"old{number}@crm.example" for number in (1, 3, 5, 7)]
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert (result.exit_code, result.json_output["submitted"], result.json_output["filtered"]) == (0, 4, 4)
+    assert [row["Email"] for row in workspace.read_output()][1::2] == [
+        f"old{number}@crm.example" for number in (1, 3, 5, 7)
+    ]
 
 
 def test_new_columns_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     """A column that the input lacks is added behind it, as ever."""
     both = "{Email: email, found_email: email}"
     workspace.write_job(JOB.replace("columns:\n  work_email: email", f"columns: {both}"), merge="overwrite")
-    assert workspace.command("run", "job.yaml", api=api).code == 0
-    for row in workspace.output():
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    for row in workspace.read_output():
         assert not row["found_email"] or row["found_email"] == row["Email"]
 
 
@@ -104,19 +106,22 @@ def test_input_formulas_are_unchanged(tmp_path: Path) -> None:
     job = JOB.replace("work_email: email", "Note: email")
     with serve_api(tmp_path / "api.db") as api:
         workspace.write_job(job, merge="fill_empty")
-        assert workspace.command("run", "job.yaml", api=api).code == 0
-        assert [row["Note"] for row in workspace.output()][:3] == ["=1+1"] * 3
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+        assert [row["Note"] for row in workspace.read_output()][:3] == ["=1+1"] * 3
         workspace.write_job(job, merge="fill_empty", output="out.parquet")
-        assert workspace.command("run", "job.yaml", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     assert pl.read_parquet(tmp_path / "out.parquet")["Note"].to_list()[:3] == ["=1+1"] * 3
 
 
 def test_merged_output_as_next_input(workspace: Workspace, api: SandboxApi) -> None:
     """Fed back, it asks nothing new and stays as it is."""
     workspace.write_job(MERGE_JOB, merge="fill_empty")
-    assert workspace.command("run", "job.yaml", api=api).code == 0
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     first = (workspace.folder / "out.csv").read_text(encoding="utf-8")
     paid = api.audit()["accepted"]
-    assert workspace.command("run", "job.yaml", "--input", "out.csv", "--output", "again.csv", api=api).code == 0
+    assert (
+        workspace.run_in_process("run", "job.yaml", "--input", "out.csv", "--output", "again.csv", api=api).exit_code
+        == 0
+    )
     assert (workspace.folder / "again.csv").read_text(encoding="utf-8") == first
     assert api.audit()["accepted"] == paid

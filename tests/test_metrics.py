@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.model import RowStatus
-from enrich.store.lock import hold
-from enrich.watch.metrics import GAUGES, Samples, of_receipt, read, text, write
+from enrich.store.lock import lock_ledger
+from enrich.watch.metrics import GAUGES, Samples, format_metrics, read_metrics, samples_from_summary, write_metrics
 from tests.harness import SandboxApi, Workspace, serve_api
 from tests.watch import assert_no_personal_data, searchable_leads
 
@@ -44,7 +44,7 @@ def read_gauges(workspace: Workspace) -> dict[str, float]:
 def test_metrics_match_summary_and_ledger(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """They are those of the receipt and of the ledger; the file is for its owner only and knows nobody."""
     before = time.time()
-    summary = metrics_workspace.command("run", "job.yaml", "--json", api=api).receipt
+    summary = metrics_workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output
 
     metrics = read_gauges(metrics_workspace)
     for name, field in (
@@ -73,9 +73,9 @@ def test_metrics_match_summary_and_ledger(api: SandboxApi, metrics_workspace: Wo
 
 def test_second_run_updates_ledger_totals(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """Credits of the execution and of the ledger are told apart."""
-    metrics_workspace.command("run", "job.yaml", "--limit", "2", api=api)
+    metrics_workspace.run_in_process("run", "job.yaml", "--limit", "2", api=api)
     first = read_gauges(metrics_workspace)
-    metrics_workspace.command("run", "job.yaml", api=api)
+    metrics_workspace.run_in_process("run", "job.yaml", api=api)
     second = read_gauges(metrics_workspace)
 
     assert first["enrich_rows pending"] == 2
@@ -88,15 +88,15 @@ def test_second_run_updates_ledger_totals(api: SandboxApi, metrics_workspace: Wo
 
 def test_failed_start_keeps_last_success(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """Exit 3 and exit 11 write their code and their times; the last success and the last numbers stay."""
-    metrics_workspace.command("run", "job.yaml", api=api)
+    metrics_workspace.run_in_process("run", "job.yaml", api=api)
     good = read_gauges(metrics_workspace)
 
     for code in (3, 11):
-        with hold(metrics_workspace.ledger_path if code == 11 else metrics_workspace.folder / "other", 0):
-            result = metrics_workspace.command(
+        with lock_ledger(metrics_workspace.ledger_path if code == 11 else metrics_workspace.folder / "other", 0):
+            result = metrics_workspace.run_in_process(
                 "run", "job.yaml", api=api, **({"DATABAR_API_KEY": ""} if code == 3 else {})
             )
-        assert result.code == code
+        assert result.exit_code == code
         bad = read_gauges(metrics_workspace)
         assert bad["enrich_exit_code"] == code
         assert bad["enrich_last_end_timestamp_seconds"] > good["enrich_last_end_timestamp_seconds"]
@@ -107,7 +107,7 @@ def test_failed_start_keeps_last_success(api: SandboxApi, metrics_workspace: Wor
 
 def test_failed_first_start_has_no_success(metrics_workspace: Workspace) -> None:
     """What is not known has no number."""
-    assert metrics_workspace.command("run", "job.yaml").code == 3
+    assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
     assert set(read_gauges(metrics_workspace)) == {
         "enrich_exit_code",
@@ -118,22 +118,22 @@ def test_failed_first_start_has_no_success(metrics_workspace: Workspace) -> None
 
 def test_last_success_from_file_or_ledger(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """One of them is enough."""
-    metrics_workspace.command("run", "job.yaml", api=api)
+    metrics_workspace.run_in_process("run", "job.yaml", api=api)
     good = read_gauges(metrics_workspace)[SUCCESS]
 
     (metrics_workspace.folder / PROM).write_text("not of { prometheus\n")
-    assert metrics_workspace.command("run", "job.yaml").code == 3
+    assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
     assert read_gauges(metrics_workspace)[SUCCESS] == pytest.approx(good, abs=2)
 
     metrics_workspace.ledger_path.write_bytes(b"damaged")
-    assert metrics_workspace.command("run", "job.yaml", api=api).code == 5
+    assert metrics_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 5
     assert read_gauges(metrics_workspace)[SUCCESS] == pytest.approx(good, abs=2)
 
 
 def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """They are counted, and an alert can stand on them."""
-    api.fault("no-task-id")
-    assert metrics_workspace.command("run", "job.yaml", api=api).code == 14
+    api.inject_fault("no-task-id")
+    assert metrics_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
 
     metrics = read_gauges(metrics_workspace)
     assert (metrics["enrich_exit_code"], metrics["enrich_ledger_requests_in_doubt"]) == (14, 1)
@@ -143,7 +143,7 @@ def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -
 def test_open_tasks_are_counted(tmp_path: Path, metrics_workspace: Workspace) -> None:
     """Exit 13 is a night that goes on by itself: a success, with what is still at the API."""
     with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:
-        assert metrics_workspace.command("run", "job.yaml", "--max-time", "1s", api=api).code == 13
+        assert metrics_workspace.run_in_process("run", "job.yaml", "--max-time", "1s", api=api).exit_code == 13
 
     metrics = read_gauges(metrics_workspace)
     assert metrics["enrich_ledger_requests_at_the_api"] == metrics["enrich_rows pending"] == 4
@@ -154,28 +154,28 @@ def test_unwritable_metrics_are_a_note(api: SandboxApi, metrics_workspace: Works
     """One note; the leads are enriched."""
     metrics_workspace.write_job(metrics="leads.csv/enrich.prom")
 
-    result = metrics_workspace.command("run", "job.yaml", api=api)
+    result = metrics_workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert result.stderr.count("\n") == 1
     assert "enrich.prom: the metrics cannot be written" in result.stderr
-    assert len(metrics_workspace.output()) == 4
+    assert len(metrics_workspace.read_output()) == 4
 
 
 def test_metrics_file_must_end_in_prom(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """The textfile collector takes *.prom only."""
     metrics_workspace.write_job(metrics="enrich.txt")
 
-    result = metrics_workspace.command("run", "job.yaml", api=api)
+    result = metrics_workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "job.yaml:12: metrics" in result.stderr
     assert ".prom" in result.stderr
 
 
 def test_sandbox_writes_no_metrics(metrics_workspace: Workspace) -> None:
     """Who tries something turns nobody's dashboard."""
-    assert metrics_workspace.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
+    assert metrics_workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
 
     assert not (metrics_workspace.folder / PROM).parent.exists()
 
@@ -188,7 +188,7 @@ def test_invalid_old_file_is_ignored(metrics_workspace: Workspace) -> None:
     )
     (metrics_workspace.folder / PROM).write_text(scripted_api)
 
-    assert metrics_workspace.command("run", "job.yaml").code == 3
+    assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
     metrics = read_gauges(metrics_workspace)
     assert metrics["enrich_requests"] == 7
@@ -204,7 +204,7 @@ def test_metric_naming_conventions() -> None:
 
 def test_unknown_values_have_no_metric() -> None:
     """A balance that the API did not tell is not 0."""
-    result = of_receipt({"balance_after": None, "rows": None, "found": None, "polls": 0})
+    result = samples_from_summary({"balance_after": None, "rows": None, "found": None, "polls": 0})
 
     assert result == {("enrich_polls", ""): 0.0}
 
@@ -222,7 +222,7 @@ KEYS = st.sampled_from(
 def test_metrics_roundtrip(tmp_path_factory: pytest.TempPathFactory, job: str, samples: Samples) -> None:
     """Every number of every job comes back as it was."""
     path = tmp_path_factory.getbasetemp() / "round.prom"
-    write(path, job, samples)
+    write_metrics(path, job, samples)
 
-    assert path.read_bytes() == text(job, samples)
-    assert read(path) == samples
+    assert path.read_bytes() == format_metrics(job, samples)
+    assert read_metrics(path) == samples

@@ -15,10 +15,10 @@ import pytest
 from pydantic import SecretStr
 
 from enrich.api.client import Client
-from enrich.api.credentials import Access
-from enrich.api.network import Proxy, find_certificates, find_proxy
-from enrich.connect import patiently
-from enrich.errors import ApiUnreachable, CallFailed, CertificateUntrusted, JobError, NotAccepted
+from enrich.api.credentials import ApiAccess
+from enrich.api.network import Proxy, find_proxy, load_certificates
+from enrich.connect import retry_until
+from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
 from enrich.model import SystemClock
 from tests.cases import first_quick, in_turn
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api
@@ -199,10 +199,12 @@ def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: floa
     """Post a run and poll it once, with this environment."""
 
     async def asking() -> str:
-        access = Access(base_url, SecretStr(KEY))
-        async with Client(access, SystemClock(), post_s=seconds, get_s=seconds, environ=environ) as client:
-            task_id = await client.run("email_getter", BODY)
-            await client.task(task_id)
+        access = ApiAccess(base_url, SecretStr(KEY))
+        async with Client(
+            access, SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds, environ=environ
+        ) as client:
+            task_id = await client.submit("email_getter", BODY)
+            await client.poll_task(task_id)
             return task_id
 
     return asyncio.run(asking())
@@ -239,9 +241,9 @@ def test_api_through_proxy(certificate: Certificate, value: str) -> None:
             ["POST", "/v1/waterfalls/email_getter/run"],
             ["GET", "/v1/tasks/t-1"],
         ]
-        assert [head.partition("\r\n")[0] for head in proxy.heads] == [f"CONNECT {HOST}:443 HTTP/1.1"] * 2
+        assert [head.partition("\r\n")[0] for head in proxy.request_heads] == [f"CONNECT {HOST}:443 HTTP/1.1"] * 2
         basic = base64.b64encode(b"ada:s3/cret").decode()
-        for head in proxy.heads:
+        for head in proxy.request_heads:
             assert KEY not in head
             assert (f"proxy-authorization: basic {basic}".lower() in head.lower()) is ("@" in value)
         assert not any("authorization" in seen.head.lower() for seen in server.requests)
@@ -259,13 +261,13 @@ def test_proxy_over_tls(certificate: Certificate, proxy_certificate: Certificate
     ):
         environ = {"all_proxy": f"{scheme}://ada:x@127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(bulk_task)}
         assert post_and_poll(environ) == "t-1"
-        assert len(proxy.heads) == len(server.requests) == 2
-        assert "proxy-authorization" in proxy.heads[0].lower()
+        assert len(proxy.request_heads) == len(server.requests) == 2
+        assert "proxy-authorization" in proxy.request_heads[0].lower()
 
 
-def failed_post(environ: Mapping[str, str], base_url: str = API) -> CallFailed:
+def failed_post(environ: Mapping[str, str], base_url: str = API) -> ApiCallFailed:
     """Post a run that fails; no secret is in what is written of it, nor in what it was raised from."""
-    with pytest.raises(CallFailed) as caught:
+    with pytest.raises(ApiCallFailed) as caught:
         post_and_poll(environ, base_url)
     error: BaseException | None = caught.value
     written = "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
@@ -283,7 +285,7 @@ def test_proxy_refuses_tunnel(status: int) -> None:
     refusal = b"HTTP/1.1 %d s3cret\r\nproxy-authenticate: s3cret\r\nconnection: close\r\n\r\ns3cret" % status
     with serve_connect_proxy(0, refusal=refusal) as proxy:
         error = failed_post({"https_proxy": f"http://ada:s3%63ret@127.0.0.1:{proxy.port}"})
-        assert type(error) is NotAccepted
+        assert type(error) is RequestNotAccepted
         assert f"http://127.0.0.1:{proxy.port} of https_proxy" in error.message
         if status != 200:
             assert f"HTTP {status}" in error.message
@@ -293,14 +295,14 @@ def test_proxy_refuses_tunnel(status: int) -> None:
 def test_proxy_without_http(refusal: bytes) -> None:
     """What it says is not quoted."""
     with serve_connect_proxy(0, refusal=refusal) as proxy:
-        assert type(failed_post({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is NotAccepted
+        assert type(failed_post({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is RequestNotAccepted
 
 
 def test_unreachable_proxy() -> None:
     """It is named, with its variable: the API itself may be well."""
     port = unused_port()
     error = failed_post({"ALL_PROXY": f"ada:s3cret@127.0.0.1:{port}"})
-    assert type(error) is NotAccepted
+    assert type(error) is RequestNotAccepted
     assert f"http://127.0.0.1:{port} of ALL_PROXY" in error.message
 
 
@@ -333,7 +335,7 @@ def test_netrc_is_ignored(
         through = {"https_proxy": f"127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(certificate.file)}
         post_and_poll(os.environ | through, API if tls else server.base_url)
         assert len(server.requests) == 2
-        for head in [seen.head for seen in server.requests] + proxy.heads:
+        for head in [seen.head for seen in server.requests] + proxy.request_heads:
             assert "authorization" not in head.lower()
 
 
@@ -342,8 +344,8 @@ def test_netrc_is_ignored(
 
 def test_default_certificates() -> None:
     """None: whatever comes with the program; an empty variable is none."""
-    assert find_certificates({}) is None
-    assert find_certificates({"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}) is None
+    assert load_certificates({}) is None
+    assert load_certificates({"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}) is None
 
 
 @needs_openssl
@@ -371,7 +373,7 @@ def test_invalid_certificate_file(certificate: Certificate, tmp_path: Path, kind
         case "device":
             path = Path("/dev/zero")
     with pytest.raises(JobError, match=f"^SSL_CERT_FILE: {path}: ") as caught:
-        find_certificates({"SSL_CERT_FILE": str(path)})
+        load_certificates({"SSL_CERT_FILE": str(path)})
     assert caught.value.hint
 
 
@@ -387,9 +389,9 @@ def test_invalid_certificate_folder(certificate: Certificate, tmp_path: Path, ki
     if kind == "unhashed":
         shutil.copy(certificate.file, path)
     with pytest.raises(JobError, match=f"^SSL_CERT_DIR: {path}: "):
-        find_certificates({"SSL_CERT_DIR": str(path)})
+        load_certificates({"SSL_CERT_DIR": str(path)})
     with pytest.raises(JobError, match=r"^SSL_CERT_DIR: "):
-        find_certificates({"SSL_CERT_DIR": str(path), "SSL_CERT_FILE": str(certificate.file)})
+        load_certificates({"SSL_CERT_DIR": str(path), "SSL_CERT_FILE": str(certificate.file)})
 
 
 @needs_openssl
@@ -427,8 +429,8 @@ def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> N
     async def user() -> None:
         nonlocal tries
         tries += 1
-        async with Client(Access(API, SecretStr(KEY)), SystemClock(), environ=environ) as client:
-            await client.user()
+        async with Client(ApiAccess(API, SecretStr(KEY)), SystemClock(), environ=environ) as client:
+            await client.get_user()
 
     with (
         serve_replies(CREATED, tls=api.server()) as server,
@@ -437,7 +439,7 @@ def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> N
         environ = {"https_proxy": f"https://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(trusted)}
         assert type(failed_post(environ)) is CertificateUntrusted
         with pytest.raises(ApiUnreachable, match="certificate") as caught:
-            asyncio.run(patiently(user, 20.0))
+            asyncio.run(retry_until(user, 20.0))
         assert tries == 1
         assert "SSL_CERT_FILE" in (caught.value.hint or "")
         assert not server.requests
@@ -465,7 +467,7 @@ def api(tmp_path: Path) -> Iterator[SandboxApi]:
 def test_loopback_with_broken_network_settings(workspace: Workspace, api: SandboxApi) -> None:
     """A broken proxy variable and a missing certificate file are nothing to it."""
     broken = {"HTTP_PROXY": "socks5://x", "https_proxy": "http://[", "ALL_PROXY": "://", "SSL_CERT_FILE": "/nowhere"}
-    assert workspace.command("run", "job.yaml", api=api, **broken).code == 0
+    assert workspace.run_in_process("run", "job.yaml", api=api, **broken).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -478,8 +480,8 @@ def test_invalid_network_settings_are_exit_2(
 ) -> None:
     """With the variable's name, without a traceback, before anything is sent."""
     environ = {"DATABAR_BASE_URL": API, "DATABAR_API_KEY": KEY, variable: value}
-    result = workspace.command(*command, api=None, **environ)
-    assert result.code == 2
+    result = workspace.run_in_process(*command, api=None, **environ)
+    assert result.exit_code == 2
     assert f"error: {variable}: " in result.stderr
     assert "hint: " in result.stderr
     assert "Traceback" not in result.stderr

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from enrich.errors import Refused
-from enrich.surroundings import Options
+from enrich.errors import CommandRefused
+from enrich.surroundings import RunOptions
 from tests.cases import first_quick
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
 
@@ -32,8 +32,8 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
     """Expect that nothing is sent off a terminal, however often it is tried, and that the ways out are named."""
     before = api.audit()["accepted"]
     for _ in range(2):
-        result = workspace.command(*RUN, *more, "--yes", api=api)
-        assert (result.code, result.receipt["exit_code"]) == (5, 5), result.stderr
+        result = workspace.run_in_process(*RUN, *more, "--yes", api=api)
+        assert (result.exit_code, result.json_output["exit_code"]) == (5, 5), result.stderr
         assert "was paid for from another ledger" in result.stderr
         assert "--new-ledger pays again" in result.stderr
     assert api.audit()["accepted"] == before
@@ -43,7 +43,7 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
 @pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
 def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, how: str) -> None:
     """However it came to be new; with --new-ledger it pays."""
-    workspace.run(api)
+    workspace.run_job(api)
     more: tuple[str, ...] = ()
     match how:
         case "ledger removed":
@@ -57,15 +57,17 @@ def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Work
 
     assert_refused(workspace, api, *more)
 
-    result = workspace.command(*RUN, *more, "--new-ledger", api=api)
-    assert (result.code, result.receipt["submitted"]) == (0, 5)
-    assert workspace.command(*RUN, *more, api=api).receipt["reused"] == 5
+    result = workspace.run_in_process(*RUN, *more, "--new-ledger", api=api)
+    assert (result.exit_code, result.json_output["submitted"]) == (0, 5)
+    assert workspace.run_in_process(*RUN, *more, api=api).json_output["reused"] == 5
 
 
 def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """The output was written from a file before, or from another schema."""
-    workspace.run(api)
-    assert_refused(workspace, api, "--ledger", f"{workspace.server or 'other.db'}".replace("schema=", "schema=other_"))
+    workspace.run_job(api)
+    assert_refused(
+        workspace, api, "--ledger", f"{workspace.server_url or 'other.db'}".replace("schema=", "schema=other_")
+    )
 
 
 @FILE_ONLY
@@ -78,7 +80,7 @@ def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None
 def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Also one of another day."""
     workspace.write_job(output=name)
-    assert workspace.run(api).exit_code == 0
+    assert workspace.run_job(api).exit_code == 0
     if "%d" in name:
         (found,) = workspace.folder.glob("o-*.csv")
         found.rename(workspace.folder / "o-2024-02-29.csv")
@@ -91,7 +93,7 @@ def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, n
 def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
     """As the job writes them."""
     workspace.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
-    assert workspace.run(api).exit_code == 0
+    assert workspace.run_job(api).exit_code == 0
     shutil.rmtree(workspace.ledger_path.parent)
 
     assert_refused(workspace, api)
@@ -101,14 +103,14 @@ def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Wo
 def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """An older one may be of any ledger."""
     workspace.write_job(output="o-%Y-%m-%d.csv")
-    assert workspace.run(api).exit_code == 0
+    assert workspace.run_job(api).exit_code == 0
     (paid,) = workspace.folder.glob("o-*.csv")
     paid.rename(workspace.folder / "o-2024-01-01.csv")
     os.utime(workspace.folder / "o-2024-01-01.csv", (1, 1))
     (workspace.folder / "o-2024-01-02.csv").write_text("Name\nAda\n")
     shutil.rmtree(workspace.ledger_path.parent)
 
-    assert workspace.command(*RUN, api=api).code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
 @FILE_ONLY
@@ -121,7 +123,7 @@ def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, 
     """It was not paid for; an empty or broken one is replaced."""
     (workspace.folder / "out.csv").write_text(text)
 
-    assert workspace.command(*RUN, api=api).code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
 @FILE_ONLY
@@ -129,51 +131,53 @@ def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> N
     """The run goes on, and the receipt says what is not known."""
     (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
 
-    result = workspace.command(*RUN, api=api)
+    result = workspace.run_in_process(*RUN, api=api)
 
-    assert result.code == 0, result.stderr
-    assert any("not known" in note for note in result.receipt["notes"])
+    assert result.exit_code == 0, result.stderr
+    assert any("not known" in note for note in result.json_output["notes"])
 
 
 @FILE_ONLY
 def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Neither is a rehearsal after a real run."""
-    assert workspace.command(*RUN, "--sandbox").code == 0
-    assert workspace.command(*RUN, api=api).code == 0
-    assert workspace.command(*RUN, "--sandbox").code == 0
+    assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+    assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
     (workspace.ledger_path.parent / "job.db").unlink()
-    assert workspace.command(*RUN, api=api).code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
     assert api.audit()["accepted"] == 10
 
 
 @FILE_ONLY
 def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Its columns are replaced, as ever."""
-    workspace.run(api)
+    workspace.run_job(api)
     (workspace.folder / "out.csv").rename(workspace.folder / "leads.csv")
     workspace.write_job(merge="fill_empty")
     shutil.rmtree(workspace.ledger_path.parent)
 
-    assert workspace.command(*RUN, api=api).code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
 def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """No: one line, exit 5, no run on record. Yes: it pays."""
-    workspace.run(api)
+    workspace.run_job(api)
     other = Workspace(
-        workspace.folder, workspace.server and workspace.server.replace("schema=", "schema=other_"), workspace.environ
+        workspace.folder,
+        workspace.server_url and workspace.server_url.replace("schema=", "schema=other_"),
+        workspace.environ,
     )
-    other.write_job(name="other", ledger=other.server or ".enrich/other.db")
+    other.write_job(name="other", ledger=other.server_url or ".enrich/other.db")
     asked: list[str] = []
 
     def confirm(text: str) -> bool:
         asked.append(text)
         return len(asked) > 1
 
-    with pytest.raises(Refused) as no:
-        other.run(api, Options(confirm_new_ledger=confirm))
+    with pytest.raises(CommandRefused) as no:
+        other.run_job(api, RunOptions(confirm_new_ledger=confirm))
     assert (no.value.message, no.value.hint) == ("cancelled: nothing was sent", None)
-    summary = other.run(api, Options(confirm_new_ledger=confirm))
+    summary = other.run_job(api, RunOptions(confirm_new_ledger=confirm))
 
     assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
     assert len(asked) == 2

@@ -45,8 +45,8 @@ def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int
             leads[at:at] = [*make_leads(8, 100 * (run_number + 1)), leads[at], ["", "", "", "", "nobody"]]
             del leads[-3:]
             workspace.write_leads(leads)
-            api.reprice({833: choose.choice([0, 0.004, 3])})
-            workspace.command("run", "job.yaml", *choose.choice(RUN_OPTIONS), api=api)
+            api.set_prices({833: choose.choice([0, 0.004, 3])})
+            workspace.run_in_process("run", "job.yaml", *choose.choice(RUN_OPTIONS), api=api)
             _assert_numbers_agree(workspace, api)
 
 
@@ -56,23 +56,23 @@ def test_numbers_agree_after_kill(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(40))
     workspace.write_job(report="{by: Note}", metrics="job.prom")
     with serve_api(tmp_path / "api.db", replace(INSTANT_API, latency="fixed(1)")) as api:
-        night = workspace.start("run", "job.yaml", api=api)
+        night = workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: workspace.ledger_path.exists() and _submitted_count(workspace) == 40)
         kill_process(night)
-        assert workspace.command("run", "job.yaml", "--retry", "in_doubt", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", "--retry", "in_doubt", api=api).exit_code == 0
         _assert_numbers_agree(workspace, api)
 
 
 def _submitted_count(workspace: Workspace) -> int:
-    with closing(workspace.ledger()) as ledger:
-        return sum(execution.submitted for execution in ledger.lived("job"))
+    with closing(workspace.open_ledger()) as ledger:
+        return sum(execution.submitted for execution in ledger.job_executions("job"))
 
 
 def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
     def told(*arguments: str) -> dict[str, Any]:
-        result = workspace.command(*arguments, "--json", api=api)
-        assert result.code == 0, result.stderr
-        return result.receipt
+        result = workspace.run_in_process(*arguments, "--json", api=api)
+        assert result.exit_code == 0, result.stderr
+        return result.json_output
 
     status, runs = told("status", "job.yaml"), told("runs", "job.yaml")
     report, now = told("report", "job.yaml"), told("collect", "job.yaml", "--partial")
@@ -110,7 +110,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
         assert not (summary["difference"] or {}).get("unexplained")
 
     # The rows: of the output, and of the page.
-    assert report["rows"] == sum(report["statuses"].values()) == len(workspace.output())
+    assert report["rows"] == sum(report["statuses"].values()) == len(workspace.read_output())
     assert {name: now[name] for name in report["statuses"]} == report["statuses"]
     assert {each["name"]: each["found"] for each in report["columns"]} == now["columns"]
     for groups in report["groups"]:

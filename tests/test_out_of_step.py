@@ -32,22 +32,22 @@ class ProxiedClient:
         self.http = httpx.Client(verify=False, trust_env=False, timeout=5, headers={"x-apikey": api.api_key})  # noqa: S501
         self.url = proxy.base_url
 
-    def post(self, name: str = "Ada") -> httpx.Response:
+    def post_run(self, name: str = "Ada") -> httpx.Response:
         """Submit a run."""
         params = LEAD | {"first_name": name}
         return self.http.post(f"{self.url}/waterfalls/email_getter/run", json={"params": params, "enrichments": [833]})
 
-    def run(self, name: str = "Ada") -> str:
+    def submit(self, name: str = "Ada") -> str:
         """Submit a run; return its task id."""
-        return str(self.post(name).json()["task_id"])
+        return str(self.post_run(name).json()["task_id"])
 
-    def get(self, task_id: str) -> httpx.Response:
+    def get_task(self, task_id: str) -> httpx.Response:
         """Poll a task."""
         return self.http.get(f"{self.url}/tasks/{task_id}")
 
-    def task(self, task_id: str) -> dict[str, Any]:
+    def task_body(self, task_id: str) -> dict[str, Any]:
         """Poll a task; return its body."""
-        read: dict[str, Any] = self.get(task_id).json()
+        read: dict[str, Any] = self.get_task(task_id).json()
         return read
 
 
@@ -72,8 +72,8 @@ def faults_for(kind: str, *tricks: ProxyFault | None) -> Callable[[Exchange], Pr
 def test_no_faults_by_default(api: SandboxApi) -> None:
     """Every answer is the API's own, and the switches work."""
     with open_client(api, lambda _: None) as client:
-        task_id = client.run()
-        assert client.task(task_id)["task_id"] == task_id
+        task_id = client.submit()
+        assert client.task_body(task_id)["task_id"] == task_id
         assert client.http.get(client.url.removesuffix("/v1") + "/__audit").json()["accepted"] == 1
 
 
@@ -81,8 +81,8 @@ def test_no_faults_by_default(api: SandboxApi) -> None:
 def test_repeated_response(api: SandboxApi, after_s: float) -> None:
     """The next request on that connection gets the answer of the one before."""
     with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.REPEAT, after_s))) as client:
-        first, second = client.run("Ada"), client.run("Bela")
-        client.get(first)
+        first, second = client.submit("Ada"), client.submit("Bela")
+        client.get_task(first)
         host, port = client.url.split("/")[2].split(":")
         with socket.create_connection((host, int(port)), 5) as raw:
             head = f"GET /v1/tasks/{second} HTTP/1.1\r\nhost: {host}\r\nx-apikey: {api.api_key}\r\n\r\n"
@@ -95,8 +95,8 @@ def test_repeated_response(api: SandboxApi, after_s: float) -> None:
 
 def test_unsolicited_response(api: SandboxApi) -> None:
     """A 429 follows in the same breath."""
-    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.UNASKED, 0.0, status=429))) as client:
-        assert client.post().status_code == 200
+    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.UNSOLICITED, 0.0, status=429))) as client:
+        assert client.post_run().status_code == 200
     assert api.audit()["accepted"] == 1
 
 
@@ -104,7 +104,7 @@ def test_swapped_polls(api: SandboxApi) -> None:
     """Each gets the other's answer."""
     swap = ProxyFault(ProxyFaultKind.SWAP)
     with open_client(api, faults_for("GET", swap, swap)) as client, open_client(api, lambda _: None) as other:
-        first, second = client.run("Ada"), client.run("Bela")
+        first, second = client.submit("Ada"), client.submit("Bela")
         other.url = client.url
         got: dict[str, str] = {}
         threads = [
@@ -121,31 +121,31 @@ def test_swapped_polls(api: SandboxApi) -> None:
 def test_swap_without_partner(api: SandboxApi) -> None:
     """An answer waits for another to be swapped with, but not for ever."""
     with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.SWAP))) as client:
-        task_id = client.run()
-        assert client.task(task_id)["task_id"] == task_id
+        task_id = client.submit()
+        assert client.task_body(task_id)["task_id"] == task_id
 
 
 def test_response_of_other_task(api: SandboxApi) -> None:
     """A poll gets what an earlier one got; a POST gets an id that is already known and was polled."""
-    with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.ANOTHER))) as client:
-        first, second = client.run("Ada"), client.run("Bela")
-        right = client.get(first).content
-        assert client.get(second).content == right
-        assert client.task(second)["task_id"] == second
+    with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.OTHER_TASK))) as client:
+        first, second = client.submit("Ada"), client.submit("Bela")
+        right = client.get_task(first).content
+        assert client.get_task(second).content == right
+        assert client.task_body(second)["task_id"] == second
     with open_client(
         api,
         faults_for(
             "POST",
-            ProxyFault(ProxyFaultKind.ANOTHER),
+            ProxyFault(ProxyFaultKind.OTHER_TASK),
             None,
-            ProxyFault(ProxyFaultKind.ANOTHER),
-            ProxyFault(ProxyFaultKind.SHARED),
+            ProxyFault(ProxyFaultKind.OTHER_TASK),
+            ProxyFault(ProxyFaultKind.FIRST_AT_ONCE),
         ),
     ) as client:
-        first, second = client.run("Chidi"), client.run("Dolores")
+        first, second = client.submit("Chidi"), client.submit("Dolores")
         assert first != second
-        client.get(second)
-        assert (client.run("Emre"), client.run("Freya")) == (second, first)
+        client.get_task(second)
+        assert (client.submit("Emre"), client.submit("Freya")) == (second, first)
     assert api.audit()["accepted"] == 6
 
 
@@ -153,39 +153,41 @@ def test_response_of_unknown_task(api: SandboxApi) -> None:
     """Its id is nobody's, and its answer looks like one."""
     with open_client(
         api,
-        faults_for("GET", ProxyFault(ProxyFaultKind.NOWHERE), ProxyFault(ProxyFaultKind.NOWHERE, task_id="nowhere")),
+        faults_for(
+            "GET", ProxyFault(ProxyFaultKind.UNKNOWN_TASK), ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id="nowhere")
+        ),
     ) as client:
-        task_id = client.run()
-        other_lead = client.task(task_id)
+        task_id = client.submit()
+        other_lead = client.task_body(task_id)
         assert other_lead["task_id"] != task_id
         assert other_lead["status"] == "completed"
-        assert client.task(task_id)["request_id"] == "nowhere"
-    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.NOWHERE))) as client:
-        assert client.get(client.run("Bela")).status_code == 404
+        assert client.task_body(task_id)["request_id"] == "nowhere"
+    with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.UNKNOWN_TASK))) as client:
+        assert client.get_task(client.submit("Bela")).status_code == 404
 
 
 def test_truncated_response(api: SandboxApi) -> None:
     """The connection ends in the middle of the body."""
-    with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.CUT))) as client:
-        task_id = client.run()
+    with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.TRUNCATED))) as client:
+        task_id = client.submit()
         with pytest.raises(httpx.RemoteProtocolError):
-            client.get(task_id)
-        assert client.task(task_id)["task_id"] == task_id
+            client.get_task(task_id)
+        assert client.task_body(task_id)["task_id"] == task_id
 
 
 def test_changed_status(api: SandboxApi) -> None:
     """A body comes with another 2xx."""
     with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.STATUS, status=203))) as client:
-        response = client.post()
+        response = client.post_run()
         assert response.status_code == 203
-        assert client.task(response.json()["task_id"])["status"] == "completed"
+        assert client.task_body(response.json()["task_id"])["status"] == "completed"
 
 
 def test_reset_is_forwarded(api: SandboxApi) -> None:
     """What the API breaks off is broken off."""
-    api.fault("reset-after")
+    api.inject_fault("reset-after")
     with open_client(api, lambda _: None) as client, pytest.raises(httpx.ReadError, match="reset"):
-        client.post()
+        client.post_run()
     assert api.audit()["accepted"] == 1
 
 
@@ -194,11 +196,15 @@ def test_random_faults_follow_seed() -> None:
     exchanges = [Exchange("POST" if number % 2 else "GET", number, 1, "/v1/tasks/x") for number in range(1, 2_001)]
 
     def played(seed: int) -> list[ProxyFault | None]:
-        choose = random_faults({ProxyFaultKind.REPEAT: (0.1, 0.0), ProxyFaultKind.UNASKED: (0.0, 0.3)}, seed)
+        choose = random_faults({ProxyFaultKind.REPEAT: (0.1, 0.0), ProxyFaultKind.UNSOLICITED: (0.0, 0.3)}, seed)
         return [choose(exchange) for exchange in exchanges]
 
     assert played(1) == played(1) != played(2)
     posts = [trick for trick, exchange in zip(played(1), exchanges, strict=True) if exchange.is_post]
-    assert {trick.act for trick in posts if trick} == {ProxyFaultKind.REPEAT}
+    assert {trick.kind for trick in posts if trick} == {ProxyFaultKind.REPEAT}
     assert 60 < sum(trick is not None for trick in posts) < 140
-    assert {trick.status for trick in played(1) if trick and trick.act is ProxyFaultKind.UNASKED} <= {408, 429, 503}
+    assert {trick.status for trick in played(1) if trick and trick.kind is ProxyFaultKind.UNSOLICITED} <= {
+        408,
+        429,
+        503,
+    }

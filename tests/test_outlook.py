@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import Exit
-from enrich.model import MICROS
+from enrich.errors import ExitCode
+from enrich.model import MICROS_PER_CREDIT
 from enrich.nights import outlook
 from enrich.nights.machine import (
-    file_system,
-    is_locked,
-    is_network,
-    names_files_in,
-    open_to_others,
-    read_environ,
-    starts,
+    file_name_encoding,
+    file_system_type,
+    is_accessible_by_others,
+    is_lock_held,
+    is_network_file_system,
+    parse_env_lines,
+    startup_error,
 )
 from enrich.nights.outlook import Finding
 from tests.cases import in_turn
@@ -56,78 +56,78 @@ nonsense
 )
 def test_file_system_of_path(path: str, kind: str, network: bool) -> None:  # noqa: FBT001 - a table
     """The nearest mount counts, and of several at one place the last."""
-    assert file_system(MOUNTS, Path(path)) == kind
-    assert is_network(kind) is network
+    assert file_system_type(MOUNTS, Path(path)) == kind
+    assert is_network_file_system(kind) is network
 
 
 @in_turn("kind", ["smb3", "smbfs", "nfs", "9p", "fuse.rclone", "fuse.s3fs", "ceph"])
 def test_network_file_systems(kind: str) -> None:
     """SQLite's locks cannot be trusted there."""
-    assert is_network(kind)
+    assert is_network_file_system(kind)
 
 
 @in_turn("kind", ["btrfs", "overlay", "tmpfs", "fuseblk", "fuse.lxcfs", "apfs", None])
 def test_local_file_systems(kind: str | None) -> None:
     """No warning without reason."""
-    assert not is_network(kind)
+    assert not is_network_file_system(kind)
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_malformed_mountinfo(text: str) -> None:
     """Another kernel may say anything."""
-    file_system(text, Path("/srv"))
-    file_system(f"1 2 3 / / {text} - ext4", Path("/srv"))
+    file_system_type(text, Path("/srv"))
+    file_system_type(f"1 2 3 / / {text} - ext4", Path("/srv"))
 
 
 def test_missing_mountinfo() -> None:
     """On other systems than Linux."""
-    assert file_system("", Path("/srv")) is None
+    assert file_system_type("", Path("/srv")) is None
 
 
 def test_lock_detection(tmp_path: Path) -> None:
     """Only while a process holds it."""
     lock = tmp_path / "job.db.lock"
-    assert not is_locked(lock)
+    assert not is_lock_held(lock)
     assert not lock.exists()
     descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
-    assert not is_locked(lock)
+    assert not is_lock_held(lock)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert is_locked(lock)
+    assert is_lock_held(lock)
     os.close(descriptor)
-    assert not is_locked(lock)
+    assert not is_lock_held(lock)
 
 
 def test_environment_file_syntax() -> None:
     """Comments, quotes, `export`; nothing else."""
     text = "# for cron\n\nexport A=1\nB='two words' # why\nC=\"x=y\"\nD=\n"
-    assert read_environ(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
+    assert parse_env_lines(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
     for wrong in ("A", "1A=2", "A = 2", "A='2"):
         with pytest.raises(ValueError, match="line 2: "):
-            read_environ(["X=1", wrong])
+            parse_env_lines(["X=1", wrong])
 
 
 def test_program_start_errors(tmp_path: Path) -> None:
     """In its own words, or in the system's."""
-    assert starts([sys.executable, "-m", "enrich"], {}) is None
-    assert "No such file" in (starts([str(tmp_path / "enrich")], {}) or "")
-    assert "no_such_module" in (starts([sys.executable, "-m", "no_such_module"], {}) or "")
+    assert startup_error([sys.executable, "-m", "enrich"], {}) is None
+    assert "No such file" in (startup_error([str(tmp_path / "enrich")], {}) or "")
+    assert "no_such_module" in (startup_error([sys.executable, "-m", "no_such_module"], {}) or "")
 
 
 def test_python_encoding_detection() -> None:
     """An empty environment is UTF-8 today, unless that is forbidden."""
-    assert names_files_in({}) == "utf-8"
-    assert names_files_in({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}) == "ascii"
+    assert file_name_encoding({}) == "utf-8"
+    assert file_name_encoding({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}) == "ascii"
 
 
 def test_file_permissions(tmp_path: Path) -> None:
     """Group and others."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
-    assert not open_to_others(key)
+    assert not is_accessible_by_others(key)
     for mode in (0o640, 0o604, 0o620):
         key.chmod(mode)
-        assert open_to_others(key)
+        assert is_accessible_by_others(key)
 
 
 @in_turn(
@@ -142,7 +142,7 @@ def test_file_permissions(tmp_path: Path) -> None:
 )
 def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
     """More than five minutes are told, with their direction."""
-    finding = outlook.clock(ahead_s)
+    finding = outlook.check_clock(ahead_s)
     assert finding.mark == mark
     assert said in finding.message
 
@@ -169,9 +169,9 @@ def only_finding(findings: Any) -> Finding:
 )
 def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
     """The balance against what must stay, one request's worst price, and what a past run spent."""
-    balance, least, worst = (None if each is None else each * MICROS for each in credits_)
-    finding = only_finding(outlook.money(balance, least, worst, [each * MICROS for each in last]))
-    assert (finding.mark, finding.code) == (mark, code)
+    balance, least, worst = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
+    finding = only_finding(outlook.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
+    assert (finding.mark, finding.exit_code) == (mark, code)
 
 
 @in_turn(
@@ -187,28 +187,30 @@ def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mar
 )
 def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
     """Below a request's price, below what the last nights needed, or none at all."""
-    rows = [{"exit_code": Exit(exit_code), "spent": spent * MICROS} for exit_code, spent in nights]
-    finding = only_finding(outlook.cap(None if cap is None else cap * MICROS, worst * MICROS, rows))
-    assert (finding.mark, finding.code) == (mark, code)
+    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in nights]
+    finding = only_finding(
+        outlook.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
+    )
+    assert (finding.mark, finding.exit_code) == (mark, code)
 
 
 def test_expiring_results_finding() -> None:
     """With how many are gone already."""
     hour = 3_600_000
     submitted = [-30 * hour, -20 * hour, -1 * hour]
-    late = outlook.expiring(submitted, 24 * hour, 0, 6 * hour)
+    late = outlook.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
     assert late.mark == "warn"
     assert "3 paid requests wait at the API, 2 expire" in late.message
     assert "1 of them should be gone already" in late.message
-    assert outlook.expiring([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
-    assert outlook.expiring([], 24 * hour, 0, 6 * hour).mark == "ok"
+    assert outlook.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
+    assert outlook.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
 
 
 def test_old_input_finding() -> None:
     """After two days."""
     day = 86_400
-    assert outlook.input_age(0, day).mark == "ok"
-    old = outlook.input_age(0, 5 * day)
+    assert outlook.check_input_age(0, day).mark == "ok"
+    old = outlook.check_input_age(0, 5 * day)
     assert (old.mark, old.message, old.remedy) == ("warn", "did not change for 5 days", "is the export still running?")
 
 
@@ -225,31 +227,31 @@ def test_old_input_finding() -> None:
 )
 def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
     """Codes that are the same after some nights let an older output be replaced."""
-    finding = outlook.output_names(lambda now: Path(now.strftime(name)), NOW, {})
+    finding = outlook.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
     assert finding.mark == mark
     assert said in finding.message
 
 
 def test_output_name_clash_finding() -> None:
     """It would be refused only that night."""
-    finding = outlook.output_names(
+    finding = outlook.check_output_names(
         lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
     )
-    assert (finding.mark, finding.code) == ("fail", 2)
+    assert (finding.mark, finding.exit_code) == ("fail", 2)
     assert "in 7 nights" in finding.message
 
 
 @in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
 def test_disk_space_finding(free: int, mark: str) -> None:
     """The output is certain, the ledger's growth is an estimate."""
-    assert outlook.room(Path("/srv"), free, 100, 50).mark == mark
+    assert outlook.check_free_space(Path("/srv"), free, 100, 50).mark == mark
 
 
 def test_next_run_time() -> None:
     """Later today, or tomorrow."""
-    assert outlook.next_night(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
-    assert outlook.next_night(NOW, 2, 0) == NOW + timedelta(hours=6)
-    assert outlook.next_night(NOW, 20, 0) == NOW + timedelta(days=1)
+    assert outlook.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
+    assert outlook.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
+    assert outlook.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
 
 
 def test_a_finding_is_one_line() -> None:

@@ -20,17 +20,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.api.answer import TaskReply, phase_of, read_answer
+from enrich.api.answer import TaskReply, read_answer, task_phase
 from enrich.asking import STATUS_COLUMNS
-from enrich.collector import Collector, cell
-from enrich.errors import EnrichError, JobError, Refused
+from enrich.collector import Collector, to_cell
+from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job import Job, load_job
 from enrich.model import Call, RowStatus, State
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.spec import Output
 from enrich.store.ledger import Ledger
-from enrich.tables.writing import part_of, prepare, write
+from enrich.tables.writing import prepare_file, temporary_path, write_file
 from tests.cases import first_quick, in_turn
 
 CALL = Call("email_getter", (833,))
@@ -43,7 +43,7 @@ def write_output(target: Path, values: Sequence[Any], kind: type[pl.DataType] = 
     """Write a file of one column of the input, which says the same, and one of ours."""
     frame = pl.DataFrame({"old": [str(value) for value in values], "new": pl.Series(values, dtype=kind)})
     output = Output(path=target.name, **options)
-    write(target, output, job="job", schema=frame.schema, frames=iter([frame]), new=1)
+    write_file(target, output, job="job", schema=frame.schema, frames=iter([frame]), new_columns=1)
     return target
 
 
@@ -69,7 +69,7 @@ class InterruptedByTestError(Exception):
 
 
 @in_turn("name", NAMES)
-@in_turn("error", [Refused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()], ids=repr)
+@in_turn("error", [CommandRefused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()], ids=repr)
 def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: BaseException) -> None:
     """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
@@ -81,7 +81,7 @@ def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: Base
         raise error
 
     with pytest.raises(type(error)) as caught:
-        write(target, Output(path=name), job="job", schema=frame.schema, frames=frames(), new=1)
+        write_file(target, Output(path=name), job="job", schema=frame.schema, frames=frames(), new_columns=1)
     assert caught.value is error
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]
@@ -117,7 +117,7 @@ def test_kill_keeps_old_file(tmp_path: Path, name: str) -> None:
     assert process.returncode == -signal.SIGKILL
     assert target.read_text() == "the old one"
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("enrich-*")} <= {0o700}
-    prepare(target, tmp_path / "leads.csv", "job")
+    prepare_file(target, tmp_path / "leads.csv", "job")
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -126,7 +126,10 @@ def test_disk_full_keeps_old_file(tmp_path: Path, name: str) -> None:
     """It is told, and the answers are in the ledger all the same."""
     target = tmp_path / name
     target.write_text("the old one")
-    with limit_file_size(1000), pytest.raises(Refused, match=f"{name}: the output cannot be written: .*File too large"):
+    with (
+        limit_file_size(1000),
+        pytest.raises(CommandRefused, match=f"{name}: the output cannot be written: .*File too large"),
+    ):
         write_output(target, [os.urandom(50).hex() for _ in range(500)])
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]
@@ -138,7 +141,7 @@ def test_output_permissions(tmp_path: Path, name: str) -> None:
     target = tmp_path / name
     target.write_text("old")
     target.chmod(0o644)
-    part_of(target, "job").write_text("stale")
+    temporary_path(target, "job").write_text("stale")
     write_output(target, ["x"])
     assert target.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [target]
@@ -146,10 +149,10 @@ def test_output_permissions(tmp_path: Path, name: str) -> None:
 
 def test_leftover_parts_are_removed(tmp_path: Path) -> None:
     """Whatever the date in the name of the next output; nothing else is touched."""
-    part_of(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
-    other = part_of(tmp_path / "out.csv", "other")
+    temporary_path(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
+    other = temporary_path(tmp_path / "out.csv", "other")
     other.write_text("another job's")
-    prepare(tmp_path / "out-2026-11-01.csv", tmp_path / "leads.csv", "job")
+    prepare_file(tmp_path / "out-2026-11-01.csv", tmp_path / "leads.csv", "job")
     assert list(tmp_path.iterdir()) == [other]
 
 
@@ -160,18 +163,18 @@ def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
 
     def frames() -> Iterator[pl.DataFrame]:
         yield frame
-        part_of(target, "job").unlink()
-        part_of(target, "job").write_text("theirs, half")
+        temporary_path(target, "job").unlink()
+        temporary_path(target, "job").write_text("theirs, half")
 
-    with pytest.raises(Refused, match="another run of a job of this name"):
-        write(target, Output(path="out.csv"), job="job", schema=frame.schema, frames=frames(), new=1)
+    with pytest.raises(CommandRefused, match="another run of a job of this name"):
+        write_file(target, Output(path="out.csv"), job="job", schema=frame.schema, frames=frames(), new_columns=1)
     assert not target.exists()
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
     """At the start, not after the night."""
     target = tmp_path / "a/b/out.csv"
-    prepare(target, tmp_path / "leads.csv", "job")
+    prepare_file(target, tmp_path / "leads.csv", "job")
     write_output(target, ["x"])
     assert target.exists()
 
@@ -188,7 +191,7 @@ def test_output_never_replaces_input(tmp_path: Path) -> None:
         (tmp_path / "job.yaml").write_text(f"{JOB}output: {name}\nparams: {{a: A}}\n")
         job = load_job(tmp_path / "job.yaml")
         with pytest.raises(JobError, match="the output would replace the input"):
-            prepare(tmp_path / job.output.path, job.input_path, job.name)
+            prepare_file(tmp_path / job.output.path, job.input_path, job.name)
     assert leads.read_text() == "A\n1\n"
 
 
@@ -197,7 +200,7 @@ def test_output_never_replaces_ledger(tmp_path: Path) -> None:
     path = tmp_path / "memory.csv"
     Ledger(path).close()
     with pytest.raises(JobError, match="the output would replace a ledger"):
-        prepare(path, tmp_path / "leads.csv", "job")
+        prepare_file(path, tmp_path / "leads.csv", "job")
 
 
 @in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
@@ -205,8 +208,8 @@ def test_invalid_output_refused_before_spending(tmp_path: Path, name: str) -> No
     """A file where a folder should be, a folder where the file should be, a name that is too long."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(Refused, match="the output cannot be written"):
-        prepare(tmp_path / name, tmp_path / "leads.csv", "job")
+    with pytest.raises(CommandRefused, match="the output cannot be written"):
+        prepare_file(tmp_path / name, tmp_path / "leads.csv", "job")
 
 
 FORMULAS = [
@@ -276,7 +279,7 @@ def test_output_separator_and_encoding(tmp_path: Path, separator: str, encoding:
 def test_unencodable_character_error(tmp_path: Path) -> None:
     """The old file stays; nothing is replaced by question marks."""
     target = tmp_path / "out.csv"
-    with pytest.raises(Refused, match="row 2, column `old`: `cp1252` has no sign") as caught:
+    with pytest.raises(CommandRefused, match="row 2, column `old`: `cp1252` has no sign") as caught:
         write_output(target, ["ö", "日本"], encoding="cp1252")
     assert "encoding: utf-8" in (caught.value.hint or "")
     assert not target.exists()
@@ -311,37 +314,41 @@ def test_outputs_are_deterministic(tmp_path: Path) -> None:
 )
 def test_result_value_as_cell(value: object, text: str | None) -> None:
     """Text as it is, anything else as JSON, nothing as nothing."""
-    assert cell(value) == text
+    assert to_cell(value) == text
 
 
 # The collector
 
 
-def write_job_and_leads(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[Job, Rows, Question]:
+def write_job_and_leads(
+    folder: Path, leads: Sequence[Sequence[str]], job: str
+) -> tuple[Job, JobInput, RequestTemplate]:
     """Write a job and its leads, header first."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(leads)
     (folder / "job.yaml").write_text(JOB + job, encoding="utf-8")
     loaded = load_job(folder / "job.yaml")
-    return loaded, Rows(loaded), Question(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
+    return loaded, JobInput(loaded), RequestTemplate(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
 
 
-def enroll_and_settle(ledger: Ledger, rows: Rows, template: Question, tasks: Sequence[dict[str, Any] | None]) -> None:
+def enroll_and_settle(
+    ledger: Ledger, rows: JobInput, template: RequestTemplate, tasks: Sequence[dict[str, Any] | None]
+) -> None:
     """Ask all rows and settle the distinct requests, in their order, with these tasks; None leaves one pending."""
     with ledger.transaction():
         execution = ledger.start_execution("job", None, 0)
         ledger.begin_pass()
         for batch in rows.batches(template):
-            ledger.enroll(template.call, batch.asked())
-        ledger.mark()
+            ledger.enroll(template.call, batch.requests())
+        ledger.fill_queue()
         for number, task in enumerate(tasks):
             (claim,) = ledger.claim(execution, 0, 0)
             if task is None:
-                ledger.refused([(claim.attempt_id, "not now", 0)])
+                ledger.record_refused([(claim.attempt_id, "not now", 0)])
                 return
-            ledger.accepted([(claim.attempt_id, f"t-{number}", 0)], {})
+            ledger.record_accepted([(claim.attempt_id, f"t-{number}", 0)], {})
             written = json.dumps(task, ensure_ascii=False)
-            answer = read_answer(TaskReply(task, written), phase_of(task), tuple(template.columns.values()))
+            answer = read_answer(TaskReply(task, written), task_phase(task), tuple(template.columns.values()))
             ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
 
 
@@ -393,8 +400,8 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None
         RowStatus.FAILED: 1,
         RowStatus.PENDING: 1,
     }
-    assert counted.hits == {"mail": 2, "more": 2}
-    assert Collector(open_ledger, loaded, template, rows).count() == counted
+    assert counted.filled_by_column == {"mail": 2, "more": 2}
+    assert Collector(open_ledger, loaded, template, rows).count_rows() == counted
 
 
 def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) -> None:
@@ -403,9 +410,9 @@ def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) 
     enroll_and_settle(
         open_ledger, rows, template, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}]
     )
-    assert Collector(open_ledger, loaded, template, rows).count().statuses == {RowStatus.NOT_FOUND: 1}
-    other = Question(CALL, (), (), {"phone": "phone"}, None)
-    assert Collector(open_ledger, loaded, other, rows).count().statuses == {RowStatus.FOUND: 1}
+    assert Collector(open_ledger, loaded, template, rows).count_rows().statuses == {RowStatus.NOT_FOUND: 1}
+    other = RequestTemplate(CALL, (), (), {"phone": "phone"}, None)
+    assert Collector(open_ledger, loaded, other, rows).count_rows().statuses == {RowStatus.FOUND: 1}
 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])

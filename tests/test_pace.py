@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from enrich.pace import (
     BURST_S,
     CUT,
-    CUT_AGAIN,
-    CUT_FIRST,
+    FIRST_CUT,
+    MAX_OVER_PROVEN_RATE,
+    MIN_RATE,
     PAUSE_S,
-    PROVEN,
-    REST,
+    REPEATED_CUT,
+    RESTING_SHARE,
     RETURN_S,
-    SLOW_START,
-    SLOWEST,
-    STEP,
-    TOLD_START,
-    Pace,
+    SLOW_START_STEP,
+    START_RATE,
+    START_RATE_WITH_CEILING,
+    AdaptiveRateLimiter,
 )
 
 #: What may happen between two requests: nothing, an answer, a 429 with or without a wish, a slot that was not used.
@@ -45,171 +45,171 @@ def busiest_second(times: Sequence[float]) -> int:
 )
 def test_rate_never_exceeds_limit(ceiling: float, steps: list[tuple[float, str]]) -> None:
     """Whatever comes in between, at most the ceiling and the small burst that makes up for late timers leave."""
-    limiter, now, left = Pace(ceiling), 100.0, []
+    limiter, now, left = AdaptiveRateLimiter(ceiling), 100.0, []
     for pause, event in steps:
         now += pause
         now += limiter.delay(now)
-        limiter.take(now)
+        limiter.consume(now)
         left.append(now)
         match event:
             case "answered":
-                limiter.answered(now)
+                limiter.record_answer(now)
             case "429":
-                limiter.throttled(now, 0.2)
+                limiter.record_throttled(now, 0.2)
             case "429 bare":
-                limiter.throttled(now, None)
+                limiter.record_throttled(now, None)
             case "given back":
                 left.pop()
-                limiter.give_back(1)
+                limiter.refund(1)
         assert limiter.rate <= ceiling
     assert busiest_second(left) <= ceil(ceiling * (1 + BURST_S)) + 1
 
 
-@given(ceiling=st.floats(0.1, TOLD_START))
+@given(ceiling=st.floats(0.1, START_RATE_WITH_CEILING))
 def test_constant_load_reaches_limit(ceiling: float) -> None:
     """The pace costs nothing beyond what it promises: the mean rate is the ceiling."""
-    limiter, now = Pace(ceiling), 0.0
+    limiter, now = AdaptiveRateLimiter(ceiling), 0.0
     for _ in range(100):
         now += limiter.delay(now)
-        limiter.take(now)
+        limiter.consume(now)
     assert now == pytest.approx(99 / ceiling)
 
 
-def send_at_limit(limiter: Pace, now: float, seconds: float) -> float:
+def send_at_limit(limiter: AdaptiveRateLimiter, now: float, seconds: float) -> float:
     """Send all that the pace allows for a while, each answered at once; return when it ended."""
     end = now + seconds
     while now < end:
         now += limiter.delay(now)
-        limiter.take(now)
-        limiter.answered(now)
+        limiter.consume(now)
+        limiter.record_answer(now)
     return now
 
 
 def test_rate_grows_from_start() -> None:
     """The start is slow; each answer to a rate that held us back makes it larger."""
-    limiter = Pace(None)
-    assert limiter.rate == SLOW_START
-    limiter.take(50.0)
-    limiter.answered(50.0)
-    assert limiter.rate == min(SLOW_START + STEP, SLOW_START * PROVEN)
+    limiter = AdaptiveRateLimiter(None)
+    assert limiter.rate == START_RATE
+    limiter.consume(50.0)
+    limiter.record_answer(50.0)
+    assert limiter.rate == min(START_RATE + SLOW_START_STEP, START_RATE * MAX_OVER_PROVEN_RATE)
     send_at_limit(limiter, 50.0, 1.0)
-    assert limiter.rate > 10 * SLOW_START
+    assert limiter.rate > 10 * START_RATE
 
 
 def test_unused_rate_does_not_grow() -> None:
     """Nothing is known about a rate that nobody needed: it would be far too high when somebody does."""
-    limiter, now = Pace(None), 50.0
+    limiter, now = AdaptiveRateLimiter(None), 50.0
     for _ in range(100):
         now += 5 / limiter.rate
-        limiter.take(now)
-        limiter.answered(now)
-    assert not limiter.scarce
-    assert limiter.rate <= SLOW_START * PROVEN**2
+        limiter.consume(now)
+        limiter.record_answer(now)
+    assert not limiter.is_limiting
+    assert limiter.rate <= START_RATE * MAX_OVER_PROVEN_RATE**2
 
 
 def test_rate_bounded_by_recent_throughput() -> None:
     """When answers take long, the rate waits for them: what is on the wire is at most a quarter too much."""
-    limiter, now = Pace(None), 0.0
+    limiter, now = AdaptiveRateLimiter(None), 0.0
     for _ in range(40):
         now += limiter.delay(now)
-        limiter.take(now)
+        limiter.consume(now)
     for _ in range(40):
-        limiter.answered(now)
-    assert limiter.rate == pytest.approx(SLOW_START * PROVEN)
+        limiter.record_answer(now)
+    assert limiter.rate == pytest.approx(START_RATE * MAX_OVER_PROVEN_RATE)
 
 
 def test_retry_after_pauses_all() -> None:
     """Nothing leaves before; afterwards it goes on slower, and what was missed is not caught up."""
-    limiter = Pace(50.0)
-    limiter.take(9.9)
-    limiter.throttled(10.0, 7.0)
+    limiter = AdaptiveRateLimiter(50.0)
+    limiter.consume(9.9)
+    limiter.record_throttled(10.0, 7.0)
     assert limiter.delay(10.0) == pytest.approx(7.0)
     assert limiter.delay(16.5) == pytest.approx(0.5)
     assert limiter.delay(17.0) == 0
-    assert limiter.rate == pytest.approx(50 * REST * (1 - CUT_FIRST))
-    limiter.take(17.0)
+    assert limiter.rate == pytest.approx(50 * RESTING_SHARE * (1 - FIRST_CUT))
+    limiter.consume(17.0)
     assert limiter.delay(17.0) > 0
 
 
 def test_longest_retry_after_wins() -> None:
     """The rate is cut once for what was on the wire, but everybody's wish is heard."""
-    limiter = Pace(50.0)
+    limiter = AdaptiveRateLimiter(50.0)
     for _ in range(3):
-        limiter.take(9.9)
-    limiter.throttled(10.0, 1.0)
+        limiter.consume(9.9)
+    limiter.record_throttled(10.0, 1.0)
     rate = limiter.rate
-    limiter.throttled(10.1, 5.0)
+    limiter.record_throttled(10.1, 5.0)
     assert limiter.delay(10.1) == pytest.approx(5.0)
     assert limiter.rate == rate
 
 
 def test_429_without_retry_after_backs_off() -> None:
     """Without Retry-After the silence is short, and twice as long each time that the door is still shut after it."""
-    limiter, now, pauses = Pace(100.0), 10.0, []
+    limiter, now, pauses = AdaptiveRateLimiter(100.0), 10.0, []
     for _ in range(4):
-        limiter.take(now)
-        limiter.throttled(now, None)
+        limiter.consume(now)
+        limiter.record_throttled(now, None)
         pauses.append(round(limiter.delay(now), 6))
         now += 3.0
     assert pauses == [PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S, 8 * PAUSE_S]
-    limiter.take(now)
-    limiter.answered(now)
-    limiter.throttled(now, None)
+    limiter.consume(now)
+    limiter.record_answer(now)
+    limiter.record_throttled(now, None)
     assert limiter.delay(now) == pytest.approx(max(PAUSE_S, 1 / limiter.rate), rel=0.5)
 
 
 def test_retry_after_is_capped() -> None:
     """A Retry-After of a day would end the night."""
-    limiter = Pace(4.0)
-    limiter.throttled(0.0, 86_400.0)
+    limiter = AdaptiveRateLimiter(4.0)
+    limiter.record_throttled(0.0, 86_400.0)
     assert limiter.delay(0.0) == 600
 
 
 def test_burst_of_429s_reduces_rate_once() -> None:
     """What was on the wire when the first came says nothing new; the next burst does."""
-    limiter = Pace(40.0)
+    limiter = AdaptiveRateLimiter(40.0)
     for _ in range(20):
-        limiter.take(0.0)
+        limiter.consume(0.0)
     for number in range(20):
-        limiter.throttled(number / 100, 0.5)
-    once = 40 * REST * (1 - CUT_FIRST)
+        limiter.record_throttled(number / 100, 0.5)
+    once = 40 * RESTING_SHARE * (1 - FIRST_CUT)
     assert limiter.rate == pytest.approx(once)
     for _ in range(2):
-        limiter.take(60.0)
-        limiter.answered(60.0)
+        limiter.consume(60.0)
+        limiter.record_answer(60.0)
     rate = limiter.rate
-    limiter.take(60.0)
-    limiter.throttled(60.0, 0.5)
-    assert limiter.rate == pytest.approx(rate * REST * (1 - CUT_AGAIN), rel=0.1)
+    limiter.consume(60.0)
+    limiter.record_throttled(60.0, 0.5)
+    assert limiter.rate == pytest.approx(rate * RESTING_SHARE * (1 - REPEATED_CUT), rel=0.1)
 
 
 def test_lost_requests_are_forgotten() -> None:
     """Requests that were lost are forgotten after a while: then a 429 counts again."""
-    limiter = Pace(40.0)
+    limiter = AdaptiveRateLimiter(40.0)
     for _ in range(20):
-        limiter.take(0.0)
-    limiter.throttled(0.1, None)
+        limiter.consume(0.0)
+    limiter.record_throttled(0.1, None)
     rate = limiter.rate
-    limiter.take(30.0)
-    limiter.throttled(30.1, None)
+    limiter.consume(30.0)
+    limiter.record_throttled(30.1, None)
     assert limiter.rate < rate
 
 
 def test_cubic_recovery() -> None:
     """Quickly at first, hardly at all near the old limit, ever faster beyond it; the ceiling holds."""
-    limiter = Pace(200.0)
+    limiter = AdaptiveRateLimiter(200.0)
     now = send_at_limit(limiter, 0.0, 3.0)
-    for cut in (CUT_FIRST, CUT):
+    for cut in (FIRST_CUT, CUT):
         now = send_at_limit(limiter, now, 3 * RETURN_S)
         before = limiter.rate
-        limiter.take(now)
-        limiter.throttled(now, None)
-        assert limiter.rate == pytest.approx(before * REST * (1 - cut))
+        limiter.consume(now)
+        limiter.record_throttled(now, None)
+        assert limiter.rate == pytest.approx(before * RESTING_SHARE * (1 - cut))
     refused = before
     now = send_at_limit(limiter, now + PAUSE_S, RETURN_S / 2)
     assert limiter.rate > 0.95 * refused
     now = send_at_limit(limiter, now, RETURN_S / 2)
-    assert limiter.rate == pytest.approx(REST * refused, rel=0.01)
+    assert limiter.rate == pytest.approx(RESTING_SHARE * refused, rel=0.01)
     send_at_limit(limiter, now, 5 * RETURN_S)
     assert limiter.rate == 200.0
 
@@ -218,11 +218,11 @@ def test_costly_429_slows_probing() -> None:
     """When each costs seconds of silence, the rate rests for longer before it feels for more."""
     refused = []
     for retry_after in (None, 4.0):
-        limiter = Pace(None)
+        limiter = AdaptiveRateLimiter(None)
         now = send_at_limit(limiter, 0.0, 1.0)
-        limiter.take(now)
+        limiter.consume(now)
         limit = limiter.rate
-        limiter.throttled(now, retry_after)
+        limiter.record_throttled(now, retry_after)
         send_at_limit(limiter, now + 4.0, 3 * RETURN_S)
         refused.append(limiter.rate > limit)
     assert refused == [True, False]
@@ -230,27 +230,27 @@ def test_costly_429_slows_probing() -> None:
 
 def test_high_limit_is_approached_from_below() -> None:
     """What the person allows may be far more than the API does."""
-    limiter = Pace(400.0)
-    assert limiter.rate == TOLD_START
+    limiter = AdaptiveRateLimiter(400.0)
+    assert limiter.rate == START_RATE_WITH_CEILING
     send_at_limit(limiter, 0.0, 5.0)
     assert limiter.rate == 400
 
 
 def test_minimum_rate() -> None:
     """There is a slowest rate; a ceiling below it is kept all the same."""
-    slow, fast = Pace(0.05), Pace(None)
+    slow, fast = AdaptiveRateLimiter(0.05), AdaptiveRateLimiter(None)
     for number in range(100):
-        slow.throttled(number * 100.0, None)
-        fast.throttled(number * 100.0, None)
+        slow.record_throttled(number * 100.0, None)
+        fast.record_throttled(number * 100.0, None)
     assert slow.rate == 0.05
-    assert fast.rate == SLOWEST
+    assert fast.rate == MIN_RATE
 
 
 def test_next_slot_delay() -> None:
     """A slot that was given back is there at once."""
-    limiter = Pace(2.0)
-    limiter.take(5.0)
+    limiter = AdaptiveRateLimiter(2.0)
+    limiter.consume(5.0)
     assert limiter.delay(5.0) == pytest.approx(0.5 - BURST_S)
-    limiter.give_back(1)
+    limiter.refund(1)
     assert limiter.delay(5.0) == 0
     assert ceil(limiter.rate) == 2

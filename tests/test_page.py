@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from enrich.report import staircase
 from enrich.report.facts import Report
-from enrich.report.page import render
-from enrich.report.words import DASH, clean, fit
-from enrich.report.words import width as width_of
+from enrich.report.page import render_report
+from enrich.report.words import DASH, clean_text, fit_text
+from enrich.report.words import text_width as width_of
 from tests import reports
 from tests.chromium import CHROMIUM_PATH, NOT_INSTALLED, Browser, Scheme, open_browser
 
@@ -52,7 +52,7 @@ def browser() -> Iterator[Browser]:
 @cache
 def rendered_page(make: Callable[[], Report]) -> str:
     """Write a report once for all tests that read it."""
-    return render(make())
+    return render_report(make())
 
 
 def write_page(folder: Path, make: Callable[[], Report]) -> Path:
@@ -68,7 +68,7 @@ def write_page(folder: Path, make: Callable[[], Report]) -> Path:
 @pytest.mark.long
 def test_page_is_deterministic() -> None:
     """A report can be compared with an older one byte by byte."""
-    assert render(reports.full_report()) == rendered_page(reports.full_report)
+    assert render_report(reports.full_report()) == rendered_page(reports.full_report)
 
 
 @pytest.mark.long
@@ -102,7 +102,7 @@ def test_changes_against_previous_run() -> None:
     page = rendered_page(reports.typical_report)
     assert "▼ 13.6 points less" in page
     assert "▲ 1.88 more" in page
-    first = render(replace(reports.typical_report(), nights=reports.typical_report().nights[:1]))
+    first = render_report(replace(reports.typical_report(), nights=reports.typical_report().nights[:1]))
     assert "night before" not in first
 
 
@@ -112,7 +112,7 @@ def test_actions_come_first() -> None:
     page = rendered_page(reports.typical_report)
     assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
     assert "What needs you" in page
-    calm = render(replace(reports.typical_report(), needs=(), anomalies=()))
+    calm = render_report(replace(reports.typical_report(), needs=(), anomalies=()))
     assert "Nothing needs you" in calm
     assert "What needs you" not in calm
 
@@ -144,16 +144,16 @@ def test_empty_report() -> None:
 
 def test_provider_staircase_chart() -> None:
     """Each provider's finds start where those before it ended; what nobody found is what is left."""
-    steps = staircase.steps(reports.typical_report().waterfall)
+    steps = staircase.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
     assert steps[0].presumed == 74
-    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (staircase.NOBODY, 1180 - 735)
+    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (staircase.NO_MATCH_LABEL, 1180 - 735)
 
 
 def test_verifiers_not_in_chart() -> None:
     """A verifier finds nothing: it stands in the table and in the words."""
-    assert "Mailproof" not in [step.name for step in staircase.steps(reports.typical_report().waterfall)]
+    assert "Mailproof" not in [step.name for step in staircase.waterfall_steps(reports.typical_report().waterfall)]
     page = rendered_page(reports.typical_report)
     assert "Mailproof (verifier)" in page
     assert "Mailproof verified 752 finds: 37.60 credits." in page
@@ -177,14 +177,14 @@ def test_hostile_names_are_escaped() -> None:
 @given(st.text(st.characters(codec=None)))
 def test_any_name_can_be_drawn(name: str) -> None:
     """What is cleaned can stand in XML, and is never nothing: the library that draws ends the process otherwise."""
-    assert clean(name)
-    ET.fromstring(f"<text>{escape(clean(name))}</text>".encode())  # noqa: S314 - made here
+    assert clean_text(name)
+    ET.fromstring(f"<text>{escape(clean_text(name))}</text>".encode())  # noqa: S314 - made here
 
 
 @given(st.text(min_size=1), st.integers(min_value=20, max_value=300))
 def test_long_names_are_shortened(name: str, room: int) -> None:
     """A name that is too wide for its place ends in an ellipsis; one that fits stays."""
-    fitted = fit(name, room, 13)
+    fitted = fit_text(name, room, 13)
     assert width_of(fitted, 13) <= room
     assert fitted == name or fitted.endswith("…")
 
@@ -227,7 +227,7 @@ def test_page_layout(browser: Browser, tmp_path: Path, name: str) -> None:
         browser.open(path, width, scheme)
         seen = inspect_layout(browser)
         where = f"{name} at {width} pixels, {scheme}"
-        assert browser.complaints() == [], where
+        assert browser.console_messages() == [], where
         assert browser.requests() == [path.as_uri()], where
         assert seen["width"] <= width, where
         assert [seen[wrong] for wrong in ("overflowing", "outside", "overlapping", "faint")] == [[]] * 4, where
@@ -259,7 +259,7 @@ def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
     assert 3 <= len(printed.pages) <= 12
     for number in ("45.2%", "171.35", "6,128.65", "1,236.60", "of it presumed"):
         assert number in text
-    browser.do("Emulation.setEmulatedMedia", media="print")
+    browser.send_command("Emulation.setEmulatedMedia", media="print")
     seen = inspect_layout(browser)
     assert seen["dark"] is False
     assert seen["faint"] == []
@@ -276,10 +276,10 @@ def test_layout_checks_detect_errors(browser: Browser, tmp_path: Path) -> None:
     )
     browser.open(wrong, 390)
     deadline = time.monotonic() + 30
-    while not browser.complaints() and time.monotonic() < deadline:
+    while not browser.console_messages() and time.monotonic() < deadline:
         browser.evaluate("1")
     seen = inspect_layout(browser)
     assert seen["faint"]
     assert seen["overflowing"]
     assert len(browser.requests()) == 2
-    assert browser.complaints()
+    assert browser.console_messages()

@@ -13,35 +13,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.asking import Batch
-from enrich.errors import Refused
+from enrich.asking import RowBatch
+from enrich.errors import CommandRefused
 from enrich.job import load_job
 from enrich.model import Call
-from enrich.privacy import Forgotten, keyed
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.privacy import ForgottenRequests, keyed_hash
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.tables import parts, reading
 from tests.buckets import BUCKET, put_object
 from tests.cases import in_turn
 from tests.tables import write_table
 
-TEMPLATE = Question(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
+TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A, b: B}\n"
 
 
-def open_rows(folder: Path, input_path: str = "leads/", more: str = "", forgotten: Forgotten | None = None) -> Rows:
+def open_rows(
+    folder: Path, input_path: str = "leads/", more: str = "", forgotten: ForgottenRequests | None = None
+) -> JobInput:
     """Open the leads of a job."""
     (folder / "job.yaml").write_text(f"{JOB}input: {input_path}\n{more}")
-    return Rows(load_job(folder / "job.yaml"), forgotten)
+    return JobInput(load_job(folder / "job.yaml"), forgotten)
 
 
-def described_rows(batches: Iterator[Batch]) -> list[tuple[object, ...]]:
+def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
     """List what is known of each row: its place, its cells, what it asks or why it doesn't."""
     return [
         row
         for batch in batches
         for row in zip(
-            range(batch.first, batch.first + batch.frame.height),
+            range(batch.first_position, batch.first_position + batch.frame.height),
             batch.frame.rows(),
             batch.fingerprints,
             batch.params,
@@ -53,9 +55,9 @@ def described_rows(batches: Iterator[Batch]) -> list[tuple[object, ...]]:
     ]
 
 
-def pickle_roundtrip(rows: Rows) -> Rows:
+def pickle_roundtrip(rows: JobInput) -> JobInput:
     """Take it to another process."""
-    copied: Rows = pickle.loads(pickle.dumps(rows))  # noqa: S301 - our own
+    copied: JobInput = pickle.loads(pickle.dumps(rows))  # noqa: S301 - our own
     return copied
 
 
@@ -80,12 +82,12 @@ def test_parts_equal_whole_input(
         path = folder / "leads" / ((below or "c=3/") if deep else "") / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
-    with patch.object(parts, "ROWS", size):
+    with patch.object(parts, "ROWS_PER_PART", size):
         rows = open_rows(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
         divided = rows.parts()
         whole = described_rows(rows.batches(TEMPLATE))
         assert sum(part.rows for part in divided) == len(whole)
-        assert [row for part in divided for row in described_rows(rows.part(part).batches(TEMPLATE))] == whole
+        assert [row for part in divided for row in described_rows(rows.for_part(part).batches(TEMPLATE))] == whole
     if kind == "parquet":
         assert all(0 < part.rows <= size for part in divided)
 
@@ -98,15 +100,15 @@ def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
     for name, lead in zip("abc", people, strict=True):
         write_table(folder / f"{name}.csv", ["A", "B"], [lead])
     (tmp_path / "never.txt").write_text("x.example\n")
-    forgotten = Forgotten(b"key", frozenset([keyed(b"key", b'{"a":"Bob","b":"bob@y.example"}')]))
+    forgotten = ForgottenRequests(b"key", frozenset([keyed_hash(b"key", b'{"a":"Bob","b":"bob@y.example"}')]))
     rows = open_rows(tmp_path, more="suppress: never.txt\n", forgotten=forgotten)
     whole, divided = described_rows(rows.batches(TEMPLATE)), rows.parts()
-    sent = [pickle_roundtrip(rows.part(part)) for part in divided]
+    sent = [pickle_roundtrip(rows.for_part(part)) for part in divided]
     for name in ("job.yaml", "never.txt", "leads/b.csv"):
         (tmp_path / name).unlink()
     assert [row[4] for row in whole] == ["filtered", "filtered", None]
     assert described_rows(sent[0].batches(TEMPLATE)) + described_rows(sent[2].batches(TEMPLATE)) == [whole[0], whole[2]]
-    with pytest.raises(Refused, match=f"{folder}/b.csv does not exist"):
+    with pytest.raises(CommandRefused, match=f"{folder}/b.csv does not exist"):
         described_rows(sent[1].batches(TEMPLATE))
 
 
@@ -114,7 +116,7 @@ def test_part_errors_name_job_line(tmp_path: Path) -> None:
     """With the line of the job file, though it isn't there, and with no cell."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
     rows = pickle_roundtrip(
-        (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).part(whole.parts()[0])
+        (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).for_part(whole.parts()[0])
     )
     (tmp_path / "job.yaml").unlink()
     with pytest.raises(Exception, match=r"job.yaml:5: where: cannot be computed") as caught:
@@ -128,7 +130,7 @@ def test_in_memory_rows_keep_positions(tmp_path: Path) -> None:
     rows = open_rows(tmp_path, "leads.csv", "where: enrich_status = 'failed'\n")
     frame = pl.DataFrame({"A": ["y"], "B": ["2"], "enrich_status": ["failed"]})
     assert (
-        described_rows(pickle_roundtrip(rows.block(1, frame)).batches(TEMPLATE))
+        described_rows(pickle_roundtrip(rows.for_frame(1, frame)).batches(TEMPLATE))
         == described_rows(rows.batches(TEMPLATE))[1:]
     )
 
@@ -140,16 +142,16 @@ def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> N
     whole = open_rows(tmp_path, path.name)
     (part,) = whole.parts()
     write_table(path, ["A", "B"], [["1", "2"]] * rows)
-    with pytest.raises(Refused, match=rf"leads.{kind} changed since the run began"):
-        described_rows(whole.part(part).batches(TEMPLATE))
+    with pytest.raises(CommandRefused, match=rf"leads.{kind} changed since the run began"):
+        described_rows(whole.for_part(part).batches(TEMPLATE))
 
 
 def test_undividable_inputs(tmp_path: Path) -> None:
     """And says why."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [])
-    assert open_rows(tmp_path, "leads.csv").undivided() is None
-    assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").undivided() or "")
-    assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").undivided() or "")
+    assert open_rows(tmp_path, "leads.csv").why_not_parallel() is None
+    assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").why_not_parallel() or "")
+    assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").why_not_parallel() or "")
 
 
 @pytest.mark.usefixtures("bucket")
@@ -160,18 +162,18 @@ def test_parts_of_objects(tmp_path: Path) -> None:
     for name in ("in/c=1/a.parquet", "in/c=2/a.parquet"):
         put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/in/")
-    with patch.object(parts, "ROWS", 2):
+    with patch.object(parts, "ROWS_PER_PART", 2):
         divided = rows.parts()
-    assert [(part.first, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
+    assert [(part.first_position, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
     whole = described_rows(rows.batches(TEMPLATE))
     assert [
-        row for part in divided for row in described_rows(pickle_roundtrip(rows.part(part)).batches(TEMPLATE))
+        row for part in divided for row in described_rows(pickle_roundtrip(rows.for_part(part)).batches(TEMPLATE))
     ] == whole
     put_object(
         "in/c=2/a.parquet", write_table(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes()
     )
-    with pytest.raises(Refused, match=r"c=2/a.parquet changed since the run began"):
-        described_rows(rows.part(divided[-1]).batches(TEMPLATE))
+    with pytest.raises(CommandRefused, match=r"c=2/a.parquet changed since the run began"):
+        described_rows(rows.for_part(divided[-1]).batches(TEMPLATE))
 
 
 @pytest.mark.usefixtures("bucket")
@@ -181,12 +183,12 @@ def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
     data = write_table(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
     put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
-    with patch.object(parts, "ROWS", 2):
+    with patch.object(parts, "ROWS_PER_PART", 2):
         first, second = rows.parts()
-    assert len(described_rows(pickle_roundtrip(rows.part(first)).batches(TEMPLATE))) == 2
+    assert len(described_rows(pickle_roundtrip(rows.for_part(first)).batches(TEMPLATE))) == 2
     put_object(name, write_table(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
-    with pytest.raises(Refused, match=rf"{re.escape(name)} changed since the run began"):
-        described_rows(pickle_roundtrip(rows.part(second)).batches(TEMPLATE))
+    with pytest.raises(CommandRefused, match=rf"{re.escape(name)} changed since the run began"):
+        described_rows(pickle_roundtrip(rows.for_part(second)).batches(TEMPLATE))
 
 
 def test_row_counting_reads(tmp_path: Path) -> None:
@@ -195,8 +197,8 @@ def test_row_counting_reads(tmp_path: Path) -> None:
         (tmp_path / "leads").mkdir(exist_ok=True)
         write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
     rows = open_rows(tmp_path)
-    with patch.object(reading, "_batches", side_effect=AssertionError):
-        assert [(part.leaf.where.name, part.start, part.rows, part.first) for part in rows.parts()] == [
+    with patch.object(reading, "_read_batches", side_effect=AssertionError):
+        assert [(part.file.location.name, part.start_row, part.rows, part.first_position) for part in rows.parts()] == [
             ("a.parquet", 0, 3, 0),
             ("b.parquet", 0, 3, 3),
         ]

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import EnrichError, JobError, LedgerLocked, Refused
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.forecast import Plan
 from enrich.job import load_job
-from enrich.model import ASKED, Decision, State
+from enrich.model import DECISIONS_TO_SEND, Decision, State
 from enrich.plan import make_plan
-from enrich.planfile import FrozenPlan, read_plan, write_plan
-from enrich.store.database import exists
-from enrich.store.lock import hold
-from enrich.surroundings import Options
+from enrich.planfile import SavedPlan, read_plan, write_plan
+from enrich.store.database import ledger_exists
+from enrich.store.lock import lock_ledger
+from enrich.surroundings import RunOptions
 from tests.cases import examples
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,
@@ -38,7 +38,7 @@ from tests.harness import (
 
 #: What one request of the standard job may cost at worst, in credits.
 MAX_PRICE = 3.51
-PAID_DECISIONS = {decision.value for decision in ASKED}
+PAID_DECISIONS = {decision.value for decision in DECISIONS_TO_SEND}
 
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
@@ -48,22 +48,22 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def plan_in_process(
-    workspace: Workspace, api: SandboxApi, options: Options | None = None, rows: Path | None = None
+    workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
 ) -> Plan:
     """Make a plan in this process."""
-    return make_plan(load_job(workspace.job_file), api.access, options or Options(), rows)[0]
+    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[0]
 
 
 def saved_plan(
-    workspace: Workspace, api: SandboxApi, options: Options | None = None, rows: Path | None = None
-) -> FrozenPlan:
+    workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
+) -> SavedPlan:
     """Make a plan to be kept to."""
-    return make_plan(load_job(workspace.job_file), api.access, options or Options(), rows)[1]
+    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[1]
 
 
 def run_plan_command(workspace: Workspace, api: SandboxApi, *arguments: str) -> ProgramResult:
     """Run `enrich plan` on the job."""
-    return workspace.command("plan", "job.yaml", *arguments, api=api)
+    return workspace.run_in_process("plan", "job.yaml", *arguments, api=api)
 
 
 def read_decisions(path: Path) -> list[dict[str, str]]:
@@ -91,7 +91,7 @@ class PlanCase:
 
     leads: list[int | None]
     history: list[tuple[str, int]] = field(default_factory=list)
-    options: Options = field(default_factory=Options)
+    options: RunOptions = field(default_factory=RunOptions)
     job: dict[str, str] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ CASES = st.builds(
         st.tuples(st.sampled_from(["limit", "sample", "doubt", "age", "submitting"]), st.integers(1, 4)), max_size=3
     ),
     options=st.builds(
-        Options,
+        RunOptions,
         limit=st.one_of(st.none(), st.integers(0, 6)),
         sample=st.one_of(st.none(), st.integers(1, 6), st.just(10**12)),
         seed=st.integers(0, 3),
@@ -130,12 +130,12 @@ def make_history(api: SandboxApi, case: PlanCase, number: int) -> Iterator[Works
         for what, count in case.history:
             workspace.write_job()
             if what == "doubt":
-                api.fault("error-after", count)
-                workspace.run(api, Options(limit=count))
-                api.heal()
+                api.inject_fault("error-after", count)
+                workspace.run_job(api, RunOptions(limit=count))
+                api.clear_faults()
             elif what in ("limit", "sample"):
-                workspace.run(api, Options(limit=count) if what == "limit" else Options(sample=count))
-            elif exists(workspace.place):
+                workspace.run_job(api, RunOptions(limit=count) if what == "limit" else RunOptions(sample=count))
+            elif ledger_exists(workspace.ledger_location):
                 alter_ledger(workspace, HISTORY[what].format(count=count))
         workspace.write_job(**case.job)
         yield workspace
@@ -182,7 +182,7 @@ def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool
         before, spent = accepted_counts(mixed_api), mixed_api.audit()["credits_charged"]
         assert (message.rows, len(rows)) == (len(case.leads), len(case.leads))
 
-        summary = workspace.run(mixed_api, Options(plan=kept) if frozen else case.options)
+        summary = workspace.run_job(mixed_api, RunOptions(plan=kept) if frozen else case.options)
 
         now = accepted_counts(mixed_api)
         assert {name for name in now if now[name] != before.get(name, 0)} == {
@@ -190,15 +190,15 @@ def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool
         }
         assert sum(now.values()) - sum(before.values()) == message.to_submit == summary.submitted
         assert (summary.rows, summary.requests) == (message.rows, message.requests)
-        assert message.cost.most is not None
-        assert mixed_api.audit()["credits_charged"] - spent <= message.cost.most + 1e-9
+        assert message.cost.maximum is not None
+        assert mixed_api.audit()["credits_charged"] - spent <= message.cost.maximum + 1e-9
         capped = sum(row["plan_decision"] == "capped" for row in rows)
-        shown = [row for row in workspace.output() if row["enrich_error"].startswith("capped")]
+        shown = [row for row in workspace.read_output() if row["enrich_error"].startswith("capped")]
         assert capped <= len(shown) == sum(row["enrich_status"] == "filtered" for row in shown)
         if frozen:
-            assert workspace.run(mixed_api, Options(plan=kept)).submitted == 0
+            assert workspace.run_job(mixed_api, RunOptions(plan=kept)).submitted == 0
         written = (workspace.folder / "out.csv").read_bytes()
-        assert workspace.command("collect", "job.yaml", "--partial").code == 0
+        assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
         assert (workspace.folder / "out.csv").read_bytes() == written
 
 
@@ -212,10 +212,10 @@ def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> N
             load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
         )
         before = accepted_counts(mixed_api)
-        mixed_api.fault("no-credits", 1, "post")
-        runs = [workspace.run(mixed_api, Options(plan=kept))]
-        mixed_api.heal()
-        runs += [workspace.run(mixed_api, Options(plan=kept)) for _ in range(2)]
+        mixed_api.inject_fault("no-credits", 1, "post")
+        runs = [workspace.run_job(mixed_api, RunOptions(plan=kept))]
+        mixed_api.clear_faults()
+        runs += [workspace.run_job(mixed_api, RunOptions(plan=kept)) for _ in range(2)]
 
         now = accepted_counts(mixed_api)
         assert {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)} == {
@@ -235,14 +235,14 @@ def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(where="Note <> 'no'", suppress="never.txt")
     (workspace.folder / "never.txt").write_text("company3.example\n")
     workspace.write_leads(make_leads(1))
-    workspace.run(api)
+    workspace.run_job(api)
     old, other, gone, kept, late = make_leads(5)
     unnamed = ["", "Last", "https://company9.example", "", ""]
     workspace.write_leads([old, other, [*other[:4], "again"], unnamed, [*gone[:4], "no"], kept, late])
 
     result = run_plan_command(workspace, api, "--rows", "rows.csv", "--limit", "1")
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     decided = read_decisions(workspace.folder / "rows.csv")
     assert [(row["plan_decision"], row["plan_why"], row["plan_same_as_row"]) for row in decided] == [
         (decided[0]["plan_decision"], decided[0]["plan_why"], ""),
@@ -265,7 +265,7 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
 
     result = run_plan_command(workspace, api, "--input", "rows.csv", "--rows", "again.csv")
 
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
 
 
@@ -273,10 +273,10 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
 def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Workspace) -> None:
     """Nor a ledger: exit 2, and the files stay."""
     workspace.write_leads(make_leads(2))
-    workspace.run(api)
+    workspace.run_job(api)
     for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
         before = path.read_bytes()
-        assert run_plan_command(workspace, api, "--rows", str(path)).code == 2
+        assert run_plan_command(workspace, api, "--rows", str(path)).exit_code == 2
         assert path.read_bytes() == before
 
 
@@ -285,12 +285,12 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 10}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         workspace.write_leads(make_leads(4))
         made_plan = plan_in_process(workspace, api)
 
     assert made_plan.decisions[Decision.WAITING] == 1
-    assert (made_plan.to_submit, made_plan.covered) == (3, 1)  # 10 - 3.51 has room for one at its worst price
+    assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 has room for one at its worst price
 
 
 # What it says
@@ -301,7 +301,7 @@ def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(limits="{requests_per_second: 10, max_credits: 8}")
     workspace.write_leads(make_leads(4))
 
-    output = run_plan_command(workspace, api, "--json").receipt
+    output = run_plan_command(workspace, api, "--json").json_output
 
     assert (output["rows"], output["requests"], output["to_submit"], output["exit_code"]) == (4, 4, 4, 0)
     assert output["cost"] == {"min": 0.0, "likely": None, "max": 4 * MAX_PRICE}
@@ -312,7 +312,7 @@ def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
 def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger's own credits per request, times what would be sent."""
     workspace.write_leads(make_leads(12))
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
     workspace.write_leads(make_leads(20))
 
     made_plan = plan_in_process(workspace, api)
@@ -326,7 +326,7 @@ def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytes
     workspace.write_leads(make_leads(2))
     monkeypatch.setattr("enrich.question._worst_price", lambda *_: None)
 
-    output = run_plan_command(workspace, api, "--json").receipt
+    output = run_plan_command(workspace, api, "--json").json_output
 
     assert (output["to_submit"], output["cost"]["max"], output["cap_allows"], output["worst_price"]) == (
         2,
@@ -335,19 +335,19 @@ def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytes
         None,
     )
     assert "0.00 to an unknown number of credits" in run_plan_command(workspace, api).stdout
-    assert run_plan_command(workspace, api, "--max-credits", "5").code == Refused.exit_code
+    assert run_plan_command(workspace, api, "--max-credits", "5").exit_code == CommandRefused.exit_code
 
 
 def test_plan_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """With `dedupe: false` equal rows are paid for each, and each has its own decision."""
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(2) * 3)
-    workspace.run(api, Options(limit=3))
+    workspace.run_job(api, RunOptions(limit=3))
 
     made_plan, kept = make_plan(
-        load_job(workspace.job_file), api.access, Options(limit=2), workspace.folder / "rows.csv"
+        load_job(workspace.job_file), api.access, RunOptions(limit=2), workspace.folder / "rows.csv"
     )
-    summary = workspace.run(api, Options(plan=kept))
+    summary = workspace.run_job(api, RunOptions(plan=kept))
 
     assert (made_plan.requests, made_plan.to_submit, summary.submitted) == (6, 2, 2)
     rows = [row["plan_decision"] for row in read_decisions(workspace.folder / "rows.csv")]
@@ -361,7 +361,7 @@ def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
 
     result = run_plan_command(workspace, api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "3 would be sent" in result.stdout
     assert sorted(path.name for path in workspace.folder.iterdir()) == ["job.yaml", "leads.csv"]
     assert api.audit()["accepted"] == 0
@@ -371,7 +371,7 @@ def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
 def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """Looking leaves every byte of it as it was."""
     workspace.write_leads(make_leads(3))
-    workspace.run(api, Options(limit=1))
+    workspace.run_job(api, RunOptions(limit=1))
     before = workspace.ledger_path.read_bytes()
 
     run_plan_command(workspace, api, "--rows", "rows.csv", "-o", "night.plan")
@@ -382,13 +382,17 @@ def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> N
 def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     """The lock is the run's; the plan says that it may be overtaken, and none can be frozen."""
     workspace.write_leads(make_leads(3))
-    workspace.run(api, Options(limit=1))
-    with hold(workspace.place, 0):
+    workspace.run_job(api, RunOptions(limit=1))
+    with lock_ledger(workspace.ledger_location, 0):
         result = run_plan_command(workspace, api)
         frozen = run_plan_command(workspace, api, "-o", "night.plan")
 
-    assert (result.code, "a run is at work" in result.stdout, "2 would be sent" in result.stdout) == (0, True, True)
-    assert frozen.code == LedgerLocked.exit_code
+    assert (result.exit_code, "a run is at work" in result.stdout, "2 would be sent" in result.stdout) == (
+        0,
+        True,
+        True,
+    )
+    assert frozen.exit_code == LedgerLocked.exit_code
     assert not (workspace.folder / "night.plan").exists()
 
 
@@ -396,12 +400,12 @@ def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
 def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> None:
     """It is not migrated by a look, and the hint says what does it without asking anything."""
     workspace.write_leads(make_leads(1))
-    workspace.run(api)
+    workspace.run_job(api)
     alter_ledger(workspace, "PRAGMA user_version = 0")
 
     result = run_plan_command(workspace, api)
 
-    assert result.code == Refused.exit_code
+    assert result.exit_code == CommandRefused.exit_code
     assert "older version" in result.stderr
     assert "--limit 0" in result.stderr
 
@@ -411,7 +415,7 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", balance=2.0) as api:
         result = run_plan_command(workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "a run would be refused: the balance is 2 credits" in result.stdout
 
 
@@ -421,7 +425,7 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
 def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
     """Freeze a plan; return its name."""
     result = run_plan_command(workspace, api, "-o", "night.plan", *arguments)
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     return "night.plan"
 
 
@@ -430,7 +434,9 @@ def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(9))
     name = save_plan(workspace, api, "--limit", "4")
 
-    runs = [workspace.command("run", "job.yaml", "--plan", name, "--json", api=api).receipt for _ in range(2)]
+    runs = [
+        workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api).json_output for _ in range(2)
+    ]
 
     assert [(night["exit_code"], night["submitted"], night["pending"]) for night in runs] == [(0, 4, 5), (0, 0, 5)]
     assert (workspace.folder / name).stat().st_mode & 0o777 == 0o600
@@ -450,13 +456,13 @@ def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace,
     workspace.write_job(suppress="never.txt")
     (workspace.folder / "never.txt").write_text("gone.example\n")
     workspace.write_leads(make_leads(9))
-    workspace.run(api, Options(limit=0))
+    workspace.run_job(api, RunOptions(limit=0))
     name = save_plan(workspace, api)
     CHANGES[what](workspace)
 
-    result = workspace.command("run", "job.yaml", "--plan", name, api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--plan", name, api=api)
 
-    assert result.code == Refused.exit_code
+    assert result.exit_code == CommandRefused.exit_code
     assert f"{what} changed since the plan was made" in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -469,7 +475,7 @@ def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Works
     dearer = [first.model_copy(update={"price": 1}), *others]
     ground = made_plan.ground.model_copy(update={"providers": dearer})
 
-    summary = workspace.run(api, Options(plan=made_plan.model_copy(update={"ground": ground})))
+    summary = workspace.run_job(api, RunOptions(plan=made_plan.model_copy(update={"ground": ground})))
 
     assert (summary.exit_code, summary.submitted) == (5, 0)
     assert str(summary.error).startswith("the prices changed")
@@ -480,10 +486,10 @@ def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> N
     workspace.write_leads(make_leads(6))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         made_plan = saved_plan(workspace, api)
-        first = workspace.run(api, Options(limit=3, max_time_s=2.0))
+        first = workspace.run_job(api, RunOptions(limit=3, max_time_s=2.0))
         api.advance(90)
     with serve_api(tmp_path / "api.db", latency="fixed(0)") as api:
-        summary = workspace.run(api, Options(plan=made_plan))
+        summary = workspace.run_job(api, RunOptions(plan=made_plan))
         assert (summary.exit_code, summary.submitted, summary.pending) == (0, 6 - first.submitted, 0)
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (6, 0)
 
@@ -494,17 +500,17 @@ def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(6))
     name = save_plan(workspace, api, "--max-credits", "3")
 
-    result = workspace.command("run", "job.yaml", "--plan", name, "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api)
 
-    assert (result.code, result.receipt["submitted"]) == (12, 0)
+    assert (result.exit_code, result.json_output["submitted"]) == (12, 0)
 
 
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
 def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
     """Options that would choose otherwise are refused."""
     workspace.write_leads(make_leads(2))
-    result = workspace.command("run", "job.yaml", "--plan", save_plan(workspace, api), *option, api=api)
-    assert (result.code, "--plan has its own" in result.stderr) == (2, True)
+    result = workspace.run_in_process("run", "job.yaml", "--plan", save_plan(workspace, api), *option, api=api)
+    assert (result.exit_code, "--plan has its own" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 2}', "First Name\nÅ\n"])
@@ -513,20 +519,20 @@ def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) 
     workspace.write_leads(make_leads(1))
     (workspace.folder / "night.plan").write_text(content)
 
-    result = workspace.command("run", "job.yaml", "--plan", "night.plan", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--plan", "night.plan", api=api)
 
-    assert (result.code, "no plan of this version" in result.stderr) == (JobError.exit_code, True)
+    assert (result.exit_code, "no plan of this version" in result.stderr) == (JobError.exit_code, True)
 
 
 @FILE_ONLY
 def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
     """`-o` with the name of the input, the job or the ledger destroys nothing."""
     workspace.write_leads(make_leads(2))
-    workspace.run(api)
+    workspace.run_job(api)
     for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
         before = path.read_bytes()
         result = run_plan_command(workspace, api, "-o", str(path))
-        assert (result.code, "no plan" in result.stderr) == (2, True), result.stderr
+        assert (result.exit_code, "no plan" in result.stderr) == (2, True), result.stderr
         assert path.read_bytes() == before
     save_plan(workspace, api)
     save_plan(workspace, api)
@@ -535,7 +541,7 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
 def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
     """What is read is what was written."""
     workspace.write_leads(make_leads(2))
-    made_plan = saved_plan(workspace, api, Options(sample=1, seed=7, retry=frozenset({State.FAILED})))
+    made_plan = saved_plan(workspace, api, RunOptions(sample=1, seed=7, retry=frozenset({State.FAILED})))
     path = workspace.folder / "night.plan"
 
     write_plan(path, made_plan)
@@ -553,5 +559,5 @@ def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -
     os.mkfifo(workspace.folder / "pipe.csv")
     for words in (("-o", "pipe.csv"), ("--rows", "pipe.csv")):
         result = run_plan_command(workspace, api, *words)
-        assert (result.code, "it is no file" in result.stderr) == (5, True)
+        assert (result.exit_code, "it is no file" in result.stderr) == (5, True)
     assert (workspace.folder / "pipe.csv").is_fifo()

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import pytest
 
-from enrich.errors import EnrichError, Exit
-from enrich.execution import Execution, Timing
-from enrich.model import MICROS, State, SystemClock
-from enrich.polls import PollTimes, Price
+from enrich.errors import EnrichError, ExitCode
+from enrich.execution import RunState, Timeouts
+from enrich.model import MICROS_PER_CREDIT, State, SystemClock
+from enrich.polls import PollCost, PollSchedule
 from enrich.sandbox.faults import Fault
 from enrich.store.ledger import Ledger
 from tests.harness import ILL, SHORT_TIMEOUTS, SandboxApi, serve_api
@@ -38,13 +38,13 @@ def run_scenario(
 
 def assert_counts(harness: LoopHarness, **counts: int) -> bool:
     """Compare the ledger's counts."""
-    return harness.books.ledger.counts() == {State(name): count for name, count in counts.items()}
+    return harness.ledger.wrapped.state_counts() == {State(name): count for name, count in counts.items()}
 
 
 async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
     """Submit requests as an earlier execution did, and forget them."""
-    await harness.dispatcher(harness.poller(), limit=count).run()
-    harness.execution.in_flight = 0
+    await harness.make_dispatcher(harness.make_poller(), limit=count).run()
+    harness.run_state.open_tasks = 0
     assert assert_counts(harness, submitted=count)
 
 
@@ -55,14 +55,14 @@ class TestAnswers:
         """Found, missed and failed: the ledger's credits are those that the API charged."""
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work()
-            assert harness.execution.in_flight == 0
-            counts = harness.books.ledger.counts()
-            assert counts == harness.execution.tally.settled
+            await harness.run_loops()
+            assert harness.run_state.open_tasks == 0
+            counts = harness.ledger.wrapped.state_counts()
+            assert counts == harness.run_state.counters.settled
             assert sum(counts.values()) == 60
-            spent, reserved, unknown, _ = harness.books.money
-            assert (spent, reserved, unknown) == (harness.execution.tally.spent, 0, 0)
-            assert spent / MICROS == pytest.approx(harness.api.audit()["credits_charged"])
+            spent, reserved, unknown, _ = harness.ledger.execution_counters
+            assert (spent, reserved, unknown) == (harness.run_state.counters.spent, 0, 0)
+            assert spent / MICROS_PER_CREDIT == pytest.approx(harness.api.audit()["credits_charged"])
 
         with serve_api(tmp_path / "api.db", latency="uniform(0,0.2)", failure_rate=0.3) as api:
             run_scenario(tmp_path, api, scene, leads=range(60))
@@ -73,23 +73,23 @@ class TestAnswers:
         """It is asked again for a while; then it is a miss that is settled at its price."""
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work()
+            await harness.run_loops()
             assert assert_counts(harness, not_found=3)
-            assert harness.books.money[:3] == (0, 0, 0)
-            assert len(harness.watch.asked) >= polls
-            assert harness.books.one("SELECT sum(seen_alive) FROM attempts") == (3,)
+            assert harness.ledger.execution_counters[:3] == (0, 0, 0)
+            assert len(harness.request_log.polled_task_ids) >= polls
+            assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
             run_scenario(tmp_path, api, scene, leads=range(3))
 
     def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
         """An odd word is no end: the task is asked until it has one."""
-        api.fault("odd-status", 3, "post", polls=3)
+        api.inject_fault("odd-status", 3, "post", polls=3)
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work()
-            assert set(harness.books.ledger.counts()) <= {State.FOUND, State.NOT_FOUND}
-            assert len(harness.watch.asked) == 12
+            await harness.run_loops()
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert len(harness.request_log.polled_task_ids) == 12
 
         run_scenario(tmp_path, api, scene, leads=range(3))
 
@@ -99,28 +99,28 @@ class TestAnswers:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
-            reserved = harness.books.money[1]
+            reserved = harness.ledger.execution_counters[1]
             harness.api.advance(3 * 86_400)
-            await harness.adopt(harness.poller())
+            await harness.poll_open_tasks(harness.make_poller())
             assert assert_counts(harness, expired=2)
-            assert harness.books.money == (0, reserved, 2, 2)
-            assert harness.execution.tally.settled == {State.EXPIRED: 2}
+            assert harness.ledger.execution_counters == (0, reserved, 2, 2)
+            assert harness.run_state.counters.settled == {State.EXPIRED: 2}
 
         with serve_api(tmp_path / "api.db", expired_as=expired_as) as api:
             run_scenario(tmp_path, api, scene, leads=range(2))
 
     def test_unacknowledged_lost_task_is_in_doubt(self, api: SandboxApi, tmp_path: Path) -> None:
         """404 is believed only when the task is no longer young, and then nobody knows whether it was charged."""
-        api.fault("lost-task", 1, "post")
+        api.inject_fault("lost-task", 1, "post")
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work()
-            counts = harness.books.ledger.counts()
+            await harness.run_loops()
+            counts = harness.ledger.wrapped.state_counts()
             assert (counts[State.IN_DOUBT], sum(counts.values())) == (1, 3)
-            assert harness.books.money[1] > 0
-            (age,) = harness.books.one("SELECT settled_ms - submitted_ms FROM attempts WHERE state = 'in_doubt'")
-            assert age >= SHORT_TIMEOUTS.young_s * 1000
-            assert harness.execution.in_flight == 0
+            assert harness.ledger.execution_counters[1] > 0
+            (age,) = harness.ledger.query_one("SELECT settled_ms - submitted_ms FROM attempts WHERE state = 'in_doubt'")
+            assert age >= SHORT_TIMEOUTS.young_task_s * 1000
+            assert harness.run_state.open_tasks == 0
 
         run_scenario(tmp_path, api, scene, leads=range(3))
 
@@ -128,19 +128,19 @@ class TestAnswers:
         """The API knew it once, so it was accepted, and its result is gone."""
 
         async def scene(harness: LoopHarness) -> None:
-            harness.left_behind(("forgotten", 90.0), alive=True)
-            await harness.adopt(harness.poller())
+            harness.add_open_tasks(("forgotten", 90.0), acknowledged=True)
+            await harness.poll_open_tasks(harness.make_poller())
             assert assert_counts(harness, expired=1)
 
         run_scenario(tmp_path, api, scene, leads=range(1))
 
     def test_young_unknown_task_is_awaited(self, api: SandboxApi, tmp_path: Path) -> None:
         """A young task may not be known yet."""
-        api.fault("late-task", 2, "post", seconds=0.3)
+        api.inject_fault("late-task", 2, "post", seconds=0.3)
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work()
-            assert set(harness.books.ledger.counts()) <= {State.FOUND, State.NOT_FOUND}
+            await harness.run_loops()
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scene, leads=range(2))
 
@@ -148,8 +148,8 @@ class TestAnswers:
         """The next execution knows that the API has known it."""
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work(harness.poller(patience_s=0.1))
-            assert [task.seen_alive for task in harness.books.ledger.tasks()] == [True, True]
+            await harness.run_loops(harness.make_poller(patience_s=0.1))
+            assert [task.acknowledged for task in harness.ledger.wrapped.submitted_tasks()] == [True, True]
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(2))
@@ -160,10 +160,10 @@ class TestAnswers:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
-            harness.api.fault(fault, 3, "get")
-            await harness.adopt(harness.poller())
-            assert set(harness.books.ledger.counts()) <= {State.FOUND, State.NOT_FOUND}
-            assert harness.execution.reasons == {}
+            harness.api.inject_fault(fault, 3, "get")
+            await harness.poll_open_tasks(harness.make_poller())
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert harness.run_state.exit_reasons == {}
 
         run_scenario(tmp_path, api, scene, leads=range(3), timing=SHORT_TIMEOUTS)
 
@@ -171,10 +171,10 @@ class TestAnswers:
         """Edge g: asked again, in all `max_attempts` times, and then the API's word stands."""
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work(harness.poller(max_attempts=1))
+            await harness.run_loops(harness.make_poller(max_attempts=1))
             assert assert_counts(harness, failed=4)
-            assert harness.watch.posts == 4
-            assert harness.books.money[:3] == (0, 0, 0)
+            assert harness.request_log.posts == 4
+            assert harness.ledger.execution_counters[:3] == (0, 0, 0)
 
         with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
             run_scenario(tmp_path, api, scene, leads=range(4))
@@ -188,26 +188,32 @@ class TestOrder:
 
         async def scene(harness: LoopHarness) -> None:
             ages = [30.0, 10.0, 50.0, 20.0, 40.0]
-            harness.left_behind(*((f"task-{age:.0f}", age) for age in ages))
-            poller = harness.poller()
-            poller.adopt(harness.books.ledger.tasks()[::-1], asked_before=False)
-            poller.last_round = True
-            await harness.execution.until_leaving(poller.run())
+            harness.add_open_tasks(*((f"task-{age:.0f}", age) for age in ages))
+            poller = harness.make_poller()
+            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks()[::-1], polled_before=False)
+            poller.poll_once_more = True
+            await harness.run_state.run_until_abort(poller.run())
             # A 404 is asked for once more over a connection of its own.
-            assert list(dict.fromkeys(harness.watch.asked)) == ["task-50", "task-40", "task-30", "task-20", "task-10"]
+            assert list(dict.fromkeys(harness.request_log.polled_task_ids)) == [
+                "task-50",
+                "task-40",
+                "task-30",
+                "task-20",
+                "task-10",
+            ]
 
-        run_scenario(tmp_path, api, scene, leads=range(5), rate=50.0, timing=replace(SHORT_TIMEOUTS, young_s=60))
+        run_scenario(tmp_path, api, scene, leads=range(5), rate=50.0, timing=replace(SHORT_TIMEOUTS, young_task_s=60))
 
     def test_last_round_polls_each_once(self, tmp_path: Path) -> None:
         """What still runs is left for later and is no failure of this execution."""
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 40)
-            await harness.rescue(harness.poller())
-            assert sorted(harness.watch.asked) == sorted(set(harness.watch.asked))
-            assert len(harness.watch.asked) == 40
+            await harness.poll_once(harness.make_poller())
+            assert sorted(harness.request_log.polled_task_ids) == sorted(set(harness.request_log.polled_task_ids))
+            assert len(harness.request_log.polled_task_ids) == 40
             assert assert_counts(harness, submitted=40)
-            assert (harness.execution.in_flight, harness.execution.reasons) == (0, {})
+            assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(40))
@@ -217,9 +223,9 @@ class TestOrder:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 20)
-            harness.api.fault("rate-limit-bare", 15, "get")
-            await harness.rescue(harness.poller())
-            assert set(harness.books.ledger.counts()) <= {State.FOUND, State.NOT_FOUND}
+            harness.api.inject_fault("rate-limit-bare", 15, "get")
+            await harness.poll_once(harness.make_poller())
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scene, leads=range(20), timing=SHORT_TIMEOUTS)
 
@@ -228,9 +234,9 @@ class TestOrder:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
-            await harness.rescue(harness.poller())
+            await harness.poll_once(harness.make_poller())
             assert assert_counts(harness, submitted=2)
-            await harness.adopt(harness.poller(), asked_before=True)
+            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
             assert assert_counts(harness, not_found=2)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=None) as api:
@@ -241,15 +247,15 @@ class TestOrder:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 5)
-            poller = harness.poller()
-            poller.adopt(harness.books.ledger.tasks(), asked_before=True)
-            harness.execution.poll_times.SHORTEST_S = harness.execution.poll_times.LONGEST_S = 60.0
+            poller = harness.make_poller()
+            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks(), polled_before=True)
+            harness.run_state.poll_schedule.MIN_DELAY_S = harness.run_state.poll_schedule.MAX_DELAY_S = 60.0
             running = asyncio.create_task(poller.run())
-            await wait_until(lambda: len(harness.watch.asked) == 5 and not poller._asking)
-            poller.hurry()
+            await wait_until(lambda: len(harness.request_log.polled_task_ids) == 5 and not poller._open_polls)
+            poller.finish_early()
             await asyncio.wait_for(running, 10)  # not the minute after which they are due
-            assert sorted(harness.watch.asked[:5]) == sorted(harness.watch.asked[5:])
-            assert (harness.execution.in_flight, harness.execution.reasons) == (0, {})
+            assert sorted(harness.request_log.polled_task_ids[:5]) == sorted(harness.request_log.polled_task_ids[5:])
+            assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(5))
@@ -262,10 +268,10 @@ class TestTimeouts:
         """Beyond the patience the run goes on without it, says so with exit 13, and the ledger keeps the task."""
 
         async def scene(harness: LoopHarness) -> None:
-            await harness.work(harness.poller(patience_s=0.3))
-            assert set(harness.execution.reasons) == {Exit.TIME}
+            await harness.run_loops(harness.make_poller(patience_s=0.3))
+            assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
             assert assert_counts(harness, submitted=3)
-            assert harness.execution.in_flight == 0
+            assert harness.run_state.open_tasks == 0
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(3))
@@ -275,12 +281,12 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 1)
-            await harness.rescue(harness.poller(patience_s=0.0))
+            await harness.poll_once(harness.make_poller(patience_s=0.0))
             await asyncio.sleep(0.01)
-            await harness.adopt(harness.poller(patience_s=0.0), asked_before=True)
-            assert len(harness.watch.asked) == 2
-            assert set(harness.execution.reasons) == {Exit.TIME}
-            assert harness.execution.in_flight == 0
+            await harness.poll_open_tasks(harness.make_poller(patience_s=0.0), asked_before=True)
+            assert len(harness.request_log.polled_task_ids) == 2
+            assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
+            assert harness.run_state.open_tasks == 0
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(1))
@@ -291,9 +297,9 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
-            harness.api.fault(fault, 10_000, "get")
-            await harness.adopt(harness.poller())
-            assert set(harness.execution.reasons) == {Exit.API}
+            harness.api.inject_fault(fault, 10_000, "get")
+            await harness.poll_open_tasks(harness.make_poller())
+            assert set(harness.run_state.exit_reasons) == {ExitCode.API}
             assert assert_counts(harness, submitted=3)
 
         run_scenario(tmp_path, api, scene, leads=range(3), timing=ILL)
@@ -303,13 +309,13 @@ class TestTimeouts:
         """The POSTs on the wire are written down first: cut off, they would be in doubt."""
 
         async def scene(harness: LoopHarness) -> None:
-            work = asyncio.create_task(harness.work())
-            await wait_until(lambda: harness.execution.in_flight > 0 and harness.watch.on_the_wire > 0)
-            harness.api.fault(fault, 10_000, "get")
+            work = asyncio.create_task(harness.run_loops())
+            await wait_until(lambda: harness.run_state.open_tasks > 0 and harness.request_log.posts_in_flight > 0)
+            harness.api.inject_fault(fault, 10_000, "get")
             await work
-            assert set(harness.execution.reasons) == {Exit.KEY}
-            assert await harness.journal.do(Ledger.recover, 1) == 0
-            counts = harness.books.ledger.counts()
+            assert set(harness.run_state.exit_reasons) == {ExitCode.KEY}
+            assert await harness.writer.submit(Ledger.recover, 1) == 0
+            counts = harness.ledger.wrapped.state_counts()
             assert State.IN_DOUBT not in counts
             assert counts[State.SUBMITTED] > 0
             assert counts[State.PENDING] > 0
@@ -323,13 +329,13 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
-            clock = harness.execution.clock
+            clock = harness.run_state.clock
             assert isinstance(clock, ShiftedClock)
-            clock.shift_ms = -200_000
+            clock.offset_ms = -200_000
             started = time.monotonic()
-            await harness.adopt(harness.poller(), asked_before=True)
+            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
             assert time.monotonic() - started < 60
-            assert set(harness.books.ledger.counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scene, leads=range(2), clock=ShiftedClock())
 
@@ -338,17 +344,17 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
-            work = asyncio.create_task(harness.adopt(harness.poller()))
-            await wait_until(lambda: len(harness.watch.asked) == 3)
+            work = asyncio.create_task(harness.poll_open_tasks(harness.make_poller()))
+            await wait_until(lambda: len(harness.request_log.polled_task_ids) == 3)
             started = time.monotonic()
-            harness.execution.leave()
+            harness.run_state.abort_now()
             await work
             assert time.monotonic() - started < 3
             assert assert_counts(harness, submitted=3)
 
         slow = (Fault("slow", 1.0, "get", {"seconds": 5}),)
         with serve_api(tmp_path / "api.db", faults=slow) as api:
-            run_scenario(tmp_path, api, scene, leads=range(3), timing=Timing())
+            run_scenario(tmp_path, api, scene, leads=range(3), timing=Timeouts())
 
     @pytest.mark.long
     def test_waiting_uses_no_cpu(self, tmp_path: Path) -> None:
@@ -356,14 +362,14 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 50)
-            harness.execution.poll_times = PollTimes()
-            with patch.object(Execution, "wait_change", autospec=True, side_effect=Execution.wait_change) as waits:
-                await harness.adopt(harness.poller())
-            polls = len(harness.watch.asked)
+            harness.run_state.poll_schedule = PollSchedule()
+            with patch.object(RunState, "wait_for_change", autospec=True, side_effect=RunState.wait_for_change) as waits:
+                await harness.poll_open_tasks(harness.make_poller())
+            polls = len(harness.request_log.polled_task_ids)
             assert polls <= 50 * 5
             # Each poll begins and ends, and each second the loop looks around; it never turns in between.
             assert waits.call_count <= 2 * polls + 60
-            assert State.SUBMITTED not in harness.books.ledger.counts()
+            assert State.SUBMITTED not in harness.ledger.wrapped.state_counts()
 
         with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
             run_scenario(tmp_path, api, scene, leads=range(50))
@@ -373,13 +379,13 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             for latency in (0.5, 1.0, 1.5, 2.0, 3.0) * 10:
-                harness.execution.poll_times.finished(0.9 * latency, latency)
-            assert harness.execution.poll_price is Price.HIGH
-            await harness.dispatcher(poller := harness.poller(), limit=3).run()
-            meant = min(due for due, _, _ in poller._due)
-            poller.no_more = True
-            poller._relax()
-            assert max(due for due, _, _ in poller._due) < meant
+                harness.run_state.poll_schedule.record_duration(0.9 * latency, latency)
+            assert harness.run_state.poll_cost is PollCost.HIGH
+            await harness.make_dispatcher(poller := harness.make_poller(), limit=3).run()
+            meant = min(due for due, _, _ in poller._scheduled)
+            poller.no_new_tasks = True
+            poller._bring_polls_forward()
+            assert max(due for due, _, _ in poller._scheduled) < meant
 
         with serve_api(tmp_path / "api.db") as api:
             run_scenario(tmp_path, api, scene, leads=range(3), rate=20.0)
@@ -389,11 +395,11 @@ class TestTimeouts:
 
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 40)
-            harness.books.ledger._db.execute("PRAGMA query_only = 1")
+            harness.ledger.wrapped._db.execute("PRAGMA query_only = 1")
             with pytest.raises(EnrichError, match="cannot be written"):
-                await harness.adopt(harness.poller())
-            assert harness.execution.tally.settled == {}
-            harness.books.ledger._db.execute("PRAGMA query_only = 0")
+                await harness.poll_open_tasks(harness.make_poller())
+            assert harness.run_state.counters.settled == {}
+            harness.ledger.wrapped._db.execute("PRAGMA query_only = 0")
             assert assert_counts(harness, submitted=40)
 
         run_scenario(tmp_path, api, scene, leads=range(40))
@@ -403,8 +409,8 @@ class TestTimeouts:
 class ShiftedClock(SystemClock):
     """A machine's clock that somebody sets."""
 
-    shift_ms: int = 0
+    offset_ms: int = 0
 
     def now_ms(self) -> int:
         """Tell the time as it was set."""
-        return time.time_ns() // 1_000_000 + self.shift_ms
+        return time.time_ns() // 1_000_000 + self.offset_ms

@@ -29,7 +29,7 @@ def test_wrong_password_is_refused(postgres: PostgresServer) -> None:
 
 def test_test_schemas_are_dropped(postgres: PostgresServer) -> None:
     """A schema that a test made is gone after it, and that of the sandbox."""
-    schema = postgres.url().rpartition("=")[2]
+    schema = postgres.ledger_url().rpartition("=")[2]
     with closing(postgres.connect()) as db:
         db.execute(f"CREATE SCHEMA {schema}")
         db.execute(f"CREATE SCHEMA {schema}_sandbox")

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.pulse import MOST_BINS, Counts, Doing, Meter, Pulse, Traffic, read_pulse
+from enrich.pulse import MAX_BINS, Phase, ProgressSnapshot, Traffic, TrafficCounts, TrafficRecorder, read_snapshot
 from enrich.store.ledger import Ledger
 from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
 #: Seconds until the next tick, and what happened until then.
 TICKS = st.lists(
-    st.tuples(st.floats(0, 5_000) | st.floats(0, 3), st.builds(Counts, *[st.integers(0, 500)] * 4)),
+    st.tuples(st.floats(0, 5_000) | st.floats(0, 3), st.builds(TrafficCounts, *[st.integers(0, 500)] * 4)),
     max_size=60,
 )
 
@@ -30,34 +30,34 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def add_counts(one: Counts, other: Counts) -> Counts:
+def add_counts(one: TrafficCounts, other: TrafficCounts) -> TrafficCounts:
     """Add up what happened."""
-    return Counts(*(a + b for a, b in zip(one, other, strict=True)))
+    return TrafficCounts(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 @given(TICKS)
-def test_bins_sum_to_totals(ticks: list[tuple[float, Counts]]) -> None:
+def test_bins_sum_to_totals(ticks: list[tuple[float, TrafficCounts]]) -> None:
     """Late, in bursts or at once: the bins add up to what happened, and there are never many of them."""
-    meter, at_s, seen = Meter(), 0.0, Counts()
+    meter, at_s, seen = TrafficRecorder(), 0.0, TrafficCounts()
     for passed_s, happened in ticks:
         at_s, seen = at_s + passed_s, add_counts(seen, happened)
-        meter.count(at_s, seen)
+        meter.record(at_s, seen)
 
     traffic = meter.traffic()
     assert traffic.totals() == seen
     assert len(traffic.submitted) == (int(at_s // traffic.width_s) + 1 if ticks else 0)
     assert len({len(bins) for bins in (traffic.submitted, traffic.answered, traffic.polls, traffic.rate_limited)}) == 1
-    assert len(traffic.submitted) <= MOST_BINS
+    assert len(traffic.submitted) <= MAX_BINS
 
 
 @given(TICKS)
-def test_merged_bins_keep_boundaries(ticks: list[tuple[float, Counts]]) -> None:
+def test_merged_bins_keep_boundaries(ticks: list[tuple[float, TrafficCounts]]) -> None:
     """Each tick falls into the bin of its time, whatever was merged since."""
-    meter, seen = Meter(), Counts()
+    meter, seen = TrafficRecorder(), TrafficCounts()
     times = list(accumulate(passed_s for passed_s, _ in ticks))
     for at_s, (_, happened) in zip(times, ticks, strict=True):
         seen = add_counts(seen, happened)
-        meter.count(at_s, seen)
+        meter.record(at_s, seen)
 
     traffic = meter.traffic()
     expected = [0] * len(traffic.polls)
@@ -68,9 +68,9 @@ def test_merged_bins_keep_boundaries(ticks: list[tuple[float, Counts]]) -> None:
 
 def test_pause_gives_empty_bins() -> None:
     """An hour without a tick is an hour of nothing, and what comes then comes then."""
-    meter = Meter()
-    meter.count(0.5, Counts(submitted=3))
-    meter.count(3600.5, Counts(submitted=5))
+    meter = TrafficRecorder()
+    meter.record(0.5, TrafficCounts(submitted=3))
+    meter.record(3600.5, TrafficCounts(submitted=5))
 
     traffic = meter.traffic()
     assert (traffic.submitted[0], sum(traffic.submitted[1:-1]), traffic.submitted[-1]) == (3, 0, 2)
@@ -79,10 +79,10 @@ def test_pause_gives_empty_bins() -> None:
 
 def test_clock_going_back() -> None:
     """What happened counts for the latest moment that was told; a count that fell is none."""
-    traffic = Meter()
-    traffic.count(5.0, Counts(polls=4))
-    traffic.count(1.0, Counts(polls=6))
-    traffic.count(5.5, Counts(polls=2))
+    traffic = TrafficRecorder()
+    traffic.record(5.0, TrafficCounts(polls=4))
+    traffic.record(1.0, TrafficCounts(polls=6))
+    traffic.record(5.5, TrafficCounts(polls=2))
 
     assert traffic.traffic().polls == (0, 0, 0, 0, 0, 6)
 
@@ -93,28 +93,28 @@ def test_current_speed() -> None:
         width_s=4, submitted=(40, 8, 4, 4, 1), answered=(0, 0, 4, 6, 1), polls=(0,) * 5, rate_limited=(0,) * 5
     )
 
-    lately, over_s = traffic.lately(elapsed_s=16.5)
+    lately, over_s = traffic.recent(elapsed_s=16.5)
 
     assert (lately.submitted, lately.answered, over_s) == (17, 11, 12.5)
-    assert traffic.lately(0.0) == (Counts(57, 11), 0.0)
+    assert traffic.recent(0.0) == (TrafficCounts(57, 11), 0.0)
 
 
 @in_turn("text", [None, "", "{}", "[]", '{"at_ms": 1}'])
 def test_invalid_progress_is_none(text: str | None) -> None:
     """An execution of an older version has none."""
-    assert read_pulse(text) is None
+    assert read_snapshot(text) is None
 
 
-def stored_progress(workspace: Workspace, execution: int = 1) -> Pulse:
+def stored_progress(workspace: Workspace, execution: int = 1) -> ProgressSnapshot:
     """Read what an execution has written down."""
-    with_ledger = workspace.ledger()
-    snapshot = read_pulse(with_ledger.execution(execution)["pulse"])
+    with_ledger = workspace.open_ledger()
+    snapshot = read_snapshot(with_ledger.execution(execution)["pulse"])
     with_ledger.close()
     assert snapshot is not None
     return snapshot
 
 
-def assert_matches_summary(snapshot: Pulse, summary: Any) -> None:
+def assert_matches_summary(snapshot: ProgressSnapshot, summary: Any) -> None:
     """The pulse ends with the numbers of the receipt."""
     totals = snapshot.traffic.totals()
     assert (totals.submitted, totals.polls, totals.rate_limited) == (
@@ -131,25 +131,25 @@ def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) ->
     """All that was sent and heard is in it, also when some of it was told to wait."""
     workspace.write_leads(make_leads(15))
     with serve_api(tmp_path / "api.db", rate=100.0, burst=1, retry_after=None) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
 
     snapshot = stored_progress(workspace)
     assert summary.exit_code == 0
     assert_matches_summary(snapshot, summary)
     assert snapshot.traffic.totals().answered == snapshot.done == snapshot.total == 15
-    assert (snapshot.found, snapshot.in_flight, snapshot.doing) == (summary.found, 0, Doing.COLLECT)
+    assert (snapshot.found, snapshot.in_flight, snapshot.doing) == (summary.found, 0, Phase.COLLECT)
 
 
 def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """What an earlier execution left is heard by this one; a run that its canary ends has its pulse."""
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         api.advance(601)
         workspace.write_job(canary="{rows: 2, min_hit_rate: 1.0}")
         workspace.write_leads(make_leads(20))
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
 
     snapshot = stored_progress(workspace, 2)
     assert summary.exit_code == 15
@@ -160,13 +160,13 @@ def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: W
 def test_progress_of_interrupted_run(api: SandboxApi, workspace: Workspace) -> None:
     """A doubt is an end for this execution; a broken input comes before anything is known to be done."""
     workspace.write_leads(make_leads(2))
-    api.fault("no-task-id")
-    summary = workspace.run(api)
+    api.inject_fault("no-task-id")
+    summary = workspace.run_job(api)
     assert summary.exit_code == 14
     assert stored_progress(workspace).states == {"in_doubt": 1, **({"found": 1} if summary.found else {"not_found": 1})}
 
     workspace.write_leads([*make_leads(2), ["a"]])
-    broken = workspace.run(api)
+    broken = workspace.run_job(api)
     assert broken.exit_code == 5
     assert (stored_progress(workspace, 2).total, stored_progress(workspace, 2).done) == (None, 0)
 
@@ -178,10 +178,10 @@ def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, m
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Ledger, "write_pulse", full)
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    monkeypatch.setattr(Ledger, "save_progress", full)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "the ledger cannot be written: database or disk is full" in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -189,11 +189,11 @@ def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, m
 def test_no_progress_after_end(api: SandboxApi, workspace: Workspace) -> None:
     """An execution that has ended has its last pulse for good."""
     workspace.write_leads(make_leads(1))
-    workspace.run(api)
+    workspace.run_job(api)
     before = stored_progress(workspace)
-    ledger = Ledger(workspace.place)
+    ledger = Ledger(workspace.ledger_location)
     with ledger.transaction():
-        ledger.write_pulse(1, json.dumps({"late": True}))
+        ledger.save_progress(1, json.dumps({"late": True}))
     ledger.close()
 
     assert stored_progress(workspace) == before

@@ -9,9 +9,9 @@ import pytest
 
 from enrich.api.waterfall import User, Waterfall
 from enrich.budget import make_budget
-from enrich.errors import JobError, Refused
+from enrich.errors import CommandRefused, JobError
 from enrich.job import load_job
-from enrich.question import Question, default_providers, make_question
+from enrich.question import RequestTemplate, default_providers, make_request_template
 from tests.harness import Workspace
 
 JOB = """\
@@ -53,11 +53,11 @@ def build_template(
     extra_yaml: str = "",
     waterfall: Waterfall | None = None,
     providers: Sequence[int] | None = None,
-) -> Question:
+) -> RequestTemplate:
     """Make the question of a job."""
     waterfall = waterfall or waterfall_json()
     job = load_job(workspace.write_job(JOB + extra_yaml))
-    return make_question(job, waterfall, default_providers(waterfall) if providers is None else providers)
+    return make_request_template(job, waterfall, default_providers(waterfall) if providers is None else providers)
 
 
 def job_error(workspace: Workspace, extra_yaml: str = "", waterfall: Waterfall | None = None) -> tuple[str, str | None]:
@@ -91,11 +91,11 @@ def test_unknown_price(workspace: Workspace, price: object) -> None:
     waterfall = waterfall_json(available_enrichments=[{"id": 833, "price": "1"}, {"id": 966, "price": price}])
     made = build_template(workspace, waterfall=waterfall)
     assert made.worst_price is None
-    assert make_budget(load_job(workspace.job_file), made, None).price == 0
+    assert make_budget(load_job(workspace.job_file), made, None).max_request_price == 0
     capped = load_job(workspace.write_job(f"{JOB}limits: {{max_credits: 5}}\n"))
-    with pytest.raises(Refused, match="names no price"):
+    with pytest.raises(CommandRefused, match="names no price"):
         make_budget(capped, made, None)
-    assert make_budget(capped, build_template(workspace), None).price == 1_750_000
+    assert make_budget(capped, build_template(workspace), None).max_request_price == 1_750_000
 
 
 def test_unlisted_provider_has_unknown_price(workspace: Workspace) -> None:
@@ -106,8 +106,8 @@ def test_unlisted_provider_has_unknown_price(workspace: Workspace) -> None:
 def test_required_params_and_emails(workspace: Workspace) -> None:
     """A param is an e-mail by its type or by its name."""
     made = build_template(workspace)
-    assert made.required == ("first_name", "last_name", "company")
-    assert made.emails == ("email", "second")
+    assert made.required_params == ("first_name", "last_name", "company")
+    assert made.email_params == ("email", "second")
 
 
 def test_default_result_columns(workspace: Workspace) -> None:

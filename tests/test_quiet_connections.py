@@ -43,7 +43,7 @@ def echo(request: ReceivedRequest) -> bytes:
 
 async def wait_until_closed(server: RawServer, number: int) -> None:
     """Wait until a connection is over."""
-    await asyncio.to_thread(wait_until, lambda: number in server.ended)
+    await asyncio.to_thread(wait_until, lambda: number in server.closed_connections)
 
 
 @each_stray
@@ -55,7 +55,7 @@ def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
         await wait_until_closed(server, 1)
         return [first.json(), (await send("/b")).json()]
 
-    with serve_replies(lambda seen: Reply(echo(seen), later=stray if seen.connection == 1 else b"")) as server:
+    with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=stray if seen.connection == 1 else b"")) as server:
         assert with_transport(server.base_url, two) == [{"task_id": "a"}, {"task_id": "b"}]
         assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (2, "b")]
 
@@ -71,7 +71,7 @@ def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apa
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
     whole = head + body + stray
     cut = len(whole) - len(stray) - 1
-    first = Reply(whole[:cut], later=whole[cut:]) if apart == "the end apart" else Reply(whole)
+    first = Reply(whole[:cut], stray_bytes=whole[cut:]) if apart == "the end apart" else Reply(whole)
 
     async def several(send: Sender) -> list[bytes]:
         try:
@@ -93,7 +93,7 @@ def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
     async def slow_down() -> None:
         for _ in range(100):
             await asyncio.sleep(0)
-            if server.greeted.wait(0.2):  # blocks the loop, as a busy machine would
+            if server.greeting_sent.wait(0.2):  # blocks the loop, as a busy machine would
                 return
 
     async def one(send: Sender) -> None:
@@ -114,7 +114,7 @@ def test_no_reuse_uses_new_connections() -> None:
         answers = [await send(f"/{name}", method="POST") for name in "abc"]
         return [(answer.json()["task_id"], answer.extensions["fresh"]) for answer in answers]
 
-    with serve_replies(lambda seen: Reply(echo(seen), later=STRAY_REPLY)) as server:
+    with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=STRAY_REPLY)) as server:
         assert with_transport(server.base_url, three, reuse=False) == [("a", True), ("b", True), ("c", True)]
         assert [seen.connection for seen in server.requests] == [1, 2, 3]
 
@@ -144,7 +144,7 @@ def test_fresh_requests_do_not_queue() -> None:
         return answer.json()["task_id"]
 
     def answer(request: ReceivedRequest) -> Reply:
-        return Reply(then=ConnectionAction.SILENCE) if requested_path(request) == "silent" else Reply(echo(request))
+        return Reply(action=ConnectionAction.HANG) if requested_path(request) == "silent" else Reply(echo(request))
 
     with serve_replies(answer) as server:
         assert with_transport(server.base_url, both) == "a"
@@ -178,7 +178,7 @@ def test_closed_connection_fails_its_request() -> None:
 
     def answer(request: ReceivedRequest) -> Reply:
         silent = requested_path(request) == "b" and request.connection == 1
-        return Reply(then=ConnectionAction.SILENCE) if silent else Reply(echo(request))
+        return Reply(action=ConnectionAction.HANG) if silent else Reply(echo(request))
 
     with serve_replies(answer) as server:
         assert with_transport(server.base_url, two) == "b"

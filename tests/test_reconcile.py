@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from enrich.api.waterfall import User
-from enrich.difference import compare
-from enrich.errors import Exit
-from enrich.model import MICROS, State, read_balance
-from enrich.surroundings import Options, Progress
+from enrich.difference import explain_balance
+from enrich.errors import ExitCode
+from enrich.model import MICROS_PER_CREDIT, State, read_balance
+from enrich.surroundings import Progress, RunOptions
 from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
@@ -26,12 +26,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def credits_(amount: float) -> int:
     """Write credits as millionths."""
-    return int(amount * MICROS)
+    return int(amount * MICROS_PER_CREDIT)
 
 
 def test_known_prices_explain_difference() -> None:
     """Answers of known price alone: nothing is left to explain."""
-    comparison = compare(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
+    comparison = explain_balance(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
 
     assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
 
@@ -41,7 +41,7 @@ def test_unconfirmed_cost_range(gone: float) -> None:
     """Between nothing and the worst price everything is explained, and no part is said to be the one."""
     movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
 
-    comparison = compare(1, credits_(100), credits_(100 - gone), movements)
+    comparison = explain_balance(1, credits_(100), credits_(100 - gone), movements)
 
     assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
 
@@ -50,15 +50,15 @@ def test_external_changes_are_separated() -> None:
     """Above what all parts could cost it went elsewhere; below what they must cost it came from elsewhere."""
     movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
 
-    assert compare(1, credits_(100), credits_(80), movements).unexplained == 8
-    assert compare(1, credits_(100), credits_(95), movements).unexplained == -5
+    assert explain_balance(1, credits_(100), credits_(80), movements).unexplained == 8
+    assert explain_balance(1, credits_(100), credits_(95), movements).unexplained == -5
 
 
 def test_earlier_reservations_can_be_returned() -> None:
     """A task of an earlier execution had its price reserved already: settled now, the balance may rise."""
     movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
 
-    comparison = compare(2, credits_(100), credits_(102), movements)
+    comparison = explain_balance(2, credits_(100), credits_(102), movements)
 
     assert (comparison.earlier.least, comparison.earlier.most) == (-2, 1)
     assert (comparison.at_the_api.least, comparison.at_the_api.most) == (-3, 0)
@@ -69,19 +69,19 @@ def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
     """The command tells the difference, its parts, and who must decide; it changes nothing."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db") as api:
-        api.fault("error-after", 2, "post", status=502)
-        summary = workspace.run(api, timing=SHORT_TIMEOUTS)
+        api.inject_fault("error-after", 2, "post", status=502)
+        summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
 
-        result = workspace.command("reconcile", "job.yaml", "--json", api=api)
+        result = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api)
 
-        output = result.receipt
-        assert summary.exit_code == Exit.IN_DOUBT
-        assert result.code == 0
+        output = result.json_output
+        assert summary.exit_code == ExitCode.IN_DOUBT
+        assert result.exit_code == 0
         assert output["difference"] == pytest.approx(api.audit()["credits_charged"])
         assert output["spent"]["most"] == pytest.approx(summary.credits_spent)
         assert output["in_doubt"]["number"] == 2
         assert output["unexplained"] == 0
-        message = workspace.command("reconcile", "job.yaml", api=api).stdout
+        message = workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
         assert "--retry in_doubt" in message
         assert "--accept in_doubt" in message
         assert api.audit()["accepted"] == 12
@@ -96,26 +96,26 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
     other.write_job()
     other.write_leads(make_leads(5, start=100))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        workspace.run(api)
-        theirs = other.run(api).credits_spent
+        workspace.run_job(api)
+        theirs = other.run_job(api).credits_spent
 
-        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
         assert output["unexplained"] == pytest.approx(theirs)
-        assert "other users" in workspace.command("reconcile", "job.yaml", api=api).stdout
+        assert "other users" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
         api.top_up(1_000)
-        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
         assert output["unexplained"] == pytest.approx(theirs - 1_000)
-        assert "came in" in workspace.command("reconcile", "job.yaml", api=api).stdout
+        assert "came in" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
 
 def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:
     """Where the API hides what an answer cost, the difference is explained by their worst price."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
-        workspace.run(api)
+        workspace.run_job(api)
 
-        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
 
     assert output["unknown_price"]["number"] == 4
     assert output["unexplained"] == 0
@@ -124,33 +124,33 @@ def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> No
 def test_reconcile_without_runs(api: SandboxApi, workspace: Workspace) -> None:
     """A job that never ran, and an execution that is not there, are refused."""
     workspace.write_leads(make_leads(1))
-    assert workspace.command("reconcile", "job.yaml", api=api).code == Exit.REFUSED
-    workspace.run(api)
-    assert workspace.command("reconcile", "job.yaml", "--since", "99", api=api).code == Exit.REFUSED
-    assert workspace.command("reconcile", "job.yaml", "--since", "1", api=api).code == Exit.OK
+    assert workspace.run_in_process("reconcile", "job.yaml", api=api).exit_code == ExitCode.REFUSED
+    workspace.run_job(api)
+    assert workspace.run_in_process("reconcile", "job.yaml", "--since", "99", api=api).exit_code == ExitCode.REFUSED
+    assert workspace.run_in_process("reconcile", "job.yaml", "--since", "1", api=api).exit_code == ExitCode.OK
 
 
 def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
     """`--accept in_doubt` makes it failed: told once with exit 10, never asked again by itself."""
     workspace.write_leads(make_leads(6))
     with serve_api(tmp_path / "api.db") as api:
-        api.fault("error-after", 1, "post", status=500)
-        assert workspace.run(api, timing=SHORT_TIMEOUTS).exit_code == Exit.IN_DOUBT
+        api.inject_fault("error-after", 1, "post", status=500)
+        assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.IN_DOUBT
 
-        accepted = workspace.run(api, Options(accept_doubts=True), SHORT_TIMEOUTS)
+        accepted = workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
 
-        assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (Exit.SOME_FAILED, 0, 1)
-        assert workspace.run(api, timing=SHORT_TIMEOUTS).exit_code == Exit.OK
+        assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (ExitCode.SOME_FAILED, 0, 1)
+        assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.OK
         assert api.audit()["accepted"] == 6
-        with_word = workspace.run(api, Options(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
-        assert (with_word.exit_code, with_word.submitted) == (Exit.OK, 1)
+        with_word = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
+        assert (with_word.exit_code, with_word.submitted) == (ExitCode.OK, 1)
 
 
 def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> None:
     """Both at once is a mistake of the command line."""
     workspace.write_leads(make_leads(1))
-    result = workspace.command("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
-    assert result.code == Exit.USAGE
+    result = workspace.run_in_process("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
+    assert result.exit_code == ExitCode.USAGE
     assert api.audit()["accepted"] == 0
 
 
@@ -158,17 +158,17 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
     """The balance before and after, and what of it is not the credits spent."""
     workspace.write_leads(make_leads(8))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        api.fault("error-after", 1, "post", status=500)
-        result = workspace.command("run", "job.yaml", api=api)
+        api.inject_fault("error-after", 1, "post", status=500)
+        result = workspace.run_in_process("run", "job.yaml", api=api)
 
         assert "7 answers of known price" in result.stderr
         assert "1 in doubt, or 0.00" in result.stderr
         assert "enrich reconcile job.yaml" in result.stderr
-        execution = workspace.command("status", "job.yaml", "--json").receipt["executions"][0]
+        execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
         gone = execution["balance_before"] - execution["balance_after"]
         assert gone == pytest.approx(api.audit()["credits_charged"])
         assert gone > execution["credits_spent"]
-        assert "beyond the credits spent" in workspace.command("status", "job.yaml").stdout
+        assert "beyond the credits spent" in workspace.run_in_process("status", "job.yaml").stdout
 
 
 def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> None:
@@ -181,9 +181,9 @@ def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> N
         seen.append(progress.in_flight)
 
     with serve_api(tmp_path / "api.db", latency="fixed(0.3)") as api:
-        summary = workspace.run(api, show=show)
+        summary = workspace.run_job(api, show=show)
 
-    assert summary.exit_code == Exit.OK
+    assert summary.exit_code == ExitCode.OK
     assert 0 < max(seen) <= 40 * 1 * 0.25
 
 
@@ -191,18 +191,21 @@ def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> N
     """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        workspace.run(api)  # before there is any doubt
+        workspace.run_job(api)  # before there is any doubt
         workspace.write_leads(make_leads(8))
-        api.fault("error-after", 1, "post", status=500)
-        in_doubt = workspace.run(api, timing=SHORT_TIMEOUTS)
+        api.inject_fault("error-after", 1, "post", status=500)
+        in_doubt = workspace.run_job(api, timing=SHORT_TIMEOUTS)
         workspace.write_leads(make_leads(12))
-        workspace.run(api, timing=SHORT_TIMEOUTS)
-        workspace.run(api, timing=SHORT_TIMEOUTS)
+        workspace.run_job(api, timing=SHORT_TIMEOUTS)
+        workspace.run_job(api, timing=SHORT_TIMEOUTS)
 
-        output = workspace.command("reconcile", "job.yaml", "--json", api=api).receipt
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
         assert (output["since"], output["in_doubt"]["number"], output["unexplained"]) == (in_doubt.execution, 1, 0)
-        assert workspace.command("reconcile", "job.yaml", "--since", "4", "--json", api=api).receipt["since"] == 4
-        status = workspace.command("status", "job.yaml", "--json").receipt
+        assert (
+            workspace.run_in_process("reconcile", "job.yaml", "--since", "4", "--json", api=api).json_output["since"]
+            == 4
+        )
+        status = workspace.run_in_process("status", "job.yaml", "--json").json_output
         assert status["doubts"]["number"] == 1
         assert status["doubts"]["oldest_execution"] == in_doubt.execution
         assert status["doubts"]["credits_at_most"] > 0
@@ -210,13 +213,13 @@ def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> N
         assert status["balance"]["since_execution"] == in_doubt.execution
         missing = status["balance"]["before"] - status["balance"]["after"] - status["balance"]["credits_spent"]
         assert 0 < missing <= status["doubts"]["credits_at_most"]
-        shown = workspace.command("status", "job.yaml").stdout
+        shown = workspace.run_in_process("status", "job.yaml").stdout
         assert "may have cost up to" in shown
         assert f"of execution {in_doubt.execution}" in shown
 
-        workspace.run(api, Options(accept_doubts=True), SHORT_TIMEOUTS)
-        assert workspace.command("reconcile", "job.yaml", "--json", api=api).receipt["since"] == 5
-        status = workspace.command("status", "job.yaml", "--json").receipt
+        workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
+        assert workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output["since"] == 5
+        status = workspace.run_in_process("status", "job.yaml", "--json").json_output
         assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
 
 
@@ -237,10 +240,10 @@ def test_cap_overrun_is_explained(workspace: Workspace) -> None:
         return http_reply(200, {"balance": 100, "workspace": "w"} if "/user/me" in request.line else waterfall)
 
     with serve_replies(answer) as server:
-        result = workspace.command(
+        result = workspace.run_in_process(
             "run", "job.yaml", "--json", "--receipt", api=SandboxApi(server.base_url, "sandbox-key")
         )
-    summary, err = result.receipt, result.stderr
+    summary, err = result.json_output, result.stderr
 
     over = summary["credits_spent"] - 20
     assert over > 0
@@ -262,10 +265,13 @@ def test_negative_balance(workspace: Workspace, balance: object) -> None:
 
     with serve_replies(answer) as server:
         api = SandboxApi(server.base_url, "sandbox-key")
-        result = workspace.command("run", "job.yaml", "--json", api=api)
-        assert (result.code, result.receipt["balance_before"]) == (Exit.REFUSED, pytest.approx(float(str(balance))))
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert (result.exit_code, result.json_output["balance_before"]) == (
+            ExitCode.REFUSED,
+            pytest.approx(float(str(balance))),
+        )
         assert "the balance is -" in result.stderr
-        planned = workspace.command("plan", "job.yaml", "--json", api=api).receipt
+        planned = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
         assert planned["balance"] == pytest.approx(float(str(balance)))
         assert any("would be refused: the balance is -" in note for note in planned["notes"])
         assert all(seen.line.startswith("GET") for seen in server.requests)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from enrich.job import load_job
 from enrich.model import Answer, RowStatus, State
 from enrich.report.facts import Report
-from enrich.report.gather import gather
-from enrich.report.nights import latencies
-from enrich.store.lock import hold
-from enrich.watch.outcome import Target
+from enrich.report.gather import build_report
+from enrich.report.nights import latency_histogram
+from enrich.store.lock import lock_ledger
+from enrich.watch.outcome import JobArguments
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.cases import first_quick
 from tests.harness import (
@@ -37,7 +37,7 @@ from tests.harness import (
 from tests.reports import marked_values, report_json
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-TARGET = Target("job.yaml --output out.csv", "job.yaml")
+TARGET = JobArguments("job.yaml --output out.csv", "job.yaml")
 CREDIT = 1_000_000
 
 
@@ -49,14 +49,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def build_report_at(workspace: Workspace, now: datetime = NOW, **more: Any) -> Report:
     """Gather the facts in this process, at a time."""
-    return gather(load_job(workspace.job_file), TARGET, now, **more)
+    return build_report(load_job(workspace.job_file), TARGET, now, **more)
 
 
 def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> dict[str, Any]:
     """Hold the report against the status and the list of runs; return it."""
     report = report_json(workspace, job=job)
-    status = workspace.command("status", job, "--json").receipt
-    runs = workspace.command("runs", job, "--last", "99", "--json").receipt
+    status = workspace.run_in_process("status", job, "--json").json_output
+    runs = workspace.run_in_process("runs", job, "--last", "99", "--json").json_output
 
     assert report["requests"] == {name: status[name] for name in report["requests"]}
     assert sum(report["requests"].values()) == status["requests"]
@@ -92,11 +92,11 @@ def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     with serve_api(tmp_path / "api.db", miss_kinds=("null_result",)) as api:
         for leads in (20, 45):
             workspace.write_leads(make_leads(leads))
-            workspace.command("run", "job.yaml", api=api)
+            workspace.run_in_process("run", "job.yaml", api=api)
         audit = api.audit()
-    assert workspace.command("report", "job.yaml").code == 0
+    assert workspace.run_in_process("report", "job.yaml").exit_code == 0
     page = (workspace.folder / "job_report.html").read_text(encoding="utf-8")
-    status = workspace.command("status", "job.yaml", "--json").receipt
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
 
     assert (
         marked_values(page, "job", "credits_spent")
@@ -123,25 +123,27 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
     settings = replace(INSTANT_API, failure_rate=0.2, miss_kinds=("null_result",))
     with serve_api(tmp_path / "api.db", settings) as api:
         workspace.write_leads(make_leads(30))
-        summaries = [workspace.command("run", "job.yaml", "--json", api=api).receipt]
-        api.reprice({833: 1.25, 966: 3})
+        summaries = [workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output]
+        api.set_prices({833: 1.25, 966: 3})
         workspace.write_leads(make_leads(50))
-        summaries.append(workspace.command("run", "job.yaml", "--json", api=api).receipt)
+        summaries.append(workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output)
         assert api.audit()["credits_charged"] == pytest.approx(assert_agrees_with_status(workspace)["credits_spent"])
     with serve_api(tmp_path / "api.db", settings, latency="fixed(600)") as api:
         workspace.write_leads(make_leads(70))
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
-            wait_until(lambda: workspace.at_the_api() == 20)
+            wait_until(lambda: workspace.open_task_count() == 20)
         finally:
             kill_process(process)
         at_work = report_json(workspace)
-        with closing(workspace.ledger()) as ledger:
-            cancel_tasks(api, [task.task_id for task in ledger.tasks()[:3]])
+        with closing(workspace.open_ledger()) as ledger:
+            cancel_tasks(api, [task.task_id for task in ledger.submitted_tasks()[:3]])
         api.advance(700)
     with serve_api(tmp_path / "api.db", settings) as api:
-        summaries.append(workspace.command("run", "job.yaml", "--json", api=api).receipt)
-        summaries.append(workspace.command("run", "job.yaml", "--json", "--retry", "failed", api=api).receipt)
+        summaries.append(workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output)
+        summaries.append(
+            workspace.run_in_process("run", "job.yaml", "--json", "--retry", "failed", api=api).json_output
+        )
         audit = api.audit()
 
     report = assert_agrees_with_status(workspace)
@@ -183,9 +185,9 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
     """Provider by provider, over two nights with other prices."""
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("blank_result",), charge_misses=True) as api:
         for count, price in ((20, 0.5), (45, 0.75)):
-            api.reprice({833: price})
+            api.set_prices({833: price})
             workspace.write_leads(make_leads(count))
-            workspace.command("run", "job.yaml", api=api)
+            workspace.run_in_process("run", "job.yaml", api=api)
         audit = api.audit()
 
     report = assert_agrees_with_status(workspace)
@@ -203,7 +205,7 @@ def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
         workspace.job_file.rename(workspace.folder / f"{name}.yaml")
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("null",), charge_misses=True) as api:
         for name in ("alpha", "beta"):
-            assert workspace.command("run", f"{name}.yaml", api=api).code == 0
+            assert workspace.run_in_process("run", f"{name}.yaml", api=api).exit_code == 0
         audit = api.audit()
 
     alpha, beta = (assert_agrees_with_status(workspace, f"{name}.yaml") for name in ("alpha", "beta"))
@@ -292,8 +294,8 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
 def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     """That they were paid for is; what they answered is no zero."""
     before = report_json(finished_run)
-    assert finished_run.command("forget", "job.yaml", "--match", "First Name=First0", "--yes").code == 0
-    assert finished_run.command("purge", "job.yaml", "--older-than", "0s", "--yes").code == 0
+    assert finished_run.run_in_process("forget", "job.yaml", "--match", "First Name=First0", "--yes").exit_code == 0
+    assert finished_run.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes").exit_code == 0
     report = report_json(finished_run)
 
     assert report["requests"] == before["requests"]
@@ -307,12 +309,12 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
 def test_report_during_run(workspace: Workspace) -> None:
     """What is committed is shown, and whoever holds the lock is no killed one."""
     workspace.write_leads(make_leads(2))
-    ledger = CommittingLedger.open(workspace.place).begin(1, 2)
+    ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2)
     ledger.submit()
-    with hold(workspace.place, 0), ledger.ledger.transaction():
-        ledger.ledger.claim(ledger.execution, 1, 1)
+    with lock_ledger(workspace.ledger_location, 0), ledger.wrapped.transaction():
+        ledger.wrapped.claim(ledger.execution, 1, 1)
         report = report_json(workspace)
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
     (night,) = report["nights"]
     assert (night["outcome"], night["ended_at"], night["polls"], night["elapsed_s"]) == (
@@ -327,18 +329,18 @@ def test_report_during_run(workspace: Workspace) -> None:
 
 def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
     """Failed at no charge, asked again, found: one request, one hit."""
-    ledger = CommittingLedger.open(workspace.place).begin(1, 2, 3)
+    ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2, 3)
     assert ledger.settle(ledger.submit(), FREE_FAILURE) is State.PENDING
     assert ledger.settle(ledger.submit()) is State.FOUND
     assert ledger.settle(ledger.submit(), NO_MATCH) is State.NOT_FOUND
     assert ledger.settle(ledger.submit(), FREE_FAILURE) is State.PENDING
-    ledger.start()
+    ledger.start_execution()
     ledger.enroll([1, 2, 3])
     assert ledger.settle(ledger.submit(), Answer(State.FAILED, credits=CREDIT)) is State.FAILED
-    ledger.start()
+    ledger.start_execution()
     ledger.enroll([1, 2, 3], retry=[State.FAILED])
     ledger.settle(ledger.submit())
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
     fates = [(night.found, night.not_found, night.failed) for night in build_report_at(workspace).nights]
 
@@ -350,8 +352,8 @@ def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads([*make_leads(8), ["", "", "", "", "nobody"]])
     workspace.write_job(rejects="rejects.csv")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        api.fault("no-task-id")
-        assert workspace.command("run", "job.yaml", api=api).code == 14
+        api.inject_fault("no-task-id")
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
     report = build_report_at(workspace)
 
     run = "enrich run job.yaml --output out.csv"
@@ -367,8 +369,8 @@ def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
 def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None:
     """They can be pasted anywhere."""
     workspace.write_leads(make_leads(3), name="other file.csv")
-    api.fault("no-task-id")
-    workspace.command("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
+    api.inject_fault("no-task-id")
+    workspace.run_in_process("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
     report = report_json(workspace, "--input", "other file.csv", "--ledger", "l.db")
 
     commands = [command for need in report["needs"] for command in need["commands"]]
@@ -380,7 +382,7 @@ def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     """As the notification of that night does."""
     workspace.write_leads(make_leads(30))
     workspace.write_job(limits="{max_credits: 4, requests_per_second: 1000}")
-    assert workspace.command("run", "job.yaml", api=api).code == 12
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
 
     (need,) = build_report_at(workspace).needs
     assert need.text.startswith("execution 1 ended with exit 12 (out of credits): top up")
@@ -406,7 +408,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     notes = ["DE"] * 3 + ["", " "] + ["FR"] * 2 + ["Ada", "Bea"]
     workspace.write_leads([[*lead[:4], note] for lead, note in zip(make_leads(9), notes, strict=True)])
     workspace.write_job(report="{by: [Note, Website]}")
-    workspace.command("run", "job.yaml", api=api)
+    workspace.run_in_process("run", "job.yaml", api=api)
 
     note, website = report_json(workspace)["groups"]
     assert [(group["name"], group["rows"]) for group in note["groups"]] == [
@@ -420,7 +422,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     assert [group["name"] for group in website["groups"]] == ["all others"]
     assert website["rest"] == 9
 
-    with patch("enrich.report.present.MOST_VALUES", 4):
+    with patch("enrich.report.present.MAX_GROUP_VALUES", 4):
         report = report_json(workspace)
     assert report["groups"] == []
     assert report["notes"] == [
@@ -439,7 +441,7 @@ def test_rows_only_on_request(finished_run: Workspace) -> None:
     assert shown["columns"] == ["First Name", "Last Name", "Website", "Email", "Note", "work_email", "enrich_status"]
     assert [row[0] for row in shown["cells"]] == [f"First{number}" for number in range(12)]
     assert shown["left_out"] == 0
-    with patch("enrich.report.present.MOST_ROWS", 5):
+    with patch("enrich.report.present.MAX_LEAD_ROWS", 5):
         shown = report_json(finished_run, "--with-rows")["leads"]
     assert (len(shown["cells"]), shown["left_out"]) == (5, 7)
 
@@ -461,7 +463,7 @@ def test_traffic_from_progress(finished_run: Workspace) -> None:
 def test_latency_histogram(waits: list[int]) -> None:
     """Each in its bar; half took no longer than the median, nine of ten no longer than p90."""
     waits.sort()
-    made = latencies(waits)
+    made = latency_histogram(waits)
     if made is None:
         assert not waits
         return

@@ -13,9 +13,9 @@ from unittest.mock import patch
 import pytest
 from polars.exceptions import PanicException
 
-from enrich.errors import Exit, Interrupted, JobError
+from enrich.errors import ExitCode, Interrupted, JobError
 from enrich.report.facts import Report
-from enrich.report.file import MARK
+from enrich.report.file import REPORT_MARKER
 from tests.cases import first_quick
 from tests.harness import HEADER, INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
@@ -43,9 +43,9 @@ def test_report_beside_output(finished_run: Workspace) -> None:
     path = finished_run.folder / "job_report.html"
     for page in ("<html>one</html>", "<html>two</html>"):
         with fake_renderer(page):
-            written = finished_run.command("report", "job.yaml")
-        assert (written.code, written.stdout, written.stderr) == (0, "", "")
-        assert path.read_text() == page + MARK.decode()
+            written = finished_run.run_in_process("report", "job.yaml")
+        assert (written.exit_code, written.stdout, written.stderr) == (0, "", "")
+        assert path.read_text() == page + REPORT_MARKER.decode()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not list(finished_run.folder.glob(".job_report*"))
 
@@ -53,11 +53,14 @@ def test_report_beside_output(finished_run: Workspace) -> None:
 def test_report_destinations(finished_run: Workspace) -> None:
     """To a file, to stdout, or where the job says."""
     with fake_renderer():
-        assert finished_run.command("report", "job.yaml", "-o", "-").stdout == "<html>drawn</html>\n"
-        assert finished_run.command("report", "job.yaml", "-o", "deep/er/page.html", "--json").receipt["job"] == "job"
+        assert finished_run.run_in_process("report", "job.yaml", "-o", "-").stdout == "<html>drawn</html>\n"
+        assert (
+            finished_run.run_in_process("report", "job.yaml", "-o", "deep/er/page.html", "--json").json_output["job"]
+            == "job"
+        )
         finished_run.write_job(report="reports/%Y.html")
-        assert finished_run.command("report", "job.yaml").code == 0
-        assert finished_run.command("report", "job.yaml", "--json", "-o", "-").code == 2
+        assert finished_run.run_in_process("report", "job.yaml").exit_code == 0
+        assert finished_run.run_in_process("report", "job.yaml", "--json", "-o", "-").exit_code == 2
     assert (finished_run.folder / "deep/er/page.html").exists()
     assert len(list((finished_run.folder / "reports").glob("20*.html"))) == 1
     assert not (finished_run.folder / "job_report.html").exists()
@@ -77,9 +80,9 @@ def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
     before = path.read_bytes() if path.exists() else None
 
     with fake_renderer():
-        refused = finished_run.command("report", "job.yaml", "-o", name)
+        refused = finished_run.run_in_process("report", "job.yaml", "-o", name)
 
-    assert refused.code == 2
+    assert refused.exit_code == 2
     assert name.rsplit("/", 1)[-1] in refused.stderr
     assert "-o FILE" in refused.stderr
     assert (path.read_bytes() if path.exists() else None) == before
@@ -88,8 +91,8 @@ def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
 def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
     """The message names it."""
     with fake_renderer():
-        refused = finished_run.command("report", "job.yaml", "-o", "leads.csv/page.html")
-    assert refused.code == 5
+        refused = finished_run.run_in_process("report", "job.yaml", "-o", "leads.csv/page.html")
+    assert refused.exit_code == 5
     assert "page.html: the report cannot be written" in refused.stderr
 
 
@@ -97,20 +100,23 @@ def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """And a hint how to get it; a job that wants a page of every run is told before the night."""
     pip = "pip install 'databar-enrich[report]'"
     with patch("enrich.report.file._LIBRARIES", ("no_such_library",)):
-        page, facts = finished_run.command("report", "job.yaml"), finished_run.command("report", "job.yaml", "--json")
-        assert pip not in finished_run.command("check", "job.yaml", api=api).stderr
+        page, facts = (
+            finished_run.run_in_process("report", "job.yaml"),
+            finished_run.run_in_process("report", "job.yaml", "--json"),
+        )
+        assert pip not in finished_run.run_in_process("check", "job.yaml", api=api).stderr
         finished_run.write_job(report="page.html")
         checked, doctor = (
-            finished_run.command("check", "job.yaml", api=api),
-            finished_run.command("doctor", "job.yaml", "--json", api=api),
+            finished_run.run_in_process("check", "job.yaml", api=api),
+            finished_run.run_in_process("doctor", "job.yaml", "--json", api=api),
         )
-        run = finished_run.command("run", "job.yaml", api=api)
+        run = finished_run.run_in_process("run", "job.yaml", api=api)
 
-    assert (page.code, facts.code, checked.code, run.code) == (2, 0, 0, 0)
+    assert (page.exit_code, facts.exit_code, checked.exit_code, run.exit_code) == (2, 0, 0, 0)
     assert pip in page.stderr
     assert pip in checked.stderr
     assert pip in run.stderr
-    (found,) = (each for each in doctor.receipt["findings"] if each["subject"] == "report")
+    (found,) = (each for each in doctor.json_output["findings"] if each["subject"] == "report")
     assert (found["mark"], found["remedy"]) == ("warn", pip)
 
 
@@ -123,14 +129,14 @@ def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(report="page.html")
     path = workspace.folder / "page.html"
     with fake_renderer():
-        assert workspace.command("run", "job.yaml", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         assert path.exists()
         path.unlink()
         workspace.write_leads(make_leads(30))
-        assert workspace.command("run", "job.yaml", "--max-credits", "3", api=api).code == 12
+        assert workspace.run_in_process("run", "job.yaml", "--max-credits", "3", api=api).exit_code == 12
         assert path.exists()
         path.unlink()
-        assert workspace.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
+        assert workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
         assert path.exists()
 
 
@@ -142,7 +148,7 @@ def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
             (ValueError("ada@engine.example"), "this is a bug: ValueError"),
             (PanicException("ada@engine.example"), "this is a bug: PanicException"),
             (KeyboardInterrupt(), "interrupted"),
-            (Interrupted(Exit.TERMINATED), "interrupted"),
+            (Interrupted(ExitCode.TERMINATED), "interrupted"),
             (JobError("no"), "no"),
         ],
     ),
@@ -152,9 +158,9 @@ def test_failing_report_is_a_note(api: SandboxApi, workspace: Workspace, error: 
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="page.html")
     with fake_renderer(error=error):
-        result = workspace.command("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
+        result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
 
-    assert result.code == result.receipt["exit_code"] == 0
+    assert result.exit_code == result.json_output["exit_code"] == 0
     (note,) = result.stderr.splitlines()
     assert note == f"note: the report was not written: {why}"
     assert note.removeprefix("note: ") in (workspace.folder / "run.log").read_text()
@@ -166,13 +172,13 @@ def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspac
     workspace.write_job(report="mine.html")
     mine = workspace.folder / "mine.html"
     mine.write_text("<html>mine</html>")
-    checked = workspace.command("check", "job.yaml")
+    checked = workspace.run_in_process("check", "job.yaml")
     with fake_renderer():
-        result = workspace.command("run", "job.yaml", api=api)
+        result = workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert checked.code == 2
+    assert checked.exit_code == 2
     assert "no report of enrich" in checked.stderr
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "mine.html is there already" in result.stderr
     assert mine.read_text() == "<html>mine</html>"
 
@@ -183,9 +189,9 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="page.html")
     with serve_api(tmp_path / "api.db", INSTANT_API, latency="fixed(600)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
-            wait_until(lambda: workspace.at_the_api() == 2)
+            wait_until(lambda: workspace.open_task_count() == 2)
             process.terminate()
             process.communicate(timeout=30)
         finally:
@@ -215,8 +221,10 @@ def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> Non
     workspace.write_leads([[*make_leads(1)[0], "found"]], [*HEADER, "enrich_status"])
     workspace.write_job(report=report)
     for command in ("check", "run"):
-        result = workspace.command(command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1")
-        assert result.code == 2
+        result = workspace.run_in_process(
+            command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1"
+        )
+        assert result.exit_code == 2
         assert said in result.stderr
 
 
@@ -226,8 +234,8 @@ def test_report_path_clash(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(report="page.html", metrics="m.prom", suppress="page.html")
     (workspace.folder / "page.html").write_text("")
     for command in ("check", "run"):
-        result = workspace.command(command, "job.yaml", api=api)
-        assert result.code == 2
+        result = workspace.run_in_process(command, "job.yaml", api=api)
+        assert result.exit_code == 2
         assert "`suppress`" in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -236,8 +244,8 @@ def test_unwritable_path_found_by_check(workspace: Workspace) -> None:
     """Before the night."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(report="leads.csv/page.html")
-    result = workspace.command("check", "job.yaml")
-    assert result.code == 5
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 5
     assert "`report` cannot be written" in result.stderr
 
 
@@ -246,5 +254,5 @@ def test_report_with_only_groups(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="{by: Note}")
     with fake_renderer():
-        workspace.command("run", "job.yaml", api=api)
+        workspace.run_in_process("run", "job.yaml", api=api)
     assert not list(workspace.folder.glob("*.html"))

@@ -62,14 +62,14 @@ def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int 
     """Expect every charged task in the output, each lead sent once, and a sound ledger."""
     audit = api.audit()
     assert (audit["paid_twice"], audit["accepted_more_than_once"], audit["accepted"]) == (0, 0, LEADS)
-    rows = workspace.output()
+    rows = workspace.read_output()
     assert [row["First Name"] for row in rows] == [f"First{number}" for number in range(LEADS)]
     assert sum(row["enrich_status"] == "in_doubt" for row in rows) == doubtful
     assert not {"pending", "failed", "expired"} & {row["enrich_status"] for row in rows}
     tasks = {row["First Name"]: row["enrich_task_id"] for row in rows}
     for run in audit["runs"]:
         assert tasks[run["params"]["first_name"]] in (*run["task_ids"], "")
-    assert workspace.command("ledger", "check", "job.yaml").stdout.startswith("ok")
+    assert workspace.run_in_process("ledger", "check", "job.yaml").stdout.startswith("ok")
 
 
 def remove_database(workspace: Workspace) -> None:
@@ -123,18 +123,18 @@ LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
 )
 def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
     """Exit 1, nothing more is sent; the next run takes in the rescue file and pays for nothing again."""
-    slow_api.fault("slow", 200, "post", seconds=0.3)
-    process = workspace.start(*RUN, api=slow_api)
+    slow_api.inject_fault("slow", 200, "post", seconds=0.3)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
 
     how(workspace)
     result = wait_for_end(process)
 
-    assert result.code == 1, result.stderr
+    assert result.exit_code == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert "removed or replaced" in result.stderr
     assert "hint: put the ledger back" in result.stderr
-    assert result.receipt["exit_code"] == 1
+    assert result.json_output["exit_code"] == 1
     accepted = slow_api.audit()["accepted"]
     assert accepted < LEADS
     assert not (workspace.folder / "out.csv").exists()
@@ -145,12 +145,12 @@ def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: 
     assert {line["task_id"] for line in known if line.get("task_id")} == {
         task for run in slow_api.audit()["runs"] for task in run["task_ids"]
     }
-    slow_api.heal()
+    slow_api.clear_faults()
 
-    again = workspace.enrich(*RUN, "--new-ledger", api=slow_api)
+    again = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
 
-    assert again.code == 0, again.stderr
-    assert any(file.name in note for note in again.receipt["notes"])
+    assert again.exit_code == 0, again.stderr
+    assert any(file.name in note for note in again.json_output["notes"])
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -158,15 +158,15 @@ def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: 
 @pytest.mark.long
 def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Workspace) -> None:
     """Taking in what it knows already changes nothing."""
-    process = workspace.start(*RUN, api=slow_api)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     move_folder(workspace)
-    assert wait_for_end(process).code == 1
+    assert wait_for_end(process).exit_code == 1
     (workspace.folder / "elsewhere").rename(workspace.ledger_path.parent)
 
-    again = workspace.enrich(*RUN, api=slow_api)
+    again = workspace.run_subprocess(*RUN, api=slow_api)
 
-    assert again.code == 0, again.stderr
+    assert again.exit_code == 0, again.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -175,22 +175,22 @@ def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Wo
 @pytest.mark.parametrize("another", [False, True])
 def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace, *, another: bool) -> None:
     """No assertion; a run that begins meanwhile pays for nothing twice."""
-    slow_api.fault("slow", 200, "post", seconds=0.3)
-    process = workspace.start(*RUN, api=slow_api)
+    slow_api.inject_fault("slow", 200, "post", seconds=0.3)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
 
     workspace.ledger_path.with_name("job.db.lock").unlink()
-    second = workspace.start(*RUN, api=slow_api) if another else None
+    second = workspace.start_subprocess(*RUN, api=slow_api) if another else None
     result = wait_for_end(process)
 
-    assert result.code == 1, result.stderr
+    assert result.exit_code == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert "job.db.lock: the lock file was removed or replaced" in result.stderr
     if second is not None:
-        assert wait_for_end(second).code in (0, 14)
-    slow_api.heal()
-    again = workspace.enrich(*RUN, api=slow_api)
-    assert again.code == 0, again.stderr
+        assert wait_for_end(second).exit_code in (0, 14)
+    slow_api.clear_faults()
+    again = workspace.run_subprocess(*RUN, api=slow_api)
+    assert again.exit_code == 0, again.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -198,7 +198,7 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
 @pytest.mark.long
 def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> None:
     """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
-    process = workspace.start(*RUN, api=slow_api)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -208,7 +208,7 @@ def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> 
         other.execute("ROLLBACK")
     result = wait_for_end(process)
 
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert before < LEADS
     assert_nothing_lost(workspace, slow_api)
 
@@ -219,9 +219,9 @@ def test_foreign_lock_with_signal_or_max_time(
     slow_api: SandboxApi, workspace: Workspace, end: signal.Signals | None
 ) -> None:
     """A signal and --max-time wait some seconds; the task ids go into the rescue file."""
-    slow_api.fault("slow", 200, "post", seconds=0.5)
+    slow_api.inject_fault("slow", 200, "post", seconds=0.5)
     more = () if end else ("--max-time", "4s")
-    process = workspace.start(*RUN, *more, api=slow_api)
+    process = workspace.start_subprocess(*RUN, *more, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 10)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -230,11 +230,11 @@ def test_foreign_lock_with_signal_or_max_time(
         result = wait_for_end(process)
         other.execute("ROLLBACK")
 
-    assert result.code == 1, result.stderr
+    assert result.exit_code == 1, result.stderr
     assert "another program has locked it" in result.stderr
     assert "Traceback" not in result.stderr
-    slow_api.heal()
-    assert workspace.enrich(*RUN, api=slow_api).code == 0
+    slow_api.clear_faults()
+    assert workspace.run_subprocess(*RUN, api=slow_api).exit_code == 0
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -243,22 +243,22 @@ def test_foreign_lock_with_signal_or_max_time(
 def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None:
     """The reserved room takes the task ids of all POSTs on the wire."""
     workspace.write_job()
-    result = workspace.enrich(*RUN, api=api, room=150_000)
+    result = workspace.run_subprocess(*RUN, api=api, max_file_bytes=150_000)
 
-    assert result.code == 1, result.stderr
+    assert result.exit_code == 1, result.stderr
     assert "the ledger cannot be written" in result.stderr
     assert "make room" in result.stderr
-    again = workspace.enrich(*RUN, api=api)
-    assert again.code == 0, again.stderr
+    again = workspace.run_subprocess(*RUN, api=api)
+    assert again.exit_code == 0, again.stderr
     assert_nothing_lost(workspace, api)
 
 
 @pytest.mark.long
 def test_successful_run_leaves_no_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
     """Neither the reserved room nor a rescue file, also after a kill and another run."""
-    process = workspace.start(*RUN, api=api)
+    process = workspace.start_subprocess(*RUN, api=api)
     wait_until(lambda: api.audit()["accepted"] >= 5)
     kill_process(process)
-    assert workspace.enrich(*RUN, api=api).code in (0, 14)
+    assert workspace.run_subprocess(*RUN, api=api).exit_code in (0, 14)
 
     assert {path.name for path in workspace.ledger_path.parent.iterdir()} == {"job.db", "job.db.lock"}

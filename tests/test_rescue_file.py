@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.model import State
 from enrich.store.ledger import Ledger
-from enrich.store.records import check
-from enrich.store.rescue import remove_taken, take_in_files
-from enrich.store.rescue_file import Paid, RescueFile, read_rescue
+from enrich.store.records import check_ledger
+from enrich.store.rescue import import_rescue_files, remove_imported_files
+from enrich.store.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from tests.books import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
 from tests.cases import first_quick
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until
@@ -25,7 +25,7 @@ from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_
 RUN = ("run", "job.yaml", "--json")
 
 
-def rescue_record(number: int, state: str = "submitted", task: str | None = "task", **more: Any) -> Paid:
+def rescue_record(number: int, state: str = "submitted", task: str | None = "task", **more: Any) -> RescuedAttempt:
     """Write about the request of a lead."""
     result: dict[str, Any] = {
         "ledger": "/somewhere/leads.db",
@@ -43,23 +43,23 @@ def rescue_record(number: int, state: str = "submitted", task: str | None = "tas
     }
     if state in ("found", "not_found"):
         result |= {"answer": (FOUND if state == "found" else NO_MATCH).raw, "credits": 2}
-    return Paid(**{**BINDING, **result, **more})
+    return RescuedAttempt(**{**BINDING, **result, **more})
 
 
-def import_lines(ledger: CommittingLedger, *lines: Paid) -> str:
+def import_lines(ledger: CommittingLedger, *lines: RescuedAttempt) -> str:
     """Take in lines; say what came of them."""
-    return str(ledger.do(Ledger.take_in, lines, "job", 9_000))
+    return str(ledger.commit(Ledger.import_rescued, lines, "job", 9_000))
 
 
 def request_states(ledger: CommittingLedger) -> dict[int, str]:
     """Tell where each lead's request stands."""
-    rows = ledger.ledger._db.execute("SELECT fingerprint, state FROM requests").fetchall()
+    rows = ledger.wrapped._db.execute("SELECT fingerprint, state FROM requests").fetchall()
     return {int.from_bytes(name): state for name, state in rows}
 
 
 def assert_sound(ledger: CommittingLedger) -> None:
     """Expect that all invariants hold."""
-    assert check(ledger.place).problems == []
+    assert check_ledger(ledger.location).problems == []
 
 
 # Into the ledger
@@ -88,9 +88,9 @@ def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
         5: "in_doubt",
         7: "failed",
     }
-    (task,) = ledger.ledger.tasks()
-    assert (task.task_id, task.paths) == ("a", ("email",))
-    assert ledger.ledger.fact("workspace") == BINDING["workspace"]
+    (task,) = ledger.wrapped.submitted_tasks()
+    assert (task.task_id, task.column_paths) == ("a", ("email",))
+    assert ledger.wrapped.read_fact("workspace") == BINDING["workspace"]
     assert_sound(ledger)
     assert import_lines(ledger, *lines).endswith("already known")
     assert_sound(ledger)
@@ -98,7 +98,7 @@ def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
 
 def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
     """The file says `submitting`; the rescue file has what the API said."""
-    ledger.begin(1, 2, 3, 4)
+    ledger.start_and_enroll(1, 2, 3, 4)
     claims = [ledger.claim() for _ in range(4)]
     assert claims
     lines = [
@@ -119,20 +119,20 @@ def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
 
 def test_in_doubt_is_resolved_by_task_id(ledger: CommittingLedger) -> None:
     """A run between has put it in doubt."""
-    ledger.begin(1)
+    ledger.start_and_enroll(1)
     ledger.claim()
-    ledger.do(Ledger.recover, 1_500)
+    ledger.commit(Ledger.recover, 1_500)
 
     import_lines(ledger, rescue_record(1, task="a"))
 
     assert request_states(ledger) == {1: "submitted"}
-    assert ledger.one("SELECT count(*) FROM attempts") == (1,)
+    assert ledger.query_one("SELECT count(*) FROM attempts") == (1,)
     assert_sound(ledger)
 
 
 def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
     """An answer is not replaced, a task that another request has is not asked for in its place."""
-    ledger.begin(1, 2)
+    ledger.start_and_enroll(1, 2)
     ledger.settle(ledger.submit("a"))
     ledger.submit("b")
 
@@ -144,7 +144,7 @@ def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
     )
 
     assert request_states(ledger) == {1: "found", 2: "submitted", 3: "in_doubt"}
-    assert [task.task_id for task in ledger.ledger.tasks()] == ["b"]
+    assert [task.task_id for task in ledger.wrapped.submitted_tasks()] == ["b"]
     assert_sound(ledger)
 
 
@@ -157,7 +157,7 @@ def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
 
     import_lines(ledger, *whole, *torn)
 
-    (task,) = ledger.ledger.tasks()
+    (task,) = ledger.wrapped.submitted_tasks()
     assert (task.task_id, len(task.attempts)) == ("t", 3)
     assert request_states(ledger) == dict.fromkeys(range(3), "submitted") | dict.fromkeys((10, 11), "in_doubt")
     assert_sound(ledger)
@@ -165,10 +165,10 @@ def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
 
 def test_other_workspace_is_refused(ledger: CommittingLedger) -> None:
     """Nothing is taken in."""
-    ledger.begin(1)
+    ledger.start_and_enroll(1)
     ledger.submit("a")
 
-    with pytest.raises(Refused, match="another workspace"):
+    with pytest.raises(CommandRefused, match="another workspace"):
         import_lines(ledger, rescue_record(2, workspace="theirs"))
 
 
@@ -185,15 +185,15 @@ def test_any_rescue_file_keeps_ledger_sound(
     tmp_path_factory: pytest.TempPathFactory, moves: list[str], told: list[tuple[int, str, int, int]]
 ) -> None:
     """Taken in twice or in parts it changes nothing more, no task belongs to two requests, and no answer is lost."""
-    ledger = CommittingLedger.open(tmp_path_factory.mktemp("any") / "job.db").begin(*range(8))
+    ledger = CommittingLedger.open(tmp_path_factory.mktemp("any") / "job.db").start_and_enroll(*range(8))
     for number, move in enumerate(moves):
         attempt = ledger.claim().attempt_id
         if move != "claim":
-            ledger.do(Ledger.accepted, [(attempt, f"task-{number}", ledger.now)], BINDING)
+            ledger.commit(Ledger.record_accepted, [(attempt, f"task-{number}", ledger.now)], BINDING)
         if move == "settle":
             ledger.settle(attempt)
         if move == "doubt":
-            ledger.do(Ledger.doubt, [(attempt, "404", ledger.now, None)])
+            ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
     before = request_states(ledger)
     lines = [
         rescue_record(
@@ -213,13 +213,13 @@ def test_any_rescue_file_keeps_ledger_sound(
     assert {name for name, state in before.items() if state == "found"} <= {
         name for name, state in after.items() if state == "found"
     }
-    open_tasks = [task.task_id for task in ledger.ledger.tasks()]
+    open_tasks = [task.task_id for task in ledger.wrapped.submitted_tasks()]
     assert len(open_tasks) == len(set(open_tasks))
-    counted = ledger.one("SELECT count(*) FROM attempts")
+    counted = ledger.query_one("SELECT count(*) FROM attempts")
     import_lines(ledger, *lines)
     assert_sound(ledger)
-    assert (request_states(ledger), ledger.one("SELECT count(*) FROM attempts")) == (after, counted)
-    ledger.ledger.close()
+    assert (request_states(ledger), ledger.query_one("SELECT count(*) FROM attempts")) == (after, counted)
+    ledger.wrapped.close()
 
 
 # The file
@@ -232,12 +232,12 @@ def test_rescue_file_roundtrip(tmp_path: Path) -> None:
     assert file.append([rescue_record(1, "found", error="ü\n\u2028", answer='{"data": "\\u0000"}')])
     assert file.path == tmp_path / "job.db.rescue"
 
-    lines = read_rescue(file.path)  # as a kill leaves it
+    lines = read_rescue_file(file.path)  # as a kill leaves it
 
     assert [(line.attempt, line.state) for line in lines] == [(1, "found"), (2, "submitted")]
     assert lines[0].error == "ü\n\u2028"
     file.close()
-    assert read_rescue(file.path) == lines
+    assert read_rescue_file(file.path) == lines
     assert b"\0" not in file.path.read_bytes()
 
 
@@ -264,7 +264,7 @@ def test_fallback_location_beside_output(tmp_path: Path) -> None:
     file.close()
 
     assert file.path == output / "job.db.rescue"
-    assert [line.attempt for line in read_rescue(file.path)] == [1, 2]
+    assert [line.attempt for line in read_rescue_file(file.path)] == [1, 2]
 
 
 def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
@@ -275,11 +275,11 @@ def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
 
     with closing(Ledger(tmp_path / "here" / "job.db")) as ledger, ledger.transaction():
-        assert take_in_files(ledger, [tmp_path], "job", 1) == []
+        assert import_rescue_files(ledger, [tmp_path], "job", 1) == []
     assert (tmp_path / "job.db.rescue").exists()
 
 
-VALID_LINE = rescue_record(1).line()
+VALID_LINE = rescue_record(1).to_line()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ VALID_LINE = rescue_record(1).line()
             VALID_LINE + b"{}\n",
             VALID_LINE + b"\xff\n",
             VALID_LINE.replace(b'"submitted"', b'"pending"'),
-            rescue_record(1, "found").line().replace(b'"answer"', b'"error"'),
+            rescue_record(1, "found").to_line().replace(b'"answer"', b'"error"'),
             b"[" * 100_000 + b"\n",
         ],
     ),
@@ -305,13 +305,13 @@ VALID_LINE = rescue_record(1).line()
 def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, content: bytes) -> None:
     """By run, forget and purge, with its name and without its content; nothing is sent."""
     workspace.write_leads(make_leads(2))
-    assert workspace.run(api).exit_code == 0
+    assert workspace.run_job(api).exit_code == 0
     file = workspace.ledger_path.with_name("job.db.rescue")
     file.write_bytes(content)
 
     for command in (RUN, ("purge", "job.yaml", "--older-than", "1d", "--yes")):
-        result = workspace.command(*command, api=api)
-        assert result.code == 5, result.stderr
+        result = workspace.run_in_process(*command, api=api)
+        assert result.exit_code == 5, result.stderr
         assert "job.db.rescue" in result.stderr
         assert "Traceback" not in result.stderr
         assert "first_name" not in result.stderr
@@ -325,8 +325,8 @@ def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, c
 def run_without_ledger(workspace: Workspace, api: SandboxApi) -> Path:
     """Lose the ledger under a run that has paid for three leads; return the rescue file."""
     workspace.write_leads(make_leads(3))
-    process = workspace.start(*RUN, api=api)
-    wait_until(lambda: workspace.at_the_api() == 3)
+    process = workspace.start_subprocess(*RUN, api=api)
+    wait_until(lambda: workspace.open_task_count() == 3)
     workspace.ledger_path.unlink()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
@@ -339,16 +339,16 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         file = run_without_ledger(workspace, api)
         content = file.read_bytes()
-        assert workspace.enrich(*RUN, api=api).code == 0
+        assert workspace.run_subprocess(*RUN, api=api).exit_code == 0
         file.write_bytes(content)
 
-        result = workspace.enrich(*RUN, api=api)
+        result = workspace.run_subprocess(*RUN, api=api)
 
-        assert result.code == 0, result.stderr
+        assert result.exit_code == 0, result.stderr
         assert not file.exists()
-        assert any("3 already known" in note for note in result.receipt["notes"])
+        assert any("3 already known" in note for note in result.json_output["notes"])
         assert api.audit()["accepted"] == 3
-        assert workspace.command("ledger", "check", "job.yaml").code == 0
+        assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
 
 @pytest.mark.long
@@ -357,20 +357,20 @@ def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         file = run_without_ledger(workspace, api)
         forget = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-        gone = workspace.command(*forget, api=api)
-        assert (gone.code, "job.db.rescue holds" in gone.stderr) == (5, True), gone.stderr
+        gone = workspace.run_in_process(*forget, api=api)
+        assert (gone.exit_code, "job.db.rescue holds" in gone.stderr) == (5, True), gone.stderr
         assert file.exists()
-        assert workspace.enrich(*RUN, api=api).code == 0
-        file.write_bytes(b"".join(line.line() for line in rescue_lines_of_ledger(workspace)))
+        assert workspace.run_subprocess(*RUN, api=api).exit_code == 0
+        file.write_bytes(b"".join(line.to_line() for line in rescue_lines_of_ledger(workspace)))
 
-        assert workspace.command(*forget, api=api).code == 0
+        assert workspace.run_in_process(*forget, api=api).exit_code == 0
         assert not file.exists()
         assert b"First1" not in workspace.ledger_path.read_bytes()
 
 
-def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[Paid]:
+def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[RescuedAttempt]:
     """Write a rescue file about all that a ledger has."""
-    with closing(workspace.ledger()) as ledger:
+    with closing(workspace.open_ledger()) as ledger:
         return list(ledger.answered_attempts())
 
 
@@ -379,19 +379,19 @@ def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -
     workspace.write_leads(make_leads(2))
     (workspace.ledger_path.parent).mkdir()
     workspace.ledger_path.with_name("job.sandbox.db.rescue").write_bytes(
-        rescue_record(1, workspace=None, api_host=None).line()
+        rescue_record(1, workspace=None, api_host=None).to_line()
     )
     with serve_api(tmp_path / "api.db", INSTANT_API) as api:
-        assert workspace.run(api).exit_code == 0
+        assert workspace.run_job(api).exit_code == 0
         assert workspace.ledger_path.with_name("job.sandbox.db.rescue").exists()
-        assert len(json.loads(json.dumps(workspace.output()))) == 2
+        assert len(json.loads(json.dumps(workspace.read_output()))) == 2
 
 
 def test_failed_removal_is_reported(tmp_path: Path) -> None:
     """A folder in its place is named."""
     (tmp_path / "job.db.rescue").mkdir()
-    with pytest.raises(Refused, match=r"job\.db\.rescue"):
-        remove_taken([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # what was in it does not matter
+    with pytest.raises(CommandRefused, match=r"job\.db\.rescue"):
+        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # what was in it does not matter
 
 
 def test_rescue_line_states() -> None:

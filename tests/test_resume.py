@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from enrich.receipt import Receipt
-from enrich.store.records import check
-from enrich.surroundings import Options
+from enrich.receipt import RunSummary
+from enrich.store.records import check_ledger
+from enrich.surroundings import RunOptions
 from tests.cases import first_quick
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,
@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def start_and_kill(workspace: Workspace, api: SandboxApi, condition: Callable[[], bool], *arguments: str) -> None:
     """Start the program and kill it the moment something is so."""
-    process = workspace.start("run", "job.yaml", *arguments, api=api)
+    process = workspace.start_subprocess("run", "job.yaml", *arguments, api=api)
     try:
         wait_until(condition)
     finally:
@@ -50,12 +50,14 @@ def request_count(api: SandboxApi, name: str) -> int:
     return int(api.audit()["requests"].get(name, 0))
 
 
-def assert_consistent_with_audit(workspace: Workspace, api: SandboxApi, summary: Receipt, leads: int) -> dict[str, Any]:
+def assert_consistent_with_audit(
+    workspace: Workspace, api: SandboxApi, summary: RunSummary, leads: int
+) -> dict[str, Any]:
     """Hold the output against the API's own books: nothing twice, nothing lost, nothing untold."""
     audit = api.audit()
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
     assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
-    output = workspace.output()
+    output = workspace.read_output()
     assert [row["First Name"] for row in output] == [f"First{number}" for number in range(leads)]
     in_doubt = {row["First Name"] for row in output if row["enrich_status"] == "in_doubt"}
     result = {row["enrich_task_id"] for row in output if row["enrich_task_id"]}
@@ -71,10 +73,10 @@ def assert_consistent_with_audit(workspace: Workspace, api: SandboxApi, summary:
 def test_kill_before_first_post(api: SandboxApi, workspace: Workspace) -> None:
     """Nothing was sent, so nothing is in doubt and the next run is like the first."""
     workspace.write_leads(make_leads(20))
-    api.fault("slow", 1, "waterfalls", seconds=30)
+    api.inject_fault("slow", 1, "waterfalls", seconds=30)
     start_and_kill(workspace, api, lambda: request_count(api, "waterfalls") == 1)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.submitted, summary.in_doubt) == (0, 20, 0)
     assert_consistent_with_audit(workspace, api, summary, 20)
@@ -84,12 +86,12 @@ def test_kill_before_first_post(api: SandboxApi, workspace: Workspace) -> None:
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """What had left is in doubt, at most 64, whether it was accepted or not; the others are bought once."""
     workspace.write_leads(make_leads(150))
-    api.fault(fault, 40)
+    api.inject_fault(fault, 40)
     start_and_kill(workspace, api, lambda: api.audit()["faults"].get(fault, 0) >= 20)
     on_the_wire = api.audit()["faults"][fault]
-    api.heal()
+    api.clear_faults()
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 14
     assert on_the_wire <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
@@ -107,7 +109,7 @@ def test_kill_while_submitting_and_polling(tmp_path: Path, workspace: Workspace)
     with serve_api(tmp_path / "api.db", latency="uniform(0.05,0.6)", failure_rate=0.05, free_failures=0.0) as api:
         for bought in (40, 80, 120):
             start_and_kill(workspace, api, lambda bought=bought: request_count(api, "run") >= bought)  # type: ignore[misc]
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = assert_consistent_with_audit(workspace, api, summary, 160)
 
     assert (summary.in_doubt or 0) + len({run["params"]["first_name"] for run in audit["runs"]}) >= 160
@@ -120,7 +122,7 @@ def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
         start_and_kill(workspace, api, lambda: request_count(api, "task") >= 40)
         api.advance(120)
 
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
 
         assert_consistent_with_audit(workspace, api, summary, 40)
     assert (summary.exit_code, summary.submitted, summary.in_doubt) == (0, 0, 0)
@@ -139,10 +141,10 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
     assert part.exists()
     assert old.read_text() == OLD_OUTPUT
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.rows, summary.submitted) == (0, 30_000, 0)
-    assert len(workspace.output()) == 30_000
+    assert len(workspace.read_output()) == 30_000
     assert not part.exists()
     assert api.audit()["accepted"] == 10
 
@@ -152,9 +154,9 @@ def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace)
     workspace.write_leads(make_leads(1))
     part = workspace.folder / ".job.enrich-part"
     part.write_text("half a fi")
-    api.fault("unauthorized", 1, "post")
+    api.inject_fault("unauthorized", 1, "post")
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 3
     assert not part.exists()
@@ -167,10 +169,10 @@ def test_repeated_random_kills(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(120))
     with serve_api(tmp_path / "api.db", latency="uniform(0.01,0.3)") as api:
         for number in range(4):
-            process = workspace.start("run", "job.yaml", api=api)
+            process = workspace.start_subprocess("run", "job.yaml", api=api)
             time.sleep(0.55 + 0.13 * number)
             kill_process(process)
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(workspace, api, summary, 120)
 
     assert summary.exit_code in (0, 14)
@@ -182,16 +184,16 @@ def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -
     workspace.write_leads(make_leads(60))
     start_and_kill(workspace, api, lambda: request_count(api, "task") >= 5)
 
-    workspace.run(api)
+    workspace.run_job(api)
 
-    ledger = workspace.ledger()
+    ledger = workspace.open_ledger()
     try:
-        spent, unknown = ledger.totals()
+        spent, unknown = ledger.spent_totals()
         executions = ledger.executions()
     finally:
         ledger.close()
     assert [row["exit_code"] is None for row in executions] == [False, True]
-    in_doubt = [row["First Name"] for row in workspace.output() if row["enrich_status"] == "in_doubt"]
+    in_doubt = [row["First Name"] for row in workspace.read_output() if row["enrich_status"] == "in_doubt"]
     known = [run["credits"] for run in api.audit()["runs"] if run["params"]["first_name"] not in in_doubt]
     assert unknown == 0
     assert spent / 1e6 == pytest.approx(sum(known))
@@ -208,7 +210,7 @@ def test_cap_includes_open_tasks_of_killed_run(tmp_path: Path, workspace: Worksp
         assert before == 10
         workspace.write_job(limits="{max_credits: 36}")
 
-        summary = workspace.run(api, Options(max_time_s=1.0))
+        summary = workspace.run_job(api, RunOptions(max_time_s=1.0))
 
         assert api.audit()["accepted"] - before <= 0
     assert summary.submitted == 0
@@ -225,7 +227,7 @@ def test_api_restart_during_run(tmp_path: Path, workspace: Workspace) -> None:
         port = probe.getsockname()[1]
     state = tmp_path / "api.db"
     with serve_api(state, port=port, latency="fixed(0.5)") as api:
-        process = workspace.start("run", "job.yaml", "--json", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
         wait_until(lambda: request_count(api, "run") >= 40)
     time.sleep(0.5)
     with serve_api(state, port=port, latency="fixed(0.5)") as api:
@@ -233,7 +235,7 @@ def test_api_restart_during_run(tmp_path: Path, workspace: Workspace) -> None:
             _, err = process.communicate(timeout=20)
         finally:
             kill_process(process)
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         assert_consistent_with_audit(workspace, api, summary, 150)
 
     assert process.returncode in (0, 14), err
@@ -246,19 +248,19 @@ def test_ledger_is_sound_after_kill(api: SandboxApi, workspace: Workspace) -> No
     workspace.write_leads(make_leads(100))
     start_and_kill(workspace, api, lambda: request_count(api, "run") >= 30)
 
-    result = workspace.command("status", "job.yaml", "--json")
+    result = workspace.run_in_process("status", "job.yaml", "--json")
 
-    assert result.code == 0
-    assert result.receipt["executions"][0]["ended_at"] is None
-    assert check(workspace.place).problems == []
+    assert result.exit_code == 0
+    assert result.json_output["executions"][0]["ended_at"] is None
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.long
 def test_concurrent_starts(tmp_path: Path, workspace: Workspace) -> None:
     """Of two crons that meet, one works and the other leaves with exit 11, at a server after a moment."""
     workspace.write_leads(make_leads(10))
-    with serve_api(tmp_path / "api.db", latency="fixed(5)" if workspace.server else "fixed(1)") as api:
-        both = [workspace.start("run", "job.yaml", api=api) for _ in range(2)]
+    with serve_api(tmp_path / "api.db", latency="fixed(5)" if workspace.server_url else "fixed(1)") as api:
+        both = [workspace.start_subprocess("run", "job.yaml", api=api) for _ in range(2)]
         codes = sorted(_wait_for_end(process) for process in both)
         audit = api.audit()
 

@@ -13,24 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.asking import Batch
-from enrich.errors import JobError, Refused
+from enrich.asking import RowBatch
+from enrich.errors import CommandRefused, JobError
 from enrich.job import load_job
 from enrich.model import Call, RowStatus
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from tests.cases import in_turn
 
 CALL = Call("email_getter", (833, 966), 10)
 
 
-def open_rows(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = ()) -> Rows:
+def open_rows(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = ()) -> JobInput:
     """Write a job and its leads, and open them."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *leads])
     path = folder / "job.yaml"
     path.write_text(f"version: 1\ninput: leads.csv\nwaterfall: email_getter\n{job}", encoding="utf-8")
-    return Rows(load_job(path))
+    return JobInput(load_job(path))
 
 
 def as_yaml(**keys: Any) -> str:
@@ -38,15 +38,17 @@ def as_yaml(**keys: Any) -> str:
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
 
 
-def read_requests(rows: Rows, call: Call = CALL, required: Sequence[str] = (), emails: Sequence[str] = ()) -> Batch:
+def read_requests(
+    rows: JobInput, call: Call = CALL, required: Sequence[str] = (), emails: Sequence[str] = ()
+) -> RowBatch:
     """Read the rows of a small input."""
-    template = Question(call, tuple(required), tuple(emails), {"new": "email"}, None)
+    template = RequestTemplate(call, tuple(required), tuple(emails), {"new": "email"}, None)
     rows.check_new_columns(template)
     (batch,) = list(rows.batches(template))
     return batch
 
 
-def sent_params(batch: Batch) -> list[dict[str, str] | None]:
+def sent_params(batch: RowBatch) -> list[dict[str, str] | None]:
     """Return what each row sends."""
     return [None if params is None else json.loads(params) for params in batch.params]
 
@@ -181,7 +183,7 @@ def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
     assert batch.statuses == [None, RowStatus.INVALID, RowStatus.INVALID]
     assert batch.errors == [None, "company is empty (Site, Mail)", "first is empty (First)"]
     assert [fingerprint is None for fingerprint in batch.fingerprints] == [False, True, True]
-    assert [wanted.position for wanted in batch.asked()] == [0]
+    assert [wanted.position for wanted in batch.requests()] == [0]
 
 
 def test_row_without_params_is_invalid(tmp_path: Path) -> None:
@@ -339,21 +341,21 @@ def test_separator_hint(tmp_path: Path, separator: str, shown: str) -> None:
     text = "version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: Name}\n"
     path.write_text(text)
     with pytest.raises(JobError) as caught:
-        Rows(load_job(path))
+        JobInput(load_job(path))
     assert caught.value.hint == f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
     path.write_text(text.replace("leads.csv", f"{{path: leads.csv, separator: {shown}}}"))
-    assert sent_params(read_requests(Rows(load_job(path)))) == [{"a": "Ada"}]
+    assert sent_params(read_requests(JobInput(load_job(path)))) == [{"a": "Ada"}]
 
 
 def test_unreadable_input(tmp_path: Path) -> None:
     """It is no mistake of the job file, and nothing was spent."""
     path = tmp_path / "job.yaml"
     path.write_text("version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: A}\n")
-    with pytest.raises(Refused, match="does not exist"):
-        Rows(load_job(path))
+    with pytest.raises(CommandRefused, match="does not exist"):
+        JobInput(load_job(path))
     (tmp_path / "leads.csv").write_text("A,B\n1,2\n3\n")
-    rows = Rows(load_job(path))
-    with pytest.raises(Refused, match=r"row 2 \(line 3\) has 1 cell"):
+    rows = JobInput(load_job(path))
+    with pytest.raises(CommandRefused, match=r"row 2 \(line 3\) has 1 cell"):
         read_requests(rows)
 
 
@@ -365,7 +367,7 @@ def test_new_column_clash(tmp_path: Path) -> None:
         ("enrich_at", "7: columns.enrich_at: this name is"),
     ]:
         with pytest.raises(JobError) as caught:
-            rows.check_new_columns(Question(CALL, (), (), {name: "email"}, None))
+            rows.check_new_columns(RequestTemplate(CALL, (), (), {name: "email"}, None))
         assert f"job.yaml:{message}" in caught.value.message
 
 
@@ -408,21 +410,21 @@ def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
 def test_positions_count_over_batches(tmp_path: Path) -> None:
     """A position is a row's place in the file, whatever the batch."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
-    batches = list(rows.batches(Question(CALL, (), (), {"new": "x"}, None)))
-    assert [(batch.first, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
-    assert [wanted.position for batch in batches for wanted in batch.asked()] == list(range(20_001))
+    batches = list(rows.batches(RequestTemplate(CALL, (), (), {"new": "x"}, None)))
+    assert [(batch.first_position, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
+    assert [wanted.position for batch in batches for wanted in batch.requests()] == list(range(20_001))
 
 
 def test_changed_input_changes_stamp(tmp_path: Path) -> None:
     """Replaced, appended to or gone: the answer must not be joined to other rows."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
-    before = rows.stamp()
-    assert before == rows.stamp()
+    before = rows.file_versions()
+    assert before == rows.file_versions()
     with (tmp_path / "leads.csv").open("a") as file:
         file.write("2\n")
-    assert rows.stamp() != before
+    assert rows.file_versions() != before
     (tmp_path / "leads.csv").unlink()
-    assert rows.stamp() is None
+    assert rows.file_versions() is None
 
 
 # Fingerprints

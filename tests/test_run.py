@@ -15,7 +15,7 @@ import pytest
 
 from enrich.model import RowStatus
 from enrich.sandbox.settings import Shape
-from enrich.surroundings import Options
+from enrich.surroundings import RunOptions
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 
 #: What section 5 of the contract promises; other people's scripts read these.
@@ -37,11 +37,11 @@ def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
     leads = make_leads(60)
     workspace.write_leads(leads)
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert result.code == 0, result.stderr
-    assert result.receipt["rows"] == result.receipt["requests"] == result.receipt["submitted"] == 60
-    output = workspace.output()
+    assert result.exit_code == 0, result.stderr
+    assert result.json_output["rows"] == result.json_output["requests"] == result.json_output["submitted"] == 60
+    output = workspace.read_output()
     assert [row["First Name"] for row in output] == [lead[0] for lead in leads]
     assert {row["enrich_status"] for row in output} == {"found", "not_found"}
     assert all(bool(row["work_email"]) == (row["enrich_status"] == "found") for row in output)
@@ -54,14 +54,18 @@ def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
 def test_second_run_is_free(api: SandboxApi, workspace: Workspace) -> None:
     """The same command again answers from the ledger and writes the same output."""
     workspace.write_leads(make_leads(20))
-    workspace.command("run", "job.yaml", api=api)
-    first = workspace.output()
+    workspace.run_in_process("run", "job.yaml", api=api)
+    first = workspace.read_output()
 
-    result = workspace.command("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert result.code == 0
-    assert (result.receipt["submitted"], result.receipt["reused"], result.receipt["credits_spent"]) == (0, 20, 0)
-    assert workspace.output() == first
+    assert result.exit_code == 0
+    assert (result.json_output["submitted"], result.json_output["reused"], result.json_output["credits_spent"]) == (
+        0,
+        20,
+        0,
+    )
+    assert workspace.read_output() == first
     assert api.audit()["accepted"] == 20
 
 
@@ -69,13 +73,13 @@ def test_json_summary_keys(api: SandboxApi, workspace: Workspace) -> None:
     """Stdout carries one object that agrees with the output and the API; nothing else is said anywhere."""
     workspace.write_leads(make_leads(12))
 
-    result = workspace.enrich("run", "job.yaml", "--json", api=api)
+    result = workspace.run_subprocess("run", "job.yaml", "--json", api=api)
 
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1
-    summary = result.receipt
+    summary = result.json_output
     assert summary.keys() >= SUMMARY_KEYS
-    by_status = Counter(row["enrich_status"] for row in workspace.output())
+    by_status = Counter(row["enrich_status"] for row in workspace.read_output())
     assert {status.value: summary[status.value] for status in RowStatus} == {
         status.value: by_status[status] for status in RowStatus
     }
@@ -90,9 +94,9 @@ def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -
     """Cron sends no mail about a night that went well."""
     workspace.write_leads(make_leads(3))
 
-    result = workspace.command("run", "job.yaml", api=api)
+    result = workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
@@ -102,7 +106,7 @@ def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     (workspace.folder / "leads.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
     with gzip.open(workspace.folder / "out.csv.gz", "rt", encoding="utf-8", newline="") as file:
@@ -118,7 +122,7 @@ def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     leads[0][4] = "=007"
     workspace.write_leads(leads)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
     frame = pl.read_parquet(workspace.folder / "out.parquet")
@@ -139,16 +143,16 @@ def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_job(where="Note <> 'leave out'")
     workspace.write_leads(leads[:1])
     with serve_api(state, latency="fixed(60)") as slow:
-        workspace.leave_at_the_api(slow)
+        workspace.submit_without_collecting(slow)
         slow.advance(200_000)
     workspace.write_leads(leads)
     with serve_api(state, failure_rate=0.3, free_failures=0.0, hit_rate=0.5) as api:
-        api.fault("no-task-id")
+        api.inject_fault("no-task-id")
 
-        summary = workspace.run(api, Options(limit=22), SHORT_TIMEOUTS)
+        summary = workspace.run_job(api, RunOptions(limit=22), SHORT_TIMEOUTS)
 
         audit = api.audit()
-    output = workspace.output()
+    output = workspace.read_output()
     by_status = Counter(row["enrich_status"] for row in output)
     assert set(by_status) == {status.value for status in RowStatus}
     assert {status: getattr(summary, status) for status in by_status} == by_status
@@ -170,11 +174,11 @@ def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) 
     workspace.write_leads(make_leads(12))
     kinds = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
     with serve_api(tmp_path / "api.db", shape=shape, miss_kinds=kinds, aliases=shape == "flat") as api:
-        summary = workspace.run(api, timing=SHORT_TIMEOUTS)
+        summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
         audit = api.audit()
 
     assert (summary.exit_code, summary.found, summary.not_found) == (0, 10, 2)
-    output = workspace.output()
+    output = workspace.read_output()
     assert all(row["work_email"].endswith(".example") for row in output if row["enrich_status"] == "found")
     assert sum(float(row["enrich_credits"]) for row in output) == audit["credits_charged"] == summary.credits_spent
 
@@ -188,10 +192,10 @@ def test_nested_and_json_values(api: SandboxApi, workspace: Workspace) -> None:
     )
     workspace.write_leads(make_leads(12))
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
-    found = [row for row in workspace.output() if row["enrich_status"] == "found"]
+    found = [row for row in workspace.read_output() if row["enrich_status"] == "found"]
     assert found
     for row in found:
         assert row["city"].isalpha()
@@ -206,10 +210,10 @@ def test_default_columns(api: SandboxApi, workspace: Workspace) -> None:
     workspace.job_file.write_text(text)
     workspace.write_leads([["", "", "", f"ada.byron{number}@engine.example", ""] for number in range(6)])
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
-    row = next(row for row in workspace.output() if row["enrich_status"] == "found")
+    row = next(row for row in workspace.read_output() if row["enrich_status"] == "found")
     assert row["first_name"] == "Ada"
     assert row["linkedin_url"].startswith("https://")
 
@@ -218,10 +222,10 @@ def test_charged_no_matches(tmp_path: Path, workspace: Workspace) -> None:
     """Providers may charge for nothing found: the column shows it and sums to the bill."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", charge_misses=True, hit_rate=0.4) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = api.audit()
 
-    output = workspace.output()
+    output = workspace.read_output()
     assert all(float(row["enrich_credits"]) > 0 for row in output)
     assert sum(float(row["enrich_credits"]) for row in output) == pytest.approx(audit["credits_charged"])
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
@@ -231,17 +235,17 @@ def test_unknown_price_is_blank(tmp_path: Path, workspace: Workspace) -> None:
     """Where the API hides what an answer cost, the cell is blank and the receipt counts it as unknown."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", hide_credits=True, shape="flat") as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.credits_unknown, summary.credits_spent) == (0, 9, 0)
-    assert {row["enrich_credits"] for row in workspace.output()} == {""}
+    assert {row["enrich_credits"] for row in workspace.read_output()} == {""}
 
 
 def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) -> None:
     """Where the API hides the sum but shows its parts, the parts are added up."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", hide_credits=True, miss_kinds=("null_result",)) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = api.audit()
 
     assert summary.credits_unknown == 0
@@ -253,12 +257,12 @@ def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> 
     workspace.write_job(enrichments="[966, 833]", email_verifier="10")
     workspace.write_leads(make_leads(9))
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
     audit = api.audit()
     assert {(tuple(run["enrichments"]), run["email_verifier"]) for run in audit["runs"]} == {((966, 833), 10)}
-    providers = {row["enrich_provider"] for row in workspace.output() if row["enrich_status"] == "found"}
+    providers = {row["enrich_provider"] for row in workspace.read_output() if row["enrich_status"] == "found"}
     assert providers <= {"Peoplegrid", "Mailhound"}
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
@@ -267,7 +271,7 @@ def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> No
     """A job that names no providers sends the waterfall's own, so that a change of the vendor's changes nothing."""
     workspace.write_leads(make_leads(1))
 
-    workspace.run(api)
+    workspace.run_job(api)
 
     assert api.audit()["runs"][0]["enrichments"] == [833, 966, 701, 745]
 
@@ -278,9 +282,9 @@ def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None
     spelt_otherwise = [["  First0 ", "Last0", "company0.example", "", "another"], *leads]
     workspace.write_leads([*leads, *spelt_otherwise])
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
-    output = workspace.output()
+    output = workspace.read_output()
     audit = api.audit()
     assert (summary.rows, summary.requests, summary.submitted, audit["accepted"]) == (13, 6, 6, 6)
     assert [row["work_email"] for row in output[7:]] == [row["work_email"] for row in output[:6]]
@@ -295,13 +299,13 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(3) * 2)
 
-    first = workspace.run(api)
-    second = workspace.run(api)
+    first = workspace.run_job(api)
+    second = workspace.run_job(api)
 
     assert (first.requests, first.submitted, second.submitted, second.reused) == (6, 6, 0, 6)
     audit = api.audit()
     assert (audit["accepted"], audit["distinct"]) == (6, 3)
-    assert sum(float(row["enrich_credits"] or 0) for row in workspace.output()) == audit["credits_charged"]
+    assert sum(float(row["enrich_credits"] or 0) for row in workspace.read_output()) == audit["credits_charged"]
 
 
 def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
@@ -312,10 +316,10 @@ def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(only_if_empty="[Email]")
     workspace.write_leads(leads)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.submitted, summary.filtered) == (5, 1)
-    assert workspace.output()[2]["enrich_status"] == "filtered"
+    assert workspace.read_output()[2]["enrich_status"] == "filtered"
 
 
 def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +329,9 @@ def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, mon
     leads[0][4] = "=1+1"
     workspace.write_leads(leads)
 
-    workspace.run(api)
+    workspace.run_job(api)
 
-    output = workspace.output()
+    output = workspace.read_output()
     assert output[0]["Note"] == "=1+1"
     assert {row["work_email"] for row in output} == {"", '\'=HYPERLINK("http://evil.example")'}
 
@@ -337,10 +341,10 @@ def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
     names = [["Zoë", "Müller-Ünal"], ["김", "민준"], ["Ольга", "Иванова"], ["🦊", "O'Brien"]]
     workspace.write_leads([[*name, "https://www.münchen.example", "", "ñ"] for name in names])
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
-    assert [[row["First Name"], row["Last Name"]] for row in workspace.output()] == names
+    assert [[row["First Name"], row["Last Name"]] for row in workspace.read_output()] == names
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {name[0] for name in names}
 
 
@@ -350,35 +354,37 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads([["Adalbert", "Byronsson", "enginesmith.example", "", "private note"], *make_leads(9)])
     before = set(workspace.folder.rglob("*"))
     with serve_api(tmp_path / "api.db", api_key=key, failure_rate=0.3) as api:
-        api.fault("no-task-id")
+        api.inject_fault("no-task-id")
         old = os.umask(0)
         try:
-            result = workspace.command("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
+            result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "logs/enrich.log", api=api)
         finally:
             os.umask(old)
 
-    assert result.code == 14
+    assert result.exit_code == 14
     written = [path for path in workspace.folder.rglob("*") if path.is_file() and path not in before]
     assert {path.name for path in written} >= {"out.csv", "enrich.log"}
-    assert workspace.server or {path.name for path in written} >= {"job.db", "job.db.lock"}
+    assert workspace.server_url or {path.name for path in written} >= {"job.db", "job.db.lock"}
     for path in written:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         assert key.encode() not in path.read_bytes(), path
     assert key not in result.stdout + result.stderr
-    log = (workspace.folder / "logs" / "enrich.log").read_text().replace(str(workspace.place), "the ledger")
+    log = (workspace.folder / "logs" / "enrich.log").read_text().replace(str(workspace.ledger_location), "the ledger")
     for private in ("Adalbert", "Byronsson", "enginesmith", "private note", "First1", "company1.example", "@"):
         assert private not in log
     lines = [json.loads(line) for line in log.splitlines()]
     assert lines[-1]["event"] == "end"
-    assert lines[-1]["receipt"] == {key: value for key, value in result.receipt.items() if key not in ("error", "hint")}
+    assert lines[-1]["receipt"] == {
+        key: value for key, value in result.json_output.items() if key not in ("error", "hint")
+    }
 
 
 def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     """Each night adds its lines; none overwrites the last."""
     workspace.write_leads(make_leads(2))
 
-    workspace.command("run", "job.yaml", "--log-file", "enrich.log", api=api)
-    workspace.command("run", "job.yaml", "--log-file", "enrich.log", api=api)
+    workspace.run_in_process("run", "job.yaml", "--log-file", "enrich.log", api=api)
+    workspace.run_in_process("run", "job.yaml", "--log-file", "enrich.log", api=api)
 
     lines = [json.loads(line) for line in (workspace.folder / "enrich.log").read_text().splitlines()]
     assert [line["receipt"]["execution"] for line in lines if line["event"] == "end"] == [1, 2]
@@ -389,7 +395,7 @@ def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(output="'results/%Y/leads-%Y.csv'")
     workspace.write_leads(make_leads(1))
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.output is not None
     assert Path(summary.output).is_file()
@@ -402,9 +408,9 @@ def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     workspace.job_file.write_text(text)
     workspace.write_leads(make_leads(1))
 
-    workspace.run(api)
+    workspace.run_job(api)
 
-    assert len(workspace.output("leads_enriched.csv")) == 1
+    assert len(workspace.read_output("leads_enriched.csv")) == 1
 
 
 def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> None:
@@ -416,7 +422,7 @@ def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> 
     text = "First Name;Last Name;Website;Email;Note\nJürgen;Groß;engine.example;;5 €\n"
     (workspace.folder / "leads.csv").write_text(text, encoding="cp1252")
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert summary.exit_code == 0
     written = (workspace.folder / "out.csv").read_text(encoding="utf-16").splitlines()
@@ -431,9 +437,9 @@ def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) ->
     old.write_text("an old night\n")
     old.chmod(0o644)
 
-    workspace.run(api)
+    workspace.run_job(api)
 
-    assert len(workspace.output()) == 2
+    assert len(workspace.read_output()) == 2
     assert stat.S_IMODE(old.stat().st_mode) == 0o600
     assert [path.name for path in workspace.folder.glob("*part*")] == []
 
@@ -443,7 +449,7 @@ def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_job(limits="{requests_per_second: 60}")
     workspace.write_leads(make_leads(15))
     with serve_api(tmp_path / "api.db", rate=30.0, burst=3, retry_after=None) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = api.audit()
 
     assert summary.exit_code == 0

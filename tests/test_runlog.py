@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from enrich import __version__
-from enrich.execution import Timing
+from enrich.execution import Timeouts
 from enrich.model import State
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused as ApiRefusal
-from enrich.store.lock import hold
+from enrich.store.lock import lock_ledger
 from enrich.surroundings import Progress
 from enrich.watch import runlog
-from enrich.watch.runlog import Log, log_to, without_data
+from enrich.watch.runlog import RunLog, open_log, redact_message
 from tests.cases import in_turn
 from tests.harness import AWAY, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.watch import assert_no_personal_data, log_events, log_lines, searchable_leads
@@ -37,7 +37,9 @@ def test_start_and_end_events(api: SandboxApi, workspace: Workspace) -> None:
     """Every line has its envelope; the start says what the run was given, the end what came of it."""
     workspace.write_leads(searchable_leads(3))
 
-    result = workspace.command("run", "job.yaml", "--json", "--limit", "2", "--retry", "failed", *LOG_OPTIONS, api=api)
+    result = workspace.run_in_process(
+        "run", "job.yaml", "--json", "--limit", "2", "--retry", "failed", *LOG_OPTIONS, api=api
+    )
 
     start, end = log_lines(workspace)
     for line in (start, end):
@@ -51,7 +53,7 @@ def test_start_and_end_events(api: SandboxApi, workspace: Workspace) -> None:
         assert start[name] == str(workspace.folder / path)
     assert start["ledger"] == str(workspace.ledger_path)
     assert (end["event"], end["execution"], end["exit_code"]) == ("end", 1, 0)
-    assert end["receipt"] == result.receipt
+    assert end["receipt"] == result.json_output
 
 
 def _no_key(_: Workspace, __: SandboxApi) -> dict[str, str]:
@@ -89,15 +91,15 @@ def test_failed_start_is_logged(
     told: tuple[int, str, list[str]],
 ) -> None:
     """Before an execution exists there is an error with its exit code, also for a job file that is wrong."""
-    away = tuple(getattr(AWAY, name) for name in Timing.__dataclass_fields__)
-    monkeypatch.setattr(Timing.__init__, "__defaults__", away)
+    away = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
+    monkeypatch.setattr(Timeouts.__init__, "__defaults__", away)
     code, word, seen = told
     workspace.write_leads(searchable_leads(1))
     environ = spoil(workspace, api)
 
-    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=None, **environ)
+    result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=None, **environ)
 
-    assert result.code == code
+    assert result.exit_code == code
     assert log_events(workspace) == seen
     error = log_lines(workspace)[-1]
     assert (error["exit_code"], error["job"]) == (code, "job")
@@ -107,11 +109,11 @@ def test_failed_start_is_logged(
 def test_locked_out_run_is_logged(api: SandboxApi, workspace: Workspace) -> None:
     """Exit 11 is an error, a turn that was skipped an end without a receipt."""
     workspace.write_leads(searchable_leads(1))
-    with hold(workspace.ledger_path, 0):
-        refused = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
-        skipped = workspace.command("run", "job.yaml", "--if-locked", "skip", *LOG_OPTIONS, api=api)
+    with lock_ledger(workspace.ledger_path, 0):
+        refused = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+        skipped = workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", *LOG_OPTIONS, api=api)
 
-    assert (refused.code, skipped.code) == (11, 0)
+    assert (refused.exit_code, skipped.exit_code) == (11, 0)
     assert log_events(workspace) == ["start", "error", "start", "end"]
     lines = log_lines(workspace)
     assert lines[1]["exit_code"] == 11
@@ -124,13 +126,13 @@ def test_two_processes_share_log(tmp_path: Path, workspace: Workspace) -> None:
     """While one is at work the other is refused; both are in the log, line by line."""
     workspace.write_leads(searchable_leads(2))
     with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
-        first = workspace.start("run", "job.yaml", *LOG_OPTIONS, api=api)
+        first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
         wait_until(lambda: api.audit()["accepted"] == 2)
-        second = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+        second = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=20)
 
-    assert (second.code, first.returncode) == (11, 143)
+    assert (second.exit_code, first.returncode) == (11, 143)
     lines = log_lines(workspace)
     assert [line["event"] for line in lines] == ["start", "start", "error", "end"]
     assert lines[0]["pid"] == lines[3]["pid"] == first.pid
@@ -142,14 +144,14 @@ def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> No
     """The next start follows a start; its notes carry the number of the execution."""
     workspace.write_leads(searchable_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        first = workspace.start("run", "job.yaml", *LOG_OPTIONS, api=api)
+        first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
-        wait_until(lambda: workspace.ledger().counts().get(State.SUBMITTED) == 3)
+        wait_until(lambda: workspace.open_ledger().state_counts().get(State.SUBMITTED) == 3)
         kill_process(first)
         api.advance(601)
-        result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+        result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert log_events(workspace) == ["start", "start", "note", "end"]
     note, end = log_lines(workspace)[2:]
     assert (note["execution"], end["execution"]) == (2, 2)
@@ -163,11 +165,11 @@ def test_log_has_no_personal_data(tmp_path: Path, workspace: Workspace) -> None:
     """Doubts, failures and refusals are logged without a cell of the input and without an answer."""
     workspace.write_leads(searchable_leads(12))
     with serve_api(tmp_path / "api.db", failure_rate=0.3) as api:
-        api.fault("no-task-id", count=2)
-        in_doubt = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
-        workspace.command("run", "job.yaml", "--retry", "failed,in_doubt", *LOG_OPTIONS, api=api)
+        api.inject_fault("no-task-id", count=2)
+        in_doubt = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+        workspace.run_in_process("run", "job.yaml", "--retry", "failed,in_doubt", *LOG_OPTIONS, api=api)
 
-    assert in_doubt.code == 14
+    assert in_doubt.exit_code == 14
     assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
 
 
@@ -180,9 +182,9 @@ def test_quoted_params_are_removed(api: SandboxApi, workspace: Workspace, monkey
     workspace.write_leads(searchable_leads(1))
     monkeypatch.setattr(Databar, "submit", submit)
 
-    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "Adalbert0" in result.stderr
     assert "HTTP 4" in log_lines(workspace)[-1]["error"]
     assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
@@ -195,9 +197,9 @@ def test_lead_as_header_is_not_logged(api: SandboxApi, workspace: Workspace, hea
     """Where the header is missing the first lead stands in its place: no column's name is logged."""
     workspace.write_leads(searchable_leads(1), header)
 
-    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == code
+    assert result.exit_code == code
     logged = (workspace.folder / "run.log").read_text(encoding="utf-8")
     assert "Ada" not in logged
     assert "Lovelace" not in logged
@@ -208,9 +210,9 @@ def test_where_error_hides_cell(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_job(where="CAST(Note AS INT) > 1")
     workspace.write_leads(searchable_leads(1))
 
-    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert_no_personal_data((workspace.folder / "run.log").read_text(encoding="utf-8"), workspace)
 
 
@@ -225,18 +227,19 @@ def test_unexpected_error_logs_type_only(
 
     monkeypatch.setattr("enrich.pipeline.run", broken)
 
-    result = workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 1
+    assert result.exit_code == 1
     assert log_lines(workspace)[-1]["error"] == "this is a bug: RuntimeError"
     assert log_lines(workspace)[-1]["exit_code"] == 1
 
 
 def test_other_messages_are_kept() -> None:
     """Only what follows a quoting word is cut off."""
-    assert without_data("job.yaml:3: colour: unknown key") == "job.yaml:3: colour: unknown key"
+    assert redact_message("job.yaml:3: colour: unknown key") == "job.yaml:3: colour: unknown key"
     assert (
-        without_data("the API refuses the key: HTTP 401: for ada@x.example\nand") == "the API refuses the key: HTTP 401"
+        redact_message("the API refuses the key: HTTP 401: for ada@x.example\nand")
+        == "the API refuses the key: HTTP 401"
     )
 
 
@@ -246,7 +249,7 @@ def test_other_messages_are_kept() -> None:
 @pytest.fixture
 def _small_log_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotate every 20 lines or so."""
-    monkeypatch.setattr(runlog, "LARGEST", 2_000)
+    monkeypatch.setattr(runlog, "MAX_BYTES", 2_000)
 
 
 @pytest.fixture
@@ -268,9 +271,9 @@ def test_log_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
     old = os.umask(0)
     try:
         with ExitStack() as stack:
-            logs = [stack.enter_context(log_to(tmp_path / "run.log", "job", log_warnings.append)) for _ in range(2)]
+            logs = [stack.enter_context(open_log(tmp_path / "run.log", "job", log_warnings.append)) for _ in range(2)]
             for number in range(60):
-                logs[number % 2].line("note", text=str(number))
+                logs[number % 2].write_event("note", text=str(number))
     finally:
         os.umask(old)
 
@@ -284,9 +287,9 @@ def test_log_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
 @pytest.mark.usefixtures("_small_log_files")
 def test_rotation_keeps_five_files(tmp_path: Path, log_warnings: list[str]) -> None:
     """The oldest lines go."""
-    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
+    with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
         for number in range(400):
-            log.line("note", text=str(number))
+            log.write_event("note", text=str(number))
 
     assert len(list(tmp_path.iterdir())) == 6
     assert max(map(int, log_texts(tmp_path))) == 399
@@ -319,11 +322,11 @@ def test_concurrent_rotation(tmp_path: Path) -> None:
 
 def test_external_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
     """The next line goes to the file that has the name then."""
-    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
-        log.line("note", text="old")
+    with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
+        log.write_event("note", text="old")
         (tmp_path / "run.log").rename(tmp_path / "old.log")
-        log.line("note", text="new")
-        log.line("note", text="newer")
+        log.write_event("note", text="new")
+        log.write_event("note", text="newer")
 
     assert "old" in (tmp_path / "old.log").read_text()
     assert list(log_texts(tmp_path)) == ["new", "newer"]
@@ -334,9 +337,9 @@ def test_failed_rotation_keeps_logging(tmp_path: Path, log_warnings: list[str]) 
     """Where something is in the way the file grows, and that is told once."""
     (tmp_path / "run.log.4").write_text("{}")
     (tmp_path / "run.log.5").mkdir()
-    with log_to(tmp_path / "run.log", "job", log_warnings.append) as log:
+    with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
         for number in range(60):
-            log.line("note", text=str(number))
+            log.write_event("note", text=str(number))
 
     written = (tmp_path / "run.log").read_text().splitlines()
     assert [json.loads(line)["text"] for line in written] == [str(number) for number in range(60)]
@@ -350,9 +353,9 @@ def test_symlinked_log_is_rotated(tmp_path: Path, log_warnings: list[str]) -> No
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "run.log").touch()
     (tmp_path / "here.log").symlink_to(tmp_path / "far" / "run.log")
-    with log_to(tmp_path / "here.log", "job", log_warnings.append) as log:
+    with open_log(tmp_path / "here.log", "job", log_warnings.append) as log:
         for number in range(60):
-            log.line("note", text=str(number))
+            log.write_event("note", text=str(number))
 
     assert (tmp_path / "here.log").is_symlink()
     assert sorted(map(int, log_texts(tmp_path / "far"))) == list(range(60))
@@ -365,21 +368,21 @@ def test_disk_full_log_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     room = 3_000_000
     (workspace.folder / "run.log").write_text('{"v": 1}\n' * (room // 9))
 
-    result = workspace.enrich("run", "job.yaml", *LOG_OPTIONS, api=api, room=room)
+    result = workspace.run_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api, max_file_bytes=room)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert result.stderr.count("\n") == 1
     assert "run.log: the log cannot be written" in result.stderr
-    assert len(workspace.output()) == 2
+    assert len(workspace.read_output()) == 2
 
 
 def test_unwritable_log_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
     """Told before anything is spent."""
     workspace.write_leads(searchable_leads(1))
 
-    result = workspace.command("run", "job.yaml", "--log-file", "leads.csv/run.log", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--log-file", "leads.csv/run.log", api=api)
 
-    assert result.code == 5
+    assert result.exit_code == 5
     assert "log" in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -388,11 +391,11 @@ def test_progress_event_per_minute(tmp_path: Path, log_warnings: list[str]) -> N
     """Also after the process was stopped for an hour: one line, not sixty."""
     now = 0.0
     progress = Progress(total=9, done=3, found=2, spent=1.5, in_flight=4)
-    with log_to(tmp_path / "run.log", "job", log_warnings.append) as opened:
-        log = Log(opened._handler, "job", lambda: now)
+    with open_log(tmp_path / "run.log", "job", log_warnings.append) as opened:
+        log = RunLog(opened._handler, "job", lambda: now)
         for moment in (0, 59, 60, 61, 119, 120, 3720, 3721, 3722):
             now = float(moment)
-            log.progress(progress, lambda: 7)
+            log.write_progress(progress, lambda: 7)
 
     lines = [json.loads(line) for line in (tmp_path / "run.log").read_text().splitlines()]
     assert len(lines) == 3
@@ -409,8 +412,8 @@ def test_foreign_file_is_not_appended(tmp_path: Path, name: str) -> None:
     workspace.write_leads(make_leads(1))
     (tmp_path / "leads.jsonl").write_text('{"First Name": "Ada"}\n')
     with serve_api(tmp_path / "api.db") as api:
-        assert workspace.command("run", "job.yaml", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         before = (tmp_path / name).read_bytes()
-        result = workspace.command("run", "job.yaml", "--log-file", name, api=api)
-    assert (result.code, "no log" in result.stderr) == (5, True)
+        result = workspace.run_in_process("run", "job.yaml", "--log-file", name, api=api)
+    assert (result.exit_code, "no log" in result.stderr) == (5, True)
     assert (tmp_path / name).read_bytes() == before

@@ -14,12 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
-from enrich.nights.schedule import Night, Plan, crontab_line, on_calendar, parse_at, parse_days, service, timer
+from enrich.nights.schedule import (
+    Schedule,
+    ScheduledJob,
+    crontab_line,
+    on_calendar,
+    parse_days,
+    parse_time_of_day,
+    systemd_service,
+    systemd_timer,
+)
 from tests.cases import in_turn
 from tests.harness import Workspace, make_leads, serve_api
 
 
-def make_plan(**changed: object) -> Plan:
+def make_plan(**changed: object) -> ScheduledJob:
     """A plan of plain paths."""
     usual: dict[str, object] = {
         "name": "leads",
@@ -28,11 +37,11 @@ def make_plan(**changed: object) -> Plan:
         "log": Path("/srv/leads/job.log"),
         "key_file": Path("/etc/enrich/key"),
         "user": "enrich",
-        "night": Night(2, 5),
+        "schedule": Schedule(2, 5),
         "max_time": "5h",
-        "writes": [Path("/srv/leads")],
+        "writable_folders": [Path("/srv/leads")],
     }
-    return Plan(**(usual | changed))  # type: ignore[arg-type]
+    return ScheduledJob(**(usual | changed))  # type: ignore[arg-type]
 
 
 def shell_command_of(line: str) -> str:
@@ -67,7 +76,7 @@ def test_crontab_line() -> None:
         "5 2 * * * DATABAR_API_KEY_FILE=/etc/enrich/key /opt/enrich/bin/enrich run /srv/leads/job.yaml "
         "--if-locked skip --max-time 5h --log-file /srv/leads/job.log"
     )
-    assert crontab_line(make_plan(night=Night(23, 0, (1, 5)))).startswith("0 23 * * 1,5 ")
+    assert crontab_line(make_plan(schedule=Schedule(23, 0, (1, 5)))).startswith("0 23 * * 1,5 ")
 
 
 PRINTABLE = st.text(
@@ -103,7 +112,7 @@ def test_shell_parses_crontab_line(name: str) -> None:
 def test_systemd_escapes_any_path(one: str, other: str) -> None:
     """Specifiers, variables and quotes of systemd are none in a path."""
     job, folder = Path(f"/srv/{one}"), Path(f"/srv/{other}")
-    text = service(make_plan(job=job, writes=[folder, Path("/srv/b")]))
+    text = systemd_service(make_plan(job=job, writable_folders=[folder, Path("/srv/b")]))
     settings = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z]\w+=", line))
     assert unit_words(settings["ExecStart"])[2] == str(job)
     assert unit_words(settings["ReadWritePaths"])[0] == str(folder).replace("$$", "$")
@@ -113,7 +122,7 @@ def test_systemd_escapes_any_path(one: str, other: str) -> None:
 @in_turn("name", ["a\nb", "a\tb", "a\x00b", "a\u2028b"])
 def test_newline_in_path_is_refused(name: str) -> None:
     """Rather than a crontab of two broken lines."""
-    for write in (crontab_line, service):
+    for write in (crontab_line, systemd_service):
         with pytest.raises(JobError, match="fits in no crontab"):
             write(make_plan(job=Path(f"/srv/{name}")))
 
@@ -121,14 +130,14 @@ def test_newline_in_path_is_refused(name: str) -> None:
 @in_turn(("text", "time"), [("02:00", (2, 0)), ("2:00", (2, 0)), ("23:59", (23, 59)), ("0:00", (0, 0))])
 def test_times_of_day(text: str, time: tuple[int, int]) -> None:
     """Hours and minutes."""
-    assert parse_at(text) == time
+    assert parse_time_of_day(text) == time
 
 
 @in_turn("text", ["25:00", "24:00", "2", "2:0", "02:60", "2pm", "", "-1:00", "02:00:00", "٠٢:00"])
 def test_invalid_times(text: str) -> None:
     """Rather than a job that never runs."""
     with pytest.raises(ValueError, match="must be a time of the day"):
-        parse_at(text)
+        parse_time_of_day(text)
 
 
 @in_turn(
@@ -156,14 +165,14 @@ def test_invalid_weekdays(text: str) -> None:
 
 def test_systemd_calendar() -> None:
     """On all days, or on some."""
-    assert on_calendar(Night(2, 0)) == "*-*-* 02:00:00"
-    assert on_calendar(Night(2, 5, (0, 5))) == "Sun,Fri *-*-* 02:05:00"
+    assert on_calendar(Schedule(2, 0)) == "*-*-* 02:00:00"
+    assert on_calendar(Schedule(2, 5, (0, 5))) == "Sun,Fri *-*-* 02:05:00"
 
 
 def test_private_tmp() -> None:
     """A job in /tmp would not be found in another."""
-    assert "PrivateTmp=true" in service(make_plan())
-    assert "PrivateTmp" not in service(make_plan(job=Path("/tmp/job.yaml")))  # noqa: S108
+    assert "PrivateTmp=true" in systemd_service(make_plan())
+    assert "PrivateTmp" not in systemd_service(make_plan(job=Path("/tmp/job.yaml")))  # noqa: S108
 
 
 # As a person uses it
@@ -186,7 +195,7 @@ def odd_path_workspace(workspace: Workspace) -> Workspace:
 def test_crontab_line_runs_job(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """With an empty environment, from another folder; the key comes from its file, the log is written."""
     with serve_api(tmp_path / "cron-api.db", api_key="sandbox-key") as api:
-        printed = odd_path_workspace.command(
+        printed = odd_path_workspace.run_in_process(
             "cron", "job.yaml", "--crontab", "--key-file", "key", DATABAR_BASE_URL=api.base_url, SSL_CERT_FILE=""
         )
         (line,) = [line for line in printed.stdout.splitlines() if not line.startswith("#")]
@@ -199,10 +208,10 @@ def test_crontab_line_runs_job(odd_path_workspace: Workspace, tmp_path: Path) ->
             check=False,
         )
         audit = api.audit()
-    assert (printed.code, printed.stderr) == (0, "")
+    assert (printed.exit_code, printed.stderr) == (0, "")
     assert (result.returncode, result.stdout, result.stderr) in [(code, "", result.stderr) for code in (0, 10)]
     assert audit["accepted"] == 3
-    assert len(odd_path_workspace.output()) == 3
+    assert len(odd_path_workspace.read_output()) == 3
     assert (odd_path_workspace.folder / "job.log").stat().st_size
     assert "sandbox-key" not in printed.stdout
 
@@ -213,10 +222,10 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
     if analyze is None:
         pytest.skip("systemd-analyze is not on this machine")
     units = tmp_path / "units"
-    result = odd_path_workspace.command(
+    result = odd_path_workspace.run_in_process(
         "cron", "job.yaml", "--at", "2:30", "--days", "mon-fri", "--output-dir", str(units)
     )
-    assert (result.code, result.stdout) == (0, "")
+    assert (result.exit_code, result.stdout) == (0, "")
     files = sorted(units.iterdir())
     assert [path.name for path in files] == ["enrich-job.service", "enrich-job.timer"]
     verified = subprocess.run(
@@ -237,16 +246,16 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
 def test_existing_units_need_force(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """They may have been edited."""
     ask = ("cron", "job.yaml", "--output-dir", str(tmp_path))
-    assert odd_path_workspace.command(*ask).code == 0
-    assert odd_path_workspace.command(*ask).code == 2
-    assert odd_path_workspace.command(*ask, "--force").code == 0
+    assert odd_path_workspace.run_in_process(*ask).exit_code == 0
+    assert odd_path_workspace.run_in_process(*ask).exit_code == 2
+    assert odd_path_workspace.run_in_process(*ask, "--force").exit_code == 0
 
 
 def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
     """Both are printed otherwise."""
-    both = odd_path_workspace.command("cron", "job.yaml").stdout
-    line = odd_path_workspace.command("cron", "job.yaml", "--crontab").stdout
-    units = odd_path_workspace.command("cron", "job.yaml", "--systemd", "--user", "nightly").stdout
+    both = odd_path_workspace.run_in_process("cron", "job.yaml").stdout
+    line = odd_path_workspace.run_in_process("cron", "job.yaml", "--crontab").stdout
+    units = odd_path_workspace.run_in_process("cron", "job.yaml", "--systemd", "--user", "nightly").stdout
     assert line in both
     assert "[Service]" in both
     assert "[Service]" not in line
@@ -254,7 +263,7 @@ def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
     assert "* * *" not in units
     assert "LoadCredential=databar_api_key:" in units
     assert "Environment=DATABAR_API_KEY_FILE=%d/databar_api_key" in units
-    assert "Persistent=true" in timer(make_plan())
+    assert "Persistent=true" in systemd_timer(make_plan())
 
 
 @pytest.mark.parametrize(
@@ -262,11 +271,11 @@ def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
 )
 def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, wrong: tuple[str, ...]) -> None:
     """Before anything is printed."""
-    result = odd_path_workspace.command("cron", "job.yaml", *wrong)
-    assert (result.code, result.stdout) == (2, "")
+    result = odd_path_workspace.run_in_process("cron", "job.yaml", *wrong)
+    assert (result.exit_code, result.stdout) == (2, "")
 
 
 def test_invalid_job_is_refused(odd_path_workspace: Workspace) -> None:
     """It would fail every night."""
     odd_path_workspace.write_job(watrfall="x")
-    assert odd_path_workspace.command("cron", "job.yaml").code == 2
+    assert odd_path_workspace.run_in_process("cron", "job.yaml").exit_code == 2

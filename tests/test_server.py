@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import Exit, Refused
+from enrich.errors import CommandRefused, ExitCode
 from enrich.store import schema
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold, is_held
-from enrich.store.records import check
+from enrich.store.lock import is_locked, lock_ledger
+from enrich.store.records import check_ledger
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer
 
@@ -34,9 +34,9 @@ def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> Non
     """PGPASSWORD, as for every program that speaks to PostgreSQL; it stands in no file of ours and in no output."""
     workspace.write_leads(make_leads(3))
 
-    result = workspace.enrich("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
+    result = workspace.run_subprocess("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
 
-    assert (result.code, result.receipt["found"] + result.receipt["not_found"]) == (0, 3), result.stderr
+    assert (result.exit_code, result.json_output["found"] + result.json_output["not_found"]) == (0, 3), result.stderr
     secret = workspace.environ["PGPASSWORD"]
     assert secret not in result.stdout + result.stderr
     assert all(secret.encode() not in path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file())
@@ -52,9 +52,9 @@ def test_password_from_file(api: SandboxApi, workspace: Workspace, postgres: Pos
     secrets.chmod(0o600)
 
     variables = {"PGPASSFILE": str(secrets)} if named else {}
-    result = replace(workspace, environ=variables).enrich("run", "job.yaml", api=api)
+    result = replace(workspace, environ=variables).run_subprocess("run", "job.yaml", api=api)
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("url", ["postgresql://enrich:secret@{}/enrich", "postgresql://{}/enrich?password=secret"])
@@ -62,9 +62,9 @@ def test_password_in_job_is_refused(workspace: Workspace, api: SandboxApi, postg
     """It is not repeated either."""
     workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
 
-    result = workspace.command("run", "job.yaml", api=api)
+    result = workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert (result.code, "a URL holds no password" in result.stderr, "secret" in result.stderr) == (2, True, False)
+    assert (result.exit_code, "a URL holds no password" in result.stderr, "secret" in result.stderr) == (2, True, False)
     assert "job.yaml:" in result.stderr
 
 
@@ -82,9 +82,9 @@ def test_login_failure(
     """Exit 5 and what to do, whichever command; nothing was asked of the API that costs."""
     workspace.write_leads(make_leads(1))
 
-    result = replace(workspace, environ=variables).command(command, "job.yaml", api=api)
+    result = replace(workspace, environ=variables).run_in_process(command, "job.yaml", api=api)
 
-    assert result.code == Exit.REFUSED
+    assert result.exit_code == ExitCode.REFUSED
     assert all(word in result.stderr for word in words), result.stderr
     assert "Traceback" not in result.stderr
     assert api.audit()["accepted"] == 0
@@ -108,23 +108,25 @@ def test_unreachable_server(
     workspace.write_leads(make_leads(1))
     workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
 
-    result = workspace.command("status", "job.yaml", api=api)
+    result = workspace.run_in_process("status", "job.yaml", api=api)
 
-    assert (result.code, word in result.stderr, "hint: " in result.stderr) == (Exit.REFUSED, True, True), result.stderr
+    assert (result.exit_code, word in result.stderr, "hint: " in result.stderr) == (ExitCode.REFUSED, True, True), (
+        result.stderr
+    )
 
 
 def test_foreign_schema_is_refused(api: SandboxApi, workspace: Workspace, postgres: PostgresServer) -> None:
     """What has tables that are not ours is no ledger, and none is made of it."""
-    schema = postgres.url().rpartition("=")[2]
+    schema = postgres.ledger_url().rpartition("=")[2]
     with closing(postgres.connect()) as db:
         db.execute(f"CREATE SCHEMA {schema}")
         db.execute(f"CREATE TABLE {schema}.theirs AS SELECT 1 AS number")
         workspace.write_leads(make_leads(1))
-        workspace.write_job(ledger=postgres.url(schema))
+        workspace.write_job(ledger=postgres.ledger_url(schema))
 
-        result = workspace.command("run", "job.yaml", api=api)
+        result = workspace.run_in_process("run", "job.yaml", api=api)
 
-        assert (result.code, "this schema is no ledger of enrich" in result.stderr) == (Exit.REFUSED, True), (
+        assert (result.exit_code, "this schema is no ledger of enrich" in result.stderr) == (ExitCode.REFUSED, True), (
             result.stderr
         )
         tables = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)).fetchall()
@@ -134,7 +136,7 @@ def test_foreign_schema_is_refused(api: SandboxApi, workspace: Workspace, postgr
 @pytest.fixture
 def guest_role(postgres: PostgresServer) -> Iterator[str]:
     """Make a role that may log in, with the password `guest`, and make nothing."""
-    role = f"guest_{postgres.url().rpartition('=')[2]}"
+    role = f"guest_{postgres.ledger_url().rpartition('=')[2]}"
     with closing(postgres.connect("postgres")) as db:
         db.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
         yield role
@@ -146,39 +148,39 @@ def test_prepared_schema_is_used(
     api: SandboxApi, workspace: Workspace, postgres: PostgresServer, guest_role: str
 ) -> None:
     """Whoever may not make schemas gets an empty one from whoever may, and is told so without."""
-    schema = postgres.url().rpartition("=")[2]
+    schema = postgres.ledger_url().rpartition("=")[2]
     workspace.write_leads(make_leads(1))
-    workspace.write_job(ledger=postgres.url(schema, guest_role))
-    refused = workspace.command("run", "job.yaml", api=api, PGPASSWORD="guest")
+    workspace.write_job(ledger=postgres.ledger_url(schema, guest_role))
+    refused = workspace.run_in_process("run", "job.yaml", api=api, PGPASSWORD="guest")
     with closing(postgres.connect("postgres")) as db:
         db.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {guest_role}")
-    taken = workspace.command("run", "job.yaml", api=api, PGPASSWORD="guest")
+    taken = workspace.run_in_process("run", "job.yaml", api=api, PGPASSWORD="guest")
 
-    assert (refused.code, "permission denied" in refused.stderr) == (Exit.REFUSED, True), refused.stderr
+    assert (refused.exit_code, "permission denied" in refused.stderr) == (ExitCode.REFUSED, True), refused.stderr
     assert "hint: grant CREATE on the database" in refused.stderr
-    assert (taken.code, taken.stderr) == (0, "")
+    assert (taken.exit_code, taken.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("version", "word"), [(99, "newer version"), (0, "older version")])
 def test_ledger_of_other_version(workspace: Workspace, version: int, word: str) -> None:
     """Whoever only looks neither reads what it cannot know nor changes it."""
-    Ledger(workspace.place).close()
+    Ledger(workspace.ledger_location).close()
     workspace.sql("UPDATE ledger SET version = ?", version)
 
-    result = workspace.command("report", "job.yaml")
+    result = workspace.run_in_process("report", "job.yaml")
 
-    assert (result.code, word in result.stderr) == (Exit.REFUSED, True), result.stderr
+    assert (result.exit_code, word in result.stderr) == (ExitCode.REFUSED, True), result.stderr
     assert workspace.sql("SELECT version FROM ledger") == [(version,)]
 
 
 def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the next who writes; several at once take turns, and all of them find it whole."""
-    Ledger(workspace.place).close()
+    Ledger(workspace.ledger_location).close()
     step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
     monkeypatch.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, step])
 
     with ThreadPoolExecutor() as several:
-        for ledger in several.map(lambda _: Ledger(workspace.place), range(4)):
+        for ledger in several.map(lambda _: Ledger(workspace.ledger_location), range(4)):
             ledger.close()
 
     assert workspace.sql("SELECT version FROM ledger") == [(len(schema.POSTGRES_MIGRATIONS),)]
@@ -187,28 +189,28 @@ def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest
 
 def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps to the newest version are one transaction."""
-    Ledger(workspace.place).close()
+    Ledger(workspace.ledger_location).close()
     version = workspace.sql("SELECT version FROM ledger")
     steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
     with monkeypatch.context() as newer:
         newer.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, *steps])
-        with pytest.raises(Refused, match="division by zero"):
-            Ledger(workspace.place)
+        with pytest.raises(CommandRefused, match="division by zero"):
+            Ledger(workspace.ledger_location)
 
     assert workspace.sql("SELECT version FROM ledger") == version
     assert workspace.sql("SELECT to_regclass('remarks')") == [(None,)]
-    Ledger(workspace.place).close()
+    Ledger(workspace.ledger_location).close()
 
 
 def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServer) -> None:
     """What play money bought lies beside the real thing, and is found again."""
     workspace.write_leads(make_leads(2))
 
-    first = workspace.command("run", "job.yaml", "--sandbox", "--json")
-    second = workspace.command("run", "job.yaml", "--sandbox", "--json")
+    first = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
+    second = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
 
-    assert (first.receipt["submitted"], second.receipt["submitted"], second.receipt["reused"]) == (2, 0, 2)
-    name = str(workspace.server).rpartition("=")[2]
+    assert (first.json_output["submitted"], second.json_output["submitted"], second.json_output["reused"]) == (2, 0, 2)
+    name = str(workspace.server_url).rpartition("=")[2]
     with closing(postgres.connect()) as db:
         rows = db.execute("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, %s)", (name,)).fetchall()
     assert rows == [(f"{name}_sandbox",)]
@@ -216,14 +218,14 @@ def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServ
 
 def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
     """`ENRICH_LEDGER` instead of the job file's: the same job on a laptop and in a cluster."""
-    url = str(workspace.server)
+    url = str(workspace.server_url)
     plain = Workspace(workspace.folder, environ=workspace.environ)
     plain.write_job()
     plain.write_leads(make_leads(2))
 
-    result = plain.command("run", "job.yaml", "--json", api=api, ENRICH_LEDGER=url)
+    result = plain.run_in_process("run", "job.yaml", "--json", api=api, ENRICH_LEDGER=url)
 
-    assert (result.code, result.receipt["submitted"]) == (0, 2)
+    assert (result.exit_code, result.json_output["submitted"]) == (0, 2)
     assert not plain.ledger_path.exists()
     assert workspace.sql("SELECT count(*) FROM requests") == [(2,)]
 
@@ -234,20 +236,20 @@ def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
 def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None:
     """One execution at a time holds the ledger, wherever the second is started."""
     workspace.write_leads(make_leads(20))
-    with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api, hold(workspace.place, 0):
-        assert is_held(workspace.place)
-        assert workspace.command("run", "job.yaml", api=api).code == Exit.LOCKED
-        assert workspace.command("run", "job.yaml", "--if-locked", "skip", api=api).code == Exit.OK
-    assert not is_held(workspace.place)
+    with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api, lock_ledger(workspace.ledger_location, 0):
+        assert is_locked(workspace.ledger_location)
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == ExitCode.LOCKED
+        assert workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", api=api).exit_code == ExitCode.OK
+    assert not is_locked(workspace.ledger_location)
 
 
 def test_restart_right_after_kill(workspace: Workspace) -> None:
     """Who starts a killed run again at once is not turned away by the run that is no more."""
-    dead = hold(workspace.place, 0)
+    dead = lock_ledger(workspace.ledger_location, 0)
     dead.__enter__()
     noticed = threading.Timer(0.7, dead.__exit__, (None, None, None))
     noticed.start()
-    with hold(workspace.place, 0):
+    with lock_ledger(workspace.ledger_location, 0):
         pass
     noticed.join()
 
@@ -255,15 +257,15 @@ def test_restart_right_after_kill(workspace: Workspace) -> None:
 @pytest.mark.long
 def test_lock_released_by_killed_run(tmp_path: Path, workspace: Workspace) -> None:
     """It dies with its connection; the next run finds what was on the wire in doubt and buys nothing twice."""
-    workspace.write_job(ledger=f"{workspace.server}&lease=1")
+    workspace.write_job(ledger=f"{workspace.server_url}&lease=1")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", latency="uniform(0.2,0.6)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: api.audit()["requests"].get("run", 0) >= 20)
         kill_process(process)
-        result = workspace.enrich("run", "job.yaml", "--json", api=api)
+        result = workspace.run_subprocess("run", "job.yaml", "--json", api=api)
         audit = api.audit()
 
-    assert result.code in {Exit.OK, Exit.IN_DOUBT}, result.stderr
+    assert result.exit_code in {ExitCode.OK, ExitCode.IN_DOUBT}, result.stderr
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []

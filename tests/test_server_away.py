@@ -12,22 +12,22 @@ from typing import Literal
 
 import pytest
 
-from enrich.allowance import share, unshare
-from enrich.pace import Pace
-from enrich.place import LedgerPlace, locate_ledger
-from enrich.place import Postgres as Place
-from enrich.store.journal import Journal
+from enrich.allowance import start_sharing, stop_sharing
+from enrich.pace import AdaptiveRateLimiter
+from enrich.place import LedgerLocation, parse_ledger_location
+from enrich.place import PostgresLocation as Place
+from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
-from enrich.store.records import check
+from enrich.store.records import check_ledger
 from tests.books import CommittingLedger
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer
 
 
 @pytest.fixture
-def ledger_location(own_postgres: PostgresServer, tmp_path: Path) -> LedgerPlace:
+def ledger_location(own_postgres: PostgresServer, tmp_path: Path) -> LedgerLocation:
     """Name a place on a server that may be restarted."""
-    return locate_ledger(tmp_path, own_postgres.url(), tmp_path)
+    return parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
 
 
 @pytest.mark.long
@@ -38,14 +38,14 @@ def test_restart_between_transitions(
     """The second finds its connection gone before it wrote anything, and is made all the same."""
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
-            await writer.do(Ledger.start_execution, "before", None, 1)
+        async with LedgerWriter(ledger.wrapped) as writer:
+            await writer.submit(Ledger.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
-            await writer.do(Ledger.start_execution, "after", None, 2)
+            await writer.submit(Ledger.start_execution, "after", None, 2)
 
     asyncio.run(scene())
 
-    assert ledger.all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
+    assert ledger.query_all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
 
 
 @pytest.mark.long
@@ -60,11 +60,11 @@ def test_no_duplicate_transition_after_lost_commit(
     def reached(number: int) -> bool:
         return len(made) > number
 
-    async def ask(writer: Journal, asker: int) -> None:
+    async def ask(writer: LedgerWriter, asker: int) -> None:
         while not stop.is_set():
             name = f"{asker} {len(made)}"
             made.append(name)
-            await writer.do(Ledger.start_execution, name, None, 1)
+            await writer.submit(Ledger.start_execution, name, None, 1)
 
     async def disturb() -> None:
         for _ in range(3):
@@ -74,12 +74,12 @@ def test_no_duplicate_transition_after_lost_commit(
         stop.set()
 
     async def scene() -> None:
-        async with Journal(ledger.ledger) as writer:
+        async with LedgerWriter(ledger.wrapped) as writer:
             await asyncio.gather(disturb(), *(ask(writer, asker) for asker in range(5)))
 
     asyncio.run(scene())
 
-    assert sorted(name for (name,) in ledger.all("SELECT job FROM executions")) == sorted(made)
+    assert sorted(name for (name,) in ledger.query_all("SELECT job FROM executions")) == sorted(made)
 
 
 @pytest.mark.long
@@ -88,11 +88,11 @@ def test_run_survives_server_restarts(
     tmp_path: Path, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
     """Restarted twice in the thick of it, and away for a while: every lead is answered, none is paid for twice."""
-    workspace = Workspace(tmp_path, f"{own_postgres.url()}&lease=3", own_postgres.environ)
+    workspace = Workspace(tmp_path, f"{own_postgres.ledger_url()}&lease=3", own_postgres.environ)
     workspace.write_job(limits="{requests_per_second: 60}")
     workspace.write_leads(make_leads(150))
     with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.5)") as api:
-        process = workspace.start("run", "job.yaml", "--json", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
         try:
             for enough in (30, 70):
                 wait_until(partial(requests_sent, api, enough))
@@ -110,7 +110,7 @@ def test_run_survives_server_restarts(
     summary = json.loads(out)
     assert (summary["rows"], summary["submitted"], summary["in_doubt"], summary["pending"]) == (150, 150, 0, 0)
     assert (audit["accepted"], audit["accepted_more_than_once"], audit["paid_twice"]) == (150, 0, 0)
-    assert check(workspace.place).problems == []
+    assert check_ledger(workspace.ledger_location).problems == []
 
 
 def requests_sent(api: SandboxApi, enough: int) -> bool:
@@ -121,16 +121,16 @@ def requests_sent(api: SandboxApi, enough: int) -> bool:
 @pytest.mark.long
 def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp_path: Path) -> None:
     """Who goes on alone, or leaves, does so without the others' pace when the server is away."""
-    ledger_location = locate_ledger(tmp_path, own_postgres.url(), tmp_path)
+    ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
     assert isinstance(ledger_location, Place)
     Ledger(ledger_location).close()
-    limiter = Pace(None)
+    limiter = AdaptiveRateLimiter(None)
     limiter.rate = 42.0
-    share(ledger_location, limiter)
+    start_sharing(ledger_location, limiter)
     own_postgres.stop()
-    away = unshare(ledger_location)
+    away = stop_sharing(ledger_location)
     own_postgres.start()
-    back = unshare(ledger_location)
+    back = stop_sharing(ledger_location)
 
     assert away is None
     assert back is not None

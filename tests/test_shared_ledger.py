@@ -10,8 +10,8 @@ import pytest
 from enrich.errors import LedgerLocked
 from enrich.job import load_job
 from enrich.model import State
-from enrich.store.lock import hold
-from enrich.surroundings import Options
+from enrich.store.lock import lock_ledger
+from enrich.surroundings import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 
 LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}", "ledger": "shared.db"}
@@ -52,26 +52,26 @@ def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: 
     """The same question of another job is reused, under other columns too."""
     beta.write_job(ledger="shared.db", output="beta.csv", columns="{mail: email}")
     alpha.write_leads(make_leads(5))
-    first = alpha.run(api)
+    first = alpha.run_job(api)
     alpha.write_leads(make_leads(7))
 
-    second = beta.run(api)
+    second = beta.run_job(api)
 
     assert (first.submitted, second.submitted, second.reused) == (5, 2, 5)
-    answers = {row["First Name"]: row["work_email"] for row in alpha.output("alpha.csv")}
-    assert {row["First Name"]: row["mail"] for row in beta.output("beta.csv")[:5]} == answers
+    answers = {row["First Name"]: row["work_email"] for row in alpha.read_output("alpha.csv")}
+    assert {row["First Name"]: row["mail"] for row in beta.read_output("beta.csv")[:5]} == answers
     assert any(answers.values())
 
 
 def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """`status` shows a job its own executions."""
     alpha.write_leads(make_leads(2))
-    alpha.run(api)
-    beta.run(api)
-    alpha.run(api)
+    alpha.run_job(api)
+    beta.run_job(api)
+    alpha.run_job(api)
 
     shown = {
-        name: office.command("status", f"{name}.yaml", "--json").receipt["executions"]
+        name: office.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
         for name, office in (("alpha", alpha), ("beta", beta))
     }
 
@@ -86,14 +86,14 @@ def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta
     beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
     alpha.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
-        alpha.leave_at_the_api(api)
+        alpha.submit_without_collecting(api)
         api.advance(90)
-        collected = beta.run(api)
-        again = alpha.run(api)
+        collected = beta.run_job(api)
+        again = alpha.run_job(api)
         assert api.audit()["accepted"] == 4
 
-    with closing(alpha.ledger()) as ledger:
-        assert ledger.counts() == {State.FOUND: 4}
+    with closing(alpha.open_ledger()) as ledger:
+        assert ledger.state_counts() == {State.FOUND: 4}
     assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
     assert (again.submitted, again.found) == (0, 4)
 
@@ -102,10 +102,10 @@ def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, 
     """The same question at the API is not asked twice; the plan says that it waits."""
     alpha.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
-        alpha.leave_at_the_api(api)
-        output = beta.command("plan", "beta.yaml", "--json", api=api).receipt
+        alpha.submit_without_collecting(api)
+        output = beta.run_in_process("plan", "beta.yaml", "--json", api=api).json_output
         api.advance(90)
-        summary = beta.run(api)
+        summary = beta.run_job(api)
     assert (output["to_submit"], output["decisions"]["waiting"]) == (0, 3)
     assert (summary.submitted, summary.found) == (0, 3)
 
@@ -113,10 +113,10 @@ def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, 
 def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """What a job left pending is its own affair, even after it was killed before it could send."""
     alpha.write_leads(make_leads(6))
-    alpha.run(api, Options(limit=2))
+    alpha.run_job(api, RunOptions(limit=2))
     alpha.write_leads(make_leads(1, start=50))
 
-    summary = beta.run(api)
+    summary = beta.run_job(api)
 
     assert (summary.submitted, api.audit()["accepted"]) == (1, 3)
 
@@ -124,17 +124,17 @@ def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspac
 def test_jobs_exclude_each_other(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """The ledger is locked for all of its jobs."""
     alpha.write_leads(make_leads(1))
-    with hold(load_job(alpha.job_file).ledger, 0):
-        assert beta.command("run", "beta.yaml", api=api).code == LedgerLocked.exit_code
+    with lock_ledger(load_job(alpha.job_file).ledger, 0):
+        assert beta.run_in_process("run", "beta.yaml", api=api).exit_code == LedgerLocked.exit_code
 
 
 def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """Between the plan and its run the other job answers a part: only the rest is asked."""
     alpha.write_leads(make_leads(6))
-    assert alpha.command("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).code == 0
-    beta.run(api, Options(limit=3))
+    assert alpha.run_in_process("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).exit_code == 0
+    beta.run_job(api, RunOptions(limit=3))
 
-    summary = alpha.command("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).receipt
+    summary = alpha.run_in_process("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).json_output
 
     assert (summary["exit_code"], summary["submitted"], summary["pending"]) == (0, 1, 2)
 
@@ -148,8 +148,8 @@ def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace
         return False
 
     alpha.write_leads(make_leads(2))
-    alpha.run(api)
+    alpha.run_job(api)
     alpha.write_leads(make_leads(4))
-    assert beta.run(api, Options(confirm=refuse)).exit_code == 5
-    assert alpha.run(api, Options(confirm=refuse)).submitted == 2
+    assert beta.run_job(api, RunOptions(confirm=refuse)).exit_code == 5
+    assert alpha.run_job(api, RunOptions(confirm=refuse)).submitted == 2
     assert len(asked) == 1

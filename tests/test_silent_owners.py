@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import LeaseLost
-from enrich.place import Postgres as Place
-from enrich.place import locate_ledger
+from enrich.place import PostgresLocation as Place
+from enrich.place import parse_ledger_location
 from enrich.store import pgledger
-from enrich.store.allowance import AllowanceRow
-from enrich.store.dialect import Disturbed
+from enrich.store.allowance import SharedRateRow
+from enrich.store.dialect import TransactionInterrupted
 from enrich.store.lease import Lease
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold, is_held
+from enrich.store.lock import is_locked, lock_ledger
 from tests.books import run_sql
 from tests.harness import wait_until
 from tests.postgres import PostgresServer
@@ -26,7 +26,7 @@ TIMEOUT_S = 60
 @pytest.fixture
 def ledger_location(postgres: PostgresServer, tmp_path: Path) -> Place:
     """Name a place with short leases."""
-    found = locate_ledger(tmp_path, f"{postgres.url()}&lease=1", tmp_path)
+    found = parse_ledger_location(tmp_path, f"{postgres.ledger_url()}&lease=1", tmp_path)
     assert isinstance(found, Place)
     return found
 
@@ -39,22 +39,22 @@ def is_idle_in_transaction(ledger_location: Place, pid: int) -> bool:
 def test_idle_transaction_is_retried(ledger_location: Place) -> None:
     """The server ended it; whoever wakes up in the middle of one is told so, and may try again."""
     with Lease(ledger_location) as lease:
-        ledger = Ledger(ledger_location, fence=lease.fence)
+        ledger = Ledger(ledger_location, fencing_token=lease.fencing_token)
         ledger._db.begin()
         pid = ledger._db._connection.info.backend_pid  # type: ignore[attr-defined]
         wait_until(lambda: not is_idle_in_transaction(ledger_location, pid))
-        with pytest.raises(Disturbed) as failure:
-            ledger.newest_execution()
+        with pytest.raises(TransactionInterrupted) as failure:
+            ledger.newest_execution_id()
         ledger.rollback()
-        assert ledger.regain(failure.value) is False
+        assert ledger.reconnect(failure.value) is False
         with ledger.transaction():
-            assert ledger.newest_execution() == 0
+            assert ledger.newest_execution_id() == 0
         ledger.close()
 
 
 def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
     """A process that was stopped while it had the row of the rate does not stop the others."""
-    silent, other = AllowanceRow(ledger_location), AllowanceRow(ledger_location)
+    silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
     has_it, result = threading.Event(), threading.Event()
 
     def rest(_: str | None, __: float) -> tuple[str, None]:
@@ -62,10 +62,10 @@ def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
         result.wait(TIMEOUT_S)
         return "silent", None
 
-    thread = threading.Thread(target=silent.change, args=(rest,))
+    thread = threading.Thread(target=silent.update, args=(rest,))
     thread.start()
     has_it.wait()
-    waiting = threading.Thread(target=other.change, args=(lambda *_: ("other", None),))
+    waiting = threading.Thread(target=other.update, args=(lambda *_: ("other", None),))
     waiting.start()
     waiting.join(TIMEOUT_S / 2)
     went_on = not waiting.is_alive()
@@ -81,10 +81,10 @@ def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
 def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
     """It sends nothing more, and does not wait for ever to be sure again."""
     with Lease(ledger_location) as lease:
-        assert lease.holds()
+        assert lease.is_valid()
         run_sql(ledger_location, "DELETE FROM owners")
         with pytest.raises(LeaseLost):
-            wait_until(lambda: not lease.holds())
+            wait_until(lambda: not lease.is_valid())
 
 
 def test_lock_is_reacquired(ledger_location: Place) -> None:
@@ -101,11 +101,11 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
         run_sql(
             ledger_location,
             "SELECT pg_advisory_lock(?, hashtext(?)), pg_sleep(1)",
-            pgledger._LOCK,
+            pgledger._LOCK_CLASS_ID,
             ledger_location.schema,
         )
 
-    with hold(ledger_location, 0):
+    with lock_ledger(ledger_location, 0):
         waiting = threading.Thread(target=other)
         waiting.start()
         wait_until(in_line)
@@ -115,18 +115,18 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
             ledger_location.schema,
         )
         waiting.join()
-        wait_until(lambda: is_held(ledger_location) is True)
-    assert is_held(ledger_location) is False
+        wait_until(lambda: is_locked(ledger_location) is True)
+    assert is_locked(ledger_location) is False
 
 
 @pytest.mark.long
 def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path: Path) -> None:
     """Whoever lets go of it needs no server any more."""
-    ledger_location = locate_ledger(tmp_path, own_postgres.url(), tmp_path)
+    ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
     lost, leave = threading.Event(), threading.Event()
 
     def lead() -> None:
-        with hold(ledger_location, 0):
+        with lock_ledger(ledger_location, 0):
             lost.set()
             leave.wait()
 

@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.closing import Closing
-from enrich.difference import compare
-from enrich.errors import Exit
+from enrich.closing import RunFinisher
+from enrich.difference import explain_balance
+from enrich.errors import ExitCode
 from enrich.model import RowStatus
-from enrich.receipt import Receipt
-from enrich.signals import Signals
-from enrich.slip import lines
-from enrich.watch.outcome import Target, advice, needs
+from enrich.receipt import RunSummary
+from enrich.signals import SignalHandler
+from enrich.slip import format_summary
+from enrich.watch.outcome import JobArguments, format_actions, required_actions
 from tests.cases import in_turn
 from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
-TARGET = Target("job.yaml", "job.yaml")
+TARGET = JobArguments("job.yaml", "job.yaml")
 NUMBERS = st.integers(0, 5_000_000)
 CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
@@ -49,7 +49,7 @@ def terminal_width(text: str) -> int:
 def test_line_width(data: st.DataObject) -> None:
     """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
     names = st.text(min_size=1, max_size=60)
-    summary = Receipt(
+    summary = RunSummary(
         job=data.draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         exit_code=0,
         execution=data.draw(st.integers(1, 99_999)),
@@ -75,12 +75,12 @@ def test_line_width(data: st.DataObject) -> None:
         ],
         providers_untold=data.draw(NUMBERS),
         credits_elsewhere=data.draw(CREDITS),
-    ).with_rows(
+    ).with_row_counts(
         {status: data.draw(NUMBERS) for status in RowStatus},
         {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
     )
 
-    for line in lines(summary):
+    for line in format_summary(summary):
         assert terminal_width(line) <= 80
         assert line == line.rstrip()
         assert line.isprintable()
@@ -96,20 +96,20 @@ def test_columns_are_aligned_in_any_script() -> None:
         "Zoe\N{COMBINING DIAERESIS}",
         "e" + "\N{COMBINING ACUTE ACCENT}" * 999,
     ]
-    summary = Receipt(
+    summary = RunSummary(
         "leads", 0, rows=9, providers=[make_provider(name, asked=7, found=5) for name in names], providers_untold=1
-    ).with_rows({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
+    ).with_row_counts({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
 
     for share in ("55.6%", "71.4%"):
-        before = [terminal_width(line[: line.index(share)]) for line in lines(summary) if share in line]
+        before = [terminal_width(line[: line.index(share)]) for line in format_summary(summary) if share in line]
         assert before == [before[0]] * len(names)
 
 
 def test_small_amounts() -> None:
     """Less than a hundredth of a credit is told as it is, and nothing has no sign."""
     result = "\n".join(
-        lines(
-            Receipt(
+        format_summary(
+            RunSummary(
                 "leads",
                 0,
                 rows=1,
@@ -129,8 +129,8 @@ def test_small_amounts() -> None:
 
 def test_unknown_values_are_omitted() -> None:
     """No hits have no price, no plan has no figure, no balance has no line."""
-    summary = Receipt("job", 0, rows=1, polls=3).with_rows({RowStatus.PENDING: 1}, {"a": 0})
-    words = [word for line in lines(summary) for word in line.split()]
+    summary = RunSummary("job", 0, rows=1, polls=3).with_row_counts({RowStatus.PENDING: 1}, {"a": 0})
+    words = [word for line in format_summary(summary) for word in line.split()]
 
     assert "balance" not in words
     assert "hit" not in words
@@ -140,27 +140,27 @@ def test_unknown_values_are_omitted() -> None:
 
 def test_unknown_prices_are_counted() -> None:
     """What was spent is then at least so much."""
-    summary = Receipt(
+    summary = RunSummary(
         "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
     )
 
-    text = "\n".join(lines(summary))
+    text = "\n".join(format_summary(summary))
     assert "planned 3.00, at an unknown price" in text
     assert "2         answers of unknown price" in text
 
 
 def test_balance_difference() -> None:
     """Any other is taken apart, to what nobody can explain."""
-    summary = Receipt("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
+    summary = RunSummary("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
     movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
-    difference = compare(1, 10_000_000, 2_000_000, movements)
+    difference = explain_balance(1, 10_000_000, 2_000_000, movements)
 
-    text = "\n".join(lines(replace(summary, difference=difference.as_json())))
+    text = "\n".join(format_summary(replace(summary, difference=difference.as_json())))
 
     assert "3.00         2 answers of known price" in text
     assert "2.00         1 in doubt, or 0.00" in text
     assert "3.00         went elsewhere, not explained: enrich reconcile" in text
-    assert "known price" not in "\n".join(lines(replace(summary, balance_after=7)))
+    assert "known price" not in "\n".join(format_summary(replace(summary, balance_after=7)))
 
 
 @in_turn(
@@ -185,10 +185,10 @@ def test_balance_difference() -> None:
 )
 def test_commands_for_required_actions(code: int, rows: dict[str, int], commands: list[str]) -> None:
     """Each once, ready to be pasted."""
-    needed = needs(code, rows, TARGET)
+    needed = required_actions(code, rows, TARGET)
 
     assert [command for need in needed for command in need.commands] == commands
-    assert [line.strip() for line in advice(needed) if line.startswith("  ")] == commands
+    assert [line.strip() for line in format_actions(needed) if line.startswith("  ")] == commands
 
 
 def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
@@ -196,7 +196,7 @@ def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(80))
     workspace.write_job(email_verifier="10")
     with serve_api(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
-        summary = workspace.run(api)
+        summary = workspace.run_job(api)
         audit = api.audit()
 
     by_provider = sum(each["credits"] for each in summary.providers)
@@ -220,30 +220,30 @@ def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> N
     """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        workspace.leave_at_the_api(api)
+        workspace.submit_without_collecting(api)
         waited = iter([601])
-        summary = workspace.run(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
+        summary = workspace.run_job(api, show=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
 
     assert summary.balance_before is not None
     assert summary.balance_after is not None
     assert summary.balance_before - summary.balance_after < summary.credits_spent
     assert summary.difference is not None
     assert summary.difference["unexplained"] == 0
-    assert "answers submitted before" in "\n".join(lines(summary))
+    assert "answers submitted before" in "\n".join(format_summary(summary))
 
 
 def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who earned it is then not known; a few answers are read all the same."""
     workspace.write_leads(make_leads(3))
-    summary = workspace.run(api)
-    signals = Signals(on_first=lambda _: None)
-    ending = Closing(Mock(), Mock(), Mock(), Mock(), signals)
+    summary = workspace.run_job(api)
+    signals = SignalHandler(on_first_signal=lambda _: None)
+    ending = RunFinisher(Mock(), Mock(), Mock(), Mock(), signals)
 
-    with closing(workspace.ledger()) as ledger:
-        signals.heard = Exit.TERMINATED
-        few = ending._read(ledger, summary)
-        monkeypatch.setattr("enrich.closing.READ_WHEN_INTERRUPTED", 2)
-        many = ending._read(ledger, summary)
+    with closing(workspace.open_ledger()) as ledger:
+        signals.received = ExitCode.TERMINATED
+        few = ending._read_provider_totals(ledger, summary)
+        monkeypatch.setattr("enrich.closing.MAX_READ_WHEN_INTERRUPTED", 2)
+        many = ending._read_provider_totals(ledger, summary)
 
     assert few is not None
     assert few.answers == 3
@@ -269,7 +269,7 @@ def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> st
 def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
     """NO_COLOR and dumb terminals have the same words, plain."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
-    workspace.run(api, timing=SHORT_TIMEOUTS)
+    workspace.run_job(api, timing=SHORT_TIMEOUTS)
 
     coloured = run_on_terminal(workspace, api)
     plain = run_on_terminal(workspace, api, NO_COLOR="1")
@@ -284,9 +284,9 @@ def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
     """With the paths as they were typed: they work where they are read."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        result = workspace.command("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
+        result = workspace.run_in_process("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
 
-        assert result.code == 10
+        assert result.exit_code == 10
         assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
 
 
@@ -295,9 +295,9 @@ def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> N
     workspace.write_leads(make_leads(3))
     workspace.write_job().rename(workspace.folder / "-job.yaml")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        result = workspace.command("run", "--receipt", "--", "-job.yaml", api=api)
+        result = workspace.run_in_process("run", "--receipt", "--", "-job.yaml", api=api)
         (command,) = (line.split() for line in result.stderr.splitlines() if "--retry failed" in line)
-        again = workspace.command(*command[1:], api=api)
+        again = workspace.run_in_process(*command[1:], api=api)
 
     assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]
-    assert (result.code, again.code) == (10, 10)
+    assert (result.exit_code, again.exit_code) == (10, 10)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.allowance import LATE_S, LOOK_EVERY_S, Heard, Slots, read, take_slots, written
-from enrich.pace import BURST_S, Pace
+from enrich.allowance import SLOT_LIFETIME_S, SYNC_EVERY_S, RateEvent, SlotQueue, dump_limiter, load_limiter, take_slots
+from enrich.pace import BURST_S, AdaptiveRateLimiter
 from tests.cases import examples, in_turn
 
 REQUESTED_SLOTS = 32
@@ -19,9 +19,9 @@ REQUESTED_SLOTS = 32
 
 def shared_state(rate: float) -> str:
     """Write down a pace that has found its rate."""
-    limiter = Pace(rate)
+    limiter = AdaptiveRateLimiter(rate)
     limiter.rate = rate
-    return written(limiter, 0.0)
+    return dump_limiter(limiter, 0.0)
 
 
 @dataclass
@@ -40,10 +40,10 @@ class SimulatedProcess:
     #: At most so many seconds until the row's answer is here, and until a timer is heard.
     answer_s: float
     late_s: float
-    slots: Slots = field(default_factory=Slots)
+    slots: SlotQueue = field(default_factory=SlotQueue)
     sent: list[float] = field(default_factory=list)
 
-    def live(self, now: float) -> float:
+    def step(self, now: float) -> float:
         """Look and send once; return when it is our turn again."""
         if wanted := REQUESTED_SLOTS - len(self.slots):
             self.row.state, taken = take_slots(self.row.state, now, [], wanted)
@@ -51,10 +51,10 @@ class SimulatedProcess:
             now = asked + self.rng.uniform(0, self.answer_s / 2)
             self.slots.add(asked, taken.slots)
         while self.slots.delay(now) == 0:
-            self.slots.use()
+            self.slots.consume()
             self.sent.append(now)
         wait = self.slots.delay(now)
-        return now + max(LOOK_EVERY_S / 2, wait or 0.0) + self.rng.uniform(0, self.late_s)
+        return now + max(SYNC_EVERY_S / 2, wait or 0.0) + self.rng.uniform(0, self.late_s)
 
 
 def simulate(rate: float, seed: int, delays: list[tuple[float, float]], seconds: float = 8.0) -> list[float]:
@@ -64,7 +64,7 @@ def simulate(rate: float, seed: int, delays: list[tuple[float, float]], seconds:
     turns = [(rng.random(), process) for process in pool]
     while (turn := min(turns, key=lambda turn: turn[0]))[0] < seconds:
         turns.remove(turn)
-        turns.append((turn[1].live(turn[0]), turn[1]))
+        turns.append((turn[1].step(turn[0]), turn[1]))
     return sorted(at for process in pool for at in process.sent)
 
 
@@ -92,7 +92,7 @@ DELAYS = st.floats(0, 1.5) | st.just(0.0)
 )
 def test_shared_rate_never_exceeded(rate: float, seed: int, lags: list[tuple[float, float]]) -> None:
     """Answers of the server may be late, and processes may not get their turn."""
-    assert busiest_second(simulate(rate, seed, lags)) <= rate * (1 + LATE_S + BURST_S) + 1
+    assert busiest_second(simulate(rate, seed, lags)) <= rate * (1 + SLOT_LIFETIME_S + BURST_S) + 1
 
 
 @in_turn("processes", [1, 2, 5])
@@ -105,40 +105,40 @@ def test_shared_rate_is_used(rate: float, processes: int) -> None:
 
 def test_unused_slots_expire() -> None:
     """Who was held up does not catch up; who got one back may use it now."""
-    slots = Slots()
+    slots = SlotQueue()
     slots.add(10.0, [0.0, 0.1, 0.2])
     assert slots.delay(9.9) == pytest.approx(0.1)
-    assert slots.delay(10.15 + LATE_S) == 0
+    assert slots.delay(10.15 + SLOT_LIFETIME_S) == 0
     assert len(slots) == 1
-    slots.use()
+    slots.consume()
     assert slots.delay(10.2) is None
-    slots.give_back(10.2, 1)
+    slots.refund(10.2, 1)
     assert slots.delay(10.2) == 0
 
 
 def test_retry_after_applies_to_all() -> None:
     """A 429 shuts the door for everybody who looks, for as long as the API says; then they are slower."""
     state, first = take_slots(shared_state(50.0), 100.0, [], 8)
-    state, result = take_slots(state, 100.1, [Heard("throttled", 3.0)], 8)
+    state, result = take_slots(state, 100.1, [RateEvent("throttled", 3.0)], 8)
     state, other = take_slots(state, 101.0, [], 8)
     assert first.slots
     assert not result.slots
     assert not other.slots
-    assert result.shut_s == pytest.approx(3.0)
-    assert other.shut_s == pytest.approx(2.1)
+    assert result.blocked_s == pytest.approx(3.0)
+    assert other.blocked_s == pytest.approx(2.1)
     _, later = take_slots(state, 103.2, [], 8)
     assert later.slots
-    assert not later.shut_s
+    assert not later.blocked_s
     assert later.rate < 50
 
 
 def test_rate_state_is_clock_independent() -> None:
     """What was written by one machine's clock is read by another's."""
-    limiter = Pace(None)
+    limiter = AdaptiveRateLimiter(None)
     for at in (5.0, 5.1, 5.2):
-        limiter.take(at)
-    limiter.throttled(5.3, 2.0)
-    other = read(written(limiter, 100.0), 40.0)
-    assert other.shut(65.3) == pytest.approx(2.0)
+        limiter.consume(at)
+    limiter.record_throttled(5.3, 2.0)
+    other = load_limiter(dump_limiter(limiter, 100.0), 40.0)
+    assert other.blocked_for_s(65.3) == pytest.approx(2.0)
     assert other.rate == limiter.rate
-    assert written(other, 40.0) == written(limiter, 100.0)
+    assert dump_limiter(other, 40.0) == dump_limiter(limiter, 100.0)

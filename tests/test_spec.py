@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from enrich.errors import JobError
 from enrich.fields import parse_duration
-from enrich.job import Job, Overrides, load_job, nearest
-from enrich.jobfile import Document
+from enrich.job import Job, Overrides, load_job, suggest_name
+from enrich.jobfile import YamlDocument
 from enrich.spec import json_schema
 from tests.cases import in_turn
 
@@ -525,7 +525,7 @@ def test_invalid_durations(odd: object) -> None:
 def test_line_of_every_key(tmp_path: Path) -> None:
     """From the top to the deepest; of what is not there, the nearest that is."""
     job = load_job_text(tmp_path, f"{BASE_JOB}  x:\n    column:\n      - A\n      - B\nwhere: a\n")
-    line = job.document.line
+    line = job.document.line_of
     assert [line(["version"]), line(["params"]), line(["params", "company"]), line(["where"])] == [1, 4, 5, 10]
     assert [line(["params", "x", "column", 1]), line(["params", "x", "column", 7]), line(["params", "x", "value"])] == [
         9,
@@ -540,11 +540,11 @@ def test_line_of_every_key(tmp_path: Path) -> None:
 
 def test_nearest_name_suggestion() -> None:
     """One that is close, else all when they are few."""
-    assert nearest("first name", ["First Name", "Last Name"]) == "did you mean `First Name`?"
-    assert nearest("E-Mail", ["email", "phone"]) == "did you mean `email`?"
-    assert nearest("zzz", ["email", "phone"]) == "known: email, phone"
-    assert nearest("zzz", [f"column {number}" for number in range(13)]) is None
-    assert nearest("zzz", []) is None
+    assert suggest_name("first name", ["First Name", "Last Name"]) == "did you mean `First Name`?"
+    assert suggest_name("E-Mail", ["email", "phone"]) == "did you mean `email`?"
+    assert suggest_name("zzz", ["email", "phone"]) == "known: email, phone"
+    assert suggest_name("zzz", [f"column {number}" for number in range(13)]) is None
+    assert suggest_name("zzz", []) is None
 
 
 def test_schema_accepts_short_forms() -> None:
@@ -588,4 +588,4 @@ def test_yaml_constructs_no_objects(tmp_path: Path) -> None:
     """A job file from somebody else can't run code."""
     path = tmp_path / "job.yaml"
     path.write_text("a: !!python/object/apply:os.system [echo]\n", encoding="utf-8")
-    assert Document(path).data == {"a": ["echo"]}
+    assert YamlDocument(path).data == {"a": ["echo"]}

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import pytest
 
-from enrich.bounded_read import MOST_BYTES
+from enrich.bounded_read import MAX_BYTES
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads
 
@@ -29,7 +29,7 @@ def run_job(
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *(options or ("run", "job.yaml"))],
         cwd=workspace.folder,
-        env=workspace.variables(api) | dict(environ),
+        env=workspace.environment(api) | dict(environ),
         stdin=stdin,
         capture_output=True,
         text=True,
@@ -51,7 +51,7 @@ def make_special_file(workspace: Workspace, kind: str) -> str:
         path.mkdir()
     else:
         with path.open("wb") as file:
-            file.truncate(MOST_BYTES + 1)
+            file.truncate(MAX_BYTES + 1)
     return str(path)
 
 
@@ -97,7 +97,7 @@ def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: s
     result = run_job(workspace, api, *options, environ=environ)
 
     # click refuses folders as options before we see them.
-    assert result.code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), result.stderr
+    assert result.exit_code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), result.stderr
     assert Path(name).name in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -109,7 +109,7 @@ def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Wor
     workspace.write_leads(make_leads(2))
     workspace.write_job(notify=make_special_file(workspace, kind))
     result = run_job(workspace, api)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "nobody can be notified: it " in result.stderr
 
 
@@ -120,7 +120,7 @@ def test_device_as_stdin(api: SandboxApi, workspace: Workspace, stdin: str) -> N
     workspace.write_leads(make_leads(1))
     with open(stdin, "rb") as device:  # noqa: PTH123 - for its descriptor
         result = run_job(workspace, api, "run", "job.yaml", "--input", "-", stdin=device.fileno())
-    assert result.code == 5
+    assert result.exit_code == 5
     assert "standard input is a device" in result.stderr
 
 
@@ -132,7 +132,7 @@ def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Worksp
     workspace.write_leads(make_leads(1))
     workspace.write_job(**{use: make_special_file(workspace, "fifo")})
     name, *options = command.split()
-    assert run_job(workspace, api, name, "job.yaml", *options).code in (0, 1, 2, 3, 5)
+    assert run_job(workspace, api, name, "job.yaml", *options).exit_code in (0, 1, 2, 3, 5)
 
 
 @pytest.mark.long
@@ -143,7 +143,7 @@ def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
-        env=workspace.variables(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
+        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
         pass_fds=[ours],
     )
     os.close(ours)
@@ -159,7 +159,7 @@ def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     fifo = make_special_file(workspace, "fifo")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo).code == 0
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo).exit_code == 0
     assert b'"event": "end"' in os.read(reader, 1 << 16)
     os.close(reader)
 
@@ -169,4 +169,4 @@ def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
 def test_log_to_null_or_stderr(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """They are devices, too, but take lines."""
     workspace.write_leads(make_leads(1))
-    assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).code == 0
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).exit_code == 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.job import load_job
-from enrich.look.status import lines, read_status
-from enrich.model import Answer, State, iso
+from enrich.look.status import format_status, read_status
+from enrich.model import Answer, State, iso_time
 from enrich.store.ledger import Ledger
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
@@ -35,26 +35,26 @@ def test_job_without_runs(workspace: Workspace) -> None:
     assert status["next_expiry"] is None
     assert status["executions"] == []
     assert not workspace.ledger_path.parent.exists()
-    assert "never run" in next(lines(status))
+    assert "never run" in next(format_status(status))
 
 
 def test_status_matches_ledger(workspace: Workspace) -> None:
     """Counts, credits and what is not known are what happened, request by request."""
     ledger = open_ledger(workspace)
     ledger.now = 1_750_000_000_000
-    ledger.begin(*range(9))
+    ledger.start_and_enroll(*range(9))
     ledger.settle(ledger.submit(), Answer(State.FOUND, credits=CREDIT // 2))
     ledger.settle(ledger.submit(), Answer(State.FOUND))
     ledger.settle(ledger.submit(), NO_MATCH)
     ledger.settle(ledger.submit(), Answer(State.FAILED, credits=2 * CREDIT))
     ledger.settle(ledger.submit(), Answer(State.EXPIRED))
     ledger.settle(ledger.submit(), FREE_FAILURE)
-    ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.submit()
     ledger.now += 5_000
     ledger.submit()
-    ledger.do(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
-    ledger.ledger.close()
+    ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))
 
@@ -70,12 +70,12 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
     }
     assert (status["credits_spent"], status["credits_unknown"]) == (2.5, 2)
     assert status["at_the_api"] == 2
-    assert status["next_expiry"] == iso(ledger.now - 5_000 + DAY_MS)
-    assert status["last_expiry"] == iso(ledger.now + DAY_MS)
+    assert status["next_expiry"] == iso_time(ledger.now - 5_000 + DAY_MS)
+    assert status["last_expiry"] == iso_time(ledger.now + DAY_MS)
     (execution,) = status["executions"]
     assert (execution["exit_code"], execution["submitted"], execution["credits_spent"]) == (10, 8, 2.5)
     assert (execution["credits_unknown"], execution["receipt"]) == (2, {"rows": 9})
-    shown = "\n".join(lines(status))
+    shown = "\n".join(format_status(status))
     assert "2.50" in shown
     assert "2 answers of unknown price" in shown
     assert status["next_expiry"] in shown
@@ -83,36 +83,36 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
 
 def test_status_during_run(workspace: Workspace) -> None:
     """It waits for nobody, shows what is committed, and the execution as not ended."""
-    ledger = open_ledger(workspace).begin(1, 2)
+    ledger = open_ledger(workspace).start_and_enroll(1, 2)
     ledger.submit()
-    with ledger.ledger.transaction():
-        ledger.ledger.claim(ledger.execution, 1, 1)
+    with ledger.wrapped.transaction():
+        ledger.wrapped.claim(ledger.execution, 1, 1)
         status = read_status(load_job(workspace.job_file))
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
     assert (status["requests"], status["pending"], status["at_the_api"]) == (2, 2, 1)
     (execution,) = status["executions"]
     assert execution["ended_at"] is execution["exit_code"] is execution["receipt"] is None
-    assert "not ended" in "\n".join(lines(status))
+    assert "not ended" in "\n".join(format_status(status))
 
 
 def test_status_after_crash(workspace: Workspace) -> None:
     """What was committed is shown though nobody closed the ledger, and the doubt waits for the next run."""
-    ledger = open_ledger(workspace).begin(1)
+    ledger = open_ledger(workspace).start_and_enroll(1)
     ledger.claim()
 
     status = read_status(load_job(workspace.job_file))
 
     assert (status["pending"], status["in_doubt"]) == (1, 0)
-    ledger.ledger.close()
+    ledger.wrapped.close()
 
 
 def test_last_executions_of_job(workspace: Workspace) -> None:
     """Newest first, at most ten, and none of another job that shares the ledger."""
     ledger = open_ledger(workspace)
-    started = [ledger.start() for _ in range(12)]
-    ledger.do(Ledger.start_execution, "other", None, ledger.now)
-    ledger.ledger.close()
+    started = [ledger.start_execution() for _ in range(12)]
+    ledger.commit(Ledger.start_execution, "other", None, ledger.now)
+    ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))
 
@@ -122,7 +122,7 @@ def test_last_executions_of_job(workspace: Workspace) -> None:
 def test_status_matches_bill(api: SandboxApi, workspace: Workspace) -> None:
     """After a run, the credits are those that the API charged."""
     workspace.write_leads(make_leads(8))
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     status = read_status(load_job(workspace.job_file))
 
@@ -137,5 +137,5 @@ def test_not_a_ledger_is_refused(workspace: Workspace) -> None:
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.write_text("First Name,Last Name\n" * 200, encoding="utf-8")
 
-    with pytest.raises(Refused, match=r"job\.db"):
+    with pytest.raises(CommandRefused, match=r"job\.db"):
         read_status(load_job(workspace.job_file))

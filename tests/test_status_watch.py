@@ -15,21 +15,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.job import load_job
-from enrich.look.lookout import Lookout
-from enrich.look.picture import Picture, Sign, headline, line, lines
-from enrich.look.watch import ENTER, HOPING, LEAVE, WAITING, Lines, Screen, watch_job
-from enrich.model import iso
-from enrich.pulse import Counts, Doing, Meter, Pulse
-from enrich.store.history import Latest
+from enrich.look.lookout import RunWatcher
+from enrich.look.picture import RunStatus, RunView, format_headline, format_view, format_view_line
+from enrich.look.watch import (
+    ENTER_SCREEN,
+    LEAVE_SCREEN,
+    NO_HEARTBEAT_TEXT,
+    WAITING_TEXT,
+    LineDisplay,
+    TerminalDisplay,
+    watch_job,
+)
+from enrich.model import iso_time
+from enrich.pulse import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
+from enrich.store.history import LatestExecutionRow
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold
+from enrich.store.lock import lock_ledger
 from enrich.surroundings import Progress
-from enrich.watch.progress import draw, look
+from enrich.watch.progress import choose_layout, render_bar
 from tests.books import CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
 
 NOW = 1_795_000_000_000
-RUN = Latest(
+RUN = LatestExecutionRow(
     id=7,
     started_ms=NOW - 252_000,
     ended_ms=None,
@@ -52,12 +60,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_progress(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
+def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
     """Make the pulse of an execution that has sent 12 and heard 10 requests a second, for twenty seconds."""
-    traffic = Meter()
+    traffic = TrafficRecorder()
     for second in range(20):
-        traffic.count(second + 0.5, Counts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
-    return Pulse(
+        traffic.record(second + 0.5, TrafficCounts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
+    return ProgressSnapshot(
         at_ms=NOW - 1_000,
         elapsed_s=20.0,
         doing=doing,
@@ -71,9 +79,9 @@ def make_progress(doing: Doing = Doing.ASK, total: int | None = 500) -> Pulse:
     )
 
 
-def make_view(status: Sign = Sign.AT_WORK, progress: Pulse | None = None, **run: Any) -> Picture:
+def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot | None = None, **run: Any) -> RunView:
     """Make a picture of execution 7."""
-    return Picture(
+    return RunView(
         "leads",
         Path("/jobs/.enrich/leads.db"),
         86_400_000,
@@ -89,9 +97,9 @@ def make_view(status: Sign = Sign.AT_WORK, progress: Pulse | None = None, **run:
 
 def test_view_contents() -> None:
     """How far, how fast, what it cost, what expires, whether it breathes."""
-    shown = list(lines(make_view(), 79))
+    shown = list(format_view(make_view(), 79))
 
-    assert shown[0] == f"leads: execution 7, at work since {iso(RUN.started_ms)} (0:04:12): asking"
+    assert shown[0] == f"leads: execution 7, at work since {iso_time(RUN.started_ms)} (0:04:12): asking"
     text = "\n".join(shown)
     for message in (
         "200/500",
@@ -104,14 +112,14 @@ def test_view_contents() -> None:
         "1 s ago",
     ):
         assert message in text
-    assert "0:00:30 to go" in line(make_view())
-    assert "\n" not in line(make_view())
+    assert "0:00:30 to go" in format_view_line(make_view())
+    assert "\n" not in format_view_line(make_view())
 
 
 def test_unknown_values_are_omitted() -> None:
     """An execution that just began, or of an older version, has no counts; null in JSON."""
-    unborn = Picture("leads", Path("x.db"), 1, NOW, Sign.AT_WORK, RUN)
-    text = "\n".join(lines(unborn, 79))
+    unborn = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
+    text = "\n".join(format_view(unborn, 79))
 
     assert "not known" in text
     assert "%" not in text
@@ -119,36 +127,36 @@ def test_unknown_values_are_omitted() -> None:
     assert (
         result["done"] is result["total"] is result["polls"] is result["submitted_per_s"] is result["to_go_s"] is None
     )
-    reading = make_view(progress=make_progress(Doing.ENROLL, total=None))
-    assert "reading the input" in headline(reading)
-    assert reading.to_go_s is None
+    reading = make_view(progress=make_progress(Phase.ENROLL, total=None))
+    assert "reading the input" in format_headline(reading)
+    assert reading.remaining_s is None
 
 
 def test_silent_run_shows_last_progress() -> None:
     """Its counts are of its last word, and it is waited for."""
-    silent = make_view(Sign.SILENT)
+    silent = make_view(RunStatus.NO_HEARTBEAT)
 
-    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(lines(silent, 99))
+    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(format_view(silent, 99))
     out = io.StringIO()
-    Lines(out, as_json=False).show(silent, waiting=True)
+    LineDisplay(out, as_json=False).show(silent, waiting=True)
     assert "killed, asleep or stopped while asking" in out.getvalue()
-    assert out.getvalue().endswith(f"; {HOPING}\n")
+    assert out.getvalue().endswith(f"; {NO_HEARTBEAT_TEXT}\n")
 
 
 VIEWS = (
     make_view(),
-    make_view(Sign.SILENT),
-    make_view(Sign.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
-    make_view(progress=make_progress(Doing.RESCUE, total=None)),
-    Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NO_LEDGER),
-    Picture("leads", Path("/a/long/way/to/leads.db"), 1, NOW, Sign.NEVER),
+    make_view(RunStatus.NO_HEARTBEAT),
+    make_view(RunStatus.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
+    make_view(progress=make_progress(Phase.RESCUE, total=None)),
+    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NO_LEDGER),
+    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NEVER_RUN),
 )
 
 
 @given(st.sampled_from(VIEWS), st.integers(20, 200))
-def test_line_width(shown: Picture, columns: int) -> None:
+def test_line_width(shown: RunView, columns: int) -> None:
     """Down to twenty columns."""
-    assert max(map(len, lines(shown, columns))) <= columns
+    assert max(map(len, format_view(shown, columns))) <= columns
 
 
 @given(
@@ -159,11 +167,11 @@ def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
     """In 80 columns with the hits, in 40 at least how far it is."""
     progress = replace(progress, done=min(progress.done, progress.total or 0))
     for columns in (80, 40):
-        chosen = look(progress, elapsed_s, columns)
-        drawn = draw(progress, elapsed_s, chosen, columns=columns)
+        chosen = choose_layout(progress, elapsed_s, columns)
+        drawn = render_bar(progress, elapsed_s, chosen, columns=columns)
         assert len(drawn) <= columns
         assert f"{progress.done}/{progress.total}" in drawn or columns == 40
-    assert "hits" in look(replace(progress, total=500, done=100, found=50), 60.0, 80).said
+    assert "hits" in choose_layout(replace(progress, total=500, done=100, found=50), 60.0, 80).postfix
 
 
 class Terminal(io.StringIO):
@@ -191,14 +199,14 @@ def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more lines than the window has, and drawn again when that changes its size."""
     sizes = [(80, 24)]
     out = Terminal()
-    screen = Screen(out, coloured=False, size=lambda: sizes[-1])
-    screen.show(make_view(Sign.ENDED, ended_ms=NOW), waiting=True)
+    screen = TerminalDisplay(out, use_color=False, size=lambda: sizes[-1])
+    screen.show(make_view(RunStatus.ENDED, ended_ms=NOW), waiting=True)
     first = out.getvalue()
     monkeypatch.setattr("enrich.look.watch.time.sleep", lambda _: sizes.append((30, 4)))
     screen.pause(0.01)
 
     assert "\x1b[2J" not in out.getvalue()
-    assert WAITING in first
+    assert WAITING_TEXT in first
     second = out.getvalue()[len(first) :].split("\x1b[H")[1]
     shown = re.sub(r"\x1b\[\w", "", second).split("\r\n")
     assert len(shown) == 4
@@ -220,10 +228,10 @@ def test_terminal_capabilities(
     """A dumb one gets lines; NO_COLOR is honoured; Ctrl-C leaves it as it was, without a word."""
     interrupt_after(monkeypatch, after=0)
     out = Terminal()
-    code = watch_job(Lookout(load_job(workspace.job_file)), out, environ, 1.0, as_json=False)
+    code = watch_job(RunWatcher(load_job(workspace.job_file)), out, environ, 1.0, as_json=False)
 
     assert code == 130
-    assert out.getvalue().startswith(ENTER) == out.getvalue().endswith(LEAVE) == draws
+    assert out.getvalue().startswith(ENTER_SCREEN) == out.getvalue().endswith(LEAVE_SCREEN) == draws
     assert ("\x1b[1m" in out.getvalue()) == colours
     assert ("\x1b" in out.getvalue()) == draws
 
@@ -231,12 +239,12 @@ def test_terminal_capabilities(
 # What is told of a run that gives no sign
 
 
-def ledger_with_progress(workspace: Workspace, progress: Pulse) -> CommittingLedger:
+def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> CommittingLedger:
     """Open a ledger with an execution that has this pulse."""
     ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
     ledger.now = NOW
-    ledger.start()
-    ledger.do(Ledger.write_pulse, ledger.execution, progress.model_dump_json())
+    ledger.start_execution()
+    ledger.commit(Ledger.save_progress, ledger.execution, progress.model_dump_json())
     return ledger
 
 
@@ -245,44 +253,44 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     now = 0.0
     result = make_progress()
     ledger = ledger_with_progress(workspace, result)
-    watcher = Lookout(load_job(workspace.job_file), patience_s=15.0, clock=lambda: now)
-    assert watcher.look().sign is Sign.SILENT
+    watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=15.0, clock=lambda: now)
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
 
     now = 2.0
-    ledger.do(Ledger.write_pulse, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json())
-    assert watcher.look().sign is Sign.AT_WORK
+    ledger.commit(Ledger.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json())
+    assert watcher.read_view().status is RunStatus.RUNNING
     now = 17.0
-    assert watcher.look().sign is Sign.AT_WORK
+    assert watcher.read_view().status is RunStatus.RUNNING
     now = 17.1
-    assert watcher.look().sign is Sign.SILENT
-    ledger.do(Ledger.end_execution, ledger.execution, 0, {}, NOW)
-    assert watcher.look().sign is Sign.ENDED
-    ledger.ledger.close()
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    ledger.commit(Ledger.end_execution, ledger.execution, 0, {}, NOW)
+    assert watcher.read_view().status is RunStatus.ENDED
+    ledger.wrapped.close()
 
 
 def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
     """As long as it holds its ledger it is believed; without the lock it was killed."""
-    ledger = ledger_with_progress(workspace, make_progress(Doing.ENROLL, total=None))
-    watcher = Lookout(load_job(workspace.job_file), patience_s=1.0)
-    with hold(workspace.place, 0):
-        assert watcher.look().sign is Sign.AT_WORK
-        ledger.do(Ledger.start_execution, "other", None, NOW)
-        assert watcher.look().sign is Sign.SILENT
-    assert watcher.look().sign is Sign.SILENT
-    ledger.ledger.close()
+    ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
+    watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
+    with lock_ledger(workspace.ledger_location, 0):
+        assert watcher.read_view().status is RunStatus.RUNNING
+        ledger.commit(Ledger.start_execution, "other", None, NOW)
+        assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    ledger.wrapped.close()
 
 
 @FILE_ONLY
 def test_watch_takes_no_lock(workspace: Workspace) -> None:
     """A run may start at any moment, and what it wrote can be tidied up."""
     job = load_job(workspace.job_file)
-    watcher = Lookout(job)
-    assert watcher.look().sign is Sign.NO_LEDGER
+    watcher = RunWatcher(job)
+    assert watcher.read_view().status is RunStatus.NO_LEDGER
     assert not workspace.ledger_path.parent.exists()
     ledger = ledger_with_progress(workspace, make_progress())
-    watcher.look()
+    watcher.read_view()
 
     assert not list(workspace.ledger_path.parent.glob("*.lock"))
     with closing(sqlite3.connect(workspace.ledger_path)) as db:
         assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
-    ledger.ledger.close()
+    ledger.wrapped.close()

@@ -69,7 +69,7 @@ def assert_run_completes(
         clock.write_text(str(hours * 3600))
     out, stderr = process.communicate(timeout=100)
     assert process.returncode == 0, stderr
-    assert {row["enrich_status"] for row in workspace.output()} <= ANSWER_STATUSES
+    assert {row["enrich_status"] for row in workspace.read_output()} <= ANSWER_STATUSES
     summary: dict[str, object] = json.loads(out)
     return summary
 
@@ -80,7 +80,7 @@ def test_clock_step_with_flickering_task(tmp_path: Path, workspace: Workspace, h
     """A task that is not known for some seconds is no older for a clock that stepped, and patience is no shorter."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(3)") as api:
-        api.fault("flickering-task", LEADS, "post", seconds=4)
+        api.inject_fault("flickering-task", LEADS, "post", seconds=4)
         assert_run_completes(workspace, api, hours)
         assert api.audit()["accepted"] == LEADS
 
@@ -91,8 +91,8 @@ def test_clock_step_between_runs(tmp_path: Path, workspace: Workspace, hours: fl
     """What an earlier run left is fetched, though it seems to be of tomorrow, or long gone, and flickers."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(6)") as api:
-        api.fault("flickering-task", LEADS, "post", seconds=3)
-        workspace.leave_at_the_api(api)
+        api.inject_fault("flickering-task", LEADS, "post", seconds=3)
+        workspace.submit_without_collecting(api)
         (workspace.folder / "clock").write_text(str(hours * 3600))
         assert assert_run_completes(workspace, api, None)["submitted"] == 0
 
@@ -104,8 +104,8 @@ def test_wrong_date_headers(tmp_path: Path, workspace: Workspace, hours: int, ag
     """An answer with a wrong `Date`, alone or of a cache with its age, writes no task off that flickers."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
-        api.fault("flickering-task", LEADS, "post", seconds=3)
-        api.fault("wrong-date", LEADS // 2, "get", seconds=hours * 3600, age=age)
+        api.inject_fault("flickering-task", LEADS, "post", seconds=3)
+        api.inject_fault("wrong-date", LEADS // 2, "get", seconds=hours * 3600, age=age)
         assert_run_completes(workspace, api, None)
         assert api.audit()["accepted"] == LEADS
 
@@ -116,7 +116,7 @@ def test_clock_step_during_retry_after(tmp_path: Path, workspace: Workspace) -> 
     workspace.write_leads(make_leads(LEADS))
     (workspace.folder / "clock").write_text(str(-7 * 3600))
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
-        api.fault("rate-limit-date", 2, "post", retry_after=1)
+        api.inject_fault("rate-limit-date", 2, "post", retry_after=1)
         elapsed = assert_run_completes(workspace, api, None)["elapsed_s"]
         assert isinstance(elapsed, float)
         assert elapsed < 60

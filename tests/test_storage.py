@@ -12,11 +12,11 @@ import httpx
 import polars as pl
 import pytest
 
-from enrich.errors import Refused
-from enrich.place import Url
+from enrich.errors import CommandRefused
+from enrich.place import ObjectUrl
 from enrich.spec import Input, Output
-from enrich.tables.source import Source
-from enrich.tables.writing import prepare, write
+from enrich.tables.source import InputTable
+from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, SECRET, download_object, put_object
 from tests.cases import first_quick
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
@@ -44,14 +44,16 @@ def test_run_with_storage_input_and_output(
     (workspace.folder / "tmp").mkdir()
     storage_environ = storage_environ | {"TMPDIR": str(workspace.folder / "tmp")}
 
-    result = workspace.command("run", "job.yaml", "--json", api=api, **storage_environ)
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api, **storage_environ)
 
-    assert (result.code, result.receipt["submitted"], result.stderr) == (0, 3, "")
-    assert result.receipt["output"].startswith(f"s3://{BUCKET}/out/o")
-    rows = read_table(download_object(tmp_path, result.receipt["output"].removeprefix(f"s3://{BUCKET}/")))
+    assert (result.exit_code, result.json_output["submitted"], result.stderr) == (0, 3, "")
+    assert result.json_output["output"].startswith(f"s3://{BUCKET}/out/o")
+    rows = read_table(download_object(tmp_path, result.json_output["output"].removeprefix(f"s3://{BUCKET}/")))
     assert [row[:5] for row in rows] == [HEADER, *make_leads(3)]
-    assert workspace.command("run", "job.yaml", "--json", api=api, **storage_environ).receipt["submitted"] == 0
-    assert workspace.command("collect", "job.yaml", **storage_environ).code == 0
+    assert (
+        workspace.run_in_process("run", "job.yaml", "--json", api=api, **storage_environ).json_output["submitted"] == 0
+    )
+    assert workspace.run_in_process("collect", "job.yaml", **storage_environ).exit_code == 0
     assert list((workspace.folder / "tmp").iterdir()) == []
 
 
@@ -61,8 +63,8 @@ def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_env
     put_object("leads.csv", write_table(workspace.folder / "leads.csv", HEADER, make_leads(1)).read_bytes())
     (workspace.folder / "leads.csv").unlink()
     places = ("--input", f"s3://{BUCKET}/leads.csv", "--output", f"s3://{BUCKET}/deep/out.csv.gz")
-    result = workspace.enrich("run", "job.yaml", *places, api=api, **storage_environ)
-    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+    result = workspace.run_subprocess("run", "job.yaml", *places, api=api, **storage_environ)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert len(read_table(download_object(workspace.folder, "deep/out.csv.gz"))) == 2
 
 
@@ -70,22 +72,22 @@ def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_env
 def test_changed_object_changes_stamp() -> None:
     """So that a run notices new leads; the rows that were fetched stay as they were."""
     url = put_object("leads.csv", b"A\n1\n")
-    source = Source(url, Input(path=str(url)))
-    before = source.stamp()
-    assert source.stamp() == before
+    source = InputTable(url, Input(path=str(url)))
+    before = source.file_versions()
+    assert source.file_versions() == before
     put_object("leads.csv", b"A\n2\n")
-    assert source.stamp() != before
+    assert source.file_versions() != before
     assert [frame.rows() for frame in source.batches()] == [[("1",)]]
     with patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
-        assert source.stamp() is not None
+        assert source.file_versions() is not None
 
 
 @pytest.mark.usefixtures("storage_environ")
 def test_error_names_url() -> None:
     """And not with the name of the copy."""
     url = put_object("leads.csv", b"A,B\n1\n")
-    with pytest.raises(Refused, match=rf"s3://{BUCKET}/leads.csv: row 1 \(line 2\) has 1 cell"):
-        list(Source(url, Input(path=str(url))).batches())
+    with pytest.raises(CommandRefused, match=rf"s3://{BUCKET}/leads.csv: row 1 \(line 2\) has 1 cell"):
+        list(InputTable(url, Input(path=str(url))).batches())
 
 
 @pytest.mark.usefixtures("storage_environ")
@@ -95,20 +97,20 @@ def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
 
     def frames() -> Iterator[pl.DataFrame]:
         yield pl.DataFrame({"A": ["1"]})
-        raise Refused("the input changed")
+        raise CommandRefused("the input changed")
 
-    with pytest.raises(Refused, match="the input changed"):
-        write(url, Output(path=str(url)), job="job", schema={"A": pl.String()}, frames=frames(), new=0)
+    with pytest.raises(CommandRefused, match="the input changed"):
+        write_file(url, Output(path=str(url)), job="job", schema={"A": pl.String()}, frames=frames(), new_columns=0)
     assert download_object(tmp_path, "out.csv").read_bytes() == b"the old one"
 
 
 @pytest.mark.usefixtures("storage_environ")
 def test_output_collected_after_upload_error() -> None:
     """The bucket went during the night."""
-    url = Url("s3", "gone", "out.csv")
+    url = ObjectUrl("s3", "gone", "out.csv")
     frame = pl.DataFrame({"A": ["1"]})
-    with pytest.raises(Refused, match="there is no bucket `gone`") as caught:
-        write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
+    with pytest.raises(CommandRefused, match="there is no bucket `gone`") as caught:
+        write_file(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new_columns=0)
     assert "`enrich collect` writes them without paying" in (caught.value.hint or "")
 
 
@@ -117,8 +119,8 @@ def test_output_collected_after_upload_error() -> None:
 def test_multipart_upload(tmp_path: Path) -> None:
     """More than one request can carry."""
     frame = pl.DataFrame({"A": [os.urandom(5_000).hex() for _ in range(1_200)]})
-    url = Url("s3", BUCKET, "out.csv")
-    write(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new=0)
+    url = ObjectUrl("s3", BUCKET, "out.csv")
+    write_file(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new_columns=0)
     assert [row[0] for row in read_table(download_object(tmp_path, "out.csv"))[1:]] == frame["A"].to_list()
 
 
@@ -148,11 +150,11 @@ def test_storage_errors_before_spending(
     if "TLS" in told:
         del storage_environ["AWS_ALLOW_HTTP"]
     workspace.write_leads(make_leads(1))
-    result = workspace.command("run", "job.yaml", "--input", url, api=api, **storage_environ)
-    assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    result = workspace.run_in_process("run", "job.yaml", "--input", url, api=api, **storage_environ)
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
     if "none.csv" not in url:
-        result = workspace.command("run", "job.yaml", "--output", url, api=api, **storage_environ)
-        assert (result.code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+        result = workspace.run_in_process("run", "job.yaml", "--output", url, api=api, **storage_environ)
+        assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
     assert SECRET not in result.stderr
     assert api.audit()["accepted"] == 0
 
@@ -163,10 +165,10 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset-auth", content="0")
         try:
-            with pytest.raises(Refused, match=r"refuses these credentials") as caught:
-                Source(Url("s3", BUCKET, "a.csv"), Input(path="s3://leads/a.csv"))
-            with pytest.raises(Refused, match=r"refuses these credentials"):
-                prepare(Url("s3", BUCKET, "out.csv"), Path("/leads.csv"), "job")
+            with pytest.raises(CommandRefused, match=r"refuses these credentials") as caught:
+                InputTable(ObjectUrl("s3", BUCKET, "a.csv"), Input(path="s3://leads/a.csv"))
+            with pytest.raises(CommandRefused, match=r"refuses these credentials"):
+                prepare_file(ObjectUrl("s3", BUCKET, "out.csv"), Path("/leads.csv"), "job")
         finally:
             http.post("/moto-api/reset-auth", content="inf")
     assert "AWS_SECRET_ACCESS_KEY" in (caught.value.hint or "")
@@ -176,8 +178,8 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
 def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
     """The same URL is an error of the job."""
     workspace.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
-    result = workspace.command("run", "job.yaml", api=api, **storage_environ)
-    assert (result.code, "would replace the input" in result.stderr) == (2, True)
+    result = workspace.run_in_process("run", "job.yaml", api=api, **storage_environ)
+    assert (result.exit_code, "would replace the input" in result.stderr) == (2, True)
 
 
 def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
@@ -185,8 +187,8 @@ def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
     workspace.write_leads(make_leads(1))
     for option in ("--input", "--output"):
         with patch.dict("sys.modules", {"obstore": None, "obstore.store": None}):
-            result = workspace.command("run", "job.yaml", option, "s3://leads/a.csv", api=api)
-        assert result.code == 2
+            result = workspace.run_in_process("run", "job.yaml", option, "s3://leads/a.csv", api=api)
+        assert result.exit_code == 2
         assert result.stderr == (
             "error: s3://leads/a.csv: storage URLs need their extra\nhint: pip install 'databar-enrich[storage]'\n"
         )

@@ -42,7 +42,7 @@ def run_with_streams(
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
         cwd=workspace.folder,
-        env=workspace.variables(api),
+        env=workspace.environment(api),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -75,8 +75,8 @@ def test_run_without_standard_streams(
         stream_workspace, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams
     )
 
-    assert result.code == 0
-    assert [row["enrich_status"] for row in stream_workspace.output()].count("found") > 0
+    assert result.exit_code == 0
+    assert [row["enrich_status"] for row in stream_workspace.read_output()].count("found") > 0
     assert all((stream_workspace.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
     assert (stream_workspace.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
     assert "Traceback" not in result.stderr
@@ -92,10 +92,10 @@ def test_exit_codes_without_streams(
     api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
 ) -> None:
     """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
-    api.fault("no-task-id")
-    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).code == 14
+    api.inject_fault("no-task-id")
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 14
     stream_workspace.write_job(where="no sql")
-    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).code == 2
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 2
 
 
 COMMANDS = [["--help"], ["--version"], [], ["schema"], ["run", "--help"], ["status", "job.yaml"], ["plan", "job.yaml"]]
@@ -109,7 +109,7 @@ def test_other_commands_without_streams(api: SandboxApi, stream_workspace: Works
     plain = run_with_streams(stream_workspace, api, *command)
     for streams in STREAMS[:7]:
         result = run_with_streams(stream_workspace, api, *command, **streams)
-        assert result.code == plain.code
+        assert result.exit_code == plain.exit_code
         assert result.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
 
 
@@ -120,7 +120,7 @@ def test_closed_reader_does_not_stop_run(
     api: SandboxApi, stream_workspace: Workspace, arguments: list[str], left: str
 ) -> None:
     """`… | head -1` ends the reading, not the run."""
-    process = stream_workspace.start(*arguments, api=api)
+    process = stream_workspace.start_subprocess(*arguments, api=api)
     streams = {"stdout": process.stdout, "stderr": process.stderr}
     stream = streams.pop(left)
     assert stream is not None
@@ -134,15 +134,15 @@ def test_closed_reader_does_not_stop_run(
     assert "Traceback" not in message
     assert "cannot be written" not in message
     if arguments[0] == "run":
-        assert len(stream_workspace.output()) == 5
+        assert len(stream_workspace.read_output()) == 5
         assert (stream_workspace.folder / "report.html").exists()
 
 
 @pytest.mark.long
 def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Workspace) -> None:
     """`status --watch | head -1` does not watch for ever."""
-    assert stream_workspace.command("run", "job.yaml", api=api).code == 0
-    process = stream_workspace.start("status", "job.yaml", "--watch", "--every", "1s")
+    assert stream_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    process = stream_workspace.start_subprocess("status", "job.yaml", "--watch", "--every", "1s")
     assert process.stdout is not None
     assert process.stdout.readline()
     process.stdout.close()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.privacy import Suppression, read_suppression
-from enrich.surroundings import Options
+from enrich.surroundings import RunOptions
 from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
 
@@ -35,7 +35,7 @@ def read_list(folder: Path, text: str) -> Suppression:
 
 def is_suppressed(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
     """Tell whether a row is suppressed that is asked with its website, and has a note."""
-    (answer,) = suppression.hits(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
+    (answer,) = suppression.suppressed_rows(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
     return bool(answer)
 
 
@@ -84,7 +84,7 @@ def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, 
 )
 def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
     """It is named with its file and line: a list that is misread must not be a list that is ignored."""
-    with pytest.raises(Refused, match=r"never\.txt: line 2 is neither"):
+    with pytest.raises(CommandRefused, match=r"never\.txt: line 2 is neither"):
         read_list(tmp_path, f"acme.example\n{line}\n")
 
 
@@ -93,14 +93,14 @@ def test_unreadable_suppression_list(api: SandboxApi, workspace: Workspace) -> N
     workspace.write_job(suppress="never.txt")
     workspace.write_leads(make_leads(1))
     path = workspace.folder / "never.txt"
-    message = [workspace.command("run", "job.yaml", api=api)]
+    message = [workspace.run_in_process("run", "job.yaml", api=api)]
     path.mkdir()
-    message.append(workspace.command("run", "job.yaml", api=api))
+    message.append(workspace.run_in_process("run", "job.yaml", api=api))
     path.rmdir()
     path.write_bytes(b"\xff\xfe\x00")
-    message.append(workspace.command("plan", "job.yaml", api=api))
+    message.append(workspace.run_in_process("plan", "job.yaml", api=api))
 
-    assert [(done.code, "never.txt" in done.stderr) for done in message] == [(5, True)] * 3
+    assert [(done.exit_code, "never.txt" in done.stderr) for done in message] == [(5, True)] * 3
     assert api.audit()["accepted"] == 0
 
 
@@ -124,14 +124,14 @@ def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: in
 def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Their rows say so, in the output and in the plan; a lead that waited in the queue is taken out of it."""
     workspace.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(make_leads(4))])
-    workspace.run(api, Options(limit=1))
+    workspace.run_job(api, RunOptions(limit=1))
     (workspace.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
     workspace.write_job(suppress="never.txt")
 
-    workspace.run(api)
+    workspace.run_job(api)
 
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"First0", "First3"}
-    assert [(row["enrich_status"], row["enrich_error"]) for row in workspace.output()[1:3]] == [
+    assert [(row["enrich_status"], row["enrich_error"]) for row in workspace.read_output()[1:3]] == [
         ("filtered", "suppressed: listed as never to be sent")
     ] * 2
 
@@ -143,6 +143,6 @@ def test_suppressed_constant_param(api: SandboxApi, workspace: Workspace) -> Non
     (workspace.folder / "never.txt").write_text("acme.example\n")
     workspace.write_leads(make_leads(3))
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.filtered, summary.submitted, api.audit()["accepted"]) == (3, 0, 0)

@@ -21,14 +21,14 @@ def test_torture_single(tmp_path: Path) -> None:
     """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
     report = run_torture(tmp_path, rows=80, kills=6, seed=3)
 
-    assert report.sound, report.table()
+    assert report.passed, report.as_markdown()
     assert report.kills.total() == 6
     assert report.stops >= 1
     assert report.faults > 15
-    assert report.tricks.total() > 5
+    assert report.proxy_faults.total() > 5
     assert report.clock_steps > 5
     assert report.ledger_away == 1
-    assert report.on_the_wire_at_a_kill <= MAX_IN_DOUBT
+    assert report.max_in_flight_at_kill <= MAX_IN_DOUBT
     assert report.accepted >= 80 - report.in_doubt
 
 
@@ -36,7 +36,7 @@ def test_torture_bulk(tmp_path: Path) -> None:
     """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
     report = run_torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
 
-    assert report.sound, report.table()
+    assert report.passed, report.as_markdown()
     assert report.kills.total() == 5
     assert report.faults > 5
     assert report.accepted >= 120 - report.in_doubt
@@ -79,9 +79,9 @@ def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed:
         tamper=lambda office: _falsify_request(office, sql),
     )
 
-    assert not report.sound
+    assert not report.passed
     result = getattr(report, noticed)
-    assert (result if isinstance(result, int) else len(result)) == 1, report.table()
+    assert (result if isinstance(result, int) else len(result)) == 1, report.as_markdown()
 
 
 @in_turn(
@@ -105,5 +105,5 @@ def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_
     assert process.stdin
     process.stdin.write("\n")
     remove_ledger(workspace, process, report, replaced=replaced)
-    assert (report.ledger_away, report.ledger_not_missed) == (1, not_missed)
+    assert (report.ledger_away, report.missing_ledger_ignored) == (1, not_missed)
     assert workspace.ledger_path.read_text() == "the ledger"

@@ -14,7 +14,7 @@ import pytest
 
 from enrich.api.client import Client
 from enrich.api.transport import Transport
-from enrich.errors import Ambiguous, CallFailed, NotAccepted
+from enrich.errors import ApiCallFailed, RequestNotAccepted, SubmissionUnconfirmed
 from enrich.sandbox import Fault
 from tests.harness import serve_api, wait_until
 from tests.test_client import CREATED, KEY, call_api, expect_failure, get_task, submit_run
@@ -27,7 +27,7 @@ def test_posts_use_new_connections() -> None:
     async def three(client: Client) -> list[str]:
         return [await submit_run(client) for _ in range(3)]
 
-    again = Reply(CREATED.data, later=http_reply(200, {"task_id": "another"}).data)
+    again = Reply(CREATED.data, stray_bytes=http_reply(200, {"task_id": "another"}).data)
     with serve_replies(again) as server:
         assert call_api(server.base_url, three) == ["t-1"] * 3
         assert [seen.connection for seen in server.requests] == [1, 2, 3]
@@ -48,13 +48,13 @@ def test_polls_reuse_idle_connections() -> None:
 
 def test_connection_lost_during_post_is_in_doubt() -> None:
     """The bytes left on it, and nothing is sent again."""
-    replies = iter([CREATED, Reply(then=ConnectionAction.CLOSE), CREATED])
+    replies = iter([CREATED, Reply(action=ConnectionAction.CLOSE), CREATED])
 
     async def two(client: Client) -> None:
         await submit_run(client)
-        with pytest.raises(CallFailed) as caught:
+        with pytest.raises(ApiCallFailed) as caught:
             await submit_run(client)
-        assert type(caught.value) is Ambiguous
+        assert type(caught.value) is SubmissionUnconfirmed
 
     with serve_replies(lambda _: next(replies)) as server:
         call_api(server.base_url, two)
@@ -67,10 +67,10 @@ def test_broken_responses_release_connections() -> None:
 
     async def many(client: Client) -> None:
         for _ in range(40):
-            with pytest.raises(CallFailed):
+            with pytest.raises(ApiCallFailed):
                 await submit_run(client)
 
-    half = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", ConnectionAction.SILENCE)
+    half = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{", ConnectionAction.HANG)
     with serve_replies(half) as server:
         call_api(server.base_url, many, seconds=0.01)
         wait_until(lambda: len(server.requests) == 40)
@@ -80,7 +80,7 @@ def test_posts_and_polls_use_separate_pools() -> None:
     """They have connections of their own: 32 silent polls hold up no POST."""
 
     async def both(client: Client) -> str:
-        polls = [asyncio.create_task(client.task(f"t-{number}")) for number in range(32)]
+        polls = [asyncio.create_task(client.poll_task(f"t-{number}")) for number in range(32)]
         while len(server.requests) < 32:  # noqa: ASYNC110 - the wire tells nobody
             await asyncio.sleep(0.01)
         task_id = await submit_run(client)
@@ -90,7 +90,7 @@ def test_posts_and_polls_use_separate_pools() -> None:
         return task_id
 
     with serve_replies(
-        lambda seen: CREATED if seen.line.startswith("POST") else Reply(then=ConnectionAction.SILENCE)
+        lambda seen: CREATED if seen.line.startswith("POST") else Reply(action=ConnectionAction.HANG)
     ) as server:
         assert call_api(server.base_url, both) == "t-1"
 
@@ -98,7 +98,7 @@ def test_posts_and_polls_use_separate_pools() -> None:
 def test_server_without_tls_is_not_accepted() -> None:
     """The handshake comes before the request, so the request never left."""
     with serve_replies(http_reply(400)) as server:
-        assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is NotAccepted
+        assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is RequestNotAccepted
         assert not any(KEY in seen.head for seen in server.requests)
 
 
@@ -106,8 +106,8 @@ def test_server_without_tls_is_not_accepted() -> None:
 def test_connection_closed_in_handshake_is_not_accepted(end: ConnectionAction) -> None:
     """A connection that was opened and closed again at once never carried a request."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with serve_replies(Reply(then=end), tls=context) as server:
-        assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is NotAccepted
+    with serve_replies(Reply(action=end), tls=context) as server:
+        assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is RequestNotAccepted
         assert not server.requests
 
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import invariant, run_state_machine_as_test
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.model import State
 from enrich.store import schema
 from enrich.store.database import Database
 from enrich.store.ledger import Ledger
-from enrich.store.records import INVARIANTS, Findings, Records, check
-from enrich.surroundings import Options
+from enrich.store.records import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
+from enrich.surroundings import RunOptions
 from tests.books import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.cases import examples, first_quick
 from tests.harness import (
@@ -65,25 +65,25 @@ VIOLATIONS = {
 @pytest.fixture
 def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     """Make a ledger with requests in many states: found, missed, at the API, in doubt, on the wire, failed, waiting."""
-    ledger.begin(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
+    ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     ledger.settle(ledger.submit("a"))
     ledger.settle(ledger.submit("b"), NO_MATCH)
     ledger.submit("c")
-    ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.claim()
-    ledger.do(Ledger.rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
+    ledger.commit(Ledger.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
-    ledger.do(Ledger.refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
     # The last three as one task: it waits again, and is asked with two that are new.
-    ledger.settle_bundle(ledger.submit_bundle(3), NO_MATCH, credits_=COST)
-    ledger.ledger.close()
+    ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
+    ledger.wrapped.close()
     return ledger
 
 
 def assert_sound(workspace: Workspace, *options: str) -> ProgramResult:
     """Expect that the job's ledger (or another) is sound."""
-    result = workspace.command("ledger", "check", *(options or ("job.yaml",)), "--json")
-    assert (result.code, result.receipt["problems"]) == (0, [])
+    result = workspace.run_in_process("ledger", "check", *(options or ("job.yaml",)), "--json")
+    assert (result.exit_code, result.json_output["problems"]) == (0, [])
     return result
 
 
@@ -93,13 +93,13 @@ def assert_sound(workspace: Workspace, *options: str) -> ProgramResult:
 def test_check_of_sound_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """For people one line, for programs one object; a job's ledger is found through the job."""
     workspace.write_leads(make_leads(5))
-    workspace.run(api)
+    workspace.run_job(api)
 
-    line = workspace.command("ledger", "check", "job.yaml")
-    result = workspace.command("ledger", "check", ".enrich/job.db", "--json")
+    line = workspace.run_in_process("ledger", "check", "job.yaml")
+    result = workspace.run_in_process("ledger", "check", ".enrich/job.db", "--json")
 
-    assert (line.code, line.stdout, line.stderr) == (0, "ok: 5 requests, 5 attempts, 1 executions\n", "")
-    assert result.receipt == {
+    assert (line.exit_code, line.stdout, line.stderr) == (0, "ok: 5 requests, 5 attempts, 1 executions\n", "")
+    assert result.json_output == {
         "exit_code": 0,
         "ledger": ".enrich/job.db",
         "problems": [],
@@ -115,19 +115,19 @@ def test_check_of_sandbox_and_other_ledgers(workspace: Workspace) -> None:
     Ledger(workspace.folder / ".enrich" / "job.sandbox.db").close()
     Ledger(workspace.folder / "other.db").close()
 
-    sandbox = workspace.command("ledger", "check", "job.yaml", "--sandbox", "--json")
-    other = workspace.command("ledger", "check", "job.yaml", "--ledger", "other.db", "--json")
-    twice = workspace.command("ledger", "check", "other.db", "--sandbox")
+    sandbox = workspace.run_in_process("ledger", "check", "job.yaml", "--sandbox", "--json")
+    other = workspace.run_in_process("ledger", "check", "job.yaml", "--ledger", "other.db", "--json")
+    twice = workspace.run_in_process("ledger", "check", "other.db", "--sandbox")
 
-    assert sandbox.receipt["ledger"].endswith("job.sandbox.db")
-    assert other.receipt["ledger"].endswith("other.db")
-    assert (sandbox.code, other.code, twice.code) == (0, 0, 2)
+    assert sandbox.json_output["ledger"].endswith("job.sandbox.db")
+    assert other.json_output["ledger"].endswith("other.db")
+    assert (sandbox.exit_code, other.exit_code, twice.exit_code) == (0, 0, 2)
 
 
 def test_check_imports_are_light(workspace: Workspace) -> None:
     """Who looks into a ledger need not wait for polars."""
     Ledger(workspace.folder / "other.db").close()
-    process = workspace.start("ledger", "check", "other.db", PYTHONPROFILEIMPORTTIME="1")
+    process = workspace.start_subprocess("ledger", "check", "other.db", PYTHONPROFILEIMPORTTIME="1")
     out, err = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (0, "ok: 0 requests, 0 attempts, 0 executions\n")
@@ -136,9 +136,9 @@ def test_check_imports_are_light(workspace: Workspace) -> None:
 
 def test_missing_ledger(workspace: Workspace) -> None:
     """It is not made by looking."""
-    result = workspace.command("ledger", "check", "job.yaml", "--json")
+    result = workspace.run_in_process("ledger", "check", "job.yaml", "--json")
 
-    assert (result.code, result.receipt["exit_code"]) == (5, 5)
+    assert (result.exit_code, result.json_output["exit_code"]) == (5, 5)
     assert "there is no such ledger" in result.stderr
     assert not workspace.ledger_path.exists()
 
@@ -146,7 +146,7 @@ def test_missing_ledger(workspace: Workspace) -> None:
 @pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
 def test_ledger_with_all_states_is_sound(filled_ledger: CommittingLedger) -> None:
     """Every state that a request can have holds the invariants."""
-    assert check(filled_ledger.place) == Findings([], requests=9, attempts=11, executions=1)
+    assert check_ledger(filled_ledger.location) == LedgerCheck([], requests=9, attempts=11, executions=1)
 
 
 @pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
@@ -157,11 +157,11 @@ def test_violations_are_reported(
     """Each invariant, violated by hand, is named, and the way out with it."""
     if backend == "server" and broken == "row that refers to one that is not there":
         pytest.skip("a server does not let it come to that")
-    filled_ledger.all(VIOLATIONS[broken])
+    filled_ledger.query_all(VIOLATIONS[broken])
 
-    result = workspace.command("ledger", "check", str(filled_ledger.place))
+    result = workspace.run_in_process("ledger", "check", str(filled_ledger.location))
 
-    assert result.code == 5
+    assert result.exit_code == 5
     assert any(line.endswith(f"times: {broken}") for line in result.stdout.splitlines()), result.stdout
     assert "not sound" in result.stderr
     assert "hint: restore a backup" in result.stderr
@@ -169,14 +169,14 @@ def test_violations_are_reported(
 
 def test_earlier_tasks_beyond_cap_are_sound(tmp_path: Path) -> None:
     """Tasks of an earlier execution settle in this one, beyond its cap: that is no problem of the ledger."""
-    ledger = CommittingLedger.open(tmp_path / "ledger.db").begin(1, 2, 3)
+    ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, 2, 3)
     left = [ledger.submit(name) for name in "abc"]
-    ledger.start(cap=1)
+    ledger.start_execution(cap=1)
     for attempt in left:
         ledger.settle(attempt)
 
-    assert check(ledger.path).problems == []
-    ledger.ledger.close()
+    assert check_ledger(ledger.path).problems == []
+    ledger.wrapped.close()
 
 
 def test_backup_of_older_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,39 +187,39 @@ def test_backup_of_older_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Database(workspace.ledger_path).close()
     monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, "CREATE TABLE remarks (x INTEGER) STRICT"])
 
-    result = workspace.command("ledger", "backup", "job.yaml", "copy.db")
+    result = workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db")
 
-    assert result.code == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
         assert copy.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 def test_refused_retry_is_sound(tmp_path: Path) -> None:
     """The request stands where it stood, with the attempt before; what was given up has its doubt on record."""
-    ledger = CommittingLedger.open(tmp_path / "ledger.db").begin(1, 2)
+    ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, 2)
     for _ in range(2):
-        ledger.do(Ledger.doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+        ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.enroll((1,), retry={State.IN_DOUBT})
-    ledger.do(Ledger.refused, [(ledger.claim().attempt_id, "429", ledger.now)])
-    assert check(ledger.path).problems == []
-    with ledger.ledger.transaction():
-        ledger.ledger._db.execute("UPDATE requests SET state = 'failed' WHERE state = 'in_doubt'")
+    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    assert check_ledger(ledger.path).problems == []
+    with ledger.wrapped.transaction():
+        ledger.wrapped._db.execute("UPDATE requests SET state = 'failed' WHERE state = 'in_doubt'")
 
-    assert check(ledger.path).problems == []
+    assert check_ledger(ledger.path).problems == []
     ledger.enroll((1, 2), retry={State.FAILED})
     ledger.submit("later")
-    ledger.do(Ledger.refused, [(ledger.claim().attempt_id, "429", ledger.now)])
-    assert check(ledger.path).problems == []
-    ledger.ledger.close()
+    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    assert check_ledger(ledger.path).problems == []
+    ledger.wrapped.close()
 
 
 class CheckedStateMachine(LedgerStateMachine):
     """The model of the ledger, with a check after every step."""
 
     @invariant()
-    def the_check_finds_nothing(self) -> None:
+    def check_finds_nothing(self) -> None:
         """Whatever happened, it is sound."""
-        assert check(self.books.place).problems == []
+        assert check_ledger(self.books.location).problems == []
 
 
 class CheckedPostgresStateMachine(CheckedStateMachine, PostgresStateMachine):
@@ -251,15 +251,15 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
     """Killed in the thick of it and looked at before and after the next run."""
     workspace.write_leads(make_leads(80))
     with serve_api(tmp_path / "api.db", latency="uniform(0.05,0.4)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: api.audit()["requests"].get("run", 0) >= 40)
         finally:
             kill_process(process)
         assert_sound(workspace)
-        workspace.run(api)
+        workspace.run_job(api)
 
-    assert assert_sound(workspace).receipt["executions"] == 2
+    assert assert_sound(workspace).json_output["executions"] == 2
 
 
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
@@ -268,17 +268,17 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
     workspace.write_job(limits="{max_credits: 80}")
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.5) as api:
         for fault in ("no-task-id", "reset-after", "reset-before", "html-200", "lost-task"):
-            api.fault(fault, 2)
-        api.fault("rate-limit", 2, "post")
-        workspace.run(api, timing=SHORT_TIMEOUTS)
+            api.inject_fault(fault, 2)
+        api.inject_fault("rate-limit", 2, "post")
+        workspace.run_job(api, timing=SHORT_TIMEOUTS)
         assert_sound(workspace)
-        api.fault("rate-limit", 3, "post")
+        api.inject_fault("rate-limit", 3, "post")
         workspace.write_job(policy="{refresh: {found: 1s, not_found: 1s}}")
-        everything = Options(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
-        summary = workspace.run(api, everything, SHORT_TIMEOUTS)
+        everything = RunOptions(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
+        summary = workspace.run_job(api, everything, SHORT_TIMEOUTS)
 
     assert summary.submitted
-    assert assert_sound(workspace).receipt["executions"] == 2
+    assert assert_sound(workspace).json_output["executions"] == 2
 
 
 @pytest.mark.parametrize("damage", first_quick(1, ["empty", "cut", "cut to a page", "header", "middle", "schema"]))
@@ -286,18 +286,18 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 def test_damaged_file_is_exit_5(workspace: Workspace, command: str, damage: str) -> None:
     """Whatever happened to the file: exit 5 and what it is, never a trace."""
     path = workspace.folder / "ledger.db"
-    ledger = CommittingLedger.open(path).begin(*range(600))
+    ledger = CommittingLedger.open(path).start_and_enroll(*range(600))
     for number in range(100):
         ledger.settle(ledger.submit(str(number)))
-    ledger.ledger.close()
+    ledger.wrapped.close()
     damage_file(path, damage)
 
-    result = workspace.command("ledger", command, "ledger.db", *(["copy.db"] if command == "backup" else []))
+    result = workspace.run_in_process("ledger", command, "ledger.db", *(["copy.db"] if command == "backup" else []))
 
-    if command == "backup" and result.code == 0:  # pages are copied as they are
-        assert check(workspace.folder / "copy.db").problems
+    if command == "backup" and result.exit_code == 0:  # pages are copied as they are
+        assert check_ledger(workspace.folder / "copy.db").problems
         return
-    assert result.code == 5, result.stdout + result.stderr
+    assert result.exit_code == 5, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "ledger" in result.stderr
     if command == "check":
@@ -337,12 +337,12 @@ def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
     copy.parent.mkdir()
     requests, codes = [], []
     with serve_api(tmp_path / "api.db", latency="uniform(0.05,0.3)") as api:
-        process = workspace.start("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: api.audit()["requests"].get("run", 0) >= 20)
             while process.poll() is None:
-                codes.append(workspace.command("ledger", "backup", "job.yaml", "copies/job.db").code)
-                requests.append(assert_sound(workspace, "copies/job.db").receipt["attempts"])
+                codes.append(workspace.run_in_process("ledger", "backup", "job.yaml", "copies/job.db").exit_code)
+                requests.append(assert_sound(workspace, "copies/job.db").json_output["attempts"])
         finally:
             kill_process(process)
 
@@ -353,19 +353,19 @@ def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
     assert copy.stat().st_mode & 0o777 == 0o600
     assert list(copy.parent.iterdir()) == [copy]
     with closing(Ledger(copy)) as ledger:
-        assert ledger.counts()
+        assert ledger.state_counts()
     assert_sound(workspace)
 
 
 def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
     """In the ledger's place it is the ledger: what it knows is not bought again."""
     workspace.write_leads(make_leads(8))
-    workspace.run(api)
-    assert workspace.command("ledger", "backup", "job.yaml", "copy.db").code == 0
+    workspace.run_job(api)
+    assert workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db").exit_code == 0
     workspace.ledger_path.unlink()
     (workspace.folder / "copy.db").rename(workspace.ledger_path)
 
-    summary = workspace.run(api)
+    summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.submitted, summary.reused) == (0, 0, 8)
 
@@ -373,7 +373,7 @@ def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
 def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Path) -> None:
     """Also when it could be read by all and a killed backup left its part."""
     target = tmp_path / "copy.db"
-    with closing(Records(filled_ledger.place)) as records:
+    with closing(LedgerVerifier(filled_ledger.location)) as records:
         records.backup(target)
         target.chmod(0o644)
         (tmp_path / ".copy.db.part").write_text("half a fi")
@@ -382,7 +382,7 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
 
     assert target.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir() if "copy" in path.name) == ["copy.db"]
-    assert check(target) == check(filled_ledger.path)
+    assert check_ledger(target) == check_ledger(filled_ledger.path)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,10 @@ def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path
     (tmp_path / "in_use.db.lock").touch()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
-    with closing(Records(filled_ledger.place)) as records, pytest.raises(Refused, match=word) as refusal:
+    with (
+        closing(LedgerVerifier(filled_ledger.location)) as records,
+        pytest.raises(CommandRefused, match=word) as refusal,
+    ):
         records.backup(tmp_path / target)
 
     assert refusal.value.exit_code == 5
@@ -420,7 +423,7 @@ def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path
 def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, workspace: Workspace) -> None:
     """The older copy stays whole, and no part of the new one is left."""
     copy = workspace.folder / "copy.db"
-    assert workspace.command("ledger", "backup", str(filled_ledger.path), "copy.db").code == 0
+    assert workspace.run_in_process("ledger", "backup", str(filled_ledger.path), "copy.db").exit_code == 0
     old = copy.read_bytes()
     script = (
         "import resource, sys; from enrich.cli import run_command; "
@@ -437,10 +440,10 @@ def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, work
 
 def test_price_above_maximum_is_sound(tmp_path: Path) -> None:
     """An API that charges more than it said breaks its word, not the ledger."""
-    ledger = CommittingLedger.open(tmp_path / "ledger.db").begin(1, cap=MAX_PRICE)
+    ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, cap=MAX_PRICE)
     attempt = ledger.claim().attempt_id
-    ledger.do(Ledger.accepted, [(attempt, "t", ledger.now)], BINDING)
+    ledger.commit(Ledger.record_accepted, [(attempt, "t", ledger.now)], BINDING)
     ledger.settle(attempt, replace(NO_MATCH, credits=MAX_PRICE * 3))
 
-    assert check(ledger.path).problems == []
-    ledger.ledger.close()
+    assert check_ledger(ledger.path).problems == []
+    ledger.wrapped.close()

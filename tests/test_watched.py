@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import Exit
-from enrich.store.lock import hold
+from enrich.errors import ExitCode
+from enrich.store.lock import lock_ledger
 from enrich.watch import healthcheck, notify, outcome
 from tests.cases import first_quick
 from tests.harness import SandboxApi, Workspace, serve_api, wait_until
@@ -40,7 +40,7 @@ def recorder() -> Iterator[RequestRecorder]:
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once."""
-    monkeypatch.setattr(healthcheck, "PAUSE_S", 0.0)
+    monkeypatch.setattr(healthcheck, "RETRY_PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def pinging_workspace(workspace: Workspace, recorder: RequestRecorder) -> Worksp
 
 def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Both carry the same run id; the second says in one line what came of it, and nobody's name."""
-    result = pinging_workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert recorder.paths == ["/secret-path/start", "/secret-path"]
-    assert recorder.heard[0].query == recorder.heard[1].query
-    assert len(recorder.heard[0].query["rid"][0]) == 36
-    body = recorder.heard[1].body
+    assert recorder.requests[0].query == recorder.requests[1].query
+    assert len(recorder.requests[0].query["rid"][0]) == 36
+    body = recorder.requests[1].body
     assert body.startswith("job: exit 0 (ok); job: 3 rows")
     assert "\n" not in body
     assert_no_personal_data(body, pinging_workspace)
@@ -71,13 +71,13 @@ def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, 
 
 def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Doubts, and a key that is missing: the latter never began."""
-    api.fault("no-task-id")
-    assert pinging_workspace.command("run", "job.yaml", api=api).code == 14
+    api.inject_fault("no-task-id")
+    assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
     assert recorder.paths == ["/secret-path/start", "/secret-path/fail"]
 
-    assert pinging_workspace.command("run", "job.yaml").code == 3
+    assert pinging_workspace.run_in_process("run", "job.yaml").exit_code == 3
     assert recorder.paths[2:] == ["/secret-path/fail"]
-    assert recorder.heard[2].body == "job: exit 3 (key refused)"
+    assert recorder.requests[2].body == "job: exit 3 (key refused)"
 
 
 def test_failed_rows_and_timeout_ping_success(
@@ -86,9 +86,11 @@ def test_failed_rows_and_timeout_ping_success(
     """Exit 10 is told by its counts, exit 13 goes on by itself."""
     pinging_workspace.write_leads(searchable_leads(12))
     with serve_api(tmp_path / "f.db", failure_rate=0.5, free_failures=0.0) as api:
-        assert pinging_workspace.command("run", "job.yaml", api=api).code == 10
+        assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 10
     with serve_api(tmp_path / "s.db", latency="fixed(3600)") as api:
-        code = pinging_workspace.command("run", "job.yaml", "--retry", "failed", "--max-time", "1s", api=api).code
+        code = pinging_workspace.run_in_process(
+            "run", "job.yaml", "--retry", "failed", "--max-time", "1s", api=api
+        ).exit_code
 
     assert code == 13
     assert recorder.paths == ["/secret-path/start", "/secret-path"] * 2
@@ -96,18 +98,18 @@ def test_failed_rows_and_timeout_ping_success(
 
 def test_locked_out_run_sends_no_ping(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
     """The run that is at work will tell; a turn that was skipped is no failure."""
-    with hold(pinging_workspace.ledger_path, 0):
-        assert pinging_workspace.command("run", "job.yaml", api=api).code == 11
-        assert pinging_workspace.command("run", "job.yaml", "--if-locked", "skip", api=api).code == 0
+    with lock_ledger(pinging_workspace.ledger_path, 0):
+        assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
+        assert pinging_workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", api=api).exit_code == 0
 
-    assert recorder.heard == []
+    assert recorder.requests == []
 
 
 def test_sandbox_sends_no_ping(pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Who tries something turns no dashboard green or red."""
-    assert pinging_workspace.command("run", "job.yaml", "--sandbox", "--limit", "0").code == 0
+    assert pinging_workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
 
-    assert recorder.heard == []
+    assert recorder.requests == []
 
 
 @pytest.mark.long
@@ -116,7 +118,7 @@ def test_interrupted_run_sends_start_only(
 ) -> None:
     """It must leave quickly; the check itself notices that nothing more comes."""
     with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:
-        process = pinging_workspace.start("run", "job.yaml", api=api)
+        process = pinging_workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
@@ -127,11 +129,11 @@ def test_interrupted_run_sends_start_only(
 
 def test_ping_is_retried(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
     """A 5xx twice is no news."""
-    recorder.answers += [500, 503]
+    recorder.statuses += [500, 503]
 
-    result = pinging_workspace.command("run", "job.yaml", api=api)
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert (result.code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert recorder.paths == ["/secret-path/start"] * 3 + ["/secret-path"]
 
 
@@ -139,13 +141,13 @@ def test_invalid_ping_url_is_not_retried(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
     """One note for the run, with the host alone."""
-    recorder.answers += [404, 404]
+    recorder.statuses += [404, 404]
 
-    result = pinging_workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert result.stderr == "note: the healthcheck at 127.0.0.1 was not told: HTTP 404\n"
-    assert len(recorder.heard) == 2
+    assert len(recorder.requests) == 2
     assert log_events(pinging_workspace) == ["start", "end", "note"]
     assert "secret" not in (pinging_workspace.folder / "run.log").read_text()
 
@@ -155,18 +157,18 @@ def test_unresponsive_server_does_not_block_run(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """The run does its work, says once that the ping was lost, and shows no secret."""
-    monkeypatch.setattr(healthcheck, "TRY_S", 0.1)
-    monkeypatch.setattr(healthcheck, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(healthcheck, "REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(healthcheck, "END_TIMEOUT_S", 1.0)
     if way == "hanging":
-        recorder.may_answer.clear()
+        recorder.release.clear()
     else:
         there = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
         pinging_workspace.write_job(healthcheck=f"http://{there}/secret-path")
 
-    result = pinging_workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 0
-    assert len(pinging_workspace.output()) == 3
+    assert result.exit_code == 0
+    assert len(pinging_workspace.read_output()) == 3
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("note: the healthcheck at ")
     assert "secret" not in result.stderr + (pinging_workspace.folder / "run.log").read_text()
@@ -177,9 +179,11 @@ def test_loopback_ping_ignores_proxy(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, value: str
 ) -> None:
     """Whatever the proxy variables say."""
-    result = pinging_workspace.command("run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value)
-    assert (result.code, result.stderr) == (0, "")
-    assert len(recorder.heard) == 2
+    result = pinging_workspace.run_in_process(
+        "run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(recorder.requests) == 2
 
 
 @pytest.mark.parametrize("scheme", first_quick(1, ["http", "https"]))
@@ -187,14 +191,16 @@ def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: 
     """One that cannot be used is a note by name, without its password."""
     pinging_workspace.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
     with serve_replies(http_reply(502)) as proxy:
-        result = pinging_workspace.command("run", "job.yaml", api=api, all_proxy=f"ada:secret@127.0.0.1:{proxy.port}")
+        result = pinging_workspace.run_in_process(
+            "run", "job.yaml", api=api, all_proxy=f"ada:secret@127.0.0.1:{proxy.port}"
+        )
         line = "POST http://hc.example/secret-path" if scheme == "http" else "CONNECT hc.example:443"
         assert proxy.requests
         assert all(seen.line.startswith(line) for seen in proxy.requests)
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "note: the healthcheck at hc.example" in result.stderr
-    result = pinging_workspace.command("run", "job.yaml", api=api, ALL_PROXY="socks5://ada:secret@127.0.0.1:9")
-    assert result.code == 0
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api, ALL_PROXY="socks5://ada:secret@127.0.0.1:9")
+    assert result.exit_code == 0
     assert "was not told: ALL_PROXY: " in result.stderr
     assert "secret" not in result.stderr
 
@@ -203,9 +209,9 @@ def test_invalid_url_is_exit_2(api: SandboxApi, pinging_workspace: Workspace) ->
     """The line of the job file is named."""
     pinging_workspace.write_job(healthcheck="https://1.2.3.999/secret-path")
 
-    result = pinging_workspace.command("run", "job.yaml", api=api)
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert result.code == 2
+    assert result.exit_code == 2
     assert "job.yaml:12: healthcheck: must be an address" in result.stderr
     assert "secret" not in result.stderr
 
@@ -228,13 +234,13 @@ def test_notification_for_unconfirmed_requests(
     api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
     """The title says what, the text has the receipt and the exact commands, and nobody's name."""
-    api.fault("no-task-id")
+    api.inject_fault("no-task-id")
 
     where = ("--ledger", "my ledger.db", "--output", "out.csv")
-    result = notifying_workspace.command("run", "job.yaml", *where, *LOG_OPTIONS, api=api)
+    result = notifying_workspace.run_in_process("run", "job.yaml", *where, *LOG_OPTIONS, api=api)
 
-    assert result.code == 14
-    (received,) = recorder.heard
+    assert result.exit_code == 14
+    (received,) = recorder.requests
     notification = json.loads(received.body)
     assert notification["title"] == "enrich job: in doubt (exit 14)"
     assert "in_doubt              1  33.3%" in notification["message"]
@@ -246,16 +252,16 @@ def test_notification_for_unconfirmed_requests(
         ["enrich", "run", *job, *output, "--retry", "in_doubt"],
         ["enrich", "run", *job, *output, "--accept", "in_doubt"],
     ]
-    assert [notifying_workspace.command(*command[1:], api=api).code for command in commands] == [0, 0, 0]
+    assert [notifying_workspace.run_in_process(*command[1:], api=api).exit_code for command in commands] == [0, 0, 0]
     assert_no_personal_data(notification["message"], notifying_workspace)
     assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
 
 
 def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
     """What went wrong before an execution existed is told, too."""
-    assert notifying_workspace.command("run", "job.yaml").code == 3
+    assert notifying_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
-    output = json.loads(recorder.heard[0].body)
+    output = json.loads(recorder.requests[0].body)
     assert output["title"] == "enrich job: key refused (exit 3)"
     assert "DATABAR_API_KEY" in output["message"]
     assert f"enrich run {notifying_workspace.job_file}" in output["message"]
@@ -263,22 +269,22 @@ def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: 
 
 def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Nor does the sandbox."""
-    assert notifying_workspace.command("run", "job.yaml", api=api).code == 0
-    with hold(notifying_workspace.ledger_path, 0):
-        assert notifying_workspace.command("run", "job.yaml", api=api).code == 11
-    assert notifying_workspace.command("run", "job.yaml", "--sandbox", "--max-credits", "0").code == 12
+    assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    with lock_ledger(notifying_workspace.ledger_path, 0):
+        assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
+    assert notifying_workspace.run_in_process("run", "job.yaml", "--sandbox", "--max-credits", "0").exit_code == 12
 
-    assert recorder.heard == []
+    assert recorder.requests == []
 
 
 def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """One clear note at the start; the run is unaffected."""
     monkeypatch.setattr(notify, "find_spec", lambda _: None)
-    api.fault("no-task-id")
+    api.inject_fault("no-task-id")
 
-    result = notifying_workspace.command("run", "job.yaml", "--quiet", api=api)
+    result = notifying_workspace.run_in_process("run", "job.yaml", "--quiet", api=api)
 
-    assert result.code == 14
+    assert result.exit_code == 14
     assert [line for line in result.stderr.splitlines() if line.startswith("note:")] == [
         "note: nobody can be notified without the extra: pip install 'databar-enrich[notify]'"
     ]
@@ -288,9 +294,9 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
     """They are secrets."""
     (notifying_workspace.folder / "people.txt").chmod(0o644)
 
-    result = notifying_workspace.command("run", "job.yaml", *LOG_OPTIONS, api=api)
+    result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "people.txt: others may read the addresses in it: chmod 600" in result.stderr
     assert log_lines(notifying_workspace)[1]["event"] == "note"
 
@@ -308,9 +314,9 @@ def test_empty_notifications_file(
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    result = notifying_workspace.command("run", "job.yaml", api=api)
+    result = notifying_workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert result.code == 0
+    assert result.exit_code == 0
     assert "people.txt: nobody can be notified" in result.stderr
     assert words in result.stderr
 
@@ -320,10 +326,10 @@ def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: Re
     path = notifying_workspace.folder / "people.txt"
     path.write_text(f"secret-nonsense\n{path.read_text()}json://127.0.0.1:9/secret\n")
 
-    result = notifying_workspace.command("run", "job.yaml", *LOG_OPTIONS)
+    result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS)
 
-    assert result.code == 3
-    assert len(recorder.heard) == 1
+    assert result.exit_code == 3
+    assert len(recorder.requests) == 1
     assert "line 1 is no Apprise URL; line 5 did not take it" in result.stderr
     assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
 
@@ -332,12 +338,12 @@ def test_unresponsive_service_does_not_block_run(
     notifying_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends, and says so."""
-    monkeypatch.setattr(notify, "PATIENCE_S", 0.2)
-    recorder.may_answer.clear()
+    monkeypatch.setattr(notify, "SEND_TIMEOUT_S", 0.2)
+    recorder.release.clear()
 
-    result = notifying_workspace.command("run", "job.yaml")
+    result = notifying_workspace.run_in_process("run", "job.yaml")
 
-    assert result.code == 3
+    assert result.exit_code == 3
     assert "people.txt: not everybody was notified: it took too long" in result.stderr
 
 
@@ -346,7 +352,9 @@ def test_unresponsive_service_does_not_block_run(
 
 def test_exit_codes_have_text_and_advice() -> None:
     """Nobody is woken without a command that helps, and no code is both fine and not."""
-    assert {int(code) for code in Exit} <= set(outcome.WORDS)
-    for code in outcome.WORDS:
-        assert bool(outcome.needs(code, {}, outcome.Target("job.yaml", "job.yaml"))) is outcome.needs_a_person(code)
-    assert [code for code in outcome.WORDS if outcome.needs_a_person(code)] == [1, 2, 3, 4, 5, 12, 14, 15]
+    assert {int(code) for code in ExitCode} <= set(outcome.EXIT_LABELS)
+    for code in outcome.EXIT_LABELS:
+        assert bool(
+            outcome.required_actions(code, {}, outcome.JobArguments("job.yaml", "job.yaml"))
+        ) is outcome.requires_action(code)
+    assert [code for code in outcome.EXIT_LABELS if outcome.requires_action(code)] == [1, 2, 3, 4, 5, 12, 14, 15]

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from enrich.job import load_job
-from enrich.look.lookout import Lookout
-from enrich.look.picture import Sign, headline
+from enrich.look.lookout import RunWatcher
+from enrich.look.picture import RunStatus, format_headline
 from enrich.look.status import read_status
-from enrich.look.watch import ENTER, LEAVE, WAITING, watch_job
+from enrich.look.watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, watch_job
 from enrich.watch import runlog
 from tests.harness import Workspace, kill_process, make_leads, read_terminal, reset_signals, serve_api, wait_until
 from tests.watch import log_lines
@@ -43,11 +43,14 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
     other.write_job()
     other.write_leads(make_leads(8))
     with serve_api(tmp_path / "other.db") as api:
-        unwatched = other.command("run", "job.yaml", "--json", api=api).receipt
-    watchers = [workspace.start("status", "job.yaml", "--watch", "--every", "1s", *more) for more in ((), ("--json",))]
+        unwatched = other.run_in_process("run", "job.yaml", "--json", api=api).json_output
+    watchers = [
+        workspace.start_subprocess("status", "job.yaml", "--watch", "--every", "1s", *more)
+        for more in ((), ("--json",))
+    ]
     first = [watcher.stdout.readline() for watcher in watchers if watcher.stdout is not None]
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
-        summary = workspace.enrich("run", "job.yaml", "--json", api=api).receipt
+        summary = workspace.run_subprocess("run", "job.yaml", "--json", api=api).json_output
         audit = api.audit()
     result = [watcher.communicate(timeout=20) for watcher in watchers]
 
@@ -71,27 +74,27 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
 def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspace) -> None:
     """Stopped it may come back, and is at work again; killed it does not, and the next run is watched to its end."""
     workspace.write_leads(make_leads(3))
-    watcher = Lookout(load_job(workspace.job_file), patience_s=3.0)
+    watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=3.0)
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
-        run = workspace.start("run", "job.yaml", api=api)
-        wait_until(lambda: (watcher.look().as_json().get("in_flight") or 0) == 3)
-        status = workspace.command("status", "job.yaml", "--json").receipt
+        run = workspace.start_subprocess("run", "job.yaml", api=api)
+        wait_until(lambda: (watcher.read_view().as_json().get("in_flight") or 0) == 3)
+        status = workspace.run_in_process("status", "job.yaml", "--json").json_output
         assert (status["at_work"]["execution"], status["at_work"]["total"], status["at_work"]["done"]) == (1, 3, 0)
-        assert "at work since" in workspace.command("status", "job.yaml").stdout
+        assert "at work since" in workspace.run_in_process("status", "job.yaml").stdout
         run.send_signal(signal.SIGSTOP)
-        wait_until(lambda: watcher.look().sign is Sign.SILENT)
+        wait_until(lambda: watcher.read_view().status is RunStatus.NO_HEARTBEAT)
         run.send_signal(signal.SIGCONT)
-        wait_until(lambda: watcher.look().sign is Sign.AT_WORK)
+        wait_until(lambda: watcher.read_view().status is RunStatus.RUNNING)
         kill_process(run)
-        wait_until(lambda: watcher.look().sign is Sign.SILENT)
-        assert "killed, asleep or stopped while asking" in headline(watcher.look())
+        wait_until(lambda: watcher.read_view().status is RunStatus.NO_HEARTBEAT)
+        assert "killed, asleep or stopped while asking" in format_headline(watcher.read_view())
 
         result = io.StringIO()
         watching = threading.Thread(target=watch_job, args=(watcher, result, {}, 0.05), kwargs={"as_json": True})
         watching.start()
         wait_until(lambda: "no sign of life" in result.getvalue())
         api.advance(601)
-        assert workspace.command("run", "job.yaml", api=api).code == 0
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         watching.join(timeout=20)
 
     assert json_lines(result.getvalue())[0]["sign"] == "no sign of life"
@@ -112,17 +115,17 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
         preexec_fn=reset_signals,
     )
     os.close(theirs)
-    shown = read_terminal(ours, up_to=WAITING.encode()[:30])
+    shown = read_terminal(ours, up_to=WAITING_TEXT.encode()[:30])
     process.send_signal(signal.SIGINT)
     shown += read_terminal(ours)
     assert process.wait(timeout=20) == 130
     os.close(ours)
 
     text = shown.decode()
-    assert text.startswith(ENTER)
-    assert text.endswith(LEAVE)
+    assert text.startswith(ENTER_SCREEN)
+    assert text.endswith(LEAVE_SCREEN)
     assert "error" not in text
-    drawn = text.removeprefix(ENTER).removesuffix(LEAVE).split("\x1b[H")[1]
+    drawn = text.removeprefix(ENTER_SCREEN).removesuffix(LEAVE_SCREEN).split("\x1b[H")[1]
     # The terminal makes a carriage return of its own.
     assert max(len(re.sub(r"\x1b\[[\d;]*\w|\r", "", row)) for row in drawn.split("\n")) < 40
 
@@ -132,9 +135,9 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
 )
 def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], said: str) -> None:
     """Exit 2."""
-    result = workspace.command("status", "job.yaml", *options)
+    result = workspace.run_in_process("status", "job.yaml", *options)
 
-    assert (result.code, said in result.stderr) == (2, True)
+    assert (result.exit_code, said in result.stderr) == (2, True)
 
 
 # The line a minute
@@ -145,22 +148,22 @@ def test_progress_events_in_every_phase(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Also under --quiet: in the canary, in an outage, while it collects what was left."""
-    monkeypatch.setattr(runlog, "EVERY_S", 0.4)
+    monkeypatch.setattr(runlog, "PROGRESS_INTERVAL_S", 0.4)
     workspace.write_leads(make_leads(6))
     options = ["run", "job.yaml", "--quiet", "--log-file", "run.log"]
     if way == "canary":
         workspace.write_job(canary="{rows: 5, min_hit_rate: 0.01}")
     with serve_api(tmp_path / "api.db", latency="fixed(600)" if way == "left" else "fixed(1)") as api:
         if way == "left":
-            workspace.leave_at_the_api(api)
+            workspace.submit_without_collecting(api)
             api.advance(601)
-            api.fault("slow", 6, "get", seconds=1)
+            api.inject_fault("slow", 6, "get", seconds=1)
         if way == "outage":
-            api.fault("error-before", 6, "get")
-        result = workspace.command(*options, api=api)
+            api.inject_fault("error-before", 6, "get")
+        result = workspace.run_in_process(*options, api=api)
 
     progress_lines = [row for row in log_lines(workspace) if row["event"] == "progress"]
-    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert progress_lines
     assert {"done", "found", "in_flight", "credits", "polls", "rate_limited"} < progress_lines[-1].keys()
     assert progress_lines[0]["execution"] == (2 if way == "left" else 1)

@@ -73,7 +73,7 @@ def run_plan(workspace: Workspace, where: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-m", "enrich", "run", "job.yaml", "--json"],
         cwd=workspace.folder,
-        env=workspace.variables() | {"DATABAR_API_KEY": "key-77", "DATABAR_BASE_URL": "http://127.0.0.1:9/v1"},
+        env=workspace.environment() | {"DATABAR_API_KEY": "key-77", "DATABAR_BASE_URL": "http://127.0.0.1:9/v1"},
         capture_output=True,
         text=True,
         timeout=50,
@@ -98,7 +98,7 @@ def test_long_row_expressions_work(api: SandboxApi, workspace: Workspace, name: 
     workspace.write_leads(make_leads(3))
     text = workspace.write_job().read_text(encoding="utf-8")
     workspace.job_file.write_text(f"{text}where: {json.dumps(VALID_EXPRESSIONS[name])}\n", encoding="utf-8")
-    result = workspace.command("run", "job.yaml", api=api)
-    assert (result.code, result.stderr) == (0, "")
-    assert {row["enrich_status"] for row in workspace.output()} <= {"found", "not_found"}
-    assert len(workspace.output()) == 3
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert {row["enrich_status"] for row in workspace.read_output()} <= {"found", "not_found"}
+    assert len(workspace.read_output()) == 3

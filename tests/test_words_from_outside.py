@@ -122,7 +122,7 @@ def hostile_workspace(workspace: Workspace) -> Iterator[Workspace]:
 def run_and_check(workspace: Workspace, server: RawServer, *arguments: str) -> ProgramResult:
     """Run a command; nothing that it shows has the key or steers a terminal."""
     api = SandboxApi(server.base_url, KEY)
-    result = workspace.command(*arguments, api=api)
+    result = workspace.run_in_process(*arguments, api=api)
     for text in (result.stdout, result.stderr):
         assert KEY not in text
         assert not CONTROL_CHARACTERS & set(text), sorted(map(hex, map(ord, CONTROL_CHARACTERS & set(text))))
@@ -165,10 +165,10 @@ def test_results_are_cleaned(hostile_workspace: Workspace) -> None:
     """Every answer counts, with the clean text, and it is the same in all that is shown and written."""
     with serve_replies(answer_request) as server:
         result = run_and_check(hostile_workspace, server, *RUN)
-        assert result.code == 0, result.stderr
+        assert result.exit_code == 0, result.stderr
         check_all_outputs(hostile_workspace, server)
-        assert run_and_check(hostile_workspace, server, *RUN, "--json").code == 0
-    (lead, *_) = hostile_workspace.output()
+        assert run_and_check(hostile_workspace, server, *RUN, "--json").exit_code == 0
+    (lead, *_) = hostile_workspace.read_output()
     assert lead["work_email"].startswith("ada@engine.example<[key] ")
     assert lead["work_email"].endswith("evil [key]?>")
     assert lead["enrich_provider"].startswith("Provider <[key]")
@@ -204,7 +204,7 @@ def test_post_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> Non
     """In the error, the row, the log, the ledger and whatever is told of it."""
     with serve_replies(lambda seen: answer_request(seen, post=lambda _: POST_REPLIES[name])) as server:
         result = run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s")
-        assert result.code != 1
+        assert result.exit_code != 1
         check_all_outputs(hostile_workspace, server)
 
 
@@ -232,7 +232,7 @@ TASK_REPLIES: dict[str, Callable[[str], Reply]] = {
 def test_task_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> None:
     """Failed, gone or not readable."""
     with serve_replies(lambda seen: answer_request(seen, task=TASK_REPLIES[name])) as server:
-        assert run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s").code != 1
+        assert run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s").exit_code != 1
         check_all_outputs(hostile_workspace, server)
 
 
@@ -246,7 +246,7 @@ def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str)
         return http_reply(200, text.replace(KEY, spelled).encode(errors="replace"))
 
     with serve_replies(lambda seen: answer_request(seen, task=task)) as server:
-        assert run_and_check(hostile_workspace, server, *RUN).code == 0
+        assert run_and_check(hostile_workspace, server, *RUN).exit_code == 0
         check_all_outputs(hostile_workspace, server)
 
 
@@ -256,10 +256,10 @@ def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ValueError(f"header x-apikey: {KEY}\x1b[2J")
 
-    monkeypatch.setattr("enrich.commands.options.load", broken)
+    monkeypatch.setattr("enrich.commands.options.load_job_file", broken)
     workspace.write_leads(make_leads(1))
-    result = workspace.command("run", "job.yaml", api=SandboxApi("http://127.0.0.1:9/v1", KEY))
-    assert result.code == 1
+    result = workspace.run_in_process("run", "job.yaml", api=SandboxApi("http://127.0.0.1:9/v1", KEY))
+    assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "x-apikey: [key] [2J" in result.stderr
     assert KEY not in result.stderr
@@ -267,6 +267,6 @@ def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPat
 
 def test_file_names_are_escaped(workspace: Workspace) -> None:
     """Errors quote names that anybody may have chosen."""
-    result = workspace.command("run", "no\x1b[2Jsuch\u202e.yaml")
-    assert result.code == 2
+    result = workspace.run_in_process("run", "no\x1b[2Jsuch\u202e.yaml")
+    assert result.exit_code == 2
     assert not CONTROL_CHARACTERS & set(result.stderr)

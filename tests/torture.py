@@ -26,8 +26,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from enrich.api.client import BULK_POSTS_ON_THE_WIRE
-from enrich.errors import Exit
+from enrich.api.client import MAX_BULK_POSTS_IN_FLIGHT
+from enrich.errors import ExitCode
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, SandboxApi, Workspace, make_leads, serve_api
 from tests.out_of_step import ProxyFaultKind, faulty_proxy, random_faults
@@ -83,11 +83,11 @@ FAULTS = (
 #: nothing in them tells whose they are.
 PROXY_FAULTS: Mapping[ProxyFaultKind, tuple[float, float]] = {
     ProxyFaultKind.REPEAT: (0.03, 0.03),
-    ProxyFaultKind.UNASKED: (0.01, 0.01),
+    ProxyFaultKind.UNSOLICITED: (0.01, 0.01),
     ProxyFaultKind.SWAP: (0.0, 0.02),
-    ProxyFaultKind.ANOTHER: (0.005, 0.01),
-    ProxyFaultKind.NOWHERE: (0.0, 0.005),
-    ProxyFaultKind.CUT: (0.005, 0.01),
+    ProxyFaultKind.OTHER_TASK: (0.005, 0.01),
+    ProxyFaultKind.UNKNOWN_TASK: (0.0, 0.005),
+    ProxyFaultKind.TRUNCATED: (0.005, 0.01),
     ProxyFaultKind.STATUS: (0.01, 0.0),
 }
 #: By how much the clock of this machine may be off, in hours.
@@ -107,69 +107,69 @@ class TortureReport:
     """What became of a tortured job; the sandbox's word, not ours."""
 
     rows: int
-    at_most_in_doubt: int
+    max_in_doubt: int
     kills: Counter[str] = field(default_factory=Counter)
     stops: int = 0
-    ended: Counter[int] = field(default_factory=Counter)
-    on_the_wire_at_a_kill: int = 0
+    exit_codes: Counter[int] = field(default_factory=Counter)
+    max_in_flight_at_kill: int = 0
     ledger_away: int = 0
-    ledger_not_missed: int = 0
+    missing_ledger_ignored: int = 0
     clock_steps: int = 0
     faults: int = 0
-    tricks: Counter[str] = field(default_factory=Counter)
+    proxy_faults: Counter[str] = field(default_factory=Counter)
     accepted: int = 0
     paid_twice: int = 0
-    paid_without_need: int = 0
+    paid_after_removal: int = 0
     lost: int = 0
     #: Leads that had it on any night, and why it is another's.
-    anothers: dict[str, str] = field(default_factory=dict)
-    out_of_place: int = 0
+    misassigned_rows: dict[str, str] = field(default_factory=dict)
+    misplaced_rows: int = 0
     in_doubt: int = 0
-    bought_again: int = 0
-    bought_again_without_doubt: int = 0
+    retried: int = 0
+    retried_without_doubt: int = 0
     unanswered: int = 0
     seconds: float = 0.0
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         """Tell whether every promise was kept."""
         broken_promises = (
             self.paid_twice,
-            self.paid_without_need,
+            self.paid_after_removal,
             self.lost,
-            self.anothers,
-            self.ledger_not_missed,
-            self.out_of_place,
-            self.bought_again_without_doubt,
+            self.misassigned_rows,
+            self.missing_ledger_ignored,
+            self.misplaced_rows,
+            self.retried_without_doubt,
             self.unanswered,
-            self.on_the_wire_at_a_kill > self.at_most_in_doubt,
-            self.ended.keys() - ALLOWED_EXIT_CODES,
+            self.max_in_flight_at_kill > self.max_in_doubt,
+            self.exit_codes.keys() - ALLOWED_EXIT_CODES,
         )
         return not any(broken_promises)
 
-    def table(self) -> str:
+    def as_markdown(self) -> str:
         """The report as a Markdown table."""
         lines_by_name = {
             "leads": self.rows,
             "kills (SIGKILL)": self.kills.total(),
             **{f"… {moment}": count for moment, count in sorted(self.kills.items())},
             "stops (SIGSTOP, SIGCONT)": self.stops,
-            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.ended.items())},
+            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.exit_codes.items())},
             "nights whose ledger was away or replaced": self.ledger_away,
-            "… that went on without it": self.ledger_not_missed,
+            "… that went on without it": self.missing_ledger_ignored,
             "steps of the clock by hours": self.clock_steps,
             "faults met": self.faults,
-            "answers out of step": self.tricks.total(),
+            "answers out of step": self.proxy_faults.total(),
             "runs accepted by the API": self.accepted,
-            "most requests on the wire at a kill": self.on_the_wire_at_a_kill,
+            "most requests on the wire at a kill": self.max_in_flight_at_kill,
             "paid twice": self.paid_twice,
-            "paid for after the lead had left the file": self.paid_without_need,
+            "paid for after the lead had left the file": self.paid_after_removal,
             "accepted, but neither answered nor told": self.lost,
-            "rows with another's answer": len(self.anothers),
-            "rows of the output out of their place": self.out_of_place,
+            "rows with another's answer": len(self.misassigned_rows),
+            "rows of the output out of their place": self.misplaced_rows,
             "in doubt at the end": self.in_doubt,
-            "bought again by `--retry in_doubt`": self.bought_again,
-            "bought again without having been in doubt": self.bought_again_without_doubt,
+            "bought again by `--retry in_doubt`": self.retried,
+            "bought again without having been in doubt": self.retried_without_doubt,
             "unanswered after that": self.unanswered,
         }
         return "\n".join(
@@ -182,27 +182,27 @@ class LeadSchedule:
     """The leads of each night: most stay, new ones come, some are there for one night only; all in any order."""
 
     rows: int
-    nights: int
+    runs: int
     rng: random.Random
     #: Leads that left, with the most runs that may ever be accepted for each.
-    left: dict[str, int] = field(default_factory=dict)
-    tonight: list[list[str]] = field(default_factory=list)
-    _passing: list[list[str]] = field(default_factory=list)
+    accepted_at_removal: dict[str, int] = field(default_factory=dict)
+    current: list[list[str]] = field(default_factory=list)
+    _temporary: list[list[str]] = field(default_factory=list)
 
-    def dusk(self, night: int) -> list[list[str]]:
+    def leads_for_run(self, run_number: int) -> list[list[str]]:
         """Tell who is in the file tonight: half of the leads from the start, all after the last kill."""
-        share = min(1.0, 0.5 + 0.5 * night / self.nights)
+        share = min(1.0, 0.5 + 0.5 * run_number / self.runs)
         permanent = make_leads(int(self.rows * share))
-        a_few = max(1, self.rows // 10 // self.nights) if night < self.nights else 0
-        self._passing = make_leads(a_few, start=self.rows + night * a_few)
-        self.tonight = permanent + self._passing
-        self.rng.shuffle(self.tonight)
-        return self.tonight
+        a_few = max(1, self.rows // 10 // self.runs) if run_number < self.runs else 0
+        self._temporary = make_leads(a_few, start=self.rows + run_number * a_few)
+        self.current = permanent + self._temporary
+        self.rng.shuffle(self.current)
+        return self.current
 
-    def dawn(self, accepted: dict[str, int], on_the_wire: set[str]) -> None:
+    def remove_temporary(self, accepted: dict[str, int], in_flight: set[str]) -> None:
         """Let those who were passing leave; a POST on the wire may still arrive at the API."""
-        for name, *_ in self._passing:
-            self.left[name] = accepted.get(name, 0) + (name in on_the_wire)
+        for name, *_ in self._temporary:
+            self.accepted_at_removal[name] = accepted.get(name, 0) + (name in in_flight)
 
 
 def run_torture(
@@ -235,7 +235,7 @@ def run_torture(
         no_data_seconds=0.5,
         faults=tuple(map(Fault.parse, faults)),
     )
-    report = TortureReport(rows, MAX_IN_DOUBT if bulk is None else BULK_POSTS_ON_THE_WIRE * bulk)
+    report = TortureReport(rows, MAX_IN_DOUBT if bulk is None else MAX_BULK_POSTS_IN_FLIGHT * bulk)
     schedule = LeadSchedule(rows, kills, rng)
     started_at = time.monotonic()
     with (
@@ -246,26 +246,26 @@ def run_torture(
         proxied_api = replace(api, base_url=proxy.base_url)
         run_number, finished = 0, False
         while not finished:
-            workspace.write_leads(schedule.dusk(run_number))
+            workspace.write_leads(schedule.leads_for_run(run_number))
             kill = report.kills.total() < kills
             ledger_away = extra_faults and kill and run_number % LEDGER_AWAY_EVERY == LEDGER_AWAY_EVERY // 2
             plan = RunScenario(run_number, stop_s if not report.stops else 1.0, kill=kill, ledger_away=ledger_away)
             code = _run_once(workspace, proxied_api, rng, report, plan)
             in_flight = _leads_in_state(workspace, "submitting")
-            report.on_the_wire_at_a_kill = max(report.on_the_wire_at_a_kill, len(in_flight))
+            report.max_in_flight_at_kill = max(report.max_in_flight_at_kill, len(in_flight))
             audit = api.audit()
-            report.anothers |= _misassigned_rows(workspace, audit, settings, bulk=bulk is not None)
-            schedule.dawn(_accepted_counts(audit), in_flight)
+            report.misassigned_rows |= _misassigned_rows(workspace, audit, settings, bulk=bulk is not None)
+            schedule.remove_temporary(_accepted_counts(audit), in_flight)
             run_number += 1
             finished = not kill and run_number > kills and code in (0, 10, 14) and not tamper
             if tamper and tamper(workspace):
                 tamper = None
-            assert run_number < 2 * kills + MAX_EXTRA_RUNS, f"it does not end:\n{report.table()}"
+            assert run_number < 2 * kills + MAX_EXTRA_RUNS, f"it does not end:\n{report.as_markdown()}"
         _check_audit(workspace, api, report, schedule)
-        proxy.heal()
-        report.tricks = proxy.happened
+        proxy.clear_faults()
+        report.proxy_faults = proxy.fault_counts
         _retry_in_doubt(workspace, api, proxied_api, report)
-        report.anothers |= _misassigned_rows(workspace, api.audit(), settings, bulk=bulk is not None)
+        report.misassigned_rows |= _misassigned_rows(workspace, api.audit(), settings, bulk=bulk is not None)
         report.faults = sum(api.audit()["faults"].values())
     report.seconds = time.monotonic() - started_at
     return report
@@ -297,7 +297,7 @@ def _step_clock(clock: Path, rng: random.Random, report: TortureReport, *, enabl
 class RunScenario:
     """What a night has in store; `stop_s`: for how long a run that falls asleep sleeps."""
 
-    night: int
+    run_number: int
     stop_s: float
     kill: bool
     ledger_away: bool
@@ -327,7 +327,7 @@ def _run_once(
             report.kills[moment] += 1
             return None
     process.communicate(timeout=300)
-    report.ended[process.returncode] += 1
+    report.exit_codes[process.returncode] += 1
     return process.returncode
 
 
@@ -350,7 +350,7 @@ def remove_ledger(
     for path in moved:
         (away / path.name).rename(path)
     report.ledger_away += 1
-    report.ledger_not_missed += process.returncode != Exit.BUG or "this is a bug" in stderr
+    report.missing_ledger_ignored += process.returncode != ExitCode.BUG or "this is a bug" in stderr
 
 
 def _choose_moment(
@@ -385,7 +385,9 @@ def _choose_moment(
         ("while the output is written", (workspace.folder / ".job.enrich-part").exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
-    return ("in the first seconds", sending, 30.0) if scenario.ledger_away else moments[scenario.night % len(moments)]
+    return (
+        ("in the first seconds", sending, 30.0) if scenario.ledger_away else moments[scenario.run_number % len(moments)]
+    )
 
 
 def _wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], seconds: float) -> bool:
@@ -448,7 +450,7 @@ def _misassigned_rows(
     sql = "SELECT json_extract(params, '$.first_name'), a.state, coalesce(a.task_id, '')"
     settled = _query(workspace, f"{sql} FROM requests r JOIN attempts a ON a.request_id = r.id")
     ledger = [dict(zip(("First Name", "enrich_status", "enrich_task_id"), row, strict=True)) for row in settled]
-    output = workspace.output() if (workspace.folder / "out.csv").exists() else []
+    output = workspace.read_output() if (workspace.folder / "out.csv").exists() else []
     wrong = misassigned_rows(ledger, audit, settings, bulk=bulk, column=None)
     return wrong | misassigned_rows(output, audit, settings, bulk=bulk)
 
@@ -457,9 +459,9 @@ def _check_audit(workspace: Workspace, api: SandboxApi, report: TortureReport, s
     """Hold output and ledger against the sandbox's audit."""
     audit = api.audit()
     report.accepted, report.paid_twice = audit["accepted"], audit["paid_twice"]
-    output = workspace.output()
-    report.out_of_place = sum(
-        list(row.values())[: len(lead)] != lead for row, lead in zip(output, schedule.tonight, strict=True)
+    output = workspace.read_output()
+    report.misplaced_rows = sum(
+        list(row.values())[: len(lead)] != lead for row, lead in zip(output, schedule.current, strict=True)
     )
     report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
     states = dict(_query(workspace, "SELECT json_extract(params, '$.first_name'), state FROM requests"))
@@ -471,21 +473,21 @@ def _check_audit(workspace: Workspace, api: SandboxApi, report: TortureReport, s
         report.lost += name not in in_doubt and (
             states[name] not in ANSWER_STATUSES or not known.issuperset(run["task_ids"])
         )
-        report.paid_without_need += run["accepted"] > schedule.left.get(name, run["accepted"])
+        report.paid_after_removal += run["accepted"] > schedule.accepted_at_removal.get(name, run["accepted"])
 
 
 def _retry_in_doubt(workspace: Workspace, api: SandboxApi, proxied_api: SandboxApi, report: TortureReport) -> None:
     """Ask again for those in doubt, and for no others; `behind` is the API behind the proxy."""
     before = _accepted_counts(api.audit())
-    in_doubt = {row["First Name"] for row in workspace.output() if row["enrich_status"] == "in_doubt"}
-    api.heal()
+    in_doubt = {row["First Name"] for row in workspace.read_output() if row["enrich_status"] == "in_doubt"}
+    api.clear_faults()
     if in_doubt:
-        workspace.enrich("run", "job.yaml", "--json", "--retry", "in_doubt", api=proxied_api)
+        workspace.run_subprocess("run", "job.yaml", "--json", "--retry", "in_doubt", api=proxied_api)
     for name, accepted in _accepted_counts(api.audit()).items():
         if accepted > before.get(name, 0):
-            report.bought_again += name in in_doubt
-            report.bought_again_without_doubt += name not in in_doubt
-    report.unanswered = sum(row["enrich_status"] not in ANSWER_STATUSES for row in workspace.output())
+            report.retried += name in in_doubt
+            report.retried_without_doubt += name not in in_doubt
+    report.unanswered = sum(row["enrich_status"] not in ANSWER_STATUSES for row in workspace.read_output())
 
 
 def main() -> None:
@@ -501,11 +503,11 @@ def main() -> None:
         report = run_torture(
             Path(folder), rows=given.rows, kills=given.kills, seed=given.seed, stop_s=given.stop, bulk=given.bulk
         )
-    print(report.table())
-    for name, why in report.anothers.items():
+    print(report.as_markdown())
+    for name, why in report.misassigned_rows.items():
         print(f"{name}: {why}", file=sys.stderr)
     print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
-    sys.exit(0 if report.sound else 1)
+    sys.exit(0 if report.passed else 1)
 
 
 if __name__ == "__main__":

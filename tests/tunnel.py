@@ -51,7 +51,7 @@ class ConnectProxy:
     """A proxy that was started; `heads`: what it was asked for, as it came."""
 
     port: int
-    heads: list[str] = field(default_factory=list)
+    request_heads: list[str] = field(default_factory=list)
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -61,7 +61,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, target: int, tls: ssl.SSLContext | None, refusal: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.tls, self.refusal = target, tls, refusal
-        self.tunnels = ConnectProxy(self.server_address[1])
+        self.proxy = ConnectProxy(self.server_address[1])
 
     def handle_error(self, *_: Any) -> None:
         """Say nothing: the other side may go away at any time."""
@@ -72,26 +72,26 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         if self.server.tls is None:
-            self._lead(self.request)
+            self._tunnel(self.request)
         else:
             with self.server.tls.wrap_socket(self.request, server_side=True) as near:
-                self._lead(near)
+                self._tunnel(near)
 
-    def _lead(self, near: socket.socket) -> None:
+    def _tunnel(self, client: socket.socket) -> None:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            if not (byte := near.recv(1)):
+            if not (byte := client.recv(1)):
                 return
             head += byte
-        self.server.tunnels.heads.append(head.decode("latin-1"))
+        self.server.proxy.request_heads.append(head.decode("latin-1"))
         if self.server.refusal:
-            near.sendall(self.server.refusal)
+            client.sendall(self.server.refusal)
             return
         with socket.create_connection(("127.0.0.1", self.server.target)) as far:
-            near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = Thread(target=_pump, args=(far, near), daemon=True)
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = Thread(target=_pump, args=(far, client), daemon=True)
             back.start()
-            _pump(near, far)
+            _pump(client, far)
             back.join(10)
 
 
@@ -110,7 +110,7 @@ def serve_connect_proxy(target: int, tls: ssl.SSLContext | None = None, refusal:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
-            yield server.tunnels
+            yield server.proxy
         finally:
             server.shutdown()
             thread.join()

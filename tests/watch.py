@@ -31,10 +31,10 @@ class RequestRecorder:
     """A server on loopback that hears everything; `answers` are the next statuses, then 200."""
 
     port: int = 0
-    heard: list[RecordedRequest] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
+    requests: list[RecordedRequest] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
     #: Answers wait for this.
-    may_answer: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
@@ -44,22 +44,22 @@ class RequestRecorder:
     @property
     def paths(self) -> list[str]:
         """What was asked for, in order."""
-        return [heard.path for heard in self.heard]
+        return [heard.path for heard in self.requests]
 
 
 @contextmanager
 def record_requests() -> Iterator[RequestRecorder]:
     """Listen on loopback."""
     recorder = RequestRecorder()
-    recorder.may_answer.set()
+    recorder.release.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             parts = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("content-length", 0))).decode()
-            recorder.heard.append(RecordedRequest(parts.path, parse_qs(parts.query), body))
-            status = recorder.answers.pop(0) if recorder.answers else 200
-            recorder.may_answer.wait(30)
+            recorder.requests.append(RecordedRequest(parts.path, parse_qs(parts.query), body))
+            status = recorder.statuses.pop(0) if recorder.statuses else 200
+            recorder.release.wait(30)
             self.send_response(status)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -79,7 +79,7 @@ def record_requests() -> Iterator[RequestRecorder]:
     try:
         yield recorder
     finally:
-        recorder.may_answer.set()
+        recorder.release.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -101,7 +101,7 @@ def personal_data(workspace: Workspace) -> set[str]:
     with (workspace.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
         cells = [cell for row in list(csv.reader(file))[1:] for cell in row]
     if (workspace.folder / "out.csv").exists():
-        cells += [row["work_email"] for row in workspace.output()]
+        cells += [row["work_email"] for row in workspace.read_output()]
     for cell in cells:
         found |= {cell, *cell.replace("@", " ").replace("/", " ").split()}
     return {word for word in found if len(word) >= MIN_WORD_LENGTH}

@@ -22,7 +22,7 @@ class ConnectionAction(Enum):
     KEEP = "keep"
     CLOSE = "close"
     RESET = "reset"
-    SILENCE = "silence"
+    HANG = "silence"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Reply:
     """What goes back; `later`: bytes that nothing asked for, 30 ms after it."""
 
     data: bytes = b""
-    then: ConnectionAction = ConnectionAction.KEEP
-    later: bytes = b""
+    action: ConnectionAction = ConnectionAction.KEEP
+    stray_bytes: bytes = b""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class RawServer:
     port: int
     requests: list[ReceivedRequest] = field(default_factory=list)
     connections: int = 0
-    ended: list[int] = field(default_factory=list)
-    greeted: Event = field(default_factory=Event)
+    closed_connections: list[int] = field(default_factory=list)
+    greeting_sent: Event = field(default_factory=Event)
 
     @property
     def base_url(self) -> str:
@@ -83,14 +83,14 @@ class _Server(socketserver.ThreadingTCPServer):
         self.answer = answer
         self.greeting = greeting
         self.tls = tls
-        self.over = Event()
-        self.wire = RawServer(self.server_address[1])
+        self.stopping = Event()
+        self.raw_server = RawServer(self.server_address[1])
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
         if self.greeting:
             connection.sendall(self.greeting)
-            self.wire.greeted.set()
+            self.raw_server.greeting_sent.set()
         return (self.tls.wrap_socket(connection, server_side=True) if self.tls else connection), address
 
     def handle_error(self, *_: Any) -> None:
@@ -101,32 +101,32 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        server = self.server.wire
+        server = self.server.raw_server
         server.connections += 1
         number = server.connections
         with suppress(OSError):
             self._serve(server, number)
-        server.ended.append(number)
+        server.closed_connections.append(number)
 
-    def _serve(self, wire: RawServer, number: int) -> None:
-        while head := self._head():
+    def _serve(self, server: RawServer, number: int) -> None:
+        while head := self._read_head():
             seen = ReceivedRequest(number, head, self.rfile.read(_content_length(head)))
-            wire.requests.append(seen)
+            server.requests.append(seen)
             answer = self.server.answer
             reply = answer if isinstance(answer, Reply) else answer(seen)
             self.wfile.write(reply.data)
-            if reply.later:
+            if reply.stray_bytes:
                 time.sleep(0.03)
-                self.wfile.write(reply.later)
-            if reply.then is ConnectionAction.SILENCE:
-                self.server.over.wait(30)
-            if reply.then is ConnectionAction.RESET:
+                self.wfile.write(reply.stray_bytes)
+            if reply.action is ConnectionAction.HANG:
+                self.server.stopping.wait(30)
+            if reply.action is ConnectionAction.RESET:
                 # Lingering for no time at all makes the kernel say RST rather than FIN.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if reply.then is not ConnectionAction.KEEP:
+            if reply.action is not ConnectionAction.KEEP:
                 return
 
-    def _head(self) -> str:
+    def _read_head(self) -> str:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             try:
@@ -151,9 +151,9 @@ def serve_replies(
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
-            yield server.wire
+            yield server.raw_server
         finally:
-            server.over.set()
+            server.stopping.set()
             server.shutdown()
             thread.join()
 

@@ -13,10 +13,10 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
-from enrich.model import MICROS, Answer, State, to_micros
+from enrich.model import MICROS_PER_CREDIT, Answer, State, to_micros
 
 
-class Phase(Enum):
+class TaskPhase(Enum):
     """How far a task is."""
 
     RUNNING = "running"
@@ -27,23 +27,23 @@ class Phase(Enum):
 
 
 #: Status words in lower case; one never seen before counts as still running.
-PHASES = {
-    "completed": Phase.COMPLETED,
-    "success": Phase.COMPLETED,
-    "partially_completed": Phase.COMPLETED,
-    "no_data": Phase.NO_DATA,
-    "failed": Phase.FAILED,
-    "error": Phase.FAILED,
-    "cancelled": Phase.FAILED,
-    "gone": Phase.GONE,
+PHASE_BY_STATUS = {
+    "completed": TaskPhase.COMPLETED,
+    "success": TaskPhase.COMPLETED,
+    "partially_completed": TaskPhase.COMPLETED,
+    "no_data": TaskPhase.NO_DATA,
+    "failed": TaskPhase.FAILED,
+    "error": TaskPhase.FAILED,
+    "cancelled": TaskPhase.FAILED,
+    "gone": TaskPhase.GONE,
 }
 
 #: More credits than this are no price of an answer.
-MOST_CREDITS = 1_000_000 * MICROS
+MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
 #: Further steps are not read.
-MOST_STEPS = 1_000
+MAX_STEPS = 1_000
 #: What tells the wrapper of a result from a flat field called `result`.
-_BESIDE_RESULT = ("steps", "enrichment_data", "result_field")
+_RESULT_WRAPPER_KEYS = ("steps", "enrichment_data", "result_field")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,61 +56,61 @@ class TaskReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
+class ParsedData:
     """The `data` of a task, taken apart. `provider` is None when the answer does not tell."""
 
     fields: Mapping[str, Any]
     provider: str | None
     steps: Sequence[Mapping[str, Any]] = ()
     #: Steps that were not read.
-    more_steps: int = 0
+    unread_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
         """Sum up what the steps cost (millionths; None: not all tell), and tell whether any may have cost something."""
-        costs = [price_of(step.get("cost")) for step in self.steps]
+        costs = [parse_price(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
-        whole = len(known) == len(costs) and not self.more_steps
+        is_complete = len(known) == len(costs) and not self.unread_steps
         total = sum(known)
-        return total if costs and whole and total <= MOST_CREDITS else None, any(known) or not whole
+        return total if costs and is_complete and total <= MAX_ANSWER_CREDITS else None, any(known) or not is_complete
 
 
-def price_of(value: object) -> int | None:
+def parse_price(value: object) -> int | None:
     """Read what an answer cost, in millionths; None when it is not known, or no price."""
     price = to_micros(value)
-    return price if price is not None and price <= MOST_CREDITS else None
+    return price if price is not None and price <= MAX_ANSWER_CREDITS else None
 
 
-def paid_without_data(task: Mapping[str, Any]) -> bool:
+def is_paid_without_data(task: Mapping[str, Any]) -> bool:
     """Tell whether a finished task says that it cost something, and has no data: it may not be complete yet."""
     data = task.get("data")
     empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
-    return empty and bool(price_of(task.get("credits_spent")))
+    return empty and bool(parse_price(task.get("credits_spent")))
 
 
-def phase_of(task: Mapping[str, Any]) -> Phase:
+def task_phase(task: Mapping[str, Any]) -> TaskPhase:
     """Tell how far the task is."""
-    return PHASES.get(str(task.get("status", "")).strip().lower(), Phase.RUNNING)
+    return PHASE_BY_STATUS.get(str(task.get("status", "")).strip().lower(), TaskPhase.RUNNING)
 
 
-def parse_data(data: object) -> Parsed:
+def parse_data(data: object) -> ParsedData:
     """Take apart the `data` of a single run, whatever its shape."""
-    data = _single(data)
-    fields = _fields(data)
+    data = _first_item(data)
+    fields = _unwrap_fields(data)
     if not isinstance(data, Mapping) or fields is data:
-        return Parsed(fields, None)
-    listed = data.get("steps")
-    listed = listed if isinstance(listed, list) else []
-    steps = [step for step in listed[:MOST_STEPS] if isinstance(step, Mapping)]
-    provider = _provider(fields, data.get("enrichment_data"), steps)
-    return Parsed(fields, provider, steps, len(listed[MOST_STEPS:]))
+        return ParsedData(fields, None)
+    listed_steps = data.get("steps")
+    listed_steps = listed_steps if isinstance(listed_steps, list) else []
+    steps = [step for step in listed_steps[:MAX_STEPS] if isinstance(step, Mapping)]
+    provider = _find_provider(fields, data.get("enrichment_data"), steps)
+    return ParsedData(fields, provider, steps, len(listed_steps[MAX_STEPS:]))
 
 
-def fields_of(data: object) -> Mapping[str, Any]:
+def result_fields(data: object) -> Mapping[str, Any]:
     """Find the fields in the `data` of a single run, whatever its shape."""
-    return _fields(_single(data))
+    return _unwrap_fields(_first_item(data))
 
 
-def _single(data: object) -> object:
+def _first_item(data: object) -> object:
     if not isinstance(data, list):
         return data
     for item in data:
@@ -119,34 +119,34 @@ def _single(data: object) -> object:
     return None
 
 
-def _fields(data: object) -> Mapping[str, Any]:
+def _unwrap_fields(data: object) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         return {}
-    if "result" not in data or data.keys().isdisjoint(_BESIDE_RESULT):
+    if "result" not in data or data.keys().isdisjoint(_RESULT_WRAPPER_KEYS):
         return data
     result = data["result"]
-    return result if isinstance(result, dict) else _named(result, data.get("result_field"))
+    return result if isinstance(result, dict) else _name_result(result, data.get("result_field"))
 
 
-def _named(result: object, names: object) -> Mapping[str, Any]:
+def _name_result(result: object, names: object) -> Mapping[str, Any]:
     """Give a bare result the name that `result_field` has for it."""
     name = names[0] if isinstance(names, list) and names else names
     return {name: result} if isinstance(name, str) else {}
 
 
-def _provider(fields: Mapping[str, Any], by_provider: object, steps: list[Mapping[str, Any]]) -> str | None:
+def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: list[Mapping[str, Any]]) -> str | None:
     """Name the provider whose own data holds a value of the result, else the last one that a step credits."""
     values = [value for value in fields.values() if not is_blank(value)]
     if not values:
         return None
-    if isinstance(by_provider, Mapping):
-        for name, data in by_provider.items():
+    if isinstance(provider_data, Mapping):
+        for name, data in provider_data.items():
             own = data.values() if isinstance(data, Mapping) else [data]
             if any(value in values for value in own):
                 return str(name)
-    named = [step for step in steps if not is_blank(step.get("provider"))]
-    with_result = [step for step in named if any(step.get("result") == value for value in values)]
-    last = (with_result or [step for step in named if step.get("is_verified") is True] or named)[-1:]
+    named_steps = [step for step in steps if not is_blank(step.get("provider"))]
+    matching_steps = [step for step in named_steps if any(step.get("result") == value for value in values)]
+    last = (matching_steps or [step for step in named_steps if step.get("is_verified") is True] or named_steps)[-1:]
     return str(last[0]["provider"]) if last else None
 
 
@@ -157,23 +157,23 @@ def is_blank(value: object) -> bool:
     return value is None or value in ([], {}) or (isinstance(value, float) and not isfinite(value))
 
 
-def pick(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON document is anything
+def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON document is anything
     """Follow a dotted path (`person.emails.0`); a name with dots in it wins. None where it leads nowhere."""
     if isinstance(fields, Mapping):
         if path in fields:
             return fields[path]
         head, _, rest = path.partition(".")
-        return pick(fields[head], rest) if rest and head in fields else None
+        return value_at(fields[head], rest) if rest and head in fields else None
     if isinstance(fields, list):
         head, _, rest = path.partition(".")
         if head.isdecimal() and int(head) < len(fields):
-            return pick(fields[int(head)], rest) if rest else fields[int(head)]
+            return value_at(fields[int(head)], rest) if rest else fields[int(head)]
     return None
 
 
 def has_value(fields: Mapping[str, Any], paths: Iterable[str]) -> bool:
     """Tell whether one of the job's columns has a value: then the request is found."""
-    return any(not is_blank(pick(fields, path)) for path in paths)
+    return any(not is_blank(value_at(fields, path)) for path in paths)
 
 
 def error_text(error: object) -> str | None:
@@ -187,25 +187,27 @@ def error_text(error: object) -> str | None:
     return " ".join(text.replace("\0", " ").split())
 
 
-def read_answer(reply: TaskReply, phase: Phase, paths: Iterable[str]) -> Answer:
+def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
     """Judge a task that is no longer running.
 
     `paths` are the job's columns: the request is found when one of them has a value.
     """
     task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
-    spent = price_of(task.get("credits_spent"))
+    spent = parse_price(task.get("credits_spent"))
     steps_cost, any_cost = parsed.steps_cost()
     cost = spent if "credits_spent" in task else steps_cost
-    if parsed.more_steps:
-        note = f"{parsed.more_steps:,} of the steps in the API's answer were not read"
+    if parsed.unread_steps:
+        note = f"{parsed.unread_steps:,} of the steps in the API's answer were not read"
     match phase:
-        case Phase.GONE:
-            return Answer(State.EXPIRED, "the result expired at the API before it was fetched", raw=raw, gone=True)
-        case Phase.FAILED:
-            said = error_text(task.get("error")) or f"the API says: {task.get('status')}"
+        case TaskPhase.GONE:
+            return Answer(
+                State.EXPIRED, "the result expired at the API before it was fetched", raw=raw, result_deleted=True
+            )
+        case TaskPhase.FAILED:
+            message = error_text(task.get("error")) or f"the API says: {task.get('status')}"
             free = spent == 0 and not any_cost
-            return Answer(State.FAILED, said, parsed.provider, cost, raw, free_failure=free)
-        case Phase.COMPLETED | Phase.NO_DATA | Phase.RUNNING:
+            return Answer(State.FAILED, message, parsed.provider, cost, raw, free_failure=free)
+        case TaskPhase.COMPLETED | TaskPhase.NO_DATA | TaskPhase.RUNNING:
             found = has_value(parsed.fields, paths)
             return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)

@@ -10,17 +10,17 @@ BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-api
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
-def named_params(body: object) -> dict[int, str]:
+def wrong_params(body: object) -> dict[int, str]:
     """Name the params of a single run that are complained of, with what is said of each; {}: it names none.
 
     Read are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
     FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
     """
-    said = _told(complaint for _, complaint in _complaints(body))
-    return {0: said} if said else {}
+    message = _format_errors(complaint for _, complaint in _param_errors(body))
+    return {0: message} if message else {}
 
 
-def named_rows(body: object, size: int) -> dict[int, str] | None:
+def wrong_rows(body: object, size: int) -> dict[int, str] | None:
     """Name the rows of a bulk run that are complained of (from 0), with what is said of each.
 
     None: no param is complained of; {}: one is, but nobody can tell of which rows. Read are
@@ -28,46 +28,46 @@ def named_rows(body: object, size: int) -> dict[int, str] | None:
     and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
     """
     if size == 1:
-        return named_params(body) or None
+        return wrong_params(body) or None
     rows: dict[int, list[tuple[str, str]]] = {}
-    for row, complaint in _complaints(body, size):
+    for row, error in _param_errors(body, size):
         if row is None or not 0 <= row < size:
             return {}
-        rows.setdefault(row, []).append(complaint)
-    return {row: _told(complaints) for row, complaints in rows.items()} or None
+        rows.setdefault(row, []).append(error)
+    return {row: _format_errors(errors) for row, errors in rows.items()} or None
 
 
-def words(said: object, between: str = " ") -> str:
+def join_text(text: object, separator: str = " ") -> str:
     """Write a text, or a list of them, as one."""
-    return between.join(map(str, said)) if isinstance(said, list) else str(said)
+    return separator.join(map(str, text)) if isinstance(text, list) else str(text)
 
 
-def _told(complaints: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
-    return "; ".join(f"{name}: {said}" for name, said in dict(complaints).items())
+def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {message}" for name, message in dict(errors).items())
 
 
-def _complaints(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
     """Yield each complaint with the row that it is about; None where it does not say."""
     if not isinstance(body, Mapping):
         return
     detail, rows = body.get("detail"), body.get("rows")
-    yield from ((None, complaint) for complaint in _fields(body.get("fields")))
+    yield from ((None, complaint) for complaint in _field_errors(body.get("fields")))
     if isinstance(detail, list):
-        aligned = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
-        for place, item in enumerate(detail):
+        one_per_row = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
+        for index, item in enumerate(detail):
             if isinstance(item, Mapping) and "loc" in item:
-                yield from _located(item)
+                yield from _fastapi_error(item)
             else:
-                yield from ((place if aligned else None, complaint) for complaint in _fields(item))
+                yield from ((index if one_per_row else None, complaint) for complaint in _field_errors(item))
     else:
-        yield from ((None, complaint) for complaint in _fields(detail))
+        yield from ((None, complaint) for complaint in _field_errors(detail))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
         row = position - 1 if isinstance(position, int) and position is not True else None
-        yield from ((row, complaint) for complaint in _fields(item))
+        yield from ((row, complaint) for complaint in _field_errors(item))
 
 
-def _located(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
+def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
     """Read an error of FastAPI's."""
     loc = item["loc"]
     if isinstance(loc, list) and "params" in loc[:-1]:
@@ -75,10 +75,10 @@ def _located(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str
         yield row if isinstance(row, int) else None, (str(loc[-1]), str(item.get("msg", "refused")))
 
 
-def _fields(item: object) -> Iterator[tuple[str, str]]:
+def _field_errors(item: object) -> Iterator[tuple[str, str]]:
     if not isinstance(item, Mapping):
         return
     fields = item.get("fields")
     if not isinstance(fields, Mapping):
         fields = {name: said for name, said in item.items() if name not in ERROR_KEYS}
-    yield from ((str(name), words(said)) for name, said in fields.items() if name not in BODY_KEYS)
+    yield from ((str(name), join_text(said)) for name, said in fields.items() if name not in BODY_KEYS)

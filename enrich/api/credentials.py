@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from enrich.bounded_read import read_text
-from enrich.errors import JobError, KeyRefused
+from enrich.errors import ApiKeyRejected, JobError
 
 DEFAULT_BASE_URL = "https://api.databar.ai/v1"
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class ApiAccess:
     """Where the API is and the key to it."""
 
     base_url: str
@@ -30,12 +30,12 @@ class Access:
         return host_of(self.base_url)
 
 
-def find_access(environ: Mapping[str, str], home: Path) -> Access:
+def find_access(environ: Mapping[str, str], home: Path) -> ApiAccess:
     """Read `DATABAR_BASE_URL` and the key: `DATABAR_API_KEY`, `DATABAR_API_KEY_FILE`, `~/.databar/config`.
 
     An empty variable counts as missing. Raises JobError (base URL) or KeyRefused (no key).
     """
-    return Access(find_base_url(environ), find_key(environ, home))
+    return ApiAccess(find_base_url(environ), find_key(environ, home))
 
 
 def find_base_url(environ: Mapping[str, str]) -> str:
@@ -83,33 +83,33 @@ def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
 def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
     """Look for the key in the documented places, in their order."""
     if key := environ.get("DATABAR_API_KEY", "").strip():
-        return _checked(key, "DATABAR_API_KEY")
+        return _check_key(key, "DATABAR_API_KEY")
     if name := environ.get("DATABAR_API_KEY_FILE", "").strip():
-        if key := _read(Path(name), "DATABAR_API_KEY_FILE").strip():
-            return _checked(key, f"DATABAR_API_KEY_FILE ({name})")
-        raise KeyRefused(f"{name}: the file that DATABAR_API_KEY_FILE names is empty", "put the key into it")
+        if key := _read_key_file(Path(name), "DATABAR_API_KEY_FILE").strip():
+            return _check_key(key, f"DATABAR_API_KEY_FILE ({name})")
+        raise ApiKeyRejected(f"{name}: the file that DATABAR_API_KEY_FILE names is empty", "put the key into it")
     config = home / ".databar" / "config"
     if os.path.isfile(config):  # noqa: PTH113 - false, too, where this user may not look
-        for line in _read(config, "databar login").splitlines():
+        for line in _read_key_file(config, "databar login").splitlines():
             name, _, value = line.partition("=")
             if name.strip() == "api_key" and value.strip():
-                return _checked(value.strip(), str(config))
-    raise KeyRefused(
+                return _check_key(value.strip(), str(config))
+    raise ApiKeyRejected(
         "no API key: DATABAR_API_KEY, DATABAR_API_KEY_FILE and ~/.databar/config have none",
         "set DATABAR_API_KEY, or try it without a key: --sandbox",
     )
 
 
-def _read(path: Path, named_by: str) -> str:
+def _read_key_file(path: Path, source: str) -> str:
     try:
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise KeyRefused(f"{path}: the key file of {named_by} cannot be read: {reason}") from error
+        raise ApiKeyRejected(f"{path}: the key file of {source} cannot be read: {reason}") from error
 
 
-def _checked(key: str, source: str) -> SecretStr:
+def _check_key(key: str, source: str) -> SecretStr:
     """Refuse what no header can carry, without showing it."""
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise KeyRefused(f"{source}: the key has characters that no key has (line break, blank or accent)")
+        raise ApiKeyRejected(f"{source}: the key has characters that no key has (line break, blank or accent)")
     return SecretStr(key)

@@ -24,7 +24,7 @@ from enrich.errors import JobError
 DEFAULT_PORTS = {"http": 1080, "https": 443}
 _NO_CERTIFICATE = "there is no readable certificate in it (PEM)"
 #: OpenSSL finds a certificate in a folder by a file named for the hash of its subject.
-_HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
+_HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +45,17 @@ def find_proxy(environ: Mapping[str, str], base_url: str) -> Proxy | None:
     host = (target.hostname or "").removesuffix(".")
     if is_loopback(host):
         return None
-    found = _first(environ, f"{target.scheme}_proxy", "all_proxy")
+    found = _first_variable(environ, f"{target.scheme}_proxy", "all_proxy")
     if found is None:
         return None
     port = target.port or (443 if target.scheme == "https" else 80)
-    exempt = _first(environ, "no_proxy")
+    exempt = _first_variable(environ, "no_proxy")
     if exempt is not None and _is_exempt(host, port, exempt[1]):
         return None
     return _parse_proxy(*found)
 
 
-def _first(environ: Mapping[str, str], *names: str) -> tuple[str, str] | None:
+def _first_variable(environ: Mapping[str, str], *names: str) -> tuple[str, str] | None:
     """Return the first of these variables that is not empty, with its name; lower case comes before upper case."""
     for name in names:
         # Behind a web server, a client's header `Proxy:` becomes HTTP_PROXY.
@@ -96,11 +96,11 @@ def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
     return any(
         entry == "*"
         or (only_port in (None, port) and (_in_network(address, entry) if address else _in_domain(host, entry)))
-        for entry, only_port in _entries(no_proxy)
+        for entry, only_port in _parse_no_proxy(no_proxy)
     )
 
 
-def _entries(no_proxy: str) -> Iterator[tuple[str, int | None]]:
+def _parse_no_proxy(no_proxy: str) -> Iterator[tuple[str, int | None]]:
     """Split the list into hosts, domains or networks, each with its port if it names one."""
     for entry in no_proxy.lower().replace(",", " ").split():
         if match := re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+):(\d+)", entry):
@@ -123,7 +123,7 @@ def _in_domain(host: str, entry: str) -> bool:
     return bool(domain) and (host == domain or host.endswith("." + domain))
 
 
-def find_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
+def load_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
     """Trust the certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`; None when neither is set.
 
     Raises JobError, which names variable and path, when no certificate can be read there.
@@ -138,20 +138,20 @@ def find_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=file or None, capath=folders or None)
     except OSError as error:
-        raise _unusable("SSL_CERT_FILE", file, _NO_CERTIFICATE) from error
+        raise _unusable_error("SSL_CERT_FILE", file, _NO_CERTIFICATE) from error
     if file and not context.cert_store_stats()["x509"]:
-        raise _unusable("SSL_CERT_FILE", file, _NO_CERTIFICATE)
+        raise _unusable_error("SSL_CERT_FILE", file, _NO_CERTIFICATE)
     return context
 
 
 def _check_file(path: Path) -> None:
     try:
         if not path.is_file():  # a pipe or a device may never end
-            raise _unusable("SSL_CERT_FILE", path, "not a file" if path.exists() else "no such file")
+            raise _unusable_error("SSL_CERT_FILE", path, "not a file" if path.exists() else "no such file")
         with path.open("rb"):
             pass
     except (OSError, ValueError) as error:
-        raise _unusable("SSL_CERT_FILE", path, getattr(error, "strerror", None) or str(error)) from error
+        raise _unusable_error("SSL_CERT_FILE", path, getattr(error, "strerror", None) or str(error)) from error
 
 
 def _check_folders(folders: str) -> None:
@@ -159,13 +159,13 @@ def _check_folders(folders: str) -> None:
     reasons = []
     for folder in folders.split(os.pathsep):
         try:
-            if any(_HASHED.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - names suffice
+            if any(_HASHED_NAME.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - names suffice
                 return
             reasons.append("there is no certificate in it under its hash (`openssl rehash` makes these names)")
         except (OSError, ValueError) as error:
             reasons.append(getattr(error, "strerror", None) or str(error))
-    raise _unusable("SSL_CERT_DIR", folders, reasons[0])
+    raise _unusable_error("SSL_CERT_DIR", folders, reasons[0])
 
 
-def _unusable(variable: str, path: object, reason: str) -> JobError:
+def _unusable_error(variable: str, path: object, reason: str) -> JobError:
     return JobError(f"{variable}: {path}: {reason}", f"correct the path, or unset {variable}")

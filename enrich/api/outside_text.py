@@ -11,17 +11,17 @@ import re
 
 MASK = "[key]"
 #: Shorter keys would occur in ordinary data.
-SHORTEST_KEY = 6
+MIN_KEY_LENGTH = 6
 
-_BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-_BLANKED = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029"
-_HIDDEN = re.compile(f"[{_BIDI}]")
-_CONTROL = re.compile(f"[{_BLANKED}]")
-_HALF = re.compile("[\ud800-\udfff]")
+_BIDI_RANGES = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_CONTROL_RANGES = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029"
+_HIDDEN = re.compile(f"[{_BIDI_RANGES}]")
+_CONTROL = re.compile(f"[{_CONTROL_RANGES}]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 #: Bytes of JSON that may need cleaning: those characters in UTF-8, other encodings (NUL bytes), and every escape but
 #: line breaks, tabs and those of ordinary letters above ASCII.
-_SUSPECT = re.compile(
+_NEEDS_CLEANING = re.compile(
     rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xd8\x9c|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]"
     rb"|\\(?:[^nrtu]|u(?:00[0-9]|061c|20[026]|d[89a-f]))",
     re.IGNORECASE,
@@ -35,23 +35,23 @@ _NUMBER = re.compile(r"[0-9.eE+-]+")
 
 def clean_json(body: bytes, key: str) -> bytes:
     """Clean JSON as it was received, also where it is broken or nested deeply; only its strings change."""
-    if key.encode() not in body and not _SUSPECT.search(body):
+    if key.encode() not in body and not _NEEDS_CLEANING.search(body):
         return body
-    text = _ESCAPE.sub(_unescaped, body.decode(json.detect_encoding(body), errors="replace"))
+    text = _ESCAPE.sub(_unescape, body.decode(json.detect_encoding(body), errors="replace"))
     text = _CONTROL.sub(" ", _HIDDEN.sub("", text))
-    if len(key) >= SHORTEST_KEY:
-        written = json.dumps(key)[1:-1]
+    if len(key) >= MIN_KEY_LENGTH:
+        escaped_key = json.dumps(key)[1:-1]
         if _NUMBER.fullmatch(key):
-            text = _STRING.sub(lambda string: string[0].replace(written, MASK), text)
+            text = _STRING.sub(lambda string: string[0].replace(escaped_key, MASK), text)
         else:
-            text = text.replace(written, MASK)
+            text = text.replace(escaped_key, MASK)
     return text.encode(errors="replace")
 
 
 def clean_text(text: str, key: str = "") -> str:
     """Clean text of any number of lines."""
-    text = _HALF.sub("?", _CONTROL.sub(" ", _HIDDEN.sub("", text)))
-    return text.replace(key, MASK) if len(key) >= SHORTEST_KEY else text
+    text = _LONE_SURROGATE.sub("?", _CONTROL.sub(" ", _HIDDEN.sub("", text)))
+    return text.replace(key, MASK) if len(key) >= MIN_KEY_LENGTH else text
 
 
 def clean_line(text: str, key: str = "") -> str:
@@ -59,7 +59,7 @@ def clean_line(text: str, key: str = "") -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in clean_text(text, key)).split())
 
 
-def _unescaped(escape: re.Match[str]) -> str:
+def _unescape(escape: re.Match[str]) -> str:
     """Write an escape as the character that it stands for, where that is ASCII or needs cleaning."""
     _, pair, code, letter = escape.groups()
     if pair:

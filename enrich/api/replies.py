@@ -30,101 +30,101 @@ import httpx
 import orjson
 
 from enrich.api.answer import TaskReply
-from enrich.api.complaints import named_params, named_rows, words
+from enrich.api.complaints import join_text, wrong_params, wrong_rows
 from enrich.api.outside_text import clean_json, clean_line, clean_text
 from enrich.errors import (
-    Ambiguous,
+    ApiCallFailed,
     BadParams,
-    CallFailed,
+    InvalidPollResponse,
     JobRejected,
-    NotAccepted,
-    NotBelieved,
     OutOfCredits,
     RateLimited,
+    RequestNotAccepted,
+    SubmissionUnconfirmed,
     TaskUnknown,
     Unauthorized,
 )
-from enrich.model import written
+from enrich.model import to_json_text
 
 #: A longer id is no task id.
-LONGEST_ID = 512
+MAX_ID_LENGTH = 512
 #: Answers that are nested deeper are not read: SQLite's JSON ends at 1,000 levels, Python's at about as many.
-DEEPEST = 200
+MAX_DEPTH = 200
 #: A longer Retry-After is not believed.
-LONGEST_RETRY_AFTER_S = 3600.0
+MAX_RETRY_AFTER_S = 3600.0
 #: So much is kept of an answer that cannot be read.
-UNREADABLE_BYTES = 1 << 20
-NOT_UTF8 = "the API's answer is not valid UTF-8: what could not be read is shown as �"
+MAX_UNREADABLE_BYTES = 1 << 20
+NOT_UTF8_NOTE = "the API's answer is not valid UTF-8: what could not be read is shown as �"
 #: Perhaps a whole number of more than 64 bits: orjson would make a float of it.
 _LONG_NUMBER = re.compile(rb"[1-9][0-9]{18}")
-_SECONDS = re.compile(r"-?[0-9]+(\.[0-9]*)?")
+_SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 
 
-class _Missing(JobRejected):
+class _NotFound(JobRejected):
     """404."""
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
+class JsonBody:
     """A JSON body: its value, the same as JSON text, and whether all of its bytes could be read."""
 
     value: Any
     text: str
-    whole: bool = True
+    is_lossless: bool = True
 
 
-def parsed(response: httpx.Response) -> Parsed:
+def parse_body(response: httpx.Response) -> JsonBody:
     """Clean and parse a body; what is no character (a lone surrogate, wrong UTF-8) is replaced.
 
     Raises ValueError when it is not JSON, or nested too deeply.
     """
     received = response.content
-    body = clean_json(received, _key(response))
+    body = clean_json(received, _api_key(response))
     try:
         if not _LONG_NUMBER.search(body):
-            return _not_too_deep(Parsed(orjson.loads(body), body.decode()))
+            return _check_depth(JsonBody(orjson.loads(body), body.decode()))
     except orjson.JSONDecodeError:
         pass  # broken, or of the things that Python reads and JSON does not have
     try:
         try:
-            value = json.loads(body, parse_constant=_no_number)
+            value = json.loads(body, parse_constant=_constant_as_null)
         except UnicodeDecodeError:
-            value = json.loads(body.decode(errors="replace"), parse_constant=_no_number)
-        text = written(value)
-        had_it = b"\xef\xbf\xbd" in received or b"fffd" in received.lower()
-        return _not_too_deep(Parsed(json.loads(text), text, had_it or "\ufffd" not in text))
+            value = json.loads(body.decode(errors="replace"), parse_constant=_constant_as_null)
+        text = to_json_text(value)
+        had_replacement = b"\xef\xbf\xbd" in received or b"fffd" in received.lower()
+        return _check_depth(JsonBody(json.loads(text), text, had_replacement or "\ufffd" not in text))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def _no_number(_: str) -> None:
+def _constant_as_null(_: str) -> None:
     """Read NaN and Infinity, which JSON does not have, as null."""
 
 
-def _not_too_deep(reply: Parsed) -> Parsed:
-    if reply.text.count("[") + reply.text.count("{") <= DEEPEST:
+def _check_depth(reply: JsonBody) -> JsonBody:
+    if reply.text.count("[") + reply.text.count("{") <= MAX_DEPTH:
         return reply
     level, depth = [reply.value], 0
     while level:
-        if (depth := depth + 1) > DEEPEST:
+        if (depth := depth + 1) > MAX_DEPTH:
             raise ValueError("nested too deeply")
         inner = [item for item in level if isinstance(item, dict | list)]
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
     return reply
 
 
-def _json(response: httpx.Response) -> object:
+def _json_or_none(response: httpx.Response) -> object:
     try:
-        return parsed(response).value
+        return parse_body(response).value
     except ValueError:
         return None
 
 
-def _key(response: httpx.Response) -> str:
+def _api_key(response: httpx.Response) -> str:
     return str(response.request.headers["x-apikey"])
 
 
-def named_ids(body: object) -> list[str]:
+def task_ids(body: object) -> list[str]:
     """List the ids that a body gives its task, `request_id` being the older name."""
     if not isinstance(body, Mapping):
         return []
@@ -136,119 +136,125 @@ def named_ids(body: object) -> list[str]:
     ]
 
 
-def usable_id(response: httpx.Response) -> str | None:
+def usable_task_id(response: httpx.Response) -> str | None:
     """Find the task id in the answer to a POST; None where there is none that can be asked for.
 
     One that would have to be cleaned is none: it could become another's.
     """
     try:
         # Wrong bytes elsewhere in the answer don't make the id unreadable.
-        body = json.loads(response.content.decode(errors="replace"), parse_int=_whole_number)
+        body = json.loads(response.content.decode(errors="replace"), parse_int=_parse_integer)
     except (ValueError, RecursionError):
         return None
-    return next((name for name in named_ids(body) if _is_usable(name, _key(response))), None)
+    return next((name for name in task_ids(body) if _is_usable_id(name, _api_key(response))), None)
 
 
-def _whole_number(digits: str) -> int | str:
+def _parse_integer(digits: str) -> int | str:
     """Read a whole number; Python refuses those of more than 4,300 digits."""
-    return int(digits) if len(digits) < LONGEST_ID else digits
+    return int(digits) if len(digits) < MAX_ID_LENGTH else digits
 
 
-def _is_usable(name: str, key: str) -> bool:
-    dots = not name.strip(".")  # a path of dots leads elsewhere
-    whole = "\ufffd" not in name and clean_text(name, key) == name
-    return len(name) <= LONGEST_ID and name.isprintable() and not dots and whole
+def _is_usable_id(task_id: str, key: str) -> bool:
+    only_dots = not task_id.strip(".")  # a path of dots leads elsewhere
+    is_clean = "\ufffd" not in task_id and clean_text(task_id, key) == task_id
+    return len(task_id) <= MAX_ID_LENGTH and task_id.isprintable() and not only_dots and is_clean
 
 
-def task_reply(response: httpx.Response, task_id: str) -> TaskReply:
+def read_task_reply(response: httpx.Response, task_id: str) -> TaskReply:
     """Judge the answer to a poll of `task_id`; see the top of this file."""
-    fresh = bool(response.extensions["fresh"])
+    new_connection = bool(response.extensions["fresh"])
     if not response.is_success:
-        error = refusal(response)
+        error = response_error(response)
         if isinstance(error, RateLimited):
             raise error
-        if not fresh:
-            raise NotBelieved(error.message, fresh=False)
+        if not new_connection:
+            raise InvalidPollResponse(error.message, new_connection=False)
         if response.status_code == httpx.codes.GONE:
             return TaskReply({"status": "gone"}, '{"status":"gone"}')
-        if isinstance(error, _Missing):
+        if isinstance(error, _NotFound):
             raise TaskUnknown(error.message)
-        raise error if isinstance(error, NotAccepted) else NotAccepted(error.message)
+        raise error if isinstance(error, RequestNotAccepted) else RequestNotAccepted(error.message)
     try:
-        reply = parsed(response)
+        reply = parse_body(response)
     except ValueError as error:
-        start = clean_text(response.content[:UNREADABLE_BYTES].decode(errors="replace"), _key(response))
+        start = clean_text(response.content[:MAX_UNREADABLE_BYTES].decode(errors="replace"), _api_key(response))
         reason = str(error) if "nested" in str(error) else "it is not JSON"
-        raise NotBelieved(f"the API's answer cannot be read: {reason}", start, fresh=fresh) from error
-    named = named_ids(reply.value)
-    if named and task_id not in named:
-        raise NotBelieved("the API answered with another task", reply.text, named[0], fresh=fresh)
-    if not named and not fresh:
-        raise NotBelieved("the API's answer names no task", reply.text, fresh=False)
+        raise InvalidPollResponse(
+            f"the API's answer cannot be read: {reason}", start, new_connection=new_connection
+        ) from error
+    ids = task_ids(reply.value)
+    if ids and task_id not in ids:
+        raise InvalidPollResponse(
+            "the API answered with another task", reply.text, ids[0], new_connection=new_connection
+        )
+    if not ids and not new_connection:
+        raise InvalidPollResponse("the API's answer names no task", reply.text, new_connection=False)
     if not isinstance(reply.value, dict) or "status" not in reply.value:
-        raise NotBelieved("the API's answer is not a task", reply.text, fresh=fresh)
-    return TaskReply(reply.value, reply.text, None if reply.whole else NOT_UTF8)
+        raise InvalidPollResponse("the API's answer is not a task", reply.text, new_connection=new_connection)
+    return TaskReply(reply.value, reply.text, None if reply.is_lossless else NOT_UTF8_NOTE)
 
 
-def refusal(response: httpx.Response, rows: int | None = None) -> CallFailed:
+def response_error(response: httpx.Response, rows: int | None = None) -> ApiCallFailed:
     """Say what an answer other than 200 means; `rows`: how many were sent in bulk."""
     status = response.status_code
-    body = _json(response)
+    body = _json_or_none(response)
     key = response.request.headers["x-apikey"]
-    said = clean_line(f"HTTP {status}: {_detail(body) or response.reason_phrase or 'no reason given'}", key)
+    message = clean_line(f"HTTP {status}: {_error_detail(body) or response.reason_phrase or 'no reason given'}", key)
     if 300 <= status < 400:  # noqa: PLR2004
-        return NotAccepted(f"HTTP {status}: the API redirects the request")
+        return RequestNotAccepted(f"HTTP {status}: the API redirects the request")
     match status:
         case 401 | 403 if body is None and response.content.strip():
-            return NotAccepted(
-                f"{said}, with a page instead of the API's JSON: "
+            return RequestNotAccepted(
+                f"{message}, with a page instead of the API's JSON: "
                 "a firewall, a proxy or the CDN before the API refuses the request, not the API the key"
             )
         case 401 | 403:
-            return Unauthorized(f"the API refuses the key: {said}", "check the key, and that the plan has API access")
+            return Unauthorized(
+                f"the API refuses the key: {message}", "check the key, and that the plan has API access"
+            )
         case 407:
-            return NotAccepted(f"the proxy wants a login: {said}")
+            return RequestNotAccepted(f"the proxy wants a login: {message}")
         case 406:
-            return OutOfCredits(f"the API is out of credits: {said}")
+            return OutOfCredits(f"the API is out of credits: {message}")
         case 429:
-            return RateLimited(said, _retry_after(response))
+            return RateLimited(message, _retry_after(response))
         case 400 | 422:
-            return _complaint(body, rows, said)
+            return _params_error(body, rows, message)
         case 413 if rows is not None:
-            return JobRejected(f"the API refuses this number of rows at once: {said}", "lower `dispatch.bulk`")
+            return JobRejected(f"the API refuses this number of rows at once: {message}", "lower `dispatch.bulk`")
         case 404:
-            return _Missing(said)
+            return _NotFound(message)
         case _:
-            return Ambiguous(said, usable_id(response))
+            return SubmissionUnconfirmed(message, usable_task_id(response))
 
 
-def _complaint(body: object, rows: int | None, said: str) -> BadParams | JobRejected:
-    named = named_params(body) or None if rows is None else named_rows(body, rows)
-    if named is not None:
-        return BadParams({row: clean_line(reason) for row, reason in named.items()}, said)
-    return JobRejected(f"the API refuses the request: {said}")
+def _params_error(body: object, rows: int | None, message: str) -> BadParams | JobRejected:
+    reasons = wrong_params(body) or None if rows is None else wrong_rows(body, rows)
+    if reasons is not None:
+        return BadParams({row: clean_line(reason) for row, reason in reasons.items()}, message)
+    return JobRejected(f"the API refuses the request: {message}")
 
 
 def _retry_after(response: httpx.Response) -> float | None:
     """Read Retry-After (RFC 9110: seconds, or a date, measured against the API's own clock), in seconds."""
     value = response.headers.get("retry-after", "").strip()
-    if _SECONDS.fullmatch(value):
-        return min(max(0.0, float(value)), LONGEST_RETRY_AFTER_S)
+    if _SECONDS_PATTERN.fullmatch(value):
+        return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
     try:
         at = parsedate_to_datetime(value)
         now = parsedate_to_datetime(response.headers["date"])
-        return min(max(0.0, (at - now).total_seconds()), LONGEST_RETRY_AFTER_S)
+        return min(max(0.0, (at - now).total_seconds()), MAX_RETRY_AFTER_S)
     except (LookupError, ValueError, TypeError, ArithmeticError):
         return None
 
 
-def _detail(body: object) -> str:
+def _error_detail(body: object) -> str:
     """Find the API's own words in an error body, without the input that it may echo."""
     detail = body.get("detail") if isinstance(body, Mapping) else None
     if isinstance(detail, str):
         return detail[:200]
     if isinstance(detail, list):
         return "; ".join(
-            f"{words(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
+            f"{join_text(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
         )[:200]
     return json.dumps(detail)[:200] if detail is not None else ""

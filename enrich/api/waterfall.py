@@ -15,35 +15,35 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorH
 from enrich.api.outside_text import clean_line
 
 
-def _word(value: object) -> object:
+def _read_line(value: object) -> object:
     """Read a text as one line, and a number as text."""
     readable = isinstance(value, str | int | float) and not isinstance(value, bool)
     return clean_line(str(value)) if readable else value
 
 
-def _amount(value: object) -> object:
+def _read_credits(value: object) -> object:
     """Read credits; what is no number and no text is not known."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value if isfinite(value) else None
     return clean_line(value) if isinstance(value, str) else None
 
 
-def _workspace(value: object) -> object:
-    return _word(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+def _read_workspace(value: object) -> object:
+    return _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
 
 
-Word = Annotated[str, BeforeValidator(_word)]
-Amount = Annotated[float | str | None, BeforeValidator(_amount)]
+TextLine = Annotated[str, BeforeValidator(_read_line)]
+CreditAmount = Annotated[float | str | None, BeforeValidator(_read_credits)]
 
 
-class _Lenient(BaseModel):
+class _LenientModel(BaseModel):
     """What comes from the API: null is as good as left out, and so is what cannot be read, where it may be."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _readable(cls, data: Any, read: ModelWrapValidatorHandler[_Lenient]) -> _Lenient:  # noqa: ANN401 - JSON
+    def _drop_unreadable(cls, data: Any, read: ModelWrapValidatorHandler[_LenientModel]) -> _LenientModel:  # noqa: ANN401 - JSON
         if not isinstance(data, dict):
             return read(data)
         known = {key: value for key, value in data.items() if value is not None}
@@ -54,12 +54,12 @@ class _Lenient(BaseModel):
             return read({key: value for key, value in known.items() if key not in broken})
 
 
-M = TypeVar("M", bound=_Lenient)
+M = TypeVar("M", bound=_LenientModel)
 
 
-def _each(kind: type[M], listed: object) -> list[M]:
+def _read_list(kind: type[M], values: object) -> list[M]:
     """Read a list, or names with commas between them, without what is broken."""
-    items = listed.split(",") if isinstance(listed, str) else listed if isinstance(listed, list) else []
+    items = values.split(",") if isinstance(values, str) else values if isinstance(values, list) else []
     read = []
     for item in items:
         with suppress(ValidationError):
@@ -67,10 +67,10 @@ def _each(kind: type[M], listed: object) -> list[M]:
     return read
 
 
-class _Named(_Lenient):
+class _NamedModel(_LenientModel):
     """What may be written as its name alone."""
 
-    name: Word
+    name: TextLine
 
     @model_validator(mode="before")
     @classmethod
@@ -78,28 +78,28 @@ class _Named(_Lenient):
         return {"name": data.strip()} if isinstance(data, str) and data.strip() else data
 
 
-class Param(_Named):
+class Param(_NamedModel):
     """An input of a waterfall."""
 
-    type: Word = "text"
+    type: TextLine = "text"
     required: bool = False
 
 
-class Field(_Named):
+class Field(_NamedModel):
     """An output of a waterfall."""
 
-    label: Word | None = None
+    label: TextLine | None = None
 
 
-class Provider(_Lenient):
+class Provider(_LenientModel):
     """A data provider or a verifier with its price in credits (number or text)."""
 
     id: int
-    name: Word = ""
-    price: Amount = None
+    name: TextLine = ""
+    price: CreditAmount = None
     enabled_by_default: bool = True
     #: The inputs that it needs; empty when the API does not tell.
-    params: Annotated[list[str], BeforeValidator(lambda value: [param.name for param in _each(Param, value)])] = []
+    params: Annotated[list[str], BeforeValidator(lambda value: [param.name for param in _read_list(Param, value)])] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -107,21 +107,21 @@ class Provider(_Lenient):
         return {"id": data} if isinstance(data, str | int) and not isinstance(data, bool) else data
 
 
-class Waterfall(_Lenient):
+class Waterfall(_LenientModel):
     """What the API says of a waterfall."""
 
-    identifier: Word
-    name: Word = ""
-    description: Word | None = None
-    input_params: Annotated[list[Param], BeforeValidator(lambda value: _each(Param, value))] = []
-    output_fields: Annotated[list[Field], BeforeValidator(lambda value: _each(Field, value))] = []
-    available_enrichments: Annotated[list[Provider], BeforeValidator(lambda value: _each(Provider, value))] = []
+    identifier: TextLine
+    name: TextLine = ""
+    description: TextLine | None = None
+    input_params: Annotated[list[Param], BeforeValidator(lambda value: _read_list(Param, value))] = []
+    output_fields: Annotated[list[Field], BeforeValidator(lambda value: _read_list(Field, value))] = []
+    available_enrichments: Annotated[list[Provider], BeforeValidator(lambda value: _read_list(Provider, value))] = []
     is_email_verifying: bool = False
-    email_verifiers: Annotated[list[Provider], BeforeValidator(lambda value: _each(Provider, value))] = []
+    email_verifiers: Annotated[list[Provider], BeforeValidator(lambda value: _read_list(Provider, value))] = []
 
 
-class User(_Lenient):
+class User(_LenientModel):
     """Whose key it is; `balance` in credits."""
 
-    balance: Amount = None
-    workspace: Annotated[str, BeforeValidator(_workspace)] | None = None
+    balance: CreditAmount = None
+    workspace: Annotated[str, BeforeValidator(_read_workspace)] | None = None

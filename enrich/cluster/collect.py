@@ -7,47 +7,49 @@ from functools import partial
 
 import polars as pl
 
-from enrich.cluster.blocks import Pass, divided, on_blocks
-from enrich.cluster.presence import Watch
-from enrich.collector import Collector, Counted, output_schema
-from enrich.errors import Refused
-from enrich.place import Place
-from enrich.rows import Rows
+from enrich.cluster.blocks import SharedPass, map_blocks, split_input
+from enrich.cluster.presence import HeartbeatMonitor
+from enrich.collector import Collector, OutputCounts, output_schema
+from enrich.errors import CommandRefused
+from enrich.place import Location
+from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables.dataset import Draft, begin
+from enrich.tables.dataset import DatasetWriter, begin_dataset
 from enrich.tables.manifest import PartFile
 
 
 def collect_on_ray(
-    rows: Rows,
-    taken: Pass,
-    target: Place,
-    watch: Watch,
+    rows: JobInput,
+    shared_pass: SharedPass,
+    target: Location,
+    monitor: HeartbeatMonitor,
     *,
-    tell: Callable[[Counted], None] = lambda _: None,
-) -> Counted:
+    on_progress: Callable[[OutputCounts], None] = lambda _: None,
+) -> OutputCounts:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
     `tell` hears now and then what was written so far. Raises what the watch raises, Refused when the input
     can't be read or the output can't be written, LedgerFailed, ClusterFailed.
     """
-    if not taken.job.model.dedupe:
-        raise Refused(f"the output can't be collected part by part: {rows.undivided()}", "collect it in one process")
-    parts = divided(rows, watch)
-    draft = begin(target, taken.job.name)
+    if not shared_pass.job.model.dedupe:
+        raise CommandRefused(
+            f"the output can't be collected part by part: {rows.why_not_parallel()}", "collect it in one process"
+        )
+    parts = split_input(rows, monitor)
+    draft = begin_dataset(target, shared_pass.job.name)
     try:
         files: list[PartFile] = []
-        total = Counted()
-        collect = partial(_collect, taken, draft)
-        for file, counted in on_blocks(rows, parts, collect, watch):
+        total = OutputCounts()
+        collect = partial(_collect, shared_pass, draft)
+        for file, counted in map_blocks(rows, parts, collect, monitor):
             files.append(file)
             total += counted
-            tell(total)
+            on_progress(total)
         if not files:
-            schema = output_schema(rows, taken.question, indexed=True)
+            schema = output_schema(rows, shared_pass.template, with_index=True)
             files = [draft.write_part(0, schema, [pl.DataFrame(schema=schema)])]
         if sum(file.rows for file in files) != sum(part.rows for part in parts):
-            raise Refused("rows of the output are missing", "start again when the files are complete")
+            raise CommandRefused("rows of the output are missing", "start again when the files are complete")
         draft.finish(files)
     except BaseException:
         draft.discard()
@@ -55,13 +57,13 @@ def collect_on_ray(
     return total
 
 
-def _collect(taken: Pass, draft: Draft, rows: Rows) -> tuple[PartFile, Counted]:
+def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> tuple[PartFile, OutputCounts]:
     """Write the part of a block. Done again it writes the same."""
 
-    def write(ledger: Ledger) -> tuple[PartFile, Counted]:
-        counted = Counted()
-        collector = Collector(ledger, taken.job, taken.question, rows)
-        schema = output_schema(rows, taken.question, indexed=True)
-        return draft.write_part(rows.first, schema, collector.frames(counted, indexed=True)), counted
+    def write(ledger: Ledger) -> tuple[PartFile, OutputCounts]:
+        counted = OutputCounts()
+        collector = Collector(ledger, shared_pass.job, shared_pass.template, rows)
+        schema = output_schema(rows, shared_pass.template, with_index=True)
+        return draft.write_part(rows.first_position, schema, collector.frames(counted, with_index=True)), counted
 
-    return taken.with_ledger(write)
+    return shared_pass.with_ledger(write)

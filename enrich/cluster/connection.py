@@ -19,27 +19,31 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from enrich.errors import ClusterFailed, Exit, Interrupted
-from enrich.signals import CODES, heeded
+from enrich.errors import ClusterFailed, ExitCode, Interrupted
+from enrich.signals import EXIT_CODE_BY_SIGNAL, handled_signals
 
 #: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_ENABLE_AUTO_CONNECT": "0"}
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
 #: So many seconds a cluster that does not answer is asked again.
-PATIENCE_S = 10
+PORT_TIMEOUT_S = 10
 #: Somebody who answers, but not as Ray does, is waited for so long; Ray itself would wait for minutes.
-CONNECT_S = 20.0
+CONNECT_TIMEOUT_S = 20.0
 #: Who is silent is given up by the crew and by the watch over the blocks, not by Ray.
-FOR_EVER_S = 10**8
+NO_TIMEOUT_S = 10**8
 #: So long the end of a connection may take; what was done is in the ledger by then.
-LEAVE_S = 10.0
+DISCONNECT_TIMEOUT_S = 10.0
 #: Ray sets handlers of its own in the middle of its calls: so often ours are set again, in seconds.
-LISTEN_S = 0.02
+SIGNAL_CHECK_S = 0.02
 #: What our signals are to a run, they are not to the Ray that it starts: SIGTERM is what Ray itself ends with.
-DEAF_TO = (signal.SIGINT, signal.SIGHUP)
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[int]:
+def connect_ray(address: str | None) -> Iterator[int]:
     """Be connected to the cluster at an address, or to one of this machine alone; tell how many CPUs it has.
 
     Nothing that Ray says comes to stdout or stderr. A signal is heard when Ray has begun, and is nothing to its end:
@@ -50,32 +54,32 @@ def connected(address: str | None) -> Iterator[int]:
         # Ray prints there what becomes of its workers; the crew tells it in its own words.
         stack.enter_context(redirect_stdout(nowhere))
         # Only the main thread hears signals. The processes that Ray starts end with the thread that started them.
-        thread = ThreadPoolExecutor(1, "ray", signal.pthread_sigmask, (signal.SIG_BLOCK, DEAF_TO))
+        thread = ThreadPoolExecutor(1, "ray", signal.pthread_sigmask, (signal.SIG_BLOCK, BLOCKED_SIGNALS))
         stack.callback(thread.shutdown, wait=False)
-        with _aside(nowhere.fileno()):
+        with _silenced(nowhere.fileno()):
             connecting = thread.submit(_connect, address)
-            heard = _wait(connecting, CONNECT_S if address else inf, signals=2)
+            heard = _wait(connecting, CONNECT_TIMEOUT_S if address else inf, signals=2)
         if connecting.done():
-            stack.callback(lambda: _wait(thread.submit(_disconnect, connecting), LEAVE_S))
+            stack.callback(lambda: _wait(thread.submit(_disconnect, connecting), DISCONNECT_TIMEOUT_S))
         if heard:
             raise Interrupted(heard[0])
         try:
             cpus, _ = connecting.result(timeout=0)
         except Exception as error:  # whatever Ray raises, the run has not begun
-            raise _failed(address, error) from error
+            raise _connection_error(address, error) from error
         yield cpus
 
 
 def _connect(address: str | None) -> tuple[int, Path | None]:
     """Start Ray or connect to it; tell how many CPUs it has, and where the files are of one that was started for us."""
-    for name, value in QUIET.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address is not None:
-        _knock(address)
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PATIENCE_S))
+        _check_port(address)
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PORT_TIMEOUT_S))
         # A minute after the head was lost Ray would end this process from within, without a receipt; and it says much.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(FOR_EVER_S))
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(NO_TIMEOUT_S))
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     logger = logging.getLogger("ray")
@@ -103,20 +107,20 @@ def _disconnect(connecting: Future[tuple[int, Path | None]]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exit]:
+def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[ExitCode]:
     """Wait for the end of a call into Ray, or until so many signals came; tell which came."""
-    heard: list[Exit] = []
+    heard: list[ExitCode] = []
     latest = time.monotonic() + at_most_s
-    handlers = {number: signal.getsignal(number) for number in CODES}
-    listening = heeded()
+    handlers = {number: signal.getsignal(number) for number in EXIT_CODE_BY_SIGNAL}
+    listening = handled_signals()
     try:
         while not call.done() and len(heard) < signals and time.monotonic() < latest:
-            for number in CODES:
+            for number in EXIT_CODE_BY_SIGNAL:
                 if number in listening:
-                    signal.signal(number, lambda number, _: heard.append(CODES[signal.Signals(number)]))
+                    signal.signal(number, lambda number, _: heard.append(EXIT_CODE_BY_SIGNAL[signal.Signals(number)]))
                 else:
                     signal.signal(number, signal.SIG_IGN)
-            wait([call], LISTEN_S)
+            wait([call], SIGNAL_CHECK_S)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -124,7 +128,7 @@ def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exi
 
 
 @contextmanager
-def _aside(nowhere: int) -> Iterator[None]:
+def _silenced(nowhere: int) -> Iterator[None]:
     """Start processes that write files of our own (0600), and say nothing on stderr."""
     sys.stderr.flush()
     stderr, umask = os.dup(2), os.umask(0o077)
@@ -137,10 +141,10 @@ def _aside(nowhere: int) -> Iterator[None]:
         os.umask(umask)
 
 
-def _knock(address: str) -> None:
+def _check_port(address: str) -> None:
     """Raise OSError when nobody is there: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S):
+    with socket.create_connection((host.strip("[]"), int(port)), PORT_TIMEOUT_S):
         pass
 
 
@@ -153,7 +157,7 @@ def _has_token() -> bool:
     return False
 
 
-def _failed(address: str | None, error: Exception) -> ClusterFailed:
+def _connection_error(address: str | None, error: Exception) -> ClusterFailed:
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     said = said or ("it does not answer" if isinstance(error, TimeoutError) else type(error).__name__)
     if address is None:

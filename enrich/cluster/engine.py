@@ -7,55 +7,70 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from enrich.cluster.actors import Remote, start_actor
-from enrich.cluster.blocks import Pass
+from enrich.cluster.actors import ActorHandle, start_actor
+from enrich.cluster.blocks import SharedPass
 from enrich.cluster.collect import collect_on_ray
 from enrich.cluster.enroll import enroll_on_ray
-from enrich.cluster.presence import Presence, Watch, new_ear
-from enrich.collector import Counted
-from enrich.engine import Boss, Enrolled, Hand
+from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
+from enrich.collector import OutputCounts
+from enrich.engine import ClusterCallbacks, EnrollCounts, WorkerHandle
 from enrich.job import Job
-from enrich.model import Wish
-from enrich.place import Place, Postgres
-from enrich.question import Question
-from enrich.rows import Rows
-from enrich.store.dialect import OUTAGE_S
+from enrich.model import RequestSelection
+from enrich.place import Location, PostgresLocation
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
+from enrich.store.dialect import OUTAGE_TIMEOUT_S
 from enrich.store.ledger import Ledger
-from enrich.store.postgres import Fence
-from enrich.worker import Errand
+from enrich.store.postgres import FencingToken
+from enrich.worker import WorkerTask
 
 
 @dataclass(frozen=True, slots=True)
-class Ray:
+class RayCluster:
     """A cluster that we are connected to; see `enrich.engine.Engine`."""
 
-    ledger: Postgres
+    ledger: PostgresLocation
     workers: int
     #: The lease of the process that leads the execution; a block that comes after its end changes nothing.
-    owner: int | None = None
-    ear: Any = field(default_factory=new_ear)
+    owner_id: int | None = None
+    heartbeat_counter: Any = field(default_factory=new_heartbeat_counter)
 
-    def hire(self, errand: Errand, heard: Callable[[Hand], None]) -> Hand:
+    def start_worker(self, worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
         """Start a worker."""
-        return Remote(start_actor(), errand, heard)
+        return ActorHandle(start_actor(), worker_task, on_status)
 
-    def led_by(self, owner: int) -> Ray:
+    def for_leader(self, owner_id: int) -> RayCluster:
         """Do the same for an execution, until the lease of the process that leads it ends."""
-        return replace(self, owner=owner)
+        return replace(self, owner_id=owner_id)
 
-    def enroll(self, job: Job, rows: Rows, question: Question, wish: Wish, boss: Boss) -> Enrolled:
+    def enroll(
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        callbacks: ClusterCallbacks,
+    ) -> EnrollCounts:
         """Enroll all rows in a pass that was begun."""
-        return enroll_on_ray(rows, self._pass(job, question, wish), self._watch(boss))
+        return enroll_on_ray(job_input, self._shared_pass(job, template, selection), self._monitor(callbacks))
 
     def collect(  # noqa: PLR0913, PLR0917 - all of them travel
-        self, job: Job, rows: Rows, question: Question, wish: Wish, target: Place, boss: Boss
-    ) -> Counted:
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        target: Location,
+        callbacks: ClusterCallbacks,
+    ) -> OutputCounts:
         """Write the output, a dataset."""
-        return collect_on_ray(rows, self._pass(job, question, wish), target, self._watch(boss))
+        return collect_on_ray(job_input, self._shared_pass(job, template, selection), target, self._monitor(callbacks))
 
-    def _watch(self, boss: Boss) -> Watch:
-        return Watch(Presence(self.ear), boss)
+    def _monitor(self, callbacks: ClusterCallbacks) -> HeartbeatMonitor:
+        return HeartbeatMonitor(Heartbeats(self.heartbeat_counter), callbacks)
 
-    def _pass(self, job: Job, question: Question, wish: Wish) -> Pass:
-        fence = None if self.owner is None else Fence(self.owner, self.ledger.lease_s)
-        return Pass(job, question, wish, partial(Ledger, self.ledger, fence=fence, patience_s=OUTAGE_S))
+    def _shared_pass(self, job: Job, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
+        fence = None if self.owner_id is None else FencingToken(self.owner_id, self.ledger.lease_s)
+        return SharedPass(
+            job, template, selection, partial(Ledger, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S)
+        )

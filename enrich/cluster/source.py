@@ -13,21 +13,21 @@ import polars as pl
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from enrich.cluster.presence import Presence
+from enrich.cluster.presence import Heartbeats
 from enrich.errors import EnrichError
-from enrich.place import Url
-from enrich.tables.copies import Copies
-from enrich.tables.parts import ROWS, Part, Stretch
-from enrich.tables.reading import Shape
+from enrich.place import ObjectUrl
+from enrich.tables.copies import LocalCopies
+from enrich.tables.parts import ROWS_PER_PART, InputPart, PartReader
+from enrich.tables.reading import InputSchema
 
 #: The column of a block that has the places of its rows in the input.
-PLACE = "enrich:place"
+POSITION_COLUMN = "enrich:place"
 #: A failure travels as the only row of such a column: raised, Ray would write it and more into its logs.
-FAILED = "enrich:failed"
+ERROR_COLUMN = "enrich:failed"
 #: Small files are read together up to so many rows; an object, which is fetched as a whole, is read on up to so many.
 ROWS_OF_AN_OBJECT = 1_000_000
 
-Errand = tuple[Part, ...]
+ReadGroup = tuple[InputPart, ...]
 #: Arrow knows them not, or not as they are; as text they come through.
 _AS_TEXT = (pl.Categorical, pl.Enum, pl.Int128, pl.UInt128)
 #: As a block is; Ray has no types that hold.
@@ -37,9 +37,9 @@ ArrowTable = Any
 class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
     """The parts of an input."""
 
-    def __init__(self, parts: Iterable[Part], shape: Shape, presence: Presence) -> None:
+    def __init__(self, parts: Iterable[InputPart], shape: InputSchema, presence: Heartbeats) -> None:
         super().__init__()
-        self.errands = errands(parts)
+        self.groups = group_parts(parts)
         self._shape = shape
         self._presence = presence
 
@@ -55,22 +55,22 @@ class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
         """Make a task for each errand."""
         return [
             ReadTask(
-                partial(read, errand, self._shape, self._presence),
+                partial(read_group, errand, self._shape, self._presence),
                 BlockMetadata(
                     num_rows=sum(part.rows for part in errand), size_bytes=None, input_files=None, exec_stats=None
                 ),
             )
-            for errand in self.errands
+            for errand in self.groups
         ]
 
 
-def errands(parts: Iterable[Part]) -> list[Errand]:
+def group_parts(parts: Iterable[InputPart]) -> list[ReadGroup]:
     """Put parts together that one task reads, one after the other."""
-    found: list[list[Part]] = []
+    found: list[list[InputPart]] = []
     rows = 0
     for part in parts:
-        same = bool(found) and isinstance(part.leaf.where, Url) and part.leaf == found[-1][-1].leaf
-        if found and rows + part.rows <= (ROWS_OF_AN_OBJECT if same else ROWS):
+        same = bool(found) and isinstance(part.file.location, ObjectUrl) and part.file == found[-1][-1].file
+        if found and rows + part.rows <= (ROWS_OF_AN_OBJECT if same else ROWS_PER_PART):
             found[-1].append(part)
             rows += part.rows
         else:
@@ -79,18 +79,18 @@ def errands(parts: Iterable[Part]) -> list[Errand]:
     return [tuple(each) for each in found]
 
 
-def read(errand: Errand, shape: Shape, presence: Presence) -> Iterator[ArrowTable]:
+def read_group(group: ReadGroup, shape: InputSchema, presence: Heartbeats) -> Iterator[ArrowTable]:
     """Read parts as blocks; what goes wrong is the last of them."""
-    copies = Copies()
+    copies = LocalCopies()
     try:
-        with presence.at_work(on=f"{errand[0].leaf} from row {errand[0].start + 1:,} on"):
-            for part in errand:
-                first = part.first
-                for frame in Stretch(part, shape, copies).batches():
+        with presence.sending(on=f"{group[0].file} from row {group[0].start_row + 1:,} on"):
+            for part in group:
+                first = part.first_position
+                for frame in PartReader(part, shape, copies).batches():
                     yield to_block(first, frame)
                     first += frame.height
     except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
-        yield failure(error)
+        yield error_block(error)
 
 
 def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
@@ -98,17 +98,17 @@ def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
     columns = [
         column.cast(pl.String) if isinstance(column.dtype, _AS_TEXT) else column for column in frame.get_columns()
     ]
-    places = pl.int_range(first, first + frame.height, eager=True).alias(PLACE)
+    places = pl.int_range(first, first + frame.height, eager=True).alias(POSITION_COLUMN)
     return pl.DataFrame([places, *columns]).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 def from_block(block: ArrowTable, schema: Mapping[str, pl.DataType]) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yield stretches of rows that follow one another, each with the place of its first. Raises what went wrong."""
-    if FAILED in block.column_names:
-        packed = next(cell for cell in block.column(FAILED).to_pylist() if cell is not None)
+    if ERROR_COLUMN in block.column_names:
+        packed = next(cell for cell in block.column(ERROR_COLUMN).to_pylist() if cell is not None)
         raise pickle.loads(packed)  # noqa: S301 - of our own making
     frame = pl.DataFrame(pl.from_arrow(block))
-    places = frame.get_column(PLACE)
+    places = frame.get_column(POSITION_COLUMN)
     begins = [0, *((places.diff() != 1).fill_null(value=False)).arg_true().to_list()]
     whole = pl.DataFrame([frame.get_column(name).cast(kind) for name, kind in schema.items()])
     for begin, end in zip(begins, [*begins[1:], len(places)], strict=True):
@@ -116,17 +116,17 @@ def from_block(block: ArrowTable, schema: Mapping[str, pl.DataType]) -> Iterator
             yield int(places[begin]), whole[begin:end]
 
 
-def failure(error: Exception) -> ArrowTable:
+def error_block(error: Exception) -> ArrowTable:
     """Write down what went wrong."""
-    return one_cell(FAILED, told(error))
+    return single_cell_block(ERROR_COLUMN, as_enrich_error(error))
 
 
-def one_cell(name: str, value: object) -> ArrowTable:
+def single_cell_block(name: str, value: object) -> ArrowTable:
     """Make a block of a single cell, which holds any value."""
     return pl.DataFrame({name: [pickle.dumps(value)]}).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def told(error: Exception) -> EnrichError:
+def as_enrich_error(error: Exception) -> EnrichError:
     """Tell a failure that nobody foresaw by its place alone: its words may hold cells."""
     if isinstance(error, EnrichError):
         return error

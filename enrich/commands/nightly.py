@@ -22,32 +22,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 #: What the unit and the line take over from the present shell.
-TAKEN_OVER = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
+INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 
 
-def _read_by(read: Callable[[str], T], value: str) -> T:
+def _parse_option(parse: Callable[[str], T], value: str) -> T:
     try:
-        return read(value)
+        return parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
 
-def _at(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    from enrich.nights.schedule import parse_at
+def _time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    from enrich.nights.schedule import parse_time_of_day
 
-    return _read_by(parse_at, value)
+    return _parse_option(parse_time_of_day, value)
 
 
-def _days(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     from enrich.nights.schedule import parse_days
 
-    return () if value is None else _read_by(parse_days, value)
+    return () if value is None else _parse_option(parse_days, value)
 
 
 @click.command(short_help="Print the crontab line and the systemd units for JOB.")
 @options.JOB_ARGUMENT
-@click.option("--at", default="02:00", show_default=True, callback=_at, metavar="HH:MM", help="When, in local time.")
-@click.option("--days", callback=_days, metavar="mon-fri", help="On these days; default: every day.")
+@click.option(
+    "--at", default="02:00", show_default=True, callback=_time_option, metavar="HH:MM", help="When, in local time."
+)
+@click.option("--days", callback=_days_option, metavar="mon-fri", help="On these days; default: every day.")
 @click.option("--max-time", default="5h", show_default=True, metavar="5h", help="Stop a run after this time.")
 @click.option("--user", help="Who runs it; default: you.")
 @click.option("--key-file", type=options.FILE, help="Where the key lies; default: DATABAR_API_KEY_FILE.")
@@ -71,41 +73,46 @@ def cron(
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
     from enrich.fields import parse_duration
     from enrich.nights import machine, schedule
-    from enrich.setup.places import existing, written
+    from enrich.setup.places import files_written, nearest_existing
 
-    _read_by(parse_duration, max_time)
-    job = options.load(job_file, None, None, None, use_sandbox=False)
+    _parse_option(parse_duration, max_time)
+    job = options.load_job_file(job_file, None, None, None, use_sandbox=False)
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
-    key = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
-    night = schedule.Night(*at, days)
-    folders = {existing(path.parent) for path in (*written(job, datetime.now().astimezone()).values(), log)}
-    plan = schedule.Plan(
+    key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
+    run_schedule = schedule.Schedule(*at, days)
+    folders = {
+        nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
+    }
+    plan = schedule.ScheduledJob(
         name=job.name,
-        command=machine.executable(),
+        command=machine.enrich_command(),
         job=job_file.absolute(),
         log=log,
-        key_file=key.absolute(),
+        key_file=key_path.absolute(),
         user=user or pwd.getpwuid(os.getuid()).pw_name,
-        night=night,
+        schedule=run_schedule,
         max_time=max_time.replace(" ", ""),
-        writes=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
-        environ={name: os.environ[name] for name in TAKEN_OVER if os.environ.get(name)},
+        writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
+        environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
     )
-    units = {f"{plan.unit}.service": schedule.service(plan), f"{plan.unit}.timer": schedule.timer(plan)}
+    units = {
+        f"{plan.unit_name}.service": schedule.systemd_service(plan),
+        f"{plan.unit_name}.timer": schedule.systemd_timer(plan),
+    }
     if output_dir is not None:
-        _write(output_dir, units, force=force)
+        _write_units(output_dir, units, force=force)
     if only != "systemd" and not (output_dir and only is None):
-        click.echo(schedule.crontab(plan), nl=False)
+        click.echo(schedule.crontab_text(plan), nl=False)
     if only != "crontab" and output_dir is None:
         for name, text in units.items():
             click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)
 
 
-def _write(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    from enrich.setup.init import save
+def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
+    from enrich.setup.init import write_new_file
 
     for name, text in units.items():
-        save(text, folder / name, force=force)
+        write_new_file(text, folder / name, force=force)
         click.echo(f"{folder / name} is written", err=True)
 
 
@@ -113,10 +120,12 @@ def _write(folder: Path, units: dict[str, str], *, force: bool) -> None:
 @options.JOB_ARGUMENT
 @click.option("--env", "given", multiple=True, metavar="NAME=VALUE", help="A variable that the crontab sets.")
 @click.option("--env-file", type=click.File(encoding="utf-8"), help="A file of such variables, one a line.")
-@click.option("--at", default="02:00", show_default=True, callback=_at, metavar="HH:MM", help="When the job runs next.")
+@click.option(
+    "--at", default="02:00", show_default=True, callback=_time_option, metavar="HH:MM", help="When the job runs next."
+)
 @click.option("--offline", is_flag=True, help="Do not ask the API.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look at the sandbox's ledger, and ask the sandbox.")
-@options.AS_JSON
+@options.JSON_OPTION
 def doctor(
     job_file: Path,
     given: tuple[str, ...],
@@ -132,35 +141,35 @@ def doctor(
     when nothing fails, else the exit code that the run would have.
     """
     from enrich.nights import doctor as practice
-    from enrich.nights.outlook import failed, next_night
+    from enrich.nights.outlook import error_finding, next_run_time
 
-    environ = _cron_environ(given, env_file)
+    environ = _make_cron_environ(given, env_file)
     now = datetime.now().astimezone()
     findings: list[Finding] = []
     with ExitStack() as stack:
-        shell = stack.enter_context(_as_cron(environ))
-        access = stack.enter_context(options.access(None, use_sandbox=True)) if use_sandbox else None
-        visit = practice.Visit(environ, shell, now, next_night(now, *at), offline, access)
+        shell = stack.enter_context(_cron_environment(environ))
+        access = stack.enter_context(options.open_access(None, use_sandbox=True)) if use_sandbox else None
+        context = practice.DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         try:
-            job = options.load(job_file, None, None, None, use_sandbox)
+            job = options.load_job_file(job_file, None, None, None, use_sandbox)
         except EnrichError as error:
-            findings = [failed("job", error), *practice.environment(visit)]
+            findings = [error_finding("job", error), *practice.environment_findings(context)]
         else:
-            findings = list(practice.examine(job, visit))
+            findings = list(practice.job_findings(job, context))
     if as_json:
-        click.echo(json.dumps(practice.as_json(str(job_file), findings), ensure_ascii=False))
+        click.echo(json.dumps(practice.findings_as_json(str(job_file), findings), ensure_ascii=False))
     else:
         click.echo("\n".join(map(str, findings)))
-    return practice.exit_code(findings)
+    return practice.findings_exit_code(findings)
 
 
-def _cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
+def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
     """Make the environment that cron will give: next to nothing, and what the crontab sets."""
-    from enrich.nights.machine import read_environ
+    from enrich.nights.machine import parse_env_lines
 
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:
-        environ |= _read_by(lambda _: read_environ(env_file), "")
+        environ |= _parse_option(lambda _: parse_env_lines(env_file), "")
     for pair in given:
         name, equals, value = pair.partition("=")
         if not (name and equals):
@@ -170,7 +179,7 @@ def _cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, 
 
 
 @contextmanager
-def _as_cron(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
     """Live in cron's environment; yield the shell's."""
     shell = dict(os.environ)
     os.environ.clear()

@@ -14,18 +14,18 @@ import click
 from enrich.errors import JobError
 
 if TYPE_CHECKING:
-    from enrich.api.credentials import Access
+    from enrich.api.credentials import ApiAccess
     from enrich.job import Job
-    from enrich.place import LedgerPlace
+    from enrich.place import LedgerLocation
 
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
 #: The key of the command's ledger in the context's `meta`.
-LEDGER_OF_COMMAND = "enrich.ledger"
+LEDGER_META_KEY = "enrich.ledger"
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Read a duration option."""
     if value is None:
         return None
@@ -37,7 +37,7 @@ def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float |
         raise click.BadParameter(str(error)) from error
 
 
-def states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
+def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
     """Read `failed,expired,in_doubt`."""
     names = [name.strip() for name in (value or "").split(",") if name.strip()]
     for name in names:
@@ -46,11 +46,11 @@ def states(_: click.Context, __: click.Parameter, value: str | None) -> frozense
     return frozenset(names)
 
 
-def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tuple[bool, float]:
+def parse_lock_wait(context: click.Context, option: click.Parameter, value: str) -> tuple[bool, float]:
     """Read --if-locked: whether to skip, and how long to wait in seconds (-1: as long as it takes)."""
     word, _equals, duration = value.partition("=")
     if word == "wait":
-        at_most = seconds(context, option, duration or None)
+        at_most = parse_seconds(context, option, duration or None)
         return False, -1 if at_most is None else at_most
     if duration or word not in ("fail", "skip"):
         raise click.BadParameter("must be fail, skip, wait or wait=10m")
@@ -58,17 +58,19 @@ def lock_wait(context: click.Context, option: click.Parameter, value: str) -> tu
 
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-INPUT = click.option("--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead.")
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+INPUT_OPTION = click.option(
+    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
+)
 
 
 def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make `--ledger`; what may hold a password is refused before anybody writes down how we were called."""
     text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
-    return click.option("--ledger", *names, callback=_ledger, metavar="FILE", help=text)
+    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
 
 
-def _ledger(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
         from enrich.place import check_no_password
 
@@ -79,41 +81,41 @@ def _ledger(_: click.Context, __: click.Parameter, value: str | None) -> str | N
     return value
 
 
-LEDGER = ledger_option(what="Look into")
-PATHS = (
-    INPUT,
+LEDGER_OPTION = ledger_option(what="Look into")
+PATH_OPTIONS = (
+    INPUT_OPTION,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
     ledger_option(what="Use"),
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
 )
 
 
-def paths(command: Callable[..., Any]) -> Callable[..., Any]:
+def path_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that say where its files are."""
-    for option in reversed(PATHS):
+    for option in reversed(PATH_OPTIONS):
         command = option(command)
     return command
 
 
-CHOOSING = (
+SELECTION_OPTIONS = (
     click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending."),
     click.option("--sample", type=click.IntRange(min=1), help="Ask only N new requests, spread over the whole file."),
     click.option("--seed", type=int, default=0, show_default=True, help="Which sample; equal seeds choose equal rows."),
     click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in one run."),
     click.option(
-        "--retry", callback=states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
+        "--retry", callback=parse_states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
     ),
 )
 
 
-def choosing(command: Callable[..., Any]) -> Callable[..., Any]:
+def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that say what is asked."""
-    for option in reversed(CHOOSING):
+    for option in reversed(SELECTION_OPTIONS):
         command = option(command)
     return command
 
 
-def load(
+def load_job_file(
     job_file: Path,
     input_path: str | None,
     output: str | None,
@@ -128,20 +130,20 @@ def load(
         job_file,
         Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
     )
-    note_ledger(job.ledger)
+    record_ledger(job.ledger)
     return job
 
 
-def note_ledger(ledger: LedgerPlace) -> None:
+def record_ledger(ledger: LedgerLocation) -> None:
     """Note which ledger a command uses: an error that was not foreseen may come from damage in it."""
     if (context := click.get_current_context(silent=True)) is not None:
-        context.meta[LEDGER_OF_COMMAND] = ledger
+        context.meta[LEDGER_META_KEY] = ledger
 
 
 @contextmanager
-def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
+def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
     """Find the key and the API's address, or start the sandbox."""
-    from enrich.api.credentials import Access, find_access
+    from enrich.api.credentials import ApiAccess, find_access
 
     if not use_sandbox:
         # expanduser leaves the ~ where nobody knows a home; then there is no such file.
@@ -149,10 +151,10 @@ def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
         return
     from pydantic import SecretStr
 
-    from enrich.place import beside
+    from enrich.place import path_beside_ledger
 
     try:
-        from enrich.sandbox.server import embedded
+        from enrich.sandbox.server import serve_in_thread
     except ModuleNotFoundError as error:
         raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
     with ExitStack() as stack:
@@ -161,13 +163,17 @@ def access(job: Job | None, *, use_sandbox: bool) -> Iterator[Access]:
 
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
-            state = job.ledger.with_suffix(".api.db") if isinstance(job.ledger, Path) else beside(job.ledger, ".api.db")
+            state = (
+                job.ledger.with_suffix(".api.db")
+                if isinstance(job.ledger, Path)
+                else path_beside_ledger(job.ledger, ".api.db")
+            )
             state.parent.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(embedded(state))
-        yield Access(server.base_url, SecretStr(server.api_key))
+        server = stack.enter_context(serve_in_thread(state))
+        yield ApiAccess(server.base_url, SecretStr(server.api_key))
 
 
-def painter() -> Callable[[str, str], str]:
+def make_styler() -> Callable[[str, str], str]:
     """Colours what is written to stderr where a person sees colours (https://no-color.org)."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return lambda text, _: text

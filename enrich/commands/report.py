@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
-from enrich.commands.witnessed import target_of
+from enrich.commands.witnessed import make_job_arguments
 
 if TYPE_CHECKING:
     from enrich.job import Job
     from enrich.report.facts import Comparison, Report
-    from enrich.watch.outcome import Target
+    from enrich.watch.outcome import JobArguments
 
 
 @click.command(short_help="Write the report of JOB: one HTML page.")
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 @click.option("--compare", metavar="EXECUTION|JOB", help="Hold the newest execution, or the job, against another.")
 @click.option("--with-rows", is_flag=True, help="Show the leads, too: personal data.")
 @click.option("--input", "input_path", metavar="FILE", help="Read this file or URL instead.")
-@options.LEDGER
+@options.LEDGER_OPTION
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
-@options.AS_JSON
+@options.JSON_OPTION
 def report(
     job_file: Path,
     page: Path | None,
@@ -44,65 +44,67 @@ def report(
     """
     from dataclasses import replace
 
-    from enrich.report.file import usual_place, write
-    from enrich.report.gather import gather
+    from enrich.report.file import default_report_path, write_report
+    from enrich.report.gather import build_report
 
     to_stdout = page == Path("-")
     if to_stdout and as_json:
         raise click.UsageError("--json and -o - would both write to stdout: choose one")
-    job = options.load(job_file, input_path, None, ledger, use_sandbox)
+    job = options.load_job_file(job_file, input_path, None, ledger, use_sandbox)
     now = datetime.now().astimezone()
-    place = None if to_stdout or (as_json and page is None) else page.absolute() if page else usual_place(job, now)
-    if place is not None or to_stdout:
-        _need_extra()
-    target = target_of(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
+    path = (
+        None if to_stdout or (as_json and page is None) else page.absolute() if page else default_report_path(job, now)
+    )
+    if path is not None or to_stdout:
+        _require_extra()
+    job_arguments = make_job_arguments(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
     # Whom it can't be compared with is said before all is read.
-    comparison = None if compare is None else _compared(job, compare, use_sandbox=use_sandbox)
-    told = replace(gather(job, target, now, with_rows=with_rows), comparison=comparison)
+    comparison = None if compare is None else _compare(job, compare, use_sandbox=use_sandbox)
+    data = replace(build_report(job, job_arguments, now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
-        click.echo(_page(told))
-    elif place is not None:
-        write(place, _page(told), job, now)
+        click.echo(_render_page(data))
+    elif path is not None:
+        write_report(path, _render_page(data), job, now)
         if sys.stderr.isatty():
-            click.echo(f"the report is in {place}", err=True)
+            click.echo(f"the report is in {path}", err=True)
     if as_json:
-        click.echo(json.dumps(told.as_json(), ensure_ascii=False))
+        click.echo(json.dumps(data.as_json(), ensure_ascii=False))
 
 
-def _compared(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
+def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
     from enrich.report.compare import compare_executions, compare_jobs
 
     if other.isdecimal():
         return compare_executions(job, int(other))
-    return compare_jobs(job, options.load(Path(other), None, None, None, use_sandbox))
+    return compare_jobs(job, options.load_job_file(Path(other), None, None, None, use_sandbox))
 
 
-def _need_extra() -> None:
+def _require_extra() -> None:
     from enrich.errors import JobError
-    from enrich.report.file import EXTRA, lacks_extra
+    from enrich.report.file import INSTALL_HINT, is_extra_missing
 
-    if lacks_extra():
-        raise JobError("the report needs its extra", EXTRA)
-
-
-def _page(told: Report) -> str:
-    from enrich.report.page import render
-
-    return render(told)
+    if is_extra_missing():
+        raise JobError("the report needs its extra", INSTALL_HINT)
 
 
-def leave_report(job: Job, target: Target) -> str | None:
+def _render_page(data: Report) -> str:
+    from enrich.report.page import render_report
+
+    return render_report(data)
+
+
+def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
     """Write the report that the job wants of every run; return what went wrong. Nothing that happens breaks the run."""
     from enrich.errors import EnrichError, Interrupted
-    from enrich.report.file import write
-    from enrich.report.gather import gather
+    from enrich.report.file import write_report
+    from enrich.report.gather import build_report
 
     try:
         now = datetime.now().astimezone()
-        place = job.report_path(now)
-        if place is not None:
-            _need_extra()
-            write(place, _page(gather(job, target, now)), job, now)
+        path = job.report_path(now)
+        if path is not None:
+            _require_extra()
+            write_report(path, _render_page(build_report(job, job_arguments, now)), job, now)
     except (KeyboardInterrupt, Interrupted):
         return "the report was not written: interrupted"
     except EnrichError as error:

@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
-from enrich.commands.engines import carrying, spread_of, working
-from enrich.commands.report import leave_report
-from enrich.commands.witnessed import target_of, witnessed
-from enrich.errors import Exit, LedgerLocked
+from enrich.commands.engines import engine_options, make_cluster_options, open_engine
+from enrich.commands.report import write_run_report
+from enrich.commands.witnessed import make_job_arguments, with_observers
+from enrich.errors import ExitCode, LedgerLocked
 
 if TYPE_CHECKING:
     from enrich.job import Job
-    from enrich.receipt import Receipt
-    from enrich.surroundings import Options
-    from enrich.watch.outcome import Target
-    from enrich.watch.witnesses import Witnesses
+    from enrich.receipt import RunSummary
+    from enrich.surroundings import RunOptions
+    from enrich.watch.outcome import JobArguments
+    from enrich.watch.witnesses import RunObservers
 
 
 @click.command()
 @options.JOB_ARGUMENT
-@options.paths
-@options.choosing
+@options.path_options
+@options.selection_options
 @click.option("--plan", "plan_file", type=options.FILE, help="Keep to a plan that `enrich plan -o` wrote.")
 @click.option(
-    "--max-time", callback=options.seconds, metavar="5h", help="Stop after this time; the rest stays pending."
+    "--max-time", callback=options.parse_seconds, metavar="5h", help="Stop after this time; the rest stays pending."
 )
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
 )
-@carrying
+@engine_options
 @click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
 @click.option("--workspace-renamed", is_flag=True, help="The ledger's workspace has another name at Databar now.")
 @click.option("--new-ledger", is_flag=True, help="Use a new ledger though an earlier output was paid from another one.")
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
     "--if-locked",
     default="fail",
     show_default=True,
-    callback=options.lock_wait,
+    callback=options.parse_lock_wait,
     metavar="fail|skip|wait[=10m]",
     help="What to do when another execution holds the ledger.",
 )
-@options.AS_JSON
+@options.JSON_OPTION
 @click.option("--receipt", "always_receipt", is_flag=True, help="Print the receipt off a terminal, too.")
 @click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
 @click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
-@witnessed
+@with_observers
 def run(
     job_file: Path,
     input_path: str | None,
@@ -78,7 +78,7 @@ def run(
     as_json: bool,
     always_receipt: bool,
     quiet: bool,
-    witnesses: Witnesses,
+    observers: RunObservers,
 ) -> int:
     """Enrich the leads of JOB; started again it resumes.
 
@@ -87,23 +87,23 @@ def run(
     """
     from enrich.model import State
     from enrich.planfile import read_plan
-    from enrich.surroundings import Options
+    from enrich.surroundings import RunOptions
 
     plan = None if plan_file is None else read_plan(plan_file)
     if plan is not None:
         if retry or not (limit is sample is max_credits is None):
             raise click.UsageError("--plan has its own --limit, --sample, --max-credits and --retry: leave them out")
         max_credits = plan.max_credits
-    job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
-    listens = sys.stdin is not None and sys.stdin.isatty()
-    asks = listens and on_terminal and not yes and not use_sandbox and job.max_credits is None
+    stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
     if accept is not None and retry & {accept, "failed"}:
-        said = ",".join(sorted(retry & {accept, "failed"}))
+        conflicting = ",".join(sorted(retry & {accept, "failed"}))
         raise click.UsageError(
-            f"--accept {accept} takes them for lost, and --retry {said} would ask them again: choose one"
+            f"--accept {accept} takes them for lost, and --retry {conflicting} would ask them again: choose one"
         )
-    wishes = Options(
+    run_options = RunOptions(
         limit=limit,
         sample=sample,
         seed=seed,
@@ -112,109 +112,121 @@ def run(
         accept_doubts=accept is not None,
         update_providers=update_providers,
         workspace_renamed=workspace_renamed,
-        confirm=_confirm if asks and plan is None else None,
+        confirm=_confirm if should_confirm and plan is None else None,
         plan=plan,
         new_ledger=new_ledger or use_sandbox,
-        confirm_new_ledger=_confirm if listens and on_terminal else None,
-        spread=spread_of(job, engine, address, workers),
+        confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
+        spread=make_cluster_options(job, engine, address, workers),
     )
-    witnesses.start(job, wishes, sandbox=use_sandbox)
+    observers.start(job, run_options, sandbox=use_sandbox)
     skip, wait_s = if_locked
     try:
-        receipt = _run(job, wishes, wait_s, witnesses, use_sandbox=use_sandbox, on_terminal=on_terminal)
+        summary = _run_pipeline(job, run_options, wait_s, observers, use_sandbox=use_sandbox, on_terminal=on_terminal)
     except LedgerLocked as error:
         if not skip:
             raise
-        witnesses.skipped(error.message)
+        observers.skipped(error.message)
         if as_json:
             click.echo(json.dumps({"exit_code": 0, "error": error.message}))
-        return Exit.OK
-    witnesses.end(receipt)
-    show = on_terminal or always_receipt or (receipt.exit_code != Exit.OK and not quiet)
-    _show_receipt(receipt, as_json=as_json, show=show)
-    if receipt.exit_code not in (Exit.INTERRUPTED, Exit.TERMINATED):
-        witnesses.complain(leave_report(job, witnesses.target))
-    return receipt.exit_code
+        return ExitCode.OK
+    observers.end(summary)
+    show = on_terminal or always_receipt or (summary.exit_code != ExitCode.OK and not quiet)
+    _show_summary(summary, as_json=as_json, show=show)
+    if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        observers.report_problem(write_run_report(job, observers.job_arguments))
+    return summary.exit_code
 
 
-def _run(
-    job: Job, wishes: Options, wait_s: float, witnesses: Witnesses, *, use_sandbox: bool, on_terminal: bool
-) -> Receipt:
+def _run_pipeline(
+    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
+) -> RunSummary:
     """Run under the lock, with the bar and the witnesses."""
     from enrich.model import SystemClock
     from enrich.pipeline import run
-    from enrich.store.lock import hold
-    from enrich.store.opening import opened
-    from enrich.surroundings import Progress, Surroundings
-    from enrich.watch.progress import Bar
+    from enrich.store.lock import lock_ledger
+    from enrich.store.opening import open_for_run
+    from enrich.surroundings import Progress, RunContext
+    from enrich.watch.progress import ProgressBar
 
     with ExitStack() as stack:
-        stack.enter_context(hold(job.ledger, wait_s))
+        stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before there are threads: it starts processes.
-        engine = stack.enter_context(working(job, wishes.spread))
-        access = stack.enter_context(options.access(job, use_sandbox=use_sandbox))
-        store, lease = stack.enter_context(opened(job.ledger))
-        bar = Bar() if on_terminal else None
+        engine = stack.enter_context(open_engine(job, run_options.spread))
+        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
+        store, lease = stack.enter_context(open_for_run(job.ledger))
+        bar = ProgressBar() if on_terminal else None
 
-        def tell(text: str) -> None:
-            witnesses.tell(text)
+        def note(text: str) -> None:
+            observers.note(text)
             if bar is not None:
-                bar.tell(text)
+                bar.write_line(text)
 
-        def show(progress: Progress) -> None:
-            witnesses.show(progress)
+        def show_progress(progress: Progress) -> None:
+            observers.show_progress(progress)
             if bar is not None:
                 bar.show(progress)
 
         if bar is not None:
             stack.callback(bar.close)
-        witnesses.admitted()
+        observers.lock_acquired()
         if engine is not None and lease is not None:
-            engine = engine.led_by(lease.fence.owner)
-        clock, holds = (lease, lease.holds) if lease else (SystemClock(), lambda: True)
-        around = Surroundings(job, access, store, clock, tell=tell, show=show, holds=holds, engine=engine)
-        return run(around, wishes)
+            engine = engine.for_leader(lease.fencing_token.owner_id)
+        clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
+        context = RunContext(
+            job,
+            access,
+            store,
+            clock,
+            on_message=note,
+            on_progress=show_progress,
+            lease_valid=lease_valid,
+            engine=engine,
+        )
+        return run(context, run_options)
 
 
-def _confirm(plan: str) -> bool:
-    click.echo(plan, err=True)
+def _confirm(plan_text: str) -> bool:
+    click.echo(plan_text, err=True)
     try:
         return click.confirm("Go on?", err=True)
     except click.Abort:
         raise KeyboardInterrupt from None
 
 
-def _show_receipt(receipt: Receipt, *, as_json: bool, show: bool) -> None:
-    from enrich.slip import lines
-    from enrich.watch.outcome import advice, needs
+def _show_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
+    from enrich.slip import format_summary
+    from enrich.watch.outcome import format_actions, required_actions
 
-    paint = options.painter()
-    if receipt.error:
-        click.echo(f"{paint('error', 'red')}: {receipt.error}", err=True)
-    if receipt.hint:
-        click.echo(f"hint: {receipt.hint}", err=True)
-    if show and receipt.rows is not None:
-        click.echo("\n".join(lines(receipt, paint)), err=True)
-        if needed := needs(receipt.exit_code, receipt.as_json(), _here()):
-            click.echo("\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in advice(needed))]), err=True)
+    paint = options.make_styler()
+    if summary.error:
+        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
+    if summary.hint:
+        click.echo(f"hint: {summary.hint}", err=True)
+    if show and summary.rows is not None:
+        click.echo("\n".join(format_summary(summary, paint)), err=True)
+        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
+            click.echo(
+                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
+                err=True,
+            )
     if as_json:
-        click.echo(json.dumps(receipt.as_json(), ensure_ascii=False))
+        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
 
 
-def _here() -> Target:
+def _target_as_typed() -> JobArguments:
     """Name the job as it was typed: its commands work where they are read."""
-    given = click.get_current_context().params
-    paths = (given[name] for name in ("job_file", "input_path", "output", "ledger"))
-    return target_of(*paths, use_sandbox=given["use_sandbox"], from_here=True)
+    params = click.get_current_context().params
+    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
+    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)
 
 
 @click.command(short_help="Show what a run of JOB would ask and cost; costs nothing.")
 @options.JOB_ARGUMENT
-@options.paths
-@options.choosing
+@options.path_options
+@options.selection_options
 @click.option("-o", "freeze", type=options.FILE, help="Freeze the plan for `enrich run --plan`.")
 @click.option("--rows", "rows_file", type=options.FILE, help="Write each row's decision to this file.")
-@options.AS_JSON
+@options.JSON_OPTION
 def plan(
     job_file: Path,
     input_path: str | None,
@@ -231,29 +243,29 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
-    from enrich.forecast import lines
+    from enrich.forecast import format_plan
     from enrich.model import State
     from enrich.plan import make_plan
     from enrich.planfile import write_plan
-    from enrich.store.lock import is_held
-    from enrich.surroundings import Options
+    from enrich.store.lock import is_locked
+    from enrich.surroundings import RunOptions
 
-    job = options.load(job_file, input_path, output, ledger, use_sandbox, max_credits)
-    wishes = Options(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    if freeze is not None and is_held(job.ledger):
+    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
+    if freeze is not None and is_locked(job.ledger):
         raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
-    with options.access(job, use_sandbox=use_sandbox) as access:
-        planned, frozen = make_plan(job, access, wishes, rows_file.absolute() if rows_file else None)
+    with options.open_access(job, use_sandbox=use_sandbox) as access:
+        planned, saved_plan = make_plan(job, access, run_options, rows_file.absolute() if rows_file else None)
     if freeze is not None:
-        write_plan(freeze, frozen)
-    click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(lines(planned)))
+        write_plan(freeze, saved_plan)
+    click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(format_plan(planned)))
 
 
 @click.command(short_help="Write the output of JOB from the ledger alone.")
 @options.JOB_ARGUMENT
-@options.paths
+@options.path_options
 @click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
-@options.AS_JSON
+@options.JSON_OPTION
 def collect(
     job_file: Path,
     input_path: str | None,
@@ -264,11 +276,11 @@ def collect(
     as_json: bool,
 ) -> int:
     """Write the output of JOB from the ledger alone, without network."""
-    from enrich.offline import collect_offline
-    from enrich.store.lock import hold
+    from enrich.offline import rebuild_output
+    from enrich.store.lock import lock_ledger
 
-    job = options.load(job_file, input_path, output, ledger, use_sandbox)
-    with hold(job.ledger, 0):
-        receipt = collect_offline(job, partial=partial)
-    _show_receipt(receipt, as_json=as_json, show=sys.stderr.isatty())
-    return receipt.exit_code
+    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
+    with lock_ledger(job.ledger, 0):
+        summary = rebuild_output(job, partial=partial)
+    _show_summary(summary, as_json=as_json, show=sys.stderr.isatty())
+    return summary.exit_code

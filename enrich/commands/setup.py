@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 @click.command(short_help="Show what the API offers, with params and prices.")
 @click.argument("identifier", required=False)
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
-@options.AS_JSON
+@options.JSON_OPTION
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the API offers: waterfalls, their params, fields, providers and prices."""
-    from enrich.look.offer import lines, read_offer
+    from enrich.look.offer import format_waterfalls, read_waterfalls
 
-    with options.access(None, use_sandbox=use_sandbox) as access:
-        offer = read_offer(access, identifier)
+    with options.open_access(None, use_sandbox=use_sandbox) as access:
+        available = read_waterfalls(access, identifier)
     if as_json:
-        told = [waterfall.model_dump() for waterfall in offer]
-        click.echo(json.dumps(told[0] if identifier else told, ensure_ascii=False))
+        documents = [waterfall.model_dump() for waterfall in available]
+        click.echo(json.dumps(documents[0] if identifier else documents, ensure_ascii=False))
     else:
-        click.echo("\n".join(lines(offer, whole=identifier is not None)))
+        click.echo("\n".join(format_waterfalls(available, detailed=identifier is not None)))
 
 
 @click.command()
@@ -60,53 +60,56 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
 
     Each guess says how it was made. Then: enrich check JOB.
     """
-    from enrich.setup.init import draft_job, ranking, save
+    from enrich.setup.init import draft_job, rank_waterfalls, write_new_file
     from enrich.setup.sample import take_sample
 
     if use_sandbox and offline:
         raise click.UsageError("--sandbox asks, --offline does not: choose one")
     sample = take_sample(leads)
-    offer, source = _offer(use_sandbox=use_sandbox, offline=offline)
+    available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
     if identifier is None:
         click.echo(f"Waterfalls of {source}, those that fit {leads} best first:", err=True)
-        click.echo("\n".join(ranking(offer, sample)), err=True)
+        click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
         raise JobError("which one?", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
     printed = out == Path("-")
     target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
-    text = draft_job(sample, offer, identifier, source, None if printed else target)
+    text = draft_job(sample, available, identifier, source, None if printed else target)
     if printed:
         click.echo(text, nl=False)
         return
-    save(text, target, force=force)
+    write_new_file(text, target, force=force)
     if sys.stderr.isatty():
         click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
 
 
-def _offer(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
     """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
     from datetime import UTC, datetime
 
-    from enrich.errors import ApiUnreachable, KeyRefused
-    from enrich.look.offer import read_offer
-    from enrich.setup.snapshot import DOCUMENTED, READ_ON
+    from enrich.errors import ApiKeyRejected, ApiUnreachable
+    from enrich.look.offer import read_waterfalls
+    from enrich.setup.snapshot import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
 
-    documented = list(DOCUMENTED.values()), f"the public documentation of {READ_ON}, which may be out of date"
+    documented = (
+        list(DOCUMENTED_WATERFALLS.values()),
+        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
+    )
     if offline:
         return documented
     try:
-        with options.access(None, use_sandbox=use_sandbox) as access:
-            asked = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
-            return read_offer(access, None), f"{asked}, asked on {datetime.now(UTC):%Y-%m-%d}"
-    except (KeyRefused, ApiUnreachable) as error:
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
+            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
+    except (ApiKeyRejected, ApiUnreachable) as error:
         click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
     return documented
 
 
 @click.command(short_help="Check JOB before it runs; pays and changes nothing.")
 @options.JOB_ARGUMENT
-@options.paths
+@options.path_options
 @click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")
-@options.AS_JSON
+@options.JSON_OPTION
 def check(
     job_file: Path,
     input_path: str | None,
@@ -121,25 +124,25 @@ def check(
 
     from enrich.api.credentials import find_base_url, host_of
     from enrich.setup import check as checking
-    from enrich.setup.online import ask
+    from enrich.setup.online import query_api
 
-    job = options.load(job_file, input_path, output, ledger, use_sandbox)
+    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
     live = None
     bound_to: dict[str, str | None] = {} if use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
     if online:
-        with options.access(None, use_sandbox=use_sandbox) as access:
-            live = ask(access, job.model.waterfall)
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            live = query_api(access, job.model.waterfall)
         if not use_sandbox:
             bound_to["workspace"] = live.user.workspace
-    checked = checking.check_job(job, bound_to, live.waterfall if live else None)
+    result = checking.check_job(job, bound_to, live.waterfall if live else None)
     if as_json:
-        click.echo(json.dumps(checking.as_json(job, checked), ensure_ascii=False))
-    elif not checked.problems:
-        click.echo(f"ok: {checking.summary(job, checked)}")
-    for note in [*checked.changes, *checked.notes]:
+        click.echo(json.dumps(checking.check_as_json(job, result), ensure_ascii=False))
+    elif not result.problems:
+        click.echo(f"ok: {checking.check_summary(job, result)}")
+    for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)
-    for problem in checked.problems:
+    for problem in result.problems:
         click.echo(f"error: {problem.message}", err=True)
         if problem.hint:
             click.echo(f"hint: {problem.hint}", err=True)
-    return checked.exit_code
+    return result.exit_code

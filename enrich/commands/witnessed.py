@@ -10,75 +10,75 @@ from typing import Any
 
 import click
 
-from enrich.errors import EnrichError, Exit
-from enrich.watch.outcome import Target
+from enrich.errors import EnrichError, ExitCode
+from enrich.watch.outcome import JobArguments
 
 
-def witnessed(command: Callable[..., int]) -> Callable[..., int]:
+def with_observers(command: Callable[..., int]) -> Callable[..., int]:
     """Give a command its `witnesses` instead of `log_file`; they hear of every way out."""
 
     @functools.wraps(command)
-    def with_witnesses(*, log_file: Path | None, **given: Any) -> int:  # noqa: ANN401 - click's options
-        from enrich.watch.runlog import log_to
-        from enrich.watch.witnesses import Witnesses
+    def wrapper(*, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
+        from enrich.watch.runlog import open_log
+        from enrich.watch.witnesses import RunObservers
 
-        def say(text: str) -> None:
+        def print_error(text: str) -> None:
             click.echo(text, err=True)
 
-        with log_to(log_file, given["job_file"].stem, lambda text: say(f"note: {text}")) as log:
-            paths = (given[name] for name in ("job_file", "input_path", "output", "ledger"))
-            witnesses = Witnesses(log, say, target_of(*paths, use_sandbox=given["use_sandbox"]))
+        with open_log(log_file, params["job_file"].stem, lambda text: print_error(f"note: {text}")) as log:
+            paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
+            observers = RunObservers(log, print_error, make_job_arguments(*paths, use_sandbox=params["use_sandbox"]))
             try:
-                return command(**given, witnesses=witnesses)
+                return command(**params, observers=observers)
             except BaseException as error:
-                witnesses.failed(*_told(error))
+                observers.failed(*_exit_code_and_message(error))
                 raise
 
-    return with_witnesses
+    return wrapper
 
 
-def target_of(
+def make_job_arguments(
     job_file: Path,
     input_path: str | None,
     output: str | None,
     ledger: str | None,
     *,
     use_sandbox: bool,
-    from_here: bool = False,
-) -> Target:
+    as_typed: bool = False,
+) -> JobArguments:
     """Name the job with the paths that the command line gave: for anywhere, or as they were typed."""
 
     def path(named: Path | str) -> str:
         text = str(named)
         if text == "-" or "://" in text:
             return text
-        if from_here:  # what begins with a dash would be taken for an option
+        if as_typed:  # what begins with a dash would be taken for an option
             return f"./{text}" if text.startswith("-") else text
         return str(Path(text).absolute())
 
-    look = [path(job_file)]
+    ledger_args = [path(job_file)]
     if ledger is not None:
-        look += ["--ledger", path(ledger)]
+        ledger_args += ["--ledger", path(ledger)]
     if use_sandbox:
-        look.append("--sandbox")
-    run = list(look)
+        ledger_args.append("--sandbox")
+    run_args = list(ledger_args)
     for option, given in (("--input", input_path), ("--output", output)):
         if given is not None:
-            run += [option, path(given)]
-    return Target(shlex.join(run), shlex.join(look))
+            run_args += [option, path(given)]
+    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
 
 
-def _told(error: BaseException) -> tuple[int, str]:
+def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
     """Say with which exit code the command line will leave, and why; of a bug only its kind, as it may hold data."""
     match error:
         case EnrichError():
             return error.exit_code, error.message
         case click.ClickException():
-            return Exit.USAGE, error.format_message()
+            return ExitCode.USAGE, error.format_message()
         case click.Abort() | EOFError() | KeyboardInterrupt():
-            return Exit.INTERRUPTED, "interrupted"
-    from enrich.store.sqlite import tells_of_damage
+            return ExitCode.INTERRUPTED, "interrupted"
+    from enrich.store.sqlite import is_damage_error
 
-    if tells_of_damage(error):
-        return Exit.REFUSED, "the ledger is damaged"
-    return Exit.BUG, f"this is a bug: {type(error).__name__}"
+    if is_damage_error(error):
+        return ExitCode.REFUSED, "the ledger is damaged"
+    return ExitCode.BUG, f"this is a bug: {type(error).__name__}"

@@ -9,77 +9,87 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.api.answer import is_blank, parse_data, pick
-from enrich.connect import remembered
+from enrich.api.answer import is_blank, parse_data, value_at
+from enrich.connect import template_from_ledger
 from enrich.job import Job
-from enrich.look.leads import SHOWN, Lead, matching, numbered, parse_match, places_of, would_send
-from enrich.look.prospects import outlook
-from enrich.model import Call, RowStatus, State, iso, to_credits
-from enrich.privacy import Forgotten
-from enrich.question import Question
-from enrich.rows import Rows
-from enrich.store.database import exists
-from enrich.store.history import History, Known, Try
+from enrich.look.leads import (
+    MAX_LEADS_SHOWN,
+    Lead,
+    find_by_cell,
+    find_by_number,
+    params_from_cell,
+    parse_match,
+    rows_by_request,
+)
+from enrich.look.prospects import describe_next_step
+from enrich.model import Call, RowStatus, State, iso_time, to_credits
+from enrich.privacy import ForgottenRequests
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
+from enrich.store.database import ledger_exists
+from enrich.store.history import AttemptRow, LedgerReader, RequestRow
 from enrich.store.ledger import Ledger
-from enrich.store.lock import is_held
+from enrich.store.lock import is_locked
 
 
-def explain(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
+def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
     """Return the object of `enrich explain --json` for a row, or for those that match `COLUMN=VALUE`.
 
     Raises JobError when the input has no such row or column, Refused when it can't be read.
     """
-    question, forgotten = _remembered(job)
-    rows = Rows(job, forgotten)
-    asks = question or Question(Call(job.model.waterfall, ()), (), (), {}, None)
+    template, forgotten = _read_template(job)
+    job_input = JobInput(job, forgotten)
+    lookup_template = template or RequestTemplate(Call(job.model.waterfall, ()), (), (), {}, None)
     if match is not None:
-        column, value = parse_match(match, rows.columns)
-        found = matching(rows, asks, column, value)
+        column, value = parse_match(match, job_input.columns)
+        found = find_by_cell(job_input, lookup_template, column, value)
     else:
-        found = numbered(job, rows, asks, row or 0)
-    told: dict[str, Any] = {
+        found = find_by_number(job, job_input, lookup_template, row or 0)
+    result: dict[str, Any] = {
         "job": job.name,
         "input": str(job.input_path),
         "ledger": str(job.ledger),
-        "ever_ran": question is not None,
+        "ever_ran": template is not None,
         "matches": found.count,
     }
-    if question is None:
-        return told | {"rows": [_untold(job, lead) for lead in found.leads], "gone": []}
-    with closing(History(job.ledger)) as history:
-        history.begin()
-        teller = _Teller(job, question, history, is_held(job.ledger))
-        candidates = list(history.with_param(would_send(job, column, value))) if match is not None else []
-        wanted = {lead.fingerprint for lead in found.leads if lead.fingerprint is not None}
-        wanted |= {known.fingerprint for known in candidates}
-        places = places_of(rows, question, wanted)
-        asked = {lead.params for lead in found.leads}
-        gone = [known for known in candidates if known.fingerprint not in places and known.params not in asked]
-        return told | {
-            "rows": [teller.row(lead, places) for lead in found.leads],
-            "gone": [teller.request(known) for known in gone[:SHOWN]],
+    if template is None:
+        return result | {"rows": [_row_without_request(job, lead) for lead in found.leads], "gone": []}
+    with closing(LedgerReader(job.ledger)) as history:
+        history.begin_snapshot()
+        explainer = _Explainer(job, template, history, is_locked(job.ledger))
+        candidates = list(history.find_by_any_param(params_from_cell(job, column, value))) if match is not None else []
+        fingerprints = {lead.fingerprint for lead in found.leads if lead.fingerprint is not None}
+        fingerprints |= {candidate.fingerprint for candidate in candidates}
+        rows_of = rows_by_request(job_input, template, fingerprints)
+        params_of_leads = {lead.params for lead in found.leads}
+        missing = [
+            known for known in candidates if known.fingerprint not in rows_of and known.params not in params_of_leads
+        ]
+        return result | {
+            "rows": [explainer.explain_row(lead, rows_of) for lead in found.leads],
+            "gone": [explainer.explain_request(known) for known in missing[:MAX_LEADS_SHOWN]],
         }
 
 
-def _remembered(job: Job) -> tuple[Question | None, Forgotten | None]:
+def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests | None]:
     """Make the question from the ledger, and tell who was forgotten; None when this job has never run."""
-    if not exists(job.ledger):
+    if not ledger_exists(job.ledger):
         return None, None
     with closing(Ledger(job.ledger, read_only=True)) as ledger:
-        known = ledger.waterfall(job.model.waterfall)
-        return None if known is None else remembered(ledger, job), ledger.forgotten()
+        waterfall = ledger.waterfall(job.model.waterfall)
+        return None if waterfall is None else template_from_ledger(ledger, job), ledger.load_forgotten()
 
 
 # Telling of them
 
 
-def _untold(job: Job, lead: Lead) -> dict[str, Any]:
+def _row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
     """Tell of a row that no ledger knows."""
     return {
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
-        "why": _why_not(job, lead),
-        "asks_with": _asks_with(job, lead),
+        "why": _why_not_sent(job, lead),
+        "asks_with": _param_cells(job, lead),
         "params": None if lead.params is None else json.loads(lead.params),
         "fingerprint": None if lead.fingerprint is None else lead.fingerprint.hex(),
         "shared_with": [],
@@ -88,16 +98,16 @@ def _untold(job: Job, lead: Lead) -> dict[str, Any]:
     }
 
 
-def _why_not(job: Job, lead: Lead) -> str | None:
+def _why_not_sent(job: Job, lead: Lead) -> str | None:
     if lead.error is not None or lead.status is not RowStatus.FILTERED:
         return lead.error
-    full = [column for column in job.model.only_if_empty if lead.cells.get(column, "").strip()]
-    if full:
-        return f"only_if_empty: {', '.join(full)} has a value"
+    filled = [column for column in job.model.only_if_empty if lead.cells.get(column, "").strip()]
+    if filled:
+        return f"only_if_empty: {', '.join(filled)} has a value"
     return f"where: {job.model.where}" if job.model.where is not None else None
 
 
-def _asks_with(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
+def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
     """Tell for each param the cells that it may come from."""
     return {
         name: {column: lead.cells[column] for column in param.columns if column in lead.cells}
@@ -106,91 +116,91 @@ def _asks_with(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Teller:
+class _Explainer:
     """Tells what a ledger knows."""
 
     job: Job
-    question: Question
-    history: History
-    at_work: bool | None
+    template: RequestTemplate
+    history: LedgerReader
+    is_running: bool | None
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
-    def row(self, lead: Lead, places: Mapping[bytes, list[int]]) -> dict[str, Any]:
-        told = _untold(self.job, lead)
+    def explain_row(self, lead: Lead, rows_of: Mapping[bytes, list[int]]) -> dict[str, Any]:
+        result = _row_without_request(self.job, lead)
         if lead.fingerprint is None or lead.params is None:
-            return told
-        alike = list(self.history.same_params(lead.params))
-        known = self.history.request(lead.fingerprint)
-        call = self.question.call.body() | {"waterfall": self.question.call.waterfall}
-        told["shared_with"] = [number for number in places.get(lead.fingerprint, []) if number != lead.number]
-        told["other_questions"] = [self.request(one) for one in alike if one.call != call]
-        if known is not None:
-            told["request"] = self.request(known)
-            told["status"], told["why"] = self._standing(known)
-        return told
+            return result
+        same_params = list(self.history.find_by_params(lead.params))
+        request = self.history.find_request(lead.fingerprint)
+        call = self.template.call.body() | {"waterfall": self.template.call.waterfall}
+        result["shared_with"] = [number for number in rows_of.get(lead.fingerprint, []) if number != lead.number]
+        result["other_questions"] = [self.explain_request(other) for other in same_params if other.call != call]
+        if request is not None:
+            result["request"] = self.explain_request(request)
+            result["status"], result["why"] = self._row_status(request)
+        return result
 
-    def request(self, known: Known) -> dict[str, Any]:
-        attempts = self.history.attempts(known.id)
+    def explain_request(self, request: RequestRow) -> dict[str, Any]:
+        attempts = self.history.attempts(request.id)
         policy = self.job.model.policy
         return {
-            "fingerprint": known.fingerprint.hex(),
-            "state": known.state,
-            **known.call,
-            "params": json.loads(known.params),
-            "attempts": [_attempt(attempt) for attempt in attempts],
-            "outlook": outlook(known.state, attempts, policy, self.now_ms(), at_work=self.at_work),
+            "fingerprint": request.fingerprint.hex(),
+            "state": request.state,
+            **request.call,
+            "params": json.loads(request.params),
+            "attempts": [_attempt_as_json(attempt) for attempt in attempts],
+            "outlook": describe_next_step(request.state, attempts, policy, self.now_ms(), is_running=self.is_running),
         }
 
-    def _standing(self, known: Known) -> tuple[RowStatus, str | None]:
+    def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
         """Tell the row's status as the output has it: the last found answer stands, and this job's columns decide."""
-        attempts = {attempt.id: attempt for attempt in self.history.attempts(known.id)}
-        shown = attempts.get(known.answer_id or known.attempt_id or 0)
-        state = State.FOUND if known.answer_id else known.state
-        if shown is None or state not in (State.FOUND, State.NOT_FOUND):
-            return RowStatus.of(state), None if shown is None else shown.error
-        if shown.answer is None:
-            return RowStatus.of(state), "its answer was purged; that it was paid for is remembered"
-        fields = _fields(shown)
-        has = any(not is_blank(pick(fields, path)) for path in self.question.columns.values())
-        return RowStatus.FOUND if has else RowStatus.NOT_FOUND, shown.error
+        attempts = {attempt.id: attempt for attempt in self.history.attempts(request.id)}
+        answered_attempt = attempts.get(request.answer_id or request.attempt_id or 0)
+        state = State.FOUND if request.answer_id else request.state
+        if answered_attempt is None or state not in (State.FOUND, State.NOT_FOUND):
+            return RowStatus.from_state(state), None if answered_attempt is None else answered_attempt.error
+        if answered_attempt.answer is None:
+            return RowStatus.from_state(state), "its answer was purged; that it was paid for is remembered"
+        fields = _answer_fields(answered_attempt)
+        has = any(not is_blank(value_at(fields, path)) for path in self.template.columns.values())
+        return RowStatus.FOUND if has else RowStatus.NOT_FOUND, answered_attempt.error
 
 
-def _fields(attempt: Try) -> Mapping[str, Any]:
+def _answer_fields(attempt: AttemptRow) -> Mapping[str, Any]:
     return parse_data(json.loads(attempt.answer).get("data")).fields if attempt.answer else {}
 
 
-def _attempt(attempt: Try) -> dict[str, Any]:
+def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
     return {
         "attempt": attempt.id,
-        "execution": attempt.execution,
+        "execution": attempt.execution_id,
         "job": attempt.job,
         "state": attempt.state,
-        "intent_at": iso(attempt.claimed_ms),
+        "intent_at": iso_time(attempt.claimed_ms),
         "task_id": attempt.task_id,
-        "submitted_at": None if attempt.submitted_ms is None else iso(attempt.submitted_ms),
-        "settled_at": None if attempt.settled_ms is None else iso(attempt.settled_ms),
-        "settled_in": attempt.settled_in,
+        "submitted_at": None if attempt.submitted_ms is None else iso_time(attempt.submitted_ms),
+        "settled_at": None if attempt.settled_ms is None else iso_time(attempt.settled_ms),
+        "settled_in": attempt.settled_execution_id,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": to_credits(attempt.credits),
-        "together": attempt.together,
+        "together": attempt.bulk_size,
         "task_credits": to_credits(attempt.task_credits),
         "provider": attempt.provider,
         "error": attempt.error,
-        "answer": dict(_fields(attempt)) or None,
+        "answer": dict(_answer_fields(attempt)) or None,
     }
 
 
-def lines(told: Mapping[str, Any]) -> Iterator[str]:
+def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
     """Write it for a person."""
-    if not told["ever_ran"]:
-        yield f"{told['job']} has never run: nothing was ever asked ({told['ledger']})"
-    if told["matches"] > SHOWN:
-        yield f"{told['matches']:,} rows match; the first {SHOWN}:"
-    for row in told["rows"]:
+    if not result["ever_ran"]:
+        yield f"{result['job']} has never run: nothing was ever asked ({result['ledger']})"
+    if result["matches"] > MAX_LEADS_SHOWN:
+        yield f"{result['matches']:,} rows match; the first {MAX_LEADS_SHOWN}:"
+    for row in result["rows"]:
         yield from _row_lines(row)
-    if not told["rows"]:
-        yield f"no row of {told['input']} matches"
-    for request in told["gone"]:
+    if not result["rows"]:
+        yield f"no row of {result['input']} matches"
+    for request in result["gone"]:
         yield "not in the input any more, but in the ledger:"
         yield from _request_lines(request)
 
@@ -201,11 +211,11 @@ def _row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
         of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
-        asked = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not asked"
-        yield f"  {param:<12}{asked}  from {of}"
+        sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not asked"
+        yield f"  {param:<12}{sent_text}  from {of}"
     if shared := row["shared_with"]:
-        more = f" and {len(shared) - SHOWN:,} more" if len(shared) > SHOWN else ""
-        yield f"  the same is asked by row {', '.join(map(str, shared[:SHOWN]))}{more}; paid once"
+        more = f" and {len(shared) - MAX_LEADS_SHOWN:,} more" if len(shared) > MAX_LEADS_SHOWN else ""
+        yield f"  the same is asked by row {', '.join(map(str, shared[:MAX_LEADS_SHOWN]))}{more}; paid once"
     if row["request"] is not None:
         yield from _request_lines(row["request"])
     elif row["fingerprint"] is not None:
@@ -232,7 +242,7 @@ def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
         others = f", with {attempt['together'] - 1:,} others" if (attempt["together"] or 1) > 1 else ""
         yield f"{attempt['submitted_at']}  accepted as task {attempt['task_id']}{others}"
     if attempt["settled_at"]:
-        price = _price(attempt)
+        price = _price_text(attempt)
         by = f", by {attempt['provider']}" if attempt["provider"] else ""
         within = attempt["settled_in"]
         where = f" in execution {within}" if within not in (None, attempt["execution"]) else ""
@@ -244,7 +254,7 @@ def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {value if plain else json.dumps(value, ensure_ascii=False)}"
 
 
-def _price(attempt: Mapping[str, Any]) -> str:
+def _price_text(attempt: Mapping[str, Any]) -> str:
     if attempt["task_credits"] is not None:
         whole = f" for all {attempt['together']:,} of the task" if attempt["together"] > 1 else ""
         return f"{attempt['task_credits']:,.2f} credits{whole}"

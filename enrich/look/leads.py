@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from enrich.asking import Batch, source
+from enrich.asking import RowBatch, param_values
 from enrich.errors import JobError
-from enrich.job import Job, nearest
+from enrich.job import Job, suggest_name
 from enrich.model import RowStatus
-from enrich.question import Question
-from enrich.rows import Rows
+from enrich.question import RequestTemplate
+from enrich.rows import JobInput
 from enrich.tables.cells import text_frame
 
 #: So many leads are told of at most.
-SHOWN = 20
+MAX_LEADS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Lead:
 
 
 @dataclass(slots=True)
-class Found:
+class LeadMatches:
     """What was found in the input: leads, at most SHOWN of them, and how many there are."""
 
     leads: list[Lead] = field(default_factory=list)
@@ -41,43 +41,45 @@ class Found:
 
 def parse_match(match: str, columns: list[str]) -> tuple[str, str]:
     """Take `COLUMN=VALUE` apart; a column's name may have an equals sign in it."""
-    named = [column for column in columns if match.startswith(f"{column}=")]
-    if not named:
+    candidates = [column for column in columns if match.startswith(f"{column}=")]
+    if not candidates:
         column, equals, _ = match.partition("=")
         if not equals:
             raise JobError(f"--match {match}: must be COLUMN=VALUE", 'for example: --match "Email=ada@engine.example"')
-        raise JobError(f"--match: the input has no column `{column}`", nearest(column, columns))
-    column = max(named, key=len)
+        raise JobError(f"--match: the input has no column `{column}`", suggest_name(column, columns))
+    column = max(candidates, key=len)
     return column, match[len(column) + 1 :]
 
 
-def numbered(job: Job, rows: Rows, question: Question, number: int) -> Found:
+def find_by_number(job: Job, job_input: JobInput, template: RequestTemplate, number: int) -> LeadMatches:
     """Find a row by its number. Raises JobError when there are not so many."""
-    height = 0
-    for batch in rows.batches(question):
-        height = batch.first + batch.frame.height
-        if number <= height:
-            return Found([_lead(batch, number - batch.first - 1)], 1)
+    row_count = 0
+    for batch in job_input.batches(template):
+        row_count = batch.first_position + batch.frame.height
+        if number <= row_count:
+            return LeadMatches([_make_lead(batch, number - batch.first_position - 1)], 1)
     raise JobError(
-        f"--row {number}: the input has {height:,} rows ({job.input_path})", "the first row has the number 1"
+        f"--row {number}: the input has {row_count:,} rows ({job.input_path})", "the first row has the number 1"
     )
 
 
-def matching(rows: Rows, question: Question, column: str, value: str) -> Found:
+def find_by_cell(job_input: JobInput, template: RequestTemplate, column: str, value: str) -> LeadMatches:
     """Find the rows whose cell is this value, but for outer blanks and the case of letters."""
-    found, folded = Found(), value.strip().casefold()
-    for batch in rows.batches(question):
-        for index, cell in enumerate(text_frame(batch.frame.select(pl.nth(rows.columns.index(column)))).to_series()):
+    found, folded = LeadMatches(), value.strip().casefold()
+    for batch in job_input.batches(template):
+        for index, cell in enumerate(
+            text_frame(batch.frame.select(pl.nth(job_input.columns.index(column)))).to_series()
+        ):
             if cell.strip().casefold() == folded:
                 found.count += 1
-                if found.count <= SHOWN:
-                    found.leads.append(_lead(batch, index))
+                if found.count <= MAX_LEADS_SHOWN:
+                    found.leads.append(_make_lead(batch, index))
     return found
 
 
-def _lead(batch: Batch, index: int) -> Lead:
+def _make_lead(batch: RowBatch, index: int) -> Lead:
     return Lead(
-        batch.first + index + 1,
+        batch.first_position + index + 1,
         text_frame(batch.frame[index]).row(0, named=True),
         batch.fingerprints[index],
         batch.params[index],
@@ -86,17 +88,19 @@ def _lead(batch: Batch, index: int) -> Lead:
     )
 
 
-def places_of(rows: Rows, question: Question, wanted: Collection[bytes]) -> dict[bytes, list[int]]:
+def rows_by_request(
+    job_input: JobInput, template: RequestTemplate, fingerprints: Collection[bytes]
+) -> dict[bytes, list[int]]:
     """Tell which rows ask each of these requests."""
-    places: dict[bytes, list[int]] = {}
-    for batch in rows.batches(question) if wanted else ():
-        for row in batch.asked():
-            if row.fingerprint in wanted:
-                places.setdefault(row.fingerprint, []).append(row.position + 1)
-    return places
+    row_numbers: dict[bytes, list[int]] = {}
+    for batch in job_input.batches(template) if fingerprints else ():
+        for row in batch.requests():
+            if row.fingerprint in fingerprints:
+                row_numbers.setdefault(row.fingerprint, []).append(row.position + 1)
+    return row_numbers
 
 
-def would_send(job: Job, column: str, value: str) -> dict[str, str]:
+def params_from_cell(job: Job, column: str, value: str) -> dict[str, str]:
     """Tell what each param would be if it came from this cell."""
     params = {
         name: param.model_copy(update={"columns": [column]})
@@ -104,5 +108,5 @@ def would_send(job: Job, column: str, value: str) -> dict[str, str]:
         if column in param.columns
     }
     frame = pl.DataFrame({column: [value]}, schema={column: pl.String})
-    sent = {name: source(param, frame, [column]).item() for name, param in params.items()}
+    sent = {name: param_values(param, frame, [column]).item() for name, param in params.items()}
     return {name: text for name, text in sent.items() if text}

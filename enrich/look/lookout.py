@@ -8,53 +8,53 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from enrich.job import Job
-from enrich.look.picture import Picture, Sign, sign_of
+from enrich.look.picture import RunStatus, RunView, run_status
 from enrich.model import SystemClock
-from enrich.pulse import read_pulse
-from enrich.store.database import exists
-from enrich.store.history import History, Latest
-from enrich.store.lock import is_held
+from enrich.pulse import read_snapshot
+from enrich.store.database import ledger_exists
+from enrich.store.history import LatestExecutionRow, LedgerReader
+from enrich.store.lock import is_locked
 
 #: A run writes its pulse every 2 s; on a busy disk it may take a while.
-PATIENCE_S = 15.0
+HEARTBEAT_TIMEOUT_S = 15.0
 
 
 @dataclass(slots=True)
-class Lookout:
+class RunWatcher:
     """Looks at a job now and then. A run that gave no sign of life for longer than `patience_s` is not at work.
 
     Two clocks may differ, and one may be set: a pulse that changed between two looks is fresh whatever its time.
     """
 
     job: Job
-    patience_s: float = PATIENCE_S
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     clock: Callable[[], float] = time.monotonic
-    _last: tuple[int, str | None] | None = None
+    _last_heartbeat: tuple[int, str | None] | None = None
     _changed_at: float = 0.0
     _has_changed: bool = False
 
-    def look(self) -> Picture:
+    def read_view(self) -> RunView:
         """Look once. Raises Refused when the ledger is none, or can't be read."""
         job, now_ms = self.job, SystemClock().now_ms()
         ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
-        if not exists(job.ledger):
-            return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NO_LEDGER)
+        if not ledger_exists(job.ledger):
+            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER)
         # Closed again at once: who has a ledger open keeps its run from tidying up at the end.
-        with closing(History(job.ledger)) as history:
-            run = history.latest(job.name)
+        with closing(LedgerReader(job.ledger)) as history:
+            run = history.latest_execution(job.name)
         if run is None:
-            return Picture(job.name, job.ledger, ttl_ms, now_ms, Sign.NEVER)
-        pulse = read_pulse(run.pulse)
-        quiet_s = self._quiet_s(run, now_ms - (run.started_ms if pulse is None else pulse.at_ms))
-        held = run.id == run.newest and is_held(job.ledger)
-        sign = sign_of(run, pulse, quiet_s, self.patience_s, held=held)
-        return Picture(job.name, job.ledger, ttl_ms, now_ms, sign, run, pulse)
+            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NEVER_RUN)
+        snapshot = read_snapshot(run.pulse)
+        heartbeat_age_s = self._heartbeat_age_s(run, now_ms - (run.started_ms if snapshot is None else snapshot.at_ms))
+        lock_held = run.id == run.newest and is_locked(job.ledger)
+        status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=lock_held)
+        return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot)
 
-    def _quiet_s(self, run: Latest, age_ms: int) -> float:
+    def _heartbeat_age_s(self, run: LatestExecutionRow, age_ms: int) -> float:
         """Tell how long the run has given no sign, by what the clock says and by what was seen."""
-        now, this = self.clock(), (run.id, run.pulse)
-        if self._last != this:
-            self._has_changed = self._last is not None
-            self._last, self._changed_at = this, now
-        seen_s = now - self._changed_at
-        return seen_s if self._has_changed else max(abs(age_ms) / 1000, seen_s)
+        now, heartbeat = self.clock(), (run.id, run.pulse)
+        if self._last_heartbeat != heartbeat:
+            self._has_changed = self._last_heartbeat is not None
+            self._last_heartbeat, self._changed_at = heartbeat, now
+        unchanged_s = now - self._changed_at
+        return unchanged_s if self._has_changed else max(abs(age_ms) / 1000, unchanged_s)

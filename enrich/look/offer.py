@@ -6,39 +6,39 @@ import asyncio
 from collections.abc import Iterator
 
 from enrich.api.client import Client
-from enrich.api.credentials import Access
+from enrich.api.credentials import ApiAccess
 from enrich.api.waterfall import Provider, Waterfall
-from enrich.connect import patiently
+from enrich.connect import retry_until
 from enrich.errors import JobError, JobRejected
-from enrich.execution import Timing
-from enrich.job import nearest
+from enrich.execution import Timeouts
+from enrich.job import suggest_name
 from enrich.model import SystemClock
 
 
-def read_offer(access: Access, identifier: str | None) -> list[Waterfall]:
+def read_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:
     """Ask for one waterfall or for all. Raises JobError for an unknown one, ApiUnreachable, Unauthorized."""
-    return asyncio.run(_read(access, identifier))
+    return asyncio.run(_fetch_waterfalls(access, identifier))
 
 
-async def _read(access: Access, identifier: str | None) -> list[Waterfall]:
-    at_most_s = Timing().start_s
+async def _fetch_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:
+    at_most_s = Timeouts().startup_s
     async with Client(access, SystemClock()) as client:
         if identifier is None:
-            return await patiently(client.waterfalls, at_most_s)
+            return await retry_until(client.list_waterfalls, at_most_s)
         try:
-            return [await patiently(lambda: client.waterfall(identifier), at_most_s)]
+            return [await retry_until(lambda: client.get_waterfall(identifier), at_most_s)]
         except JobRejected as error:
-            known = await patiently(client.waterfalls, at_most_s)
-            hint = nearest(identifier, [waterfall.identifier for waterfall in known])
+            known = await retry_until(client.list_waterfalls, at_most_s)
+            hint = suggest_name(identifier, [waterfall.identifier for waterfall in known])
             raise JobError(f"the API has no waterfall `{identifier}`", hint) from error
 
 
-def lines(offer: list[Waterfall], *, whole: bool) -> Iterator[str]:
+def format_waterfalls(available: list[Waterfall], *, detailed: bool) -> Iterator[str]:
     """Write the offer for a person: one line each, or one waterfall as a whole."""
-    width = max((len(waterfall.identifier) for waterfall in offer), default=0)
-    for waterfall in offer:
+    width = max((len(waterfall.identifier) for waterfall in available), default=0)
+    for waterfall in available:
         yield f"{waterfall.identifier:<{width}}  {waterfall.name}".rstrip()
-        if not whole:
+        if not detailed:
             continue
         if waterfall.description:
             yield f"  {waterfall.description}"
@@ -49,13 +49,13 @@ def lines(offer: list[Waterfall], *, whole: bool) -> Iterator[str]:
         for field in waterfall.output_fields:
             yield f"    {field.name:<24}{field.label or ''}".rstrip()
         yield "  providers (enrichments)"
-        yield from _providers(waterfall.available_enrichments)
+        yield from _provider_lines(waterfall.available_enrichments)
         if waterfall.is_email_verifying:
             yield "  verifiers (email_verifier)"
-            yield from _providers(waterfall.email_verifiers)
+            yield from _provider_lines(waterfall.email_verifiers)
 
 
-def _providers(providers: list[Provider]) -> Iterator[str]:
+def _provider_lines(providers: list[Provider]) -> Iterator[str]:
     for provider in providers:
         price = "price unknown" if provider.price is None else f"{provider.price} credits"
         only_named = "" if provider.enabled_by_default else ", only when named"

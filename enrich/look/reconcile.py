@@ -6,66 +6,73 @@ import asyncio
 from collections.abc import Iterator
 
 from enrich.api.client import Client
-from enrich.api.credentials import Access
-from enrich.connect import patiently
-from enrich.difference import CENT, WORDS, Part, Reconciliation, compare, reckoned_from
-from enrich.errors import ApiUnreachable, Refused
-from enrich.execution import Timing
+from enrich.api.credentials import ApiAccess
+from enrich.connect import retry_until
+from enrich.difference import (
+    PART_LABELS,
+    ROUNDING_CREDITS,
+    DifferencePart,
+    Reconciliation,
+    choose_baseline,
+    explain_balance,
+)
+from enrich.errors import ApiUnreachable, CommandRefused
+from enrich.execution import Timeouts
 from enrich.job import Job
 from enrich.model import SystemClock, read_balance
-from enrich.store.database import exists
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 
 
-def reconcile_job(job: Job, access: Access, since: int | None) -> Reconciliation:
+def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:
     """Ask for the balance and hold it against the ledger.
 
     Raises Refused when the ledger or the API does not tell what is needed, ApiUnreachable, Unauthorized.
     """
-    if not exists(job.ledger):
-        raise Refused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
+    if not ledger_exists(job.ledger):
+        raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
     ledger = Ledger(job.ledger, read_only=True)
     try:
-        executions, doubts = ledger.executions(), ledger.doubts()
+        executions, in_doubt = ledger.executions(), ledger.in_doubt_summary()
         if since is None:
-            chosen = reckoned_from(executions, None if doubts is None else doubts.execution)
+            start = choose_baseline(executions, None if in_doubt is None else in_doubt.oldest_execution_id)
         else:
             named = [row for row in executions if row["id"] == since and row["balance_before"] is not None]
-            chosen = named[0] if named else None
-        if chosen is None:
+            start = named[0] if named else None
+        if start is None:
             which = "no execution" if since is None else f"execution {since} is not there or"
-            raise Refused(f"{job.ledger}: {which} knows its balance", "enrich status lists the executions")
-        movements = ledger.movements(chosen["id"])
+            raise CommandRefused(f"{job.ledger}: {which} knows its balance", "enrich status lists the executions")
+        movements = ledger.credit_movements(start["id"])
     finally:
         ledger.close()
-    now = asyncio.run(_balance(access))
-    return compare(chosen["id"], chosen["balance_before"], now, movements)
+    now = asyncio.run(_fetch_balance(access))
+    return explain_balance(start["id"], start["balance_before"], now, movements)
 
 
-async def _balance(access: Access) -> int:
+async def _fetch_balance(access: ApiAccess) -> int:
     async with Client(access, SystemClock()) as client:
-        user = await patiently(client.user, Timing().start_s)
+        user = await retry_until(client.get_user, Timeouts().startup_s)
     balance = read_balance(user.balance)
     if balance is None:
         raise ApiUnreachable("the API tells no balance", "nothing can be reconciled without it")
     return balance
 
 
-def lines(told: Reconciliation) -> Iterator[str]:
+def format_reconciliation(result: Reconciliation) -> Iterator[str]:
     """Write it for a person."""
-    yield f"since execution {told.since}: balance {told.balance_before:,.2f}, now {told.balance_now:,.2f}"
-    yield f"  {told.difference:>10,.2f}  credits are gone; the ledger knows of"
-    for name, words in WORDS.items():
-        part: Part = getattr(told, name)
+    yield f"since execution {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
+    yield f"  {result.difference:>10,.2f}  credits are gone; the ledger knows of"
+    for name, words in PART_LABELS.items():
+        part: DifferencePart = getattr(result, name)
         if part.number:
-            exact = abs(part.most - part.least) < CENT
+            exact = abs(part.most - part.least) < ROUNDING_CREDITS
             amount = f"{part.most:,.2f}" if exact else f"{part.least:,.2f} to {part.most:,.2f}"
             yield f"  {amount:>20}  {part.number:,} {words}"
-    if told.unexplained > 0:
-        yield f"  {told.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, changed prices"
-    elif told.unexplained < 0:
-        yield f"  {-told.unexplained:>20,.2f}  came in: a top-up, or refunds"
+    if result.unexplained > 0:
+        yield f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, changed prices"
+    elif result.unexplained < 0:
+        yield f"  {-result.unexplained:>20,.2f}  came in: a top-up, or refunds"
     else:
         yield "  nothing beyond that: the difference can be explained"
-    if told.in_doubt.number:
+    if result.in_doubt.number:
         yield "what is in doubt is yours to decide: enrich run --retry in_doubt (may pay twice) or --accept in_doubt"

@@ -9,11 +9,11 @@ from itertools import islice
 from typing import Any
 
 from enrich.job import Job
-from enrich.model import duration, iso, many, to_credits
-from enrich.store.database import exists
-from enrich.store.history import History, Past
-from enrich.store.lock import is_held
-from enrich.watch.outcome import ending
+from enrich.model import format_duration, iso_time, pluralize, to_credits
+from enrich.store.database import ledger_exists
+from enrich.store.history import ExecutionRow, LedgerReader
+from enrich.store.lock import is_locked
+from enrich.watch.outcome import outcome_label
 
 
 @dataclass(slots=True)
@@ -25,28 +25,28 @@ class _Totals:
     spent: int = 0
     unknown: int = 0
 
-    def count(self, past: Past) -> None:
+    def add(self, execution: ExecutionRow) -> None:
         self.executions += 1
-        self.submitted += past.submitted
-        self.spent += past.spent
-        self.unknown += past.unknown
+        self.submitted += execution.submitted
+        self.spent += execution.spent
+        self.unknown += execution.unknown
 
 
 def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
     shown: list[dict[str, Any]] = []
     totals = _Totals()
-    if exists(job.ledger):
-        with closing(History(job.ledger)) as history:
-            history.begin()
-            held = is_held(job.ledger)
-            newest = history.newest()
+    if ledger_exists(job.ledger):
+        with closing(LedgerReader(job.ledger)) as history:
+            history.begin_snapshot()
+            lock_held = is_locked(job.ledger)
+            newest = history.newest_execution_id()
             executions = history.executions(job.name)
-            for past in islice(executions, last):
-                totals.count(past)
-                shown.append(_told(past, at_work=held if past.id == newest else False))
-            for past in executions:
-                totals.count(past)
+            for execution in islice(executions, last):
+                totals.add(execution)
+                shown.append(_execution_as_json(execution, is_running=lock_held if execution.id == newest else False))
+            for execution in executions:
+                totals.add(execution)
     return {
         "job": job.name,
         "ledger": str(job.ledger),
@@ -60,43 +60,45 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     }
 
 
-def _told(past: Past, *, at_work: bool | None) -> dict[str, Any]:
-    receipt = past.receipt
-    rows, found = receipt.get("rows"), receipt.get("found")
+def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> dict[str, Any]:
+    summary = execution.receipt
+    rows, found = summary.get("rows"), summary.get("found")
     return {
-        "execution": past.id,
-        "started_at": iso(past.started_ms),
-        "ended_at": None if past.ended_ms is None else iso(past.ended_ms),
-        "elapsed_s": None if past.ended_ms is None else round((past.ended_ms - past.started_ms) / 1000, 3),
-        "exit_code": past.exit_code,
-        "outcome": ending(past.exit_code, at_work=at_work),
+        "execution": execution.id,
+        "started_at": iso_time(execution.started_ms),
+        "ended_at": None if execution.ended_ms is None else iso_time(execution.ended_ms),
+        "elapsed_s": None
+        if execution.ended_ms is None
+        else round((execution.ended_ms - execution.started_ms) / 1000, 3),
+        "exit_code": execution.exit_code,
+        "outcome": outcome_label(execution.exit_code, is_running=is_running),
         "rows": rows,
-        "submitted": past.submitted,
+        "submitted": execution.submitted,
         "found": found,
         "found_share": round(found / rows, 4) if rows and found is not None else None,
-        "credits_spent": to_credits(past.spent),
-        "credits_unknown": past.unknown,
-        "balance_after": to_credits(past.balance_after),
+        "credits_spent": to_credits(execution.spent),
+        "credits_unknown": execution.unknown,
+        "balance_after": to_credits(execution.balance_after),
     }
 
 
-_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
+_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
 
 
-def lines(runs: dict[str, Any]) -> Iterator[str]:
+def format_runs(result: dict[str, Any]) -> Iterator[str]:
     """Write them for a person, in lines of at most 100 columns."""
-    totals = runs["totals"]
+    totals = result["totals"]
     if not totals["executions"]:
-        yield f"{runs['job']} has never run: {runs['ledger']} knows of no execution of it"
+        yield f"{result['job']} has never run: {result['ledger']} knows of no execution of it"
         return
-    yield _LINE.format(
+    yield _RUN_LINE.format(
         "run", "started (UTC)", "time", "", "exit", "rows", "submitted", "hits", "credits", "?", "balance"
     )
-    for run in runs["executions"]:
-        yield _LINE.format(
+    for run in result["executions"]:
+        yield _RUN_LINE.format(
             run["execution"],
             run["started_at"].replace("T", " ")[:16],
-            "-" if run["elapsed_s"] is None else duration(run["elapsed_s"]),
+            "-" if run["elapsed_s"] is None else format_duration(run["elapsed_s"]),
             _or_dash(run["exit_code"], ""),
             run["outcome"],
             _or_dash(run["rows"], ","),
@@ -108,7 +110,7 @@ def lines(runs: dict[str, Any]) -> Iterator[str]:
         )
     unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
     yield (
-        f"in all {many(totals['executions'], 'execution')}: "
+        f"in all {pluralize(totals['executions'], 'execution')}: "
         f"{totals['submitted']:,} submitted, "
         f"{totals['credits_spent']:,.2f} credits spent{unknown}"
     )

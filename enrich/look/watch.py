@@ -12,77 +12,77 @@ from typing import Protocol, TextIO
 
 import click
 
-from enrich.errors import Exit, Interrupted
-from enrich.look.lookout import Lookout
-from enrich.look.picture import Picture, Sign, line, lines
-from enrich.streams import failure
+from enrich.errors import ExitCode, Interrupted
+from enrich.look.lookout import RunWatcher
+from enrich.look.picture import RunStatus, RunView, format_view, format_view_line
+from enrich.streams import flush_error
 
-WAITING = "no run is at work: waiting for the next; Ctrl-C leaves"
-HOPING = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
+WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
+NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
 #: Another screen without a cursor, and back (xterm's control sequences, as all terminals of today know them).
-ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-HOME, END_OF_LINE, BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 #: How soon the picture follows a window that changes its size.
-RESIZED_S = 0.2
-EVERY_S = 2.0
-COLOURS = {Sign.AT_WORK: "green", Sign.SILENT: "red"}
+RESIZE_CHECK_S = 0.2
+DEFAULT_INTERVAL_S = 2.0
+STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
 
 
-def _wait(picture: Picture) -> str:
+def _waiting_text(view: RunView) -> str:
     """Say what is waited for."""
-    return HOPING if picture.sign is Sign.SILENT else WAITING
+    return NO_HEARTBEAT_TEXT if view.status is RunStatus.NO_HEARTBEAT else WAITING_TEXT
 
 
 def _flush(out: TextIO) -> None:
     """Show what was written. Raises BrokenPipeError when it can't be shown any more: then watching is over."""
-    if failure(out) is not None:
+    if flush_error(out) is not None:
         raise BrokenPipeError
 
 
-class View(Protocol):
+class Display(Protocol):
     """Where pictures are shown."""
 
-    def show(self, picture: Picture, *, waiting: bool) -> None:
+    def show(self, view: RunView, *, waiting: bool) -> None:
         """Show a picture instead of the last one, or below it; `waiting` for a run."""
 
     def pause(self, seconds: float) -> None:
         """Let the picture stand."""
 
 
-def watch(lookout: Lookout, view: View, every_s: float) -> int:
+def run_watch_loop(watcher: RunWatcher, display: Display, interval_s: float) -> int:
     """Show the job's newest run until it ends; without one at work wait for the next. Return the exit code."""
     ended_before: int | None = None
     try:
         while True:
-            picture = lookout.look()
-            ended = picture.run.id if picture.run is not None and picture.sign is Sign.ENDED else 0
+            view = watcher.read_view()
+            ended = view.run.id if view.run is not None and view.status is RunStatus.ENDED else 0
             if ended_before is None:
                 ended_before = ended
-            over = ended > ended_before
-            view.show(picture, waiting=not over and picture.sign is not Sign.AT_WORK)
-            if over:
-                return Exit.OK
-            view.pause(every_s)
+            has_ended = ended > ended_before
+            display.show(view, waiting=not has_ended and view.status is not RunStatus.RUNNING)
+            if has_ended:
+                return ExitCode.OK
+            display.pause(interval_s)
     except KeyboardInterrupt:
-        return Exit.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Interrupted as signal:
         return signal.exit_code
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class LineDisplay:
     """One line for each look: text, or a JSON object."""
 
     out: TextIO
     as_json: bool
 
-    def show(self, picture: Picture, *, waiting: bool) -> None:
+    def show(self, view: RunView, *, waiting: bool) -> None:
         """Write a line, now."""
         if self.as_json:
-            said = json.dumps(picture.as_json(), ensure_ascii=False)
+            text = json.dumps(view.as_json(), ensure_ascii=False)
         else:
-            said = line(picture) + (f"; {_wait(picture)}" if waiting else "")
-        self.out.write(said + "\n")
+            text = format_view_line(view) + (f"; {_waiting_text(view)}" if waiting else "")
+        self.out.write(text + "\n")
         _flush(self.out)
 
     def pause(self, seconds: float) -> None:
@@ -91,58 +91,64 @@ class Lines:
 
 
 @dataclass(slots=True)
-class Screen:
+class TerminalDisplay:
     """A terminal: each picture is drawn over the last one, on a screen of its own."""
 
     out: TextIO
-    coloured: bool
+    use_color: bool
     size: Callable[[], tuple[int, int]] = shutil.get_terminal_size
-    _last: tuple[Picture, bool] | None = None
-    _drawn_for: tuple[int, int] | None = None
+    _last_shown: tuple[RunView, bool] | None = None
+    _drawn_size: tuple[int, int] | None = None
 
-    def show(self, picture: Picture, *, waiting: bool) -> None:
+    def show(self, view: RunView, *, waiting: bool) -> None:
         """Draw the picture as the window is now: no line is longer, and there are not more."""
-        self._last, self._drawn_for = (picture, waiting), self.size()
-        columns, rows = self._drawn_for
+        self._last_shown, self._drawn_size = (view, waiting), self.size()
+        columns, rows = self._drawn_size
         # In the last column a terminal may go on to the next line.
-        shown = self._lines(picture, columns - 1, waiting=waiting)[: max(1, rows)]
-        self.out.write(HOME + "\r\n".join(text + END_OF_LINE for text in shown) + BELOW)
+        shown = self._format_lines(view, columns - 1, waiting=waiting)[: max(1, rows)]
+        self.out.write(CURSOR_HOME + "\r\n".join(text + ERASE_LINE for text in shown) + ERASE_BELOW)
         _flush(self.out)
 
     def pause(self, seconds: float) -> None:
         """Let the picture stand; draw it again when the window changes its size."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, RESIZED_S))
-            if self._last is not None and self.size() != self._drawn_for:
-                picture, waiting = self._last
-                self.show(picture, waiting=waiting)
+            time.sleep(min(left, RESIZE_CHECK_S))
+            if self._last_shown is not None and self.size() != self._drawn_size:
+                view, waiting = self._last_shown
+                self.show(view, waiting=waiting)
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def alternate_screen(self) -> Iterator[None]:
         """Take the terminal, give it back as it was, and leave how the run ended on it."""
         try:
-            self.out.write(ENTER)
+            self.out.write(ENTER_SCREEN)
             yield
         finally:
             with suppress(OSError):  # the window was closed
-                self.out.write(LEAVE)
-                if self._last is not None and self._last[0].sign is Sign.ENDED and not self._last[1]:
-                    self.out.write("\n".join(self._lines(self._last[0], self.size()[0] - 1, waiting=False)) + "\n")
+                self.out.write(LEAVE_SCREEN)
+                if (
+                    self._last_shown is not None
+                    and self._last_shown[0].status is RunStatus.ENDED
+                    and not self._last_shown[1]
+                ):
+                    self.out.write(
+                        "\n".join(self._format_lines(self._last_shown[0], self.size()[0] - 1, waiting=False)) + "\n"
+                    )
                 self.out.flush()
 
-    def _lines(self, picture: Picture, columns: int, *, waiting: bool) -> list[str]:
-        plain = "utf" not in (self.out.encoding or "").lower()
-        head, *rest = lines(picture, columns, plain=plain)
-        if self.coloured:
-            head = click.style(head, bold=True, fg=COLOURS.get(picture.sign))
-        return [head, *rest, *(("", _wait(picture)[: max(0, columns)]) if waiting else ())]
+    def _format_lines(self, view: RunView, columns: int, *, waiting: bool) -> list[str]:
+        ascii_only = "utf" not in (self.out.encoding or "").lower()
+        head, *rest = format_view(view, columns, ascii_only=ascii_only)
+        if self.use_color:
+            head = click.style(head, bold=True, fg=STATUS_COLORS.get(view.status))
+        return [head, *rest, *(("", _waiting_text(view)[: max(0, columns)]) if waiting else ())]
 
 
-def watch_job(lookout: Lookout, out: TextIO, environ: Mapping[str, str], every_s: float, *, as_json: bool) -> int:
+def watch_job(watcher: RunWatcher, out: TextIO, environ: Mapping[str, str], interval_s: float, *, as_json: bool) -> int:
     """Watch on a terminal that can be drawn on, or else line by line."""
     if as_json or not out.isatty() or environ.get("TERM", "dumb") in ("dumb", ""):
-        return watch(lookout, Lines(out, as_json), every_s)
-    screen = Screen(out, coloured=not environ.get("NO_COLOR"))
-    with screen.taken():
-        return watch(lookout, screen, every_s)
+        return run_watch_loop(watcher, LineDisplay(out, as_json), interval_s)
+    display = TerminalDisplay(out, use_color=not environ.get("NO_COLOR"))
+    with display.alternate_screen():
+        return run_watch_loop(watcher, display, interval_s)

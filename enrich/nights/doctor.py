@@ -10,32 +10,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich.api.credentials import Access, find_base_url, find_key
-from enrich.api.network import find_certificates, find_proxy
+from enrich.api.credentials import ApiAccess, find_base_url, find_key
+from enrich.api.network import find_proxy, load_certificates
 from enrich.budget import make_budget
-from enrich.errors import PRECEDENCE, EnrichError, Exit
+from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
 from enrich.job import Job
 from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
-from enrich.nights.outlook import Finding, failed
-from enrich.place import LedgerPlace, Postgres
-from enrich.report.file import EXTRA, lacks_extra
-from enrich.setup.check import Checked, check_job, summary
-from enrich.setup.online import Live, ask
-from enrich.setup.places import existing, inputs, is_there, read_files, written
-from enrich.store.database import exists
+from enrich.nights.outlook import Finding, error_finding
+from enrich.place import LedgerLocation, PostgresLocation
+from enrich.report.file import INSTALL_HINT, is_extra_missing
+from enrich.setup.check import CheckResult, check_job, check_summary
+from enrich.setup.online import ApiSnapshot, query_api
+from enrich.setup.places import files_read, files_written, local_input_files, nearest_existing, path_exists
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
-from enrich.store.lock import is_held
+from enrich.store.lock import is_locked
 from enrich.store.sqlite import lock_path
 
 #: Executions that are looked back at.
-LAST = 7
+RECENT_EXECUTIONS = 7
 #: What a request takes in a young ledger, in bytes, and how many requests tell it better.
-REQUEST_BYTES, ENOUGH = 2_000, 100
+REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
 #: How much smaller gzip makes a CSV, at most.
-PACKED = 10
+GZIP_FACTOR = 10
 #: Variables that change where and how the API is reached.
-ROUTES = (
+ENVIRONMENT_VARIABLES = (
     "DATABAR_BASE_URL",
     *(name for lower in ("https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())),
     "SSL_CERT_FILE",
@@ -45,220 +45,234 @@ ROUTES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class DoctorContext:
     """How the doctor looks: `environ` is what cron will have, `shell` what the person has now.
 
     `sandbox` is the way to the sandbox when the job is looked at there. `night` is when the job runs next.
     """
 
-    environ: Mapping[str, str]
-    shell: Mapping[str, str]
+    cron_environ: Mapping[str, str]
+    shell_environ: Mapping[str, str]
     now: datetime
-    night: datetime
+    next_run: datetime
     offline: bool = False
-    sandbox: Access | None = None
+    sandbox_access: ApiAccess | None = None
 
 
-def exit_code(findings: Sequence[Finding]) -> Exit:
+def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
     """The exit code that tonight's run would have for what fails."""
-    held = {finding.code for finding in findings if finding.mark == "fail"}
-    return next((code for code in PRECEDENCE if code in held), Exit.OK)
+    codes = {finding.exit_code for finding in findings if finding.mark == "fail"}
+    return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
 
 
-def as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
+def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
     """Return the object that `--json` prints."""
-    named = ("mark", "subject", "message", "remedy")
+    fields = ("mark", "subject", "message", "remedy")
     return {
-        "exit_code": int(exit_code(findings)),
+        "exit_code": int(findings_exit_code(findings)),
         "job": job,
-        "findings": [{name: getattr(finding, name) for name in named} for finding in findings],
+        "findings": [{name: getattr(finding, name) for name in fields} for finding in findings],
     }
 
 
-def examine(job: Job, visit: Visit) -> Iterator[Finding]:
+def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Look at a job and everything that its runs need. Nothing is written or paid."""
-    access = visit.sandbox
+    access = context.sandbox_access
     bound_to: dict[str, str | None] = {}
-    if visit.sandbox is None:
-        yield from environment(visit)
-        access = _access(visit)
+    if context.sandbox_access is None:
+        yield from environment_findings(context)
+        access = _find_access(context)
         bound_to = {"api_host": access.host} if access else {}
-    live: Live | None = None
-    if access and not visit.offline:
+    live: ApiSnapshot | None = None
+    if access and not context.offline:
         try:
-            live = ask(access, job.model.waterfall, visit.environ)
-            if visit.sandbox is None:
+            live = query_api(access, job.model.waterfall, context.cron_environ)
+            if context.sandbox_access is None:
                 bound_to["workspace"] = live.user.workspace
             yield Finding("ok", "api", f"{access.host} accepts the key")
-            yield outlook.clock(live.ahead_s)
+            yield outlook.check_clock(live.clock_ahead_s)
         except EnrichError as error:
-            yield failed("key" if error.exit_code is Exit.KEY else "api", error)
-    checked = check_job(job, bound_to, live.waterfall if live else None)
-    yield from (failed("job", problem) for problem in checked.problems)
-    yield from (Finding("warn", "waterfall", change, "is the job still what you want?") for change in checked.changes)
-    if not checked.problems:
-        yield Finding("ok", "job", summary(job, checked))
-    if job.model.report is not None and job.model.report.path is not None and lacks_extra():
-        yield Finding("warn", "report", "tonight's run cannot write the `report` without its extra", EXTRA)
-    yield from _files(job, visit)
-    yield from _ledger(job, visit, checked, live)
-    yield from _room(job, visit, checked)
-    yield from _program(job, visit)
+            yield error_finding("key" if error.exit_code is ExitCode.KEY else "api", error)
+    check = check_job(job, bound_to, live.waterfall if live else None)
+    yield from (error_finding("job", problem) for problem in check.problems)
+    yield from (Finding("warn", "waterfall", change, "is the job still what you want?") for change in check.changes)
+    if not check.problems:
+        yield Finding("ok", "job", check_summary(job, check))
+    if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
+        yield Finding("warn", "report", "tonight's run cannot write the `report` without its extra", INSTALL_HINT)
+    yield from _file_findings(job, context)
+    yield from _ledger_findings(job, context, check, live)
+    yield from _disk_findings(job, context, check)
+    yield from _program_findings(job, context)
 
 
-def environment(visit: Visit) -> Iterator[Finding]:
+def environment_findings(context: DoctorContext) -> Iterator[Finding]:
     """Look at the key and at what reaches the API, with the eyes of cron."""
-    environ, home = visit.environ, Path(visit.environ["HOME"])
+    environ, home = context.cron_environ, Path(context.cron_environ["HOME"])
     try:
         find_key(environ, home)
         yield Finding("ok", "key", "cron will find it")
     except EnrichError as error:
-        named = [name for name in ("DATABAR_API_KEY", "DATABAR_API_KEY_FILE") if visit.shell.get(name, "").strip()]
-        if named and not any(environ.get(name) for name in named):
-            message = f"{named[0]} is set in this shell only: cron will not have it"
+        set_names = [
+            name for name in ("DATABAR_API_KEY", "DATABAR_API_KEY_FILE") if context.shell_environ.get(name, "").strip()
+        ]
+        if set_names and not any(environ.get(name) for name in set_names):
+            message = f"{set_names[0]} is set in this shell only: cron will not have it"
             remedy = "name a key file in the crontab, see `enrich cron`; then --env DATABAR_API_KEY_FILE=…"
-            yield Finding("fail", "key", message, remedy, Exit.KEY)
+            yield Finding("fail", "key", message, remedy, ExitCode.KEY)
         else:
-            yield failed("key", error)
+            yield error_finding("key", error)
     else:
-        yield from _key_file(environ, home)
+        yield from _key_file_findings(environ, home)
     try:
-        _base_url(environ)
+        _find_usable_base_url(environ)
     except EnrichError as error:
-        yield failed("api", error)
-    for name in ROUTES:
-        if visit.shell.get(name) and not environ.get(name):
+        yield error_finding("api", error)
+    for name in ENVIRONMENT_VARIABLES:
+        if context.shell_environ.get(name) and not environ.get(name):
             message = f"{name} is set in this shell only: cron will not have it"
             yield Finding("warn", "api", message, f"set it in the crontab, then --env {name}=…")
 
 
-def _key_file(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
+def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
     if environ.get("DATABAR_API_KEY", "").strip():
         return
     path = Path(environ.get("DATABAR_API_KEY_FILE", "").strip() or home / ".databar" / "config")
     if not path.is_absolute():
         yield Finding("warn", "key", f"{path}: a relative path; cron starts in {home}", "name the absolute path")
-    if machine.open_to_others(path):
+    if machine.is_accessible_by_others(path):
         yield Finding("warn", "key", f"{path}: others may read the key", f"chmod 600 {path}")
 
 
-def _base_url(environ: Mapping[str, str]) -> str:
+def _find_usable_base_url(environ: Mapping[str, str]) -> str:
     """Find the API's address. Raises JobError for what a run could not use to get there."""
     base_url = find_base_url(environ)
     find_proxy(environ, base_url)
     if base_url.startswith("https:"):
-        find_certificates(environ)
+        load_certificates(environ)
     return base_url
 
 
-def _access(visit: Visit) -> Access | None:
+def _find_access(context: DoctorContext) -> ApiAccess | None:
     """Find the way to the API; what is wrong with it was told before."""
     try:
-        return Access(_base_url(visit.environ), find_key(visit.environ, Path(visit.environ["HOME"])))
+        return ApiAccess(
+            _find_usable_base_url(context.cron_environ),
+            find_key(context.cron_environ, Path(context.cron_environ["HOME"])),
+        )
     except EnrichError:
         return None
 
 
-def _files(job: Job, visit: Visit) -> Iterator[Finding]:
+def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Look at the input's age, the output's names and the ledger's file system."""
-    if ages := [path.stat().st_mtime for path in inputs(job) if os.access(path, os.R_OK)]:
-        yield outlook.input_age(max(ages), visit.now.timestamp())
-    taken = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in read_files(job).items()}
-    if isinstance(job.ledger, Postgres):
-        yield outlook.output_names(job.output_path, visit.night, taken)
+    if ages := [path.stat().st_mtime for path in local_input_files(job) if os.access(path, os.R_OK)]:
+        yield outlook.check_input_age(max(ages), context.now.timestamp())
+    reserved = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in files_read(job).items()}
+    if isinstance(job.ledger, PostgresLocation):
+        yield outlook.check_output_names(job.output_path, context.next_run, reserved)
         return
-    yield outlook.output_names(job.output_path, visit.night, {**taken, job.ledger: "the ledger"})
-    kind = machine.file_system(machine.mountinfo(), Path(os.path.realpath(job.ledger)))
-    if machine.is_network(kind):
+    yield outlook.check_output_names(job.output_path, context.next_run, {**reserved, job.ledger: "the ledger"})
+    kind = machine.file_system_type(machine.read_mountinfo(), Path(os.path.realpath(job.ledger)))
+    if machine.is_network_file_system(kind):
         message = f"{job.ledger} is on a network file system ({kind}), whose locks SQLite cannot trust"
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
 
-def _ledger(job: Job, visit: Visit, checked: Checked, live: Live | None) -> Iterator[Finding]:
+def _ledger_findings(
+    job: Job, context: DoctorContext, check: CheckResult, live: ApiSnapshot | None
+) -> Iterator[Finding]:
     """Look at what is left from the nights before, and at the money for the next."""
     path = job.ledger
     counts: dict[State, int] = {}
     submitted: list[int] = []
     executions: list[Any] = []
     try:
-        if _is_known(path):
+        if _ledger_exists(path):
             with closing(Ledger(path, read_only=True)) as ledger:
-                counts, executions = ledger.counts(), ledger.executions(job.name, LAST)
-                submitted = [task.submitted_ms for task in ledger.tasks() for _ in task.attempts]
+                counts, executions = ledger.state_counts(), ledger.executions(job.name, RECENT_EXECUTIONS)
+                submitted = [task.submitted_ms for task in ledger.submitted_tasks() for _ in task.attempts]
             yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
         else:
             yield Finding("ok", "ledger", f"{path} will be made by the first run")
     except EnrichError:
         return  # the check has said so
-    if _is_locked(path):
+    if _ledger_is_locked(path):
         yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
-    now_ms, night_ms = (int(at.timestamp() * 1000) for at in (visit.now, visit.night))
-    yield outlook.expiring(submitted, ttl_ms, now_ms, night_ms)
-    yield outlook.doubts(counts.get(State.IN_DOUBT, 0))
-    worst = checked.question.worst_price if checked.question else None
+    now_ms, next_run_ms = (int(at.timestamp() * 1000) for at in (context.now, context.next_run))
+    yield outlook.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
+    yield outlook.check_in_doubt(counts.get(State.IN_DOUBT, 0))
+    max_price = check.template.worst_price if check.template else None
     limits = job.model.limits
-    if checked.question and live:
+    if check.template and live:
         try:
-            make_budget(job, checked.question, read_balance(live.user.balance))
+            make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
-            yield failed("cap", error)
-    yield from outlook.cap(_micros(limits.max_credits), worst, executions)
+            yield error_finding("cap", error)
+    yield from outlook.check_cap(_optional_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row["spent"] for row in executions]
-        yield from outlook.money(read_balance(live.user.balance), _micros(limits.min_balance), worst, spent)
+        yield from outlook.check_balance(
+            read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
+        )
 
 
-def _is_known(ledger: LedgerPlace) -> bool:
-    return exists(ledger) if isinstance(ledger, Postgres) else is_there(ledger)
+def _ledger_exists(ledger: LedgerLocation) -> bool:
+    return ledger_exists(ledger) if isinstance(ledger, PostgresLocation) else path_exists(ledger)
 
 
-def _is_locked(ledger: LedgerPlace) -> bool:
-    return bool(is_held(ledger)) if isinstance(ledger, Postgres) else machine.is_locked(lock_path(ledger))
+def _ledger_is_locked(ledger: LedgerLocation) -> bool:
+    return bool(is_locked(ledger)) if isinstance(ledger, PostgresLocation) else machine.is_lock_held(lock_path(ledger))
 
 
-def _micros(credits_: float | None) -> int | None:
+def _optional_micros(credits_: float | None) -> int | None:
     return None if credits_ is None else to_micros(credits_)
 
 
-def _room(job: Job, visit: Visit, checked: Checked) -> Iterator[Finding]:
+def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
     """Look at the disks that the output and the ledger are on."""
     try:
-        size = sum(path.stat().st_size * (PACKED if path.suffix.lower() == ".gz" else 1) for path in inputs(job))
+        size = sum(
+            path.stat().st_size * (GZIP_FACTOR if path.suffix.lower() == ".gz" else 1)
+            for path in local_input_files(job)
+        )
         per_request = float(REQUEST_BYTES)
-        if isinstance(job.ledger, Postgres):
+        if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the server's disk is another's to look after
-        elif is_there(job.ledger):
+        elif path_exists(job.ledger):
             with closing(Ledger(job.ledger, read_only=True)) as ledger:
-                known = sum(ledger.counts().values())
-            per_request = job.ledger.stat().st_size / known if known >= ENOUGH else per_request
+                request_count = sum(ledger.state_counts().values())
+            per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
         # The journal may hold all of it once more.
-        growth = int(2 * per_request * (checked.asking or 0))
-        home = job.ledger.folder if isinstance(job.ledger, Postgres) else job.ledger.parent
-        ours, output = existing(home), job.output_path(visit.night)
-        folders = existing(output.parent) if isinstance(output, Path) else ours, ours
+        growth = int(2 * per_request * (check.sendable_rows or 0))
+        ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
+        ledger_disk, output = nearest_existing(ledger_folder), job.output_path(context.next_run)
+        folders = nearest_existing(output.parent) if isinstance(output, Path) else ledger_disk, ledger_disk
         if folders[0].stat().st_dev == folders[1].stat().st_dev:
-            yield outlook.room(folders[0], machine.free_bytes(folders[0]), 2 * size, growth)
+            yield outlook.check_free_space(folders[0], machine.free_bytes(folders[0]), 2 * size, growth)
         else:
-            yield outlook.room(folders[0], machine.free_bytes(folders[0]), 2 * size, 0)
-            yield outlook.room(folders[1], machine.free_bytes(folders[1]), 0, growth)
+            yield outlook.check_free_space(folders[0], machine.free_bytes(folders[0]), 2 * size, 0)
+            yield outlook.check_free_space(folders[1], machine.free_bytes(folders[1]), 0, growth)
     except (OSError, EnrichError):
         return  # the check has said what cannot be read
 
 
-def _program(job: Job, visit: Visit) -> Iterator[Finding]:
+def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Start the program as cron would, and look at how it would write names."""
-    command = machine.executable()
-    wrong = machine.starts(command, visit.environ)
-    if wrong:
-        message = f"{command[0]} does not start with cron's environment: {wrong}"
-        yield Finding("fail", "program", message, "install it where cron's user may run it", Exit.REFUSED)
+    command = machine.enrich_command()
+    problem = machine.startup_error(command, context.cron_environ)
+    if problem:
+        message = f"{command[0]} does not start with cron's environment: {problem}"
+        yield Finding("fail", "program", message, "install it where cron's user may run it", ExitCode.REFUSED)
     else:
         yield Finding("ok", "program", f"{' '.join(command)} starts with cron's environment")
-    paths = [*written(job, visit.night).values(), *read_files(job).values()]
+    paths = [*files_written(job, context.next_run).values(), *files_read(job).values()]
     if all(str(path).isascii() for path in paths):
         return
-    encoding = machine.names_files_in(visit.environ)
+    encoding = machine.file_name_encoding(context.cron_environ)
     if encoding.replace("-", "").lower() != "utf8":
         message = f"cron's Python writes names of files in {encoding}, and the job's paths are not ASCII"
-        yield Finding("fail", "names", message, "LANG=C.UTF-8 in the crontab, then --env LANG=C.UTF-8", Exit.REFUSED)
+        yield Finding(
+            "fail", "names", message, "LANG=C.UTF-8 in the crontab, then --env LANG=C.UTF-8", ExitCode.REFUSED
+        )

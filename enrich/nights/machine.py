@@ -19,12 +19,12 @@ _NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|ncpfs|afs|9p|ceph|glusterfs|lustre|be
 _LOCAL_FUSE = frozenset(
     {"fuse.lxcfs", "fuse.portal", "fuse.gvfsd-fuse", "fuse.bindfs", "fuse.mergerfs", "fuse.ntfs-3g"}
 )
-_OCTAL = re.compile(r"\\([0-7]{3})")
+_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 #: The program must be up by then.
-_START_S = 30.0
+_START_TIMEOUT_S = 30.0
 
 
-def file_system(mountinfo: str, path: Path) -> str | None:
+def file_system_type(mountinfo: str, path: Path) -> str | None:
     """Tell the type of the file system that a path (absolute, no links) is on, from /proc/self/mountinfo.
 
     A line is `36 35 98:0 /root /mount/point rw,noatime - ext4 /dev/sda1 rw`, see proc(5); what is mounted last
@@ -36,18 +36,18 @@ def file_system(mountinfo: str, path: Path) -> str | None:
         fields, kind = before.split(" "), after.split(" ")[0]
         if not dash or len(fields) < 5 or not kind:  # noqa: PLR2004 - the mount point is the fifth
             continue
-        point = Path(_OCTAL.sub(lambda code: chr(int(code[1], 8)), fields[4]))
+        point = Path(_OCTAL_ESCAPE.sub(lambda code: chr(int(code[1], 8)), fields[4]))
         if point in (path, *path.parents) and (found is None or len(point.parts) >= found[0]):
             found = len(point.parts), kind
     return None if found is None else found[1]
 
 
-def is_network(kind: str | None) -> bool:
+def is_network_file_system(kind: str | None) -> bool:
     """Tell whether a type of file system is one over a network."""
     return kind is not None and kind not in _LOCAL_FUSE and _NETWORK.fullmatch(kind) is not None
 
 
-def mountinfo() -> str:
+def read_mountinfo() -> str:
     """Read what is mounted; "" where the system does not tell it this way."""
     try:
         return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
@@ -55,7 +55,7 @@ def mountinfo() -> str:
         return ""
 
 
-def open_to_others(path: Path) -> bool:
+def is_accessible_by_others(path: Path) -> bool:
     """Tell whether group or others may read or write a file."""
     return bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
 
@@ -65,7 +65,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def is_locked(lock: Path) -> bool:
+def is_lock_held(lock: Path) -> bool:
     """Tell whether a process holds a lock; nothing is made, and it is held for a moment only."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
@@ -82,51 +82,51 @@ def is_locked(lock: Path) -> bool:
     return False
 
 
-def executable() -> list[str]:
+def enrich_command() -> list[str]:
     """Return the absolute command that starts this program."""
-    called = Path(sys.argv[0])
+    started_as = Path(sys.argv[0])
     beside = Path(sys.executable).parent / "enrich"
-    for path in (called, beside):
+    for path in (started_as, beside):
         if path.name == "enrich" and path.is_file() and os.access(path, os.X_OK):
             return [str(path.absolute())]
     return [sys.executable, "-m", "enrich"]
 
 
-def starts(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
+def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """Start the program as cron would; return what goes wrong, None: nothing."""
     try:
-        done = subprocess.run(  # noqa: S603 - our own program
+        result = subprocess.run(  # noqa: S603 - our own program
             [*command, "--version"],
             env={**environ, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd="/",
             capture_output=True,
-            timeout=_START_S,
+            timeout=_START_TIMEOUT_S,
             check=False,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    if done.returncode:
-        return " ".join(done.stderr.decode(errors="replace").split())[-200:] or f"exit {done.returncode}"
+    if result.returncode:
+        return " ".join(result.stderr.decode(errors="replace").split())[-200:] or f"exit {result.returncode}"
     return None
 
 
-def names_files_in(environ: Mapping[str, str]) -> str:
+def file_name_encoding(environ: Mapping[str, str]) -> str:
     """Ask a Python with this environment how it writes the names of files; "" when it does not start."""
-    ask = "import sys; print(sys.getfilesystemencoding())"
-    done = subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-c", ask],
+    script = "import sys; print(sys.getfilesystemencoding())"
+    result = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", script],
         env=dict(environ),
         cwd="/",
         capture_output=True,
-        timeout=_START_S,
+        timeout=_START_TIMEOUT_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    return done.stdout.decode(errors="replace").strip()
+    return result.stdout.decode(errors="replace").strip()
 
 
-def read_environ(lines: Iterable[str]) -> dict[str, str]:
+def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
     """Read `NAME=VALUE` lines, with `#` comments, quotes and `export` as a shell has them. Raises ValueError."""
     environ: dict[str, str] = {}
     for number, line in enumerate(lines, 1):

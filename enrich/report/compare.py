@@ -12,29 +12,29 @@ from math import comb, erfc, sqrt
 
 import polars as pl
 
-from enrich.cascade import Cascade, read_offers
-from enrich.errors import JobError, Refused
+from enrich.cascade import ProviderStats, load_waterfalls
+from enrich.errors import CommandRefused, JobError
 from enrich.job import Job
-from enrich.model import MICROS, Settled, State, many, to_credits, write_credits
-from enrich.report.earned import providers
-from enrich.report.facts import Comparison, Provider, Side
-from enrich.store.database import exists
+from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
+from enrich.report.earned import reported_providers
+from enrich.report.facts import ComparedSide, Comparison, ReportedProvider
+from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 
 #: So probable a difference may be chance, and one less probable than that is none.
-CHANCE, NO_CHANCE = 0.05, 0.001
+SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001
 #: Costs per hit are the same that differ by so little, in credits and of the cost.
-HUNDREDTH, SAME = 0.005, 0.01
+SAME_COST_CREDITS, SAME_COST_SHARE = 0.005, 0.01
 #: Rows that are held as Python objects at once.
-CHUNK = 50_000
+CHUNK_ROWS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _SideData:
     """One side with all that is compared. `leads`: a hash of the params, found, credits in millionths or null."""
 
-    side: Side
-    providers: list[Provider]
+    side: ComparedSide
+    providers: list[ReportedProvider]
     leads: pl.DataFrame
 
 
@@ -43,16 +43,16 @@ def compare_executions(job: Job, execution: int) -> Comparison:
 
     Raises JobError when that one is none of the job's, Refused when there are no two.
     """
-    with closing(_open(job)) as ledger, ledger.still():
-        known = [row.id for row in ledger.lived(job.name)]
+    with closing(_open_ledger(job)) as ledger, ledger.snapshot():
+        known = [row.id for row in ledger.job_executions(job.name)]
         if execution not in known:
             raise JobError(f"--compare {execution}: {job.name} has no execution {execution}", "enrich runs lists them")
-        settled = {number for number, _, _ in ledger.fates(job.name)}
+        settled = {number for number, _, _ in ledger.outcome_counts(job.name)}
         newest = max(settled - {execution}, default=None)
         if newest is None:
-            raise Refused(f"--compare {execution}: no other execution of {job.name} was answered anything")
-        left, right = (_read(ledger, job, f"execution {number}", number) for number in (newest, execution))
-    return _compared(left, right)
+            raise CommandRefused(f"--compare {execution}: no other execution of {job.name} was answered anything")
+        left, right = (_read_side(ledger, job, f"execution {number}", number) for number in (newest, execution))
+    return _compare(left, right)
 
 
 def compare_jobs(job: Job, other: Job) -> Comparison:
@@ -64,49 +64,49 @@ def compare_jobs(job: Job, other: Job) -> Comparison:
         labels = [str(each.document.path) for each in (job, other)]
     sides = []
     for each, label in zip((job, other), labels, strict=True):
-        with closing(_open(each)) as ledger, ledger.still():
-            sides.append(_read(ledger, each, label, None))
-    return _compared(*sides)
+        with closing(_open_ledger(each)) as ledger, ledger.snapshot():
+            sides.append(_read_side(ledger, each, label, None))
+    return _compare(*sides)
 
 
-def _open(job: Job) -> Ledger:
-    if not exists(job.ledger):
-        raise Refused(f"{job.ledger}: there is no ledger: {job.name} has never run", "enrich run it first")
+def _open_ledger(job: Job) -> Ledger:
+    if not ledger_exists(job.ledger):
+        raise CommandRefused(f"{job.ledger}: there is no ledger: {job.name} has never run", "enrich run it first")
     return Ledger(job.ledger, read_only=True)
 
 
-def _read(ledger: Ledger, job: Job, label: str, execution: int | None) -> _Read:
-    cascade, total = Cascade(read_offers(ledger.waterfalls())), _Total()
-    for settled in ledger.settled(job.name, execution):
-        cascade.add(settled)
-        total.add(settled)
-    told = providers(cascade.earnings())
-    names = [each.name for each in told if not each.verifies]
-    spent = to_credits(total.spent)
-    cost_per_hit = spent / total.found if total.found else None
-    side = Side(label, names, total.asked, total.found, total.not_found, spent, cost_per_hit)
-    return _Read(side, told, _leads(ledger.answered(job.name, execution)))
+def _read_side(ledger: Ledger, job: Job, label: str, execution: int | None) -> _SideData:
+    stats, totals = ProviderStats(load_waterfalls(ledger.waterfalls())), _Totals()
+    for settled in ledger.settled_attempts(job.name, execution):
+        stats.add(settled)
+        totals.add(settled)
+    side_providers = reported_providers(stats.totals())
+    names = [each.name for each in side_providers if not each.verifies]
+    spent = to_credits(totals.spent)
+    cost_per_hit = spent / totals.found if totals.found else None
+    side = ComparedSide(label, names, totals.asked, totals.found, totals.not_found, spent, cost_per_hit)
+    return _SideData(side, side_providers, _lead_frame(ledger.answered_params(job.name, execution)))
 
 
 @dataclass(slots=True)
-class _Total:
+class _Totals:
     asked: int = 0
     found: int = 0
     not_found: int = 0
     spent: int = 0
 
-    def add(self, settled: Settled) -> None:
+    def add(self, settled: SettledAttempt) -> None:
         self.asked += 1
         self.found += settled.state == State.FOUND
         self.not_found += settled.state == State.NOT_FOUND
         self.spent += settled.paid or 0
 
 
-def _leads(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
+def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
     """Keep some bytes of each lead; of several answers the last."""
     schema = {"lead": pl.UInt64(), "found": pl.Boolean(), "credits": pl.Float64()}
     parts = [pl.DataFrame(schema=schema)]
-    while chunk := list(islice(answered, CHUNK)):
+    while chunk := list(islice(answered, CHUNK_ROWS)):
         leads = array("Q", (int.from_bytes(blake2b(params.encode(), digest_size=8).digest()) for params, _, _ in chunk))
         parts.append(
             pl.DataFrame(
@@ -116,7 +116,7 @@ def _leads(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
     return pl.concat(parts).unique("lead", keep="last")
 
 
-def _compared(left: _Read, right: _Read) -> Comparison:
+def _compare(left: _SideData, right: _SideData) -> Comparison:
     common = left.leads.join(right.leads, on="lead", suffix="_right")
     here, there = pl.col("found"), pl.col("found_right")
     both, only_left, only_right, neither = common.select(
@@ -125,9 +125,9 @@ def _compared(left: _Read, right: _Read) -> Comparison:
         (~here & there).sum().alias("right"),
         (~here & ~there).sum().alias("neither"),
     ).row(0)
-    costs = [float(common[name].sum()) / MICROS for name in ("credits", "credits_right")]
+    costs = [float(common[name].sum()) / MICROS_PER_CREDIT for name in ("credits", "credits_right")]
     unknown = common["credits"].null_count() + common["credits_right"].null_count()
-    told = Comparison(
+    comparison = Comparison(
         left=left.side,
         right=right.side,
         left_providers=left.providers,
@@ -141,49 +141,49 @@ def _compared(left: _Read, right: _Read) -> Comparison:
         common_right_credits=costs[1],
         verdict="",
     )
-    return replace(told, verdict=verdict(told, unknown))
+    return replace(comparison, verdict=write_verdict(comparison, unknown))
 
 
-def verdict(told: Comparison, unknown: int = 0) -> str:
+def write_verdict(comparison: Comparison, unknown: int = 0) -> str:
     """Say who found more for less; `unknown` answers of leads that both asked for have no known price."""
-    if not told.common:
+    if not comparison.common:
         return "no lead was answered on both sides: compare the rates with care, the leads differ"
-    more, leads = told.only_right - told.only_left, many(told.common, "lead")
-    only = f"{told.only_right:,} only there, {told.only_left:,} only here"
+    more, leads = comparison.only_right - comparison.only_left, pluralize(comparison.common, "lead")
+    only = f"{comparison.only_right:,} only there, {comparison.only_left:,} only here"
     if more:
-        chance = _sure(mcnemar(told.only_left, told.only_right))
+        chance = _significance_text(mcnemar_p_value(comparison.only_left, comparison.only_right))
         how = "more" if more > 0 else "fewer"
         found = f"found {abs(more):,} {how} of the {leads} that both asked for ({only}: {chance})"
     else:
         found = f"found as many of the {leads} that both asked for ({only})"
-    return f"`{told.right.label}` {found}{_price(told, unknown)}"
+    return f"`{comparison.right.label}` {found}{_cost_text(comparison, unknown)}"
 
 
-def _sure(chance: float) -> str:
-    if chance >= CHANCE:
+def _significance_text(p_value: float) -> str:
+    if p_value >= SIGNIFICANT_P:
         return "may be chance"
-    return f"hardly chance: p = {chance:.2g}" if chance >= NO_CHANCE else f"no chance: p < {NO_CHANCE}"
+    return f"hardly chance: p = {p_value:.2g}" if p_value >= CERTAIN_P else f"no chance: p < {CERTAIN_P}"
 
 
-def _price(told: Comparison, unknown: int) -> str:
-    here, there = told.both + told.only_left, told.both + told.only_right
+def _cost_text(comparison: Comparison, unknown: int) -> str:
+    left_found, right_found = comparison.both + comparison.only_left, comparison.both + comparison.only_right
     if unknown:
-        return f"; what that cost is not known of {many(unknown, 'answer')}"
-    if not here or not there:
-        credits_ = told.common_right_credits - told.common_left_credits
-        return f" at {write_credits(abs(credits_))} credits {'more' if credits_ > 0 else 'less'}" if credits_ else ""
-    price, other = told.common_right_credits / there, told.common_left_credits / here
+        return f"; what that cost is not known of {pluralize(unknown, 'answer')}"
+    if not left_found or not right_found:
+        credits_ = comparison.common_right_credits - comparison.common_left_credits
+        return f" at {format_credits(abs(credits_))} credits {'more' if credits_ > 0 else 'less'}" if credits_ else ""
+    price, other = comparison.common_right_credits / right_found, comparison.common_left_credits / left_found
     difference = price - other
-    if abs(difference) <= min(HUNDREDTH, SAME * max(price, other)):
+    if abs(difference) <= min(SAME_COST_CREDITS, SAME_COST_SHARE * max(price, other)):
         return " at the same cost per hit"
-    return f" at {write_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per hit"
+    return f" at {format_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per hit"
 
 
 #: Beyond so many the normal distribution is near enough.
-_EXACT = 1_000
+_MAX_EXACT = 1_000
 
 
-def mcnemar(one: int, other: int) -> float:
+def mcnemar_p_value(one: int, other: int) -> float:
     """How likely so uneven a split of the leads that only one side found is, were both sides as good.
 
     McNemar's test, exact: two-sided binomial with p = 1/2 on the discordant pairs.
@@ -191,6 +191,6 @@ def mcnemar(one: int, other: int) -> float:
     both, fewer = one + other, min(one, other)
     if one == other:
         return 1.0
-    if both > _EXACT:
+    if both > _MAX_EXACT:
         return erfc((abs(one - other) - 1) / sqrt(2 * both))
     return min(1.0, sum(comb(both, chosen) for chosen in range(fewer + 1)) * 2.0 ** (1 - both))

@@ -22,10 +22,10 @@ from enrich.report import words
 NAME_PX = 13
 TEXT_PX = 12
 #: The room for the numbers of an axis on the left.
-LEFT = 46.0
+LEFT_MARGIN = 46.0
 
 
-class Ink(StrEnum):
+class ChartColor(StrEnum):
     """Colours that stand for the page's own: `--ink-…` in its style, in light, dark and print."""
 
     TEXT = "#fe0001"
@@ -39,30 +39,30 @@ class Ink(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class ScreenSize:
     """A width in pixels and the screens it is for, as a class of the style."""
 
     name: str
     width: int
 
 
-NARROW = Size("narrow", 350)
+NARROW = ScreenSize("narrow", 350)
 #: Half the page, for all charts but the waterfall.
-HALF = Size("wide", 470)
-MEDIUM = Size("medium", 688)
-FULL = Size("wide", 980)
+HALF = ScreenSize("wide", 470)
+MEDIUM = ScreenSize("medium", 688)
+FULL = ScreenSize("wide", 980)
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class RenderedChart:
     """A chart in all its sizes; `height` is that on a narrow screen."""
 
     svg: Markup
     height: float
 
 
-Row = Mapping[str, Any]
-Chart = alt.LayerChart | alt.FacetChart
+ChartRow = Mapping[str, Any]
+AltairChart = alt.LayerChart | alt.FacetChart
 
 _INK = re.compile(r'"(#fe000[1-8])"')
 _LONG_NUMBER = re.compile(r"(?<![#\w])-?\d+\.\d{3,}")
@@ -75,10 +75,10 @@ _SVG = re.compile(r'<svg width="(\d+)" height="(\d+)" viewBox="[^"]*">')
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ChartFrame:
     """Where the marks of a chart are inside of it: pixels around them, and the height of the whole."""
 
-    size: Size
+    size: ScreenSize
     height: float
     left: float = 0
     right: float = 0
@@ -86,73 +86,79 @@ class Frame:
     bottom: float = 0
 
     @property
-    def inner(self) -> float:
+    def inner_width(self) -> float:
         """How wide the marks may become."""
         return self.size.width - self.left - self.right
 
 
-def picture(sizes: Sequence[Size], draw: Callable[[Size], tuple[Chart, Frame]], label: str) -> Picture:
+def render_chart(
+    sizes: Sequence[ScreenSize], draw_at_size: Callable[[ScreenSize], tuple[AltairChart, ChartFrame]], label: str
+) -> RenderedChart:
     """Draw a chart in each of the sizes; `label` is what is said of it to those who can't see it."""
     with debug_mode(arg=False):  # what is drawn here is no user's chart: to validate it takes longer than to draw it
-        drawn = [draw(size) for size in sizes]
-        return Picture(Markup("\n").join(_svg(*each, label) for each in drawn), drawn[0][1].height)
+        drawn = [draw_at_size(size) for size in sizes]
+        return RenderedChart(Markup("\n").join(_to_svg(*each, label) for each in drawn), drawn[0][1].height)
 
 
-def _svg(chart: Chart, frame: Frame, label: str) -> Markup:
-    inside = {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom}
-    whole = chart.properties(
-        width=frame.inner,
+def _to_svg(chart: AltairChart, frame: ChartFrame, label: str) -> Markup:
+    padding = {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom}
+    sized = chart.properties(
+        width=frame.inner_width,
         height=frame.height - frame.top - frame.bottom,
-        padding=inside,
+        padding=padding,
         autosize="none",
         background="transparent",
     ).configure_view(stroke=None)
-    drawn = vl_convert.vegalite_to_svg(whole.to_dict(validate=False))
-    drawn = _TAG.sub(lambda tag: _tidy(tag[0]), drawn)
-    opened = (
+    drawn = vl_convert.vegalite_to_svg(sized.to_dict(validate=False))
+    drawn = _TAG.sub(lambda tag: _clean_tag(tag[0]), drawn)
+    start_tag = (
         Markup('<svg class="chart {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">')
     ).format(frame.size.name, label, frame.size.width, round(frame.height), frame.size.width, round(frame.height))
-    return opened + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - written by Vega, which escapes
+    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - written by Vega, which escapes
 
 
-def _tidy(tag: str) -> str:
+def _clean_tag(tag: str) -> str:
     """Take away what only an editor of SVG needs, and name the colours."""
-    tag = _INK.sub(lambda ink: f'"var(--ink-{Ink(ink[1]).name.lower()})"', _NOISE.sub("", tag))
+    tag = _INK.sub(lambda ink: f'"var(--ink-{ChartColor(ink[1]).name.lower()})"', _NOISE.sub("", tag))
     return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
 
 
-def rects(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+def rect_marks(
+    rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
+) -> alt.Chart:  # noqa: ANN401 - what Altair takes
     """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
-    return _chart(rows, alt.Chart.mark_rect, ink, style).encode(
-        x=across(domain, axis),
+    return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
+        x=x_scale(domain, axis),
         x2=alt.X2("x2:Q"),
-        y=_pixels("y", alt.Y),
+        y=_pixel_channel("y", alt.Y),
         y2=alt.Y2("y2:Q"),
     )
 
 
-def texts(rows: Sequence[Row], ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
     """Texts at `px`, `py` in pixels from the marks' left upper corner."""
     style = {"align": "left", "baseline": "middle", "fontSize": TEXT_PX, **style}
-    encoded = _chart(rows, alt.Chart.mark_text, ink, style)
-    return encoded.encode(x=_pixels("px", alt.X), y=_pixels("py", alt.Y), text=alt.Text("text:N"))
+    encoded = _make_marks(rows, alt.Chart.mark_text, ink, style)
+    return encoded.encode(x=_pixel_channel("px", alt.X), y=_pixel_channel("py", alt.Y), text=alt.Text("text:N"))
 
 
-def rules(rows: Sequence[Row], domain: tuple[float, float], axis: alt.Axis | None, ink: Ink, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+def rule_marks(
+    rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
+) -> alt.Chart:  # noqa: ANN401 - what Altair takes
     """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
-    return _chart(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
-        x=across(domain, axis),
-        y=_pixels("y", alt.Y),
+    return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
+        x=x_scale(domain, axis),
+        y=_pixel_channel("y", alt.Y),
         y2=alt.Y2("y2:Q"),
     )
 
 
-def across(domain: tuple[float, float], axis: alt.Axis | None) -> alt.X:
+def x_scale(domain: tuple[float, float], axis: alt.Axis | None) -> alt.X:
     """Lay `x` out over just this domain."""
     return alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis)
 
 
-def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
+def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
     """Make a quiet axis; `more` as Altair has it."""
     return alt.Axis(
         **{
@@ -162,11 +168,11 @@ def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - wha
             "labelFontSize": TEXT_PX,
             "titleFontSize": TEXT_PX,
             "titleFontWeight": "normal",
-            "labelColor": Ink.MUTED.value,
-            "titleColor": Ink.MUTED.value,
-            "gridColor": Ink.RULE.value,
-            "domainColor": Ink.RULE.value,
-            "tickColor": Ink.RULE.value,
+            "labelColor": ChartColor.MUTED.value,
+            "titleColor": ChartColor.MUTED.value,
+            "gridColor": ChartColor.RULE.value,
+            "domainColor": ChartColor.RULE.value,
+            "tickColor": ChartColor.RULE.value,
             "domain": False,
             "ticks": False,
             "labelPadding": 6,
@@ -176,16 +182,18 @@ def axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - wha
     )
 
 
-def upright(title: str, ticks: int, most: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
+def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
     """Make a quiet axis on the left for values up to `most`, its title lying above it."""
-    large = {"format": "~s"} if most >= words.LARGE else {}
-    placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT, "titleY": -13}
-    return axis(title, ticks, orient="left", **{**placed, **large, **more})
+    large = {"format": "~s"} if largest >= words.LARGE_CREDITS else {}
+    placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT_MARGIN, "titleY": -13}
+    return make_axis(title, ticks, orient="left", **{**placed, **large, **more})
 
 
-def _chart(rows: Sequence[Row], mark: Callable[..., alt.Chart], ink: Ink, style: Mapping[str, Any]) -> alt.Chart:
+def _make_marks(
+    rows: Sequence[ChartRow], mark: Callable[..., alt.Chart], ink: ChartColor, style: Mapping[str, Any]
+) -> alt.Chart:
     return mark(alt.Chart(alt.InlineData(values=[dict(row) for row in rows])), color=ink.value, **style)
 
 
-def _pixels(name: str, channel: type[Any]) -> Any:  # noqa: ANN401 - X or Y
+def _pixel_channel(name: str, channel: type[Any]) -> Any:  # noqa: ANN401 - X or Y
     return channel(f"{name}:Q", scale=None, axis=None)

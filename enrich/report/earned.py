@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from enrich import cascade
 from enrich.model import to_credits
-from enrich.report.facts import Provider, Waterfall
+from enrich.report.facts import ReportedProvider, ReportedWaterfall
 
 
-def providers(earnings: cascade.Earnings) -> list[Provider]:
+def reported_providers(earnings: cascade.ProviderTotals) -> list[ReportedProvider]:
     """Tell what each provider and verifier came to."""
-    return [Provider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
+    return [ReportedProvider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
 
 
-def as_waterfall(name: str, earnings: cascade.Earnings) -> Waterfall:
+def reported_waterfall(name: str, earnings: cascade.ProviderTotals) -> ReportedWaterfall:
     """Tell what the waterfall came to."""
-    return Waterfall(
+    return ReportedWaterfall(
         name=name,
-        providers=providers(earnings),
+        providers=reported_providers(earnings),
         answers=earnings.answers,
         found=earnings.found,
-        untold=earnings.untold,
+        untold=earnings.not_reported,
         spent=to_credits(earnings.spent),
-        elsewhere=to_credits(earnings.elsewhere),
+        elsewhere=to_credits(earnings.unattributed),
     )

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from enrich.watch.outcome import Need
+from enrich.watch.outcome import RequiredAction
 
 
 @dataclass(frozen=True, slots=True)
-class Night:
+class ReportedRun:
     """One execution of the job. `found` … `failed` count the requests that it settled; `rows` is what its input had.
 
     `ended_at` and `exit_code` are None while it is at work, and for good when it was killed.
@@ -57,7 +57,7 @@ class Night:
 
 
 @dataclass(frozen=True, slots=True)
-class Provider:
+class ReportedProvider:
     """A provider, or a verifier, over all answers of the job.
 
     `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked (enrich.cascade).
@@ -75,14 +75,14 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
-class Waterfall:
+class ReportedWaterfall:
     """Who was asked in turn: of `answers`, `found` found something, and of `untold` nobody knows whom they asked.
 
     `spent` is the whole price of these answers, of which `elsewhere` is in nobody's steps.
     """
 
     name: str
-    providers: Sequence[Provider]
+    providers: Sequence[ReportedProvider]
     answers: int
     found: int
     untold: int
@@ -91,7 +91,7 @@ class Waterfall:
 
 
 @dataclass(frozen=True, slots=True)
-class Hits:
+class HitCounts:
     """How many of the answered rows (found or not found) have a value, for a column or a group of rows."""
 
     name: str
@@ -101,16 +101,16 @@ class Hits:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class GroupedHits:
     """The rows by a column of the input; `rest` says how many further values the last group stands for."""
 
     column: str
-    groups: Sequence[Hits]
+    groups: Sequence[HitCounts]
     rest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class HistogramBar:
     """A bar of a histogram: so many from `start` up to `end`."""
 
     start: float
@@ -119,13 +119,13 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
-class Latencies:
+class LatencyHistogram:
     """How long tasks took from the POST to the answer, in seconds.
 
     The bars are equally wide; one more, wider, may hold the slowest.
     """
 
-    bars: Sequence[Bar]
+    bars: Sequence[HistogramBar]
     count: int
     median: float
     p90: float
@@ -145,7 +145,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Age:
+class AnswerAge:
     """Answers that are in use, by their age."""
 
     label: str
@@ -162,7 +162,7 @@ class Anomaly:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ComparedSide:
     """One side of a comparison."""
 
     label: str
@@ -181,10 +181,10 @@ class Comparison:
     `verdict` says in a sentence who found more for less, or that this can't be told.
     """
 
-    left: Side
-    right: Side
-    left_providers: Sequence[Provider]
-    right_providers: Sequence[Provider]
+    left: ComparedSide
+    right: ComparedSide
+    left_providers: Sequence[ReportedProvider]
+    right_providers: Sequence[ReportedProvider]
     common: int
     both: int
     only_left: int
@@ -196,7 +196,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class OutputRows:
     """The rows of the output with their cells: only when they were asked for."""
 
     columns: Sequence[str]
@@ -216,24 +216,24 @@ class Report:
     ledger: str
     input: str
     output: str
-    waterfall: Waterfall
-    nights: Sequence[Night]
+    waterfall: ReportedWaterfall
+    nights: Sequence[ReportedRun]
     rows: int | None
     statuses: Mapping[str, int]
     requests: Mapping[str, int]
     credits_spent: float
     credits_unknown: int
     planned: Mapping[str, float | None] | None
-    columns: Sequence[Hits]
-    groups: Sequence[Groups]
-    latencies: Latencies | None
+    columns: Sequence[HitCounts]
+    groups: Sequence[GroupedHits]
+    latencies: LatencyHistogram | None
     traffic: Traffic | None
-    ages: Sequence[Age]
+    ages: Sequence[AnswerAge]
     anomalies: Sequence[Anomaly]
-    needs: Sequence[Need]
+    needs: Sequence[RequiredAction]
     notes: Sequence[str]
     comparison: Comparison | None = None
-    leads: Rows | None = None
+    leads: OutputRows | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""

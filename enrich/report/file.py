@@ -9,23 +9,23 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from enrich.errors import JobError, Refused
+from enrich.errors import CommandRefused, JobError
 from enrich.job import Job
 
 #: The last line of every report that we write: what lacks it is somebody else's file.
-MARK = b"\n<!-- a report of enrich -->\n"
+REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
 #: What a page is called.
-PAGES = (".html", ".htm")
-EXTRA = "pip install 'databar-enrich[report]'"
+PAGE_SUFFIXES = (".html", ".htm")
+INSTALL_HINT = "pip install 'databar-enrich[report]'"
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 
 
-def lacks_extra() -> bool:
+def is_extra_missing() -> bool:
     """Tell whether the libraries are missing that draw a report."""
     return any(find_spec(name) is None for name in _LIBRARIES)
 
 
-def usual_place(job: Job, now: datetime) -> Path:
+def default_report_path(job: Job, now: datetime) -> Path:
     """Say where the report of a job is written: where it says, else beside its output, else beside the job file."""
     named = job.report_path(now)
     if named is not None:
@@ -35,35 +35,35 @@ def usual_place(job: Job, now: datetime) -> Path:
     return folder / f"{job.name}_report.html"
 
 
-def write(path: Path, page: str, job: Job, now: datetime) -> None:
+def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
     """Write a report (0600), whole or not at all.
 
     Raises JobError when it would replace anything but a report, Refused when it can't be written.
     """
-    named = job.taken(now) | {"input": job.input_path}
-    places = ((key, place.resolve()) for key, place in named.items() if isinstance(place, Path))
-    if other := next((key for key, place in places if place == path.resolve()), None):
+    named = job.file_locations(now) | {"input": job.input_path}
+    paths = ((key, place.resolve()) for key, place in named.items() if isinstance(place, Path))
+    if other := next((key for key, place in paths if place == path.resolve()), None):
         raise JobError(f"{path}: the report would replace `{other}`", "choose another file: -o FILE")
     try:
-        if path.exists() and not is_ours(path):
+        if path.exists() and not is_report(path):
             raise JobError(f"{path} is there already, and no report of enrich", "choose another file: -o FILE")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(page.encode(errors="replace") + MARK)
+                file.write(page.encode(errors="replace") + REPORT_MARKER)
             os.replace(part, path)  # noqa: PTH105 - the part is a name
         except BaseException:
             with suppress(OSError):
                 os.unlink(part)  # noqa: PTH108 - likewise
             raise
     except OSError as error:
-        raise Refused(
+        raise CommandRefused(
             f"{path}: the report cannot be written: {error.strerror}", "choose another file: -o FILE"
         ) from error
 
 
-def is_ours(path: Path) -> bool:
+def is_report(path: Path) -> bool:
     """Tell whether a file is a report that we wrote, or an empty page.
 
     What else is empty may be a lock that somebody holds, or the journal of a ledger.
@@ -72,5 +72,5 @@ def is_ours(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(MARK)))
-        return file.read() == MARK if size else path.suffix.lower() in PAGES
+        file.seek(max(0, size - len(REPORT_MARKER)))
+        return file.read() == REPORT_MARKER if size else path.suffix.lower() in PAGE_SUFFIXES

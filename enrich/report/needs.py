@@ -5,30 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from enrich.errors import Exit
-from enrich.model import many
-from enrich.report.facts import Night
-from enrich.watch.outcome import FINE, Need, Target, needs, word
+from enrich.errors import ExitCode
+from enrich.model import pluralize
+from enrich.report.facts import ReportedRun
+from enrich.watch.outcome import SUCCESS_CODES, JobArguments, RequiredAction, exit_label, required_actions
 
 
-def waiting(last: Night | None, counts: Mapping[str, int], what: str, told_in: str, target: Target) -> Iterator[Need]:
+def report_actions(
+    last_run: ReportedRun | None, counts: Mapping[str, int], what: str, reasons_file: str, job_arguments: JobArguments
+) -> Iterator[RequiredAction]:
     """Yield what waits, the last night first.
 
     `counts` are rows by status, or requests by state where the input can't be read; `what` says which of both.
     `told_in` is the file that says why a row is invalid.
     """
-    if last is not None:
-        yield from _of_night(last, target, doubts=bool(counts.get("in_doubt")))
-    yield from needs(0, counts, target, what)
+    if last_run is not None:
+        yield from _run_actions(last_run, job_arguments, has_in_doubt=bool(counts.get("in_doubt")))
+    yield from required_actions(0, counts, job_arguments, what)
     if number := counts.get("invalid", 0):
-        yield Need(f"{many(number, what)} invalid, so never sent: {told_in} says why", ())
+        yield RequiredAction(f"{pluralize(number, what)} invalid, so never sent: {reasons_file} says why", ())
 
 
-def _of_night(last: Night, target: Target, *, doubts: bool) -> Iterator[Need]:
-    code = last.exit_code
-    if last.outcome == "killed":
-        yield Need(f"execution {last.execution} was killed: the next run goes on", (f"enrich run {target.run}",))
-    elif code is not None and code not in FINE and not (code == Exit.IN_DOUBT and doubts):  # that is told with its rows
-        ended = f"execution {last.execution} ended with exit {code} ({word(code)})"
-        others = [Need("go on", (f"enrich run {target.run}",))]
-        yield from (replace(need, text=f"{ended}: {need.text}") for need in needs(code, {}, target) or others)
+def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_doubt: bool) -> Iterator[RequiredAction]:
+    code = last_run.exit_code
+    if last_run.outcome == "killed":
+        yield RequiredAction(
+            f"execution {last_run.execution} was killed: the next run goes on",
+            (f"enrich run {job_arguments.run_args}",),
+        )
+    elif (
+        code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt)
+    ):  # that is told with its rows
+        ended = f"execution {last_run.execution} ended with exit {code} ({exit_label(code)})"
+        others = [RequiredAction("go on", (f"enrich run {job_arguments.run_args}",))]
+        yield from (
+            replace(need, text=f"{ended}: {need.text}") for need in required_actions(code, {}, job_arguments) or others
+        )

@@ -10,11 +10,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from enrich.report import grids, sections, words
-from enrich.report.facts import Night, Report
+from enrich.report.facts import Report, ReportedRun
 from enrich.report.grids import Cell
 
 #: So many nights stand open; older ones are folded away.
-NIGHTS_SHOWN = 14
+RUNS_SHOWN = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,75 +29,77 @@ class Tile:
     good: bool | None = None
 
 
-def render(report: Report) -> str:
+def render_report(report: Report) -> str:
     """Write the page."""
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clean": words.clean, "moment": words.moment, "count": words.count}
+    environment.filters |= {"clean": words.clean_text, "moment": words.format_time, "count": words.format_count}
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
-    compared = report.comparison
+    comparison = report.comparison
     return template.render(
         report=report,
         style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
         night=report.nights[-1] if report.nights else None,
-        tiles=list(tiles(report)),
-        waterfall=sections.waterfall(report.waterfall),
-        sections=list(sections.sections(report)),
-        compared=compared and (grids.common(compared), grids.sides(compared)),
-        sides=list(sections.sides(compared)) if compared else [],
-        nights=grids.nights(report.nights[-NIGHTS_SHOWN:], "The last nights, newest first"),
-        older=grids.nights(report.nights[:-NIGHTS_SHOWN], "Older nights, newest first"),
-        requests=grids.statuses(report.requests.items(), "Requests in the ledger by state", "State"),
-        leads=report.leads and grids.leads(report.leads),
-        totals=_totals(report),
-        total_cell=grids.credits("credits_spent", report.credits_spent),
-        rows_cell=grids.whole("rows", report.rows),
+        tiles=list(make_tiles(report)),
+        waterfall=sections.waterfall_figure(report.waterfall),
+        sections=list(sections.make_sections(report)),
+        compared=comparison and (grids.common_leads_table(comparison), grids.sides_table(comparison)),
+        sides=list(sections.side_figures(comparison)) if comparison else [],
+        nights=grids.run_table(report.nights[-RUNS_SHOWN:], "The last nights, newest first"),
+        older=grids.run_table(report.nights[:-RUNS_SHOWN], "Older nights, newest first"),
+        requests=grids.status_table(report.requests.items(), "Requests in the ledger by state", "State"),
+        leads=report.leads and grids.leads_table(report.leads),
+        totals=_waterfall_cells(report),
+        total_cell=grids.credits_cell("credits_spent", report.credits_spent),
+        rows_cell=grids.count_cell("rows", report.rows),
         dash=words.DASH,
     )
 
 
-def tiles(report: Report) -> Iterator[Tile]:
+def make_tiles(report: Report) -> Iterator[Tile]:
     """Yield the key numbers of the last night."""
     if not report.nights:
         return
-    night, about = report.nights[-1], f"night {report.nights[-1].execution}"
+    run, about = report.nights[-1], f"night {report.nights[-1].execution}"
 
-    def change(of: Callable[[Night], float | None]) -> float | None:
-        old, new = of(report.nights[-2]) if len(report.nights) > 1 else None, of(night)
+    def difference(of: Callable[[ReportedRun], float | None]) -> float | None:
+        old, new = of(report.nights[-2]) if len(report.nights) > 1 else None, of(run)
         return None if old is None or new is None else new - old
 
     yield Tile(
         "Hit rate",
-        Cell(words.percent(night.hit_rate), "hit_rate", night.hit_rate),
+        Cell(words.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
         about,
-        f"{night.found:,} of {night.answered:,} answered",
-        *_change(change(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
+        f"{run.found:,} of {run.answered:,} answered",
+        *_format_change(difference(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
     )
     yield Tile(
         "Leads found",
-        grids.whole("found", night.found),
+        grids.count_cell("found", run.found),
         about,
-        f"{night.submitted:,} sent",
-        *_change(change(lambda each: each.found), words.count),
+        f"{run.submitted:,} sent",
+        *_format_change(difference(lambda each: each.found), words.format_count),
     )
     yield Tile(
         "Credits",
-        grids.credits("credits_spent", night.credits_spent),
+        grids.credits_cell("credits_spent", run.credits_spent),
         about,
-        _planned(report.planned, night),
-        *_change(change(lambda each: each.credits_spent), words.credits),
+        _planned_text(report.planned, run),
+        *_format_change(difference(lambda each: each.credits_spent), words.format_amount),
     )
     yield Tile(
         "Cost per hit",
-        grids.credits("cost_per_hit", night.cost_per_hit),
+        grids.credits_cell("cost_per_hit", run.cost_per_hit),
         about,
-        "credits" if night.cost_per_hit is not None else "no hit tonight",
-        *_change(change(lambda each: each.cost_per_hit), words.credits, better=-1),
+        "credits" if run.cost_per_hit is not None else "no hit tonight",
+        *_format_change(difference(lambda each: each.cost_per_hit), words.format_amount, better=-1),
     )
-    yield Tile("Balance", grids.credits("balance_after", night.balance_after), about, _balance(night))
+    yield Tile("Balance", grids.credits_cell("balance_after", run.balance_after), about, _balance_text(run))
 
 
-def _change(change: float | None, write: Callable[[float], str], *, better: int = 0) -> tuple[str | None, bool | None]:
+def _format_change(
+    change: float | None, write: Callable[[float], str], *, better: int = 0
+) -> tuple[str | None, bool | None]:
     """Write a change, and judge it where `better` says which way is good."""
     if change is None:
         return None, None
@@ -107,28 +109,28 @@ def _change(change: float | None, write: Callable[[float], str], *, better: int 
     return f"▲ {size} more" if change > 0 else f"▼ {size} less", change * better > 0 if better else None
 
 
-def _planned(planned: Mapping[str, float | None] | None, night: Night) -> str:
-    unknown = f"; {night.credits_unknown:,} of unknown price" if night.credits_unknown else ""
+def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) -> str:
+    unknown = f"; {run.credits_unknown:,} of unknown price" if run.credits_unknown else ""
     known = {name: amount for name, amount in (planned or {}).items() if amount is not None}
     if "likely" in known:
-        return f"planned {words.credits(known['likely'])}{unknown}"
+        return f"planned {words.format_amount(known['likely'])}{unknown}"
     if "max" in known:
-        return f"planned at most {words.credits(known['max'])}{unknown}"
+        return f"planned at most {words.format_amount(known['max'])}{unknown}"
     return f"no plan is known{unknown}"
 
 
-def _balance(night: Night) -> str:
-    if night.balance_after is None:
+def _balance_text(run: ReportedRun) -> str:
+    if run.balance_after is None:
         return "not known"
-    if night.balance_before is None:
+    if run.balance_before is None:
         return "credits left"
-    was = f"was {words.credits(night.balance_before)}"
-    if night.unexplained is None:
+    was = f"was {words.format_amount(run.balance_before)}"
+    if run.unexplained is None:
         return was
-    return f"{was}; {f'{night.unexplained:+,.2f} unexplained' if night.unexplained else 'all explained'}"
+    return f"{was}; {f'{run.unexplained:+,.2f} unexplained' if run.unexplained else 'all explained'}"
 
 
-def _totals(report: Report) -> dict[str, Cell]:
+def _waterfall_cells(report: Report) -> dict[str, Cell]:
     facts = report.waterfall
-    counts = {name: grids.whole(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
-    return counts | {name: grids.credits(name, getattr(facts, name)) for name in ("spent", "elsewhere")}
+    counts = {name: grids.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
+    return counts | {name: grids.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}

@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from enrich.collector import Collector, Page
+from enrich.collector import Collector, JoinedBatch
 from enrich.model import RowStatus
-from enrich.report.facts import Age, Groups, Hits, Rows
+from enrich.report.facts import AnswerAge, GroupedHits, HitCounts, OutputRows
 from enrich.tables.cells import as_text, text_frame
 
 #: Ages of answers: at most so many days, and what is said then.
-AGES = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
-OLDER = "older"
+AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
+OLDER_LABEL = "older"
 DAY_MS = 86_400_000
 #: So many values of a column are told by name, and only those that so many rows share: a single one may be a person.
-NAMED, SHARED = 15, 2
-BLANK, REST = "(blank)", "all others"
+MAX_NAMED_GROUPS, MIN_GROUP_ROWS = 15, 2
+BLANK_LABEL, REST_LABEL = "(blank)", "all others"
 #: A column of more different values than these makes no groups.
-MOST_VALUES = 100_000
+MAX_GROUP_VALUES = 100_000
 #: So many rows are told at most, when they are asked for.
-MOST_ROWS = 1_000
-ANSWERED = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
+MAX_LEAD_ROWS = 1_000
+ANSWERED_STATUSES = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
 
 
 @dataclass(slots=True)
-class Present:
+class InputStats:
     """What the present input comes to.
 
     Of `purged` rows nobody knows any more what the answer was; `ungrouped` columns have too many values for groups.
@@ -36,74 +36,74 @@ class Present:
 
     rows: int = 0
     statuses: Counter[RowStatus] = field(default_factory=Counter)
-    columns: list[Hits] = field(default_factory=list)
-    groups: list[Groups] = field(default_factory=list)
-    ages: list[Age] = field(default_factory=list)
+    columns: list[HitCounts] = field(default_factory=list)
+    groups: list[GroupedHits] = field(default_factory=list)
+    ages: list[AnswerAge] = field(default_factory=list)
     purged: int = 0
     ungrouped: list[str] = field(default_factory=list)
-    leads: Rows | None = None
+    leads: OutputRows | None = None
 
     def by_status(self) -> dict[str, int]:
         """Count the rows by every status."""
         return {status.value: self.statuses[status] for status in RowStatus}
 
 
-def read_present(collector: Collector, by: Sequence[str], now_ms: int, *, with_rows: bool) -> Present:
+def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, with_rows: bool) -> InputStats:
     """Read the input once. Raises EnrichError when it can't be read."""
-    present = Present()
-    known = dict.fromkeys(collector.question.columns, 0)
-    ages: dict[str, Counter[str]] = {label: Counter() for label in (*(label for _, label in AGES), OLDER)}
-    grouped = {column: _Grouped(column) for column in by}
+    stats = InputStats()
+    filled = dict.fromkeys(collector.template.columns, 0)
+    ages: dict[str, Counter[str]] = {label: Counter() for label in (*(label for _, label in AGE_LABELS), OLDER_LABEL)}
+    grouped = {column: _GroupCounter(column) for column in by}
     leads: list[tuple[str, ...]] = []
-    for page in collector.pages():
-        status = page.cells["enrich_status"]
-        present.rows += len(status)
-        present.statuses += page.statuses()
-        answered = status.is_in(ANSWERED)
+    for joined in collector.joined_batches():
+        status = joined.cells["enrich_status"]
+        stats.rows += len(status)
+        stats.statuses += joined.count_statuses()
+        answered = status.is_in(ANSWERED_STATUSES)
         purged = answered & pl.Series(
-            [row is not None and row.erased_ms is not None for row in page.known], dtype=pl.Boolean
+            [row is not None and row.erased_ms is not None for row in joined.results], dtype=pl.Boolean
         )
-        present.purged += int(purged.sum())
-        for name in known:
-            known[name] += int((page.cells[name].is_not_null() & answered).sum())
-        for settled_ms, what in _in_use(page):
-            ages[_age(now_ms - settled_ms)][what] += 1
+        stats.purged += int(purged.sum())
+        for name in filled:
+            filled[name] += int((joined.cells[name].is_not_null() & answered).sum())
+        for settled_ms, what in _answers_in_use(joined):
+            ages[_age_label(now_ms - settled_ms)][what] += 1
         for column, groups in grouped.items():
-            groups.add(page.batch.frame.get_column(column), status)
-        if with_rows and len(leads) < MOST_ROWS:
-            leads += _cells(collector, page).head(MOST_ROWS - len(leads)).rows()
-    told = sum(present.statuses[RowStatus(name)] for name in ANSWERED) - present.purged
-    present.columns = [Hits(name, present.rows, told, found) for name, found in known.items()]
+            groups.add(joined.batch.frame.get_column(column), status)
+        if with_rows and len(leads) < MAX_LEAD_ROWS:
+            leads += _output_cells(collector, joined).head(MAX_LEAD_ROWS - len(leads)).rows()
+    answered_rows = sum(stats.statuses[RowStatus(name)] for name in ANSWERED_STATUSES) - stats.purged
+    stats.columns = [HitCounts(name, stats.rows, answered_rows, found) for name, found in filled.items()]
     for column, groups in grouped.items():
-        told_groups = groups.told()
-        if told_groups is None:
-            present.ungrouped.append(column)
+        grouped_hits = groups.result()
+        if grouped_hits is None:
+            stats.ungrouped.append(column)
         else:
-            present.groups.append(told_groups)
-    present.ages = [Age(label, count["found"], count["not_found"]) for label, count in ages.items()]
+            stats.groups.append(grouped_hits)
+    stats.ages = [AnswerAge(label, count["found"], count["not_found"]) for label, count in ages.items()]
     if with_rows:
-        present.leads = Rows(_shown(collector), leads, present.rows - len(leads))
-    return present
+        stats.leads = OutputRows(_output_columns(collector), leads, stats.rows - len(leads))
+    return stats
 
 
-def _in_use(page: Page) -> Iterator[tuple[int, str]]:
+def _answers_in_use(joined: JoinedBatch) -> Iterator[tuple[int, str]]:
     """Yield when each answer that the rows show came (ms), once, and whether it found something."""
-    first = page.batch.first
-    for place, (standing, status) in enumerate(zip(page.known, page.cells["enrich_status"], strict=True)):
-        if standing is None or not standing.first or standing.position != first + place:
+    first = joined.batch.first_position
+    for offset, (result, status) in enumerate(zip(joined.results, joined.cells["enrich_status"], strict=True)):
+        if result is None or not result.first or result.position != first + offset:
             continue
-        if status in ANSWERED and standing.settled_ms is not None:
-            yield standing.settled_ms, status
+        if status in ANSWERED_STATUSES and result.settled_ms is not None:
+            yield result.settled_ms, status
 
 
-def _age(age_ms: int) -> str:
+def _age_label(age_ms: int) -> str:
     # 7.9 days are "1-7 days": a day counts when it is over.
     days = age_ms // DAY_MS
-    return "today" if days < 1 else next((label for most, label in AGES[1:] if days <= most), OLDER)
+    return "today" if days < 1 else next((label for max_days, label in AGE_LABELS[1:] if days <= max_days), OLDER_LABEL)
 
 
 @dataclass(slots=True)
-class _Grouped:
+class _GroupCounter:
     """Rows by the values of a column, as long as these are not too many."""
 
     column: str
@@ -116,41 +116,41 @@ class _Grouped:
         self._parts.append(
             frame.group_by("value").agg(
                 pl.len().alias("rows"),
-                pl.col("status").is_in(ANSWERED).sum().alias("answered"),
+                pl.col("status").is_in(ANSWERED_STATUSES).sum().alias("answered"),
                 (pl.col("status") == RowStatus.FOUND.value).sum().alias("found"),
             )
         )
-        if sum(part.height for part in self._parts) > 2 * MOST_VALUES:
-            whole = self._merged()
+        if sum(part.height for part in self._parts) > 2 * MAX_GROUP_VALUES:
+            whole = self._merge_parts()
             self._parts = None if whole is None else [whole]
 
-    def _merged(self) -> pl.DataFrame | None:
+    def _merge_parts(self) -> pl.DataFrame | None:
         if not self._parts:
             return None
         whole = pl.concat(self._parts).group_by("value").agg(pl.exclude("value").sum())
-        return whole if whole.height <= MOST_VALUES else None
+        return whole if whole.height <= MAX_GROUP_VALUES else None
 
-    def told(self) -> Groups | None:
+    def result(self) -> GroupedHits | None:
         """Tell the largest groups by their names, and the others as one; None when there are too many values."""
-        whole = self._merged()
+        whole = self._merge_parts()
         if whole is None:
-            return Groups(self.column, ()) if self._parts == [] else None
-        shared = whole.filter((pl.col("rows") >= SHARED) | (pl.col("value") == ""))
-        named = shared.sort(["rows", "value"], descending=[True, False]).head(NAMED)
-        groups = [Hits(value or BLANK, *counts) for value, *counts in named.rows()]
+            return GroupedHits(self.column, ()) if self._parts == [] else None
+        shared = whole.filter((pl.col("rows") >= MIN_GROUP_ROWS) | (pl.col("value") == ""))
+        named = shared.sort(["rows", "value"], descending=[True, False]).head(MAX_NAMED_GROUPS)
+        groups = [HitCounts(value or BLANK_LABEL, *counts) for value, *counts in named.rows()]
         if rest := whole.height - named.height:
             counts = ("rows", "answered", "found")
-            groups.append(Hits(REST, *(int(whole[name].sum()) - int(named[name].sum()) for name in counts)))
-        return Groups(self.column, groups, rest)
+            groups.append(HitCounts(REST_LABEL, *(int(whole[name].sum()) - int(named[name].sum()) for name in counts)))
+        return GroupedHits(self.column, groups, rest)
 
 
-def _shown(collector: Collector) -> list[str]:
-    merged = collector.merged
-    new = [name for name in collector.question.columns if name not in merged]
-    return [*collector.rows.columns, *new, "enrich_status"]
+def _output_columns(collector: Collector) -> list[str]:
+    merged = collector.merged_columns
+    new = [name for name in collector.template.columns if name not in merged]
+    return [*collector.job_input.columns, *new, "enrich_status"]
 
 
-def _cells(collector: Collector, page: Page) -> pl.DataFrame:
-    frame = page.batch.frame.with_columns(collector.merge(page, name) for name in collector.merged)
-    new = [page.cells[name] for name in _shown(collector)[len(frame.columns) :]]
+def _output_cells(collector: Collector, joined: JoinedBatch) -> pl.DataFrame:
+    frame = joined.batch.frame.with_columns(collector.merge_column(joined, name) for name in collector.merged_columns)
+    new = [joined.cells[name] for name in _output_columns(collector)[len(frame.columns) :]]
     return text_frame(frame.hstack(new))

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from enrich.model import many
+from enrich.model import pluralize
 from enrich.report import charts, grids, staircase, timelines, words
-from enrich.report.drawing import HALF, NARROW, Picture
-from enrich.report.facts import Comparison, Groups, Hits, Latencies, Night, Report, Traffic, Waterfall
+from enrich.report.drawing import HALF, NARROW, RenderedChart
+from enrich.report.facts import (
+    Comparison,
+    GroupedHits,
+    HitCounts,
+    LatencyHistogram,
+    Report,
+    ReportedRun,
+    ReportedWaterfall,
+    Traffic,
+)
 from enrich.report.grids import Table
 
 #: So many nights make a trend.
-TREND = 2
+MIN_TREND_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +30,7 @@ class Figure:
 
     title: str
     finding: str
-    pictures: Sequence[Picture]
+    pictures: Sequence[RenderedChart]
     table: Table | None = None
     wide: bool = False
 
@@ -40,185 +49,207 @@ class Section:
         """Put the figures into two columns of about the same height."""
         stacks: list[list[Figure]] = [[], []]
         for figure in self.figures:
-            min(stacks, key=_height).append(figure)
+            min(stacks, key=_stack_height).append(figure)
         return [stack for stack in stacks if stack]
 
 
-def _height(stack: Sequence[Figure]) -> float:
+def _stack_height(stack: Sequence[Figure]) -> float:
     around = 100.0
     return sum(around + sum(picture.height for picture in figure.pictures) for figure in stack)
 
 
-def sections(report: Report) -> Iterator[Section]:
+def make_sections(report: Report) -> Iterator[Section]:
     """Yield what comes after the waterfall, in the order of the page."""
-    yield Section("rows", "What the rows came to", list(_rows(report)), "No row was looked at yet.")
+    yield Section("rows", "What the rows came to", list(_row_figures(report)), "No row was looked at yet.")
     yield Section(
-        "money", "Night by night", list(_money(report.nights)), "There are too few nights with answers to show a trend."
+        "money",
+        "Night by night",
+        list(_run_figures(report.nights)),
+        "There are too few nights with answers to show a trend.",
     )
-    yield Section("speed", "How the run went", list(_speed(report)), "The last run sent nothing.")
+    yield Section("speed", "How the run went", list(_speed_figures(report)), "The last run sent nothing.")
 
 
-def waterfall(facts: Waterfall) -> Figure | None:
+def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
     """Draw the waterfall; None before the first answer."""
     if not facts.answers or not any(not each.verifies for each in facts.providers):
         return None
-    finding = _staircase(facts)
-    finding += _verified(facts)
-    return Figure("The waterfall", finding, [staircase.draw(facts, finding)], grids.waterfall(facts), wide=True)
+    finding = _waterfall_text(facts)
+    finding += _verifier_text(facts)
+    return Figure(
+        "The waterfall", finding, [staircase.waterfall_chart(facts, finding)], grids.waterfall_table(facts), wide=True
+    )
 
 
-def sides(compared: Comparison) -> Iterator[Figure]:
+def side_figures(comparison: Comparison) -> Iterator[Figure]:
     """Draw the waterfall of each side."""
-    pairs = ((compared.left, compared.left_providers, "left"), (compared.right, compared.right_providers, "right"))
+    pairs = (
+        (comparison.left, comparison.left_providers, "left"),
+        (comparison.right, comparison.right_providers, "right"),
+    )
     for side, providers, about in pairs:
         answers = side.found + side.not_found
         if not answers or all(each.verifies for each in providers):
             continue
-        label = words.clean(side.label)
-        facts = Waterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
-        rate = words.percent(words.share(side.found, answers))
-        finding = f"{side.found:,} of {answers:,} found ({rate}) for {words.credits(side.credits)} credits."
-        table = grids.providers(providers, f"Providers of {label}", f"{about} provider")
-        yield Figure(label, finding, [staircase.draw(facts, finding, (NARROW, HALF))], table)
+        label = words.clean_text(side.label)
+        facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
+        rate = words.format_percent(words.share_of(side.found, answers))
+        finding = f"{side.found:,} of {answers:,} found ({rate}) for {words.format_amount(side.credits)} credits."
+        table = grids.provider_table(providers, f"Providers of {label}", f"{about} provider")
+        yield Figure(label, finding, [staircase.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
-def _staircase(facts: Waterfall) -> str:
-    told = f"Of {many(facts.answers, 'answer')}, {facts.found:,} found something"
-    told += f" ({words.percent(words.share(facts.found, facts.answers))})."
+def _waterfall_text(facts: ReportedWaterfall) -> str:
+    text = f"Of {pluralize(facts.answers, 'answer')}, {facts.found:,} found something"
+    text += f" ({words.format_percent(words.share_of(facts.found, facts.answers))})."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
-        part = words.percent(words.share(best.found, facts.found))
-        told += f" {words.clean(best.name)} found most of them: {best.found:,} ({part} of all finds)."
+        part = words.format_percent(words.share_of(best.found, facts.found))
+        text += f" {words.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
-        dear = max(priced, key=lambda each: each.cost_per_hit or 0.0)
-        told += f" A hit costs most at {words.clean(dear.name)}: {words.credits(dear.cost_per_hit)} credits."
-    return told
+        most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
+        text += f" A hit costs most at {words.clean_text(most_expensive.name)}: {words.format_amount(most_expensive.cost_per_hit)} credits."
+    return text
 
 
-def _verified(facts: Waterfall) -> str:
-    told = (
-        f" {words.clean(each.name)} verified {many(each.asked, 'find')}: {words.credits(each.credits)} credits."
+def _verifier_text(facts: ReportedWaterfall) -> str:
+    sentences = (
+        f" {words.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {words.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
-    return "".join(told)
+    return "".join(sentences)
 
 
-def _rows(report: Report) -> Iterator[Figure]:
+def _row_figures(report: Report) -> Iterator[Figure]:
     counts = [(status, count) for status, count in report.statuses.items() if count]
     if counts:
-        finding = _outcome(counts)
-        table = grids.statuses(counts, "Rows of the input by status", "Status")
-        yield _figure("Rows by status", finding, table, charts.statuses(counts, finding))
+        finding = _status_text(counts)
+        table = grids.status_table(counts, "Rows of the input by status", "Status")
+        yield _make_figure("Rows by status", finding, table, charts.status_chart(counts, finding))
     if report.columns:
-        finding = _rates(report.columns, "Every column was filled equally often")
-        table = grids.hits(report.columns, "Hit rate by output column", "Column", "column")
-        yield _figure("Hit rate by column", finding, table, charts.rates(report.columns, finding))
+        finding = _hit_rates_text(report.columns, "Every column was filled equally often")
+        table = grids.hit_rate_table(report.columns, "Hit rate by output column", "Column", "column")
+        yield _make_figure("Hit rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
     whole = sum(each.found + each.not_found for each in report.ages)
     if whole:
-        finding = f"{many(whole, 'answer')} in use, as found + not found."
-        yield _figure("Age of the answers", finding, grids.ages(report.ages), charts.ages(report.ages, finding))
+        finding = f"{pluralize(whole, 'answer')} in use, as found + not found."
+        yield _make_figure(
+            "Age of the answers", finding, grids.age_table(report.ages), charts.age_chart(report.ages, finding)
+        )
     for each in report.groups:
         if each.groups:
-            finding, table = _grouped(each), grids.groups(each)
-            yield _figure(table.caption, finding, table, charts.rates(each.groups, finding))
+            finding, table = _groups_text(each), grids.group_table(each)
+            yield _make_figure(table.caption, finding, table, charts.hit_rate_chart(each.groups, finding))
 
 
-def _outcome(counts: Sequence[tuple[str, int]]) -> str:
+def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     whole = sum(count for _, count in counts)
     most = max(counts, key=lambda pair: pair[1], default=("", 0))
     if not whole:
         return "The input has no rows."
-    rate = words.percent(words.share(most[1], whole))
-    return f"Of {many(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
+    rate = words.format_percent(words.share_of(most[1], whole))
+    return f"Of {pluralize(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
 
 
-def _rates(hits: Sequence[Hits], equal: str) -> str:
+def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
     known = [each for each in hits if each.answered]
     if not known:
         return "None of these rows was answered yet."
     best = max(known, key=lambda each: each.found / each.answered)
     least = min(known, key=lambda each: each.found / each.answered)
-    high, low = (words.percent(each.found / each.answered) for each in (best, least))
+    high, low = (words.format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{words.clean(best.name, '(blank)')} has a value in {high} of the answered rows."
+        return f"{words.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
     if high == low:
         return f"{equal}: {high}."
-    return f"From {low} ({words.clean(least.name, '(blank)')}) to {high} ({words.clean(best.name, '(blank)')})."
-
-
-def _grouped(groups: Groups) -> str:
-    told = _rates(groups.groups, "All groups have the same hit rate")
-    if len(groups.groups) > charts.MOST_BARS:
-        told += f" The first {charts.MOST_BARS} of {len(groups.groups)} are drawn; the table has all."
-    if groups.rest:
-        told += f" The last group stands for {many(groups.rest, 'further value')}."
-    return told
-
-
-def _money(nights: Sequence[Night]) -> Iterator[Figure]:
-    if len(nights) < TREND:
-        return
-    spent = sum(night.credits_spent for night in nights)
-    if spent:
-        dearest = max(nights, key=lambda night: night.credits_spent)
-        finding = f"{words.credits(spent)} credits in {many(len(nights), 'night')}; most in execution "
-        finding += f"{dearest.execution}, {words.credits(dearest.credits_spent)}."
-        pictures = timelines.night_credits(nights, finding), timelines.all_credits(nights, f"Added up. {finding}")
-        yield _figure("Credits per night and in all", finding, grids.spending(nights), *pictures)
-    if any(night.cost_per_hit is not None for night in nights):
-        finding = _per_hit(nights)
-        yield _figure("Cost per hit", finding, grids.cost_per_hit(nights), timelines.cost_per_hit(nights, finding))
-    if any(night.answered for night in nights):
-        finding = _night_rates(nights)
-        yield _figure(
-            "Hit rate of each night", finding, grids.night_rates(nights), timelines.night_rates(nights, finding)
-        )
-
-
-def _night_rates(nights: Sequence[Night]) -> str:
-    known = [night.hit_rate for night in nights if night.hit_rate is not None]
-    if len(known) == 1:
-        return f"{words.percent(known[0])} of what was answered was found."
-    spread = f"between {words.percent(min(known))} and {words.percent(max(known))}"
-    return f"{words.percent(known[-1])} in the last night with an answer, {spread} over all."
-
-
-def _per_hit(nights: Sequence[Night]) -> str:
-    known = [night.cost_per_hit for night in nights if night.cost_per_hit is not None]
-    if len(known) == 1:
-        return f"A hit cost {words.credits(known[0])} credits."
-    spread = f"between {words.credits(min(known))} and {words.credits(max(known))}"
-    return f"A hit cost {words.credits(known[-1])} credits in the last night with one, {spread} over all."
-
-
-def _speed(report: Report) -> Iterator[Figure]:
-    times, traffic = report.latencies, report.traffic
-    if times is not None and times.count:
-        finding = _waited(times)
-        yield _figure("Time until an answer", finding, grids.latencies(times), timelines.latencies(times, finding))
-    if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
-        finding = _sent(traffic)
-        pictures = timelines.throughput(traffic, finding), timelines.limited(traffic, finding)
-        yield _figure("Sent, answered and held back", finding, grids.traffic(traffic), *pictures)
-
-
-def _waited(times: Latencies) -> str:
-    half, most, longest = (words.seconds(each) for each in (times.median, times.p90, times.longest))
-    told = f"Half of {many(times.count, 'task')} were answered within {half}, 90% within {most}"
-    return f"{told}; the slowest took {longest}."
-
-
-def _sent(traffic: Traffic) -> str:
-    sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
-    told = f"Execution {traffic.execution} sent {many(sent, 'request')} and heard {many(answered, 'answer')}"
     return (
-        f"{told}; the API said 429 (too fast) {many(limited, 'time')}."
-        if limited
-        else f"{told}; it was never held back (no 429)."
+        f"From {low} ({words.clean_text(least.name, '(blank)')}) to {high} ({words.clean_text(best.name, '(blank)')})."
     )
 
 
-def _figure(title: str, finding: str, table: Table, *pictures: Picture | None) -> Figure:
+def _groups_text(groups: GroupedHits) -> str:
+    text = _hit_rates_text(groups.groups, "All groups have the same hit rate")
+    if len(groups.groups) > charts.MAX_BARS:
+        text += f" The first {charts.MAX_BARS} of {len(groups.groups)} are drawn; the table has all."
+    if groups.rest:
+        text += f" The last group stands for {pluralize(groups.rest, 'further value')}."
+    return text
+
+
+def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
+    if len(runs) < MIN_TREND_RUNS:
+        return
+    spent = sum(run.credits_spent for run in runs)
+    if spent:
+        dearest = max(runs, key=lambda night: night.credits_spent)
+        finding = f"{words.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
+        finding += f"{dearest.execution}, {words.format_amount(dearest.credits_spent)}."
+        pictures = (
+            timelines.credits_chart(runs, finding),
+            timelines.cumulative_credits_chart(runs, f"Added up. {finding}"),
+        )
+        yield _make_figure("Credits per night and in all", finding, grids.spending_table(runs), *pictures)
+    if any(night.cost_per_hit is not None for night in runs):
+        finding = _cost_per_hit_text(runs)
+        yield _make_figure(
+            "Cost per hit", finding, grids.cost_per_hit_table(runs), timelines.cost_per_hit_chart(runs, finding)
+        )
+    if any(night.answered for night in runs):
+        finding = _run_hit_rates_text(runs)
+        yield _make_figure(
+            "Hit rate of each night",
+            finding,
+            grids.run_hit_rate_table(runs),
+            timelines.run_hit_rate_chart(runs, finding),
+        )
+
+
+def _run_hit_rates_text(runs: Sequence[ReportedRun]) -> str:
+    known = [run.hit_rate for run in runs if run.hit_rate is not None]
+    if len(known) == 1:
+        return f"{words.format_percent(known[0])} of what was answered was found."
+    spread = f"between {words.format_percent(min(known))} and {words.format_percent(max(known))}"
+    return f"{words.format_percent(known[-1])} in the last night with an answer, {spread} over all."
+
+
+def _cost_per_hit_text(runs: Sequence[ReportedRun]) -> str:
+    known = [run.cost_per_hit for run in runs if run.cost_per_hit is not None]
+    if len(known) == 1:
+        return f"A hit cost {words.format_amount(known[0])} credits."
+    spread = f"between {words.format_amount(min(known))} and {words.format_amount(max(known))}"
+    return f"A hit cost {words.format_amount(known[-1])} credits in the last night with one, {spread} over all."
+
+
+def _speed_figures(report: Report) -> Iterator[Figure]:
+    times, traffic = report.latencies, report.traffic
+    if times is not None and times.count:
+        finding = _latency_text(times)
+        yield _make_figure(
+            "Time until an answer", finding, grids.latency_table(times), timelines.latency_chart(times, finding)
+        )
+    if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
+        finding = _traffic_text(traffic)
+        pictures = timelines.throughput_chart(traffic, finding), timelines.rate_limited_chart(traffic, finding)
+        yield _make_figure("Sent, answered and held back", finding, grids.traffic_table(traffic), *pictures)
+
+
+def _latency_text(times: LatencyHistogram) -> str:
+    half, most, longest = (words.format_seconds(each) for each in (times.median, times.p90, times.longest))
+    text = f"Half of {pluralize(times.count, 'task')} were answered within {half}, 90% within {most}"
+    return f"{text}; the slowest took {longest}."
+
+
+def _traffic_text(traffic: Traffic) -> str:
+    sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
+    text = f"Execution {traffic.execution} sent {pluralize(sent, 'request')} and heard {pluralize(answered, 'answer')}"
+    return (
+        f"{text}; the API said 429 (too fast) {pluralize(limited, 'time')}."
+        if limited
+        else f"{text}; it was never held back (no 429)."
+    )
+
+
+def _make_figure(title: str, finding: str, table: Table, *pictures: RenderedChart | None) -> Figure:
     return Figure(title, finding, [picture for picture in pictures if picture], table)

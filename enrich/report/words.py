@@ -5,105 +5,109 @@ from __future__ import annotations
 import unicodedata
 from datetime import datetime
 
-from enrich.model import write_credits
+from enrich.model import format_credits
 
 DASH = "\N{EN DASH}"
-SPACE = "\N{NO-BREAK SPACE}"
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
 #: The last two code points of each plane of Unicode end so; they are no characters.
 LAST_OF_PLANE = 0xFFFE
 #: From here on, a picture leaves the hundredths of credits away.
-LARGE = 10_000
+LARGE_CREDITS = 10_000
 
 
-def count(number: float | None) -> str:
+def format_count(number: float | None) -> str:
     """Write a whole number."""
     return DASH if number is None else f"{number:,.0f}"
 
 
-def credits(amount: float | None) -> str:  # noqa: A001 - the word of the trade
+def format_amount(amount: float | None) -> str:  # noqa: A001 - the word of the trade
     """Write an amount of credits, without the unit."""
-    return DASH if amount is None else write_credits(amount)
+    return DASH if amount is None else format_credits(amount)
 
 
-def briefly(amount: float | None) -> str:
+def format_amount_short(amount: float | None) -> str:
     """Write an amount of credits where there is little room."""
-    return credits(amount) if amount is None or abs(amount) < LARGE else count(amount)
+    return format_amount(amount) if amount is None or abs(amount) < LARGE_CREDITS else format_count(amount)
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """Write a share of 1."""
     return DASH if share is None else f"{share:.1%}"
 
 
-def seconds(time_s: float | None) -> str:
+def format_seconds(time_s: float | None) -> str:
     """Write a length of time; no line breaks within it."""
     if time_s is None:
         return DASH
     if time_s < MINUTE_S:
-        return f"{time_s:.1f}".removesuffix(".0") + f"{SPACE}s"
+        return f"{time_s:.1f}".removesuffix(".0") + f"{NO_BREAK_SPACE}s"
     minutes, rest = divmod(round(time_s), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours:,}{SPACE}h{SPACE}{minutes:02}{SPACE}min"
-    return f"{minutes}{SPACE}min{SPACE}{rest:02}{SPACE}s" if rest else f"{minutes}{SPACE}min"
+        return f"{hours:,}{NO_BREAK_SPACE}h{NO_BREAK_SPACE}{minutes:02}{NO_BREAK_SPACE}min"
+    return (
+        f"{minutes}{NO_BREAK_SPACE}min{NO_BREAK_SPACE}{rest:02}{NO_BREAK_SPACE}s"
+        if rest
+        else f"{minutes}{NO_BREAK_SPACE}min"
+    )
 
 
-def share(part: float, whole: float) -> float | None:
+def share_of(part: float, whole: float) -> float | None:
     """Return the part as a share of the whole; None where there is no whole."""
     return part / whole if whole else None
 
 
-def moment(iso: str | None) -> str:
+def format_time(iso: str | None) -> str:
     """Write a time to the minute; what is no time stays as it is."""
-    at = _time(iso or "")
-    return f"{at.day} {at:%b %Y, %H:%M}" if at else clean(iso or "", DASH)
+    at = _parse_time(iso or "")
+    return f"{at.day} {at:%b %Y, %H:%M}" if at else clean_text(iso or "", DASH)
 
 
-def day(iso: str) -> str:
+def format_day(iso: str) -> str:
     """Write the day of a time."""
-    at = _time(iso)
-    return f"{at.day} {at:%b}" if at else clean(iso, DASH)
+    at = _parse_time(iso)
+    return f"{at.day} {at:%b}" if at else clean_text(iso, DASH)
 
 
-def date(iso: str) -> str:
+def format_date(iso: str) -> str:
     """Write the day of a time, with its year."""
-    at = _time(iso)
-    return f"{at.day}{SPACE}{at:%b}{SPACE}{at:%Y}" if at else clean(iso, DASH)
+    at = _parse_time(iso)
+    return f"{at.day}{NO_BREAK_SPACE}{at:%b}{NO_BREAK_SPACE}{at:%Y}" if at else clean_text(iso, DASH)
 
 
-def clean(text: str, otherwise: str = "(no name)") -> str:
+def clean_text(text: str, otherwise: str = "(no name)") -> str:
     """Return a name from outside without what XML forbids: the library that draws would end the process."""
     printable = "".join(" " if _is_forbidden(each) else each for each in text)
     return " ".join(printable.split()) or otherwise
 
 
-def width(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """Estimate how wide a text becomes, in pixels, in any of the usual fonts: rather too wide than too narrow."""
-    return sum(_em(each) for each in text) * size
+    return sum(_em_width(each) for each in text) * size
 
 
-def fit(text: str, room: float, size: float) -> str:
+def fit_text(text: str, room: float, size: float) -> str:
     """Shorten a name so that it fits."""
-    if width(text, size) <= room:
+    if text_width(text, size) <= room:
         return text
-    while text and width(f"{text}…", size) > room:
+    while text and text_width(f"{text}…", size) > room:
         text = text[:-1]
     return f"{text.rstrip()}…"
 
 
-def _em(character: str) -> float:
+def _em_width(character: str) -> float:
     if unicodedata.combining(character):
         return 0.0
     if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
         return 1.3
-    if character in f"{SPACE} .,:;·()'|!iljI":
+    if character in f"{NO_BREAK_SPACE} .,:;·()'|!iljI":
         return 0.42
     return 1.0 if character in "MWmw@%" else 0.66
 
 
-def _time(iso: str) -> datetime | None:
+def _parse_time(iso: str) -> datetime | None:
     try:
         return datetime.fromisoformat(iso)
     except ValueError:

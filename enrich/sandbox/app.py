@@ -8,12 +8,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Order
-from enrich.sandbox.faults import Fault, Faults, Param
-from enrich.sandbox.gate import FAULT, Gate, Message, Receive, Send
+from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Submission
+from enrich.sandbox.faults import Fault, FaultInjector, Param
+from enrich.sandbox.gate import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.questions import Refused
 from enrich.sandbox.settings import SandboxSettings
-from enrich.sandbox.store import Store
+from enrich.sandbox.store import SandboxStore
 
 _STATUSES: dict[type[Exception], int] = {
     NotFoundError: 404,
@@ -23,28 +23,28 @@ _STATUSES: dict[type[Exception], int] = {
 }
 
 
-class _Strict(BaseModel):
+class _StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class _Request(_Strict):
+class _RunBody(_StrictBody):
     enrichments: list[StrictInt] = Field(default_factory=list, min_length=1)
     email_verifier: StrictInt | None = None
 
 
-class RunRequest(_Request):
+class SingleRunBody(_RunBody):
     """The body of `run`."""
 
     params: dict[str, Any]
 
 
-class BulkRunRequest(_Request):
+class BulkRunBody(_RunBody):
     """The body of `bulk-run`."""
 
     params: list[dict[str, Any]] = Field(min_length=1)
 
 
-class _Chosen(_Strict):
+class _FaultsBody(_StrictBody):
     name: str = ""
     scope: str = ""
     next: int = 1
@@ -52,66 +52,66 @@ class _Chosen(_Strict):
     clear: bool = False
 
 
-class _Moved(_Strict):
+class _AdvanceBody(_StrictBody):
     seconds: float = Field(ge=0)
 
 
-class _Credits(_Strict):
+class _TopUpBody(_StrictBody):
     credits: float
 
 
-class _Priced(_Strict):
+class _PricesBody(_StrictBody):
     prices: dict[int, Annotated[float, Field(ge=0)]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Box:
+class _Context:
     """What the routes of one server work on."""
 
     databar: Databar
     settings: SandboxSettings
-    gate: Gate
-    faults: Faults
+    middleware: FaultMiddleware
+    faults: FaultInjector
 
 
 # Where the gate puts it: the routes are made once, for all servers of a process.
-_BOX = "enrich.box"
+_CONTEXT_KEY = "enrich.box"
 
 
-def _box(request: Request) -> _Box:
-    box: _Box = request.scope[_BOX]
-    return box
+def _get_context(request: Request) -> _Context:
+    context: _Context = request.scope[_CONTEXT_KEY]
+    return context
 
 
-Box = Annotated[_Box, Depends(_box)]
+Context = Annotated[_Context, Depends(_get_context)]
 
 
-async def _key(box: Box, x_apikey: Annotated[str, Header()]) -> None:
-    if x_apikey != box.settings.api_key:
-        wrong = box.settings.wrong_key
+async def _check_key(context: Context, x_apikey: Annotated[str, Header()]) -> None:
+    if x_apikey != context.settings.api_key:
+        wrong = context.settings.wrong_key
         raise HTTPException(int(wrong), "Forbidden" if wrong == "403" else "Unauthorized")
 
 
 _APP = FastAPI(title="Databar.ai API sandbox", version="0.1.2", openapi_url=None)
-_API = APIRouter(prefix="/v1", dependencies=[Depends(_key)])
+_API = APIRouter(prefix="/v1", dependencies=[Depends(_check_key)])
 
 
-def build(store: Store, settings: SandboxSettings) -> Gate:
+def build_app(store: SandboxStore, settings: SandboxSettings) -> FaultMiddleware:
     """Put the whole sandbox together, for one server."""
     databar = Databar(store, settings)
-    faults = Faults(settings.faults, settings.fault_seed)
+    faults = FaultInjector(settings.faults, settings.fault_seed)
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
-        scope[_BOX] = box
+        scope[_CONTEXT_KEY] = context
         await _APP(scope, receive, send)
 
-    gate = Gate(app, settings, databar.clock, faults)
-    box = _Box(databar, settings, gate, faults)
-    return gate
+    middleware = FaultMiddleware(app, settings, databar.clock, faults)
+    context = _Context(databar, settings, middleware, faults)
+    return middleware
 
 
 @_APP.exception_handler(Refused)
-async def _refused(_: Request, refusal: Refused) -> Response:
+async def _on_refused(_: Request, refusal: Refused) -> Response:
     return JSONResponse(refusal.body, 400)
 
 
@@ -127,91 +127,96 @@ async def _health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _submit(box: _Box, identifier: str, body: _Request, rows: list[dict[str, Any]], request: Request) -> Response:
-    if box.settings.require_enrichments and "enrichments" not in body.model_fields_set:
+def _submit(
+    context: _Context, identifier: str, body: _RunBody, rows: list[dict[str, Any]], request: Request
+) -> Response:
+    if context.settings.require_enrichments and "enrichments" not in body.model_fields_set:
         missing = {"type": "missing", "loc": ("body", "enrichments"), "msg": "Field required", "input": {}}
         raise RequestValidationError([missing])
-    bulk = isinstance(body, BulkRunRequest)
-    order = Order(box.databar.waterfall(identifier), rows, body.enrichments, body.email_verifier, bulk)
-    task_id = box.databar.submit(order, request.scope.get(FAULT))
+    bulk = isinstance(body, BulkRunBody)
+    submission = Submission(context.databar.waterfall(identifier), rows, body.enrichments, body.email_verifier, bulk)
+    task_id = context.databar.submit(submission, request.scope.get(FAULT_KEY))
     return _json(f'{{"task_id":"{task_id}","status":"created"}}'.encode())
 
 
 @_API.get("/waterfalls/")
-async def _waterfalls(box: Box) -> Response:
-    return JSONResponse([waterfall.document() for waterfall in box.databar.waterfalls()])
+async def _waterfalls(context: Context) -> Response:
+    return JSONResponse([waterfall.to_json() for waterfall in context.databar.waterfalls()])
 
 
 @_API.get("/waterfalls/{identifier}")
-async def _waterfall(box: Box, identifier: str) -> Response:
-    return JSONResponse(box.databar.waterfall(identifier).document())
+async def _waterfall(context: Context, identifier: str) -> Response:
+    return JSONResponse(context.databar.waterfall(identifier).to_json())
 
 
 @_API.post("/waterfalls/{identifier}/run")
-async def _run(box: Box, identifier: str, body: RunRequest, request: Request) -> Response:
-    return _submit(box, identifier, body, [body.params], request)
+async def _run(context: Context, identifier: str, body: SingleRunBody, request: Request) -> Response:
+    return _submit(context, identifier, body, [body.params], request)
 
 
 @_API.post("/waterfalls/{identifier}/bulk-run")
-async def _bulk_run(box: Box, identifier: str, body: BulkRunRequest, request: Request) -> Response:
-    return _submit(box, identifier, body, body.params, request)
+async def _bulk_run(context: Context, identifier: str, body: BulkRunBody, request: Request) -> Response:
+    return _submit(context, identifier, body, body.params, request)
 
 
 @_API.get("/tasks/{task_id}")
-async def _task(box: Box, task_id: str, *, include_partial: Annotated[bool, Query()] = False) -> Response:
-    return _json(box.databar.poll(task_id, partial=include_partial))
+async def _task(context: Context, task_id: str, *, include_partial: Annotated[bool, Query()] = False) -> Response:
+    return _json(context.databar.poll(task_id, partial=include_partial))
 
 
 @_API.post("/tasks/{task_id}/cancel")
-async def _cancel(box: Box, task_id: str) -> Response:
-    return _json(box.databar.cancel(task_id))
+async def _cancel(context: Context, task_id: str) -> Response:
+    return _json(context.databar.cancel(task_id))
 
 
 @_API.get("/user/me")
-async def _me(box: Box) -> Response:
-    return JSONResponse(box.databar.user())
+async def _me(context: Context) -> Response:
+    return JSONResponse(context.databar.user())
 
 
 @_APP.get("/__audit")
-async def _audit(box: Box, *, runs: Annotated[bool, Query()] = True) -> Response:
-    counts: dict[str, Any] = {"requests": dict(box.gate.requests), "faults": dict(box.faults.happened)}
-    counts["busiest_second"] = box.gate.busiest.most
-    return JSONResponse(box.databar.audit(runs=runs) | counts)
+async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> Response:
+    counts: dict[str, Any] = {
+        "requests": dict(context.middleware.requests),
+        "faults": dict(context.faults.applied_counts),
+    }
+    counts["busiest_second"] = context.middleware.peak_rate.peak
+    return JSONResponse(context.databar.audit(runs=runs) | counts)
 
 
 @_APP.post("/__advance")
-async def _advance(box: Box, body: _Moved) -> dict[str, float]:
-    return {"now": box.databar.advance(body.seconds), "offset": box.databar.clock.offset}
+async def _advance(context: Context, body: _AdvanceBody) -> dict[str, float]:
+    return {"now": context.databar.advance(body.seconds), "offset": context.databar.clock.offset}
 
 
 @_APP.post("/__topup")
-async def _topup(box: Box, body: _Credits) -> Response:
-    box.databar.top_up(body.credits)
-    return JSONResponse({"balance": box.databar.user()["balance"]})
+async def _topup(context: Context, body: _TopUpBody) -> Response:
+    context.databar.top_up(body.credits)
+    return JSONResponse({"balance": context.databar.user()["balance"]})
 
 
 @_APP.post("/__prices")
-async def _prices(box: Box, body: _Priced) -> dict[str, int]:
-    box.databar.set_prices(body.prices)
+async def _prices(context: Context, body: _PricesBody) -> dict[str, int]:
+    context.databar.set_prices(body.prices)
     return {"changed": len(body.prices)}
 
 
 @_APP.get("/__faults")
-async def _list_faults(box: Box) -> dict[str, Any]:
-    return {"chosen": box.faults.chosen(), "happened": dict(box.faults.happened)}
+async def _list_faults(context: Context) -> dict[str, Any]:
+    return {"chosen": context.faults.pending(), "happened": dict(context.faults.applied_counts)}
 
 
 @_APP.post("/__faults")
-async def _choose_faults(box: Box, body: _Chosen) -> Response:
+async def _inject_faults(context: Context, body: _FaultsBody) -> Response:
     if body.clear:
-        box.faults.clear()
-        box.gate.unavailable_until = 0
+        context.faults.clear()
+        context.middleware.unavailable_until = 0
     else:
         try:
-            box.faults.choose(Fault(body.name, scope=body.scope, params=body.params), body.next)
+            context.faults.inject(Fault(body.name, scope=body.scope, params=body.params), body.next)
         except ValueError as error:
             return JSONResponse({"detail": str(error)}, 422)
-    return JSONResponse(await _list_faults(box))
+    return JSONResponse(await _list_faults(context))
 
 
 def _json(body: bytes) -> Response:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from enrich.sandbox.money import millionths
+from enrich.sandbox.money import to_micros
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Provider:
     cost: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", millionths(self.price))
+        object.__setattr__(self, "cost", to_micros(self.price))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Verifier:
     cost: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", millionths(self.price))
+        object.__setattr__(self, "cost", to_micros(self.price))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class Waterfall:
     optional: tuple[str, ...] = ()
     verifiers: tuple[Verifier, ...] = ()
 
-    def default_cascade(self) -> list[int]:
+    def default_providers(self) -> list[int]:
         """Give the providers that are asked when none are named."""
         return [provider.id for provider in self.providers if provider.enabled]
 
-    def priced(self, prices: Mapping[int, float]) -> "Waterfall":
+    def with_prices(self, prices: Mapping[int, float]) -> "Waterfall":
         """Give the same waterfall at other prices, by the ids of providers and verifiers."""
         if not prices:
             return self
@@ -63,7 +63,7 @@ class Waterfall:
             verifiers=tuple(replace(one, price=str(prices.get(one.id, one.price))) for one in self.verifiers),
         )
 
-    def document(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Describe it as `GET /v1/waterfalls/{id}` does."""
         inputs = [*((name, True) for name in self.required), *((name, False) for name in self.optional)]
         return {

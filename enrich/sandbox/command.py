@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from enrich.sandbox.faults import KINDS, Fault
+from enrich.sandbox.faults import FAULT_KINDS, Fault
 from enrich.sandbox.settings import SandboxSettings
 
 _HELP = f"""Serve a fake of the Databar API on loopback, with people, prices, latency and faults to choose.
 
 Prints the two variables that point `enrich` to it, then serves until it is interrupted. Nothing costs anything.
 
-The faults: {", ".join(KINDS)}."""
+The faults: {", ".join(FAULT_KINDS)}."""
 
 _EXTRA = "the sandbox needs its extra: pip install 'databar-enrich[sandbox]'"
 

@@ -8,16 +8,16 @@ from typing import Any
 from uuid import uuid4
 
 from enrich.sandbox import money
-from enrich.sandbox.answers import answer
+from enrich.sandbox.answers import make_answer
 from enrich.sandbox.catalogue import WATERFALLS, Waterfall
 from enrich.sandbox.clock import Clock
 from enrich.sandbox.faults import Fault
-from enrich.sandbox.latency import latency
-from enrich.sandbox.people import Draw
-from enrich.sandbox.questions import Question, Refused, cascade, questions
+from enrich.sandbox.latency import parse_latency
+from enrich.sandbox.people import SeededRandom
+from enrich.sandbox.questions import Lookup, Refused, make_cascade, make_lookups
 from enrich.sandbox.settings import SandboxSettings
-from enrich.sandbox.store import Quirk, Run, Store, Task
-from enrich.sandbox.tasks import TaskWriter
+from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
+from enrich.sandbox.tasks import TaskRenderer
 
 
 class NotFoundError(Exception):
@@ -37,7 +37,7 @@ class FinishedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Submission:
     """What a run or bulk-run asks for, before it is checked; empty enrichments mean the default cascade."""
 
     waterfall: Waterfall
@@ -50,12 +50,12 @@ class Order:
 class Databar:
     """The service behind the API."""
 
-    def __init__(self, store: Store, settings: SandboxSettings) -> None:
+    def __init__(self, store: SandboxStore, settings: SandboxSettings) -> None:
         self.clock = Clock(store.offset, settings.date_offset)
         self._store = store
         self._settings = settings
-        self._latency = latency(settings.latency)
-        self._writer = TaskWriter(settings)
+        self._latency = parse_latency(settings.latency)
+        self._writer = TaskRenderer(settings)
         self._polls: Counter[str] = Counter()
         self._first_polls: dict[str, float] = {}
 
@@ -63,62 +63,64 @@ class Databar:
         """Find a waterfall."""
         if identifier not in WATERFALLS:
             raise NotFoundError("Waterfall not found")
-        return WATERFALLS[identifier].priced(self._store.prices)
+        return WATERFALLS[identifier].with_prices(self._store.prices)
 
     def waterfalls(self) -> list[Waterfall]:
         """List all that is sold."""
         return [self.waterfall(identifier) for identifier in WATERFALLS]
 
-    def submit(self, order: Order, quirk: Fault | None = None) -> str:
+    def submit(self, submission: Submission, fault: Fault | None = None) -> str:
         """Accept a run for each row, or none; it is on disk when this returns its task id."""
         limit = self._settings.bulk_limit
-        if order.bulk and limit is not None and len(order.rows) > limit:
+        if submission.bulk and limit is not None and len(submission.rows) > limit:
             raise Refused({"error": "BATCH_TOO_LARGE", "detail": f"At most {limit} rows are allowed."})
-        asked = cascade(order.waterfall, order.enrichments, order.verifier)
-        wanted = questions(asked, order.rows, bulk=order.bulk, error_shape=self._settings.error_shape)
+        requested_cascade = make_cascade(submission.waterfall, submission.enrichments, submission.verifier)
+        lookups = make_lookups(
+            requested_cascade, submission.rows, bulk=submission.bulk, error_shape=self._settings.error_shape
+        )
         now = self.clock.now()
         self._store.settle(now)
-        if self._store.balance < asked.worst_case * len(wanted):
+        if self._store.balance < requested_cascade.worst_case * len(lookups):
             raise NoCreditsError("Check the number of remaining credits or the tariff plan.")
         task_id = str(uuid4())
         with self._store.transaction():
             self._store.add_task(
                 task_id,
-                [self._run(question, now, bulk=order.bulk) for question in wanted],
-                Quirk(quirk.name, float(next(iter(quirk.params.values()), 0))) if quirk else Quirk("", 0),
-                bulk=order.bulk,
+                [self._make_run(question, now, bulk=submission.bulk) for question in lookups],
+                TaskFault(fault.name, float(next(iter(fault.params.values()), 0))) if fault else TaskFault("", 0),
+                bulk=submission.bulk,
                 now=now,
             )
         return task_id
 
-    def _run(self, question: Question, now: float, *, bulk: bool) -> tuple[Run, str]:
-        asked = self._store.ask(question.key, question.canonical)
-        draw = Draw(self._settings.seed, question.person)
-        reply = answer(question, asked.times, draw, self._settings, bulk=bulk)
+    def _make_run(self, lookup: Lookup, now: float, *, bulk: bool) -> tuple[Run, str]:
+        lookup_count = self._store.count_lookup(lookup.key, lookup.canonical)
+        draw = SeededRandom(self._settings.seed, lookup.subject)
+        reply = make_answer(lookup, lookup_count.count_so_far, draw, self._settings, bulk=bulk)
         run = Run(
             ready=now + self._latency(draw("latency")),
             outcome=reply.outcome,
             data=reply.data,
             error=reply.error,
-            reserved=question.cascade.worst_case,
+            reserved=lookup.cascade.worst_case,
             cost=reply.cost,
             state="running",
-            question=asked.id,
+            question=lookup_count.id,
         )
         return run, reply.steps
 
     def poll(self, task_id: str, *, partial: bool = False) -> bytes:
         """Give the body of a task as it is now."""
         task, now = self._task(task_id), self.clock.now()
-        if self._writer.expired(task, now):
+        if self._writer.is_expired(task, now):
             if self._settings.expired_as == "410":
                 raise ExpiredError("Task data has expired")
-            return self._writer.gone(task)
-        if task.quirk.name == "flickering-task" and self._flickers(task, now):
+            return self._writer.expired_body(task)
+        if task.fault.name == "flickering-task" and self._is_hidden(task, now):
             raise NotFoundError("Task not found")
-        if task.quirk.name == "odd-status" and self._polls[task_id] < task.quirk.param:
+        if task.fault.name == "odd-status" and self._polls[task_id] < task.fault.param:
             self._polls[task_id] += 1
-            return self._writer.odd(task, self._polls[task_id])
+            return self._writer.odd_status_body(task, self._polls[task_id])
         return self._writer.body(task, now, partial=partial)
 
     def cancel(self, task_id: str) -> bytes:
@@ -132,17 +134,17 @@ class Databar:
 
     def _task(self, task_id: str) -> Task:
         task = self._store.task(task_id)
-        if task is None or task.quirk.name == "lost-task":
+        if task is None or task.fault.name == "lost-task":
             raise NotFoundError("Task not found")
-        if task.quirk.name == "late-task" and self.clock.now() < task.created + task.quirk.param:
+        if task.fault.name == "late-task" and self.clock.now() < task.created + task.fault.param:
             raise NotFoundError("Task not found")
         return task
 
-    def _flickers(self, task: Task, now: float) -> bool:
+    def _is_hidden(self, task: Task, now: float) -> bool:
         if task.task_id not in self._first_polls:
             self._first_polls[task.task_id] = now
             return all(run.ready <= now for run in task.runs)
-        return now < self._first_polls[task.task_id] + task.quirk.param
+        return now < self._first_polls[task.task_id] + task.fault.param
 
     def user(self) -> dict[str, Any]:
         """Describe the owner of the key."""
@@ -150,19 +152,19 @@ class Databar:
         return {
             "first_name": "Sandra",
             "email": "sandra@sandbox.example",
-            "balance": money.number(self._store.balance),
+            "balance": money.to_number(self._store.balance),
             "plan": "sandbox",
             "workspace": "sandbox",
         }
 
     def top_up(self, amount: float) -> None:
         """Add credits."""
-        self._store.top_up(money.millionths(amount))
+        self._store.top_up(money.to_micros(amount))
 
     def set_prices(self, prices: Mapping[int, float]) -> None:
         """Change prices, by the ids of providers and verifiers; what was accepted keeps its own."""
-        for seller, price in prices.items():
-            self._store.set_price(seller, price)
+        for seller_id, price in prices.items():
+            self._store.set_price(seller_id, price)
 
     def advance(self, seconds: float) -> float:
         """Move the clock forward for good, and tell the new time."""
@@ -175,19 +177,19 @@ class Databar:
         self._store.settle(self.clock.now())
         totals: dict[str, Any] = {
             **self._store.totals(),
-            "credits_charged": money.number(self._store.spent),
-            "credits_reserved": money.number(self._store.reserved),
-            "balance": money.number(self._store.balance),
-            "balance_at_start": money.number(self._store.balance_at_start),
-            "topped_up": money.number(self._store.topped_up),
+            "credits_charged": money.to_number(self._store.spent),
+            "credits_reserved": money.to_number(self._store.reserved),
+            "balance": money.to_number(self._store.balance),
+            "balance_at_start": money.to_number(self._store.balance_at_start),
+            "topped_up": money.to_number(self._store.topped_up),
             "by_provider": {
-                name: {"asked": asked, "found": found, "credits": money.number(cost)}
-                for name, asked, found, cost in self._store.earned()
+                name: {"asked": asked, "found": found, "credits": money.to_number(cost)}
+                for name, asked, found, cost in self._store.provider_totals()
             },
         }
-        return totals | {"runs": self._asked()} if runs else totals
+        return totals | {"runs": self._lookup_totals()} if runs else totals
 
-    def _asked(self) -> list[dict[str, Any]]:
+    def _lookup_totals(self) -> list[dict[str, Any]]:
         return [
             {
                 "waterfall": waterfall,
@@ -196,8 +198,8 @@ class Databar:
                 "email_verifier": verifier,
                 "accepted": accepted,
                 "charged": charged,
-                "credits": money.number(cost),
+                "credits": money.to_number(cost),
                 "task_ids": task_ids.split(),
             }
-            for waterfall, params, enrichments, verifier, accepted, charged, cost, task_ids in self._store.questions()
+            for waterfall, params, enrichments, verifier, accepted, charged, cost, task_ids in self._store.lookup_totals()
         ]

@@ -68,7 +68,7 @@ ENDPOINTS: Mapping[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FaultKind:
     """What a fault of one name is like, see the table above."""
 
     scope: Scope
@@ -77,39 +77,39 @@ class Kind:
     only_post: bool = False
 
 
-KINDS: Mapping[str, Kind] = {
-    "rate-limit": Kind("all", "before", {"retry_after": 1}),
-    "rate-limit-date": Kind("all", "before", {"retry_after": 1}),
-    "rate-limit-bare": Kind("all", "before"),
-    "error-before": Kind("all", "before", {"status": 500}),
-    "error-after": Kind("post", "after", {"status": 500}),
-    "html": Kind("all", "before", {"status": 502}),
-    "html-200": Kind("post", "after"),
-    "reset-before": Kind("post", "before"),
-    "reset-after": Kind("post", "after"),
-    "silence-before": Kind("post", "before", {"seconds": 300}),
-    "silence-after": Kind("post", "after", {"seconds": 300}),
-    "slow": Kind("all", "before", {"seconds": 2}),
-    "broken-json": Kind("post", "after"),
-    "wrong-json": Kind("post", "after"),
-    "redirect": Kind("all", "before", {"location": ""}),
-    "no-task-id": Kind("post", "after", only_post=True),
-    "lost-task": Kind("post", "task", only_post=True),
-    "late-task": Kind("post", "task", {"seconds": 3}, only_post=True),
-    "odd-status": Kind("post", "task", {"polls": 2}, only_post=True),
-    "unauthorized": Kind("all", "before"),
-    "forbidden": Kind("all", "before"),
-    "no-credits": Kind("post", "before"),
-    "unavailable": Kind("all", "before", {"seconds": 1}),
-    "other-success": Kind("post", "after", {"status": 202}),
-    "flickering-task": Kind("post", "task", {"seconds": 5}, only_post=True),
-    "odd-credits": Kind("get", "after", {"credits": "NaN"}),
-    "invalid-utf8": Kind("get", "after"),
-    "long-id": Kind("get", "after", {"length": 600}),
-    "deep-json": Kind("get", "after", {"depth": 100_000}),
-    "many-steps": Kind("get", "after", {"steps": 200_000}),
-    "gzip-bomb": Kind("get", "after", {"mebibytes": 64}),
-    "wrong-date": Kind("all", "after", {"seconds": 7_200, "age": 0}),
+FAULT_KINDS: Mapping[str, FaultKind] = {
+    "rate-limit": FaultKind("all", "before", {"retry_after": 1}),
+    "rate-limit-date": FaultKind("all", "before", {"retry_after": 1}),
+    "rate-limit-bare": FaultKind("all", "before"),
+    "error-before": FaultKind("all", "before", {"status": 500}),
+    "error-after": FaultKind("post", "after", {"status": 500}),
+    "html": FaultKind("all", "before", {"status": 502}),
+    "html-200": FaultKind("post", "after"),
+    "reset-before": FaultKind("post", "before"),
+    "reset-after": FaultKind("post", "after"),
+    "silence-before": FaultKind("post", "before", {"seconds": 300}),
+    "silence-after": FaultKind("post", "after", {"seconds": 300}),
+    "slow": FaultKind("all", "before", {"seconds": 2}),
+    "broken-json": FaultKind("post", "after"),
+    "wrong-json": FaultKind("post", "after"),
+    "redirect": FaultKind("all", "before", {"location": ""}),
+    "no-task-id": FaultKind("post", "after", only_post=True),
+    "lost-task": FaultKind("post", "task", only_post=True),
+    "late-task": FaultKind("post", "task", {"seconds": 3}, only_post=True),
+    "odd-status": FaultKind("post", "task", {"polls": 2}, only_post=True),
+    "unauthorized": FaultKind("all", "before"),
+    "forbidden": FaultKind("all", "before"),
+    "no-credits": FaultKind("post", "before"),
+    "unavailable": FaultKind("all", "before", {"seconds": 1}),
+    "other-success": FaultKind("post", "after", {"status": 202}),
+    "flickering-task": FaultKind("post", "task", {"seconds": 5}, only_post=True),
+    "odd-credits": FaultKind("get", "after", {"credits": "NaN"}),
+    "invalid-utf8": FaultKind("get", "after"),
+    "long-id": FaultKind("get", "after", {"length": 600}),
+    "deep-json": FaultKind("get", "after", {"depth": 100_000}),
+    "many-steps": FaultKind("get", "after", {"steps": 200_000}),
+    "gzip-bomb": FaultKind("get", "after", {"mebibytes": 64}),
+    "wrong-date": FaultKind("all", "after", {"seconds": 7_200, "age": 0}),
 }
 
 _WITH_STATUS = re.compile(r"(error-before|error-after)-(5\d\d)")
@@ -129,9 +129,9 @@ class Fault:
         if match := _WITH_STATUS.fullmatch(self.name):
             object.__setattr__(self, "name", match[1])
             params.setdefault("status", int(match[2]))
-        if self.name not in KINDS:
-            raise ValueError(f"no fault is called {self.name!r}; there are {', '.join(KINDS)}")
-        kind = KINDS[self.name]
+        if self.name not in FAULT_KINDS:
+            raise ValueError(f"no fault is called {self.name!r}; there are {', '.join(FAULT_KINDS)}")
+        kind = FAULT_KINDS[self.name]
         if unknown := params.keys() - kind.params.keys():
             raise ValueError(f"fault {self.name!r} has no param {', '.join(sorted(unknown))}")
         scope = self.scope or kind.scope
@@ -147,9 +147,9 @@ class Fault:
     @property
     def moment(self) -> Moment:
         """Say whether it comes before the request is carried out, after, or later with the task."""
-        return KINDS[self.name].moment
+        return FAULT_KINDS[self.name].moment
 
-    def concerns(self, endpoint: str) -> bool:
+    def applies_to(self, endpoint: str) -> bool:
         """Say whether a request to this endpoint can have it."""
         return endpoint in ENDPOINTS[self.scope]
 
@@ -166,10 +166,10 @@ class Fault:
         pairs = [pair.partition("=") for pair in rest]
         if not equals or any(not sign for _, sign, _ in pairs):
             raise ValueError(f"fault {text!r} is not of the form [SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]")
-        return cls(name, float(probability), scope, {key: _value(value) for key, _, value in pairs})
+        return cls(name, float(probability), scope, {key: _parse_param(value) for key, _, value in pairs})
 
 
-def _value(text: str) -> Param:
+def _parse_param(text: str) -> Param:
     for kind in (int, float):
         try:
             return kind(text)
@@ -178,53 +178,53 @@ def _value(text: str) -> Param:
     return text
 
 
-class Faults:
+class FaultInjector:
     """Knows what is to go wrong, and what already went."""
 
     def __init__(self, faults: Iterable[Fault], seed: int) -> None:
-        self.happened: Counter[str] = Counter()
+        self.applied_counts: Counter[str] = Counter()
         self._seed = seed
-        self._chances = [(number, fault, Counter[str]()) for number, fault in enumerate(faults)]
-        self._chosen: deque[Fault] = deque()
+        self._random_faults = [(number, fault, Counter[str]()) for number, fault in enumerate(faults)]
+        self._injected: deque[Fault] = deque()
 
-    def choose(self, fault: Fault, times: int) -> None:
+    def inject(self, fault: Fault, times: int) -> None:
         """Have the next matching requests meet this fault."""
-        self._chosen.extend([fault] * times)
+        self._injected.extend([fault] * times)
 
     def clear(self) -> None:
         """Let nothing go wrong from now on."""
-        self._chosen.clear()
-        self._chances.clear()
+        self._injected.clear()
+        self._random_faults.clear()
 
-    def chosen(self) -> list[str]:
+    def pending(self) -> list[str]:
         """Name what was chosen and has not happened yet."""
-        return [fault.name for fault in self._chosen]
+        return [fault.name for fault in self._injected]
 
     def draw(self, endpoint: str) -> Fault | None:
         """Say what goes wrong with this request; chosen faults go before chances."""
-        if not self._chosen and not self._chances:
+        if not self._injected and not self._random_faults:
             return None
-        fault = self._take(endpoint) or self._chance(endpoint)
+        fault = self._take_injected(endpoint) or self._draw_random(endpoint)
         if fault:
-            self.happened[fault.name] += 1
+            self.applied_counts[fault.name] += 1
         return fault
 
-    def _take(self, endpoint: str) -> Fault | None:
-        for index, fault in enumerate(self._chosen):
-            if fault.concerns(endpoint):
-                del self._chosen[index]
+    def _take_injected(self, endpoint: str) -> Fault | None:
+        for index, fault in enumerate(self._injected):
+            if fault.applies_to(endpoint):
+                del self._injected[index]
                 return fault
         return None
 
-    def _chance(self, endpoint: str) -> Fault | None:
-        happening = None
-        for number, fault, seen in self._chances:
-            if fault.concerns(endpoint):
+    def _draw_random(self, endpoint: str) -> Fault | None:
+        drawn = None
+        for number, fault, seen in self._random_faults:
+            if fault.applies_to(endpoint):
                 seen["requests"] += 1
-                if self._drawn(number, seen["requests"]) < fault.probability:
-                    happening = happening or fault
-        return happening
+                if self._random_number(number, seen["requests"]) < fault.probability:
+                    drawn = drawn or fault
+        return drawn
 
-    def _drawn(self, number: int, request: int) -> float:
+    def _random_number(self, number: int, request: int) -> float:
         digest = blake2b(f"{self._seed} {number} {request}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) / 2**64

@@ -12,7 +12,7 @@ from typing import Any
 
 from enrich.sandbox import poison
 from enrich.sandbox.clock import Clock
-from enrich.sandbox.faults import Fault, Faults
+from enrich.sandbox.faults import Fault, FaultInjector
 from enrich.sandbox.settings import SandboxSettings
 
 Message = MutableMapping[str, Any]
@@ -24,20 +24,20 @@ Headers = list[tuple[bytes, bytes]]
 OK = 200
 
 # Where the server puts the connection, for the faults that need more than HTTP.
-TRANSPORT = "enrich.transport"
+TRANSPORT_KEY = "enrich.transport"
 # Where the fault of moment "task" is handed to the run endpoints.
-FAULT = "enrich.fault"
+FAULT_KEY = "enrich.fault"
 
 _JSON: Headers = [(b"content-type", b"application/json")]
 _HTML: Headers = [(b"content-type", b"text/html; charset=utf-8")]
-_PAGE = b"<!doctype html><html><head><title>%d</title></head><body><h1>Something went wrong</h1></body></html>"
+_HTML_PAGE = b"<!doctype html><html><head><title>%d</title></head><body><h1>Something went wrong</h1></body></html>"
 
 _ERROR = b'{"detail":"Internal Server Error"}'
 _TOO_MANY = b'{"detail":"Too Many Requests"}'
 _UNAVAILABLE = b'{"detail":"Service Unavailable"}'
 _NOT_LOCAL = b'{"detail":"The sandbox answers only requests to localhost."}'
 _NO_CREDITS = b'{"detail":"Check the number of remaining credits or the tariff plan."}'
-_PLAIN = {
+_FIXED_REPLIES = {
     "rate-limit-bare": (429, _TOO_MANY),
     "unauthorized": (401, b'{"detail":"Unauthorized"}'),
     "forbidden": (403, b'{"detail":"Forbidden"}'),
@@ -77,7 +77,7 @@ def endpoint_of(method: str, path: str) -> str:
     return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket: `rate` requests a second, and `burst` at once."""
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -85,24 +85,24 @@ class Bucket:
         self._burst = max(1, burst)
         self._clock = clock
         self._tokens = float(self._burst)
-        self._at = clock()
+        self._updated_at = clock()
 
-    def take(self) -> bool:
+    def try_consume(self) -> bool:
         """Say whether one more request is allowed now."""
         now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
-        self._at = now
+        self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
+        self._updated_at = now
         if self._tokens < 1:
             return False
         self._tokens -= 1
         return True
 
 
-class Busiest:
+class PeakRate:
     """The most requests in any second so far."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.most = 0
+        self.peak = 0
         self._clock = clock
         self._times: deque[float] = deque()
 
@@ -112,26 +112,26 @@ class Busiest:
         self._times.append(now)
         while self._times[0] <= now - 1:
             self._times.popleft()
-        self.most = max(self.most, len(self._times))
+        self.peak = max(self.peak, len(self._times))
 
 
-class Gate:
+class FaultMiddleware:
     """The outermost ASGI application; `requests` counts since its start."""
 
-    def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: Faults) -> None:
+    def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: FaultInjector) -> None:
         self.requests: Counter[str] = Counter()
-        self.busiest = Busiest()
+        self.peak_rate = PeakRate()
         self.unavailable_until = 0.0
         self._app = app
         self._settings = settings
         self._clock = clock
         self._faults = faults
-        self._bucket = Bucket(settings.rate, settings.burst) if settings.rate else None
+        self._bucket = TokenBucket(settings.rate, settings.burst) if settings.rate else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Let a request through, or let something happen to it."""
 
-        async def dated(message: Message) -> None:
+        async def send_with_date(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if all(name != b"date" for name, _ in message["headers"]):  # a fault may have put another there
                     message["headers"] = [*message["headers"], (b"date", self._clock.date())]
@@ -142,47 +142,47 @@ class Gate:
         endpoint = endpoint_of(scope["method"], scope["path"])
         if not is_loopback(scope["headers"]):
             await _drain(receive)
-            await _reply(dated, 403, _NOT_LOCAL)
+            await _reply(send_with_date, 403, _NOT_LOCAL)
             return
         if not endpoint:
-            await self._app(scope, receive, dated)
+            await self._app(scope, receive, send_with_date)
             return
         self.requests[endpoint] += 1
-        self.busiest.count()
+        self.peak_rate.count()
         if self._clock.now() < self.unavailable_until:
             await _drain(receive)
-            await _reply(dated, 503, _UNAVAILABLE)
-        elif endpoint != "health" and self._bucket and not self._bucket.take():
+            await _reply(send_with_date, 503, _UNAVAILABLE)
+        elif endpoint != "health" and self._bucket and not self._bucket.try_consume():
             await _drain(receive)
-            await _reply(dated, 429, _TOO_MANY, _retry_after(self._settings.retry_after))
+            await _reply(send_with_date, 429, _TOO_MANY, _retry_after(self._settings.retry_after))
         elif fault := self._faults.draw(endpoint):
-            await self._suffer(fault, scope, receive, dated)
+            await self._apply_fault(fault, scope, receive, send_with_date)
         else:
-            await self._app(scope, receive, dated)
+            await self._app(scope, receive, send_with_date)
 
-    async def _suffer(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+    async def _apply_fault(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
         if fault.moment == "task":
-            await self._app({**scope, FAULT: fault}, receive, send)
+            await self._app({**scope, FAULT_KEY: fault}, receive, send)
         elif fault.moment == "after":
-            answer = _Answer()
+            answer = _BufferedResponse()
             await self._app(scope, receive, answer)
             if answer.status == OK:
-                await self._spoil(fault, answer.body, scope, receive, send)
+                await self._fail_after(fault, answer.body, scope, receive, send)
             else:
-                await answer.pass_on(send)
+                await answer.forward(send)
         elif fault.name == "slow":
             # Read first: a client that has gone by then would take its body with it.
-            read = await _read(receive)
+            read = await _buffer_request(receive)
             await asyncio.sleep(fault.seconds())
             await self._app(scope, read, send)
         else:
             await _drain(receive)
-            await self._refuse(fault, scope, receive, send)
+            await self._fail_before(fault, scope, receive, send)
 
-    async def _refuse(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+    async def _fail_before(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
         match fault.name:
-            case name if name in _PLAIN:
-                await _reply(send, *_PLAIN[name])
+            case name if name in _FIXED_REPLIES:
+                await _reply(send, *_FIXED_REPLIES[name])
             case "rate-limit":
                 await _reply(send, 429, _TOO_MANY, _retry_after(fault.params["retry_after"]))
             case "rate-limit-date":
@@ -191,7 +191,7 @@ class Gate:
             case "error-before":
                 await _reply(send, int(fault.params["status"]), _ERROR)
             case "html":
-                await _page(send, int(fault.params["status"]))
+                await _reply_html(send, int(fault.params["status"]))
             case "redirect":
                 location = str(fault.params["location"]) or f"http://elsewhere.example{scope['path']}"
                 await _reply(send, 307, b"", [(b"location", location.encode())])
@@ -199,14 +199,14 @@ class Gate:
                 self.unavailable_until = self._clock.now() + fault.seconds()
                 await _reply(send, 503, _UNAVAILABLE)
             case _:
-                await _hang_up(fault, scope, receive)
+                await _break_connection(fault, scope, receive)
 
-    async def _spoil(self, fault: Fault, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
+    async def _fail_after(self, fault: Fault, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
         match fault.name:
             case "error-after":
                 await _reply(send, int(fault.params["status"]), _ERROR)
             case "html-200":
-                await _page(send, OK)
+                await _reply_html(send, OK)
             case "broken-json":
                 await _reply(send, OK, body[: len(body) // 2])
             case "wrong-json":
@@ -221,15 +221,15 @@ class Gate:
                 age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
                 await _reply(send, OK, body, headers + age)
             case "gzip-bomb":
-                bomb = await asyncio.to_thread(poison.bomb, body, int(fault.params["mebibytes"]))
+                bomb = await asyncio.to_thread(poison.gzip_bomb, body, int(fault.params["mebibytes"]))
                 await _reply(send, OK, bomb, [(b"content-encoding", b"gzip")])
-            case name if name in poison.POISONS:
-                await _reply(send, OK, poison.POISONS[name](body, fault.params))
+            case name if name in poison.BODY_FAULTS:
+                await _reply(send, OK, poison.BODY_FAULTS[name](body, fault.params))
             case _:
-                await _hang_up(fault, scope, receive)
+                await _break_connection(fault, scope, receive)
 
 
-class _Answer:
+class _BufferedResponse:
     """Keeps what the routes answer, instead of sending it."""
 
     def __init__(self) -> None:
@@ -242,31 +242,31 @@ class _Answer:
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
 
-    async def pass_on(self, send: Send) -> None:
+    async def forward(self, send: Send) -> None:
         for message in self._messages:
             await send(message)
 
 
-async def _hang_up(fault: Fault, scope: Message, receive: Receive) -> None:
+async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> None:
     """Break the connection without an answer, at once or when the client has waited long enough."""
     if fault.name.startswith("silence"):
         try:
             async with asyncio.timeout(fault.seconds()):
-                await _gone(receive)
+                await _wait_for_disconnect(receive)
         except TimeoutError:
             pass
         else:
             return
-    transport: asyncio.Transport = scope[TRANSPORT]
+    transport: asyncio.Transport = scope[TRANSPORT_KEY]
     connection = transport.get_extra_info("socket")
     # Lingering for no time at all makes the kernel say RST rather than FIN.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
     # Whoever runs us would answer 500 if we came back before it knows.
-    await _gone(receive)
+    await _wait_for_disconnect(receive)
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -277,17 +277,17 @@ async def _drain(receive: Receive) -> None:
         pass
 
 
-async def _read(receive: Receive) -> Receive:
+async def _buffer_request(receive: Receive) -> Receive:
     """Read the request to its end; return what gives it again."""
     messages = [await receive()]
     while messages[-1].get("more_body"):
         messages.append(await receive())
     messages.reverse()
 
-    async def again() -> Message:
+    async def replay() -> Message:
         return messages.pop() if messages else await receive()
 
-    return again
+    return replay
 
 
 async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
@@ -296,8 +296,8 @@ async def _reply(send: Send, status: int, body: bytes, headers: Headers | None =
     await send({"type": "http.response.body", "body": body})
 
 
-async def _page(send: Send, status: int) -> None:
-    body = _PAGE % status
+async def _reply_html(send: Send, status: int) -> None:
+    body = _HTML_PAGE % status
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*_HTML, length]})
     await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,7 @@ _FORM = re.compile(r"\s*(lognormal|uniform|fixed)\s*\(([^()]*)\)\s*")
 _NORMAL = NormalDist()
 
 
-def latency(text: str) -> Latency:
+def parse_latency(text: str) -> Latency:
     """Read `lognormal(median,sigma)`, `uniform(low,high)` or `fixed(seconds)`."""
     match = _FORM.fullmatch(text)
     try:

@@ -19,7 +19,7 @@ TECHNOLOGIES = ("PostgreSQL", "Kubernetes", "Django", "React", "Snowflake", "SAP
 AREA_CODES = ("202", "303", "404", "512", "617", "702", "808", "916")
 
 
-class Draw:
+class SeededRandom:
     """Gives a number between 0 and 1 for each label, always the same one for the same seed and subject."""
 
     def __init__(self, seed: int, subject: str) -> None:
@@ -35,17 +35,17 @@ class Draw:
         return choices[int(self(label) * len(choices))]
 
 
-def fields(waterfall: str, params: Mapping[str, str], draw: Draw) -> Fields:
+def invent_fields(waterfall: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
     """Answer a waterfall's question about a person or company that is known."""
-    return _MAKERS[waterfall](params, draw)
+    return _INVENTORS[waterfall](params, draw)
 
 
 def ascii_name(text: str) -> str:
     """Spell a name with the letters of an email address: `Zoë` is `zoe`, `Łukasz` is `lukasz`, `김` is `gim`."""
-    return "".join(_spelt(character) for character in unicodedata.normalize("NFC", text))
+    return "".join(_ascii_letter(character) for character in unicodedata.normalize("NFC", text))
 
 
-def _spelt(character: str) -> str:
+def _ascii_letter(character: str) -> str:
     plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isalnum())
     if plain or not character.isalpha():
         return plain.lower()
@@ -62,7 +62,7 @@ def domain_of(company: str) -> str:
     return ("-".join(filter(None, map(ascii_name, company.split()))) or "company") + ".example"
 
 
-def email(params: Mapping[str, str], draw: Draw) -> Fields:
+def invent_email(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     """Make a work address out of the name."""
     first = ascii_name(params["first_name"]) or "info"
     last = ascii_name(params["last_name"]) or "office"
@@ -70,7 +70,7 @@ def email(params: Mapping[str, str], draw: Draw) -> Fields:
     return {"email": f"{local}@{domain_of(params['company'])}"}
 
 
-def _person(params: Mapping[str, str], draw: Draw) -> Fields:
+def _invent_person(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     local = params["email"].partition("@")[0]
     words = [word.capitalize() for word in re.split(r"[^\w]+|_|\d+", local) if word]
     first = words[0] if len(words) > 1 else draw.pick("first", FIRST_NAMES)
@@ -79,11 +79,11 @@ def _person(params: Mapping[str, str], draw: Draw) -> Fields:
     return {"first_name": first, "last_name": last, "linkedin_url": link}
 
 
-def _phone(_: Mapping[str, str], draw: Draw) -> Fields:
+def _invent_phone(_: Mapping[str, str], draw: SeededRandom) -> Fields:
     return {"phone": f"+1-{draw.pick('area', AREA_CODES)}-555-01{int(draw('line') * 100):02d}"}
 
 
-def _company(params: Mapping[str, str], draw: Draw) -> Fields:
+def _invent_company(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     city, country = draw.pick("city", CITIES)
     return {
         "name": _company_name(params["company_website"]),
@@ -98,7 +98,7 @@ def _company_name(website: str) -> str:
     return domain_of(website).split(".")[0].replace("-", " ").title()
 
 
-def _linked(params: Mapping[str, str], draw: Draw) -> Fields:
+def _invent_linked_person(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     words = [word.capitalize() for word in re.findall(r"[^\W\d_]+", params["link"].rstrip("/").split("/")[-1])]
     company = f"{draw.pick('company', LAST_NAMES)} & {draw.pick('partner', LAST_NAMES)}"
     return {
@@ -109,7 +109,7 @@ def _linked(params: Mapping[str, str], draw: Draw) -> Fields:
     }
 
 
-def _jobs(params: Mapping[str, str], draw: Draw) -> Fields:
+def _invent_job_postings(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     site = domain_of(params["company_website"])
     titles = sorted({draw.pick(f"job {number}", TITLES) for number in range(1 + int(draw("jobs") * 4))})
     postings = [
@@ -119,11 +119,11 @@ def _jobs(params: Mapping[str, str], draw: Draw) -> Fields:
     return {"count": len(postings), "job_postings": postings}
 
 
-_MAKERS: Mapping[str, Callable[[Mapping[str, str], Draw], Fields]] = {
-    "email_getter": email,
-    "person_getter": _person,
-    "phone_getter": _phone,
-    "company_lookup": _company,
-    "person_by_link": _linked,
-    "job_postings_getter": _jobs,
+_INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = {
+    "email_getter": invent_email,
+    "person_getter": _invent_person,
+    "phone_getter": _invent_phone,
+    "company_lookup": _invent_company,
+    "person_by_link": _invent_linked_person,
+    "job_postings_getter": _invent_job_postings,
 }

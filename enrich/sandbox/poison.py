@@ -12,49 +12,49 @@ _STEP = {"action": "search", "provider": "Nobody", "result": "not_found", "detai
 _MEBIBYTE = 2**20
 
 
-def _credits(body: bytes, params: Mapping[str, Param]) -> bytes:
+def _odd_credits(body: bytes, params: Mapping[str, Param]) -> bytes:
     spent = params["credits"]
-    return _written(json.loads(body) | {"credits_spent": nan if spent == "NaN" else spent})
+    return _to_json(json.loads(body) | {"credits_spent": nan if spent == "NaN" else spent})
 
 
-def _utf8(body: bytes, _: Mapping[str, Param]) -> bytes:
+def _invalid_utf8(body: bytes, _: Mapping[str, Param]) -> bytes:
     return body.replace(b"{", b'{"note":"\xff\xc3\x28\xed\xa0\x80",', 1)
 
 
-def _id(body: bytes, params: Mapping[str, Param]) -> bytes:
+def _long_id(body: bytes, params: Mapping[str, Param]) -> bytes:
     task = json.loads(body)
     names = [name for name in ("task_id", "request_id") if name in task]
-    return _written(task | dict.fromkeys(names, "x" * int(params["length"])))
+    return _to_json(task | dict.fromkeys(names, "x" * int(params["length"])))
 
 
-def _depth(body: bytes, params: Mapping[str, Param]) -> bytes:
+def _deep_json(body: bytes, params: Mapping[str, Param]) -> bytes:
     depth = int(params["depth"])
     return body.replace(b"{", b'{"deep":' + b"[" * depth + b"]" * depth + b",", 1)
 
 
-def _steps(body: bytes, params: Mapping[str, Param]) -> bytes:
+def _many_steps(body: bytes, params: Mapping[str, Param]) -> bytes:
     task = json.loads(body)
     data = task.get("data")
     single = data[0] if isinstance(data, list) and len(data) == 1 else data
     holder = single if isinstance(single, dict) and isinstance(single.get("steps"), list) else task
     holder["steps"] = [*[_STEP] * int(params["steps"]), *holder.get("steps", [])]
-    return _written(task)
+    return _to_json(task)
 
 
 #: By the name of the fault.
-POISONS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
-    "odd-credits": _credits,
-    "invalid-utf8": _utf8,
-    "long-id": _id,
-    "deep-json": _depth,
-    "many-steps": _steps,
+BODY_FAULTS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
+    "odd-credits": _odd_credits,
+    "invalid-utf8": _invalid_utf8,
+    "long-id": _long_id,
+    "deep-json": _deep_json,
+    "many-steps": _many_steps,
 }
 
 
-def bomb(body: bytes, mebibytes: int) -> bytes:
+def gzip_bomb(body: bytes, mebibytes: int) -> bytes:
     """Pack a body that is so large when it is unpacked."""
     return gzip.compress(body + b" " * (mebibytes * _MEBIBYTE), compresslevel=1)
 
 
-def _written(task: Any) -> bytes:  # noqa: ANN401  # a JSON document
+def _to_json(task: Any) -> bytes:  # noqa: ANN401  # a JSON document
     return json.dumps(task, ensure_ascii=False, separators=(",", ":")).encode()

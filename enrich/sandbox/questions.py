@@ -12,7 +12,7 @@ from typing import Any
 from enrich.sandbox.catalogue import Provider, Verifier, Waterfall
 
 # Half a surrogate pair: JSON can spell it, but it is no text.
-_HALF = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Param name to what is wrong with it.
 Mistakes = dict[str, list[str]]
@@ -42,7 +42,7 @@ class Cascade:
 
 
 @dataclass(frozen=True)
-class Question:
+class Lookup:
     """One paid question: a cascade and its normalised params."""
 
     cascade: Cascade
@@ -65,38 +65,40 @@ class Question:
         return blake2b(repr(self.canonical).encode(), digest_size=16).digest()
 
     @property
-    def person(self) -> str:
+    def subject(self) -> str:
         """Name the person or company it is about, whoever is asked."""
         waterfall = self.cascade.waterfall
         return "\n".join((waterfall.identifier, *(self.params[name].casefold() for name in waterfall.required)))
 
 
-def cascade(waterfall: Waterfall, enrichments: Sequence[int], verifier: int | None) -> Cascade:
+def make_cascade(waterfall: Waterfall, enrichments: Sequence[int], verifier: int | None) -> Cascade:
     """Find the providers and the verifier; empty enrichments mean the default cascade."""
-    sold = {provider.id: provider for provider in waterfall.providers}
-    wanted = enrichments or waterfall.default_cascade()
-    if unknown := [number for number in wanted if number not in sold]:
+    providers = {provider.id: provider for provider in waterfall.providers}
+    provider_ids = enrichments or waterfall.default_providers()
+    if unknown := [number for number in provider_ids if number not in providers]:
         raise Refused({"detail": {"enrichments": [f"{number} is not part of this waterfall." for number in unknown]}})
     if verifier is None:
-        return Cascade(waterfall, tuple(sold[number] for number in wanted), None)
+        return Cascade(waterfall, tuple(providers[number] for number in provider_ids), None)
     if not waterfall.verifiers:
         raise Refused({"detail": {"email_verifier": ["This waterfall does not verify emails."]}})
     for candidate in waterfall.verifiers:
         if candidate.id == verifier:
-            return Cascade(waterfall, tuple(sold[number] for number in wanted), candidate)
+            return Cascade(waterfall, tuple(providers[number] for number in provider_ids), candidate)
     raise Refused({"detail": {"email_verifier": [f"{verifier} is not a verifier of this waterfall."]}})
 
 
-def questions(asked: Cascade, rows: Iterable[Mapping[str, Any]], *, bulk: bool, error_shape: str) -> list[Question]:
+def make_lookups(
+    requested_cascade: Cascade, rows: Iterable[Mapping[str, Any]], *, bulk: bool, error_shape: str
+) -> list[Lookup]:
     """Turn each row of params into a question, or refuse them all."""
     rows = list(rows)
-    mistakes = [_mistakes(asked.waterfall, params) for params in rows]
+    mistakes = [_mistakes(requested_cascade.waterfall, params) for params in rows]
     if any(mistakes):
-        raise Refused(_body(mistakes, bulk=bulk, error_shape=error_shape))
-    return [Question(asked, _normalised(params)) for params in rows]
+        raise Refused(_error_body(mistakes, bulk=bulk, error_shape=error_shape))
+    return [Lookup(requested_cascade, _normalized(params)) for params in rows]
 
 
-def _normalised(params: Mapping[str, str]) -> dict[str, str]:
+def _normalized(params: Mapping[str, str]) -> dict[str, str]:
     texts = {name: unicodedata.normalize("NFC", value).strip() for name, value in sorted(params.items())}
     return {name: value for name, value in texts.items() if value}
 
@@ -106,14 +108,14 @@ def _mistakes(waterfall: Waterfall, params: Mapping[str, Any]) -> Mistakes:
     for name, value in params.items():
         if name not in waterfall.required and name not in waterfall.optional:
             mistakes[name] = ["Unknown field."]
-        elif not isinstance(value, str) or _HALF.search(value):
+        elif not isinstance(value, str) or _LONE_SURROGATE.search(value):
             mistakes[name] = ["Not a valid string."]
         elif name in waterfall.required and not value.strip():
             mistakes[name] = ["This field may not be blank."]
     return mistakes
 
 
-def _body(mistakes: list[Mistakes], *, bulk: bool, error_shape: str) -> dict[str, Any]:
+def _error_body(mistakes: list[Mistakes], *, bulk: bool, error_shape: str) -> dict[str, Any]:
     if error_shape == "old_short":
         mistakes = [fields for fields in mistakes if fields]
     if error_shape.startswith("old"):

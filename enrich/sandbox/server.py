@@ -13,16 +13,16 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from enrich.sandbox import money
-from enrich.sandbox.app import build
-from enrich.sandbox.gate import TRANSPORT, App, Message, Receive, Send
+from enrich.sandbox.app import build_app
+from enrich.sandbox.gate import TRANSPORT_KEY, App, Message, Receive, Send
 from enrich.sandbox.settings import DEFAULTS, SandboxSettings
-from enrich.sandbox.store import Store
+from enrich.sandbox.store import SandboxStore
 
 _HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class SandboxEndpoint:
     """Where the sandbox listens, and the key it accepts."""
 
     base_url: str
@@ -30,17 +30,17 @@ class Embedded:
 
 
 @contextmanager
-def embedded(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[Embedded]:
+def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[SandboxEndpoint]:
     """Serve in the background until the block ends; the state file outlives it."""
-    with _listening(port) as listener:
-        store = Store(state, money.millionths(settings.balance))
+    with _bind(port) as listener:
+        store = SandboxStore(state, money.to_micros(settings.balance))
         try:
             server = _Server(store, settings)
             thread = Thread(target=server.run, args=([listener],), name="sandbox", daemon=True)
             thread.start()
             server.ready.wait()
             try:
-                yield Embedded(_url(listener), settings.api_key)
+                yield SandboxEndpoint(_url(listener), settings.api_key)
             finally:
                 server.stop()
                 thread.join()
@@ -50,8 +50,8 @@ def embedded(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -
 
 def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> None:
     """Serve in the foreground until SIGTERM or SIGINT; says on stdout where, once it listens."""
-    with _listening(port) as listener:
-        store = Store(state, money.millionths(settings.balance))
+    with _bind(port) as listener:
+        store = SandboxStore(state, money.to_micros(settings.balance))
 
         def announce() -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,7 +67,7 @@ def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> N
             store.close()
 
 
-def _listening(port: int) -> socket.socket:
+def _bind(port: int) -> socket.socket:
     # asyncio switches Nagle off, without which each answer waits 40 ms, only when the protocol is named.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
@@ -91,7 +91,7 @@ class _Protocol(H11Protocol):
         app: App = self.app
 
         async def with_transport(scope: Message, receive: Receive, send: Send) -> None:
-            scope[TRANSPORT] = transport
+            scope[TRANSPORT_KEY] = transport
             await app(scope, receive, send)
 
         self.app = with_transport
@@ -100,10 +100,12 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """A uvicorn that starts and stops at once, and leaves signals to whoever runs it."""
 
-    def __init__(self, store: Store, settings: SandboxSettings, announce: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, store: SandboxStore, settings: SandboxSettings, announce: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
-                build(store, settings),
+                build_app(store, settings),
                 http=_Protocol,
                 ws="none",
                 lifespan="off",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from enrich.sandbox.faults import Fault
-from enrich.sandbox.latency import latency
+from enrich.sandbox.latency import parse_latency
 
 MissKind = Literal["null", "empty_list", "empty_object", "null_result", "blank_result", "no_data"]
 Shape = Literal["wrapped", "wrapper_object", "flat", "flat_list"]
@@ -13,7 +13,7 @@ ErrorShape = Literal["new", "fields", "old", "old_short"]
 MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
 
 # Median and sigma that an asynchronous API of several providers could have.
-_LATENCY = "lognormal(1.2,0.6)"
+_DEFAULT_LATENCY = "lognormal(1.2,0.6)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,9 @@ class SandboxSettings:
     free_failures: Annotated[float, "Share of the failures that cost nothing and succeed when asked again."] = 0.5
     miss_kinds: Annotated[tuple[MissKind, ...], "How a miss looks; repeat for several."] = MISS_KINDS
     no_data_seconds: Annotated[float | None, "How long `no_data` lasts before `completed`; none: for ever."] = 2.0
-    latency: Annotated[str, "How long a task takes: lognormal(median,sigma), uniform(a,b) or fixed(s)."] = _LATENCY
+    latency: Annotated[str, "How long a task takes: lognormal(median,sigma), uniform(a,b) or fixed(s)."] = (
+        _DEFAULT_LATENCY
+    )
     result_ttl: Annotated[float, "Seconds a result is kept after completion."] = 86_400.0
     expired_as: Annotated[Literal["410", "gone"], "Answer for an expired task: 410, or 200 with status gone."] = "410"
     shape: Annotated[Shape, "Shape of a result's data."] = "wrapped"
@@ -57,7 +59,7 @@ class SandboxSettings:
             raise ValueError(f"miss_kinds must be some of {', '.join(MISS_KINDS)}")
         if self.rate is not None and self.rate <= 0:
             raise ValueError("rate must be above 0, or none")
-        latency(self.latency)
+        parse_latency(self.latency)
 
 
 DEFAULTS = SandboxSettings()

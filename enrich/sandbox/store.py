@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # "sbox" and the version of the schema; a file that says otherwise is somebody else's.
-_MARK = 0x73626F78
+_APPLICATION_ID = 0x73626F78
 _VERSION = 1
 
 _SCHEMA = """
@@ -65,18 +65,18 @@ FROM runs;
 _STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES runs, told TEXT NOT NULL) STRICT"
 
 
-class Quirk(NamedTuple):
+class TaskFault(NamedTuple):
     """What is odd about a task: the name of a fault of moment "task", or nothing."""
 
     name: str
     param: float
 
 
-class Asked(NamedTuple):
+class LookupCount(NamedTuple):
     """A question on record, and how often it has been asked by now."""
 
     id: int
-    times: int
+    count_so_far: int
 
 
 class Run(NamedTuple):
@@ -100,12 +100,12 @@ class Task:
     task_id: str
     bulk: bool
     created: float
-    quirk: Quirk
+    fault: TaskFault
     cancelled: float | None
     runs: list[Run]
 
 
-class Store:
+class SandboxStore:
     """The state file. `spent` and `reserved` are its totals in millionths, kept beside the commits that change them."""
 
     def __init__(self, path: Path, balance: int) -> None:
@@ -122,15 +122,15 @@ class Store:
         # Two sandboxes on one file would each keep their own totals.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         new = self._one("SELECT count(*) FROM sqlite_master")[0] == 0
-        mark = (self._one("PRAGMA application_id")[0], self._one("PRAGMA user_version")[0])
-        if not new and mark != (_MARK, _VERSION):
+        version_found = (self._one("PRAGMA application_id")[0], self._one("PRAGMA user_version")[0])
+        if not new and version_found != (_APPLICATION_ID, _VERSION):
             raise ValueError(f"{path} is no state of this sandbox; choose a new file")
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode = WAL")
         # Only a crash of the machine can lose what was committed.
         self._db.execute("PRAGMA synchronous = OFF")
         if new:
-            marks = f"PRAGMA application_id = {_MARK}; PRAGMA user_version = {_VERSION};"
+            marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_VERSION};"
             self._db.executescript(f"BEGIN; {_SCHEMA} {marks}")
             start = "INSERT INTO facts VALUES ('balance_at_start', ?), ('topped_up', 0), ('offset', 0)"
             self._db.execute(start, [balance])
@@ -173,25 +173,27 @@ class Store:
         self.offset = offset
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
 
-    def set_price(self, seller: int, price: float) -> None:
+    def set_price(self, seller_id: int, price: float) -> None:
         """Remember that a provider or verifier has another price."""
-        self.prices[seller] = price
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller}", price])
+        self.prices[seller_id] = price
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
-    def ask(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> Asked:
+    def count_lookup(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> LookupCount:
         """Record that a question is asked once more."""
         row = self._one(
             "INSERT INTO questions (key, waterfall, params, enrichments, email_verifier, asked)"
             " VALUES (?, ?, ?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
             [key, *canonical],
         )
-        return Asked(*row)
+        return LookupCount(*row)
 
-    def add_task(self, task_id: str, runs: Iterable[tuple[Run, str]], quirk: Quirk, *, bulk: bool, now: float) -> None:
+    def add_task(
+        self, task_id: str, runs: Iterable[tuple[Run, str]], fault: TaskFault, *, bulk: bool, now: float
+    ) -> None:
         """Accept a task with its runs, each with its steps (JSON), and reserve what they can cost."""
         task = self._db.execute(
             "INSERT INTO tasks (task_id, bulk, created, quirk, quirk_param) VALUES (?, ?, ?, ?, ?)",
-            [task_id, bulk, now, *quirk],
+            [task_id, bulk, now, *fault],
         ).lastrowid
         for run, steps in runs:
             number = self._db.execute(
@@ -214,7 +216,7 @@ class Store:
             return None
         number, bulk, created, name, param, cancelled = rows[0][:6]
         runs = [Run(*row[6:]) for row in rows]
-        return Task(number, task_id, bool(bulk), created, Quirk(name, param), cancelled, runs)
+        return Task(number, task_id, bool(bulk), created, TaskFault(name, param), cancelled, runs)
 
     def settle(self, now: float) -> None:
         """Charge what has completed by now."""
@@ -243,14 +245,14 @@ class Store:
         names = ("accepted", "charged", "distinct", "accepted_more_than_once", "paid_twice")
         return dict(zip(names, map(int, row), strict=True))
 
-    def earned(self) -> list[tuple[str, int, int, int]]:
+    def provider_totals(self) -> list[tuple[str, int, int, int]]:
         """Add up by provider and verifier what was charged: name, runs that it was asked for, finds, millionths."""
         return self._db.execute(
             "SELECT value->>0 AS name, count(DISTINCT run), sum(value->>1), sum(value->>2)"
             " FROM steps JOIN runs ON runs.id = run JOIN json_each(told) WHERE state = 'settled' GROUP BY 1 ORDER BY 1"
         ).fetchall()
 
-    def questions(self) -> list[tuple[Any, ...]]:
+    def lookup_totals(self) -> list[tuple[Any, ...]]:
         """List what was asked: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""
         return self._db.execute(
             "SELECT waterfall, params, enrichments, email_verifier, count(*), sum(charged), sum(spent),"

@@ -13,7 +13,7 @@ _FAILURES = ("failed", "free")
 _MISSES = ("missed", "no_data")
 
 
-class _Shown(NamedTuple):
+class _TaskBody(NamedTuple):
     """What a body says; the texts are JSON already."""
 
     status: str
@@ -23,43 +23,45 @@ class _Shown(NamedTuple):
     cost: int = 0
 
 
-class TaskWriter:
+class TaskRenderer:
     """Shows tasks in the spelling that the settings ask for."""
 
     def __init__(self, settings: SandboxSettings) -> None:
         self._settings = settings
         self._completed, self._failed = ("success", "error") if settings.aliases else ("completed", "failed")
 
-    def expired(self, task: Task, now: float) -> bool:
+    def is_expired(self, task: Task, now: float) -> bool:
         """Say whether the result is gone by now."""
         finished = task.cancelled if task.cancelled is not None else max(run.ready for run in task.runs)
         return now - finished > self._settings.result_ttl
 
-    def gone(self, task: Task) -> bytes:
+    def expired_body(self, task: Task) -> bytes:
         """Show an expired task in the form of a 200."""
-        return self._body(task, _Shown("gone", error='"Task data has expired"'))
+        return self._write_body(task, _TaskBody("gone", error='"Task data has expired"'))
 
-    def odd(self, task: Task, poll: int) -> bytes:
+    def odd_status_body(self, task: Task, poll: int) -> bytes:
         """Show a status that no document names."""
-        return self._body(task, _Shown(ODD_STATUSES[poll % len(ODD_STATUSES)]))
+        return self._write_body(task, _TaskBody(ODD_STATUSES[poll % len(ODD_STATUSES)]))
 
     def body(self, task: Task, now: float, *, partial: bool = False) -> bytes:
         """Show a task that has not expired."""
-        return self._body(task, self._bulk(task, now, partial=partial) if task.bulk else self._single(task, now))
+        return self._write_body(
+            task, self._bulk_body(task, now, partial=partial) if task.bulk else self._single_body(task, now)
+        )
 
-    def _single(self, task: Task, now: float) -> _Shown:
+    def _single_body(self, task: Task, now: float) -> _TaskBody:
         run = task.runs[0]
         if task.cancelled is not None:
-            return _Shown("cancelled")
+            return _TaskBody("cancelled")
         if now < run.ready:
-            return _Shown("processing")
+            return _TaskBody("processing")
         status = self._failed if run.outcome in _FAILURES else self._completed
-        lasting = self._settings.no_data_seconds
-        if run.outcome == "no_data" and (lasting is None or lasting < 0 or now < run.ready + lasting):
+        no_data_s = self._settings.no_data_seconds
+        if run.outcome == "no_data" and (no_data_s is None or no_data_s < 0 or now < run.ready + no_data_s):
             status = "no_data"
-        return _Shown(status, run.data, run.error, cost=run.cost)
+        return _TaskBody(status, run.data, run.error, cost=run.cost)
 
-    def _bulk(self, task: Task, now: float, *, partial: bool) -> _Shown:
+    def _bulk_body(self, task: Task, now: float, *, partial: bool) -> _TaskBody:
         done = [run for run in task.runs if now >= run.ready and run.state != "refunded"]
         failed = [run for run in done if run.outcome in _FAILURES]
         missed = sum(run.outcome in _MISSES for run in done)
@@ -72,29 +74,31 @@ class TaskWriter:
             "processing": running,
         }
         # Before July 2026 it was the hits alone, in no order.
-        told = done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
-        progress, data = json.dumps(counts), f"[{','.join(run.data for run in told)}]"
+        listed_runs = (
+            done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
+        )
+        progress, data = json.dumps(counts), f"[{','.join(run.data for run in listed_runs)}]"
         if running:
             # As nobody says how the finished rows of a running task are aligned, they are not.
-            return _Shown("processing", data if partial else "null", progress=progress)
+            return _TaskBody("processing", data if partial else "null", progress=progress)
         if task.cancelled is not None:
             status = "cancelled"
         elif len(failed) == len(task.runs):
             status = self._failed
         else:
             status = "partially_completed" if failed else self._completed
-        return _Shown(status, data, _errors(failed), progress, sum(run.cost for run in done))
+        return _TaskBody(status, data, _errors_json(failed), progress, sum(run.cost for run in done))
 
-    def _body(self, task: Task, shown: _Shown) -> bytes:
+    def _write_body(self, task: Task, shown: _TaskBody) -> bytes:
         progress = f'"progress":{shown.progress},' if shown.progress else ""
-        spent = "" if self._settings.hide_credits else f',"credits_spent":{money.number(shown.cost)}'
+        spent = "" if self._settings.hide_credits else f',"credits_spent":{money.to_number(shown.cost)}'
         return (
             f'{{"task_id":"{task.task_id}","request_id":"{task.task_id}","status":"{shown.status}",{progress}'
             f'"data":{shown.data},"error":{shown.error}{spent}}}'
         ).encode()
 
 
-def _errors(failed: Sequence[Run]) -> str:
+def _errors_json(failed: Sequence[Run]) -> str:
     if not failed:
         return "null"
     texts: list[str] = []

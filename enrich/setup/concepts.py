@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-Kind = str
+ValueFormat = str
 
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
 #: How a value looks. A value may be of several kinds: a LinkedIn address is a URL.
-KINDS: dict[Kind, re.Pattern[str]] = {
+VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "e-mail addresses": re.compile(rf"(?:mailto:)?[^\s@:/]+@{_HOST}", re.IGNORECASE),
     "web addresses": re.compile(rf"[a-z][a-z0-9+.-]*://\S+|www\.{_HOST}\S*|{_HOST}(?:[/?#]\S*)", re.IGNORECASE),
     "domains": re.compile(_HOST, re.IGNORECASE),
@@ -36,28 +36,28 @@ class Column:
     """
 
     name: str
-    filled: int
-    shares: dict[Kind, float]
-    numeric: float
-    spaced: float
-    top_host: float
-    free_mail: float
+    filled_count: int
+    format_shares: dict[ValueFormat, float]
+    numeric_share: float
+    spaced_share: float
+    top_host_share: float
+    free_mail_share: float
 
 
-def describe(name: str, values: Iterable[str]) -> Column:
+def describe_column(name: str, values: Iterable[str]) -> Column:
     """Look at a column's values; blank ones count for nothing."""
-    known = [value.strip() for value in values if value.strip()]
-    count = len(known) or 1
-    shares = {kind: sum(1 for value in known if form.fullmatch(value)) / count for kind, form in KINDS.items()}
-    hosts = Counter(host for host in map(_host, known) if host)
+    filled = [value.strip() for value in values if value.strip()]
+    count = len(filled) or 1
+    shares = {kind: sum(1 for value in filled if form.fullmatch(value)) / count for kind, form in VALUE_FORMATS.items()}
+    hosts = Counter(host for host in map(_host, filled) if host)
     return Column(
         name,
-        len(known),
+        len(filled),
         shares,
-        numeric=sum(not any(map(str.isalpha, value)) for value in known) / count,
-        spaced=sum(" " in value for value in known) / count,
-        top_host=max(hosts.values(), default=0) / count,
-        free_mail=sum(bool(_FREE_MAIL.search(value)) for value in known) / count,
+        numeric_share=sum(not any(map(str.isalpha, value)) for value in filled) / count,
+        spaced_share=sum(" " in value for value in filled) / count,
+        top_host_share=max(hosts.values(), default=0) / count,
+        free_mail_share=sum(bool(_FREE_MAIL.search(value)) for value in filled) / count,
     )
 
 
@@ -65,128 +65,128 @@ def _host(value: str) -> str:
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
 
 
-def words(name: str) -> tuple[str, ...]:
+def split_words(name: str) -> tuple[str, ...]:
     """Split a header or a param into lower-case words without accents: `firstName`, `First-Name`, `Prénom`."""
-    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    plain = "".join(sign for sign in unicodedata.normalize("NFKD", apart) if not unicodedata.combining(sign))
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    plain = "".join(sign for sign in unicodedata.normalize("NFKD", spaced) if not unicodedata.combining(sign))
     return tuple(re.findall(r"[^\W_]+", plain.casefold().replace("ß", "ss")))
 
 
 @dataclass(frozen=True, slots=True)
-class Concept:
+class ColumnKind:
     """A thing that params ask for. `kind` is the form that its values have, None: any text."""
 
     params: str
     headers: str
-    kind: Kind | None = None
+    value_format: ValueFormat | None = None
     transform: tuple[str, ...] = ()
 
-    def asked_by(self, param: str) -> bool:
+    def serves_param(self, param: str) -> bool:
         """Tell whether a param asks for this."""
-        return _joined(param) in map(_joined, self.params.split(","))
+        return _normalized(param) in map(_normalized, self.params.split(","))
 
-    def named(self, header: str) -> int:
+    def header_score(self, header: str) -> int:
         """How well a header names this: 3 exactly, 2 among other words, 0 not at all."""
-        names = [words(name) for name in self.headers.split(",")]
-        said = words(header)
-        if "".join(said) in {"".join(name) for name in names}:
+        names = [split_words(name) for name in self.headers.split(",")]
+        header_words = split_words(header)
+        if "".join(header_words) in {"".join(name) for name in names}:
             return 3
-        if OTHERS.intersection(said) - {word for name in names for word in name}:
+        if EXCLUDING_WORDS.intersection(header_words) - {word for name in names for word in name}:
             return 0
-        return 2 if any(_telling(name) and _within(name, said) for name in names) else 0
+        return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
 
 
 #: A header with one of these speaks of somebody or something else: `Account Owner Email`, `Company Phone`.
-OTHERS = frozenset(
-    words(
+EXCLUDING_WORDS = frozenset(
+    split_words(
         "owner manager assistant referrer parent previous former old opt optin status valid verified bounced date "
         "source id type count photo image avatar logo facebook twitter instagram x blog notes note company firma "
         "account billing shipping score size industry revenue country city address street zip stage"
     )
 )
 #: A single word of fewer letters is too short to mean much among others: `Last Contacted`, `Name of the fair`.
-_LONG_ENOUGH = 5
+_MIN_WORD_LENGTH = 5
 
 
-def _joined(name: str) -> str:
-    return "".join(words(name))
+def _normalized(name: str) -> str:
+    return "".join(split_words(name))
 
 
-def _telling(name: Sequence[str]) -> bool:
-    return len(name) > 1 or (len("".join(name)) >= _LONG_ENOUGH and name != ("first",))
+def _is_specific(name: Sequence[str]) -> bool:
+    return len(name) > 1 or (len("".join(name)) >= _MIN_WORD_LENGTH and name != ("first",))
 
 
-def _within(part: Sequence[str], whole: Sequence[str]) -> bool:
+def _is_sublist(part: Sequence[str], whole: Sequence[str]) -> bool:
     return any(tuple(whole[at : at + len(part)]) == tuple(part) for at in range(len(whole) - len(part) + 1))
 
 
-FIRST_NAME = Concept(
+FIRST_NAME = ColumnKind(
     "first_name,firstname,given_name,fname",
     "first name,firstname,fname,given name,forename,first,vorname,prenom,nombre,nome,voornaam,imie,fornamn,fornavn,"
     "etunimi,nome proprio,primer nombre,имя,名",
 )
-LAST_NAME = Concept(
+LAST_NAME = ColumnKind(
     "last_name,lastname,surname,family_name,lname",
     "last name,lastname,lname,surname,family name,last,nachname,familienname,zuname,nom,nom de famille,apellido,"
     "apellidos,cognome,sobrenome,apelido,achternaam,nazwisko,efternamn,etternavn,sukunimi,фамилия,姓",
 )
-FULL_NAME = Concept(
+FULL_NAME = ColumnKind(
     "full_name,name,person_name,contact_name",
     "full name,name,contact name,contact,person,lead name,lead,nom complet,nombre completo,nome completo,"
     "ansprechpartner,kontakt,naam,imie i nazwisko",
 )
-EMAIL = Concept(
+EMAIL = ColumnKind(
     "email,work_email,email_address,business_email",
     "email,e mail,mail,email address,e mail address,work email,business email,mailadresse,emailadresse,"
     "e mail adresse,courriel,adresse mail,adresse email,correo,correo electronico,posta elettronica,correio,почта",
     "e-mail addresses",
     ("lower",),
 )
-DOMAIN = Concept(
+DOMAIN = ColumnKind(
     "company,company_domain,domain,company_website,website,company_url,url,organization,organisation",
     "website,web site,domain,company domain,company website,company url,web,url,homepage,home page,site,site web,"
     "webseite,internetseite,internet,domaine,sitio web,pagina web,dominio,sito,sito web,webbplats,web address",
     "web addresses",
     ("domain",),
 )
-COMPANY_NAME = Concept(
+COMPANY_NAME = ColumnKind(
     "company_name,organization_name,organisation_name,account_name,employer",
     "company,company name,account,account name,organisation,organization,organisation name,organization name,"
     "employer,business,business name,firm,firma,firmenname,unternehmen,arbeitgeber,societe,entreprise,"
     "raison sociale,empresa,compania,azienda,societa,bedrijf,bedrijfsnaam,foretag,virksomhed,yritys,компания",
 )
-LINKEDIN = Concept(
+LINKEDIN = ColumnKind(
     "linkedin,linkedin_url,link,profile_url,linkedin_profile,person_linkedin,person_linkedin_url,profile,profile_link",
     "linkedin,linked in,linkedin url,linkedin profile,linkedin profile url,linkedin link,person linkedin url,"
     "profile url,profil linkedin,li url",
     "LinkedIn profiles",
 )
-COMPANY_LINKEDIN = Concept(
+COMPANY_LINKEDIN = ColumnKind(
     "company_linkedin,company_linkedin_url,linkedin_company",
     "company linkedin,company linkedin url,linkedin company,linkedin company url,account linkedin",
     "LinkedIn company pages",
 )
-PHONE = Concept(
+PHONE = ColumnKind(
     "phone,phone_number,mobile,mobile_phone,telephone",
     "phone,phone number,mobile,mobile phone,mobile number,cell,cell phone,tel,telephone,telefon,telefonnummer,handy,"
     "mobil,mobilnummer,mobiltelefon,telephone portable,portable,telefono,movil,celular,telefone,cellulare,"
     "telefoon,телефон",
     "phone numbers",
 )
-COUNTRY = Concept("country,country_code", "country,country code,land,pays,pais,paese,kraj,страна")
-CITY = Concept("city,town", "city,town,stadt,ort,ville,ciudad,citta,cidade,stad,miasto,город")
-TITLE = Concept(
+COUNTRY = ColumnKind("country,country_code", "country,country code,land,pays,pais,paese,kraj,страна")
+CITY = ColumnKind("city,town", "city,town,stadt,ort,ville,ciudad,citta,cidade,stad,miasto,город")
+TITLE = ColumnKind(
     "title,job_title,position,role",
     "title,job title,position,role,function,berufsbezeichnung,funktion,poste,fonction,cargo,puesto,ruolo,functie",
 )
 
-CONCEPTS = (
+COLUMN_KINDS = (
     FIRST_NAME, LAST_NAME, FULL_NAME, EMAIL, DOMAIN, COMPANY_NAME, LINKEDIN, COMPANY_LINKEDIN, PHONE, COUNTRY,
     CITY, TITLE,
 )  # fmt: skip
 
 
-def concept_of(param: str) -> Concept:
+def column_kind_of(param: str) -> ColumnKind:
     """Tell what a param asks for; one that is not known asks for a column of its own name."""
-    known = next((concept for concept in CONCEPTS if concept.asked_by(param)), None)
-    return known or Concept(param, " ".join(words(param)) or param)
+    kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
+    return kind or ColumnKind(param, " ".join(split_words(param)) or param)

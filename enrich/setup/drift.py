@@ -8,7 +8,7 @@ from enrich.api.waterfall import Provider, Waterfall
 from enrich.model import to_credits, to_micros
 
 
-def differences(before: Waterfall, now: Waterfall) -> Iterator[str]:
+def waterfall_changes(before: Waterfall, now: Waterfall) -> Iterator[str]:
     """Yield each difference that a job may feel, in words."""
     old = {param.name: param.required for param in before.input_params}
     new = {param.name: param.required for param in now.input_params}
@@ -22,31 +22,31 @@ def differences(before: Waterfall, now: Waterfall) -> Iterator[str]:
     fields = [field.name for field in before.output_fields], [field.name for field in now.output_fields]
     yield from (f"field {name}: removed" for name in fields[0] if name not in fields[1])
     yield from (f"field {name}: new" for name in fields[1] if name not in fields[0])
-    yield from _providers("provider", before.available_enrichments, now.available_enrichments)
-    yield from _providers("verifier", before.email_verifiers, now.email_verifiers)
+    yield from _provider_changes("provider", before.available_enrichments, now.available_enrichments)
+    yield from _provider_changes("verifier", before.email_verifiers, now.email_verifiers)
     defaults = [each.id for each in now.available_enrichments if each.enabled_by_default]
     if defaults != [each.id for each in before.available_enrichments if each.enabled_by_default]:
         yield f"default providers: now {', '.join(map(str, defaults)) or 'none'}; runs keep the old ones"
 
 
-def _providers(kind: str, before: list[Provider], now: list[Provider]) -> Iterator[str]:
+def _provider_changes(kind: str, before: list[Provider], now: list[Provider]) -> Iterator[str]:
     old, new = {each.id: each for each in before}, {each.id: each for each in now}
     for number in [*old, *(number for number in new if number not in old)]:
         name = f"{kind} {number} {(new.get(number) or old[number]).name}".rstrip()
         if number not in new:
             yield f"{name}: removed"
         elif number not in old:
-            yield f"{name}: new, {_price(new[number])}"
+            yield f"{name}: new, {_price_text(new[number])}"
         elif to_micros(old[number].price) != to_micros(new[number].price):
-            yield f"{name}: {_price(old[number])} before, {_price(new[number])} now{_trend(old[number], new[number])}"
+            yield f"{name}: {_price_text(old[number])} before, {_price_text(new[number])} now{_price_trend(old[number], new[number])}"
 
 
-def _price(provider: Provider) -> str:
+def _price_text(provider: Provider) -> str:
     micros = to_micros(provider.price)
     return "price unknown" if micros is None else f"{to_credits(micros):g} credits"
 
 
-def _trend(old: Provider, new: Provider) -> str:
+def _price_trend(old: Provider, new: Provider) -> str:
     before, now = to_micros(old.price), to_micros(new.price)
     if before is None or now is None:
         return ""

@@ -7,97 +7,101 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
-from enrich.errors import EnrichError, JobError, Refused
+from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job import Job
 from enrich.place import STDIN, is_dataset
-from enrich.report.file import is_ours
-from enrich.tables.finding import files
-from enrich.tables.folder import check_ours
-from enrich.tables.textfile import TableProblem
+from enrich.report.file import is_report
+from enrich.tables.finding import find_paths
+from enrich.tables.folder import check_own_folder
+from enrich.tables.textfile import FileProblem
 
 
-def written(job: Job, now: datetime) -> dict[str, Path]:
+def files_written(job: Job, now: datetime) -> dict[str, Path]:
     """The files on this machine that a run writes, by their key in the job file. Raises JobError when two are one."""
-    places = {"output": job.output_path(now), "ledger": job.ledger, **job.feeds(now)}
-    paths = {key: place for key, place in places.items() if isinstance(place, Path)}
+    locations = {"output": job.output_path(now), "ledger": job.ledger, **job.extra_output_paths(now)}
+    paths = {key: location for key, location in locations.items() if isinstance(location, Path)}
     report = job.report_path(now)
     paths |= {} if report is None else {"report": report}
-    return paths | ({"metrics": job.path(job.model.metrics)} if job.model.metrics else {})
+    return paths | ({"metrics": job.resolve_path(job.model.metrics)} if job.model.metrics else {})
 
 
-def inputs(job: Job) -> list[Path]:
+def local_input_files(job: Job) -> list[Path]:
     """The files of leads on this machine; a storage, a pipe and a folder that is closed have none."""
-    where = job.input_path
+    location = job.input_path
     try:
-        return files(where) if isinstance(where, Path) and where != STDIN else []
-    except TableProblem:
+        return find_paths(location) if isinstance(location, Path) and location != STDIN else []
+    except FileProblem:
         return []
 
 
-def read_files(job: Job) -> dict[str, Path]:
+def files_read(job: Job) -> dict[str, Path]:
     """The files on this machine that a run reads, by their key in the job file."""
-    found = inputs(job)
+    found = local_input_files(job)
     numbered = {"input" if len(found) == 1 else f"input {number}": path for number, path in enumerate(found, 1)}
     optional = {"suppress": job.model.suppress, "notify": job.model.notify}
     return {"the job file": job.document.path.resolve(), **numbered} | {
-        key: job.path(path) for key, path in optional.items() if path
+        key: job.resolve_path(path) for key, path in optional.items() if path
     }
 
 
-def clashes(job: Job) -> Iterator[EnrichError]:
+def path_problems(job: Job) -> Iterator[EnrichError]:
     """Yield what is wrong with the places of a job's files; the input is read elsewhere."""
     try:
-        outgoing, incoming = written(job, datetime.now().astimezone()), read_files(job)
+        outgoing, incoming = files_written(job, datetime.now().astimezone()), files_read(job)
     except JobError as error:
         yield error
         return
     others = outgoing | incoming
     for one, path in outgoing.items():
         del others[one]
-        for other in (other for other, same in others.items() if _is_same(path, same)):
+        for other in (other for other, same in others.items() if _is_same_file(path, same)):
             yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
     for key, path in outgoing.items():
-        if reason := _unwritable(path, may_be_folder=key == "output" and is_dataset(path)):
-            yield Refused(f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder")
-    if isinstance(job.ledger, Path) and _is_seen(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
-        yield Refused(f"{job.ledger}: this user may not write the ledger", "run as its owner, or mend the rights")
+        if reason := _why_not_writable(path, may_be_folder=key == "output" and is_dataset(path)):
+            yield CommandRefused(
+                f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder"
+            )
+    if isinstance(job.ledger, Path) and _is_visible(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
+        yield CommandRefused(
+            f"{job.ledger}: this user may not write the ledger", "run as its owner, or mend the rights"
+        )
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
-            yield Refused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
-    yield from _strangers(outgoing)
+            yield CommandRefused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
+    yield from _overwrite_problems(outgoing)
 
 
-def _strangers(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
+def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
     """Yield the files that a run would replace and must not."""
     output, report = outgoing.get("output"), outgoing.get("report")
-    if output is not None and _is_database(output):
+    if output is not None and _is_sqlite_file(output):
         yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
     if output is not None and is_dataset(output) and output.is_dir():
         try:
-            check_ours(output)
+            check_own_folder(output)
         except JobError as error:
             yield error
         except OSError:
             pass  # where nobody may look, nobody can write
-    if report is not None and _is_strange(report):
+    if report is not None and _is_foreign_report(report):
         yield JobError(f"{report} is there already, and no report of enrich", "choose another `report`")
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return one == other or one.samefile(other)
     except OSError:  # one of them is not there, or not to be seen
         return False
 
 
-def _is_strange(report: Path) -> bool:
+def _is_foreign_report(report: Path) -> bool:
     try:
-        return report.exists() and not is_ours(report)
+        return report.exists() and not is_report(report)
     except OSError:
         return False  # where nobody may look, nobody can write
 
 
-def _is_database(path: Path) -> bool:
+def _is_sqlite_file(path: Path) -> bool:
     try:
         if not path.is_file():
             return False
@@ -107,30 +111,32 @@ def _is_database(path: Path) -> bool:
         return False
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Tell whether a file is there. Raises Refused where this user may not look."""
     try:
         return path.exists()
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner") from error
+        raise CommandRefused(
+            f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner"
+        ) from error
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the nearest part of a path that this user can see."""
-    return next(each for each in (path, *path.parents) if _is_seen(each))
+    return next(each for each in (path, *path.parents) if _is_visible(each))
 
 
-def _is_seen(path: Path) -> bool:
+def _is_visible(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - false, too, where this user may not look
 
 
-def _unwritable(path: Path, *, may_be_folder: bool) -> str | None:
+def _why_not_writable(path: Path, *, may_be_folder: bool) -> str | None:
     try:
         if path.is_dir() and not may_be_folder:
             return "it is a folder"
         if may_be_folder and path.is_file():
             return "it is a file, not a folder"
-        folder = existing(path.parent)
+        folder = nearest_existing(path.parent)
         if not folder.is_dir():
             return f"{folder} is no folder"
         return None if os.access(folder, os.W_OK | os.X_OK) else f"no right to write in {folder}"

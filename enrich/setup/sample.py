@@ -10,19 +10,19 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.place import format_of
-from enrich.setup.concepts import Column, describe
+from enrich.setup.concepts import Column, describe_column
 from enrich.spec import Input
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import read_batches, read_header
-from enrich.tables.source import Source
-from enrich.tables.textfile import TableFile, TableProblem
+from enrich.tables.source import InputTable
+from enrich.tables.textfile import FileProblem, TableFile
 
-SAMPLE = 1_000
+SAMPLE_ROWS = 1_000
 SEPARATORS = ",;\t|"
-_CHUNK = 1 << 20
-_MARKS = (
+_CHUNK_BYTES = 1 << 20
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16, whose mark is its beginning
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -47,38 +47,38 @@ class Sample:
 def take_sample(path: Path) -> Sample:
     """Guess encoding and separator and read the first rows. Raises Refused that says why it cannot be read."""
     if (kind := format_of(path.name)) not in ("csv", None):
-        source = Source(path, Input(path=str(path)))
+        source = InputTable(path, Input(path=str(path)))
         frame = next(source.batches(), None)
-        return _sample(TableFile(path, format=kind), list(source.schema), frame)
+        return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
     try:
-        encoding = _encoding(path)
-        tried = [_try(TableFile(path, separator, encoding)) for separator in SEPARATORS]
+        encoding = _detect_encoding(path)
+        attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
         # With the right separator the rows are as long as the header, and longer than with any other.
-        good = [sample for sample in tried if isinstance(sample, Sample)]
-        best = max(good, key=lambda sample: len(sample.columns), default=None)
-        if best is None or (len(best.columns) == 1 and len(good) < len(SEPARATORS)):
-            raise next(problem for problem in tried if isinstance(problem, TableProblem))
-    except TableProblem as problem:
-        raise Refused(problem.message, problem.hint) from problem
+        readable = [sample for sample in attempts if isinstance(sample, Sample)]
+        best = max(readable, key=lambda sample: len(sample.columns), default=None)
+        if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
+            raise next(problem for problem in attempts if isinstance(problem, FileProblem))
+    except FileProblem as problem:
+        raise CommandRefused(problem.message, problem.hint) from problem
     return best
 
 
-def _try(source: TableFile) -> Sample | TableProblem:
+def _try_format(source: TableFile) -> Sample | FileProblem:
     try:
         header = read_header(source)
-        frame = next(read_batches(source, SAMPLE), None)
-    except TableProblem as problem:
+        frame = next(read_batches(source, SAMPLE_ROWS), None)
+    except FileProblem as problem:
         return problem
-    return _sample(source, header, frame)
+    return _make_sample(source, header, frame)
 
 
-def _sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
-    rows = None if frame is None else text_frame(frame.head(SAMPLE))
-    columns = [describe(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]
+def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
+    rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
+    columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]
     return Sample(source, columns, 0 if rows is None else rows.height)
 
 
-def _encoding(path: Path) -> str:
+def _detect_encoding(path: Path) -> str:
     """Take UTF-8 when the whole file is, what its mark says, else cp1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
@@ -86,10 +86,10 @@ def _encoding(path: Path) -> str:
             return "utf-8"
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
             beginning = raw.read(4)
-            if marked := next((name for mark, name in _MARKS if beginning.startswith(mark)), None):
-                return marked
+            if encoding := next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), None):
+                return encoding
             decoder.decode(beginning)
-            while chunk := raw.read(_CHUNK):
+            while chunk := raw.read(_CHUNK_BYTES):
                 decoder.decode(chunk)
             decoder.decode(b"", final=True)
     except UnicodeDecodeError:

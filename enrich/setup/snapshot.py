@@ -5,10 +5,12 @@ from __future__ import annotations
 from enrich.api.waterfall import Field, Param, Waterfall
 
 #: When the documentation was read.
-READ_ON = "2026-11"
+DOCUMENTED_ON = "2026-11"
 
 
-def _waterfall(identifier: str, name: str, required: str, fields: str = "", *, verifying: bool = False) -> Waterfall:
+def _make_documented(
+    identifier: str, name: str, required: str, fields: str = "", *, verifying: bool = False
+) -> Waterfall:
     return Waterfall(
         identifier=identifier,
         name=name,
@@ -19,14 +21,14 @@ def _waterfall(identifier: str, name: str, required: str, fields: str = "", *, v
 
 
 #: Params and, where they are documented, fields. Providers and prices are told by the API alone.
-DOCUMENTED: dict[str, Waterfall] = {
+DOCUMENTED_WATERFALLS: dict[str, Waterfall] = {
     waterfall.identifier: waterfall
     for waterfall in (
-        _waterfall("email_getter", "Email finder", "first_name last_name company", "email", verifying=True),
-        _waterfall("person_getter", "Person finder", "email", "first_name last_name linkedin_url"),
-        _waterfall("company_lookup", "Company lookup", "company_website"),
-        _waterfall("person_by_link", "Person by link", "link"),
-        _waterfall("phone_getter", "Phone finder", "linkedin"),
-        _waterfall("job_postings_getter", "Job postings", "company_website"),
+        _make_documented("email_getter", "Email finder", "first_name last_name company", "email", verifying=True),
+        _make_documented("person_getter", "Person finder", "email", "first_name last_name linkedin_url"),
+        _make_documented("company_lookup", "Company lookup", "company_website"),
+        _make_documented("person_by_link", "Person by link", "link"),
+        _make_documented("phone_getter", "Phone finder", "linkedin"),
+        _make_documented("job_postings_getter", "Job postings", "company_website"),
     )
 }

@@ -10,7 +10,13 @@ import yaml
 
 from enrich.api.waterfall import Waterfall
 from enrich.asking import STATUS_COLUMNS
-from enrich.setup.guess import Guess, already_known, guess, new_names, unmatched
+from enrich.setup.guess import (
+    ColumnMatch,
+    existing_result_columns,
+    match_columns,
+    result_column_names,
+    unmatched_reason,
+)
 from enrich.setup.sample import Sample
 
 #: Stands where a column is missing; `enrich check` knows it.
@@ -18,7 +24,7 @@ PLACEHOLDER = "FILL THIS IN"
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class JobDraft:
     """What a job file is written from. `source` says where the waterfall's description comes from, and of what date;
     `schema` names the JSON Schema, relative to the job file, None: there is none.
     """  # noqa: D205 - one thought
@@ -31,106 +37,108 @@ class Draft:
     schema: str | None = None
 
 
-def write_job(draft: Draft) -> str:
+def render_job_file(draft: JobDraft) -> str:
     """Write the job file. What was guessed is marked; what is missing is marked as missing."""
-    return "\n".join(_lines(draft)) + "\n"
+    return "\n".join(_job_lines(draft)) + "\n"
 
 
-def _lines(draft: Draft) -> Iterator[str]:
+def _job_lines(draft: JobDraft) -> Iterator[str]:
     waterfall = draft.waterfall
     if draft.schema:
         yield f"# yaml-language-server: $schema={draft.schema}"
-    yield f"# {_comment(waterfall.name or waterfall.identifier)}: {_comment(draft.input)}"
-    looked = f"{draft.sample.rows:,} {'row' if draft.sample.rows == 1 else 'rows'}"
-    yield f"# Written by `enrich init` from {looked}. Read the guesses, then: enrich check"
+    yield f"# {_printable(waterfall.name or waterfall.identifier)}: {_printable(draft.input)}"
+    rows_read = f"{draft.sample.rows:,} {'row' if draft.sample.rows == 1 else 'rows'}"
+    yield f"# Written by `enrich init` from {rows_read}. Read the guesses, then: enrich check"
     yield f"# The waterfall's params and fields are those of {draft.source}."
     yield "version: 1"
-    yield from _input(draft)
-    yield f"output: {scalar(draft.output)} # strftime codes are allowed: leads-%Y-%m-%d.csv"
+    yield from _input_lines(draft)
+    yield f"output: {yaml_scalar(draft.output)} # strftime codes are allowed: leads-%Y-%m-%d.csv"
     yield ""
-    yield f"waterfall: {scalar(waterfall.identifier)}"
-    yield from _providers(waterfall)
+    yield f"waterfall: {yaml_scalar(waterfall.identifier)}"
+    yield from _provider_lines(waterfall)
     yield ""
-    yield from _params(waterfall, draft.sample)
+    yield from _param_lines(waterfall, draft.sample)
     yield ""
-    yield from _columns(waterfall, draft.sample.header)
+    yield from _column_lines(waterfall, draft.sample.header)
     yield ""
-    yield from _more(waterfall, draft.sample)
+    yield from _optional_key_lines(waterfall, draft.sample)
 
 
-def _input(draft: Draft) -> Iterator[str]:
+def _input_lines(draft: JobDraft) -> Iterator[str]:
     source = draft.sample.format
     if (source.separator, source.encoding) == (",", "utf-8"):
-        yield f"input: {scalar(draft.input)}"
+        yield f"input: {yaml_scalar(draft.input)}"
         return
-    more = f"separator: {_quoted(source.separator)}, encoding: {source.encoding}"
-    yield f"input: {{path: {scalar(draft.input)}, {more}}} # guessed from the file"
+    csv_options = f"separator: {_quote(source.separator)}, encoding: {source.encoding}"
+    yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file"
 
 
-def _providers(waterfall: Waterfall) -> Iterator[str]:
-    offered = waterfall.available_enrichments
-    if offered:
-        named = ", ".join(str(each.id) for each in offered if each.enabled_by_default)
-        yield f"# enrichments: [{named}] # who is asked, in this order"
-        for each in offered:
+def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
+    providers = waterfall.available_enrichments
+    if providers:
+        defaults = ", ".join(str(each.id) for each in providers if each.enabled_by_default)
+        yield f"# enrichments: [{defaults}] # who is asked, in this order"
+        for each in providers:
             price = "price not known" if each.price is None else f"{each.price} credits"
             more = "" if each.enabled_by_default else ", only when named"
-            yield f"#   {each.id} {_comment(each.name)}: {price}{more}"
+            yield f"#   {each.id} {_printable(each.name)}: {price}{more}"
     else:
         yield "# enrichments: [833, 966] # who is asked, in this order; `enrich waterfalls` tells their numbers"
     if waterfall.is_email_verifying:
         verifiers = [f"{each.id} {each.name} {each.price}" for each in waterfall.email_verifiers]
         first = waterfall.email_verifiers[0].id if waterfall.email_verifiers else 10
-        yield f"# email_verifier: {first} # checks what was found, at a price{': ' if verifiers else ''}" + _comment(
+        yield f"# email_verifier: {first} # checks what was found, at a price{': ' if verifiers else ''}" + _printable(
             ", ".join(verifiers)
         )
 
 
-def _params(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
+def _param_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     names = [param.name for param in waterfall.input_params]
     # The required ones choose first.
     ordered = sorted(waterfall.input_params, key=lambda param: not param.required)
-    found = guess([param.name for param in ordered], sample.columns)
+    matches = match_columns([param.name for param in ordered], sample.columns)
     yield "params: # the waterfall's params: columns of the input"
     if not names:
-        yield f"  name_of_a_param: {scalar(PLACEHOLDER)} # the waterfall names no params: look at its documentation"
+        yield f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # the waterfall names no params: look at its documentation"
     for param in ordered:
-        chosen = found[param.name]
-        if chosen is not None:
-            yield f"  {scalar(param.name)}: {_source(chosen)} # {chosen.sure}: {_comment(chosen.why)}"
+        match = matches[param.name]
+        if match is not None:
+            yield f"  {yaml_scalar(param.name)}: {_param_source(match)} # {match.confidence}: {_printable(match.reason)}"
         elif param.required:
-            why = unmatched(param.name, sample.columns) or "no column looks like it"
-            yield f"  {scalar(param.name)}: {scalar(PLACEHOLDER)} # REQUIRED: {_comment(why)}; put a column's name here"
+            why = unmatched_reason(param.name, sample.columns) or "no column looks like it"
+            yield f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} # REQUIRED: {_printable(why)}; put a column's name here"
         else:
-            yield f"  # {scalar(param.name)}: a column # optional: no column looks like it"
+            yield f"  # {yaml_scalar(param.name)}: a column # optional: no column looks like it"
 
 
-def _source(chosen: Guess) -> str:
-    if len(chosen.columns) == 1 and not chosen.transform:
-        return scalar(chosen.columns[0])
-    columns = [scalar(column) for column in chosen.columns]
+def _param_source(match: ColumnMatch) -> str:
+    if len(match.columns) == 1 and not match.transform:
+        return yaml_scalar(match.columns[0])
+    columns = [yaml_scalar(column) for column in match.columns]
     column = columns[0] if len(columns) == 1 else f"[{', '.join(columns)}]"
-    return f"{{column: {column}, transform: [{', '.join(chosen.transform)}]}}"
+    return f"{{column: {column}, transform: [{', '.join(match.transform)}]}}"
 
 
-def _columns(waterfall: Waterfall, header: Sequence[str]) -> Iterator[str]:
+def _column_lines(waterfall: Waterfall, header: Sequence[str]) -> Iterator[str]:
     fields = [field.name for field in waterfall.output_fields]
     if not fields:
         yield "# columns: # new column: field of the result; without it, all fields that the API names"
         yield "#   new_column: field"
         return
     yield "columns: # new column: field of the result"
-    for name, field in new_names(fields, [*header, *STATUS_COLUMNS]):
-        yield f"  {scalar(name)}: {scalar(field)}"
+    for name, field in result_column_names(fields, [*header, *STATUS_COLUMNS]):
+        yield f"  {yaml_scalar(name)}: {yaml_scalar(field)}"
 
 
-def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
+def _optional_key_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     header = sample.header
-    known = already_known([field.name for field in waterfall.output_fields], sample.columns)
-    example = scalar((known or header)[0])
-    number = scalar(next((each.name for each in sample.columns if each.numeric == 1 and each.filled), header[0]))
-    group = scalar(([param.name for param in waterfall.input_params if param.required] or header)[-1])
-    where = scalar("\"{}\" <> ''".format(header[0].replace('"', '""')))
+    existing = existing_result_columns([field.name for field in waterfall.output_fields], sample.columns)
+    example = yaml_scalar((existing or header)[0])
+    number = yaml_scalar(
+        next((each.name for each in sample.columns if each.numeric_share == 1 and each.filled_count), header[0])
+    )
+    group = yaml_scalar(([param.name for param in waterfall.input_params if param.required] or header)[-1])
+    where = yaml_scalar("\"{}\" <> ''".format(header[0].replace('"', '""')))
     yield "# More that a job may say; take the # away to use it."
     yield "# merge: fill_empty # let columns of the job be columns of the input, and fill their blanks (or: overwrite)"
     yield f"# only_if_empty: [{example}] # ask only for rows where this is blank"
@@ -154,7 +162,7 @@ def _more(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     yield "#   refresh: {found: 90d, not_found: 14d} # older answers are asked again, at a price; default: never"
 
 
-def scalar(text: str) -> str:
+def yaml_scalar(text: str) -> str:
     """Write a text as YAML, with quotes where it needs them."""
     plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0] not in " -/"
     if plain and text.isprintable() and text == text.strip():
@@ -163,13 +171,13 @@ def scalar(text: str) -> str:
                 return text
         except (yaml.YAMLError, ValueError):
             pass
-    return _quoted(text)
+    return _quote(text)
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).removesuffix("\n")
 
 
-def _comment(text: str) -> str:
+def _printable(text: str) -> str:
     """Keep a comment on its line."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from enrich.place import LedgerPlace, Postgres
-from enrich.store.dialect import FAILURES, Session
-from enrich.store.open_files import is_there
-from enrich.store.server import postgres
-from enrich.store.sqlite import JOURNALS, open_file
+from enrich.place import LedgerLocation, PostgresLocation
+from enrich.store.dialect import DATABASE_ERRORS, Session
+from enrich.store.open_files import ledger_file_exists
+from enrich.store.server import load_postgres
+from enrich.store.sqlite import JOURNAL_SUFFIXES, open_sqlite
 
 if TYPE_CHECKING:
-    from enrich.store.postgres import Fence
+    from enrich.store.postgres import FencingToken
 
 T = TypeVar("T")
 #: So long a server that is away is waited for when nothing was begun yet.
-PATIENCE_S = 3.0
+OPEN_TIMEOUT_S = 3.0
 
 
 class Database:
@@ -26,13 +26,13 @@ class Database:
 
     def __init__(  # noqa: PLR0913 - all but the place are exceptions
         self,
-        place: LedgerPlace,
+        location: LedgerLocation,
         *,
         read_only: bool = False,
         any_version: bool = False,
-        unchecked: bool = False,
-        fence: Fence | None = None,
-        patience_s: float = PATIENCE_S,
+        skip_integrity_check: bool = False,
+        fencing_token: FencingToken | None = None,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
     ) -> None:
         """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
 
@@ -41,20 +41,22 @@ class Database:
         `patience_s`. Raises Refused when this is no ledger,
         when it is newer than this program or can't be written.
         """
-        self.place = place
+        self.location = location
         #: Who writes, where processes hold what they are at by leases.
-        self.owner = None if fence is None else fence.owner
-        if isinstance(place, Postgres):
-            self._db: Session = postgres().open_schema(
-                place, read_only=read_only, any_version=any_version, fence=fence, patience_s=patience_s
+        self.owner_id = None if fencing_token is None else fencing_token.owner_id
+        if isinstance(location, PostgresLocation):
+            self._db: Session = load_postgres().open_schema(
+                location, read_only=read_only, any_version=any_version, fencing_token=fencing_token, open_timeout_s=open_timeout_s
             )
         else:
-            self._db = open_file(place, read_only=read_only, any_version=any_version, unchecked=unchecked)
+            self._db = open_sqlite(
+                location, read_only=read_only, any_version=any_version, skip_integrity_check=skip_integrity_check
+            )
 
     def watch_files(self) -> None:
         """Record which files the ledger is open in; the caller holds its lock."""
-        if isinstance(self.place, Path):
-            self._db.watch_files(self.place)
+        if isinstance(self.location, Path):
+            self._db.watch_files(self.location)
 
     def check_files(self) -> None:
         """Raise LedgerMoved when one of them was removed or replaced."""
@@ -76,17 +78,17 @@ class Database:
             self._db.rollback()
             raise
 
-    def hurry(self) -> None:
+    def shorten_waits(self) -> None:
         """Hear, from any thread, that nobody wants to wait long for a server any more."""
-        self._db.hurry()
+        self._db.shorten_waits()
 
-    def patiently(self, work: Callable[[], T]) -> T:
+    def retry_on_disconnect(self, action: Callable[[], T]) -> T:
         """Do what makes a transaction of its own; when the server was away, again, though it may have been done."""
         while True:
             try:
-                return work()
-            except FAILURES as failure:
-                if self.regain(failure) is None:
+                return action()
+            except DATABASE_ERRORS as failure:
+                if self.reconnect(failure) is None:
                     raise
 
     def rollback(self) -> None:
@@ -94,20 +96,20 @@ class Database:
         self._db.rollback()
 
     @contextmanager
-    def still(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[None]:
         """See everything as it stands at this moment, though a run goes on."""
-        self._db.begin_looking()
+        self._db.begin_snapshot()
         try:
             yield
         finally:
             self._db.rollback()
 
-    def regain(self, failure: BaseException) -> bool | None:
+    def reconnect(self, failure: BaseException) -> bool | None:
         """Be ready again after a failure in a transaction, whose whole block may be done again then.
 
         Tell whether what it wrote is there all the same; None: the failure stays.
         """
-        return self._db.regain(failure)
+        return self._db.reconnect(failure)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -122,18 +124,18 @@ class Database:
             raise
         self._db.execute("RELEASE move")
 
-    def erase_for_good(self) -> None:
+    def enable_secure_delete(self) -> None:
         """Overwrite from now on what is deleted, where the database can."""
-        self._db.erase_for_good()
+        self._db.enable_secure_delete()
 
-    def empty_journal(self) -> bool:
+    def discard_erased_data(self) -> bool:
         """Leave nothing of what was erased where the database keeps its past.
 
         Return whether that is done: not while somebody reads the ledger as it was before.
         """
-        return self._db.empty_journal()
+        return self._db.discard_erased_data()
 
-    def _all_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
+    def _stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
         """Yield rows that are too many to be held at once."""
         names: list[str] = [column[0] for column in self._db.execute(f"{sql} LIMIT 0").description or ()]
         return (dict(zip(names, row, strict=True)) for row in self._db.stream(sql))
@@ -144,18 +146,22 @@ class Database:
         return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
-def exists(place: LedgerPlace) -> bool:
+def ledger_exists(location: LedgerLocation) -> bool:
     """Tell whether a ledger was ever made there.
 
     Raises Refused when the server can't be asked, and when the path is a dangling link or no file.
     """
-    return postgres().schema_exists(place) if isinstance(place, Postgres) else is_there(place)
+    return (
+        load_postgres().schema_exists(location)
+        if isinstance(location, PostgresLocation)
+        else ledger_file_exists(location)
+    )
 
 
-def remove(place: LedgerPlace) -> None:
+def delete_ledger(location: LedgerLocation) -> None:
     """Remove a ledger for good. Raises Refused when the server can't be asked, and OSError."""
-    if isinstance(place, Postgres):
-        postgres().remove_schema(place)
+    if isinstance(location, PostgresLocation):
+        load_postgres().drop_schema_tables(location)
         return
-    for name in (place, *(place.with_name(f"{place.name}{end}") for end in JOURNALS)):
+    for name in (location, *(location.with_name(f"{location.name}{end}") for end in JOURNAL_SUFFIXES)):
         name.unlink(missing_ok=True)

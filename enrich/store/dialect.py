@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 #: A server that is away in the middle of a run is waited for so long, in seconds.
-OUTAGE_S = 300.0
+OUTAGE_TIMEOUT_S = 300.0
 
 
 class DatabaseFailed(Exception):
     """The database of a ledger that is no file could not do what it was asked."""
 
 
-class Disturbed(DatabaseFailed):
+class TransactionInterrupted(DatabaseFailed):
     """Nothing of the transaction was written, or nobody knows: the connection was lost, or others were in the way."""
 
 
 #: What a database raises that could not do what it was asked.
-FAILURES = (sqlite3.Error, DatabaseFailed)
+DATABASE_ERRORS = (sqlite3.Error, DatabaseFailed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,13 @@ class Dialect:
     """Parts of SQL that are another in each database."""
 
     #: A number that counts up by itself, as the primary key.
-    serial: str
+    serial_key: str
     #: The type of bytes.
-    blob: str
+    blob_type: str
     #: Where a pass over the input is kept: it ends with the connection, or several processes share it.
     passes_are_shared: bool
     #: Whether processes hold what they are at by leases.
-    leases: bool
+    has_leases: bool
     #: Rows that are read to be changed, which another may be about to change, too.
     for_update: str = ""
     #: … and which are left to whoever holds them.
@@ -48,17 +48,17 @@ class Dialect:
     #: Behind a column: read its text as JSON.
     as_json: str = ""
     #: Behind a column of text that rows are sorted by: as its bytes are, whatever language the database has.
-    by_bytes: str = ""
+    byte_order: str = ""
     #: Puts all values of a group into one JSON list.
-    as_list: str = ""
+    json_list: str = ""
     #: A column of text as its bytes, which need not be UTF-8.
     as_bytes: str = "{}"
     #: Rows that refer to what is not there.
-    orphans: str = "SELECT 1 WHERE false"
+    orphan_query: str = "SELECT 1 WHERE false"
     #: Keeps others from comparing the same task ids (a JSON list of lists) until this transaction ends.
     lock_task_ids: str = ""
     #: What no process is at any more: nobody began it with a lease, or the lease ran out, or it was us.
-    ours: str = "true"
+    not_held_by_others: str = "true"
 
 
 class Cursor(Protocol):
@@ -105,16 +105,16 @@ class Session(Protocol):
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query that are too many to be held at once."""
 
-    def loading(self) -> AbstractContextManager[None]:
+    def deferred_references(self) -> AbstractContextManager[None]:
         """Let rows be loaded in any order, in a transaction: who refers to whom is checked at its end."""
 
-    def load(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
+    def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
         """Add many rows to a table, with numbers of their own; those that come later count on from these."""
 
     def begin(self) -> None:
         """Begin a transaction that writes."""
 
-    def begin_looking(self) -> None:
+    def begin_snapshot(self) -> None:
         """Begin a transaction that sees everything as it stands now."""
 
     def begin_temporary(self) -> None:
@@ -126,31 +126,31 @@ class Session(Protocol):
     def rollback(self) -> None:
         """Take back what it wrote, if one was begun and is there yet."""
 
-    def regain(self, failure: BaseException) -> bool | None:
+    def reconnect(self, failure: BaseException) -> bool | None:
         """Be ready again after a failure in a transaction.
 
         Tell whether what it wrote is there all the same; None: the failure stays.
         """
 
-    def has_temporary(self, table: str) -> bool:
+    def has_temporary_table(self, table: str) -> bool:
         """Tell whether this connection has made a temporary table."""
 
-    def hurry(self) -> None:
+    def shorten_waits(self) -> None:
         """Hear, from any thread, that nobody wants to wait long any more."""
 
-    def clear(self, table: str) -> None:
+    def clear_table(self, table: str) -> None:
         """Empty a temporary table."""
 
-    def analyse(self, table: str) -> None:
+    def analyze(self, table: str) -> None:
         """Let the planner know how many rows a temporary table has."""
 
-    def damage(self) -> Iterator[str]:
+    def integrity_problems(self) -> Iterator[str]:
         """Read the whole database; yield what is not sound about it."""
 
-    def erase_for_good(self) -> None:
+    def enable_secure_delete(self) -> None:
         """Overwrite from now on what is deleted."""
 
-    def empty_journal(self) -> bool:
+    def discard_erased_data(self) -> bool:
         """Leave nothing of what was erased where the database keeps its past; tell whether that is done."""
 
     def close(self) -> None:

@@ -8,16 +8,16 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from enrich.errors import EnrichError, Refused
+from enrich.errors import CommandRefused, EnrichError
 from enrich.model import State
-from enrich.place import LedgerPlace
-from enrich.store.database import Database, exists
-from enrich.store.dialect import FAILURES
+from enrich.place import LedgerLocation
+from enrich.store.database import Database, ledger_exists
+from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.intake import OPEN_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class ExecutionRow:
     """One execution; times in milliseconds since 1970 (UTC), credits in millionths, None: not known."""
 
     id: int
@@ -32,7 +32,7 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Latest:
+class LatestExecutionRow:
     """The newest execution of a job; times in milliseconds since 1970 (UTC), credits in millionths.
 
     `newest` is that of all jobs of the ledger; `oldest_ms` is when that was sent which waits longest at the API.
@@ -54,17 +54,17 @@ class Latest:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class LedgerTotals:
     """The whole ledger, all its jobs: credits in millionths, answers of unknown price, requests."""
 
     spent: int
     unknown: int
     in_doubt: int
-    at_the_api: int
+    submitted: int
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class RequestRow:
     """One request: where it stands, what was sent (JSON), and of whom it was asked."""
 
     id: int
@@ -77,52 +77,52 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class AttemptRow:
     """One attempt: a POST and what became of it."""
 
     id: int
-    execution: int
+    execution_id: int
     job: str
     state: str
     task_id: str | None
     claimed_ms: int
     submitted_ms: int | None
     settled_ms: int | None
-    settled_in: int | None
+    settled_execution_id: int | None
     reserved: int
     credits: int | None
     provider: str | None
     error: str | None
     answer: str | None
     #: How many were sent with it as one task, itself too, and the price of that task; None: it was sent alone.
-    together: int | None = None
+    bulk_size: int | None = None
     task_credits: int | None = None
 
 
 T = TypeVar("T")
-_REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.call_id "
+_SELECT_REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id = r.call_id "
 
 
-class History(Database):
+class LedgerReader(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, place: LedgerPlace) -> None:
+    def __init__(self, location: LedgerLocation) -> None:
         """Open it. Raises Refused when it is not there, is no ledger, or has another version."""
-        if not exists(place):
-            raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(place, read_only=True)
+        if not ledger_exists(location):
+            raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
+        super().__init__(location, read_only=True)
 
-    def begin(self) -> None:
+    def begin_snapshot(self) -> None:
         """See everything from now on as it stands at this moment."""
-        self._db.begin_looking()
+        self._db.begin_snapshot()
 
     # Executions
 
-    def executions(self, job: str) -> Iterator[Past]:
+    def executions(self, job: str) -> Iterator[ExecutionRow]:
         """Yield the executions of a job, newest first."""
         for row in self._rows("SELECT * FROM executions WHERE job = ? ORDER BY id DESC", job):
             receipt = json.loads(row["receipt"]) if row["receipt"] else {}
-            yield Past(
+            yield ExecutionRow(
                 row["id"],
                 row["started_ms"],
                 row["ended_ms"],
@@ -134,12 +134,12 @@ class History(Database):
                 receipt,
             )
 
-    def newest(self) -> int:
+    def newest_execution_id(self) -> int:
         """Return the number of the newest execution of any job, 0 when there is none."""
         (number,) = self._db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
         return int(number)
 
-    def latest(self, job: str) -> Latest | None:
+    def latest_execution(self, job: str) -> LatestExecutionRow | None:
         """Return the newest execution of a job, by next to no reading."""
         cursor = self._db.execute(
             "SELECT *, (SELECT max(id) FROM executions) AS newest, "
@@ -150,18 +150,18 @@ class History(Database):
         row = cursor.fetchone()
         if row is None:
             return None
-        known = dict(zip((column[0] for column in cursor.description or ()), row, strict=True))
-        return Latest(**{each.name: known[each.name] for each in fields(Latest)})
+        values = dict(zip((column[0] for column in cursor.description or ()), row, strict=True))
+        return LatestExecutionRow(**{each.name: values[each.name] for each in fields(LatestExecutionRow)})
 
-    def last_end(self, job: str, codes: Collection[int]) -> int | None:
+    def last_ended_ms(self, job: str, codes: Collection[int]) -> int | None:
         """Return when an execution of a job last ended with one of these exit codes."""
-        places = ",".join("?" * len(codes))
+        placeholders = ",".join("?" * len(codes))
         row = self._db.execute(
-            f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({places})", (job, *codes)
+            f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders})", (job, *codes)
         ).fetchone()
         return None if row[0] is None else int(row[0])
 
-    def totals(self) -> Totals:
+    def totals(self) -> LedgerTotals:
         """Sum up the ledger."""
         row = self._db.execute(
             "SELECT coalesce(sum(paid), 0), "
@@ -169,27 +169,27 @@ class History(Database):
             "(SELECT count(*) FROM requests WHERE state = 'in_doubt'), "
             "count(*) FILTER (WHERE state = 'submitted') FROM billed"
         ).fetchone()
-        return Totals(*map(int, row))
+        return LedgerTotals(*map(int, row))
 
     # One lead
 
-    def request(self, fingerprint: bytes) -> Known | None:
+    def find_request(self, fingerprint: bytes) -> RequestRow | None:
         """Look up a request."""
-        return next(map(_known, self._rows(_REQUEST + "WHERE r.fingerprint = ?", fingerprint)), None)
+        return next(map(_request_row, self._rows(_SELECT_REQUEST + "WHERE r.fingerprint = ?", fingerprint)), None)
 
-    def same_params(self, params: str) -> Iterator[Known]:
+    def find_by_params(self, params: str) -> Iterator[RequestRow]:
         """Yield the requests that sent the same, of whomever it was asked."""
-        return map(_known, self._rows(_REQUEST + "WHERE r.params = ? ORDER BY r.id", params))
+        return map(_request_row, self._rows(_SELECT_REQUEST + "WHERE r.params = ? ORDER BY r.id", params))
 
-    def with_param(self, wanted: Mapping[str, str]) -> Iterator[Known]:
+    def find_by_any_param(self, params: Mapping[str, str]) -> Iterator[RequestRow]:
         """Yield the requests that sent one of these values for its param, whatever the case of its letters."""
-        folded = {name: value.casefold() for name, value in wanted.items()}
-        for row in self._all_rows(_REQUEST + "ORDER BY r.id"):
-            params = json.loads(row["params"])
-            if any(str(params.get(name, "")).casefold() == value for name, value in folded.items()):
-                yield _known(row)
+        folded = {name: value.casefold() for name, value in params.items()}
+        for row in self._stream_rows(_SELECT_REQUEST + "ORDER BY r.id"):
+            sent = json.loads(row["params"])
+            if any(str(sent.get(name, "")).casefold() == value for name, value in folded.items()):
+                yield _request_row(row)
 
-    def attempts(self, request_id: int) -> list[Try]:
+    def attempts(self, request_id: int) -> list[AttemptRow]:
         """Return every attempt of a request, in order."""
         rows = self._rows(
             "SELECT a.*, e.job, b.size AS together, b.credits AS task_credits FROM attempts a "
@@ -199,20 +199,23 @@ class History(Database):
         )
         names = "state task_id claimed_ms submitted_ms settled_ms settled_in reserved credits provider error answer "
         names += "together task_credits"
-        return [Try(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split())) for row in rows]
+        return [
+            AttemptRow(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split()))
+            for row in rows
+        ]
 
 
-def glance(place: LedgerPlace, ask: Callable[[History], T]) -> T | None:
+def try_read(location: LedgerLocation, query: Callable[[LedgerReader], T]) -> T | None:
     """Ask one question; None when the ledger is not there or can't be read."""
     try:
-        with closing(History(place)) as history:
-            return ask(history)
-    except (EnrichError, *FAILURES):
+        with closing(LedgerReader(location)) as history:
+            return query(history)
+    except (EnrichError, *DATABASE_ERRORS):
         return None
 
 
-def _known(row: Mapping[str, Any]) -> Known:
-    return Known(
+def _request_row(row: Mapping[str, Any]) -> RequestRow:
+    return RequestRow(
         row["id"],
         row["fingerprint"],
         State(row["state"]),

@@ -10,32 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from enrich.errors import LeaderGone
-from enrich.model import Task, written
+from enrich.errors import RunEnded
+from enrich.model import Task, to_json_text
 from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.moves import Moves
-from enrich.store.process import is_gone, myself
-from enrich.store.task_ids import NUMBERS
+from enrich.store.moves import QueueTransitions
+from enrich.store.process import current_process_name, is_gone
+from enrich.store.task_ids import JSON_NUMBERS
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
-_LEFT_S = (
+_REMAINING_S = (
     "extract(epoch FROM greatest(lease_until, pg_postmaster_start_time() + seconds * interval '1 s') "
     "- clock_timestamp())"
 )
-_ME = "nullif(current_setting('enrich.owner', true), '')::bigint"
+_OWN_OWNER_ID = "nullif(current_setting('enrich.owner', true), '')::bigint"
 
 
-class Owner(NamedTuple):
+class LeaseHolder(NamedTuple):
     """A process that holds a lease: for how many seconds yet, and until when by the server's clock (seconds)."""
 
     id: int
     name: str
-    leads: bool
-    left_s: float
-    until_s: float
+    is_leader: bool
+    remaining_s: float
+    expires_at_s: float
 
 
-class Holding(Moves):
+class LeaseQueries(QueueTransitions):
     """A ledger that knows who is at what."""
 
     def recover(self, now_ms: int) -> int:
@@ -43,121 +43,122 @@ class Holding(Moves):
 
         What another process holds by its lease is none of it; what one held that is gone waits for any poller.
         """
-        self.others()
+        self.other_holders()
         # What is left is told once: others may end a lease in any moment.
-        left = self._db.execute(
+        attempt_rows = self._db.execute(
             "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, error = 'the program ended between the request "
-            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.ours} RETURNING id",
+            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.not_held_by_others} RETURNING id",
             (now_ms,),
         ).fetchall()
-        if left:
+        if attempt_rows:
             self._db.execute(
                 "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, position = NULL "
-                f"WHERE state = 'submitting' AND attempt_id IN ({NUMBERS.format('?')})",
-                (written([number for (number,) in left]),),
+                f"WHERE state = 'submitting' AND attempt_id IN ({JSON_NUMBERS.format('?')})",
+                (to_json_text([number for (number,) in attempt_rows]),),
             )
-        return len(left)
+        return len(attempt_rows)
 
-    def adopt(self, most: int | None = None) -> list[Task]:
+    def take_over_tasks(self, limit: int | None = None) -> list[Task]:
         """Take on tasks that wait for their answer and that nobody holds, nearest expiry first; return them."""
-        if not self._db.dialect.leases:
-            return self.tasks()
-        free = f"state = 'submitted' AND {OPEN_ATTEMPT} AND {self._db.dialect.ours} AND owner_id IS DISTINCT FROM {_ME}"
-        taken = self._db.execute(
-            f"UPDATE attempts SET owner_id = {_ME} WHERE id IN (SELECT id FROM attempts WHERE {free} "
+        if not self._db.dialect.has_leases:
+            return self.submitted_tasks()
+        unheld = f"state = 'submitted' AND {OPEN_ATTEMPT} AND {self._db.dialect.not_held_by_others} AND owner_id IS DISTINCT FROM {_OWN_OWNER_ID}"
+        attempt_rows = self._db.execute(
+            f"UPDATE attempts SET owner_id = {_OWN_OWNER_ID} WHERE id IN (SELECT id FROM attempts WHERE {unheld} "
             f"ORDER BY submitted_ms, bundle_id LIMIT ? FOR UPDATE SKIP LOCKED) RETURNING id, bundle_id",
-            (most,),
+            (limit,),
         ).fetchall()
-        if not taken:
+        if not attempt_rows:
             return []
-        numbers = {number for number, _ in taken}
-        if bundles := {bundle for _, bundle in taken if bundle is not None}:
+        attempt_ids = {number for number, _ in attempt_rows}
+        if bulk_task_ids := {bundle for _, bundle in attempt_rows if bundle is not None}:
             rows = self._db.execute(
-                f"UPDATE attempts SET owner_id = {_ME} WHERE bundle_id = ANY(?) AND {OPEN_ATTEMPT} RETURNING id",
-                (sorted(bundles),),
+                f"UPDATE attempts SET owner_id = {_OWN_OWNER_ID} WHERE bundle_id = ANY(?) AND {OPEN_ATTEMPT} RETURNING id",
+                (sorted(bulk_task_ids),),
             ).fetchall()
-            numbers |= {number for (number,) in rows}
-        return [task for task in self.tasks() if numbers.issuperset(task.attempts)]
+            attempt_ids |= {number for (number,) in rows}
+        return [task for task in self.submitted_tasks() if attempt_ids.issuperset(task.attempts)]
 
-    def release(self) -> None:
+    def release_tasks(self) -> None:
         """Leave what waits for its answer to other pollers."""
         self._db.execute(
-            f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_ME}"
+            f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_OWN_OWNER_ID}"
         )
 
-    def others(self) -> list[Owner]:
+    def other_holders(self) -> list[LeaseHolder]:
         """Return the other processes that may hold something, those that lead an execution first."""
-        if not self._db.dialect.leases:
+        if not self._db.dialect.has_leases:
             return []
-        self._end_lapsed()
+        self._delete_expired_leases()
         rows = self._db.execute(
-            f"SELECT id, name, leads, {_LEFT_S}, extract(epoch FROM lease_until), process FROM owners "
-            f"WHERE id IS DISTINCT FROM {_ME} ORDER BY leads DESC, id"
+            f"SELECT id, name, leads, {_REMAINING_S}, extract(epoch FROM lease_until), process FROM owners "
+            f"WHERE id IS DISTINCT FROM {_OWN_OWNER_ID} ORDER BY leads DESC, id"
         ).fetchall()
         return [
-            Owner(number, name, leads, float(left_s), float(until))
+            LeaseHolder(number, name, leads, float(left_s), float(until))
             for number, name, leads, left_s, until, process in rows
-            if not self._end_if_gone(number, process)
+            if not self._delete_lease_if_gone(number, process)
         ]
 
-    def end_lease_of(self, owners: Iterable[Owner]) -> None:
+    def revoke_leases(self, holders: Iterable[LeaseHolder]) -> None:
         """Let none of these renew its lease any more; they find out when they try."""
-        numbers = [owner.id for owner in owners]
-        self._db.execute("UPDATE owners SET seconds = 0 WHERE id = ANY(?)", (numbers,))
+        owner_ids = [owner.id for owner in holders]
+        self._db.execute("UPDATE owners SET seconds = 0 WHERE id = ANY(?)", (owner_ids,))
 
     def now_ms(self) -> int:
         """Tell what time the server has, in milliseconds since 1970 (UTC)."""
         (now_ms,) = self._db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
         return int(now_ms)
 
-    def begin_lease(self, name: str, seconds: float, *, follows: int | None = None) -> int:
+    def acquire_lease(self, name: str, seconds: float, *, leader_id: int | None = None) -> int:
         """Become an owner; return its number. Without somebody whom it `follows` it leads an execution.
 
         Raises LeaderGone when whoever leads is an owner no more: nobody would wait for who begins only now.
         """
-        told = (name, myself(), follows is None, float(seconds))
+        values = (name, current_process_name(), leader_id is None, float(seconds))
         insert = (
             "INSERT INTO owners (name, process, leads, seconds, lease_until) "
             "SELECT ?1, ?2, CAST(?3 AS BOOLEAN), CAST(?4 AS DOUBLE PRECISION), clock_timestamp() + ?4 * interval '1 s'"
         )
-        if follows is None:
-            row = self._db.execute(f"{insert} RETURNING id", told).fetchone()
+        if leader_id is None:
+            row = self._db.execute(f"{insert} RETURNING id", values).fetchone()
         else:
             # Its row is kept until ours is there: whoever looks for those who are left sees one of both.
-            leader = "FROM owners WHERE id = ?5 AND owners.seconds > 0 FOR KEY SHARE"
-            row = self._db.execute(f"{insert} {leader} RETURNING id", (*told, follows)).fetchone()
+            leader_condition = "FROM owners WHERE id = ?5 AND owners.seconds > 0 FOR KEY SHARE"
+            row = self._db.execute(f"{insert} {leader_condition} RETURNING id", (*values, leader_id)).fetchone()
         if row is None:
-            raise LeaderGone
+            raise RunEnded
         return int(row[0])
 
-    def renew_lease(self, owner: int) -> bool:
+    def renew_lease(self, owner_id: int) -> bool:
         """Say that an owner lives; return False when its lease was ended."""
         return bool(
             self._db.execute(
                 "UPDATE owners SET lease_until = clock_timestamp() + seconds * interval '1 s' "
                 "WHERE id = ? AND seconds > 0",
-                (owner,),
+                (owner_id,),
             ).rowcount
         )
 
-    def end_lease(self, owner: int) -> None:
+    def release_lease(self, owner_id: int) -> None:
         """Be an owner no more: what it held is free at once."""
-        self._db.execute("DELETE FROM owners WHERE id = ?", (owner,))
+        self._db.execute("DELETE FROM owners WHERE id = ?", (owner_id,))
 
-    def _end_lapsed(self) -> None:
+    def _delete_expired_leases(self) -> None:
         """End the leases that ran out. Who is in the middle of a transaction lives, whatever its lease says."""
-        if self._db.dialect.leases:
+        if self._db.dialect.has_leases:
             self._db.execute(
-                f"DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE {_LEFT_S} <= 0 FOR UPDATE SKIP LOCKED)"
+                f"DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
             )
 
-    def _end_if_gone(self, owner: int, process: str) -> bool:
+    def _delete_lease_if_gone(self, owner_id: int, process: str) -> bool:
         """End the lease of a process of this machine that is there no more; no need to wait until it runs out.
 
         Not yet while the server is at a transaction of it.
         """
         return is_gone(process) and bool(
             self._db.execute(
-                "DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE id = ? FOR UPDATE SKIP LOCKED)", (owner,)
+                "DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE id = ? FOR UPDATE SKIP LOCKED)",
+                (owner_id,),
             ).rowcount
         )

@@ -10,18 +10,18 @@ import socket
 import threading
 import time
 
-from enrich.errors import LeaderGone, LeaseLost
+from enrich.errors import LeaseLost, RunEnded
 from enrich.model import boottime
-from enrich.place import Postgres
-from enrich.store.database import PATIENCE_S
-from enrich.store.dialect import OUTAGE_S, DatabaseFailed
+from enrich.place import PostgresLocation
+from enrich.store.database import OPEN_TIMEOUT_S
+from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.store.ledger import Ledger
-from enrich.store.postgres import Fence
+from enrich.store.postgres import FencingToken
 
 #: So often in a lease its holder says that it lives.
-TIMES = 6
+RENEWALS_PER_LEASE = 6
 #: The share of a lease after which its holder begins nothing new, unless it could say again that it lives.
-SURE = 0.8
+SAFE_SHARE = 0.8
 
 
 class Lease:
@@ -32,38 +32,40 @@ class Lease:
     for us. Raises LeaderGone.
     """
 
-    def __init__(self, place: Postgres, *, follows: int | None = None, idle_s: float | None = None) -> None:
-        self._seconds = seconds = place.lease_s
-        self._renewed = boottime()
-        self._follows = follows
-        self._ledger = Ledger(place, patience_s=PATIENCE_S if follows is None else OUTAGE_S)
+    def __init__(
+        self, location: PostgresLocation, *, leader_id: int | None = None, idle_timeout_s: float | None = None
+    ) -> None:
+        self._duration_s = seconds = location.lease_s
+        self._renewed_at = boottime()
+        self._leader_id = leader_id
+        self._ledger = Ledger(location, open_timeout_s=OPEN_TIMEOUT_S if leader_id is None else OUTAGE_TIMEOUT_S)
         try:
-            owner = self._ledger.patiently(self._begin)
-        except LeaderGone:
+            owner_id = self._ledger.retry_on_disconnect(self._acquire)
+        except RunEnded:
             self._ledger.close()
             raise
         #: What those get that write as this owner.
-        self.fence = Fence(owner, seconds if idle_s is None else idle_s)
-        self._ended = threading.Event()
+        self.fencing_token = FencingToken(owner_id, seconds if idle_timeout_s is None else idle_timeout_s)
+        self._stop = threading.Event()
         self._lost = threading.Event()
-        self._offset_ms = self._ledger.patiently(self._measured)
-        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+        self._offset_ms = self._ledger.retry_on_disconnect(self._measure_offset_ms)
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._ledger.hurry()
+        self._stop.set()
+        self._ledger.shorten_waits()
         self._thread.join()
         self._ledger.close()
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Tell whether the lease surely lasts a while yet. Raises LeaseLost when it will not be renewed any more."""
         if self._lost.is_set():
             raise LeaseLost
-        return boottime() < self._renewed + SURE * self._seconds
+        return boottime() < self._renewed_at + SAFE_SHARE * self._duration_s
 
     def monotonic(self) -> float:
         """Seconds that never step, as a clock."""
@@ -80,36 +82,36 @@ class Lease:
     def observe(self, api_ms: int) -> None:
         """Do nothing: all processes go by the server's clock."""
 
-    def _work(self) -> None:
-        ledger, owner = self._ledger, self.fence.owner
+    def _renew_until_stopped(self) -> None:
+        ledger, owner_id = self._ledger, self.fencing_token.owner_id
         try:
-            while not self._ended.wait(self._seconds / TIMES):
-                ledger.patiently(self._renew)
+            while not self._stop.wait(self._duration_s / RENEWALS_PER_LEASE):
+                ledger.retry_on_disconnect(self._renew)
         except (DatabaseFailed, LeaseLost):
             self._lost.set()
         try:
             with ledger.transaction():
-                ledger.end_lease(owner)
+                ledger.release_lease(owner_id)
                 ledger.recover(ledger.now_ms())
         except (DatabaseFailed, LeaseLost):
             pass  # it runs out by itself
 
-    def _begin(self) -> int:
+    def _acquire(self) -> int:
         with self._ledger.transaction():
             name = f"{socket.gethostname()} {os.getpid()}"
-            return self._ledger.begin_lease(name, self._seconds, follows=self._follows)
+            return self._ledger.acquire_lease(name, self._duration_s, leader_id=self._leader_id)
 
     def _renew(self) -> None:
-        before = boottime()
+        renewed_at = boottime()
         ledger = self._ledger
         with ledger.transaction():
-            if not ledger.renew_lease(self.fence.owner):
+            if not ledger.renew_lease(self.fencing_token.owner_id):
                 raise LeaseLost
-        self._renewed = before
+        self._renewed_at = renewed_at
         with ledger.transaction():
             ledger.recover(ledger.now_ms())
-        self._offset_ms = self._measured()
+        self._offset_ms = self._measure_offset_ms()
 
-    def _measured(self) -> int:
+    def _measure_offset_ms(self) -> int:
         """Tell how far the server's time is from ours: from one that nobody sets, as people set a machine's clock."""
         return self._ledger.now_ms() - int(boottime() * 1000)

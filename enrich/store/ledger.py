@@ -11,18 +11,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from enrich.model import written
-from enrich.privacy import Forgotten, keyed, proof, read_key
-from enrich.store.intake import MOST, OPEN_ATTEMPT
-from enrich.store.rescue import Rescue
+from enrich.model import to_json_text
+from enrich.privacy import ForgottenRequests, key_id, keyed_hash, read_key
+from enrich.store.intake import MAX_ROWS, OPEN_ATTEMPT
+from enrich.store.rescue import RescueQueries
 
 
-class Ledger(Rescue):
+class Ledger(RescueQueries):
     """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
 
     # What the ledger is bound to
 
-    def fact(self, name: str) -> str | None:
+    def read_fact(self, name: str) -> str | None:
         """Look up what the ledger is bound to (`api_host`, `workspace`)."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
@@ -38,7 +38,7 @@ class Ledger(Rescue):
         ).fetchone()
         return None if row is None else (json.loads(row[0]), None if row[1] is None else json.loads(row[1]))
 
-    def remember_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
+    def save_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
         """Keep the description; the providers are replaced too, so pass the old ones to keep them."""
         self._db.execute(
             "INSERT INTO waterfalls VALUES (?, ?, ?) ON CONFLICT (identifier) DO UPDATE "
@@ -62,85 +62,89 @@ class Ledger(Rescue):
         ).fetchone()
         return int(row[0])
 
-    def write_pulse(self, execution_id: int, pulse: str) -> None:
+    def save_progress(self, execution_id: int, progress: str) -> None:
         """Write down how far an execution is (JSON), unless it has ended."""
-        self._db.execute("UPDATE executions SET pulse = ? WHERE id = ? AND ended_ms IS NULL", (pulse, execution_id))
+        self._db.execute("UPDATE executions SET pulse = ? WHERE id = ? AND ended_ms IS NULL", (progress, execution_id))
 
     def end_execution(
         self,
         execution_id: int,
         exit_code: int,
-        receipt: Mapping[str, Any],
+        summary: Mapping[str, Any],
         now_ms: int,
         balance: int | None = None,
     ) -> None:
         """Write down how an execution ended."""
         self._db.execute(
             "UPDATE executions SET ended_ms = ?, exit_code = ?, receipt = ?, balance_after = ? WHERE id = ?",
-            (now_ms, exit_code, json.dumps(receipt), balance, execution_id),
+            (now_ms, exit_code, json.dumps(summary), balance, execution_id),
         )
 
     def execution(self, execution_id: int) -> Mapping[str, Any]:
         """Return one execution, with `spent`, `reserved`, `unknown` and `submitted`."""
         return next(self._rows("SELECT * FROM executions WHERE id = ?", execution_id))
 
-    def was_used(self, job: str | None = None) -> bool:
+    def has_submitted(self, job: str | None = None) -> bool:
         """Tell whether anything was ever submitted from this ledger (for a job)."""
         sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
         row = self._db.execute(sql, (job,)).fetchone()
         return bool(row[0])
 
-    def has_accepted(self) -> bool:
+    def has_own_submissions(self) -> bool:
         """Tell whether a run of this ledger had a POST accepted: what a rescue file brought is another ledger's."""
         row = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (receipt IS NOT NULL OR ended_ms IS NULL))"
         ).fetchone()
         return bool(row[0])
 
-    def unknown_tasks(self, tasks: Sequence[str]) -> list[str]:
+    def unknown_task_ids(self, task_ids: Sequence[str]) -> list[str]:
         """Return those of these task ids that no attempt has."""
         rows = self._db.execute(
             "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
             "WHERE value->>0 NOT IN (SELECT task_id FROM attempts WHERE task_id IS NOT NULL)",
-            (written([(task,) for task in tasks]),),
+            (to_json_text([(task,) for task in task_ids]),),
         )
         return [task for (task,) in rows]
 
-    def executions(self, job: str | None = None, last: int = MOST) -> list[Mapping[str, Any]]:
+    def executions(self, job: str | None = None, last: int = MAX_ROWS) -> list[Mapping[str, Any]]:
         """Return the newest `last` executions (of one job), newest first."""
         sql = "SELECT * FROM executions WHERE CAST(?1 AS TEXT) IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
         return list(self._rows(sql, job, last))
 
     # The change feed
 
-    def undelivered(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, str | None]]:
+    def undelivered_rows(self, job: str, feed_rows: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, str | None]]:
         """Tell which rows (index, row key, attempt) a job's feed has not told yet, and the answer it told before."""
         self._db.execute(
             "CREATE TEMP TABLE IF NOT EXISTS told "
-            f"(i BIGINT PRIMARY KEY, row_key {self._db.dialect.blob}, attempt_id BIGINT)"
+            f"(i BIGINT PRIMARY KEY, row_key {self._db.dialect.blob_type}, attempt_id BIGINT)"
         )
-        self._db.clear("told")
-        self._db.executemany("INSERT INTO told VALUES (?, ?, ?)", told)
+        self._db.clear_table("told")
+        self._db.executemany("INSERT INTO told VALUES (?, ?, ?)", feed_rows)
         return self._db.execute(
             "SELECT t.i, a.answer FROM told t LEFT JOIN delivered d ON d.job = ? AND d.row_key = t.row_key "
             "LEFT JOIN attempts a ON a.id = d.attempt_id WHERE d.attempt_id IS DISTINCT FROM t.attempt_id ORDER BY t.i",
             (job,),
         ).fetchall()
 
-    def deliver(self, job: str, told: Iterable[tuple[int, bytes, int]]) -> None:
+    def mark_delivered(self, job: str, feed_rows: Iterable[tuple[int, bytes, int]]) -> None:
         """Remember what a job's feed has told."""
         self._db.executemany(
             "INSERT INTO delivered VALUES (?, ?, ?) ON CONFLICT (job, row_key) DO UPDATE "
             "SET attempt_id = excluded.attempt_id",
-            ((job, key, attempt) for _, key, attempt in told),
+            ((job, key, attempt) for _, key, attempt in feed_rows),
         )
 
     # Forgetting
 
-    def forgotten(self) -> Forgotten:
+    def load_forgotten(self) -> ForgottenRequests:
         """Tell who was forgotten. Raises Refused when the key to it is missing, or another."""
         hashes = frozenset(row[0] for row in self._db.execute("SELECT hash FROM forgotten"))
-        return Forgotten(read_key(self.place, self.fact("forgotten_key")), hashes) if hashes else Forgotten(b"")
+        return (
+            ForgottenRequests(read_key(self.location, self.read_fact("forgotten_key")), hashes)
+            if hashes
+            else ForgottenRequests(b"")
+        )
 
     def forget(self, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int) -> None:
         """Erase requests (id, fingerprint, params) with all that was answered.
@@ -148,10 +152,12 @@ class Ledger(Rescue):
         What stays is hashes under the key, states and credits.
         """
         self.begin_pass()  # at a server what the last one saw is there yet, with the names of groups
-        self.bind({"forgotten_key": proof(key)})
+        self.bind({"forgotten_key": key_id(key)})
         for request_id, fingerprint, params in requests:
-            hashed = keyed(key, fingerprint)
-            self._db.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed(key, params.encode()),))
+            hashed = keyed_hash(key, fingerprint)
+            self._db.execute(
+                "INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed_hash(key, params.encode()),)
+            )
             self._db.execute(
                 "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, position = NULL "
                 f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",
@@ -200,10 +206,10 @@ class Ledger(Rescue):
         )
         return purged
 
-    def requests(self) -> Iterator[Mapping[str, Any]]:
+    def requests_with_answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield all requests that were not erased: id, fingerprint, state, params and `answers` (a JSON list)."""
-        answers = self._db.dialect.as_list.format("a.answer")
-        return self._all_rows(
+        answers = self._db.dialect.json_list.format("a.answer")
+        return self._stream_rows(
             f"SELECT r.id, r.fingerprint, r.state, r.params, (SELECT {answers} FROM attempts a "
             "WHERE a.request_id = r.id AND a.answer IS NOT NULL) AS answers FROM requests r WHERE r.forgotten = 0"
         )

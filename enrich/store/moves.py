@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from enrich.model import TASK_ID_TWICE, Acceptance, Answer, Claim, State, Task, written
+from enrich.model import DUPLICATE_TASK_ID, Acceptance, Answer, Claim, State, Task, to_json_text
 from enrich.store.intake import OPEN_ATTEMPT, QUEUED
-from enrich.store.task_ids import NUMBERS, TaskIds
+from enrich.store.task_ids import JSON_NUMBERS, TaskIdQueries
 
 #: Word for word the condition of the index `written_off`.
 WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0"
 #: An attempt, what is told of it, and when (ms).
-Told = tuple[int, str, int]
+AttemptUpdate = tuple[int, str, int]
 #: An attempt in doubt, the reason, when (ms), and the task id that the API's answer carried, if any.
-Doubt = tuple[int, str, int, str | None]
+InDoubtUpdate = tuple[int, str, int, str | None]
 
 #: The attempt `a`, or one of its bundle, is of a request that is about to be asked again.
 _QUEUED_AGAIN = (
@@ -35,16 +35,23 @@ class CapReached(Exception):
     """The budget has no room for another request now; what is in flight may free some."""
 
 
-class Moves(TaskIds):
+class QueueTransitions(TaskIdQueries):
     """A ledger whose requests are submitted and settled."""
 
     #: The names of the facts that are known to be in the ledger.
-    _bound: frozenset[str] = frozenset()
+    _known_facts: frozenset[str] = frozenset()
 
     # Submit: pending → submitting → submitted
 
     def claim(  # noqa: PLR0913 - its budget, and which
-        self, execution_id: int, price: int, now_ms: int, room: int = 1, *, only_new: bool = False, bulk: bool = False
+        self,
+        execution_id: int,
+        max_price: int,
+        now_ms: int,
+        count: int = 1,
+        *,
+        only_new: bool = False,
+        bulk: bool = False,
     ) -> list[Claim]:
         """Take the next `room` wanted requests (edge a), the worst price of each reserved; none: the queue is empty.
 
@@ -52,130 +59,132 @@ class Moves(TaskIds):
         the cap has no room for `price` now.
         """
         dialect = self._db.dialect
-        new = f"AND {dialect.no_index}state = ?2 " if only_new else ""
-        queue = self._db.execute(
-            f"SELECT id FROM requests WHERE {QUEUED} {new}ORDER BY position LIMIT ?1 {dialect.skip_locked}",
-            (room, State.PENDING) if only_new else (room,),
+        only_new_sql = f"AND {dialect.no_index}state = ?2 " if only_new else ""
+        queued_rows = self._db.execute(
+            f"SELECT id FROM requests WHERE {QUEUED} {only_new_sql}ORDER BY position LIMIT ?1 {dialect.skip_locked}",
+            (count, State.PENDING) if only_new else (count,),
         )
-        if not (wanted := [row[0] for row in queue]):
+        if not (request_ids := [row[0] for row in queued_rows]):
             return []
-        (left,) = self._db.execute(
+        (remaining,) = self._db.execute(
             f"SELECT cap - spent - reserved FROM executions WHERE id = ? {dialect.for_update}", (execution_id,)
         ).fetchone()
-        if left is not None and price * len(wanted) > left:
-            wanted = wanted[: max(0, left // price if price else 0)]
-        if not wanted:
+        if remaining is not None and max_price * len(request_ids) > remaining:
+            request_ids = request_ids[: max(0, remaining // max_price if max_price else 0)]
+        if not request_ids:
             raise CapReached
         self._db.execute(
-            "UPDATE executions SET reserved = reserved + ? WHERE id = ?", (price * len(wanted), execution_id)
+            "UPDATE executions SET reserved = reserved + ? WHERE id = ?", (max_price * len(request_ids), execution_id)
         )
-        bundle = None
+        bulk_task_id = None
         if bulk:
             insert = "INSERT INTO bundles (execution_id, size) VALUES (?, ?) RETURNING id"
-            (bundle,) = self._db.execute(insert, (execution_id, len(wanted))).fetchone()
-        made = self._db.execute(
+            (bulk_task_id,) = self._db.execute(insert, (execution_id, len(request_ids))).fetchone()
+        attempt_rows = self._db.execute(
             "INSERT INTO attempts "
             "(request_id, execution_id, came_from, previous_id, state, claimed_ms, reserved, bundle_id, place) "
             "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, ?4, CAST(?5 AS BIGINT), "
             "CASE WHEN CAST(?5 AS BIGINT) IS NOT NULL THEN key END "
             "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value AS BIGINT) ORDER BY key "
             "RETURNING id",
-            (written(wanted), execution_id, now_ms, price, bundle),
+            (to_json_text(request_ids), execution_id, now_ms, max_price, bulk_task_id),
         ).fetchall()
         rows = self._db.execute(
             "UPDATE requests SET state = 'submitting', attempt_id = a.id, attempts = CASE WHEN a.came_from = 'pending' "
             "THEN attempts ELSE 0 END FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
             "WHERE requests.id = a.request_id RETURNING attempt_id, params",
-            (written([number for (number,) in made]),),
+            (to_json_text([number for (number,) in attempt_rows]),),
         ).fetchall()
-        return [Claim(attempt_id, params, bundle) for attempt_id, params in sorted(rows)]
+        return [Claim(attempt_id, params, bulk_task_id) for attempt_id, params in sorted(rows)]
 
-    def accepted(self, told: Sequence[Told], bound_to: Mapping[str, str | None]) -> list[Acceptance]:
+    def record_accepted(self, updates: Sequence[AttemptUpdate], facts: Mapping[str, str | None]) -> list[Acceptance]:
         """Write down task ids (edge b) and, with the first of them, what the ledger is bound to.
 
         An id that an attempt of another question has is no acceptance (edge d). Returns what each id means.
         """
-        means = self._compare_ids({attempt: task_id for attempt, task_id, _ in told})
-        taken = [each for each in told if means[each[0]] is Acceptance.TAKEN]
-        fine = [each for each in told if means[each[0]] is not Acceptance.TAKEN]
-        if taken:
-            self.doubt([(attempt, f"{TASK_ID_TWICE}: {task_id}", at, None) for attempt, task_id, at in taken])
-        if fine:
-            self._tell(
-                fine,
+        acceptances = self._check_task_ids({attempt: task_id for attempt, task_id, _ in updates})
+        conflicting_updates = [each for each in updates if acceptances[each[0]] is Acceptance.CONFLICT]
+        accepted_updates = [each for each in updates if acceptances[each[0]] is not Acceptance.CONFLICT]
+        if conflicting_updates:
+            self.mark_in_doubt(
+                [(attempt, f"{DUPLICATE_TASK_ID}: {task_id}", at, None) for attempt, task_id, at in conflicting_updates]
+            )
+        if accepted_updates:
+            self._transition(
+                accepted_updates,
                 "submitting",
-                attempt="state = 'submitted', task_id = value->>1, submitted_ms = CAST(value->>2 AS BIGINT)",
-                request="state = 'submitted', attempts = attempts + 1",
+                set_attempt="state = 'submitted', task_id = value->>1, submitted_ms = CAST(value->>2 AS BIGINT)",
+                set_request="state = 'submitted', attempts = attempts + 1",
             )
             self._db.execute(
                 "UPDATE executions SET submitted = submitted + ? "
                 "WHERE id = (SELECT execution_id FROM attempts WHERE id = ?)",
-                (len(fine), fine[0][0]),
+                (len(accepted_updates), accepted_updates[0][0]),
             )
-            self.bind(bound_to)
-        return [means[attempt] for attempt, _, _ in told]
+            self.bind(facts)
+        return [acceptances[attempt] for attempt, _, _ in updates]
 
-    def refused(self, told: Sequence[Told]) -> None:
+    def record_refused(self, updates: Sequence[AttemptUpdate]) -> None:
         """Nothing was accepted (edge c): back to where they stood, in the queue, at no cost and not counted."""
-        self._tell(
-            told,
+        self._transition(
+            updates,
             "submitting",
-            attempt="state = 'refused', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
-            request="state = a.came_from, "
+            set_attempt="state = 'refused', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
+            set_request="state = a.came_from, "
             "attempt_id = CASE WHEN a.came_from = 'pending' THEN attempt_id ELSE a.previous_id END",
         )
-        self._release(told)
+        self._release_reservations(updates)
 
-    def rejected(self, told: Sequence[Told]) -> None:
+    def record_rejected(self, updates: Sequence[AttemptUpdate]) -> None:
         """Fail the requests whose params the API refused (edge c): it costs nothing."""
-        self._tell(
-            told,
+        self._transition(
+            updates,
             "submitting",
-            attempt="state = 'failed', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
-            request="state = 'failed', position = NULL",
+            set_attempt="state = 'failed', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), credits = 0",
+            set_request="state = 'failed', position = NULL",
         )
-        self._release(told)
+        self._release_reservations(updates)
 
-    def doubt(self, told: Sequence[Doubt]) -> None:
+    def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
         """It is not known whether it was charged (edges d, e): the reservations stay.
 
         An id that the answer carried is kept and asked for later; one that another question has is kept in words only.
         """
-        ids = {attempt: task_id for attempt, _, _, task_id in told if task_id is not None}
-        means = self._compare_ids(ids) if ids else {}
-        said = [
-            (attempt, f"{reason}; {TASK_ID_TWICE}: {task_id}", at, None)
-            if means.get(attempt) is Acceptance.TAKEN
+        task_ids = {attempt: task_id for attempt, _, _, task_id in updates if task_id is not None}
+        acceptances = self._check_task_ids(task_ids) if task_ids else {}
+        checked_updates = [
+            (attempt, f"{reason}; {DUPLICATE_TASK_ID}: {task_id}", at, None)
+            if acceptances.get(attempt) is Acceptance.CONFLICT
             else (attempt, reason, at, task_id)
-            for attempt, reason, at, task_id in told
+            for attempt, reason, at, task_id in updates
         ]
-        self._tell(
-            said,
+        self._transition(
+            checked_updates,
             "submitting",
             "submitted",
-            attempt="state = 'in_doubt', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
+            set_attempt="state = 'in_doubt', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
             "task_id = coalesce(task_id, value->>3)",
-            request="state = 'in_doubt', position = NULL, "
+            set_request="state = 'in_doubt', position = NULL, "
             "attempts = attempts + CASE WHEN a.state = 'submitting' THEN 1 ELSE 0 END",
         )
 
     # Settle: submitted → an answer
 
-    def tasks(self) -> list[Task]:
+    def submitted_tasks(self) -> list[Task]:
         """Return all tasks that wait for their answer and that no other process is at, nearest expiry first."""
         # Who only looks sees all of them.
-        ours = self._db.dialect.ours if self._shared else "true"
-        return self._read_tasks(f"a.state = 'submitted' AND a.{OPEN_ATTEMPT} AND {ours}")
+        condition = self._db.dialect.not_held_by_others if self._pass_is_shared else "true"
+        return self._read_tasks(f"a.state = 'submitted' AND a.{OPEN_ATTEMPT} AND {condition}")
 
-    def written_off(self, since_ms: int, *, queued: bool = False) -> list[Task]:
+    def written_off_tasks(self, since_ms: int, *, only_queued: bool = False) -> list[Task]:
         """Return tasks in doubt, or expired by a 404, whose fate a free question may tell, nearest expiry first.
 
         `since_ms`: submitted after that (ms); `queued`: whose request is about to be asked again. Their ids belong to
         no other attempt. A bundle is left out when a request of it was asked again meanwhile.
         """
-        which = f"AND {_QUEUED_AGAIN}" if queued else ""
+        queued_condition = f"AND {_QUEUED_AGAIN}" if only_queued else ""
         return self._read_tasks(
-            f"a.{WRITTEN_OFF} AND a.credits IS NULL AND coalesce(a.submitted_ms, a.claimed_ms) > ? {which} "
+            f"a.{WRITTEN_OFF} AND a.credits IS NULL AND coalesce(a.submitted_ms, a.claimed_ms) > ? {queued_condition} "
             # A doubt that the person has accepted as lost is not in doubt any more.
             "AND (r.state = a.state OR r.attempt_id <> a.id) AND NOT EXISTS (SELECT 1 FROM attempts o "
             "WHERE o.task_id = a.task_id AND o.id <> a.id AND coalesce(o.bundle_id <> a.bundle_id, true)) "
@@ -186,204 +195,235 @@ class Moves(TaskIds):
             since_ms,
         )
 
-    def _read_tasks(self, which: str, *values: object) -> list[Task]:
+    def _read_tasks(self, condition: str, *values: object) -> list[Task]:
         rows = self._db.execute(
             "SELECT a.id, a.bundle_id, a.task_id, coalesce(a.submitted_ms, a.claimed_ms), a.seen_alive, e.paths, "
             "r.attempt_id <> a.id FROM attempts a JOIN executions e ON e.id = a.execution_id "
-            f"JOIN requests r ON r.id = a.request_id WHERE {which} ORDER BY 4, a.bundle_id, a.place, a.id",
+            f"JOIN requests r ON r.id = a.request_id WHERE {condition} ORDER BY 4, a.bundle_id, a.place, a.id",
             values,
         )
         tasks = []
-        for bundle, together in groupby(rows, key=lambda row: row[1]):
-            for alone in [list(together)] if bundle is not None else ([row] for row in together):
-                _, _, task_id, at, alive, paths, late = alone[0]
-                attempts = tuple(row[0] for row in alone)
-                tasks.append(Task(attempts, task_id, at, bool(alive), tuple(json.loads(paths)), bundle, bool(late)))
+        for bulk_task_id, group in groupby(rows, key=lambda row: row[1]):
+            for task_rows in [list(group)] if bulk_task_id is not None else ([row] for row in group):
+                _, _, task_id, submitted_ms, acknowledged, paths, superseded = task_rows[0]
+                attempts = tuple(row[0] for row in task_rows)
+                tasks.append(
+                    Task(
+                        attempts,
+                        task_id,
+                        submitted_ms,
+                        bool(acknowledged),
+                        tuple(json.loads(paths)),
+                        bulk_task_id,
+                        bool(superseded),
+                    )
+                )
         return tasks
 
-    def alive(self, attempts: Sequence[int]) -> None:
+    def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
         """Write down that the API knows the tasks."""
         self._db.execute(
-            f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({NUMBERS.format('?')})", (written(attempts),)
+            f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(attempt_ids),)
         )
 
-    def settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
+    def settle(self, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
         """Write down answers (edge e), each with its time (ms); a failure at no charge goes back (edge g).
 
         Returns the states that the requests have now.
         """
-        told = self._priced_once(told)
-        states = self._settle(told, execution_id, max_attempts)
-        known = [attempt_id for attempt_id, answer, _ in told if answer.credits is not None]
-        spent = sum(answer.credits or 0 for _, answer, _ in told)
-        self._charge(execution_id, spent, len(told) - len(known), known)
+        answers = self._charge_once(answers)
+        states = self._write_answers(answers, execution_id, max_attempts)
+        priced_ids = [attempt_id for attempt_id, answer, _ in answers if answer.credits is not None]
+        spent = sum(answer.credits or 0 for _, answer, _ in answers)
+        self._charge(execution_id, spent, len(answers) - len(priced_ids), priced_ids)
         return states
 
-    def settle_bundle(
+    def settle_bulk_task(
         self,
-        told: Sequence[tuple[int, Answer, int]],
+        answers: Sequence[tuple[int, Answer, int]],
         execution_id: int,
         max_attempts: int,
         credits_: int | None,
     ) -> list[State]:
         """Write down the answers of one task, whose price is known for all of them together, or not at all."""
-        if credits_ and self._is_paid(told[0][0]):
+        if credits_ and self._is_task_paid(answers[0][0]):
             credits_ = 0
-        states = self._settle(told, execution_id, max_attempts)
-        attempts = [attempt_id for attempt_id, _, _ in told]
+        states = self._write_answers(answers, execution_id, max_attempts)
+        attempt_ids = [attempt_id for attempt_id, _, _ in answers]
         self._db.execute(
             "UPDATE bundles SET credits = ?, settled_ms = ?, settled_in = ? "
             "WHERE id = (SELECT bundle_id FROM attempts WHERE id = ?)",
-            (credits_, told[0][2], execution_id, attempts[0]),
+            (credits_, answers[0][2], execution_id, attempt_ids[0]),
         )
-        known = credits_ is not None
-        self._charge(execution_id, credits_ or 0, 0 if known else len(told), attempts if known else [])
+        is_priced = credits_ is not None
+        self._charge(execution_id, credits_ or 0, 0 if is_priced else len(answers), attempt_ids if is_priced else [])
         return states
 
-    def _settle(self, told: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
-        again = f"CAST(value->>7 AS INTEGER) = 1 AND attempts < {max_attempts:d}"
-        self._tell(
+    def _write_answers(
+        self, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int
+    ) -> list[State]:
+        retry_condition = f"CAST(value->>7 AS INTEGER) = 1 AND attempts < {max_attempts:d}"
+        self._transition(
             [
-                (number, a.state, now_ms, a.credits, a.provider, a.error, a.raw, int(a.free_failure), int(a.gone))
-                for number, a, now_ms in told
+                (
+                    number,
+                    a.state,
+                    now_ms,
+                    a.credits,
+                    a.provider,
+                    a.error,
+                    a.raw,
+                    int(a.free_failure),
+                    int(a.result_deleted),
+                )
+                for number, a, now_ms in answers
             ],
             "submitted",
-            attempt="state = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
+            set_attempt="state = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
             "credits = CAST(value->>3 AS BIGINT), provider = value->>4, "
             # What could not be read is kept, though there is no answer in the end.
             f"error = value->>5, answer = coalesce(value->>6, answer), gone = CAST(value->>8 AS INTEGER), "
             f"settled_in = {execution_id:d}",
             # What came to its end leaves the queue; what failed for nothing keeps its place.
-            request=f"state = CASE WHEN {again} THEN 'pending' ELSE value->>1 END, "
-            f"position = CASE WHEN {again} THEN position END, "
+            set_request=f"state = CASE WHEN {retry_condition} THEN 'pending' ELSE value->>1 END, "
+            f"position = CASE WHEN {retry_condition} THEN position END, "
             "answer_id = CASE WHEN value->>1 = 'found' THEN a.id ELSE answer_id END",
         )
-        if not any(answer.free_failure for _, answer, _ in told):
-            return [answer.state for _, answer, _ in told]
+        if not any(answer.free_failure for _, answer, _ in answers):
+            return [answer.state for _, answer, _ in answers]
         rows = self._db.execute(
             "SELECT r.state FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
             "JOIN requests r ON r.id = a.request_id ORDER BY key",
-            (written([number for number, _, _ in told]),),
+            (to_json_text([number for number, _, _ in answers]),),
         )
         return [State(row[0]) for row in rows]
 
     # Free questions: what was written off is asked for once more
 
-    def revive(self, attempts: Sequence[int], execution_id: int) -> None:
+    def revive(self, attempt_ids: Sequence[int], execution_id: int) -> None:
         """Wait again for a task that an earlier execution wrote off, and that the API knows after all (edge i)."""
-        numbers = written(attempts)
-        self._unsettle(numbers)
+        ids_json = to_json_text(attempt_ids)
+        self._unsettle(ids_json)
         self._db.execute(
             "UPDATE executions SET submitted = executions.submitted + late.number FROM "
             "(SELECT execution_id, count(*) AS number FROM attempts "
-            f"WHERE submitted_ms IS NULL AND id IN ({NUMBERS.format('?')}) GROUP BY 1) late "
+            f"WHERE submitted_ms IS NULL AND id IN ({JSON_NUMBERS.format('?')}) GROUP BY 1) late "
             "WHERE executions.id = late.execution_id",
-            (numbers,),
+            (ids_json,),
         )
         self._db.execute(
             "UPDATE executions SET reserved = reserved + (SELECT coalesce(sum(reserved), 0) FROM attempts "
-            f"WHERE execution_id <> ?1 AND id IN ({NUMBERS.format('?2')})) WHERE id = ?1",
-            (execution_id, numbers),
+            f"WHERE execution_id <> ?1 AND id IN ({JSON_NUMBERS.format('?2')})) WHERE id = ?1",
+            (execution_id, ids_json),
         )
-        owner = ", owner_id = NULL" if self._db.dialect.leases else ""
-        self._tell(
-            [(attempt,) for attempt in attempts],
+        clear_owner = ", owner_id = NULL" if self._db.dialect.has_leases else ""
+        self._transition(
+            [(attempt,) for attempt in attempt_ids],
             "in_doubt",
             "expired",
-            attempt="state = 'submitted', submitted_ms = coalesce(submitted_ms, claimed_ms), settled_ms = NULL, "
-            f"settled_in = NULL, error = NULL, seen_alive = 1{owner}",
-            request="state = 'submitted'",
+            set_attempt="state = 'submitted', submitted_ms = coalesce(submitted_ms, claimed_ms), settled_ms = NULL, "
+            f"settled_in = NULL, error = NULL, seen_alive = 1{clear_owner}",
+            set_request="state = 'submitted'",
         )
 
-    def _unsettle(self, numbers: str) -> None:
+    def _unsettle(self, ids_json: str) -> None:
         """Take back that executions settled these attempts (a JSON list) at a price that was not known."""
-        those = f"id IN ({NUMBERS.format('?')})"
+        condition = f"id IN ({JSON_NUMBERS.format('?')})"
         self._db.execute(
             "UPDATE executions SET unknown = unknown - late.number FROM (SELECT settled_in, count(*) AS number "
-            f"FROM attempts WHERE settled_in IS NOT NULL AND {those} GROUP BY 1) late "
+            f"FROM attempts WHERE settled_in IS NOT NULL AND {condition} GROUP BY 1) late "
             "WHERE executions.id = late.settled_in",
-            (numbers,),
+            (ids_json,),
         )
         self._db.execute(
             "UPDATE bundles SET settled_ms = NULL, settled_in = NULL "
-            f"WHERE id IN (SELECT bundle_id FROM attempts WHERE {those})",
-            (numbers,),
+            f"WHERE id IN (SELECT bundle_id FROM attempts WHERE {condition})",
+            (ids_json,),
         )
 
     def settle_superseded(self, attempt_id: int, answer: Answer, now_ms: int, execution_id: int) -> None:
         """Write down what an attempt cost whose request was asked again meanwhile; the request stays as it is."""
-        self._unsettle(written([attempt_id]))
+        self._unsettle(to_json_text([attempt_id]))
         self._db.execute(
             "UPDATE attempts SET credits = ?, answer = ?, provider = ?, settled_ms = ?, settled_in = ? WHERE id = ?",
             (answer.credits, answer.raw, answer.provider, now_ms, execution_id, attempt_id),
         )
-        self._release([(attempt_id, "", now_ms)])
+        self._release_reservations([(attempt_id, "", now_ms)])
         self._charge(execution_id, answer.credits or 0, 0, [])
 
-    def mark_gone(self, attempts: Sequence[int]) -> None:
+    def mark_result_deleted(self, attempt_ids: Sequence[int]) -> None:
         """Write down that the API has deleted a result: it is not asked for any more."""
-        self._db.execute(f"UPDATE attempts SET gone = 1 WHERE id IN ({NUMBERS.format('?')})", (written(attempts),))
+        self._db.execute(
+            f"UPDATE attempts SET gone = 1 WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(attempt_ids),)
+        )
 
-    def keep_unread(self, attempts: Sequence[int], reason: str, raw: str | None) -> None:
+    def save_unusable_answer(self, attempt_ids: Sequence[int], reason: str, raw: str | None) -> None:
         """Keep an answer that could not be read, or does not count, with the reason; its task stays open."""
         self._db.execute(
-            f"UPDATE attempts SET error = ? WHERE state = 'submitted' AND id IN ({NUMBERS.format('?')})",
-            (reason, written(attempts)),
+            f"UPDATE attempts SET error = ? WHERE state = 'submitted' AND id IN ({JSON_NUMBERS.format('?')})",
+            (reason, to_json_text(attempt_ids)),
         )
-        answer = None if raw is None else written({"unread": raw})
-        self._db.execute("UPDATE attempts SET answer = ? WHERE state = 'submitted' AND id = ?", (answer, attempts[0]))
+        answer = None if raw is None else to_json_text({"unread": raw})
+        self._db.execute(
+            "UPDATE attempts SET answer = ? WHERE state = 'submitted' AND id = ?", (answer, attempt_ids[0])
+        )
 
-    def unqueue(self, attempts: Sequence[int]) -> None:
+    def remove_from_queue(self, attempt_ids: Sequence[int]) -> None:
         """Do not ask the requests of these attempts again in this execution."""
         self._db.execute(
-            f"UPDATE requests SET position = NULL WHERE attempt_id IN ({NUMBERS.format('?')})", (written(attempts),)
+            f"UPDATE requests SET position = NULL WHERE attempt_id IN ({JSON_NUMBERS.format('?')})",
+            (to_json_text(attempt_ids),),
         )
 
     def bind(self, facts: Mapping[str, str | None]) -> None:
         """Bind the ledger, once: what is bound stays."""
-        known = [(name, value) for name, value in facts.items() if value is not None and name not in self._bound]
-        if not known:
+        new_facts = [
+            (name, value) for name, value in facts.items() if value is not None and name not in self._known_facts
+        ]
+        if not new_facts:
             return
         # What was read is there to stay; what we write may be taken back.
-        self._bound = frozenset(name for (name,) in self._db.execute("SELECT name FROM facts").fetchall())
-        self._db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", known)
+        self._known_facts = frozenset(name for (name,) in self._db.execute("SELECT name FROM facts").fetchall())
+        self._db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", new_facts)
 
-    def _tell(self, told: Sequence[tuple[Any, ...]], *before: str, attempt: str, request: str) -> None:
+    def _transition(
+        self, updates: Sequence[tuple[Any, ...]], *from_states: str, set_attempt: str, set_request: str
+    ) -> None:
         """Change attempts and their requests, which must stand alike, where they are thought to.
 
         What is told is `value`, the attempt is `a`.
         """
-        what = written(told)
-        stood = ", ".join(f"'{state}'" for state in before)
-        moved = self._db.execute(
-            f"UPDATE requests SET {request} "
+        updates_json = to_json_text(updates)
+        from_states_sql = ", ".join(f"'{state}'" for state in from_states)
+        requests_changed = self._db.execute(
+            f"UPDATE requests SET {set_request} "
             "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value->>0 AS BIGINT) "
             f"WHERE requests.id = a.request_id AND attempt_id = a.id AND requests.state = a.state "
-            f"AND a.state IN ({stood})",
-            (what,),
+            f"AND a.state IN ({from_states_sql})",
+            (updates_json,),
         ).rowcount
-        closed = self._db.execute(
-            f"UPDATE attempts SET {attempt} FROM json_each(CAST(? AS TEXT)) "
-            f"WHERE attempts.id = CAST(value->>0 AS BIGINT) AND attempts.state IN ({stood})",
-            (what,),
+        attempts_changed = self._db.execute(
+            f"UPDATE attempts SET {set_attempt} FROM json_each(CAST(? AS TEXT)) "
+            f"WHERE attempts.id = CAST(value->>0 AS BIGINT) AND attempts.state IN ({from_states_sql})",
+            (updates_json,),
         ).rowcount
-        if not moved == closed == len(told):
-            numbers = ", ".join(str(first[0]) for first in told)
-            raise AssertionError(f"the attempts {numbers} and their requests are not all {' or '.join(before)}")
+        if not requests_changed == attempts_changed == len(updates):
+            numbers = ", ".join(str(first[0]) for first in updates)
+            raise AssertionError(f"the attempts {numbers} and their requests are not all {' or '.join(from_states)}")
 
-    def _release(self, told: Sequence[Told]) -> None:
+    def _release_reservations(self, updates: Sequence[AttemptUpdate]) -> None:
         """Give the reservations of attempts back to the executions that made them."""
         self._db.execute(
             "UPDATE executions SET reserved = executions.reserved - freed.reserved FROM (SELECT execution_id, "
-            f"sum(reserved) AS reserved FROM attempts WHERE id IN ({NUMBERS.format('?')}) GROUP BY 1) freed "
+            f"sum(reserved) AS reserved FROM attempts WHERE id IN ({JSON_NUMBERS.format('?')}) GROUP BY 1) freed "
             "WHERE executions.id = freed.execution_id",
-            (written([first[0] for first in told]),),
+            (to_json_text([first[0] for first in updates]),),
         )
 
-    def _charge(self, execution_id: int, spent: int, unknown: int, known: Sequence[int]) -> None:
+    def _charge(self, execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> None:
         """Count what was spent; the attempts whose price is known need their reservation no more."""
         self._db.execute(
             "UPDATE executions SET spent = spent + ?2, unknown = unknown + ?3, reserved = reserved - (SELECT "
-            f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({NUMBERS.format('?4')})) WHERE id = ?1",
-            (execution_id, spent, unknown, written(known)),
+            f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({JSON_NUMBERS.format('?4')})) WHERE id = ?1",
+            (execution_id, spent, unknown, to_json_text(priced_ids)),
         )

@@ -7,9 +7,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 
-_KINDS = (
+_FILE_KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -36,29 +36,31 @@ class OpenFiles:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, at every commit
+        file_stat = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, at every commit
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return file_stat.st_dev, file_stat.st_ino
 
 
-def is_there(path: Path) -> bool:
+def ledger_file_exists(path: Path) -> bool:
     """Tell whether a ledger's file exists. Raises Refused for anything that cannot be one.
 
     A dangling link would make a new ledger in another place, and opening a pipe may never return.
     """
     try:
-        found = path.stat()
+        file_stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise Refused(
+            raise CommandRefused(
                 f"{path}: the ledger is a link to a file that does not exist",
                 "restore the file it points to, or remove the link to start a new ledger",
             ) from None
         return False
     except OSError as error:
-        raise Refused(f"{path}: the ledger cannot be opened: {error.strerror}", "correct `ledger:`") from error
-    kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), None)
+        raise CommandRefused(f"{path}: the ledger cannot be opened: {error.strerror}", "correct `ledger:`") from error
+    kind = next((name for is_kind, name in _FILE_KINDS if is_kind(file_stat.st_mode)), None)
     if kind is not None:
-        raise Refused(f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger")
+        raise CommandRefused(
+            f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
+        )
     return True

@@ -7,61 +7,63 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from enrich.errors import LedgerLocked
-from enrich.place import LedgerPlace, Postgres
-from enrich.store.dialect import OUTAGE_S
+from enrich.place import LedgerLocation, PostgresLocation
+from enrich.store.dialect import OUTAGE_TIMEOUT_S
 from enrich.store.ledger import Ledger
-from enrich.store.lock import hold
-from enrich.store.server import postgres
+from enrich.store.lock import lock_ledger
+from enrich.store.server import load_postgres
 
 if TYPE_CHECKING:
     from enrich.store.lease import Lease
-    from enrich.store.postgres import Fence
+    from enrich.store.postgres import FencingToken
 
 #: Who leads an execution reads the input in one transaction, and may wait for a slow disk meanwhile.
-READING_S = 600.0
+INPUT_IDLE_TIMEOUT_S = 600.0
 
 
 @contextmanager
-def opened(place: LedgerPlace) -> Iterator[tuple[Ledger, Lease | None]]:
+def open_for_run(location: LedgerLocation) -> Iterator[tuple[Ledger, Lease | None]]:
     """Open a ledger to write; what is on a server is written as long as the lease holds. The caller holds the lock."""
-    if not isinstance(place, Postgres):
-        with closing(Ledger(place)) as ledger:
+    if not isinstance(location, PostgresLocation):
+        with closing(Ledger(location)) as ledger:
             ledger.watch_files()
             yield ledger, None
         return
-    with leased(place, idle_s=READING_S) as (ledger, lease):
+    with open_leased(location, idle_timeout_s=INPUT_IDLE_TIMEOUT_S) as (ledger, lease):
         yield ledger, lease
 
 
 @contextmanager
-def leased(
-    place: Postgres, *, follows: int | None = None, idle_s: float | None = None
+def open_leased(
+    location: PostgresLocation, *, leader_id: int | None = None, idle_timeout_s: float | None = None
 ) -> Iterator[tuple[Ledger, Lease]]:
     """Open a ledger to write as long as a lease holds; see there. Raises JobError when the driver is missing."""
-    postgres()  # says so
+    load_postgres()  # says so
     from enrich.store.lease import Lease  # noqa: PLC0415 - few need it
 
     with (
-        Lease(place, follows=follows, idle_s=idle_s) as lease,
-        closing(Ledger(place, fence=lease.fence, patience_s=OUTAGE_S)) as ledger,
+        Lease(location, leader_id=leader_id, idle_timeout_s=idle_timeout_s) as lease,
+        closing(Ledger(location, fencing_token=lease.fencing_token, open_timeout_s=OUTAGE_TIMEOUT_S)) as ledger,
     ):
         yield ledger, lease
 
 
 @contextmanager
-def alone(place: LedgerPlace) -> Iterator[Fence | None]:
+def open_exclusive(location: LedgerLocation) -> Iterator[FencingToken | None]:
     """Hold a ledger with which nobody is at work, and let no run begin meanwhile; yield what fences our own writing.
 
     A worker may be at work though nobody holds the lock: one whose run was killed. Raises LedgerLocked.
     """
-    with hold(place, 0):
-        if not isinstance(place, Postgres):
+    with lock_ledger(location, 0):
+        if not isinstance(location, PostgresLocation):
             yield None
             return
-        with leased(place) as (ledger, lease):
+        with open_leased(location) as (ledger, lease):
             with ledger.transaction():
-                others = ledger.others()
-            if others:
-                names = ", ".join(other.name for other in others)
-                raise LedgerLocked(f"{place}: a run has left processes behind: {names}", "they leave soon: try again")
-            yield lease.fence
+                other_holders = ledger.other_holders()
+            if other_holders:
+                names = ", ".join(other.name for other in other_holders)
+                raise LedgerLocked(
+                    f"{location}: a run has left processes behind: {names}", "they leave soon: try again"
+                )
+            yield lease.fencing_token

@@ -7,44 +7,50 @@ from pathlib import Path
 
 PROC = Path("/proc")
 #: When a process began that is there, and may not be looked at (proc(5): "hidepid").
-HIDDEN = "hidden"
+HIDDEN_START_TIME = "hidden"
 
 
-def myself() -> str:
+def current_process_name() -> str:
     """Name this process; '' where the system does not tell enough."""
-    machine, number = _machine(), os.getpid()
-    began = _began(number)
-    return "" if machine is None or began is None else f"{machine} {number} {began}"
+    machine, pid = _boot_and_namespace(), os.getpid()
+    start_time = _process_start_time(pid)
+    return "" if machine is None or start_time is None else f"{machine} {pid} {start_time}"
 
 
 def is_gone(name: str) -> bool:
     """Tell whether a process was of this machine, as it runs now, and is there no more."""
     machine, _, rest = name.partition(" ")
-    number, _, began = rest.partition(" ")
-    return bool(began) and machine == _machine() and _began(int(number)) not in (began, HIDDEN)
+    pid, _, start_time = rest.partition(" ")
+    return (
+        bool(start_time)
+        and machine == _boot_and_namespace()
+        and _process_start_time(int(pid)) not in (start_time, HIDDEN_START_TIME)
+    )
 
 
-def _machine() -> str | None:
+def _boot_and_namespace() -> str | None:
     """Name this start of the system, and the space in which its processes have their numbers."""
     try:
-        boot = (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{(PROC / 'self/ns/pid').readlink()}"
+        boot_id = (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot_id}/{(PROC / 'self/ns/pid').readlink()}"
     except OSError:
         return None
 
 
-def _began(number: int) -> str | None:
+def _process_start_time(pid: int) -> str | None:
     """Tell when a process began, so that another with its number is not taken for it; None: there is none."""
     try:
-        told = (PROC / str(number) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        stat_fields = (
+            (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
     except OSError:
-        return HIDDEN if _is_there(number) else None
-    return None if told[0] == "Z" else told[19]
+        return HIDDEN_START_TIME if _pid_exists(pid) else None
+    return None if stat_fields[0] == "Z" else stat_fields[19]
 
 
-def _is_there(number: int) -> bool:
+def _pid_exists(pid: int) -> bool:
     try:
-        os.kill(number, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:

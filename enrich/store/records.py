@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from enrich.errors import LedgerDamaged, Refused
-from enrich.place import LedgerPlace, Postgres
-from enrich.store.database import Database, exists
-from enrich.store.dialect import FAILURES
-from enrich.store.schema import JSON, MARK
-from enrich.store.sqlite import Column, columns, damaged, tells_of_damage
+from enrich.errors import CommandRefused, LedgerDamaged
+from enrich.place import LedgerLocation, PostgresLocation
+from enrich.store.database import Database, ledger_exists
+from enrich.store.dialect import DATABASE_ERRORS
+from enrich.store.schema import APPLICATION_ID, JSON_COLUMNS
+from enrich.store.sqlite import Column, damaged_ledger_error, is_damage_error, ledger_columns
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class LedgerCheck:
     """What a check of a ledger found; a count is None where it cannot be read."""
 
     problems: list[str]
@@ -29,88 +29,88 @@ class Findings:
     executions: int | None = None
 
 
-def check(place: LedgerPlace) -> Findings:
+def check_ledger(location: LedgerLocation) -> LedgerCheck:
     """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
     try:
-        records = Records(place)
+        verifier = LedgerVerifier(location)
     except LedgerDamaged as error:
-        return Findings([f"the file is damaged{error.message.partition('is damaged')[2]}"])
-    with closing(records):
-        return records.check()
+        return LedgerCheck([f"the file is damaged{error.message.partition('is damaged')[2]}"])
+    with closing(verifier):
+        return verifier.check()
 
 
-def is_damaged(place: Path) -> bool:
+def is_damaged(location: Path) -> bool:
     """Tell whether a ledger is there and not sound."""
     try:
-        return place.is_file() and bool(check(place).problems)
-    except Refused:
+        return location.is_file() and bool(check_ledger(location).problems)
+    except CommandRefused:
         return False
 
 
-class Records(Database):
+class LedgerVerifier(Database):
     """A ledger that is only looked into."""
 
-    def __init__(self, place: LedgerPlace, *, any_version: bool = False) -> None:
+    def __init__(self, location: LedgerLocation, *, any_version: bool = False) -> None:
         """Open it, though it be older with `any_version`. Raises Refused when it is not there or is no ledger."""
-        if not exists(place):
-            raise Refused(f"{place}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(place, read_only=True, any_version=any_version, unchecked=True)
+        if not ledger_exists(location):
+            raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
+        super().__init__(location, read_only=True, any_version=any_version, skip_integrity_check=True)
 
-    def check(self) -> Findings:
+    def check(self) -> LedgerCheck:
         """Look at everything as it stood at one moment, though a run may go on."""
-        with suppress(*FAILURES):
-            self._db.begin_looking()
+        with suppress(*DATABASE_ERRORS):
+            self._db.begin_snapshot()
         try:
-            return Findings(list(self.problems()), *map(self._count, ("requests", "attempts", "executions")))
+            return LedgerCheck(list(self.problems()), *map(self._count, ("requests", "attempts", "executions")))
         finally:
-            with suppress(*FAILURES):
+            with suppress(*DATABASE_ERRORS):
                 self._db.rollback()
 
     def problems(self) -> Iterator[str]:
         """Check the file, and when it is whole its invariants; yield what does not hold, in words."""
-        damaged = False
+        has_damage = False
         try:
-            for said in self._db.damage():
-                damaged = True
-                yield f"the file is damaged: {said}"
-        except (*FAILURES, UnicodeDecodeError):
-            damaged = True
+            for problem in self._db.integrity_problems():
+                has_damage = True
+                yield f"the file is damaged: {problem}"
+        except (*DATABASE_ERRORS, UnicodeDecodeError):
+            has_damage = True
             yield "the file is damaged: it cannot be read to its end"
-        for said in self._unreadable():
-            damaged = True
-            yield said
-        for broken, query in () if damaged else INVARIANTS.items():
+        for problem in self._unreadable_values():
+            has_damage = True
+            yield problem
+        for invariant, query in () if has_damage else INVARIANTS.items():
             try:
-                rows = query.replace(_ORPHANS, self._db.dialect.orphans)
+                rows = query.replace(_ORPHAN_QUERY, self._db.dialect.orphan_query)
                 (count,) = self._db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
-            except FAILURES:
-                yield f"cannot be checked: {broken}"
+            except DATABASE_ERRORS:
+                yield f"cannot be checked: {invariant}"
                 continue
             if count:
-                yield f"{count:,} times: {broken}"
+                yield f"{count:,} times: {invariant}"
 
-    def _unreadable(self) -> Iterator[str]:
+    def _unreadable_values(self) -> Iterator[str]:
         """Decode every value of the ledger, and parse what is JSON; name column and row of each that is broken."""
-        for table, group in groupby(columns(), key=lambda column: column.table):
-            of_table = list(group)
-            chosen = [
+        for table, group in groupby(ledger_columns(), key=lambda column: column.table):
+            table_columns = list(group)
+            expressions = [
                 self._db.dialect.as_bytes.format(column.name) if column.kind is str else column.name
-                for column in of_table
+                for column in table_columns
             ]
-            number = "id" if "id" in chosen else "NULL"
+            id_expression = "id" if "id" in expressions else "NULL"
             try:
-                for row, (row_id, *values) in enumerate(
-                    self._db.stream(f"SELECT {number}, {', '.join(chosen)} FROM {table}"), 1
+                for row_number, (row_id, *values) in enumerate(
+                    self._db.stream(f"SELECT {id_expression}, {', '.join(expressions)} FROM {table}"), 1
                 ):
-                    for column, value in zip(of_table, values, strict=True):
-                        if (wrong := _wrong(column, value)) is not None:
-                            where = f"row {row}" if row_id is None else f"id {row_id}"
-                            yield f"the file is damaged: {table}.{column.name}, {where}: {wrong}"
-            except (*FAILURES, UnicodeDecodeError):
+                    for column, value in zip(table_columns, values, strict=True):
+                        if (problem := _value_problem(column, value)) is not None:
+                            row_label = f"row {row_number}" if row_id is None else f"id {row_id}"
+                            yield f"the file is damaged: {table}.{column.name}, {row_label}: {problem}"
+            except (*DATABASE_ERRORS, UnicodeDecodeError):
                 yield f"the file is damaged: the table {table} cannot be read"
 
     def _count(self, table: str) -> int | None:
-        with suppress(*FAILURES):
+        with suppress(*DATABASE_ERRORS):
             (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
             return int(count)
         return None
@@ -120,39 +120,39 @@ class Records(Database):
 
         Raises Refused when the copy cannot be written or would replace what is no copy.
         """
-        if isinstance(self.place, Postgres):
+        if isinstance(self.location, PostgresLocation):
             hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
-            raise Refused(f"{self.place}: a ledger on a server is no file that could be copied", hint)
-        part = target.with_name(f".{target.name}.part")
+            raise CommandRefused(f"{self.location}: a ledger on a server is no file that could be copied", hint)
+        temporary = target.with_name(f".{target.name}.part")
         try:
-            _check_target(target, self.place)
-            _remove(part)
+            _check_target(target, self.location)
+            _remove_unfinished_copy(temporary)
             try:
-                os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                with closing(sqlite3.connect(part)) as copy:
+                os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                with closing(sqlite3.connect(temporary)) as copy:
                     self._db.backup(copy)  # type: ignore[attr-defined] # a file, and so SQLite
                     # A copy is one file: nothing of it lies in a journal beside it.
                     copy.execute("PRAGMA journal_mode = DELETE")
-                with part.open("rb") as written:
+                with temporary.open("rb") as written:
                     os.fsync(written.fileno())
-                part.replace(target)
+                temporary.replace(target)
             finally:
                 with suppress(OSError):
-                    _remove(part)
+                    _remove_unfinished_copy(temporary)
             folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
         except OSError as error:
-            raise Refused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
+            raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
         except sqlite3.Error as error:
-            if tells_of_damage(error):
-                raise damaged(self.place) from error
-            raise Refused(f"{target}: the copy cannot be written: {error}") from error
+            if is_damage_error(error):
+                raise damaged_ledger_error(self.location) from error
+            raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
 
 
-def _wrong(column: Column, value: object) -> str | None:
+def _value_problem(column: Column, value: object) -> str | None:
     """Say what is wrong with a value; None: nothing."""
     if value is None:
         return None
@@ -163,7 +163,7 @@ def _wrong(column: Column, value: object) -> str | None:
     except UnicodeDecodeError:
         return "not UTF-8"
     try:
-        if column.name in JSON.get(column.table, ()):
+        if column.name in JSON_COLUMNS.get(column.table, ()):
             json.loads(text)
     except (ValueError, RecursionError):
         return "not JSON"
@@ -173,36 +173,36 @@ def _wrong(column: Column, value: object) -> str | None:
 def _check_target(target: Path, ledger: Path) -> None:
     """Refuse to replace anything but an older copy."""
     if not target.exists():
-        replaces = None
+        obstacle = None
     elif target.samefile(ledger):
-        replaces = "the ledger itself"
+        obstacle = "the ledger itself"
     elif not target.is_file():
-        replaces = "no file"
+        obstacle = "no file"
     elif any(target.with_name(target.name + ending).exists() for ending in (".lock", "-wal", "-journal")):
-        replaces = "a ledger that is in use"
+        obstacle = "a ledger that is in use"
     else:
         with target.open("rb") as file:
-            header = file.read(_MARK_ENDS)
-        is_copy = not header or header[_MARK_BEGINS:] == MARK.to_bytes(4, "big")
-        replaces = None if is_copy else "no copy of a ledger"
-    if replaces is not None:
-        raise Refused(f"{target}: this is {replaces}", "choose another file for the copy")
+            header = file.read(_APPLICATION_ID_END)
+        is_copy = not header or header[_APPLICATION_ID_START:] == APPLICATION_ID.to_bytes(4, "big")
+        obstacle = None if is_copy else "no copy of a ledger"
+    if obstacle is not None:
+        raise CommandRefused(f"{target}: this is {obstacle}", "choose another file for the copy")
     if target.with_name(target.name + "-wal").exists():
         # SQLite would play it into the copy.
-        raise Refused(f"{target}: beside it lies the journal of a database that is gone", "choose another file")
+        raise CommandRefused(f"{target}: beside it lies the journal of a database that is gone", "choose another file")
 
 
-def _remove(part: Path) -> None:
+def _remove_unfinished_copy(temporary: Path) -> None:
     """Remove a copy that was not finished, with its journals: SQLite would play them into the next one."""
-    for ending in ("", "-journal", "-wal", "-shm"):
-        part.with_name(part.name + ending).unlink(missing_ok=True)
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
 
 
 #: Where SQLite keeps the application id in a file ("Database File Format", 1.2.20).
-_MARK_BEGINS, _MARK_ENDS = 68, 72
+_APPLICATION_ID_START, _APPLICATION_ID_END = 68, 72
 
 #: Stands for the query that each database has of its own.
-_ORPHANS = "orphans"
+_ORPHAN_QUERY = "orphans"
 
 #: What must hold, as queries for the rows in which it does not. Each reads a table a few times at most.
 INVARIANTS = {
@@ -236,7 +236,7 @@ INVARIANTS = {
         "SELECT 1 FROM attempts WHERE task_id IS NULL AND erased_ms IS NULL "
         "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
     ),
-    "row that refers to one that is not there": _ORPHANS,
+    "row that refers to one that is not there": _ORPHAN_QUERY,
     "execution that has reserved less than nothing": "SELECT 1 FROM executions WHERE reserved < 0",
     "execution that has not set aside what is at the API": (
         "SELECT 1 FROM executions WHERE id = (SELECT max(id) FROM executions) AND reserved < "

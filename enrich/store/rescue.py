@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from enrich.errors import Refused
-from enrich.model import Answer, State, written
-from enrich.store.holding import Holding
+from enrich.errors import CommandRefused
+from enrich.model import Answer, State, to_json_text
+from enrich.store.holding import LeaseQueries
 from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.rescue_file import Paid, read_rescue, rescue_files
-from enrich.store.task_ids import NUMBERS
+from enrich.store.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
+from enrich.store.task_ids import JSON_NUMBERS
 
 #: Attempts whose answer would be charged again without them.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"
@@ -22,10 +22,10 @@ _ANSWERED = (
     "a.state IN ('found', 'not_found', 'failed', 'expired') AND a.id IN (r.attempt_id, r.answer_id) "
     "AND r.erased_ms IS NULL AND a.task_id IS NOT NULL"
 )
-SETTLED = ("found", "not_found", "failed", "expired")
-_ORDER = ("found", "not_found", "submitted", "failed", "expired", "in_doubt", "submitting")
-_UNKNOWN = "the ledger could not be written, and the answer to the request is not known"
-_FIELDS = (
+SETTLED_STATES = ("found", "not_found", "failed", "expired")
+_BEST_STATE_FIRST = ("found", "not_found", "submitted", "failed", "expired", "in_doubt", "submitting")
+_UNKNOWN_ANSWER_ERROR = "the ledger could not be written, and the answer to the request is not known"
+_COLUMNS = (
     "a.id AS attempt, r.fingerprint, c.canonical AS call, r.params, e.paths, a.state, a.task_id, a.claimed_ms, "
     "a.submitted_ms, a.settled_ms, a.reserved, a.seen_alive, "
     # The price of a task of many is known for all of it: it stands with its first request.
@@ -35,7 +35,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class TakenIn:
+class RescueImport:
     """What came of the attempts of a rescue file, by what they are in the ledger now; `known`: it had them already."""
 
     submitted: int = 0
@@ -52,86 +52,88 @@ class TakenIn:
             (self.refused, "requests that were not accepted"),
             (self.known, "already known"),
         ]
-        return ", ".join(f"{count} {what}" for count, what in parts if count) or "nothing new"
+        return ", ".join(f"{count} {label}" for count, label in parts if count) or "nothing new"
 
 
-class Rescue(Holding):
+class RescueQueries(LeaseQueries):
     """A ledger whose attempts can be written to a rescue file, and taken in from one."""
 
-    def paid(self, attempts: Collection[int]) -> list[Paid]:
+    def rescued_attempts(self, attempt_ids: Collection[int]) -> list[RescuedAttempt]:
         """Return these attempts, as far as they are in the ledger."""
-        return list(self._paid(f"a.id IN ({NUMBERS.format('?')})", written(list(attempts))))
+        return list(self._rescued_attempts(f"a.id IN ({JSON_NUMBERS.format('?')})", to_json_text(list(attempt_ids))))
 
-    def open_attempts(self) -> list[Paid]:
+    def open_attempts(self) -> list[RescuedAttempt]:
         """Return what is at the API or in doubt."""
-        return list(self._paid(_OPEN))
+        return list(self._rescued_attempts(_OPEN))
 
-    def answered_attempts(self) -> Iterator[Paid]:
+    def answered_attempts(self) -> Iterator[RescuedAttempt]:
         """Yield the answers that count."""
-        return self._paid(_ANSWERED)
+        return self._rescued_attempts(_ANSWERED)
 
-    def _paid(self, which: str, *values: object) -> Iterator[Paid]:
+    def _rescued_attempts(self, condition: str, *values: object) -> Iterator[RescuedAttempt]:
         facts = dict(
             self._db.execute("SELECT name, value FROM facts WHERE name IN ('api_host', 'workspace')").fetchall()
         )
         rows = self._rows(
-            f"SELECT {_FIELDS} FROM attempts a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
-            f"JOIN executions e ON e.id = a.execution_id LEFT JOIN bundles b ON b.id = a.bundle_id WHERE {which} "
+            f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+            f"JOIN executions e ON e.id = a.execution_id LEFT JOIN bundles b ON b.id = a.bundle_id WHERE {condition} "
             "ORDER BY a.id",
             *values,
         )
         for row in rows:
-            told = dict(row) | facts
-            told |= {"fingerprint": row["fingerprint"].hex(), "paths": json.loads(row["paths"])}
-            yield Paid(ledger=str(self.place), **told | {"seen_alive": bool(row["seen_alive"])})
+            values_by_field = dict(row) | facts
+            values_by_field |= {"fingerprint": row["fingerprint"].hex(), "paths": json.loads(row["paths"])}
+            yield RescuedAttempt(ledger=str(self.location), **values_by_field | {"seen_alive": bool(row["seen_alive"])})
 
-    def take_in(self, lines: Sequence[Paid], job: str, now_ms: int) -> TakenIn:
+    def import_rescued(self, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> RescueImport:
         """Take in the attempts of a rescue file; what the ledger has already stays, so that it may be done again.
 
         Raises Refused when they belong to another API host or workspace.
         """
-        self._check_bound(lines)
-        taken: Counter[str] = Counter()
-        holders = self._holders(lines)
-        rest = [line for line in lines if not self._complete(line, holders, now_ms, taken)]
+        self._check_binding(lines)
+        counts: Counter[str] = Counter()
+        holders = self._task_holders(lines)
+        rest = [line for line in lines if not self._update_existing(line, holders, now_ms, counts)]
         # What is still `submitting` was left by a kill: that attempt is in doubt before its request gets another one.
         self.recover(now_ms)
         rest = [line for line in rest if line.state != "refused"]
-        best = _best(rest, holders)
-        taken["known"] += len(rest) - len(best)
+        best = _best_lines(rest, holders)
+        counts["known"] += len(rest) - len(best)
         for paths in dict.fromkeys(tuple(line.paths) for line in best):
-            self._insert([line for line in best if tuple(line.paths) == paths], holders, job, now_ms, taken)
+            self._insert_attempts([line for line in best if tuple(line.paths) == paths], holders, job, now_ms, counts)
         self._db.execute(
             "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
             f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
         )
-        return TakenIn(**taken)
+        return RescueImport(**counts)
 
-    def _check_bound(self, lines: Sequence[Paid]) -> None:
+    def _check_binding(self, lines: Sequence[RescuedAttempt]) -> None:
         for name in ("api_host", "workspace"):
             row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-            told = {getattr(line, name) for line in lines} - {None}
-            if len(told | ({row[0]} if row else set())) > 1:
-                raise Refused(
+            values = {getattr(line, name) for line in lines} - {None}
+            if len(values | ({row[0]} if row else set())) > 1:
+                raise CommandRefused(
                     f"the rescue file belongs to another {name.replace('_', ' ')} than this ledger",
                     "move it away, or use the `ledger:` that it was written for",
                 )
 
-    def _holders(self, lines: Iterable[Paid]) -> dict[str, list[_Holder]]:
+    def _task_holders(self, lines: Iterable[RescuedAttempt]) -> dict[str, list[_TaskHolder]]:
         """Find the attempts of the ledger that have the task ids of these lines."""
         tasks = [line.task_id for line in lines if line.task_id is not None]
         rows = self._db.execute(
             "SELECT a.task_id, r.fingerprint, a.claimed_ms, a.bundle_id IS NOT NULL FROM attempts a "
             "JOIN requests r ON r.id = a.request_id "
             "WHERE a.task_id IN (SELECT value FROM json_each(CAST(? AS TEXT)))",
-            (written(tasks),),
+            (to_json_text(tasks),),
         )
-        found: dict[str, list[_Holder]] = {}
+        found: dict[str, list[_TaskHolder]] = {}
         for task_id, fingerprint, claimed_ms, bundled in rows:
-            found.setdefault(task_id, []).append(_Holder(fingerprint.hex(), claimed_ms, bool(bundled)))
+            found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(bundled)))
         return found
 
-    def _complete(self, line: Paid, holders: dict[str, list[_Holder]], now_ms: int, taken: Counter[str]) -> bool:
+    def _update_existing(
+        self, line: RescuedAttempt, holders: dict[str, list[_TaskHolder]], now_ms: int, counts: Counter[str]
+    ) -> bool:
         """Complete the very attempt that a line is about; return False when the ledger does not have it."""
         row = self._db.execute(
             "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bundle_id IS NOT NULL "
@@ -141,37 +143,39 @@ class Rescue(Holding):
         ).fetchone()
         if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
             return False
-        number, state, _, execution_id, newest, bundled = row
-        fetchable = newest and bool(bundled) == (line.bundle is not None) and not _doubtful(line, holders)
+        attempt_id, state, _, execution_id, is_newest, is_bulk = row
+        fetchable = is_newest and bool(is_bulk) == (line.bundle is not None) and not _is_in_doubt(line, holders)
         if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
-            self._submit(number, execution_id, line, counted=state == "in_doubt")
-            holders.setdefault(line.task_id, []).append(_Holder.of(line))
-            taken["answered" if self._settle_late(number, execution_id, line) else "submitted"] += 1
-        elif state == "submitted" and newest and self._settle_late(number, execution_id, line):
-            taken["answered"] += 1
+            self._mark_submitted(attempt_id, execution_id, line, already_counted=state == "in_doubt")
+            holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
+            counts["answered" if self._settle_if_answered(attempt_id, execution_id, line) else "submitted"] += 1
+        elif state == "submitted" and is_newest and self._settle_if_answered(attempt_id, execution_id, line):
+            counts["answered"] += 1
         elif state == "submitting" and line.state == "refused":
-            self.refused([(number, line.error or "not accepted", now_ms)])
-            taken["refused"] += 1
+            self.record_refused([(attempt_id, line.error or "not accepted", now_ms)])
+            counts["refused"] += 1
         elif state == "submitting" and line.state == "failed" and line.task_id is None:
-            self.rejected([(number, line.error or "not accepted", now_ms)])
-            taken["refused"] += 1
+            self.record_rejected([(attempt_id, line.error or "not accepted", now_ms)])
+            counts["refused"] += 1
         elif state == "submitting":
-            self.doubt([(number, line.error or _UNKNOWN, now_ms, line.task_id)])
-            taken["in_doubt"] += 1
+            self.mark_in_doubt([(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, line.task_id)])
+            counts["in_doubt"] += 1
         else:
-            taken["known"] += 1
+            counts["known"] += 1
         return True
 
-    def _submit(self, number: int, execution_id: int, line: Paid, *, counted: bool) -> None:
+    def _mark_submitted(
+        self, attempt_id: int, execution_id: int, line: RescuedAttempt, *, already_counted: bool
+    ) -> None:
         """Make an attempt `submitted` that was `submitting`, or in doubt (and counted then)."""
         self._db.execute(
             "UPDATE attempts SET state = 'submitted', task_id = ?, submitted_ms = ?, settled_ms = NULL, error = NULL, "
             "seen_alive = ? WHERE id = ?",
-            (line.task_id, line.submitted_ms, int(line.seen_alive), number),
+            (line.task_id, line.submitted_ms, int(line.seen_alive), attempt_id),
         )
         self._db.execute(
             "UPDATE requests SET state = 'submitted', attempts = attempts + ? WHERE attempt_id = ?",
-            (0 if counted else 1, number),
+            (0 if already_counted else 1, attempt_id),
         )
         self._db.execute(
             "UPDATE executions SET submitted = "
@@ -180,46 +184,53 @@ class Rescue(Holding):
         )
         self.bind({"api_host": line.api_host, "workspace": line.workspace})
 
-    def _settle_late(self, number: int, execution_id: int, line: Paid) -> bool:
+    def _settle_if_answered(self, attempt_id: int, execution_id: int, line: RescuedAttempt) -> bool:
         """Write down the answer of a line, if it has one, for an attempt that is `submitted`.
 
         A task of many is asked for again: its price belongs to all of its requests.
         """
-        if line.state not in SETTLED or line.bundle is not None:
+        if line.state not in SETTLED_STATES or line.bundle is not None:
             return False
         answer = Answer(State(line.state), line.error, line.provider, line.credits, line.answer)
-        self.settle([(number, answer, line.settled_ms or 0)], execution_id, 0)
+        self.settle([(attempt_id, answer, line.settled_ms or 0)], execution_id, 0)
         return True
 
-    def _insert(
-        self, lines: Sequence[Paid], holders: dict[str, list[_Holder]], job: str, now_ms: int, taken: Counter[str]
+    def _insert_attempts(
+        self,
+        lines: Sequence[RescuedAttempt],
+        holders: dict[str, list[_TaskHolder]],
+        job: str,
+        now_ms: int,
+        counts: Counter[str],
     ) -> None:
         """Make attempts for lines of one job of which the ledger has none, in an execution of their own."""
-        found = [(line, self._request(line)) for line in lines]
-        wanted = [(line, request) for line, request in found if self._is_wanted(line, request, holders)]
-        taken["known"] += len(found) - len(wanted)
-        if not wanted:
+        found = [(line, self._find_or_create_request(line)) for line in lines]
+        new_lines = [(line, request) for line, request in found if self._is_news(line, request, holders)]
+        counts["known"] += len(found) - len(new_lines)
+        if not new_lines:
             return
-        execution_id = self._execution(wanted[0][0], job, min(line.claimed_ms for line, _ in wanted), now_ms)
-        together = Counter(line.bundle for line, _ in wanted if line.state == "submitted")
-        bundles: dict[int, int] = {}
-        for line, request in wanted:
+        execution_id = self._create_execution(
+            new_lines[0][0], job, min(line.claimed_ms for line, _ in new_lines), now_ms
+        )
+        rows_per_bulk_task = Counter(line.bundle for line, _ in new_lines if line.state == "submitted")
+        bulk_task_ids: dict[int, int] = {}
+        for line, request in new_lines:
             state = "in_doubt" if line.state == "submitting" else line.state
             # The answers of a task of many go by their places: without all of them none can be assigned.
-            torn = line.bundle is not None and together[line.bundle] != line.size
-            if state == "submitted" and (torn or _taken(line, holders)):
+            is_incomplete = line.bundle is not None and rows_per_bulk_task[line.bundle] != line.size
+            if state == "submitted" and (is_incomplete or _has_conflicting_task(line, holders)):
                 state = "in_doubt"
-            bundle = None
+            bulk_task_id = None
             if line.bundle is not None and state == "submitted":
-                if line.bundle not in bundles:
-                    bundles[line.bundle] = self._bundle(execution_id, line)
-                bundle = bundles[line.bundle]
-            self._attempt(execution_id, request, line, state, bundle)
+                if line.bundle not in bulk_task_ids:
+                    bulk_task_ids[line.bundle] = self._create_bulk_task(execution_id, line)
+                bulk_task_id = bulk_task_ids[line.bundle]
+            self._insert_attempt(execution_id, request, line, state, bulk_task_id)
             if line.task_id is not None:
-                holders.setdefault(line.task_id, []).append(_Holder.of(line))
-            taken[state if state in ("submitted", "in_doubt") else "answered"] += 1
+                holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
+            counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
-    def _request(self, line: Paid) -> _Request:
+    def _find_or_create_request(self, line: RescuedAttempt) -> _RequestState:
         """Find a line's request; it is made when it is not there."""
         fingerprint = bytes.fromhex(line.fingerprint)
         find = "SELECT id, state, attempt_id FROM requests WHERE fingerprint = ?"
@@ -232,11 +243,11 @@ class Rescue(Holding):
                 (fingerprint, line.params, line.call),
             )
             row = self._db.execute(find, (fingerprint,)).fetchone()
-        return _Request(*row)
+        return _RequestState(*row)
 
-    def _is_wanted(self, line: Paid, request: _Request, holders: Mapping[str, list[_Holder]]) -> bool:
+    def _is_news(self, line: RescuedAttempt, request: _RequestState, holders: Mapping[str, list[_TaskHolder]]) -> bool:
         """Tell whether a line knows more about its request than the ledger does."""
-        if _doubtful(line, holders):
+        if _is_in_doubt(line, holders):
             return request.state == "pending"
         (known,) = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM attempts WHERE request_id = ? "
@@ -245,7 +256,7 @@ class Rescue(Holding):
         ).fetchone()
         return request.state in ("pending", "in_doubt") and not known
 
-    def _execution(self, line: Paid, job: str, started_ms: int, now_ms: int) -> int:
+    def _create_execution(self, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
         """Record the run that made these attempts; it has ended without a receipt, unlike any run of this ledger."""
         row = self._db.execute(
             "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
@@ -254,13 +265,15 @@ class Rescue(Holding):
         ).fetchone()
         return int(row[0])
 
-    def _bundle(self, execution_id: int, line: Paid) -> int:
+    def _create_bulk_task(self, execution_id: int, line: RescuedAttempt) -> int:
         insert = "INSERT INTO bundles (execution_id, size) VALUES (?, ?) RETURNING id"
         row = self._db.execute(insert, (execution_id, line.size)).fetchone()
         return int(row[0])
 
-    def _attempt(self, execution_id: int, request: _Request, line: Paid, state: str, bundle: int | None) -> None:
-        settled = state in SETTLED
+    def _insert_attempt(
+        self, execution_id: int, request: _RequestState, line: RescuedAttempt, state: str, bulk_task_id: int | None
+    ) -> None:
+        settled = state in SETTLED_STATES
         row = self._db.execute(
             "INSERT INTO attempts (request_id, execution_id, came_from, previous_id, state, task_id, claimed_ms, "
             "submitted_ms, settled_ms, settled_in, seen_alive, reserved, credits, provider, error, answer, "
@@ -280,10 +293,10 @@ class Rescue(Holding):
                 line.reserved,
                 line.credits if settled else None,
                 line.provider,
-                line.error or (_UNKNOWN if state == "in_doubt" else None),
+                line.error or (_UNKNOWN_ANSWER_ERROR if state == "in_doubt" else None),
                 line.answer if settled else None,
-                bundle,
-                None if bundle is None else line.place,
+                bulk_task_id,
+                None if bulk_task_id is None else line.place,
             ),
         ).fetchone()
         self._db.execute(
@@ -307,78 +320,82 @@ class Rescue(Holding):
             self.bind({"api_host": line.api_host, "workspace": line.workspace})
 
 
-class _Request(NamedTuple):
+class _RequestState(NamedTuple):
     id: int
     state: str
     attempt_id: int | None
 
 
-class _Holder(NamedTuple):
+class _TaskHolder(NamedTuple):
     """An attempt that has a task."""
 
     fingerprint: str
     claimed_ms: int
-    bundled: bool
+    is_bulk: bool
 
     @classmethod
-    def of(cls, line: Paid) -> _Holder:
+    def of(cls, line: RescuedAttempt) -> _TaskHolder:
         return cls(line.fingerprint, line.claimed_ms, line.bundle is not None)
 
 
-def _best(lines: Iterable[Paid], holders: Mapping[str, list[_Holder]]) -> list[Paid]:
+def _best_lines(lines: Iterable[RescuedAttempt], holders: Mapping[str, list[_TaskHolder]]) -> list[RescuedAttempt]:
     """Choose one of several lines about a request: an answer before a task, a task before a doubt."""
-    chosen: dict[str, tuple[int, Paid]] = {}
+    best: dict[str, tuple[int, RescuedAttempt]] = {}
     for line in lines:
-        rank = _ORDER.index("in_doubt" if _doubtful(line, holders) else line.state)
-        if line.fingerprint not in chosen or rank < chosen[line.fingerprint][0]:
-            chosen[line.fingerprint] = rank, line
-    return [line for _, line in chosen.values()]
+        rank = _BEST_STATE_FIRST.index("in_doubt" if _is_in_doubt(line, holders) else line.state)
+        if line.fingerprint not in best or rank < best[line.fingerprint][0]:
+            best[line.fingerprint] = rank, line
+    return [line for _, line in best.values()]
 
 
-def _doubtful(line: Paid, holders: Mapping[str, list[_Holder]]) -> bool:
+def _is_in_doubt(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
     """Tell whether a line brings neither an answer nor a task that can be asked for."""
-    return line.state in ("in_doubt", "submitting") or (line.state == "submitted" and _taken(line, holders))
+    return line.state in ("in_doubt", "submitting") or (
+        line.state == "submitted" and _has_conflicting_task(line, holders)
+    )
 
 
-def _taken(line: Paid, holders: Mapping[str, list[_Holder]]) -> bool:
+def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
     """Tell whether the task of a line is that of another request, which was not sent together with it."""
     return any(
         other.fingerprint != line.fingerprint
-        and not (other.bundled and line.bundle is not None and other.claimed_ms == line.claimed_ms)
+        and not (other.is_bulk and line.bundle is not None and other.claimed_ms == line.claimed_ms)
         for other in holders.get(line.task_id or "", ())
     )
 
 
-def take_in_files(ledger: Rescue, others: Sequence[Path], job: str, now_ms: int) -> list[tuple[Path, TakenIn]]:
+def import_rescue_files(
+    ledger: RescueQueries, other_folders: Sequence[Path], job: str, now_ms: int
+) -> list[tuple[Path, RescueImport]]:
     """Take in the rescue files of a ledger, in the caller's transaction; the caller removes them after its commit.
 
     `others` are the folders in which one may lie beside that of the ledger. Raises Refused for one that is damaged.
     """
-    place = ledger.place
-    if not isinstance(place, Path):
+    location = ledger.location
+    if not isinstance(location, Path):
         return []
-    taken = []
-    for path in rescue_files(place, others):
-        lines = read_rescue(path)
+    imported = []
+    for path in find_rescue_files(location, other_folders):
+        lines = read_rescue_file(path)
         # Beside an output there may be that of another ledger of the same name.
-        if path.parent != place.parent and any(line.ledger != str(place) for line in lines):
+        if path.parent != location.parent and any(line.ledger != str(location) for line in lines):
             continue
         try:
-            taken.append((path, ledger.take_in(lines, job, now_ms)))
-        except Refused as error:
-            raise Refused(f"{path}: {error.message}", error.hint) from error
-    return taken
+            imported.append((path, ledger.import_rescued(lines, job, now_ms)))
+        except CommandRefused as error:
+            raise CommandRefused(f"{path}: {error.message}", error.hint) from error
+    return imported
 
 
-def remove_taken(taken: Iterable[tuple[Path, TakenIn]]) -> list[tuple[Path, TakenIn]]:
+def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> list[tuple[Path, RescueImport]]:
     """Remove the files that were taken in, and return them. Raises Refused for one that can't be removed."""
     removed = []
-    for path, what in taken:
+    for path, result in imported:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise Refused(
+            raise CommandRefused(
                 f"{path}: the rescue file cannot be removed: {error.strerror}", "remove it yourself"
             ) from error
-        removed.append((path, what))
+        removed.append((path, result))
     return removed

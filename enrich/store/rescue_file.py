@@ -15,19 +15,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from enrich.errors import Refused
-from enrich.tables.atomic import keep_names
+from enrich.errors import CommandRefused
+from enrich.tables.atomic import fsync_dir
 
 #: Appended to the ledger's name; a second file of the same ledger has `.2` behind it, and so on.
 SUFFIX = ".rescue"
 #: Bytes that are reserved: each of 32 POSTs writes a line of some 600 bytes twice at most.
-ROOM = 128 * 1024
+RESERVED_BYTES = 128 * 1024
 _HINT = "restore it, or move it away: what is in it is paid for, and would be charged again"
 
 Json = Annotated[str, Field(min_length=2)]
 
 
-class Paid(BaseModel):
+class RescuedAttempt(BaseModel):
     """One attempt: the request, its task, and the answer if there is one.
 
     Times are milliseconds since 1970 (UTC), credits millionths.
@@ -63,92 +63,92 @@ class Paid(BaseModel):
     place: int | None = Field(None, ge=0)
     size: int | None = Field(None, ge=1)
 
-    def line(self) -> bytes:
+    def to_line(self) -> bytes:
         """Write it as a line of the file."""
-        told = self.model_dump(exclude_defaults=True) | {"format": 1}
-        return json.dumps(told, ensure_ascii=True).encode() + b"\n"
+        content = self.model_dump(exclude_defaults=True) | {"format": 1}
+        return json.dumps(content, ensure_ascii=True).encode() + b"\n"
 
 
-def rescue_files(ledger: Path, others: Sequence[Path]) -> list[Path]:
+def find_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> list[Path]:
     """Find the rescue files of a ledger, in its folder and in `others`."""
     found = []
-    for folder in dict.fromkeys([ledger.parent, *others]):
+    for folder in dict.fromkeys([ledger.parent, *other_folders]):
         try:
             names = sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
         except OSError:
             continue
-        found += [folder / name for name in names if _is_rescue(name, ledger.name)]
+        found += [folder / name for name in names if _is_rescue_file_name(name, ledger.name)]
     return found
 
 
-def _is_rescue(name: str, ledger: str) -> bool:
+def _is_rescue_file_name(name: str, ledger: str) -> bool:
     rest = name.removeprefix(ledger + SUFFIX)
     return name != rest and (not rest or (rest[0] == "." and rest[1:].isdecimal()))
 
 
-def read_rescue(path: Path) -> list[Paid]:
+def read_rescue_file(path: Path) -> list[RescuedAttempt]:
     """Read a rescue file; of several lines about one attempt the last counts. Raises Refused when it is damaged."""
     try:
         if not path.is_file():
-            raise Refused(f"{path}: the rescue file cannot be read: it is not a file", _HINT)
+            raise CommandRefused(f"{path}: the rescue file cannot be read: it is not a file", _HINT)
         content = path.read_bytes()
     except OSError as error:
-        raise Refused(f"{path}: the rescue file cannot be read: {error.strerror}", _HINT) from error
+        raise CommandRefused(f"{path}: the rescue file cannot be read: {error.strerror}", _HINT) from error
     # Behind the last line there may be reserved room, when the run was killed.
     content = content.rstrip(b"\0")
     if not content.endswith(b"\n"):
-        raise Refused(f"{path}: the rescue file is damaged: its last line is not complete", _HINT)
-    found: dict[int, Paid] = {}
+        raise CommandRefused(f"{path}: the rescue file is damaged: its last line is not complete", _HINT)
+    found: dict[int, RescuedAttempt] = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            paid = Paid.model_validate_json(line)
-            _check(paid)
+            attempt = RescuedAttempt.model_validate_json(line)
+            _check_line(attempt)
         except (ValidationError, ValueError, RecursionError):
-            raise Refused(f"{path}:{number}: the rescue file is damaged, or of another version", _HINT) from None
-        found[paid.attempt] = paid
+            raise CommandRefused(f"{path}:{number}: the rescue file is damaged, or of another version", _HINT) from None
+        found[attempt.attempt] = attempt
     return list(found.values())
 
 
-def _check(paid: Paid) -> None:
+def _check_line(attempt: RescuedAttempt) -> None:
     """Raise ValueError for a line that contradicts itself."""
-    for text in (paid.call, paid.params, paid.answer):
+    for text in (attempt.call, attempt.params, attempt.answer):
         if text is not None and not isinstance(json.loads(text), dict):
             raise ValueError
-    if paid.state in ("submitted", "found", "not_found", "expired") and paid.task_id is None:
+    if attempt.state in ("submitted", "found", "not_found", "expired") and attempt.task_id is None:
         raise ValueError
-    if paid.state in ("found", "not_found") and paid.answer is None:
+    if attempt.state in ("found", "not_found") and attempt.answer is None:
         raise ValueError
     # A doubt may have an id that came with an error.
-    if paid.task_id is not None and paid.submitted_ms is None and paid.state != "in_doubt":
+    if attempt.task_id is not None and attempt.submitted_ms is None and attempt.state != "in_doubt":
         raise ValueError
-    if paid.state in ("found", "not_found", "failed", "expired") and paid.settled_ms is None:
+    if attempt.state in ("found", "not_found", "failed", "expired") and attempt.settled_ms is None:
         raise ValueError
-    if len({paid.bundle is None, paid.place is None, paid.size is None}) > 1:
+    if len({attempt.bundle is None, attempt.place is None, attempt.size is None}) > 1:
         raise ValueError
 
 
 class RescueFile:
     """Writes a rescue file; room for it is reserved beside the ledger before it is needed."""
 
-    def __init__(self, ledger: Path, others: Sequence[Path] = ()) -> None:
+    def __init__(self, ledger: Path, other_folders: Sequence[Path] = ()) -> None:
         """Reserve the room; `others` are the folders that serve when that of the ledger is gone."""
         self._ledger = ledger
-        self._folders = list(dict.fromkeys([ledger.parent, *others]))
-        self._room = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
+        self._folders = list(dict.fromkeys([ledger.parent, *other_folders]))
+        self._reserved_path = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
         self._file: int | None = None
         self._end = 0
         #: Where it is, once something was written.
         self.path: Path | None = None
-        self._reserve()
+        self._reserve_space()
 
-    def _reserve(self) -> None:
+    def _reserve_space(self) -> None:
         """Reserve the room; on a disk that has none already the run goes on without."""
         try:
             self._remove_abandoned()
-            self._file = os.open(self._room, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-            os.posix_fallocate(self._file, 0, ROOM)
+            self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            os.posix_fallocate(self._file, 0, RESERVED_BYTES)
         except (OSError, AttributeError):
-            self._drop_room()
+            self._drop_reserved()
 
     def _remove_abandoned(self) -> None:
         """Remove the room of runs that were killed: the caller holds the lock of the ledger, or works for who does."""
@@ -157,73 +157,73 @@ class RescueFile:
             if not pid.isdecimal() or not Path("/proc", pid).exists():
                 name.unlink(missing_ok=True)
 
-    def _drop_room(self) -> None:
+    def _drop_reserved(self) -> None:
         with suppress(OSError):
-            self._room.unlink(missing_ok=True)
+            self._reserved_path.unlink(missing_ok=True)
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
-    def append(self, lines: Iterable[Paid]) -> bool:
+    def append(self, lines: Iterable[RescuedAttempt]) -> bool:
         """Append lines and sync them; return False when no place could be found for them."""
-        content = b"".join(line.line() for line in lines)
+        content = b"".join(line.to_line() for line in lines)
         if not content:
             return True
         if self.path is not None and self._file is not None:
-            if self._is_at(self.path) and self._write(content):
+            if self._is_open_at(self.path) and self._write(content):
                 return True
             # No room, or the file was removed: all of it in another place.
             content = os.pread(self._file, self._end, 0) + content
-        return self._begin(content)
+        return self._start_file(content)
 
-    def _begin(self, content: bytes) -> bool:
-        if self.path is None and self._is_at(self._room) and self._write(content):
+    def _start_file(self, content: bytes) -> bool:
+        if self.path is None and self._is_open_at(self._reserved_path) and self._write(content):
             try:
-                self.path = _link(self._room, self._ledger)
+                self.path = _link_reserved(self._reserved_path, self._ledger)
             except OSError:
                 self._end = 0  # this file system has no links
             else:
                 with suppress(OSError):
-                    self._room.unlink()
-                    keep_names(self._ledger.parent)
+                    self._reserved_path.unlink()
+                    fsync_dir(self._ledger.parent)
                 return True
-        old = self.path
+        old_path = self.path
         for folder in self._folders:
             if self._create(folder, content):
-                if old is not None:
+                if old_path is not None:
                     with suppress(OSError):
-                        old.unlink()
+                        old_path.unlink()
                 return True
         return False
 
     def _create(self, folder: Path, content: bytes) -> bool:
         """Make a new file in a folder with all lines so far; leave nothing behind when that fails."""
         for number in range(1, 1000):
-            path = folder / _numbered(self._ledger.name, number)
+            path = folder / _file_name(self._ledger.name, number)
             try:
                 file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             except FileExistsError:
                 continue
             except OSError:
                 return False
-            former, end = self._file, self._end
+            old_file, old_end = self._file, self._end
             self._file, self._end = file, 0
             if self._write(content):
                 self.path = path
-                if former is not None:
-                    os.close(former)
+                if old_file is not None:
+                    os.close(old_file)
                 with suppress(OSError):
-                    self._room.unlink(missing_ok=True)
-                    keep_names(folder)
+                    self._reserved_path.unlink(missing_ok=True)
+                    fsync_dir(folder)
                 return True
-            self._file, self._end = former, end
+            self._file, self._end = old_file, old_end
             os.close(file)
             with suppress(OSError):
                 path.unlink()
             return False
         return False
 
-    def _is_at(self, path: Path) -> bool:
+    def _is_open_at(self, path: Path) -> bool:
         """Tell whether the open file is the one at a path."""
         try:
             return self._file is not None and os.path.samestat(os.fstat(self._file), path.stat())
@@ -255,19 +255,19 @@ class RescueFile:
             os.close(self._file)
             self._file = None
         with suppress(OSError):
-            self._room.unlink(missing_ok=True)
+            self._reserved_path.unlink(missing_ok=True)
 
 
-def _numbered(ledger: str, number: int) -> str:
+def _file_name(ledger: str, number: int) -> str:
     return ledger + SUFFIX + ("" if number == 1 else f".{number}")
 
 
-def _link(room: Path, ledger: Path) -> Path:
+def _link_reserved(reserved: Path, ledger: Path) -> Path:
     """Give the reserved file its name, the first that is free. Raises OSError where the file system has no links."""
     for number in range(1, 1000):
-        path = ledger.with_name(_numbered(ledger.name, number))
+        path = ledger.with_name(_file_name(ledger.name, number))
         try:
-            os.link(room, path)
+            os.link(reserved, path)
         except FileExistsError:
             continue
         return path

@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib.resources import files
 
 #: `PRAGMA application_id` of a ledger: a SQLite file with another one belongs to another program.
-MARK = 0x656E7231
+APPLICATION_ID = 0x656E7231
 #: The same of ledgers that were made before the first release.
 UNRELEASED_MARK = 0x656E7269
 
 #: Columns of text that is JSON, by their tables.
-JSON = {
+JSON_COLUMNS = {
     "waterfalls": ("description", "providers"),
     "calls": ("canonical",),
     "executions": ("receipt", "paths", "pulse"),

@@ -7,7 +7,7 @@ from types import ModuleType
 from enrich.errors import JobError
 
 
-def postgres() -> ModuleType:
+def load_postgres() -> ModuleType:
     """Load `enrich.store.pgledger`. Raises JobError when its driver was not installed."""
     try:
         from enrich.store import pgledger as loaded  # noqa: PLC0415 - it would take its time from everybody

@@ -11,31 +11,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from enrich.errors import LedgerDamaged, LedgerMoved, Refused
+from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.store import schema
 from enrich.store.dialect import Dialect
-from enrich.store.open_files import OpenFiles, is_there
+from enrich.store.open_files import OpenFiles, ledger_file_exists
 
 #: A journal of the damaged ledger would be played into the backup.
-RESTORE = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
+RESTORE_HINT = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
 
 #: So long another process is waited for that writes, or reads what is to be erased.
-PATIENCE_S = 30.0
+BUSY_TIMEOUT_S = 30.0
 #: A run asks again for the write lock after so many milliseconds.
-BUSY_MS = 500
+RUN_BUSY_TIMEOUT_MS = 500
 #: What SQLite keeps beside a file, by the ends of the names.
-JOURNALS = ("-journal", "-wal", "-shm")
-_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
+JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
+_DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
 #: How the errors of Python's decoder begin, which have no code and quote the text.
-_UNDECODABLE = "Could not decode to UTF-8"
+_DECODE_ERROR_PREFIX = "Could not decode to UTF-8"
 #: Files up to so many bytes are read through by every command, as that takes no time.
-CHECKED_ALWAYS = 8 * 1024 * 1024
+ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
 #: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
-CHECKED_AT_START = 256 * 1024 * 1024
+CHECKED_AT_START_BYTES = 256 * 1024 * 1024
 
 
 #: What SQLite says of a damaged file quotes it: instead of its words these, the first that fits.
-_DAMAGES = (
+_DAMAGE_TEXTS = (
     ("index|non-unique", "an index does not agree with its table"),
     ("constraint failed|value in", "a column has a value that it does not take"),
     ("", "its pages do not fit together"),
@@ -51,7 +51,7 @@ class Column(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def columns() -> tuple[Column, ...]:
+def ledger_columns() -> tuple[Column, ...]:
     """Return all columns of a ledger, as a new one has them."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
@@ -67,15 +67,15 @@ class SqliteSession(sqlite3.Connection):
     """One SQLite file, one connection."""
 
     dialect = Dialect(
-        serial="INTEGER PRIMARY KEY",
-        blob="BLOB",
+        serial_key="INTEGER PRIMARY KEY",
+        blob_type="BLOB",
         passes_are_shared=False,
-        leases=False,
+        has_leases=False,
         no_index="+",
         ordered_join="CROSS JOIN",
-        as_list="json_group_array({})",
+        json_list="json_group_array({})",
         as_bytes="CAST({} AS BLOB)",
-        orphans="SELECT 1 FROM pragma_foreign_key_check",
+        orphan_query="SELECT 1 FROM pragma_foreign_key_check",
     )
     #: The files that must stay at their paths, the lock file last, while a run uses the ledger.
     _files = OpenFiles(())
@@ -84,7 +84,7 @@ class SqliteSession(sqlite3.Connection):
         """Record the files of the ledger, which `check_files` compares from then on; the caller holds its lock."""
         self.execute("SELECT count(*) FROM requests").fetchone()  # makes the journals
         # Instead of in SQLite the writer waits for another one in the journal, where a signal ends it.
-        self.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        self.execute(f"PRAGMA busy_timeout = {RUN_BUSY_TIMEOUT_MS}")
         real = Path(os.path.realpath(path))
         journals = (real.with_name(f"{real.name}{end}") for end in ("-wal", "-shm"))
         self._files = OpenFiles.of(path, *journals, lock_path(path))
@@ -98,7 +98,7 @@ class SqliteSession(sqlite3.Connection):
             raise LedgerMoved(
                 f"{changed}: the lock file was removed or replaced while the run was using it",
                 "let no other run use this ledger meanwhile, then run the same command again",
-                gone=False,
+                database_missing=False,
             )
         raise LedgerMoved(
             f"{changed}: a file of the ledger was removed or replaced while the run was using it",
@@ -109,11 +109,11 @@ class SqliteSession(sqlite3.Connection):
         """Yield the rows of a query."""
         return self.execute(sql, values)
 
-    def loading(self) -> AbstractContextManager[None]:
+    def deferred_references(self) -> AbstractContextManager[None]:
         """Do nothing: references are never held against their tables but by a check."""
         return nullcontext()
 
-    def load(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
+    def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
         """Add many rows to a table."""
         values = ", ".join("?" * len(columns))
         self.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})", rows)
@@ -122,7 +122,7 @@ class SqliteSession(sqlite3.Connection):
         """Begin a transaction that writes."""
         self.execute("BEGIN IMMEDIATE")
 
-    def begin_looking(self) -> None:
+    def begin_snapshot(self) -> None:
         """Begin a transaction that sees everything as it stands now."""
         self.execute("BEGIN")
 
@@ -139,35 +139,35 @@ class SqliteSession(sqlite3.Connection):
         if self.in_transaction:
             self.execute("ROLLBACK")
 
-    def regain(self, _: BaseException) -> bool | None:
+    def reconnect(self, _: BaseException) -> bool | None:
         """Do nothing: what a file refuses once it refuses again."""
         return None
 
-    def has_temporary(self, _: str) -> bool:
+    def has_temporary_table(self, _: str) -> bool:
         """Say yes: there is one connection only."""
         return True
 
-    def hurry(self) -> None:
+    def shorten_waits(self) -> None:
         """Do nothing: a file is not waited for long."""
 
-    def clear(self, table: str) -> None:
+    def clear_table(self, table: str) -> None:
         """Empty a temporary table."""
         self.execute(f"DELETE FROM {table}")
 
-    def analyse(self, table: str) -> None:
+    def analyze(self, table: str) -> None:
         """Do nothing: the plans are good without it."""
 
-    def damage(self) -> Iterator[str]:
+    def integrity_problems(self) -> Iterator[str]:
         """Read the whole file, with its indexes; yield what is wrong in words that quote nothing of it."""
-        found = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
-        kinds = [next(words for sign, words in _DAMAGES if re.search(sign, said)) for said in found]
-        yield from dict.fromkeys(kinds)
+        messages = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
+        problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, said)) for said in messages]
+        yield from dict.fromkeys(problems)
 
-    def erase_for_good(self) -> None:
+    def enable_secure_delete(self) -> None:
         """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
         self.execute("PRAGMA secure_delete = ON")
 
-    def empty_journal(self) -> bool:
+    def discard_erased_data(self) -> bool:
         """Move all of the journal into the file, and empty it; not while somebody reads the ledger as it was before."""
         (busy, *_) = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
@@ -179,7 +179,7 @@ def lock_path(path: Path) -> Path:
     return real.with_name(f"{real.name}.lock")
 
 
-def is_locked(error: BaseException | None) -> bool:
+def is_busy_error(error: BaseException | None) -> bool:
     """Tell whether another program holds the write lock."""
     return (
         isinstance(error, sqlite3.Error)
@@ -187,11 +187,11 @@ def is_locked(error: BaseException | None) -> bool:
     )
 
 
-def unwritable(error: BaseException) -> tuple[str, str]:
+def describe_write_error(error: BaseException) -> tuple[str, str]:
     """Say why a database could not be written, without a word of its content, and what to do."""
-    if tells_of_damage(error):
-        return "is damaged", RESTORE
-    if is_locked(error):
+    if is_damage_error(error):
+        return "is damaged", RESTORE_HINT
+    if is_busy_error(error):
         return (
             "cannot be written: another program has locked it (database is locked)",
             "end the program that holds the lock, such as a database browser, then run the same command again",
@@ -199,7 +199,7 @@ def unwritable(error: BaseException) -> tuple[str, str]:
     return f"cannot be written: {error}", "make room or mend it, then run the same command again"
 
 
-def tells_of_damage(error: BaseException | None) -> bool:
+def is_damage_error(error: BaseException | None) -> bool:
     """Tell whether SQLite, or Python's decoder, could not make sense of the file."""
     if isinstance(error, UnicodeDecodeError):
         return True
@@ -207,35 +207,35 @@ def tells_of_damage(error: BaseException | None) -> bool:
         return False
     code = getattr(error, "sqlite_errorcode", None) or 0
     # The low byte is the kind of the error, the others say which of that kind.
-    return bool({code, code & 0xFF} & _DAMAGE) or str(error).startswith(_UNDECODABLE)
+    return bool({code, code & 0xFF} & _DAMAGE_CODES) or str(error).startswith(_DECODE_ERROR_PREFIX)
 
 
-def _says_nothing_else(error: BaseException) -> bool:
+def _is_content_error(error: BaseException) -> bool:
     """Tell whether what fails while a ledger is opened can only be its content: our own SQL fits any sound ledger."""
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_ERROR
 
 
-def damaged(path: object, how: str = "") -> LedgerDamaged:
+def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
     """Say that a ledger is damaged. What SQLite says of it may quote personal data, and is never shown."""
-    return LedgerDamaged(f"{path}: the ledger is damaged{how and f': {how}'}", RESTORE)
+    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", RESTORE_HINT)
 
 
-def open_file(path: Path, *, read_only: bool, any_version: bool, unchecked: bool = False) -> SqliteSession:
+def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:
     """Open a ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
 
     `unchecked` leaves it to the caller to look for damage. Raises Refused when the file is not a ledger, is damaged, is
     newer than this program or can't be written.
     """
     try:
-        there = is_there(path)
+        file_exists = ledger_file_exists(path)
         if not read_only:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not there:
-                _make(path)
+            if not file_exists:
+                _create(path)
             # SQLite would open a file that can't be written all the same, only to read.
             os.close(os.open(path, os.O_RDWR))
         if path.is_file() and not path.stat().st_size:
-            raise damaged(path, "it is empty")
+            raise damaged_ledger_error(path, "it is empty")
         mode = "ro" if read_only else "rw"
         # One thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
@@ -243,11 +243,11 @@ def open_file(path: Path, *, read_only: bool, any_version: bool, unchecked: bool
             uri=True,
             isolation_level=None,
             check_same_thread=False,
-            timeout=PATIENCE_S,
+            timeout=BUSY_TIMEOUT_S,
             factory=SqliteSession,
         )
         try:
-            _check_mark(db, path)
+            _check_application_id(db, path)
             _check_length(db, path)
             if not read_only:
                 # Readers look while we write; a committed move survives a power cut.
@@ -257,15 +257,17 @@ def open_file(path: Path, *, read_only: bool, any_version: bool, unchecked: bool
             db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
-            if not (unchecked or any_version):
-                _check_whole(db, path, CHECKED_ALWAYS if read_only else CHECKED_AT_START)
+            if not (skip_integrity_check or any_version):
+                _check_integrity(db, path, ALWAYS_CHECKED_BYTES if read_only else CHECKED_AT_START_BYTES)
         except BaseException:
             db.close()
             raise
     except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
-        if tells_of_damage(error) or _says_nothing_else(error):
-            raise damaged(path) from error
-        raise Refused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?") from error
+        if is_damage_error(error) or _is_content_error(error):
+            raise damaged_ledger_error(path) from error
+        raise CommandRefused(
+            f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?"
+        ) from error
     return db
 
 
@@ -281,19 +283,19 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
         return list(tasks)
 
 
-def _make(path: Path) -> None:
+def _create(path: Path) -> None:
     """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
-    part = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     # What a journal without its ledger says, SQLite would play into the new one.
-    for stale in (part, *(Path(f"{base}{end}") for base in (part, path) for end in JOURNALS)):
+    for stale in (temporary, *(Path(f"{base}{end}") for base in (temporary, path) for end in JOURNAL_SUFFIXES)):
         stale.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    db = sqlite3.connect(part, isolation_level=None)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    db = sqlite3.connect(temporary, isolation_level=None)
     try:
         _migrate(db, path, allowed=True)
     finally:
         db.close()
-    part.replace(path)
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -305,55 +307,55 @@ def _check_length(db: sqlite3.Connection, path: Path) -> None:
     """Refuse a file that lacks some bytes: SQLite would read zeros in their place."""
     (size,) = db.execute("PRAGMA page_size").fetchone()
     if path.stat().st_size % size:
-        raise damaged(path, "the file is cut off")
+        raise damaged_ledger_error(path, "the file is cut off")
 
 
-def _check_whole(db: sqlite3.Connection, path: Path, most: int) -> None:
+def _check_integrity(db: sqlite3.Connection, path: Path, max_bytes: int) -> None:
     """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
 
     The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
     """
-    if path.stat().st_size > most:
+    if path.stat().st_size > max_bytes:
         return
-    (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
-    if said != "ok":
-        raise damaged(path)
+    (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    if result != "ok":
+        raise damaged_ledger_error(path)
 
 
-def _check_mark(db: sqlite3.Connection, path: Path) -> None:
+def _check_application_id(db: sqlite3.Connection, path: Path) -> None:
     """Refuse the database of another program before anything in it is changed."""
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    (mark,) = db.execute("PRAGMA application_id").fetchone()
-    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if mark == schema.UNRELEASED_MARK:
-        raise Refused(
+    (application_id,) = db.execute("PRAGMA application_id").fetchone()
+    tables_found = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if application_id == schema.UNRELEASED_MARK:
+        raise CommandRefused(
             f"{path}: this ledger was made by a version of enrich before its first release",
             "name another file as `ledger`: a new ledger is made there, and requests are paid again",
         )
-    if mark != schema.MARK and {"requests", "attempts"} <= names:
-        raise damaged(path)
-    if tables and mark != schema.MARK:
-        raise Refused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
+    if application_id != schema.APPLICATION_ID and {"requests", "attempts"} <= tables_found:
+        raise damaged_ledger_error(path)
+    if tables and application_id != schema.APPLICATION_ID:
+        raise CommandRefused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
 
 
 def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version < 0:
-        raise damaged(path)
+        raise damaged_ledger_error(path)
     if version > len(schema.MIGRATIONS):
-        raise Refused(
+        raise CommandRefused(
             f"{path}: this ledger was written by a newer version of enrich",
             f"it has version {version}, this program knows {len(schema.MIGRATIONS)}; install the newer one",
         )
     if version < len(schema.MIGRATIONS) and not allowed:
-        raise Refused(
+        raise CommandRefused(
             f"{path}: this ledger is of an older version of enrich",
             "a run brings it up to date; with --limit 0 it asks nothing new",
         )
     for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         _apply(db, script)
-        db.execute(f"PRAGMA application_id = {schema.MARK}")
+        db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
 

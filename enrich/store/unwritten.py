@@ -10,84 +10,86 @@ from typing import Any, ClassVar
 
 from enrich.errors import LedgerFailed
 from enrich.model import Acceptance, Answer, State
-from enrich.store.dialect import FAILURES
-from enrich.store.moves import Doubt
-from enrich.store.rescue import SETTLED, Rescue
-from enrich.store.rescue_file import Paid, RescueFile
+from enrich.store.dialect import DATABASE_ERRORS
+from enrich.store.moves import InDoubtUpdate
+from enrich.store.rescue import SETTLED_STATES, RescueQueries
+from enrich.store.rescue_file import RescuedAttempt, RescueFile
 
 #: Lines that are written at a time.
-_AT_ONCE = 1000
+_LINES_PER_WRITE = 1000
 #: What reading a database that is broken may raise.
-_UNREADABLE = (*FAILURES, ValueError, TypeError)
+_READ_ERRORS = (*DATABASE_ERRORS, ValueError, TypeError)
 
 
 @dataclass(slots=True)
-class UnwrittenMoves:
+class RescueRecorder:
     """The moves that could not be written. A move that would begin something new fails with `failure`."""
 
     #: The methods of the ledger that it has, too.
-    MOVES: ClassVar = frozenset(
+    OPERATIONS: ClassVar = frozenset(
         {
-            "accepted",
-            "doubt",
-            "refused",
-            "rejected",
-            "alive",
+            "record_accepted",
+            "mark_in_doubt",
+            "record_refused",
+            "record_rejected",
+            "mark_acknowledged",
             "settle",
-            "settle_bundle",
+            "settle_bulk_task",
             "has_task",
-            "keep_unread",
-            "mark_gone",
+            "save_unusable_answer",
+            "mark_result_deleted",
         }
     )
 
-    ledger: Rescue
+    ledger: RescueQueries
     file: RescueFile
     failure: LedgerFailed
     #: Nothing that is in the open database is at the ledger's path any more.
-    gone: bool
-    _lines: dict[int, Paid] = field(default_factory=dict)
+    database_missing: bool
+    _lines: dict[int, RescuedAttempt] = field(default_factory=dict)
     _changed: set[int] = field(default_factory=set)
     #: Task ids that could be written nowhere.
-    _lost: dict[int, str | None] = field(default_factory=dict)
+    _unsaved_task_ids: dict[int, str | None] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Keep what is at the API when the whole ledger is gone."""
-        if self.gone:
-            with suppress(*_UNREADABLE):
+        if self.database_missing:
+            with suppress(*_READ_ERRORS):
                 self._lines = {line.attempt: line for line in self.ledger.open_attempts()}
                 self._changed = set(self._lines)
         self.flush()
 
-    def accepted(self, told: Sequence[tuple[int, str, int]], bound_to: Mapping[str, str | None]) -> list[Acceptance]:
+    def record_accepted(
+        self, updates: Sequence[tuple[int, str, int]], facts: Mapping[str, str | None]
+    ) -> list[Acceptance]:
         """Keep task ids; they are compared with others when they are taken in."""
-        for attempt, task_id, now_ms in told:
-            facts = {name: value for name, value in bound_to.items() if value is not None}
-            self._change(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **facts)
+        for attempt, task_id, now_ms in updates:
+            line_facts = {name: value for name, value in facts.items() if value is not None}
+            self._update_line(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **line_facts)
             if attempt not in self._lines:
-                self._lost[attempt] = task_id
-        return [Acceptance.NEW] * len(told)
+                self._unsaved_task_ids[attempt] = task_id
+        return [Acceptance.NEW] * len(updates)
 
-    def doubt(self, told: Sequence[Doubt]) -> None:
+    def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
         """Keep what may or may not have been charged."""
-        for attempt, error, now_ms, task_id in told:
-            self._change(attempt, state="in_doubt", error=error, settled_ms=now_ms)
+        for attempt, error, now_ms, task_id in updates:
+            self._update_line(attempt, state="in_doubt", error=error, settled_ms=now_ms)
             if task_id is not None:
-                self._change(attempt, task_id=task_id)
+                self._update_line(attempt, task_id=task_id)
 
-    def refused(self, told: Sequence[tuple[int, str, int]]) -> None:
+    def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Keep that nothing was accepted, so that it does not become a doubt."""
-        for attempt, error, now_ms in told:
-            self._change(attempt, state="refused", error=error, settled_ms=now_ms)
+        for attempt, error, now_ms in updates:
+            self._update_line(attempt, state="record_refused", error=error, settled_ms=now_ms)
 
-    def rejected(self, told: Sequence[tuple[int, str, int]]) -> None:
+    def record_rejected(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Keep that the API refused the params."""
-        for attempt, error, now_ms in told:
-            self._change(attempt, state="failed", error=error, settled_ms=now_ms, credits=0)
+        for attempt, error, now_ms in updates:
+            self._update_line(attempt, state="failed", error=error, settled_ms=now_ms, credits=0)
 
-    def alive(self, attempts: Sequence[int]) -> None:
+    def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
         """Keep that the API knows the tasks."""
-        for attempt in attempts:
+        for attempt in attempt_ids:
             if attempt in self._lines:
                 self._lines[attempt] = self._lines[attempt].model_copy(update={"seen_alive": True})
 
@@ -95,70 +97,74 @@ class UnwrittenMoves:
         """Answer without the ledger: no task is taken for unknown."""
         return True
 
-    def keep_unread(self, _attempts: Sequence[int], _reason: str, _raw: str | None) -> None:
+    def save_unusable_answer(self, _attempts: Sequence[int], _reason: str, _raw: str | None) -> None:
         """Keep nothing: the task is asked for again by the next run."""
 
-    def mark_gone(self, _attempts: Sequence[int]) -> None:
+    def mark_result_deleted(self, _attempts: Sequence[int]) -> None:
         """Keep nothing: the next run asks once more."""
 
-    def settle(self, told: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int) -> list[State]:
+    def settle(self, answers: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int) -> list[State]:
         """Keep answers."""
-        for attempt, answer, now_ms in told:
-            self._answer(attempt, answer, answer.credits, now_ms)
-        return [answer.state for _, answer, _ in told]
+        for attempt, answer, now_ms in answers:
+            self._record_answer(attempt, answer, answer.credits, now_ms)
+        return [answer.state for _, answer, _ in answers]
 
-    def settle_bundle(
-        self, told: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int, credits_: int | None
+    def settle_bulk_task(
+        self, answers: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int, credits_: int | None
     ) -> list[State]:
         """Keep the answers of a task of many; its price stands with the first."""
-        for place, (attempt, answer, now_ms) in enumerate(told):
-            self._answer(attempt, answer, credits_ if credits_ is None or not place else 0, now_ms)
-        return [answer.state for _, answer, _ in told]
+        for bulk_index, (attempt, answer, now_ms) in enumerate(answers):
+            self._record_answer(attempt, answer, credits_ if credits_ is None or not bulk_index else 0, now_ms)
+        return [answer.state for _, answer, _ in answers]
 
-    def _answer(self, attempt: int, answer: Answer, credits_: int | None, now_ms: int) -> None:
+    def _record_answer(self, attempt: int, answer: Answer, credits_: int | None, now_ms: int) -> None:
         if not answer.free_failure:  # the task is asked for again, and is sent again then
-            told = {
+            fields = {
                 "state": answer.state.value,
                 "error": answer.error,
                 "provider": answer.provider,
                 "credits": credits_,
             }
-            self._change(attempt, **told, answer=answer.raw, settled_ms=now_ms)
+            self._update_line(attempt, **fields, answer=answer.raw, settled_ms=now_ms)
 
-    def _change(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
+    def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
         if attempt not in self._lines:
-            with suppress(*_UNREADABLE):
-                self._lines |= {line.attempt: line for line in self.ledger.paid([attempt])}
+            with suppress(*_READ_ERRORS):
+                self._lines |= {line.attempt: line for line in self.ledger.rescued_attempts([attempt])}
         if attempt in self._lines:
             self._lines[attempt] = self._lines[attempt].model_copy(update=changes)
             self._changed.add(attempt)
 
     def flush(self) -> None:
         """Write down what changed; answers, which may be long, come at the end."""
-        short = [line for line in self._waiting() if line.state not in SETTLED]
-        if self.file.append(short):
-            self._changed.difference_update(line.attempt for line in short)
+        unanswered = [line for line in self._unwritten_lines() if line.state not in SETTLED_STATES]
+        if self.file.append(unanswered):
+            self._changed.difference_update(line.attempt for line in unanswered)
 
-    def _waiting(self) -> list[Paid]:
+    def _unwritten_lines(self) -> list[RescuedAttempt]:
         return [self._lines[attempt] for attempt in sorted(self._changed)]
 
     def close(self) -> LedgerFailed:
         """Write down the answers; return the failure with the place of all this."""
         self.flush()
-        self._lost |= {line.attempt: line.task_id for line in self._waiting() if line.state == "submitted"}
-        self.file.append(line for line in self._waiting() if line.state in SETTLED)
-        if self.gone:
-            with suppress(*_UNREADABLE):
+        self._unsaved_task_ids |= {
+            line.attempt: line.task_id for line in self._unwritten_lines() if line.state == "submitted"
+        }
+        self.file.append(line for line in self._unwritten_lines() if line.state in SETTLED_STATES)
+        if self.database_missing:
+            with suppress(*_READ_ERRORS):
                 rest = (line for line in self.ledger.answered_attempts() if line.attempt not in self._lines)
-                while (lines := list(islice(rest, _AT_ONCE))) and self.file.append(lines):
+                while (lines := list(islice(rest, _LINES_PER_WRITE))) and self.file.append(lines):
                     pass
         self.file.close()
         message, hint = self.failure.message, self.failure.hint
         if self.file.path is not None:
             message += f"; what was paid for is kept in {self.file.path}"
             hint = f"{hint}; it takes in {self.file.path.name}"
-        if self._lost:
-            names = {attempt: line.fingerprint for attempt, line in self._lines.items()}
-            lost = ", ".join(f"{task} (request {names.get(attempt, '?')})" for attempt, task in self._lost.items())
+        if self._unsaved_task_ids:
+            fingerprints = {attempt: line.fingerprint for attempt, line in self._lines.items()}
+            lost = ", ".join(
+                f"{task} (request {fingerprints.get(attempt, '?')})" for attempt, task in self._unsaved_task_ids.items()
+            )
             message += f"; these tasks could be written nowhere, so keep their ids: {lost}"
         return type(self.failure)(message, hint)

@@ -10,49 +10,51 @@ from typing import BinaryIO
 
 import polars as pl
 
-from enrich.errors import Refused
-from enrich.place import Place
-from enrich.tables.textfile import TableProblem
+from enrich.errors import CommandRefused
+from enrich.place import Location
+from enrich.tables.textfile import FileProblem
 
-AGAIN = "the ledger has the answers: `enrich collect` writes them without paying"
-_LATER = f"make room for it; {AGAIN}"
+COLLECT_HINT = "the ledger has the answers: `enrich collect` writes them without paying"
+_SPACE_HINT = f"make room for it; {COLLECT_HINT}"
 
 
 @contextmanager
-def telling(target: Place, kind: str) -> Iterator[None]:
+def as_write_refused(target: Location, kind: str) -> Iterator[None]:
     """Turn what fails while a file of the run is written into Refused; `kind` is its key of the job file."""
     try:
         yield
-    except TableProblem as problem:
-        raise Refused(f"{target}: {problem.message}", problem.hint) from problem
+    except FileProblem as problem:
+        raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
     except OSError as error:
-        raise Refused(f"{target}: the {kind} cannot be written: {error.strerror or error}", _LATER) from error
+        raise CommandRefused(
+            f"{target}: the {kind} cannot be written: {error.strerror or error}", _SPACE_HINT
+        ) from error
     except pl.exceptions.ComputeError as error:
         # What the disk says comes out of polars' sink as this.
-        raise Refused(f"{target}: the {kind} cannot be written: {error}", _LATER) from error
+        raise CommandRefused(f"{target}: the {kind} cannot be written: {error}", _SPACE_HINT) from error
 
 
 @contextmanager
-def growing(target: Path, part: Path) -> Iterator[BinaryIO]:
+def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
     """Open a new file, which takes the target's place when the block ends well."""
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         with os.fdopen(descriptor, "w+b") as raw:
             yield raw
             raw.flush()
             os.fsync(raw.fileno())
-            if not os.path.samestat(os.fstat(raw.fileno()), part.stat()):
-                raise FileExistsError(17, f"another run of a job of this name writes {part}")
-            part.replace(target)
+            if not os.path.samestat(os.fstat(raw.fileno()), temporary.stat()):
+                raise FileExistsError(17, f"another run of a job of this name writes {temporary}")
+            temporary.replace(target)
     except BaseException:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
-    keep_names(target.parent)
+    fsync_dir(target.parent)
 
 
-def keep_names(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Let what was made, renamed or removed in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

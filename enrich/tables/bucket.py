@@ -10,88 +10,100 @@ from typing import BinaryIO, cast
 
 import polars as pl
 
-from enrich.errors import JobError, Refused
-from enrich.place import Url
+from enrich.errors import CommandRefused, JobError
+from enrich.place import ObjectUrl
 from enrich.tables import parquet, storage
-from enrich.tables.atomic import AGAIN, telling
-from enrich.tables.manifest import MANIFEST, Manifest, PartFile, complete, is_part, part_name, read_manifest
+from enrich.tables.atomic import COLLECT_HINT, as_write_refused
+from enrich.tables.manifest import (
+    MANIFEST,
+    Manifest,
+    PartFile,
+    is_part_name,
+    make_manifest,
+    new_part_name,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class BucketDraft:
+class BucketDatasetWriter:
     """A dataset that grows; every machine that reaches the storage may write parts of it."""
 
-    target: Url
+    target: ObjectUrl
     job: str
 
-    def write_part(self, first: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> PartFile:
+    def write_part(
+        self, first_position: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
+    ) -> PartFile:
         """Write a part, again if need be. Raises Refused."""
-        name = part_name(first)
-        with telling(self.target, "output"), tempfile.TemporaryFile() as file:
+        name = new_part_name(first_position)
+        with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
             rows = parquet.write(raw, schema, frames)
-            _send(_at(self.target, name), raw)
-        return PartFile(name, first, rows)
+            _upload(_object_url(self.target, name), raw)
+        return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Say that these parts count, and remove those that were there. Raises Refused; the old ones count then."""
-        manifest = complete(self.job, parts)
-        if gone := manifest.names - _names(self.target):
-            raise Refused(f"{_at(self.target, min(gone))} is gone: another run may have removed it", AGAIN)
-        _say(self.target, manifest)
-        with suppress(Refused):  # the next start does it
-            mend(self.target)
+        manifest = make_manifest(self.job, parts)
+        if missing := manifest.part_names - _object_names(self.target):
+            raise CommandRefused(
+                f"{_object_url(self.target, min(missing))} is gone: another run may have removed it", COLLECT_HINT
+            )
+        _write_manifest(self.target, manifest)
+        with suppress(CommandRefused):  # the next start does it
+            clean_up_bucket(self.target)
 
     def discard(self) -> None:
         """Leave what was sent for the next start to remove."""
 
 
-def begin(target: Url, job: str) -> BucketDraft:
+def begin_in_bucket(target: ObjectUrl, job: str) -> BucketDatasetWriter:
     """Say that the folder is ours before anything is in it, so that the next start may remove that. Raises Refused."""
-    if _manifest(target) is None:
-        _say(target, Manifest(dataset_of=job))
-    return BucketDraft(target, job)
+    if _bucket_manifest(target) is None:
+        _write_manifest(target, Manifest(dataset_of=job))
+    return BucketDatasetWriter(target, job)
 
 
-def mend(target: Url) -> None:
+def clean_up_bucket(target: ObjectUrl) -> None:
     """Remove the parts that don't count: they were replaced, or are of a run that was killed."""
     # In this order: what another run finishes meanwhile is not seen yet, or named.
-    there, manifest = _names(target), _manifest(target)
+    existing, manifest = _object_names(target), _bucket_manifest(target)
     if manifest is not None:
-        left = filter(is_part, there - manifest.names)
-        storage.remove(target, [_at(target, name).key for name in left])
+        stale = filter(is_part_name, existing - manifest.part_names)
+        storage.delete_objects(target, [_object_url(target, name).key for name in stale])
 
 
-def check_ours(target: Url) -> None:
+def check_own_bucket(target: ObjectUrl) -> None:
     """Refuse to write where anything is but a dataset that we wrote. Raises JobError."""
-    manifest = _manifest(target)
-    strange = _names(target) - {MANIFEST} - (manifest.names if manifest else set())
-    if strange:
-        message = f"{target}: the output would go among other objects: {_at(target, min(strange))}"
+    manifest = _bucket_manifest(target)
+    foreign = _object_names(target) - {MANIFEST} - (manifest.part_names if manifest else set())
+    if foreign:
+        message = f"{target}: the output would go among other objects: {_object_url(target, min(foreign))}"
         raise JobError(message, "name a folder of its own")
 
 
-def _names(target: Url) -> set[str]:
-    return {key[len(target.key) :] for key, _ in storage.below(target)} - {""}
+def _object_names(target: ObjectUrl) -> set[str]:
+    return {key[len(target.key) :] for key, _ in storage.list_objects(target)} - {""}
 
 
-def _at(target: Url, name: str) -> Url:
+def _object_url(target: ObjectUrl, name: str) -> ObjectUrl:
     return replace(target, key=target.key + name)
 
 
-def _manifest(target: Url) -> Manifest | None:
-    return read_manifest(storage.read(_at(target, MANIFEST)))
+def _bucket_manifest(target: ObjectUrl) -> Manifest | None:
+    return read_manifest(storage.read_object(_object_url(target, MANIFEST)))
 
 
-def _say(target: Url, manifest: Manifest) -> None:
-    with telling(target, "output"), tempfile.TemporaryFile() as file:
+def _write_manifest(target: ObjectUrl, manifest: Manifest) -> None:
+    with as_write_refused(target, "output"), tempfile.TemporaryFile() as file:
         file.write(manifest.model_dump_json().encode())
-        _send(_at(target, MANIFEST), cast("BinaryIO", file))
+        _upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
 
 
-def _send(url: Url, file: BinaryIO) -> None:
+def _upload(url: ObjectUrl, file: BinaryIO) -> None:
     file.seek(0)
     try:
-        storage.send(url, file)
-    except Refused as error:
-        raise Refused(error.message, f"{error.hint}; {AGAIN}") from error
+        storage.upload(url, file)
+    except CommandRefused as error:
+        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error

@@ -11,16 +11,16 @@ from decimal import Decimal
 import polars as pl
 
 #: What a JSON file has that is not a string, as it is written there; null where it has nothing.
-JSON = pl.Struct({"enrich:json": pl.String})
+JSON_TYPE = pl.Struct({"enrich:json": pl.String})
 #: Whole numbers below this are exact as floats.
-_EXACT = 2**53
-_STAMP = "%Y-%m-%dT%H:%M:%S%.f"
+_MAX_EXACT_INTEGER = 2**53
+_DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
 
 #: Write text as JSON, letters of all languages as they are.
-quoted = json.encoder.encode_basestring
+quote_json = json.encoder.encode_basestring
 
 
-class Raw(str):
+class RawJson(str):
     """JSON that is not a string, such as a number, as it is written in a file."""
 
     __slots__ = ()
@@ -33,10 +33,10 @@ def as_text(column: pl.Series) -> pl.Series:
     kind = column.dtype
     if kind == pl.String:
         text = column
-    elif kind == JSON:
-        text = _series([None if cell is None else _plain(cell) for cell in written(column)])
+    elif kind == JSON_TYPE:
+        text = _text_series([None if cell is None else _json_to_text(cell) for cell in raw_json_cells(column)])
     elif isinstance(kind, pl.Datetime):
-        text = column.dt.strftime(_STAMP + ("%:z" if kind.time_zone else ""))
+        text = column.dt.strftime(_DATETIME_FORMAT + ("%:z" if kind.time_zone else ""))
     elif kind == pl.Duration:
         text = column.dt.to_string("iso")
     elif kind == pl.Time:
@@ -45,11 +45,11 @@ def as_text(column: pl.Series) -> pl.Series:
         text = column.cast(pl.String)
     elif kind.is_float():
         # Prices are a few numbers, again and again.
-        numbers = _shortest(column).to_list()
-        texts = {number: text_of(number) for number in set(numbers)}
-        text = _series(map(texts.__getitem__, numbers))
+        numbers = _shorten_floats(column).to_list()
+        texts = {number: to_text(number) for number in set(numbers)}
+        text = _text_series(map(texts.__getitem__, numbers))
     else:
-        text = _series(map(text_of, column.to_list()))
+        text = _text_series(map(to_text, column.to_list()))
     return text.fill_null("").alias(name)
 
 
@@ -60,14 +60,14 @@ def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({column.name: as_text(column) for column in frame.get_columns()})
 
 
-def as_json(column: pl.Series) -> list[str]:
+def json_cells(column: pl.Series) -> list[str]:
     """Write every cell of a column as JSON."""
-    if column.dtype == JSON:
-        return [cell or "null" for cell in written(column)]
+    if column.dtype == JSON_TYPE:
+        return [cell or "null" for cell in raw_json_cells(column)]
     if column.dtype.is_temporal() or column.dtype == pl.Binary:
-        gone = column.alias("").is_null()
-        return ["null" if nothing else quoted(cell) for cell, nothing in zip(as_text(column), gone, strict=True)]
-    return list(map(compact, _shortest(column).to_list()))
+        is_null = column.alias("").is_null()
+        return ["null" if nothing else quote_json(cell) for cell, nothing in zip(as_text(column), is_null, strict=True)]
+    return list(map(to_json, _shorten_floats(column).to_list()))
 
 
 def json_column(cells: list[str | None]) -> pl.Series:
@@ -75,32 +75,32 @@ def json_column(cells: list[str | None]) -> pl.Series:
     return pl.DataFrame({"enrich:json": pl.Series(cells, dtype=pl.String)}).to_struct()
 
 
-def written(column: pl.Series) -> list[str | None]:
+def raw_json_cells(column: pl.Series) -> list[str | None]:
     """Return what is written in a JSON file, for each cell of a column of type JSON."""
     return column.alias("").struct.field("enrich:json").to_list()
 
 
-def compact(value: object) -> str:
+def to_json(value: object) -> str:
     """Write a value as JSON without blanks; what JSON has no type for becomes text, what is no number null."""
-    if isinstance(value, Raw):
+    if isinstance(value, RawJson):
         return value
     if isinstance(value, str):
-        return quoted(value)
+        return quote_json(value)
     if isinstance(value, dict):
-        return "{" + ",".join(f"{quoted(key)}:{compact(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{quote_json(key)}:{to_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(compact, value)) + "]"
+        return "[" + ",".join(map(to_json, value)) + "]"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    text = text_of(value)
-    return text if isinstance(value, Decimal) else quoted(text)
+    text = to_text(value)
+    return text if isinstance(value, Decimal) else quote_json(text)
 
 
-def text_of(value: object) -> str:  # noqa: C901 - a table of types
+def to_text(value: object) -> str:  # noqa: C901 - a table of types
     """Write a value as a person reads it: no idle `.0`, no exponent, dates as ISO 8601, nothing as nothing."""
     match value:
         case None:
@@ -112,7 +112,7 @@ def text_of(value: object) -> str:  # noqa: C901 - a table of types
         case int():
             return str(value)
         case float():
-            return _digits(value)
+            return _float_text(value)
         case Decimal():
             return f"{value:f}"
         case datetime() | date() | time():
@@ -126,28 +126,28 @@ def text_of(value: object) -> str:  # noqa: C901 - a table of types
             except UnicodeDecodeError:
                 return value.hex()
         case _:
-            return compact(value)
+            return to_json(value)
 
 
-def _shortest(column: pl.Series) -> pl.Series:
+def _shorten_floats(column: pl.Series) -> pl.Series:
     """Let a short float keep its few digits, through its own text."""
     return column.alias("").cast(pl.String).cast(pl.Float64) if column.dtype == pl.Float32 else column
 
 
-def _digits(value: float) -> str:
+def _float_text(value: float) -> str:
     if math.isnan(value):
         return ""
     if not math.isfinite(value):
         return str(value)
-    if value.is_integer() and abs(value) < _EXACT:
+    if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER:
         return str(int(value))
     return f"{Decimal(f'{value:.15g}'):f}"
 
 
-def _plain(cell: str) -> str:
+def _json_to_text(cell: str) -> str:
     """Turn JSON into text: a string is its text, all else stays as it is written."""
     return str(json.loads(cell)) if cell.startswith('"') else cell
 
 
-def _series(cells: Iterable[str | None]) -> pl.Series:
+def _text_series(cells: Iterable[str | None]) -> pl.Series:
     return pl.Series("", list(cells), pl.String)

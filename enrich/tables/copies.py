@@ -13,81 +13,83 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from enrich.place import Url
+from enrich.place import ObjectUrl
 from enrich.tables import parquet, storage
-from enrich.tables.finding import Leaf
-from enrich.tables.textfile import TableFile, TableProblem
+from enrich.tables.finding import InputFile
+from enrich.tables.textfile import FileProblem, TableFile
 
 #: So many bytes of an object are fetched at once; what is smaller is fetched whole.
-SMALL = 1 << 20
-_GZIP = b"\x1f\x8b"
+HEAD_BYTES = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
-class Copies:
+class LocalCopies:
     """Holds the copy that was made last, for our eyes only; it goes when this object does, at the latest at exit."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         #: With what the object was when it was fetched.
-        self._held: tuple[Url, Path, storage.Stamp] | None = None
+        self._current: tuple[ObjectUrl, Path, storage.ObjectVersion] | None = None
 
-    def file(self, leaf: Leaf) -> TableFile:
+    def table_file(self, file: InputFile) -> TableFile:
         """Return the file to read a leaf from. Raises TableProblem, and Refused for what a storage says."""
-        if isinstance(leaf.where, Path):
-            return leaf.file(leaf.where)
-        if self._held is None or self._held[0] != leaf.where:
-            self._drop()
-            with self._new(leaf.where.name) as (path, into):
-                stamp = storage.fetch(leaf.where, into)
-            self._held = leaf.where, path, stamp
-        _, path, stamp = self._held
-        if leaf.stamp is not None and leaf.stamp != stamp:
-            raise TableProblem(f"{leaf} changed since the run began", "start again when the files are complete")
-        return leaf.file(path)
+        if isinstance(file.location, Path):
+            return file.table_file(file.location)
+        if self._current is None or self._current[0] != file.location:
+            self._remove_current()
+            with self._new_file(file.location.name) as (path, into):
+                version = storage.download(file.location, into)
+            self._current = file.location, path, version
+        _, path, version = self._current
+        if file.version is not None and file.version != version:
+            raise FileProblem(f"{file} changed since the run began", "start again when the files are complete")
+        return file.table_file(path)
 
-    def outline(self, leaf: Leaf) -> TableFile | None:
+    def metadata_file(self, file: InputFile) -> TableFile | None:
         """Return a file that says the columns of a leaf as the leaf does, and of Parquet the number of rows.
 
         Of an object little is fetched for it; None: it takes all of the object.
         """
-        if isinstance(leaf.where, Path):
-            return leaf.file(leaf.where)
-        if leaf.stamp is None or (size := leaf.stamp[1]) <= SMALL:
+        if isinstance(file.location, Path):
+            return file.table_file(file.location)
+        if file.version is None or (size := file.version[1]) <= HEAD_BYTES:
             return None
-        if leaf.told.format == "csv":
-            with self._new("beginning" + ".gz" * leaf.where.name.lower().endswith(".gz")) as (path, into):
-                into.write(storage.fetch_range(leaf.where, 0, SMALL))
-            return leaf.file(path)
+        if file.settings.format == "csv":
+            with self._new_file("beginning" + ".gz" * file.location.name.lower().endswith(".gz")) as (path, into):
+                into.write(storage.download_range(file.location, 0, HEAD_BYTES))
+            return file.table_file(path)
         length = None
-        if leaf.told.format == "parquet":
-            length = parquet.footer_length(storage.fetch_range(leaf.where, size - parquet.TAIL, parquet.TAIL))
-        if length is None or length + parquet.TAIL > size:
+        if file.settings.format == "parquet":
+            length = parquet.footer_length(
+                storage.download_range(file.location, size - parquet.TAIL_BYTES, parquet.TAIL_BYTES)
+            )
+        if length is None or length + parquet.TAIL_BYTES > size:
             return None
-        with self._new("outline.parquet") as (path, into):
-            end = length + parquet.TAIL
-            parquet.write_outline(into, size, storage.fetch_range(leaf.where, size - end, end))
-        return leaf.file(path)
+        with self._new_file("outline.parquet") as (path, into):
+            end = length + parquet.TAIL_BYTES
+            parquet.write_footer_copy(into, size, storage.download_range(file.location, size - end, end))
+        return file.table_file(path)
 
-    def received(self) -> Path:
+    def copy_stdin(self) -> Path:
         """Copy what comes through the pipe: it is read more than once."""
         if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-            raise TableProblem("standard input is a terminal, or closed", "pipe the leads into it: cat FILE | enrich …")
+            raise FileProblem("standard input is a terminal, or closed", "pipe the leads into it: cat FILE | enrich …")
         status = os.fstat(sys.stdin.fileno())
         if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, Path(os.devnull).stat()):
-            raise TableProblem("standard input is a device", "pipe the leads into it: cat FILE | enrich …")
-        beginning = sys.stdin.buffer.read(len(_GZIP))
-        with self._new("stdin.gz" if beginning == _GZIP else "stdin") as (path, into):
+            raise FileProblem("standard input is a device", "pipe the leads into it: cat FILE | enrich …")
+        beginning = sys.stdin.buffer.read(len(_GZIP_MAGIC))
+        with self._new_file("stdin.gz" if beginning == _GZIP_MAGIC else "stdin") as (path, into):
             into.write(beginning)
             shutil.copyfileobj(sys.stdin.buffer, into, 1 << 20)
         return path
 
-    def _drop(self) -> None:
-        if self._held is not None:
-            self._held[1].unlink(missing_ok=True)
-            self._held = None
+    def _remove_current(self) -> None:
+        if self._current is not None:
+            self._current[1].unlink(missing_ok=True)
+            self._current = None
 
     @contextmanager
-    def _new(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
+    def _new_file(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="enrich-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -99,5 +101,5 @@ class Copies:
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise TableProblem(f"{path} cannot be written: {error.strerror}", "make room, or set TMPDIR") from None
+                raise FileProblem(f"{path} cannot be written: {error.strerror}", "make room, or set TMPDIR") from None
             raise

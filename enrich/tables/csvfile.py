@@ -13,55 +13,55 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TextIO
 import polars as pl
 
 from enrich.tables.textfile import (
-    BINARY,
+    BINARY_HINT,
     BYTE_ORDER_MARK,
+    FileProblem,
     TableFile,
-    TableProblem,
     check_encoding,
-    named,
-    opened,
-    twice,
+    open_text,
+    quote_column,
+    repeated_columns,
 )
 
 if TYPE_CHECKING:
     from _csv import Reader
 
-Rows = Sequence[Sequence[object]]
+CellRows = Sequence[Sequence[object]]
 
-CELL_LIMIT = 10_000_000  # characters; csv's own limit of 131,072 is below what scraped pages and notes reach
+MAX_CELL_CHARACTERS = 10_000_000  # characters; csv's own limit of 131,072 is below what scraped pages and notes reach
 
-_SYNTAX = {  # csv tells its errors apart only by their words
+_SYNTAX_PROBLEMS = {  # csv tells its errors apart only by their words
     "unexpected end of data": ("has a quote that is never closed", "Close the quote, or double it if it is text"),
     "expected after": (
         "has characters after a closing quote",
         "Double each quote inside a quoted cell, or close the quote that was opened earlier in the row",
     ),
     "field limit": (
-        f"has a cell of more than {CELL_LIMIT:,} characters",
+        f"has a cell of more than {MAX_CELL_CHARACTERS:,} characters",
         "Look for a quote that is never closed in this row, or shorten the cell",
     ),
 }
-_parsing = threading.Lock()
+_cell_limit_lock = threading.Lock()
 
 
 def read_header(source: TableFile) -> list[str]:
     """Return the column names as they are written."""
-    with _opened(source) as text:
-        return _header(source, _reader(source, text))
+    with _open_csv(source) as text:
+        return _next_header(source, _csv_reader(source, text))
 
 
 def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
     """Yield the rows in order as frames of text; a blank cell is `""`, never null."""
-    with _opened(source) as text:
-        reader = _reader(source, text)
-        header = _header(source, reader)
-        while rows := _take(reader, rows_per_batch):
+    with _open_csv(source) as text:
+        reader = _csv_reader(source, text)
+        header = _next_header(source, reader)
+        while rows := _next_rows(reader, rows_per_batch):
             if set(map(len, rows)) != {len(header)}:
-                raise _first_flaw(source)
+                raise _first_problem(source)
             # Unnamed while they are searched: polars would take a name such as `^a.*$` for a pattern.
             columns = [pl.Series(values=cells, dtype=pl.String) for cells in zip(*rows, strict=True)]
             if any(column.str.contains("\0", literal=True).any() for column in columns):
-                raise _first_flaw(source)
+                raise _first_problem(source)
             yield pl.DataFrame(dict(zip(header, columns, strict=True)))
 
 
@@ -77,12 +77,12 @@ class CsvWriter:
     """Writes frames as CSV text to a binary file, which stays open; a frame is written whole or not at all."""
 
     def __init__(self, raw: BinaryIO, separator: str = ",", encoding: str = "utf-8") -> None:
-        _check(separator, encoding)
+        _check_settings(separator, encoding)
         self._raw = raw
         self._separator = separator
         self._encoding = encoding
         self._encoder = codecs.getincrementalencoder(encoding)()
-        self._rows = 0
+        self._row_count = 0
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +95,8 @@ class CsvWriter:
     def write_header(self, header: list[str]) -> None:
         """Write the column names."""
         # Unquoted, a byte order mark that belongs to the first name would be taken for that of the file.
-        text = _text([header], self._separator, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
-        self._write(text, header, lambda: [header], first_row=0)
+        text = _rows_as_text([header], self._separator, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
+        self._write_text(text, header, lambda: [header], first_row=0)
 
     def write(self, frame: pl.DataFrame) -> None:
         """Write the rows of a frame of text; a null becomes a blank cell."""
@@ -105,30 +105,30 @@ class CsvWriter:
             filled = frame.select(pl.when(pl.all() != "").then(pl.all()))
             text = filled.write_csv(include_header=False, separator=self._separator)
         else:
-            text = _text(frame.rows(), self._separator)
-        self._write(text, frame.columns, frame.rows, first_row=self._rows + 1)
-        self._rows += frame.height
+            text = _rows_as_text(frame.rows(), self._separator)
+        self._write_text(text, frame.columns, frame.rows, first_row=self._row_count + 1)
+        self._row_count += frame.height
 
-    def _write(self, text: str, columns: list[str], rows: Callable[[], Rows], first_row: int) -> None:
+    def _write_text(self, text: str, columns: list[str], rows: Callable[[], CellRows], first_row: int) -> None:
         try:
             self._raw.write(self._encoder.encode(text))
         except UnicodeEncodeError:
-            raise self._unwritable(columns, rows(), first_row) from None
+            raise self._encoding_problem(columns, rows(), first_row) from None
 
-    def _unwritable(self, columns: list[str], rows: Rows, first_row: int) -> TableProblem:
+    def _encoding_problem(self, columns: list[str], rows: CellRows, first_row: int) -> FileProblem:
         hint = "Set `encoding: utf-8` for the file to write"
         for row, cells in enumerate(rows, first_row):
             for name, cell in zip(columns, cells, strict=True):
-                if not _fits(str(cell), self._encoding):
-                    place = f"{f'row {row}' if row else 'the header'}, column {named(name)}"
-                    return TableProblem(f"{place}: `{self._encoding}` has no sign for a character of this cell", hint)
-        return TableProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
+                if not _can_encode(str(cell), self._encoding):
+                    position = f"{f'row {row}' if row else 'the header'}, column {quote_column(name)}"
+                    return FileProblem(f"{position}: `{self._encoding}` has no sign for a character of this cell", hint)
+        return FileProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
 
 
-def _text(rows: Rows, separator: str, *, quote_all: bool = False) -> str:
+def _rows_as_text(rows: CellRows, separator: str, *, quote_all: bool = False) -> str:
     text = _LineFeedText()
-    rule: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
-    csv.writer(text, delimiter=separator, quoting=rule).writerows(rows)
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+    csv.writer(text, delimiter=separator, quoting=quoting).writerows(rows)
     return text.getvalue()
 
 
@@ -140,24 +140,24 @@ class _LineFeedText(io.StringIO):
 
 
 @contextmanager
-def _opened(source: TableFile) -> Iterator[TextIO]:
+def _open_csv(source: TableFile) -> Iterator[TextIO]:
     """Open the file; what the parser says of it becomes a problem."""
-    _check(source.separator, source.encoding)
+    _check_settings(source.separator, source.encoding)
     try:
-        with opened(source) as text:
+        with open_text(source) as text:
             yield text
     except csv.Error:
-        raise _first_flaw(source) from None
+        raise _first_problem(source) from None
 
 
-def _check(separator: str, encoding: str) -> None:
+def _check_settings(separator: str, encoding: str) -> None:
     if len(separator) != 1 or separator in '"\r\n\0':
         message = f"separator {separator!r} is not a single character other than a quote or a line end"
-        raise TableProblem(message, 'Use one such as "," or ";" or, for a tab, "\\t" in double quotes')
+        raise FileProblem(message, 'Use one such as "," or ";" or, for a tab, "\\t" in double quotes')
     check_encoding(encoding)
 
 
-def _fits(text: str, encoding: str) -> bool:
+def _can_encode(text: str, encoding: str) -> bool:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -165,75 +165,75 @@ def _fits(text: str, encoding: str) -> bool:
     return True
 
 
-def _reader(source: TableFile, text: Iterable[str]) -> "Reader":
+def _csv_reader(source: TableFile, text: Iterable[str]) -> "Reader":
     return csv.reader(text, delimiter=source.separator, strict=True)
 
 
 @contextmanager
-def _long_cells() -> Iterator[None]:
+def _raised_cell_limit() -> Iterator[None]:
     """Raise csv's limit for a moment only: it holds for the whole process, so others may rely on theirs."""
-    with _parsing:
-        usual = csv.field_size_limit(CELL_LIMIT)
+    with _cell_limit_lock:
+        previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)
         try:
             yield
         finally:
-            csv.field_size_limit(usual)
+            csv.field_size_limit(previous_limit)
 
 
-def _take(reader: Iterator[list[str]], count: int) -> list[list[str]]:
+def _next_rows(reader: Iterator[list[str]], count: int) -> list[list[str]]:
     """Return the next rows, at most so many; csv gives an empty line as an empty list, which is no row."""
-    with _long_cells():
+    with _raised_cell_limit():
         return list(islice(filter(None, reader), count))
 
 
-def _header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
-    rows = _take(reader, 1)
+def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
+    rows = _next_rows(reader, 1)
     if not rows:
-        raise TableProblem(f"{source} is empty", "The first line must hold the column names")
-    if _flaw(source, rows[0], rows[0]):
-        raise _first_flaw(source)
+        raise FileProblem(f"{source} is empty", "The first line must hold the column names")
+    if _row_problem(source, rows[0], rows[0]):
+        raise _first_problem(source)
     return rows[0]
 
 
-def _first_flaw(source: TableFile) -> TableProblem:
+def _first_problem(source: TableFile) -> FileProblem:
     """Read the file again, slowly, to say in which row and line it first goes wrong."""
     header: list[str] = []
     row, line = 0, 1
-    with _opened(source) as text, _long_cells():
-        reader = _reader(source, text)
+    with _open_csv(source) as text, _raised_cell_limit():
+        reader = _csv_reader(source, text)
         try:
             for cells in reader:
                 if cells:
                     header = header or cells
-                    if flaw := _flaw(source, header, cells):
+                    if problem := _row_problem(source, header, cells):
                         break
                     row += 1
                 line = reader.line_num + 1
             else:
-                return TableProblem(f"{source} changed while it was read", "Start again when the file is complete")
+                return FileProblem(f"{source} changed while it was read", "Start again when the file is complete")
         except csv.Error as error:
-            known = (flaw for words, flaw in _SYNTAX.items() if words in str(error))
-            flaw = next(known, ("is not well-formed CSV", "Look at its quotes"))
-    what, hint = flaw
+            known = (flaw for words, flaw in _SYNTAX_PROBLEMS.items() if words in str(error))
+            problem = next(known, ("is not well-formed CSV", "Look at its quotes"))
+    message, hint = problem
     if reader.line_num > line:
         hint += f"; the row runs on to line {reader.line_num}"
-    place = f"row {row}" if row else "the header"
-    return TableProblem(f"{source}: {place} (line {line}) {what}", hint)
+    position = f"row {row}" if row else "the header"
+    return FileProblem(f"{source}: {position} (line {line}) {message}", hint)
 
 
-def _flaw(source: TableFile, header: list[str], cells: list[str]) -> tuple[str, str] | None:
+def _row_problem(source: TableFile, header: list[str], cells: list[str]) -> tuple[str, str] | None:
     """Tell what is wrong with a row, the header being one too, and the remedy."""
     if len(cells) != len(header):
-        what = f"has {_counted(len(cells), 'cell')}, but the header has {_counted(len(header), 'column')}"
+        message = f"has {_count_text(len(cells), 'cell')}, but the header has {_count_text(len(header), 'column')}"
         separator = likely_separator(header, source.separator)
         if separator:
-            return what, f"Perhaps the separator is {separator!r}"
-        return what, f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
+            return message, f"Perhaps the separator is {separator!r}"
+        return message, f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
     if any("\0" in cell for cell in cells):
-        return "has a NUL character", BINARY
-    repeated = twice(header) if cells is header else None
+        return "has a NUL character", BINARY_HINT
+    repeated = repeated_columns(header) if cells is header else None
     return (repeated, "Give each column a name of its own") if repeated else None
 
 
-def _counted(number: int, thing: str) -> str:
+def _count_text(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -9,24 +9,24 @@ from typing import BinaryIO
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from enrich.tables.cells import JSON, as_text
-from enrich.tables.textfile import TableFile, TableProblem, readable
+from enrich.tables.cells import JSON_TYPE, as_text
+from enrich.tables.textfile import FileProblem, TableFile, as_file_problem
 
 #: So many rows are held in memory, when they are read and when they are written.
-AT_ONCE = 100_000
+ROWS_PER_CHUNK = 100_000
 
 
 #: What a file ends with: how long its footer is, and its name.
-TAIL = 8
+TAIL_BYTES = 8
 _MAGIC = b"PAR1"
 
 
 def footer_length(tail: bytes) -> int | None:
     """Tell how long the footer before the tail is; None: this is no such file."""
-    return int.from_bytes(tail[:4], "little") if len(tail) == TAIL and tail.endswith(_MAGIC) else None
+    return int.from_bytes(tail[:4], "little") if len(tail) == TAIL_BYTES and tail.endswith(_MAGIC) else None
 
 
-def write_outline(raw: BinaryIO, size: int, end: bytes) -> None:
+def write_footer_copy(raw: BinaryIO, size: int, end: bytes) -> None:
     """Make a file that tells columns and number of rows of another, from nothing but the end of that."""
     raw.truncate(size)
     raw.write(_MAGIC)
@@ -36,16 +36,16 @@ def write_outline(raw: BinaryIO, size: int, end: bytes) -> None:
 
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     """Return the columns and their types."""
-    with _sound(source):
+    with _as_parquet_problem(source):
         schema = dict(_scan(source).collect_schema())
     if not schema:
-        raise TableProblem(f"{source} has no columns", "Name a file of leads")
+        raise FileProblem(f"{source} has no columns", "Name a file of leads")
     return schema
 
 
 def count_rows(source: TableFile) -> int:
     """Count the rows, without reading them."""
-    with _sound(source):
+    with _as_parquet_problem(source):
         return int(_scan(source).select(pl.len()).collect().item())
 
 
@@ -55,11 +55,11 @@ def read_batches(
     """Yield so many rows in order, or all behind the first that is wanted (from 0)."""
     height = count_rows(source)
     end = height if rows is None else min(start + rows, height)
-    with _sound(source):
+    with _as_parquet_problem(source):
         scan = _scan(source)
         # In pieces of our own: polars would read several row groups ahead, whatever their size.
-        for at in range(start, end, AT_ONCE):
-            yield from scan.slice(at, min(AT_ONCE, end - at)).collect().iter_slices(rows_per_batch)
+        for position in range(start, end, ROWS_PER_CHUNK):
+            yield from scan.slice(position, min(ROWS_PER_CHUNK, end - position)).collect().iter_slices(rows_per_batch)
 
 
 def _scan(source: TableFile) -> pl.LazyFrame:
@@ -79,17 +79,17 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
         nonlocal written
         for frame in frames:
             written += frame.height
-            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON else it for it in frame.get_columns()})
+            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON_TYPE else it for it in frame.get_columns()})
 
-    types = {name: pl.String() if kind == JSON else kind for name, kind in schema.items()}
-    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw, row_group_size=AT_ONCE)
+    types = {name: pl.String() if kind == JSON_TYPE else kind for name, kind in schema.items()}
+    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw, row_group_size=ROWS_PER_CHUNK)
     return written
 
 
 @contextmanager
-def _sound(source: TableFile) -> Iterator[None]:
+def _as_parquet_problem(source: TableFile) -> Iterator[None]:
     try:
-        with readable(source):
+        with as_file_problem(source):
             yield
     except pl.exceptions.PolarsError:
-        raise TableProblem(f"{source} is not a sound Parquet file", "Write it again, or fetch it again") from None
+        raise FileProblem(f"{source} is not a sound Parquet file", "Write it again, or fetch it again") from None

@@ -7,45 +7,45 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from enrich.tables.copies import Copies
-from enrich.tables.finding import Leaf
-from enrich.tables.reading import Shape, batches
-from enrich.tables.textfile import TableProblem, refusing
+from enrich.tables.copies import LocalCopies
+from enrich.tables.finding import InputFile
+from enrich.tables.reading import InputSchema, read_batches
+from enrich.tables.textfile import FileProblem, as_refused
 
 #: So many rows of a Parquet file make a part; of other formats a file is one.
-ROWS = 100_000
+ROWS_PER_PART = 100_000
 #: As the readers have them.
 ROWS_PER_BATCH = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class InputPart:
     """Some rows of one file: from which on (`start`, from 0) and how many; `first` is their place in the input."""
 
-    leaf: Leaf
-    start: int
+    file: InputFile
+    start_row: int
     rows: int
-    first: int
+    first_position: int
 
 
-def divide(counted: Iterable[tuple[Leaf, int]]) -> list[Part]:
+def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]:
     """Divide files, of so many rows each, into parts that follow one another; an empty file has none."""
-    parts: list[Part] = []
-    first = 0
-    for leaf, rows in counted:
-        step = ROWS if leaf.told.format == "parquet" else max(rows, 1)
+    parts: list[InputPart] = []
+    first_position = 0
+    for file, rows in row_counts:
+        step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
         for start in range(0, rows, step):
-            taken = min(step, rows - start)
-            parts.append(Part(leaf, start, taken, first))
-            first += taken
+            part_rows = min(step, rows - start)
+            parts.append(InputPart(file, start, part_rows, first_position))
+            first_position += part_rows
     return parts
 
 
-class Block:
+class InMemoryRows:
     """Rows that were read already."""
 
-    def __init__(self, first: int, frame: pl.DataFrame) -> None:
-        self.first = first
+    def __init__(self, first_position: int, frame: pl.DataFrame) -> None:
+        self.first_position = first_position
         self._frame = frame
 
     def batches(self) -> Iterator[pl.DataFrame]:
@@ -53,25 +53,25 @@ class Block:
         yield from self._frame.iter_slices(ROWS_PER_BATCH)
 
 
-class Stretch:
+class PartReader:
     """The rows of one part, to be read again and again."""
 
-    def __init__(self, part: Part, shape: Shape, copies: Copies | None = None) -> None:
+    def __init__(self, part: InputPart, input_schema: InputSchema, copies: LocalCopies | None = None) -> None:
         """Make it ready; `copies` are shared by the parts of an object, so that it is fetched once."""
         self._part = part
-        self._shape = shape
-        self._copies = copies or Copies()
-        self.first = part.first
+        self._input_schema = input_schema
+        self._copies = copies or LocalCopies()
+        self.first_position = part.first_position
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows. Raises Refused, also when the file has other rows by now."""
         part, height = self._part, 0
-        with refusing():
-            for frame in batches(part.leaf, self._shape, self._copies, part.start, part.rows):
+        with as_refused():
+            for frame in read_batches(part.file, self._input_schema, self._copies, part.start_row, part.rows):
                 height += frame.height
                 if height > part.rows:
                     break
                 yield frame
             if height != part.rows:
                 hint = "start again when the files are complete"
-                raise TableProblem(f"{part.leaf} changed since the run began", hint)
+                raise FileProblem(f"{part.file} changed since the run began", hint)

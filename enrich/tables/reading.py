@@ -10,88 +10,92 @@ from pathlib import Path
 import polars as pl
 
 from enrich.tables import csvfile, excel, jsonl, parquet
-from enrich.tables.cells import JSON
-from enrich.tables.copies import Copies
-from enrich.tables.finding import Leaf
-from enrich.tables.textfile import TableFile, TableProblem
+from enrich.tables.cells import JSON_TYPE
+from enrich.tables.copies import LocalCopies
+from enrich.tables.finding import InputFile
+from enrich.tables.textfile import FileProblem, TableFile
 
 Schema = dict[str, pl.DataType]
 #: So many files are asked about at a time.
-AT_ONCE = 16
+FILES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class InputSchema:
     """The columns of an input: those of its files with their types, and those that only the folders name."""
 
-    columns: Schema
-    said: tuple[str, ...] = ()
+    file_columns: Schema
+    partition_columns: tuple[str, ...] = ()
 
     @property
-    def schema(self) -> Schema:
+    def all_columns(self) -> Schema:
         """All columns in their order; what a folder says is text."""
-        return self.columns | dict.fromkeys(self.said, pl.String())
+        return self.file_columns | dict.fromkeys(self.partition_columns, pl.String())
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class FileMetadata:
     """The columns of a file, and how many rows it has if it says that itself."""
 
     columns: Schema
     rows: int | None
 
 
-def outlines(leaves: Sequence[Leaf], copies: Copies) -> list[Outline]:
+def read_metadata(input_files: Sequence[InputFile], copies: LocalCopies) -> list[FileMetadata]:
     """Read what the files say of themselves, of several at a time. Raises TableProblem, Refused."""
-    if len(leaves) == 1:
-        return [_outline(leaves[0], copies)]
-    with ThreadPoolExecutor(AT_ONCE, "outline") as pool:
-        return list(pool.map(lambda leaf: _outline(leaf, Copies()), leaves))
+    if len(input_files) == 1:
+        return [_read_metadata(input_files[0], copies)]
+    with ThreadPoolExecutor(FILES_AT_ONCE, "outline") as pool:
+        return list(pool.map(lambda file: _read_metadata(file, LocalCopies()), input_files))
 
 
-def _outline(leaf: Leaf, copies: Copies) -> Outline:
+def _read_metadata(input_file: InputFile, copies: LocalCopies) -> FileMetadata:
     try:
-        if (file := copies.outline(leaf)) is not None:
-            return Outline(_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
-    except TableProblem:
-        if isinstance(leaf.where, Path):
+        if (file := copies.metadata_file(input_file)) is not None:
+            return FileMetadata(_read_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
+    except FileProblem:
+        if isinstance(input_file.location, Path):
             raise
     # What little was fetched does not say it.
-    file = copies.file(leaf)
-    return Outline(_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
+    file = copies.table_file(input_file)
+    return FileMetadata(_read_schema(file), parquet.count_rows(file) if file.format == "parquet" else None)
 
 
-def common_shape(leaves: Sequence[Leaf], told: Sequence[Outline]) -> Shape:
+def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetadata]) -> InputSchema:
     """Return the columns that all files have; JSON Lines, which may leave out keys, have those of any.
 
     Raises TableProblem that names the first file that differs.
     """
-    first = leaves[0]
-    columns = dict(told[0].columns)
-    for leaf, other in zip(leaves[1:], (outline.columns for outline in told[1:]), strict=True):
-        if leaf.told.format == "jsonl":
-            columns |= {name: kind for name, kind in other.items() if columns.get(name) != JSON}
-        elif difference := _difference(list(columns.items()), list(other.items())):
-            raise TableProblem(f"{leaf}: its header differs from that of {first}: {difference}", "make them equal")
-    return Shape(columns, tuple(dict.fromkeys(name for name, _ in first.says if name not in columns)))
+    first = input_files[0]
+    columns = dict(metadata[0].columns)
+    for file, other in zip(input_files[1:], (info.columns for info in metadata[1:]), strict=True):
+        if file.settings.format == "jsonl":
+            columns |= {name: kind for name, kind in other.items() if columns.get(name) != JSON_TYPE}
+        elif difference := _schema_difference(list(columns.items()), list(other.items())):
+            raise FileProblem(f"{file}: its header differs from that of {first}: {difference}", "make them equal")
+    return InputSchema(columns, tuple(dict.fromkeys(name for name, _ in first.partition_values if name not in columns)))
 
 
-def batches(
-    leaf: Leaf, shape: Shape, copies: Copies, start: int = 0, rows: int | None = None
+def read_batches(
+    file: InputFile, input_schema: InputSchema, copies: LocalCopies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
     """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
-    said = [(name, value) for name, value in leaf.says if name in shape.said]
-    for frame in _batches(copies.file(leaf), shape.columns, start, rows):
-        more = [pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in said]
-        yield frame.hstack(more) if more else frame
+    partition_values = [
+        (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
+    ]
+    for frame in _read_batches(copies.table_file(file), input_schema.file_columns, start, rows):
+        partition_cells = [
+            pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in partition_values
+        ]
+        yield frame.hstack(partition_cells) if partition_cells else frame
 
 
-def count(leaf: Leaf, shape: Shape, copies: Copies) -> int:
+def count_file_rows(file: InputFile, input_schema: InputSchema, copies: LocalCopies) -> int:
     """Count the rows of a file, which is read to its end. Raises TableProblem."""
-    return sum(frame.height for frame in _batches(copies.file(leaf), shape.columns, 0, None))
+    return sum(frame.height for frame in _read_batches(copies.table_file(file), input_schema.file_columns, 0, None))
 
 
-def _difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:
+def _schema_difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:
     names, others = [name for name, _ in first], [name for name, _ in other]
     missing = [f"`{name}` is missing" for name in names if name not in others]
     more = [f"`{name}` is new" for name in others if name not in names]
@@ -105,7 +109,7 @@ def _difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.
     return None
 
 
-def _schema(file: TableFile) -> Schema:
+def _read_schema(file: TableFile) -> Schema:
     match file.format:
         case "csv":
             return dict.fromkeys(csvfile.read_header(file), pl.String())
@@ -117,7 +121,7 @@ def _schema(file: TableFile) -> Schema:
             return parquet.read_schema(file)
 
 
-def _batches(file: TableFile, columns: Schema, start: int, rows: int | None) -> Iterator[pl.DataFrame]:
+def _read_batches(file: TableFile, columns: Schema, start: int, rows: int | None) -> Iterator[pl.DataFrame]:
     match file.format:
         case "csv":
             return csvfile.read_batches(file)

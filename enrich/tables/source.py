@@ -8,91 +8,91 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.errors import Refused
-from enrich.place import STDIN, Place, Url
+from enrich.errors import CommandRefused
+from enrich.place import STDIN, Location, ObjectUrl
 from enrich.spec import Input
-from enrich.tables.copies import Copies
-from enrich.tables.finding import Leaf, files, find, objects
-from enrich.tables.parts import Part, divide
-from enrich.tables.reading import batches, common_shape, count, outlines
-from enrich.tables.textfile import TableProblem, refusing
+from enrich.tables.copies import LocalCopies
+from enrich.tables.finding import InputFile, find_input_files, find_objects, find_paths
+from enrich.tables.parts import InputPart, divide_files
+from enrich.tables.reading import common_schema, count_file_rows, read_batches, read_metadata
+from enrich.tables.textfile import FileProblem, as_refused
 
 #: Counts the rows of files.
-Counting = Callable[[Sequence[Leaf]], Sequence[int]]
+RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
 
 
-class Source:
+class InputTable:
     """A table that can be read again and again; what is not a file of its own is copied to a private one."""
 
-    def __init__(self, where: Place, told: Input) -> None:
+    def __init__(self, location: Location, settings: Input) -> None:
         """Find the files and read their headers. Raises Refused that names the very file and the remedy."""
-        self._where = where
-        self._copies = Copies()
-        with refusing():
-            self.leaves = self._find(told)
-            found = outlines(self.leaves, self._copies)
-            self.shape = common_shape(self.leaves, found)
+        self._location = location
+        self._copies = LocalCopies()
+        with as_refused():
+            self.input_files = self._find_files(settings)
+            metadata = read_metadata(self.input_files, self._copies)
+            self.input_schema = common_schema(self.input_files, metadata)
         # Of the files that say it themselves.
-        self._counted = {
-            leaf: outline.rows for leaf, outline in zip(self.leaves, found, strict=True) if outline.rows is not None
+        self._known_row_counts = {
+            file: info.rows for file, info in zip(self.input_files, metadata, strict=True) if info.rows is not None
         }
-        self.schema = self.shape.schema
-        self.first = 0
+        self.schema = self.input_schema.all_columns
+        self.first_position = 0
 
-    def stamp(self) -> object:
+    def file_versions(self) -> object:
         """Return what is another when files were replaced, changed, added or are gone."""
-        where = self._where
-        if isinstance(where, Url):
+        location = self._location
+        if isinstance(location, ObjectUrl):
             try:
-                return objects(where)
-            except (Refused, TableProblem):  # what was found stands as long as nothing newer is known
-                return {leaf.where: leaf.stamp for leaf in self.leaves}
-        if where == STDIN:
+                return find_objects(location)
+            except (CommandRefused, FileProblem):  # what was found stands as long as nothing newer is known
+                return {file.location: file.version for file in self.input_files}
+        if location == STDIN:
             return True
-        if self.leaves[0].where == where:
-            return _identity(where)
+        if self.input_files[0].location == location:
+            return _file_identity(location)
         try:
-            return [(path, _identity(path)) for path in files(where)]
-        except TableProblem:
+            return [(path, _file_identity(path)) for path in find_paths(location)]
+        except FileProblem:
             return None
 
     def digest(self) -> str:
         """Hash the bytes of all files (SHA-256, hex), and what their folders say."""
         total = sha256()
-        with refusing():
-            for leaf in self.leaves:
+        with as_refused():
+            for file in self.input_files:
                 try:
-                    with self._copies.file(leaf).path.open("rb") as raw:
+                    with self._copies.table_file(file).path.open("rb") as raw:
                         total.update(file_digest(raw, "sha256").digest())
                 except OSError as error:
-                    raise TableProblem(f"{leaf} cannot be read: {error.strerror}") from None
-                total.update(repr(leaf.says).encode() if leaf.says else b"")
+                    raise FileProblem(f"{file} cannot be read: {error.strerror}") from None
+                total.update(repr(file.partition_values).encode() if file.partition_values else b"")
         return total.hexdigest()
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows of all files in order, each column in its type. Raises Refused."""
-        with refusing():
-            for leaf in self.leaves:
-                yield from batches(leaf, self.shape, self._copies)
+        with as_refused():
+            for file in self.input_files:
+                yield from read_batches(file, self.input_schema, self._copies)
 
-    def parts(self, counting: Counting | None = None) -> list[Part]:
+    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
         """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
-        unknown = [leaf for leaf in self.leaves if leaf not in self._counted]
-        with refusing():
-            rows = (counting or self._count)(unknown)
-        counted = self._counted | dict(zip(unknown, rows, strict=True))
-        return divide((leaf, counted[leaf]) for leaf in self.leaves)
+        unknown = [leaf for leaf in self.input_files if leaf not in self._known_row_counts]
+        with as_refused():
+            rows = (row_counter or self._count_rows)(unknown)
+        row_counts = self._known_row_counts | dict(zip(unknown, rows, strict=True))
+        return divide_files((leaf, row_counts[leaf]) for leaf in self.input_files)
 
-    def _count(self, leaves: Sequence[Leaf]) -> list[int]:
-        return [count(leaf, self.shape, self._copies) for leaf in leaves]
+    def _count_rows(self, input_files: Sequence[InputFile]) -> list[int]:
+        return [count_file_rows(file, self.input_schema, self._copies) for file in input_files]
 
-    def _find(self, told: Input) -> list[Leaf]:
-        if self._where == STDIN:
-            return [Leaf(self._copies.received(), told, "standard input")]
-        return find(self._where, told)
+    def _find_files(self, settings: Input) -> list[InputFile]:
+        if self._location == STDIN:
+            return [InputFile(self._copies.copy_stdin(), settings, "standard input")]
+        return find_input_files(self._location, settings)
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _file_identity(path: Path) -> tuple[int, int, int] | None:
     try:
         stat = path.stat()
     except OSError:

@@ -9,131 +9,131 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, BinaryIO
 
-from enrich.errors import JobError, Refused
-from enrich.place import Url
+from enrich.errors import CommandRefused, JobError
+from enrich.place import ObjectUrl
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
-Stamp = tuple[str | None, int, str]
-_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
+ObjectVersion = tuple[str | None, int, str]
+_ERROR_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
 #: Without credentials the machine itself is asked for them, as in a data centre.
 _NO_CREDENTIALS = re.compile(r"169\.254\.|/latest/api/token|metadata\.google|MissingAccount|MissingCredentials")
-_CREDENTIALS = {
+_CREDENTIAL_VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 
 
-def fetch(url: Url, into: BinaryIO) -> Stamp:
+def download(url: ObjectUrl, into: BinaryIO) -> ObjectVersion:
     """Copy an object to a file. Raises Refused."""
-    store = _store(url)
-    with _told(url):
-        got = store.get(url.key)
-        into.writelines(got.stream())
-        return _stamp(got.meta)
+    store = _open_store(url)
+    with _as_refused(url):
+        result = store.get(url.key)
+        into.writelines(result.stream())
+        return _version_of(result.meta)
 
 
-def fetch_range(url: Url, start: int, length: int) -> bytes:
+def download_range(url: ObjectUrl, start: int, length: int) -> bytes:
     """Return some bytes of an object. Raises Refused."""
-    store = _store(url)
-    with _told(url):
+    store = _open_store(url)
+    with _as_refused(url):
         return bytes(store.get_range(url.key, start=start, length=length))
 
 
-def stamp(url: Url) -> Stamp | None:
+def object_version(url: ObjectUrl) -> ObjectVersion | None:
     """Return what tells one content of an object from another; None when it is gone. Raises Refused."""
-    store = _store(url)
-    with _told(url):
+    store = _open_store(url)
+    with _as_refused(url):
         try:
-            return _stamp(store.head(url.key))
+            return _version_of(store.head(url.key))
         except FileNotFoundError:
             return None
 
 
-def below(url: Url) -> Iterator[tuple[str, Stamp]]:
+def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
     """Yield the keys below a folder, each with what tells one content from another. Raises Refused."""
-    store = _store(url)
-    with _told(url):
-        for some in store.list(url.key.rstrip("/") or None):
-            yield from ((meta["path"], _stamp(meta)) for meta in some)
+    store = _open_store(url)
+    with _as_refused(url):
+        for page in store.list(url.key.rstrip("/") or None):
+            yield from ((meta["path"], _version_of(meta)) for meta in page)
 
 
-def read(url: Url) -> bytes | None:
+def read_object(url: ObjectUrl) -> bytes | None:
     """Return a small object as a whole; None when it is not there. Raises Refused."""
-    store = _store(url)
-    with _told(url):
+    store = _open_store(url)
+    with _as_refused(url):
         try:
             return bytes(store.get(url.key).bytes())
         except FileNotFoundError:
             return None
 
 
-def remove(url: Url, keys: list[str]) -> None:
+def delete_objects(url: ObjectUrl, keys: list[str]) -> None:
     """Remove objects of a bucket. Raises Refused."""
-    store = _store(url)
+    store = _open_store(url)
     if keys:
-        with _told(url):
+        with _as_refused(url):
             store.delete(keys)
 
 
-def check(url: Url) -> None:
+def check_bucket(url: ObjectUrl) -> None:
     """Ask for the bucket before anything is spent. Raises Refused when it is not there or refuses us."""
-    store = _store(url)
-    with _told(url):
+    store = _open_store(url)
+    with _as_refused(url):
         next(iter(store.list(url.key)), None)
 
 
-def send(url: Url, file: BinaryIO) -> None:
+def upload(url: ObjectUrl, file: BinaryIO) -> None:
     """Copy a file to an object, which appears whole or not at all. Raises Refused."""
-    store = _store(url)
-    with _told(url):
+    store = _open_store(url)
+    with _as_refused(url):
         store.put(url.key, file)
 
 
-def _stamp(meta: ObjectMeta) -> Stamp:
+def _version_of(meta: ObjectMeta) -> ObjectVersion:
     return meta["e_tag"], meta["size"], meta["last_modified"].isoformat()
 
 
-def _store(url: Url) -> ObjectStore:
+def _open_store(url: ObjectUrl) -> ObjectStore:
     try:
         from obstore.store import from_url  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
         raise JobError(f"{url}: storage URLs need their extra", "pip install 'databar-enrich[storage]'") from None
-    plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-    with _told(url):
+    allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    with _as_refused(url):
         return from_url(
             f"{url.scheme}://{url.bucket}",
-            client_options={"connect_timeout": "10s", "timeout": "10m", "allow_http": plain},
+            client_options={"connect_timeout": "10s", "timeout": "10m", "allow_http": allow_http},
             retry_config={"max_retries": 3, "retry_timeout": timedelta(minutes=1)},
         )
 
 
 @contextmanager
-def _told(url: Url) -> Iterator[None]:
+def _as_refused(url: ObjectUrl) -> Iterator[None]:
     """Tell what went wrong by its code alone: the storage's own words may hold what is secret."""
     from obstore.exceptions import BaseError  # noqa: PLC0415 - an extra
 
     try:
         yield
     except (BaseError, FileNotFoundError) as error:
-        words = str(error)
-        code = next((next(filter(None, found)) for found in _CODE.findall(words)), "")
-        credentials = f"set {_CREDENTIALS[url.scheme]}"
-        if "NoSuchBucket" in words:
-            told = Refused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
+        message = str(error)
+        code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")
+        credentials_hint = f"set {_CREDENTIAL_VARIABLES[url.scheme]}"
+        if "NoSuchBucket" in message:
+            refused = CommandRefused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
         elif isinstance(error, FileNotFoundError):
-            told = Refused(f"{url} does not exist", "check the URL")
-        elif _NO_CREDENTIALS.search(words):
-            told = Refused(f"{url}: there are no credentials for the storage", credentials)
-        elif re.search(r"status code: 40[13]", words):
-            told = Refused(f"{url}: the storage refuses these credentials ({code})", credentials)
-        elif "BadScheme" in words:
-            told = Refused(f"{url}: the endpoint has no TLS", "if that is meant, set AWS_ALLOW_HTTP=true")
-        elif re.search(r"kind: (Connect|Timeout)|error sending request", words):
-            told = Refused(f"{url}: the storage cannot be reached", "check the network and the endpoint")
+            refused = CommandRefused(f"{url} does not exist", "check the URL")
+        elif _NO_CREDENTIALS.search(message):
+            refused = CommandRefused(f"{url}: there are no credentials for the storage", credentials_hint)
+        elif re.search(r"status code: 40[13]", message):
+            refused = CommandRefused(f"{url}: the storage refuses these credentials ({code})", credentials_hint)
+        elif "BadScheme" in message:
+            refused = CommandRefused(f"{url}: the endpoint has no TLS", "if that is meant, set AWS_ALLOW_HTTP=true")
+        elif re.search(r"kind: (Connect|Timeout)|error sending request", message):
+            refused = CommandRefused(f"{url}: the storage cannot be reached", "check the network and the endpoint")
         else:
-            told = Refused(f"{url}: the storage failed ({code or type(error).__name__})", credentials)
-        raise told from None
+            refused = CommandRefused(f"{url}: the storage failed ({code or type(error).__name__})", credentials_hint)
+        raise refused from None

@@ -11,26 +11,26 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
-from enrich.errors import Refused
+from enrich.errors import CommandRefused
 from enrich.place import Format
 
 BYTE_ORDER_MARK = "\ufeff"
-BINARY = "It is no text file, or one in another encoding, perhaps `encoding: utf-16-le`"
+BINARY_HINT = "It is no text file, or one in another encoding, perhaps `encoding: utf-16-le`"
 
-_MARKS = {
+_BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, whose mark is its beginning
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_OTHER_KINDS = {
+_MAGIC_BYTES = {
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "If it is a workbook, let its name end in `.xlsx`"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "Open it in a spreadsheet and save it as `.xlsx`"),
     b"PAR1": ("a Parquet file", "Let its name end in `.parquet`"),
     b"\x1f\x8b": ("compressed with gzip", "Let its name end in `.gz`, or unpack it"),
 }
-CALLED = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
+FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class TableFile:
     encoding: str = "utf-8"
     format: Format = "csv"
     sheet: str | None = None
-    called: str | None = None
+    display_name: str | None = None
 
     def __str__(self) -> str:
-        return self.called or str(self.path)
+        return self.display_name or str(self.path)
 
 
-class TableProblem(Exception):
+class FileProblem(Exception):
     """What is wrong with a table's file and, as a hint, what to do about it; no cell of the file is quoted."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -58,48 +58,48 @@ class TableProblem(Exception):
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def as_refused() -> Iterator[None]:
     """Turn a problem into what the program ends with."""
     try:
         yield
-    except TableProblem as problem:
-        raise Refused(problem.message, problem.hint) from problem
+    except FileProblem as problem:
+        raise CommandRefused(problem.message, problem.hint) from problem
 
 
 @contextmanager
-def opened(source: TableFile, newline: str = "") -> Iterator[TextIO]:
+def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     """Open the file as text past its byte order mark."""
     check_encoding(source.encoding)
-    with readable(source):
+    with as_file_problem(source):
         try:
-            with _binary(source) as raw:
-                _refuse_other_kinds(source, raw.read(8))
+            with _open_binary(source) as raw:
+                _check_magic_bytes(source, raw.read(8))
                 raw.seek(0)
                 with io.TextIOWrapper(raw, source.encoding, newline=newline) as text:
                     if text.read(1) != BYTE_ORDER_MARK:
                         text.seek(0)
                     yield text
         except UnicodeError:
-            raise _first_undecodable(source) from None
+            raise _decoding_problem(source) from None
 
 
 @contextmanager
-def readable(source: TableFile) -> Iterator[None]:
+def as_file_problem(source: TableFile) -> Iterator[None]:
     """Turn what fails while the file is read into a problem."""
     try:
         path = source.path
         if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
-            raise TableProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "Name a file")
+            raise FileProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "Name a file")
         yield
     except FileNotFoundError:
-        raise TableProblem(f"{source} does not exist", "Check the path; it is relative to the current folder") from None
+        raise FileProblem(f"{source} does not exist", "Check the path; it is relative to the current folder") from None
     except PermissionError:
-        raise TableProblem(f"{source} may not be read by this user", "Give yourself the right to read it") from None
+        raise FileProblem(f"{source} may not be read by this user", "Give yourself the right to read it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         hint = "Fetch the file again; if it is plain text, let its name not end in `.gz`"
-        raise TableProblem(f"{source} is not a sound gzip file", hint) from None
+        raise FileProblem(f"{source} is not a sound gzip file", hint) from None
     except OSError as error:
-        raise TableProblem(f"{source} cannot be read: {error.strerror or error}") from None
+        raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
 
 
 def check_encoding(encoding: str) -> None:
@@ -109,52 +109,52 @@ def check_encoding(encoding: str) -> None:
         "a".encode(encoding)  # refuses codecs that are none of text, such as base64
     except (LookupError, ValueError):
         message = f"encoding `{encoding}` is not known"
-        raise TableProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`") from None
+        raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`") from None
 
 
-def named(column: str) -> str:
+def quote_column(column: str) -> str:
     """Write a column's name in a message."""
     return f"`{column}`" if column else "the blank name"
 
 
-def twice(header: list[str], places: list[str] | None = None) -> str | None:
+def repeated_columns(header: list[str], positions: list[str] | None = None) -> str | None:
     """Tell which names are there twice, and where; places count from 1 where they have no names."""
     if len(set(header)) == len(header):
         return None
     found: dict[str, list[str]] = {}
     for position, name in enumerate(header):
-        found.setdefault(name, []).append(places[position] if places else str(position + 1))
-    repeated = [f"{named(name)} at {', '.join(where)}" for name, where in found.items() if len(where) > 1]
+        found.setdefault(name, []).append(positions[position] if positions else str(position + 1))
+    repeated = [f"{quote_column(name)} at {', '.join(where)}" for name, where in found.items() if len(where) > 1]
     return f"names columns twice: {'; '.join(repeated)}"
 
 
-def _binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
+def _open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
     path = source.path
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _refuse_other_kinds(source: TableFile, beginning: bytes) -> None:
-    for magic, (kind, hint) in _OTHER_KINDS.items():
+def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
+    for magic, (kind, hint) in _MAGIC_BYTES.items():
         if beginning.startswith(magic):
-            raise TableProblem(f"{source} is not {CALLED[source.format]} but {kind}", hint)
+            raise FileProblem(f"{source} is not {FORMAT_NAMES[source.format]} but {kind}", hint)
     encoding = codecs.lookup(source.encoding).name
-    mark = next((marked for mark, marked in _MARKS.items() if beginning.startswith(mark)), None)
+    mark = next((marked for mark, marked in _BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
     if mark and not encoding.startswith(mark):
-        what, likely = f"begins a mark of {mark}", mark
+        problem, suggestion = f"begins a mark of {mark}", mark
     elif beginning and not mark and encoding in {"utf-16", "utf-32"}:
         order = "be" if beginning.startswith(b"\0") else "le"
-        what, likely = "begins no mark of it", f"{encoding}-{order}" if b"\0" in beginning else "utf-8"
+        problem, suggestion = "begins no mark of it", f"{encoding}-{order}" if b"\0" in beginning else "utf-8"
     else:
         return
-    message = f"{source} is not `{source.encoding}` text: byte 1 (line 1) {what}"
-    raise TableProblem(message, f"Set `encoding: {likely}`")
+    message = f"{source} is not `{source.encoding}` text: byte 1 (line 1) {problem}"
+    raise FileProblem(message, f"Set `encoding: {suggestion}`")
 
 
-def _first_undecodable(source: TableFile) -> TableProblem:
+def _decoding_problem(source: TableFile) -> FileProblem:
     """Read the file again as bytes to say which of them is none of its encoding."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(source.encoding)(), translate=True)
-    offset, line, where = 0, 1, ""
-    with _binary(source) as raw:
+    offset, line, position = 0, 1, ""
+    with _open_binary(source) as raw:
         for chunk in chain(iter(lambda: raw.read(1 << 20), b""), [b""]):
             pending, state = decoder.getstate()
             try:
@@ -163,9 +163,9 @@ def _first_undecodable(source: TableFile) -> TableProblem:
                 start = getattr(error, "start", 0) - len(pending)
                 decoder.setstate((pending if start > 0 else b"", state))
                 line += decoder.decode(chunk[: max(start, 0)], final=True).count("\n")
-                where = f": byte {offset + start + 1} (line {line}) has no meaning in it"
+                position = f": byte {offset + start + 1} (line {line}) has no meaning in it"
                 break
             offset += len(chunk)
-    usual = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
-    hint = f"Name the encoding it was saved in, perhaps `encoding: {usual}`"
-    return TableProblem(f"{source} is not `{source.encoding}` text{where}", BINARY if b"\0" in chunk else hint)
+    suggestion = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
+    hint = f"Name the encoding it was saved in, perhaps `encoding: {suggestion}`"
+    return FileProblem(f"{source} is not `{source.encoding}` text{position}", BINARY_HINT if b"\0" in chunk else hint)

@@ -12,15 +12,15 @@ from typing import BinaryIO, cast
 
 import polars as pl
 
-from enrich.errors import JobError, Refused
-from enrich.place import Place, Url, format_of, is_dataset, is_pattern
+from enrich.errors import CommandRefused, JobError
+from enrich.place import Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.spec import Output
 from enrich.tables import dataset, excel, jsonl, parquet, storage
-from enrich.tables.atomic import AGAIN, growing, telling
+from enrich.tables.atomic import COLLECT_HINT, as_write_refused, atomic_write
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import CsvWriter
-from enrich.tables.finding import files, would_find
-from enrich.tables.textfile import refusing
+from enrich.tables.finding import find_paths, would_include
+from enrich.tables.textfile import as_refused
 
 #: New text that a spreadsheet would run as a formula; a number or a phone behind `+` or `-` is none.
 _FORMULA = r"^[=@\t\r]"
@@ -28,32 +28,32 @@ _SIGNED = r"^[+-]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
 
-def part_of(target: Path, job: str, kind: str = "output") -> Path:
+def temporary_path(target: Path, job: str, kind: str = "output") -> Path:
     """The file in which a file of the run grows; its name has no date, so that the next start finds a stale one."""
     return target.with_name(f".{job}.enrich-part" if kind == "output" else f".{job}.enrich-{kind}-part")
 
 
-def prepare(target: Place, source: Place, job: str, kind: str = "output") -> None:
+def prepare_file(target: Location, input_location: Location, job: str, kind: str = "output") -> None:
     """Make the folder of a file that the run will write, and remove what a killed run left in it.
 
     Raises JobError when it would replace the input or a ledger, Refused when it can't be written.
     """
     if kind == "output" and is_dataset(target):
-        dataset.prepare(target, source, job)
+        dataset.prepare_dataset(target, input_location, job)
         return
-    if isinstance(target, Url):
-        if would_find(source, target):
-            raise _read_next(target, source, kind)
-        if target == source:
+    if isinstance(target, ObjectUrl):
+        if would_include(input_location, target):
+            raise _would_be_read_error(target, input_location, kind)
+        if target == input_location:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
-        storage.check(target)
+        storage.check_bucket(target)
         return
     try:
-        _spare_the_input(target, source, kind)
+        _check_not_input(target, input_location, kind)
         if target.is_file() and _is_database(target):
             raise JobError(f"{target}: the {kind} would replace a ledger", f"choose another `{kind}`")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part_of(target, job, kind).unlink(missing_ok=True)
+        temporary_path(target, job, kind).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
         if target.is_dir():
@@ -61,25 +61,25 @@ def prepare(target: Place, source: Place, job: str, kind: str = "output") -> Non
         if target.exists() and not target.is_file():
             raise OSError(0, "it is no file")
     except OSError as error:
-        raise Refused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
 
 
-def _spare_the_input(target: Path, source: Place, kind: str) -> None:
-    if isinstance(source, Url):
+def _check_not_input(target: Path, input_location: Location, kind: str) -> None:
+    if isinstance(input_location, ObjectUrl):
         return
-    if would_find(source, target):
-        raise _read_next(target, source, kind)
-    with refusing():
-        paths = files(source)
+    if would_include(input_location, target):
+        raise _would_be_read_error(target, input_location, kind)
+    with as_refused():
+        paths = find_paths(input_location)
     for path in paths:
         if target == path or (target.exists() and path.exists() and target.samefile(path)):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
 
-def _read_next(target: Place, source: Place, kind: str) -> JobError:
-    narrower = f", or a narrower pattern than {source.name}" if is_pattern(source) else ""
+def _would_be_read_error(target: Location, input_location: Location, kind: str) -> JobError:
+    pattern_hint = f", or a narrower pattern than {input_location.name}" if is_pattern(input_location) else ""
     return JobError(
-        f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{narrower}"
+        f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{pattern_hint}"
     )
 
 
@@ -88,14 +88,14 @@ def _is_database(path: Path) -> bool:
         return file.read(16) == b"SQLite format 3\0"
 
 
-def write(  # noqa: PLR0913 - one file is all of these
-    target: Place,
+def write_file(  # noqa: PLR0913 - one file is all of these
+    target: Location,
     output: Output,
     *,
     job: str,
     schema: Mapping[str, pl.DataType],
     frames: Iterable[pl.DataFrame],
-    new: int,
+    new_columns: int,
     kind: str = "output",
 ) -> None:
     """Write the frames, whose last `new` columns are ours. Raises Refused; the old file stays then.
@@ -103,9 +103,9 @@ def write(  # noqa: PLR0913 - one file is all of these
     `kind` is the key of the job file that names the target: each has a temporary file of its own.
     """
     if kind == "output" and is_dataset(target):
-        dataset.write(target, job, schema, frames)
+        dataset.write_dataset(target, job, schema, frames)
         return
-    with telling(target, kind), _whole(target, job, kind) as raw, _packed(raw, target.name) as plain:
+    with as_write_refused(target, kind), _open_target(target, job, kind) as raw, _gzipped(raw, target.name) as plain:
         match format_of(target.name):
             case "parquet":
                 parquet.write(plain, schema, frames)
@@ -114,29 +114,29 @@ def write(  # noqa: PLR0913 - one file is all of these
             case "jsonl":
                 jsonl.write(plain, list(schema), frames)
             case _:
-                _write_csv(plain, output, list(schema), frames, new)
+                _write_csv(plain, output, list(schema), frames, new_columns)
 
 
 @contextmanager
-def _whole(target: Place, job: str, kind: str) -> Iterator[BinaryIO]:
+def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
     """Open a file that becomes the target when the block ends well."""
     if isinstance(target, Path):
         # The run was long: the folder may have gone since it began.
         target.parent.mkdir(parents=True, exist_ok=True)
-        with growing(target, part_of(target, job, kind)) as raw:
+        with atomic_write(target, temporary_path(target, job, kind)) as raw:
             yield raw
         return
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
         file.seek(0)
         try:
-            storage.send(target, cast("BinaryIO", file))
-        except Refused as error:
-            raise Refused(error.message, f"{error.hint}; {AGAIN}") from error
+            storage.upload(target, cast("BinaryIO", file))
+        except CommandRefused as error:
+            raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
 
 
 @contextmanager
-def _packed(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
+def _gzipped(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
     if not name.lower().endswith(".gz"):
         yield raw
         return
@@ -145,20 +145,22 @@ def _packed(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", packed)
 
 
-def _write_csv(raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new: int) -> None:
+def _write_csv(
+    raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new_columns: int
+) -> None:
     with CsvWriter(raw, output.separator, output.encoding) as writer:
         writer.write_header(columns)
         for frame in frames:
             text = text_frame(frame)
-            writer.write(text.with_columns(map(guarded, text.get_columns()[-new:])))
+            writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
 
 
-def runs_formulas(target: Place) -> bool:
+def needs_formula_escape(target: Location) -> bool:
     """Tell whether a spreadsheet would run text of this file as a formula."""
     return format_of(target.name) == "csv"
 
 
-def guarded(column: pl.Series) -> pl.Series:
+def escape_formulas(column: pl.Series) -> pl.Series:
     """Write text so that no spreadsheet runs it."""
     text = pl.nth(0)
     is_formula = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))

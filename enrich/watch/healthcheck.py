@@ -8,16 +8,16 @@ from uuid import uuid4
 
 import httpx
 
-from enrich.api.network import find_certificates, find_proxy
+from enrich.api.network import find_proxy, load_certificates
 from enrich.errors import JobError
-from enrich.watch.aside import Aside
-from enrich.watch.outcome import FINE, SILENT
+from enrich.watch.aside import BackgroundTask
+from enrich.watch.outcome import NEUTRAL_CODES, SUCCESS_CODES
 
 TRIES = 3
-TRY_S = 5.0
-PAUSE_S = 0.5
+REQUEST_TIMEOUT_S = 5.0
+RETRY_PAUSE_S = 0.5
 #: The end of a run waits so long for its pings.
-PATIENCE_S = 10.0
+END_TIMEOUT_S = 10.0
 
 
 class Healthcheck:
@@ -30,38 +30,42 @@ class Healthcheck:
         except httpx.InvalidURL:
             raise ValueError("must be an address that can be asked") from None
         self._run_id = str(uuid4())
-        self._started: Aside | None = None
+        self._start_ping: BackgroundTask | None = None
 
     def start(self) -> None:
         """Say that a run begins, without waiting."""
-        self._started = Aside(lambda: self._ping("/start", ""))
+        self._start_ping = BackgroundTask(lambda: self._ping("/start", ""))
 
     def end(self, code: int, text: str) -> str | None:
         """Say how it ended; return what went wrong, None when all arrived."""
-        if code in SILENT:
+        if code in NEUTRAL_CODES:
             return None
-        latest = time.monotonic() + PATIENCE_S
-        before = self._started.wait(PATIENCE_S / 2) if self._started else None
-        path = "" if code in FINE else "/fail"
-        problem = Aside(lambda: self._ping(path, text)).wait(latest - time.monotonic()) or before
+        deadline = time.monotonic() + END_TIMEOUT_S
+        start_problem = self._start_ping.wait(END_TIMEOUT_S / 2) if self._start_ping else None
+        path = "" if code in SUCCESS_CODES else "/fail"
+        problem = BackgroundTask(lambda: self._ping(path, text)).wait(deadline - time.monotonic()) or start_problem
         return f"the healthcheck at {self._url.host} was not told: {problem}" if problem else None
 
     def _ping(self, path: str, text: str) -> str | None:
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path).copy_merge_params({"rid": self._run_id})
         problem: str | None = None
         try:
-            found = find_proxy(os.environ, str(url))
-            tls = (url.scheme == "https" and find_certificates(os.environ)) or httpx.create_ssl_context(trust_env=False)
+            proxy_url = find_proxy(os.environ, str(url))
+            tls = (url.scheme == "https" and load_certificates(os.environ)) or httpx.create_ssl_context(trust_env=False)
         except JobError as error:
             return error.message
         proxy = None
-        if found is not None:
-            key = found.authorization
+        if proxy_url is not None:
+            key = proxy_url.authorization
             headers = {"proxy-authorization": key.get_secret_value()} if key else None
-            proxy = httpx.Proxy(found.url, headers=headers, ssl_context=tls if found.url.startswith("https:") else None)
-        with httpx.Client(timeout=TRY_S, follow_redirects=True, trust_env=False, proxy=proxy, verify=tls) as http:
+            proxy = httpx.Proxy(
+                proxy_url.url, headers=headers, ssl_context=tls if proxy_url.url.startswith("https:") else None
+            )
+        with httpx.Client(
+            timeout=REQUEST_TIMEOUT_S, follow_redirects=True, trust_env=False, proxy=proxy, verify=tls
+        ) as http:
             for number in range(TRIES):
-                time.sleep(PAUSE_S * number)
+                time.sleep(RETRY_PAUSE_S * number)
                 try:
                     response = http.post(url, content=text.encode())
                 except httpx.HTTPError as error:

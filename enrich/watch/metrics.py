@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.bounded_read import read_text
 from enrich.model import RowStatus, to_credits
-from enrich.store.history import Totals
+from enrich.store.history import LedgerTotals
 
 #: Every gauge: what it tells.
 GAUGES = {
@@ -38,12 +38,12 @@ GAUGES = {
 }
 
 #: The one that has a label beside `job`.
-BY_STATUS = "enrich_rows"
+ROWS_BY_STATUS = "enrich_rows"
 
 #: Name and status (blank but for BY_STATUS) to a value.
 Samples = dict[tuple[str, str], float]
 
-_OF_RECEIPT = {
+_SUMMARY_GAUGES = {
     "enrich_duration_seconds": "elapsed_s",
     "enrich_requests": "requests",
     "enrich_requests_submitted": "submitted",
@@ -56,24 +56,24 @@ _OF_RECEIPT = {
 }
 
 
-def of_receipt(receipt: Mapping[str, Any]) -> Samples:
+def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
     """Take the gauges from a receipt; what is not known has none."""
-    found = {(name, ""): receipt.get(field) for name, field in _OF_RECEIPT.items()}
-    found |= {(BY_STATUS, status.value): receipt.get(status.value) for status in RowStatus}
-    return {key: float(value) for key, value in found.items() if value is not None}
+    samples = {(name, ""): summary.get(field) for name, field in _SUMMARY_GAUGES.items()}
+    samples |= {(ROWS_BY_STATUS, status.value): summary.get(status.value) for status in RowStatus}
+    return {key: float(value) for key, value in samples.items() if value is not None}
 
 
-def of_ledger(totals: Totals) -> Samples:
+def samples_from_ledger(totals: LedgerTotals) -> Samples:
     """Take the gauges of the whole ledger."""
     return {
         ("enrich_ledger_credits_spent", ""): to_credits(totals.spent),
         ("enrich_ledger_answers_price_unknown", ""): totals.unknown,
         ("enrich_ledger_requests_in_doubt", ""): totals.in_doubt,
-        ("enrich_ledger_requests_at_the_api", ""): totals.at_the_api,
+        ("enrich_ledger_requests_at_the_api", ""): totals.submitted,
     }
 
 
-def read(path: Path) -> Samples:
+def read_metrics(path: Path) -> Samples:
     """Read what an earlier run wrote; nothing when it can't be read."""
     try:
         families = list(text_string_to_metric_families(read_text(path)))
@@ -81,30 +81,30 @@ def read(path: Path) -> Samples:
         return {}
     samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)
     found = {(sample.name, sample.labels.get("status", "")): sample.value for sample in samples}
-    return {key: value for key, value in found.items() if (key[0] == BY_STATUS) is bool(key[1])}
+    return {key: value for key, value in found.items() if (key[0] == ROWS_BY_STATUS) is bool(key[1])}
 
 
-def text(job: str, samples: Samples) -> bytes:
+def format_metrics(job: str, samples: Samples) -> bytes:
     """Write the gauges in Prometheus' text format."""
     registry = CollectorRegistry()
-    for name, told in GAUGES.items():
-        known = {status: value for (gauge, status), value in samples.items() if gauge == name}
-        if not known:
+    for name, help_text in GAUGES.items():
+        by_status = {status: value for (gauge, status), value in samples.items() if gauge == name}
+        if not by_status:
             continue
-        labels = ["job", "status"] if name == BY_STATUS else ["job"]
-        gauge = Gauge(name, told, labels, registry=registry)
-        for status, value in known.items():
+        labels = ["job", "status"] if name == ROWS_BY_STATUS else ["job"]
+        gauge = Gauge(name, help_text, labels, registry=registry)
+        for status, value in by_status.items():
             gauge.labels(*([job, status] if status else [job])).set(value)
     return generate_latest(registry)
 
 
-def write(path: Path, job: str, samples: Samples) -> None:
+def write_metrics(path: Path, job: str, samples: Samples) -> None:
     """Replace the file (0600) at once, as the collector may read at any moment. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text(job, samples))
+            file.write(format_metrics(job, samples))
         os.replace(part, path)  # noqa: PTH105 - the part is a name
     except BaseException:
         os.unlink(part)  # noqa: PTH108 - likewise

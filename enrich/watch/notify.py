@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from enrich.bounded_read import read_text
-from enrich.watch.aside import Aside
+from enrich.watch.aside import BackgroundTask
 
-PATIENCE_S = 20.0
-OTHERS = 0o077
+SEND_TIMEOUT_S = 20.0
+GROUP_AND_OTHERS = 0o077
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Notifier:
         """Send it to all of them; return what went wrong, None when nothing did."""
         if not self.addresses:
             return None
-        problem = Aside(lambda: _send(self.addresses, title, text)).wait(PATIENCE_S)
+        problem = BackgroundTask(lambda: _send(self.addresses, title, text)).wait(SEND_TIMEOUT_S)
         return f"{self.path}: not everybody was notified: {problem}" if problem else None
 
 
@@ -36,7 +36,7 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
         return Notifier(path, []), ["nobody can be notified without the extra: pip install 'databar-enrich[notify]'"]
     addresses: list[tuple[int, str]] = []
     try:
-        if path.stat().st_mode & OTHERS:
+        if path.stat().st_mode & GROUP_AND_OTHERS:
             problems.append(f"{path}: others may read the addresses in it: chmod 600 {path}")
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             if (url := line.strip()) and not url.startswith("#"):
@@ -57,17 +57,17 @@ def _send(addresses: list[tuple[int, str]], title: str, text: str) -> str | None
     # It would write its complaints, with the addresses, to stderr.
     logger.propagate = False
     logger.addHandler(logging.NullHandler())
-    wrong, deaf = [], []
+    invalid, failed = [], []
     for number, url in addresses:
-        one = apprise.Apprise()
-        if not one.add(url):
-            wrong.append(number)
-        elif not one.notify(title=title, body=text, body_format=apprise.NotifyFormat.TEXT):
-            deaf.append(number)
-    told = [f"line {_listed(wrong)} is no Apprise URL"] if wrong else []
-    told += [f"line {_listed(deaf)} did not take it"] if deaf else []
-    return "; ".join(told) or None
+        apprise_client = apprise.Apprise()
+        if not apprise_client.add(url):
+            invalid.append(number)
+        elif not apprise_client.notify(title=title, body=text, body_format=apprise.NotifyFormat.TEXT):
+            failed.append(number)
+    problems = [f"line {_join_numbers(invalid)} is no Apprise URL"] if invalid else []
+    problems += [f"line {_join_numbers(failed)} did not take it"] if failed else []
+    return "; ".join(problems) or None
 
 
-def _listed(numbers: list[int]) -> str:
+def _join_numbers(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))

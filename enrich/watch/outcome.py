@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.model import RowStatus, many, write_credits
+from enrich.model import RowStatus, format_credits, pluralize
 
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
-WORDS = {
+EXIT_LABELS = {
     0: "ok",
     1: "bug or disk",
     2: "wrong job",
@@ -26,15 +26,15 @@ WORDS = {
     143: "terminated",
 }
 
-_DOUBT = 14
+_IN_DOUBT_CODE = 14
 
 #: The leads are enriched as far as it goes tonight: 10 is told by its counts, 13 goes on by itself.
-FINE = frozenset({0, 10, 13})
+SUCCESS_CODES = frozenset({0, 10, 13})
 #: Says nothing about this job's nights: another run is at work (it will tell), or somebody stopped this one.
-SILENT = frozenset({11, 130, 143})
+NEUTRAL_CODES = frozenset({11, 130, 143})
 
 #: The commands that help, by exit code; {run} is the job with all its paths, {look} with its ledger only.
-_HELP = {
+_COMMANDS = {
     1: ("enrich ledger check {look}", "enrich run {run}"),
     2: ("enrich run {run}",),
     3: ("enrich run {run}",),
@@ -44,7 +44,7 @@ _HELP = {
     14: ("enrich reconcile {look}", "enrich run {run} --retry in_doubt", "enrich run {run} --accept in_doubt"),
     15: ("enrich status {look}", "enrich run {run}"),
 }
-_FIRST = {
+_INSTRUCTIONS = {
     1: "nothing that is known is lost; look, then go on",
     2: "mend the job or its input, then",
     3: "put the right key in its place, then",
@@ -56,33 +56,33 @@ _FIRST = {
 }
 
 
-def word(code: int) -> str:
+def exit_label(code: int) -> str:
     """Say what an exit code means in a word or two."""
-    return WORDS.get(code, "unknown")
+    return EXIT_LABELS.get(code, "unknown")
 
 
-def ending(code: int | None, *, at_work: bool | None) -> str:
+def outcome_label(code: int | None, *, is_running: bool | None) -> str:
     """Say how an execution ended; one without an exit code is at work, or was killed (None: nobody knows which)."""
     if code is not None:
-        return word(code)
-    return {True: "at work now", False: "killed", None: "at work, killed"}[at_work]
+        return exit_label(code)
+    return {True: "at work now", False: "killed", None: "at work, killed"}[is_running]
 
 
-def needs_a_person(code: int) -> bool:
+def requires_action(code: int) -> bool:
     """Tell whether somebody should look."""
-    return code not in FINE | SILENT
+    return code not in SUCCESS_CODES | NEUTRAL_CODES
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class JobArguments:
     """The job as the shell takes it: after `enrich run`, and after commands that only look."""
 
-    run: str
-    look: str
+    run_args: str
+    ledger_args: str
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class RequiredAction:
     """What waits for a person, and the exact commands that help."""
 
     text: str
@@ -90,30 +90,34 @@ class Need:
 
 
 #: What rows of a status need, and the exit code whose commands help; without one the run asks them again.
-_OF_ROWS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
-    RowStatus.IN_DOUBT: (f"in doubt: {_FIRST[14]}", _HELP[14]),
+_ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
+    RowStatus.IN_DOUBT: (f"in doubt: {_INSTRUCTIONS[14]}", _COMMANDS[14]),
     RowStatus.FAILED: ("failed: ask again (costs again)", ("enrich run {run} --retry failed",)),
     RowStatus.EXPIRED: ("expired: ask again (costs again)", ("enrich run {run} --retry expired",)),
 }
 
 
-def needs(code: int, rows: Mapping[str, Any], target: Target, what: str = "row") -> list[Need]:
+def required_actions(
+    code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "row"
+) -> list[RequiredAction]:
     """Tell what to do, and the exact commands: for an exit code, and for rows (or `what` is counted) by status."""
-    found = []
-    if code in _HELP and not (code == _DOUBT and rows.get(RowStatus.IN_DOUBT)):
-        found.append((_FIRST[code], _HELP[code]))
-    if over := rows.get("credits_over_cap"):
-        text = f"the credits cap was overrun by {write_credits(over)}, because a price rose: look at the prices"
-        found.append((text, ("enrich plan {run}",)))
-    for status, (text, commands) in _OF_ROWS.items():
+    actions = []
+    if code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
+        actions.append((_INSTRUCTIONS[code], _COMMANDS[code]))
+    if credits_over_cap := rows.get("credits_over_cap"):
+        text = f"the credits cap was overrun by {format_credits(credits_over_cap)}, because a price rose: look at the prices"
+        actions.append((text, ("enrich plan {run}",)))
+    for status, (text, commands) in _ACTIONS_BY_STATUS.items():
         if count := rows.get(status):
-            found.append((f"{many(count, what)} {text}", commands))
+            actions.append((f"{pluralize(count, noun)} {text}", commands))
     return [
-        Need(text, tuple(each.format(run=target.run, look=target.look) for each in commands))
-        for text, commands in found
+        RequiredAction(text, tuple(each.format(run=target.run_args, look=target.ledger_args) for each in commands))
+        for text, commands in actions
     ]
 
 
-def advice(needed: Iterable[Need]) -> list[str]:
+def format_actions(actions: Iterable[RequiredAction]) -> list[str]:
     """Write needs as lines."""
-    return [line for need in needed for line in (f"{need.text}:", *(f"  {command}" for command in need.commands))]
+    return [
+        line for action in actions for line in (f"{action.text}:", *(f"  {command}" for command in action.commands))
+    ]

@@ -12,35 +12,38 @@ from enrich.surroundings import Progress
 
 UNIT = " requests"
 #: tqdm's own form without the speed.
-SHORT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+SHORT_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 #: Of a terminal that does not say how wide it is.
-COLUMNS = 80
+DEFAULT_COLUMNS = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class BarLayout:
     """How tqdm draws a bar: its `bar_format`, and what it says at the end."""
 
-    form: str | None
-    said: str
+    bar_format: str | None
+    postfix: str
 
 
-def look(progress: Progress, elapsed_s: float, columns: int) -> Look:
+def choose_layout(progress: Progress, elapsed_s: float, columns: int) -> BarLayout:
     """Tell as much as a bar of ten columns and the time to go leave room for; the speed goes first."""
     hits = f"{progress.found / progress.done:.0%}" if progress.done else "-"
-    told = [f"{hits} hits", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
-    looks = [Look(None, ", ".join(told)), *(Look(SHORT, ", ".join(told[:some])) for some in (3, 2, 1, 0))]
-    return next((look for look in looks if len(draw(progress, elapsed_s, look)) <= columns), looks[-1])
+    details = [f"{hits} hits", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
+    layouts = [
+        BarLayout(None, ", ".join(details)),
+        *(BarLayout(SHORT_FORMAT, ", ".join(details[:some])) for some in (3, 2, 1, 0)),
+    ]
+    return next((layout for layout in layouts if len(render_bar(progress, elapsed_s, layout)) <= columns), layouts[-1])
 
 
-def draw(  # noqa: PLR0913 - a bar has these
+def render_bar(  # noqa: PLR0913 - a bar has these
     progress: Progress,
     elapsed_s: float,
-    look: Look,
+    layout: BarLayout,
     *,
     columns: int | None = None,
     rate: float | None = None,
-    plain: bool = False,
+    ascii_only: bool = False,
 ) -> str:
     """Draw a bar so wide, or as wide as it likes to be, `plain` without block letters; `rate` in requests/s."""
     return tqdm.format_meter(
@@ -48,15 +51,15 @@ def draw(  # noqa: PLR0913 - a bar has these
         progress.total or 0,
         elapsed_s,
         ncols=columns,
-        ascii=plain,
+        ascii=ascii_only,
         unit=UNIT,
         rate=rate,
-        bar_format=look.form,
-        postfix=look.said,
+        bar_format=layout.bar_format,
+        postfix=layout.postfix,
     )
 
 
-class Bar:
+class ProgressBar:
     """A plain tqdm bar on stderr that knows requests, hits, credits and the time to go."""
 
     def __init__(self) -> None:
@@ -69,12 +72,12 @@ class Bar:
                 return
             self._bar = tqdm(total=progress.total, unit=UNIT, dynamic_ncols=True, smoothing=0.05)
         self._bar.n = progress.done
-        known = self._bar.format_dict
-        chosen = look(progress, known["elapsed"], known["ncols"] or COLUMNS)
-        self._bar.bar_format = chosen.form
-        self._bar.set_postfix_str(chosen.said)
+        format_dict = self._bar.format_dict
+        layout = choose_layout(progress, format_dict["elapsed"], format_dict["ncols"] or DEFAULT_COLUMNS)
+        self._bar.bar_format = layout.bar_format
+        self._bar.set_postfix_str(layout.postfix)
 
-    def tell(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Print a line above the bar."""
         tqdm.write(text, file=sys.stderr)
 

@@ -18,14 +18,14 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from enrich.errors import Refused
-from enrich.model import iso
+from enrich.errors import CommandRefused
+from enrich.model import iso_time
 from enrich.surroundings import Progress
 
 VERSION = 1
-EVERY_S = 60.0
-LARGEST = 10_000_000  # bytes
-KEPT = 5
+PROGRESS_INTERVAL_S = 60.0
+MAX_BYTES = 10_000_000  # bytes
+BACKUP_COUNT = 5
 
 #: What follows may quote what was sent (the API's own words), or a header, which is a lead where it is missing.
 _MAY_QUOTE = re.compile(
@@ -35,38 +35,38 @@ _MAY_QUOTE = re.compile(
 )
 
 
-def without_data(message: str) -> str:
+def redact_message(message: str) -> str:
     """Cut off what an error message may quote; stderr has all of it."""
     return _MAY_QUOTE.sub(r"\1", message)
 
 
-class Log:
+class RunLog:
     """The lines of one run; without a handler there is no log."""
 
     def __init__(self, handler: logging.Handler | None, job: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.job = job
         self._handler = handler
         self._clock = clock
-        self._told_at = clock()
-        self._told = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
+        self._progress_at = clock()
+        self._last_progress = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
 
-    def line(self, event: str, **known: object) -> None:
+    def write_event(self, event: str, **values: object) -> None:
         """Write a line; what is None is left out."""
         if self._handler is None:
             return
-        told = {name: value for name, value in known.items() if value is not None}
-        fields = {"event": event, "job": self.job, "pid": os.getpid(), **told}
+        present = {name: value for name, value in values.items() if value is not None}
+        fields = {"event": event, "job": self.job, "pid": os.getpid(), **present}
         record = logging.LogRecord("enrich", logging.INFO, "", 0, event, None, None)
         record.fields = fields
         self._handler.handle(record)
 
-    def progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
+    def write_progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
         """Write a line a minute; rates are those since the line before."""
-        if self._handler is None or (passed_s := self._clock() - self._told_at) < EVERY_S:
+        if self._handler is None or (interval_s := self._clock() - self._progress_at) < PROGRESS_INTERVAL_S:
             return
-        before, self._told = self._told, progress
-        self._told_at += passed_s
-        self.line(
+        before, self._last_progress = self._last_progress, progress
+        self._progress_at += interval_s
+        self.write_event(
             "progress",
             execution=execution(),
             done=progress.done,
@@ -76,29 +76,29 @@ class Log:
             credits=progress.spent,
             polls=progress.polls,
             rate_limited=progress.rate_limited,
-            submitted_per_minute=round(60 * (progress.submitted - before.submitted) / passed_s, 1),
-            done_per_minute=round(60 * (progress.done - before.done) / passed_s, 1),
+            submitted_per_minute=round(60 * (progress.submitted - before.submitted) / interval_s, 1),
+            done_per_minute=round(60 * (progress.done - before.done) / interval_s, 1),
         )
 
 
 @contextmanager
-def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iterator[Log]:
+def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> Iterator[RunLog]:
     """Log to a file (0600), or nowhere. `complain` hears once when it can't be written any more.
 
     Raises Refused when it can't be written at the start.
     """
     if path is None:
-        yield Log(None, job)
+        yield RunLog(None, job)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_is_log(path)
         # A link is followed: it would be rotated away, and the file that it leads to would grow.
-        handler = _Lines(path.resolve() if path.is_file() else path, complain)
+        handler = _LogHandler(path.resolve() if path.is_file() else path, on_problem)
     except OSError as error:
-        raise Refused(f"{path}: the log cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the log cannot be written: {error.strerror}") from error
     try:
-        yield Log(handler, job)
+        yield RunLog(handler, job)
     finally:
         with suppress(OSError):
             handler.close()
@@ -106,20 +106,20 @@ def log_to(path: Path | None, job: str, complain: Callable[[str], None]) -> Iter
 
 def _check_is_log(path: Path) -> None:
     """Refuse to write into, and to rotate away, what is no log: the leads, a ledger, a device."""
-    if path.is_block_device() or (path.is_char_device() and not _takes_lines(path)):
-        raise Refused(f"{path}: the log cannot be written: it is a device", "choose another `--log-file`")
+    if path.is_block_device() or (path.is_char_device() and not _is_terminal_or_null(path)):
+        raise CommandRefused(f"{path}: the log cannot be written: it is a device", "choose another `--log-file`")
     if path.is_fifo():
         with suppress(OSError):
             os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
             return
-        raise Refused(f"{path}: the log cannot be written: it is a pipe that nothing reads from")
+        raise CommandRefused(f"{path}: the log cannot be written: it is a pipe that nothing reads from")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) not in (b"", b'{"v"'):
-                raise Refused(f"{path}: this is there already, and no log", "choose another `--log-file`")
+                raise CommandRefused(f"{path}: this is there already, and no log", "choose another `--log-file`")
 
 
-def _takes_lines(device: Path) -> bool:
+def _is_terminal_or_null(device: Path) -> bool:
     """Tell a terminal and /dev/null from other devices."""
     if device.samefile(os.devnull):
         return True
@@ -130,13 +130,13 @@ def _takes_lines(device: Path) -> bool:
         os.close(descriptor)
 
 
-class _Lines(RotatingFileHandler):
+class _LogHandler(RotatingFileHandler):
     """Appends whole lines, and rotates in turn with the other processes."""
 
-    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
-        self._complain = complain
-        self._complained = False
-        super().__init__(path, maxBytes=LARGEST, backupCount=KEPT, encoding="utf-8")
+    def __init__(self, path: Path, on_problem: Callable[[str], None]) -> None:
+        self._on_problem = on_problem
+        self._reported = False
+        super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUP_COUNT, encoding="utf-8")
 
     def _open(self) -> TextIOWrapper:
         # A pipe that nothing reads from is refused: opened otherwise, it would be waited for.
@@ -146,19 +146,19 @@ class _Lines(RotatingFileHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, object] = getattr(record, "fields", {})
-        at = iso(int(record.created * 1000))
+        at = iso_time(int(record.created * 1000))
         return json.dumps({"v": VERSION, "at": at, **fields}, ensure_ascii=False, default=str)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line when it is our turn."""
         try:
-            with self._turn():
+            with self._lock():
                 super().emit(record)
         except OSError:
             self.handleError(record)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         """Lock the file that has the name now."""
         while True:
             if self.stream is None:
@@ -168,7 +168,7 @@ class _Lines(RotatingFileHandler):
             try:
                 with suppress(OSError):  # a pipe, or a file system without locks
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                if self._has_the_name(lock):
+                if self._is_current_file(lock):
                     try:
                         yield
                     finally:
@@ -180,7 +180,7 @@ class _Lines(RotatingFileHandler):
             self.stream.close()
             self.stream = self._open()
 
-    def _has_the_name(self, descriptor: int) -> bool:
+    def _is_current_file(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), Path(self.baseFilename).stat())
         except FileNotFoundError:
@@ -192,13 +192,13 @@ class _Lines(RotatingFileHandler):
             super().doRollover()
         except OSError as error:
             self.stream = self._open()
-            self._tell(f"cannot be rotated: {error.strerror}")
+            self._report_once(f"cannot be rotated: {error.strerror}")
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
         """Tell once; the run goes on without."""
-        self._tell("cannot be written any more")
+        self._report_once("cannot be written any more")
 
-    def _tell(self, what: str) -> None:
-        if not self._complained:
-            self._complained = True
-            self._complain(f"{self.baseFilename}: the log {what}")
+    def _report_once(self, problem: str) -> None:
+        if not self._reported:
+            self._reported = True
+            self._on_problem(f"{self.baseFilename}: the log {problem}")

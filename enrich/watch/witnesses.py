@@ -10,45 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from enrich import __version__
-from enrich.errors import Exit
+from enrich.errors import ExitCode
 from enrich.job import Job
-from enrich.model import iso
-from enrich.receipt import Receipt
-from enrich.slip import lines
-from enrich.store.history import History, glance
-from enrich.surroundings import Options, Progress
+from enrich.model import iso_time
+from enrich.receipt import RunSummary
+from enrich.slip import format_summary
+from enrich.store.history import LedgerReader, try_read
+from enrich.surroundings import Progress, RunOptions
 from enrich.watch import metrics, outcome
 from enrich.watch.healthcheck import Healthcheck
 from enrich.watch.notify import Notifier, read_addresses
-from enrich.watch.runlog import Log, without_data
+from enrich.watch.runlog import RunLog, redact_message
 
-SUCCESS = ("enrich_last_success_timestamp_seconds", "")
+SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
 
 @dataclass(slots=True)
-class Witnesses:
+class RunObservers:
     """The witnesses of one run; a run of the sandbox has its log only.
 
     `say` shows the person what one of them could not do; `target` is the job as advice names it.
     """
 
-    log: Log
-    say: Callable[[str], None]
-    target: outcome.Target
+    log: RunLog
+    print_error: Callable[[str], None]
+    job_arguments: outcome.JobArguments
     job: Job | None = None
-    _began: float = field(default_factory=time.time)
-    _earlier: int | None = None
+    _started_at: float = field(default_factory=time.time)
+    _previous_execution: int | None = None
     _execution: int | None = None
-    _metrics: Path | None = None
+    _metrics_path: Path | None = None
     _healthcheck: Healthcheck | None = None
     _notifier: Notifier | None = None
     _ended: bool = False
 
-    def start(self, job: Job, options: Options, *, sandbox: bool) -> None:
+    def start(self, job: Job, options: RunOptions, *, sandbox: bool) -> None:
         """Hear which job it is, before anything happens. Raises JobError when a witness can't be told."""
         self.job = job
         self.log.job = job.name
-        self.log.line("start", **_setting(job, options), sandbox=sandbox)
+        self.log.write_event("start", **_run_settings(job, options), sandbox=sandbox)
         model = job.model
         if sandbox:
             return
@@ -58,123 +58,132 @@ class Witnesses:
             except ValueError as error:
                 raise job.error(["healthcheck"], str(error), "as in https://hc.example/your-uuid") from error
         if model.notify is not None:
-            self._notifier, problems = read_addresses(job.path(model.notify))
+            self._notifier, problems = read_addresses(job.resolve_path(model.notify))
             for problem in problems:
-                self.complain(problem)
+                self.report_problem(problem)
         if model.metrics is not None:
             if not model.metrics.endswith(".prom"):
                 message = f"`{model.metrics}` would not be read: the textfile collector takes *.prom only"
                 raise job.error(["metrics"], message, "let its name end in .prom")
-            self._metrics = job.path(model.metrics)
-            if self._metrics.exists() and not self._metrics.is_file():
-                raise job.error(["metrics"], f"{self._metrics}: the metrics cannot be written: it is no file")
+            self._metrics_path = job.resolve_path(model.metrics)
+            if self._metrics_path.exists() and not self._metrics_path.is_file():
+                raise job.error(["metrics"], f"{self._metrics_path}: the metrics cannot be written: it is no file")
 
-    def admitted(self) -> None:
+    def lock_acquired(self) -> None:
         """Hear that the run holds its ledger: it begins now."""
-        self._earlier = self._newest()
+        self._previous_execution = self._newest_execution()
         if self._healthcheck is not None:
             self._healthcheck.start()
 
-    def tell(self, note: str) -> None:
+    def note(self, text: str) -> None:
         """Hear what the person should know."""
-        self.log.line("note", execution=self._number(), text=note)
+        self.log.write_event("note", execution=self._execution_id(), text=text)
 
-    def show(self, progress: Progress) -> None:
+    def show_progress(self, progress: Progress) -> None:
         """Hear how far the run is."""
-        self.log.progress(progress, self._number)
+        self.log.write_progress(progress, self._execution_id)
 
     def skipped(self, reason: str) -> None:
         """Hear that the run left its turn to another (`--if-locked skip`): nobody else needs to know."""
         self._ended = True
-        self.log.line("end", exit_code=int(Exit.OK), skipped=reason)
+        self.log.write_event("end", exit_code=int(ExitCode.OK), skipped=reason)
 
-    def end(self, receipt: Receipt) -> None:
+    def end(self, summary: RunSummary) -> None:
         """Hear how an execution ended."""
         self._ended = True
-        told = {name: value for name, value in receipt.as_json().items() if name not in ("error", "hint")}
-        error = None if receipt.error is None else without_data(receipt.error)
-        self.log.line("end", execution=receipt.execution, exit_code=receipt.exit_code, error=error, receipt=told)
-        counts = [] if receipt.rows is None else lines(receipt)
-        needed = outcome.needs(receipt.exit_code, told, self.target)
-        self._spread(receipt.exit_code, metrics.of_receipt(told), error, counts, needed)
+        values = {name: value for name, value in summary.as_json().items() if name not in ("error", "hint")}
+        error = None if summary.error is None else redact_message(summary.error)
+        self.log.write_event(
+            "end", execution=summary.execution, exit_code=summary.exit_code, error=error, receipt=values
+        )
+        summary_lines = [] if summary.rows is None else format_summary(summary)
+        actions = outcome.required_actions(summary.exit_code, values, self.job_arguments)
+        self._notify_all(summary.exit_code, metrics.samples_from_summary(values), error, summary_lines, actions)
 
     def failed(self, code: int, message: str) -> None:
         """Hear that the run ended before an execution could say how."""
         if self._ended:
             return
         self._ended = True
-        error = without_data(message)
-        self.log.line("error", execution=self._number(), exit_code=code, error=error)
-        before = {} if self._metrics is None else metrics.read(self._metrics)
-        self._spread(code, before, error, [], outcome.needs(code, {}, self.target))
+        error = redact_message(message)
+        self.log.write_event("error", execution=self._execution_id(), exit_code=code, error=error)
+        samples = {} if self._metrics_path is None else metrics.read_metrics(self._metrics_path)
+        self._notify_all(code, samples, error, [], outcome.required_actions(code, {}, self.job_arguments))
 
-    def _spread(
-        self, code: int, samples: metrics.Samples, error: str | None, told: list[str], needed: list[outcome.Need]
+    def _notify_all(
+        self,
+        code: int,
+        samples: metrics.Samples,
+        error: str | None,
+        summary_lines: list[str],
+        actions: list[outcome.RequiredAction],
     ) -> None:
         """Tell those who are not here."""
         if self.job is None:
             return
         name = self.job.name
-        summary = f"{name}: exit {code} ({outcome.word(code)})"
-        if self._metrics is not None:
-            self._write_metrics(self._metrics, code, samples)
+        headline = f"{name}: exit {code} ({outcome.exit_label(code)})"
+        if self._metrics_path is not None:
+            self._write_metrics(self._metrics_path, code, samples)
         if self._healthcheck is not None:
-            counts = [" ".join(line.split()) for line in told if line and not line.startswith("  output")]
-            self.complain(self._healthcheck.end(code, "; ".join([summary, *counts])))
-        if self._notifier is not None and outcome.needs_a_person(code):
-            text = [*([error] if error else []), *told, "", *outcome.advice(needed)]
-            self.complain(self._notifier.send(f"enrich {name}: {outcome.word(code)} (exit {code})", "\n".join(text)))
+            counts = [" ".join(line.split()) for line in summary_lines if line and not line.startswith("  output")]
+            self.report_problem(self._healthcheck.end(code, "; ".join([headline, *counts])))
+        if self._notifier is not None and outcome.requires_action(code):
+            text = [*([error] if error else []), *summary_lines, "", *outcome.format_actions(actions)]
+            self.report_problem(
+                self._notifier.send(f"enrich {name}: {outcome.exit_label(code)} (exit {code})", "\n".join(text))
+            )
 
     def _write_metrics(self, path: Path, code: int, samples: metrics.Samples) -> None:
-        before = metrics.read(path).get(SUCCESS)
+        last_success = metrics.read_metrics(path).get(SUCCESS_SAMPLE)
         now = time.time()
-        known = samples | self._of_ledger()
-        known |= {
-            ("enrich_last_start_timestamp_seconds", ""): self._began,
+        gauges = samples | self._ledger_samples()
+        gauges |= {
+            ("enrich_last_start_timestamp_seconds", ""): self._started_at,
             ("enrich_last_end_timestamp_seconds", ""): now,
             ("enrich_exit_code", ""): code,
         }
-        if code in outcome.FINE:
-            known[SUCCESS] = now
-        elif SUCCESS not in known and before is not None:
-            known[SUCCESS] = before
+        if code in outcome.SUCCESS_CODES:
+            gauges[SUCCESS_SAMPLE] = now
+        elif SUCCESS_SAMPLE not in gauges and last_success is not None:
+            gauges[SUCCESS_SAMPLE] = last_success
         try:
-            metrics.write(path, self._job().name, known)
+            metrics.write_metrics(path, self._require_job().name, gauges)
         except OSError as error:
-            self.complain(f"{path}: the metrics cannot be written: {error.strerror}")
+            self.report_problem(f"{path}: the metrics cannot be written: {error.strerror}")
 
-    def _of_ledger(self) -> metrics.Samples:
+    def _ledger_samples(self) -> metrics.Samples:
         """Take what the ledger knows; nothing when it can't be read."""
-        job = self._job()
-        totals = glance(job.ledger, History.totals)
-        last = glance(job.ledger, lambda history: history.last_end(job.name, outcome.FINE))
-        known = metrics.of_ledger(totals) if totals is not None else {}
-        return known if last is None else known | {SUCCESS: last / 1000}
+        job = self._require_job()
+        totals = try_read(job.ledger, LedgerReader.totals)
+        last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, outcome.SUCCESS_CODES))
+        samples = metrics.samples_from_ledger(totals) if totals is not None else {}
+        return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
-    def _number(self) -> int | None:
+    def _execution_id(self) -> int | None:
         """The execution's number, once it has one."""
-        if self._execution is None and self._earlier is not None:
-            newest = self._newest()
-            self._execution = newest if newest > self._earlier else None
+        if self._execution is None and self._previous_execution is not None:
+            newest = self._newest_execution()
+            self._execution = newest if newest > self._previous_execution else None
         return self._execution
 
-    def _newest(self) -> int:
-        return glance(self._job().ledger, History.newest) or 0
+    def _newest_execution(self) -> int:
+        return try_read(self._require_job().ledger, LedgerReader.newest_execution_id) or 0
 
-    def _job(self) -> Job:
+    def _require_job(self) -> Job:
         assert self.job is not None  # noqa: S101 - all who ask have been told which it is
         return self.job
 
-    def complain(self, problem: str | None) -> None:
+    def report_problem(self, problem: str | None) -> None:
         """Hear what could not be done beside the run, if anything: the log and the person are told."""
         if problem is not None:
-            self.log.line("note", text=problem)
-            self.say(f"note: {problem}")
+            self.log.write_event("note", text=problem)
+            self.print_error(f"note: {problem}")
 
 
-def _setting(job: Job, options: Options) -> dict[str, Any]:
+def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
     """What the run is given, without its secrets: no address, no key."""
-    wishes = {
+    run_options = {
         each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("confirm", "plan")
     }
     return {
@@ -183,6 +192,8 @@ def _setting(job: Job, options: Options) -> dict[str, Any]:
         "input": str(job.input_path),
         "output": str(job.output_path(datetime.now().astimezone())),
         "ledger": str(job.ledger),
-        "options": {name: sorted(value) if isinstance(value, frozenset) else value for name, value in wishes.items()}
-        | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso(options.plan.made_ms)},
+        "options": {
+            name: sorted(value) if isinstance(value, frozenset) else value for name, value in run_options.items()
+        }
+        | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso_time(options.plan.made_ms)},
     }

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.server import embedded
+from enrich.sandbox.server import serve_in_thread
 from enrich.sandbox.settings import SandboxSettings
 
 ADA = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
@@ -33,7 +33,7 @@ class SandboxClient:
         """Post a single run, whatever comes of it."""
         return self.http.post(f"/waterfalls/{waterfall}/run", json={"params": params, **body})
 
-    def run(self, params: Any = ADA, waterfall: str = "email_getter", **body: Any) -> str:
+    def submit(self, params: Any = ADA, waterfall: str = "email_getter", **body: Any) -> str:
         """Have a single run accepted; give its task id."""
         response = self.post_run(params, waterfall, **body)
         assert response.status_code == 200, response.text
@@ -43,25 +43,25 @@ class SandboxClient:
         """Post a bulk run, whatever comes of it."""
         return self.http.post(f"/waterfalls/{waterfall}/bulk-run", json={"params": rows, **body})
 
-    def bulk(self, rows: Any, waterfall: str = "email_getter", **body: Any) -> str:
+    def submit_bulk(self, rows: Any, waterfall: str = "email_getter", **body: Any) -> str:
         """Have a bulk run accepted; give its task id."""
         response = self.post_bulk(rows, waterfall, **body)
         assert response.status_code == 200, response.text
         return str(response.json()["task_id"])
 
-    def get(self, task_id: str, **query: str) -> httpx.Response:
+    def get_task(self, task_id: str, **query: str) -> httpx.Response:
         """Ask for a task, whatever comes of it."""
         return self.http.get(f"/tasks/{task_id}", params=query)
 
-    def task(self, task_id: str, **query: str) -> Any:
+    def task_body(self, task_id: str, **query: str) -> Any:
         """Give the body of a task."""
-        response = self.get(task_id, **query)
+        response = self.get_task(task_id, **query)
         assert response.status_code == 200, response.text
         return response.json()
 
-    def task_of(self, params: Any = ADA, **body: Any) -> Any:
+    def submit_and_get(self, params: Any = ADA, **body: Any) -> Any:
         """Give the body of the task of a new run."""
-        return self.task(self.run(params, **body))
+        return self.task_body(self.submit(params, **body))
 
     def cancel(self, task_id: str) -> httpx.Response:
         """Cancel a task, whatever comes of it."""
@@ -79,7 +79,7 @@ class SandboxClient:
         """Move the sandbox's clock."""
         return self.http.post(f"{self.root}/__advance", json={"seconds": seconds}).json()
 
-    def fault(self, name: str, times: int = 1, scope: str = "", **params: Any) -> None:
+    def inject_fault(self, name: str, times: int = 1, scope: str = "", **params: Any) -> None:
         """Have the next matching requests meet a fault."""
         body = {"name": name, "next": times, "scope": scope, "params": params}
         self.http.post(f"{self.root}/__faults", json=body).raise_for_status()
@@ -96,7 +96,7 @@ def start(tmp_path: Path) -> Iterator[StartSandbox]:
         def start_sandbox(**settings: Any) -> SandboxClient:
             chosen = SandboxSettings(**{"latency": "fixed(0)", "hit_rate": 1.0, "failure_rate": 0.0, **settings})
             state = tmp_path / f"{len(list(tmp_path.iterdir()))}.db"
-            running = stack.enter_context(embedded(state, chosen))
+            running = stack.enter_context(serve_in_thread(state, chosen))
             api = SandboxClient(running.base_url, running.api_key)
             stack.callback(api.http.close)
             return api

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.gate import Busiest
+from enrich.sandbox.gate import PeakRate
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 
@@ -17,9 +17,9 @@ def assert_totals_add_up(totals: Any) -> None:
 
 def test_counts_the_canonical_question(api: SandboxClient) -> None:
     """Equal questions are one entry with all task ids; another provider or verifier is another question."""
-    tasks = [api.run(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
-    api.run(ADA, enrichments=[966, 833], email_verifier=10)
-    api.run(ADA, enrichments=[833, 966])
+    tasks = [api.submit(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
+    api.submit(ADA, enrichments=[966, 833], email_verifier=10)
+    api.submit(ADA, enrichments=[833, 966])
     totals = api.audit()
     assert (totals["accepted"], totals["charged"], totals["distinct"]) == (4, 4, 3)
     assert (totals["accepted_more_than_once"], totals["paid_twice"]) == (1, 1)
@@ -39,14 +39,14 @@ def test_counts_the_canonical_question(api: SandboxClient) -> None:
 
 def test_same_key_for_default_and_named_providers(api: SandboxClient) -> None:
     """A run without enrichments is the same question as one that names the default cascade."""
-    api.run(ADA)
-    api.run(ADA, enrichments=[833, 966, 701, 745])
+    api.submit(ADA)
+    api.submit(ADA, enrichments=[833, 966, 701, 745])
     assert api.audit()["paid_twice"] == 1
 
 
 def test_totals_alone(api: SandboxClient) -> None:
     """The list of runs can be left out."""
-    api.run()
+    api.submit()
     totals = api.audit(runs=False)
     assert "runs" not in totals
     assert totals["accepted"] == 1
@@ -59,12 +59,12 @@ def test_needs_no_key(api: SandboxClient) -> None:
 
 def test_counts_requests(api: SandboxClient) -> None:
     """Requests are counted by endpoint, and unhappy answers by status; the switches are not counted."""
-    task_id = api.run()
-    api.task(task_id)
-    api.task(task_id)
-    api.get("nothing")
+    task_id = api.submit()
+    api.task_body(task_id)
+    api.task_body(task_id)
+    api.get_task("nothing")
     api.cancel(task_id)
-    api.bulk([ADA])
+    api.submit_bulk([ADA])
     api.balance()
     api.http.get("/waterfalls/")
     assert api.audit()["requests"] == {
@@ -83,7 +83,7 @@ def test_credits_are_charged_or_reserved(start: StartSandbox) -> None:
     """What is gone from the balance is charged or reserved, at every moment."""
     api = start(latency="uniform(0,100)", hit_rate=0.7, failure_rate=0.2)
     for number, params in enumerate(make_leads(40)):
-        task_id = api.run(params, enrichments=[833, 966], email_verifier=10)
+        task_id = api.submit(params, enrichments=[833, 966], email_verifier=10)
         if number % 10 == 0:
             api.cancel(task_id)
         if number % 5 == 0:
@@ -95,7 +95,7 @@ def test_credits_are_charged_or_reserved(start: StartSandbox) -> None:
     assert_totals_add_up(totals)
     assert totals["credits_reserved"] == 0
     assert totals["credits_charged"] == pytest.approx(sum(run["credits"] for run in totals["runs"]), abs=1e-9)
-    spent = sum(api.task(run["task_ids"][0])["credits_spent"] for run in totals["runs"])
+    spent = sum(api.task_body(run["task_ids"][0])["credits_spent"] for run in totals["runs"])
     assert totals["credits_charged"] == pytest.approx(spent, abs=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_provider_totals_add_up(start: StartSandbox) -> None:
     """By provider and verifier, whatever the answers tell of it; what was refunded is nobody's."""
     api = start(latency="uniform(10,100)", charge_misses=True, hit_rate=0.7, failure_rate=0.2, shape="flat")
     for number, person in enumerate(make_leads(24)):
-        task_id = api.run(person, enrichments=[833, 966], email_verifier=10)
+        task_id = api.submit(person, enrichments=[833, 966], email_verifier=10)
         if number % 6 == 0:
             api.cancel(task_id)
     assert api.audit(runs=False)["by_provider"] == {}
@@ -133,15 +133,15 @@ def test_provider_totals_add_up(start: StartSandbox) -> None:
 def test_busiest_second_is_a_sliding_window() -> None:
     """The most requests in any second, wherever it begins; so a client that is too fast can't hide in the average."""
     now = 0.0
-    busiest = Busiest(lambda: now)
+    busiest = PeakRate(lambda: now)
     for now in (0.0, 0.5, 0.9, 1.0, 1.4, 5.0):  # noqa: B007 - the clock looks at it
         busiest.count()
-    assert busiest.most == 4  # from 0.5 to 1.4
+    assert busiest.peak == 4  # from 0.5 to 1.4
 
 
 def test_busiest_second_counts_all_api_requests(api: SandboxClient) -> None:
     """Whatever is asked counts, only the switches do not."""
     for _ in range(3):
-        api.run(ADA)
+        api.submit(ADA)
         api.audit()
     assert api.audit()["busiest_second"] == 3

@@ -6,19 +6,19 @@ from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 def test_results_are_aligned_with_rows(start: StartSandbox) -> None:
     """Data has an element for each row, null where nothing was found; progress counts them."""
     api = start(hit_rate=0.5)
-    task = api.task(api.bulk(make_leads(20)))
+    task = api.task_body(api.submit_bulk(make_leads(20)))
     found = [row for row in task["data"] if row is not None]
     assert (task["status"], len(task["data"])) == ("completed", 20)
     assert 0 < len(found) < 20
     missed = 20 - len(found)
     assert task["progress"] == {"total": 20, "completed": len(found), "no_data": missed, "failed": 0, "processing": 0}
-    assert api.task(api.run(make_leads(20)[0]))["data"] in ([task["data"][0]], None, [], {})
+    assert api.task_body(api.submit(make_leads(20)[0]))["data"] in ([task["data"][0]], None, [], {})
 
 
 def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
     """A bulk run costs what its rows cost one by one."""
-    bulk = api.task(api.bulk(make_leads(5), enrichments=[833, 966]))
-    singles = [api.task_of(params, enrichments=[833, 966]) for params in make_leads(5)]
+    bulk = api.task_body(api.submit_bulk(make_leads(5), enrichments=[833, 966]))
+    singles = [api.submit_and_get(params, enrichments=[833, 966]) for params in make_leads(5)]
     assert bulk["credits_spent"] == sum(task["credits_spent"] for task in singles)
     assert [[row] for row in bulk["data"]] == [task["data"] for task in singles]
 
@@ -26,7 +26,7 @@ def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
 def test_partially_completed_status(start: StartSandbox) -> None:
     """Some failures make it `partially_completed`, with their errors in a list."""
     api = start(failure_rate=0.3)
-    task = api.task(api.bulk(make_leads(20)))
+    task = api.task_body(api.submit_bulk(make_leads(20)))
     failed = task["progress"]["failed"]
     assert (task["status"], len(task["data"])) == ("partially_completed", 20)
     assert 0 < failed <= len(task["error"])
@@ -36,27 +36,27 @@ def test_partially_completed_status(start: StartSandbox) -> None:
 def test_failed_status_when_all_rows_fail(start: StartSandbox) -> None:
     """A bulk run of which nothing succeeded has failed."""
     api = start(failure_rate=1.0)
-    assert api.task(api.bulk(make_leads(3)))["status"] == "failed"
+    assert api.task_body(api.submit_bulk(make_leads(3)))["status"] == "failed"
 
 
 def test_partial_rows(start: StartSandbox) -> None:
     """A running bulk shows its finished rows only when asked to."""
     api = start(latency="uniform(10,1000)")
-    task_id = api.bulk(make_leads(20))
+    task_id = api.submit_bulk(make_leads(20))
     api.advance(500)
-    task, partial = api.task(task_id), api.task(task_id, include_partial="true")
+    task, partial = api.task_body(task_id), api.task_body(task_id, include_partial="true")
     result = partial["progress"]["completed"]
     assert (task["status"], task["data"], task["credits_spent"]) == ("processing", None, 0)
     assert (partial["status"], len(partial["data"])) == ("processing", result)
     assert 0 < result < 20
     api.advance(600)
-    assert len(api.task(task_id)["data"]) == 20
+    assert len(api.task_body(task_id)["data"]) == 20
 
 
 def test_cancel_keeps_finished_rows(start: StartSandbox) -> None:
     """Cancelling keeps and charges what has finished, and refunds the rest."""
     api = start(latency="uniform(10,1000)")
-    task_id = api.bulk(make_leads(20), enrichments=[833])
+    task_id = api.submit_bulk(make_leads(20), enrichments=[833])
     api.advance(500)
     task = api.cancel(task_id).json()
     result = task["progress"]["completed"]
@@ -70,13 +70,13 @@ def test_cancel_keeps_finished_rows(start: StartSandbox) -> None:
 def test_flat_result_shapes(start: StartSandbox) -> None:
     """The flat shapes hold for the rows of a bulk run too."""
     api = start(shape="flat_list")
-    [row] = api.task(api.bulk([ADA]))["data"]
+    [row] = api.task_body(api.submit_bulk([ADA]))["data"]
     assert row.keys() == {"email"}
 
 
 def test_audit_counts_each_row(api: SandboxClient) -> None:
     """The audit counts each row, equal ones together."""
-    api.bulk([ADA, ADA, *make_leads(3)])
+    api.submit_bulk([ADA, ADA, *make_leads(3)])
     totals = api.audit()
     assert (totals["accepted"], totals["distinct"], totals["accepted_more_than_once"]) == (5, 4, 1)
 
@@ -84,7 +84,7 @@ def test_audit_counts_each_row(api: SandboxClient) -> None:
 def test_matches_without_alignment(start: StartSandbox) -> None:
     """Before July 2026 the data was the hits, in no order; the counts were the same."""
     api = start(hit_rate=0.5, bulk_data="hits")
-    task = api.task(api.bulk(make_leads(20)))
+    task = api.task_body(api.submit_bulk(make_leads(20)))
     assert None not in task["data"]
     assert len(task["data"]) == task["progress"]["completed"] < 20
 
@@ -95,4 +95,4 @@ def test_too_many_rows(start: StartSandbox) -> None:
     answer = api.post_bulk(make_leads(4))
     assert (answer.status_code, answer.json()["error"]) == (400, "BATCH_TOO_LARGE")
     assert api.audit()["accepted"] == 0
-    assert api.task(api.bulk(make_leads(3)))["status"] == "completed"
+    assert api.task_body(api.submit_bulk(make_leads(3)))["status"] == "completed"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from enrich.sandbox import SandboxSettings
-from enrich.sandbox.server import embedded
+from enrich.sandbox.server import serve_in_thread
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox
 
 WATERFALLS = {
@@ -69,7 +69,7 @@ def test_waterfalls_have_three_providers(api: SandboxClient) -> None:
 def test_every_waterfall_runs(api: SandboxClient, waterfall: str) -> None:
     """A run of each waterfall finds all of its output fields."""
     fields = [field["name"] for field in api.http.get(f"/waterfalls/{waterfall}").json()["output_fields"]]
-    result = api.task(api.run(ROWS[waterfall], waterfall))["data"][0]["result"]
+    result = api.task_body(api.submit(ROWS[waterfall], waterfall))["data"][0]["result"]
     assert list(result) == fields
     assert all(result.values())
 
@@ -84,8 +84,8 @@ def test_run_returns_created_task(api: SandboxClient) -> None:
 
 def test_task_has_deprecated_request_id(api: SandboxClient) -> None:
     """A task is named by `task_id` and, deprecated, by `request_id`; a single one has no progress."""
-    task_id = api.run()
-    task = api.task(task_id)
+    task_id = api.submit()
+    task = api.task_body(task_id)
     assert (task["task_id"], task["request_id"]) == (task_id, task_id)
     assert "progress" not in task
 
@@ -120,35 +120,35 @@ def test_redirected_run_is_not_accepted(api: SandboxClient) -> None:
 def test_cancels_a_running_task(start: StartSandbox) -> None:
     """Cancelling refunds a task, shows it as cancelled, and works once."""
     api = start(latency="fixed(60)")
-    task_id = api.run(enrichments=[833, 966])
+    task_id = api.submit(enrichments=[833, 966])
     assert api.balance() == 9998.5
     answer = api.cancel(task_id)
     assert (answer.status_code, answer.json()["status"], answer.json()["credits_spent"]) == (200, "cancelled", 0)
     assert api.balance() == 10_000
-    assert api.task(task_id)["status"] == "cancelled"
+    assert api.task_body(task_id)["status"] == "cancelled"
     again = api.cancel(task_id)
     assert (again.status_code, again.json()) == (409, {"detail": "Task has already finished"})
     assert api.audit()["runs"][0]["charged"] == 0
     api.advance(120)
-    assert api.task(task_id)["status"] == "cancelled"
+    assert api.task_body(task_id)["status"] == "cancelled"
     assert api.balance() == 10_000
 
 
 def test_does_not_cancel_a_finished_task(api: SandboxClient) -> None:
     """Cancelling a finished task is a 409 and changes nothing."""
-    task_id = api.run()
-    before = api.task(task_id)
+    task_id = api.submit()
+    before = api.task_body(task_id)
     answer = api.cancel(task_id)
     assert (answer.status_code, answer.json()) == (409, {"detail": "Task has already finished"})
-    assert api.task(task_id) == before
+    assert api.task_body(task_id) == before
 
 
 def test_responses_have_no_nagle_delay(api: SandboxClient) -> None:
     """The answers on one connection take no Nagle pauses of 40 ms: these would hold up each of them."""
-    task_id = api.run()
+    task_id = api.submit()
     times = [time.monotonic()]
     for _ in range(50):
-        api.task(task_id)
+        api.task_body(task_id)
         times.append(time.monotonic())
     assert min(end - start for start, end in pairwise(times)) < 0.04
 
@@ -156,10 +156,10 @@ def test_responses_have_no_nagle_delay(api: SandboxClient) -> None:
 def test_changed_price_is_charged(tmp_path: Path) -> None:
     """A new price is told and charged from then on, after a restart, too."""
     settings = SandboxSettings(latency="fixed(0)", hit_rate=1.0, failure_rate=0.0)
-    with embedded(tmp_path / "state.db", settings) as first:
+    with serve_in_thread(tmp_path / "state.db", settings) as first:
         switch = first.base_url.removesuffix("/v1") + "/__prices"
         httpx.post(switch, json={"prices": {833: 4.5}}, trust_env=False).raise_for_status()
-    with embedded(tmp_path / "state.db", settings) as second:
+    with serve_in_thread(tmp_path / "state.db", settings) as second:
         api = SandboxClient(second.base_url, second.api_key)
         offered = api.http.get("/waterfalls/email_getter").json()["available_enrichments"]
         assert [provider["price"] for provider in offered[:2]] == [4.5, 1.0]

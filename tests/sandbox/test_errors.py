@@ -50,7 +50,7 @@ def test_unknown_waterfall(api: SandboxClient) -> None:
 
 def test_unknown_task(api: SandboxClient) -> None:
     """An unknown task is a 404, for reading and for cancelling."""
-    assert (api.get("nothing").status_code, api.get("nothing").json()) == (404, {"detail": "Task not found"})
+    assert (api.get_task("nothing").status_code, api.get_task("nothing").json()) == (404, {"detail": "Task not found"})
     assert api.cancel("nothing").status_code == 404
 
 

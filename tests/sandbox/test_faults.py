@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.faults import KINDS, Fault, Faults
+from enrich.sandbox.faults import FAULT_KINDS, Fault, FaultInjector
 from tests.cases import in_turn
 from tests.harness import wait_until
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
@@ -53,7 +53,7 @@ def test_fault_before_acceptance(
     api: SandboxClient, name: str, params: dict[str, Any], status: int, see: ResponseCheck
 ) -> None:
     """The client sees the answer once; nothing was accepted; the next request is well."""
-    api.fault(name, **params)
+    api.inject_fault(name, **params)
     response = api.post_run()
     assert (response.status_code, see(response)) == (status, True)
     assert api.audit()["accepted"] == 0
@@ -63,18 +63,18 @@ def test_fault_before_acceptance(
 @pytest.mark.parametrize(("name", "status", "see"), FAULTS_AFTER_ACCEPTANCE)
 def test_fault_after_acceptance(api: SandboxClient, name: str, status: int, see: ResponseCheck) -> None:
     """The client sees a spoilt answer, but the run was accepted and charged."""
-    api.fault(name)
+    api.inject_fault(name)
     response = api.post_run()
     assert (response.status_code, see(response)) == (status, True)
     totals = api.audit()
     assert (totals["accepted"], totals["runs"][0]["charged"], totals["credits_charged"] > 0) == (1, 1, True)
-    assert api.task(totals["runs"][0]["task_ids"][0])["status"] == "completed"
+    assert api.task_body(totals["runs"][0]["task_ids"][0])["status"] == "completed"
 
 
 def test_rate_limit_with_a_date(start: StartSandbox) -> None:
     """Retry-After may be a date, by the clock that the Date header tells."""
     api = start(date_offset=-3_600.0)
-    api.fault("rate-limit-date", retry_after=5)
+    api.inject_fault("rate-limit-date", retry_after=5)
     headers = api.post_run().headers
     wait = parsedate_to_datetime(headers["retry-after"]) - parsedate_to_datetime(headers["date"])
     assert 4 <= wait.total_seconds() <= 6
@@ -83,7 +83,7 @@ def test_rate_limit_with_a_date(start: StartSandbox) -> None:
 @pytest.mark.parametrize(("name", "accepted"), [("reset-before", 0), ("reset-after", 1)])
 def test_reset(api: SandboxClient, name: str, accepted: int) -> None:
     """The connection is reset without an answer, before or after the run was accepted."""
-    api.fault(name)
+    api.inject_fault(name)
     with pytest.raises((httpx.ReadError, httpx.WriteError), match="reset"):
         api.post_run()
     assert api.audit()["accepted"] == accepted
@@ -92,7 +92,7 @@ def test_reset(api: SandboxClient, name: str, accepted: int) -> None:
 @pytest.mark.parametrize(("name", "accepted"), [("silence-before", 0), ("silence-after", 1)])
 def test_silence(api: SandboxClient, name: str, accepted: int) -> None:
     """No answer comes until the client gives up, before or after the run was accepted."""
-    api.fault(name)
+    api.inject_fault(name)
     api.http.timeout = httpx.Timeout(0.2)
     with pytest.raises(httpx.ReadTimeout):
         api.post_run()
@@ -102,14 +102,14 @@ def test_silence(api: SandboxClient, name: str, accepted: int) -> None:
 
 def test_silence_ends_with_reset(api: SandboxClient) -> None:
     """A client with all the patience in the world is reset in the end."""
-    api.fault("silence-before", seconds=0.1)
+    api.inject_fault("silence-before", seconds=0.1)
     with pytest.raises(httpx.ReadError):
         api.post_run()
 
 
 def test_slow(api: SandboxClient) -> None:
     """The right answer comes late."""
-    api.fault("slow", seconds=0.2)
+    api.inject_fault("slow", seconds=0.2)
     start = time.monotonic()
     assert api.post_run().status_code == 200
     assert time.monotonic() - start >= 0.2
@@ -117,7 +117,7 @@ def test_slow(api: SandboxClient) -> None:
 
 def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
     """A time-out that is charged afterwards: what makes a repeated POST pay twice."""
-    api.fault("slow", seconds=2)
+    api.inject_fault("slow", seconds=2)
     with pytest.raises(httpx.ReadTimeout):
         api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]}, timeout=0.3)
     assert api.audit()["accepted"] == 0
@@ -126,67 +126,67 @@ def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
 
 def test_lost_task(api: SandboxClient) -> None:
     """An accepted run whose task is unknown for ever, and paid for."""
-    api.fault("lost-task")
-    task_id = api.run()
-    assert api.get(task_id).status_code == 404
+    api.inject_fault("lost-task")
+    task_id = api.submit()
+    assert api.get_task(task_id).status_code == 404
     api.advance(3_600)
-    assert api.get(task_id).status_code == 404
+    assert api.get_task(task_id).status_code == 404
     assert api.audit()["credits_charged"] > 0
 
 
 def test_late_task(api: SandboxClient) -> None:
     """An accepted run whose task is unknown at first."""
-    api.fault("late-task", seconds=30)
-    task_id = api.run()
-    assert api.get(task_id).status_code == 404
+    api.inject_fault("late-task", seconds=30)
+    task_id = api.submit()
+    assert api.get_task(task_id).status_code == 404
     api.advance(31)
-    assert api.task(task_id)["status"] == "completed"
+    assert api.task_body(task_id)["status"] == "completed"
 
 
 def test_flickering_task_returns(api: SandboxClient) -> None:
     """A task that was known is unknown for a while, then known again with its answer."""
-    api.fault("flickering-task", seconds=30)
-    task_id = api.run()
-    assert [api.get(task_id).status_code for _ in range(6)] == [404] * 6
+    api.inject_fault("flickering-task", seconds=30)
+    task_id = api.submit()
+    assert [api.get_task(task_id).status_code for _ in range(6)] == [404] * 6
     api.advance(31)
-    assert api.task(task_id)["status"] == "completed"
+    assert api.task_body(task_id)["status"] == "completed"
 
 
 def test_task_flickers_after_first_poll(start: StartSandbox) -> None:
     """The first poll finds it at work, the next ones don't find it."""
     api = start(latency="fixed(60)")
-    api.fault("flickering-task", seconds=10)
-    task_id = api.run()
-    assert [api.get(task_id).status_code for _ in range(3)] == [200, 404, 404]
+    api.inject_fault("flickering-task", seconds=10)
+    task_id = api.submit()
+    assert [api.get_task(task_id).status_code for _ in range(3)] == [200, 404, 404]
     api.advance(11)
-    assert api.task(task_id)["status"] == "processing"
+    assert api.task_body(task_id)["status"] == "processing"
 
 
 @pytest.mark.parametrize("status", [201, 202, 203])
 def test_other_success(api: SandboxClient, status: int) -> None:
     """An accepted run is answered as usual, but for the status."""
-    api.fault("other-success", status=status)
+    api.inject_fault("other-success", status=status)
     response = api.post_run()
     assert response.status_code == status
-    assert api.task(response.json()["task_id"])["status"] == "completed"
+    assert api.task_body(response.json()["task_id"])["status"] == "completed"
 
 
 @pytest.mark.parametrize("credits_", ["many", -5, 1e300, "NaN"])
 def test_odd_credits(api: SandboxClient, credits_: float | str) -> None:
     """The price that a task tells is nonsense, the rest of it is right."""
-    task_id = api.run()
-    right = api.task(task_id)
-    api.fault("odd-credits", credits=credits_)
-    scripted_api = json.loads(api.get(task_id).text, parse_constant=str)
+    task_id = api.submit()
+    right = api.task_body(task_id)
+    api.inject_fault("odd-credits", credits=credits_)
+    scripted_api = json.loads(api.get_task(task_id).text, parse_constant=str)
     assert scripted_api == right | {"credits_spent": credits_}
 
 
 def test_invalid_utf8(api: SandboxClient) -> None:
     """Bytes that are no text stand in a body that is whole otherwise."""
-    task_id = api.run()
-    right = api.task(task_id)
-    api.fault("invalid-utf8")
-    body = api.get(task_id).content
+    task_id = api.submit()
+    right = api.task_body(task_id)
+    api.inject_fault("invalid-utf8")
+    body = api.get_task(task_id).content
     with pytest.raises(UnicodeDecodeError):
         body.decode()
     task = json.loads(body.decode(errors="replace"))
@@ -197,9 +197,9 @@ def test_invalid_utf8(api: SandboxClient) -> None:
 @pytest.mark.parametrize("scope", ["post", "get"])
 def test_long_id(api: SandboxClient, scope: str) -> None:
     """An id is longer than any can be; the API itself knows another."""
-    task_id = api.run() if scope == "get" else ""
-    api.fault("long-id", scope=scope)
-    response = api.get(task_id) if scope == "get" else api.post_run()
+    task_id = api.submit() if scope == "get" else ""
+    api.inject_fault("long-id", scope=scope)
+    response = api.get_task(task_id) if scope == "get" else api.post_run()
     assert {len(value) for name, value in response.json().items() if name.endswith("_id")} == {600}
     (run,) = api.audit()["runs"]
     assert len(run["task_ids"][0]) == 36
@@ -207,9 +207,9 @@ def test_long_id(api: SandboxClient, scope: str) -> None:
 
 def test_deep_json(api: SandboxClient) -> None:
     """Lists in lists in lists, deeper than a parser goes."""
-    task_id = api.run()
-    api.fault("deep-json")
-    body = api.get(task_id).content
+    task_id = api.submit()
+    api.inject_fault("deep-json")
+    body = api.get_task(task_id).content
     assert (body.count(b"["), body.count(b"]")) >= (100_000, 100_000)
     with pytest.raises(RecursionError):
         json.loads(body)
@@ -219,10 +219,10 @@ def test_deep_json(api: SandboxClient) -> None:
 def test_many_steps(start: StartSandbox, shape: str) -> None:
     """The list of steps is longer than any; what was found is there."""
     api = start(shape=shape)
-    task_id = api.run()
-    right = api.task(task_id)
-    api.fault("many-steps", steps=5_000)
-    response = api.get(task_id)
+    task_id = api.submit()
+    right = api.task_body(task_id)
+    api.inject_fault("many-steps", steps=5_000)
+    response = api.get_task(task_id)
     assert response.text.count('"Nobody"') == 5_000
     assert "email" in response.text
     assert response.json()["credits_spent"] == right["credits_spent"]
@@ -230,10 +230,10 @@ def test_many_steps(start: StartSandbox, shape: str) -> None:
 
 def test_gzip_bomb(api: SandboxClient) -> None:
     """A small answer becomes a large one when it is unpacked."""
-    task_id = api.run()
-    right = api.task(task_id)
-    api.fault("gzip-bomb", mebibytes=8)
-    response = api.get(task_id)
+    task_id = api.submit()
+    right = api.task_body(task_id)
+    api.inject_fault("gzip-bomb", mebibytes=8)
+    response = api.get_task(task_id)
     assert int(response.headers["content-length"]) < 100_000
     assert len(response.content) > 8 * 2**20
     assert response.json() == right
@@ -243,7 +243,7 @@ def test_gzip_bomb(api: SandboxClient) -> None:
 def test_wrong_date(start: StartSandbox, seconds: int, age: int) -> None:
     """One answer tells a wrong time, an old one with its age; the next is right."""
     api = start(date_offset=60.0)
-    api.fault("wrong-date", seconds=seconds, age=age)
+    api.inject_fault("wrong-date", seconds=seconds, age=age)
     wrong, right = api.post_run().headers, api.post_run().headers
     off = parsedate_to_datetime(wrong["date"]) - parsedate_to_datetime(right["date"])
     assert abs(off.total_seconds() - seconds) < 30
@@ -253,9 +253,9 @@ def test_wrong_date(start: StartSandbox, seconds: int, age: int) -> None:
 
 def test_odd_status(api: SandboxClient) -> None:
     """A task reports statuses never seen before, then completes."""
-    api.fault("odd-status", polls=3)
-    task_id = api.run()
-    statuses = [api.task(task_id)["status"] for _ in range(4)]
+    api.inject_fault("odd-status", polls=3)
+    task_id = api.submit()
+    statuses = [api.task_body(task_id)["status"] for _ in range(4)]
     assert "verifying" in statuses[:3]
     assert not {"processing", "completed", "failed"} & set(statuses[:3])
     assert statuses[3] == "completed"
@@ -263,41 +263,41 @@ def test_odd_status(api: SandboxClient) -> None:
 
 def test_unavailable(api: SandboxClient) -> None:
     """For a while everything is a 503; the switches still work."""
-    task_id = api.run()
-    api.fault("unavailable", seconds=60)
-    assert [api.post_run().status_code, api.get(task_id).status_code] == [503, 503]
+    task_id = api.submit()
+    api.inject_fault("unavailable", seconds=60)
+    assert [api.post_run().status_code, api.get_task(task_id).status_code] == [503, 503]
     assert httpx.get(f"{api.root}/health", trust_env=False).status_code == 503
     api.advance(61)
-    assert api.get(task_id).status_code == 200
+    assert api.get_task(task_id).status_code == 200
     assert api.audit()["accepted"] == 1
 
 
 def test_after_faults_leave_refusals_alone(api: SandboxClient) -> None:
     """A request that is refused anyway shows why, as there is nothing to be in doubt about."""
-    api.fault("error-after")
+    api.inject_fault("error-after")
     assert api.post_run({}).status_code == 400
 
 
 def test_scope_of_a_get(api: SandboxClient) -> None:
     """A fault of the scope `get` waits for the GET of a task, and spoils it."""
-    task_id = api.run()
-    api.fault("broken-json", scope="get")
+    task_id = api.submit()
+    api.inject_fault("broken-json", scope="get")
     assert api.post_run().status_code == 200
-    assert not api.get(task_id).text.endswith("}")
-    assert api.task(task_id)["status"] == "completed"
+    assert not api.get_task(task_id).text.endswith("}")
+    assert api.task_body(task_id)["status"] == "completed"
 
 
 def test_default_scope_of_charged_faults_is_the_run(api: SandboxClient) -> None:
     """What can cost money happens to runs, single and bulk."""
-    task_id = api.run()
-    api.fault("error-after", times=2)
-    assert (api.get(task_id).status_code, api.http.get("/user/me").status_code) == (200, 200)
+    task_id = api.submit()
+    api.inject_fault("error-after", times=2)
+    assert (api.get_task(task_id).status_code, api.http.get("/user/me").status_code) == (200, 200)
     assert (api.post_run().status_code, api.post_bulk([ADA]).status_code) == (500, 500)
 
 
 def test_fault_for_next_n_requests(api: SandboxClient) -> None:
     """A chosen fault happens to the next N requests; the list tells what is left and what happened."""
-    api.fault("error-before", times=2, scope="me")
+    api.inject_fault("error-before", times=2, scope="me")
     assert api.http.get(f"{api.root}/__faults").json() == {"chosen": ["error-before"] * 2, "happened": {}}
     assert [api.http.get("/user/me").status_code for _ in range(3)] == [500, 500, 200]
     assert api.audit()["faults"] == {"error-before": 2}
@@ -326,9 +326,9 @@ def test_clear_faults(start: StartSandbox) -> None:
     """Clearing ends chosen faults, chances and unavailability."""
     api = start(faults=(Fault("forbidden", 1.0),))
     assert api.post_run().status_code == 403
-    api.fault("unavailable", seconds=60)
+    api.inject_fault("unavailable", seconds=60)
     assert api.post_run().status_code == 503
-    api.fault("html", times=5)
+    api.inject_fault("html", times=5)
     answer = api.http.post(f"{api.root}/__faults", json={"clear": True}).json()
     assert answer["chosen"] == []
     assert api.post_run().status_code == 200
@@ -362,12 +362,12 @@ def test_unknown_fault_name_at_runtime(api: SandboxClient) -> None:
     """An unknown fault is refused at runtime, with the names there are."""
     answer = api.http.post(f"{api.root}/__faults", json={"name": "quake"})
     assert answer.status_code == 422
-    assert all(name in answer.json()["detail"] for name in KINDS)
+    assert all(name in answer.json()["detail"] for name in FAULT_KINDS)
 
 
 def test_fault_rate_matches_probability() -> None:
     """A fault happens about as often as its probability says."""
-    faults = Faults([Fault("html", 0.1)], 1)
+    faults = FaultInjector([Fault("html", 0.1)], 1)
     assert 60 < sum(faults.draw("me") is not None for _ in range(1_000)) < 140
 
 

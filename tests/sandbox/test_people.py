@@ -11,7 +11,7 @@ REALISTIC: dict[str, Any] = {"hit_rate": 0.7, "failure_rate": 0.015}
 def submit_and_collect(api: SandboxClient, rows: list[dict[str, str]], **body: Any) -> list[Any]:
     """Ask about each lead; give what came, without its names."""
     names = {"task_id", "request_id"}
-    tasks = [api.task_of(params, **body) for params in rows]
+    tasks = [api.submit_and_get(params, **body) for params in rows]
     return [{key: value for key, value in task.items() if key not in names} for task in tasks]
 
 
@@ -40,14 +40,14 @@ def test_hit_rate(start: StartSandbox) -> None:
     """About 70 % of 500 people are found, whatever providers are asked."""
     api = start(**REALISTIC)
     for body in ({}, {"enrichments": [833, 966], "email_verifier": 10}, {"enrichments": [701]}):
-        data = api.task(api.bulk(make_leads(500), **body))["data"]
+        data = api.task_body(api.submit_bulk(make_leads(500), **body))["data"]
         assert 0.6 < sum(row is not None for row in data) / 500 < 0.8
 
 
 def test_failure_rate(start: StartSandbox) -> None:
     """About 1.5 % of the tasks fail, some of them free of charge."""
     api = start(**REALISTIC)
-    progress = api.task(api.bulk(make_leads(1_000)))["progress"]
+    progress = api.task_body(api.submit_bulk(make_leads(1_000)))["progress"]
     totals = api.audit()
     assert 5 <= progress["failed"] <= 30
     assert 0 < totals["accepted"] - sum(run["charged"] for run in totals["runs"]) < progress["failed"]
@@ -56,7 +56,7 @@ def test_failure_rate(start: StartSandbox) -> None:
 def test_every_provider_finds_some(start: StartSandbox) -> None:
     """Each of the asked providers finds somebody, the first ones most often."""
     api = start()
-    rows = api.task(api.bulk(make_leads(200), enrichments=[833, 966, 113]))["data"]
+    rows = api.task_body(api.submit_bulk(make_leads(200), enrichments=[833, 966, 113]))["data"]
     finders = [row["steps"][-1]["provider"] for row in rows]
     shares = [finders.count(name) for name in ("Mailhound", "Peoplegrid", "Apex Contacts")]
     assert shares[0] == max(shares)

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from enrich.sandbox.command import sandbox
-from enrich.sandbox.server import embedded
+from enrich.sandbox.server import serve_in_thread
 from enrich.sandbox.settings import SandboxSettings
 from tests.cases import first_quick, in_turn
 from tests.harness import reset_signals
@@ -47,7 +47,7 @@ def start_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], Sandbo
 
 def open_client(stack: ExitStack, state: Path, settings: SandboxSettings = INSTANT) -> SandboxClient:
     """Serve a state file in this process."""
-    running = stack.enter_context(embedded(state, settings))
+    running = stack.enter_context(serve_in_thread(state, settings))
     api = SandboxClient(running.base_url, running.api_key)
     stack.callback(api.http.close)
     return api
@@ -58,12 +58,12 @@ def test_restart_keeps_state(tmp_path: Path) -> None:
     state = tmp_path / "state.db"
     with ExitStack() as stack:
         api = open_client(stack, state)
-        before = [api.task_of(params) for params in make_leads(5)]
+        before = [api.submit_and_get(params) for params in make_leads(5)]
         api.advance(1_000)
         totals, now = api.audit(), api.advance(0)["now"]
     with ExitStack() as stack:
         api = open_client(stack, state, SandboxSettings(latency="fixed(0)", balance=5))
-        assert [api.task(task["task_id"]) for task in before] == before
+        assert [api.task_body(task["task_id"]) for task in before] == before
         after = api.audit()
         since_the_start = {"requests": {}, "busiest_second": 0}
         assert after | since_the_start == totals | since_the_start
@@ -74,12 +74,12 @@ def test_kill_keeps_accepted_tasks(tmp_path: Path) -> None:
     """What was answered before a kill -9 is there after it."""
     state = tmp_path / "state.db"
     with start_process("--state", str(state)) as (running, api):
-        tasks = [api.run(params) for params in make_leads(20)]
+        tasks = [api.submit(params) for params in make_leads(20)]
         running.kill()
         running.wait()
     with ExitStack() as stack:
         api = open_client(stack, state)
-        assert all(api.get(task_id).status_code == 200 for task_id in tasks)
+        assert all(api.get_task(task_id).status_code == 200 for task_id in tasks)
         assert api.audit()["accepted"] == 20
 
 
@@ -87,14 +87,14 @@ def test_state_is_private(tmp_path: Path) -> None:
     """The state file is for its owner alone, even if it was not before."""
     state = tmp_path / "state.db"
     state.touch(0o644)
-    with embedded(state):
+    with serve_in_thread(state):
         modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o600}
 
 
 def test_second_sandbox_on_same_state_is_refused(tmp_path: Path) -> None:
     """A second sandbox on the same state is refused."""
-    with embedded(tmp_path / "state.db"):
+    with serve_in_thread(tmp_path / "state.db"):
         result = CliRunner().invoke(sandbox, ["--state", str(tmp_path / "state.db")])
     assert (result.exit_code, "locked" in result.output) == (1, True)
 
@@ -116,7 +116,7 @@ def test_port_can_be_chosen(tmp_path: Path) -> None:
     """The server listens where it is told to, and says so."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with embedded(tmp_path / "state.db", port=port) as running:
+    with serve_in_thread(tmp_path / "state.db", port=port) as running:
         assert running.base_url == f"http://127.0.0.1:{port}/v1"
         assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
 
@@ -133,7 +133,7 @@ def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
 
     with ExitStack() as stack:
         api = open_client(stack, tmp_path / "state.db")
-        api.fault("silence-after")
+        api.inject_fault("silence-after")
         waiting = Thread(target=wait)
         waiting.start()
         while not api.audit(runs=False)["accepted"]:
@@ -149,7 +149,7 @@ def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
 def test_signals_stop_the_server(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it with success, after two lines on stdout and not a word more."""
     with start_process() as (running, api):
-        api.run()
+        api.submit()
         os.kill(running.pid, number)
         rest, errors = running.communicate(timeout=60)
     assert (running.returncode, rest, errors) == (0, "", "")
@@ -175,7 +175,7 @@ def test_options_reach_settings(tmp_path: Path) -> None:
     with start_process(*options) as (_, api):
         assert api.http.get("/user/me").status_code == 502
         assert api.audit()["balance"] == 7.5
-        task = api.task_of()
+        task = api.submit_and_get()
         assert (task["status"], task["data"]) in [("success", []), ("success", {})]
 
 

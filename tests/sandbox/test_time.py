@@ -6,7 +6,7 @@ from time import time
 
 import pytest
 
-from enrich.sandbox.latency import latency
+from enrich.sandbox.latency import parse_latency
 from tests.cases import in_turn
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
@@ -19,11 +19,11 @@ def date_of(api: SandboxClient) -> float:
 def test_advance_completes_tasks(start: StartSandbox) -> None:
     """Moving the clock makes tasks complete."""
     api = start(latency="fixed(3600)")
-    task_id = api.run()
+    task_id = api.submit()
     api.advance(3_590)
-    assert api.task(task_id)["status"] == "processing"
+    assert api.task_body(task_id)["status"] == "processing"
     api.advance(11)
-    assert api.task(task_id)["status"] == "completed"
+    assert api.task_body(task_id)["status"] == "completed"
 
 
 def test_latency_is_deterministic_per_request(start: StartSandbox) -> None:
@@ -31,9 +31,9 @@ def test_latency_is_deterministic_per_request(start: StartSandbox) -> None:
     result = []
     for _ in range(2):
         api = start(latency="uniform(0,1000)")
-        tasks = [api.run(params) for params in make_leads(10)]
+        tasks = [api.submit(params) for params in make_leads(10)]
         api.advance(500)
-        result.append([api.task(task_id)["status"] for task_id in tasks])
+        result.append([api.task_body(task_id)["status"] for task_id in tasks])
     assert result[0] == result[1]
     assert set(result[0]) == {"processing", "completed"}
 
@@ -50,33 +50,36 @@ def test_date_follows_the_clock(start: StartSandbox) -> None:
 def test_expired(start: StartSandbox) -> None:
     """A result is gone after its time, counted from completion: 410."""
     api = start(latency="fixed(1800)", result_ttl=3_600.0)
-    task_id = api.run()
+    task_id = api.submit()
     api.advance(1_800 + 3_590)
-    assert api.task(task_id)["status"] == "completed"
+    assert api.task_body(task_id)["status"] == "completed"
     api.advance(20)
-    assert (api.get(task_id).status_code, api.get(task_id).json()) == (410, {"detail": "Task data has expired"})
+    assert (api.get_task(task_id).status_code, api.get_task(task_id).json()) == (
+        410,
+        {"detail": "Task data has expired"},
+    )
 
 
 def test_expired_task_with_status_gone(start: StartSandbox) -> None:
     """Expiry may be told as a 200 with the status `gone` and no data."""
     api = start(expired_as="gone")
-    task_id = api.run()
+    task_id = api.submit()
     api.advance(86_401)
-    assert (api.task(task_id)["status"], api.task(task_id)["data"]) == ("gone", None)
+    assert (api.task_body(task_id)["status"], api.task_body(task_id)["data"]) == ("gone", None)
 
 
 def test_cancelled_tasks_expire(start: StartSandbox) -> None:
     """A cancelled task is kept for its time, too."""
     api = start(latency="fixed(100000)")
-    task_id = api.run()
+    task_id = api.submit()
     api.cancel(task_id)
     api.advance(86_401)
-    assert api.get(task_id).status_code == 410
+    assert api.get_task(task_id).status_code == 410
 
 
 def test_expired_results_stay_charged(api: SandboxClient) -> None:
     """An expired result has cost what it cost."""
-    api.run(ADA, enrichments=[833])
+    api.submit(ADA, enrichments=[833])
     api.advance(100_000)
     assert api.audit()["credits_charged"] == 0.5
 
@@ -85,12 +88,12 @@ def test_expired_results_stay_charged(api: SandboxClient) -> None:
 def test_unknown_latency(text: str) -> None:
     """What is no distribution is an error that shows the forms."""
     with pytest.raises(ValueError, match="none of lognormal"):
-        latency(text)
+        parse_latency(text)
 
 
 def test_distributions() -> None:
     """The distributions have the median and the bounds that they are called by."""
     draws = [(number + 0.5) / 1_000 for number in range(1_000)]
-    assert {latency("fixed(2)")(draw) for draw in draws} == {2}
-    assert median(map(latency("lognormal(1.2, 0.6)"), draws)) == pytest.approx(1.2, rel=0.01)
-    assert all(1 < latency("uniform(1,3)")(draw) < 3 for draw in draws)
+    assert {parse_latency("fixed(2)")(draw) for draw in draws} == {2}
+    assert median(map(parse_latency("lognormal(1.2, 0.6)"), draws)) == pytest.approx(1.2, rel=0.01)
+    assert all(1 < parse_latency("uniform(1,3)")(draw) < 3 for draw in draws)
