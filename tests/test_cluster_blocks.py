@@ -594,12 +594,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
-from enrich.cluster.blocks import Pass
-from enrich.model import Wish
+from enrich.cluster.blocks import SharedPass
+from enrich.model import RequestSelection
 from enrich.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
-from enrich.tables.source import Source
+from enrich.tables.source import InputTable
 from tests.test_cluster_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
 from enrich.job import load_job
 import sys
@@ -608,7 +608,8 @@ folder = Path(sys.argv[1])
 rows = open_rows(folder)
 Ledger(folder / "quiet.db").close()
 with connected(None):
-    taken = Pass(load_job(folder / "job.yaml"), TEMPLATE, Wish(), partial(open_ledger_remotely, folder / "quiet.db", {}))
+    open_ledger = partial(open_ledger_remotely, folder / "quiet.db", {})
+    taken = SharedPass(load_job(folder / "job.yaml"), TEMPLATE, RequestSelection(), open_ledger)
     assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150
 """
 
