@@ -17,8 +17,8 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from enrich.errors import CommandRefused, LedgerFailed
+from enrich.job.locations import PostgresLocation
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import PostgresLocation
 from enrich.store.allowance import SharedRateRow
 from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 

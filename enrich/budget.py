@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from enrich.errors import CommandRefused
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import to_micros
 from enrich.question import RequestTemplate
 from enrich.store.ledger import Ledger

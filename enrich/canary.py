@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from enrich.errors import CanaryStopped
+from enrich.job.spec import Canary
 from enrich.model import State
-from enrich.spec import Canary
 
 #: Outcomes that say something; who is in doubt or still at the API says nothing.
 _CONCLUSIVE = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED)

@@ -13,9 +13,9 @@ import polars as pl
 from enrich.api.answer import is_blank, result_fields, value_at
 from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
 from enrich.errors import CommandRefused
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.locations import Location, is_dataset
 from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State
-from enrich.place import Location, is_dataset
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger

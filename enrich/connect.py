@@ -23,9 +23,9 @@ from enrich.errors import (
     UnexpectedResponse,
     WorkspaceMismatch,
 )
-from enrich.job import SANDBOX_SUFFIX, Job, suggest_name
+from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
+from enrich.job.locations import PostgresLocation
 from enrich.model import Call, read_balance
-from enrich.place import PostgresLocation
 from enrich.question import RequestTemplate, default_providers, make_request_template
 from enrich.store.ledger import Ledger
 

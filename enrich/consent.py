@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enrich.errors import CommandRefused
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import to_credits, to_micros
 from enrich.question import RequestTemplate
 

@@ -17,8 +17,8 @@ from enrich.dispatcher import max_posts_in_flight
 from enrich.engine import WorkerHandle
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.execution import RunCounters, RunState
+from enrich.job.locations import PostgresLocation
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import PostgresLocation
 from enrich.shift import WorkConfig
 from enrich.store.dialect import DatabaseFailed
 from enrich.store.journal import LedgerWriter

@@ -24,8 +24,8 @@ from enrich.execution import RunState
 from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, build_plan, format_plan
 from enrich.heartbeat import ProgressReporter
+from enrich.job.locations import Location, is_dataset
 from enrich.model import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
-from enrich.place import Location, is_dataset
 from enrich.planfile import check_plan, gather_plan_inputs
 from enrich.poller import Poller
 from enrich.pulse import Phase

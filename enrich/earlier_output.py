@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError
-from enrich.job import Job
-from enrich.place import (
+from enrich.job.job import Job
+from enrich.job.locations import (
     LedgerLocation,
     Location,
     ObjectUrl,
@@ -19,7 +19,7 @@ from enrich.place import (
     path_beside_ledger,
     sandbox_ledger_location,
 )
-from enrich.spec import Input
+from enrich.job.spec import Input
 from enrich.store.database import ledger_exists
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.journal import LedgerWriter

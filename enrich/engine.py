@@ -10,9 +10,9 @@ from typing import Protocol
 
 from enrich.asking import RowBatch
 from enrich.collector import OutputCounts
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.locations import Location
 from enrich.model import Decision, RequestSelection
-from enrich.place import Location
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask

@@ -12,7 +12,7 @@ from typing import Any
 from enrich.api.answer import is_blank, parse_data, value_at
 from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.job import Job, suggest_name
+from enrich.job.job import Job, suggest_name
 from enrich.model import OPEN_STATES, SystemClock
 from enrich.privacy import read_or_make_key
 from enrich.question import RequestTemplate

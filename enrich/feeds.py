@@ -12,9 +12,9 @@ import polars as pl
 from enrich.api.answer import result_fields, value_at
 from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, JoinedBatch, to_cell
+from enrich.job.locations import Location
+from enrich.job.spec import Changes, Output
 from enrich.model import RowStatus, iso_time
-from enrich.place import Location
-from enrich.spec import Changes, Output
 from enrich.tables.cells import as_text
 from enrich.tables.writing import write_file
 

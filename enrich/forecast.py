@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from enrich.connect import Preflight
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import DECISIONS_TO_SEND, Decision, format_duration, iso_time, to_credits, to_micros
 from enrich.planfile import ProviderPrice, provider_prices
 from enrich.store.ledger import Ledger

@@ -7,7 +7,7 @@ from datetime import datetime
 from enrich.collector import Collector
 from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, ExitCode
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.question import RequestTemplate
 from enrich.receipt import RunSummary
 from enrich.rows import JobInput

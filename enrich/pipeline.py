@@ -28,8 +28,8 @@ from enrich.errors import (
 )
 from enrich.execution import RunState
 from enrich.heartbeat import ProgressReporter
+from enrich.job.locations import Location
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import Location
 from enrich.polls import PollSchedule
 from enrich.pulse import Phase
 from enrich.receipt import RunSummary

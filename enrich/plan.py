@@ -19,12 +19,12 @@ from enrich.consent import check_balance
 from enrich.errors import CommandRefused, JobError
 from enrich.execution import Timeouts
 from enrich.forecast import DECISION_REASONS, Plan, build_plan
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.spec import Output
 from enrich.model import DECISIONS_TO_SEND, Decision, RowDecision, RowStatus, SystemClock, iso_time
 from enrich.planfile import SavedPlan, gather_plan_inputs
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
-from enrich.spec import Output
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_locked

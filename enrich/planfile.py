@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.api.waterfall import Provider, Waterfall
-from enrich.bounded_read import read_text
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.job import Job
+from enrich.job.bounded_read import read_text
+from enrich.job.job import Job
 from enrich.model import State, iso_time, to_micros
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from enrich.api.waterfall import Provider, Waterfall
 from enrich.errors import JobError
-from enrich.job import Job, suggest_name
+from enrich.job.job import Job, suggest_name
 from enrich.model import Call, to_micros
 
 

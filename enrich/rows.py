@@ -12,9 +12,9 @@ from pathlib import Path
 import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
-from enrich.bounded_read import read_bounded
 from enrich.errors import CommandRefused
-from enrich.job import Job, suggest_name
+from enrich.job.bounded_read import read_bounded
+from enrich.job.job import Job, suggest_name
 from enrich.order import rank_rows, sort_keys
 from enrich.privacy import MAX_LIST_BYTES, ForgottenRequests, read_suppression
 from enrich.question import RequestTemplate

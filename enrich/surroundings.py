@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from enrich.api.credentials import ApiAccess
 from enrich.execution import Timeouts
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import Clock, RequestSelection, State, SystemClock
 from enrich.planfile import SavedPlan
 from enrich.store.ledger import Ledger

@@ -15,9 +15,9 @@ from enrich.api.client import Client
 from enrich.api.credentials import ApiAccess
 from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
 from enrich.execution import RunCounters, RunState, Timeouts
+from enrich.job.locations import PostgresLocation
 from enrich.model import SystemClock, Task
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import PostgresLocation
 from enrich.poller import Poller
 from enrich.polls import PollSchedule
 from enrich.shift import WorkConfig

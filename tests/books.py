@@ -12,8 +12,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 
+from enrich.job.locations import LedgerLocation
 from enrich.model import Answer, Call, Claim, RequestSelection, RowRequest, State
-from enrich.place import LedgerLocation
 from enrich.store.dialect import Cursor
 from enrich.store.ledger import Ledger
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import httpx
 
-from enrich.place import ObjectUrl
+from enrich.job.locations import ObjectUrl
 from enrich.tables import storage
 
 SECRET = "not-to-be-told"

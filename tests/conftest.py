@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from enrich.place import LedgerLocation, parse_ledger_location
+from enrich.job.locations import LedgerLocation, parse_ledger_location
 from tests import postgres as servers
 from tests.books import CommittingLedger
 from tests.cases import FULL

@@ -26,10 +26,10 @@ from pydantic import SecretStr
 from enrich.api.credentials import ApiAccess
 from enrich.cli import run_command
 from enrich.execution import Timeouts
-from enrich.job import load_job
+from enrich.job.job import load_job
+from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.model import SystemClock
 from enrich.pipeline import run
-from enrich.place import LedgerLocation, parse_ledger_location
 from enrich.polls import PollSchedule
 from enrich.receipt import RunSummary
 from enrich.sandbox import SandboxSettings

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.collector import answer_cells
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import Call, Decision, RowStatus
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput

@@ -27,12 +27,12 @@ import pytest
 from enrich.collector import Collector
 from enrich.engine import ClusterCallbacks
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
-from enrich.job import load_job
+from enrich.job.job import load_job
+from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
+from enrich.job.spec import Input
 from enrich.model import Call, Decision, RequestSelection, RowStatus
-from enrich.place import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
-from enrich.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
 from enrich.tables.source import InputTable
@@ -596,12 +596,12 @@ from enrich.cluster.connection import connected
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
 from enrich.model import RequestSelection
-from enrich.spec import Input
+from enrich.job.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
 from enrich.tables.source import InputTable
 from tests.test_cluster_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
-from enrich.job import load_job
+from enrich.job.job import load_job
 import sys
 
 folder = Path(sys.argv[1])

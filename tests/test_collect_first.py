@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from enrich import poller
 from enrich.api.credentials import ApiAccess
 from enrich.execution import Timeouts
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
 from enrich.pipeline import run as run_job
 from enrich.receipt import RunSummary

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.report.compare import compare_executions, compare_jobs, mcnemar_p_value, write_verdict
 from enrich.report.facts import ComparedSide, Comparison
 from tests.cases import in_turn

@@ -19,9 +19,9 @@ from enrich.crew import REPLACEMENTS_PER_WORKER, WorkerPool, posts_in_flight
 from enrich.engine import WorkerHandle
 from enrich.errors import ExitCode
 from enrich.execution import RunCounters, RunState, Timeouts
+from enrich.job.locations import PostgresLocation as Server
 from enrich.model import Call, SystemClock
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import PostgresLocation as Server
 from enrich.polls import PollSchedule
 from enrich.shift import WorkConfig
 from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask

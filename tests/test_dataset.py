@@ -17,8 +17,8 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused, JobError
-from enrich.place import Location, ObjectUrl
-from enrich.spec import Input, Output
+from enrich.job.locations import Location, ObjectUrl
+from enrich.job.spec import Input, Output
 from enrich.tables import dataset, storage
 from enrich.tables.manifest import MANIFEST
 from enrich.tables.source import InputTable

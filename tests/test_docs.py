@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from enrich.cli import cli
-from enrich.job import load_job
-from enrich.spec import JobModel
+from enrich.job.job import load_job
+from enrich.job.spec import JobModel
 from tests.cases import in_turn
 from tests.documents import (
     ALL_DOCUMENTS,

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused, JobError
-from enrich.job import load_job
-from enrich.place import ObjectUrl
-from enrich.spec import Input, Output
+from enrich.job.job import load_job
+from enrich.job.locations import ObjectUrl
+from enrich.job.spec import Input, Output
 from enrich.tables import copies, dataset, storage
 from enrich.tables.source import InputTable
 from enrich.tables.writing import prepare_file, write_file

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
-from enrich.place import Format
-from enrich.spec import Input, Output
+from enrich.job.locations import Format
+from enrich.job.spec import Input, Output
 from enrich.tables import excel
 from enrich.tables.source import InputTable
 from enrich.tables.writing import write_file

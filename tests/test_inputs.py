@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import CommandRefused, JobError
-from enrich.job import Overrides, load_job
-from enrich.place import STDIN, ObjectUrl, parse_location
-from enrich.spec import Input
+from enrich.job.job import Overrides, load_job
+from enrich.job.locations import STDIN, ObjectUrl, parse_location
+from enrich.job.spec import Input
 from enrich.tables.source import InputTable
 from enrich.tables.writing import prepare_file
 from tests.cases import first_quick, in_turn

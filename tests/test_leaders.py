@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from enrich.errors import ExitCode, LedgerLocked, RunEnded
-from enrich.place import LedgerLocation, parse_ledger_location
-from enrich.place import PostgresLocation as Place
+from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.job.locations import PostgresLocation as Place
 from enrich.store.copying import copy_ledger
 from enrich.store.database import ledger_exists
 from enrich.store.dialect import DatabaseFailed

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.place import LedgerLocation, PostgresLocation, parse_ledger_location
+from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
 from enrich.privacy import key_path, read_or_make_key
 from enrich.store import copying
 from enrich.store.copying import COPIED_TABLES, copy_ledger

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.model import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
-from enrich.place import LedgerLocation, parse_ledger_location
 from enrich.store.ledger import Ledger
 from enrich.store.moves import CapReached
 from tests.books import BINDING, CommittingLedger, params, row_requests

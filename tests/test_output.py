@@ -24,11 +24,11 @@ from enrich.api.answer import TaskReply, read_answer, task_phase
 from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, to_cell
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.job import Job, load_job
+from enrich.job.job import Job, load_job
+from enrich.job.spec import Output
 from enrich.model import Call, RowStatus, State
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
-from enrich.spec import Output
 from enrich.store.ledger import Ledger
 from enrich.tables.writing import prepare_file, temporary_path, write_file
 from tests.cases import first_quick, in_turn
@@ -91,7 +91,7 @@ KILLED_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import polars as pl
-from enrich.spec import Output
+from enrich.job.spec import Output
 from enrich.tables.writing import write
 
 def frames():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.asking import RowBatch
 from enrich.errors import CommandRefused
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import Call
 from enrich.privacy import ForgottenRequests, keyed_hash
 from enrich.question import RequestTemplate

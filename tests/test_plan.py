@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.forecast import Plan
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import DECISIONS_TO_SEND, Decision, State
 from enrich.plan import make_plan
 from enrich.planfile import SavedPlan, read_plan, write_plan

@@ -363,7 +363,9 @@ class TestTimeouts:
         async def scene(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 50)
             harness.run_state.poll_schedule = PollSchedule()
-            with patch.object(RunState, "wait_for_change", autospec=True, side_effect=RunState.wait_for_change) as waits:
+            with patch.object(
+                RunState, "wait_for_change", autospec=True, side_effect=RunState.wait_for_change
+            ) as waits:
                 await harness.poll_open_tasks(harness.make_poller())
             polls = len(harness.request_log.polled_task_ids)
             assert polls <= 50 * 5

@@ -10,7 +10,7 @@ import pytest
 from enrich.api.waterfall import User, Waterfall
 from enrich.budget import make_budget
 from enrich.errors import CommandRefused, JobError
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.question import RequestTemplate, default_providers, make_request_template
 from tests.harness import Workspace
 

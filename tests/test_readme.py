@@ -9,8 +9,8 @@ import pytest
 
 from enrich import __version__
 from enrich.cli import cli
-from enrich.job import load_job
-from enrich.spec import json_schema
+from enrich.job.job import load_job
+from enrich.job.spec import json_schema
 from tests.documents import ROOT, check_console, fenced_blocks, make_checkout, run_shell
 from tests.harness import INSTANT_API, serve_api
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import Answer, RowStatus, State
 from enrich.report.facts import Report
 from enrich.report.gather import build_report

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.asking import RowBatch
 from enrich.errors import CommandRefused, JobError
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import Call, RowStatus
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.look.runs import format_runs, read_runs
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_locked, lock_ledger

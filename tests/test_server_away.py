@@ -13,9 +13,9 @@ from typing import Literal
 import pytest
 
 from enrich.allowance import start_sharing, stop_sharing
+from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.job.locations import PostgresLocation as Place
 from enrich.pace import AdaptiveRateLimiter
-from enrich.place import LedgerLocation, parse_ledger_location
-from enrich.place import PostgresLocation as Place
 from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
 from enrich.store.records import check_ledger

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import LedgerLocked
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.model import State
 from enrich.store.lock import lock_ledger
 from enrich.surroundings import RunOptions

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import LeaseLost
-from enrich.place import PostgresLocation as Place
-from enrich.place import parse_ledger_location
+from enrich.job.locations import PostgresLocation as Place
+from enrich.job.locations import parse_ledger_location
 from enrich.store import pgledger
 from enrich.store.allowance import SharedRateRow
 from enrich.store.dialect import TransactionInterrupted

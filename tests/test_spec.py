@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
-from enrich.fields import parse_duration
-from enrich.job import Job, Overrides, load_job, suggest_name
-from enrich.jobfile import YamlDocument
-from enrich.spec import json_schema
+from enrich.job.job import Job, Overrides, load_job, suggest_name
+from enrich.job.spec import json_schema, parse_duration
+from enrich.job.yaml_file import YamlDocument
 from tests.cases import in_turn
 
 BASE_JOB = """\

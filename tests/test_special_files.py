@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import pytest
 
-from enrich.bounded_read import MAX_BYTES
+from enrich.job.bounded_read import MAX_BYTES
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.look.status import format_status, read_status
 from enrich.model import Answer, State, iso_time
 from enrich.store.ledger import Ledger

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus, RunView, format_headline, format_view, format_view_line
 from enrich.look.watch import (

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.place import ObjectUrl
-from enrich.spec import Input, Output
+from enrich.job.locations import ObjectUrl
+from enrich.job.spec import Input, Output
 from enrich.tables.source import InputTable
 from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, SECRET, download_object, put_object

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from enrich.job import load_job
+from enrich.job.job import load_job
 from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus, format_headline
 from enrich.look.status import read_status

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from enrich.bounded_read import read_text
 from enrich.errors import ApiKeyRejected, JobError
+from enrich.job.bounded_read import read_text
 
 DEFAULT_BASE_URL = "https://api.databar.ai/v1"
 

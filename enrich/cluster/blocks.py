@@ -18,7 +18,7 @@ from ray import cloudpickle
 from enrich.cluster.presence import CHECK_EVERY_S, RUN_AGAIN_HINT, HeartbeatMonitor, Heartbeats
 from enrich.cluster.source import ArrowTable, PartSource, as_enrich_error, from_block, single_cell_block
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import RequestSelection
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput

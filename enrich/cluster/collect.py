@@ -11,7 +11,7 @@ from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
 from enrich.collector import Collector, OutputCounts, output_schema
 from enrich.errors import CommandRefused
-from enrich.place import Location
+from enrich.job.locations import Location
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
 from enrich.tables.dataset import DatasetWriter, begin_dataset

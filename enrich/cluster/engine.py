@@ -14,9 +14,9 @@ from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
 from enrich.collector import OutputCounts
 from enrich.engine import ClusterCallbacks, EnrollCounts, WorkerHandle
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.locations import Location, PostgresLocation
 from enrich.model import RequestSelection
-from enrich.place import Location, PostgresLocation
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.dialect import OUTAGE_TIMEOUT_S

@@ -15,7 +15,7 @@ from ray.data.block import BlockMetadata
 
 from enrich.cluster.presence import Heartbeats
 from enrich.errors import EnrichError
-from enrich.place import ObjectUrl
+from enrich.job.locations import ObjectUrl
 from enrich.tables.copies import LocalCopies
 from enrich.tables.parts import ROWS_PER_PART, InputPart, PartReader
 from enrich.tables.reading import InputSchema

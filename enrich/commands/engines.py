@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from enrich.errors import JobError
-from enrich.place import STDIN, PostgresLocation
+from enrich.job.locations import STDIN, PostgresLocation
 
 if TYPE_CHECKING:
     from enrich.engine import ClusterEngine
-    from enrich.job import Job
+    from enrich.job.job import Job
     from enrich.surroundings import ClusterOptions
 
 

@@ -71,7 +71,7 @@ def cron(
     force: bool,
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
-    from enrich.fields import parse_duration
+    from enrich.job.spec import parse_duration
     from enrich.nights import machine, schedule
     from enrich.setup.places import files_written, nearest_existing
 

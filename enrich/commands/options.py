@@ -15,8 +15,8 @@ from enrich.errors import JobError
 
 if TYPE_CHECKING:
     from enrich.api.credentials import ApiAccess
-    from enrich.job import Job
-    from enrich.place import LedgerLocation
+    from enrich.job.job import Job
+    from enrich.job.locations import LedgerLocation
 
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
@@ -29,7 +29,7 @@ def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> f
     """Read a duration option."""
     if value is None:
         return None
-    from enrich.fields import parse_duration
+    from enrich.job.spec import parse_duration
 
     try:
         return parse_duration(value).total_seconds()
@@ -72,7 +72,7 @@ def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Call
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        from enrich.place import check_no_password
+        from enrich.job.locations import check_no_password
 
         try:
             check_no_password(value)
@@ -124,7 +124,7 @@ def load_job_file(
     max_credits: float | None = None,
 ) -> Job:
     """Read the job file, with what the command line and `ENRICH_LEDGER` say instead."""
-    from enrich.job import Overrides, load_job
+    from enrich.job.job import Overrides, load_job
 
     job = load_job(
         job_file,
@@ -151,7 +151,7 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
         return
     from pydantic import SecretStr
 
-    from enrich.place import path_beside_ledger
+    from enrich.job.locations import path_beside_ledger
 
     try:
         from enrich.sandbox.server import serve_in_thread

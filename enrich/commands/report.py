@@ -14,7 +14,7 @@ from enrich.commands import options
 from enrich.commands.witnessed import make_job_arguments
 
 if TYPE_CHECKING:
-    from enrich.job import Job
+    from enrich.job.job import Job
     from enrich.report.facts import Comparison, Report
     from enrich.watch.outcome import JobArguments
 

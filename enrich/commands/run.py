@@ -17,7 +17,7 @@ from enrich.commands.witnessed import make_job_arguments, with_observers
 from enrich.errors import ExitCode, LedgerLocked
 
 if TYPE_CHECKING:
-    from enrich.job import Job
+    from enrich.job.job import Job
     from enrich.receipt import RunSummary
     from enrich.surroundings import RunOptions
     from enrich.watch.outcome import JobArguments

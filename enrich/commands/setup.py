@@ -37,7 +37,7 @@ def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None
 @click.command()
 def schema() -> None:
     """Print the JSON Schema of the job file, for editors."""
-    from enrich.spec import json_schema
+    from enrich.job.spec import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 

@@ -12,7 +12,7 @@ import click
 
 from enrich.commands import options
 from enrich.errors import ExitCode
-from enrich.place import LedgerLocation, parse_ledger_location
+from enrich.job.locations import LedgerLocation, parse_ledger_location
 
 JOB_OR_LEDGER_ARGUMENT = click.argument("place", metavar="JOB_OR_LEDGER")
 LEDGER_INSTEAD_OPTION = options.ledger_option("instead", what="Take")

@@ -11,7 +11,7 @@ from typing import Any
 
 from enrich.api.answer import is_blank, parse_data, value_at
 from enrich.connect import template_from_ledger
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.look.leads import (
     MAX_LEADS_SHOWN,
     Lead,

@@ -9,7 +9,7 @@ import polars as pl
 
 from enrich.asking import RowBatch, param_values
 from enrich.errors import JobError
-from enrich.job import Job, suggest_name
+from enrich.job.job import Job, suggest_name
 from enrich.model import RowStatus
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput

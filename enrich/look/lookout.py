@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.look.picture import RunStatus, RunView, run_status
 from enrich.model import SystemClock
 from enrich.pulse import read_snapshot

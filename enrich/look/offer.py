@@ -11,7 +11,7 @@ from enrich.api.waterfall import Provider, Waterfall
 from enrich.connect import retry_until
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timeouts
-from enrich.job import suggest_name
+from enrich.job.job import suggest_name
 from enrich.model import SystemClock
 
 

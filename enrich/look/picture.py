@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from enrich.job.locations import LedgerLocation
 from enrich.model import format_duration, iso_time, to_credits
-from enrich.place import LedgerLocation
 from enrich.pulse import ProgressSnapshot, TrafficCounts
 from enrich.store.history import LatestExecutionRow
 from enrich.surroundings import Progress

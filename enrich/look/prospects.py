@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
+from enrich.job.spec import Policy
 from enrich.model import State, iso_time
-from enrich.spec import Policy
 from enrich.store.history import AttemptRow
 
 

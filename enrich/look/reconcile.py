@@ -18,7 +18,7 @@ from enrich.difference import (
 )
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.execution import Timeouts
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import SystemClock, read_balance
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger

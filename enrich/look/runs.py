@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import format_duration, iso_time, pluralize, to_credits
 from enrich.store.database import ledger_exists
 from enrich.store.history import ExecutionRow, LedgerReader

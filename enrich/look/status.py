@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from enrich.difference import choose_baseline
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus
 from enrich.model import count_by_status, format_duration, iso_time, pluralize, to_credits

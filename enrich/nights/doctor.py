@@ -14,11 +14,11 @@ from enrich.api.credentials import ApiAccess, find_base_url, find_key
 from enrich.api.network import find_proxy, load_certificates
 from enrich.budget import make_budget
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, error_finding
-from enrich.place import LedgerLocation, PostgresLocation
 from enrich.report.file import INSTALL_HINT, is_extra_missing
 from enrich.setup.check import CheckResult, check_job, check_summary
 from enrich.setup.online import ApiSnapshot, query_api

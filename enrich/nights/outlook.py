@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from enrich.errors import EnrichError, ExitCode
+from enrich.job.locations import Location
 from enrich.model import CLOCK_TOLERANCE_MS, iso_time, to_credits
-from enrich.place import Location
 
 DAY_S = 86_400.0
 #: An export that did not change for this long is asked after.

@@ -14,7 +14,7 @@ import polars as pl
 
 from enrich.cascade import ProviderStats, load_waterfalls
 from enrich.errors import CommandRefused, JobError
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
 from enrich.report.earned import reported_providers
 from enrich.report.facts import ComparedSide, Comparison, ReportedProvider

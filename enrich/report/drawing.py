@@ -125,7 +125,7 @@ def _clean_tag(tag: str) -> str:
 
 def rect_marks(
     rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
-) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+) -> alt.Chart:
     """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
         x=x_scale(domain, axis),
@@ -144,7 +144,7 @@ def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.C
 
 def rule_marks(
     rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
-) -> alt.Chart:  # noqa: ANN401 - what Altair takes
+) -> alt.Chart:
     """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
     return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
         x=x_scale(domain, axis),

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from enrich.errors import CommandRefused, JobError
-from enrich.job import Job
+from enrich.job.job import Job
 
 #: The last line of every report that we write: what lacks it is somebody else's file.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from enrich.cascade import ProviderStats, load_waterfalls
 from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, EnrichError
-from enrich.job import Job
+from enrich.job.job import Job
+from enrich.job.locations import STDIN
 from enrich.model import SettledAttempt, count_by_status, to_credits
 from enrich.offline import prepare_collector
-from enrich.place import STDIN
 from enrich.question import RequestTemplate
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.earned import reported_waterfall

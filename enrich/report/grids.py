@@ -63,7 +63,7 @@ def count_cell(name: str, number: int | None) -> Cell:
     return Cell(words.format_count(number), name, number)
 
 
-def credits_cell(name: str, amount: float | None) -> Cell:  # noqa: A001 - the word of the trade
+def credits_cell(name: str, amount: float | None) -> Cell:
     """Make a cell of an amount."""
     return Cell(words.format_amount(amount), name, amount)
 

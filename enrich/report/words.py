@@ -22,7 +22,7 @@ def format_count(number: float | None) -> str:
     return DASH if number is None else f"{number:,.0f}"
 
 
-def format_amount(amount: float | None) -> str:  # noqa: A001 - the word of the trade
+def format_amount(amount: float | None) -> str:
     """Write an amount of credits, without the unit."""
     return DASH if amount is None else format_credits(amount)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from enrich.api.waterfall import Waterfall
 from enrich.errors import CommandRefused, JobError
-from enrich.job import suggest_name
+from enrich.job.job import suggest_name
+from enrich.job.spec import json_schema
 from enrich.setup.guess import count_matched_params
 from enrich.setup.sample import Sample
 from enrich.setup.template import JobDraft, render_job_file
-from enrich.spec import json_schema
 
 
 def draft_job(sample: Sample, available: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:

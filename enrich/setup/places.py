@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.job import Job
-from enrich.place import STDIN, is_dataset
+from enrich.job.job import Job
+from enrich.job.locations import STDIN, is_dataset
 from enrich.report.file import is_report
 from enrich.tables.finding import find_paths
 from enrich.tables.folder import check_own_folder

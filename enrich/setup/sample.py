@@ -11,9 +11,9 @@ from pathlib import Path
 import polars as pl
 
 from enrich.errors import CommandRefused
-from enrich.place import format_of
+from enrich.job.locations import format_of
+from enrich.job.spec import Input
 from enrich.setup.concepts import Column, describe_column
-from enrich.spec import Input
 from enrich.tables.cells import text_frame
 from enrich.tables.csvfile import read_batches, read_header
 from enrich.tables.source import InputTable

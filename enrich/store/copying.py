@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich.errors import CommandRefused
-from enrich.place import LedgerLocation
+from enrich.job.locations import LedgerLocation
 from enrich.privacy import key_path
 from enrich.store.database import Database, delete_ledger, ledger_exists
 from enrich.store.dialect import DATABASE_ERRORS

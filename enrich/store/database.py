@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from enrich.place import LedgerLocation, PostgresLocation
+from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.store.dialect import DATABASE_ERRORS, Session
 from enrich.store.open_files import ledger_file_exists
 from enrich.store.server import load_postgres
@@ -46,7 +46,11 @@ class Database:
         self.owner_id = None if fencing_token is None else fencing_token.owner_id
         if isinstance(location, PostgresLocation):
             self._db: Session = load_postgres().open_schema(
-                location, read_only=read_only, any_version=any_version, fencing_token=fencing_token, open_timeout_s=open_timeout_s
+                location,
+                read_only=read_only,
+                any_version=any_version,
+                fencing_token=fencing_token,
+                open_timeout_s=open_timeout_s,
             )
         else:
             self._db = open_sqlite(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from enrich.errors import CommandRefused, EnrichError
+from enrich.job.locations import LedgerLocation
 from enrich.model import State
-from enrich.place import LedgerLocation
 from enrich.store.database import Database, ledger_exists
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.intake import OPEN_ATTEMPT

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from enrich.job.locations import LedgerLocation
 from enrich.model import (
     DECISIONS_TO_SEND,
     Call,
@@ -23,7 +24,6 @@ from enrich.model import (
     RowRequest,
     State,
 )
-from enrich.place import LedgerLocation
 from enrich.store.database import OPEN_TIMEOUT_S
 from enrich.store.latencies import LatencyQueries
 

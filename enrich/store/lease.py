@@ -11,8 +11,8 @@ import threading
 import time
 
 from enrich.errors import LeaseLost, RunEnded
+from enrich.job.locations import PostgresLocation
 from enrich.model import boottime
-from enrich.place import PostgresLocation
 from enrich.store.database import OPEN_TIMEOUT_S
 from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.store.ledger import Ledger

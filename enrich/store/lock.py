@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
-from enrich.place import LedgerLocation, PostgresLocation
+from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.store.open_files import ledger_file_exists
 from enrich.store.server import load_postgres
 from enrich.store.sqlite import lock_path

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from enrich.errors import LedgerLocked
-from enrich.place import LedgerLocation, PostgresLocation
+from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.store.dialect import OUTAGE_TIMEOUT_S
 from enrich.store.ledger import Ledger
 from enrich.store.lock import lock_ledger

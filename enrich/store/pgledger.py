@@ -11,7 +11,7 @@ import psycopg
 from psycopg import errors
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
-from enrich.place import PostgresLocation
+from enrich.job.locations import PostgresLocation
 from enrich.store import schema
 from enrich.store.dialect import DatabaseFailed, TransactionInterrupted
 from enrich.store.postgres import RETRY_EVERY_S, FencingToken, PostgresSession, error_text, is_unreachable

@@ -21,7 +21,7 @@ from psycopg.adapt import Loader
 from psycopg.types.string import StrDumper
 
 from enrich.errors import LeaseLost
-from enrich.place import PostgresLocation
+from enrich.job.locations import PostgresLocation
 from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
 
 CONNECT_TIMEOUT_S = 10

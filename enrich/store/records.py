@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from enrich.errors import CommandRefused, LedgerDamaged
-from enrich.place import LedgerLocation, PostgresLocation
+from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.store.database import Database, ledger_exists
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.schema import APPLICATION_ID, JSON_COLUMNS

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import polars as pl
 
 from enrich.errors import CommandRefused
-from enrich.place import Location
+from enrich.job.locations import Location
 from enrich.tables.textfile import FileProblem
 
 COLLECT_HINT = "the ledger has the answers: `enrich collect` writes them without paying"

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.place import ObjectUrl
+from enrich.job.locations import ObjectUrl
 from enrich.tables import parquet, storage
 from enrich.tables.atomic import COLLECT_HINT, as_write_refused
 from enrich.tables.manifest import (

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from enrich.place import ObjectUrl
+from enrich.job.locations import ObjectUrl
 from enrich.tables import parquet, storage
 from enrich.tables.finding import InputFile
 from enrich.tables.textfile import FileProblem, TableFile

@@ -9,7 +9,7 @@ from itertools import chain
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.place import STDIN, Location, ObjectUrl
+from enrich.job.locations import STDIN, Location, ObjectUrl
 from enrich.tables import bucket, folder, storage
 from enrich.tables.finding import would_include
 from enrich.tables.manifest import PartFile, new_part_name

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from enrich.place import Location, ObjectUrl, has_wildcards, is_pattern
-from enrich.spec import Input
+from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
+from enrich.job.spec import Input
 from enrich.tables import storage
 from enrich.tables.manifest import MANIFEST, Manifest, read_manifest
 from enrich.tables.textfile import FORMAT_NAMES, FileProblem, TableFile

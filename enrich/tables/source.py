@@ -9,8 +9,8 @@ from pathlib import Path
 import polars as pl
 
 from enrich.errors import CommandRefused
-from enrich.place import STDIN, Location, ObjectUrl
-from enrich.spec import Input
+from enrich.job.locations import STDIN, Location, ObjectUrl
+from enrich.job.spec import Input
 from enrich.tables.copies import LocalCopies
 from enrich.tables.finding import InputFile, find_input_files, find_objects, find_paths
 from enrich.tables.parts import InputPart, divide_files

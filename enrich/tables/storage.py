@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, BinaryIO
 
 from enrich.errors import CommandRefused, JobError
-from enrich.place import ObjectUrl
+from enrich.job.locations import ObjectUrl
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from enrich.errors import CommandRefused
-from enrich.place import Format
+from enrich.job.locations import Format
 
 BYTE_ORDER_MARK = "\ufeff"
 BINARY_HINT = "It is no text file, or one in another encoding, perhaps `encoding: utf-16-le`"

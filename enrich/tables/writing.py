@@ -13,8 +13,8 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.place import Location, ObjectUrl, format_of, is_dataset, is_pattern
-from enrich.spec import Output
+from enrich.job.locations import Location, ObjectUrl, format_of, is_dataset, is_pattern
+from enrich.job.spec import Output
 from enrich.tables import dataset, excel, jsonl, parquet, storage
 from enrich.tables.atomic import COLLECT_HINT, as_write_refused, atomic_write
 from enrich.tables.cells import text_frame

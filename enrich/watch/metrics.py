@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from enrich.bounded_read import read_text
+from enrich.job.bounded_read import read_text
 from enrich.model import RowStatus, to_credits
 from enrich.store.history import LedgerTotals
 

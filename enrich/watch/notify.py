@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from enrich.bounded_read import read_text
+from enrich.job.bounded_read import read_text
 from enrich.watch.aside import BackgroundTask
 
 SEND_TIMEOUT_S = 20.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from enrich import __version__
 from enrich.errors import ExitCode
-from enrich.job import Job
+from enrich.job.job import Job
 from enrich.model import iso_time
 from enrich.receipt import RunSummary
 from enrich.slip import format_summary

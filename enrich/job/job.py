@@ -13,9 +13,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError
-from enrich.fields import MAX_CREDITS
-from enrich.jobfile import YamlDocument
-from enrich.place import (
+from enrich.job.locations import (
     SANDBOX_NAME,
     STDIN,
     LedgerLocation,
@@ -30,7 +28,21 @@ from enrich.place import (
     parse_location,
     sandbox_ledger_location,
 )
-from enrich.spec import Canary, Caps, Changes, Input, JobModel, Limits, Output, Param, Policy, Refresh, Report
+from enrich.job.spec import (
+    MAX_CREDITS,
+    Canary,
+    Caps,
+    Changes,
+    Input,
+    JobModel,
+    Limits,
+    Output,
+    Param,
+    Policy,
+    Refresh,
+    Report,
+)
+from enrich.job.yaml_file import YamlDocument
 
 _Table = TypeVar("_Table", Input, Output)
 

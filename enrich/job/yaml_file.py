@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from enrich.bounded_read import read_text
 from enrich.errors import JobError
+from enrich.job.bounded_read import read_text
 
 
 class YamlDocument:
