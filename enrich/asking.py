@@ -12,12 +12,12 @@ from itertools import count, repeat
 import polars as pl
 
 from enrich.domains import extract_domain
+from enrich.files.values import quote_json
 from enrich.job.job import Job
 from enrich.job.spec import Param
 from enrich.model import RowRequest, RowStatus
 from enrich.privacy import ForgottenRequests
 from enrich.question import RequestTemplate
-from enrich.tables.cells import quote_json
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {

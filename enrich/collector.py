@@ -13,14 +13,14 @@ import polars as pl
 from enrich.api.answer import is_blank, result_fields, value_at
 from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
 from enrich.errors import CommandRefused
+from enrich.files.values import as_text
+from enrich.files.writer import escape_formulas, needs_formula_escape, write_file
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables.cells import as_text
-from enrich.tables.writing import escape_formulas, needs_formula_escape, write_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError
+from enrich.files import object_store
+from enrich.files.reader import InputTable
+from enrich.files.text import FileProblem
+from enrich.files.values import as_text
 from enrich.job.job import Job
 from enrich.job.locations import (
     LedgerLocation,
@@ -25,10 +29,6 @@ from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.journal import LedgerWriter
 from enrich.store.ledger import Ledger
 from enrich.store.sqlite import unknown_to_sandbox
-from enrich.tables import storage
-from enrich.tables.cells import as_text
-from enrich.tables.source import InputTable
-from enrich.tables.textfile import FileProblem
 
 #: `enrich_task_id`, and with steps one for each.
 _TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")
@@ -139,10 +139,10 @@ def _name_pattern(part: str) -> re.Pattern[str]:
 def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     """Find the newest object; where the name has codes, the last by name, which dates sort by."""
     if "%" not in url_pattern.key:
-        return url_pattern if url_pattern.is_folder or storage.object_version(url_pattern) is not None else None
+        return url_pattern if url_pattern.is_folder or object_store.object_version(url_pattern) is not None else None
     first, _, _ = url_pattern.key.partition("%")
     folder = first.rpartition("/")[0]
     folder_url = ObjectUrl(url_pattern.scheme, url_pattern.bucket, f"{folder}/" if folder else "")
     pattern = re.compile("/".join(_name_pattern(part).pattern for part in url_pattern.key.split("/")), re.DOTALL)
-    keys = [key for key, _ in storage.list_objects(folder_url) if pattern.fullmatch(key)]
+    keys = [key for key, _ in object_store.list_objects(folder_url) if pattern.fullmatch(key)]
     return ObjectUrl(url_pattern.scheme, url_pattern.bucket, max(keys)) if keys else None

@@ -12,6 +12,7 @@ from typing import Any
 from enrich.api.answer import is_blank, parse_data, value_at
 from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
 from enrich.model import OPEN_STATES, SystemClock
 from enrich.privacy import read_or_make_key
@@ -23,7 +24,6 @@ from enrich.store.opening import open_exclusive
 from enrich.store.rescue import import_rescue_files, remove_imported_files
 from enrich.store.rescue_file import find_rescue_files
 from enrich.surroundings import rescue_folders
-from enrich.tables.cells import text_frame
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:

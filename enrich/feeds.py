@@ -12,11 +12,11 @@ import polars as pl
 from enrich.api.answer import result_fields, value_at
 from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, JoinedBatch, to_cell
+from enrich.files.values import as_text
+from enrich.files.writer import write_file
 from enrich.job.locations import Location
 from enrich.job.spec import Changes, Output
 from enrich.model import RowStatus, iso_time
-from enrich.tables.cells import as_text
-from enrich.tables.writing import write_file
 
 #: Rows of these can be mended, or asked again.
 REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)

@@ -7,6 +7,7 @@ from datetime import datetime
 from enrich.collector import Collector
 from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, ExitCode
+from enrich.files.writer import prepare_file
 from enrich.job.job import Job
 from enrich.question import RequestTemplate
 from enrich.receipt import RunSummary
@@ -14,7 +15,6 @@ from enrich.rows import JobInput
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.surroundings import RunOptions, select_requests
-from enrich.tables.writing import prepare_file
 
 
 def rebuild_output(job: Job, *, partial: bool) -> RunSummary:

@@ -27,6 +27,7 @@ from enrich.errors import (
     WorkspaceMismatch,
 )
 from enrich.execution import RunState
+from enrich.files.writer import prepare_file
 from enrich.heartbeat import ProgressReporter
 from enrich.job.locations import Location
 from enrich.pace import AdaptiveRateLimiter
@@ -42,7 +43,6 @@ from enrich.store.rescue import import_rescue_files, remove_imported_files
 from enrich.store.rescue_file import RescueFile
 from enrich.store.sqlite import damaged_ledger_error
 from enrich.surroundings import RunContext, RunOptions, rescue_folders
-from enrich.tables.writing import prepare_file
 
 T = TypeVar("T")
 #: How often it is looked whether others are gone.

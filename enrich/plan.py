@@ -18,6 +18,7 @@ from enrich.connect import Preflight, preflight, read_binding
 from enrich.consent import check_balance
 from enrich.errors import CommandRefused, JobError
 from enrich.execution import Timeouts
+from enrich.files.writer import prepare_file, write_file
 from enrich.forecast import DECISION_REASONS, Plan, build_plan
 from enrich.job.job import Job
 from enrich.job.spec import Output
@@ -29,7 +30,6 @@ from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_locked
 from enrich.surroundings import RunOptions, select_requests
-from enrich.tables.writing import prepare_file, write_file
 
 #: The columns that `--rows` adds to the input's.
 PLAN_COLUMNS = {

@@ -13,16 +13,14 @@ import polars as pl
 
 from enrich.asking import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
 from enrich.errors import CommandRefused
+from enrich.files.csv_format import likely_separator
+from enrich.files.reader import InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
+from enrich.files.values import text_frame
 from enrich.job.bounded_read import read_bounded
 from enrich.job.job import Job, suggest_name
 from enrich.order import rank_rows, sort_keys
 from enrich.privacy import MAX_LIST_BYTES, ForgottenRequests, read_suppression
 from enrich.question import RequestTemplate
-from enrich.tables.cells import text_frame
-from enrich.tables.csvfile import likely_separator
-from enrich.tables.parts import InMemoryRows, InputPart, PartReader
-from enrich.tables.reading import InputSchema
-from enrich.tables.source import InputTable, RowCounter
 from enrich.where import PER_ROW_MESSAGE, WHERE_EXAMPLE, depends_on_other_rows, evaluate_expression, expression_problem
 
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')

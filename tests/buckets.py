@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import httpx
 
+from enrich.files import object_store
 from enrich.job.locations import ObjectUrl
-from enrich.tables import storage
 
 SECRET = "not-to-be-told"
 BUCKET = "leads"
@@ -55,7 +55,7 @@ def put_object(key: str, content: bytes) -> ObjectUrl:
         file.write(content)
         file.seek(0)
         url = ObjectUrl("s3", BUCKET, key)
-        storage.upload(url, cast("BinaryIO", file))
+        object_store.upload(url, cast("BinaryIO", file))
     return url
 
 
@@ -63,5 +63,5 @@ def download_object(folder: Path, key: str) -> Path:
     """Fetch an object."""
     path = folder / key.rpartition("/")[2]
     with path.open("wb") as file:
-        storage.download(ObjectUrl("s3", BUCKET, key), file)
+        object_store.download(ObjectUrl("s3", BUCKET, key), file)
     return path

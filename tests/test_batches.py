@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.collector import answer_cells
+from enrich.files.csv_format import CsvWriter
 from enrich.job.job import load_job
 from enrich.model import Call, Decision, RowStatus
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables.csvfile import CsvWriter
 from tests.books import CALL as ASKED
 from tests.books import FOUND, CommittingLedger, row_requests, sqlite_connection
 from tests.cases import examples, in_turn

@@ -27,6 +27,8 @@ import pytest
 from enrich.collector import Collector
 from enrich.engine import ClusterCallbacks
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
+from enrich.files import object_store
+from enrich.files.reader import InputTable
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
@@ -34,8 +36,6 @@ from enrich.model import Call, Decision, RequestSelection, RowStatus
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables import storage
-from enrich.tables.source import InputTable
 from tests import postgres as servers
 from tests.books import FOUND, NO_MATCH, CommittingLedger
 from tests.buckets import BUCKET, put_object, storage_environ
@@ -78,9 +78,9 @@ def _ray(endpoint: str) -> Iterator[None]:
 def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide even small inputs."""
     from enrich.cluster import source  # noqa: PLC0415 - as above
-    from enrich.tables import parts  # noqa: PLC0415 - likewise
+    from enrich.files import reader  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(parts, "ROWS_PER_PART", 25)
+    monkeypatch.setattr(reader, "ROWS_PER_PART", 25)
     monkeypatch.setattr(source, "ROWS_PER_PART", 25)
 
 
@@ -253,7 +253,7 @@ def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedge
     written = pl.concat(source.batches())
     assert written["enrich_index"].to_list() == list(range(150))
     assert written["A"].to_list() == NAMES
-    assert len(list(storage.list_objects(target))) == len(source.input_files) + 1
+    assert len(list(object_store.list_objects(target))) == len(source.input_files) + 1
 
 
 def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
@@ -468,9 +468,9 @@ def test_enrollment_survives_database_restart(
 ) -> None:
     """Whatever was in the middle is done again."""
     from enrich.cluster import source  # noqa: PLC0415 - as above
-    from enrich.tables import parts  # noqa: PLC0415 - likewise
+    from enrich.files import reader  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(parts, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(reader, "ROWS_PER_PART", 2)
     monkeypatch.setattr(source, "ROWS_PER_PART", 2)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
@@ -533,7 +533,7 @@ CELLS: dict[str, Any] = {
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
     from enrich.cluster.source import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
-    from enrich.tables.cells import json_column  # noqa: PLC0415 - likewise
+    from enrich.files.values import json_column  # noqa: PLC0415 - likewise
 
     frame = pl.DataFrame(CELLS).with_columns(
         pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
@@ -599,7 +599,7 @@ from enrich.model import RequestSelection
 from enrich.job.spec import Input
 from enrich.store.ledger import Ledger
 from enrich.tables import storage
-from enrich.tables.source import InputTable
+from enrich.files.reader import InputTable
 from tests.test_cluster_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
 from enrich.job.job import load_job
 import sys

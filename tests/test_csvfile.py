@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.tables.csvfile import MAX_CELL_CHARACTERS, CsvWriter, likely_separator, read_batches, read_header
-from enrich.tables.textfile import FileProblem, TableFile
+from enrich.files.csv_format import MAX_CELL_CHARACTERS, CsvWriter, likely_separator, read_batches, read_header
+from enrich.files.text import FileProblem, TableFile
 from tests.cases import examples, first_quick, in_turn
 
 UTF8_BOM = b"\xef\xbb\xbf"

@@ -17,12 +17,12 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused, JobError
+from enrich.files import object_store, parquet_dataset
+from enrich.files.manifest import MANIFEST
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import Location, ObjectUrl
 from enrich.job.spec import Input, Output
-from enrich.tables import dataset, storage
-from enrich.tables.manifest import MANIFEST
-from enrich.tables.source import InputTable
-from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, download_object, put_object
 from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
@@ -46,13 +46,13 @@ def write_dataset(target: Location, *rows: int) -> None:
     write_file(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(*rows), new_columns=1)
 
 
-def begin_dataset(target: Location) -> dataset.DatasetWriter:
+def begin_dataset(target: Location) -> parquet_dataset.DatasetWriter:
     """Begin a dataset as a run does, from its start."""
     prepare_file(target, Path("/leads.csv"), "job")
-    return dataset.begin_dataset(target, "job")
+    return parquet_dataset.begin_dataset(target, "job")
 
 
-def write_late_part(draft: dataset.DatasetWriter) -> None:
+def write_late_part(draft: parquet_dataset.DatasetWriter) -> None:
     """Write a part as somebody does who was taken for lost: nobody hears of it, nor what came of it."""
     with suppress(CommandRefused):
         draft.write_part(0, SCHEMA, frames(2, start=100))
@@ -84,14 +84,14 @@ def download_dataset(target: Location, into: Path) -> Path:
     into.mkdir(exist_ok=True)
     for path in into.iterdir():
         path.unlink()
-    for key, _ in storage.list_objects(target):
+    for key, _ in object_store.list_objects(target):
         download_object(into, key)
     return into
 
 
 def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: Path) -> None:
     """A part is named for its first row; they are replaced as one, and no other file is left."""
-    with patch.object(dataset, "ROWS_PER_PART", 5):
+    with patch.object(parquet_dataset, "ROWS_PER_PART", 5):
         write_dataset(dataset_location, 3, 3, 4, 1)
     folder = download_dataset(dataset_location, tmp_path / "fetched")
     assert [name[:15] for name in file_names(folder)] == [MANIFEST, "part-0000000000", "part-0000000006"]
@@ -164,7 +164,7 @@ def test_unfinished_dataset_is_not_published(dataset_location: Location, tmp_pat
         yield from frames(6)
         raise error
 
-    with patch.object(dataset, "ROWS_PER_PART", 5), pytest.raises(type(error)) as caught:
+    with patch.object(parquet_dataset, "ROWS_PER_PART", 5), pytest.raises(type(error)) as caught:
         write_file(dataset_location, Output(path="out/"), job="job", schema=SCHEMA, frames=some(), new_columns=1)
     assert caught.value is error
     prepare_file(dataset_location, Path("/leads.csv"), "job")
@@ -176,7 +176,7 @@ import os, signal, sys
 from pathlib import Path
 from unittest.mock import patch
 from enrich.tables import dataset, folder
-from enrich.tables.writing import prepare
+from enrich.files.writer import prepare
 from tests.test_dataset import SCHEMA, frames
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
@@ -222,10 +222,10 @@ def test_leftover_objects_are_removed(tmp_path: Path) -> None:
     """Whatever looks like a part of ours, and only where a manifest says that the dataset is; it says what counts."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
-    dataset.begin_dataset(target, "job").write_part(0, SCHEMA, frames(3))
+    parquet_dataset.begin_dataset(target, "job").write_part(0, SCHEMA, frames(3))
     prepare_file(target, Path("/leads.csv"), "job")
     assert row_indexes(download_dataset(target, tmp_path / "fetched")) == [0, 1]
-    (part,) = [key for key, _ in storage.list_objects(target) if "part-" in key]
+    (part,) = [key for key, _ in object_store.list_objects(target) if "part-" in key]
     put_object(part.replace("out/", "copied/"), b"precious")
     with pytest.raises(JobError, match="would go among other objects"):
         prepare_file(ObjectUrl("s3", BUCKET, "copied/"), Path("/leads.csv"), "job")
@@ -236,9 +236,9 @@ def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
     """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
-    with patch.object(storage, "delete_objects", side_effect=CommandRefused("the storage failed")):
+    with patch.object(object_store, "delete_objects", side_effect=CommandRefused("the storage failed")):
         write_file(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new_columns=1)
-    assert len(list(storage.list_objects(target))) == 3
+    assert len(list(object_store.list_objects(target))) == 3
     assert [frame.height for frame in InputTable(target, Input(path=str(target))).batches()] == [3]
     prepare_file(target, Path("/leads.csv"), "job")
     assert row_indexes(download_dataset(target, tmp_path / "fetched")) == [0, 1, 2]
@@ -268,7 +268,9 @@ def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str
     """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
     if known:
         write_dataset(dataset_location, 2)
-    mine = dataset.begin_dataset(dataset_location, "job") if known and isinstance(dataset_location, Path) else None
+    mine = (
+        parquet_dataset.begin_dataset(dataset_location, "job") if known and isinstance(dataset_location, Path) else None
+    )
     if isinstance(dataset_location, ObjectUrl):
         put_object(f"{dataset_location.key}{strange}", b"precious")
     else:
@@ -284,7 +286,7 @@ def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str
     if isinstance(dataset_location, Path):
         assert (dataset_location / strange).read_text() == "precious"
     else:
-        assert storage.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{strange}")) == b"precious"
+        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{strange}")) == b"precious"
 
 
 def test_empty_folder_is_replaced(tmp_path: Path) -> None:
@@ -312,7 +314,10 @@ def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_pat
 def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: Path) -> None:
     """Each publishes its own, or fails."""
     prepare_file(dataset_location, Path("/leads.csv"), "job")
-    mine, theirs = dataset.begin_dataset(dataset_location, "job"), dataset.begin_dataset(dataset_location, "job")
+    mine, theirs = (
+        parquet_dataset.begin_dataset(dataset_location, "job"),
+        parquet_dataset.begin_dataset(dataset_location, "job"),
+    )
     part = mine.write_part(0, SCHEMA, frames(2))
     others = theirs.write_part(0, SCHEMA, frames(2, start=100))
     mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])

@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused, JobError
+from enrich.files import downloads, object_store, parquet_dataset
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file, write_file
 from enrich.job.job import load_job
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
-from enrich.tables import copies, dataset, storage
-from enrich.tables.source import InputTable
-from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, put_object
 from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
@@ -245,8 +245,8 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
     for name in ("in/a", "in/b"):
         put_object(f"{name}.{ending}", write_table(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
     url = ObjectUrl("s3", BUCKET, "in/")
-    monkeypatch.setattr(copies, "HEAD_BYTES", 1000)
-    with patch.object(storage, "download", side_effect=AssertionError):
+    monkeypatch.setattr(downloads, "HEAD_BYTES", 1000)
+    with patch.object(object_store, "download", side_effect=AssertionError):
         source = open_input(url)
         one = open_input(ObjectUrl("s3", BUCKET, f"in/a.{ending}"))
     before = one.file_versions()
@@ -269,10 +269,10 @@ def test_dataset_manifest_selects_parts() -> None:
     target = ObjectUrl("s3", BUCKET, "out/")
     frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
     write_file(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new_columns=1)
-    dataset.begin_dataset(target, "job").write_part(0, frame.schema, [frame])
+    parquet_dataset.begin_dataset(target, "job").write_part(0, frame.schema, [frame])
     assert read_rows(target) == [("x", 0)]
     (key,) = [leaf.location.key for leaf in open_input(target).input_files if isinstance(leaf.location, ObjectUrl)]
-    storage.delete_objects(target, [key])
+    object_store.delete_objects(target, [key])
     assert read_error(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
 
 
@@ -294,4 +294,4 @@ def test_a_run_reads_a_folder_of_a_storage(
     assert list((workspace.folder / "tmp").iterdir()) == []
     result = workspace.run_in_process("run", "job.yaml", "--output", f"s3://{BUCKET}/in/out.csv", api=api, **environ)
     assert (result.exit_code, "would be read as input" in result.stderr) == (2, True)
-    assert storage.object_version(ObjectUrl("s3", BUCKET, "in/out.csv")) is None
+    assert object_store.object_version(ObjectUrl("s3", BUCKET, "in/out.csv")) is None

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
+from enrich.files import excel_format
+from enrich.files.reader import InputTable
+from enrich.files.writer import write_file
 from enrich.job.locations import Format
 from enrich.job.spec import Input, Output
-from enrich.tables import excel
-from enrich.tables.source import InputTable
-from enrich.tables.writing import write_file
 from tests.cases import examples, in_turn
 from tests.tables import INPUTS, OUTPUTS, read_table, write_table
 
@@ -371,7 +371,7 @@ def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_table(leads, [str(number) for number in range(16_384)], [])
     with pytest.raises(CommandRefused, match="no more than 16,384 columns"):
         copy_table(leads, target)
-    monkeypatch.setattr(excel, "MAX_ROWS", 3)
+    monkeypatch.setattr(excel_format, "MAX_ROWS", 3)
     write_table(leads, ["A"], [["1"], ["2"], ["3"]])
     with pytest.raises(CommandRefused, match="no more than 2 rows under its header"):
         copy_table(leads, target)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import CommandRefused, JobError
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file
 from enrich.job.job import Overrides, load_job
 from enrich.job.locations import STDIN, ObjectUrl, parse_location
 from enrich.job.spec import Input
-from enrich.tables.source import InputTable
-from enrich.tables.writing import prepare_file
 from tests.cases import first_quick, in_turn
 from tests.harness import HEADER, ProgramResult, SandboxApi, Workspace, make_leads, reset_signals, serve_api, wait_until
 from tests.tables import INPUTS, read_table, write_table

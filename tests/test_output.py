@@ -24,13 +24,13 @@ from enrich.api.answer import TaskReply, read_answer, task_phase
 from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, to_cell
 from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job
 from enrich.job.spec import Output
 from enrich.model import Call, RowStatus, State
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables.writing import prepare_file, temporary_path, write_file
 from tests.cases import first_quick, in_turn
 
 CALL = Call("email_getter", (833,))
@@ -92,7 +92,7 @@ import os, signal, sys
 from pathlib import Path
 import polars as pl
 from enrich.job.spec import Output
-from enrich.tables.writing import write
+from enrich.files.writer import write
 
 def frames():
     for _ in range(3):

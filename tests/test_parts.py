@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from enrich.asking import RowBatch
 from enrich.errors import CommandRefused
+from enrich.files import reader
 from enrich.job.job import load_job
 from enrich.model import Call
 from enrich.privacy import ForgottenRequests, keyed_hash
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
-from enrich.tables import parts, reading
 from tests.buckets import BUCKET, put_object
 from tests.cases import in_turn
 from tests.tables import write_table
@@ -82,7 +82,7 @@ def test_parts_equal_whole_input(
         path = folder / "leads" / ((below or "c=3/") if deep else "") / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
-    with patch.object(parts, "ROWS_PER_PART", size):
+    with patch.object(reader, "ROWS_PER_PART", size):
         rows = open_rows(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
         divided = rows.parts()
         whole = described_rows(rows.batches(TEMPLATE))
@@ -162,7 +162,7 @@ def test_parts_of_objects(tmp_path: Path) -> None:
     for name in ("in/c=1/a.parquet", "in/c=2/a.parquet"):
         put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/in/")
-    with patch.object(parts, "ROWS_PER_PART", 2):
+    with patch.object(reader, "ROWS_PER_PART", 2):
         divided = rows.parts()
     assert [(part.first_position, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
     whole = described_rows(rows.batches(TEMPLATE))
@@ -183,7 +183,7 @@ def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
     data = write_table(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
     put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
-    with patch.object(parts, "ROWS_PER_PART", 2):
+    with patch.object(reader, "ROWS_PER_PART", 2):
         first, second = rows.parts()
     assert len(described_rows(pickle_roundtrip(rows.for_part(first)).batches(TEMPLATE))) == 2
     put_object(name, write_table(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
@@ -197,7 +197,7 @@ def test_row_counting_reads(tmp_path: Path) -> None:
         (tmp_path / "leads").mkdir(exist_ok=True)
         write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
     rows = open_rows(tmp_path)
-    with patch.object(reading, "_read_batches", side_effect=AssertionError):
+    with patch.object(reader, "_read_batches", side_effect=AssertionError):
         assert [(part.file.location.name, part.start_row, part.rows, part.first_position) for part in rows.parts()] == [
             ("a.parquet", 0, 3, 0),
             ("b.parquet", 0, 3, 3),

@@ -13,10 +13,10 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
-from enrich.tables.source import InputTable
-from enrich.tables.writing import prepare_file, write_file
 from tests.buckets import BUCKET, SECRET, download_object, put_object
 from tests.cases import first_quick
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads

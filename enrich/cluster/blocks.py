@@ -18,17 +18,16 @@ from ray import cloudpickle
 from enrich.cluster.presence import CHECK_EVERY_S, RUN_AGAIN_HINT, HeartbeatMonitor, Heartbeats
 from enrich.cluster.source import ArrowTable, PartSource, as_enrich_error, from_block, single_cell_block
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
+from enrich.files.discovery import InputFile
+from enrich.files.downloads import LocalCopies
+from enrich.files.reader import InputPart, InputSchema, count_file_rows
+from enrich.files.text import as_refused
 from enrich.job.job import Job
 from enrich.model import RequestSelection
 from enrich.question import RequestTemplate
 from enrich.rows import JobInput
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.ledger import Ledger
-from enrich.tables.copies import LocalCopies
-from enrich.tables.finding import InputFile
-from enrich.tables.parts import InputPart
-from enrich.tables.reading import InputSchema, count_file_rows
-from enrich.tables.textfile import as_refused
 
 T = TypeVar("T")
 

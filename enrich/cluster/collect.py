@@ -11,11 +11,11 @@ from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
 from enrich.collector import Collector, OutputCounts, output_schema
 from enrich.errors import CommandRefused
+from enrich.files.manifest import PartFile
+from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.locations import Location
 from enrich.rows import JobInput
 from enrich.store.ledger import Ledger
-from enrich.tables.dataset import DatasetWriter, begin_dataset
-from enrich.tables.manifest import PartFile
 
 
 def collect_on_ray(

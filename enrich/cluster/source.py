@@ -15,10 +15,9 @@ from ray.data.block import BlockMetadata
 
 from enrich.cluster.presence import Heartbeats
 from enrich.errors import EnrichError
+from enrich.files.downloads import LocalCopies
+from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, PartReader
 from enrich.job.locations import ObjectUrl
-from enrich.tables.copies import LocalCopies
-from enrich.tables.parts import ROWS_PER_PART, InputPart, PartReader
-from enrich.tables.reading import InputSchema
 
 #: The column of a block that has the places of its rows in the input.
 POSITION_COLUMN = "enrich:place"

@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files.discovery import find_paths
+from enrich.files.parquet_dataset import check_own_folder
+from enrich.files.text import FileProblem
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, is_dataset
 from enrich.report.file import is_report
-from enrich.tables.finding import find_paths
-from enrich.tables.folder import check_own_folder
-from enrich.tables.textfile import FileProblem
 
 
 def files_written(job: Job, now: datetime) -> dict[str, Path]:

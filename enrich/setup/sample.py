@@ -11,13 +11,13 @@ from pathlib import Path
 import polars as pl
 
 from enrich.errors import CommandRefused
+from enrich.files.csv_format import read_batches, read_header
+from enrich.files.reader import InputTable
+from enrich.files.text import FileProblem, TableFile
+from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
 from enrich.setup.concepts import Column, describe_column
-from enrich.tables.cells import text_frame
-from enrich.tables.csvfile import read_batches, read_header
-from enrich.tables.source import InputTable
-from enrich.tables.textfile import FileProblem, TableFile
 
 SAMPLE_ROWS = 1_000
 SEPARATORS = ",;\t|"

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from enrich.errors import CommandRefused
-from enrich.tables.atomic import fsync_dir
+from enrich.files.atomic import fsync_dir
 
 #: Appended to the ledger's name; a second file of the same ledger has `.2` behind it, and so on.
 SUFFIX = ".rescue"

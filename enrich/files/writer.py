@@ -13,14 +13,14 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
+from enrich.files import excel_format, jsonl_format, object_store, parquet_dataset, parquet_format
+from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write
+from enrich.files.csv_format import CsvWriter
+from enrich.files.discovery import find_paths, would_include
+from enrich.files.text import as_refused
+from enrich.files.values import text_frame
 from enrich.job.locations import Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.job.spec import Output
-from enrich.tables import dataset, excel, jsonl, parquet, storage
-from enrich.tables.atomic import COLLECT_HINT, as_write_refused, atomic_write
-from enrich.tables.cells import text_frame
-from enrich.tables.csvfile import CsvWriter
-from enrich.tables.finding import find_paths, would_include
-from enrich.tables.textfile import as_refused
 
 #: New text that a spreadsheet would run as a formula; a number or a phone behind `+` or `-` is none.
 _FORMULA = r"^[=@\t\r]"
@@ -39,14 +39,14 @@ def prepare_file(target: Location, input_location: Location, job: str, kind: str
     Raises JobError when it would replace the input or a ledger, Refused when it can't be written.
     """
     if kind == "output" and is_dataset(target):
-        dataset.prepare_dataset(target, input_location, job)
+        parquet_dataset.prepare_dataset(target, input_location, job)
         return
     if isinstance(target, ObjectUrl):
         if would_include(input_location, target):
             raise _would_be_read_error(target, input_location, kind)
         if target == input_location:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
-        storage.check_bucket(target)
+        object_store.check_bucket(target)
         return
     try:
         _check_not_input(target, input_location, kind)
@@ -103,16 +103,16 @@ def write_file(  # noqa: PLR0913 - one file is all of these
     `kind` is the key of the job file that names the target: each has a temporary file of its own.
     """
     if kind == "output" and is_dataset(target):
-        dataset.write_dataset(target, job, schema, frames)
+        parquet_dataset.write_dataset(target, job, schema, frames)
         return
     with as_write_refused(target, kind), _open_target(target, job, kind) as raw, _gzipped(raw, target.name) as plain:
         match format_of(target.name):
             case "parquet":
-                parquet.write(plain, schema, frames)
+                parquet_format.write(plain, schema, frames)
             case "xlsx":
-                excel.write(plain, list(schema), map(text_frame, frames))
+                excel_format.write(plain, list(schema), map(text_frame, frames))
             case "jsonl":
-                jsonl.write(plain, list(schema), frames)
+                jsonl_format.write(plain, list(schema), frames)
             case _:
                 _write_csv(plain, output, list(schema), frames, new_columns)
 
@@ -130,7 +130,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", file)
         file.seek(0)
         try:
-            storage.upload(target, cast("BinaryIO", file))
+            object_store.upload(target, cast("BinaryIO", file))
         except CommandRefused as error:
             raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import polars as pl
 
 from enrich.errors import CommandRefused
+from enrich.files.text import FileProblem
 from enrich.job.locations import Location
-from enrich.tables.textfile import FileProblem
 
 COLLECT_HINT = "the ledger has the answers: `enrich collect` writes them without paying"
 _SPACE_HINT = f"make room for it; {COLLECT_HINT}"

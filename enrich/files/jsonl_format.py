@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NoReturn
 
 import polars as pl
 
-from enrich.tables.cells import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
-from enrich.tables.textfile import FileProblem, TableFile, open_text, quote_column
+from enrich.files.text import FileProblem, TableFile, open_text, quote_column
+from enrich.files.values import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
 
 MAX_LINE_CHARACTERS = 50_000_000  # characters
 _EXAMPLE = 'Write one object a line: {"Email": "ada@lovelace.example"}'

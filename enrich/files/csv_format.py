@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TextIO
 
 import polars as pl
 
-from enrich.tables.textfile import (
+from enrich.files.text import (
     BINARY_HINT,
     BYTE_ORDER_MARK,
     FileProblem,

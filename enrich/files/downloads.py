@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from enrich.files import object_store, parquet_format
+from enrich.files.discovery import InputFile
+from enrich.files.text import FileProblem, TableFile
 from enrich.job.locations import ObjectUrl
-from enrich.tables import parquet, storage
-from enrich.tables.finding import InputFile
-from enrich.tables.textfile import FileProblem, TableFile
 
 #: So many bytes of an object are fetched at once; what is smaller is fetched whole.
 HEAD_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class LocalCopies:
     def __init__(self) -> None:
         self._folder: Path | None = None
         #: With what the object was when it was fetched.
-        self._current: tuple[ObjectUrl, Path, storage.ObjectVersion] | None = None
+        self._current: tuple[ObjectUrl, Path, object_store.ObjectVersion] | None = None
 
     def table_file(self, file: InputFile) -> TableFile:
         """Return the file to read a leaf from. Raises TableProblem, and Refused for what a storage says."""
@@ -38,7 +38,7 @@ class LocalCopies:
         if self._current is None or self._current[0] != file.location:
             self._remove_current()
             with self._new_file(file.location.name) as (path, into):
-                version = storage.download(file.location, into)
+                version = object_store.download(file.location, into)
             self._current = file.location, path, version
         _, path, version = self._current
         if file.version is not None and file.version != version:
@@ -56,18 +56,18 @@ class LocalCopies:
             return None
         if file.settings.format == "csv":
             with self._new_file("beginning" + ".gz" * file.location.name.lower().endswith(".gz")) as (path, into):
-                into.write(storage.download_range(file.location, 0, HEAD_BYTES))
+                into.write(object_store.download_range(file.location, 0, HEAD_BYTES))
             return file.table_file(path)
         length = None
         if file.settings.format == "parquet":
-            length = parquet.footer_length(
-                storage.download_range(file.location, size - parquet.TAIL_BYTES, parquet.TAIL_BYTES)
+            length = parquet_format.footer_length(
+                object_store.download_range(file.location, size - parquet_format.TAIL_BYTES, parquet_format.TAIL_BYTES)
             )
-        if length is None or length + parquet.TAIL_BYTES > size:
+        if length is None or length + parquet_format.TAIL_BYTES > size:
             return None
         with self._new_file("outline.parquet") as (path, into):
-            end = length + parquet.TAIL_BYTES
-            parquet.write_footer_copy(into, size, storage.download_range(file.location, size - end, end))
+            end = length + parquet_format.TAIL_BYTES
+            parquet_format.write_footer_copy(into, size, object_store.download_range(file.location, size - end, end))
         return file.table_file(path)
 
     def copy_stdin(self) -> Path:

@@ -14,8 +14,8 @@ from xlsxwriter import Workbook
 from xlsxwriter.utility import xl_col_to_name
 from xlsxwriter.worksheet import Worksheet
 
-from enrich.tables.cells import to_text
-from enrich.tables.textfile import FileProblem, TableFile, as_file_problem, quote_column, repeated_columns
+from enrich.files.text import FileProblem, TableFile, as_file_problem, quote_column, repeated_columns
+from enrich.files.values import to_text
 
 #: What a sheet can hold.
 MAX_ROWS, MAX_COLUMNS, MAX_CELL_CHARACTERS = 1_048_576, 16_384, 32_767

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
+from enrich.files import object_store
+from enrich.files.manifest import MANIFEST, Manifest, read_manifest
+from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
-from enrich.tables import storage
-from enrich.tables.manifest import MANIFEST, Manifest, read_manifest
-from enrich.tables.textfile import FORMAT_NAMES, FileProblem, TableFile
 
 #: A folder's name that says a column's value for all that is in it, as Hive, Spark and Polars write it.
 _PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
@@ -34,7 +34,7 @@ class InputFile:
     settings: Input
     display_name: str | None = None
     partition_values: tuple[tuple[str, str | None], ...] = ()
-    version: storage.ObjectVersion | None = None
+    version: object_store.ObjectVersion | None = None
 
     def table_file(self, path: Path) -> TableFile:
         """The file to read, which for an object is a copy."""
@@ -117,29 +117,29 @@ def _walk_folder(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if _is_visible(name) and (path := Path(parent, name)).is_file())
 
 
-def find_objects(url: ObjectUrl) -> dict[ObjectUrl, storage.ObjectVersion | None]:
+def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion | None]:
     """Return the objects that a URL means, sorted by their keys, with their stamps; None: there is none of this name.
 
     Raises Refused, and TableProblem for a dataset of ours that is not whole.
     """
     if not url.is_folder:
-        version = storage.object_version(url)
+        version = object_store.object_version(url)
         if version is not None or not is_pattern(url):
             return {url: version}
     parts = url.key.split("/")
     folder = "".join(f"{part}/" for part in parts[: _fixed_part_count(parts)]) if is_pattern(url) else url.key
-    listed = dict(storage.list_objects(replace(url, key=folder)))
+    listed = dict(object_store.list_objects(replace(url, key=folder)))
     found = {key: stamp for key, stamp in listed.items() if _matches(url, key, folder)}
     if url.is_folder and folder + MANIFEST in listed:
         # Other parts are of a writer that is at work, or was killed.
-        manifest = read_manifest(storage.read_object(replace(url, key=folder + MANIFEST)))
+        manifest = read_manifest(object_store.read_object(replace(url, key=folder + MANIFEST)))
         found = found if manifest is None else _objects_of_manifest(manifest, url, found)
     return {replace(url, key=key): found[key] for key in sorted(found, key=lambda key: key.split("/"))}
 
 
 def _objects_of_manifest(
-    manifest: Manifest, url: ObjectUrl, found: dict[str, storage.ObjectVersion]
-) -> dict[str, storage.ObjectVersion]:
+    manifest: Manifest, url: ObjectUrl, found: dict[str, object_store.ObjectVersion]
+) -> dict[str, object_store.ObjectVersion]:
     named = {url.key + name for name in manifest.part_names}
     if missing := named - found.keys():
         raise FileProblem(f"{url} lacks a part of its own: {min(missing)}", "write the dataset again")

@@ -9,8 +9,8 @@ from typing import BinaryIO
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from enrich.tables.cells import JSON_TYPE, as_text
-from enrich.tables.textfile import FileProblem, TableFile, as_file_problem
+from enrich.files.text import FileProblem, TableFile, as_file_problem
+from enrich.files.values import JSON_TYPE, as_text
 
 #: So many rows are held in memory, when they are read and when they are written.
 ROWS_PER_CHUNK = 100_000

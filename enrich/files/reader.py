@@ -1,0 +1,287 @@
+"""The input as one table: whatever its format, one file or several, here, in a storage or through a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+import polars as pl
+
+from enrich.errors import CommandRefused
+from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
+from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
+from enrich.files.downloads import LocalCopies
+from enrich.files.text import FileProblem, TableFile, as_refused
+from enrich.files.values import JSON_TYPE
+from enrich.job.locations import STDIN, Location, ObjectUrl
+from enrich.job.spec import Input
+
+Schema = dict[str, pl.DataType]
+#: So many files are asked about at a time.
+FILES_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class InputSchema:
+    """The columns of an input: those of its files with their types, and those that only the folders name."""
+
+    file_columns: Schema
+    partition_columns: tuple[str, ...] = ()
+
+    @property
+    def all_columns(self) -> Schema:
+        """All columns in their order; what a folder says is text."""
+        return self.file_columns | dict.fromkeys(self.partition_columns, pl.String())
+
+
+@dataclass(frozen=True, slots=True)
+class FileMetadata:
+    """The columns of a file, and how many rows it has if it says that itself."""
+
+    columns: Schema
+    rows: int | None
+
+
+def read_metadata(input_files: Sequence[InputFile], copies: LocalCopies) -> list[FileMetadata]:
+    """Read what the files say of themselves, of several at a time. Raises TableProblem, Refused."""
+    if len(input_files) == 1:
+        return [_read_metadata(input_files[0], copies)]
+    with ThreadPoolExecutor(FILES_AT_ONCE, "outline") as pool:
+        return list(pool.map(lambda file: _read_metadata(file, LocalCopies()), input_files))
+
+
+def _read_metadata(input_file: InputFile, copies: LocalCopies) -> FileMetadata:
+    try:
+        if (file := copies.metadata_file(input_file)) is not None:
+            return FileMetadata(
+                _read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None
+            )
+    except FileProblem:
+        if isinstance(input_file.location, Path):
+            raise
+    # What little was fetched does not say it.
+    file = copies.table_file(input_file)
+    return FileMetadata(_read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None)
+
+
+def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetadata]) -> InputSchema:
+    """Return the columns that all files have; JSON Lines, which may leave out keys, have those of any.
+
+    Raises TableProblem that names the first file that differs.
+    """
+    first = input_files[0]
+    columns = dict(metadata[0].columns)
+    for file, other in zip(input_files[1:], (info.columns for info in metadata[1:]), strict=True):
+        if file.settings.format == "jsonl":
+            columns |= {name: kind for name, kind in other.items() if columns.get(name) != JSON_TYPE}
+        elif difference := _schema_difference(list(columns.items()), list(other.items())):
+            raise FileProblem(f"{file}: its header differs from that of {first}: {difference}", "make them equal")
+    return InputSchema(columns, tuple(dict.fromkeys(name for name, _ in first.partition_values if name not in columns)))
+
+
+def read_batches(
+    file: InputFile, input_schema: InputSchema, copies: LocalCopies, start: int = 0, rows: int | None = None
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
+    partition_values = [
+        (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
+    ]
+    for frame in _read_batches(copies.table_file(file), input_schema.file_columns, start, rows):
+        partition_cells = [
+            pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in partition_values
+        ]
+        yield frame.hstack(partition_cells) if partition_cells else frame
+
+
+def count_file_rows(file: InputFile, input_schema: InputSchema, copies: LocalCopies) -> int:
+    """Count the rows of a file, which is read to its end. Raises TableProblem."""
+    return sum(frame.height for frame in _read_batches(copies.table_file(file), input_schema.file_columns, 0, None))
+
+
+def _schema_difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:
+    names, others = [name for name, _ in first], [name for name, _ in other]
+    missing = [f"`{name}` is missing" for name in names if name not in others]
+    more = [f"`{name}` is new" for name in others if name not in names]
+    if missing or more:
+        return ", ".join([*missing, *more])
+    for place, ((name, kind), (its_name, its_kind)) in enumerate(zip(first, other, strict=True), 1):
+        if its_name != name:
+            return f"column {place} is `{its_name}`, not `{name}`"
+        if its_kind != kind:
+            return f"`{name}` is of type {its_kind}, not {kind}"
+    return None
+
+
+def _read_schema(file: TableFile) -> Schema:
+    match file.format:
+        case "csv":
+            return dict.fromkeys(csv_format.read_header(file), pl.String())
+        case "xlsx":
+            return dict.fromkeys(excel_format.read_header(file), pl.String())
+        case "jsonl":
+            return jsonl_format.read_schema(file)
+        case "parquet":
+            return parquet_format.read_schema(file)
+
+
+def _read_batches(file: TableFile, columns: Schema, start: int, rows: int | None) -> Iterator[pl.DataFrame]:
+    match file.format:
+        case "csv":
+            return csv_format.read_batches(file)
+        case "xlsx":
+            return excel_format.read_batches(file)
+        case "jsonl":
+            return jsonl_format.read_batches(file, columns)
+        case "parquet":
+            return parquet_format.read_batches(file, start, rows)
+
+
+#: So many rows of a Parquet file make a part; of other formats a file is one.
+ROWS_PER_PART = 100_000
+#: As the readers have them.
+ROWS_PER_BATCH = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class InputPart:
+    """Some rows of one file: from which on (`start`, from 0) and how many; `first` is their place in the input."""
+
+    file: InputFile
+    start_row: int
+    rows: int
+    first_position: int
+
+
+def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]:
+    """Divide files, of so many rows each, into parts that follow one another; an empty file has none."""
+    parts: list[InputPart] = []
+    first_position = 0
+    for file, rows in row_counts:
+        step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
+        for start in range(0, rows, step):
+            part_rows = min(step, rows - start)
+            parts.append(InputPart(file, start, part_rows, first_position))
+            first_position += part_rows
+    return parts
+
+
+class InMemoryRows:
+    """Rows that were read already."""
+
+    def __init__(self, first_position: int, frame: pl.DataFrame) -> None:
+        self.first_position = first_position
+        self._frame = frame
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield the rows."""
+        yield from self._frame.iter_slices(ROWS_PER_BATCH)
+
+
+class PartReader:
+    """The rows of one part, to be read again and again."""
+
+    def __init__(self, part: InputPart, input_schema: InputSchema, copies: LocalCopies | None = None) -> None:
+        """Make it ready; `copies` are shared by the parts of an object, so that it is fetched once."""
+        self._part = part
+        self._input_schema = input_schema
+        self._copies = copies or LocalCopies()
+        self.first_position = part.first_position
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield the rows. Raises Refused, also when the file has other rows by now."""
+        part, height = self._part, 0
+        with as_refused():
+            for frame in read_batches(part.file, self._input_schema, self._copies, part.start_row, part.rows):
+                height += frame.height
+                if height > part.rows:
+                    break
+                yield frame
+            if height != part.rows:
+                hint = "start again when the files are complete"
+                raise FileProblem(f"{part.file} changed since the run began", hint)
+
+
+#: Counts the rows of files.
+RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
+
+
+class InputTable:
+    """A table that can be read again and again; what is not a file of its own is copied to a private one."""
+
+    def __init__(self, location: Location, settings: Input) -> None:
+        """Find the files and read their headers. Raises Refused that names the very file and the remedy."""
+        self._location = location
+        self._copies = LocalCopies()
+        with as_refused():
+            self.input_files = self._find_files(settings)
+            metadata = read_metadata(self.input_files, self._copies)
+            self.input_schema = common_schema(self.input_files, metadata)
+        # Of the files that say it themselves.
+        self._known_row_counts = {
+            file: info.rows for file, info in zip(self.input_files, metadata, strict=True) if info.rows is not None
+        }
+        self.schema = self.input_schema.all_columns
+        self.first_position = 0
+
+    def file_versions(self) -> object:
+        """Return what is another when files were replaced, changed, added or are gone."""
+        location = self._location
+        if isinstance(location, ObjectUrl):
+            try:
+                return find_objects(location)
+            except (CommandRefused, FileProblem):  # what was found stands as long as nothing newer is known
+                return {file.location: file.version for file in self.input_files}
+        if location == STDIN:
+            return True
+        if self.input_files[0].location == location:
+            return _file_identity(location)
+        try:
+            return [(path, _file_identity(path)) for path in find_paths(location)]
+        except FileProblem:
+            return None
+
+    def digest(self) -> str:
+        """Hash the bytes of all files (SHA-256, hex), and what their folders say."""
+        total = sha256()
+        with as_refused():
+            for file in self.input_files:
+                try:
+                    with self._copies.table_file(file).path.open("rb") as raw:
+                        total.update(file_digest(raw, "sha256").digest())
+                except OSError as error:
+                    raise FileProblem(f"{file} cannot be read: {error.strerror}") from None
+                total.update(repr(file.partition_values).encode() if file.partition_values else b"")
+        return total.hexdigest()
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield the rows of all files in order, each column in its type. Raises Refused."""
+        with as_refused():
+            for file in self.input_files:
+                yield from read_batches(file, self.input_schema, self._copies)
+
+    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
+        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        unknown = [leaf for leaf in self.input_files if leaf not in self._known_row_counts]
+        with as_refused():
+            rows = (row_counter or self._count_rows)(unknown)
+        row_counts = self._known_row_counts | dict(zip(unknown, rows, strict=True))
+        return divide_files((leaf, row_counts[leaf]) for leaf in self.input_files)
+
+    def _count_rows(self, input_files: Sequence[InputFile]) -> list[int]:
+        return [count_file_rows(file, self.input_schema, self._copies) for file in input_files]
+
+    def _find_files(self, settings: Input) -> list[InputFile]:
+        if self._location == STDIN:
+            return [InputFile(self._copies.copy_stdin(), settings, "standard input")]
+        return find_input_files(self._location, settings)
+
+
+def _file_identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,1 +1,0 @@
-"""Tables in files: CSV, JSON Lines, Parquet and Excel, read and written alike."""
