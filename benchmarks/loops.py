@@ -31,7 +31,7 @@ SendRequest = Callable[[str, str, Any], Awaitable[Any]]
 
 def enrich_transport(connections: int) -> httpx.AsyncBaseTransport:
     """The transport of `enrich`: the only place here that knows how it is made."""
-    from enrich.api.transport import Transport  # noqa: PLC0415 - the other loops need not have it in memory
+    from enrich.databar.transport import Transport  # noqa: PLC0415 - the other loops need not have it in memory
 
     return Transport(connections, 10.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 

@@ -16,8 +16,8 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from enrich.api.answer import ParsedData, is_blank, parse_data
-from enrich.api.waterfall import Waterfall
+from enrich.databar.answers import ParsedData, is_blank, parse_data
+from enrich.databar.waterfall import Waterfall
 from enrich.model import SettledAttempt, State, to_credits, to_micros
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from enrich import __version__
-from enrich.api.outside_text import clean_text
 from enrich.commands import look, nightly, options, report, run, setup, upkeep
+from enrich.databar.outside_text import clean_text
 from enrich.errors import EnrichError, ExitCode, Interrupted
 from enrich.sandbox.command import sandbox
 from enrich.streams import flush_error, guard_streams
@@ -107,7 +107,7 @@ def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
 
 def _find_api_key() -> str:
     """Find the API key, which a value in a trace may hold."""
-    from enrich.api.credentials import find_key
+    from enrich.databar.credentials import find_key
 
     with suppress(EnrichError):
         return find_key(os.environ, Path(os.path.expanduser("~"))).get_secret_value()  # noqa: PTH111 - as in options

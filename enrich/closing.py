@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from enrich.api.client import Client
 from enrich.cascade import ProviderStats, ProviderTotals, load_waterfalls
 from enrich.connect import Preflight
+from enrich.databar.client import Client
 from enrich.difference import ROUNDING_CREDITS, explain_balance
 from enrich.errors import ApiCallFailed
 from enrich.execution import RunState

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import orjson
 import polars as pl
 
-from enrich.api.answer import is_blank, result_fields, value_at
 from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
+from enrich.databar.answers import is_blank, result_fields, value_at
 from enrich.errors import CommandRefused
 from enrich.files.values import as_text
 from enrich.files.writer import escape_formulas, needs_formula_escape, write_file

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from enrich.api.client import Client
-from enrich.api.waterfall import Waterfall
+from enrich.databar.client import Client
+from enrich.databar.waterfall import Waterfall
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from enrich.api.client import Client
 from enrich.budget import Budget
 from enrich.canary import check_canary
 from enrich.closing import RunFinisher
@@ -18,6 +17,7 @@ from enrich.collector import Collector, OutputCounts
 from enrich.connect import Preflight
 from enrich.consent import check_balance
 from enrich.crew import WorkerPool, make_worker_pool, settle_lost_workers
+from enrich.databar.client import Client
 from enrich.engine import ClusterCallbacks, ClusterEngine, EnrollCounts
 from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, ExitCode, Interrupted, LedgerFailed
 from enrich.execution import RunState

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, inf
 
-from enrich.api.client import MAX_BULK_POSTS_IN_FLIGHT, MAX_POSTS_IN_FLIGHT, Client
 from enrich.budget import Budget
+from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT, MAX_POSTS_IN_FLIGHT, Client
 from enrich.errors import (
     ApiCallFailed,
     BadParams,

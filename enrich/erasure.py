@@ -9,8 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from enrich.api.answer import is_blank, parse_data, value_at
 from enrich.connect import template_from_ledger
+from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name

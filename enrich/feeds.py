@@ -9,9 +9,9 @@ from typing import Any
 
 import polars as pl
 
-from enrich.api.answer import result_fields, value_at
 from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, JoinedBatch, to_cell
+from enrich.databar.answers import result_fields, value_at
 from enrich.files.values import as_text
 from enrich.files.writer import write_file
 from enrich.job.locations import Location

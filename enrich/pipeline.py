@@ -12,9 +12,9 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from enrich.api.client import Client
 from enrich.budget import Budget, make_run_budget
 from enrich.connect import LedgerBinding, Preflight, check_api_host, offline_preflight, preflight, read_binding
+from enrich.databar.client import Client
 from enrich.desk import RunPhases
 from enrich.earlier_output import find_output_of_other_ledger
 from enrich.errors import (

@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
 from enrich.budget import make_budget
 from enrich.connect import Preflight, preflight, read_binding
 from enrich.consent import check_balance
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError
 from enrich.execution import Timeouts
 from enrich.files.writer import prepare_file, write_file

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.api.waterfall import Provider, Waterfall
+from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job

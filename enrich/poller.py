@@ -8,9 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from enrich.api.answer import TaskPhase, TaskReply, is_paid_without_data, read_answer, task_phase
-from enrich.api.bundle import read_bulk_answers
-from enrich.api.client import MAX_POLLS_IN_FLIGHT, Client
+from enrich.databar.answers import (
+    TaskPhase,
+    TaskReply,
+    is_paid_without_data,
+    read_answer,
+    read_bulk_answers,
+    task_phase,
+)
+from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
 from enrich.errors import (
     EnrichError,
     ExitCode,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from enrich.api.waterfall import Provider, Waterfall
+from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError
 from enrich.job.job import Job, suggest_name
 from enrich.model import Call, to_micros

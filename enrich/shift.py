@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from enrich.api.client import Client
 from enrich.budget import Budget
+from enrich.databar.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import RunState
 from enrich.model import Call

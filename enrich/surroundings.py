@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from enrich.api.credentials import ApiAccess
+from enrich.databar.credentials import ApiAccess
 from enrich.execution import Timeouts
 from enrich.job.job import Job
 from enrich.model import Clock, RequestSelection, State, SystemClock

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from enrich.allowance import SharedRateLimiter
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
 from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
 from enrich.execution import RunCounters, RunState, Timeouts
 from enrich.job.locations import PostgresLocation

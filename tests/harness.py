@@ -23,8 +23,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.credentials import ApiAccess
 from enrich.cli import run_command
+from enrich.databar.credentials import ApiAccess
 from enrich.execution import Timeouts
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location

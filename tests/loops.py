@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from enrich.api.answer import TaskReply
-from enrich.api.client import Client
 from enrich.breaker import CircuitBreaker
 from enrich.budget import Budget
+from enrich.databar.answers import TaskReply
+from enrich.databar.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import RunState, Timeouts
 from enrich.model import Call, Clock, SystemClock

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from enrich.api.transport import Transport
+from enrich.databar.transport import Transport
 
 T = TypeVar("T")
 

@@ -8,7 +8,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.api.answer import TaskPhase, TaskReply, error_text, is_blank, parse_data, read_answer, task_phase, value_at
+from enrich.databar.answers import (
+    TaskPhase,
+    TaskReply,
+    error_text,
+    is_blank,
+    parse_data,
+    read_answer,
+    task_phase,
+    value_at,
+)
 from enrich.model import Answer, State
 from tests.cases import in_turn
 

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.api.transport import KEPT_START_BYTES, AnswerTooLarge
-from enrich.api.unpacking import MAX_MEMBERS
+from enrich.databar.transport import KEPT_START_BYTES, AnswerTooLarge
+from enrich.databar.unpacking import MAX_MEMBERS
 from tests.cases import in_turn
 from tests.sending import Sender, send_get, with_transport
 from tests.wire import ConnectionAction, Reply, http_reply, serve_replies

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.api.client import MAX_BULK_POSTS_IN_FLIGHT
+from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
 from enrich.dispatcher import Dispatcher
 from enrich.errors import EnrichError, ExitCode
 from enrich.execution import Timeouts

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.api.answer import TaskPhase, TaskReply, task_phase
-from enrich.api.bundle import read_bulk_answers
-from enrich.api.complaints import wrong_params, wrong_rows
+from enrich.databar.answers import TaskPhase, TaskReply, read_bulk_answers, task_phase
+from enrich.databar.error_bodies import wrong_params, wrong_rows
 from enrich.model import Answer, State
 from tests.cases import in_turn
 

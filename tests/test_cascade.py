@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.api.waterfall import Waterfall
 from enrich.cascade import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
+from enrich.databar.waterfall import Waterfall
 from enrich.model import SettledAttempt, State
 from tests.books import CALL
 from tests.cases import first_quick, in_turn

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from enrich.api.waterfall import Waterfall
+from enrich.databar.waterfall import Waterfall, waterfall_changes
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.setup.drift import waterfall_changes
 from tests.harness import JOB, SandboxApi, Workspace, make_leads
 
 

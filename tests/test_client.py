@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.client import Client
-from enrich.api.complaints import wrong_params
-from enrich.api.credentials import ApiAccess
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.error_bodies import wrong_params
 from enrich.errors import (
     ApiCallFailed,
     BadParams,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from enrich import poller
-from enrich.api.credentials import ApiAccess
+from enrich.databar.credentials import ApiAccess
 from enrich.execution import Timeouts
 from enrich.job.job import load_job
 from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
@@ -433,7 +433,7 @@ def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
 
 def test_cached_date_header_is_ignored() -> None:
     """An `Age` header says that the answer is old."""
-    from enrich.api.client import Client  # noqa: PLC0415 - the header alone
+    from enrich.databar.client import Client  # noqa: PLC0415 - the header alone
 
     received: list[int] = []
 

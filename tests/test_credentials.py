@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.credentials import DEFAULT_BASE_URL, ApiAccess, check_base_url, find_access, find_key
+from enrich.databar.credentials import DEFAULT_BASE_URL, ApiAccess, check_base_url, find_access, find_key
 from enrich.errors import ApiKeyRejected, JobError
 from tests.cases import in_turn
 

@@ -13,9 +13,9 @@ import pytest
 from pydantic import SecretStr
 
 from enrich import crew as crews
-from enrich.api.credentials import ApiAccess
 from enrich.budget import Budget
 from enrich.crew import REPLACEMENTS_PER_WORKER, WorkerPool, posts_in_flight
+from enrich.databar.credentials import ApiAccess
 from enrich.engine import WorkerHandle
 from enrich.errors import ExitCode
 from enrich.execution import RunCounters, RunState, Timeouts

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from enrich.api.client import MAX_POSTS_IN_FLIGHT
+from enrich.databar.client import MAX_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, ExitCode, LedgerFailed
 from enrich.model import Call, RowRequest, State
 from enrich.pace import BURST_S

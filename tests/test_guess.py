@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
 from enrich.setup.concepts import COLUMN_KINDS, Column, describe_column
 from enrich.setup.guess import ColumnMatch, count_matched_params, match_columns, result_column_names, unmatched_reason
-from enrich.setup.snapshot import DOCUMENTED_WATERFALLS
 from tests.cases import in_turn
 
 EMAIL_GETTER = ("first_name", "last_name", "company")

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
 from enrich.setup.concepts import describe_column
 from enrich.setup.sample import Sample, take_sample
-from enrich.setup.snapshot import DOCUMENTED_WATERFALLS
 from enrich.setup.template import JobDraft, render_job_file, yaml_scalar
 from tests.cases import examples, first_quick
 from tests.harness import AWAY, SandboxApi, Workspace, make_leads

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
-from enrich.api.network import Proxy, find_proxy, load_certificates
 from enrich.connect import retry_until
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.network import Proxy, find_proxy, load_certificates
 from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
 from enrich.model import SystemClock
 from tests.cases import first_quick, in_turn

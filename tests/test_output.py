@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.api.answer import TaskReply, read_answer, task_phase
 from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, to_cell
+from enrich.databar.answers import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job

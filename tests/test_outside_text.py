@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.api.outside_text import MASK, clean_json, clean_line, clean_text
+from enrich.databar.outside_text import MASK, clean_json, clean_line, clean_text
 from tests.cases import in_turn
 
 KEY = 'k-1/"x\\7'

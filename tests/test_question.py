@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from enrich.api.waterfall import User, Waterfall
 from enrich.budget import make_budget
+from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
 from enrich.question import RequestTemplate, default_providers, make_request_template

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from enrich.api.waterfall import User
+from enrich.databar.waterfall import User
 from enrich.difference import explain_balance
 from enrich.errors import ExitCode
 from enrich.model import MICROS_PER_CREDIT, State, read_balance

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from enrich.api.client import Client
-from enrich.api.transport import Transport
+from enrich.databar.client import Client
+from enrich.databar.transport import Transport
 from enrich.errors import ApiCallFailed, RequestNotAccepted, SubmissionUnconfirmed
 from enrich.sandbox import Fault
 from tests.harness import serve_api, wait_until

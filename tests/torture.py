@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from enrich.api.client import MAX_BULK_POSTS_IN_FLIGHT
+from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
 from enrich.errors import ExitCode
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, SandboxApi, Workspace, make_leads, serve_api

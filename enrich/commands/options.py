@@ -14,7 +14,7 @@ import click
 from enrich.errors import JobError
 
 if TYPE_CHECKING:
-    from enrich.api.credentials import ApiAccess
+    from enrich.databar.credentials import ApiAccess
     from enrich.job.job import Job
     from enrich.job.locations import LedgerLocation
 
@@ -143,7 +143,7 @@ def record_ledger(ledger: LedgerLocation) -> None:
 @contextmanager
 def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
     """Find the key and the API's address, or start the sandbox."""
-    from enrich.api.credentials import ApiAccess, find_access
+    from enrich.databar.credentials import ApiAccess, find_access
 
     if not use_sandbox:
         # expanduser leaves the ~ where nobody knows a home; then there is no such file.

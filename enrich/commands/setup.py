@@ -14,7 +14,7 @@ from enrich.commands import options
 from enrich.errors import JobError
 
 if TYPE_CHECKING:
-    from enrich.api.waterfall import Waterfall
+    from enrich.databar.waterfall import Waterfall
 
 
 @click.command(short_help="Show what the API offers, with params and prices.")
@@ -86,9 +86,9 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall
     """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
     from datetime import UTC, datetime
 
+    from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
     from enrich.errors import ApiKeyRejected, ApiUnreachable
     from enrich.look.offer import read_waterfalls
-    from enrich.setup.snapshot import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
 
     documented = (
         list(DOCUMENTED_WATERFALLS.values()),
@@ -122,7 +122,7 @@ def check(
     """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
     import os
 
-    from enrich.api.credentials import find_base_url, host_of
+    from enrich.databar.credentials import find_base_url, host_of
     from enrich.setup import check as checking
     from enrich.setup.online import query_api
 

@@ -9,8 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.api.answer import is_blank, parse_data, value_at
 from enrich.connect import template_from_ledger
+from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.job.job import Job
 from enrich.look.leads import (
     MAX_LEADS_SHOWN,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
-from enrich.api.waterfall import Provider, Waterfall
 from enrich.connect import retry_until
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timeouts
 from enrich.job.job import suggest_name

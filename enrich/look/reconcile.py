@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
 from enrich.connect import retry_until
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
 from enrich.difference import (
     PART_LABELS,
     ROUNDING_CREDITS,

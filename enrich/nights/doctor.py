@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich.api.credentials import ApiAccess, find_base_url, find_key
-from enrich.api.network import find_proxy, load_certificates
 from enrich.budget import make_budget
+from enrich.databar.credentials import ApiAccess, find_base_url, find_key
+from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation

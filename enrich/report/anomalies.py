@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from math import exp, inf, lgamma, sqrt
 from typing import Any
 
-from enrich.api.answer import PHASE_BY_STATUS, is_blank, parse_data, value_at
 from enrich.cascade import load_task
+from enrich.databar.answers import PHASE_BY_STATUS, is_blank, parse_data, value_at
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State
 from enrich.report.facts import Anomaly
 

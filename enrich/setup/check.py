@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from enrich.api.waterfall import Field, Waterfall
-from enrich.api.waterfall import Param as Offered
+from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field, Waterfall, waterfall_changes
+from enrich.databar.waterfall import Param as Offered
 from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode, JobError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, ObjectUrl, PostgresLocation
@@ -17,9 +17,7 @@ from enrich.job.spec import Param
 from enrich.question import RequestTemplate, make_request_template, missing_params, unknown_params
 from enrich.report.file import INSTALL_HINT, is_extra_missing
 from enrich.rows import JobInput
-from enrich.setup.drift import waterfall_changes
 from enrich.setup.places import path_exists, path_problems
-from enrich.setup.snapshot import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
 from enrich.setup.template import PLACEHOLDER
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger

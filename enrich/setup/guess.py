@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from enrich.api.waterfall import Waterfall
+from enrich.databar.waterfall import Waterfall
 from enrich.setup.concepts import (
     COMPANY_NAME,
     DOMAIN,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from enrich.api.waterfall import Waterfall
+from enrich.databar.waterfall import Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import suggest_name
 from enrich.job.spec import json_schema

@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from enrich.api.client import Client
-from enrich.api.credentials import ApiAccess
-from enrich.api.waterfall import User, Waterfall
 from enrich.connect import retry_until
+from enrich.databar.client import Client
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import JobError, JobRejected
 from enrich.execution import Timeouts
 from enrich.model import SystemClock

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from enrich.api.waterfall import Waterfall
 from enrich.asking import STATUS_COLUMNS
+from enrich.databar.waterfall import Waterfall
 from enrich.setup.guess import (
     ColumnMatch,
     existing_result_columns,

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import httpx
 
-from enrich.api.network import find_proxy, load_certificates
+from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import JobError
 from enrich.watch.aside import BackgroundTask
 from enrich.watch.outcome import NEUTRAL_CODES, SUCCESS_CODES

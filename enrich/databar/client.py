@@ -15,13 +15,13 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
-from enrich.api.answer import TaskReply
-from enrich.api.credentials import ApiAccess
-from enrich.api.network import find_proxy, load_certificates
-from enrich.api.outside_text import clean_line, clean_text
-from enrich.api.replies import parse_body, read_task_reply, response_error, usable_task_id
-from enrich.api.transport import AnswerTooLarge, CertificateRefused, Transport
-from enrich.api.waterfall import User, Waterfall
+from enrich.databar.answers import TaskReply
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.network import find_proxy, load_certificates
+from enrich.databar.outside_text import clean_line, clean_text
+from enrich.databar.replies import parse_body, read_task_reply, response_error, usable_task_id
+from enrich.databar.transport import AnswerTooLarge, CertificateRefused, Transport
+from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import (
     BadParams,
     CertificateUntrusted,

@@ -6,13 +6,15 @@ no name of its own (`identifier`, `id`, `name`) is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from math import isfinite
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from enrich.api.outside_text import clean_line
+from enrich.databar.outside_text import clean_line
+from enrich.model import to_credits, to_micros
 
 
 def _read_line(value: object) -> object:
@@ -125,3 +127,78 @@ class User(_LenientModel):
 
     balance: CreditAmount = None
     workspace: Annotated[str, BeforeValidator(_read_workspace)] | None = None
+
+
+def waterfall_changes(before: Waterfall, now: Waterfall) -> Iterator[str]:
+    """Yield each difference that a job may feel, in words."""
+    old = {param.name: param.required for param in before.input_params}
+    new = {param.name: param.required for param in now.input_params}
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            yield f"param {name}: removed"
+        elif name not in old:
+            yield f"param {name}: new{', required' if new[name] else ''}"
+        elif old[name] != new[name]:
+            yield f"param {name}: {'now required' if new[name] else 'no longer required'}"
+    fields = [field.name for field in before.output_fields], [field.name for field in now.output_fields]
+    yield from (f"field {name}: removed" for name in fields[0] if name not in fields[1])
+    yield from (f"field {name}: new" for name in fields[1] if name not in fields[0])
+    yield from _provider_changes("provider", before.available_enrichments, now.available_enrichments)
+    yield from _provider_changes("verifier", before.email_verifiers, now.email_verifiers)
+    defaults = [each.id for each in now.available_enrichments if each.enabled_by_default]
+    if defaults != [each.id for each in before.available_enrichments if each.enabled_by_default]:
+        yield f"default providers: now {', '.join(map(str, defaults)) or 'none'}; runs keep the old ones"
+
+
+def _provider_changes(kind: str, before: list[Provider], now: list[Provider]) -> Iterator[str]:
+    old, new = {each.id: each for each in before}, {each.id: each for each in now}
+    for number in [*old, *(number for number in new if number not in old)]:
+        name = f"{kind} {number} {(new.get(number) or old[number]).name}".rstrip()
+        if number not in new:
+            yield f"{name}: removed"
+        elif number not in old:
+            yield f"{name}: new, {_price_text(new[number])}"
+        elif to_micros(old[number].price) != to_micros(new[number].price):
+            yield f"{name}: {_price_text(old[number])} before, {_price_text(new[number])} now{_price_trend(old[number], new[number])}"
+
+
+def _price_text(provider: Provider) -> str:
+    micros = to_micros(provider.price)
+    return "price unknown" if micros is None else f"{to_credits(micros):g} credits"
+
+
+def _price_trend(old: Provider, new: Provider) -> str:
+    before, now = to_micros(old.price), to_micros(new.price)
+    if before is None or now is None:
+        return ""
+    return " (dearer)" if now > before else " (cheaper)"
+
+
+#: When the documentation was read.
+DOCUMENTED_ON = "2026-11"
+
+
+def _make_documented(
+    identifier: str, name: str, required: str, fields: str = "", *, verifying: bool = False
+) -> Waterfall:
+    return Waterfall(
+        identifier=identifier,
+        name=name,
+        input_params=[Param(name=param, required=True) for param in required.split()],
+        output_fields=[Field(name=field) for field in fields.split()],
+        is_email_verifying=verifying,
+    )
+
+
+#: Params and, where they are documented, fields. Providers and prices are told by the API alone.
+DOCUMENTED_WATERFALLS: dict[str, Waterfall] = {
+    waterfall.identifier: waterfall
+    for waterfall in (
+        _make_documented("email_getter", "Email finder", "first_name last_name company", "email", verifying=True),
+        _make_documented("person_getter", "Person finder", "email", "first_name last_name linkedin_url"),
+        _make_documented("company_lookup", "Company lookup", "company_website"),
+        _make_documented("person_by_link", "Person by link", "link"),
+        _make_documented("phone_getter", "Phone finder", "linkedin"),
+        _make_documented("job_postings_getter", "Job postings", "company_website"),
+    )
+}

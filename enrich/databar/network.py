@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from pydantic import SecretStr
 
-from enrich.api.credentials import is_loopback, parse_ip
+from enrich.databar.credentials import is_loopback, parse_ip
 from enrich.errors import JobError
 
 #: Where curl looks for a proxy that names no port.

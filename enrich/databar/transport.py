@@ -31,8 +31,8 @@ from aiohttp.streams import StreamReader
 from multidict import CIMultiDict
 from yarl import URL
 
-from enrich.api.network import Proxy
-from enrich.api.unpacking import Decompressor
+from enrich.databar.network import Proxy
+from enrich.databar.unpacking import Decompressor
 
 #: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
 RESUME_GRACE_S = 0.2

@@ -29,9 +29,9 @@ from typing import Any
 import httpx
 import orjson
 
-from enrich.api.answer import TaskReply
-from enrich.api.complaints import join_text, wrong_params, wrong_rows
-from enrich.api.outside_text import clean_json, clean_line, clean_text
+from enrich.databar.answers import TaskReply
+from enrich.databar.error_bodies import join_text, wrong_params, wrong_rows
+from enrich.databar.outside_text import clean_json, clean_line, clean_text
 from enrich.errors import (
     ApiCallFailed,
     BadParams,

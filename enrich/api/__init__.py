@@ -1,1 +1,0 @@
-"""Databar's API: calls, answers, who we are."""
