@@ -8,7 +8,7 @@ from math import inf
 from enrich.errors import CommandRefused
 from enrich.job.job import Job
 from enrich.model import to_micros
-from enrich.question import RequestTemplate
+from enrich.rows.template import RequestTemplate
 from enrich.store.ledger import Ledger
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import orjson
 import polars as pl
 
-from enrich.asking import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
 from enrich.databar.answers import is_blank, result_fields, value_at
 from enrich.errors import CommandRefused
 from enrich.files.values import as_text
@@ -18,8 +17,9 @@ from enrich.files.writer import escape_formulas, needs_formula_escape, write_fil
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
+from enrich.rows.template import RequestTemplate
 from enrich.store.ledger import Ledger
 
 

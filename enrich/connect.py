@@ -26,7 +26,7 @@ from enrich.errors import (
 from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
 from enrich.job.locations import PostgresLocation
 from enrich.model import Call, read_balance
-from enrich.question import RequestTemplate, default_providers, make_request_template
+from enrich.rows.template import RequestTemplate, default_providers, make_request_template
 from enrich.store.ledger import Ledger
 
 T = TypeVar("T")

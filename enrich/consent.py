@@ -5,7 +5,7 @@ from __future__ import annotations
 from enrich.errors import CommandRefused
 from enrich.job.job import Job
 from enrich.model import to_credits, to_micros
-from enrich.question import RequestTemplate
+from enrich.rows.template import RequestTemplate
 
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:

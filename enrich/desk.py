@@ -30,7 +30,7 @@ from enrich.planfile import check_plan, gather_plan_inputs
 from enrich.poller import Poller
 from enrich.pulse import Phase
 from enrich.receipt import RunSummary
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
 from enrich.shift import WorkConfig
 from enrich.signals import SignalHandler
 from enrich.store.journal import LedgerWriter

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from enrich.asking import RowBatch
 from enrich.collector import OutputCounts
 from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.model import Decision, RequestSelection
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
 from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask
 
 

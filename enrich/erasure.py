@@ -15,9 +15,9 @@ from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
 from enrich.model import OPEN_STATES, SystemClock
-from enrich.privacy import read_or_make_key
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.suppression import read_or_make_key
+from enrich.rows.template import RequestTemplate
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.store.opening import open_exclusive

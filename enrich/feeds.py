@@ -9,7 +9,6 @@ from typing import Any
 
 import polars as pl
 
-from enrich.asking import CHANGE_COLUMNS
 from enrich.collector import Collector, JoinedBatch, to_cell
 from enrich.databar.answers import result_fields, value_at
 from enrich.files.values import as_text
@@ -17,6 +16,7 @@ from enrich.files.writer import write_file
 from enrich.job.locations import Location
 from enrich.job.spec import Changes, Output
 from enrich.model import RowStatus, iso_time
+from enrich.rows.requests import CHANGE_COLUMNS
 
 #: Rows of these can be mended, or asked again.
 REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)

@@ -9,9 +9,9 @@ from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
-from enrich.question import RequestTemplate
 from enrich.receipt import RunSummary
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.surroundings import RunOptions, select_requests

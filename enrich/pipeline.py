@@ -34,7 +34,7 @@ from enrich.pace import AdaptiveRateLimiter
 from enrich.polls import PollSchedule
 from enrich.pulse import Phase
 from enrich.receipt import RunSummary
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
 from enrich.signals import SignalHandler
 from enrich.store.holding import LeaseHolder
 from enrich.store.journal import LOCK_TIMEOUT_S, LedgerWriter

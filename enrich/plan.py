@@ -24,8 +24,8 @@ from enrich.job.job import Job
 from enrich.job.spec import Output
 from enrich.model import DECISIONS_TO_SEND, Decision, RowDecision, RowStatus, SystemClock, iso_time
 from enrich.planfile import SavedPlan, gather_plan_inputs
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_locked

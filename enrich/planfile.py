@@ -16,8 +16,8 @@ from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
 from enrich.model import State, iso_time, to_micros
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 
 
 class ProviderPrice(BaseModel):

@@ -19,8 +19,8 @@ from enrich.collector import answer_cells
 from enrich.files.csv_format import CsvWriter
 from enrich.job.job import load_job
 from enrich.model import Call, Decision, RowStatus
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.ledger import Ledger
 from tests.books import CALL as ASKED
 from tests.books import FOUND, CommittingLedger, row_requests, sqlite_connection

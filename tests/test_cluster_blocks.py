@@ -33,8 +33,8 @@ from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
 from enrich.model import Call, Decision, RequestSelection, RowStatus
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.ledger import Ledger
 from tests import postgres as servers
 from tests.books import FOUND, NO_MATCH, CommittingLedger

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.model import Answer, Decision, RequestSelection, RowRequest, State
-from enrich.order import rank_rows, sort_keys
+from enrich.rows.reader import rank_rows, sort_keys
 from enrich.store.intake import stratified_sample
 from enrich.store.ledger import Ledger
 from tests.books import CALL, FOUND, FREE_FAILURE, NO_MATCH, CommittingLedger, fingerprint, params, row_requests

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
-from enrich.privacy import key_path, read_or_make_key
+from enrich.rows.suppression import key_path, read_or_make_key
 from enrich.store import copying
 from enrich.store.copying import COPIED_TABLES, copy_ledger
 from enrich.store.database import ledger_exists

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.asking import STATUS_COLUMNS
 from enrich.collector import Collector, to_cell
 from enrich.databar.answers import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
@@ -28,8 +27,9 @@ from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job
 from enrich.job.spec import Output
 from enrich.model import Call, RowStatus, State
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import STATUS_COLUMNS
+from enrich.rows.template import RequestTemplate
 from enrich.store.ledger import Ledger
 from tests.cases import first_quick, in_turn
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.asking import RowBatch
 from enrich.errors import CommandRefused
 from enrich.files import reader
 from enrich.job.job import load_job
 from enrich.model import Call
-from enrich.privacy import ForgottenRequests, keyed_hash
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.suppression import ForgottenRequests, keyed_hash
+from enrich.rows.template import RequestTemplate
 from tests.buckets import BUCKET, put_object
 from tests.cases import in_turn
 from tests.tables import write_table

@@ -324,7 +324,7 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cost and cap are null, and unknown in words; with a cap the plan is refused as the run would be."""
     workspace.write_leads(make_leads(2))
-    monkeypatch.setattr("enrich.question._worst_price", lambda *_: None)
+    monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
 
     output = run_plan_command(workspace, api, "--json").json_output
 

@@ -11,7 +11,7 @@ from enrich.budget import make_budget
 from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
-from enrich.question import RequestTemplate, default_providers, make_request_template
+from enrich.rows.template import RequestTemplate, default_providers, make_request_template
 from tests.harness import Workspace
 
 JOB = """\

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.asking import RowBatch
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
 from enrich.model import Call, RowStatus
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
 from tests.cases import in_turn
 
 CALL = Call("email_getter", (833, 966), 10)

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from enrich.model import State
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
 from enrich.surroundings import RunOptions
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
@@ -253,7 +253,7 @@ def test_unknown_price_with_cap_collects_only(
         api.advance(90)
         workspace.write_job(limits="{requests_per_second: 1000, max_credits: 50}")
         workspace.write_leads(make_leads(4))
-        monkeypatch.setattr("enrich.question._worst_price", lambda *_: None)
+        monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
         summary = workspace.run_job(api)
         again = workspace.run_in_process("run", "job.yaml", api=api)
         assert api.audit()["accepted"] == 2

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
-from enrich.privacy import Suppression, read_suppression
+from enrich.rows.suppression import Suppression, read_suppression
 from enrich.surroundings import RunOptions
 from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads

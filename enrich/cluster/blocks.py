@@ -24,8 +24,8 @@ from enrich.files.reader import InputPart, InputSchema, count_file_rows
 from enrich.files.text import as_refused
 from enrich.job.job import Job
 from enrich.model import RequestSelection
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.ledger import Ledger
 

@@ -14,7 +14,7 @@ from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.locations import Location
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
 from enrich.store.ledger import Ledger
 
 

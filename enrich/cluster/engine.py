@@ -17,8 +17,8 @@ from enrich.engine import ClusterCallbacks, EnrollCounts, WorkerHandle
 from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
 from enrich.model import RequestSelection
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.store.dialect import OUTAGE_TIMEOUT_S
 from enrich.store.ledger import Ledger
 from enrich.store.postgres import FencingToken

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from enrich.asking import RowBatch
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
 from enrich.engine import EnrollCounts
 from enrich.errors import CommandRefused
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
 from enrich.store.ledger import Ledger
 
 

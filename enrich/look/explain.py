@@ -12,7 +12,9 @@ from typing import Any
 from enrich.connect import template_from_ledger
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.job.job import Job
-from enrich.look.leads import (
+from enrich.look.prospects import describe_next_step
+from enrich.model import Call, RowStatus, State, iso_time, to_credits
+from enrich.rows.lookup import (
     MAX_LEADS_SHOWN,
     Lead,
     find_by_cell,
@@ -21,11 +23,9 @@ from enrich.look.leads import (
     parse_match,
     rows_by_request,
 )
-from enrich.look.prospects import describe_next_step
-from enrich.model import Call, RowStatus, State, iso_time, to_credits
-from enrich.privacy import ForgottenRequests
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.suppression import ForgottenRequests
+from enrich.rows.template import RequestTemplate
 from enrich.store.database import ledger_exists
 from enrich.store.history import AttemptRow, LedgerReader, RequestRow
 from enrich.store.ledger import Ledger

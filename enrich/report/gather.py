@@ -18,13 +18,13 @@ from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.model import SettledAttempt, count_by_status, to_credits
 from enrich.offline import prepare_collector
-from enrich.question import RequestTemplate
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.earned import reported_waterfall
 from enrich.report.facts import Report, ReportedRun, ReportedWaterfall
 from enrich.report.needs import report_actions
 from enrich.report.nights import latency_histogram, reported_runs, run_traffic
 from enrich.report.present import MAX_GROUP_VALUES, InputStats, read_input_stats
+from enrich.rows.template import RequestTemplate
 from enrich.store.database import ledger_exists
 from enrich.store.ledger import Ledger
 from enrich.store.lock import is_locked

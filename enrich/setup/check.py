@@ -14,9 +14,9 @@ from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, ObjectUrl, PostgresLocation
 from enrich.job.spec import Param
-from enrich.question import RequestTemplate, make_request_template, missing_params, unknown_params
 from enrich.report.file import INSTALL_HINT, is_extra_missing
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params
 from enrich.setup.places import path_exists, path_problems
 from enrich.setup.template import PLACEHOLDER
 from enrich.store.database import ledger_exists

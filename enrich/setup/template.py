@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from enrich.asking import STATUS_COLUMNS
 from enrich.databar.waterfall import Waterfall
+from enrich.rows.requests import STATUS_COLUMNS
 from enrich.setup.guess import (
     ColumnMatch,
     existing_result_columns,

@@ -13,7 +13,7 @@ from typing import Any
 
 from enrich.errors import CommandRefused
 from enrich.job.locations import LedgerLocation
-from enrich.privacy import key_path
+from enrich.rows.suppression import key_path
 from enrich.store.database import Database, delete_ledger, ledger_exists
 from enrich.store.dialect import DATABASE_ERRORS
 from enrich.store.lock import lock_ledger

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.model import to_json_text
-from enrich.privacy import ForgottenRequests, key_id, keyed_hash, read_key
+from enrich.rows.suppression import ForgottenRequests, key_id, keyed_hash, read_key
 from enrich.store.intake import MAX_ROWS, OPEN_ATTEMPT
 from enrich.store.rescue import RescueQueries
 

@@ -11,17 +11,49 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.asking import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
 from enrich.errors import CommandRefused
 from enrich.files.csv_format import likely_separator
 from enrich.files.reader import InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
 from enrich.files.values import text_frame
 from enrich.job.bounded_read import read_bounded
 from enrich.job.job import Job, suggest_name
-from enrich.order import rank_rows, sort_keys
-from enrich.privacy import MAX_LIST_BYTES, ForgottenRequests, read_suppression
-from enrich.question import RequestTemplate
-from enrich.where import PER_ROW_MESSAGE, WHERE_EXAMPLE, depends_on_other_rows, evaluate_expression, expression_problem
+from enrich.rows.requests import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
+from enrich.rows.suppression import MAX_LIST_BYTES, ForgottenRequests, read_suppression
+from enrich.rows.template import RequestTemplate
+from enrich.rows.where import (
+    PER_ROW_MESSAGE,
+    WHERE_EXAMPLE,
+    depends_on_other_rows,
+    evaluate_expression,
+    expression_problem,
+)
+
+#: A number at the start of a cell as people write it: `1,200`, `-5`, `$ 5.50`, `51-200` (its 51).
+_SIGN, _SYMBOL = r"(-?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
+_NUMBER = rf"^{_SIGN}{_SYMBOL}(-?)(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
+
+
+def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
+    """Make the keys by which the rows of a frame are compared: for each column its number, then its text.
+
+    What is a number and nothing else has no text: `1,200` and `1200` are equal.
+    """
+    keys = []
+    for number, column_index in enumerate(column_indexes):
+        text = pl.nth(column_index).str.strip_chars()
+        signs = pl.concat_str(text.str.extract(_NUMBER, 1), text.str.extract(_NUMBER, 2))
+        digits = text.str.extract(_NUMBER, 3).str.replace_all(",", "", literal=True).cast(pl.Float64, strict=False)
+        value = pl.when(signs == "-").then(-digits).otherwise(digits)
+        has_text = (text != "") & ~(text.str.contains(_NUMBER + "$") & value.is_not_null())
+        keys += [value.alias(f"{number}n"), pl.when(has_text).then(text).alias(f"{number}t")]
+    return frame.select(keys)
+
+
+def rank_rows(keys: pl.DataFrame) -> pl.Series:
+    """Give each row its place in the order of asking: largest first, blanks last, equal ones as in the input."""
+    sorted_rows = keys.with_row_index("row").sort(keys.columns, descending=True, nulls_last=True, maintain_order=True)
+    return sorted_rows.select("row").with_row_index("place").sort("row").get_column("place")
+
 
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 

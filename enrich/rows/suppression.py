@@ -13,10 +13,10 @@ from secrets import token_bytes
 
 import polars as pl
 
-from enrich.domains import extract_domain
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_bounded, read_text
 from enrich.job.locations import LedgerLocation, path_beside_ledger
+from enrich.rows.requests import extract_domain
 
 #: An e-mail address, alone in a cell or among other text.
 _EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"

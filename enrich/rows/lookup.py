@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from enrich.asking import RowBatch, param_values
 from enrich.errors import JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
 from enrich.model import RowStatus
-from enrich.question import RequestTemplate
-from enrich.rows import JobInput
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch, param_values
+from enrich.rows.template import RequestTemplate
 
 #: So many leads are told of at most.
 MAX_LEADS_SHOWN = 20

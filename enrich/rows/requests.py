@@ -11,13 +11,36 @@ from itertools import count, repeat
 
 import polars as pl
 
-from enrich.domains import extract_domain
 from enrich.files.values import quote_json
 from enrich.job.job import Job
 from enrich.job.spec import Param
 from enrich.model import RowRequest, RowStatus
-from enrich.privacy import ForgottenRequests
-from enrich.question import RequestTemplate
+from enrich.rows.suppression import ForgottenRequests
+from enrich.rows.template import RequestTemplate
+
+#: No top-level domain is a number: what ends in one is a date, an amount or an IP address.
+_HOST_PATTERN = r"^(?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*$"
+
+
+def extract_domain(text: pl.Expr) -> pl.Expr:
+    """Take the domain of a URL, an e-mail address or a bare host, without `www.`; '' when there is none."""
+    host = (
+        text.str.strip_chars()
+        .str.to_lowercase()
+        .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
+        .str.replace(r"(?s)[/?#].*$", "")
+        .str.replace(r"^.*@", "")
+        .str.replace(r":\d*$", "")
+        .str.replace(r"\.$", "")
+        .str.replace(r"^www\.(.*\.)", "${1}")
+    )
+    return host.map_batches(_blank_non_hosts, return_dtype=pl.String)
+
+
+def _blank_non_hosts(texts: pl.Series) -> pl.Series:
+    """Blank what is no host."""
+    return texts.set(~texts.str.contains(_HOST_PATTERN), "")
+
 
 #: The columns that we add behind the job's own; an earlier output's are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
