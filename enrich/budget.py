@@ -7,9 +7,9 @@ from math import inf
 
 from enrich.errors import CommandRefused
 from enrich.job.job import Job
+from enrich.ledger.ledger import Ledger
 from enrich.model import to_micros
 from enrich.rows.template import RequestTemplate
-from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,9 +83,9 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
-    from enrich.store.dialect import DatabaseFailed
-    from enrich.store.records import is_damaged
-    from enrich.store.sqlite import RESTORE_HINT, is_busy_error, is_damage_error
+    from enrich.ledger.dialect import DatabaseFailed
+    from enrich.ledger.sqlite import RESTORE_HINT, is_busy_error, is_damage_error
+    from enrich.ledger.verify import is_damaged
 
     if isinstance(error, DatabaseFailed):
         return _fail(

@@ -12,11 +12,11 @@ from enrich.databar.client import Client
 from enrich.difference import ROUNDING_CREDITS, explain_balance
 from enrich.errors import ApiCallFailed
 from enrich.execution import RunState
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import State, format_credits, pluralize, read_balance, to_credits
 from enrich.receipt import RunSummary
 from enrich.signals import SignalHandler
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 
 #: The answers of a run that was told to leave are read again only when that is quick.
 MAX_READ_WHEN_INTERRUPTED = 100_000

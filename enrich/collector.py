@@ -16,11 +16,11 @@ from enrich.files.values import as_text
 from enrich.files.writer import escape_formulas, needs_formula_escape, write_file
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
+from enrich.ledger.ledger import Ledger
 from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import INDEX_COLUMN, STATUS_COLUMNS, RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.store.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ from enrich.errors import (
 )
 from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
 from enrich.job.locations import PostgresLocation
+from enrich.ledger.ledger import Ledger
 from enrich.model import Call, read_balance
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
-from enrich.store.ledger import Ledger
 
 T = TypeVar("T")
 MAX_PAUSE_S = 5.0

@@ -18,11 +18,11 @@ from enrich.engine import WorkerHandle
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.execution import RunCounters, RunState
 from enrich.job.locations import PostgresLocation
+from enrich.ledger.dialect import DatabaseFailed
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.pace import AdaptiveRateLimiter
 from enrich.shift import WorkConfig
-from enrich.store.dialect import DatabaseFailed
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 from enrich.surroundings import RunContext
 from enrich.worker import WorkerCommand, WorkerTask
 

@@ -25,6 +25,8 @@ from enrich.feeds import write_changes, write_rejects
 from enrich.forecast import Cost, Plan, build_plan, format_plan
 from enrich.heartbeat import ProgressReporter
 from enrich.job.locations import Location, is_dataset
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
 from enrich.planfile import check_plan, gather_plan_inputs
 from enrich.poller import Poller
@@ -33,8 +35,6 @@ from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
 from enrich.shift import WorkConfig
 from enrich.signals import SignalHandler
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 from enrich.surroundings import RunContext, RunOptions, select_requests
 
 #: How often it is written down what was learned: a kill loses no more.

@@ -26,10 +26,10 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.execution import RunState
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Task
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
-from enrich.store.moves import CapReached
 
 #: How often to look again when nobody has told of a change.
 IDLE_S = 1.0

@@ -24,11 +24,11 @@ from enrich.job.locations import (
     sandbox_ledger_location,
 )
 from enrich.job.spec import Input
-from enrich.store.database import ledger_exists
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
-from enrich.store.sqlite import unknown_to_sandbox
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.sqlite import unknown_to_sandbox
+from enrich.ledger.writer import LedgerWriter
 
 #: `enrich_task_id`, and with steps one for each.
 _TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")

@@ -9,9 +9,9 @@ from typing import Any
 
 from enrich.connect import Preflight
 from enrich.job.job import Job
+from enrich.ledger.ledger import Ledger
 from enrich.model import DECISIONS_TO_SEND, Decision, format_duration, iso_time, to_credits, to_micros
 from enrich.planfile import ProviderPrice, provider_prices
-from enrich.store.ledger import Ledger
 
 #: Polls that a request takes, as long as the ledger has no experience.
 DEFAULT_POLLS_PER_TASK = 1.5

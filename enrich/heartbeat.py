@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from enrich.errors import LedgerFailed
 from enrich.execution import RunState
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import State, SystemClock, to_credits
 from enrich.pulse import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 from enrich.surroundings import Progress, RunContext
 
 SHOW_INTERVAL_S = 0.2

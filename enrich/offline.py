@@ -9,11 +9,11 @@ from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
 from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
 from enrich.surroundings import RunOptions, select_requests
 
 

@@ -30,18 +30,18 @@ from enrich.execution import RunState
 from enrich.files.writer import prepare_file
 from enrich.heartbeat import ProgressReporter
 from enrich.job.locations import Location
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.rescue import import_rescue_files, remove_imported_files
+from enrich.ledger.rescue_file import RescueFile
+from enrich.ledger.sqlite import damaged_ledger_error
+from enrich.ledger.takeover import LeaseHolder
+from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter
 from enrich.pace import AdaptiveRateLimiter
 from enrich.polls import PollSchedule
 from enrich.pulse import Phase
 from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
 from enrich.signals import SignalHandler
-from enrich.store.holding import LeaseHolder
-from enrich.store.journal import LOCK_TIMEOUT_S, LedgerWriter
-from enrich.store.ledger import Ledger
-from enrich.store.rescue import import_rescue_files, remove_imported_files
-from enrich.store.rescue_file import RescueFile
-from enrich.store.sqlite import damaged_ledger_error
 from enrich.surroundings import RunContext, RunOptions, rescue_folders
 
 T = TypeVar("T")

@@ -22,13 +22,13 @@ from enrich.files.writer import prepare_file, write_file
 from enrich.forecast import DECISION_REASONS, Plan, build_plan
 from enrich.job.job import Job
 from enrich.job.spec import Output
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked
 from enrich.model import DECISIONS_TO_SEND, Decision, RowDecision, RowStatus, SystemClock, iso_time
 from enrich.planfile import SavedPlan, gather_plan_inputs
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked
 from enrich.surroundings import RunOptions, select_requests
 
 #: The columns that `--rows` adds to the input's.

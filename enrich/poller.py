@@ -27,10 +27,10 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.execution import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import Answer, State, Task
 from enrich.polls import PollCost
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 
 IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0

@@ -9,9 +9,9 @@ from enrich.budget import Budget
 from enrich.databar.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import RunState
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import Call
 from enrich.poller import Poller
-from enrich.store.journal import LedgerWriter
 
 
 @dataclass(frozen=True, slots=True)

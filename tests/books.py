@@ -13,9 +13,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import psycopg
 
 from enrich.job.locations import LedgerLocation
+from enrich.ledger.dialect import Cursor
+from enrich.ledger.ledger import Ledger
 from enrich.model import Answer, Call, Claim, RequestSelection, RowRequest, State
-from enrich.store.dialect import Cursor
-from enrich.store.ledger import Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -28,16 +28,15 @@ from enrich.databar.credentials import ApiAccess
 from enrich.execution import Timeouts
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.model import SystemClock
 from enrich.pipeline import run
 from enrich.polls import PollSchedule
 from enrich.receipt import RunSummary
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.lock import lock_ledger
-from enrich.store.opening import open_for_run
 from enrich.surroundings import Progress, RunContext, RunOptions
 from tests.books import run_sql
 

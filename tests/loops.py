@@ -15,12 +15,12 @@ from enrich.databar.answers import TaskReply
 from enrich.databar.client import Client
 from enrich.dispatcher import Dispatcher
 from enrich.execution import RunState, Timeouts
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import Call, Clock, SystemClock
 from enrich.pace import AdaptiveRateLimiter
 from enrich.poller import Poller
 from enrich.polls import PollSchedule
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
 from tests.books import BINDING, CALL, CommittingLedger
 from tests.harness import SHORT_TIMEOUTS, SandboxApi
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from enrich.collector import answer_cells
 from enrich.files.csv_format import CsvWriter
 from enrich.job.job import load_job
+from enrich.ledger.ledger import Ledger
 from enrich.model import Call, Decision, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.ledger import Ledger
 from tests.books import CALL as ASKED
 from tests.books import FOUND, CommittingLedger, row_requests, sqlite_connection
 from tests.cases import examples, in_turn

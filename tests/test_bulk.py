@@ -20,10 +20,10 @@ from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
 from enrich.dispatcher import Dispatcher
 from enrich.errors import EnrichError, ExitCode
 from enrich.execution import Timeouts
+from enrich.ledger.verify import check_ledger
 from enrich.model import State
 from enrich.receipt import RunSummary
 from enrich.sandbox import Fault, questions
-from enrich.store.records import check_ledger
 from enrich.surroundings import RunOptions
 from tests.cases import examples, first_quick
 from tests.harness import (

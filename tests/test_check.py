@@ -229,7 +229,7 @@ def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi)
     assert (same.exit_code, same.stderr) == (0, "")
     assert "as known from the API now" in same.stdout
 
-    from enrich.store.ledger import Ledger  # noqa: PLC0415
+    from enrich.ledger.ledger import Ledger  # noqa: PLC0415
 
     ledger = Ledger(workspace.ledger_path)
     described, providers = ledger.waterfall("email_getter") or ({}, None)

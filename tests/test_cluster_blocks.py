@@ -32,10 +32,10 @@ from enrich.files.reader import InputTable
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
+from enrich.ledger.ledger import Ledger
 from enrich.model import Call, Decision, RequestSelection, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.ledger import Ledger
 from tests import postgres as servers
 from tests.books import FOUND, NO_MATCH, CommittingLedger
 from tests.buckets import BUCKET, put_object, storage_environ
@@ -597,7 +597,7 @@ from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
 from enrich.model import RequestSelection
 from enrich.job.spec import Input
-from enrich.store.ledger import Ledger
+from enrich.ledger.ledger import Ledger
 from enrich.tables import storage
 from enrich.files.reader import InputTable
 from tests.test_cluster_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows

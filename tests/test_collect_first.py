@@ -17,11 +17,10 @@ from enrich import poller
 from enrich.databar.credentials import ApiAccess
 from enrich.execution import Timeouts
 from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
 from enrich.pipeline import run as run_job
 from enrich.receipt import RunSummary
-from enrich.store.lock import lock_ledger
-from enrich.store.opening import open_for_run
 from enrich.surroundings import RunContext, RunOptions
 from tests.cases import first_quick
 from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.store.ledger import Ledger
-from enrich.store.records import LedgerVerifier
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import LedgerVerifier
 from tests.books import CommittingLedger
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until

@@ -13,10 +13,10 @@ import pytest
 
 from enrich.databar.client import MAX_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, ExitCode, LedgerFailed
+from enrich.ledger.ledger import Ledger
 from enrich.model import Call, RowRequest, State
 from enrich.pace import BURST_S
 from enrich.sandbox.faults import Fault
-from enrich.store.ledger import Ledger
 from tests.books import CALL, CommittingLedger, row_requests
 from tests.cases import first_quick
 from tests.harness import ILL, SHORT_TIMEOUTS, SILENT, SandboxApi, serve_api

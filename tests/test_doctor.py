@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from enrich.store.ledger import Ledger
-from enrich.store.lock import lock_ledger
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
 from tests.cases import first_quick
 from tests.harness import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.store.records import check_ledger
+from enrich.ledger.verify import check_ledger
 from tests.cases import first_quick
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads, serve_api
 
@@ -81,8 +81,8 @@ def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.Mo
     """A long report, say: that is told, and the same command takes her out when it has ended."""
     words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
     with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as soon:
-        soon.setattr("enrich.store.sqlite.BUSY_TIMEOUT_S", 0.1)
-        soon.setattr("enrich.store.postgres.VACUUM_TIMEOUT_S", 0.1)
+        soon.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
+        soon.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
         assert report.state_counts()
         refused = workspace.run_in_process(*words)
     kept = workspace.server_url is not None or b"First1" in ledger_bytes(workspace)  # what is deleted no table tells

@@ -16,11 +16,11 @@ import pytest
 
 from enrich.errors import ApiUnreachable
 from enrich.execution import Timeouts
+from enrich.ledger.lock import lock_ledger
 from enrich.model import State
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.questions import Refused as ApiRefusal
-from enrich.store.lock import lock_ledger
 from enrich.surroundings import RunOptions
 from tests.cases import first_quick
 from tests.harness import (

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from enrich.job.spec import Policy, Refresh
+from enrich.ledger.lock import lock_ledger
 from enrich.look.prospects import describe_next_step
 from enrich.model import State
-from enrich.store.lock import lock_ledger
 from enrich.surroundings import RunOptions
 from tests.cases import in_turn
 from tests.harness import (

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from enrich.errors import EnrichError, LedgerFailed
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
+from enrich.ledger.writer import LedgerWriter
 from enrich.model import State
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
-from enrich.store.moves import CapReached
 from tests.books import BINDING, COST, FOUND, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger, record_statements
 from tests.harness import BOTH_BACKENDS
 

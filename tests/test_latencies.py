@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from enrich.store.ledger import Ledger
-from enrich.store.records import check_ledger
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import check_ledger
 from tests.books import CALL, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, Workspace, make_leads, serve_api
 

@@ -14,13 +14,13 @@ import pytest
 from enrich.errors import ExitCode, LedgerLocked, RunEnded
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
-from enrich.store.copying import copy_ledger
-from enrich.store.database import ledger_exists
-from enrich.store.dialect import DatabaseFailed
-from enrich.store.lease import Lease
-from enrich.store.ledger import Ledger
-from enrich.store.opening import open_exclusive, open_for_run, open_leased
-from enrich.store.records import check_ledger
+from enrich.ledger.copy import copy_ledger
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.dialect import DatabaseFailed
+from enrich.ledger.leases import Lease
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import open_exclusive, open_for_run, open_leased
+from enrich.ledger.verify import check_ledger
 from tests.books import MAX_PRICE, CommittingLedger, run_sql
 from tests.cases import first_quick, in_turn
 from tests.harness import SandboxApi, Workspace, make_leads

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import CommandRefused
+from enrich.ledger import schema
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
 from enrich.model import Answer, RowRequest, State, Task
-from enrich.store import schema
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.ledger import Ledger
-from enrich.store.moves import CapReached
 from tests.books import (
     BINDING,
     CALL,

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
+from enrich.ledger import copy
+from enrich.ledger.copy import COPIED_TABLES, copy_ledger
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
+from enrich.ledger.verify import check_ledger
 from enrich.rows.suppression import key_path, read_or_make_key
-from enrich.store import copying
-from enrich.store.copying import COPIED_TABLES, copy_ledger
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.lock import lock_ledger
-from enrich.store.records import check_ledger
 from tests import postgres as servers
 from tests.books import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
 from tests.cases import examples
@@ -209,7 +209,7 @@ def test_failed_copy_leaves_nothing(
     """The copy is there as a whole or not at all."""
     for target in (server_location, tmp_path / "copy.db"):
         with monkeypatch.context() as broken:
-            broken.setattr(copying, "_copy_forgotten_key", lambda *_: 1 / 0)
+            broken.setattr(copy, "_copy_forgotten_key", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 copy_ledger(filled_ledger.location, target)
         assert not ledger_exists(target)
@@ -252,9 +252,9 @@ def test_differences_are_detected(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not arrive, or arrives as something else, is no copy."""
-    take = copying._TargetLedger.load_tables
+    take = copy._TargetLedger.load_tables
 
-    def lose(new: copying._TargetLedger, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
+    def lose(new: copy._TargetLedger, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
         take(
             new,
             {
@@ -263,7 +263,7 @@ def test_differences_are_detected(
             },
         )
 
-    monkeypatch.setattr(copying._TargetLedger, "load_tables", lose)
+    monkeypatch.setattr(copy._TargetLedger, "load_tables", lose)
     with pytest.raises(CommandRefused, match="delivered differs"):
         copy_ledger(filled_ledger.location, server_location)
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
-from enrich.store.ledger import Ledger
-from enrich.store.records import check_ledger
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import check_ledger
 from tests.books import CommittingLedger
 from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api

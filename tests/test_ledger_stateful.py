@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
 from enrich.model import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
-from enrich.store.ledger import Ledger
-from enrich.store.moves import CapReached
 from tests.books import BINDING, CommittingLedger, params, row_requests
 from tests.cases import examples
 from tests.postgres import PostgresServer

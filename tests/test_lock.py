@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.store.lock import is_locked, lock_ledger
+from enrich.ledger.lock import is_locked, lock_ledger
 
 HOLDER_SCRIPT = """
 import sys, time
 from pathlib import Path
-from enrich.store.lock import lock_ledger
+from enrich.ledger.lock import lock_ledger
 with lock_ledger(Path(sys.argv[1]), 0):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger
 from enrich.model import Answer, RowStatus, State
 from enrich.report.facts import Report
 from enrich.report.gather import build_report
 from enrich.report.nights import latency_histogram
-from enrich.store.lock import lock_ledger
 from enrich.watch.outcome import JobArguments
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.cases import first_quick

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.rescue import import_rescue_files, remove_imported_files
+from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
+from enrich.ledger.verify import check_ledger
 from enrich.model import State
-from enrich.store.ledger import Ledger
-from enrich.store.records import check_ledger
-from enrich.store.rescue import import_rescue_files, remove_imported_files
-from enrich.store.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from tests.books import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
 from tests.cases import first_quick
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from enrich.ledger.verify import check_ledger
 from enrich.receipt import RunSummary
-from enrich.store.records import check_ledger
 from enrich.surroundings import RunOptions
 from tests.cases import first_quick
 from tests.harness import (

@@ -18,10 +18,10 @@ import pytest
 
 from enrich import __version__
 from enrich.execution import Timeouts
+from enrich.ledger.lock import lock_ledger
 from enrich.model import State
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused as ApiRefusal
-from enrich.store.lock import lock_ledger
 from enrich.surroundings import Progress
 from enrich.watch import runlog
 from enrich.watch.runlog import RunLog, open_log, redact_message

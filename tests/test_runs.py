@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from enrich.job.job import load_job
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
 from enrich.look.runs import format_runs, read_runs
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked, lock_ledger
 from tests.books import NO_MATCH, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import CommandRefused, ExitCode
-from enrich.store import schema
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked, lock_ledger
-from enrich.store.records import check_ledger
+from enrich.ledger import schema
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.ledger.verify import check_ledger
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer
 

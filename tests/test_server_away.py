@@ -15,10 +15,10 @@ import pytest
 from enrich.allowance import start_sharing, stop_sharing
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import check_ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.pace import AdaptiveRateLimiter
-from enrich.store.journal import LedgerWriter
-from enrich.store.ledger import Ledger
-from enrich.store.records import check_ledger
 from tests.books import CommittingLedger
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer

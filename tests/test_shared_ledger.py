@@ -9,8 +9,8 @@ import pytest
 
 from enrich.errors import LedgerLocked
 from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger
 from enrich.model import State
-from enrich.store.lock import lock_ledger
 from enrich.surroundings import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 

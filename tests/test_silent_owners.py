@@ -10,12 +10,12 @@ import pytest
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation as Place
 from enrich.job.locations import parse_ledger_location
-from enrich.store import pgledger
-from enrich.store.allowance import SharedRateRow
-from enrich.store.dialect import TransactionInterrupted
-from enrich.store.lease import Lease
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked, lock_ledger
+from enrich.ledger import postgres_schema
+from enrich.ledger.dialect import TransactionInterrupted
+from enrich.ledger.leases import Lease
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.ledger.shared_rate import SharedRateRow
 from tests.books import run_sql
 from tests.harness import wait_until
 from tests.postgres import PostgresServer
@@ -101,7 +101,7 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
         run_sql(
             ledger_location,
             "SELECT pg_advisory_lock(?, hashtext(?)), pg_sleep(1)",
-            pgledger._LOCK_CLASS_ID,
+            postgres_schema._LOCK_CLASS_ID,
             ledger_location.schema,
         )
 

@@ -15,6 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.job.job import load_job
+from enrich.ledger.history import LatestExecutionRow
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
 from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus, RunView, format_headline, format_view, format_view_line
 from enrich.look.watch import (
@@ -28,9 +31,6 @@ from enrich.look.watch import (
 )
 from enrich.model import iso_time
 from enrich.pulse import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
-from enrich.store.history import LatestExecutionRow
-from enrich.store.ledger import Ledger
-from enrich.store.lock import lock_ledger
 from enrich.surroundings import Progress
 from enrich.watch.progress import choose_layout, render_bar
 from tests.books import CommittingLedger

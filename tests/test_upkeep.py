@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from enrich.errors import CommandRefused
+from enrich.ledger import schema
+from enrich.ledger.database import Database
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
 from enrich.model import State
-from enrich.store import schema
-from enrich.store.database import Database
-from enrich.store.ledger import Ledger
-from enrich.store.records import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
 from enrich.surroundings import RunOptions
 from tests.books import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.cases import examples, first_quick

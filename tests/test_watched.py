@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import ExitCode
-from enrich.store.lock import lock_ledger
+from enrich.ledger.lock import lock_ledger
 from enrich.watch import healthcheck, notify, outcome
 from tests.cases import first_quick
 from tests.harness import SandboxApi, Workspace, serve_api, wait_until

@@ -23,11 +23,11 @@ from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputPart, InputSchema, count_file_rows
 from enrich.files.text import as_refused
 from enrich.job.job import Job
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.ledger import Ledger
 from enrich.model import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.ledger import Ledger
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.locations import Location
+from enrich.ledger.ledger import Ledger
 from enrich.rows.reader import JobInput
-from enrich.store.ledger import Ledger
 
 
 def collect_on_ray(

@@ -16,12 +16,12 @@ from enrich.collector import OutputCounts
 from enrich.engine import ClusterCallbacks, EnrollCounts, WorkerHandle
 from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.postgres import FencingToken
 from enrich.model import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.store.dialect import OUTAGE_TIMEOUT_S
-from enrich.store.ledger import Ledger
-from enrich.store.postgres import FencingToken
 from enrich.worker import WorkerTask
 
 

@@ -9,9 +9,9 @@ from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
 from enrich.engine import EnrollCounts
 from enrich.errors import CommandRefused
+from enrich.ledger.ledger import Ledger
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
-from enrich.store.ledger import Ledger
 
 
 def enroll_on_ray(

@@ -141,10 +141,9 @@ def _run_pipeline(
     job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
 ) -> RunSummary:
     """Run under the lock, with the bar and the witnesses."""
+    from enrich.ledger.lock import lock_ledger, open_for_run
     from enrich.model import SystemClock
     from enrich.pipeline import run
-    from enrich.store.lock import lock_ledger
-    from enrich.store.opening import open_for_run
     from enrich.surroundings import Progress, RunContext
     from enrich.watch.progress import ProgressBar
 
@@ -244,10 +243,10 @@ def plan(
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
     from enrich.forecast import format_plan
+    from enrich.ledger.lock import is_locked
     from enrich.model import State
     from enrich.plan import make_plan
     from enrich.planfile import write_plan
-    from enrich.store.lock import is_locked
     from enrich.surroundings import RunOptions
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
@@ -276,8 +275,8 @@ def collect(
     as_json: bool,
 ) -> int:
     """Write the output of JOB from the ledger alone, without network."""
+    from enrich.ledger.lock import lock_ledger
     from enrich.offline import rebuild_output
-    from enrich.store.lock import lock_ledger
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
     with lock_ledger(job.ledger, 0):

@@ -51,11 +51,11 @@ def _resolve_ledger(
 @options.JSON_OPTION
 def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> int:
     """Verify that a ledger is whole and agrees with itself; a run may go on meanwhile."""
-    from enrich.store import records
-    from enrich.store.sqlite import RESTORE_HINT
+    from enrich.ledger import verify
+    from enrich.ledger.sqlite import RESTORE_HINT
 
     path = _resolve_ledger(place, instead, use_sandbox=use_sandbox)
-    report = records.check_ledger(path)
+    report = verify.check_ledger(path)
     code = ExitCode.REFUSED if report.problems else ExitCode.OK
     if as_json:
         click.echo(json.dumps({"exit_code": int(code), "ledger": str(path)} | asdict(report), ensure_ascii=False))
@@ -77,7 +77,7 @@ def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> 
 @SANDBOX_OPTION
 def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET, consistent though a run goes on; an older copy is replaced."""
-    from enrich.store.records import LedgerVerifier
+    from enrich.ledger.verify import LedgerVerifier
 
     with closing(LedgerVerifier(_resolve_ledger(place, instead, use_sandbox=use_sandbox), any_version=True)) as records:
         records.backup(target)
@@ -92,11 +92,11 @@ def copy(source: str, target: str, as_json: bool) -> None:
 
     FROM and TO are ledgers or job files. TO must be new or empty; no run may be at work with either.
     """
-    from enrich.store import copying
+    from enrich.ledger import copy
 
     job_folder = next((Path(place).absolute().parent for place in (source, target) if _is_job_file(place)), None)
     old, new = (_resolve_ledger(place, job_folder=job_folder) for place in (source, target))
-    copied = copying.copy_ledger(old, new)
+    copied = copy.copy_ledger(old, new)
     if as_json:
         result = {"exit_code": 0, "from": str(old), "to": str(new), "key": copied.key and str(copied.key)}
         click.echo(json.dumps(result | {"rows": copied.rows, "digest": copied.digest}, ensure_ascii=False))

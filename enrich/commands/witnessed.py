@@ -77,7 +77,7 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
             return ExitCode.USAGE, error.format_message()
         case click.Abort() | EOFError() | KeyboardInterrupt():
             return ExitCode.INTERRUPTED, "interrupted"
-    from enrich.store.sqlite import is_damage_error
+    from enrich.ledger.sqlite import is_damage_error
 
     if is_damage_error(error):
         return ExitCode.REFUSED, "the ledger is damaged"

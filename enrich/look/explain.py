@@ -12,6 +12,10 @@ from typing import Any
 from enrich.connect import template_from_ledger
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.history import AttemptRow, LedgerReader, RequestRow
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked
 from enrich.look.prospects import describe_next_step
 from enrich.model import Call, RowStatus, State, iso_time, to_credits
 from enrich.rows.lookup import (
@@ -26,10 +30,6 @@ from enrich.rows.lookup import (
 from enrich.rows.reader import JobInput
 from enrich.rows.suppression import ForgottenRequests
 from enrich.rows.template import RequestTemplate
-from enrich.store.database import ledger_exists
-from enrich.store.history import AttemptRow, LedgerReader, RequestRow
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked
 
 
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:

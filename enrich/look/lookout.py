@@ -8,12 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.history import LatestExecutionRow, LedgerReader
+from enrich.ledger.lock import is_locked
 from enrich.look.picture import RunStatus, RunView, run_status
 from enrich.model import SystemClock
 from enrich.pulse import read_snapshot
-from enrich.store.database import ledger_exists
-from enrich.store.history import LatestExecutionRow, LedgerReader
-from enrich.store.lock import is_locked
 
 #: A run writes its pulse every 2 s; on a busy disk it may take a while.
 HEARTBEAT_TIMEOUT_S = 15.0

@@ -9,9 +9,9 @@ from enum import StrEnum
 from typing import Any
 
 from enrich.job.locations import LedgerLocation
+from enrich.ledger.history import LatestExecutionRow
 from enrich.model import format_duration, iso_time, to_credits
 from enrich.pulse import ProgressSnapshot, TrafficCounts
-from enrich.store.history import LatestExecutionRow
 from enrich.surroundings import Progress
 from enrich.watch.outcome import exit_label
 from enrich.watch.progress import choose_layout, render_bar

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from enrich.job.spec import Policy
+from enrich.ledger.history import AttemptRow
 from enrich.model import State, iso_time
-from enrich.store.history import AttemptRow
 
 
 def describe_next_step(

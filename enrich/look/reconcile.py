@@ -19,9 +19,9 @@ from enrich.difference import (
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.execution import Timeouts
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
 from enrich.model import SystemClock, read_balance
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.history import ExecutionRow, LedgerReader
+from enrich.ledger.lock import is_locked
 from enrich.model import format_duration, iso_time, pluralize, to_credits
-from enrich.store.database import ledger_exists
-from enrich.store.history import ExecutionRow, LedgerReader
-from enrich.store.lock import is_locked
 from enrich.watch.outcome import outcome_label
 
 

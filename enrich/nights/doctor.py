@@ -16,6 +16,10 @@ from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked
+from enrich.ledger.sqlite import lock_path
 from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, error_finding
@@ -23,10 +27,6 @@ from enrich.report.file import INSTALL_HINT, is_extra_missing
 from enrich.setup.check import CheckResult, check_job, check_summary
 from enrich.setup.online import ApiSnapshot, query_api
 from enrich.setup.places import files_read, files_written, local_input_files, nearest_existing, path_exists
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked
-from enrich.store.sqlite import lock_path
 
 #: Executions that are looked back at.
 RECENT_EXECUTIONS = 7

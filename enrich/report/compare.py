@@ -15,11 +15,11 @@ import polars as pl
 from enrich.cascade import ProviderStats, load_waterfalls
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
 from enrich.report.earned import reported_providers
 from enrich.report.facts import ComparedSide, Comparison, ReportedProvider
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
 
 #: So probable a difference may be chance, and one less probable than that is none.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001

@@ -16,6 +16,9 @@ from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, EnrichError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked
 from enrich.model import SettledAttempt, count_by_status, to_credits
 from enrich.offline import prepare_collector
 from enrich.report.anomalies import AnswerStats, find_anomalies
@@ -25,9 +28,6 @@ from enrich.report.needs import report_actions
 from enrich.report.nights import latency_histogram, reported_runs, run_traffic
 from enrich.report.present import MAX_GROUP_VALUES, InputStats, read_input_stats
 from enrich.rows.template import RequestTemplate
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.lock import is_locked
 from enrich.watch.outcome import JobArguments, RequiredAction
 from enrich.watch.runlog import redact_message
 

@@ -14,15 +14,15 @@ from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, ObjectUrl, PostgresLocation
 from enrich.job.spec import Param
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
+from enrich.ledger.verify import check_ledger as check_ledger
 from enrich.report.file import INSTALL_HINT, is_extra_missing
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params
 from enrich.setup.places import path_exists, path_problems
 from enrich.setup.template import PLACEHOLDER
-from enrich.store.database import ledger_exists
-from enrich.store.ledger import Ledger
-from enrich.store.records import check_ledger as check_ledger
-from enrich.store.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 
 
 @dataclass(slots=True)

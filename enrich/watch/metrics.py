@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.job.bounded_read import read_text
+from enrich.ledger.history import LedgerTotals
 from enrich.model import RowStatus, to_credits
-from enrich.store.history import LedgerTotals
 
 #: Every gauge: what it tells.
 GAUGES = {

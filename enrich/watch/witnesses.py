@@ -12,10 +12,10 @@ from typing import Any
 from enrich import __version__
 from enrich.errors import ExitCode
 from enrich.job.job import Job
+from enrich.ledger.history import LedgerReader, try_read
 from enrich.model import iso_time
 from enrich.receipt import RunSummary
 from enrich.slip import format_summary
-from enrich.store.history import LedgerReader, try_read
 from enrich.surroundings import Progress, RunOptions
 from enrich.watch import metrics, outcome
 from enrich.watch.healthcheck import Healthcheck

@@ -22,7 +22,7 @@ from psycopg.types.string import StrDumper
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
-from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
 
 CONNECT_TIMEOUT_S = 10
 #: A server that is away is looked for so often, in seconds.

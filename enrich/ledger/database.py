@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from enrich.errors import JobError
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.store.dialect import DATABASE_ERRORS, Session
-from enrich.store.open_files import ledger_file_exists
-from enrich.store.server import load_postgres
-from enrich.store.sqlite import JOURNAL_SUFFIXES, open_sqlite
+from enrich.ledger.dialect import DATABASE_ERRORS, Session
+from enrich.ledger.open_files import ledger_file_exists
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_sqlite
 
 if TYPE_CHECKING:
-    from enrich.store.postgres import FencingToken
+    from enrich.ledger.postgres import FencingToken
+from collections.abc import Iterable
+
+from enrich.model import Call
+
+
+def load_postgres() -> ModuleType:
+    """Load `enrich.ledger.postgres_schema`. Raises JobError when its driver was not installed."""
+    try:
+        from enrich.ledger import postgres_schema  # noqa: PLC0415 - it would take its time from everybody
+    except ModuleNotFoundError as error:
+        if error.name != "psycopg":
+            raise
+        hint = "pip install 'databar-enrich[cluster]'"
+        raise JobError("a ledger in PostgreSQL needs the extra `cluster`", hint) from error
+    return postgres_schema
+
 
 T = TypeVar("T")
 #: So long a server that is away is waited for when nothing was begun yet.
@@ -169,3 +186,28 @@ def delete_ledger(location: LedgerLocation) -> None:
         return
     for name in (location, *(location.with_name(f"{location.name}{end}") for end in JOURNAL_SUFFIXES)):
         name.unlink(missing_ok=True)
+
+
+class LatencyQueries(Database):
+    """A ledger that remembers when it pays to ask."""
+
+    def load_latencies(self, call: Call, bulk_size: int | None = None) -> list[tuple[float, float]]:
+        """Tell how many answers took at most how many seconds, as it was remembered; nothing before the first.
+
+        `bulk`: those of tasks for so many requests.
+        """
+        return self._db.execute(
+            "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (_call_key(call, bulk_size),)
+        ).fetchall()
+
+    def save_latencies(self, call: Call, learned: Iterable[tuple[float, float]], bulk_size: int | None = None) -> None:
+        """Remember this instead of what was remembered of the call."""
+        name = _call_key(call, bulk_size)
+        self._db.execute("DELETE FROM latencies WHERE call = ?", (name,))
+        self._db.executemany(
+            "INSERT INTO latencies VALUES (?, ?, ?)", ((name, seconds, answers) for seconds, answers in learned)
+        )
+
+
+def _call_key(call: Call, bulk_size: int | None) -> str:
+    return call.canonical() + ("" if bulk_size is None else f" bulk {bulk_size}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from enrich.errors import CommandRefused
+from enrich.ledger.enroll import OPEN_ATTEMPT
+from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
+from enrich.ledger.takeover import LeaseQueries
+from enrich.ledger.task_ids import JSON_NUMBERS
 from enrich.model import Answer, State, to_json_text
-from enrich.store.holding import LeaseQueries
-from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
-from enrich.store.task_ids import JSON_NUMBERS
 
 #: Attempts whose answer would be charged again without them.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"

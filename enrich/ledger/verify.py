@@ -13,10 +13,10 @@ from pathlib import Path
 
 from enrich.errors import CommandRefused, LedgerDamaged
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.store.database import Database, ledger_exists
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.schema import APPLICATION_ID, JSON_COLUMNS
-from enrich.store.sqlite import Column, damaged_ledger_error, is_damage_error, ledger_columns
+from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
+from enrich.ledger.sqlite import Column, damaged_ledger_error, is_damage_error, ledger_columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ import time
 
 from enrich.errors import LeaseLost, RunEnded
 from enrich.job.locations import PostgresLocation
+from enrich.ledger.database import OPEN_TIMEOUT_S
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.postgres import FencingToken
 from enrich.model import boottime
-from enrich.store.database import OPEN_TIMEOUT_S
-from enrich.store.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
-from enrich.store.ledger import Ledger
-from enrich.store.postgres import FencingToken
 
 #: So often in a lease its holder says that it lives.
 RENEWALS_PER_LEASE = 6

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from enrich.job.locations import LedgerLocation
+from enrich.ledger.database import OPEN_TIMEOUT_S, LatencyQueries
 from enrich.model import (
     DECISIONS_TO_SEND,
     Call,
@@ -24,11 +25,9 @@ from enrich.model import (
     RowRequest,
     State,
 )
-from enrich.store.database import OPEN_TIMEOUT_S
-from enrich.store.latencies import LatencyQueries
 
 if TYPE_CHECKING:
-    from enrich.store.postgres import FencingToken
+    from enrich.ledger.postgres import FencingToken
 
 #: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
-from enrich.store import schema
-from enrich.store.dialect import Dialect
-from enrich.store.open_files import OpenFiles, ledger_file_exists
+from enrich.ledger import schema
+from enrich.ledger.dialect import Dialect
+from enrich.ledger.open_files import OpenFiles, ledger_file_exists
 
 #: A journal of the damaged ledger would be played into the backup.
 RESTORE_HINT = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"

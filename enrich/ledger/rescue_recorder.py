@@ -9,11 +9,11 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from enrich.errors import LedgerFailed
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.queue import InDoubtUpdate
+from enrich.ledger.rescue import SETTLED_STATES, RescueQueries
+from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
 from enrich.model import Acceptance, Answer, State
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.moves import InDoubtUpdate
-from enrich.store.rescue import SETTLED_STATES, RescueQueries
-from enrich.store.rescue_file import RescuedAttempt, RescueFile
 
 #: Lines that are written at a time.
 _LINES_PER_WRITE = 1000

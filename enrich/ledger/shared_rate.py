@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from enrich.store.database import Database
+from enrich.ledger.database import Database
 
 T = TypeVar("T")
 #: Who has the row and says nothing for so many seconds was stopped or cut off: the others go on.

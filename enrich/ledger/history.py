@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from enrich.errors import CommandRefused, EnrichError
 from enrich.job.locations import LedgerLocation
+from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.enroll import OPEN_ATTEMPT
 from enrich.model import State
-from enrich.store.database import Database, ledger_exists
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.intake import OPEN_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True)

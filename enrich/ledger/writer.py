@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import ExitCode, LeaseLost, LedgerFailed, LedgerMoved
-from enrich.store.dialect import DATABASE_ERRORS
-from enrich.store.ledger import Ledger
-from enrich.store.rescue_file import RescueFile
-from enrich.store.sqlite import describe_write_error, is_busy_error, is_damage_error
-from enrich.store.unwritten import RescueRecorder
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.rescue_file import RescueFile
+from enrich.ledger.rescue_recorder import RescueRecorder
+from enrich.ledger.sqlite import describe_write_error, is_busy_error, is_damage_error
 
 P = ParamSpec("P")
 T = TypeVar("T")

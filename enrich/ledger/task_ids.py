@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from enrich.ledger.queries import HistoryQueries
 from enrich.model import Acceptance, Answer, to_json_text
-from enrich.store.review import HistoryQueries
 
 #: The numbers of a JSON list.
 JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"

@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from enrich.ledger.enroll import MAX_ROWS, OPEN_ATTEMPT
+from enrich.ledger.rescue import RescueQueries
 from enrich.model import to_json_text
 from enrich.rows.suppression import ForgottenRequests, key_id, keyed_hash, read_key
-from enrich.store.intake import MAX_ROWS, OPEN_ATTEMPT
-from enrich.store.rescue import RescueQueries
 
 
 class Ledger(RescueQueries):

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from enrich.errors import RunEnded
+from enrich.ledger.enroll import OPEN_ATTEMPT
+from enrich.ledger.process_id import current_process_name, is_gone
+from enrich.ledger.queue import QueueTransitions
+from enrich.ledger.task_ids import JSON_NUMBERS
 from enrich.model import Task, to_json_text
-from enrich.store.intake import OPEN_ATTEMPT
-from enrich.store.moves import QueueTransitions
-from enrich.store.process import current_process_name, is_gone
-from enrich.store.task_ids import JSON_NUMBERS
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
 _REMAINING_S = (

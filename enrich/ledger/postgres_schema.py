@@ -12,9 +12,9 @@ from psycopg import errors
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.job.locations import PostgresLocation
-from enrich.store import schema
-from enrich.store.dialect import DatabaseFailed, TransactionInterrupted
-from enrich.store.postgres import RETRY_EVERY_S, FencingToken, PostgresSession, error_text, is_unreachable
+from enrich.ledger import schema
+from enrich.ledger.dialect import DatabaseFailed, TransactionInterrupted
+from enrich.ledger.postgres import RETRY_EVERY_S, FencingToken, PostgresSession, error_text, is_unreachable
 
 #: The name of our advisory locks among those of others: "enri".
 _LOCK_CLASS_ID = 0x656E7269
