@@ -13,7 +13,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.ledger.lock import lock_ledger
 from enrich.model import RowStatus
-from enrich.watch.metrics import GAUGES, Samples, format_metrics, read_metrics, samples_from_summary, write_metrics
+from enrich.monitoring.prometheus import (
+    GAUGES,
+    Samples,
+    format_metrics,
+    read_metrics,
+    samples_from_summary,
+    write_metrics,
+)
 from tests.harness import SandboxApi, Workspace, serve_api
 from tests.watch import assert_no_personal_data, searchable_leads
 

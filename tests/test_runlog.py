@@ -20,11 +20,11 @@ from enrich import __version__
 from enrich.execution import Timeouts
 from enrich.ledger.lock import lock_ledger
 from enrich.model import State
+from enrich.monitoring import log_file
+from enrich.monitoring.log_file import RunLog, open_log, redact_message
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused as ApiRefusal
 from enrich.surroundings import Progress
-from enrich.watch import runlog
-from enrich.watch.runlog import RunLog, open_log, redact_message
 from tests.cases import in_turn
 from tests.harness import AWAY, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.watch import assert_no_personal_data, log_events, log_lines, searchable_leads
@@ -249,7 +249,7 @@ def test_other_messages_are_kept() -> None:
 @pytest.fixture
 def _small_log_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotate every 20 lines or so."""
-    monkeypatch.setattr(runlog, "MAX_BYTES", 2_000)
+    monkeypatch.setattr(log_file, "MAX_BYTES", 2_000)
 
 
 @pytest.fixture

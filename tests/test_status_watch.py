@@ -30,9 +30,9 @@ from enrich.look.watch import (
     watch_job,
 )
 from enrich.model import iso_time
+from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.pulse import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from enrich.surroundings import Progress
-from enrich.watch.progress import choose_layout, render_bar
 from tests.books import CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
 

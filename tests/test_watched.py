@@ -12,7 +12,8 @@ import pytest
 
 from enrich.errors import ExitCode
 from enrich.ledger.lock import lock_ledger
-from enrich.watch import healthcheck, notify, outcome
+from enrich.monitoring import healthcheck, notifications
+from enrich.watch import outcome
 from tests.cases import first_quick
 from tests.harness import SandboxApi, Workspace, serve_api, wait_until
 from tests.watch import (
@@ -279,7 +280,7 @@ def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Worksp
 
 def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """One clear note at the start; the run is unaffected."""
-    monkeypatch.setattr(notify, "find_spec", lambda _: None)
+    monkeypatch.setattr(notifications, "find_spec", lambda _: None)
     api.inject_fault("no-task-id")
 
     result = notifying_workspace.run_in_process("run", "job.yaml", "--quiet", api=api)
@@ -338,7 +339,7 @@ def test_unresponsive_service_does_not_block_run(
     notifying_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends, and says so."""
-    monkeypatch.setattr(notify, "SEND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(notifications, "SEND_TIMEOUT_S", 0.2)
     recorder.release.clear()
 
     result = notifying_workspace.run_in_process("run", "job.yaml")

@@ -23,7 +23,7 @@ from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus, format_headline
 from enrich.look.status import read_status
 from enrich.look.watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, watch_job
-from enrich.watch import runlog
+from enrich.monitoring import log_file
 from tests.harness import Workspace, kill_process, make_leads, read_terminal, reset_signals, serve_api, wait_until
 from tests.watch import log_lines
 
@@ -148,7 +148,7 @@ def test_progress_events_in_every_phase(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Also under --quiet: in the canary, in an outage, while it collects what was left."""
-    monkeypatch.setattr(runlog, "PROGRESS_INTERVAL_S", 0.4)
+    monkeypatch.setattr(log_file, "PROGRESS_INTERVAL_S", 0.4)
     workspace.write_leads(make_leads(6))
     options = ["run", "job.yaml", "--quiet", "--log-file", "run.log"]
     if way == "canary":

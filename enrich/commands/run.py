@@ -18,10 +18,10 @@ from enrich.errors import ExitCode, LedgerLocked
 
 if TYPE_CHECKING:
     from enrich.job.job import Job
+    from enrich.monitoring.observers import RunObservers
     from enrich.receipt import RunSummary
     from enrich.surroundings import RunOptions
     from enrich.watch.outcome import JobArguments
-    from enrich.watch.witnesses import RunObservers
 
 
 @click.command()
@@ -143,9 +143,9 @@ def _run_pipeline(
     """Run under the lock, with the bar and the witnesses."""
     from enrich.ledger.lock import lock_ledger, open_for_run
     from enrich.model import SystemClock
+    from enrich.monitoring.progress_bar import ProgressBar
     from enrich.pipeline import run
     from enrich.surroundings import Progress, RunContext
-    from enrich.watch.progress import ProgressBar
 
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))

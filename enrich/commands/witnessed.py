@@ -19,8 +19,8 @@ def with_observers(command: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def wrapper(*, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
-        from enrich.watch.runlog import open_log
-        from enrich.watch.witnesses import RunObservers
+        from enrich.monitoring.log_file import open_log
+        from enrich.monitoring.observers import RunObservers
 
         def print_error(text: str) -> None:
             click.echo(text, err=True)

@@ -20,6 +20,7 @@ from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
 from enrich.model import SettledAttempt, count_by_status, to_credits
+from enrich.monitoring.log_file import redact_message
 from enrich.offline import prepare_collector
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.earned import reported_waterfall
@@ -29,7 +30,6 @@ from enrich.report.nights import latency_histogram, reported_runs, run_traffic
 from enrich.report.present import MAX_GROUP_VALUES, InputStats, read_input_stats
 from enrich.rows.template import RequestTemplate
 from enrich.watch.outcome import JobArguments, RequiredAction
-from enrich.watch.runlog import redact_message
 
 #: The last night is held against so many before it that were answered something.
 COMPARED_RUNS = 7

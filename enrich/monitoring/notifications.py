@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from enrich.job.bounded_read import read_text
-from enrich.watch.aside import BackgroundTask
+from enrich.monitoring.healthcheck import BackgroundTask
 
 SEND_TIMEOUT_S = 20.0
 GROUP_AND_OTHERS = 0o077

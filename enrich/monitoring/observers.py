@@ -14,13 +14,14 @@ from enrich.errors import ExitCode
 from enrich.job.job import Job
 from enrich.ledger.history import LedgerReader, try_read
 from enrich.model import iso_time
+from enrich.monitoring import prometheus
+from enrich.monitoring.healthcheck import Healthcheck
+from enrich.monitoring.log_file import RunLog, redact_message
+from enrich.monitoring.notifications import Notifier, read_addresses
 from enrich.receipt import RunSummary
 from enrich.slip import format_summary
 from enrich.surroundings import Progress, RunOptions
-from enrich.watch import metrics, outcome
-from enrich.watch.healthcheck import Healthcheck
-from enrich.watch.notify import Notifier, read_addresses
-from enrich.watch.runlog import RunLog, redact_message
+from enrich.watch import outcome
 
 SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
@@ -98,7 +99,7 @@ class RunObservers:
         )
         summary_lines = [] if summary.rows is None else format_summary(summary)
         actions = outcome.required_actions(summary.exit_code, values, self.job_arguments)
-        self._notify_all(summary.exit_code, metrics.samples_from_summary(values), error, summary_lines, actions)
+        self._notify_all(summary.exit_code, prometheus.samples_from_summary(values), error, summary_lines, actions)
 
     def failed(self, code: int, message: str) -> None:
         """Hear that the run ended before an execution could say how."""
@@ -107,13 +108,13 @@ class RunObservers:
         self._ended = True
         error = redact_message(message)
         self.log.write_event("error", execution=self._execution_id(), exit_code=code, error=error)
-        samples = {} if self._metrics_path is None else metrics.read_metrics(self._metrics_path)
+        samples = {} if self._metrics_path is None else prometheus.read_metrics(self._metrics_path)
         self._notify_all(code, samples, error, [], outcome.required_actions(code, {}, self.job_arguments))
 
     def _notify_all(
         self,
         code: int,
-        samples: metrics.Samples,
+        samples: prometheus.Samples,
         error: str | None,
         summary_lines: list[str],
         actions: list[outcome.RequiredAction],
@@ -134,8 +135,8 @@ class RunObservers:
                 self._notifier.send(f"enrich {name}: {outcome.exit_label(code)} (exit {code})", "\n".join(text))
             )
 
-    def _write_metrics(self, path: Path, code: int, samples: metrics.Samples) -> None:
-        last_success = metrics.read_metrics(path).get(SUCCESS_SAMPLE)
+    def _write_metrics(self, path: Path, code: int, samples: prometheus.Samples) -> None:
+        last_success = prometheus.read_metrics(path).get(SUCCESS_SAMPLE)
         now = time.time()
         gauges = samples | self._ledger_samples()
         gauges |= {
@@ -148,16 +149,16 @@ class RunObservers:
         elif SUCCESS_SAMPLE not in gauges and last_success is not None:
             gauges[SUCCESS_SAMPLE] = last_success
         try:
-            metrics.write_metrics(path, self._require_job().name, gauges)
+            prometheus.write_metrics(path, self._require_job().name, gauges)
         except OSError as error:
             self.report_problem(f"{path}: the metrics cannot be written: {error.strerror}")
 
-    def _ledger_samples(self) -> metrics.Samples:
+    def _ledger_samples(self) -> prometheus.Samples:
         """Take what the ledger knows; nothing when it can't be read."""
         job = self._require_job()
         totals = try_read(job.ledger, LedgerReader.totals)
         last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, outcome.SUCCESS_CODES))
-        samples = metrics.samples_from_ledger(totals) if totals is not None else {}
+        samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
         return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
     def _execution_id(self) -> int | None:
