@@ -24,7 +24,7 @@ import click
 
 from benchmarks.leads import write_job
 from benchmarks.server import start_server
-from enrich.pace import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter
 
 #: Requests a second at some moment.
 RateAt = Callable[[float], float]

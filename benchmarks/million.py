@@ -116,10 +116,10 @@ def write_leads(folder: Path, rows: int, questions: int) -> None:
 
 def write_ledger(job_file: Path, others: int) -> None:
     """Answer all that the input asks, and as much else."""
-    from enrich.connect import template_from_ledger  # noqa: PLC0415 - likewise
     from enrich.job.job import load_job  # noqa: PLC0415
     from enrich.ledger.ledger import Ledger  # noqa: PLC0415
     from enrich.rows.reader import JobInput  # noqa: PLC0415
+    from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - likewise
 
     job = load_job(job_file)
     with closing(Ledger(job.ledger)) as ledger, ledger.transaction():

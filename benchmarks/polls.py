@@ -15,7 +15,7 @@ from typing import Protocol
 
 import click
 
-from enrich.polls import PollCost, PollSchedule
+from enrich.run.poll_schedule import PollCost, PollSchedule
 
 IN_FLIGHT, PER_SECOND = 200, 20.0
 

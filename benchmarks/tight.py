@@ -14,7 +14,7 @@ from statistics import median
 import click
 
 from benchmarks.polls import LATENCIES, FixedInterval, Latency, RunningTask
-from enrich.polls import PollCost, PollSchedule
+from enrich.run.poll_schedule import PollCost, PollSchedule
 
 
 @dataclass(frozen=True, slots=True)

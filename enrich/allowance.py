@@ -20,7 +20,7 @@ from enrich.errors import CommandRefused, LedgerFailed
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.shared_rate import SharedRateRow
-from enrich.pace import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter
 
 #: Slots are taken for so many seconds ahead at most, and by one process for so many seconds of the rate at once.
 MAX_LOOKAHEAD_S, MAX_BATCH_S = 0.2, 0.1

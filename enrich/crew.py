@@ -13,17 +13,17 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from enrich.allowance import start_sharing, stop_sharing
-from enrich.dispatcher import max_posts_in_flight
-from enrich.engine import WorkerHandle
 from enrich.errors import EnrichError, LedgerFailed
-from enrich.execution import RunCounters, RunState
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import DatabaseFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.pace import AdaptiveRateLimiter
-from enrich.shift import WorkConfig
-from enrich.surroundings import RunContext
+from enrich.run.cluster import WorkerHandle
+from enrich.run.context import RunContext
+from enrich.run.dispatcher import max_posts_in_flight
+from enrich.run.loops import WorkConfig
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.state import RunCounters, RunState
 from enrich.worker import WorkerCommand, WorkerTask
 
 #: So long a worker that shall leave may take to write down what it knows.

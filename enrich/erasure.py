@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from enrich.connect import template_from_ledger
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
@@ -23,7 +22,8 @@ from enrich.model import OPEN_STATES, SystemClock
 from enrich.rows.reader import JobInput
 from enrich.rows.suppression import read_or_make_key
 from enrich.rows.template import RequestTemplate
-from enrich.surroundings import rescue_folders
+from enrich.run.context import rescue_folders
+from enrich.run.preflight import template_from_ledger
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:

@@ -14,16 +14,16 @@ from enrich.allowance import SharedRateLimiter
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
-from enrich.execution import RunCounters, RunState, Timeouts
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import SystemClock, Task
-from enrich.pace import AdaptiveRateLimiter
-from enrich.poller import Poller
-from enrich.polls import PollSchedule
-from enrich.shift import WorkConfig
+from enrich.run.loops import WorkConfig
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.poller import Poller
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.state import RunCounters, RunState, Timeouts
 
 #: How often a worker looks for tasks that nobody holds, in seconds.
 TAKE_OVER_EVERY_S = 1.0

@@ -25,19 +25,19 @@ from pydantic import SecretStr
 
 from enrich.cli import run_command
 from enrich.databar.credentials import ApiAccess
-from enrich.execution import Timeouts
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.model import SystemClock
-from enrich.pipeline import run
-from enrich.polls import PollSchedule
-from enrich.receipt import RunSummary
+from enrich.run.context import Progress, RunContext, RunOptions
+from enrich.run.pipeline import run
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
-from enrich.surroundings import Progress, RunContext, RunOptions
 from tests.books import run_sql
 
 #: An API that answers at once and never fails: what most tests want.

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from enrich.breaker import CircuitBreaker
-from enrich.budget import Budget
 from enrich.databar.answers import TaskReply
 from enrich.databar.client import Client
-from enrich.dispatcher import Dispatcher
-from enrich.execution import RunState, Timeouts
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import Call, Clock, SystemClock
-from enrich.pace import AdaptiveRateLimiter
-from enrich.poller import Poller
-from enrich.polls import PollSchedule
+from enrich.run.budget import Budget
+from enrich.run.circuit_breaker import CircuitBreaker
+from enrich.run.dispatcher import Dispatcher
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.poller import Poller
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.state import RunState, Timeouts
 from tests.books import BINDING, CALL, CommittingLedger
 from tests.harness import SHORT_TIMEOUTS, SandboxApi
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.receipt import RunSummary
+from enrich.run.summary import RunSummary
 from tests.cases import examples, first_quick
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads, serve_api
 

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.collector import answer_cells
 from enrich.files.csv_format import CsvWriter
 from enrich.job.job import load_job
 from enrich.ledger.ledger import Ledger
 from enrich.model import Call, Decision, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
+from enrich.run.collector import answer_cells
 from tests.books import CALL as ASKED
 from tests.books import FOUND, CommittingLedger, row_requests, sqlite_connection
 from tests.cases import examples, in_turn

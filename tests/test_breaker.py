@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enrich.breaker import CircuitBreaker
+from enrich.run.circuit_breaker import CircuitBreaker
 
 
 def test_breaker_opens_and_probes() -> None:

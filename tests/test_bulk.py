@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
-from enrich.dispatcher import Dispatcher
 from enrich.errors import EnrichError, ExitCode
-from enrich.execution import Timeouts
 from enrich.ledger.verify import check_ledger
 from enrich.model import State
-from enrich.receipt import RunSummary
+from enrich.run.context import RunOptions
+from enrich.run.dispatcher import Dispatcher
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault, questions
-from enrich.surroundings import RunOptions
 from tests.cases import examples, first_quick
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from enrich.canary import check_canary
 from enrich.errors import ExitCode
 from enrich.job.spec import Canary
 from enrich.model import State
+from enrich.run.budget import check_canary
+from enrich.run.context import RunOptions
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused
-from enrich.surroundings import RunOptions
 from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, Workspace, kill_process, make_leads, serve_api, wait_until
 

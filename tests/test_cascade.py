@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.cascade import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
 from enrich.databar.waterfall import Waterfall
 from enrich.model import SettledAttempt, State
+from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
 from tests.books import CALL
 from tests.cases import first_quick, in_turn
 from tests.harness import INSTANT_API, Workspace, make_leads, serve_api

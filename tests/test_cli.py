@@ -16,7 +16,7 @@ import pytest
 
 from enrich import __version__
 from enrich.cli import cli
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api
 
 COMMANDS = sorted(cli.commands)
@@ -457,9 +457,7 @@ cli.main()
 @pytest.mark.long
 def test_cluster_dependencies_load_lazily() -> None:
     """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
-    code = (
-        "import sys, enrich.pipeline, enrich.worker, enrich.report.gather; print({'psycopg', 'ray'} & set(sys.modules))"
-    )
+    code = "import sys, enrich.run.pipeline, enrich.worker, enrich.report.gather; print({'psycopg', 'ray'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout == "set()\n"

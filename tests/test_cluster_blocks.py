@@ -24,8 +24,6 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.collector import Collector
-from enrich.engine import ClusterCallbacks
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
 from enrich.files import object_store
 from enrich.files.reader import InputTable
@@ -36,6 +34,8 @@ from enrich.ledger.ledger import Ledger
 from enrich.model import Call, Decision, RequestSelection, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
+from enrich.run.cluster import ClusterCallbacks
+from enrich.run.collector import Collector
 from tests import postgres as servers
 from tests.books import FOUND, NO_MATCH, CommittingLedger
 from tests.buckets import BUCKET, put_object, storage_environ

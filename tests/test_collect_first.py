@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from enrich import poller
 from enrich.databar.credentials import ApiAccess
-from enrich.execution import Timeouts
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
-from enrich.pipeline import run as run_job
-from enrich.receipt import RunSummary
-from enrich.surroundings import RunContext, RunOptions
+from enrich.run import poller
+from enrich.run.context import RunContext, RunOptions
+from enrich.run.pipeline import run as run_job
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
 from tests.cases import first_quick
 from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads
 from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
@@ -214,7 +214,7 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A task that flickers is never written off, however often it is unknown in between."""
     from enrich.model import Task  # noqa: PLC0415
-    from enrich.poller import OpenTask  # noqa: PLC0415 - the rule alone
+    from enrich.run.poller import OpenTask  # noqa: PLC0415 - the rule alone
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
     believed, run, since = False, 0, 0.0

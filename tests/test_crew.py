@@ -13,17 +13,17 @@ import pytest
 from pydantic import SecretStr
 
 from enrich import crew as crews
-from enrich.budget import Budget
 from enrich.crew import REPLACEMENTS_PER_WORKER, WorkerPool, posts_in_flight
 from enrich.databar.credentials import ApiAccess
-from enrich.engine import WorkerHandle
 from enrich.errors import ExitCode
-from enrich.execution import RunCounters, RunState, Timeouts
 from enrich.job.locations import PostgresLocation as Server
 from enrich.model import Call, SystemClock
-from enrich.pace import AdaptiveRateLimiter
-from enrich.polls import PollSchedule
-from enrich.shift import WorkConfig
+from enrich.run.budget import Budget
+from enrich.run.cluster import WorkerHandle
+from enrich.run.loops import WorkConfig
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.state import RunCounters, RunState, Timeouts
 from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask
 
 

@@ -130,7 +130,7 @@ def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi
 def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exit 4."""
     away = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.setup.online.Timeouts", lambda: AWAY):
+    with patch("enrich.run.preflight.Timeouts", lambda: AWAY):
         result = run_doctor(ready_workspace, away)
     assert result.exit_code == 4
     assert "unreachable" in findings_with_mark(result, "fail")["api"]
@@ -228,7 +228,7 @@ def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxA
 def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Against the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
-    with patch("enrich.setup.online.time.time_ns", lambda: an_hour_ago):
+    with patch("enrich.run.preflight.time.time_ns", lambda: an_hour_ago):
         result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
     assert "behind the API's" in findings_with_mark(result, "warn")["clock"]

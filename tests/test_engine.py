@@ -18,7 +18,7 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.receipt import RunSummary
+from enrich.run.summary import RunSummary
 from tests.cluster_torture import ON_RAY, worker_pids
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from enrich import poller
-from enrich.execution import Timeouts
-from enrich.receipt import RunSummary
+from enrich.run import poller
+from enrich.run.context import RunOptions
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
 from enrich.sandbox import SandboxSettings
-from enrich.surroundings import RunOptions
 from tests.cases import examples, first_quick
 from tests.harness import INSTANT_API, JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 from tests.out_of_step import ChooseFault, Exchange, FaultyProxy, ProxyFault, ProxyFaultKind, faulty_proxy

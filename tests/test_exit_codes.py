@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from enrich.errors import ApiUnreachable
-from enrich.execution import Timeouts
 from enrich.ledger.lock import lock_ledger
 from enrich.model import State
+from enrich.run.context import RunOptions
+from enrich.run.state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.questions import Refused as ApiRefusal
-from enrich.surroundings import RunOptions
 from tests.cases import first_quick
 from tests.harness import (
     AWAY,
@@ -884,7 +884,7 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("enrich.pipeline.preflight", broken)
+    monkeypatch.setattr("enrich.run.pipeline.preflight", broken)
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 

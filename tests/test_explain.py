@@ -11,7 +11,7 @@ from enrich.job.spec import Policy, Refresh
 from enrich.ledger.lock import lock_ledger
 from enrich.look.prospects import describe_next_step
 from enrich.model import State
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.cases import in_turn
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,

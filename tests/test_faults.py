@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-from enrich import poller
 from enrich.errors import ExitCode
-from enrich.execution import Timeouts
+from enrich.run import poller
+from enrich.run.state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.faults import FAULT_KINDS
 from tests.cases import first_quick

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.cases import first_quick
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
 

@@ -14,9 +14,9 @@ import pytest
 
 from enrich.errors import JobError
 from enrich.model import State
-from enrich.receipt import RunSummary
+from enrich.run.context import RunOptions
+from enrich.run.summary import RunSummary
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.surroundings import RunOptions
 from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, clock_ahead, make_leads, serve_api
 
 DAY = 86_400

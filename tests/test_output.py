@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.collector import Collector, to_cell
 from enrich.databar.answers import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.writer import prepare_file, temporary_path, write_file
@@ -31,6 +30,7 @@ from enrich.model import Call, RowStatus, State
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import STATUS_COLUMNS
 from enrich.rows.template import RequestTemplate
+from enrich.run.collector import Collector, to_cell
 from tests.cases import first_quick, in_turn
 
 CALL = Call("email_getter", (833,))

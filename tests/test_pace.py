@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.pace import (
+from enrich.run.rate_limit import (
     BURST_S,
     CUT,
     FIRST_CUT,

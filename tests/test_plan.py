@@ -17,14 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
-from enrich.forecast import Plan
 from enrich.job.job import load_job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger
 from enrich.model import DECISIONS_TO_SEND, Decision, State
-from enrich.plan import make_plan
-from enrich.planfile import SavedPlan, read_plan, write_plan
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
+from enrich.run.plan import Plan, make_plan
+from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.cases import examples
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,

@@ -13,10 +13,10 @@ from unittest.mock import patch
 import pytest
 
 from enrich.errors import EnrichError, ExitCode
-from enrich.execution import RunState, Timeouts
 from enrich.ledger.ledger import Ledger
 from enrich.model import MICROS_PER_CREDIT, State, SystemClock
-from enrich.polls import PollCost, PollSchedule
+from enrich.run.poll_schedule import PollCost, PollSchedule
+from enrich.run.state import RunState, Timeouts
 from enrich.sandbox.faults import Fault
 from tests.harness import ILL, SHORT_TIMEOUTS, SandboxApi, serve_api
 from tests.loops import LoopHarness, open_loops, wait_until

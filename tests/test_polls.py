@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import tight
 from benchmarks.polls import LATENCIES, FixedInterval, Outcome, simulate
-from enrich.polls import AGES_S, MAX_STORED_WEIGHT, PollCost, PollSchedule
+from enrich.run.poll_schedule import AGES_S, MAX_STORED_WEIGHT, PollCost, PollSchedule
 from tests.cases import first_quick, in_turn
 
 

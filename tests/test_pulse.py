@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.ledger.ledger import Ledger
-from enrich.pulse import MAX_BINS, Phase, ProgressSnapshot, Traffic, TrafficCounts, TrafficRecorder, read_snapshot
+from enrich.run.progress import (
+    MAX_BINS,
+    Phase,
+    ProgressSnapshot,
+    Traffic,
+    TrafficCounts,
+    TrafficRecorder,
+    read_snapshot,
+)
 from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 

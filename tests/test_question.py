@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from enrich.budget import make_budget
 from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
+from enrich.run.budget import make_budget
 from tests.harness import Workspace
 
 JOB = """\

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from enrich.databar.waterfall import User
-from enrich.difference import explain_balance
 from enrich.errors import ExitCode
 from enrich.model import MICROS_PER_CREDIT, State, read_balance
-from enrich.surroundings import Progress, RunOptions
+from enrich.run.balance import explain_balance
+from enrich.run.context import Progress, RunOptions
 from tests.cases import first_quick, in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from enrich.ledger.verify import check_ledger
-from enrich.receipt import RunSummary
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
+from enrich.run.summary import RunSummary
 from tests.cases import first_quick
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,

@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from enrich.model import RowStatus
+from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
-from enrich.surroundings import RunOptions
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 
 #: What section 5 of the contract promises; other people's scripts read these.

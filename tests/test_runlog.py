@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from enrich import __version__
-from enrich.execution import Timeouts
 from enrich.ledger.lock import lock_ledger
 from enrich.model import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
+from enrich.run.context import Progress
+from enrich.run.state import Timeouts
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.questions import Refused as ApiRefusal
-from enrich.surroundings import Progress
 from tests.cases import in_turn
 from tests.harness import AWAY, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.watch import assert_no_personal_data, log_events, log_lines, searchable_leads
@@ -225,7 +225,7 @@ def test_unexpected_error_logs_type_only(
     def broken(*_: object) -> None:
         raise RuntimeError("Adalbert0 is strange")
 
-    monkeypatch.setattr("enrich.pipeline.run", broken)
+    monkeypatch.setattr("enrich.run.pipeline.run", broken)
 
     result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 

@@ -18,7 +18,7 @@ from enrich.job.locations import PostgresLocation as Place
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.verify import check_ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.pace import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter
 from tests.books import CommittingLedger
 from tests.harness import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 from tests.postgres import PostgresServer

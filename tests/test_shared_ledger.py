@@ -11,7 +11,7 @@ from enrich.errors import LedgerLocked
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
 from enrich.model import State
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 
 LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}", "ledger": "shared.db"}

@@ -16,13 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.closing import RunFinisher
-from enrich.difference import explain_balance
 from enrich.errors import ExitCode
 from enrich.model import RowStatus
-from enrich.receipt import RunSummary
-from enrich.signals import SignalHandler
-from enrich.slip import format_summary
+from enrich.run.balance import explain_balance
+from enrich.run.signals import SignalHandler
+from enrich.run.summary import RunFinisher, RunSummary, format_summary
 from enrich.watch.outcome import JobArguments, format_actions, required_actions
 from tests.cases import in_turn
 from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
@@ -242,7 +240,7 @@ def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monk
     with closing(workspace.open_ledger()) as ledger:
         signals.received = ExitCode.TERMINATED
         few = ending._read_provider_totals(ledger, summary)
-        monkeypatch.setattr("enrich.closing.MAX_READ_WHEN_INTERRUPTED", 2)
+        monkeypatch.setattr("enrich.run.summary.MAX_READ_WHEN_INTERRUPTED", 2)
         many = ending._read_provider_totals(ledger, summary)
 
     assert few is not None

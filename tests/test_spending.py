@@ -11,7 +11,7 @@ import pytest
 
 from enrich.model import State
 from enrich.rows.reader import JobInput
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
 #: What one request of the standard job may cost at worst, in credits.

@@ -31,8 +31,8 @@ from enrich.look.watch import (
 )
 from enrich.model import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
-from enrich.pulse import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
-from enrich.surroundings import Progress
+from enrich.run.context import Progress
+from enrich.run.progress import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from tests.books import CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
 from enrich.rows.suppression import Suppression, read_suppression
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
 

@@ -20,7 +20,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.verify import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
 from enrich.model import State
-from enrich.surroundings import RunOptions
+from enrich.run.context import RunOptions
 from tests.books import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.cases import examples, first_quick
 from tests.harness import (

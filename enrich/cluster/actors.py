@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayError
 
 from enrich import __version__
 from enrich.cluster.presence import require_same_version
-from enrich.engine import WorkerHandle
+from enrich.run.cluster import WorkerHandle
 from enrich.worker import Worker, WorkerCommand, WorkerStatus, WorkerTask
 
 T = TypeVar("T")

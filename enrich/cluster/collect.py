@@ -9,13 +9,13 @@ import polars as pl
 
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
-from enrich.collector import Collector, OutputCounts, output_schema
 from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.locations import Location
 from enrich.ledger.ledger import Ledger
 from enrich.rows.reader import JobInput
+from enrich.run.collector import Collector, OutputCounts, output_schema
 
 
 def collect_on_ray(

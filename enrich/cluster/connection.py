@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich.errors import ClusterFailed, ExitCode, Interrupted
-from enrich.signals import EXIT_CODE_BY_SIGNAL, handled_signals
+from enrich.run.signals import EXIT_CODE_BY_SIGNAL, handled_signals
 
 #: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
 RAY_ENVIRONMENT = {

@@ -12,8 +12,6 @@ from enrich.cluster.blocks import SharedPass
 from enrich.cluster.collect import collect_on_ray
 from enrich.cluster.enroll import enroll_on_ray
 from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
-from enrich.collector import OutputCounts
-from enrich.engine import ClusterCallbacks, EnrollCounts, WorkerHandle
 from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
@@ -22,12 +20,14 @@ from enrich.ledger.postgres import FencingToken
 from enrich.model import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
+from enrich.run.cluster import ClusterCallbacks, EnrollCounts, WorkerHandle
+from enrich.run.collector import OutputCounts
 from enrich.worker import WorkerTask
 
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """A cluster that we are connected to; see `enrich.engine.Engine`."""
+    """A cluster that we are connected to; see `enrich.run.cluster.Engine`."""
 
     ledger: PostgresLocation
     workers: int

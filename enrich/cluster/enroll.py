@@ -7,11 +7,11 @@ from functools import partial
 
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor
-from enrich.engine import EnrollCounts
 from enrich.errors import CommandRefused
 from enrich.ledger.ledger import Ledger
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
+from enrich.run.cluster import EnrollCounts
 
 
 def enroll_on_ray(

@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import RayError
 
 from enrich import __version__
-from enrich.engine import ClusterCallbacks
 from enrich.errors import ClusterFailed, JobError
+from enrich.run.cluster import ClusterCallbacks
 
 #: How often who is at work gives a sign, in seconds.
 HEARTBEAT_EVERY_S = 5.0

@@ -13,9 +13,9 @@ from enrich.errors import JobError
 from enrich.job.locations import STDIN, PostgresLocation
 
 if TYPE_CHECKING:
-    from enrich.engine import ClusterEngine
     from enrich.job.job import Job
-    from enrich.surroundings import ClusterOptions
+    from enrich.run.cluster import ClusterEngine
+    from enrich.run.context import ClusterOptions
 
 
 def _check_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -47,7 +47,7 @@ def make_cluster_options(
     job: Job, engine: str | None, address: str | None, workers: int | None
 ) -> ClusterOptions | None:
     """Put together over what the work is spread; None: this machine alone. Raises JobError when it can't be."""
-    from enrich.surroundings import ClusterOptions
+    from enrich.run.context import ClusterOptions
 
     if engine is None:
         if address is not None or workers is not None:

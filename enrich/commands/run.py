@@ -19,8 +19,8 @@ from enrich.errors import ExitCode, LedgerLocked
 if TYPE_CHECKING:
     from enrich.job.job import Job
     from enrich.monitoring.observers import RunObservers
-    from enrich.receipt import RunSummary
-    from enrich.surroundings import RunOptions
+    from enrich.run.context import RunOptions
+    from enrich.run.summary import RunSummary
     from enrich.watch.outcome import JobArguments
 
 
@@ -86,8 +86,8 @@ def run(
     prints the receipt. Nothing is paid for twice, whatever ended the run before.
     """
     from enrich.model import State
-    from enrich.planfile import read_plan
-    from enrich.surroundings import RunOptions
+    from enrich.run.context import RunOptions
+    from enrich.run.plan_file import read_plan
 
     plan = None if plan_file is None else read_plan(plan_file)
     if plan is not None:
@@ -144,8 +144,8 @@ def _run_pipeline(
     from enrich.ledger.lock import lock_ledger, open_for_run
     from enrich.model import SystemClock
     from enrich.monitoring.progress_bar import ProgressBar
-    from enrich.pipeline import run
-    from enrich.surroundings import Progress, RunContext
+    from enrich.run.context import Progress, RunContext
+    from enrich.run.pipeline import run
 
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
@@ -193,7 +193,7 @@ def _confirm(plan_text: str) -> bool:
 
 
 def _show_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
-    from enrich.slip import format_summary
+    from enrich.run.summary import format_summary
     from enrich.watch.outcome import format_actions, required_actions
 
     paint = options.make_styler()
@@ -242,12 +242,11 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
-    from enrich.forecast import format_plan
     from enrich.ledger.lock import is_locked
     from enrich.model import State
-    from enrich.plan import make_plan
-    from enrich.planfile import write_plan
-    from enrich.surroundings import RunOptions
+    from enrich.run.context import RunOptions
+    from enrich.run.plan import format_plan, make_plan
+    from enrich.run.plan_file import write_plan
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
     run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
@@ -276,7 +275,7 @@ def collect(
 ) -> int:
     """Write the output of JOB from the ledger alone, without network."""
     from enrich.ledger.lock import lock_ledger
-    from enrich.offline import rebuild_output
+    from enrich.run.rebuild import rebuild_output
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
     with lock_ledger(job.ledger, 0):

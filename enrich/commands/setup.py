@@ -123,8 +123,8 @@ def check(
     import os
 
     from enrich.databar.credentials import find_base_url, host_of
+    from enrich.run.preflight import query_api
     from enrich.setup import check as checking
-    from enrich.setup.online import query_api
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
     live = None

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.connect import template_from_ledger
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
@@ -30,6 +29,7 @@ from enrich.rows.lookup import (
 from enrich.rows.reader import JobInput
 from enrich.rows.suppression import ForgottenRequests
 from enrich.rows.template import RequestTemplate
+from enrich.run.preflight import template_from_ledger
 
 
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from enrich.ledger.history import LatestExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
 from enrich.look.picture import RunStatus, RunView, run_status
 from enrich.model import SystemClock
-from enrich.pulse import read_snapshot
+from enrich.run.progress import read_snapshot
 
 #: A run writes its pulse every 2 s; on a busy disk it may take a while.
 HEARTBEAT_TIMEOUT_S = 15.0

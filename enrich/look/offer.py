@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from enrich.connect import retry_until
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError, JobRejected
-from enrich.execution import Timeouts
 from enrich.job.job import suggest_name
 from enrich.model import SystemClock
+from enrich.run.preflight import retry_until
+from enrich.run.state import Timeouts
 
 
 def read_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:

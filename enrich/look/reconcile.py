@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from enrich.connect import retry_until
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
-from enrich.difference import (
+from enrich.errors import ApiUnreachable, CommandRefused
+from enrich.job.job import Job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.model import SystemClock, read_balance
+from enrich.run.balance import (
     PART_LABELS,
     ROUNDING_CREDITS,
     DifferencePart,
@@ -16,12 +20,8 @@ from enrich.difference import (
     choose_baseline,
     explain_balance,
 )
-from enrich.errors import ApiUnreachable, CommandRefused
-from enrich.execution import Timeouts
-from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
-from enrich.model import SystemClock, read_balance
+from enrich.run.preflight import retry_until
+from enrich.run.state import Timeouts
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:

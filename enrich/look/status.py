@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from enrich.difference import choose_baseline
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.look.lookout import RunWatcher
 from enrich.look.picture import RunStatus
 from enrich.model import count_by_status, format_duration, iso_time, pluralize, to_credits
-from enrich.pulse import Phase
+from enrich.run.balance import choose_baseline
+from enrich.run.progress import Phase
 
 SHOWN_EXECUTIONS = 10
 

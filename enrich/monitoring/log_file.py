@@ -20,7 +20,7 @@ from pathlib import Path
 
 from enrich.errors import CommandRefused
 from enrich.model import iso_time
-from enrich.surroundings import Progress
+from enrich.run.context import Progress
 
 VERSION = 1
 PROGRESS_INTERVAL_S = 60.0

@@ -18,9 +18,8 @@ from enrich.monitoring import prometheus
 from enrich.monitoring.healthcheck import Healthcheck
 from enrich.monitoring.log_file import RunLog, redact_message
 from enrich.monitoring.notifications import Notifier, read_addresses
-from enrich.receipt import RunSummary
-from enrich.slip import format_summary
-from enrich.surroundings import Progress, RunOptions
+from enrich.run.context import Progress, RunOptions
+from enrich.run.summary import RunSummary, format_summary
 from enrich.watch import outcome
 
 SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")

@@ -8,7 +8,7 @@ from typing import Never
 
 from tqdm import tqdm
 
-from enrich.surroundings import Progress
+from enrich.run.context import Progress
 
 UNIT = " requests"
 #: tqdm's own form without the speed.

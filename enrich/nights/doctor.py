@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich.budget import make_budget
 from enrich.databar.credentials import ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
@@ -24,8 +23,9 @@ from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, error_finding
 from enrich.report.file import INSTALL_HINT, is_extra_missing
+from enrich.run.budget import make_budget
+from enrich.run.preflight import ApiSnapshot, query_api
 from enrich.setup.check import CheckResult, check_job, check_summary
-from enrich.setup.online import ApiSnapshot, query_api
 from enrich.setup.places import files_read, files_written, local_input_files, nearest_existing, path_exists
 
 #: Executions that are looked back at.

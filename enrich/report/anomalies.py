@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from math import exp, inf, lgamma, sqrt
 from typing import Any
 
-from enrich.cascade import load_task
 from enrich.databar.answers import PHASE_BY_STATUS, is_blank, parse_data, value_at
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State
 from enrich.report.facts import Anomaly
+from enrich.run.provider_stats import load_task
 
 #: So many standard deviations are no chance.
 SIGMAS = 3.0

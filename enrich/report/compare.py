@@ -12,7 +12,6 @@ from math import comb, erfc, sqrt
 
 import polars as pl
 
-from enrich.cascade import ProviderStats, load_waterfalls
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
@@ -20,6 +19,7 @@ from enrich.ledger.ledger import Ledger
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
 from enrich.report.earned import reported_providers
 from enrich.report.facts import ComparedSide, Comparison, ReportedProvider
+from enrich.run.provider_stats import ProviderStats, load_waterfalls
 
 #: So probable a difference may be chance, and one less probable than that is none.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001

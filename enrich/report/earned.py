@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from enrich import cascade
 from enrich.model import to_credits
 from enrich.report.facts import ReportedProvider, ReportedWaterfall
+from enrich.run import provider_stats
 
 
-def reported_providers(earnings: cascade.ProviderTotals) -> list[ReportedProvider]:
+def reported_providers(earnings: provider_stats.ProviderTotals) -> list[ReportedProvider]:
     """Tell what each provider and verifier came to."""
     return [ReportedProvider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
 
 
-def reported_waterfall(name: str, earnings: cascade.ProviderTotals) -> ReportedWaterfall:
+def reported_waterfall(name: str, earnings: provider_stats.ProviderTotals) -> ReportedWaterfall:
     """Tell what the waterfall came to."""
     return ReportedWaterfall(
         name=name,

@@ -60,7 +60,7 @@ class ReportedRun:
 class ReportedProvider:
     """A provider, or a verifier, over all answers of the job.
 
-    `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked (enrich.cascade).
+    `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked (enrich.run.provider_stats).
     """
 
     name: str

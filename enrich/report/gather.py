@@ -11,8 +11,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from enrich.cascade import ProviderStats, load_waterfalls
-from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, EnrichError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
@@ -21,7 +19,6 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
 from enrich.model import SettledAttempt, count_by_status, to_credits
 from enrich.monitoring.log_file import redact_message
-from enrich.offline import prepare_collector
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.earned import reported_waterfall
 from enrich.report.facts import Report, ReportedRun, ReportedWaterfall
@@ -29,6 +26,9 @@ from enrich.report.needs import report_actions
 from enrich.report.nights import latency_histogram, reported_runs, run_traffic
 from enrich.report.present import MAX_GROUP_VALUES, InputStats, read_input_stats
 from enrich.rows.template import RequestTemplate
+from enrich.run.preflight import template_from_ledger
+from enrich.run.provider_stats import ProviderStats, load_waterfalls
+from enrich.run.rebuild import prepare_collector
 from enrich.watch.outcome import JobArguments, RequiredAction
 
 #: The last night is held against so many before it that were answered something.

@@ -12,8 +12,8 @@ from typing import Any
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queries import ReportedExecutionRow
 from enrich.model import iso_time, to_credits
-from enrich.pulse import read_snapshot
 from enrich.report.facts import HistogramBar, LatencyHistogram, ReportedRun, Traffic
+from enrich.run.progress import read_snapshot
 from enrich.watch.outcome import outcome_label
 
 #: A bar may stand for so many seconds; so many bars at most show all but the slowest.

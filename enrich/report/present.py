@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from enrich.collector import Collector, JoinedBatch
 from enrich.files.values import as_text, text_frame
 from enrich.model import RowStatus
 from enrich.report.facts import AnswerAge, GroupedHits, HitCounts, OutputRows
+from enrich.run.collector import Collector, JoinedBatch
 
 #: Ages of answers: at most so many days, and what is said then.
 AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))

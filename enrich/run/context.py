@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from enrich.databar.credentials import ApiAccess
-from enrich.execution import Timeouts
 from enrich.job.job import Job
 from enrich.ledger.ledger import Ledger
 from enrich.model import Clock, RequestSelection, State, SystemClock
-from enrich.planfile import SavedPlan
+from enrich.run.plan_file import SavedPlan
+from enrich.run.state import Timeouts
 
 if TYPE_CHECKING:  # whoever only looks at a run need not wait for what carries one
-    from enrich.engine import ClusterEngine
+    from enrich.run.cluster import ClusterEngine
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, inf
 
-from enrich.budget import Budget
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT, MAX_POSTS_IN_FLIGHT, Client
 from enrich.errors import (
     ApiCallFailed,
@@ -25,11 +24,12 @@ from enrich.errors import (
     SubmissionUnconfirmed,
     Unauthorized,
 )
-from enrich.execution import RunState
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Task
+from enrich.run.budget import Budget
+from enrich.run.state import RunState
 
 #: How often to look again when nobody has told of a change.
 IDLE_S = 1.0

@@ -12,11 +12,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from enrich.budget import Budget, make_run_budget
-from enrich.connect import LedgerBinding, Preflight, check_api_host, offline_preflight, preflight, read_binding
 from enrich.databar.client import Client
-from enrich.desk import RunPhases
-from enrich.earlier_output import find_output_of_other_ledger
 from enrich.errors import (
     LOCKED_HINT,
     CommandRefused,
@@ -26,9 +22,7 @@ from enrich.errors import (
     LedgerLocked,
     WorkspaceMismatch,
 )
-from enrich.execution import RunState
 from enrich.files.writer import prepare_file
-from enrich.heartbeat import ProgressReporter
 from enrich.job.locations import Location
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.rescue import import_rescue_files, remove_imported_files
@@ -36,13 +30,18 @@ from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.takeover import LeaseHolder
 from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter
-from enrich.pace import AdaptiveRateLimiter
-from enrich.polls import PollSchedule
-from enrich.pulse import Phase
-from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
-from enrich.signals import SignalHandler
-from enrich.surroundings import RunContext, RunOptions, rescue_folders
+from enrich.run.budget import Budget, make_run_budget
+from enrich.run.context import RunContext, RunOptions, rescue_folders
+from enrich.run.earlier_output import find_output_of_other_ledger
+from enrich.run.phases import RunPhases
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.preflight import LedgerBinding, Preflight, check_api_host, offline_preflight, preflight, read_binding
+from enrich.run.progress import Phase, ProgressReporter
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.signals import SignalHandler
+from enrich.run.state import RunState
+from enrich.run.summary import RunSummary
 
 T = TypeVar("T")
 #: How often it is looked whether others are gone.

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from enrich.breaker import CircuitBreaker
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode, RateLimited
 from enrich.model import Clock, State
-from enrich.pace import AdaptiveRateLimiter
-from enrich.polls import PollCost, PollSchedule
+from enrich.run.circuit_breaker import CircuitBreaker
+from enrich.run.poll_schedule import PollCost, PollSchedule
+from enrich.run.rate_limit import AdaptiveRateLimiter
 
 #: A 429 to a POST silences the polls, too, for at most this share of the patience with an outage.
 POLL_PAUSE_SHARE = 0.1

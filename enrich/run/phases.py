@@ -10,32 +10,27 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from enrich.budget import Budget
-from enrich.canary import check_canary
-from enrich.closing import RunFinisher
-from enrich.collector import Collector, OutputCounts
-from enrich.connect import Preflight
-from enrich.consent import check_balance
 from enrich.crew import WorkerPool, make_worker_pool, settle_lost_workers
 from enrich.databar.client import Client
-from enrich.engine import ClusterCallbacks, ClusterEngine, EnrollCounts
 from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, ExitCode, Interrupted, LedgerFailed
-from enrich.execution import RunState
-from enrich.feeds import write_changes, write_rejects
-from enrich.forecast import Cost, Plan, build_plan, format_plan
-from enrich.heartbeat import ProgressReporter
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
-from enrich.planfile import check_plan, gather_plan_inputs
-from enrich.poller import Poller
-from enrich.pulse import Phase
-from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
-from enrich.shift import WorkConfig
-from enrich.signals import SignalHandler
-from enrich.surroundings import RunContext, RunOptions, select_requests
+from enrich.run.budget import Budget, check_balance, check_canary
+from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts
+from enrich.run.collector import Collector, OutputCounts, write_changes, write_rejects
+from enrich.run.context import RunContext, RunOptions, select_requests
+from enrich.run.loops import WorkConfig
+from enrich.run.plan import Cost, Plan, build_plan, format_plan
+from enrich.run.plan_file import check_plan, gather_plan_inputs
+from enrich.run.poller import Poller
+from enrich.run.preflight import Preflight
+from enrich.run.progress import Phase, ProgressReporter
+from enrich.run.signals import SignalHandler
+from enrich.run.state import RunState
+from enrich.run.summary import RunFinisher, RunSummary
 
 #: How often it is written down what was learned: a kill loses no more.
 SAVE_LATENCIES_EVERY_S = 30.0

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from enrich.collector import Collector
-from enrich.connect import template_from_ledger
 from enrich.errors import CommandRefused, ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
-from enrich.receipt import RunSummary
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.surroundings import RunOptions, select_requests
+from enrich.run.collector import Collector
+from enrich.run.context import RunOptions, select_requests
+from enrich.run.preflight import template_from_ledger
+from enrich.run.summary import RunSummary
 
 
 def rebuild_output(job: Job, *, partial: bool) -> RunSummary:

@@ -26,11 +26,11 @@ from enrich.errors import (
     TaskUnknown,
     Unauthorized,
 )
-from enrich.execution import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import Answer, State, Task
-from enrich.polls import PollCost
+from enrich.run.poll_schedule import PollCost
+from enrich.run.state import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
 
 IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from enrich.budget import Budget
 from enrich.databar.client import Client
-from enrich.dispatcher import Dispatcher
-from enrich.execution import RunState
 from enrich.ledger.writer import LedgerWriter
 from enrich.model import Call
-from enrich.poller import Poller
+from enrich.run.budget import Budget
+from enrich.run.dispatcher import Dispatcher
+from enrich.run.poller import Poller
+from enrich.run.state import RunState
 
 
 @dataclass(frozen=True, slots=True)

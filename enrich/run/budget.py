@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
-from enrich.errors import CommandRefused
+from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
+from enrich.job.spec import Canary
 from enrich.ledger.ledger import Ledger
-from enrich.model import to_micros
+from enrich.model import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
 
@@ -71,3 +73,47 @@ def make_run_budget(
 
 def _configured_limit(job: Job) -> str:
     return "max_credits" if job.max_credits is not None else "min_balance"
+
+
+def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
+    """Refuse when the balance is too low for one request, or for one that leaves `min_balance`."""
+    max_request_price = template.worst_price
+    if balance is not None and balance < 0:
+        raise CommandRefused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
+    if max_request_price is None or balance is None:
+        return
+    balance_text = f"the balance is {to_credits(balance):,g} credits"
+    min_balance = to_micros(job.model.limits.min_balance)
+    if balance < max_request_price:
+        raise CommandRefused(
+            f"{balance_text}, one request may cost {to_credits(max_request_price):g}", "top up the account"
+        )
+    if min_balance is not None and balance - min_balance < max_request_price:
+        raise CommandRefused(
+            f"{balance_text}, `min_balance` keeps {to_credits(min_balance):,g} of them and one request may cost {to_credits(max_request_price):g}",
+            "top up the account, or lower `min_balance`",
+        )
+
+
+#: Outcomes that say something; who is in doubt or still at the API says nothing.
+_CONCLUSIVE = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED)
+
+
+def check_canary(canary: Canary, outcomes: Mapping[State, int]) -> CanaryStopped | None:
+    """Tell why the rest must not be sent; None when the first answers look right."""
+    conclusive = sum(outcomes.get(state, 0) for state in _CONCLUSIVE)
+    found = outcomes.get(State.FOUND, 0)
+    # Not `found >= rate * judged`: 0.55 * 100 is more than 55.
+    if conclusive and found / conclusive >= canary.min_hit_rate:
+        return None
+    others = ", ".join(f"{count:,} {state.value}" for state, count in outcomes.items() if state is not State.FOUND)
+    observed = (
+        f"{found:,} of {conclusive:,} answers found something ({found / conclusive:.0%})"
+        if conclusive
+        else "no answer came"
+    )
+    return CanaryStopped(
+        f"the canary stopped the run: {observed}, at least {canary.min_hit_rate:.0%} were wished for"
+        + (f"; {others}" if others else ""),
+        "look at `params` and at some answers (enrich explain); the rest is pending, the output was left as it was",
+    )
