@@ -77,11 +77,11 @@ def _ray(endpoint: str) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide even small inputs."""
-    from enrich.cluster import source  # noqa: PLC0415 - as above
+    from enrich.cluster import blocks  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(reader, "ROWS_PER_PART", 25)
-    monkeypatch.setattr(source, "ROWS_PER_PART", 25)
+    monkeypatch.setattr(blocks, "ROWS_PER_PART", 25)
 
 
 def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None) -> Ledger:
@@ -145,7 +145,7 @@ def enroll_blocks(
     folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection, **options: Any
 ) -> Any:
     """Enroll on Ray."""
-    from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     ledger.commit(Ledger.begin_pass, selection)
     found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
@@ -203,7 +203,7 @@ def test_enrollment_matches_single_process(
 
 def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLedger) -> None:
     """The same table, and the same counts; a price stands on the first row that asked, wherever the others are."""
-    from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path, "where: B <> '1'\n")
@@ -234,7 +234,7 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
 @pytest.mark.usefixtures("bucket")
 def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedger, kind: str) -> None:
     """Every task fetches what it reads, and sends what it writes."""
-    from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, kind)
     for path in (tmp_path / "leads").rglob(f"*.{kind}"):
@@ -258,7 +258,7 @@ def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedge
 
 def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
     """With its columns."""
-    from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     (tmp_path / "leads").mkdir()
     write_table(tmp_path / "leads" / "a.csv", ["A", "B"], [])
@@ -292,7 +292,7 @@ def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLed
 
 def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
     """The caller does it in one process."""
-    from enrich.cluster.collect import collect_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     for more in ("dedupe: false\n", "order_by: B\n"):
@@ -467,11 +467,11 @@ def test_enrollment_survives_database_restart(
     tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was in the middle is done again."""
-    from enrich.cluster import source  # noqa: PLC0415 - as above
+    from enrich.cluster import blocks  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(reader, "ROWS_PER_PART", 2)
-    monkeypatch.setattr(source, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(blocks, "ROWS_PER_PART", 2)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
     ledger = CommittingLedger.open(parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path))
@@ -482,7 +482,7 @@ def test_enrollment_survives_database_restart(
             restarting.append(threading.Thread(target=own_postgres.restart, args=("immediate",)))
             restarting[0].start()
 
-    from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     ledger.commit(Ledger.begin_pass, RequestSelection())
     found = enroll_on_ray(
@@ -500,7 +500,7 @@ def test_enrollment_survives_database_restart(
 
 def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     """As in one process, with what to do."""
-    from enrich.cluster.enroll import enroll_on_ray  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
@@ -532,7 +532,7 @@ CELLS: dict[str, Any] = {
 
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
     """As it went in, whatever Arrow calls it."""
-    from enrich.cluster.source import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
     from enrich.files.values import json_column  # noqa: PLC0415 - likewise
 
     frame = pl.DataFrame(CELLS).with_columns(
@@ -564,7 +564,7 @@ def test_merged_blocks_are_split() -> None:
     """Each stretch of rows that follow one another has its place."""
     import pyarrow as pa  # noqa: PLC0415 - comes with Ray
 
-    from enrich.cluster.source import error_block, from_block, to_block  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import error_block, from_block, to_block  # noqa: PLC0415 - as above
 
     schema = {"A": pl.String()}
     blocks = [to_block(first, pl.DataFrame({"A": [f"{first}", "x"]})) for first in (4, 6, 2)]
@@ -593,7 +593,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from enrich.cluster.connection import connected
-from enrich.cluster.enroll import enroll_on_ray
+from enrich.cluster.engine import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
 from enrich.model import RequestSelection
 from enrich.job.spec import Input

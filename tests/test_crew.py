@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from enrich import crew as crews
-from enrich.crew import REPLACEMENTS_PER_WORKER, WorkerPool, posts_in_flight
+from enrich.cluster import worker_pool
+from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
+from enrich.cluster.worker_pool import REPLACEMENTS_PER_WORKER, WorkerPool, posts_in_flight
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ExitCode
 from enrich.job.locations import PostgresLocation as Server
@@ -24,7 +25,6 @@ from enrich.run.loops import WorkConfig
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.rate_limit import AdaptiveRateLimiter
 from enrich.run.state import RunCounters, RunState, Timeouts
-from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +78,9 @@ def run_pool(
     *, steps: Sequence[Callable[[FakeBackend], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0
 ) -> WorkerPool:
     """Let a crew of three live through scenes, one after the other, until none of them is left."""
-    monkeypatch.setattr(crews, "CHECK_EVERY_S", 0.02)
-    monkeypatch.setattr(crews, "START_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(crews, "share_rate", lambda *_: nullcontext())
+    monkeypatch.setattr(worker_pool, "CHECK_EVERY_S", 0.02)
+    monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(worker_pool, "share_rate", lambda *_: nullcontext())
     execution = RunState(1, SystemClock(), AdaptiveRateLimiter(None))
     budget = Budget(None, 0, "", "")
     shift = WorkConfig(Call("email_getter", (833,)), budget, {}, None, ("email",), 3, 60.0, workers=3)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from enrich.allowance import start_sharing, stop_sharing
+from enrich.cluster.shared_rate import start_sharing, stop_sharing
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
 from enrich.ledger.ledger import Ledger

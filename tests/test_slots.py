@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.allowance import SLOT_LIFETIME_S, SYNC_EVERY_S, RateEvent, SlotQueue, dump_limiter, load_limiter, take_slots
+from enrich.cluster.shared_rate import (
+    SLOT_LIFETIME_S,
+    SYNC_EVERY_S,
+    RateEvent,
+    SlotQueue,
+    dump_limiter,
+    load_limiter,
+    take_slots,
+)
 from enrich.run.rate_limit import BURST_S, AdaptiveRateLimiter
 from tests.cases import examples, in_turn
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import polars as pl
+
 from enrich.cluster.actors import ActorHandle, start_actor
-from enrich.cluster.blocks import SharedPass
-from enrich.cluster.collect import collect_on_ray
-from enrich.cluster.enroll import enroll_on_ray
+from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
+from enrich.cluster.worker import WorkerTask
+from enrich.errors import CommandRefused
+from enrich.files.manifest import PartFile
+from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
@@ -19,10 +23,102 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
 from enrich.model import RequestSelection
 from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.cluster import ClusterCallbacks, EnrollCounts, WorkerHandle
-from enrich.run.collector import OutputCounts
-from enrich.worker import WorkerTask
+from enrich.run.collector import Collector, OutputCounts, output_schema
+
+
+def enroll_on_ray(
+    rows: JobInput,
+    shared_pass: SharedPass,
+    monitor: HeartbeatMonitor,
+    *,
+    on_progress: Callable[[EnrollCounts], None] = lambda _: None,
+) -> EnrollCounts:
+    """Enroll all rows in a pass that the caller has begun; the caller chooses and marks.
+
+    `tell` hears now and then what was read so far. Raises what the watch raises, Refused when the input can't
+    be read or depends on the order of its rows, LedgerFailed, LeaseLost, ClusterFailed.
+    """
+    if reason := rows.why_not_parallel():
+        raise CommandRefused(f"the input can't be enrolled part by part: {reason}", "enroll it in one process")
+    parts = split_input(rows, monitor)
+    total = EnrollCounts()
+    for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
+        total += some
+        on_progress(total)
+    if total.rows != (expected := sum(part.rows for part in parts)):
+        raise CommandRefused(
+            f"{total.rows:,} rows were read, not {expected:,}", "start again when the files are complete"
+        )
+    return total
+
+
+def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
+    """Enroll the rows of a block. Done again it changes nothing."""
+    total = EnrollCounts()
+    for batch in rows.batches(shared_pass.template):
+
+        def enroll(ledger: Ledger, batch: RowBatch = batch) -> None:
+            # A commit for each batch: its requests are locked in their order, so that nobody waits in a circle.
+            with ledger.transaction():
+                ledger.enroll(shared_pass.template.call, batch.requests())
+
+        shared_pass.with_ledger(enroll)
+        total += EnrollCounts.from_batch(batch)
+    return total
+
+
+def collect_on_ray(
+    rows: JobInput,
+    shared_pass: SharedPass,
+    target: Location,
+    monitor: HeartbeatMonitor,
+    *,
+    on_progress: Callable[[OutputCounts], None] = lambda _: None,
+) -> OutputCounts:
+    """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
+
+    `tell` hears now and then what was written so far. Raises what the watch raises, Refused when the input
+    can't be read or the output can't be written, LedgerFailed, ClusterFailed.
+    """
+    if not shared_pass.job.model.dedupe:
+        raise CommandRefused(
+            f"the output can't be collected part by part: {rows.why_not_parallel()}", "collect it in one process"
+        )
+    parts = split_input(rows, monitor)
+    draft = begin_dataset(target, shared_pass.job.name)
+    try:
+        files: list[PartFile] = []
+        total = OutputCounts()
+        collect = partial(_collect, shared_pass, draft)
+        for file, counted in map_blocks(rows, parts, collect, monitor):
+            files.append(file)
+            total += counted
+            on_progress(total)
+        if not files:
+            schema = output_schema(rows, shared_pass.template, with_index=True)
+            files = [draft.write_part(0, schema, [pl.DataFrame(schema=schema)])]
+        if sum(file.rows for file in files) != sum(part.rows for part in parts):
+            raise CommandRefused("rows of the output are missing", "start again when the files are complete")
+        draft.finish(files)
+    except BaseException:
+        draft.discard()
+        raise
+    return total
+
+
+def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> tuple[PartFile, OutputCounts]:
+    """Write the part of a block. Done again it writes the same."""
+
+    def write(ledger: Ledger) -> tuple[PartFile, OutputCounts]:
+        counted = OutputCounts()
+        collector = Collector(ledger, shared_pass.job, shared_pass.template, rows)
+        schema = output_schema(rows, shared_pass.template, with_index=True)
+        return draft.write_part(rows.first_position, schema, collector.frames(counted, with_index=True)), counted
+
+    return shared_pass.with_ledger(write)
 
 
 @dataclass(frozen=True, slots=True)

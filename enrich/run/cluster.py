@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
 from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.model import Decision, RequestSelection
@@ -15,7 +16,6 @@ from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import OutputCounts
-from enrich.worker import WorkerCommand, WorkerStatus, WorkerTask
 
 
 @dataclass(frozen=True, slots=True)

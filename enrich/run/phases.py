@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from enrich.crew import WorkerPool, make_worker_pool, settle_lost_workers
+from enrich.cluster.worker_pool import WorkerPool, make_worker_pool, settle_lost_workers
 from enrich.databar.client import Client
 from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, ExitCode, Interrupted, LedgerFailed
 from enrich.job.locations import Location, is_dataset

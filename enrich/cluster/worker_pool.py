@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from enrich.allowance import start_sharing, stop_sharing
+from enrich.cluster.shared_rate import start_sharing, stop_sharing
+from enrich.cluster.worker import WorkerCommand, WorkerTask
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import DatabaseFailed
@@ -24,7 +25,6 @@ from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.loops import WorkConfig
 from enrich.run.rate_limit import AdaptiveRateLimiter
 from enrich.run.state import RunCounters, RunState
-from enrich.worker import WorkerCommand, WorkerTask
 
 #: So long a worker that shall leave may take to write down what it knows.
 STOP_TIMEOUT_S = 3.0

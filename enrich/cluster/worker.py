@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from enrich.allowance import SharedRateLimiter
+from enrich.cluster.shared_rate import SharedRateLimiter
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
