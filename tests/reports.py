@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
 
-from enrich.report.facts import (
+from enrich.report.data import (
     Anomaly,
     AnswerAge,
     ComparedSide,

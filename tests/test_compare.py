@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.job.job import load_job
 from enrich.report.compare import compare_executions, compare_jobs, mcnemar_p_value, write_verdict
-from enrich.report.facts import ComparedSide, Comparison
+from enrich.report.data import ComparedSide, Comparison
 from tests.cases import in_turn
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api
 

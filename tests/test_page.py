@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.report import staircase
-from enrich.report.facts import Report
-from enrich.report.page import render_report
-from enrich.report.words import DASH, clean_text, fit_text
-from enrich.report.words import text_width as width_of
+from enrich.report import charts
+from enrich.report.data import Report
+from enrich.report.format import DASH, clean_text, fit_text
+from enrich.report.format import text_width as width_of
+from enrich.report.render import render_report
 from tests import reports
 from tests.chromium import CHROMIUM_PATH, NOT_INSTALLED, Browser, Scheme, open_browser
 
@@ -144,16 +144,16 @@ def test_empty_report() -> None:
 
 def test_provider_staircase_chart() -> None:
     """Each provider's finds start where those before it ended; what nobody found is what is left."""
-    steps = staircase.waterfall_steps(reports.typical_report().waterfall)
+    steps = charts.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
     assert steps[0].presumed == 74
-    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (staircase.NO_MATCH_LABEL, 1180 - 735)
+    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
 
 
 def test_verifiers_not_in_chart() -> None:
     """A verifier finds nothing: it stands in the table and in the words."""
-    assert "Mailproof" not in [step.name for step in staircase.waterfall_steps(reports.typical_report().waterfall)]
+    assert "Mailproof" not in [step.name for step in charts.waterfall_steps(reports.typical_report().waterfall)]
     page = rendered_page(reports.typical_report)
     assert "Mailproof (verifier)" in page
     assert "Mailproof verified 752 finds: 37.60 credits." in page

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
 from enrich.model import Answer, RowStatus, State
-from enrich.report.facts import Report
-from enrich.report.gather import build_report
-from enrich.report.nights import latency_histogram
+from enrich.report.build import build_report, latency_histogram
+from enrich.report.data import Report
 from enrich.watch.outcome import JobArguments
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.cases import first_quick
@@ -422,7 +421,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     assert [group["name"] for group in website["groups"]] == ["all others"]
     assert website["rest"] == 9
 
-    with patch("enrich.report.present.MAX_GROUP_VALUES", 4):
+    with patch("enrich.report.input_stats.MAX_GROUP_VALUES", 4):
         report = report_json(workspace)
     assert report["groups"] == []
     assert report["notes"] == [
@@ -441,7 +440,7 @@ def test_rows_only_on_request(finished_run: Workspace) -> None:
     assert shown["columns"] == ["First Name", "Last Name", "Website", "Email", "Note", "work_email", "enrich_status"]
     assert [row[0] for row in shown["cells"]] == [f"First{number}" for number in range(12)]
     assert shown["left_out"] == 0
-    with patch("enrich.report.present.MAX_LEAD_ROWS", 5):
+    with patch("enrich.report.input_stats.MAX_LEAD_ROWS", 5):
         shown = report_json(finished_run, "--with-rows")["leads"]
     assert (len(shown["cells"]), shown["left_out"]) == (5, 7)
 

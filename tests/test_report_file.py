@@ -14,8 +14,8 @@ import pytest
 from polars.exceptions import PanicException
 
 from enrich.errors import ExitCode, Interrupted, JobError
-from enrich.report.facts import Report
-from enrich.report.file import REPORT_MARKER
+from enrich.report.data import Report
+from enrich.report.page_file import REPORT_MARKER
 from tests.cases import first_quick
 from tests.harness import HEADER, INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
@@ -25,7 +25,7 @@ from tests.harness import HEADER, INSTANT_API, SandboxApi, Workspace, kill_proce
 @contextmanager
 def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None = None) -> Iterator[None]:
     """Draw this page, or fail."""
-    module = ModuleType("enrich.report.page")
+    module = ModuleType("enrich.report.render")
 
     def render(report: Report) -> str:
         assert isinstance(report, Report)
@@ -34,7 +34,7 @@ def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None 
         return page
 
     module.render = render  # type: ignore[attr-defined]
-    with patch.dict(sys.modules, {"enrich.report.page": module}):
+    with patch.dict(sys.modules, {"enrich.report.render": module}):
         yield
 
 
@@ -99,7 +99,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """And a hint how to get it; a job that wants a page of every run is told before the night."""
     pip = "pip install 'databar-enrich[report]'"
-    with patch("enrich.report.file._LIBRARIES", ("no_such_library",)):
+    with patch("enrich.report.page_file._LIBRARIES", ("no_such_library",)):
         page, facts = (
             finished_run.run_in_process("report", "job.yaml"),
             finished_run.run_in_process("report", "job.yaml", "--json"),

@@ -15,7 +15,7 @@ from enrich.commands.witnessed import make_job_arguments
 
 if TYPE_CHECKING:
     from enrich.job.job import Job
-    from enrich.report.facts import Comparison, Report
+    from enrich.report.data import Comparison, Report
     from enrich.watch.outcome import JobArguments
 
 
@@ -44,8 +44,8 @@ def report(
     """
     from dataclasses import replace
 
-    from enrich.report.file import default_report_path, write_report
-    from enrich.report.gather import build_report
+    from enrich.report.build import build_report
+    from enrich.report.page_file import default_report_path, write_report
 
     to_stdout = page == Path("-")
     if to_stdout and as_json:
@@ -81,14 +81,14 @@ def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
 
 def _require_extra() -> None:
     from enrich.errors import JobError
-    from enrich.report.file import INSTALL_HINT, is_extra_missing
+    from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 
     if is_extra_missing():
         raise JobError("the report needs its extra", INSTALL_HINT)
 
 
 def _render_page(data: Report) -> str:
-    from enrich.report.page import render_report
+    from enrich.report.render import render_report
 
     return render_report(data)
 
@@ -96,8 +96,8 @@ def _render_page(data: Report) -> str:
 def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
     """Write the report that the job wants of every run; return what went wrong. Nothing that happens breaks the run."""
     from enrich.errors import EnrichError, Interrupted
-    from enrich.report.file import write_report
-    from enrich.report.gather import build_report
+    from enrich.report.build import build_report
+    from enrich.report.page_file import write_report
 
     try:
         now = datetime.now().astimezone()

@@ -22,7 +22,7 @@ from enrich.ledger.sqlite import lock_path
 from enrich.model import State, read_balance, to_micros
 from enrich.nights import machine, outlook
 from enrich.nights.outlook import Finding, error_finding
-from enrich.report.file import INSTALL_HINT, is_extra_missing
+from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
 from enrich.setup.check import CheckResult, check_job, check_summary

@@ -17,7 +17,7 @@ from typing import Any
 
 from enrich.databar.answers import PHASE_BY_STATUS, is_blank, parse_data, value_at
 from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State
-from enrich.report.facts import Anomaly
+from enrich.report.data import Anomaly
 from enrich.run.provider_stats import load_task
 
 #: So many standard deviations are no chance.

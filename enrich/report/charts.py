@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from enrich.report import drawing, words
-from enrich.report.drawing import HALF, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
-from enrich.report.facts import AnswerAge, HitCounts
+from enrich.model import pluralize
+from enrich.report import drawing, format
+from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
+from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 
 #: More bars than these are nobody's reading; the table has them all.
 MAX_BARS = 20
@@ -35,8 +36,10 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         row_height, bar = 26.0, 14.0
-        text = max(words.text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
-        names = min(max(words.text_width(words.clean_text(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36)
+        text = max(format.text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
+        names = min(
+            max(format.text_width(format.clean_text(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36
+        )
         frame = ChartFrame(
             size, row_height * len(shown) + 4, left=names, right=min(text, size.width * 0.48), top=2, bottom=2
         )
@@ -51,7 +54,7 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
             for start, end, ink in spans_of_row:
                 spans.setdefault(ink, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
         names_before = [
-            {"px": -names, "py": middle, "text": words.fit_text(words.clean_text(row.name), names - 8, NAME_PX)}
+            {"px": -names, "py": middle, "text": format.fit_text(format.clean_text(row.name), names - 8, NAME_PX)}
             for row, middle in zip(shown, middles, strict=True)
         ]
         texts_after = [
@@ -77,7 +80,7 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
         BarRow(
             status.replace("_", " "),
             [(count, inks.get(status, ChartColor.PASSED))],
-            f"{words.format_count(count)} · {words.format_percent(words.share_of(count, whole))}",
+            f"{format.format_count(count)} · {format.format_percent(format.share_of(count, whole))}",
         )
         for status, count in counts
     ]
@@ -88,9 +91,9 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | Non
     """Draw hit rates, each on a track that is all of what was answered."""
     rows = [
         BarRow(
-            words.clean_text(each.name, "(blank)"),
+            format.clean_text(each.name, "(blank)"),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
-            f"{words.format_percent(words.share_of(each.found, each.answered))} of {words.format_count(each.answered)}",
+            f"{format.format_percent(format.share_of(each.found, each.answered))} of {format.format_count(each.answered)}",
             track=1.0,
         )
         for each in hits
@@ -102,11 +105,168 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     """Draw how old the answers are, hits first."""
     rows = [
         BarRow(
-            words.clean_text(each.label),
+            format.clean_text(each.label),
             [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NOBODY)],
-            f"{words.format_count(each.found)} + {words.format_count(each.not_found)}",
+            f"{format.format_count(each.found)} + {format.format_count(each.not_found)}",
         )
         for each in answers
         if each.found + each.not_found
     ]
     return draw_bars(rows, label)
+
+
+NO_MATCH_LABEL = "Nobody found"
+#: The columns of numbers right of the bars, with their right edges.
+NUMBER_COLUMNS = {"asked": 82.0, "found": 164.0, "of asked": 226.0, "credits": 310.0, "per hit": 372.0}
+#: Names have so much room at most, and so much at least.
+NAME_WIDTHS = (110.0, 230.0)
+
+
+@dataclass(frozen=True, slots=True)
+class WaterfallStep:
+    """One row of the picture: `found` from `start` on, then what was passed on, the last part of it `presumed`."""
+
+    name: str
+    start: int
+    found: int
+    end: int
+    presumed: int = 0
+    provider: ReportedProvider | None = None
+
+
+def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
+    """Put the finds of each provider behind those of the ones before it."""
+    result: list[WaterfallStep] = []
+    start = 0
+    for each in waterfall.providers:
+        if each.verifies:
+            continue
+        end = start + max(each.asked + each.presumed, each.found)
+        presumed = min(each.presumed, end - start - each.found)
+        result.append(WaterfallStep(format.clean_text(each.name), start, each.found, end, presumed, each))
+        start += each.found
+    left = max(0, waterfall.answers - waterfall.found)
+    return [*result, WaterfallStep(NO_MATCH_LABEL, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
+
+
+def waterfall_chart(
+    waterfall: ReportedWaterfall, label: str, sizes: Sequence[ScreenSize] = (NARROW, MEDIUM, FULL)
+) -> RenderedChart:
+    """Draw the staircase for narrow, middling and wide screens, or for less room."""
+    steps = waterfall_steps(waterfall)
+
+    def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
+        return _wide_layout(steps, size) if size is FULL else _stacked_layout(steps, size)
+
+    return drawing.render_chart(sizes, draw_at_size, label)
+
+
+def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
+    """Draw names left of the bars and columns of numbers right of them."""
+    pitch, bar = 36.0, 22.0
+    least, most = NAME_WIDTHS
+    room = min(most, max(least, *(format.text_width(step.name, NAME_PX) + 18 for step in steps)))
+    frame = ChartFrame(
+        size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per hit"] + 4, top=34, bottom=40
+    )
+    middles = [pitch * (index + 0.5) for index in range(len(steps))]
+    names = [
+        {"px": -room, "py": middle, "text": format.fit_text(step.name, room - 14, NAME_PX)}
+        for step, middle in zip(steps, middles, strict=True)
+    ]
+    heads = [{"px": frame.inner_width + edge, "py": -12, "text": name} for name, edge in NUMBER_COLUMNS.items()]
+    numbers = [
+        {"px": frame.inner_width + edge, "py": middle, "text": text}
+        for step, middle in zip(steps, middles, strict=True)
+        for edge, text in zip(NUMBER_COLUMNS.values(), _step_numbers(step), strict=True)
+    ]
+    tall = {"baseline": "middle", "fontSize": NAME_PX}
+    chart = alt.layer(
+        *_step_marks(steps, [middle - bar / 2 for middle in middles], bar, 6, joined=True),
+        drawing.text_marks(names, ChartColor.TEXT, fontWeight=600, **tall),
+        drawing.text_marks(heads, ChartColor.MUTED, align="right"),
+        drawing.text_marks(numbers, ChartColor.TEXT, align="right", **tall),
+    )
+    return chart, frame
+
+
+def _stacked_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
+    """Draw each bar below its words, as there is no room beside it."""
+    narrow = size is not MEDIUM
+    bar, gap = 16.0, 14.0
+    found, facts = [_found_text(step) for step in steps], [_facts_text(step) for step in steps]
+    right = found if narrow else [f"{a} · {b}" if b else a for a, b in zip(found, facts, strict=True)]
+    below = facts if narrow else [""] * len(steps)
+    heads = [42.0 if text else 24.0 for text in below]
+    tops = [sum(heads[:index]) + (bar + gap) * index for index in range(len(steps))]
+    frame = ChartFrame(size, sum(heads) + (bar + gap) * len(steps) + 36, left=1, right=1, bottom=44)
+    rooms = [size.width - format.text_width(text, drawing.TEXT_PX) - 12 for text in right]
+    names = [format.fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
+    chart = alt.layer(
+        *_step_marks(steps, [top + head for top, head in zip(tops, heads, strict=True)], bar, 3 if narrow else 5),
+        drawing.text_marks(_text_rows(names, tops, 0, 12), ChartColor.TEXT, fontWeight=600, fontSize=NAME_PX),
+        drawing.text_marks(_text_rows(right, tops, frame.inner_width, 12), ChartColor.TEXT, align="right"),
+        drawing.text_marks(_text_rows(below, tops, 0, 30), ChartColor.MUTED),
+    )
+    return chart, frame
+
+
+def _text_rows(written: Sequence[str], tops: Sequence[float], px: float, below: float) -> list[dict[str, float | str]]:
+    return [{"px": px, "py": top + below, "text": text} for text, top in zip(written, tops, strict=True) if text]
+
+
+def _step_marks(
+    steps: Sequence[WaterfallStep], tops: Sequence[float], bar: float, ticks: int, *, joined: bool = False
+) -> list[alt.Chart]:
+    """Draw the bars at these heights, `joined` where no words are between them."""
+    domain = (0.0, float(max(1, *(step.end for step in steps))))
+    axis = drawing.make_axis("leads", ticks, orient="bottom", labelFlush=30, grid=joined)
+    spans = list(zip(steps, tops, strict=True))
+    passed = [_bar_rect(step.start + step.found, step.end - step.presumed, top, bar) for step, top in spans[:-1]]
+    presumed = [
+        _bar_rect(step.end - step.presumed, step.end, top + 0.5, bar - 1) for step, top in spans if step.presumed
+    ]
+    found = [_bar_rect(step.start, step.start + step.found, top, bar) for step, top in spans if step.found]
+    no_match = [_bar_rect(step.start, step.end, top, bar) for step, top in spans[-1:]]
+    joints = [
+        {"x": step.start + step.found, "y": top + bar, "y2": below}
+        for (step, top), below in zip(spans[:-1], tops[1:], strict=True)
+        if joined
+    ]
+    return [
+        drawing.rect_marks(passed, domain, axis, ChartColor.PASSED),
+        drawing.rect_marks(
+            presumed, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
+        ),
+        drawing.rect_marks(no_match, domain, axis, ChartColor.NOBODY),
+        drawing.rule_marks(joints, domain, axis, ChartColor.MUTED, strokeDash=[2, 2]),
+        drawing.rect_marks(found, domain, axis, ChartColor.FOUND),
+    ]
+
+
+def _bar_rect(x: float, x2: float, top: float, bar: float) -> dict[str, float]:
+    return {"x": x, "x2": x2, "y": top, "y2": top + bar}
+
+
+def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
+    each = step.provider
+    if each is None:
+        return "", format.format_count(step.end - step.start), "", "", ""
+    asked = each.asked + each.presumed
+    rate = format.format_percent(format.share_of(each.found, asked))
+    spent, per_hit = format.format_amount_short(each.credits), format.format_amount(each.cost_per_hit)
+    return format.format_count(asked), format.format_count(each.found), rate, spent, per_hit
+
+
+def _found_text(step: WaterfallStep) -> str:
+    if step.provider is None:
+        return pluralize(step.end - step.start, "lead")
+    asked = step.provider.asked + step.provider.presumed
+    return f"found {format.format_count(step.found)} ({format.format_percent(format.share_of(step.found, asked))})"
+
+
+def _facts_text(step: WaterfallStep) -> str:
+    if step.provider is None:
+        return ""
+    asked, _, _, spent, cost_per_hit = _step_numbers(step)
+    return f"asked {asked} · {spent} credits · {cost_per_hit} per hit"

@@ -17,7 +17,7 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
-from enrich.report import words
+from enrich.report import format
 
 NAME_PX = 13
 TEXT_PX = 12
@@ -184,7 +184,7 @@ def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 
 
 def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
     """Make a quiet axis on the left for values up to `most`, its title lying above it."""
-    large = {"format": "~s"} if largest >= words.LARGE_CREDITS else {}
+    large = {"format": "~s"} if largest >= format.LARGE_CREDITS else {}
     placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT_MARGIN, "titleY": -13}
     return make_axis(title, ticks, orient="left", **{**placed, **large, **more})
 

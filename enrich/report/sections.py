@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from enrich.model import pluralize
-from enrich.report import charts, grids, staircase, timelines, words
-from enrich.report.drawing import HALF, NARROW, RenderedChart
-from enrich.report.facts import (
+from enrich.report import charts, format, tables, timelines
+from enrich.report.data import (
     Comparison,
     GroupedHits,
     HitCounts,
@@ -18,7 +17,8 @@ from enrich.report.facts import (
     ReportedWaterfall,
     Traffic,
 )
-from enrich.report.grids import Table
+from enrich.report.drawing import HALF, NARROW, RenderedChart
+from enrich.report.tables import Table
 
 #: So many nights make a trend.
 MIN_TREND_RUNS = 2
@@ -77,7 +77,7 @@ def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
     finding = _waterfall_text(facts)
     finding += _verifier_text(facts)
     return Figure(
-        "The waterfall", finding, [staircase.waterfall_chart(facts, finding)], grids.waterfall_table(facts), wide=True
+        "The waterfall", finding, [charts.waterfall_chart(facts, finding)], tables.waterfall_table(facts), wide=True
     )
 
 
@@ -91,31 +91,31 @@ def side_figures(comparison: Comparison) -> Iterator[Figure]:
         answers = side.found + side.not_found
         if not answers or all(each.verifies for each in providers):
             continue
-        label = words.clean_text(side.label)
+        label = format.clean_text(side.label)
         facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
-        rate = words.format_percent(words.share_of(side.found, answers))
-        finding = f"{side.found:,} of {answers:,} found ({rate}) for {words.format_amount(side.credits)} credits."
-        table = grids.provider_table(providers, f"Providers of {label}", f"{about} provider")
-        yield Figure(label, finding, [staircase.waterfall_chart(facts, finding, (NARROW, HALF))], table)
+        rate = format.format_percent(format.share_of(side.found, answers))
+        finding = f"{side.found:,} of {answers:,} found ({rate}) for {format.format_amount(side.credits)} credits."
+        table = tables.provider_table(providers, f"Providers of {label}", f"{about} provider")
+        yield Figure(label, finding, [charts.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
 def _waterfall_text(facts: ReportedWaterfall) -> str:
     text = f"Of {pluralize(facts.answers, 'answer')}, {facts.found:,} found something"
-    text += f" ({words.format_percent(words.share_of(facts.found, facts.answers))})."
+    text += f" ({format.format_percent(format.share_of(facts.found, facts.answers))})."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
-        part = words.format_percent(words.share_of(best.found, facts.found))
-        text += f" {words.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
+        part = format.format_percent(format.share_of(best.found, facts.found))
+        text += f" {format.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
-        text += f" A hit costs most at {words.clean_text(most_expensive.name)}: {words.format_amount(most_expensive.cost_per_hit)} credits."
+        text += f" A hit costs most at {format.clean_text(most_expensive.name)}: {format.format_amount(most_expensive.cost_per_hit)} credits."
     return text
 
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {words.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {words.format_amount(each.credits)} credits."
+        f" {format.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {format.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -126,21 +126,21 @@ def _row_figures(report: Report) -> Iterator[Figure]:
     counts = [(status, count) for status, count in report.statuses.items() if count]
     if counts:
         finding = _status_text(counts)
-        table = grids.status_table(counts, "Rows of the input by status", "Status")
+        table = tables.status_table(counts, "Rows of the input by status", "Status")
         yield _make_figure("Rows by status", finding, table, charts.status_chart(counts, finding))
     if report.columns:
         finding = _hit_rates_text(report.columns, "Every column was filled equally often")
-        table = grids.hit_rate_table(report.columns, "Hit rate by output column", "Column", "column")
+        table = tables.hit_rate_table(report.columns, "Hit rate by output column", "Column", "column")
         yield _make_figure("Hit rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
     whole = sum(each.found + each.not_found for each in report.ages)
     if whole:
         finding = f"{pluralize(whole, 'answer')} in use, as found + not found."
         yield _make_figure(
-            "Age of the answers", finding, grids.age_table(report.ages), charts.age_chart(report.ages, finding)
+            "Age of the answers", finding, tables.age_table(report.ages), charts.age_chart(report.ages, finding)
         )
     for each in report.groups:
         if each.groups:
-            finding, table = _groups_text(each), grids.group_table(each)
+            finding, table = _groups_text(each), tables.group_table(each)
             yield _make_figure(table.caption, finding, table, charts.hit_rate_chart(each.groups, finding))
 
 
@@ -149,7 +149,7 @@ def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     most = max(counts, key=lambda pair: pair[1], default=("", 0))
     if not whole:
         return "The input has no rows."
-    rate = words.format_percent(words.share_of(most[1], whole))
+    rate = format.format_percent(format.share_of(most[1], whole))
     return f"Of {pluralize(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
 
 
@@ -159,14 +159,12 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return "None of these rows was answered yet."
     best = max(known, key=lambda each: each.found / each.answered)
     least = min(known, key=lambda each: each.found / each.answered)
-    high, low = (words.format_percent(each.found / each.answered) for each in (best, least))
+    high, low = (format.format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{words.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
+        return f"{format.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
     if high == low:
         return f"{equal}: {high}."
-    return (
-        f"From {low} ({words.clean_text(least.name, '(blank)')}) to {high} ({words.clean_text(best.name, '(blank)')})."
-    )
+    return f"From {low} ({format.clean_text(least.name, '(blank)')}) to {high} ({format.clean_text(best.name, '(blank)')})."
 
 
 def _groups_text(groups: GroupedHits) -> str:
@@ -184,24 +182,24 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
     spent = sum(run.credits_spent for run in runs)
     if spent:
         dearest = max(runs, key=lambda night: night.credits_spent)
-        finding = f"{words.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
-        finding += f"{dearest.execution}, {words.format_amount(dearest.credits_spent)}."
+        finding = f"{format.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
+        finding += f"{dearest.execution}, {format.format_amount(dearest.credits_spent)}."
         pictures = (
             timelines.credits_chart(runs, finding),
             timelines.cumulative_credits_chart(runs, f"Added up. {finding}"),
         )
-        yield _make_figure("Credits per night and in all", finding, grids.spending_table(runs), *pictures)
+        yield _make_figure("Credits per night and in all", finding, tables.spending_table(runs), *pictures)
     if any(night.cost_per_hit is not None for night in runs):
         finding = _cost_per_hit_text(runs)
         yield _make_figure(
-            "Cost per hit", finding, grids.cost_per_hit_table(runs), timelines.cost_per_hit_chart(runs, finding)
+            "Cost per hit", finding, tables.cost_per_hit_table(runs), timelines.cost_per_hit_chart(runs, finding)
         )
     if any(night.answered for night in runs):
         finding = _run_hit_rates_text(runs)
         yield _make_figure(
             "Hit rate of each night",
             finding,
-            grids.run_hit_rate_table(runs),
+            tables.run_hit_rate_table(runs),
             timelines.run_hit_rate_chart(runs, finding),
         )
 
@@ -209,17 +207,17 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
 def _run_hit_rates_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.hit_rate for run in runs if run.hit_rate is not None]
     if len(known) == 1:
-        return f"{words.format_percent(known[0])} of what was answered was found."
-    spread = f"between {words.format_percent(min(known))} and {words.format_percent(max(known))}"
-    return f"{words.format_percent(known[-1])} in the last night with an answer, {spread} over all."
+        return f"{format.format_percent(known[0])} of what was answered was found."
+    spread = f"between {format.format_percent(min(known))} and {format.format_percent(max(known))}"
+    return f"{format.format_percent(known[-1])} in the last night with an answer, {spread} over all."
 
 
 def _cost_per_hit_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.cost_per_hit for run in runs if run.cost_per_hit is not None]
     if len(known) == 1:
-        return f"A hit cost {words.format_amount(known[0])} credits."
-    spread = f"between {words.format_amount(min(known))} and {words.format_amount(max(known))}"
-    return f"A hit cost {words.format_amount(known[-1])} credits in the last night with one, {spread} over all."
+        return f"A hit cost {format.format_amount(known[0])} credits."
+    spread = f"between {format.format_amount(min(known))} and {format.format_amount(max(known))}"
+    return f"A hit cost {format.format_amount(known[-1])} credits in the last night with one, {spread} over all."
 
 
 def _speed_figures(report: Report) -> Iterator[Figure]:
@@ -227,16 +225,16 @@ def _speed_figures(report: Report) -> Iterator[Figure]:
     if times is not None and times.count:
         finding = _latency_text(times)
         yield _make_figure(
-            "Time until an answer", finding, grids.latency_table(times), timelines.latency_chart(times, finding)
+            "Time until an answer", finding, tables.latency_table(times), timelines.latency_chart(times, finding)
         )
     if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
         finding = _traffic_text(traffic)
         pictures = timelines.throughput_chart(traffic, finding), timelines.rate_limited_chart(traffic, finding)
-        yield _make_figure("Sent, answered and held back", finding, grids.traffic_table(traffic), *pictures)
+        yield _make_figure("Sent, answered and held back", finding, tables.traffic_table(traffic), *pictures)
 
 
 def _latency_text(times: LatencyHistogram) -> str:
-    half, most, longest = (words.format_seconds(each) for each in (times.median, times.p90, times.longest))
+    half, most, longest = (format.format_seconds(each) for each in (times.median, times.p90, times.longest))
     text = f"Half of {pluralize(times.count, 'task')} were answered within {half}, 90% within {most}"
     return f"{text}; the slowest took {longest}."
 

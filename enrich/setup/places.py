@@ -13,7 +13,7 @@ from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, is_dataset
-from enrich.report.file import is_report
+from enrich.report.page_file import is_report
 
 
 def files_written(job: Job, now: datetime) -> dict[str, Path]:

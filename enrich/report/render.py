@@ -9,9 +9,9 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from enrich.report import grids, sections, words
-from enrich.report.facts import Report, ReportedRun
-from enrich.report.grids import Cell
+from enrich.report import format, sections, tables
+from enrich.report.data import Report, ReportedRun
+from enrich.report.tables import Cell
 
 #: So many nights stand open; older ones are folded away.
 RUNS_SHOWN = 14
@@ -33,7 +33,7 @@ def render_report(report: Report) -> str:
     """Write the page."""
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clean": words.clean_text, "moment": words.format_time, "count": words.format_count}
+    environment.filters |= {"clean": format.clean_text, "moment": format.format_time, "count": format.format_count}
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
     comparison = report.comparison
     return template.render(
@@ -43,16 +43,16 @@ def render_report(report: Report) -> str:
         tiles=list(make_tiles(report)),
         waterfall=sections.waterfall_figure(report.waterfall),
         sections=list(sections.make_sections(report)),
-        compared=comparison and (grids.common_leads_table(comparison), grids.sides_table(comparison)),
+        compared=comparison and (tables.common_leads_table(comparison), tables.sides_table(comparison)),
         sides=list(sections.side_figures(comparison)) if comparison else [],
-        nights=grids.run_table(report.nights[-RUNS_SHOWN:], "The last nights, newest first"),
-        older=grids.run_table(report.nights[:-RUNS_SHOWN], "Older nights, newest first"),
-        requests=grids.status_table(report.requests.items(), "Requests in the ledger by state", "State"),
-        leads=report.leads and grids.leads_table(report.leads),
+        nights=tables.run_table(report.nights[-RUNS_SHOWN:], "The last nights, newest first"),
+        older=tables.run_table(report.nights[:-RUNS_SHOWN], "Older nights, newest first"),
+        requests=tables.status_table(report.requests.items(), "Requests in the ledger by state", "State"),
+        leads=report.leads and tables.leads_table(report.leads),
         totals=_waterfall_cells(report),
-        total_cell=grids.credits_cell("credits_spent", report.credits_spent),
-        rows_cell=grids.count_cell("rows", report.rows),
-        dash=words.DASH,
+        total_cell=tables.credits_cell("credits_spent", report.credits_spent),
+        rows_cell=tables.count_cell("rows", report.rows),
+        dash=format.DASH,
     )
 
 
@@ -68,33 +68,33 @@ def make_tiles(report: Report) -> Iterator[Tile]:
 
     yield Tile(
         "Hit rate",
-        Cell(words.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+        Cell(format.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
         about,
         f"{run.found:,} of {run.answered:,} answered",
         *_format_change(difference(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
     )
     yield Tile(
         "Leads found",
-        grids.count_cell("found", run.found),
+        tables.count_cell("found", run.found),
         about,
         f"{run.submitted:,} sent",
-        *_format_change(difference(lambda each: each.found), words.format_count),
+        *_format_change(difference(lambda each: each.found), format.format_count),
     )
     yield Tile(
         "Credits",
-        grids.credits_cell("credits_spent", run.credits_spent),
+        tables.credits_cell("credits_spent", run.credits_spent),
         about,
         _planned_text(report.planned, run),
-        *_format_change(difference(lambda each: each.credits_spent), words.format_amount),
+        *_format_change(difference(lambda each: each.credits_spent), format.format_amount),
     )
     yield Tile(
         "Cost per hit",
-        grids.credits_cell("cost_per_hit", run.cost_per_hit),
+        tables.credits_cell("cost_per_hit", run.cost_per_hit),
         about,
         "credits" if run.cost_per_hit is not None else "no hit tonight",
-        *_format_change(difference(lambda each: each.cost_per_hit), words.format_amount, better=-1),
+        *_format_change(difference(lambda each: each.cost_per_hit), format.format_amount, better=-1),
     )
-    yield Tile("Balance", grids.credits_cell("balance_after", run.balance_after), about, _balance_text(run))
+    yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), about, _balance_text(run))
 
 
 def _format_change(
@@ -113,9 +113,9 @@ def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) 
     unknown = f"; {run.credits_unknown:,} of unknown price" if run.credits_unknown else ""
     known = {name: amount for name, amount in (planned or {}).items() if amount is not None}
     if "likely" in known:
-        return f"planned {words.format_amount(known['likely'])}{unknown}"
+        return f"planned {format.format_amount(known['likely'])}{unknown}"
     if "max" in known:
-        return f"planned at most {words.format_amount(known['max'])}{unknown}"
+        return f"planned at most {format.format_amount(known['max'])}{unknown}"
     return f"no plan is known{unknown}"
 
 
@@ -124,7 +124,7 @@ def _balance_text(run: ReportedRun) -> str:
         return "not known"
     if run.balance_before is None:
         return "credits left"
-    was = f"was {words.format_amount(run.balance_before)}"
+    was = f"was {format.format_amount(run.balance_before)}"
     if run.unexplained is None:
         return was
     return f"{was}; {f'{run.unexplained:+,.2f} unexplained' if run.unexplained else 'all explained'}"
@@ -132,5 +132,5 @@ def _balance_text(run: ReportedRun) -> str:
 
 def _waterfall_cells(report: Report) -> dict[str, Cell]:
     facts = report.waterfall
-    counts = {name: grids.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
-    return counts | {name: grids.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}
+    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
+    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}

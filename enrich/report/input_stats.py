@@ -10,7 +10,7 @@ import polars as pl
 
 from enrich.files.values import as_text, text_frame
 from enrich.model import RowStatus
-from enrich.report.facts import AnswerAge, GroupedHits, HitCounts, OutputRows
+from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows
 from enrich.run.collector import Collector, JoinedBatch
 
 #: Ages of answers: at most so many days, and what is said then.

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from enrich.model import pluralize
-from enrich.report import words
-from enrich.report.facts import (
+from enrich.report import format
+from enrich.report.data import (
     AnswerAge,
     ComparedSide,
     Comparison,
@@ -60,18 +60,18 @@ class Table:
 
 def count_cell(name: str, number: int | None) -> Cell:
     """Make a cell of a count."""
-    return Cell(words.format_count(number), name, number)
+    return Cell(format.format_count(number), name, number)
 
 
 def credits_cell(name: str, amount: float | None) -> Cell:
     """Make a cell of an amount."""
-    return Cell(words.format_amount(amount), name, amount)
+    return Cell(format.format_amount(amount), name, amount)
 
 
 def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
     """Make a cell of a share."""
-    found = words.share_of(part, of)
-    return Cell(words.format_percent(found), name, found)
+    found = format.share_of(part, of)
+    return Cell(format.format_percent(found), name, found)
 
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
@@ -83,9 +83,9 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
         lines.append(
             Line(
                 f"{about} {each.name}",
-                f"{words.clean_text(each.name)} (verifier)" if each.verifies else words.clean_text(each.name),
+                f"{format.clean_text(each.name)} (verifier)" if each.verifies else format.clean_text(each.name),
                 (
-                    Cell(words.format_count(reached), "asked_in_all", reached),
+                    Cell(format.format_count(reached), "asked_in_all", reached),
                     count_cell("presumed", each.presumed),
                     count_cell("found", None if each.verifies else each.found),
                     rate_cell(each.found, 0 if each.verifies else reached, "found_of_asked"),
@@ -120,7 +120,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
     lines = [
         Line(
             f"{about} {each.name}",
-            words.clean_text(each.name, "(blank)"),
+            format.clean_text(each.name, "(blank)"),
             (
                 count_cell("rows", each.rows),
                 count_cell("answered", each.answered),
@@ -135,7 +135,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
 
 def group_table(facts: GroupedHits) -> Table:
     """Tell hit rates by the values of an input column."""
-    column = words.clean_text(facts.column)
+    column = format.clean_text(facts.column)
     return hit_rate_table(facts.groups, f"Hit rate by {column}", column, f"group {facts.column}")
 
 
@@ -184,19 +184,19 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
             f"night {run.execution}",
             _run_label(run),
             (
-                words.clean_text(run.outcome, words.DASH),
+                format.clean_text(run.outcome, format.DASH),
                 count_cell("submitted", run.submitted),
                 count_cell("found", run.found),
                 count_cell("not_found", run.not_found),
                 count_cell("failed", run.failed),
                 count_cell("expired", run.expired),
-                Cell(words.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+                Cell(format.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
                 credits_cell("credits_spent", run.credits_spent),
                 credits_cell("cost_per_hit", run.cost_per_hit),
                 credits_cell("balance_after", run.balance_after),
                 count_cell("polls", run.polls),
                 count_cell("rate_limited", run.rate_limited),
-                Cell(words.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
+                Cell(format.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
             ),
         )
         for run in reversed(facts)
@@ -209,7 +209,7 @@ def latency_table(times: LatencyHistogram) -> Table:
     lines = [
         Line(
             "latencies",
-            f"{words.format_seconds(bar.start)} to {words.format_seconds(bar.end)}",
+            f"{format.format_seconds(bar.start)} to {format.format_seconds(bar.end)}",
             (count_cell("count", bar.count),),
         )
         for bar in times.bars
@@ -230,12 +230,12 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
     lines = [
         Line(
             "traffic",
-            words.format_seconds(at * facts.width_s),
+            format.format_seconds(at * facts.width_s),
             tuple(count_cell(name, sum(counts[at : at + step])) for name, counts in series.items()),
         )
         for at in range(0, length, step)
     ]
-    caption = f"Execution {facts.execution} in steps of {words.format_seconds(step * facts.width_s)}"
+    caption = f"Execution {facts.execution} in steps of {format.format_seconds(step * facts.width_s)}"
     return Table(caption, ("From", "Sent", "Answered", "Polls", "429s"), lines)
 
 
@@ -244,7 +244,7 @@ def age_table(answers: Sequence[AnswerAge]) -> Table:
     lines = [
         Line(
             "age",
-            words.clean_text(each.label),
+            format.clean_text(each.label),
             (count_cell("found", each.found), count_cell("not_found", each.not_found)),
         )
         for each in answers
@@ -256,10 +256,10 @@ def sides_table(comparison: Comparison) -> Table:
     """Tell both sides of a comparison."""
 
     def line(about: str, side: ComparedSide) -> Line:
-        names = " → ".join(map(words.clean_text, side.providers)) or words.DASH
+        names = " → ".join(map(format.clean_text, side.providers)) or format.DASH
         return Line(
             about,
-            words.clean_text(side.label),
+            format.clean_text(side.label),
             (
                 names,
                 count_cell("asked", side.asked),
@@ -284,7 +284,7 @@ def common_leads_table(comparison: Comparison) -> Table:
             credits_cell("common_credits", spent),
             credits_cell("common_per_hit", spent / found if found else None),
         )
-        return Line(f"common {about}", words.clean_text(side.label), (*cells, *amounts))
+        return Line(f"common {about}", format.clean_text(side.label), (*cells, *amounts))
 
     both = comparison.both
     lines = [
@@ -308,16 +308,16 @@ def leads_table(rows: OutputRows) -> Table:
     lines = [
         Line(
             "lead",
-            words.clean_text(cells[0], words.DASH) if cells else words.DASH,
-            [words.clean_text(cell, "") for cell in cells[1:]],
+            format.clean_text(cells[0], format.DASH) if cells else format.DASH,
+            [format.clean_text(cell, "") for cell in cells[1:]],
         )
         for cells in rows.cells
     ]
-    return Table("Rows of the output", [words.clean_text(name) for name in rows.columns], lines)
+    return Table("Rows of the output", [format.clean_text(name) for name in rows.columns], lines)
 
 
 def _run_label(run: ReportedRun) -> str:
-    return f"#{run.execution}{words.NO_BREAK_SPACE}·{words.NO_BREAK_SPACE}{words.format_date(run.started_at)}"
+    return f"#{run.execution}{format.NO_BREAK_SPACE}·{format.NO_BREAK_SPACE}{format.format_date(run.started_at)}"
 
 
 def _runs_caption(what: str, runs: Sequence[ReportedRun]) -> str:
