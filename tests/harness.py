@@ -271,7 +271,7 @@ class Workspace:
         job = load_job(self.job_file)
         with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
-                around = {"clock": lease, "holds": lease.is_valid} | around
+                around = {"clock": lease, "lease_valid": lease.is_valid} | around
             return run(
                 RunContext(job, api.access, ledger, timeouts=timing or Timeouts(), **around), options or RunOptions()
             )
@@ -295,7 +295,7 @@ class Workspace:
             if progress.total and progress.submitted >= progress.total:
                 clock.jumped_s = 3600.0
 
-        summary = self.run_job(api, RunOptions(max_time_s=600.0), clock=clock, show=end_when_submitted)
+        summary = self.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
         assert (summary.exit_code, summary.submitted, summary.pending) == (13, summary.requests, summary.rows)
 
 

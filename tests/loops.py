@@ -61,7 +61,7 @@ class RecordingClient(Client):
 
     request_log: RequestLog
 
-    async def run(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
+    async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
         """Count the POSTs, and those on the wire."""
         log = self.request_log
         log.posts += 1
@@ -75,10 +75,10 @@ class RecordingClient(Client):
         finally:
             log.posts_in_flight -= 1
 
-    async def task(self, task_id: str, *, fresh: bool = False) -> TaskReply:
+    async def poll_task(self, task_id: str, *, new_connection: bool = False) -> TaskReply:
         """Remember who was asked, in order."""
         self.request_log.polled_task_ids.append(task_id)
-        return await super().poll_task(task_id, new_connection=fresh)
+        return await super().poll_task(task_id, new_connection=new_connection)
 
 
 @dataclass

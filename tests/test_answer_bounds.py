@@ -147,10 +147,10 @@ def test_response_size_limit_is_exact(over: int, packed: bool) -> None:  # noqa:
         bound = len(reply.data) - over
     with serve_replies(reply) as server:
         if over <= 0:
-            assert send_get(server.base_url, most_bytes=bound).content == data
+            assert send_get(server.base_url, max_bytes=bound).content == data
             return
         with pytest.raises(AnswerTooLarge, match="larger than") as caught:
-            send_get(server.base_url, most_bytes=bound)
+            send_get(server.base_url, max_bytes=bound)
         assert data.startswith(caught.value.start)
 
 
@@ -186,7 +186,7 @@ def test_endless_response_is_cut_at_limit(data: bytes) -> None:
     with serve_replies(
         lambda seen: Reply(data, ConnectionAction.HANG) if "/a" in seen.line else http_reply(200, {"b": 1})
     ) as server:
-        assert with_transport(server.base_url, two, most_bytes=SMALL).json() == {"b": 1}
+        assert with_transport(server.base_url, two, max_bytes=SMALL).json() == {"b": 1}
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -196,7 +196,7 @@ def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT
     reply = http_reply(200, gzip.compress(data), content_encoding="gzip") if packed else http_reply(200, data)
     with serve_replies(reply) as server:
         with pytest.raises(AnswerTooLarge) as caught:
-            send_get(server.base_url, most_bytes=SMALL)
+            send_get(server.base_url, max_bytes=SMALL)
         assert caught.value.start == data[:KEPT_START_BYTES]
 
 

@@ -442,7 +442,7 @@ def run(_):
     try:
         exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
     except (KeyboardInterrupt, cli.Interrupted):
-        return cli.Exit.INTERRUPTED
+        return cli.ExitCode.INTERRUPTED
 
 cli.run_command = run
 cli.main()

@@ -114,12 +114,12 @@ def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def work(backend: FakeBackend) -> None:
         for worker in backend.workers:
-            worker.report(tally=RunCounters(submitted=2))
+            worker.report(counters=RunCounters(submitted=2))
         backend.workers[0].exit(ended=False)
 
     def stop(backend: FakeBackend) -> None:
         refused = {ExitCode.KEY: ("the API refuses the key", None)}
-        backend.workers[1].report(tally=RunCounters(submitted=3), reasons=refused, closing=True)
+        backend.workers[1].report(counters=RunCounters(submitted=3), exit_reasons=refused, stop_submitting=True)
 
     words: list[list[WorkerCommand]] = []
 

@@ -446,7 +446,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         for number in numbers:
             self.settle_attempt(number, State.IN_DOUBT)
 
-    @precondition(lambda self: self.model.posts)
+    @precondition(lambda self: self.model.attempts)
     @rule(data=st.data(), move=st.sampled_from(["accepted", "refused", "rejected", "doubt", "settle"]))
     def late_transition(self, data: Any, move: str) -> None:
         """Try any move on any attempt that is settled: it raises and changes nothing."""

@@ -181,7 +181,7 @@ def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> N
         seen.append(progress.in_flight)
 
     with serve_api(tmp_path / "api.db", latency="fixed(0.3)") as api:
-        summary = workspace.run_job(api, show=show)
+        summary = workspace.run_job(api, on_progress=show)
 
     assert summary.exit_code == ExitCode.OK
     assert 0 < max(seen) <= 40 * 1 * 0.25

@@ -33,7 +33,7 @@ def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None 
             raise error
         return page
 
-    module.render = render  # type: ignore[attr-defined]
+    module.render_report = render  # type: ignore[attr-defined]
     with patch.dict(sys.modules, {"enrich.report.render": module}):
         yield
 

@@ -127,7 +127,7 @@ def test_unused_slots_expire() -> None:
 def test_retry_after_applies_to_all() -> None:
     """A 429 shuts the door for everybody who looks, for as long as the API says; then they are slower."""
     state, first = take_slots(shared_state(50.0), 100.0, [], 8)
-    state, result = take_slots(state, 100.1, [RateEvent("throttled", 3.0)], 8)
+    state, result = take_slots(state, 100.1, [RateEvent("record_throttled", 3.0)], 8)
     state, other = take_slots(state, 101.0, [], 8)
     assert first.slots
     assert not result.slots

@@ -80,7 +80,7 @@ class RescueRecorder:
     def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Keep that nothing was accepted, so that it does not become a doubt."""
         for attempt, error, now_ms in updates:
-            self._update_line(attempt, state="record_refused", error=error, settled_ms=now_ms)
+            self._update_line(attempt, state="refused", error=error, settled_ms=now_ms)
 
     def record_rejected(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Keep that the API refused the params."""

@@ -24,7 +24,7 @@ JSON_COLUMNS = {
 
 
 def _script(name: str) -> str:
-    return (files("enrich.store") / name).read_text(encoding="utf-8")
+    return (files("enrich.ledger") / name).read_text(encoding="utf-8")
 
 
 #: The scripts of a SQLite file and of a PostgreSQL schema; a new version of the tables is a new script at the end.
