@@ -14,13 +14,13 @@ from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
 from enrich.ledger.database import ledger_exists
+from enrich.ledger.forgotten import read_or_make_key
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.model import OPEN_STATES, SystemClock
 from enrich.rows.reader import JobInput
-from enrich.rows.suppression import read_or_make_key
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
 from enrich.run.preflight import template_from_ledger

@@ -19,10 +19,10 @@ from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_
 from enrich.ledger import copy
 from enrich.ledger.copy import COPIED_TABLES, copy_ledger
 from enrich.ledger.database import ledger_exists
+from enrich.ledger.forgotten import key_path, read_or_make_key
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import lock_ledger
 from enrich.ledger.verify import check_ledger
-from enrich.rows.suppression import key_path, read_or_make_key
 from tests import postgres as servers
 from tests.books import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
 from tests.cases import examples

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from enrich.errors import CommandRefused
 from enrich.files import reader
 from enrich.job.job import load_job
+from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
 from enrich.model import Call
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
-from enrich.rows.suppression import ForgottenRequests, keyed_hash
 from enrich.rows.template import RequestTemplate
 from tests.buckets import BUCKET, put_object
 from tests.cases import in_turn

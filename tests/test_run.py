@@ -324,7 +324,9 @@ def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A formula that comes from the API gets a quote in CSV; the person's own cells stay as they are."""
-    monkeypatch.setattr("enrich.sandbox.answers.invent_fields", lambda *_: {"email": '=HYPERLINK("http://evil.example")'})
+    monkeypatch.setattr(
+        "enrich.sandbox.answers.invent_fields", lambda *_: {"email": '=HYPERLINK("http://evil.example")'}
+    )
     leads = make_leads(6)
     leads[0][4] = "=1+1"
     workspace.write_leads(leads)

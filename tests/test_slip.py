@@ -220,7 +220,9 @@ def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> N
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
         waited = iter([601])
-        summary = workspace.run_job(api, on_progress=lambda _: api.advance(next(waited, 0)))  # once it knows its balance
+        summary = workspace.run_job(
+            api, on_progress=lambda _: api.advance(next(waited, 0))
+        )  # once it knows its balance
 
     assert summary.balance_before is not None
     assert summary.balance_after is not None

@@ -15,10 +15,10 @@ from enrich.errors import CommandRefused
 from enrich.job.locations import LedgerLocation
 from enrich.ledger.database import Database, delete_ledger, ledger_exists
 from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.forgotten import key_path
 from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
 from enrich.ledger.verify import LedgerVerifier
-from enrich.rows.suppression import key_path
 
 #: All that a ledger remembers, with what tells the rows of a table apart. Who refers to another is checked at the end.
 COPIED_TABLES = {

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from enrich.ledger.enroll import MAX_ROWS, OPEN_ATTEMPT
+from enrich.ledger.forgotten import ForgottenRequests, key_id, keyed_hash, read_key
 from enrich.ledger.rescue import RescueQueries
 from enrich.model import to_json_text
-from enrich.rows.suppression import ForgottenRequests, key_id, keyed_hash, read_key
 
 
 class Ledger(RescueQueries):

@@ -12,6 +12,7 @@ from typing import Any
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
+from enrich.ledger.forgotten import ForgottenRequests
 from enrich.ledger.history import AttemptRow, LedgerReader, RequestRow
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
@@ -27,7 +28,6 @@ from enrich.rows.lookup import (
     rows_by_request,
 )
 from enrich.rows.reader import JobInput
-from enrich.rows.suppression import ForgottenRequests
 from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import template_from_ledger
 

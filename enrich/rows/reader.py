@@ -17,8 +17,9 @@ from enrich.files.reader import InMemoryRows, InputPart, InputSchema, InputTable
 from enrich.files.values import text_frame
 from enrich.job.bounded_read import read_bounded
 from enrich.job.job import Job, suggest_name
+from enrich.ledger.forgotten import ForgottenRequests
 from enrich.rows.requests import CHANGE_COLUMNS, ENRICH_COLUMNS, RequestBuilder, RowBatch
-from enrich.rows.suppression import MAX_LIST_BYTES, ForgottenRequests, read_suppression
+from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
 from enrich.rows.template import RequestTemplate
 from enrich.rows.where import (
     PER_ROW_MESSAGE,

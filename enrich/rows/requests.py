@@ -14,8 +14,8 @@ import polars as pl
 from enrich.files.values import quote_json
 from enrich.job.job import Job
 from enrich.job.spec import Param
+from enrich.ledger.forgotten import ForgottenRequests
 from enrich.model import RowRequest, RowStatus
-from enrich.rows.suppression import ForgottenRequests
 from enrich.rows.template import RequestTemplate
 
 #: No top-level domain is a number: what ends in one is a date, an amount or an IP address.

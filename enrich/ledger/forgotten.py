@@ -1,0 +1,75 @@
+"""Keyed hashes of forgotten people, and the file of their key."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from secrets import token_bytes
+
+from enrich.errors import CommandRefused
+from enrich.job.bounded_read import read_bounded
+from enrich.job.locations import LedgerLocation, path_beside_ledger
+
+
+@dataclass(frozen=True, slots=True)
+class ForgottenRequests:
+    """What was asked about people who were forgotten, known by keyed hashes alone."""
+
+    key: bytes
+    hashes: frozenset[bytes] = frozenset()
+
+    def __contains__(self, params: str) -> bool:
+        """Tell whether this (JSON, as sent) was asked about one of them."""
+        return bool(self.hashes) and keyed_hash(self.key, params.encode()) in self.hashes
+
+
+_KEY_BYTES = 32
+
+
+def key_path(ledger: LedgerLocation) -> Path:
+    """Where the key to a ledger's hashes lies: beside it, so that a copy of the ledger alone tells nobody."""
+    return path_beside_ledger(ledger, ".key")
+
+
+def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
+    """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
+    path = key_path(ledger)
+    try:
+        key = read_bounded(path)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if len(key) == _KEY_BYTES and expected_key_id in (None, key_id(key)):
+            return key
+        reason = "it is not the one that they were forgotten with"
+    raise CommandRefused(
+        f"{path}: the key to those who were forgotten cannot be used: {reason}",
+        "restore it from a backup: without it they would be asked about again",
+    )
+
+
+def read_or_make_key(ledger: LedgerLocation) -> bytes:
+    """Read the key, or make one (0600), whole or not at all."""
+    path = key_path(ledger)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return read_key(ledger, None)
+
+
+def keyed_hash(key: bytes, value: bytes) -> bytes:
+    """Hash what tells of a person so that nobody without the key can tell of whom."""
+    return blake2b(value, key=key, digest_size=16, person=b"enrich-forgotten").digest()
+
+
+def key_id(key: bytes) -> str:
+    """Name a key without telling it."""
+    return blake2b(key, digest_size=16, person=b"enrich-key").hexdigest()
