@@ -15,11 +15,11 @@ from pathlib import Path
 import click
 
 from enrich import __version__
-from enrich.commands import look, nightly, options, report, run, setup, upkeep
+from enrich.commands import ledger, look, nightly, options, report, run, setup
+from enrich.commands.streams import flush_error, guard_streams
 from enrich.databar.outside_text import clean_text
 from enrich.errors import EnrichError, ExitCode, Interrupted
 from enrich.sandbox.command import sandbox
-from enrich.streams import flush_error, guard_streams
 
 
 def main() -> None:
@@ -149,8 +149,8 @@ for command in (
     nightly.doctor,
     setup.schema,
     sandbox,
-    upkeep.ledger,
-    upkeep.forget,
-    upkeep.purge,
+    ledger.ledger,
+    ledger.forget,
+    ledger.purge,
 ):
     cli.add_command(command)

@@ -15,7 +15,7 @@ import psycopg
 from enrich.job.locations import LedgerLocation
 from enrich.ledger.dialect import Cursor
 from enrich.ledger.ledger import Ledger
-from enrich.model import Answer, Call, Claim, RequestSelection, RowRequest, State
+from enrich.models import Answer, Call, Claim, RequestSelection, RowRequest, State
 
 P = ParamSpec("P")
 T = TypeVar("T")

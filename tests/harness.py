@@ -30,7 +30,7 @@ from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.model import SystemClock
+from enrich.models import SystemClock
 from enrich.run.context import Progress, RunContext, RunOptions
 from enrich.run.pipeline import run
 from enrich.run.poll_schedule import PollSchedule

@@ -13,7 +13,7 @@ from enrich.databar.answers import TaskReply
 from enrich.databar.client import Client
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import Call, Clock, SystemClock
+from enrich.models import Call, Clock, SystemClock
 from enrich.run.budget import Budget
 from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.dispatcher import Dispatcher

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
 
+from enrich.exit_codes import RequiredAction
 from enrich.report.data import (
     Anomaly,
     AnswerAge,
@@ -24,7 +25,6 @@ from enrich.report.data import (
     ReportedWaterfall,
     Traffic,
 )
-from enrich.watch.outcome import RequiredAction
 from tests.harness import Workspace
 
 FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.model import SettledAttempt, State
+from enrich.models import SettledAttempt, State
 from enrich.report import anomalies as rules
 from enrich.report.anomalies import (
     AnswerStats,

@@ -18,7 +18,7 @@ from enrich.databar.answers import (
     task_phase,
     value_at,
 )
-from enrich.model import Answer, State
+from enrich.models import Answer, State
 from tests.cases import in_turn
 
 EMAIL = "ada@engine.example"

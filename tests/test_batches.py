@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from enrich.files.csv_format import CsvWriter
 from enrich.job.job import load_job
 from enrich.ledger.ledger import Ledger
-from enrich.model import Call, Decision, RowStatus
+from enrich.models import Call, Decision, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import answer_cells

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, ExitCode
 from enrich.ledger.verify import check_ledger
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.dispatcher import Dispatcher
 from enrich.run.state import Timeouts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from enrich.databar.answers import TaskPhase, TaskReply, read_bulk_answers, task_phase
 from enrich.databar.error_bodies import wrong_params, wrong_rows
-from enrich.model import Answer, State
+from enrich.models import Answer, State
 from tests.cases import in_turn
 
 ADA = {"email": "ada@engine.example"}

@@ -8,7 +8,7 @@ import pytest
 
 from enrich.errors import ExitCode
 from enrich.job.spec import Canary
-from enrich.model import State
+from enrich.models import State
 from enrich.run.budget import check_canary
 from enrich.run.context import RunOptions
 from enrich.sandbox.databar import Databar

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.databar.waterfall import Waterfall
-from enrich.model import SettledAttempt, State
+from enrich.models import SettledAttempt, State
 from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
 from tests.books import CALL
 from tests.cases import first_quick, in_turn

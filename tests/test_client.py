@@ -28,7 +28,7 @@ from enrich.errors import (
     Unauthorized,
     UnexpectedResponse,
 )
-from enrich.model import SystemClock
+from enrich.models import SystemClock
 from tests.cases import in_turn
 from tests.harness import SandboxApi, serve_api
 from tests.wire import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port

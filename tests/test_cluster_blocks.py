@@ -31,7 +31,7 @@ from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
 from enrich.ledger.ledger import Ledger
-from enrich.model import Call, Decision, RequestSelection, RowStatus
+from enrich.models import Call, Decision, RequestSelection, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.cluster import ClusterCallbacks
@@ -595,7 +595,7 @@ from pathlib import Path
 from enrich.cluster.connection import connected
 from enrich.cluster.engine import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
-from enrich.model import RequestSelection
+from enrich.models import RequestSelection
 from enrich.job.spec import Input
 from enrich.ledger.ledger import Ledger
 from enrich.tables import storage

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.model import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
+from enrich.models import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
 from enrich.run import poller
 from enrich.run.context import RunContext, RunOptions
 from enrich.run.pipeline import run as run_job
@@ -213,7 +213,7 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 @given(pattern=st.lists(st.booleans(), min_size=0, max_size=12))
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A task that flickers is never written off, however often it is unknown in between."""
-    from enrich.model import Task  # noqa: PLC0415
+    from enrich.models import Task  # noqa: PLC0415
     from enrich.run.poller import OpenTask  # noqa: PLC0415 - the rule alone
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0

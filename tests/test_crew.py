@@ -18,7 +18,7 @@ from enrich.cluster.worker_pool import REPLACEMENTS_PER_WORKER, WorkerPool, post
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ExitCode
 from enrich.job.locations import PostgresLocation as Server
-from enrich.model import Call, SystemClock
+from enrich.models import Call, SystemClock
 from enrich.run.budget import Budget
 from enrich.run.cluster import WorkerHandle
 from enrich.run.loops import WorkConfig

@@ -14,7 +14,7 @@ import pytest
 from enrich.databar.client import MAX_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, ExitCode, LedgerFailed
 from enrich.ledger.ledger import Ledger
-from enrich.model import Call, RowRequest, State
+from enrich.models import Call, RowRequest, State
 from enrich.run.rate_limit import BURST_S
 from enrich.sandbox.faults import Fault
 from tests.books import CALL, CommittingLedger, row_requests

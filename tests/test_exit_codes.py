@@ -16,7 +16,7 @@ import pytest
 
 from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.state import Timeouts
 from enrich.sandbox import Fault

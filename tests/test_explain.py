@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from enrich.commands.explain import describe_next_step
 from enrich.job.spec import Policy, Refresh
 from enrich.ledger.lock import lock_ledger
-from enrich.look.prospects import describe_next_step
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.cases import in_turn
 from tests.harness import (

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.commands.init.column_matching import (
+    COLUMN_KINDS,
+    Column,
+    ColumnMatch,
+    count_matched_params,
+    describe_column,
+    match_columns,
+    result_column_names,
+    unmatched_reason,
+)
 from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
-from enrich.setup.concepts import COLUMN_KINDS, Column, describe_column
-from enrich.setup.guess import ColumnMatch, count_matched_params, match_columns, result_column_names, unmatched_reason
 from tests.cases import in_turn
 
 EMAIL_GETTER = ("first_name", "last_name", "company")

@@ -13,13 +13,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.commands.init.column_matching import describe_column
+from enrich.commands.init.sample import Sample, take_sample
+from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
 from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
-from enrich.setup.concepts import describe_column
-from enrich.setup.sample import Sample, take_sample
-from enrich.setup.template import JobDraft, render_job_file, yaml_scalar
 from tests.cases import examples, first_quick
 from tests.harness import AWAY, SandboxApi, Workspace, make_leads
 
@@ -146,7 +146,7 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
     """It is said, in the file too."""
     gone = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.look.offer.Timeouts", lambda: AWAY):
+    with patch("enrich.commands.waterfalls.Timeouts", lambda: AWAY):
         result = sample_workspace.run_in_process(
             "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone
         )

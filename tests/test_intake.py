@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from enrich.ledger.enroll import stratified_sample
 from enrich.ledger.ledger import Ledger
-from enrich.model import Answer, Decision, RequestSelection, RowRequest, State
+from enrich.models import Answer, Decision, RequestSelection, RowRequest, State
 from enrich.rows.reader import rank_rows, sort_keys
 from tests.books import CALL, FOUND, FREE_FAILURE, NO_MATCH, CommittingLedger, fingerprint, params, row_requests
 from tests.harness import BOTH_BACKENDS

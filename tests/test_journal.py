@@ -16,7 +16,7 @@ from enrich.errors import EnrichError, LedgerFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import State
+from enrich.models import State
 from tests.books import BINDING, COST, FOUND, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger, record_statements
 from tests.harness import BOTH_BACKENDS
 

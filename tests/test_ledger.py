@@ -16,7 +16,7 @@ from enrich.ledger import schema
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
-from enrich.model import Answer, RowRequest, State, Task
+from enrich.models import Answer, RowRequest, State, Task
 from tests.books import (
     BINDING,
     CALL,

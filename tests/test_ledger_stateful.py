@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
-from enrich.model import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
+from enrich.models import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
 from tests.books import BINDING, CommittingLedger, params, row_requests
 from tests.cases import examples
 from tests.postgres import PostgresServer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.ledger.lock import lock_ledger
-from enrich.model import RowStatus
+from enrich.models import RowStatus
 from enrich.monitoring.prometheus import (
     GAUGES,
     Samples,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import JobError
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from enrich.sandbox.catalogue import WATERFALLS

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import ExitCode
-from enrich.model import MICROS_PER_CREDIT
-from enrich.nights import outlook
-from enrich.nights.machine import (
+from enrich.commands.doctor import checks
+from enrich.commands.doctor.checks import Finding
+from enrich.commands.doctor.system import (
     file_name_encoding,
     file_system_type,
     is_accessible_by_others,
@@ -25,7 +24,8 @@ from enrich.nights.machine import (
     parse_env_lines,
     startup_error,
 )
-from enrich.nights.outlook import Finding
+from enrich.errors import ExitCode
+from enrich.models import MICROS_PER_CREDIT
 from tests.cases import in_turn
 
 NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
@@ -142,7 +142,7 @@ def test_file_permissions(tmp_path: Path) -> None:
 )
 def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
     """More than five minutes are told, with their direction."""
-    finding = outlook.check_clock(ahead_s)
+    finding = checks.check_clock(ahead_s)
     assert finding.mark == mark
     assert said in finding.message
 
@@ -170,7 +170,7 @@ def only_finding(findings: Any) -> Finding:
 def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
     """The balance against what must stay, one request's worst price, and what a past run spent."""
     balance, least, worst = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
-    finding = only_finding(outlook.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
+    finding = only_finding(checks.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
     assert (finding.mark, finding.exit_code) == (mark, code)
 
 
@@ -189,7 +189,7 @@ def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]]
     """Below a request's price, below what the last nights needed, or none at all."""
     rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in nights]
     finding = only_finding(
-        outlook.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
+        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
     )
     assert (finding.mark, finding.exit_code) == (mark, code)
 
@@ -198,19 +198,19 @@ def test_expiring_results_finding() -> None:
     """With how many are gone already."""
     hour = 3_600_000
     submitted = [-30 * hour, -20 * hour, -1 * hour]
-    late = outlook.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
+    late = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
     assert late.mark == "warn"
     assert "3 paid requests wait at the API, 2 expire" in late.message
     assert "1 of them should be gone already" in late.message
-    assert outlook.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
-    assert outlook.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
+    assert checks.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
+    assert checks.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
 
 
 def test_old_input_finding() -> None:
     """After two days."""
     day = 86_400
-    assert outlook.check_input_age(0, day).mark == "ok"
-    old = outlook.check_input_age(0, 5 * day)
+    assert checks.check_input_age(0, day).mark == "ok"
+    old = checks.check_input_age(0, 5 * day)
     assert (old.mark, old.message, old.remedy) == ("warn", "did not change for 5 days", "is the export still running?")
 
 
@@ -227,14 +227,14 @@ def test_old_input_finding() -> None:
 )
 def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
     """Codes that are the same after some nights let an older output be replaced."""
-    finding = outlook.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
+    finding = checks.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
     assert finding.mark == mark
     assert said in finding.message
 
 
 def test_output_name_clash_finding() -> None:
     """It would be refused only that night."""
-    finding = outlook.check_output_names(
+    finding = checks.check_output_names(
         lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
     )
     assert (finding.mark, finding.exit_code) == ("fail", 2)
@@ -244,14 +244,14 @@ def test_output_name_clash_finding() -> None:
 @in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
 def test_disk_space_finding(free: int, mark: str) -> None:
     """The output is certain, the ledger's growth is an estimate."""
-    assert outlook.check_free_space(Path("/srv"), free, 100, 50).mark == mark
+    assert checks.check_free_space(Path("/srv"), free, 100, 50).mark == mark
 
 
 def test_next_run_time() -> None:
     """Later today, or tomorrow."""
-    assert outlook.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
-    assert outlook.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
-    assert outlook.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
+    assert checks.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
+    assert checks.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
+    assert checks.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
 
 
 def test_a_finding_is_one_line() -> None:

@@ -26,7 +26,7 @@ from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job
 from enrich.job.spec import Output
 from enrich.ledger.ledger import Ledger
-from enrich.model import Call, RowStatus, State
+from enrich.models import Call, RowStatus, State
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import STATUS_COLUMNS
 from enrich.rows.template import RequestTemplate

@@ -17,7 +17,7 @@ from enrich.errors import CommandRefused
 from enrich.files import reader
 from enrich.job.job import load_job
 from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
-from enrich.model import Call
+from enrich.models import Call
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate

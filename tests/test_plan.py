@@ -20,7 +20,7 @@ from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.job.job import load_job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger
-from enrich.model import DECISIONS_TO_SEND, Decision, State
+from enrich.models import DECISIONS_TO_SEND, Decision, State
 from enrich.run.context import RunOptions
 from enrich.run.plan import Plan, make_plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan

@@ -14,7 +14,7 @@ import pytest
 
 from enrich.errors import EnrichError, ExitCode
 from enrich.ledger.ledger import Ledger
-from enrich.model import MICROS_PER_CREDIT, State, SystemClock
+from enrich.models import MICROS_PER_CREDIT, State, SystemClock
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.state import RunState, Timeouts
 from enrich.sandbox.faults import Fault

@@ -10,7 +10,7 @@ import pytest
 
 from enrich.databar.waterfall import User
 from enrich.errors import ExitCode
-from enrich.model import MICROS_PER_CREDIT, State, read_balance
+from enrich.models import MICROS_PER_CREDIT, State, read_balance
 from enrich.run.balance import explain_balance
 from enrich.run.context import Progress, RunOptions
 from tests.cases import first_quick, in_turn

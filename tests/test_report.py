@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.exit_codes import JobArguments
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
-from enrich.model import Answer, RowStatus, State
+from enrich.models import Answer, RowStatus, State
 from enrich.report.build import build_report, latency_histogram
 from enrich.report.data import Report
-from enrich.watch.outcome import JobArguments
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.cases import first_quick
 from tests.harness import (

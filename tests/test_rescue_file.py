@@ -17,7 +17,7 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.verify import check_ledger
-from enrich.model import State
+from enrich.models import State
 from tests.books import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
 from tests.cases import first_quick
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until

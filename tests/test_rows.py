@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
-from enrich.model import Call, RowStatus
+from enrich.models import Call, RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate

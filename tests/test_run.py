@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from enrich.model import RowStatus
+from enrich.models import RowStatus
 from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api

@@ -18,7 +18,7 @@ import pytest
 
 from enrich import __version__
 from enrich.ledger.lock import lock_ledger
-from enrich.model import State
+from enrich.models import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
 from enrich.run.context import Progress

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from enrich.commands.runs import format_runs, read_runs
 from enrich.job.job import load_job
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked, lock_ledger
-from enrich.look.runs import format_runs, read_runs
 from tests.books import NO_MATCH, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
@@ -99,7 +99,7 @@ def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatc
     ledger = open_ledger(workspace)
     ledger.start_execution()
     ledger.wrapped.close()
-    monkeypatch.setattr("enrich.look.runs.is_locked", lambda _: None)
+    monkeypatch.setattr("enrich.commands.runs.is_locked", lambda _: None)
 
     (run,) = read_runs(load_job(workspace.job_file), 5)["executions"]
 

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.errors import JobError
-from enrich.nights.schedule import (
+from enrich.commands.cron import (
     Schedule,
     ScheduledJob,
     crontab_line,
@@ -24,6 +23,7 @@ from enrich.nights.schedule import (
     systemd_service,
     systemd_timer,
 )
+from enrich.errors import JobError
 from tests.cases import in_turn
 from tests.harness import Workspace, make_leads, serve_api
 

@@ -10,7 +10,7 @@ import pytest
 from enrich.errors import LedgerLocked
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api
 

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import ExitCode
-from enrich.model import RowStatus
+from enrich.exit_codes import JobArguments, format_actions, required_actions
+from enrich.models import RowStatus
 from enrich.run.balance import explain_balance
 from enrich.run.signals import SignalHandler
 from enrich.run.summary import RunFinisher, RunSummary, format_summary
-from enrich.watch.outcome import JobArguments, format_actions, required_actions
 from tests.cases import in_turn
 from tests.harness import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 

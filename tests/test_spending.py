@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from enrich.model import State
+from enrich.models import State
 from enrich.rows.reader import JobInput
 from enrich.run.context import RunOptions
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from enrich.commands.status import format_status, read_status
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
 from enrich.ledger.ledger import Ledger
-from enrich.look.status import format_status, read_status
-from enrich.model import Answer, State, iso_time
+from enrich.models import Answer, State, iso_time
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
 

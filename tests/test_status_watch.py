@@ -14,22 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.job.job import load_job
-from enrich.ledger.history import LatestExecutionRow
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.lock import lock_ledger
-from enrich.look.lookout import RunWatcher
-from enrich.look.picture import RunStatus, RunView, format_headline, format_view, format_view_line
-from enrich.look.watch import (
+from enrich.commands.run_view import RunStatus, RunView, format_headline, format_view, format_view_line
+from enrich.commands.status_watch import (
     ENTER_SCREEN,
     LEAVE_SCREEN,
     NO_HEARTBEAT_TEXT,
     WAITING_TEXT,
     LineDisplay,
+    RunWatcher,
     TerminalDisplay,
     watch_job,
 )
-from enrich.model import iso_time
+from enrich.job.job import load_job
+from enrich.ledger.history import LatestExecutionRow
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
+from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.context import Progress
 from enrich.run.progress import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
@@ -192,7 +192,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         if next(pauses, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("enrich.look.watch.time.sleep", sleep)
+    monkeypatch.setattr("enrich.commands.status_watch.time.sleep", sleep)
 
 
 def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = TerminalDisplay(out, use_color=False, size=lambda: sizes[-1])
     screen.show(make_view(RunStatus.ENDED, ended_ms=NOW), waiting=True)
     first = out.getvalue()
-    monkeypatch.setattr("enrich.look.watch.time.sleep", lambda _: sizes.append((30, 4)))
+    monkeypatch.setattr("enrich.commands.status_watch.time.sleep", lambda _: sizes.append((30, 4)))
     screen.pause(0.01)
 
     assert "\x1b[2J" not in out.getvalue()

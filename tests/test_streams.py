@@ -156,7 +156,7 @@ def test_nonblocking_stdout() -> None:
     """A pipe in non-blocking mode that is full for a moment loses nothing."""
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    code = "from enrich.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
+    code = "from enrich.commands.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
     with subprocess.Popen([sys.executable, "-c", code], stdout=theirs) as process:
         os.close(theirs)
         with open(ours, "rb") as reader:  # noqa: PTH123 - a descriptor

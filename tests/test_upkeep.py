@@ -19,7 +19,7 @@ from enrich.ledger import schema
 from enrich.ledger.database import Database
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.verify import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
-from enrich.model import State
+from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.books import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.cases import examples, first_quick

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from enrich import exit_codes
 from enrich.errors import ExitCode
 from enrich.ledger.lock import lock_ledger
 from enrich.monitoring import healthcheck, notifications
-from enrich.watch import outcome
 from tests.cases import first_quick
 from tests.harness import SandboxApi, Workspace, serve_api, wait_until
 from tests.watch import (
@@ -353,9 +353,9 @@ def test_unresponsive_service_does_not_block_run(
 
 def test_exit_codes_have_text_and_advice() -> None:
     """Nobody is woken without a command that helps, and no code is both fine and not."""
-    assert {int(code) for code in ExitCode} <= set(outcome.EXIT_LABELS)
-    for code in outcome.EXIT_LABELS:
+    assert {int(code) for code in ExitCode} <= set(exit_codes.EXIT_LABELS)
+    for code in exit_codes.EXIT_LABELS:
         assert bool(
-            outcome.required_actions(code, {}, outcome.JobArguments("job.yaml", "job.yaml"))
-        ) is outcome.requires_action(code)
-    assert [code for code in outcome.EXIT_LABELS if outcome.requires_action(code)] == [1, 2, 3, 4, 5, 12, 14, 15]
+            exit_codes.required_actions(code, {}, exit_codes.JobArguments("job.yaml", "job.yaml"))
+        ) is exit_codes.requires_action(code)
+    assert [code for code in exit_codes.EXIT_LABELS if exit_codes.requires_action(code)] == [1, 2, 3, 4, 5, 12, 14, 15]

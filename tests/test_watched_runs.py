@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 
+from enrich.commands.run_view import RunStatus, format_headline
+from enrich.commands.status import read_status
+from enrich.commands.status_watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, RunWatcher, watch_job
 from enrich.job.job import load_job
-from enrich.look.lookout import RunWatcher
-from enrich.look.picture import RunStatus, format_headline
-from enrich.look.status import read_status
-from enrich.look.watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, watch_job
 from enrich.monitoring import log_file
 from tests.harness import Workspace, kill_process, make_leads, read_terminal, reset_signals, serve_api, wait_until
 from tests.watch import log_lines

@@ -30,7 +30,7 @@ from enrich.job.job import Job
 from enrich.job.locations import ObjectUrl
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.ledger import Ledger
-from enrich.model import RequestSelection
+from enrich.models import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 

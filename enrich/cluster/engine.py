@@ -21,7 +21,7 @@ from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
-from enrich.model import RequestSelection
+from enrich.models import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate

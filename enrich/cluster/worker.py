@@ -18,7 +18,7 @@ from enrich.job.locations import PostgresLocation
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import SystemClock, Task
+from enrich.models import SystemClock, Task
 from enrich.run.loops import WorkConfig
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller

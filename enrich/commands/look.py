@@ -33,12 +33,11 @@ def status(
     When none is at work it waits for the next; Ctrl-C leaves. Off a terminal each look is a line, with --json an
     object. A run is not disturbed by it.
     """
-    from enrich.look.status import format_status, read_status
+    from enrich.commands.status import format_status, read_status
 
     job = options.load_job_file(job_file, None, None, ledger, use_sandbox)
     if watching:
-        from enrich.look.lookout import RunWatcher
-        from enrich.look.watch import DEFAULT_INTERVAL_S, watch_job
+        from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 
         if every == 0:
             raise click.UsageError("--every 0s is too often: at least 1s")
@@ -58,7 +57,7 @@ def status(
 @options.JSON_OPTION
 def reconcile(job_file: Path, ledger: str | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
     """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
-    from enrich.look.reconcile import format_reconciliation, reconcile_job
+    from enrich.commands.reconcile import format_reconciliation, reconcile_job
 
     job = options.load_job_file(job_file, None, None, ledger, use_sandbox)
     with options.open_access(job, use_sandbox=use_sandbox) as access:
@@ -76,7 +75,7 @@ def reconcile(job_file: Path, ledger: str | None, use_sandbox: bool, since: int 
 @options.JSON_OPTION
 def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_json: bool) -> None:
     """List the executions of JOB, newest first (times are UTC)."""
-    from enrich.look.runs import format_runs, read_runs
+    from enrich.commands.runs import format_runs, read_runs
 
     result = read_runs(options.load_job_file(job_file, None, None, ledger, use_sandbox), last)
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_runs(result)))
@@ -100,8 +99,8 @@ def explain(
     as_json: bool,
 ) -> None:
     """Tell everything that ever happened to one lead of JOB, without network."""
-    from enrich.look.explain import explain_leads as tell
-    from enrich.look.explain import format_explanation
+    from enrich.commands.explain import explain_leads as tell
+    from enrich.commands.explain import format_explanation
 
     if (row is None) == (match is None):
         raise click.UsageError('say which lead: --row N or --match "Email=ada@engine.example"')

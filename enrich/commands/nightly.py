@@ -17,7 +17,7 @@ from enrich.commands import options
 from enrich.errors import EnrichError
 
 if TYPE_CHECKING:
-    from enrich.nights.outlook import Finding
+    from enrich.commands.doctor.checks import Finding
 
 T = TypeVar("T")
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -33,13 +33,13 @@ def _parse_option(parse: Callable[[str], T], value: str) -> T:
 
 
 def _time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    from enrich.nights.schedule import parse_time_of_day
+    from enrich.commands.cron import parse_time_of_day
 
     return _parse_option(parse_time_of_day, value)
 
 
 def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
-    from enrich.nights.schedule import parse_days
+    from enrich.commands.cron import parse_days
 
     return () if value is None else _parse_option(parse_days, value)
 
@@ -71,21 +71,22 @@ def cron(
     force: bool,
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
+    from enrich.commands import cron
+    from enrich.commands.doctor import system
+    from enrich.commands.paths import files_written, nearest_existing
     from enrich.job.spec import parse_duration
-    from enrich.nights import machine, schedule
-    from enrich.setup.places import files_written, nearest_existing
 
     _parse_option(parse_duration, max_time)
     job = options.load_job_file(job_file, None, None, None, use_sandbox=False)
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
-    run_schedule = schedule.Schedule(*at, days)
+    run_schedule = cron.Schedule(*at, days)
     folders = {
         nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
     }
-    plan = schedule.ScheduledJob(
+    plan = cron.ScheduledJob(
         name=job.name,
-        command=machine.enrich_command(),
+        command=system.enrich_command(),
         job=job_file.absolute(),
         log=log,
         key_file=key_path.absolute(),
@@ -96,20 +97,20 @@ def cron(
         environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
     )
     units = {
-        f"{plan.unit_name}.service": schedule.systemd_service(plan),
-        f"{plan.unit_name}.timer": schedule.systemd_timer(plan),
+        f"{plan.unit_name}.service": cron.systemd_service(plan),
+        f"{plan.unit_name}.timer": cron.systemd_timer(plan),
     }
     if output_dir is not None:
         _write_units(output_dir, units, force=force)
     if only != "systemd" and not (output_dir and only is None):
-        click.echo(schedule.crontab_text(plan), nl=False)
+        click.echo(cron.crontab_text(plan), nl=False)
     if only != "crontab" and output_dir is None:
         for name, text in units.items():
             click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)
 
 
 def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    from enrich.setup.init import write_new_file
+    from enrich.commands.init.command import write_new_file
 
     for name, text in units.items():
         write_new_file(text, folder / name, force=force)
@@ -140,8 +141,8 @@ def doctor(
     It sees the world as cron will: without the variables of this shell. Nothing is written or paid. Exit 0
     when nothing fails, else the exit code that the run would have.
     """
-    from enrich.nights import doctor as practice
-    from enrich.nights.outlook import error_finding, next_run_time
+    from enrich.commands.doctor import command
+    from enrich.commands.doctor.checks import error_finding, next_run_time
 
     environ = _make_cron_environ(given, env_file)
     now = datetime.now().astimezone()
@@ -149,23 +150,23 @@ def doctor(
     with ExitStack() as stack:
         shell = stack.enter_context(_cron_environment(environ))
         access = stack.enter_context(options.open_access(None, use_sandbox=True)) if use_sandbox else None
-        context = practice.DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
+        context = command.DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         try:
             job = options.load_job_file(job_file, None, None, None, use_sandbox)
         except EnrichError as error:
-            findings = [error_finding("job", error), *practice.environment_findings(context)]
+            findings = [error_finding("job", error), *command.environment_findings(context)]
         else:
-            findings = list(practice.job_findings(job, context))
+            findings = list(command.job_findings(job, context))
     if as_json:
-        click.echo(json.dumps(practice.findings_as_json(str(job_file), findings), ensure_ascii=False))
+        click.echo(json.dumps(command.findings_as_json(str(job_file), findings), ensure_ascii=False))
     else:
         click.echo("\n".join(map(str, findings)))
-    return practice.findings_exit_code(findings)
+    return command.findings_exit_code(findings)
 
 
 def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
     """Make the environment that cron will give: next to nothing, and what the crontab sets."""
-    from enrich.nights.machine import parse_env_lines
+    from enrich.commands.doctor.system import parse_env_lines
 
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:

@@ -14,9 +14,9 @@ from enrich.commands import options
 from enrich.commands.witnessed import make_job_arguments
 
 if TYPE_CHECKING:
+    from enrich.exit_codes import JobArguments
     from enrich.job.job import Job
     from enrich.report.data import Comparison, Report
-    from enrich.watch.outcome import JobArguments
 
 
 @click.command(short_help="Write the report of JOB: one HTML page.")

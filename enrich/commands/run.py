@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import click
 
 from enrich.commands import options
-from enrich.commands.engines import engine_options, make_cluster_options, open_engine
+from enrich.commands.options import engine_options, make_cluster_options, open_engine
 from enrich.commands.report import write_run_report
 from enrich.commands.witnessed import make_job_arguments, with_observers
 from enrich.errors import ExitCode, LedgerLocked
 
 if TYPE_CHECKING:
+    from enrich.exit_codes import JobArguments
     from enrich.job.job import Job
     from enrich.monitoring.observers import RunObservers
     from enrich.run.context import RunOptions
     from enrich.run.summary import RunSummary
-    from enrich.watch.outcome import JobArguments
 
 
 @click.command()
@@ -85,7 +85,7 @@ def run(
     Collects what is outstanding, submits what was never asked, polls, writes the output and
     prints the receipt. Nothing is paid for twice, whatever ended the run before.
     """
-    from enrich.model import State
+    from enrich.models import State
     from enrich.run.context import RunOptions
     from enrich.run.plan_file import read_plan
 
@@ -142,7 +142,7 @@ def _run_pipeline(
 ) -> RunSummary:
     """Run under the lock, with the bar and the witnesses."""
     from enrich.ledger.lock import lock_ledger, open_for_run
-    from enrich.model import SystemClock
+    from enrich.models import SystemClock
     from enrich.monitoring.progress_bar import ProgressBar
     from enrich.run.context import Progress, RunContext
     from enrich.run.pipeline import run
@@ -193,8 +193,8 @@ def _confirm(plan_text: str) -> bool:
 
 
 def _show_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
+    from enrich.exit_codes import format_actions, required_actions
     from enrich.run.summary import format_summary
-    from enrich.watch.outcome import format_actions, required_actions
 
     paint = options.make_styler()
     if summary.error:
@@ -243,7 +243,7 @@ def plan(
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
     from enrich.ledger.lock import is_locked
-    from enrich.model import State
+    from enrich.models import State
     from enrich.run.context import RunOptions
     from enrich.run.plan import format_plan, make_plan
     from enrich.run.plan_file import write_plan

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.JSON_OPTION
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
     """Show what the API offers: waterfalls, their params, fields, providers and prices."""
-    from enrich.look.offer import format_waterfalls, read_waterfalls
+    from enrich.commands.waterfalls import format_waterfalls, read_waterfalls
 
     with options.open_access(None, use_sandbox=use_sandbox) as access:
         available = read_waterfalls(access, identifier)
@@ -60,8 +60,8 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
 
     Each guess says how it was made. Then: enrich check JOB.
     """
-    from enrich.setup.init import draft_job, rank_waterfalls, write_new_file
-    from enrich.setup.sample import take_sample
+    from enrich.commands.init.command import draft_job, rank_waterfalls, write_new_file
+    from enrich.commands.init.sample import take_sample
 
     if use_sandbox and offline:
         raise click.UsageError("--sandbox asks, --offline does not: choose one")
@@ -86,9 +86,9 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall
     """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
     from datetime import UTC, datetime
 
+    from enrich.commands.waterfalls import read_waterfalls
     from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
     from enrich.errors import ApiKeyRejected, ApiUnreachable
-    from enrich.look.offer import read_waterfalls
 
     documented = (
         list(DOCUMENTED_WATERFALLS.values()),
@@ -122,9 +122,9 @@ def check(
     """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
     import os
 
+    from enrich.commands import check
     from enrich.databar.credentials import find_base_url, host_of
     from enrich.run.preflight import query_api
-    from enrich.setup import check as checking
 
     job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
     live = None
@@ -134,11 +134,11 @@ def check(
             live = query_api(access, job.model.waterfall)
         if not use_sandbox:
             bound_to["workspace"] = live.user.workspace
-    result = checking.check_job(job, bound_to, live.waterfall if live else None)
+    result = check.check_job(job, bound_to, live.waterfall if live else None)
     if as_json:
-        click.echo(json.dumps(checking.check_as_json(job, result), ensure_ascii=False))
+        click.echo(json.dumps(check.check_as_json(job, result), ensure_ascii=False))
     elif not result.problems:
-        click.echo(f"ok: {checking.check_summary(job, result)}")
+        click.echo(f"ok: {check.check_summary(job, result)}")
     for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)
     for problem in result.problems:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from enrich.errors import EnrichError, ExitCode
-from enrich.watch.outcome import JobArguments
+from enrich.exit_codes import JobArguments
 
 
 def with_observers(command: Callable[..., int]) -> Callable[..., int]:

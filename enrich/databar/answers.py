@@ -13,7 +13,7 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
-from enrich.model import MICROS_PER_CREDIT, Answer, State, to_json_text, to_micros
+from enrich.models import MICROS_PER_CREDIT, Answer, State, to_json_text, to_micros
 
 
 class TaskPhase(Enum):

@@ -30,7 +30,7 @@ from enrich.errors import (
     SubmissionUnconfirmed,
     UnexpectedResponse,
 )
-from enrich.model import Clock
+from enrich.models import Clock
 
 #: POSTs on the wire at once, at most: what a kill can leave in doubt.
 MAX_POSTS_IN_FLIGHT = 32

@@ -44,7 +44,7 @@ from enrich.errors import (
     TaskUnknown,
     Unauthorized,
 )
-from enrich.model import to_json_text
+from enrich.models import to_json_text
 
 #: A longer id is no task id.
 MAX_ID_LENGTH = 512

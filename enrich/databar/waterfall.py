@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from enrich.databar.outside_text import clean_line
-from enrich.model import to_credits, to_micros
+from enrich.models import to_credits, to_micros
 
 
 def _read_line(value: object) -> object:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken
 from collections.abc import Iterable
 
-from enrich.model import Call
+from enrich.models import Call
 
 
 def load_postgres() -> ModuleType:

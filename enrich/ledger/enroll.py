@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from enrich.job.locations import LedgerLocation
 from enrich.ledger.database import OPEN_TIMEOUT_S, LatencyQueries
-from enrich.model import (
+from enrich.models import (
     DECISIONS_TO_SEND,
     Call,
     Decision,

@@ -13,7 +13,7 @@ from enrich.job.locations import LedgerLocation
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.enroll import OPEN_ATTEMPT
-from enrich.model import State
+from enrich.models import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from enrich.ledger.database import OPEN_TIMEOUT_S
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
-from enrich.model import boottime
+from enrich.models import boottime
 
 #: So often in a lease its holder says that it lives.
 RENEWALS_PER_LEASE = 6

@@ -14,7 +14,7 @@ from typing import Any
 from enrich.ledger.enroll import MAX_ROWS, OPEN_ATTEMPT
 from enrich.ledger.forgotten import ForgottenRequests, key_id, keyed_hash, read_key
 from enrich.ledger.rescue import RescueQueries
-from enrich.model import to_json_text
+from enrich.models import to_json_text
 
 
 class Ledger(RescueQueries):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from enrich.ledger.enroll import OPEN_ATTEMPT, EnrollQueries
-from enrich.model import Call, SettledAttempt, State
+from enrich.models import Call, SettledAttempt, State
 
 #: So many of the newest attempts tell what a request costs today.
 PRICE_SAMPLE_SIZE = 100_000

@@ -14,7 +14,7 @@ from typing import Any
 
 from enrich.ledger.enroll import OPEN_ATTEMPT, QUEUED
 from enrich.ledger.task_ids import JSON_NUMBERS, TaskIdQueries
-from enrich.model import DUPLICATE_TASK_ID, Acceptance, Answer, Claim, State, Task, to_json_text
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, Claim, State, Task, to_json_text
 
 #: Word for word the condition of the index `written_off`.
 WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0"

@@ -14,7 +14,7 @@ from enrich.ledger.enroll import OPEN_ATTEMPT
 from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
 from enrich.ledger.takeover import LeaseQueries
 from enrich.ledger.task_ids import JSON_NUMBERS
-from enrich.model import Answer, State, to_json_text
+from enrich.models import Answer, State, to_json_text
 
 #: Attempts whose answer would be charged again without them.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"

@@ -13,7 +13,7 @@ from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.queue import InDoubtUpdate
 from enrich.ledger.rescue import SETTLED_STATES, RescueQueries
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
-from enrich.model import Acceptance, Answer, State
+from enrich.models import Acceptance, Answer, State
 
 #: Lines that are written at a time.
 _LINES_PER_WRITE = 1000

@@ -15,7 +15,7 @@ from enrich.ledger.enroll import OPEN_ATTEMPT
 from enrich.ledger.process_id import current_process_name, is_gone
 from enrich.ledger.queue import QueueTransitions
 from enrich.ledger.task_ids import JSON_NUMBERS
-from enrich.model import Task, to_json_text
+from enrich.models import Task, to_json_text
 
 #: A lease that ran out while the server was down goes on: nobody could say that he lived.
 _REMAINING_S = (

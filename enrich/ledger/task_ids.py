@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from enrich.ledger.queries import HistoryQueries
-from enrich.model import Acceptance, Answer, to_json_text
+from enrich.models import Acceptance, Answer, to_json_text
 
 #: The numbers of a JSON list.
 JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"

@@ -12,7 +12,7 @@ import httpx
 
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import Interrupted, JobError
-from enrich.watch.outcome import NEUTRAL_CODES, SUCCESS_CODES
+from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
 
 
 class BackgroundTask:

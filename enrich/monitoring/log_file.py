@@ -19,7 +19,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from enrich.errors import CommandRefused
-from enrich.model import iso_time
+from enrich.models import iso_time
 from enrich.run.context import Progress
 
 VERSION = 1

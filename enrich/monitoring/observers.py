@@ -9,18 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from enrich import __version__
+from enrich import __version__, exit_codes
 from enrich.errors import ExitCode
 from enrich.job.job import Job
 from enrich.ledger.history import LedgerReader, try_read
-from enrich.model import iso_time
+from enrich.models import iso_time
 from enrich.monitoring import prometheus
 from enrich.monitoring.healthcheck import Healthcheck
 from enrich.monitoring.log_file import RunLog, redact_message
 from enrich.monitoring.notifications import Notifier, read_addresses
 from enrich.run.context import Progress, RunOptions
 from enrich.run.summary import RunSummary, format_summary
-from enrich.watch import outcome
 
 SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
@@ -34,7 +33,7 @@ class RunObservers:
 
     log: RunLog
     print_error: Callable[[str], None]
-    job_arguments: outcome.JobArguments
+    job_arguments: exit_codes.JobArguments
     job: Job | None = None
     _started_at: float = field(default_factory=time.time)
     _previous_execution: int | None = None
@@ -97,7 +96,7 @@ class RunObservers:
             "end", execution=summary.execution, exit_code=summary.exit_code, error=error, receipt=values
         )
         summary_lines = [] if summary.rows is None else format_summary(summary)
-        actions = outcome.required_actions(summary.exit_code, values, self.job_arguments)
+        actions = exit_codes.required_actions(summary.exit_code, values, self.job_arguments)
         self._notify_all(summary.exit_code, prometheus.samples_from_summary(values), error, summary_lines, actions)
 
     def failed(self, code: int, message: str) -> None:
@@ -108,7 +107,7 @@ class RunObservers:
         error = redact_message(message)
         self.log.write_event("error", execution=self._execution_id(), exit_code=code, error=error)
         samples = {} if self._metrics_path is None else prometheus.read_metrics(self._metrics_path)
-        self._notify_all(code, samples, error, [], outcome.required_actions(code, {}, self.job_arguments))
+        self._notify_all(code, samples, error, [], exit_codes.required_actions(code, {}, self.job_arguments))
 
     def _notify_all(
         self,
@@ -116,22 +115,22 @@ class RunObservers:
         samples: prometheus.Samples,
         error: str | None,
         summary_lines: list[str],
-        actions: list[outcome.RequiredAction],
+        actions: list[exit_codes.RequiredAction],
     ) -> None:
         """Tell those who are not here."""
         if self.job is None:
             return
         name = self.job.name
-        headline = f"{name}: exit {code} ({outcome.exit_label(code)})"
+        headline = f"{name}: exit {code} ({exit_codes.exit_label(code)})"
         if self._metrics_path is not None:
             self._write_metrics(self._metrics_path, code, samples)
         if self._healthcheck is not None:
             counts = [" ".join(line.split()) for line in summary_lines if line and not line.startswith("  output")]
             self.report_problem(self._healthcheck.end(code, "; ".join([headline, *counts])))
-        if self._notifier is not None and outcome.requires_action(code):
-            text = [*([error] if error else []), *summary_lines, "", *outcome.format_actions(actions)]
+        if self._notifier is not None and exit_codes.requires_action(code):
+            text = [*([error] if error else []), *summary_lines, "", *exit_codes.format_actions(actions)]
             self.report_problem(
-                self._notifier.send(f"enrich {name}: {outcome.exit_label(code)} (exit {code})", "\n".join(text))
+                self._notifier.send(f"enrich {name}: {exit_codes.exit_label(code)} (exit {code})", "\n".join(text))
             )
 
     def _write_metrics(self, path: Path, code: int, samples: prometheus.Samples) -> None:
@@ -143,7 +142,7 @@ class RunObservers:
             ("enrich_last_end_timestamp_seconds", ""): now,
             ("enrich_exit_code", ""): code,
         }
-        if code in outcome.SUCCESS_CODES:
+        if code in exit_codes.SUCCESS_CODES:
             gauges[SUCCESS_SAMPLE] = now
         elif SUCCESS_SAMPLE not in gauges and last_success is not None:
             gauges[SUCCESS_SAMPLE] = last_success
@@ -156,7 +155,7 @@ class RunObservers:
         """Take what the ledger knows; nothing when it can't be read."""
         job = self._require_job()
         totals = try_read(job.ledger, LedgerReader.totals)
-        last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, outcome.SUCCESS_CODES))
+        last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, exit_codes.SUCCESS_CODES))
         samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
         return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from enrich.job.bounded_read import read_text
 from enrich.ledger.history import LedgerTotals
-from enrich.model import RowStatus, to_credits
+from enrich.models import RowStatus, to_credits
 
 #: Every gauge: what it tells.
 GAUGES = {

@@ -16,7 +16,7 @@ from math import exp, inf, lgamma, sqrt
 from typing import Any
 
 from enrich.databar.answers import PHASE_BY_STATUS, is_blank, parse_data, value_at
-from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State
+from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State
 from enrich.report.data import Anomaly
 from enrich.run.provider_stats import load_task
 

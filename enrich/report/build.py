@@ -15,13 +15,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from enrich.errors import CommandRefused, EnrichError, ExitCode
+from enrich.exit_codes import SUCCESS_CODES, JobArguments, RequiredAction, exit_label, outcome_label, required_actions
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
 from enrich.ledger.queries import ReportedExecutionRow
-from enrich.model import SettledAttempt, count_by_status, iso_time, pluralize, to_credits
+from enrich.models import SettledAttempt, count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.data import (
@@ -40,14 +41,6 @@ from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import read_snapshot
 from enrich.run.provider_stats import ProviderStats, load_waterfalls
 from enrich.run.rebuild import prepare_collector
-from enrich.watch.outcome import (
-    SUCCESS_CODES,
-    JobArguments,
-    RequiredAction,
-    exit_label,
-    outcome_label,
-    required_actions,
-)
 
 #: A bar may stand for so many seconds; so many bars at most show all but the slowest.
 BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from enrich.model import pluralize
+from enrich.models import pluralize
 from enrich.report import drawing, format
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize

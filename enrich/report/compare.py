@@ -16,7 +16,7 @@ from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
-from enrich.model import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
+from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
 from enrich.run.provider_stats import ProviderStats, load_waterfalls

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from enrich.watch.outcome import RequiredAction
+from enrich.exit_codes import RequiredAction
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from enrich.files.values import as_text, text_frame
-from enrich.model import RowStatus
+from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows
 from enrich.run.collector import Collector, JoinedBatch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from enrich.model import pluralize
+from enrich.models import pluralize
 from enrich.report import charts, format, tables, timelines
 from enrich.report.data import (
     Comparison,

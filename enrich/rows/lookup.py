@@ -10,7 +10,7 @@ import polars as pl
 from enrich.errors import JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
-from enrich.model import RowStatus
+from enrich.models import RowStatus
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch, param_values
 from enrich.rows.template import RequestTemplate

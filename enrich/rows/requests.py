@@ -15,7 +15,7 @@ from enrich.files.values import quote_json
 from enrich.job.job import Job
 from enrich.job.spec import Param
 from enrich.ledger.forgotten import ForgottenRequests
-from enrich.model import RowRequest, RowStatus
+from enrich.models import RowRequest, RowStatus
 from enrich.rows.template import RequestTemplate
 
 #: No top-level domain is a number: what ends in one is a date, an amount or an IP address.

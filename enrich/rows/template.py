@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError
 from enrich.job.job import Job, suggest_name
-from enrich.model import Call, to_micros
+from enrich.models import Call, to_micros
 
 
 @dataclass(frozen=True, slots=True)

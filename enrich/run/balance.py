@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from enrich.model import to_credits
+from enrich.models import to_credits
 
 #: Differences below this are rounding.
 ROUNDING_CREDITS = 0.005

@@ -10,7 +10,7 @@ from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
 from enrich.job.spec import Canary
 from enrich.ledger.ledger import Ledger
-from enrich.model import State, to_credits, to_micros
+from enrich.models import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
 

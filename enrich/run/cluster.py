@@ -11,7 +11,7 @@ from typing import Protocol
 from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
 from enrich.job.job import Job
 from enrich.job.locations import Location
-from enrich.model import Decision, RequestSelection
+from enrich.models import Decision, RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate

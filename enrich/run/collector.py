@@ -20,7 +20,7 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger.ledger import Ledger
-from enrich.model import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State, iso_time
+from enrich.models import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State, iso_time
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import CHANGE_COLUMNS, INDEX_COLUMN, STATUS_COLUMNS, RowBatch
 from enrich.rows.template import RequestTemplate

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.ledger.ledger import Ledger
-from enrich.model import Clock, RequestSelection, State, SystemClock
+from enrich.models import Clock, RequestSelection, State, SystemClock
 from enrich.run.plan_file import SavedPlan
 from enrich.run.state import Timeouts
 

@@ -27,7 +27,7 @@ from enrich.errors import (
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Task
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Task
 from enrich.run.budget import Budget
 from enrich.run.state import RunState
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from enrich.databar.client import Client
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import Call
+from enrich.models import Call
 from enrich.run.budget import Budget
 from enrich.run.dispatcher import Dispatcher
 from enrich.run.poller import Poller

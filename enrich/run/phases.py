@@ -16,7 +16,7 @@ from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, Exi
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
 from enrich.rows.reader import JobInput
 from enrich.run.budget import Budget, check_balance, check_canary
 from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts

@@ -22,7 +22,7 @@ from enrich.job.spec import Output
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
-from enrich.model import (
+from enrich.models import (
     DECISIONS_TO_SEND,
     Decision,
     RowDecision,

@@ -15,7 +15,7 @@ from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
-from enrich.model import State, iso_time, to_micros
+from enrich.models import State, iso_time, to_micros
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 

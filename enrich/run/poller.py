@@ -28,7 +28,7 @@ from enrich.errors import (
 )
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import Answer, State, Task
+from enrich.models import Answer, State, Task
 from enrich.run.poll_schedule import PollCost
 from enrich.run.state import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
 

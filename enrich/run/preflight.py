@@ -29,7 +29,7 @@ from enrich.errors import (
 from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.ledger import Ledger
-from enrich.model import Call, SystemClock, read_balance
+from enrich.models import Call, SystemClock, read_balance
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
 from enrich.run.state import Timeouts
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from enrich.errors import LedgerFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import State, SystemClock, to_credits
+from enrich.models import State, SystemClock, to_credits
 from enrich.run.context import Progress, RunContext
 from enrich.run.state import RunState
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from enrich.databar.answers import ParsedData, is_blank, parse_data
 from enrich.databar.waterfall import Waterfall
-from enrich.model import SettledAttempt, State, to_credits, to_micros
+from enrich.models import SettledAttempt, State, to_credits, to_micros
 
 
 @dataclass(frozen=True, slots=True)

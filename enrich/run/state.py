@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode, RateLimited
-from enrich.model import Clock, State
+from enrich.models import Clock, State
 from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.rate_limit import AdaptiveRateLimiter

@@ -12,7 +12,7 @@ from enrich.databar.client import Client
 from enrich.errors import ApiCallFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.model import RowStatus, State, format_credits, format_duration, pluralize, read_balance, to_credits
+from enrich.models import RowStatus, State, format_credits, format_duration, pluralize, read_balance, to_credits
 from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS, explain_balance
 from enrich.run.preflight import Preflight
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, load_waterfalls

@@ -10,7 +10,7 @@ from enrich.databar.credentials import ApiAccess
 from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError, JobRejected
 from enrich.job.job import suggest_name
-from enrich.model import SystemClock
+from enrich.models import SystemClock
 from enrich.run.preflight import retry_until
 from enrich.run.state import Timeouts
 

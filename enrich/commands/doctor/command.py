@@ -10,6 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from enrich.commands.check import CheckResult, check_job, check_summary
+from enrich.commands.doctor import checks, system
+from enrich.commands.doctor.checks import Finding, error_finding
+from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
 from enrich.databar.credentials import ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
@@ -19,14 +23,10 @@ from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked
 from enrich.ledger.sqlite import lock_path
-from enrich.model import State, read_balance, to_micros
-from enrich.nights import machine, outlook
-from enrich.nights.outlook import Finding, error_finding
+from enrich.models import State, read_balance, to_micros
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
-from enrich.setup.check import CheckResult, check_job, check_summary
-from enrich.setup.places import files_read, files_written, local_input_files, nearest_existing, path_exists
 
 #: Executions that are looked back at.
 RECENT_EXECUTIONS = 7
@@ -90,7 +90,7 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
             if context.sandbox_access is None:
                 bound_to["workspace"] = live.user.workspace
             yield Finding("ok", "api", f"{access.host} accepts the key")
-            yield outlook.check_clock(live.clock_ahead_s)
+            yield checks.check_clock(live.clock_ahead_s)
         except EnrichError as error:
             yield error_finding("key" if error.exit_code is ExitCode.KEY else "api", error)
     check = check_job(job, bound_to, live.waterfall if live else None)
@@ -140,7 +140,7 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
     path = Path(environ.get("DATABAR_API_KEY_FILE", "").strip() or home / ".databar" / "config")
     if not path.is_absolute():
         yield Finding("warn", "key", f"{path}: a relative path; cron starts in {home}", "name the absolute path")
-    if machine.is_accessible_by_others(path):
+    if system.is_accessible_by_others(path):
         yield Finding("warn", "key", f"{path}: others may read the key", f"chmod 600 {path}")
 
 
@@ -167,14 +167,14 @@ def _find_access(context: DoctorContext) -> ApiAccess | None:
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Look at the input's age, the output's names and the ledger's file system."""
     if ages := [path.stat().st_mtime for path in local_input_files(job) if os.access(path, os.R_OK)]:
-        yield outlook.check_input_age(max(ages), context.now.timestamp())
+        yield checks.check_input_age(max(ages), context.now.timestamp())
     reserved = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in files_read(job).items()}
     if isinstance(job.ledger, PostgresLocation):
-        yield outlook.check_output_names(job.output_path, context.next_run, reserved)
+        yield checks.check_output_names(job.output_path, context.next_run, reserved)
         return
-    yield outlook.check_output_names(job.output_path, context.next_run, {**reserved, job.ledger: "the ledger"})
-    kind = machine.file_system_type(machine.read_mountinfo(), Path(os.path.realpath(job.ledger)))
-    if machine.is_network_file_system(kind):
+    yield checks.check_output_names(job.output_path, context.next_run, {**reserved, job.ledger: "the ledger"})
+    kind = system.file_system_type(system.read_mountinfo(), Path(os.path.realpath(job.ledger)))
+    if system.is_network_file_system(kind):
         message = f"{job.ledger} is on a network file system ({kind}), whose locks SQLite cannot trust"
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
@@ -201,8 +201,8 @@ def _ledger_findings(
         yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     now_ms, next_run_ms = (int(at.timestamp() * 1000) for at in (context.now, context.next_run))
-    yield outlook.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
-    yield outlook.check_in_doubt(counts.get(State.IN_DOUBT, 0))
+    yield checks.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
+    yield checks.check_in_doubt(counts.get(State.IN_DOUBT, 0))
     max_price = check.template.worst_price if check.template else None
     limits = job.model.limits
     if check.template and live:
@@ -210,10 +210,10 @@ def _ledger_findings(
             make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
             yield error_finding("cap", error)
-    yield from outlook.check_cap(_optional_micros(limits.max_credits), max_price, executions)
+    yield from checks.check_cap(_optional_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row["spent"] for row in executions]
-        yield from outlook.check_balance(
+        yield from checks.check_balance(
             read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
         )
 
@@ -223,7 +223,7 @@ def _ledger_exists(ledger: LedgerLocation) -> bool:
 
 
 def _ledger_is_locked(ledger: LedgerLocation) -> bool:
-    return bool(is_locked(ledger)) if isinstance(ledger, PostgresLocation) else machine.is_lock_held(lock_path(ledger))
+    return bool(is_locked(ledger)) if isinstance(ledger, PostgresLocation) else system.is_lock_held(lock_path(ledger))
 
 
 def _optional_micros(credits_: float | None) -> int | None:
@@ -250,18 +250,18 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         ledger_disk, output = nearest_existing(ledger_folder), job.output_path(context.next_run)
         folders = nearest_existing(output.parent) if isinstance(output, Path) else ledger_disk, ledger_disk
         if folders[0].stat().st_dev == folders[1].stat().st_dev:
-            yield outlook.check_free_space(folders[0], machine.free_bytes(folders[0]), 2 * size, growth)
+            yield checks.check_free_space(folders[0], system.free_bytes(folders[0]), 2 * size, growth)
         else:
-            yield outlook.check_free_space(folders[0], machine.free_bytes(folders[0]), 2 * size, 0)
-            yield outlook.check_free_space(folders[1], machine.free_bytes(folders[1]), 0, growth)
+            yield checks.check_free_space(folders[0], system.free_bytes(folders[0]), 2 * size, 0)
+            yield checks.check_free_space(folders[1], system.free_bytes(folders[1]), 0, growth)
     except (OSError, EnrichError):
         return  # the check has said what cannot be read
 
 
 def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Start the program as cron would, and look at how it would write names."""
-    command = machine.enrich_command()
-    problem = machine.startup_error(command, context.cron_environ)
+    command = system.enrich_command()
+    problem = system.startup_error(command, context.cron_environ)
     if problem:
         message = f"{command[0]} does not start with cron's environment: {problem}"
         yield Finding("fail", "program", message, "install it where cron's user may run it", ExitCode.REFUSED)
@@ -270,7 +270,7 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     paths = [*files_written(job, context.next_run).values(), *files_read(job).values()]
     if all(str(path).isascii() for path in paths):
         return
-    encoding = machine.file_name_encoding(context.cron_environ)
+    encoding = system.file_name_encoding(context.cron_environ)
     if encoding.replace("-", "").lower() != "utf8":
         message = f"cron's Python writes names of files in {encoding}, and the job's paths are not ASCII"
         yield Finding(

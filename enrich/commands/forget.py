@@ -19,7 +19,7 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import find_rescue_files
-from enrich.model import OPEN_STATES, SystemClock
+from enrich.models import OPEN_STATES, SystemClock
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
+from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
 from enrich.files.csv_format import read_batches, read_header
 from enrich.files.reader import InputTable
@@ -17,7 +18,6 @@ from enrich.files.text import FileProblem, TableFile
 from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
-from enrich.setup.concepts import Column, describe_column
 
 SAMPLE_ROWS = 1_000
 SEPARATORS = ",;\t|"

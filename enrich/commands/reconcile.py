@@ -11,7 +11,7 @@ from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
-from enrich.model import SystemClock, read_balance
+from enrich.models import SystemClock, read_balance
 from enrich.run.balance import (
     PART_LABELS,
     ROUNDING_CREDITS,

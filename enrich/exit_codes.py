@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from enrich.model import RowStatus, format_credits, pluralize
+from enrich.models import RowStatus, format_credits, pluralize
 
 #: Exit 15, the canary, belongs to the pipeline; here it is only told.
 EXIT_LABELS = {

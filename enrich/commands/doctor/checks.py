@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from enrich.errors import EnrichError, ExitCode
 from enrich.job.locations import Location
-from enrich.model import CLOCK_TOLERANCE_MS, iso_time, to_credits
+from enrich.models import CLOCK_TOLERANCE_MS, iso_time, to_credits
 
 DAY_S = 86_400.0
 #: An export that did not change for this long is asked after.

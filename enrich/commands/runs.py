@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.history import ExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
-from enrich.model import format_duration, iso_time, pluralize, to_credits
-from enrich.watch.outcome import outcome_label
+from enrich.models import format_duration, iso_time, pluralize, to_credits
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from enrich.commands.init.template import PLACEHOLDER
+from enrich.commands.paths import path_exists, path_problems
 from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field, Waterfall, waterfall_changes
 from enrich.databar.waterfall import Param as Offered
 from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode, JobError
@@ -21,8 +23,6 @@ from enrich.ledger.verify import check_ledger as check_ledger
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params
-from enrich.setup.places import path_exists, path_problems
-from enrich.setup.template import PLACEHOLDER
 
 
 @dataclass(slots=True)

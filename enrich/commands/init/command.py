@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from enrich.commands.init.column_matching import count_matched_params
+from enrich.commands.init.sample import Sample
+from enrich.commands.init.template import JobDraft, render_job_file
 from enrich.databar.waterfall import Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import suggest_name
 from enrich.job.spec import json_schema
-from enrich.setup.guess import count_matched_params
-from enrich.setup.sample import Sample
-from enrich.setup.template import JobDraft, render_job_file
 
 
 def draft_job(sample: Sample, available: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import yaml
 
-from enrich.databar.waterfall import Waterfall
-from enrich.rows.requests import STATUS_COLUMNS
-from enrich.setup.guess import (
+from enrich.commands.init.column_matching import (
     ColumnMatch,
     existing_result_columns,
     match_columns,
     result_column_names,
     unmatched_reason,
 )
-from enrich.setup.sample import Sample
+from enrich.commands.init.sample import Sample
+from enrich.databar.waterfall import Waterfall
+from enrich.rows.requests import STATUS_COLUMNS
 
 #: Stands where a column is missing; `enrich check` knows it.
 PLACEHOLDER = "FILL THIS IN"

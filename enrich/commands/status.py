@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from enrich.commands.run_view import RunStatus
+from enrich.commands.status_watch import RunWatcher
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
-from enrich.look.lookout import RunWatcher
-from enrich.look.picture import RunStatus
-from enrich.model import count_by_status, format_duration, iso_time, pluralize, to_credits
+from enrich.models import count_by_status, format_duration, iso_time, pluralize, to_credits
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 

@@ -126,7 +126,7 @@ def forget(
 
     NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
     """
-    from enrich.erasure import forget_person
+    from enrich.commands.forget import forget_person
 
     job = options.load_job_file(job_file, None, None, instead, use_sandbox)
     count = forget_person(
@@ -149,7 +149,7 @@ def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: b
     """
     from datetime import timedelta
 
-    from enrich.erasure import purge_answers
+    from enrich.commands.forget import purge_answers
 
     job = options.load_job_file(job_file, None, None, instead, use_sandbox)
     confirmed = _confirmed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from enrich.exit_codes import exit_label
 from enrich.job.locations import LedgerLocation
 from enrich.ledger.history import LatestExecutionRow
-from enrich.model import format_duration, iso_time, to_credits
+from enrich.models import format_duration, iso_time, to_credits
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.context import Progress
 from enrich.run.progress import ProgressSnapshot, TrafficCounts
-from enrich.watch.outcome import exit_label
 
 #: Narrower than this nothing can be read; what is wider is cut off by the terminal.
 MIN_COLUMNS = 20

@@ -1,1 +1,0 @@
-"""What can be told of a job and its leads afterwards; and what the API offers."""

@@ -1,1 +1,0 @@
-"""Every night: `enrich cron` and `enrich doctor`."""

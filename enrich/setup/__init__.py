@@ -1,1 +1,0 @@
-"""Setting a job up: `enrich init` and `enrich check`."""

@@ -1,1 +1,0 @@
-"""Those who are told how a run goes."""
