@@ -10,16 +10,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from enrich import __version__
-from enrich.commands import ledger, look, nightly, options, report, run, setup
+from enrich.commands import LEDGER_META_KEY
 from enrich.commands.streams import flush_error, guard_streams
 from enrich.databar.outside_text import clean_text
 from enrich.errors import EnrichError, ExitCode, Interrupted
-from enrich.sandbox.command import sandbox
 
 
 def main() -> None:
@@ -33,6 +34,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, _raise_interrupted)
     # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
     gc.set_threshold(100_000, 50, 100)
+    if instruction := os.environ.get("_ENRICH_COMPLETE"):
+        sys.exit(shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction))
     code = run_command(sys.argv[1:])
     if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
@@ -76,9 +79,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return ExitCode.OK  # the reader of our output left, and there is nothing else to do
     except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
-        return _fail_unexpected(
-            error, None if context is None else context.meta.get(options.LEDGER_META_KEY), as_json=as_json
-        )
+        return _fail_unexpected(error, None if context is None else context.meta.get(LEDGER_META_KEY), as_json=as_json)
     return int(code or 0)
 
 
@@ -124,33 +125,68 @@ def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool) -> i
     return code
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+#: The commands by section of the help: module and short help. A module is imported when its command is used.
+SECTIONS = {
+    "Set up": {
+        "init": ("enrich.commands.init.command", "Write a commented job file for a CSV."),
+        "check": ("enrich.commands.check", "Check JOB before it runs; pays and changes nothing."),
+        "waterfalls": ("enrich.commands.waterfalls", "Show what the API offers, with params and prices."),
+        "schema": ("enrich.commands.schema", "Print the JSON Schema of the job file, for editors."),
+        "cron": ("enrich.commands.cron", "Print the crontab line and the systemd units for JOB."),
+        "doctor": ("enrich.commands.doctor.command", "Check that tonight's run of JOB will work, as cron starts it."),
+    },
+    "Run": {
+        "plan": ("enrich.commands.plan", "Show what a run of JOB would ask and cost; costs nothing."),
+        "run": ("enrich.commands.run", "Enrich the leads of JOB; started again it resumes."),
+        "collect": ("enrich.commands.collect", "Write the output of JOB from the ledger alone."),
+        "sandbox": ("enrich.sandbox.command", "Serve a fake of the Databar API on loopback."),
+    },
+    "Inspect": {
+        "status": ("enrich.commands.status", "Show what the ledger of JOB contains, or watch a run."),
+        "runs": ("enrich.commands.runs", "List the runs of JOB, newest first."),
+        "explain": ("enrich.commands.explain", "Show everything that happened to one lead of JOB."),
+        "report": ("enrich.commands.report", "Write the report of JOB: one HTML page."),
+        "reconcile": ("enrich.commands.reconcile", "Compare the account's balance with the ledger of JOB."),
+    },
+    "Maintain": {
+        "ledger": ("enrich.commands.ledger", "Check, back up or copy a ledger."),
+        "forget": ("enrich.commands.forget", "Erase a person from the ledger of JOB."),
+        "purge": ("enrich.commands.forget", "Erase old params and answers from the ledger of JOB."),
+    },
+}
+COMMANDS = {name: command for commands in SECTIONS.values() for name, command in commands.items()}
+
+
+class LazyGroup(click.Group):
+    """The commands of `COMMANDS`, each imported when it is used: `enrich --help` imports none of them."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, _: click.Context, name: str) -> click.Command | None:
+        """Import a command; None: there is no such command."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[name][0]), name)
+        return command
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in sections."""
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command, or an option of the group."""
+        names = [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, context, incomplete)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="enrich")
 def cli() -> None:
     """Enrich a CSV of leads with a Databar.ai waterfall.
 
     Resumable, never paying twice, losing no answer. Start with: enrich run JOB --sandbox
     """
-
-
-for command in (
-    run.run,
-    run.plan,
-    run.collect,
-    look.status,
-    look.runs,
-    look.explain,
-    look.reconcile,
-    report.report,
-    setup.init,
-    setup.check,
-    setup.waterfalls,
-    nightly.cron,
-    nightly.doctor,
-    setup.schema,
-    sandbox,
-    ledger.ledger,
-    ledger.forget,
-    ledger.purge,
-):
-    cli.add_command(command)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
+
+from enrich.commands import options
 from enrich.commands.init.template import PLACEHOLDER
 from enrich.commands.paths import path_exists, path_problems
+from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field, Waterfall, waterfall_changes
 from enrich.databar.waterfall import Param as Offered
 from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode, JobError
@@ -23,6 +29,7 @@ from enrich.ledger.verify import check_ledger as check_ledger
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params
+from enrich.run.preflight import query_api
 
 
 @dataclass(slots=True)
@@ -240,3 +247,40 @@ def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckRes
     except EnrichError as error:
         result.rows = result.sendable_rows = None
         result.problems.append(error)
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@options.path_options
+@click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")
+@options.JSON_OPTION
+def check(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: str | None,
+    use_sandbox: bool,
+    online: bool,
+    as_json: bool,
+) -> int:
+    """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
+    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
+    live = None
+    bound_to: dict[str, str | None] = {} if use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
+    if online:
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            live = query_api(access, job.model.waterfall)
+        if not use_sandbox:
+            bound_to["workspace"] = live.user.workspace
+    result = check_job(job, bound_to, live.waterfall if live else None)
+    if as_json:
+        click.echo(json.dumps(check_as_json(job, result), ensure_ascii=False))
+    elif not result.problems:
+        click.echo(f"ok: {check_summary(job, result)}")
+    for note in [*result.changes, *result.notes]:
+        click.echo(f"note: {note}", err=True)
+    for problem in result.problems:
+        click.echo(f"error: {problem.message}", err=True)
+        if problem.hint:
+            click.echo(f"hint: {problem.hint}", err=True)
+    return result.exit_code

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
+import click
+
+from enrich.commands import options
+from enrich.commands.doctor import system
+from enrich.commands.init.command import write_new_file
+from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
+from enrich.job.spec import parse_duration
 
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
@@ -208,3 +219,92 @@ def _quote_word(text: str) -> str:
 def _quote_argument(text: str) -> str:
     """Quote a word of a command, in which systemd would put variables for `$NAME`, too."""
     return _quote_word(text).replace("$", "$$")
+
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+T = TypeVar("T")
+#: What the unit and the line take over from the present shell.
+INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
+
+
+def parse_option(parse: Callable[[str], T], value: str) -> T:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    return parse_option(parse_time_of_day, value)
+
+
+def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    return () if value is None else parse_option(parse_days, value)
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option(
+    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="When, in local time."
+)
+@click.option("--days", callback=_days_option, metavar="mon-fri", help="On these days; default: every day.")
+@click.option("--max-time", default="5h", show_default=True, metavar="5h", help="Stop a run after this time.")
+@click.option("--user", help="Who runs it; default: you.")
+@click.option("--key-file", type=options.FILE, help="Where the key lies; default: DATABAR_API_KEY_FILE.")
+@click.option("--log-file", type=options.FILE, help="The log; default: <name>.log beside the job.")
+@click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")
+@click.option("--systemd", "only", flag_value="systemd", help="Print the systemd units only.")
+@click.option("--output-dir", type=FOLDER, help="Write the systemd units into this folder instead.")
+@click.option("--force", is_flag=True, help="Replace units that are there.")
+def cron(
+    job_file: Path,
+    at: tuple[int, int],
+    days: tuple[int, ...],
+    max_time: str,
+    user: str | None,
+    key_file: Path | None,
+    log_file: Path | None,
+    only: str | None,
+    output_dir: Path | None,
+    force: bool,
+) -> None:
+    """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
+    parse_option(parse_duration, max_time)
+    job = options.load_job_file(job_file, None, None, None, use_sandbox=False)
+    log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
+    key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
+    run_schedule = Schedule(*at, days)
+    folders = {
+        nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
+    }
+    plan = ScheduledJob(
+        name=job.name,
+        command=system.enrich_command(),
+        job=job_file.absolute(),
+        log=log,
+        key_file=key_path.absolute(),
+        user=user or pwd.getpwuid(os.getuid()).pw_name,
+        schedule=run_schedule,
+        max_time=max_time.replace(" ", ""),
+        writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
+        environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
+    )
+    units = {
+        f"{plan.unit_name}.service": systemd_service(plan),
+        f"{plan.unit_name}.timer": systemd_timer(plan),
+    }
+    if output_dir is not None:
+        _write_units(output_dir, units, force=force)
+    if only != "systemd" and not (output_dir and only is None):
+        click.echo(crontab_text(plan), nl=False)
+    if only != "crontab" and output_dir is None:
+        for name, text in units.items():
+            click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)
+
+
+def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
+    for name, text in units.items():
+        write_new_file(text, folder / name, force=force)
+        click.echo(f"{folder / name} is written", err=True)

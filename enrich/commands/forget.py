@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import click
+
+from enrich.commands import options
+from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
@@ -158,3 +163,63 @@ def _values_named(  # noqa: PLR0913, PLR0917 - one name is looked up in all of t
             yield str(value_at(field, template.columns[name]))
         elif "@" in text:  # an address names its person wherever it stands
             yield from (str(value) for value in field.values() if not is_blank(value))
+
+
+YES_OPTION = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--match", "matches", multiple=True, required=True, metavar="NAME=VALUE", help="Whom; all must hold.")
+@LEDGER_INSTEAD_OPTION
+@SANDBOX_OPTION
+@YES_OPTION
+@options.JSON_OPTION
+def forget(
+    job_file: Path, matches: tuple[str, ...], instead: str | None, use_sandbox: bool, yes: bool, as_json: bool
+) -> None:
+    """Erase what the ledger of JOB holds of a person, who is never asked about again.
+
+    NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
+    """
+    job = options.load_job_file(job_file, None, None, instead, use_sandbox)
+    count = forget_person(
+        job, matches, lambda found: _confirmed(f"{_count_text(found)} will be erased for good.", yes=yes)
+    )
+    _echo_count(count, "forgotten", as_json=as_json)
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Settled longer ago.")
+@LEDGER_INSTEAD_OPTION
+@SANDBOX_OPTION
+@YES_OPTION
+@options.JSON_OPTION
+def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: bool, yes: bool, as_json: bool) -> None:
+    """Drop old params and answers from the ledger of JOB; that they were paid for is remembered.
+
+    Leads that are still in the input come without these answers from then on.
+    """
+    job = options.load_job_file(job_file, None, None, instead, use_sandbox)
+    confirmed = _confirmed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
+    count = purge_answers(job, timedelta(seconds=older_than)) if confirmed else 0
+    _echo_count(count, "purged", as_json=as_json)
+
+
+def _confirmed(prompt: str, *, yes: bool) -> bool:
+    """Ask a person; off a terminal --yes must be there."""
+    if yes:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise click.UsageError(f"{prompt} Off a terminal this needs --yes")
+    click.echo(prompt, err=True)
+    return click.confirm("Go on?", err=True)
+
+
+def _echo_count(count: int, done: str, *, as_json: bool) -> None:
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{_count_text(count)} {done}")
+
+
+def _count_text(count: int) -> str:
+    return f"{count:,} request{'' if count == 1 else 's'}"

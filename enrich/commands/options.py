@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from pydantic import SecretStr
 
+from enrich.commands import LEDGER_META_KEY
+from enrich.databar.credentials import ApiAccess, find_access
 from enrich.errors import JobError
-
-if TYPE_CHECKING:
-    from enrich.databar.credentials import ApiAccess
-    from enrich.job.job import Job
-    from enrich.job.locations import LedgerLocation
-from contextlib import contextmanager
-from importlib.util import find_spec
-
-from enrich.job.locations import STDIN, PostgresLocation
-
-if TYPE_CHECKING:
-    from enrich.job.job import Job
-    from enrich.run.cluster import ClusterEngine
-    from enrich.run.context import ClusterOptions
+from enrich.exit_codes import JobArguments
+from enrich.job.job import Job, Overrides, load_job
+from enrich.job.locations import STDIN, LedgerLocation, PostgresLocation, check_no_password, path_beside_ledger
+from enrich.job.spec import parse_duration
+from enrich.run.cluster import ClusterEngine
+from enrich.run.context import ClusterOptions
 
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
-#: The key of the command's ledger in the context's `meta`.
-LEDGER_META_KEY = "enrich.ledger"
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -38,7 +34,6 @@ def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> f
     """Read a duration option."""
     if value is None:
         return None
-    from enrich.job.spec import parse_duration
 
     try:
         return parse_duration(value).total_seconds()
@@ -81,8 +76,6 @@ def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Call
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        from enrich.job.locations import check_no_password
-
         try:
             check_no_password(value)
         except ValueError as error:
@@ -133,8 +126,6 @@ def load_job_file(
     max_credits: float | None = None,
 ) -> Job:
     """Read the job file, with what the command line and `ENRICH_LEDGER` say instead."""
-    from enrich.job.job import Overrides, load_job
-
     job = load_job(
         job_file,
         Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
@@ -152,15 +143,10 @@ def record_ledger(ledger: LedgerLocation) -> None:
 @contextmanager
 def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
     """Find the key and the API's address, or start the sandbox."""
-    from enrich.databar.credentials import ApiAccess, find_access
-
     if not use_sandbox:
         # expanduser leaves the ~ where nobody knows a home; then there is no such file.
         yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
         return
-    from pydantic import SecretStr
-
-    from enrich.job.locations import path_beside_ledger
 
     try:
         from enrich.sandbox.server import serve_in_thread
@@ -168,8 +154,6 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
         raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
     with ExitStack() as stack:
         if job is None:
-            import tempfile
-
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
             state = (
@@ -224,8 +208,6 @@ def make_cluster_options(
     job: Job, engine: str | None, address: str | None, workers: int | None
 ) -> ClusterOptions | None:
     """Put together over what the work is spread; None: this machine alone. Raises JobError when it can't be."""
-    from enrich.run.context import ClusterOptions
-
     if engine is None:
         if address is not None or workers is not None:
             raise click.UsageError("--address and --workers are for --engine ray")
@@ -252,3 +234,40 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
         from enrich.cluster.engine import RayCluster
 
         yield RayCluster(job.ledger, cluster.workers or cpus)
+
+
+LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
+
+
+SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
+
+
+def make_job_arguments(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: str | None,
+    *,
+    use_sandbox: bool,
+    as_typed: bool = False,
+) -> JobArguments:
+    """Name the job with the paths that the command line gave: for anywhere, or as they were typed."""
+
+    def path(named: Path | str) -> str:
+        text = str(named)
+        if text == "-" or "://" in text:
+            return text
+        if as_typed:  # what begins with a dash would be taken for an option
+            return f"./{text}" if text.startswith("-") else text
+        return str(Path(text).absolute())
+
+    ledger_args = [path(job_file)]
+    if ledger is not None:
+        ledger_args += ["--ledger", path(ledger)]
+    if use_sandbox:
+        ledger_args.append("--sandbox")
+    run_args = list(ledger_args)
+    for option, given in (("--input", input_path), ("--output", output)):
+        if given is not None:
+            run_args += [option, path(given)]
+    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from enrich.commands import options
-from enrich.commands.witnessed import make_job_arguments
+from enrich.commands.options import make_job_arguments
+from enrich.errors import EnrichError, Interrupted, JobError
+from enrich.exit_codes import JobArguments
+from enrich.job.job import Job
+from enrich.report.build import build_report
+from enrich.report.compare import compare_executions, compare_jobs
+from enrich.report.data import Comparison, Report
+from enrich.report.page_file import INSTALL_HINT, default_report_path, is_extra_missing, write_report
 
-if TYPE_CHECKING:
-    from enrich.exit_codes import JobArguments
-    from enrich.job.job import Job
-    from enrich.report.data import Comparison, Report
 
-
-@click.command(short_help="Write the report of JOB: one HTML page.")
+@click.command()
 @options.JOB_ARGUMENT
 @click.option("-o", "page", type=click.Path(path_type=Path, allow_dash=True), help="Write this file; - for stdout.")
 @click.option("--compare", metavar="EXECUTION|JOB", help="Hold the newest execution, or the job, against another.")
@@ -42,11 +44,6 @@ def report(
 
     From the ledger and the input alone, without network. It holds no leads, unless --with-rows asks for them.
     """
-    from dataclasses import replace
-
-    from enrich.report.build import build_report
-    from enrich.report.page_file import default_report_path, write_report
-
     to_stdout = page == Path("-")
     if to_stdout and as_json:
         raise click.UsageError("--json and -o - would both write to stdout: choose one")
@@ -72,17 +69,12 @@ def report(
 
 
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
-    from enrich.report.compare import compare_executions, compare_jobs
-
     if other.isdecimal():
         return compare_executions(job, int(other))
     return compare_jobs(job, options.load_job_file(Path(other), None, None, None, use_sandbox))
 
 
 def _require_extra() -> None:
-    from enrich.errors import JobError
-    from enrich.report.page_file import INSTALL_HINT, is_extra_missing
-
     if is_extra_missing():
         raise JobError("the report needs its extra", INSTALL_HINT)
 
@@ -95,10 +87,6 @@ def _render_page(data: Report) -> str:
 
 def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
     """Write the report that the job wants of every run; return what went wrong. Nothing that happens breaks the run."""
-    from enrich.errors import EnrichError, Interrupted
-    from enrich.report.build import build_report
-    from enrich.report.page_file import write_report
-
     try:
         now = datetime.now().astimezone()
         path = job.report_path(now)

@@ -1,27 +1,68 @@
-"""`enrich run`, `enrich plan` and `enrich collect`: the way of a night."""
+"""`enrich run`: enriches the leads of a job, or resumes."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from enrich.commands import options
-from enrich.commands.options import engine_options, make_cluster_options, open_engine
+from enrich.commands.options import engine_options, make_cluster_options, make_job_arguments, open_engine
 from enrich.commands.report import write_run_report
-from enrich.commands.witnessed import make_job_arguments, with_observers
-from enrich.errors import ExitCode, LedgerLocked
+from enrich.errors import EnrichError, ExitCode, LedgerLocked
+from enrich.exit_codes import JobArguments, format_actions, required_actions
+from enrich.job.job import Job
+from enrich.ledger.lock import lock_ledger, open_for_run
+from enrich.ledger.sqlite import is_damage_error
+from enrich.models import State, SystemClock
+from enrich.monitoring.log_file import open_log
+from enrich.monitoring.observers import RunObservers
+from enrich.monitoring.progress_bar import ProgressBar
+from enrich.run import pipeline
+from enrich.run.context import Progress, RunContext, RunOptions
+from enrich.run.plan_file import read_plan
+from enrich.run.summary import RunSummary, format_summary
 
-if TYPE_CHECKING:
-    from enrich.exit_codes import JobArguments
-    from enrich.job.job import Job
-    from enrich.monitoring.observers import RunObservers
-    from enrich.run.context import RunOptions
-    from enrich.run.summary import RunSummary
+
+def with_observers(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command its `witnesses` instead of `log_file`; they hear of every way out."""
+
+    @functools.wraps(command)
+    def wrapper(*, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
+        def print_error(text: str) -> None:
+            click.echo(text, err=True)
+
+        with open_log(log_file, params["job_file"].stem, lambda text: print_error(f"note: {text}")) as log:
+            paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
+            observers = RunObservers(log, print_error, make_job_arguments(*paths, use_sandbox=params["use_sandbox"]))
+            try:
+                return command(**params, observers=observers)
+            except BaseException as error:
+                observers.failed(*_exit_code_and_message(error))
+                raise
+
+    return wrapper
+
+
+def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
+    """Say with which exit code the command line will leave, and why; of a bug only its kind, as it may hold data."""
+    match error:
+        case EnrichError():
+            return error.exit_code, error.message
+        case click.ClickException():
+            return ExitCode.USAGE, error.format_message()
+        case click.Abort() | EOFError() | KeyboardInterrupt():
+            return ExitCode.INTERRUPTED, "interrupted"
+
+    if is_damage_error(error):
+        return ExitCode.REFUSED, "the ledger is damaged"
+    return ExitCode.BUG, f"this is a bug: {type(error).__name__}"
 
 
 @click.command()
@@ -85,10 +126,6 @@ def run(
     Collects what is outstanding, submits what was never asked, polls, writes the output and
     prints the receipt. Nothing is paid for twice, whatever ended the run before.
     """
-    from enrich.models import State
-    from enrich.run.context import RunOptions
-    from enrich.run.plan_file import read_plan
-
     plan = None if plan_file is None else read_plan(plan_file)
     if plan is not None:
         if retry or not (limit is sample is max_credits is None):
@@ -131,7 +168,7 @@ def run(
         return ExitCode.OK
     observers.end(summary)
     show = on_terminal or always_receipt or (summary.exit_code != ExitCode.OK and not quiet)
-    _show_summary(summary, as_json=as_json, show=show)
+    print_summary(summary, as_json=as_json, show=show)
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         observers.report_problem(write_run_report(job, observers.job_arguments))
     return summary.exit_code
@@ -141,12 +178,6 @@ def _run_pipeline(
     job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
 ) -> RunSummary:
     """Run under the lock, with the bar and the witnesses."""
-    from enrich.ledger.lock import lock_ledger, open_for_run
-    from enrich.models import SystemClock
-    from enrich.monitoring.progress_bar import ProgressBar
-    from enrich.run.context import Progress, RunContext
-    from enrich.run.pipeline import run
-
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before there are threads: it starts processes.
@@ -181,7 +212,7 @@ def _run_pipeline(
             lease_valid=lease_valid,
             engine=engine,
         )
-        return run(context, run_options)
+        return pipeline.run(context, run_options)
 
 
 def _confirm(plan_text: str) -> bool:
@@ -192,10 +223,7 @@ def _confirm(plan_text: str) -> bool:
         raise KeyboardInterrupt from None
 
 
-def _show_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
-    from enrich.exit_codes import format_actions, required_actions
-    from enrich.run.summary import format_summary
-
+def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
     paint = options.make_styler()
     if summary.error:
         click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
@@ -217,68 +245,3 @@ def _target_as_typed() -> JobArguments:
     params = click.get_current_context().params
     paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
     return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)
-
-
-@click.command(short_help="Show what a run of JOB would ask and cost; costs nothing.")
-@options.JOB_ARGUMENT
-@options.path_options
-@options.selection_options
-@click.option("-o", "freeze", type=options.FILE, help="Freeze the plan for `enrich run --plan`.")
-@click.option("--rows", "rows_file", type=options.FILE, help="Write each row's decision to this file.")
-@options.JSON_OPTION
-def plan(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
-    limit: int | None,
-    sample: int | None,
-    seed: int,
-    max_credits: float | None,
-    retry: frozenset[str],
-    freeze: Path | None,
-    rows_file: Path | None,
-    as_json: bool,
-) -> None:
-    """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
-    from enrich.ledger.lock import is_locked
-    from enrich.models import State
-    from enrich.run.context import RunOptions
-    from enrich.run.plan import format_plan, make_plan
-    from enrich.run.plan_file import write_plan
-
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
-    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    if freeze is not None and is_locked(job.ledger):
-        raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
-    with options.open_access(job, use_sandbox=use_sandbox) as access:
-        planned, saved_plan = make_plan(job, access, run_options, rows_file.absolute() if rows_file else None)
-    if freeze is not None:
-        write_plan(freeze, saved_plan)
-    click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(format_plan(planned)))
-
-
-@click.command(short_help="Write the output of JOB from the ledger alone.")
-@options.JOB_ARGUMENT
-@options.path_options
-@click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
-@options.JSON_OPTION
-def collect(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
-    partial: bool,
-    as_json: bool,
-) -> int:
-    """Write the output of JOB from the ledger alone, without network."""
-    from enrich.ledger.lock import lock_ledger
-    from enrich.run.rebuild import rebuild_output
-
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
-    with lock_ledger(job.ledger, 0):
-        summary = rebuild_output(job, partial=partial)
-    _show_summary(summary, as_json=as_json, show=sys.stderr.isatty())
-    return summary.exit_code

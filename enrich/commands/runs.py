@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import click
+
+from enrich.commands import options
 from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
@@ -118,3 +123,15 @@ def format_runs(result: dict[str, Any]) -> Iterator[str]:
 
 def _or_dash(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Show the newest N executions.")
+@options.LEDGER_OPTION
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@options.JSON_OPTION
+def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_json: bool) -> None:
+    """List the executions of JOB, newest first (times are UTC)."""
+    result = read_runs(options.load_job_file(job_file, None, None, ledger, use_sandbox), last)
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_runs(result)))

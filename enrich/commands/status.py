@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import click
+
+from enrich.commands import options
 from enrich.commands.run_view import RunStatus
-from enrich.commands.status_watch import RunWatcher
+from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
@@ -132,3 +138,36 @@ def format_status(result: dict[str, Any]) -> Iterator[str]:
             f"  {execution['execution']:>9}  {execution['started_at']}  {ended:<20}  {code:>4}"
             f"  {execution['submitted']:>9,}  {execution['credits_spent']:>9,.2f}"
         )
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@options.LEDGER_OPTION
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@click.option("--watch", "watching", is_flag=True, help="Show the run that is at work, until it ends.")
+@click.option(
+    "--every",
+    callback=options.parse_seconds,
+    metavar="2s",
+    help="With --watch: look so often; default: every 2 seconds.",
+)
+@options.JSON_OPTION
+def status(
+    job_file: Path, ledger: str | None, use_sandbox: bool, watching: bool, every: float | None, as_json: bool
+) -> int:
+    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions.
+
+    With --watch it shows the run that is at work, again and again, and leaves with 0 when that ends, however it does.
+    When none is at work it waits for the next; Ctrl-C leaves. Off a terminal each look is a line, with --json an
+    object. A run is not disturbed by it.
+    """
+    job = options.load_job_file(job_file, None, None, ledger, use_sandbox)
+    if watching:
+        if every == 0:
+            raise click.UsageError("--every 0s is too often: at least 1s")
+        return watch_job(RunWatcher(job), sys.stdout, os.environ, every or DEFAULT_INTERVAL_S, as_json=as_json)
+    if every is not None:
+        raise click.UsageError("--every says how often --watch looks: it needs --watch")
+    result = read_status(job)
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_status(result)))
+    return 0

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
+import click
+
+from enrich.commands import options
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.waterfall import Provider, Waterfall
@@ -60,3 +64,18 @@ def _provider_lines(providers: list[Provider]) -> Iterator[str]:
         price = "price unknown" if provider.price is None else f"{provider.price} credits"
         only_named = "" if provider.enabled_by_default else ", only when named"
         yield f"    {provider.id:<8}{provider.name:<24}{price}{only_named}"
+
+
+@click.command()
+@click.argument("identifier", required=False)
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
+@options.JSON_OPTION
+def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
+    """Show what the API offers: waterfalls, their params, fields, providers and prices."""
+    with options.open_access(None, use_sandbox=use_sandbox) as access:
+        available = read_waterfalls(access, identifier)
+    if as_json:
+        documents = [waterfall.model_dump() for waterfall in available]
+        click.echo(json.dumps(documents[0] if identifier else documents, ensure_ascii=False))
+    else:
+        click.echo("\n".join(format_waterfalls(available, detailed=identifier is not None)))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pwd
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import click
+
+from enrich.commands import options
 from enrich.commands.check import CheckResult, check_job, check_summary
+from enrich.commands.cron import parse_option, time_option
 from enrich.commands.doctor import checks, system
-from enrich.commands.doctor.checks import Finding, error_finding
+from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
+from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
 from enrich.databar.credentials import ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
@@ -276,3 +283,73 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "fail", "names", message, "LANG=C.UTF-8 in the crontab, then --env LANG=C.UTF-8", ExitCode.REFUSED
         )
+
+
+@click.command()
+@options.JOB_ARGUMENT
+@click.option("--env", "given", multiple=True, metavar="NAME=VALUE", help="A variable that the crontab sets.")
+@click.option("--env-file", type=click.File(encoding="utf-8"), help="A file of such variables, one a line.")
+@click.option(
+    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="When the job runs next."
+)
+@click.option("--offline", is_flag=True, help="Do not ask the API.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look at the sandbox's ledger, and ask the sandbox.")
+@options.JSON_OPTION
+def doctor(
+    job_file: Path,
+    given: tuple[str, ...],
+    env_file: TextIO | None,
+    at: tuple[int, int],
+    offline: bool,
+    use_sandbox: bool,
+    as_json: bool,
+) -> int:
+    """Say what will go wrong with JOB tonight: one line for each finding, with its remedy.
+
+    It sees the world as cron will: without the variables of this shell. Nothing is written or paid. Exit 0
+    when nothing fails, else the exit code that the run would have.
+    """
+    environ = _make_cron_environ(given, env_file)
+    now = datetime.now().astimezone()
+    findings: list[Finding] = []
+    with ExitStack() as stack:
+        shell = stack.enter_context(_cron_environment(environ))
+        access = stack.enter_context(options.open_access(None, use_sandbox=True)) if use_sandbox else None
+        context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
+        try:
+            job = options.load_job_file(job_file, None, None, None, use_sandbox)
+        except EnrichError as error:
+            findings = [error_finding("job", error), *environment_findings(context)]
+        else:
+            findings = list(job_findings(job, context))
+    if as_json:
+        click.echo(json.dumps(findings_as_json(str(job_file), findings), ensure_ascii=False))
+    else:
+        click.echo("\n".join(map(str, findings)))
+    return findings_exit_code(findings)
+
+
+def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
+    """Make the environment that cron will give: next to nothing, and what the crontab sets."""
+    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
+    if env_file is not None:
+        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
+        environ[name] = value
+    return environ
+
+
+@contextmanager
+def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Live in cron's environment; yield the shell's."""
+    shell = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield shell
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+import click
+
+from enrich.commands import options
 from enrich.commands.init.column_matching import count_matched_params
-from enrich.commands.init.sample import Sample
+from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file
-from enrich.databar.waterfall import Waterfall
-from enrich.errors import CommandRefused, JobError
+from enrich.commands.waterfalls import read_waterfalls
+from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Waterfall
+from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError
 from enrich.job.job import suggest_name
 from enrich.job.spec import json_schema
 
@@ -78,3 +85,58 @@ def rank_waterfalls(available: Sequence[Waterfall], sample: Sample) -> Iterator[
             ", ".join(param.name for param in waterfall.input_params if param.required) or "no params named"
         )
         yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
+
+
+@click.command()
+@click.argument("leads", metavar="CSV", type=options.FILE)
+@click.option("--waterfall", "identifier", metavar="ID", help="What to ask; without it, say which waterfalls fit.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="JOB.yaml",
+    help="The job file to write; - prints it. Default: <the CSV's stem>.yaml here.",
+)
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox for the waterfalls.")
+@click.option("--offline", is_flag=True, help="Ask nobody: take the waterfalls of the documentation.")
+@click.option("--force", is_flag=True, help="Replace a job file that is there.")
+def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: bool, offline: bool, force: bool) -> None:
+    """Write a commented job file for CSV: its columns matched to the params of a waterfall.
+
+    Each guess says how it was made. Then: enrich check JOB.
+    """
+    if use_sandbox and offline:
+        raise click.UsageError("--sandbox asks, --offline does not: choose one")
+    sample = take_sample(leads)
+    available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
+    if identifier is None:
+        click.echo(f"Waterfalls of {source}, those that fit {leads} best first:", err=True)
+        click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
+        raise JobError("which one?", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
+    printed = out == Path("-")
+    target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
+    text = draft_job(sample, available, identifier, source, None if printed else target)
+    if printed:
+        click.echo(text, nl=False)
+        return
+    write_new_file(text, target, force=force)
+    if sys.stderr.isatty():
+        click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
+
+
+def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+    """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
+
+    documented = (
+        list(DOCUMENTED_WATERFALLS.values()),
+        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
+    )
+    if offline:
+        return documented
+    try:
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
+            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
+    except (ApiKeyRejected, ApiUnreachable) as error:
+        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
+    return documented
