@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError, RayError
 from enrich import __version__
 from enrich.cluster.presence import require_same_version
 from enrich.cluster.worker import Worker, WorkerCommand, WorkerStatus, WorkerTask
-from enrich.run.cluster import WorkerHandle
+from enrich.cluster.worker_pool import WorkerHandle
 
 T = TypeVar("T")
 #: How often an actor is asked how far it is, in seconds.

@@ -13,6 +13,8 @@ from enrich.cluster.actors import ActorHandle, start_actor
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
 from enrich.cluster.worker import WorkerTask
+from enrich.cluster.worker_pool import WorkerHandle, WorkerPool
+from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
@@ -25,8 +27,11 @@ from enrich.models import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster import ClusterCallbacks, EnrollCounts, WorkerHandle
+from enrich.run.cluster import ClusterCallbacks, EnrollCounts
 from enrich.run.collector import Collector, OutputCounts, output_schema
+from enrich.run.dispatcher import max_posts_in_flight
+from enrich.run.loops import WorkConfig
+from enrich.run.state import RunState
 
 
 def enroll_on_ray(
@@ -131,9 +136,25 @@ class RayCluster:
     owner_id: int | None = None
     heartbeat_counter: Any = field(default_factory=new_heartbeat_counter)
 
-    def start_worker(self, worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
-        """Start a worker."""
-        return ActorHandle(start_actor(), worker_task, on_status)
+    def make_worker_pool(
+        self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
+    ) -> WorkerPool | None:
+        """Make actors for `requests` requests; None: there is no need of workers."""
+        workers = min(self.workers, run_state.max_open_tasks, max_posts_in_flight(work_config.bulk), requests)
+        if workers < 1:
+            return None
+        worker_task = WorkerTask(
+            replace(work_config, workers=workers),
+            access,
+            self.ledger,
+            run_state.execution_id,
+            run_state.timeouts,
+            run_state.max_open_tasks // workers,
+            run_state.result_ttl_s / workers,  # each has its share of the rate to fetch with
+            run_state.poll_schedule,
+            self.owner_id,
+        )
+        return WorkerPool(run_state, worker_task, _start_worker)
 
     def for_leader(self, owner_id: int) -> RayCluster:
         """Do the same for an execution, until the lease of the process that leads it ends."""
@@ -170,3 +191,7 @@ class RayCluster:
         return SharedPass(
             job, template, selection, partial(Ledger, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S)
         )
+
+
+def _start_worker(worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
+    return ActorHandle(start_actor(), worker_task, on_status)

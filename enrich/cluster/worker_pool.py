@@ -7,22 +7,16 @@ rate are in the ledger, too, and what may be in flight is divided among them.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from enrich.cluster.shared_rate import start_sharing, stop_sharing
-from enrich.cluster.worker import WorkerCommand, WorkerTask
+from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import DatabaseFailed
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.writer import LedgerWriter
-from enrich.run.cluster import WorkerHandle
-from enrich.run.context import RunContext
-from enrich.run.dispatcher import max_posts_in_flight
-from enrich.run.loops import WorkConfig
 from enrich.run.rate_limit import AdaptiveRateLimiter
 from enrich.run.state import RunCounters, RunState
 
@@ -36,8 +30,32 @@ START_TIMEOUT_S = 120.0
 SILENT_LEASES = 2
 #: So many are hired in the place of each that was lost, all told.
 REPLACEMENTS_PER_WORKER = 3
-#: How often it is looked whether the lease of a lost worker ran out, in seconds.
-LOOK_AGAIN_S = 0.5
+
+
+class WorkerHandle(Protocol):
+    """One worker, seen from the run that started it."""
+
+    @property
+    def status(self) -> WorkerStatus:
+        """Its last report."""
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set when it has ended; there is no report after that."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has its errand, and takes words."""
+
+    @property
+    def exit_reason(self) -> str:
+        """Why it ended before its work was done."""
+
+    def send(self, word: WorkerCommand) -> None:
+        """Tell it how to go on, if it is still there."""
+
+    async def end(self) -> None:
+        """End it, if it is still there."""
 
 
 @asynccontextmanager
@@ -210,36 +228,3 @@ def posts_in_flight(worker: WorkerHandle, *, closing: bool) -> int:
         closing and worker.is_ready and not (status.stop_submitting or status.is_done or worker.gone.is_set())
     )
     return max(status.posts_in_flight, int(may_be_sending))
-
-
-def make_worker_pool(context: RunContext, run_state: RunState, work_config: WorkConfig, work: int) -> WorkerPool | None:
-    """Make the crew for so many requests; None: there is no engine, or no need of workers."""
-    ledger, engine = context.ledger.location, context.engine
-    if engine is None or not isinstance(ledger, PostgresLocation):
-        return None
-    workers = min(engine.workers, run_state.max_open_tasks, max_posts_in_flight(work_config.bulk), work)
-    if workers < 1:
-        return None
-    errand = WorkerTask(
-        replace(work_config, workers=workers),
-        context.access,
-        ledger,
-        run_state.execution_id,
-        context.timeouts,
-        run_state.max_open_tasks // workers,
-        run_state.result_ttl_s / workers,  # each has its share of the rate to fetch with
-        run_state.poll_schedule,
-        context.ledger.owner_id,
-    )
-    return WorkerPool(run_state, errand, engine.start_worker)
-
-
-async def settle_lost_workers(pool: WorkerPool, ledger_writer: LedgerWriter, note: Callable[[str], None]) -> None:
-    """Tell that workers were lost, and wait until what they held is in doubt, or free for any poller."""
-    execution = pool.run_state
-    lost = ", ".join(f"{count} times: {why}" if count > 1 else why for why, count in Counter(pool.lost_reasons).items())
-    note(f"workers were lost ({lost}): what they were at was given to others")
-    while (others := await ledger_writer.submit(Ledger.other_holders)) and not execution.stop_polling.is_set():
-        left_s = max(other.remaining_s for other in others)
-        await execution.pause(min(max(left_s, 0.01), LOOK_AGAIN_S), execution.stop_polling)
-    await ledger_writer.submit(Ledger.recover, execution.clock.now_ms())

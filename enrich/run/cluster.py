@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
+from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.models import Decision, RequestSelection
@@ -16,6 +15,8 @@ from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import OutputCounts
+from enrich.run.loops import WorkConfig
+from enrich.run.state import RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,41 +53,27 @@ class ClusterCallbacks:
     is_aborting: Callable[[], bool] = lambda: False
 
 
-class WorkerHandle(Protocol):
-    """One worker, seen from the run that started it."""
+class WorkerPool(Protocol):
+    """Workers that submit and poll as one run."""
 
     @property
-    def status(self) -> WorkerStatus:
-        """Its last report."""
+    def lost_reasons(self) -> Sequence[str]:
+        """Why workers ended before their work was done."""
 
-    @property
-    def gone(self) -> asyncio.Event:
-        """Set when it has ended; there is no report after that."""
+    async def run(self) -> None:
+        """Submit and poll to the end. No worker is left when this returns."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has its errand, and takes words."""
-
-    @property
-    def exit_reason(self) -> str:
-        """Why it ended before its work was done."""
-
-    def send(self, word: WorkerCommand) -> None:
-        """Tell it how to go on, if it is still there."""
-
-    async def end(self) -> None:
-        """End it, if it is still there."""
+    def finish_early(self) -> None:
+        """Poll each open task once more, now."""
 
 
 class ClusterEngine(Protocol):
     """Machines that carry the three steps, over a ledger that all of them reach."""
 
-    @property
-    def workers(self) -> int:
-        """How many workers send and poll."""
-
-    def start_worker(self, worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
-        """Start a worker; `heard` is called at each of its reports, and when it has ended."""
+    def make_worker_pool(
+        self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
+    ) -> WorkerPool | None:
+        """Make the workers for `requests` requests; None: there is no need of workers."""
 
     def for_leader(self, owner_id: int) -> ClusterEngine:
         """Do the same for an execution, until the lease of the process that leads it ends."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from enrich.cluster.worker_pool import WorkerPool, make_worker_pool, settle_lost_workers
 from enrich.databar.client import Client
 from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, ExitCode, Interrupted, LedgerFailed
 from enrich.job.locations import Location, is_dataset
@@ -19,7 +18,7 @@ from enrich.ledger.writer import LedgerWriter
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
 from enrich.rows.reader import JobInput
 from enrich.run.budget import Budget, check_balance, check_canary
-from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts
+from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts, WorkerPool
 from enrich.run.collector import Collector, OutputCounts, write_changes, write_rejects
 from enrich.run.context import RunContext, RunOptions, select_requests
 from enrich.run.loops import WorkConfig
@@ -36,6 +35,8 @@ from enrich.run.summary import RunFinisher, RunSummary
 SAVE_LATENCIES_EVERY_S = 30.0
 #: Counting the rows for the receipt of an interrupted run must not hold up its exit.
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
+#: How often the leases of lost workers are checked, in seconds.
+LEASE_CHECK_EVERY_S = 0.5
 #: Requests whose answer is reused.
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 #: The share of --max-time that is kept at most for collecting what was submitted.
@@ -322,16 +323,29 @@ class RunPhases:
 
     async def _submit_and_poll_with_workers(self) -> bool:
         """Do as `_send` does, by workers; tell whether nothing is left to do here."""
-        left = len(await self.ledger_writer.submit(Ledger.submitted_tasks))
-        pool = make_worker_pool(self.context, self.run_state, self._work_config(), self.requests_to_submit + left)
+        if (engine := self.context.engine) is None:
+            return False
+        requests = self.requests_to_submit + len(await self.ledger_writer.submit(Ledger.submitted_tasks))
+        pool = engine.make_worker_pool(self.run_state, self._work_config(), self.context.access, requests)
         if pool is None:
             return False
         await self.ledger_writer.submit(Ledger.release_tasks)
         self._active_poller = pool
         await self.run_state.run_until_abort(pool.run())
         if pool.lost_reasons:
-            await settle_lost_workers(pool, self.ledger_writer, self.add_note)
+            await self._settle_lost_workers(pool.lost_reasons)
         return not pool.lost_reasons
+
+    async def _settle_lost_workers(self, lost_reasons: Sequence[str]) -> None:
+        """Note that workers were lost, and wait until what they held is in doubt, or free for any poller."""
+        run_state = self.run_state
+        counts = Counter(lost_reasons).items()
+        lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
+        self.add_note(f"workers were lost ({lost}): what they were at was given to others")
+        while (others := await self.ledger_writer.submit(Ledger.other_holders)) and not run_state.stop_polling.is_set():
+            remaining_s = max(other.remaining_s for other in others)
+            await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
+        await self.ledger_writer.submit(Ledger.recover, run_state.clock.now_ms())
 
     async def _collect(self, job_input: JobInput, target: Location) -> RunSummary:
         """Write the output when the exit code says so, and tell how the rows stand."""
