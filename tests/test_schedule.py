@@ -19,10 +19,10 @@ from enrich.commands.cron import (
     crontab_line,
     on_calendar,
     parse_days,
-    parse_time_of_day,
     systemd_service,
     systemd_timer,
 )
+from enrich.commands.options import parse_time_of_day
 from enrich.errors import JobError
 from tests.cases import in_turn
 from tests.harness import Workspace, make_leads, serve_api

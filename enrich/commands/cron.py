@@ -6,24 +6,23 @@ import os
 import pwd
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
 from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
+from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.spec import parse_duration
 
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
-_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +69,6 @@ class ScheduledJob:
         ):
             if not text.isprintable():
                 raise JobError(f"{text!r}: a path with a line break or the like fits in no crontab", "rename it")
-
-
-def parse_time_of_day(text: str) -> tuple[int, int]:
-    """Read a time of the day. Raises ValueError."""
-    match = _TIME_OF_DAY.fullmatch(text.strip())
-    if match is None:
-        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
-    return int(match[1]), int(match[2])
 
 
 def parse_days(text: str) -> tuple[int, ...]:
@@ -224,20 +215,8 @@ def _quote_argument(text: str) -> str:
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-T = TypeVar("T")
 #: What the unit and the line take over from the present shell.
 INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
-
-
-def parse_option(parse: Callable[[str], T], value: str) -> T:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    return parse_option(parse_time_of_day, value)
 
 
 def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from pydantic import SecretStr
@@ -25,6 +25,7 @@ from enrich.job.spec import parse_duration
 from enrich.run.cluster import ClusterEngine
 from enrich.run.context import ClusterOptions
 
+T = TypeVar("T")
 #: States that --retry may name.
 RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -271,3 +272,27 @@ def make_job_arguments(
         if given is not None:
             run_args += [option, path(given)]
     return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
+
+
+_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
+
+
+def parse_time_of_day(text: str) -> tuple[int, int]:
+    """Read a time of the day. Raises ValueError."""
+    match = _TIME_OF_DAY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
+    return int(match[1]), int(match[2])
+
+
+def parse_option(parse: Callable[[str], T], value: str) -> T:
+    """Read an option's value with `parse`, whose ValueError becomes a usage error."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Read a time of the day."""
+    return parse_option(parse_time_of_day, value)

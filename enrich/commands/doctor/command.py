@@ -16,10 +16,10 @@ import click
 
 from enrich.commands import options
 from enrich.commands.check import CheckResult, check_job, check_summary
-from enrich.commands.cron import parse_option, time_option
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.system import parse_env_lines
+from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
 from enrich.databar.credentials import ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
