@@ -19,7 +19,8 @@ from enrich.cli import cli
 from enrich.run.context import RunOptions
 from tests.harness import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api
 
-COMMANDS = sorted(cli.commands)
+CONTEXT = click.Context(cli)
+COMMANDS = sorted(cli.list_commands(CONTEXT))
 
 
 def test_all_commands_exist() -> None:
@@ -34,7 +35,9 @@ def test_every_command_has_help(workspace: Workspace, name: str) -> None:
 
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"enrich {name}" in result.stdout
-    for parameter in cli.commands[name].params:
+    command = cli.get_command(CONTEXT, name)
+    assert command is not None
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
             assert max(parameter.opts, key=len) in result.stdout
@@ -52,7 +55,7 @@ def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
 
 def test_the_first_page_fits_a_terminal(workspace: Workspace) -> None:
     """No command's line is cut off at 80 columns."""
-    assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Commands:")[2]
+    assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Set up:")[2]
 
 
 def test_version_option(workspace: Workspace) -> None:
@@ -65,7 +68,7 @@ def test_no_command_shows_help_with_exit_2(workspace: Workspace) -> None:
     result = workspace.run_in_process()
 
     assert result.exit_code == 2
-    assert "Commands:" in result.stdout + result.stderr
+    assert "Set up:" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["schema", "extra"]])

@@ -43,7 +43,7 @@ def parse_command_line(arguments: list[str]) -> None:
         name, *arguments = arguments
         if name in ("-h", "--help", "--version"):
             return
-        known = command.commands.get(name)
+        known = command.get_command(click.Context(command), name)
         if known is None:
             raise click.UsageError(f"there is no command {name}")
         command = known

@@ -382,13 +382,13 @@ class TestQueue:
         with pytest.raises(CapReached), ledger.wrapped.transaction():
             ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
 
-    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, books: CommittingLedger) -> None:
+    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, ledger: CommittingLedger) -> None:
         """A worker that met the cap waits for what others may free, but not for what is no longer waited for."""
-        told = [books.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
-        claim = books.claim()
-        told.append(books.commit(Ledger.has_open_since, 0))
-        books.commit(Ledger.record_accepted, [(claim.attempt_id, "task", 5_000)], BINDING)
-        told += [books.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
+        told = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
+        claim = ledger.claim()
+        told.append(ledger.commit(Ledger.has_open_since, 0))
+        ledger.commit(Ledger.record_accepted, [(claim.attempt_id, "task", 5_000)], BINDING)
+        told += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
 
         assert told == [False, True, True, False]
 
@@ -588,13 +588,13 @@ class TestFile:
         assert ledger.query_one("PRAGMA user_version") == (len(first) + 1,)
         assert ledger.query_all("SELECT * FROM more") == []
 
-    def test_a_ledger_from_before_the_first_release_is_refused(self, books: CommittingLedger) -> None:
+    def test_a_ledger_from_before_the_first_release_is_refused(self, ledger: CommittingLedger) -> None:
         """Its columns may be others: it is neither read nor changed, and the error says what to do."""
-        books.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
+        ledger.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
 
         for read_only in (True, False):
             with pytest.raises(CommandRefused, match=r"ledger\.db: .*before its first release") as refusal:
-                Ledger(books.path, read_only=read_only)
+                Ledger(ledger.path, read_only=read_only)
             assert "another file" in str(refusal.value.hint)
 
     @in_turn("read_only", [True, False])

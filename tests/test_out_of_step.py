@@ -108,7 +108,7 @@ def test_swapped_polls(api: SandboxApi) -> None:
         other.url = client.url
         got: dict[str, str] = {}
         threads = [
-            Thread(target=lambda who=who, asked=asked: got.update({asked: who.get_task(asked)["task_id"]}))
+            Thread(target=lambda who=who, asked=asked: got.update({asked: who.task_body(asked)["task_id"]}))
             for who, asked in ((client, first), (other, second))
         ]
         for thread in threads:

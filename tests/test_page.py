@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from enrich.report import charts
 from enrich.report.data import Report
-from enrich.report.format import DASH, clean_text, fit_text
-from enrich.report.format import text_width as width_of
+from enrich.report.formatting import DASH, clean_text, fit_text
+from enrich.report.formatting import text_width as width_of
 from enrich.report.render import render_report
 from tests import reports
 from tests.chromium import CHROMIUM_PATH, NOT_INSTALLED, Browser, Scheme, open_browser

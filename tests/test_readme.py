@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 
 from enrich import __version__
@@ -48,7 +49,7 @@ def test_readme_example_job() -> None:
 
 def test_readme_mentions_every_command() -> None:
     """The README knows every command."""
-    for name in cli.commands:
+    for name in cli.list_commands(click.Context(cli)):
         assert f"enrich {name}" in README.read_text(encoding="utf-8")
 
 

@@ -171,7 +171,7 @@ class SharedPass:
     pickled_open_ledger: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "packed", cloudpickle.dumps(self.open_ledger))
+        object.__setattr__(self, "pickled_open_ledger", cloudpickle.dumps(self.open_ledger))
 
     def with_ledger(self, act: Callable[[Ledger], T]) -> T:
         """Do something with the ledger, again when its server was away or others were in the way.

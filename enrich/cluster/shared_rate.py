@@ -175,7 +175,7 @@ class SharedRateLimiter(AdaptiveRateLimiter):
         self._row.close()
 
     @property
-    def scarce(self) -> bool:
+    def is_limiting(self) -> bool:
         """Tell whether the rate is what holds us back."""
         return self._is_limiting
 
@@ -198,13 +198,13 @@ class SharedRateLimiter(AdaptiveRateLimiter):
         self._wake.set()
         return SYNC_EVERY_S / 2
 
-    def take(self, now: float) -> None:
+    def consume(self, now: float) -> None:
         """One request leaves."""
         del now
         with self._lock:
             self._slots.consume()
 
-    def give_back(self, slots: int) -> None:
+    def refund(self, slots: int) -> None:
         """Nothing left in these slots after all: they are there for the next, for as long as they last."""
         with self._lock:
             self._slots.refund(time.monotonic(), slots)

@@ -25,7 +25,7 @@ from enrich.job.spec import Param
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
-from enrich.ledger.verify import check_ledger as check_ledger
+from enrich.ledger.verify import check_ledger
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params

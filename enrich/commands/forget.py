@@ -151,7 +151,7 @@ def _matches_person(
     )
 
 
-def _values_named(  # noqa: PLR0913, PLR0917 - one name is looked up in all of them
+def _values_named(
     name: str, text: str, params: Mapping[str, str], fields: list[Any], job: Job, template: RequestTemplate
 ) -> Iterator[str]:
     """Yield what a request has under a name: a param, a column that a param comes from, a column of the output."""

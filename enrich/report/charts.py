@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import altair as alt
 
 from enrich.models import pluralize
-from enrich.report import drawing, format
+from enrich.report import drawing, formatting
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 
@@ -36,9 +36,10 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         row_height, bar = 26.0, 14.0
-        text = max(format.text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
+        text = max(formatting.text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
         names = min(
-            max(format.text_width(format.clean_text(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36
+            max(formatting.text_width(formatting.clean_text(row.name), NAME_PX) for row in shown) + 12,
+            size.width * 0.36,
         )
         frame = ChartFrame(
             size, row_height * len(shown) + 4, left=names, right=min(text, size.width * 0.48), top=2, bottom=2
@@ -54,7 +55,11 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
             for start, end, ink in spans_of_row:
                 spans.setdefault(ink, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
         names_before = [
-            {"px": -names, "py": middle, "text": format.fit_text(format.clean_text(row.name), names - 8, NAME_PX)}
+            {
+                "px": -names,
+                "py": middle,
+                "text": formatting.fit_text(formatting.clean_text(row.name), names - 8, NAME_PX),
+            }
             for row, middle in zip(shown, middles, strict=True)
         ]
         texts_after = [
@@ -80,7 +85,7 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
         BarRow(
             status.replace("_", " "),
             [(count, inks.get(status, ChartColor.PASSED))],
-            f"{format.format_count(count)} · {format.format_percent(format.share_of(count, whole))}",
+            f"{formatting.format_count(count)} · {formatting.format_percent(formatting.share_of(count, whole))}",
         )
         for status, count in counts
     ]
@@ -91,9 +96,9 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | Non
     """Draw hit rates, each on a track that is all of what was answered."""
     rows = [
         BarRow(
-            format.clean_text(each.name, "(blank)"),
+            formatting.clean_text(each.name, "(blank)"),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
-            f"{format.format_percent(format.share_of(each.found, each.answered))} of {format.format_count(each.answered)}",
+            f"{formatting.format_percent(formatting.share_of(each.found, each.answered))} of {formatting.format_count(each.answered)}",
             track=1.0,
         )
         for each in hits
@@ -105,9 +110,9 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     """Draw how old the answers are, hits first."""
     rows = [
         BarRow(
-            format.clean_text(each.label),
+            formatting.clean_text(each.label),
             [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NOBODY)],
-            f"{format.format_count(each.found)} + {format.format_count(each.not_found)}",
+            f"{formatting.format_count(each.found)} + {formatting.format_count(each.not_found)}",
         )
         for each in answers
         if each.found + each.not_found
@@ -143,7 +148,7 @@ def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
             continue
         end = start + max(each.asked + each.presumed, each.found)
         presumed = min(each.presumed, end - start - each.found)
-        result.append(WaterfallStep(format.clean_text(each.name), start, each.found, end, presumed, each))
+        result.append(WaterfallStep(formatting.clean_text(each.name), start, each.found, end, presumed, each))
         start += each.found
     left = max(0, waterfall.answers - waterfall.found)
     return [*result, WaterfallStep(NO_MATCH_LABEL, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
@@ -165,13 +170,13 @@ def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[draw
     """Draw names left of the bars and columns of numbers right of them."""
     pitch, bar = 36.0, 22.0
     least, most = NAME_WIDTHS
-    room = min(most, max(least, *(format.text_width(step.name, NAME_PX) + 18 for step in steps)))
+    room = min(most, max(least, *(formatting.text_width(step.name, NAME_PX) + 18 for step in steps)))
     frame = ChartFrame(
         size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per hit"] + 4, top=34, bottom=40
     )
     middles = [pitch * (index + 0.5) for index in range(len(steps))]
     names = [
-        {"px": -room, "py": middle, "text": format.fit_text(step.name, room - 14, NAME_PX)}
+        {"px": -room, "py": middle, "text": formatting.fit_text(step.name, room - 14, NAME_PX)}
         for step, middle in zip(steps, middles, strict=True)
     ]
     heads = [{"px": frame.inner_width + edge, "py": -12, "text": name} for name, edge in NUMBER_COLUMNS.items()]
@@ -200,8 +205,8 @@ def _stacked_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[d
     heads = [42.0 if text else 24.0 for text in below]
     tops = [sum(heads[:index]) + (bar + gap) * index for index in range(len(steps))]
     frame = ChartFrame(size, sum(heads) + (bar + gap) * len(steps) + 36, left=1, right=1, bottom=44)
-    rooms = [size.width - format.text_width(text, drawing.TEXT_PX) - 12 for text in right]
-    names = [format.fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
+    rooms = [size.width - formatting.text_width(text, drawing.TEXT_PX) - 12 for text in right]
+    names = [formatting.fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
     chart = alt.layer(
         *_step_marks(steps, [top + head for top, head in zip(tops, heads, strict=True)], bar, 3 if narrow else 5),
         drawing.text_marks(_text_rows(names, tops, 0, 12), ChartColor.TEXT, fontWeight=600, fontSize=NAME_PX),
@@ -251,18 +256,18 @@ def _bar_rect(x: float, x2: float, top: float, bar: float) -> dict[str, float]:
 def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
     each = step.provider
     if each is None:
-        return "", format.format_count(step.end - step.start), "", "", ""
+        return "", formatting.format_count(step.end - step.start), "", "", ""
     asked = each.asked + each.presumed
-    rate = format.format_percent(format.share_of(each.found, asked))
-    spent, per_hit = format.format_amount_short(each.credits), format.format_amount(each.cost_per_hit)
-    return format.format_count(asked), format.format_count(each.found), rate, spent, per_hit
+    rate = formatting.format_percent(formatting.share_of(each.found, asked))
+    spent, per_hit = formatting.format_amount_short(each.credits), formatting.format_amount(each.cost_per_hit)
+    return formatting.format_count(asked), formatting.format_count(each.found), rate, spent, per_hit
 
 
 def _found_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return pluralize(step.end - step.start, "lead")
     asked = step.provider.asked + step.provider.presumed
-    return f"found {format.format_count(step.found)} ({format.format_percent(format.share_of(step.found, asked))})"
+    return f"found {formatting.format_count(step.found)} ({formatting.format_percent(formatting.share_of(step.found, asked))})"
 
 
 def _facts_text(step: WaterfallStep) -> str:

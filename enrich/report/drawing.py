@@ -17,7 +17,7 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
-from enrich.report import format
+from enrich.report import formatting
 
 NAME_PX = 13
 TEXT_PX = 12
@@ -124,7 +124,11 @@ def _clean_tag(tag: str) -> str:
 
 
 def rect_marks(
-    rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
+    rows: Sequence[ChartRow],
+    domain: tuple[float, float],
+    axis: alt.Axis | None,
+    ink: ChartColor,
+    **style: Any,  # noqa: ANN401 - what Altair takes
 ) -> alt.Chart:
     """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
@@ -143,7 +147,11 @@ def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.C
 
 
 def rule_marks(
-    rows: Sequence[ChartRow], domain: tuple[float, float], axis: alt.Axis | None, ink: ChartColor, **style: Any
+    rows: Sequence[ChartRow],
+    domain: tuple[float, float],
+    axis: alt.Axis | None,
+    ink: ChartColor,
+    **style: Any,  # noqa: ANN401 - what Altair takes
 ) -> alt.Chart:
     """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
     return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
@@ -184,7 +192,7 @@ def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 
 
 def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
     """Make a quiet axis on the left for values up to `most`, its title lying above it."""
-    large = {"format": "~s"} if largest >= format.LARGE_CREDITS else {}
+    large = {"format": "~s"} if largest >= formatting.LARGE_CREDITS else {}
     placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT_MARGIN, "titleY": -13}
     return make_axis(title, ticks, orient="left", **{**placed, **large, **more})
 

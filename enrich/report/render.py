@@ -9,7 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from enrich.report import format, sections, tables
+from enrich.report import formatting, sections, tables
 from enrich.report.data import Report, ReportedRun
 from enrich.report.tables import Cell
 
@@ -33,7 +33,11 @@ def render_report(report: Report) -> str:
     """Write the page."""
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clean": format.clean_text, "moment": format.format_time, "count": format.format_count}
+    environment.filters |= {
+        "clean": formatting.clean_text,
+        "moment": formatting.format_time,
+        "count": formatting.format_count,
+    }
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
     comparison = report.comparison
     return template.render(
@@ -52,7 +56,7 @@ def render_report(report: Report) -> str:
         totals=_waterfall_cells(report),
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
-        dash=format.DASH,
+        dash=formatting.DASH,
     )
 
 
@@ -68,7 +72,7 @@ def make_tiles(report: Report) -> Iterator[Tile]:
 
     yield Tile(
         "Hit rate",
-        Cell(format.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+        Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
         about,
         f"{run.found:,} of {run.answered:,} answered",
         *_format_change(difference(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
@@ -78,21 +82,21 @@ def make_tiles(report: Report) -> Iterator[Tile]:
         tables.count_cell("found", run.found),
         about,
         f"{run.submitted:,} sent",
-        *_format_change(difference(lambda each: each.found), format.format_count),
+        *_format_change(difference(lambda each: each.found), formatting.format_count),
     )
     yield Tile(
         "Credits",
         tables.credits_cell("credits_spent", run.credits_spent),
         about,
         _planned_text(report.planned, run),
-        *_format_change(difference(lambda each: each.credits_spent), format.format_amount),
+        *_format_change(difference(lambda each: each.credits_spent), formatting.format_amount),
     )
     yield Tile(
         "Cost per hit",
         tables.credits_cell("cost_per_hit", run.cost_per_hit),
         about,
         "credits" if run.cost_per_hit is not None else "no hit tonight",
-        *_format_change(difference(lambda each: each.cost_per_hit), format.format_amount, better=-1),
+        *_format_change(difference(lambda each: each.cost_per_hit), formatting.format_amount, better=-1),
     )
     yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), about, _balance_text(run))
 
@@ -113,9 +117,9 @@ def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) 
     unknown = f"; {run.credits_unknown:,} of unknown price" if run.credits_unknown else ""
     known = {name: amount for name, amount in (planned or {}).items() if amount is not None}
     if "likely" in known:
-        return f"planned {format.format_amount(known['likely'])}{unknown}"
+        return f"planned {formatting.format_amount(known['likely'])}{unknown}"
     if "max" in known:
-        return f"planned at most {format.format_amount(known['max'])}{unknown}"
+        return f"planned at most {formatting.format_amount(known['max'])}{unknown}"
     return f"no plan is known{unknown}"
 
 
@@ -124,7 +128,7 @@ def _balance_text(run: ReportedRun) -> str:
         return "not known"
     if run.balance_before is None:
         return "credits left"
-    was = f"was {format.format_amount(run.balance_before)}"
+    was = f"was {formatting.format_amount(run.balance_before)}"
     if run.unexplained is None:
         return was
     return f"{was}; {f'{run.unexplained:+,.2f} unexplained' if run.unexplained else 'all explained'}"

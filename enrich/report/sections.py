@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from enrich.models import pluralize
-from enrich.report import charts, format, tables, timelines
+from enrich.report import charts, formatting, tables, timelines
 from enrich.report.data import (
     Comparison,
     GroupedHits,
@@ -91,31 +91,31 @@ def side_figures(comparison: Comparison) -> Iterator[Figure]:
         answers = side.found + side.not_found
         if not answers or all(each.verifies for each in providers):
             continue
-        label = format.clean_text(side.label)
+        label = formatting.clean_text(side.label)
         facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
-        rate = format.format_percent(format.share_of(side.found, answers))
-        finding = f"{side.found:,} of {answers:,} found ({rate}) for {format.format_amount(side.credits)} credits."
+        rate = formatting.format_percent(formatting.share_of(side.found, answers))
+        finding = f"{side.found:,} of {answers:,} found ({rate}) for {formatting.format_amount(side.credits)} credits."
         table = tables.provider_table(providers, f"Providers of {label}", f"{about} provider")
         yield Figure(label, finding, [charts.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
 def _waterfall_text(facts: ReportedWaterfall) -> str:
     text = f"Of {pluralize(facts.answers, 'answer')}, {facts.found:,} found something"
-    text += f" ({format.format_percent(format.share_of(facts.found, facts.answers))})."
+    text += f" ({formatting.format_percent(formatting.share_of(facts.found, facts.answers))})."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
-        part = format.format_percent(format.share_of(best.found, facts.found))
-        text += f" {format.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
+        part = formatting.format_percent(formatting.share_of(best.found, facts.found))
+        text += f" {formatting.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
-        text += f" A hit costs most at {format.clean_text(most_expensive.name)}: {format.format_amount(most_expensive.cost_per_hit)} credits."
+        text += f" A hit costs most at {formatting.clean_text(most_expensive.name)}: {formatting.format_amount(most_expensive.cost_per_hit)} credits."
     return text
 
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {format.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {format.format_amount(each.credits)} credits."
+        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {formatting.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -149,7 +149,7 @@ def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     most = max(counts, key=lambda pair: pair[1], default=("", 0))
     if not whole:
         return "The input has no rows."
-    rate = format.format_percent(format.share_of(most[1], whole))
+    rate = formatting.format_percent(formatting.share_of(most[1], whole))
     return f"Of {pluralize(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
 
 
@@ -159,12 +159,12 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return "None of these rows was answered yet."
     best = max(known, key=lambda each: each.found / each.answered)
     least = min(known, key=lambda each: each.found / each.answered)
-    high, low = (format.format_percent(each.found / each.answered) for each in (best, least))
+    high, low = (formatting.format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{format.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
+        return f"{formatting.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
     if high == low:
         return f"{equal}: {high}."
-    return f"From {low} ({format.clean_text(least.name, '(blank)')}) to {high} ({format.clean_text(best.name, '(blank)')})."
+    return f"From {low} ({formatting.clean_text(least.name, '(blank)')}) to {high} ({formatting.clean_text(best.name, '(blank)')})."
 
 
 def _groups_text(groups: GroupedHits) -> str:
@@ -182,8 +182,8 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
     spent = sum(run.credits_spent for run in runs)
     if spent:
         dearest = max(runs, key=lambda night: night.credits_spent)
-        finding = f"{format.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
-        finding += f"{dearest.execution}, {format.format_amount(dearest.credits_spent)}."
+        finding = f"{formatting.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
+        finding += f"{dearest.execution}, {formatting.format_amount(dearest.credits_spent)}."
         pictures = (
             timelines.credits_chart(runs, finding),
             timelines.cumulative_credits_chart(runs, f"Added up. {finding}"),
@@ -207,17 +207,17 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
 def _run_hit_rates_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.hit_rate for run in runs if run.hit_rate is not None]
     if len(known) == 1:
-        return f"{format.format_percent(known[0])} of what was answered was found."
-    spread = f"between {format.format_percent(min(known))} and {format.format_percent(max(known))}"
-    return f"{format.format_percent(known[-1])} in the last night with an answer, {spread} over all."
+        return f"{formatting.format_percent(known[0])} of what was answered was found."
+    spread = f"between {formatting.format_percent(min(known))} and {formatting.format_percent(max(known))}"
+    return f"{formatting.format_percent(known[-1])} in the last night with an answer, {spread} over all."
 
 
 def _cost_per_hit_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.cost_per_hit for run in runs if run.cost_per_hit is not None]
     if len(known) == 1:
-        return f"A hit cost {format.format_amount(known[0])} credits."
-    spread = f"between {format.format_amount(min(known))} and {format.format_amount(max(known))}"
-    return f"A hit cost {format.format_amount(known[-1])} credits in the last night with one, {spread} over all."
+        return f"A hit cost {formatting.format_amount(known[0])} credits."
+    spread = f"between {formatting.format_amount(min(known))} and {formatting.format_amount(max(known))}"
+    return f"A hit cost {formatting.format_amount(known[-1])} credits in the last night with one, {spread} over all."
 
 
 def _speed_figures(report: Report) -> Iterator[Figure]:
@@ -234,7 +234,7 @@ def _speed_figures(report: Report) -> Iterator[Figure]:
 
 
 def _latency_text(times: LatencyHistogram) -> str:
-    half, most, longest = (format.format_seconds(each) for each in (times.median, times.p90, times.longest))
+    half, most, longest = (formatting.format_seconds(each) for each in (times.median, times.p90, times.longest))
     text = f"Half of {pluralize(times.count, 'task')} were answered within {half}, 90% within {most}"
     return f"{text}; the slowest took {longest}."
 

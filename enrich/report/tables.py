@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from enrich.models import pluralize
-from enrich.report import format
+from enrich.report import formatting
 from enrich.report.data import (
     AnswerAge,
     ComparedSide,
@@ -60,18 +60,18 @@ class Table:
 
 def count_cell(name: str, number: int | None) -> Cell:
     """Make a cell of a count."""
-    return Cell(format.format_count(number), name, number)
+    return Cell(formatting.format_count(number), name, number)
 
 
 def credits_cell(name: str, amount: float | None) -> Cell:
     """Make a cell of an amount."""
-    return Cell(format.format_amount(amount), name, amount)
+    return Cell(formatting.format_amount(amount), name, amount)
 
 
 def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
     """Make a cell of a share."""
-    found = format.share_of(part, of)
-    return Cell(format.format_percent(found), name, found)
+    found = formatting.share_of(part, of)
+    return Cell(formatting.format_percent(found), name, found)
 
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
@@ -83,9 +83,9 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
         lines.append(
             Line(
                 f"{about} {each.name}",
-                f"{format.clean_text(each.name)} (verifier)" if each.verifies else format.clean_text(each.name),
+                f"{formatting.clean_text(each.name)} (verifier)" if each.verifies else formatting.clean_text(each.name),
                 (
-                    Cell(format.format_count(reached), "asked_in_all", reached),
+                    Cell(formatting.format_count(reached), "asked_in_all", reached),
                     count_cell("presumed", each.presumed),
                     count_cell("found", None if each.verifies else each.found),
                     rate_cell(each.found, 0 if each.verifies else reached, "found_of_asked"),
@@ -120,7 +120,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
     lines = [
         Line(
             f"{about} {each.name}",
-            format.clean_text(each.name, "(blank)"),
+            formatting.clean_text(each.name, "(blank)"),
             (
                 count_cell("rows", each.rows),
                 count_cell("answered", each.answered),
@@ -135,7 +135,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
 
 def group_table(facts: GroupedHits) -> Table:
     """Tell hit rates by the values of an input column."""
-    column = format.clean_text(facts.column)
+    column = formatting.clean_text(facts.column)
     return hit_rate_table(facts.groups, f"Hit rate by {column}", column, f"group {facts.column}")
 
 
@@ -184,19 +184,19 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
             f"night {run.execution}",
             _run_label(run),
             (
-                format.clean_text(run.outcome, format.DASH),
+                formatting.clean_text(run.outcome, formatting.DASH),
                 count_cell("submitted", run.submitted),
                 count_cell("found", run.found),
                 count_cell("not_found", run.not_found),
                 count_cell("failed", run.failed),
                 count_cell("expired", run.expired),
-                Cell(format.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+                Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
                 credits_cell("credits_spent", run.credits_spent),
                 credits_cell("cost_per_hit", run.cost_per_hit),
                 credits_cell("balance_after", run.balance_after),
                 count_cell("polls", run.polls),
                 count_cell("rate_limited", run.rate_limited),
-                Cell(format.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
+                Cell(formatting.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
             ),
         )
         for run in reversed(facts)
@@ -209,7 +209,7 @@ def latency_table(times: LatencyHistogram) -> Table:
     lines = [
         Line(
             "latencies",
-            f"{format.format_seconds(bar.start)} to {format.format_seconds(bar.end)}",
+            f"{formatting.format_seconds(bar.start)} to {formatting.format_seconds(bar.end)}",
             (count_cell("count", bar.count),),
         )
         for bar in times.bars
@@ -230,12 +230,12 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
     lines = [
         Line(
             "traffic",
-            format.format_seconds(at * facts.width_s),
+            formatting.format_seconds(at * facts.width_s),
             tuple(count_cell(name, sum(counts[at : at + step])) for name, counts in series.items()),
         )
         for at in range(0, length, step)
     ]
-    caption = f"Execution {facts.execution} in steps of {format.format_seconds(step * facts.width_s)}"
+    caption = f"Execution {facts.execution} in steps of {formatting.format_seconds(step * facts.width_s)}"
     return Table(caption, ("From", "Sent", "Answered", "Polls", "429s"), lines)
 
 
@@ -244,7 +244,7 @@ def age_table(answers: Sequence[AnswerAge]) -> Table:
     lines = [
         Line(
             "age",
-            format.clean_text(each.label),
+            formatting.clean_text(each.label),
             (count_cell("found", each.found), count_cell("not_found", each.not_found)),
         )
         for each in answers
@@ -256,10 +256,10 @@ def sides_table(comparison: Comparison) -> Table:
     """Tell both sides of a comparison."""
 
     def line(about: str, side: ComparedSide) -> Line:
-        names = " → ".join(map(format.clean_text, side.providers)) or format.DASH
+        names = " → ".join(map(formatting.clean_text, side.providers)) or formatting.DASH
         return Line(
             about,
-            format.clean_text(side.label),
+            formatting.clean_text(side.label),
             (
                 names,
                 count_cell("asked", side.asked),
@@ -284,7 +284,7 @@ def common_leads_table(comparison: Comparison) -> Table:
             credits_cell("common_credits", spent),
             credits_cell("common_per_hit", spent / found if found else None),
         )
-        return Line(f"common {about}", format.clean_text(side.label), (*cells, *amounts))
+        return Line(f"common {about}", formatting.clean_text(side.label), (*cells, *amounts))
 
     both = comparison.both
     lines = [
@@ -308,16 +308,16 @@ def leads_table(rows: OutputRows) -> Table:
     lines = [
         Line(
             "lead",
-            format.clean_text(cells[0], format.DASH) if cells else format.DASH,
-            [format.clean_text(cell, "") for cell in cells[1:]],
+            formatting.clean_text(cells[0], formatting.DASH) if cells else formatting.DASH,
+            [formatting.clean_text(cell, "") for cell in cells[1:]],
         )
         for cells in rows.cells
     ]
-    return Table("Rows of the output", [format.clean_text(name) for name in rows.columns], lines)
+    return Table("Rows of the output", [formatting.clean_text(name) for name in rows.columns], lines)
 
 
 def _run_label(run: ReportedRun) -> str:
-    return f"#{run.execution}{format.NO_BREAK_SPACE}·{format.NO_BREAK_SPACE}{format.format_date(run.started_at)}"
+    return f"#{run.execution}{formatting.NO_BREAK_SPACE}·{formatting.NO_BREAK_SPACE}{formatting.format_date(run.started_at)}"
 
 
 def _runs_caption(what: str, runs: Sequence[ReportedRun]) -> str:

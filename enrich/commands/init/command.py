@@ -126,7 +126,6 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
 
 def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
     """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
-
     documented = (
         list(DOCUMENTED_WATERFALLS.values()),
         f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
