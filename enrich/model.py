@@ -338,7 +338,7 @@ class Claim:
 class Task:
     """A task running at the API. `attempts` is one attempt, or those of a bulk task in the order sent.
 
-    `acknowledged`: a poll has confirmed that the API knows the task.
+    `acknowledged`: a poll response has confirmed that the task exists.
     """
 
     attempts: tuple[int, ...]

@@ -181,7 +181,7 @@ def parse_input_location(base: Path, path_or_url: str) -> Location:
 
 
 def is_pattern(location: Location) -> bool:
-    """Check whether a location is a pattern. A local path with wildcards is no pattern if that very file exists."""
+    """Check whether a location is a pattern. A local path with wildcards is not a pattern if that very file exists."""
     if isinstance(location, ObjectUrl):
         return has_wildcards(location.key)
     return has_wildcards(str(location)) and not os.path.exists(location)  # noqa: PTH110 - Path.exists raises if the name is too long

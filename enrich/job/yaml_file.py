@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _not_yaml_hint(path: Path) -> str | None:
-    """Return a hint for a file that is no YAML file, such as the leads: how to create a job from it. Else None."""
+    """Return a hint on creating a job if the file is not a YAML file but, for example, the leads. Else None."""
     if path.suffix in (".yaml", ".yml"):
         return None
     return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
