@@ -1,4 +1,4 @@
-"""The command line: every command, and the exit code of every way out."""
+"""The command line: registers all commands and maps errors to exit codes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from enrich.errors import EnrichError, ExitCode, Interrupted
 
 
 def main() -> None:
-    """Run the command line; every way out has its exit code."""
+    """Run the command line and exit with its exit code."""
     guard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, or a shell's &
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or after `&` in a shell
             signal.signal(number, _raise_terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # A KeyboardInterrupt in the middle of an import makes `python -m` die of the signal, however it was handled.
+        # After a KeyboardInterrupt during an import, `python -m` ends with the signal, even if it is handled.
         signal.signal(signal.SIGINT, _raise_interrupted)
-    # Batches are thousands of tuples that live for a moment: to look for cycles among them takes a third of the time.
+    # Collect cycles less often: batches hold thousands of short-lived tuples, and collection took a third of the time.
     gc.set_threshold(100_000, 50, 100)
     if instruction := os.environ.get("_ENRICH_COMPLETE"):
         sys.exit(shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction))
@@ -40,7 +40,7 @@ def main() -> None:
     if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
     if "ray" in sys.modules:
-        # It has ended, but now and then its threads abort a process that ends in order.
+        # Skip the normal shutdown: after Ray has ended, its threads sometimes abort a process that exits normally.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
@@ -55,11 +55,11 @@ def _raise_interrupted(_number: int, _frame: object) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command; return its exit code."""
+    """Run one command and return its exit code."""
     as_json = "--json" in arguments
     context: click.Context | None = None
     try:
-        # Not cli.main(), which makes an exit of its own of a reader that left.
+        # Do not use cli.main(), which exits with its own code if the reader closes the output.
         with cli.make_context("enrich", list(arguments)) as context:
             code = cli.invoke(context)
     except click.exceptions.Exit as done:
@@ -77,8 +77,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
     except BrokenPipeError:
-        return ExitCode.OK  # the reader of our output left, and there is nothing else to do
-    except Exception as error:  # noqa: BLE001 - a bug: told with its trace, never swallowed
+        return ExitCode.OK  # the reader closed the output, so there is nothing left to do
+    except Exception as error:  # noqa: BLE001 - a bug: printed with its traceback
         return _fail_unexpected(error, None if context is None else context.meta.get(LEDGER_META_KEY), as_json=as_json)
     return int(code or 0)
 
@@ -95,7 +95,7 @@ def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
     if is_busy_error(error):
         hint = "end the program that holds the lock, then run the same command again"
         return _fail(ExitCode.BUG, "another program has locked the ledger", hint, as_json=as_json)
-    # Whatever stumbles over the content of a damaged ledger is no bug, and its trace may quote that.
+    # An error caused by a damaged ledger is not a bug. Print no traceback: it may quote the ledger's content.
     if is_damage_error(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
         return _fail(
             ExitCode.REFUSED, f"{ledger or 'a database'}: the ledger is damaged", RESTORE_HINT, as_json=as_json
@@ -107,7 +107,7 @@ def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
 
 
 def _find_api_key() -> str:
-    """Find the API key, which a value in a trace may hold."""
+    """Return the API key, so that it can be masked in a traceback. Empty if there is none."""
     from enrich.databar.credentials import find_key
 
     with suppress(EnrichError):
@@ -116,7 +116,7 @@ def _find_api_key() -> str:
 
 
 def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool) -> int:
-    message = clean_text(message)  # of a file's name, or of a server
+    message = clean_text(message)  # it may contain a file name or a server's text
     click.echo(f"error: {message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)

@@ -1,30 +1,32 @@
-"""Every way to fail, sorted by what the caller does about it.
+"""All exceptions, grouped by what the caller does about them.
 
-EnrichError                   carries the message, a hint and the exit code
-├── JobError            2     the command or the job file is wrong: fix it
-│   └── OtherWorkspace        the key is not of the workspace that the ledger belongs to
-├── KeyRefused          3     no key, or the API refuses it: fix the key
-├── ApiUnreachable      4     the API does not answer: the next run resumes
-├── ClusterFailed       4     the machines that shall do the work can't be reached: likewise
-├── Refused             5     nothing was spent: look at the input, the balance, the ledger
-├── LedgerLocked       11     another execution is at work
-├── Interrupted    130,143  a signal ended it
-├── CanaryStopped      15     the first answers look wrong: nothing more is bought
-├── LedgerFailed        1     the ledger can't remember any more: nothing more is sent
-│   └── LeaseLost       4     this process was silent for too long: others go on with what it was at
-│       └── LeaderGone        the run that this process worked for is over
-└── CallFailed                one API call went wrong
-    ├── NotAccepted           provably nothing was accepted: wait, ask again
-    │   ├── RateLimited       429
-    │   ├── CertificateUntrusted  TLS: asking again changes nothing
-    │   ├── NotUnderstood     an answer of another kind than was asked for
-    │   ├── OutOfCredits      406: stop with exit 12
-    │   ├── Unauthorized      401, 403: stop with exit 3
-    │   └── NotBelieved       the answer to a poll cannot be read, or may be another task's: ask again
-    ├── BadParams             400, 422 that name a param: fail the row
-    ├── TaskUnknown           404 for a task: too young, or lost
-    ├── JobRejected           any other 400, 422, and 404: stop with exit 2
-    └── Ambiguous             nobody can tell whether it was accepted: in doubt
+EnrichError                        message, hint and exit code
+├── JobError                 2     the command or the job file is wrong: fix it
+│   └── WorkspaceMismatch          the key does not belong to the ledger's workspace
+├── ApiKeyRejected           3     no key, or the API rejects it: fix the key
+├── ApiUnreachable           4     the API does not respond: the next run resumes
+├── ClusterFailed            4     the cluster cannot be reached or started: the next run resumes
+├── CommandRefused           5     nothing was spent: check the input, the balance, the ledger
+│   └── LedgerDamaged              the ledger's file is damaged
+├── LedgerLocked            11     another run is in progress
+├── Interrupted        130,143     a signal ended the run
+├── CanaryStopped           15     the first answers look wrong: nothing more is sent
+├── LedgerFailed             1     the ledger cannot be written: nothing more is sent
+│   ├── LedgerMoved                a file of the ledger was removed or replaced
+│   └── LeaseLost            4     no heartbeat for too long: other workers took over the work
+│       └── RunEnded               the run that this process worked for has ended
+└── ApiCallFailed            4     one API call failed
+    ├── RequestNotAccepted         the request was certainly not accepted: wait and retry
+    │   ├── RateLimited            429
+    │   ├── CertificateUntrusted   TLS: a retry does not help
+    │   ├── UnexpectedResponse     a response with unexpected content
+    │   ├── OutOfCredits           406: stop with exit code 12
+    │   ├── Unauthorized           401, 403: stop with exit code 3
+    │   └── InvalidPollResponse    unreadable, or possibly for another task: poll again
+    ├── BadParams                  400, 422 that name a param: the row fails
+    ├── TaskUnknown                404 for a task: too new, or lost
+    ├── JobRejected                any other 400, 422, and 404: stop with exit code 2
+    └── SubmissionUnconfirmed      may have been accepted: the request becomes in_doubt
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """The exit codes, one meaning each; other people's crontabs stand on them."""
+    """The exit codes. Each has one meaning, which must not change because users' cron jobs depend on it."""
 
     OK = 0
     BUG = 1
@@ -52,7 +54,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143
 
 
-#: When several hold, the first of these is the exit code (11 comes before all that could hold with it).
+#: If several exit codes apply, the first in this order wins. LOCKED (11) is raised before any other could apply.
 EXIT_PRECEDENCE = (
     ExitCode.BUG,
     ExitCode.INTERRUPTED,
@@ -69,14 +71,14 @@ EXIT_PRECEDENCE = (
     ExitCode.OK,
 )
 
-#: The output is written at these; at the others the old file stays.
+#: Exit codes with which the output is written. With any other code the old file stays.
 OUTPUT_WRITING_CODES = frozenset(
     {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
 )
 
 
 class EnrichError(Exception):
-    """A failure told to the person: what is wrong and where (`message`), what to do (`hint`)."""
+    """An error shown to the user: what is wrong and where (`message`), and what to do (`hint`, or None)."""
 
     exit_code: ExitCode = ExitCode.BUG
 
@@ -93,68 +95,68 @@ class JobError(EnrichError):
 
 
 class WorkspaceMismatch(JobError):
-    """The key belongs to another workspace than the ledger, or the workspace was renamed."""
+    """The key belongs to a different workspace than the ledger, or the workspace was renamed."""
 
 
 class ApiKeyRejected(EnrichError):
-    """There is no API key, or the API refuses it."""
+    """There is no usable API key, or the API rejects it."""
 
     exit_code = ExitCode.KEY
 
 
 class ApiUnreachable(EnrichError):
-    """The API does not answer; what was begun is resumed by the next run."""
+    """The API does not respond. The next run resumes."""
 
     exit_code = ExitCode.API
 
 
 class ClusterFailed(EnrichError):
-    """The machines that shall do the work can't be reached or started; the next run resumes."""
+    """The machines of the cluster cannot be reached or started. The next run resumes."""
 
     exit_code = ExitCode.API
 
 
 class CommandRefused(EnrichError):
-    """Refused before anything was spent."""
+    """The command was refused before any credits were spent."""
 
     exit_code = ExitCode.REFUSED
 
 
 class LedgerDamaged(CommandRefused):
-    """The ledger's file is not what was written into it."""
+    """The ledger's file is damaged: its content is not what was written."""
 
 
-#: What a person can do about a ledger that another has.
+#: Hint for LedgerLocked.
 LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
 
 
 class LedgerLocked(EnrichError):
-    """Another execution holds the ledger."""
+    """Another run has locked the ledger."""
 
     exit_code = ExitCode.LOCKED
 
 
 class CanaryStopped(EnrichError):
-    """The first answers look wrong: the rest was not asked."""
+    """The first answers look wrong. The remaining requests were not sent."""
 
     exit_code = ExitCode.CANARY
 
 
 class LedgerFailed(EnrichError):
-    """The ledger could not be written in the middle of an execution."""
+    """The ledger could not be written during a run."""
 
 
 class LedgerMoved(LedgerFailed):
     """A file of the ledger was removed or replaced while a run was using it."""
 
     def __init__(self, message: str, hint: str | None = None, *, database_missing: bool = True) -> None:
-        """`gone`: the database itself is no longer at its path, not only the lock file."""
+        """`database_missing`: the database itself is no longer at its path, not only the lock file."""
         super().__init__(message, hint)
         self.database_missing = database_missing
 
 
 class LeaseLost(LedgerFailed):
-    """This process was silent for too long: what it was at is another's now."""
+    """This process sent no heartbeat for too long. Other workers took over its work."""
 
     exit_code = ExitCode.API
 
@@ -169,11 +171,11 @@ class LeaseLost(LedgerFailed):
 
 
 class RunEnded(LeaseLost):
-    """The run that this process worked for is over: there is nothing to begin anew."""
+    """The run that this process worked for has ended, so there is no work to resume."""
 
 
 class Interrupted(EnrichError):
-    """A signal ended the execution."""
+    """A signal ended the run. `exit_code` is 130 or 143."""
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__("interrupted: what is at the API is collected by the next run")
@@ -181,17 +183,17 @@ class Interrupted(EnrichError):
 
 
 class ApiCallFailed(EnrichError):
-    """One call to the API went wrong; the subclasses say what that means for the request."""
+    """One call to the API failed. The subclasses define what that means for the request."""
 
     exit_code = ExitCode.API
 
 
 class RequestNotAccepted(ApiCallFailed):
-    """Provably nothing was accepted: the call may be made again."""
+    """The API certainly did not accept the request, so it can be sent again."""
 
 
 class RateLimited(RequestNotAccepted):
-    """429. `retry_after` is the API's wish in seconds, None without one."""
+    """429. `retry_after` is the Retry-After header in seconds, None without one."""
 
     def __init__(self, message: str, retry_after: float | None) -> None:
         super().__init__(message)
@@ -199,7 +201,7 @@ class RateLimited(RequestNotAccepted):
 
 
 class CertificateUntrusted(RequestNotAccepted):
-    """The certificate of the API or of the proxy is not trusted: asking again changes nothing."""
+    """The certificate of the API or the proxy is not trusted. A retry does not help."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -209,26 +211,26 @@ class CertificateUntrusted(RequestNotAccepted):
 
 
 class UnexpectedResponse(RequestNotAccepted):
-    """A free question got an answer that is none to it."""
+    """The response to a free API call (account, waterfalls) has unexpected content."""
 
 
 class OutOfCredits(RequestNotAccepted):
-    """406: the account is out of credits, or the plan does not allow it."""
+    """406: the account is out of credits, or its plan does not allow the request."""
 
     exit_code = ExitCode.CREDITS
 
 
 class Unauthorized(RequestNotAccepted):
-    """401 or 403: the key is refused."""
+    """401 or 403: the API rejects the key."""
 
     exit_code = ExitCode.KEY
 
 
 class InvalidPollResponse(RequestNotAccepted):
-    """An answer to a poll that does not count: it names another task, names none, or cannot be read.
+    """A poll response that is not valid: it names another task or no task, or cannot be read.
 
-    `task_id` is the id that it names, None without one. `raw` is its text, bounded. `fresh`: it came over a connection
-    that had carried no request before, so that it cannot be the answer to an earlier one.
+    `raw` is its text, limited in size. `task_id` is the id in the response, None without one. `new_connection`: the
+    connection carried no earlier request, so this cannot be the response to one.
     """
 
     def __init__(self, message: str, raw: str = "", task_id: str | None = None, *, new_connection: bool = True) -> None:
@@ -239,9 +241,9 @@ class InvalidPollResponse(RequestNotAccepted):
 
 
 class BadParams(ApiCallFailed):
-    """400 or 422 that names a param: these rows (by their place in the POST, from 0) cannot be asked.
+    """400 or 422 that names a param. `rows` maps the index of each rejected row in the POST (from 0) to the reason.
 
-    None of many (bulk): some of them can't, and the API does not say which.
+    Empty `rows` (bulk): some rows are rejected, and the API does not report which.
     """
 
     def __init__(self, rows: Mapping[int, str], message: str = "") -> None:
@@ -250,7 +252,7 @@ class BadParams(ApiCallFailed):
 
 
 class JobRejected(ApiCallFailed):
-    """404, or a 400 or 422 that names no param: no row of this job can be asked."""
+    """404, or a 400 or 422 that names no param: no request of this job can be sent."""
 
     exit_code = ExitCode.USAGE
 
@@ -260,7 +262,7 @@ class TaskUnknown(ApiCallFailed):
 
 
 class SubmissionUnconfirmed(ApiCallFailed):
-    """The call may or may not have been accepted. `task_id` is the id that the answer carried, None without one."""
+    """The request may have been accepted and charged. `task_id` is the id in the response, None without one."""
 
     def __init__(self, message: str, task_id: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The vocabulary: the states of a request, the moves between them, money and time."""
+"""Shared types: request states and their transitions, row decisions, answers, money and time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import orjson
 
 
 class State(StrEnum):
-    """Where a request stands."""
+    """State of a request."""
 
-    PENDING = "pending"  # not asked yet
-    SUBMITTING = "submitting"  # the intent is on disk, the POST may be on the wire
-    SUBMITTED = "submitted"  # the API gave a task id
-    FOUND = "found"  # one of the job's columns has a value
-    NOT_FOUND = "not_found"  # a clean miss
-    FAILED = "failed"  # the API says so
-    EXPIRED = "expired"  # the result was gone before it was fetched
-    IN_DOUBT = "in_doubt"  # nobody can tell whether it was charged
+    PENDING = "pending"  # not sent yet
+    SUBMITTING = "submitting"  # the intent is on disk, the POST may be in flight
+    SUBMITTED = "submitted"  # the API returned a task id
+    FOUND = "found"  # at least one of the job's columns has a value
+    NOT_FOUND = "not_found"  # no match, without an error
+    FAILED = "failed"  # the API reports a failure
+    EXPIRED = "expired"  # the API deleted the result before it was fetched
+    IN_DOUBT = "in_doubt"  # unconfirmed: may have been charged
 
 
-#: Every allowed move of a request, by the letters of the drawing in ARCHITECTURE.md. What f and h send back to
-#: pending moves on to submitting in the same transaction: until then it keeps its state, and when the POST is
-#: refused it has it again.
+#: All allowed state transitions. The letters are the edges of the diagram in ARCHITECTURE.md. Edges f and h lead back
+#: to pending and continue to submitting in the same transaction. Until then the request keeps its old state. If the
+#: API refuses the POST, the request returns to it.
 TRANSITIONS: dict[tuple[State, State], str] = {
     (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST leaves",
     (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
@@ -56,57 +56,57 @@ TRANSITIONS: dict[tuple[State, State], str] = {
     (State.NOT_FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
 }
 
-#: States in which money may be at stake: the fate is not known yet.
+#: States in which a charge is possible and the outcome is not known yet.
 OPEN_STATES = frozenset({State.SUBMITTING, State.SUBMITTED})
-#: States that a person may send back to pending (edge f).
+#: States that the user can reset to pending with `--retry` (edge f).
 RETRYABLE_STATES = frozenset({State.FAILED, State.EXPIRED, State.IN_DOUBT})
 
 
 class Decision(StrEnum):
-    """Whether a request, or a row, is asked by this execution, or why it isn't."""
+    """Why this run sends, or does not send, a request or a row."""
 
     NEW = "new"  # never answered
-    RETRY = "retry"  # asked again by the person's word
-    REFRESH = "refresh"  # asked again for its answer's age
-    FOUND = "found"  # answered before
-    NOT_FOUND = "not_found"  # answered before
+    RETRY = "retry"  # sent again because of --retry
+    REFRESH = "refresh"  # sent again because its answer is too old
+    FOUND = "found"  # already answered
+    NOT_FOUND = "not_found"  # already answered
     FAILED = "failed"
     EXPIRED = "expired"
     IN_DOUBT = "in_doubt"
-    WAITING = "waiting"  # at the API: its answer is collected
-    PLANNED = "planned"  # asked since the plan was made that this execution keeps to
-    CAPPED = "capped"  # the job's `caps` leave it out
-    NOT_SAMPLED = "not_sampled"  # left out by --sample
-    OVER_LIMIT = "over_limit"  # left for another execution by --limit
-    DUPLICATE = "duplicate"  # of a row: it asks what an earlier one asks
-    INVALID = "invalid"  # of a row: a required param is empty or malformed
-    FILTERED = "filtered"  # of a row: the job leaves it out
+    WAITING = "waiting"  # running at Databar: this run collects its answer
+    PLANNED = "planned"  # already sent since the saved plan that this run follows was made
+    CAPPED = "capped"  # excluded by the job's `caps`
+    NOT_SAMPLED = "not_sampled"  # excluded by --sample
+    OVER_LIMIT = "over_limit"  # left for a later run by --limit
+    DUPLICATE = "duplicate"  # rows only: same request as an earlier row
+    INVALID = "invalid"  # rows only: a required param is empty or malformed
+    FILTERED = "filtered"  # rows only: excluded by the job
 
 
-#: What is sent and paid for.
+#: Decisions with which a request is sent and paid for.
 DECISIONS_TO_SEND = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
 
 
 class RowStatus(StrEnum):
-    """What `enrich_status` says of a row of the output."""
+    """Values of `enrich_status`, the status column of the output."""
 
     FOUND = "found"
     NOT_FOUND = "not_found"
     FAILED = "failed"
     EXPIRED = "expired"
     IN_DOUBT = "in_doubt"
-    INVALID = "invalid"  # a required param is empty or malformed: never sent
-    FILTERED = "filtered"  # the job leaves it out
+    INVALID = "invalid"  # skipped: a required param is empty or malformed, never sent
+    FILTERED = "filtered"  # excluded by the job
     PENDING = "pending"  # not answered yet
 
     @classmethod
     def from_state(cls, state: State) -> RowStatus:
-        """Tell how a request's state shows on its rows."""
+        """Return the status of the rows of a request in this state."""
         return cls.PENDING if state in OPEN_STATES else cls(state.value)
 
 
 def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
-    """Count requests by the status that they show on their rows."""
+    """Count requests by the status of their rows. `counts` are the requests in each state."""
     shown = [status for status in RowStatus if status not in (RowStatus.INVALID, RowStatus.FILTERED)]
     return {
         status.value: sum(count for state, count in counts.items() if RowStatus.from_state(state) is status)
@@ -114,21 +114,21 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
     }
 
 
-#: One credit in the ledger's unit: credits are integers there, in millionths.
+#: The ledger stores credits as integers, in millionths of a credit.
 MICROS_PER_CREDIT = 1_000_000
 
 
-#: More credits than this are no price and no balance.
+#: Maximum valid price or balance in credits. A higher value counts as unreadable.
 MAX_CREDITS = 1_000_000_000_000
 
 
 def to_micros(credits_: object) -> int | None:
-    """Read credits as the API writes them (number or string); None when they can't be read."""
+    """Convert credits from the API (number or string) to millionths. None if missing, negative or unreadable."""
     return _read_credits(credits_, 0, MAX_CREDITS)
 
 
 def read_balance(balance: object) -> int | None:
-    """Read a balance, which may be below 0, in millionths; None when it can't be read."""
+    """Convert a balance (number or string, may be negative) to millionths. None if missing or unreadable."""
     return _read_credits(balance, -MAX_CREDITS, MAX_CREDITS)
 
 
@@ -138,7 +138,7 @@ def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
     try:
         amount = Decimal(str(credits_).strip())
         return int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
-    except ArithmeticError:  # no number, or NaN, which compares with nothing
+    except ArithmeticError:  # not a number, or NaN, which cannot be compared
         return None
 
 
@@ -147,17 +147,17 @@ def to_credits(micros: int) -> float: ...
 @overload
 def to_credits(micros: int | None) -> float | None: ...
 def to_credits(micros: int | None) -> float | None:
-    """Write millionths as credits; None (not known) stays None."""
+    """Convert millionths to credits. None (unknown) stays None."""
     return None if micros is None else micros / MICROS_PER_CREDIT
 
 
 def pluralize(number: int, noun: str) -> str:
-    """Write a number with its noun."""
+    """Format a number with its noun, such as `1 row` or `1,000 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_credits(amount: float) -> str:
-    """Write credits for a person; what is less than a hundredth is not nothing."""
+    """Format credits with two decimals, or with up to six if the amount would otherwise show as zero."""
     text = f"{amount:,.2f}"
     if text.strip("-0."):
         return text
@@ -166,49 +166,49 @@ def format_credits(amount: float) -> str:
 
 
 def to_json_text(value: object) -> str:
-    """Write a value as JSON. Raises RecursionError when it is nested too deeply."""
+    """Convert a value to JSON text. Raises RecursionError if it is nested too deeply."""
     try:
         return orjson.dumps(value).decode()
-    except TypeError:  # a number that is too large for it, half a character, or nested deeply
+    except TypeError:  # orjson rejects large integers, lone surrogates and deep nesting
         return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
 def iso_time(at_ms: int) -> str:
-    """Write a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
+    """Format a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def format_duration(seconds: float) -> str:
-    """Write a length of time as h:mm:ss."""
+    """Format a duration in seconds as h:mm:ss."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-#: A local clock that is off by more than this is not believed.
+#: A local clock that is off by more than this (5 minutes) is corrected.
 CLOCK_TOLERANCE_MS = 5 * 60 * 1000
-#: So many answers must say by how much it is off, and differ by no more than this.
+#: Number of consecutive API responses that must agree on the clock's offset, and their maximum difference.
 CLOCK_SAMPLES, CLOCK_SAMPLE_SPREAD_MS = 3, 5_000
 
 
 class Clock(Protocol):
-    """Time as a parameter: tests bring their own."""
+    """The clock, injected so that tests can replace it."""
 
     def monotonic(self) -> float:
-        """Seconds that never step: for rates and pauses."""
+        """Seconds on a clock that never jumps, for rates and pauses."""
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970, UTC: written down, shown to people, and the age of what earlier runs left."""
+        """Milliseconds since 1970, UTC, for stored and displayed times and the age of earlier runs' data."""
 
     def earliest_ms(self) -> int:
-        """The earliest that it may be now by any clock: for what costs money when it is late enough."""
+        """The earliest possible current time (ms, UTC) by any clock, for decisions that cost credits after a delay."""
 
     def observe(self, api_ms: int) -> None:
-        """Take in what time the API has."""
+        """Record the API's current time (milliseconds since 1970, UTC)."""
 
 
 def boottime() -> float:
-    """Seconds that never step, and go on while the machine sleeps, where the system has such a clock."""
+    """Seconds on a clock that never jumps and includes time asleep, if the system has such a clock."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
@@ -219,19 +219,19 @@ def _boottime_ms() -> int:
 
 @dataclass(slots=True)
 class SystemClock:
-    """This machine's clock as it stood when the program started: steps that it makes later change nothing.
+    """This machine's clock, read once at program start. Later changes of the system time have no effect.
 
-    It is corrected by the API's `Date` when several answers agree that it is off by more than 5 minutes.
+    If several API responses agree that it is off by more than 5 minutes, it is set to the API's `Date`.
     """
 
     offset_ms: int = 0
-    #: The local time when the machine started.
+    #: Local time of the machine's boot (milliseconds since 1970, UTC).
     _boot_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000 - _boottime_ms(), init=False)
-    #: By how much the API's last answers say that it is off.
+    #: Offsets of the latest API responses from the local clock, in milliseconds.
     _api_offsets_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCK_SAMPLES), init=False)
 
     def monotonic(self) -> float:
-        """Seconds that never step."""
+        """Seconds on a clock that never jumps."""
         return time.monotonic()
 
     def now_ms(self) -> int:
@@ -239,12 +239,15 @@ class SystemClock:
         return self._local_ms() + self.offset_ms
 
     def earliest_ms(self) -> int:
-        """The earliest that it may be now by this machine or any of the last answers."""
+        """The earliest current time (ms, UTC) by this machine's clock or by any of the latest API responses."""
         behind = (off for off in (self.offset_ms, *self._api_offsets_ms) if off < -CLOCK_TOLERANCE_MS)
         return self._local_ms() + min(behind, default=0)
 
     def observe(self, api_ms: int) -> None:
-        """Take over the API's time when ours is too far off, by several answers: one may be wrong or from a cache."""
+        """Record the API's time. Adopt it if the local clock is too far off.
+
+        That takes several matching responses, because a single one may be wrong or come from a cache.
+        """
         self._api_offsets_ms.append(api_ms - self._local_ms())
         low, high = min(self._api_offsets_ms), max(self._api_offsets_ms)
         if len(self._api_offsets_ms) == CLOCK_SAMPLES and high - low <= CLOCK_SAMPLE_SPREAD_MS:
@@ -256,18 +259,18 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is the same for every request of a job: which waterfall, asked of whom, checked by whom."""
+    """The part that all requests of a job share: waterfall, provider ids in order, and email verifier id."""
 
     waterfall: str
     enrichments: tuple[int, ...]
     email_verifier: int | None = None
 
     def canonical(self) -> str:
-        """Write the call so that equal calls are equal text (JSON)."""
+        """Return the call as canonical JSON: equal calls have equal text."""
         return json.dumps(self.body() | {"waterfall": self.waterfall}, sort_keys=True)
 
     def body(self) -> dict[str, Any]:
-        """Return what the API is sent beside `params`."""
+        """Return the request body without `params`."""
         body: dict[str, Any] = {"enrichments": list(self.enrichments)}
         if self.email_verifier is not None:
             body["email_verifier"] = self.email_verifier
@@ -275,9 +278,9 @@ class Call:
 
 
 class RowRequest(NamedTuple):
-    """What a row asks: its position in the input, the request's name, what is sent (JSON).
+    """The request of a row: position in the input (from 0), fingerprint of the request, and params as JSON.
 
-    `place` is where it stands in the order of asking (default: the position), `group` what `caps` counts.
+    `queue_position` is its rank in the send order (None: same as `position`). `group` is the value `caps` counts by.
     """
 
     position: int
@@ -288,7 +291,10 @@ class RowRequest(NamedTuple):
 
 
 class RowDecision(NamedTuple):
-    """What was decided about a row: the position of the first that asks the same, and when it was answered (ms)."""
+    """The decision about a row. `first_position` is the first row with the same request.
+
+    `settled_ms` is when the request was answered (milliseconds since 1970, UTC), None if it was not.
+    """
 
     position: int
     first_position: int
@@ -298,10 +304,10 @@ class RowDecision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RequestSelection:
-    """Which requests an execution wants. `stale`: answers older than that (ms) are asked again.
+    """Which requests a run sends. `refresh_before_ms`: answers older than this time (ms) are requested again.
 
-    `since`: choose as if nothing had been asked after this execution, the newest when a plan was made.
-    `killed`: no execution is at work, so what seems to be on the wire was left there by one that was killed.
+    `after_execution`: select as if nothing was sent after this execution, the newest one when the plan was saved.
+    `no_active_run`: no run is in progress, so requests in state submitting were left by a killed run.
     """
 
     retry: frozenset[State] = frozenset()
@@ -315,13 +321,13 @@ class RequestSelection:
 
     @property
     def is_limited(self) -> bool:
-        """Whether the person said how many are asked at most."""
+        """Whether the user limited the number of requests (`--limit`, `--sample` or a saved plan)."""
         return not (self.limit is self.sample is self.after_execution is None)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A request whose intent to submit is on disk: exactly one POST may leave for it, or for all of its bundle."""
+    """A request whose intent to submit is on disk. Exactly one POST may be sent for it, or for its whole bulk task."""
 
     attempt_id: int
     params: str
@@ -330,36 +336,39 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What waits for its answer at the API: the attempt of one request, or those of a bundle in the order sent."""
+    """A task running at the API. `attempts` is one attempt, or those of a bulk task in the order sent.
+
+    `acknowledged`: a poll response has confirmed that the task exists.
+    """
 
     attempts: tuple[int, ...]
     task_id: str
     submitted_ms: int
     acknowledged: bool = False
-    #: The columns' paths of the job that asked; () where they are not known.
+    #: Result paths of the columns of the job that sent the request. () if unknown.
     column_paths: tuple[str, ...] = ()
     bulk_task_id: int | None = None
-    #: A newer attempt of the same request was made meanwhile.
+    #: A newer attempt of the same request exists.
     superseded: bool = False
 
 
 class Acceptance(StrEnum):
-    """What a task id means that the API gave to a POST."""
+    """Meaning of the task id that the API returned for a POST."""
 
     NEW = "new"
-    CACHED = "cached"  # an attempt of the same question has it: the API's cache
-    CONFLICT = "taken"  # an attempt of another question has it: no acceptance
+    CACHED = "cached"  # an attempt of the same request already has this id: the API answered from its cache
+    CONFLICT = "taken"  # an attempt of another request already has this id: the POST does not count as accepted
 
 
-#: What is said of a request whose task id belongs to another.
+#: Error text of a request whose task id belongs to another request.
 DUPLICATE_TASK_ID = "the API gave a task id twice"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a task came to, ready for the ledger. `credits` in millionths, None when not known.
+    """The outcome of a task, ready for the ledger. `credits` are in millionths, None if unknown.
 
-    `gone`: the API says that the result is deleted, so it need not be asked for again.
+    `free_failure`: the task failed at no charge. `result_deleted`: the API deleted the result, so do not poll again.
     """
 
     state: State
@@ -372,10 +381,10 @@ class Answer:
 
 
 class SettledAttempt(NamedTuple):
-    """An attempt that an execution settled: what it asked of whom, what came of it and what it cost.
+    """An attempt that a run settled: request, outcome and cost.
 
-    `state` is the value of a State, `call` a canonical Call, `params` and `answer` are JSON (`answer` None: there is
-    none, or it was purged). `paid` is what it adds to the bill in millionths; None: not known.
+    `state` is the value of a State, `call` is a canonical Call. `params` and `answer` are JSON. `answer` is None if
+    there is none or it was purged. `paid` is its charge in millionths of a credit, None if unknown.
     """
 
     execution: int
@@ -388,10 +397,11 @@ class SettledAttempt(NamedTuple):
 
 
 class RequestResult(NamedTuple):
-    """What the ledger knows of one request of a batch, as it comes out of it; 1 is for yes.
+    """The ledger's data on one request of a batch, as read from the database (1 means yes).
 
-    `position` is that of the first row of the batch that asks it; `first`: no earlier row of this pass did.
-    `state` is the value of a State. `capped`: the job's `caps` leave it out. `erased_ms`: when its answer was purged.
+    `position` is the first row of the batch with this request. `first`: no earlier row of the input has it.
+    `state` is the value of a State. `credits` are in millionths. `capped`: excluded by the job's `caps`.
+    `erased_ms` is when its answer was purged (milliseconds since 1970, UTC), else None.
     """
 
     position: int

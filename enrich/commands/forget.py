@@ -1,4 +1,4 @@
-"""Erases what a ledger holds of people: one person at her wish, or everybody's answers when they are old."""
+"""Erases personal data from a ledger: all requests about one person (forget), or all old answers (purge)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from enrich.run.preflight import template_from_ledger
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
-    """Erase every request about a person; return how many.
+    """Erase every request about a person. Return the number of requests.
 
-    A request is hers when all of `matches` (`NAME=VALUE`, without regard to case and outer blanks) hold for
-    a row of the input that asks it, or for its params and answers. A hash under a key of the ledger's stays,
-    so that nobody asks about her again. Raises JobError for a name that is unknown everywhere, and LedgerLocked.
+    `matches` are `NAME=VALUE` texts, combined with AND. Case and surrounding spaces are ignored. A request matches if
+    an input row with this request matches, or if its params and answers match. A hash made with the ledger's key is
+    kept, so that no request about this person is sent again. `confirm` gets the number of requests. If it returns
+    False, nothing is erased and the result is 0. Raises JobError for a name that is neither in the input nor in the
+    job, CommandRefused if a matching request is still running at Databar, and LedgerLocked.
     """
     criteria = dict(_parse_match(match) for match in matches)
     with _open_for_erasing(job) as ledger:
@@ -54,10 +56,10 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
             )
         if not found or not confirm(len(found)):
             return 0
-        ledger.load_forgotten()  # refuses when the key to earlier ones is gone: a new one would not know them
+        ledger.load_forgotten()  # raises if the key of earlier hashes is missing: a new key would not match them
         key = read_or_make_key(job.ledger)
         with ledger.transaction():
-            # What was purged has no params any more; then the input tells them.
+            # Purged requests have no params in the ledger, so prefer the params from the input.
             forgotten_rows = (
                 (known["id"], known["fingerprint"], matching.get(known["fingerprint"], known["params"]))
                 for known in found
@@ -67,7 +69,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
 
 
 def purge_answers(job: Job, older_than: timedelta) -> int:
-    """Drop params and answers of what was settled longer ago; return how many requests. Raises LedgerLocked."""
+    """Erase params and answers of requests settled longer ago. Return their number. Raises LedgerLocked."""
     now_ms = SystemClock().now_ms()
     with _open_for_erasing(job) as ledger, ledger.transaction():
         return ledger.purge(now_ms - int(older_than.total_seconds() * 1000), now_ms)
@@ -75,7 +77,7 @@ def purge_answers(job: Job, older_than: timedelta) -> int:
 
 @contextmanager
 def _open_for_erasing(job: Job) -> Iterator[Ledger]:
-    """Hold and open the ledger so that what is erased is gone from the file, too."""
+    """Lock and open the ledger so that erased data is also removed from its file. Raises CommandRefused."""
     folders = rescue_folders(job)
     if not ledger_exists(job.ledger):
         if isinstance(job.ledger, Path) and (leftovers := find_rescue_files(job.ledger, folders)):
@@ -86,7 +88,7 @@ def _open_for_erasing(job: Job) -> Iterator[Ledger]:
         raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run")
     with open_exclusive(job.ledger) as fence, closing(Ledger(job.ledger, fencing_token=fence)) as ledger:
         ledger.enable_secure_delete()
-        with ledger.transaction():  # so that nothing is left beside the ledger
+        with ledger.transaction():  # so that no rescue file with the data is left beside the ledger
             rescued = import_rescue_files(ledger, folders, job.name, SystemClock().now_ms())
         remove_imported_files(rescued)
         yield ledger
@@ -109,7 +111,7 @@ def _fold(value: str) -> str:
 
 
 def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[str, str]) -> dict[bytes, str]:
-    """Name the requests of the rows of the input that match, with their params; none when tonight's file is no good."""
+    """Return the requests of matching input rows: fingerprint to params (JSON). Empty if the input is unusable."""
     job_input = None
     try:
         job_input = JobInput(job)
@@ -141,7 +143,7 @@ def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[st
 def _matches_person(
     request: Mapping[str, Any], job: Job, template: RequestTemplate, criteria: Mapping[str, str]
 ) -> bool:
-    """Tell whether a request's params and answers match all that is wanted."""
+    """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
     answers = [json.loads(answer) for answer in json.loads(request["answers"]) if answer]
     fields = [parse_data(answer.get("data")).fields for answer in answers]
@@ -154,14 +156,14 @@ def _matches_person(
 def _values_named(
     name: str, text: str, params: Mapping[str, str], fields: list[Any], job: Job, template: RequestTemplate
 ) -> Iterator[str]:
-    """Yield what a request has under a name: a param, a column that a param comes from, a column of the output."""
+    """Yield a request's values for a name, which is a param, an input column of a param, or an output column."""
     for param, source in job.model.params.items():
         if param in params and (name == param or name in source.columns):
             yield params[param]
     for field in fields:
         if name in template.columns:
             yield str(value_at(field, template.columns[name]))
-        elif "@" in text:  # an address names its person wherever it stands
+        elif "@" in text:  # an email address identifies a person in any field
             yield from (str(value) for value in field.values() if not is_blank(value))
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that never end a command: closed ones lead to /dev/null, and what cannot be written is dropped."""
+"""Makes standard streams safe. Closed streams use /dev/null, and failed writes are dropped without an exception."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class _DroppingFile(io.FileIO):
-    """Writes what it can; `failed` is the first error."""
+    """A file that drops data after a write error. `write_error` is the first error, None without one."""
 
     write_error: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, waiting for a reader where the descriptor does not block; after an error drop everything."""
+        """Write data. Wait for the reader if the descriptor is non-blocking. After an error drop everything."""
         try:
             while self.write_error is None:
                 if (written := super().write(data)) is not None:
@@ -30,9 +30,9 @@ class _DroppingFile(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Take over descriptors 0 to 2 before anything else is opened: a file of ours in their place would be written to.
+    """Occupy descriptors 0 to 2 before any other file is opened, so that no such file receives stream output.
 
-    `sys.stdin` stays None where there is none.
+    `sys.stdin` stays None if standard input is closed.
     """
     for descriptor in range(3):
         try:
@@ -53,7 +53,7 @@ def _guarded_stream(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def flush_error(stream: TextIO) -> OSError | None:
-    """Flush a stream; return why it could not be written, None when it could."""
+    """Flush a stream and return its first write error. None: everything was written."""
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw.write_error if isinstance(raw, _DroppingFile) else None

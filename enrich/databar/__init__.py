@@ -1,1 +1,1 @@
-"""Databar."""
+"""Databar API: client, HTTP transport, credentials and response parsing."""

@@ -1,7 +1,8 @@
-"""Reads what a task says, in every shape the API has been seen to use; pure functions, no I/O.
+"""Parses task results in every shape observed from the API. Pure functions, no I/O.
 
-The documents contradict each other about the `data` of a completed single run: a list of one
-wrapper (`result`, `steps`, `enrichment_data`), that wrapper alone, or the flat fields. All are read.
+The API documentation is inconsistent about the `data` of a completed single run. It can be a list with one
+wrapper object (`result`, `steps`, `enrichment_data`), the wrapper object itself, or the flat fields. This module
+reads all three.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from enrich.models import MICROS_PER_CREDIT, Answer, State, to_json_text, to_mic
 
 
 class TaskPhase(Enum):
-    """How far a task is."""
+    """Phase of a task at the API."""
 
     RUNNING = "running"
     COMPLETED = "completed"
-    NO_DATA = "no_data"  # provisional: counts as a miss after a short grace
+    NO_DATA = "no_data"  # provisional: counts as no match after a short grace period
     FAILED = "failed"
     GONE = "gone"
 
 
-#: Status words in lower case; one never seen before counts as still running.
+#: Keys are lower-case values of the API's `status`. An unknown status counts as still running.
 PHASE_BY_STATUS = {
     "completed": TaskPhase.COMPLETED,
     "success": TaskPhase.COMPLETED,
@@ -38,17 +39,17 @@ PHASE_BY_STATUS = {
     "gone": TaskPhase.GONE,
 }
 
-#: More credits than this are no price of an answer.
+#: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
 MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
-#: Further steps are not read.
+#: Steps beyond this number are ignored.
 MAX_STEPS = 1_000
-#: What tells the wrapper of a result from a flat field called `result`.
+#: At least one of these keys beside `result` marks a wrapper object. Without them, `result` is a flat field.
 _RESULT_WRAPPER_KEYS = ("steps", "enrichment_data", "result_field")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskReply:
-    """What the API said of a task: its body, the same as JSON text, and `note`, what is wrong with it, in words."""
+    """The API's response about a task: the parsed body, the same body as JSON text, and a `note` on any defect."""
 
     body: dict[str, Any]
     raw: str
@@ -57,16 +58,19 @@ class TaskReply:
 
 @dataclass(frozen=True, slots=True)
 class ParsedData:
-    """The `data` of a task, taken apart. `provider` is None when the answer does not tell."""
+    """The parsed `data` of a task. `provider` is None when the response does not name one."""
 
     fields: Mapping[str, Any]
     provider: str | None
     steps: Sequence[Mapping[str, Any]] = ()
-    #: Steps that were not read.
+    #: Number of steps beyond MAX_STEPS, which were ignored.
     unread_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
-        """Sum up what the steps cost (millionths; None: not all tell), and tell whether any may have cost something."""
+        """Return the total cost of the steps, and whether any step may have cost something.
+
+        The total is in millionths of a credit. It is None when the cost of any step is unknown.
+        """
         costs = [parse_price(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
         is_complete = len(known) == len(costs) and not self.unread_steps
@@ -75,25 +79,25 @@ class ParsedData:
 
 
 def parse_price(value: object) -> int | None:
-    """Read what an answer cost, in millionths; None when it is not known, or no price."""
+    """Parse the price of an answer into millionths of a credit. None if it is missing or not a valid price."""
     price = to_micros(value)
     return price if price is not None and price <= MAX_ANSWER_CREDITS else None
 
 
 def is_paid_without_data(task: Mapping[str, Any]) -> bool:
-    """Tell whether a finished task says that it cost something, and has no data: it may not be complete yet."""
+    """Check whether a finished task was charged but has no data. Its result may not be complete yet."""
     data = task.get("data")
     empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
     return empty and bool(parse_price(task.get("credits_spent")))
 
 
 def task_phase(task: Mapping[str, Any]) -> TaskPhase:
-    """Tell how far the task is."""
+    """Return the phase of a task."""
     return PHASE_BY_STATUS.get(str(task.get("status", "")).strip().lower(), TaskPhase.RUNNING)
 
 
 def parse_data(data: object) -> ParsedData:
-    """Take apart the `data` of a single run, whatever its shape."""
+    """Parse the `data` of a single run, in any of its shapes."""
     data = _first_item(data)
     fields = _unwrap_fields(data)
     if not isinstance(data, Mapping) or fields is data:
@@ -106,7 +110,7 @@ def parse_data(data: object) -> ParsedData:
 
 
 def result_fields(data: object) -> Mapping[str, Any]:
-    """Find the fields in the `data` of a single run, whatever its shape."""
+    """Return the result fields in the `data` of a single run, in any of its shapes."""
     return _unwrap_fields(_first_item(data))
 
 
@@ -129,13 +133,13 @@ def _unwrap_fields(data: object) -> Mapping[str, Any]:
 
 
 def _name_result(result: object, names: object) -> Mapping[str, Any]:
-    """Give a bare result the name that `result_field` has for it."""
+    """Return a bare result as a field with the name in `result_field`."""
     name = names[0] if isinstance(names, list) and names else names
     return {name: result} if isinstance(name, str) else {}
 
 
 def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: list[Mapping[str, Any]]) -> str | None:
-    """Name the provider whose own data holds a value of the result, else the last one that a step credits."""
+    """Return the provider whose own data contains a value of the result, or else the last one named by a step."""
     values = [value for value in fields.values() if not is_blank(value)]
     if not values:
         return None
@@ -151,14 +155,17 @@ def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: list
 
 
 def is_blank(value: object) -> bool:
-    """Tell whether a value says nothing: null, blank text, [] or {}."""
+    """Check whether a value is empty: null, blank text, [], {}, NaN or infinity."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value in ([], {}) or (isinstance(value, float) and not isfinite(value))
 
 
-def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a JSON document is anything
-    """Follow a dotted path (`person.emails.0`); a name with dots in it wins. None where it leads nowhere."""
+def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
+    """Return the value at a dotted path (`person.emails.0`). None if there is none.
+
+    A field whose name contains the dots takes precedence over nested fields.
+    """
     if isinstance(fields, Mapping):
         if path in fields:
             return fields[path]
@@ -172,25 +179,25 @@ def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a field of a J
 
 
 def has_value(fields: Mapping[str, Any], paths: Iterable[str]) -> bool:
-    """Tell whether one of the job's columns has a value: then the request is found."""
+    """Check whether at least one of the job's columns has a value, which makes the request a match."""
     return any(not is_blank(value_at(fields, path)) for path in paths)
 
 
 def error_text(error: object) -> str | None:
-    """Write an error (text, list of texts or an object) as one line."""
+    """Format an error (text, list of texts or an object) as one line. None if it is blank."""
     if is_blank(error):
         return None
     if isinstance(error, list):
         return "; ".join(text for text in map(error_text, error) if text) or None
     text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
-    # SQLite's JSON ends a text at the first NUL.
+    # SQLite's JSON functions cut text at the first NUL.
     return " ".join(text.replace("\0", " ").split())
 
 
 def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
-    """Judge a task that is no longer running.
+    """Convert a task that is no longer running into an answer.
 
-    `paths` are the job's columns: the request is found when one of them has a value.
+    `paths` are the field paths of the job's columns. The request is found if at least one of them has a value.
     """
     task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
@@ -216,17 +223,17 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
 def read_bulk_answers(
     reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str]
 ) -> tuple[list[Answer], int | None]:
-    """Judge a bulk task of `size` rows that is no longer running; return their answers and the price in millionths.
+    """Convert a bulk task of `size` rows that is no longer running into one answer per row and a total price.
 
-    The price is None when it is not known; that of a single row never is. An answer whose rows can't be told
-    apart fails them all; its JSON stays with the first of them, as the `bundle` that it is.
+    The price is in millionths of a credit, or None if unknown. The price of a single row is never known.
+    If the response cannot be split into rows, all rows fail. Its JSON is kept with the first row, under `bundle`.
     """
     task, raw = reply.body, reply.raw
     spent = parse_price(task.get("credits_spent"))
     data = task.get("data")
     message = error_text(task.get("error"))
     if phase is TaskPhase.GONE:
-        # What a task says that is gone is no price.
+        # Ignore `credits_spent` of an expired task: it is not a reliable price.
         expired = Answer(State.EXPIRED, "the result expired at the API before it was fetched", result_deleted=True)
         return _same_answers(expired, size, raw), None
     if phase is TaskPhase.FAILED:
@@ -253,17 +260,20 @@ def _row_answer(row: object, paths: tuple[str, ...], note: str | None) -> Answer
 
 
 def _blank_row_answer(progress: object, blank_rows: int, message: str | None, *, free: bool) -> Answer:
-    """Judge the rows for which nothing was returned: misses, unless some of them failed."""
+    """Return the answer for rows without data: no match, unless `progress` reports failed rows."""
     counts = progress if isinstance(progress, Mapping) else {}
     failed = counts.get("failed")
     if not isinstance(failed, int) or failed <= 0:
         return Answer(State.NOT_FOUND, raw='{"data":null}')
     if failed >= blank_rows:
         return Answer(State.FAILED, message or "the API says: failed", free_failure=free)
-    reason = f"failed or not found: {failed} of the {blank_rows} rows without an answer failed, and the API does not say which"
+    reason = (
+        f"failed or not found: {failed} of the {blank_rows} rows without an answer failed, "
+        "and the API does not say which"
+    )
     return Answer(State.FAILED, f"{reason} ({message})" if message else reason)
 
 
 def _same_answers(answer: Answer, size: int, raw: str) -> list[Answer]:
-    """Give all rows the same answer; what the API wrote is not the first row's own."""
+    """Return the same answer for all rows. The raw JSON is stored under `bundle`: it is not the first row's own."""
     return [replace(answer, raw=f'{{"bundle":{raw}}}'), *([answer] * (size - 1))]

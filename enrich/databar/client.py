@@ -1,4 +1,4 @@
-"""The API's calls and their typed errors: the only HTTP. What an answer means is in `replies`."""
+"""Makes all HTTP calls to the Databar API and raises typed errors. `replies` interprets the responses."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from enrich.errors import (
 )
 from enrich.models import Clock
 
-#: POSTs on the wire at once, at most: what a kill can leave in doubt.
+#: Maximum number of concurrent POSTs, and so of the requests that a kill can leave unconfirmed.
 MAX_POSTS_IN_FLIGHT = 32
-#: Each has many requests in it, and all of them are in doubt when its answer is lost.
+#: Lower, because each bulk POST carries many requests. If its response is lost, all of them are unconfirmed.
 MAX_BULK_POSTS_IN_FLIGHT = 4
 MAX_POLLS_IN_FLIGHT = 32
 CONNECT_TIMEOUT_S, POST_TIMEOUT_S, GET_TIMEOUT_S = 10.0, 60.0, 30.0
@@ -42,7 +42,7 @@ MAX_REDIRECTS = 3
 
 
 class Client:
-    """The API over HTTP. Use as an async context manager; one event loop."""
+    """HTTP client of the Databar API. Use it as an async context manager, in one event loop."""
 
     def __init__(
         self,
@@ -53,21 +53,21 @@ class Client:
         get_timeout_s: float = GET_TIMEOUT_S,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        """Talk to the API at `access`; `post_s` and `get_s` are how long an answer may take in seconds.
+        """Create a client for the API at `access`. Both timeouts cover a whole response, in seconds.
 
-        Raises JobError when the proxy or the certificates that `environ` names cannot be used.
+        Raises JobError if the proxy or the certificates configured in `environ` cannot be used.
         """
         self._base_url = access.base_url
         self._key = access.key.get_secret_value()
         self._clock = clock
         self._last_date = ""
-        # Made once, as far as can be: the making of requests costs as much as their sending.
+        # Build headers and URLs once: creating a request costs as much time as sending it.
         self._headers = httpx.Headers(
             {
                 "host": httpx.URL(self._base_url).netloc.decode(),
                 "x-apikey": self._key,
                 "user-agent": f"databar-enrich/{__version__}",
-                "accept-encoding": "gzip, deflate",  # what httpx can always read
+                "accept-encoding": "gzip, deflate",  # the encodings that httpx always supports
             }
         )
         self._post_headers = httpx.Headers([*self._headers.raw, (b"content-type", b"application/json")])
@@ -76,12 +76,12 @@ class Client:
             {"timeout": {"read": post_timeout_s}},
             {"timeout": {"read": get_timeout_s}},
         )
-        # Reading the certificates takes longer than a whole run on loopback.
+        # Load certificates only for https: loading takes longer than a whole run on loopback.
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if access.base_url.startswith("https:"):
             tls = load_certificates(environ) or httpx.create_ssl_context(trust_env=False)
         proxy = find_proxy(environ, access.base_url)
-        # A POST never reads what an earlier exchange left on its connection.
+        # POST connections are never reused, so a POST cannot read leftover bytes of an earlier exchange.
         self._post_transport = Transport(MAX_POSTS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, reuse=False, proxy=proxy)
         self._get_transport = Transport(MAX_POLLS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, proxy=proxy)
 
@@ -95,11 +95,11 @@ class Client:
         await self._get_transport.aclose()
 
     async def get_user(self) -> User:
-        """Ask whose key it is and what the balance is. Raises Unauthorized, NotAccepted."""
+        """Fetch the workspace and the balance of the key. Raises Unauthorized, RequestNotAccepted."""
         return _parse(User, await self._get("/user/me"))
 
     async def list_waterfalls(self) -> list[Waterfall]:
-        """List the waterfalls. Raises Unauthorized, NotAccepted."""
+        """List the waterfalls, without unreadable ones. Raises Unauthorized, RequestNotAccepted."""
         listed = await self._get("/waterfalls/")
         if not isinstance(listed, list):
             raise UnexpectedResponse("the API's list of waterfalls is not a list")
@@ -110,16 +110,16 @@ class Client:
         return read
 
     async def get_waterfall(self, identifier: str) -> Waterfall:
-        """Describe one waterfall. Raises JobRejected when there is none of that name, Unauthorized, NotAccepted."""
+        """Fetch one waterfall. Raises JobRejected if it does not exist, Unauthorized, RequestNotAccepted."""
         waterfall = _parse(Waterfall, await self._get(f"/waterfalls/{quote(identifier, safe='')}"))
         if waterfall.identifier.casefold() != identifier.casefold():
             raise RequestNotAccepted("the API described another waterfall")
         return waterfall
 
     async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
-        """Submit one paid run, or in bulk so many rows as one task, by exactly one POST; return the task id.
+        """Submit one paid request, or `rows` rows as one bulk task, with exactly one POST. Return the task id.
 
-        Raises as the table at the top of this file says, and nothing else.
+        Raises only the errors in the table at the top of `replies`.
         """
         path = f"/waterfalls/{quote(waterfall, safe='')}/{'run' if rows is None else 'bulk-run'}"
         if (url := self._run_urls.get(path)) is None:
@@ -142,10 +142,10 @@ class Client:
         raise SubmissionUnconfirmed(f"the API answered {response.status_code} without a task id that can be asked for")
 
     async def poll_task(self, task_id: str, *, new_connection: bool = False) -> TaskReply:
-        """Ask how a task is, with `fresh` over a new connection. One that expired (410) has the status `gone`.
+        """Poll a task, over a new connection if `new_connection` is set. An expired task (410) has the status `gone`.
 
-        Raises TaskUnknown (404), Unauthorized, RateLimited, NotBelieved, and NotAccepted for all else that asking
-        again may mend.
+        Raises TaskUnknown (404), Unauthorized, RateLimited, InvalidPollResponse, and RequestNotAccepted for any other
+        error that a retry may resolve.
         """
         response = await self._fetch(f"/tasks/{quote(task_id, safe='')}", new_connection=new_connection)
         try:
@@ -154,8 +154,8 @@ class Client:
             response.extensions["close"]()
             raise
 
-    async def _get(self, path: str) -> Any:  # noqa: ANN401 - a JSON document is anything
-        """GET over a new connection: what is read there cannot be the answer to an earlier request. Return the JSON."""
+    async def _get(self, path: str) -> Any:  # noqa: ANN401 - a JSON document can be any type
+        """GET a JSON document over a new connection, which cannot carry the response to an earlier request."""
         response = await self._fetch(path, new_connection=True)
         if not response.is_success:
             error = response_error(response)
@@ -166,7 +166,7 @@ class Client:
             raise RequestNotAccepted("the API's answer is not JSON") from error
 
     async def _fetch(self, path: str, *, new_connection: bool) -> httpx.Response:
-        """GET. Redirects are followed to the same host only: the key goes with them."""
+        """Send a GET. Follow redirects only to the same host, because they carry the API key."""
         url = httpx.URL(self._base_url + path)
         extensions = self._get_timeout | {"fresh": new_connection}
         try:
@@ -192,7 +192,10 @@ class Client:
         return response
 
     def _observe_clock(self, response: httpx.Response) -> None:
-        """Read the API's clock, once a second; not from a cache, whose answers are as old as their `Age` says."""
+        """Pass the response's `Date` to the clock when it changes (once a second at most).
+
+        A response with an `Age` header comes from a cache, so its date is old and is ignored.
+        """
         date = response.headers.get("date", "")
         if date == self._last_date or "age" in response.headers:
             return

@@ -1,4 +1,4 @@
-"""Finds the API key and the API's address in the environment; the key is in no message and no repr."""
+"""Finds the API key and the API's base URL in the environment. The key never appears in a message or a repr."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ DEFAULT_BASE_URL = "https://api.databar.ai/v1"
 
 @dataclass(frozen=True, slots=True)
 class ApiAccess:
-    """Where the API is and the key to it."""
+    """Base URL of the API, and the API key."""
 
     base_url: str
     key: SecretStr
 
     @property
     def host(self) -> str:
-        """The API's host, without port."""
+        """The API's host, without the port."""
         return host_of(self.base_url)
 
 
 def find_access(environ: Mapping[str, str], home: Path) -> ApiAccess:
     """Read `DATABAR_BASE_URL` and the key: `DATABAR_API_KEY`, `DATABAR_API_KEY_FILE`, `~/.databar/config`.
 
-    An empty variable counts as missing. Raises JobError (base URL) or KeyRefused (no key).
+    An empty variable counts as missing. Raises JobError (unusable base URL) or ApiKeyRejected (no usable key).
     """
     return ApiAccess(find_base_url(environ), find_key(environ, home))
 
 
 def find_base_url(environ: Mapping[str, str]) -> str:
-    """Read `DATABAR_BASE_URL`. Raises JobError when it would send the key in the clear."""
+    """Read `DATABAR_BASE_URL`. Raises JobError if the key would be sent unencrypted."""
     return check_base_url(environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL)
 
 
 def host_of(base_url: str) -> str:
-    """Name the host of an address, without port."""
+    """Return the host of a URL, without the port."""
     return urlsplit(base_url).hostname or ""
 
 
 def check_base_url(base_url: str) -> str:
-    """Refuse an address that would send the key in the clear."""
+    """Return the URL without trailing slashes. Raises JobError if the key would be sent unencrypted."""
     try:
         parts = urlsplit(base_url)
-        _ = parts.port  # a port that is no number raises
+        _ = parts.port  # raises if the port is not a number
     except ValueError:
         parts = urlsplit("")
     secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
@@ -65,14 +65,14 @@ def check_base_url(base_url: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Check whether a host, without brackets, is this machine."""
+    """Check whether a host (without brackets) is this machine."""
     host = host.lower().removesuffix(".")
     address = parse_ip(host)
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
 def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
-    """Read an IP address, an IPv4 address inside an IPv6 one as itself; None for a name."""
+    """Parse an IP address. An IPv4-mapped IPv6 address becomes IPv4. None for a host name."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -81,7 +81,7 @@ def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
-    """Look for the key in the documented places, in their order."""
+    """Find the key in the documented places, in the documented order. Raises ApiKeyRejected if there is none."""
     if key := environ.get("DATABAR_API_KEY", "").strip():
         return _check_key(key, "DATABAR_API_KEY")
     if name := environ.get("DATABAR_API_KEY_FILE", "").strip():
@@ -89,7 +89,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
             return _check_key(key, f"DATABAR_API_KEY_FILE ({name})")
         raise ApiKeyRejected(f"{name}: the file that DATABAR_API_KEY_FILE names is empty", "put the key into it")
     config = home / ".databar" / "config"
-    if os.path.isfile(config):  # noqa: PTH113 - false, too, where this user may not look
+    if os.path.isfile(config):  # noqa: PTH113 - os.path.isfile is also False without read permission
         for line in _read_key_file(config, "databar login").splitlines():
             name, _, value = line.partition("=")
             if name.strip() == "api_key" and value.strip():
@@ -109,7 +109,7 @@ def _read_key_file(path: Path, source: str) -> str:
 
 
 def _check_key(key: str, source: str) -> SecretStr:
-    """Refuse what no header can carry, without showing it."""
+    """Refuse a key that an HTTP header cannot carry. The message does not show the key."""
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ApiKeyRejected(f"{source}: the key has characters that no key has (line break, blank or accent)")
     return SecretStr(key)

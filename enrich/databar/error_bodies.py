@@ -1,19 +1,19 @@
-"""Reads from a refusal (400, 422) which params are wrong, and of which rows; pure functions, no I/O."""
+"""Extracts the wrong params, and their rows, from an error response (400, 422). Pure functions, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-#: Keys of the body beside `params`: an error about them is about the job, not about the row.
+#: Keys of the request body beside `params`. An error about one of them concerns the job, not a row.
 BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
-#: Keys of an error object that names no param.
+#: Keys of an error object that are not param names.
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
 def wrong_params(body: object) -> dict[int, str]:
-    """Name the params of a single run that are complained of, with what is said of each; {}: it names none.
+    """Return the param errors of a single request as `{0: message}`. {} if the body names no param.
 
-    Read are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
+    Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
     FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
     """
     message = _format_errors(complaint for _, complaint in _param_errors(body))
@@ -21,10 +21,10 @@ def wrong_params(body: object) -> dict[int, str]:
 
 
 def wrong_rows(body: object, size: int) -> dict[int, str] | None:
-    """Name the rows of a bulk run that are complained of (from 0), with what is said of each.
+    """Return the rows of a bulk request with param errors: row index (from 0) to message.
 
-    None: no param is complained of; {}: one is, but nobody can tell of which rows. Read are
-    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with an object for each row,
+    None: the body names no param. {}: it names params, but their rows are unknown. Supported shapes are
+    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with one object per row,
     and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
     """
     if size == 1:
@@ -38,7 +38,7 @@ def wrong_rows(body: object, size: int) -> dict[int, str] | None:
 
 
 def join_text(text: object, separator: str = " ") -> str:
-    """Write a text, or a list of them, as one."""
+    """Join a list of texts into one. A single text is returned as it is."""
     return separator.join(map(str, text)) if isinstance(text, list) else str(text)
 
 
@@ -47,7 +47,7 @@ def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) ->
 
 
 def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
-    """Yield each complaint with the row that it is about; None where it does not say."""
+    """Yield each param error as (row index, (param, message)). The row is None if the body does not name it."""
     if not isinstance(body, Mapping):
         return
     detail, rows = body.get("detail"), body.get("rows")
@@ -68,7 +68,7 @@ def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tup
 
 
 def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
-    """Read an error of FastAPI's."""
+    """Yield the param error in one item of FastAPI's `detail` list."""
     loc = item["loc"]
     if isinstance(loc, list) and "params" in loc[:-1]:
         row = loc[loc.index("params") + 1]

@@ -1,6 +1,6 @@
-"""Reads from the environment how the network is to be used: the proxy and the trusted certificates.
+"""Reads network settings from the environment: the proxy and the trusted certificates.
 
-Proxy variables are read as curl reads them. `~/.netrc` and `REQUESTS_CA_BUNDLE` are not read.
+Proxy variables have the same meaning as in curl. `~/.netrc` and `REQUESTS_CA_BUNDLE` are ignored.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from pydantic import SecretStr
 from enrich.databar.credentials import is_loopback, parse_ip
 from enrich.errors import JobError
 
-#: Where curl looks for a proxy that names no port.
+#: Port per scheme for a proxy URL without a port, as in curl.
 DEFAULT_PORTS = {"http": 1080, "https": 443}
 _NO_CERTIFICATE = "there is no readable certificate in it (PEM)"
-#: OpenSSL finds a certificate in a folder by a file named for the hash of its subject.
+#: OpenSSL looks up a certificate in a folder by file name: the hash of its subject.
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy. `url` has no user and no password, `authorization` is the header's value; `variable` named it."""
+    """A proxy, as configured in the environment variable `variable`.
+
+    `url` holds no user and no password. `authorization` is the value of the Proxy-Authorization header.
+    """
 
     url: str
     variable: str
@@ -37,9 +40,9 @@ class Proxy:
 
 
 def find_proxy(environ: Mapping[str, str], base_url: str) -> Proxy | None:
-    """Find the proxy for an address; None: connect directly, as for every loopback address.
+    """Return the proxy for a URL. None: connect directly, as for every loopback address.
 
-    Raises JobError, which names the variable but not its value, for a proxy that cannot be used.
+    Raises JobError for an unusable proxy. The message names the variable but not its value.
     """
     target = urlsplit(base_url)
     host = (target.hostname or "").removesuffix(".")
@@ -56,9 +59,9 @@ def find_proxy(environ: Mapping[str, str], base_url: str) -> Proxy | None:
 
 
 def _first_variable(environ: Mapping[str, str], *names: str) -> tuple[str, str] | None:
-    """Return the first of these variables that is not empty, with its name; lower case comes before upper case."""
+    """Return the name and value of the first non-empty variable. Lower case takes precedence over upper case."""
     for name in names:
-        # Behind a web server, a client's header `Proxy:` becomes HTTP_PROXY.
+        # Ignore HTTP_PROXY: in a CGI process it can come from a client's `Proxy:` header.
         for variable in (name,) if name == "http_proxy" else (name, name.upper()):
             if value := environ.get(variable, "").strip():
                 return variable, value
@@ -91,7 +94,7 @@ def _parse_proxy(variable: str, value: str) -> Proxy:
 
 
 def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
-    """Check a host (lower case, no brackets) against the list of `no_proxy`."""
+    """Check whether the `no_proxy` list contains a host (lower case, no brackets)."""
     address = parse_ip(host)
     return any(
         entry == "*"
@@ -101,7 +104,7 @@ def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
 
 
 def _parse_no_proxy(no_proxy: str) -> Iterator[tuple[str, int | None]]:
-    """Split the list into hosts, domains or networks, each with its port if it names one."""
+    """Yield each host, domain or network of the list with its port. The port is None if there is none."""
     for entry in no_proxy.lower().replace(",", " ").split():
         if match := re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+):(\d+)", entry):
             yield match[1] or match[3], int(match[2] or match[4]) if match[2] or match[4] else None
@@ -124,9 +127,9 @@ def _in_domain(host: str, entry: str) -> bool:
 
 
 def load_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Trust the certificates of `SSL_CERT_FILE` and `SSL_CERT_DIR`; None when neither is set.
+    """Return a TLS context that trusts `SSL_CERT_FILE` and `SSL_CERT_DIR`. None if neither is set.
 
-    Raises JobError, which names variable and path, when no certificate can be read there.
+    Raises JobError, which names the variable and the path, if no certificate can be read there.
     """
     file, folders = environ.get("SSL_CERT_FILE", ""), environ.get("SSL_CERT_DIR", "")
     if not file and not folders:
@@ -146,7 +149,7 @@ def load_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
 
 def _check_file(path: Path) -> None:
     try:
-        if not path.is_file():  # a pipe or a device may never end
+        if not path.is_file():  # reading a pipe or a device could block forever
             raise _unusable_error("SSL_CERT_FILE", path, "not a file" if path.exists() else "no such file")
         with path.open("rb"):
             pass
@@ -155,11 +158,11 @@ def _check_file(path: Path) -> None:
 
 
 def _check_folders(folders: str) -> None:
-    """Demand a certificate in one of the folders: where OpenSSL finds none, it says nothing."""
+    """Raise JobError unless one of the folders has a certificate. OpenSSL ignores an empty folder without an error."""
     reasons = []
     for folder in folders.split(os.pathsep):
         try:
-            if any(_HASHED_NAME.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - names suffice
+            if any(_HASHED_NAME.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - only names are needed
                 return
             reasons.append("there is no certificate in it under its hash (`openssl rehash` makes these names)")
         except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""Cleans text that comes from outside before it is cut, stored, printed or logged; pure functions, no I/O.
+"""Cleans external text before it is truncated, stored, printed or logged. Pure functions, no I/O.
 
-The API key becomes `[key]`. Characters that steer a terminal or hide text are removed (bidi controls) or become a
-blank (C0, DEL, C1, line and paragraph separators); half a surrogate pair, which no file can hold, becomes `?`.
+The API key becomes `[key]`. Bidi control characters, which can hide text, are removed. Characters that can control
+a terminal (C0, DEL, C1, line and paragraph separators) become spaces. A lone surrogate, which cannot be encoded in a
+file, becomes `?`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import re
 
 MASK = "[key]"
-#: Shorter keys would occur in ordinary data.
+#: A shorter key is not masked, because it could occur in ordinary data.
 MIN_KEY_LENGTH = 6
 
 _BIDI_RANGES = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -19,8 +20,8 @@ _HIDDEN = re.compile(f"[{_BIDI_RANGES}]")
 _CONTROL = re.compile(f"[{_CONTROL_RANGES}]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-#: Bytes of JSON that may need cleaning: those characters in UTF-8, other encodings (NUL bytes), and every escape but
-#: line breaks, tabs and those of ordinary letters above ASCII.
+#: JSON bytes that may need cleaning: the characters above in UTF-8, NUL bytes (other encodings), and every escape
+#: except line breaks, tabs and ordinary letters beyond ASCII.
 _NEEDS_CLEANING = re.compile(
     rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xd8\x9c|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]"
     rb"|\\(?:[^nrtu]|u(?:00[0-9]|061c|20[026]|d[89a-f]))",
@@ -34,7 +35,7 @@ _NUMBER = re.compile(r"[0-9.eE+-]+")
 
 
 def clean_json(body: bytes, key: str) -> bytes:
-    """Clean JSON as it was received, also where it is broken or nested deeply; only its strings change."""
+    """Clean JSON as received, including malformed or deeply nested JSON. Only its strings change."""
     if key.encode() not in body and not _NEEDS_CLEANING.search(body):
         return body
     text = _ESCAPE.sub(_unescape, body.decode(json.detect_encoding(body), errors="replace"))
@@ -49,18 +50,18 @@ def clean_json(body: bytes, key: str) -> bytes:
 
 
 def clean_text(text: str, key: str = "") -> str:
-    """Clean text of any number of lines."""
+    """Clean text, which may have several lines."""
     text = _LONE_SURROGATE.sub("?", _CONTROL.sub(" ", _HIDDEN.sub("", text)))
     return text.replace(key, MASK) if len(key) >= MIN_KEY_LENGTH else text
 
 
 def clean_line(text: str, key: str = "") -> str:
-    """Clean text and write it as one line of printable characters."""
+    """Clean text and return it as one line of printable characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in clean_text(text, key)).split())
 
 
 def _unescape(escape: re.Match[str]) -> str:
-    """Write an escape as the character that it stands for, where that is ASCII or needs cleaning."""
+    """Replace an escape with its character if that is ASCII or needs cleaning."""
     _, pair, code, letter = escape.groups()
     if pair:
         return escape[0]

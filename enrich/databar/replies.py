@@ -1,20 +1,21 @@
-"""Reads what the API's HTTP answers mean; pure functions, no I/O.
+"""Interprets the API's HTTP responses. Pure functions, no I/O.
 
-What an answer to a run POST means for the request, and nothing else decides it:
+The outcome of a submit POST depends only on this table:
 
-no connection (refused, DNS, TLS, time-out before it stands)   NotAccepted
-3xx                                                            NotAccepted (never followed)
+no connection (refused, DNS, TLS, timeout while connecting)    RequestNotAccepted
+3xx                                                            RequestNotAccepted (redirects are not followed)
 401, 403                                                       Unauthorized
 406                                                            OutOfCredits
 429                                                            RateLimited
 400, 422 that name a param                                     BadParams
-400, 422 that name none; 404; in bulk 413                      JobRejected
-any 2xx with a task id                                         accepted, unless another request has that id
-anything else: 2xx without task id, every 5xx, other 4xx,
-no answer in time, reset, a body that is not JSON              Ambiguous (with the task id, if it carries one)
+400, 422 that name no param; 404; 413 in bulk                  JobRejected
+any 2xx with a task id                                         accepted, unless another request has this id
+anything else: 2xx without a task id, every 5xx, other 4xx,
+read timeout, connection reset, a body that is not JSON        SubmissionUnconfirmed (with the task id, if any)
 
-An answer to a poll counts when it names the task that was asked for. One that names no task (404, 410, 401, or a
-body without an id) counts when it came over a connection of its own; any other is NotBelieved and asked again.
+A poll response is valid if it names the requested task. A response that names no task (404, 410, 401, or a body
+without an id) is valid if it came over a new connection. Any other response raises InvalidPollResponse, and the
+task is polled again.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ from enrich.errors import (
 )
 from enrich.models import to_json_text
 
-#: A longer id is no task id.
+#: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512
-#: Answers that are nested deeper are not read: SQLite's JSON ends at 1,000 levels, Python's at about as many.
+#: Deeper JSON is rejected. SQLite's JSON functions stop at 1,000 levels, and Python's parser at about the same.
 MAX_DEPTH = 200
-#: A longer Retry-After is not believed.
+#: A longer Retry-After is reduced to this.
 MAX_RETRY_AFTER_S = 3600.0
-#: So much is kept of an answer that cannot be read.
+#: Number of bytes kept of an unreadable response.
 MAX_UNREADABLE_BYTES = 1 << 20
 NOT_UTF8_NOTE = "the API's answer is not valid UTF-8: what could not be read is shown as �"
-#: Perhaps a whole number of more than 64 bits: orjson would make a float of it.
+#: May be an integer of more than 64 bits, which orjson would convert to a float.
 _LONG_NUMBER = re.compile(rb"[1-9][0-9]{18}")
 _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 
 
 class _NotFound(JobRejected):
-    """404."""
+    """The API responded with 404."""
 
 
 @dataclass(frozen=True, slots=True)
 class JsonBody:
-    """A JSON body: its value, the same as JSON text, and whether all of its bytes could be read."""
+    """A JSON body: its value, the same value as JSON text, and whether all of its bytes could be decoded."""
 
     value: Any
     text: str
@@ -74,9 +75,9 @@ class JsonBody:
 
 
 def parse_body(response: httpx.Response) -> JsonBody:
-    """Clean and parse a body; what is no character (a lone surrogate, wrong UTF-8) is replaced.
+    """Clean and parse a body. Lone surrogates and invalid UTF-8 are replaced.
 
-    Raises ValueError when it is not JSON, or nested too deeply.
+    Raises ValueError if the body is not JSON or is nested too deeply.
     """
     received = response.content
     body = clean_json(received, _api_key(response))
@@ -84,7 +85,7 @@ def parse_body(response: httpx.Response) -> JsonBody:
         if not _LONG_NUMBER.search(body):
             return _check_depth(JsonBody(orjson.loads(body), body.decode()))
     except orjson.JSONDecodeError:
-        pass  # broken, or of the things that Python reads and JSON does not have
+        pass  # malformed, or an extension of JSON that Python's parser accepts
     try:
         try:
             value = json.loads(body, parse_constant=_constant_as_null)
@@ -98,7 +99,7 @@ def parse_body(response: httpx.Response) -> JsonBody:
 
 
 def _constant_as_null(_: str) -> None:
-    """Read NaN and Infinity, which JSON does not have, as null."""
+    """Parse NaN and Infinity, which are not valid JSON, as null."""
 
 
 def _check_depth(reply: JsonBody) -> JsonBody:
@@ -125,7 +126,7 @@ def _api_key(response: httpx.Response) -> str:
 
 
 def task_ids(body: object) -> list[str]:
-    """List the ids that a body gives its task, `request_id` being the older name."""
+    """Return the task ids in a body: `task_id`, and `request_id`, its older name."""
     if not isinstance(body, Mapping):
         return []
     values = (body.get(name) for name in ("task_id", "request_id"))
@@ -137,12 +138,12 @@ def task_ids(body: object) -> list[str]:
 
 
 def usable_task_id(response: httpx.Response) -> str | None:
-    """Find the task id in the answer to a POST; None where there is none that can be asked for.
+    """Return the task id in the response to a POST. None if there is no id that can be polled.
 
-    One that would have to be cleaned is none: it could become another's.
+    An id that needs cleaning is unusable, because the cleaned id could belong to another task.
     """
     try:
-        # Wrong bytes elsewhere in the answer don't make the id unreadable.
+        # Invalid bytes elsewhere in the response do not make the id unreadable.
         body = json.loads(response.content.decode(errors="replace"), parse_int=_parse_integer)
     except (ValueError, RecursionError):
         return None
@@ -150,18 +151,21 @@ def usable_task_id(response: httpx.Response) -> str | None:
 
 
 def _parse_integer(digits: str) -> int | str:
-    """Read a whole number; Python refuses those of more than 4,300 digits."""
+    """Parse an integer. A very long one stays text, because Python refuses more than 4,300 digits."""
     return int(digits) if len(digits) < MAX_ID_LENGTH else digits
 
 
 def _is_usable_id(task_id: str, key: str) -> bool:
-    only_dots = not task_id.strip(".")  # a path of dots leads elsewhere
+    only_dots = not task_id.strip(".")  # dots in a URL path point to another resource
     is_clean = "\ufffd" not in task_id and clean_text(task_id, key) == task_id
     return len(task_id) <= MAX_ID_LENGTH and task_id.isprintable() and not only_dots and is_clean
 
 
 def read_task_reply(response: httpx.Response, task_id: str) -> TaskReply:
-    """Judge the answer to a poll of `task_id`; see the top of this file."""
+    """Interpret the response to a poll of `task_id`, by the rules at the top of this file.
+
+    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
+    """
     new_connection = bool(response.extensions["fresh"])
     if not response.is_success:
         error = response_error(response)
@@ -195,7 +199,7 @@ def read_task_reply(response: httpx.Response, task_id: str) -> TaskReply:
 
 
 def response_error(response: httpx.Response, rows: int | None = None) -> ApiCallFailed:
-    """Say what an answer other than 200 means; `rows`: how many were sent in bulk."""
+    """Return the error for an unsuccessful response. `rows` is the number of rows of a bulk POST, else None."""
     status = response.status_code
     body = _json_or_none(response)
     key = response.request.headers["x-apikey"]
@@ -236,7 +240,10 @@ def _params_error(body: object, rows: int | None, message: str) -> BadParams | J
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Read Retry-After (RFC 9110: seconds, or a date, measured against the API's own clock), in seconds."""
+    """Return Retry-After in seconds, or None. It is a number of seconds or a date (RFC 9110).
+
+    A date is compared with the `Date` header, which is the API's own clock.
+    """
     value = response.headers.get("retry-after", "").strip()
     if _SECONDS_PATTERN.fullmatch(value):
         return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
@@ -249,7 +256,7 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 def _error_detail(body: object) -> str:
-    """Find the API's own words in an error body, without the input that it may echo."""
+    """Return the API's message in an error body, without the input values that the API may echo."""
     detail = body.get("detail") if isinstance(body, Mapping) else None
     if isinstance(detail, str):
         return detail[:200]

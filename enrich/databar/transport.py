@@ -1,13 +1,14 @@
-"""The HTTP below httpx: aiohttp's connections, with exceptions that prove whether bytes may have left.
+"""HTTP transport for httpx, built on aiohttp. Its exceptions show whether any bytes may have been sent.
 
-httpx's own transport scans its whole pool and looks for a missing module (sniffio) on every request.
-The stock `httpx_aiohttp` transport asks a thread for the proxy each time, and turns a connection that
-was reset after the request had left into `httpx.ConnectTimeout`, which reads as "never sent" and would
-pay twice; so the phase decides here: `httpx.ConnectError` means that no connection was handed over,
-anything later is `httpx.ReadError`.
+httpx's own transport scans its whole pool and looks for a missing module (sniffio) on every request. The
+`httpx_aiohttp` transport looks up the proxy in a thread on every request. It also reports a connection that was
+reset after the request was sent as `httpx.ConnectTimeout`. That means "never sent", so a retry would be charged twice.
 
-An answer is read only from a connection that was quiet before its request: aiohttp alone would keep a
-stray answer for the next request.
+This transport decides by phase. `httpx.ConnectError` means that the request never got a connection. Any later
+failure is `httpx.ReadError`.
+
+A request uses a connection only if no unexpected bytes arrived on it before. aiohttp alone would return a stray
+response to the next request.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from yarl import URL
 from enrich.databar.network import Proxy
 from enrich.databar.unpacking import Decompressor
 
-#: A process that was stopped (a laptop that slept) finds the time over and the answer there: the answer counts.
+#: Extra seconds after a timeout. A suspended process (a sleeping laptop) can then still read a response that arrived.
 RESUME_GRACE_S = 0.2
-#: A connection that was idle for longer is not used again.
+#: A connection idle for longer than this is not reused.
 MAX_IDLE_S = 15.0
-#: The largest answer in bytes, on the wire and unpacked.
+#: Maximum size of a response, both compressed and decompressed.
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
-#: Of answers that grow beyond this one is read at a time, so that many of them need no more memory than one.
+#: Responses larger than this are read one at a time, so that many of them need no more memory than one.
 LARGE_BYTES = 512 * 1024
-#: So much of an answer that is too large is kept.
+#: Number of bytes kept of a response that is too large.
 KEPT_START_BYTES = 64 * 1024
-#: aiohttp holds twice as much of an answer that is not read yet.
+#: aiohttp buffers up to twice this size of an unread response.
 READ_BUFFER_BYTES = 64 * 1024
 
 
 class AnswerTooLarge(httpx.ReadError):
-    """The answer has more than the allowed bytes; `start` are the first of them, unpacked."""
+    """The response exceeds the size limit. `start` holds its first bytes, decompressed."""
 
     def __init__(self, start: bytes, max_bytes: int, request: httpx.Request) -> None:
         super().__init__(f"the answer is larger than {max_bytes // 1024} KiB", request=request)
@@ -57,15 +58,15 @@ class AnswerTooLarge(httpx.ReadError):
 
 
 class CertificateRefused(httpx.ConnectError):
-    """The certificate of the API, or of the proxy, is not trusted: nothing was sent."""
+    """The certificate of the API or the proxy is not trusted. Nothing was sent."""
 
 
 class _BodyTooLarge(Exception):
-    """More bytes came than an answer may have."""
+    """The response exceeds the size limit."""
 
 
 class _HttpProtocol(ResponseHandler):
-    """One connection: closed as soon as bytes come that belong to no request, or too many."""
+    """One connection. It closes as soon as it receives unexpected bytes or too many bytes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_bytes: int) -> None:
         super().__init__(loop)
@@ -75,35 +76,35 @@ class _HttpProtocol(ResponseHandler):
         self._body: StreamReader | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin with a connection, perhaps to a proxy."""
-        if isinstance(transport, sslproto._SSLProtocolTransport):  # noqa: SLF001 - the next line says why
-            # Before Python 3.11.8 a handshake that fails inside of TLS fails in this method, and loses its reason.
+        """Handle a new connection to the API or to a proxy."""
+        if isinstance(transport, sslproto._SSLProtocolTransport):  # noqa: SLF001 - see the next comment
+            # Before Python 3.11.8, `_force_close` fails after a failed handshake inside TLS, which hides the reason.
             transport._force_close = lambda _: transport.abort()  # type: ignore[attr-defined]  # noqa: SLF001
         super().connection_made(transport)
 
     @property
     def is_too_large(self) -> bool:
-        """Whether more came than an answer may have."""
+        """Whether the response exceeds the size limit."""
         return self._bytes_left < 0
 
-    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - whatever aiohttp passes
-        """Begin a request."""
+    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - passed through from aiohttp
+        """Start a new request on this connection."""
         self.request_count += 1
         self._awaiting_answer, self._body, self._bytes_left = True, None, self._max_bytes
         super().set_response_params(**params)
 
     def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
-        """Take the head of an answer; a second one belongs to no request."""
+        """Handle the head of a response. Close the connection on a second head, which belongs to no request."""
         if self._body is not None:
             self.disconnect()
             return
         message, body = data
-        if message.code >= 200:  # noqa: PLR2004 - the others are interim: the answer follows
+        if message.code >= 200:  # noqa: PLR2004 - 1xx responses are interim; the final one follows
             self._body = body
         super().feed_data(data, size)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; no bytes: go on with those that were held back."""
+        """Handle received bytes. Empty data means: continue parsing the bytes held back so far."""
         if not self._awaiting_answer:
             if data:
                 self.disconnect()
@@ -119,17 +120,17 @@ class _HttpProtocol(ResponseHandler):
         super().data_received(data)
         if self._body is not None and self._body.is_eof():
             self._awaiting_answer = False
-            # Whatever comes next is not parsed any more; what the parser has begun is another answer.
+            # The response is complete: parse nothing more. Any data left in the parser belongs to another response.
             parser, self._parser = self._parser, None
             if parser is not None and _has_more_data(parser):
                 self.disconnect()
 
     def close(self) -> None:
-        """Close at once: TLS would wait half a minute for the other side's farewell, for each POST."""
+        """Close at once. A TLS shutdown could wait 30 seconds for the peer, after every POST."""
         self.abort()
 
     def disconnect(self) -> None:
-        """Close the connection at once; a request that waits on it fails."""
+        """Close the connection at once. A request waiting on it fails."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -137,28 +138,31 @@ class _HttpProtocol(ResponseHandler):
 def _has_more_data(parser: HttpParser[Any]) -> bool:
     try:
         return parser.feed_eof() is not None
-    except Exception:  # noqa: BLE001 - it is no answer either
+    except Exception:  # noqa: BLE001 - leftover bytes that do not parse are unexpected, too
         return True
 
 
-#: The connections that the request at hand was given, and whether each was fresh: several when aiohttp repeats a GET.
+#: Connections used by the current request, each with whether it was new. Several if aiohttp repeats a GET.
 _used_connections: ContextVar[list[tuple[_HttpProtocol, bool]]] = ContextVar("_given")
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Gives connections that are quiet; aiohttp's tracing would say which, too, at a tenth of the whole cost."""
+    """Hands out connections without unexpected bytes, and records which ones a request used.
 
-    def __init__(self, max_bytes: int, **settings: Any) -> None:  # noqa: ANN401 - aiohttp's own
+    aiohttp's tracing could record them, too, but takes 10% of the total CPU time.
+    """
+
+    def __init__(self, max_bytes: int, **settings: Any) -> None:  # noqa: ANN401 - passed through to aiohttp
         super().__init__(**settings)
-        self._factory = partial(_HttpProtocol, self._loop, max_bytes)  # type: ignore[assignment] # it makes a subclass
+        self._factory = partial(_HttpProtocol, self._loop, max_bytes)  # type: ignore[assignment] # makes a subclass
 
-    async def connect(self, *args: Any, **kwargs: Any) -> Connection:  # noqa: ANN401 - whatever aiohttp passes
+    async def connect(self, *args: Any, **kwargs: Any) -> Connection:  # noqa: ANN401 - passed through to aiohttp
         while True:
             connection = await super().connect(*args, **kwargs)
             protocol = connection.protocol
-            assert isinstance(protocol, _HttpProtocol)  # noqa: S101 - it is made above
+            assert isinstance(protocol, _HttpProtocol)  # noqa: S101 - created by self._factory
             try:
-                # The first turn of the loop finds what has come, the second reads it.
+                # Give the event loop two turns: the first detects received bytes, the second reads them.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
             except BaseException:
@@ -173,14 +177,14 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """An httpx transport for one event loop. It reads neither the environment nor `~/.netrc`.
+    """An httpx transport for one event loop. It does not read the environment or `~/.netrc`.
 
-    A request with `extensions["fresh"]` gets a connection of its own, beside the others. Of a response,
-    `extensions["fresh"]` says whether its connection carried no other request, and `extensions["close"]`
-    closes that connection. Its content is unpacked.
+    A request with `extensions["fresh"]` gets its own new connection. On a response, `extensions["fresh"]` is True if
+    the connection carried no earlier request, and `extensions["close"]` is a function that closes the connection.
+    The response content is decompressed.
     """
 
-    def __init__(  # noqa: PLR0913 - the last three by name
+    def __init__(  # noqa: PLR0913 - the last three are keyword-only
         self,
         max_connections: int,
         connect_timeout_s: float,
@@ -190,7 +194,7 @@ class Transport(httpx.AsyncBaseTransport):
         proxy: Proxy | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """Keep at most `connections`, made within `connect_s` seconds each; `reuse`: for several requests."""
+        """Set the limits. `reuse` allows several requests on one connection, one after the other."""
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
         self._tls = tls
@@ -206,9 +210,9 @@ class Transport(httpx.AsyncBaseTransport):
                 self._proxy_settings["proxy_headers"] = {"proxy-authorization": proxy.authorization.get_secret_value()}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request and read its whole answer, in the request's read time-out in all.
+        """Send one request and read the whole response. The request's read timeout (seconds) covers all of it.
 
-        Raises httpx.ConnectError when nothing can have left, httpx.ReadError when something may have.
+        Raises httpx.ConnectError if nothing was sent, httpx.ReadError if something may have been sent.
         """
         used: list[tuple[_HttpProtocol, bool]] = []
         _used_connections.set(used)
@@ -217,20 +221,20 @@ class Transport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                # Not at once: what came while we were stopped is read before.
+                # Add a grace period: bytes that arrived while this process was suspended are read first.
                 timer = loop.call_later(timeout_s, lambda: limit.reschedule(loop.time() + RESUME_GRACE_S))
                 try:
                     status, headers = await self._exchange(request, body)
                 finally:
                     timer.cancel()
-        except Exception as error:  # noqa: BLE001 - each becomes one that says what may have left
+        except Exception as error:  # noqa: BLE001 - converted to an error that shows whether bytes may have been sent
             failure = self._as_httpx_error(error, request, used, body)
         else:
             protocol, fresh = used[-1]
             extensions = {"fresh": fresh, "close": protocol.disconnect}
             return httpx.Response(status, headers=headers, content=bytes(body), request=request, extensions=extensions)
-        body.clear()  # the traceback holds it
-        # Not from the handler: aiohttp's exceptions hold the headers, and the proxy's password.
+        body.clear()  # the traceback keeps a reference to it
+        # Raise outside the except block, without a cause: aiohttp's exceptions hold the headers and the proxy password.
         raise failure
 
     async def aclose(self) -> None:
@@ -239,7 +243,7 @@ class Transport(httpx.AsyncBaseTransport):
             await session.close()
 
     async def _exchange(self, request: httpx.Request, body: bytearray) -> tuple[int, Sequence[tuple[bytes, bytes]]]:
-        """Send a request, read its answer into `body`; return the status and the headers."""
+        """Send a request and read the response into `body`. Return the status and the headers."""
         headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw)
         session = self._get_session(reuse=self._reuse and not request.extensions.get("fresh"))
         async with (
@@ -269,7 +273,7 @@ class Transport(httpx.AsyncBaseTransport):
             return response.status, [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
 
     def _get_session(self, *, reuse: bool) -> aiohttp.ClientSession:
-        """Begin with the first request: a session belongs to its loop."""
+        """Create the session on the first request, because a session is bound to its event loop."""
         if (session := self._sessions.get(reuse)) is None:
             keep_alive = {"keepalive_timeout": MAX_IDLE_S} if reuse else {"force_close": True}
             session = self._sessions[reuse] = aiohttp.ClientSession(
@@ -285,7 +289,7 @@ class Transport(httpx.AsyncBaseTransport):
     def _as_httpx_error(
         self, error: Exception, request: httpx.Request, used: Sequence[tuple[_HttpProtocol, bool]], body: bytearray
     ) -> httpx.TransportError:
-        """Say what went wrong, and whether something may have left."""
+        """Convert an error to one that shows whether bytes may have been sent."""
         if isinstance(error, _BodyTooLarge) or (used and used[-1][0].is_too_large):
             return AnswerTooLarge(bytes(body[:KEPT_START_BYTES]), self._max_bytes, request)
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -295,9 +299,9 @@ class Transport(httpx.AsyncBaseTransport):
         if isinstance(error, aiohttp.ClientHttpProxyError):
             reason = f"HTTP {error.status}"
         elif isinstance(error, aiohttp.ClientError) and not isinstance(error, OSError):
-            # Its words quote what came, which may be about anybody.
+            # Drop aiohttp's message: it quotes the received bytes, which may hold personal data.
             reason = "the connection ended too early, or what came is not HTTP"
-        elif type(error) is TimeoutError:  # aiohttp's own, of a kind below it, say what they are
+        elif type(error) is TimeoutError:  # not aiohttp's subclasses, which have their own message
             reason = f"no answer in {request.extensions['timeout']['read']:g} s"
         else:
             reason = str(error) or type(error).__name__

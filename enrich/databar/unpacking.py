@@ -1,4 +1,4 @@
-"""Unpacks an answer's body (gzip, deflate) piece by piece, so that its reader can stop at any size."""
+"""Decompresses a response body (gzip, deflate) in chunks, so that the reader can stop at any size."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 CHUNK_BYTES = 64 * 1024
-#: The most gzip members of a body: each costs time, even an empty one.
+#: Maximum number of gzip members in a body. Each takes time, even an empty one.
 MAX_MEMBERS = 1000
-#: What zlib calls the formats.
+#: zlib's `wbits` value for each format.
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 
 
 class DecompressionError(Exception):
-    """The body is damaged, or in an encoding that cannot be read."""
+    """The body is damaged or has an unsupported encoding."""
 
 
 class Decompressor:
-    """Unpacks one body, whose content-encoding headers are given. Raises Unreadable."""
+    """Decompresses one body, given its content-encoding headers. Raises DecompressionError."""
 
     def __init__(self, encodings: Iterable[str]) -> None:
         named = [name.strip().lower() for line in encodings for name in line.split(",")]
@@ -30,7 +30,7 @@ class Decompressor:
         self._pending = b""
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
-        """Unpack what came, in pieces of at most 64 KiB; what is not packed stays one piece."""
+        """Yield the decompressed data in chunks of at most 64 KiB. Uncompressed data stays one chunk."""
         if self._encoding is None:
             yield data
             return
@@ -38,7 +38,7 @@ class Decompressor:
         while data or has_more:
             if self._zlib_object is None:
                 if len(data) == 1:
-                    self._pending = data  # the second byte tells the format
+                    self._pending = data  # the format is known from the second byte on
                     return
                 self._zlib_object = self._start_member(data)
             try:
@@ -52,7 +52,7 @@ class Decompressor:
                 data, has_more = self._zlib_object.unconsumed_tail, len(chunk) == CHUNK_BYTES
 
     def finish(self) -> None:
-        """Check that the body came to its end."""
+        """Raise DecompressionError if the body is incomplete."""
         if self._zlib_object is not None or self._pending:
             raise DecompressionError("the answer is packed, and its end is missing")
 
@@ -62,6 +62,6 @@ class Decompressor:
             raise DecompressionError("the answer is packed, and more follows its end")
         if self._encoding == "gzip":
             return zlib.decompressobj(_GZIP)
-        # By its name deflate is zlib's format; some servers send the raw one.
+        # By the standard, "deflate" is the zlib format. Some servers send raw deflate.
         is_zlib = data[0] & 0x0F == zlib.DEFLATED and int.from_bytes(data[:2]) % 31 == 0
         return zlib.decompressobj(_ZLIB if is_zlib else _RAW)

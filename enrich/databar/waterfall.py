@@ -1,7 +1,7 @@
-"""What the API says of its waterfalls and of the account, read leniently.
+"""Models of the API's waterfalls and account, with lenient parsing.
 
-Unknown keys are fine, a value of the wrong kind counts as left out, and a list loses only its broken items. What has
-no name of its own (`identifier`, `id`, `name`) is refused.
+Unknown keys are ignored. A value of the wrong type counts as missing. A list loses only its invalid items. An object
+without its key field (`identifier`, `id` or `name`) is rejected.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from enrich.models import to_credits, to_micros
 
 
 def _read_line(value: object) -> object:
-    """Read a text as one line, and a number as text."""
+    """Convert text to one line, and a number to text. Other values stay as they are."""
     readable = isinstance(value, str | int | float) and not isinstance(value, bool)
     return clean_line(str(value)) if readable else value
 
 
 def _read_credits(value: object) -> object:
-    """Read credits; what is no number and no text is not known."""
+    """Return credits as a finite number or as text. None (unknown) for any other value."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value if isfinite(value) else None
     return clean_line(value) if isinstance(value, str) else None
@@ -39,7 +39,7 @@ CreditAmount = Annotated[float | str | None, BeforeValidator(_read_credits)]
 
 
 class _LenientModel(BaseModel):
-    """What comes from the API: null is as good as left out, and so is what cannot be read, where it may be."""
+    """Base of the API models. Null counts as missing, and so does an unreadable value of an optional field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -60,7 +60,7 @@ M = TypeVar("M", bound=_LenientModel)
 
 
 def _read_list(kind: type[M], values: object) -> list[M]:
-    """Read a list, or names with commas between them, without what is broken."""
+    """Parse a list, or comma-separated names, into models. Invalid items are left out."""
     items = values.split(",") if isinstance(values, str) else values if isinstance(values, list) else []
     read = []
     for item in items:
@@ -70,7 +70,7 @@ def _read_list(kind: type[M], values: object) -> list[M]:
 
 
 class _NamedModel(_LenientModel):
-    """What may be written as its name alone."""
+    """A model that the API may also write as its name alone."""
 
     name: TextLine
 
@@ -81,26 +81,26 @@ class _NamedModel(_LenientModel):
 
 
 class Param(_NamedModel):
-    """An input of a waterfall."""
+    """An input param of a waterfall."""
 
     type: TextLine = "text"
     required: bool = False
 
 
 class Field(_NamedModel):
-    """An output of a waterfall."""
+    """An output field of a waterfall."""
 
     label: TextLine | None = None
 
 
 class Provider(_LenientModel):
-    """A data provider or a verifier with its price in credits (number or text)."""
+    """A data provider or an email verifier, with its price in credits (number or text). None: unknown."""
 
     id: int
     name: TextLine = ""
     price: CreditAmount = None
     enabled_by_default: bool = True
-    #: The inputs that it needs; empty when the API does not tell.
+    #: Names of the inputs it needs. Empty if the API does not list them.
     params: Annotated[list[str], BeforeValidator(lambda value: [param.name for param in _read_list(Param, value)])] = []
 
     @model_validator(mode="before")
@@ -110,7 +110,7 @@ class Provider(_LenientModel):
 
 
 class Waterfall(_LenientModel):
-    """What the API says of a waterfall."""
+    """The API's description of a waterfall."""
 
     identifier: TextLine
     name: TextLine = ""
@@ -123,14 +123,14 @@ class Waterfall(_LenientModel):
 
 
 class User(_LenientModel):
-    """Whose key it is; `balance` in credits."""
+    """The account of the API key. `balance` is in credits, None if unknown."""
 
     balance: CreditAmount = None
     workspace: Annotated[str, BeforeValidator(_read_workspace)] | None = None
 
 
 def waterfall_changes(before: Waterfall, now: Waterfall) -> Iterator[str]:
-    """Yield each difference that a job may feel, in words."""
+    """Yield a line of text for each difference that may affect a job."""
     old = {param.name: param.required for param in before.input_params}
     new = {param.name: param.required for param in now.input_params}
     for name in sorted(old.keys() | new.keys()):
@@ -159,7 +159,10 @@ def _provider_changes(kind: str, before: list[Provider], now: list[Provider]) ->
         elif number not in old:
             yield f"{name}: new, {_price_text(new[number])}"
         elif to_micros(old[number].price) != to_micros(new[number].price):
-            yield f"{name}: {_price_text(old[number])} before, {_price_text(new[number])} now{_price_trend(old[number], new[number])}"
+            yield (
+                f"{name}: {_price_text(old[number])} before, "
+                f"{_price_text(new[number])} now{_price_trend(old[number], new[number])}"
+            )
 
 
 def _price_text(provider: Provider) -> str:
@@ -174,7 +177,7 @@ def _price_trend(old: Provider, new: Provider) -> str:
     return " (dearer)" if now > before else " (cheaper)"
 
 
-#: When the documentation was read.
+#: Month in which the API documentation was read.
 DOCUMENTED_ON = "2026-11"
 
 
@@ -190,7 +193,7 @@ def _make_documented(
     )
 
 
-#: Params and, where they are documented, fields. Providers and prices are told by the API alone.
+#: Params and, if documented, fields. Providers and prices are only available from the API.
 DOCUMENTED_WATERFALLS: dict[str, Waterfall] = {
     waterfall.identifier: waterfall
     for waterfall in (

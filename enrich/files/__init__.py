@@ -1,1 +1,1 @@
-"""Files."""
+"""Reads input tables and writes output files in all supported formats, locally and in object storage."""

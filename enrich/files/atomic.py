@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, readable by their owner only; what goes wrong is told with the way out."""
+"""Writes files atomically, readable only by their owner. Write errors carry a hint on how to recover."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPACE_HINT = f"make room for it; {COLLECT_HINT}"
 
 @contextmanager
 def as_write_refused(target: Location, kind: str) -> Iterator[None]:
-    """Turn what fails while a file of the run is written into Refused; `kind` is its key of the job file."""
+    """Convert errors while writing a file of the run into CommandRefused. `kind` is the file's key in the job file."""
     try:
         yield
     except FileProblem as problem:
@@ -30,13 +30,13 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
             f"{target}: the {kind} cannot be written: {error.strerror or error}", _SPACE_HINT
         ) from error
     except pl.exceptions.ComputeError as error:
-        # What the disk says comes out of polars' sink as this.
+        # Polars' sink reports disk errors as ComputeError.
         raise CommandRefused(f"{target}: the {kind} cannot be written: {error}", _SPACE_HINT) from error
 
 
 @contextmanager
 def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """Open a new file, which takes the target's place when the block ends well."""
+    """Open a new temporary file that replaces the target if the block ends without an error."""
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -55,7 +55,7 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Let what was made, renamed or removed in a folder survive a power cut."""
+    """Sync a folder to disk, so that created, renamed and removed files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Turns CSV text into rows and rows into CSV text: every cell exactly as it stands, or a problem that says where."""
+"""Reads and writes CSV. Cells are preserved exactly. Errors name the row, the line and the column."""
 
 import codecs
 import csv
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 CellRows = Sequence[Sequence[object]]
 
-MAX_CELL_CHARACTERS = 10_000_000  # characters; csv's own limit of 131,072 is below what scraped pages and notes reach
+MAX_CELL_CHARACTERS = 10_000_000  # csv's default of 131,072 is too low for scraped pages and long notes
 
-_SYNTAX_PROBLEMS = {  # csv tells its errors apart only by their words
+_SYNTAX_PROBLEMS = {  # csv's errors differ only in their message texts
     "unexpected end of data": ("has a quote that is never closed", "Close the quote, or double it if it is text"),
     "expected after": (
         "has characters after a closing quote",
@@ -45,20 +45,20 @@ _cell_limit_lock = threading.Lock()
 
 
 def read_header(source: TableFile) -> list[str]:
-    """Return the column names as they are written."""
+    """Return the column names exactly as written."""
     with _open_csv(source) as text:
         return _next_header(source, _csv_reader(source, text))
 
 
 def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
-    """Yield the rows in order as frames of text; a blank cell is `""`, never null."""
+    """Yield the rows in order as frames of text. A blank cell is `""`, never null."""
     with _open_csv(source) as text:
         reader = _csv_reader(source, text)
         header = _next_header(source, reader)
         while rows := _next_rows(reader, rows_per_batch):
             if set(map(len, rows)) != {len(header)}:
                 raise _first_problem(source)
-            # Unnamed while they are searched: polars would take a name such as `^a.*$` for a pattern.
+            # Search unnamed columns, because polars reads a name such as `^a.*$` as a pattern.
             columns = [pl.Series(values=cells, dtype=pl.String) for cells in zip(*rows, strict=True)]
             if any(column.str.contains("\0", literal=True).any() for column in columns):
                 raise _first_problem(source)
@@ -66,7 +66,7 @@ def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl
 
 
 def likely_separator(header: list[str], separator: str) -> str | None:
-    """Guess the separator that was meant when the header came out as a single column."""
+    """Guess the right separator if the header has only one column. None: no guess."""
     if len(header) != 1:
         return None
     guess = max(set(",;\t|") - {separator}, key=lambda candidate: (header[0].count(candidate), candidate))
@@ -74,7 +74,7 @@ def likely_separator(header: list[str], separator: str) -> str | None:
 
 
 class CsvWriter:
-    """Writes frames as CSV text to a binary file, which stays open; a frame is written whole or not at all."""
+    """Writes frames as CSV to a binary file, which stays open. A frame is written completely or not at all."""
 
     def __init__(self, raw: BinaryIO, separator: str = ",", encoding: str = "utf-8") -> None:
         _check_settings(separator, encoding)
@@ -94,14 +94,14 @@ class CsvWriter:
 
     def write_header(self, header: list[str]) -> None:
         """Write the column names."""
-        # Unquoted, a byte order mark that belongs to the first name would be taken for that of the file.
+        # Quote the header if the first name starts with a byte order mark. Unquoted, it would be read as the file's.
         text = _rows_as_text([header], self._separator, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
         self._write_text(text, header, lambda: [header], first_row=0)
 
     def write(self, frame: pl.DataFrame) -> None:
-        """Write the rows of a frame of text; a null becomes a blank cell."""
+        """Write the rows of a frame of text. A null becomes a blank cell."""
         if frame.width > 1 and self._separator.isascii():
-            # The same text as csv writes, ten times as fast; polars would quote what is blank, but not what is null.
+            # Same text as from csv, ten times as fast. Blank cells become null first: polars quotes blanks, not nulls.
             filled = frame.select(pl.when(pl.all() != "").then(pl.all()))
             text = filled.write_csv(include_header=False, separator=self._separator)
         else:
@@ -133,7 +133,7 @@ def _rows_as_text(rows: CellRows, separator: str, *, quote_all: bool = False) ->
 
 
 class _LineFeedText(io.StringIO):
-    """Ends rows with a line feed, though csv ends them with both, for then it quotes the cells that hold either."""
+    r"""Replaces csv's row end `\r\n` with `\n`. With `\r\n`, csv quotes every cell that contains either character."""
 
     def write(self, row: str) -> int:
         return super().write(row.removesuffix("\r\n") + "\n")
@@ -141,7 +141,7 @@ class _LineFeedText(io.StringIO):
 
 @contextmanager
 def _open_csv(source: TableFile) -> Iterator[TextIO]:
-    """Open the file; what the parser says of it becomes a problem."""
+    """Open the file as text. Convert parser errors into FileProblem."""
     _check_settings(source.separator, source.encoding)
     try:
         with open_text(source) as text:
@@ -171,7 +171,7 @@ def _csv_reader(source: TableFile, text: Iterable[str]) -> "Reader":
 
 @contextmanager
 def _raised_cell_limit() -> Iterator[None]:
-    """Raise csv's limit for a moment only: it holds for the whole process, so others may rely on theirs."""
+    """Raise csv's cell limit temporarily. It applies to the whole process, and other code may rely on its own limit."""
     with _cell_limit_lock:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)
         try:
@@ -181,7 +181,7 @@ def _raised_cell_limit() -> Iterator[None]:
 
 
 def _next_rows(reader: Iterator[list[str]], count: int) -> list[list[str]]:
-    """Return the next rows, at most so many; csv gives an empty line as an empty list, which is no row."""
+    """Return the next rows, at most `count`. Empty lines, which csv returns as empty lists, do not count as rows."""
     with _raised_cell_limit():
         return list(islice(filter(None, reader), count))
 
@@ -196,7 +196,7 @@ def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
 
 
 def _first_problem(source: TableFile) -> FileProblem:
-    """Read the file again, slowly, to say in which row and line it first goes wrong."""
+    """Read the file again, row by row, to find the row and line of its first error."""
     header: list[str] = []
     row, line = 0, 1
     with _open_csv(source) as text, _raised_cell_limit():
@@ -222,7 +222,7 @@ def _first_problem(source: TableFile) -> FileProblem:
 
 
 def _row_problem(source: TableFile, header: list[str], cells: list[str]) -> tuple[str, str] | None:
-    """Tell what is wrong with a row, the header being one too, and the remedy."""
+    """Return the problem of a row or of the header, with a hint. None: the row is valid."""
     if len(cells) != len(header):
         message = f"has {_count_text(len(cells), 'cell')}, but the header has {_count_text(len(header), 'column')}"
         separator = likely_separator(header, source.separator)

@@ -1,4 +1,4 @@
-"""Finds the files of an input: one, all that match a pattern, or all of a folder, here or in a storage."""
+"""Finds the files of an input, locally or in object storage: one file, all matches of a pattern, or a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
-#: A folder's name that says a column's value for all that is in it, as Hive, Spark and Polars write it.
+#: A folder name `COLUMN=VALUE`, as written by Hive, Spark and Polars: a column's value for all files in the folder.
 _PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 _ESCAPED_WILDCARD = re.compile(r"\[[*?\[]\]")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -25,9 +25,9 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file of the input: where it lies, how it is to be understood, and what the names of its folders say.
+    """One file of the input: its location, its settings, and the column values in its folder names.
 
-    `stamp` is what an object was when it was found; it has to be the same when it is read.
+    `version` is the version of an object when it was found. It must be the same when the object is read.
     """
 
     location: Location
@@ -37,7 +37,7 @@ class InputFile:
     version: object_store.ObjectVersion | None = None
 
     def table_file(self, path: Path) -> TableFile:
-        """The file to read, which for an object is a copy."""
+        """Return the table file to read at `path`, which is a local copy in case of an object."""
         settings, display_name = self.settings, self.display_name or str(self.location)
         return TableFile(path, settings.separator, settings.encoding, settings.format, settings.sheet, display_name)
 
@@ -46,7 +46,7 @@ class InputFile:
 
 
 def find_input_files(location: Location, settings: Input) -> list[InputFile]:
-    """Find the files of an input. Raises TableProblem that names the file and the remedy."""
+    """Find the files of an input. Raises FileProblem that names the file and the remedy."""
     if isinstance(location, ObjectUrl):
         found = [InputFile(url, settings, version=stamp) for url, stamp in find_objects(location).items()]
     else:
@@ -72,17 +72,17 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
 
 
 def find_paths(location: Path) -> list[Path]:
-    """Return the files that a place on this machine means, sorted by their paths; hidden ones do not count.
+    """Return the files of a local path, folder or pattern, sorted by path and without hidden files.
 
-    Raises TableProblem for a folder that may not be read.
+    Raises FileProblem for an unreadable folder.
     """
     if is_pattern(location):
-        return sorted(path for path in map(Path, glob.glob(str(location))) if path.is_file())  # noqa: PTH207 - Path.glob finds hidden files
+        return sorted(path for path in map(Path, glob.glob(str(location))) if path.is_file())  # noqa: PTH207 - Path.glob also finds hidden files
     return sorted(_walk_folder(location)) if location.is_dir() else [location]
 
 
 def would_include(location: Location, target: Location) -> bool:
-    """Tell whether a folder or a pattern means a file that may not be there yet."""
+    """Check whether a folder or pattern would include a target file, which need not exist yet."""
     if isinstance(location, ObjectUrl):
         is_several = location.is_folder or is_pattern(location)
         same_bucket = isinstance(target, ObjectUrl) and (target.scheme, target.bucket) == (
@@ -118,9 +118,9 @@ def _walk_folder(folder: Path) -> Iterator[Path]:
 
 
 def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion | None]:
-    """Return the objects that a URL means, sorted by their keys, with their stamps; None: there is none of this name.
+    """Return the objects of a URL with their versions, sorted by key. The version is None if the object does not exist.
 
-    Raises Refused, and TableProblem for a dataset of ours that is not whole.
+    Raises CommandRefused, and FileProblem for an incomplete dataset written by enrich.
     """
     if not url.is_folder:
         version = object_store.object_version(url)
@@ -131,7 +131,7 @@ def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion |
     listed = dict(object_store.list_objects(replace(url, key=folder)))
     found = {key: stamp for key, stamp in listed.items() if _matches(url, key, folder)}
     if url.is_folder and folder + MANIFEST in listed:
-        # Other parts are of a writer that is at work, or was killed.
+        # Ignore parts that are not in the manifest. They belong to a writer that is running or was killed.
         manifest = read_manifest(object_store.read_object(replace(url, key=folder + MANIFEST)))
         found = found if manifest is None else _objects_of_manifest(manifest, url, found)
     return {replace(url, key=key): found[key] for key in sorted(found, key=lambda key: key.split("/"))}
@@ -161,13 +161,13 @@ def _is_visible(name: str) -> bool:
 
 
 def _file_settings(settings: Input, file: InputFile) -> Input:
-    """Let each file say for itself what an ending says: the input may be `leads/`."""
+    """Return the settings for one file, with defaults from its own extension. The input's path may be a folder."""
     explicit = settings.model_dump(exclude_unset=True)
     return Input.model_validate(explicit | {"path": file.location.name})
 
 
 def _partition_values(location: Location, file_location: Location) -> tuple[tuple[str, str | None], ...]:
-    """Read what the folders say that lie between the place that was named and the file."""
+    """Return the column values in the folder names between the input's location and the file."""
     file_parts, location_parts = _path_parts(file_location), _path_parts(location)
     matches = (_PARTITION.fullmatch(part) for part in file_parts[_fixed_part_count(location_parts) : -1])
     pairs = ((unquote(match[1]), unquote(match[2])) for match in matches if match)
@@ -179,7 +179,7 @@ def _path_parts(location: Location) -> Sequence[str]:
 
 
 def _fixed_part_count(parts: Sequence[str]) -> int:
-    """Count the parts before the first that is a pattern; `[*]` stands for the sign itself."""
+    """Count the path parts before the first pattern. An escaped wildcard, such as `[*]`, is not a pattern."""
     return next(
         (place for place, part in enumerate(parts) if has_wildcards(_ESCAPED_WILDCARD.sub("", part))), len(parts)
     )
@@ -197,7 +197,10 @@ def _check_consistent(input_files: list[InputFile]) -> list[InputFile]:
                 f"{file}: its folders name a column twice: {_partition_names(names)}", "rename one of them"
             )
         if names != [name for name, _ in first.partition_values]:
-            message = f"{file}: its folders name {_partition_names(names)}, those of {first} {_partition_names([n for n, _ in first.partition_values])}"
+            message = (
+                f"{file}: its folders name {_partition_names(names)}, "
+                f"those of {first} {_partition_names([n for n, _ in first.partition_values])}"
+            )
             raise FileProblem(message, "let the folders of all files name the same columns, in one order")
     return input_files
 

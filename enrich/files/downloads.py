@@ -1,4 +1,4 @@
-"""Private copies of what is no file of its own: an object of a storage, or what comes through a pipe."""
+"""Makes private local copies of inputs that are not local files: storage objects and standard input."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from enrich.files.discovery import InputFile
 from enrich.files.text import FileProblem, TableFile
 from enrich.job.locations import ObjectUrl
 
-#: So many bytes of an object are fetched at once; what is smaller is fetched whole.
+#: Number of bytes downloaded to read a file's columns. A smaller object is downloaded completely.
 HEAD_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class LocalCopies:
-    """Holds the copy that was made last, for our eyes only; it goes when this object does, at the latest at exit."""
+    """Keeps the latest copy, readable only by its owner. It is removed with this object, at the latest at exit."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        #: With what the object was when it was fetched.
+        #: URL, local copy, and version of the object at the time of the download.
         self._current: tuple[ObjectUrl, Path, object_store.ObjectVersion] | None = None
 
     def table_file(self, file: InputFile) -> TableFile:
-        """Return the file to read a leaf from. Raises TableProblem, and Refused for what a storage says."""
+        """Return a local file with the content of an input file. Raises FileProblem, CommandRefused (storage)."""
         if isinstance(file.location, Path):
             return file.table_file(file.location)
         if self._current is None or self._current[0] != file.location:
@@ -46,9 +46,9 @@ class LocalCopies:
         return file.table_file(path)
 
     def metadata_file(self, file: InputFile) -> TableFile | None:
-        """Return a file that says the columns of a leaf as the leaf does, and of Parquet the number of rows.
+        """Return a local file with the same columns as the input file and, for Parquet, the same number of rows.
 
-        Of an object little is fetched for it; None: it takes all of the object.
+        Only a small part of an object is downloaded. None: the complete object is needed.
         """
         if isinstance(file.location, Path):
             return file.table_file(file.location)
@@ -71,7 +71,7 @@ class LocalCopies:
         return file.table_file(path)
 
     def copy_stdin(self) -> Path:
-        """Copy what comes through the pipe: it is read more than once."""
+        """Copy standard input to a file, because the input is read more than once."""
         if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
             raise FileProblem("standard input is a terminal, or closed", "pipe the leads into it: cat FILE | enrich …")
         status = os.fstat(sys.stdin.fileno())

@@ -1,4 +1,4 @@
-"""Reads a sheet of an Excel workbook as text and writes one whose cells are all text."""
+"""Reads a sheet of an Excel workbook as text, and writes a workbook with text cells only."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from xlsxwriter.worksheet import Worksheet
 from enrich.files.text import FileProblem, TableFile, as_file_problem, quote_column, repeated_columns
 from enrich.files.values import to_text
 
-#: What a sheet can hold.
+#: Limits of an Excel sheet. Rows include the header.
 MAX_ROWS, MAX_COLUMNS, MAX_CELL_CHARACTERS = 1_048_576, 16_384, 32_767
 _OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying"
 _COLUMN_WIDTH = 18
 
 
 def read_header(source: TableFile) -> list[str]:
-    """Return the column names: the first row that has a cell."""
+    """Return the column names: the first row that is not blank."""
     return next(_sheet_rows(source))
 
 
 def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
-    """Yield the rows in order as frames of text. The sheet is held in memory; Excel's limit of rows limits it."""
+    """Yield the rows in order as frames of text. The sheet is held in memory. Excel's row limit bounds its size."""
     rows = _sheet_rows(source)
     header = next(rows)
     while batch := list(islice(rows, rows_per_batch)):
@@ -37,12 +37,12 @@ def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl
 
 
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    """Write frames of text. Raises TableProblem for what a sheet can't hold."""
+    """Write frames of text. Raises FileProblem if they exceed the limits of a sheet."""
     if len(columns) > MAX_COLUMNS:
         raise FileProblem(f"a sheet holds no more than {MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
     with TemporaryDirectory(prefix="enrich-") as folder:
         book = Workbook(raw, {"constant_memory": True, "tmpdir": folder})
-        book.set_properties({"created": datetime(2000, 1, 1, tzinfo=UTC)})  # equal outputs are equal bytes
+        book.set_properties({"created": datetime(2000, 1, 1, tzinfo=UTC)})  # makes equal outputs byte-identical
         sheet = book.add_worksheet("leads")
         try:
             _write_sheet(sheet, book, columns, frames)
@@ -71,12 +71,12 @@ def _write_sheet(sheet: Worksheet, book: Workbook, columns: list[str], frames: I
                 if cell:
                     sheet.write_string(row, column, _checked_cell(cell, row, columns[column]))
     sheet.autofilter(0, 0, row, len(columns) - 1)
-    # The small green corners that warn of numbers as text.
+    # Turn off the green corners that warn about numbers stored as text.
     sheet.ignore_errors({"number_stored_as_text": f"A1:{xl_col_to_name(len(columns) - 1)}{row + 1}"})
 
 
 def _checked_cell(cell: str, row: int, column: str) -> str:
-    # Excel counts in UTF-16.
+    # Excel counts UTF-16 code units.
     if len(cell) * 2 > MAX_CELL_CHARACTERS and len(cell.encode("utf-16-le")) // 2 > MAX_CELL_CHARACTERS:
         position = f"{f'row {row}' if row else 'the header'}, column {quote_column(column)}"
         raise FileProblem(
@@ -86,7 +86,7 @@ def _checked_cell(cell: str, row: int, column: str) -> str:
 
 
 def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
-    """Yield the header and the rows under it, all as wide as the sheet; empty rows at the end are none."""
+    """Yield the header and the rows below it, all as wide as the sheet. Blank rows at the end are left out."""
     with as_file_problem(source):
         try:
             book = CalamineWorkbook.from_path(source.path)

@@ -1,4 +1,4 @@
-"""Turns JSON Lines into rows and rows into JSON Lines: one object a line, its keys are the columns."""
+"""Reads and writes JSON Lines: one object per line, whose keys are the columns."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import polars as pl
 from enrich.files.text import FileProblem, TableFile, open_text, quote_column
 from enrich.files.values import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
 
-MAX_LINE_CHARACTERS = 50_000_000  # characters
+MAX_LINE_CHARACTERS = 50_000_000
 _EXAMPLE = 'Write one object a line: {"Email": "ada@lovelace.example"}'
 
 
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
-    """Read the file to its end for its keys, in order of appearance; those that hold strings only are text."""
+    """Read the whole file and return its keys in order of appearance. A key with only strings and nulls is text."""
     schema: dict[str, pl.DataType] = {}
     for row in _read_rows(source):
         for key, value in row.items():
@@ -34,7 +34,7 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
 def read_batches(
     source: TableFile, schema: dict[str, pl.DataType], rows_per_batch: int = 20_000
 ) -> Iterator[pl.DataFrame]:
-    """Yield the rows in order; what is not there or null is null."""
+    """Yield the rows in order. A missing key becomes null."""
     rows = _read_rows(source)
     while batch := list(islice(rows, rows_per_batch)):
         changed = any(row.keys() - schema.keys() for row in batch)
@@ -52,7 +52,7 @@ def read_batches(
 
 
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    """Write one object a line; every object has all keys."""
+    """Write one object per line. Every object has all keys."""
     keys = [f"{quote_json(name)}: " for name in columns]
     for frame in frames:
         for cells in zip(*map(json_cells, frame.get_columns()), strict=True):
@@ -61,7 +61,7 @@ def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> 
 
 
 class _LineProblem(ValueError):
-    """What is wrong with a line."""
+    """A line is invalid. The message is the reason."""
 
 
 def _read_rows(source: TableFile) -> Iterator[dict[str, str | None]]:
@@ -82,7 +82,7 @@ def _read_rows(source: TableFile) -> Iterator[dict[str, str | None]]:
 
 
 def _parse_object(line: str) -> dict[str, str | None]:
-    """Parse a line; what is not a string stays as it is written. Raises _Flaw, which quotes no value."""
+    """Parse a line. Values other than strings stay as written. Raises _LineProblem, which quotes no value."""
     if len(line) > MAX_LINE_CHARACTERS:
         raise _LineProblem(f"has more than {MAX_LINE_CHARACTERS:,} characters")
     try:
@@ -94,7 +94,7 @@ def _parse_object(line: str) -> dict[str, str | None]:
         raise _LineProblem(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
     except RecursionError:
         raise _LineProblem("is nested too deeply") from None
-    if "\\u" in line:  # the only way for these two into JSON
+    if "\\u" in line:  # NUL and lone surrogates only occur as escapes in JSON
         text = "".join([*cells, *filter(None, cells.values())])
         if "\0" in text:
             raise _LineProblem("has a NUL character")

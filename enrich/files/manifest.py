@@ -1,4 +1,4 @@
-"""What a dataset that we wrote says of itself: its parts, and how many rows each has."""
+"""The manifest of a dataset written by enrich: its parts and their row counts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.errors import CommandRefused
 
-#: The file that makes a folder a dataset of ours; readers of Parquet leave out what begins with `_`.
+#: File that marks a folder as a dataset written by enrich. Parquet readers ignore names that begin with `_`.
 MANIFEST = "_manifest.json"
 _PART_NAME = re.compile(r"part-\d{10}-[0-9a-f]{8}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class PartFile:
-    """A part that was written: the position of its first row, and how many it has."""
+    """A written part: its name, the position of its first row (from 0) and its number of rows."""
 
     name: str
     first_position: int
@@ -33,7 +33,7 @@ class _ManifestPart(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The parts of a dataset, in the order of their rows."""
+    """The parts of a dataset, in the order of their rows. `dataset_of` is the name of the job."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,20 +48,20 @@ class Manifest(BaseModel):
 
 
 def new_part_name(first_position: int) -> str:
-    """Name a part for its first row: sorted by their names the parts have the rows in order.
+    """Return a new name for the part that starts at a row. Parts sorted by name have their rows in order.
 
-    Each attempt to write it has a name of its own: somebody who was taken for lost may be writing it yet.
+    Each attempt to write a part gets a unique name, because a worker marked as lost may still be writing it.
     """
     return f"part-{first_position:010}-{uuid4().hex[:8]}.parquet"
 
 
 def is_part_name(name: str) -> bool:
-    """Tell whether a part may have this name, one that counts or not."""
+    """Check whether a name has the form of a part name. The part need not be in the manifest."""
     return _PART_NAME.fullmatch(name) is not None
 
 
 def read_manifest(text: bytes | None) -> Manifest | None:
-    """Read what a dataset says of itself; None when it says nothing, or it is none of ours."""
+    """Parse a manifest. None if there is none or it was not written by enrich."""
     try:
         return None if text is None else Manifest.model_validate_json(text)
     except ValidationError:
@@ -69,7 +69,7 @@ def read_manifest(text: bytes | None) -> Manifest | None:
 
 
 def make_manifest(job: str, parts: Iterable[PartFile]) -> Manifest:
-    """Make the manifest of a dataset. Raises Refused when parts are missing, or rows are there twice."""
+    """Create the manifest of a dataset. Raises CommandRefused if parts are missing or overlap."""
     ordered: Sequence[PartFile] = sorted(parts, key=lambda part: part.first_position)
     rows = 0
     for part in ordered:

@@ -1,4 +1,4 @@
-"""Objects in a storage of the cloud (S3, Google, Azure); credentials and endpoint come from its usual variables."""
+"""Accesses object storage (S3, Google, Azure). Credentials and endpoint come from the standard variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ObjectVersion = tuple[str | None, int, str]
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
-#: Without credentials the machine itself is asked for them, as in a data centre.
+#: Without credentials, obstore queries the metadata server of a cloud machine. These errors mean that this failed.
 _NO_CREDENTIALS = re.compile(r"169\.254\.|/latest/api/token|metadata\.google|MissingAccount|MissingCredentials")
 _CREDENTIAL_VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
@@ -28,7 +28,7 @@ _CREDENTIAL_VARIABLES = {
 
 
 def download(url: ObjectUrl, into: BinaryIO) -> ObjectVersion:
-    """Copy an object to a file. Raises Refused."""
+    """Copy an object to a file and return its version. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         result = store.get(url.key)
@@ -37,14 +37,14 @@ def download(url: ObjectUrl, into: BinaryIO) -> ObjectVersion:
 
 
 def download_range(url: ObjectUrl, start: int, length: int) -> bytes:
-    """Return some bytes of an object. Raises Refused."""
+    """Return a byte range of an object. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         return bytes(store.get_range(url.key, start=start, length=length))
 
 
 def object_version(url: ObjectUrl) -> ObjectVersion | None:
-    """Return what tells one content of an object from another; None when it is gone. Raises Refused."""
+    """Return the version of an object, which changes with its content. None if it is missing. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         try:
@@ -54,7 +54,7 @@ def object_version(url: ObjectUrl) -> ObjectVersion | None:
 
 
 def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
-    """Yield the keys below a folder, each with what tells one content from another. Raises Refused."""
+    """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         for page in store.list(url.key.rstrip("/") or None):
@@ -62,7 +62,7 @@ def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
 
 
 def read_object(url: ObjectUrl) -> bytes | None:
-    """Return a small object as a whole; None when it is not there. Raises Refused."""
+    """Return the content of a small object. None if it does not exist. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         try:
@@ -72,7 +72,7 @@ def read_object(url: ObjectUrl) -> bytes | None:
 
 
 def delete_objects(url: ObjectUrl, keys: list[str]) -> None:
-    """Remove objects of a bucket. Raises Refused."""
+    """Delete objects of a bucket by their keys. Raises CommandRefused."""
     store = _open_store(url)
     if keys:
         with _as_refused(url):
@@ -80,14 +80,14 @@ def delete_objects(url: ObjectUrl, keys: list[str]) -> None:
 
 
 def check_bucket(url: ObjectUrl) -> None:
-    """Ask for the bucket before anything is spent. Raises Refused when it is not there or refuses us."""
+    """Check access to the bucket before any credits are spent. Raises CommandRefused if it is missing or denied."""
     store = _open_store(url)
     with _as_refused(url):
         next(iter(store.list(url.key)), None)
 
 
 def upload(url: ObjectUrl, file: BinaryIO) -> None:
-    """Copy a file to an object, which appears whole or not at all. Raises Refused."""
+    """Copy a file to an object atomically. Raises CommandRefused."""
     store = _open_store(url)
     with _as_refused(url):
         store.put(url.key, file)
@@ -99,7 +99,7 @@ def _version_of(meta: ObjectMeta) -> ObjectVersion:
 
 def _open_store(url: ObjectUrl) -> ObjectStore:
     try:
-        from obstore.store import from_url  # noqa: PLC0415 - an extra
+        from obstore.store import from_url  # noqa: PLC0415 - an optional dependency
     except ModuleNotFoundError:
         raise JobError(f"{url}: storage URLs need their extra", "pip install 'databar-enrich[storage]'") from None
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
@@ -113,8 +113,8 @@ def _open_store(url: ObjectUrl) -> ObjectStore:
 
 @contextmanager
 def _as_refused(url: ObjectUrl) -> Iterator[None]:
-    """Tell what went wrong by its code alone: the storage's own words may hold what is secret."""
-    from obstore.exceptions import BaseError  # noqa: PLC0415 - an extra
+    """Convert storage errors into CommandRefused. Only the error code is kept: the full text may contain secrets."""
+    from obstore.exceptions import BaseError  # noqa: PLC0415 - an optional dependency
 
     try:
         yield

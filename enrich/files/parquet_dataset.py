@@ -1,4 +1,4 @@
-"""Writes the output as a folder of Parquet parts, whose rows keep their order by a column."""
+"""Writes the output as a folder of Parquet parts, locally or in object storage. A column records the row order."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from enrich.job.locations import STDIN, Location, ObjectUrl
 
 @dataclass(frozen=True, slots=True)
 class FolderDatasetWriter:
-    """A dataset that grows; every machine that sees the folder may write parts of it."""
+    """Writes a dataset to a local or shared folder. Every machine with access to the folder can write parts."""
 
     target: Path
     job: str
-    #: A folder of its own, which the next start removes: so nobody writes into the draft of another run.
+    #: Unique per run, so that no other run writes into it. The next run removes a leftover.
     parts_folder: Path
 
     def write_part(
         self, first_position: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
     ) -> PartFile:
-        """Write a part, again if need be. Raises Refused."""
+        """Write a part, which can be repeated after a failure. Raises CommandRefused."""
         name = new_part_name(first_position)
         with self._as_write_refused(), atomic_write(self.parts_folder / name, self.parts_folder / f".{name}") as raw:
             rows = parquet_format.write(raw, schema, frames)
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
-        """Let the parts take the place of what was there. Raises Refused; the old dataset stays then."""
+        """Replace the old dataset with these parts. Raises CommandRefused, and then the old dataset stays."""
         manifest = make_manifest(self.job, parts)
-        # A folder that no other writer knows: whoever was taken for lost may be writing yet.
+        # Move the parts to a folder that other writers do not use: a worker marked as lost may still be writing.
         target, complete_folder = self.target, self.parts_folder / "whole"
         old = target.with_name(_old_prefix(self.job) + target.name)
         with self._as_write_refused():
@@ -74,7 +74,7 @@ class FolderDatasetWriter:
         self.discard()
 
     def discard(self) -> None:
-        """Remove what has grown."""
+        """Remove the parts written so far."""
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
     @contextmanager
@@ -88,7 +88,7 @@ class FolderDatasetWriter:
 
 
 def begin_in_folder(target: Path, job: str) -> FolderDatasetWriter:
-    """Make the folder in which a dataset grows. Raises Refused."""
+    """Create the folder for the parts of a new dataset. Raises CommandRefused."""
     parts_folder = target.with_name(_parts_prefix(job) + uuid4().hex)
     with as_write_refused(target, "output"):
         parts_folder.mkdir(mode=0o700, parents=True)
@@ -96,7 +96,7 @@ def begin_in_folder(target: Path, job: str) -> FolderDatasetWriter:
 
 
 def clean_up_folder(target: Path, job: str) -> None:
-    """Put right what a killed run left: the old dataset comes back if the new one did not take its place."""
+    """Clean up after a killed run. Restore the old dataset if the new one did not replace it."""
     for path in list(target.parent.iterdir()):
         if path.name.startswith(_parts_prefix(job)):
             shutil.rmtree(path, ignore_errors=True)
@@ -109,7 +109,7 @@ def clean_up_folder(target: Path, job: str) -> None:
 
 
 def check_own_folder(target: Path) -> None:
-    """Refuse to replace a folder that holds anything but a dataset that we wrote. Raises JobError."""
+    """Raise JobError if the folder contains anything except a dataset written by enrich."""
     manifest, existing = _folder_manifest(target), {path.name for path in target.iterdir()}
     foreign = sorted(existing - {MANIFEST} - (manifest.part_names if manifest else set()))
     if foreign or (existing and manifest is None):
@@ -118,7 +118,7 @@ def check_own_folder(target: Path) -> None:
 
 
 def _recheck_own_folder(target: Path) -> None:
-    """Do as check_ours, when money was spent already. Raises Refused."""
+    """Repeat `check_own_folder` after credits were spent. Raises CommandRefused instead of JobError."""
     try:
         check_own_folder(target)
     except JobError as error:
@@ -134,7 +134,7 @@ def _old_prefix(job: str) -> str:
 
 
 def _remove_old_dataset(old: Path) -> None:
-    """Remove a dataset that was replaced; what somebody else put there stays."""
+    """Remove a replaced dataset. Files that enrich did not write stay."""
     manifest = _folder_manifest(old)
     with suppress(OSError):
         for name in manifest.part_names if manifest else ():
@@ -152,7 +152,7 @@ def _folder_manifest(folder: Path) -> Manifest | None:
 
 @dataclass(frozen=True, slots=True)
 class BucketDatasetWriter:
-    """A dataset that grows; every machine that reaches the storage may write parts of it."""
+    """Writes a dataset to object storage. Every machine with access to the storage can write parts."""
 
     target: ObjectUrl
     job: str
@@ -160,7 +160,7 @@ class BucketDatasetWriter:
     def write_part(
         self, first_position: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
     ) -> PartFile:
-        """Write a part, again if need be. Raises Refused."""
+        """Write a part, which can be repeated after a failure. Raises CommandRefused."""
         name = new_part_name(first_position)
         with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
@@ -169,30 +169,30 @@ class BucketDatasetWriter:
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
-        """Say that these parts count, and remove those that were there. Raises Refused; the old ones count then."""
+        """Publish these parts in the manifest and delete the old ones, which stay if it raises CommandRefused."""
         manifest = make_manifest(self.job, parts)
         if missing := manifest.part_names - _object_names(self.target):
             raise CommandRefused(
                 f"{_object_url(self.target, min(missing))} is gone: another run may have removed it", COLLECT_HINT
             )
         _write_manifest(self.target, manifest)
-        with suppress(CommandRefused):  # the next start does it
+        with suppress(CommandRefused):  # the next run cleans up instead
             clean_up_bucket(self.target)
 
     def discard(self) -> None:
-        """Leave what was sent for the next start to remove."""
+        """Do nothing. The next run removes the uploaded parts."""
 
 
 def begin_in_bucket(target: ObjectUrl, job: str) -> BucketDatasetWriter:
-    """Say that the folder is ours before anything is in it, so that the next start may remove that. Raises Refused."""
+    """Write an empty manifest before any part, so that the next run can clean up the folder. Raises CommandRefused."""
     if _bucket_manifest(target) is None:
         _write_manifest(target, Manifest(dataset_of=job))
     return BucketDatasetWriter(target, job)
 
 
 def clean_up_bucket(target: ObjectUrl) -> None:
-    """Remove the parts that don't count: they were replaced, or are of a run that was killed."""
-    # In this order: what another run finishes meanwhile is not seen yet, or named.
+    """Delete parts that are not in the manifest: replaced parts, or parts of a killed run."""
+    # List first, then read the manifest. A part that another run publishes in between is not listed or is in it.
     existing, manifest = _object_names(target), _bucket_manifest(target)
     if manifest is not None:
         stale = filter(is_part_name, existing - manifest.part_names)
@@ -200,7 +200,7 @@ def clean_up_bucket(target: ObjectUrl) -> None:
 
 
 def check_own_bucket(target: ObjectUrl) -> None:
-    """Refuse to write where anything is but a dataset that we wrote. Raises JobError."""
+    """Raise JobError if the target folder contains anything except a dataset written by enrich."""
     manifest = _bucket_manifest(target)
     foreign = _object_names(target) - {MANIFEST} - (manifest.part_names if manifest else set())
     if foreign:
@@ -234,16 +234,17 @@ def _upload(url: ObjectUrl, file: BinaryIO) -> None:
         raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
 
 
-#: So many rows make a part where one process writes all of them.
+#: Number of rows in a part if a single process writes the dataset.
 ROWS_PER_PART = 1_000_000
 
 DatasetWriter = FolderDatasetWriter | BucketDatasetWriter
 
 
 def prepare_dataset(target: Location, input_location: Location, job: str) -> None:
-    """Put right what a killed run left, and make sure that the dataset can be written.
+    """Clean up after a killed run, and check that the dataset can be written.
 
-    Raises JobError when it would replace anything but a dataset of ours, Refused when it can't be written.
+    Raises JobError if it would replace anything except a dataset written by enrich, or if the input includes it.
+    Raises CommandRefused if it cannot be written.
     """
     if isinstance(target, ObjectUrl):
         if target == input_location or would_include(
@@ -276,14 +277,14 @@ def prepare_dataset(target: Location, input_location: Location, job: str) -> Non
 
 
 def begin_dataset(target: Location, job: str) -> DatasetWriter:
-    """Begin to write a dataset, in one process or in many. Raises Refused."""
+    """Start writing a dataset, in one process or in several. Raises CommandRefused."""
     return begin_in_bucket(target, job) if isinstance(target, ObjectUrl) else begin_in_folder(target, job)
 
 
 def write_dataset(
     target: Location, job: str, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
 ) -> None:
-    """Write all frames in this process, part by part. Raises Refused; the old dataset stays then."""
+    """Write all frames in this process, part by part. Raises CommandRefused, and then the old dataset stays."""
     writer = begin_dataset(target, job)
     try:
         writer.finish(list(_write_parts(writer, schema, frames)))
@@ -296,7 +297,7 @@ def _write_parts(
     writer: DatasetWriter, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
 ) -> Iterator[PartFile]:
     remaining, first_position = iter(frames), 0
-    # A dataset without rows has its columns, too.
+    # Without rows, write one empty part, so that the dataset has its columns.
     frame: pl.DataFrame | None = next(remaining, pl.DataFrame(schema=schema))
     while frame is not None:
         part = writer.write_part(first_position, schema, _one_part(chain([frame], remaining)))
@@ -306,7 +307,7 @@ def _write_parts(
 
 
 def _one_part(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """Yield frames until a part is full."""
+    """Yield the frames of one part."""
     rows = 0
     for frame in frames:
         yield frame

@@ -1,4 +1,4 @@
-"""Reads and writes Parquet, batch by batch; every column keeps its type."""
+"""Reads and writes Parquet in batches. Every column keeps its type."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from polars.io.plugins import register_io_source
 from enrich.files.text import FileProblem, TableFile, as_file_problem
 from enrich.files.values import JSON_TYPE, as_text
 
-#: So many rows are held in memory, when they are read and when they are written.
+#: Number of rows held in memory while reading or writing.
 ROWS_PER_CHUNK = 100_000
 
 
-#: What a file ends with: how long its footer is, and its name.
+#: Size of the end of a file: the length of its footer (4 bytes) and the magic number (4 bytes).
 TAIL_BYTES = 8
 _MAGIC = b"PAR1"
 
 
 def footer_length(tail: bytes) -> int | None:
-    """Tell how long the footer before the tail is; None: this is no such file."""
+    """Return the length in bytes of the footer before the tail. None: not a Parquet file."""
     return int.from_bytes(tail[:4], "little") if len(tail) == TAIL_BYTES and tail.endswith(_MAGIC) else None
 
 
 def write_footer_copy(raw: BinaryIO, size: int, end: bytes) -> None:
-    """Make a file that tells columns and number of rows of another, from nothing but the end of that."""
+    """Write a file that has the columns and the row count of another file, from the end of that file only.
+
+    `size` is the size of the other file in bytes. `end` are its last bytes: footer and tail.
+    """
     raw.truncate(size)
     raw.write(_MAGIC)
     raw.seek(size - len(end))
@@ -44,7 +47,7 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
 
 
 def count_rows(source: TableFile) -> int:
-    """Count the rows, without reading them."""
+    """Return the number of rows from the metadata, without reading the rows."""
     with _as_parquet_problem(source):
         return int(_scan(source).select(pl.len()).collect().item())
 
@@ -52,12 +55,12 @@ def count_rows(source: TableFile) -> int:
 def read_batches(
     source: TableFile, start: int = 0, rows: int | None = None, rows_per_batch: int = 20_000
 ) -> Iterator[pl.DataFrame]:
-    """Yield so many rows in order, or all behind the first that is wanted (from 0)."""
+    """Yield `rows` rows in order, beginning with row `start` (from 0). None: all remaining rows."""
     height = count_rows(source)
     end = height if rows is None else min(start + rows, height)
     with _as_parquet_problem(source):
         scan = _scan(source)
-        # In pieces of our own: polars would read several row groups ahead, whatever their size.
+        # Read in fixed chunks, because polars prefetches several row groups of any size.
         for position in range(start, end, ROWS_PER_CHUNK):
             yield from scan.slice(position, min(ROWS_PER_CHUNK, end - position)).collect().iter_slices(rows_per_batch)
 
@@ -67,7 +70,7 @@ def _scan(source: TableFile) -> pl.LazyFrame:
 
 
 def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> int:
-    """Stream the frames through polars' own sink, so that they are never held together; JSON becomes text.
+    """Stream the frames through polars' sink, so that they are never all in memory. JSON columns become text.
 
     Returns the number of rows.
     """

@@ -1,4 +1,4 @@
-"""The input as one table: whatever its format, one file or several, here, in a storage or through a pipe."""
+"""Reads the input as one table: any format, one file or several, local, from object storage or from stdin."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from enrich.job.locations import STDIN, Location, ObjectUrl
 from enrich.job.spec import Input
 
 Schema = dict[str, pl.DataType]
-#: So many files are asked about at a time.
+#: Number of files whose metadata is read in parallel.
 FILES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class InputSchema:
-    """The columns of an input: those of its files with their types, and those that only the folders name."""
+    """The columns of an input: those in its files, with types, and those that only folder names contain."""
 
     file_columns: Schema
     partition_columns: tuple[str, ...] = ()
 
     @property
     def all_columns(self) -> Schema:
-        """All columns in their order; what a folder says is text."""
+        """All columns in order. Columns from folder names are text."""
         return self.file_columns | dict.fromkeys(self.partition_columns, pl.String())
 
 
 @dataclass(frozen=True, slots=True)
 class FileMetadata:
-    """The columns of a file, and how many rows it has if it says that itself."""
+    """The columns of a file, and its row count if the metadata has it (Parquet), else None."""
 
     columns: Schema
     rows: int | None
 
 
 def read_metadata(input_files: Sequence[InputFile], copies: LocalCopies) -> list[FileMetadata]:
-    """Read what the files say of themselves, of several at a time. Raises TableProblem, Refused."""
+    """Read the metadata of the files, several in parallel. Raises FileProblem, CommandRefused."""
     if len(input_files) == 1:
         return [_read_metadata(input_files[0], copies)]
     with ThreadPoolExecutor(FILES_AT_ONCE, "outline") as pool:
@@ -62,15 +62,15 @@ def _read_metadata(input_file: InputFile, copies: LocalCopies) -> FileMetadata:
     except FileProblem:
         if isinstance(input_file.location, Path):
             raise
-    # What little was fetched does not say it.
+    # The downloaded beginning or end is not enough: read the complete file.
     file = copies.table_file(input_file)
     return FileMetadata(_read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None)
 
 
 def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetadata]) -> InputSchema:
-    """Return the columns that all files have; JSON Lines, which may leave out keys, have those of any.
+    """Return the columns, which must be the same in all files. For JSON Lines, return the columns of any file.
 
-    Raises TableProblem that names the first file that differs.
+    JSON Lines may leave out keys. Raises FileProblem that names the first file that differs.
     """
     first = input_files[0]
     columns = dict(metadata[0].columns)
@@ -85,7 +85,10 @@ def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetad
 def read_batches(
     file: InputFile, input_schema: InputSchema, copies: LocalCopies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
-    """Yield the rows of a file in order; only of Parquet some of them can be had. Raises TableProblem."""
+    """Yield the rows of a file in order. Raises FileProblem.
+
+    `start` (from 0) and `rows` select a part of a Parquet file. They are ignored for other formats.
+    """
     partition_values = [
         (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
     ]
@@ -97,7 +100,7 @@ def read_batches(
 
 
 def count_file_rows(file: InputFile, input_schema: InputSchema, copies: LocalCopies) -> int:
-    """Count the rows of a file, which is read to its end. Raises TableProblem."""
+    """Count the rows of a file by reading all of it. Raises FileProblem."""
     return sum(frame.height for frame in _read_batches(copies.table_file(file), input_schema.file_columns, 0, None))
 
 
@@ -139,15 +142,15 @@ def _read_batches(file: TableFile, columns: Schema, start: int, rows: int | None
             return parquet_format.read_batches(file, start, rows)
 
 
-#: So many rows of a Parquet file make a part; of other formats a file is one.
+#: Number of rows in a part of a Parquet file. A file of another format is one part.
 ROWS_PER_PART = 100_000
-#: As the readers have them.
+#: Same batch size as in the format readers.
 ROWS_PER_BATCH = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class InputPart:
-    """Some rows of one file: from which on (`start`, from 0) and how many; `first` is their place in the input."""
+    """A range of rows in one file. `start_row` is their start in the file (from 0), `first_position` in the input."""
 
     file: InputFile
     start_row: int
@@ -156,7 +159,7 @@ class InputPart:
 
 
 def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]:
-    """Divide files, of so many rows each, into parts that follow one another; an empty file has none."""
+    """Divide files with the given row counts into consecutive parts. An empty file has no part."""
     parts: list[InputPart] = []
     first_position = 0
     for file, rows in row_counts:
@@ -169,29 +172,29 @@ def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]
 
 
 class InMemoryRows:
-    """Rows that were read already."""
+    """Rows that are already in memory. `first_position` is the position of the first row in the input."""
 
     def __init__(self, first_position: int, frame: pl.DataFrame) -> None:
         self.first_position = first_position
         self._frame = frame
 
     def batches(self) -> Iterator[pl.DataFrame]:
-        """Yield the rows."""
+        """Yield the rows in batches."""
         yield from self._frame.iter_slices(ROWS_PER_BATCH)
 
 
 class PartReader:
-    """The rows of one part, to be read again and again."""
+    """The rows of one part, which can be read repeatedly."""
 
     def __init__(self, part: InputPart, input_schema: InputSchema, copies: LocalCopies | None = None) -> None:
-        """Make it ready; `copies` are shared by the parts of an object, so that it is fetched once."""
+        """Prepare to read a part. Parts of the same object share `copies`, so that it is downloaded once."""
         self._part = part
         self._input_schema = input_schema
         self._copies = copies or LocalCopies()
         self.first_position = part.first_position
 
     def batches(self) -> Iterator[pl.DataFrame]:
-        """Yield the rows. Raises Refused, also when the file has other rows by now."""
+        """Yield the rows in batches. Raises CommandRefused, also if the file's row count has changed."""
         part, height = self._part, 0
         with as_refused():
             for frame in read_batches(part.file, self._input_schema, self._copies, part.start_row, part.rows):
@@ -204,22 +207,22 @@ class PartReader:
                 raise FileProblem(f"{part.file} changed since the run began", hint)
 
 
-#: Counts the rows of files.
+#: A function that returns the row count of each file.
 RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
 
 
 class InputTable:
-    """A table that can be read again and again; what is not a file of its own is copied to a private one."""
+    """The input as a table that can be read repeatedly. Objects and stdin are copied to private local files."""
 
     def __init__(self, location: Location, settings: Input) -> None:
-        """Find the files and read their headers. Raises Refused that names the very file and the remedy."""
+        """Find the files and read their headers. Raises CommandRefused that names the file and the remedy."""
         self._location = location
         self._copies = LocalCopies()
         with as_refused():
             self.input_files = self._find_files(settings)
             metadata = read_metadata(self.input_files, self._copies)
             self.input_schema = common_schema(self.input_files, metadata)
-        # Of the files that say it themselves.
+        # Files with a row count in their metadata.
         self._known_row_counts = {
             file: info.rows for file, info in zip(self.input_files, metadata, strict=True) if info.rows is not None
         }
@@ -227,12 +230,12 @@ class InputTable:
         self.first_position = 0
 
     def file_versions(self) -> object:
-        """Return what is another when files were replaced, changed, added or are gone."""
+        """Return a value that differs if any file was replaced, changed, added or removed."""
         location = self._location
         if isinstance(location, ObjectUrl):
             try:
                 return find_objects(location)
-            except (CommandRefused, FileProblem):  # what was found stands as long as nothing newer is known
+            except (CommandRefused, FileProblem):  # assume no change while the storage cannot be read
                 return {file.location: file.version for file in self.input_files}
         if location == STDIN:
             return True
@@ -244,7 +247,7 @@ class InputTable:
             return None
 
     def digest(self) -> str:
-        """Hash the bytes of all files (SHA-256, hex), and what their folders say."""
+        """Return the SHA-256 (hex) of the bytes of all files and the column values in their folder names."""
         total = sha256()
         with as_refused():
             for file in self.input_files:
@@ -257,13 +260,16 @@ class InputTable:
         return total.hexdigest()
 
     def batches(self) -> Iterator[pl.DataFrame]:
-        """Yield the rows of all files in order, each column in its type. Raises Refused."""
+        """Yield the rows of all files in order. Columns keep their types. Raises CommandRefused."""
         with as_refused():
             for file in self.input_files:
                 yield from read_batches(file, self.input_schema, self._copies)
 
     def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
-        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        """Divide the rows into parts. Raises CommandRefused.
+
+        `row_counter` counts the rows of files without a row count in their metadata.
+        """
         unknown = [leaf for leaf in self.input_files if leaf not in self._known_row_counts]
         with as_refused():
             rows = (row_counter or self._count_rows)(unknown)

@@ -1,4 +1,4 @@
-"""Opens a table's file; whatever fails while it is read becomes a problem that says where."""
+"""Opens table files as text. Read errors become FileProblem, with the byte and line for a decoding error."""
 
 import codecs
 import gzip
@@ -19,7 +19,7 @@ BINARY_HINT = "It is no text file, or one in another encoding, perhaps `encoding
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, whose mark is its beginning
+    codecs.BOM_UTF32_LE: "utf-32",  # before utf-16, because this mark begins with that of utf-16
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -35,7 +35,7 @@ FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """Where a table's file lies, what messages call it when not by its path, and how it is to be understood."""
+    """A table's file and its format settings. `display_name` replaces the path in messages."""
 
     path: Path
     separator: str = ","
@@ -49,7 +49,7 @@ class TableFile:
 
 
 class FileProblem(Exception):
-    """What is wrong with a table's file and, as a hint, what to do about it; no cell of the file is quoted."""
+    """A problem with a table's file, with a hint on what to do. It never quotes a cell of the file."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class FileProblem(Exception):
 
 @contextmanager
 def as_refused() -> Iterator[None]:
-    """Turn a problem into what the program ends with."""
+    """Convert FileProblem into CommandRefused, which ends the command."""
     try:
         yield
     except FileProblem as problem:
@@ -68,7 +68,7 @@ def as_refused() -> Iterator[None]:
 
 @contextmanager
 def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
-    """Open the file as text past its byte order mark."""
+    """Open the file as text, after its byte order mark if it has one. Raises FileProblem."""
     check_encoding(source.encoding)
     with as_file_problem(source):
         try:
@@ -85,10 +85,10 @@ def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
 
 @contextmanager
 def as_file_problem(source: TableFile) -> Iterator[None]:
-    """Turn what fails while the file is read into a problem."""
+    """Convert errors while reading the file into FileProblem."""
     try:
         path = source.path
-        if path.exists() and not path.is_file():  # opening a named pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a named pipe could block forever
             raise FileProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "Name a file")
         yield
     except FileNotFoundError:
@@ -103,22 +103,25 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise TableProblem for an encoding that is none of text."""
+    """Raise FileProblem if the encoding is unknown or not a text encoding."""
     try:
         codecs.lookup(encoding)
-        "a".encode(encoding)  # refuses codecs that are none of text, such as base64
+        "a".encode(encoding)  # refuses codecs that are not for text, such as base64
     except (LookupError, ValueError):
         message = f"encoding `{encoding}` is not known"
         raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`") from None
 
 
 def quote_column(column: str) -> str:
-    """Write a column's name in a message."""
+    """Format a column's name for a message."""
     return f"`{column}`" if column else "the blank name"
 
 
 def repeated_columns(header: list[str], positions: list[str] | None = None) -> str | None:
-    """Tell which names are there twice, and where; places count from 1 where they have no names."""
+    """Return a message with the repeated column names and their positions. None if there are none.
+
+    `positions` are the names of the positions. By default they are numbered from 1.
+    """
     if len(set(header)) == len(header):
         return None
     found: dict[str, list[str]] = {}
@@ -151,7 +154,7 @@ def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
 
 
 def _decoding_problem(source: TableFile) -> FileProblem:
-    """Read the file again as bytes to say which of them is none of its encoding."""
+    """Read the file again as bytes to find the first byte that is invalid in its encoding."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(source.encoding)(), translate=True)
     offset, line, position = 0, 1, ""
     with _open_binary(source) as raw:

@@ -1,4 +1,4 @@
-"""Cells of any type as the text that a person reads, and as JSON."""
+"""Converts cells of any type to readable text and to JSON."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from decimal import Decimal
 
 import polars as pl
 
-#: What a JSON file has that is not a string, as it is written there; null where it has nothing.
+#: Column type for raw JSON text from a JSON file with values other than strings. A missing value is null.
 JSON_TYPE = pl.Struct({"enrich:json": pl.String})
-#: Whole numbers below this are exact as floats.
+#: Integers below this are exact as floats.
 _MAX_EXACT_INTEGER = 2**53
 _DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
 
-#: Write text as JSON, letters of all languages as they are.
+#: Writes text as a JSON string without escaping non-ASCII letters.
 quote_json = json.encoder.encode_basestring
 
 
 class RawJson(str):
-    """JSON that is not a string, such as a number, as it is written in a file."""
+    """Raw JSON text of a value that is not a string, such as a number, exactly as in the file."""
 
     __slots__ = ()
 
 
 def as_text(column: pl.Series) -> pl.Series:
-    """Write every cell of a column as text; a null is a blank."""
-    # Without its name: polars would take one like `^a.*$` for a pattern.
+    """Convert every cell of a column to text. A null becomes a blank."""
+    # Remove the name, because polars reads a name such as `^a.*$` as a pattern.
     name, column = column.name, column.alias("")
     kind = column.dtype
     if kind == pl.String:
@@ -44,7 +44,7 @@ def as_text(column: pl.Series) -> pl.Series:
     elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum, pl.Date):
         text = column.cast(pl.String)
     elif kind.is_float():
-        # Prices are a few numbers, again and again.
+        # Convert each distinct number once: prices, for example, repeat often.
         numbers = _shorten_floats(column).to_list()
         texts = {number: to_text(number) for number in set(numbers)}
         text = _text_series(map(texts.__getitem__, numbers))
@@ -54,14 +54,14 @@ def as_text(column: pl.Series) -> pl.Series:
 
 
 def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
-    """Write every cell of a frame as text; one that is text without nulls comes back itself."""
+    """Convert every cell of a frame to text. A frame with only text and no nulls is returned unchanged."""
     if all(column.dtype == pl.String and not column.null_count() for column in frame.get_columns()):
         return frame
     return pl.DataFrame({column.name: as_text(column) for column in frame.get_columns()})
 
 
 def json_cells(column: pl.Series) -> list[str]:
-    """Write every cell of a column as JSON."""
+    """Convert every cell of a column to JSON text."""
     if column.dtype == JSON_TYPE:
         return [cell or "null" for cell in raw_json_cells(column)]
     if column.dtype.is_temporal() or column.dtype == pl.Binary:
@@ -71,17 +71,17 @@ def json_cells(column: pl.Series) -> list[str]:
 
 
 def json_column(cells: list[str | None]) -> pl.Series:
-    """Make a column of what is written in a JSON file."""
+    """Create a column of type JSON_TYPE from raw JSON texts."""
     return pl.DataFrame({"enrich:json": pl.Series(cells, dtype=pl.String)}).to_struct()
 
 
 def raw_json_cells(column: pl.Series) -> list[str | None]:
-    """Return what is written in a JSON file, for each cell of a column of type JSON."""
+    """Return the raw JSON text of each cell in a column of type JSON_TYPE."""
     return column.alias("").struct.field("enrich:json").to_list()
 
 
 def to_json(value: object) -> str:
-    """Write a value as JSON without blanks; what JSON has no type for becomes text, what is no number null."""
+    """Convert a value to JSON without spaces. Types unknown to JSON become text, NaN and infinity become null."""
     if isinstance(value, RawJson):
         return value
     if isinstance(value, str):
@@ -101,7 +101,7 @@ def to_json(value: object) -> str:
 
 
 def to_text(value: object) -> str:  # noqa: C901 - a table of types
-    """Write a value as a person reads it: no idle `.0`, no exponent, dates as ISO 8601, nothing as nothing."""
+    """Convert a value to readable text: no trailing `.0`, no exponent, dates in ISO 8601, None as blank."""
     match value:
         case None:
             return ""
@@ -130,7 +130,7 @@ def to_text(value: object) -> str:  # noqa: C901 - a table of types
 
 
 def _shorten_floats(column: pl.Series) -> pl.Series:
-    """Let a short float keep its few digits, through its own text."""
+    """Convert Float32 to Float64 through text, so that the numbers keep their few digits."""
     return column.alias("").cast(pl.String).cast(pl.Float64) if column.dtype == pl.Float32 else column
 
 
@@ -145,7 +145,7 @@ def _float_text(value: float) -> str:
 
 
 def _json_to_text(cell: str) -> str:
-    """Turn JSON into text: a string is its text, all else stays as it is written."""
+    """Convert JSON to text. A string becomes its content. Other values stay as written."""
     return str(json.loads(cell)) if cell.startswith('"') else cell
 
 

@@ -1,4 +1,4 @@
-"""Writes the files of a run: whole or not at all, readable by their owner only."""
+"""Writes the files of a run atomically, readable only by their owner."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from enrich.files.values import text_frame
 from enrich.job.locations import Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.job.spec import Output
 
-#: New text that a spreadsheet would run as a formula; a number or a phone behind `+` or `-` is none.
+#: Text that a spreadsheet would run as a formula. `+` or `-` before a number or a phone number is harmless.
 _FORMULA = r"^[=@\t\r]"
 _SIGNED = r"^[+-]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
 
 def temporary_path(target: Path, job: str, kind: str = "output") -> Path:
-    """The file in which a file of the run grows; its name has no date, so that the next start finds a stale one."""
+    """Return the path of the temporary file of a target. It contains no date, so the next run finds a leftover file."""
     return target.with_name(f".{job}.enrich-part" if kind == "output" else f".{job}.enrich-{kind}-part")
 
 
 def prepare_file(target: Location, input_location: Location, job: str, kind: str = "output") -> None:
-    """Make the folder of a file that the run will write, and remove what a killed run left in it.
+    """Create the folder of a file that the run will write, and remove leftovers of a killed run.
 
-    Raises JobError when it would replace the input or a ledger, Refused when it can't be written.
+    Raises JobError if the file would replace the input or a ledger, or become part of the input.
+    Raises CommandRefused if it cannot be written.
     """
     if kind == "output" and is_dataset(target):
         parquet_dataset.prepare_dataset(target, input_location, job)
@@ -88,7 +89,7 @@ def _is_database(path: Path) -> bool:
         return file.read(16) == b"SQLite format 3\0"
 
 
-def write_file(  # noqa: PLR0913 - one file is all of these
+def write_file(  # noqa: PLR0913 - all of these describe one file
     target: Location,
     output: Output,
     *,
@@ -98,9 +99,10 @@ def write_file(  # noqa: PLR0913 - one file is all of these
     new_columns: int,
     kind: str = "output",
 ) -> None:
-    """Write the frames, whose last `new` columns are ours. Raises Refused; the old file stays then.
+    """Write the frames, whose last `new_columns` columns are added by enrich.
 
-    `kind` is the key of the job file that names the target: each has a temporary file of its own.
+    Raises CommandRefused, and then the old file stays. `kind` is the file's key in the job file. Each kind has its own
+    temporary file.
     """
     if kind == "output" and is_dataset(target):
         parquet_dataset.write_dataset(target, job, schema, frames)
@@ -119,9 +121,9 @@ def write_file(  # noqa: PLR0913 - one file is all of these
 
 @contextmanager
 def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
-    """Open a file that becomes the target when the block ends well."""
+    """Open a temporary file that becomes the target if the block ends without an error."""
     if isinstance(target, Path):
-        # The run was long: the folder may have gone since it began.
+        # The folder may have been removed during a long run.
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target, temporary_path(target, job, kind)) as raw:
             yield raw
@@ -140,7 +142,7 @@ def _gzipped(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
     if not name.lower().endswith(".gz"):
         yield raw
         return
-    # No name and no time inside: equal outputs are equal bytes.
+    # Store no name and no time, so that equal outputs are byte-identical.
     with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
         yield cast("BinaryIO", packed)
 
@@ -156,12 +158,12 @@ def _write_csv(
 
 
 def needs_formula_escape(target: Location) -> bool:
-    """Tell whether a spreadsheet would run text of this file as a formula."""
+    """Check whether a spreadsheet would run text in this file as a formula."""
     return format_of(target.name) == "csv"
 
 
 def escape_formulas(column: pl.Series) -> pl.Series:
-    """Write text so that no spreadsheet runs it."""
+    """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
     text = pl.nth(0)
     is_formula = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
     safe = pl.when(is_formula).then("'" + text).otherwise(text)

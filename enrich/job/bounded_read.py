@@ -1,4 +1,4 @@
-"""Reads small files as a whole: never more than a bound, and never waiting for a pipe without a writer."""
+"""Reads small files as a whole, up to a size limit, without blocking on a pipe that has no writer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import stat
 import time
 from pathlib import Path
 
-#: Keys, jobs, plans and addresses are far smaller.
+#: Default size limit in bytes. Key files, job files, plans and address lists are far smaller.
 MAX_BYTES = 1 << 20
-#: The time in seconds in which a pipe (`<(…)`) must be read to its end.
+#: Maximum time in seconds to read a pipe (`<(…)`) to its end.
 PIPE_TIMEOUT_S = 10.0
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """Read a file, or what a writer at the other end of a pipe sends. Raises OSError that says what is wrong."""
+    """Read a file or a pipe. Raises OSError, with the reason in `strerror`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         status = os.fstat(descriptor)
@@ -40,7 +40,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """Read UTF-8 text, with or without a mark at its beginning. Raises OSError, UnicodeDecodeError."""
+    """Read UTF-8 text, with or without a byte order mark. Raises OSError, UnicodeDecodeError."""
     return read_bounded(path, max_bytes).decode("utf-8-sig")
 
 

@@ -1,4 +1,4 @@
-"""A job: its file read and checked, its paths resolved, its errors with line numbers."""
+"""Loads a job: reads and checks its file, resolves its paths, and reports errors with line numbers."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from enrich.job.yaml_file import YamlDocument
 
 _Table = TypeVar("_Table", Input, Output)
 
-#: The ledger of `--sandbox` lies beside the real one.
+#: File name suffix of the `--sandbox` ledger, which is in the same folder as the real one.
 SANDBOX_SUFFIX = f".{SANDBOX_NAME}.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the command line says instead; its paths are relative to the working directory."""
+    """Settings of the command line that override the job file. Paths are relative to the working directory."""
 
     input: Path | str | None = None
     output: Path | str | None = None
@@ -64,7 +64,7 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job file that was read, its paths resolved. `input_path` may be a glob, or STDIN."""
+    """A loaded job file with resolved paths. `input_path` can be a glob or STDIN."""
 
     model: JobModel
     document: YamlDocument
@@ -77,24 +77,24 @@ class Job:
 
     @property
     def max_credits(self) -> float | None:
-        """The cap of one execution, in credits."""
+        """The budget cap of one run, in credits. None: no cap."""
         return self.model.limits.max_credits
 
     def output_path(self, now: datetime) -> Location:
-        """The output's place at a local time, which its strftime codes stand for."""
+        """The location of the output. Its strftime codes are replaced with `now`, a local time."""
         return parse_location(self.output_base, _expand_date(self.output.path, now))
 
     def location_of(self, path_or_url: str, now: datetime) -> Location:
-        """Find the place of another file of the run, such as `rejects`, at a local time."""
+        """Return the location of another file of the run, such as `rejects`. `now` is a local time."""
         return parse_location(self.document.path.resolve().parent, _expand_date(path_or_url, now))
 
     def extra_output_paths(self, now: datetime) -> dict[str, Location]:
-        """The files beside the output, by their keys of the job file. Raises JobError when two files are one."""
+        """The `rejects` and `changes` files, by their job file keys. Raises JobError if two files are the same."""
         files = self.file_locations(now)
         return {kind: files[kind] for kind in ("rejects", "changes") if kind in files}
 
     def report_path(self, now: datetime) -> Path | None:
-        """The report that every run writes, if any. Raises JobError when it is another file of the job."""
+        """The report that every run writes, or None. Raises JobError if it is another file of the job."""
         report = self.model.report
         if report is None or report.path is None:
             return None
@@ -105,7 +105,7 @@ class Job:
         return path
 
     def file_locations(self, now: datetime) -> dict[str, Location]:
-        """All files of the job but the input and the report. Raises JobError when two are one."""
+        """All files of the job except the input and the report. Raises JobError if two are the same."""
         model = self.model
         named = {"rejects": model.rejects, "changes": model.changes}
         extra_outputs = {
@@ -132,7 +132,7 @@ class Job:
             )
 
     def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
-        """Refuse a file of the job in the folder that every run replaces."""
+        """Raise JobError if a file of the job is in the output folder, which every run replaces."""
         if not isinstance(location, Path) or not isinstance(output, Path) or not is_dataset(output):
             return
         if location.resolve().is_relative_to(output.resolve()):
@@ -140,18 +140,18 @@ class Job:
             raise self.error(["output"], message, "name a folder of its own")
 
     def resolve_path(self, path: str) -> Path:
-        """Resolve a path of the job file."""
+        """Resolve a path that is relative to the folder of the job file."""
         return _absolute_path(self.document.path.resolve().parent, path)
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
-        """Make an error that names the file, the line and the key."""
+        """Return a JobError that names the job file, the line and the key."""
         return JobError(
             f"{self.document.path}:{self.document.line_of(key_path)}: {_dotted_path(key_path)}: {message}", hint
         )
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
-    """Read a job file. Raises JobError that names the file, the line, the key and the nearest right name."""
+    """Load a job file. Raises JobError that names the file, line and key, and for an unknown key the closest match."""
     overrides = overrides or Overrides()
     document = YamlDocument(path)
     if "api_key" in document.data:
@@ -193,7 +193,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
 
 
 def _check_outputs(job: Job, job_folder: Path) -> None:
-    """Refuse files to be written that no run can write."""
+    """Raise JobError for an output, rejects, changes or report file that no run can write."""
     model = job.model
     for key, written in (("output", job.output), ("rejects", model.rejects), ("changes", model.changes)):
         if written is None:
@@ -218,7 +218,7 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
 def _ledger_location(
     document: YamlDocument, overrides: Overrides, job_folder: Path, path_or_url: str
 ) -> LedgerLocation:
-    """Find the ledger. Raises JobError for a URL of no use."""
+    """Return the location of the ledger. Raises JobError for an unusable URL."""
     given = overrides.ledger
     try:
         if given is not None:
@@ -236,7 +236,7 @@ def _ledger_location(
 
 
 def _override_input(settings: Input, path: Path | str | None) -> Input:
-    """Take another path from the command line; stdin has the format that the job's input has."""
+    """Replace the input path with one from the command line. Stdin keeps the format of the job's input."""
     if path is None:
         return settings
     stdin_settings = {"format": settings.format, "separator": settings.separator} if str(path) == str(STDIN) else {}
@@ -244,7 +244,7 @@ def _override_input(settings: Input, path: Path | str | None) -> Input:
 
 
 def _with_path(settings: _Table, path: Path | str, **defaults: object) -> _Table:
-    """Change the path, and with it what followed from its ending."""
+    """Change the path, and the settings derived from its file extension."""
     explicit = settings.model_dump(exclude_unset=True)
     if format_of(str(path)) is not None:
         explicit.pop("format", None)
@@ -256,7 +256,7 @@ def _with_path(settings: _Table, path: Path | str, **defaults: object) -> _Table
 
 
 def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url: str) -> Location:
-    """Find a place. Raises JobError for a URL of no use."""
+    """Parse a path or URL of the job file. Raises JobError for an unusable URL."""
     try:
         return parse_input_location(base, path_or_url) if key == "input" else parse_location(base, path_or_url)
     except ValueError as error:
@@ -268,7 +268,7 @@ def _expand_date(path: str, now: datetime) -> str:
 
 
 def _is_same(one: Location, other: Location) -> bool:
-    """Tell whether two places are one, whatever links lead there."""
+    """Check whether two locations are the same file, also through links."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.resolve() == other.resolve()
     return one == other
@@ -279,7 +279,10 @@ def _absolute_path(base: Path, path: str | Path) -> Path:
 
 
 def _default_stem(location: Location, name: str) -> str:
-    """Name the output for its input, or for the job when that is several files; a name, and no strftime code."""
+    """Return the default stem of the output: that of the input, or the job name if the input is several files.
+
+    `%` is doubled, so that it is not read as a strftime code.
+    """
     if location == STDIN:
         return "stdin"
     stem = name if is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
@@ -287,7 +290,7 @@ def _default_stem(location: Location, name: str) -> str:
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str | None:
-    """Write a hint with the nearest right name, or with all of them when they are few."""
+    """Return a hint with the closest known name, or with all known names if they are few. None: no hint."""
     names = list(known)
     by_fold = {candidate.casefold(): candidate for candidate in names}
     close = get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.6)
@@ -301,7 +304,7 @@ def _dotted_path(key_path: Sequence[str | int]) -> str:
     return ".".join(map(str, key_path))
 
 
-#: pydantic's kinds of errors in words of the file.
+#: Messages for pydantic's error types, in terms of the job file.
 _ERROR_MESSAGES = {
     "missing": "is missing",
     "model_type": "must be a mapping of keys",
@@ -313,12 +316,12 @@ _ERROR_MESSAGES = {
 
 
 def _from_validation_error(document: YamlDocument, error: ValidationError) -> JobError:
-    """Write all that is wrong, in the order of the lines; a single one has its hint apart."""
+    """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
     found: list[tuple[int, str, str | None]] = []
     for problem in error.errors(include_url=False):
         key_path = [step for step in problem["loc"] if step != "[key]"]
         if problem["type"] == "default_factory_not_called":
-            continue  # what it follows from is an error of its own
+            continue  # the field it depends on has its own error
         message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         hint = None
         if problem["type"] == "extra_forbidden":
@@ -332,7 +335,7 @@ def _from_validation_error(document: YamlDocument, error: ValidationError) -> Jo
 
 
 def _sibling_keys(key_path: Sequence[str | int]) -> list[str]:
-    """Name the keys that are known where an unknown one was found."""
+    """List the valid keys at the place of an unknown key."""
     models: dict[tuple[str, ...], type[BaseModel]] = {
         ("input",): Input,
         ("output",): Output,

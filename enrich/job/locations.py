@@ -1,4 +1,4 @@
-"""Where a file lies, on this machine or in a storage of the cloud, and what its name says of its format."""
+"""Parses file and ledger locations (local paths, object storage URLs, PostgreSQL URLs) and formats by file name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 Format = Literal["csv", "jsonl", "parquet", "xlsx"]
 
-#: The input that comes in through a pipe. Every other path of a job is absolute.
+#: Stands for standard input. Every other path of a job is absolute.
 STDIN = Path("-")
 
 _FORMAT_BY_EXTENSION: dict[str, Format] = {
@@ -29,7 +29,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ObjectUrl:
-    """The address of an object in a storage, `s3://bucket/key`, or of all below a folder, `s3://bucket/folder/`."""
+    """URL of an object in object storage (`s3://bucket/key`), or of all objects in a folder (`s3://bucket/folder/`)."""
 
     scheme: str
     bucket: str
@@ -37,12 +37,12 @@ class ObjectUrl:
 
     @property
     def name(self) -> str:
-        """The last part of the key, as a file or a folder would be called."""
+        """The last part of the key, which is the name of the file or folder."""
         return self.key.rstrip("/").rpartition("/")[2]
 
     @property
     def is_folder(self) -> bool:
-        """Tell whether it means all objects below it."""
+        """Whether the URL stands for all objects in a folder."""
         return self.key.endswith("/")
 
     def __str__(self) -> str:
@@ -51,14 +51,14 @@ class ObjectUrl:
 
 Location = Path | ObjectUrl
 
-#: The schema of a ledger whose URL names none.
+#: Default PostgreSQL schema of a ledger.
 DEFAULT_SCHEMA = "enrich"
-#: What `--sandbox` keeps apart.
+#: Part of the name of a `--sandbox` ledger (file or schema), which keeps it separate from the real one.
 SANDBOX_NAME = "sandbox"
-#: How long a lease is when the URL does not say so, and how short and long it may be, in seconds.
+#: Default, minimum and maximum lease duration in seconds.
 DEFAULT_LEASE_S, MIN_LEASE_S, MAX_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
-#: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional: no password fits in.
+#: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional. A password does not match.
 _HOST_PATTERN = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::\d*)?"
 _SERVER_PATTERN = re.compile(rf"(?:[^@:/?#]*@)?{_HOST_PATTERN}(?:,{_HOST_PATTERN})*(?:/[^@/?#]*)?")
 _SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,52}")
@@ -66,11 +66,11 @@ _SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 
 @dataclass(frozen=True, slots=True)
 class PostgresLocation:
-    """A ledger in a PostgreSQL database: how libpq finds that, and the schema of the ledger's tables.
+    """A ledger in a PostgreSQL database: connection string for libpq and schema of the ledger's tables.
 
-    `folder` is where on this machine what belongs to the ledger and is not in it lies; `lease_s` is for how many
-    seconds a process that says nothing is thought to live. No password is known here: libpq finds it in the
-    environment or in `~/.pgpass`.
+    `local_folder` is the folder on this machine for files that belong to the ledger but are not stored in it.
+    A process without a heartbeat counts as alive for `lease_s` seconds. The connection string holds no password:
+    libpq reads it from the environment or `~/.pgpass`.
     """
 
     conninfo: str
@@ -88,9 +88,9 @@ LedgerLocation = Path | PostgresLocation
 
 
 def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Path) -> LedgerLocation:
-    """Find what a path or a URL of a ledger means; `beside` is the folder for what belongs to one in a database.
+    """Parse a ledger's path (relative to `base`) or URL. Raises ValueError for an unusable URL.
 
-    Raises ValueError for a URL of no use.
+    `local_folder` is the folder for local files of a ledger in a database.
     """
     check_no_password(str(path_or_url))
     match = _URL.fullmatch(str(path_or_url))
@@ -114,9 +114,9 @@ def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Pat
 
 
 def check_no_password(path_or_url: str) -> None:
-    """Refuse the name of a ledger in which a password may be, without saying it. Raises ValueError.
+    """Raise ValueError if a ledger's path or URL may contain a password. The message does not show it.
 
-    Also one that the parts of a URL would tear: `postgresql://enrich:1/2@host` has the port 1 for most programs.
+    This includes a password that splits the URL: most programs read `postgresql://enrich:1/2@host` as port 1.
     """
     match = _URL.fullmatch(path_or_url)
     if match is not None and match[1].lower() in _POSTGRES_SCHEMES:
@@ -135,21 +135,21 @@ def check_no_password(path_or_url: str) -> None:
 
 
 def sandbox_ledger_location(ledger: LedgerLocation) -> LedgerLocation:
-    """Name the ledger that `--sandbox` keeps instead of one."""
+    """Return the ledger location that `--sandbox` uses instead of `ledger`."""
     if isinstance(ledger, PostgresLocation):
         return replace(ledger, schema=f"{ledger.schema}_{SANDBOX_NAME}")
     return ledger.with_name(f"{ledger.stem}.{SANDBOX_NAME}.db")
 
 
 def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
-    """Name a file that lies beside a ledger."""
+    """Return the path of a local file that belongs to a ledger. For a file ledger it is in the same folder."""
     if isinstance(ledger, PostgresLocation):
         return ledger.local_folder / f"{ledger.schema}{suffix}"
     return ledger.with_name(f"{ledger.name}{suffix}")
 
 
 def parse_location(base: Path, path_or_url: str | Path) -> Location:
-    """Find what a path or a URL means; a path is relative to `base`. Raises ValueError for a URL of no use."""
+    """Parse a path (relative to `base`) or an object storage URL. Raises ValueError for an unusable URL."""
     match = _URL.fullmatch(str(path_or_url))
     if match is None:
         return Path(os.path.normpath(base / path_or_url))
@@ -166,7 +166,10 @@ def parse_location(base: Path, path_or_url: str | Path) -> Location:
 
 
 def parse_input_location(base: Path, path_or_url: str) -> Location:
-    """Find the input: also a folder, a pattern, in which the base stands for itself, or what comes through a pipe."""
+    """Parse the input's location: a file, a folder, a pattern or `-` (stdin). Raises ValueError for an unusable URL.
+
+    Wildcards in `base` are escaped, so only `path_or_url` is a pattern.
+    """
     if path_or_url == str(STDIN):
         return STDIN
     location = parse_location(base, path_or_url)
@@ -178,30 +181,30 @@ def parse_input_location(base: Path, path_or_url: str) -> Location:
 
 
 def is_pattern(location: Location) -> bool:
-    """Tell whether a place means all files that match it; a file of this very name on this machine means itself."""
+    """Check whether a location is a pattern. A local path with wildcards is not a pattern if that very file exists."""
     if isinstance(location, ObjectUrl):
         return has_wildcards(location.key)
-    return has_wildcards(str(location)) and not os.path.exists(location)  # noqa: PTH110 - Path.exists raises for a name that is too long
+    return has_wildcards(str(location)) and not os.path.exists(location)  # noqa: PTH110 - Path.exists raises if the name is too long
 
 
 def has_wildcards(name: str) -> bool:
-    """Tell whether a name has the signs of a pattern."""
+    """Check whether a name contains a wildcard (`*`, `?` or `[`)."""
     return any(sign in name for sign in "*?[")
 
 
 def is_dataset(target: Location) -> bool:
-    """Tell whether an output is a folder of parts: its name has no ending of a file."""
+    """Check whether an output is a folder of Parquet parts, which is the case if its name has no known extension."""
     return format_of(target.name) is None
 
 
 def format_of(name: str) -> Format | None:
-    """Tell the format by the ending of a file's name, None when it says nothing."""
+    """Return the format for a file name's extension. None if the extension is unknown."""
     lowered = name.lower()
-    extension = os.path.splitext(lowered.removesuffix(".gz"))[1]  # noqa: PTH122 - a name, of which `.csv` is an ending too
+    extension = os.path.splitext(lowered.removesuffix(".gz"))[1]  # noqa: PTH122 - unlike Path.suffix, it is empty for `leads.csv/`
     found = _FORMAT_BY_EXTENSION.get(extension)
     return None if found in ("parquet", "xlsx") and lowered.endswith(".gz") else found
 
 
 def separator_of(name: str) -> str:
-    """Tell the separator by the ending of a file's name."""
+    """Return the separator for a file name's extension: a tab for .tsv, else a comma."""
     return "\t" if name.lower().removesuffix(".gz").endswith(".tsv") else ","

@@ -12,14 +12,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from enrich.job.locations import Format, format_of, separator_of
 
-#: What the ledger can hold, in millionths, as a 64-bit integer.
+#: Maximum number of credits. In millionths it still fits into the ledger's 64-bit integers.
 MAX_CREDITS = 1e12
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 def parse_duration(value: object) -> timedelta:
-    """Read `90d`, `24h`, `1h30m`, `45s`. Raises ValueError."""
+    """Parse a duration such as `90d`, `24h`, `1h30m` or `45s`. Raises ValueError."""
     match = _DURATION.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
     if match is None or not any(match.groups()):
         raise ValueError("a duration is a number with its unit: 90d, 24h, 30m or 45s")
@@ -31,7 +31,7 @@ def parse_duration(value: object) -> timedelta:
 
 
 def check_text(value: object) -> object:
-    """Refuse what YAML made of a text that had no quotes."""
+    """Raise ValueError if YAML converted an unquoted text to another type, such as a number or a date."""
     if isinstance(value, bool | int | float | date | datetime) or value is None:
         raise ValueError(f"must be text, but YAML reads it as {_yaml_type_name(value)}: put it in quotes")
     return value
@@ -69,7 +69,7 @@ def _check_encoding(value: str) -> str:
 def _check_url(value: str) -> str:
     try:
         parts = urlsplit(value)
-        _ = parts.port  # a port that is no number raises
+        _ = parts.port  # raises if the port is not a number
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or not value.isprintable():
@@ -90,7 +90,7 @@ Duration = Annotated[
 Credits = Annotated[float, Field(ge=0), BeforeValidator(_check_credits)]
 Url = Annotated[Text, AfterValidator(_check_url)]
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
-#: A column, or several.
+#: One column name or a list of them. The value is always a list.
 Columns = Annotated[
     list[Text],
     BeforeValidator(_as_list),
@@ -103,7 +103,7 @@ Transform = Literal["trim", "lower", "domain"]
 
 
 class _StrictModel(BaseModel):
-    """A part of the job file: unknown keys and wrong types are errors."""
+    """Base of all parts of the job file. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 

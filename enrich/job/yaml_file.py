@@ -1,4 +1,4 @@
-"""Reads YAML so that every error can name its line: no duplicate keys, no aliases, nothing constructed."""
+"""Reads YAML and keeps line numbers for error messages. Duplicate keys, aliases and custom tags are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class YamlDocument:
     """A YAML file as plain data, with the line of every key."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file. Raises JobError that names the file and the line."""
+        """Read the file. Raises JobError that names the file and, if possible, the line."""
         self.path = path
         try:
             text = read_text(path)
@@ -36,7 +36,7 @@ class YamlDocument:
             line = f":{mark.line + 1}" if mark else ""
             problem = error.problem or error.context or ""
             hint = "put it in quotes if it is text" if "cannot start any token" in problem else None
-            # Without its cause, which quotes the file.
+            # Drop the cause: it quotes the file's content.
             raise JobError(f"{path}{line}: {problem}", "indent with blanks" if "\\t" in problem else hint) from None
         except yaml.YAMLError as error:
             raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
@@ -50,7 +50,10 @@ class YamlDocument:
         self.data: dict[Any, Any] = _to_plain_data(root, path)
 
     def line_of(self, key_path: Sequence[str | int]) -> int:
-        """Return the line (from 1) of the key that a path of keys and indices leads to, or of the last one it meets."""
+        """Return the line number (from 1) of the key at a path of keys and list indexes.
+
+        If the path does not exist, return the line of its last existing key.
+        """
         node: yaml.Node = self._root
         line = 0
         for key in key_path:
@@ -68,7 +71,7 @@ class YamlDocument:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without aliases."""
+    """PyYAML's safe loader, with aliases as errors."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -80,7 +83,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _not_yaml_hint(path: Path) -> str | None:
-    """Tell who gives the leads instead of a job how to get one."""
+    """Return a hint on creating a job if the file is not a YAML file but, for example, the leads. Else None."""
     if path.suffix in (".yaml", ".yml"):
         return None
     return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
@@ -91,7 +94,7 @@ def _key_text(node: yaml.Node) -> str:
 
 
 def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
-    """Build plain data; a key is always text, as it is written (`NO:` is not a boolean)."""
+    """Convert a YAML node to plain data. Keys are always text, as written (`NO:` is not a boolean)."""
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:
