@@ -57,7 +57,7 @@ class Dialect:
     orphan_query: str = "SELECT 1 WHERE false"
     #: Keeps other transactions from comparing the same task ids (a JSON list of lists) until this one ends.
     lock_task_ids: str = ""
-    #: Condition for attempts that no other live process holds: without an owner, with an expired lease, or our own.
+    #: Condition for attempts that no other process holds: without an owner, with an ended lease, or our own.
     not_held_by_others: str = "true"
 
 

@@ -131,8 +131,7 @@ class EnrollQueries(LatencyQueries):
             self._db.executemany(
                 "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending') "
                 "ON CONFLICT DO NOTHING",
-                # Processes that enroll the same requests at once insert them in the same order, which prevents
-                # deadlocks.
+                # Processes that enroll the same requests at once insert them in the same order: no deadlocks.
                 [
                     (name, call_id, params[name])
                     for name in (sorted(new_fingerprints) if self._pass_is_shared else new_fingerprints)

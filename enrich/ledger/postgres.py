@@ -33,10 +33,10 @@ SHORT_OUTAGE_TIMEOUT_S = 5.0
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 #: The same settings for the server's side of the connection.
 SERVER_KEEPALIVE = {name if name.startswith("tcp") else f"tcp_{name}": str(value) for name, value in KEEPALIVE.items()}
-#: How long an erase waits for connections that still read the erased rows, in seconds, and the tables they are in.
+#: How long an erase waits for connections that still read the erased rows, in seconds, and the tables to vacuum.
 VACUUM_TIMEOUT_S = 5.0
 TABLES_WITH_ERASED_DATA = ("requests", "attempts", "delivered")
-#: Records which writer runs which transaction. It also locks the owner's row: to end the lease would delete that row.
+#: Records the writer's transaction, and locks the owner's row: its lease cannot be deleted before the commit.
 RECORD_TRANSACTION = (
     "WITH begun AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
     "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = now()) "

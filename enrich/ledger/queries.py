@@ -150,7 +150,7 @@ class CountQueries(EnrollQueries):
 
 
 _SETTLED_BY_JOB = "a.settled_in IN (SELECT id FROM executions WHERE job = ?1)"
-#: A failure at no charge whose request was queued again is not its outcome: a later attempt has it.
+#: Failures at no charge whose request was queued again: a later attempt has the outcome of the request.
 _RETRIED_FAILURE = (
     "a.state = 'failed' AND (EXISTS (SELECT 1 FROM attempts b WHERE b.request_id = a.request_id "
     "AND b.previous_id = a.id AND b.came_from = 'pending') "

@@ -227,7 +227,7 @@ class QueueTransitions(TaskIdQueries):
         return tasks
 
     def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
-        """Record that the API knows the tasks of these attempts."""
+        """Record that the API has acknowledged the tasks of these attempts."""
         self._db.execute(
             f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(attempt_ids),)
         )
@@ -307,7 +307,7 @@ class QueueTransitions(TaskIdQueries):
     # Free polls of tasks that were written off
 
     def revive(self, attempt_ids: Sequence[int], execution_id: int) -> None:
-        """Wait again for tasks that an earlier run wrote off but the API still knows (edge i)."""
+        """Wait again for tasks that an earlier run wrote off but the API still has (edge i)."""
         ids_json = to_json_text(attempt_ids)
         self._unsettle(ids_json)
         self._db.execute(

@@ -88,7 +88,7 @@ class RescueRecorder:
             self._update_line(attempt, state="failed", error=error, settled_ms=now_ms, credits=0)
 
     def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
-        """Record that the API knows the tasks."""
+        """Record that the API has acknowledged the tasks."""
         for attempt in attempt_ids:
             if attempt in self._lines:
                 self._lines[attempt] = self._lines[attempt].model_copy(update={"seen_alive": True})

@@ -76,7 +76,7 @@ CREATE TABLE attempts (         -- one POST, never overwritten by the next
     submitted_ms INTEGER,          -- when the task id arrived
     settled_ms INTEGER,            -- when the outcome was known
     settled_in INTEGER REFERENCES executions,
-    seen_alive INTEGER NOT NULL DEFAULT 0,  -- 1: the API has confirmed at least once that it knows the task
+    seen_alive INTEGER NOT NULL DEFAULT 0,  -- 1: the API has acknowledged the task at least once
     reserved INTEGER NOT NULL,     -- maximum price
     credits INTEGER,               -- actual price; NULL: not known
     provider TEXT,

@@ -16,11 +16,10 @@ class SharedRateRow(Database):
     """A separate connection to the single row of `allowance`. Times are seconds of the server's clock."""
 
     def update(self, compute: Callable[[str | None, float], tuple[str, T]], *, durable: bool = False) -> T:
-        """Pass the stored state and the time to `compute`, store the new state, and return the result beside it.
+        """Replace the stored state by means of `compute`, and return its result.
 
-        The state is None if it is not set yet, the time is in seconds.
-
-        Other processes wait meanwhile. `compute` may be called again after a lost connection. An update that is not
+        `compute` gets the stored state (None: not set yet) and the time in seconds; it returns the new state and the
+        result. It may be called again after a lost connection. Other processes wait meanwhile. An update that is not
         `durable` may be lost when the server crashes. Raises DatabaseFailed.
         """
         return self.retry_on_disconnect(lambda: self._update(compute, durable=durable))

@@ -110,7 +110,7 @@ class SqliteSession(sqlite3.Connection):
         return self.execute(sql, values)
 
     def deferred_references(self) -> AbstractContextManager[None]:
-        """Do nothing: SQLite does not enforce references here, and `integrity_problems` does not need them."""
+        """Do nothing: SQLite does not enforce references here. Only `enrich ledger check` verifies them."""
         return nullcontext()
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:

@@ -129,8 +129,7 @@ class LeaseQueries(QueueTransitions):
         if leader_id is None:
             row = self._db.execute(f"{insert} RETURNING id", values).fetchone()
         else:
-            # The leader's row stays locked until ours is inserted, so a search for remaining owners sees one of the
-            # two.
+            # The leader's row stays locked until ours is inserted: a search for other owners sees one of the two.
             leader_condition = "FROM owners WHERE id = ?5 AND owners.seconds > 0 FOR KEY SHARE"
             row = self._db.execute(f"{insert} {leader_condition} RETURNING id", (*values, leader_id)).fetchone()
         if row is None:

@@ -37,8 +37,7 @@ class TaskIdQueries(HistoryQueries):
         for task_id in sorted(shared_ids):
             attempt_ids = [attempt for attempt, its_id in task_ids.items() if its_id == task_id]
             rows = self._db.execute(
-                # The attempts of a bulk task are one POST and share its id. Attempts that already have the id come
-                # first.
+                # The attempts of a bulk task are one POST and share its id. Attempts that have the id come first.
                 "SELECT coalesce(-a.bundle_id, a.id), a.id, a.place, r.call_id, r.params FROM attempts a "
                 f"JOIN requests r ON r.id = a.request_id WHERE a.task_id = ?1 OR a.id IN ({JSON_NUMBERS.format('?2')}) "
                 "ORDER BY a.task_id IS NULL, a.id",
