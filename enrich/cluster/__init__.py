@@ -1,1 +1,1 @@
-"""What Ray carries; nothing outside imports it before it is asked for, since Ray comes with an extra."""
+"""Runs on a Ray cluster. Imported only when it is needed, because Ray is an optional extra."""

@@ -1,7 +1,7 @@
-"""Workers of a crew that are actors of Ray, on whatever machine has room: both ends of what their boss hears of them.
+"""Workers that are Ray actors on any machine of the cluster, and the handle through which the run polls their status.
 
-An actor is detached: Ray would kill it with the process that made it, and what it has on the wire would be in doubt.
-It leaves by itself when nobody has asked for long how far it is.
+An actor is detached: otherwise Ray would kill it with the process that started it, and requests it is sending would
+become unconfirmed. It exits when its status was not polled for a while.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from enrich.cluster.worker import Worker, WorkerCommand, WorkerStatus, WorkerTas
 from enrich.cluster.worker_pool import WorkerHandle
 
 T = TypeVar("T")
-#: How often an actor is asked how far it is, in seconds.
+#: How often an actor's status is polled, in seconds.
 STATUS_EVERY_S = 0.2
-#: An actor that was not asked at so many looks, one a second, is alone.
+#: An actor that was not polled in this many checks, one per second, is an orphan.
 ORPHAN_CHECKS = 10
-#: An actor without an errand waits so long for one: who made it may be gone.
+#: An actor without a task waits this many seconds for one: the process that started it may have ended.
 START_TIMEOUT_S = 60.0
-#: Left alone, it waits so long for answers to its POSTs: cut off, they would be in doubt.
+#: How long an orphan waits for answers to its POSTs, in seconds. Cut off, they would become unconfirmed.
 ORPHAN_TIMEOUT_S = 5.0
-#: So long it may take to end it.
+#: How long to wait for a kill, in seconds.
 TERMINATE_TIMEOUT_S = 3.0
-#: A worker waits more than it computes: more of them than cores find room.
+#: A worker waits more than it computes, so several of them fit on one core.
 CPUS_PER_WORKER = 0.25
-#: It is told and asked while it works.
+#: An actor handles commands and status polls while it works.
 MAX_CONCURRENCY = 16
 
 
 class WorkerActor:
-    """A worker, in a process of its own."""
+    """A worker in a process of its own."""
 
     def __init__(self) -> None:
         self._idle = threading.Timer(START_TIMEOUT_S, os._exit, (0,))
@@ -53,23 +53,23 @@ class WorkerActor:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def begin(self, version: str, worker_task: WorkerTask) -> None:
-        """Begin with the errand. It comes as an argument of a call: those of a constructor Ray would keep."""
+        """Start with the task. It is an argument of this call, because Ray would store arguments of a constructor."""
         self._idle.cancel()
         require_same_version(version)
         self._worker = Worker(worker_task)
         self._tasks = [asyncio.create_task(self._work(self._worker)), asyncio.create_task(self._watch(self._worker))]
 
     async def told(self) -> WorkerStatus:
-        """Tell how far it is."""
+        """Return the worker's status. Raises the error that ended its work, if any."""
         self._unasked = 0
-        assert self._worker is not None  # noqa: S101 - it was begun
+        assert self._worker is not None  # noqa: S101 - `begin` was called before
         if (work := self._tasks[0]).done() and (error := work.exception()) is not None:
             raise error
         return self._worker.status(is_done=self._ended)
 
     async def say(self, word: WorkerCommand) -> None:
-        """Go on as the word says."""
-        assert self._worker is not None  # noqa: S101 - it was begun
+        """Pass a command to the worker."""
+        assert self._worker is not None  # noqa: S101 - `begin` was called before
         self._worker.handle(word)
 
     async def _work(self, worker: Worker) -> None:
@@ -77,7 +77,7 @@ class WorkerActor:
         self._ended = True
 
     async def _watch(self, worker: Worker) -> None:
-        """Leave when nobody asks any more."""
+        """Exit when the status is no longer polled."""
         while self._unasked < ORPHAN_CHECKS:
             await asyncio.sleep(1.0)
             self._unasked += 1
@@ -89,7 +89,7 @@ class WorkerActor:
 
 @dataclass(slots=True, eq=False)
 class ActorHandle:
-    """An actor, seen from the run that started it."""
+    """An actor, as seen by the run that started it."""
 
     actor: Any
     worker_task: WorkerTask
@@ -101,16 +101,16 @@ class ActorHandle:
     _polling: asyncio.Task[None] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Hand over the errand; the actor may have to wait for room in the cluster."""
+        """Send the task to the actor, which may have to wait for free resources in the cluster."""
         self._polling = asyncio.create_task(self._poll_status())
 
     def send(self, command: WorkerCommand) -> None:
-        """Tell it how to go on, if it is still there."""
+        """Send a command to the actor, if it is still running."""
         if self.is_ready and not self.gone.is_set():
             self.actor.say.remote(command)
 
     async def end(self) -> None:
-        """End it, if it is still there."""
+        """Kill the actor, if it is still running."""
         with suppress(RayError, ValueError, TimeoutError):
             async with asyncio.timeout(TERMINATE_TIMEOUT_S):
                 await _call_in_thread(lambda: ray.kill(self.actor))
@@ -119,7 +119,7 @@ class ActorHandle:
         self._mark_exited()
 
     async def _poll_status(self) -> None:
-        """Ask it again and again how far it is, until it is gone or its work is done."""
+        """Poll the status until the actor has exited or its work is done."""
         try:
             await self.actor.begin.remote(__version__, self.worker_task)
             self.is_ready = True
@@ -139,8 +139,8 @@ class ActorHandle:
             self.on_status(self)
 
 
-def start_actor() -> Any:  # noqa: ANN401 - an actor of Ray
-    """Start an actor on whatever machine of the cluster has room."""
+def start_actor() -> Any:  # noqa: ANN401 - a Ray actor
+    """Start an actor on any machine of the cluster with free resources."""
     options = {
         "num_cpus": CPUS_PER_WORKER,
         "max_restarts": 0,
@@ -151,14 +151,14 @@ def start_actor() -> Any:  # noqa: ANN401 - an actor of Ray
 
 
 def _call_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Call where nobody is held up: without its head a cluster ends no actor, and says nothing."""
+    """Run a blocking call in a thread: without the cluster's head node, killing an actor does not return."""
     done: Future[T] = Future()
 
     def do() -> None:
         done.set_running_or_notify_cancel()
         try:
             done.set_result(call())
-        except Exception as error:  # noqa: BLE001 - it is raised by who waits
+        except Exception as error:  # noqa: BLE001 - raised in the awaiting task
             done.set_exception(error)
 
     threading.Thread(target=do, name="actor", daemon=True).start()
@@ -166,7 +166,7 @@ def _call_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
 
 
 def _short_reason(error: RayError) -> str:
-    """Say in a few words what Ray says in many."""
+    """Shorten Ray's error to a few words."""
     if isinstance(error, RayActorError):
         return "an actor of the cluster died"
     cause = getattr(error, "cause", None)

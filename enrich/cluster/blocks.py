@@ -1,4 +1,4 @@
-"""Does some work on all rows of the input, block by block, wherever there is room in the cluster."""
+"""Processes all rows of the input block by block on the Ray cluster."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ from enrich.models import RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 
-#: The column of a block that has the places of its rows in the input.
+#: The column of a block with the positions of its rows in the input.
 POSITION_COLUMN = "enrich:place"
-#: A failure travels as the only row of such a column: raised, Ray would write it and more into its logs.
+#: An error is sent as the only row of this column. If it were raised, Ray would write it and more to its logs.
 ERROR_COLUMN = "enrich:failed"
-#: Small files are read together up to so many rows; an object, which is fetched as a whole, is read on up to so many.
+#: Small files are grouped up to ROWS_PER_PART rows. An object is downloaded as a whole, so up to this many of its rows
+#: are read by one task.
 ROWS_OF_AN_OBJECT = 1_000_000
 
 ReadGroup = tuple[InputPart, ...]
-#: Arrow knows them not, or not as they are; as text they come through.
+#: Arrow does not support these types, or not unchanged, so they are sent as text.
 _AS_TEXT = (pl.Categorical, pl.Enum, pl.Int128, pl.UInt128)
-#: As a block is; Ray has no types that hold.
+#: The type of a block. Ray has no usable type hints.
 ArrowTable = Any
 
 
-class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
-    """The parts of an input."""
+class PartSource(Datasource):  # type: ignore[misc] # Ray has no usable type hints
+    """The parts of an input as a Ray datasource."""
 
     def __init__(self, parts: Iterable[InputPart], shape: InputSchema, presence: Heartbeats) -> None:
         super().__init__()
@@ -58,15 +59,15 @@ class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
         self._presence = presence
 
     def get_name(self) -> str:
-        """Say what Ray calls it in its logs."""
+        """Return the name that Ray uses in its logs."""
         return "Leads"
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Say nothing: how the input is divided is not for Ray to decide."""
+        """Return None: Ray should not decide how the input is split."""
         return None
 
     def get_read_tasks(self, *_: object, **__: object) -> list[Any]:
-        """Make a task for each errand."""
+        """Return a read task for each group of parts."""
         return [
             ReadTask(
                 partial(read_group, errand, self._shape, self._presence),
@@ -79,7 +80,7 @@ class PartSource(Datasource):  # type: ignore[misc] # Ray has no types that hold
 
 
 def group_parts(parts: Iterable[InputPart]) -> list[ReadGroup]:
-    """Put parts together that one task reads, one after the other."""
+    """Group parts that one task reads one after the other."""
     found: list[list[InputPart]] = []
     rows = 0
     for part in parts:
@@ -94,7 +95,7 @@ def group_parts(parts: Iterable[InputPart]) -> list[ReadGroup]:
 
 
 def read_group(group: ReadGroup, shape: InputSchema, presence: Heartbeats) -> Iterator[ArrowTable]:
-    """Read parts as blocks; what goes wrong is the last of them."""
+    """Yield parts as blocks. An error becomes the last block."""
     copies = LocalCopies()
     try:
         with presence.sending(on=f"{group[0].file} from row {group[0].start_row + 1:,} on"):
@@ -103,12 +104,12 @@ def read_group(group: ReadGroup, shape: InputSchema, presence: Heartbeats) -> It
                 for frame in PartReader(part, shape, copies).batches():
                     yield to_block(first, frame)
                     first += frame.height
-    except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
+    except Exception as error:  # noqa: BLE001 - raised in the run's process
         yield error_block(error)
 
 
 def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
-    """Make a block of rows, the first of which has this place."""
+    """Return the rows of a frame as a block. `first` is the position of the first row."""
     columns = [
         column.cast(pl.String) if isinstance(column.dtype, _AS_TEXT) else column for column in frame.get_columns()
     ]
@@ -117,10 +118,10 @@ def to_block(first: int, frame: pl.DataFrame) -> ArrowTable:
 
 
 def from_block(block: ArrowTable, schema: Mapping[str, pl.DataType]) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Yield stretches of rows that follow one another, each with the place of its first. Raises what went wrong."""
+    """Yield runs of consecutive rows, each with the position of its first. Raises the error that the block holds."""
     if ERROR_COLUMN in block.column_names:
         packed = next(cell for cell in block.column(ERROR_COLUMN).to_pylist() if cell is not None)
-        raise pickle.loads(packed)  # noqa: S301 - of our own making
+        raise pickle.loads(packed)  # noqa: S301 - pickled by enrich
     frame = pl.DataFrame(pl.from_arrow(block))
     places = frame.get_column(POSITION_COLUMN)
     begins = [0, *((places.diff() != 1).fill_null(value=False)).arg_true().to_list()]
@@ -131,17 +132,17 @@ def from_block(block: ArrowTable, schema: Mapping[str, pl.DataType]) -> Iterator
 
 
 def error_block(error: Exception) -> ArrowTable:
-    """Write down what went wrong."""
+    """Return a block that holds an error."""
     return single_cell_block(ERROR_COLUMN, as_enrich_error(error))
 
 
 def single_cell_block(name: str, value: object) -> ArrowTable:
-    """Make a block of a single cell, which holds any value."""
+    """Return a block with a single cell, which holds any value."""
     return pl.DataFrame({name: [pickle.dumps(value)]}).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 def as_enrich_error(error: Exception) -> EnrichError:
-    """Tell a failure that nobody foresaw by its place alone: its words may hold cells."""
+    """Return unexpected errors as EnrichError with type and source line only: the message may hold cells."""
     if isinstance(error, EnrichError):
         return error
     frames = traceback.extract_tb(error.__traceback__)
@@ -151,30 +152,30 @@ def as_enrich_error(error: Exception) -> EnrichError:
 
 T = TypeVar("T")
 
-#: Blocks are cut when they have so many bytes: a task holds a few of them.
+#: Blocks are split at this many bytes, because a task holds several of them in memory.
 BLOCK_BYTES = 32 << 20
 RESULT_COLUMN = "enrich:done"
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPass:
-    """A pass over the input in which others take part; all of it is sent to them.
+    """A pass over the input that tasks of the cluster join. All of it is sent to them.
 
-    `opening` opens the ledger in a process, which keeps it for the blocks that follow.
+    `open_ledger` opens the ledger in a process, which keeps it for the following blocks.
     """
 
     job: Job
     template: RequestTemplate
     selection: RequestSelection
     open_ledger: Callable[[], Ledger]
-    #: By these bytes a process knows it again.
+    #: `open_ledger` as bytes, the key of a process's open ledger.
     pickled_open_ledger: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pickled_open_ledger", cloudpickle.dumps(self.open_ledger))
 
     def with_ledger(self, act: Callable[[Ledger], T]) -> T:
-        """Do something with the ledger, again when its server was away or others were in the way.
+        """Call a function with the ledger. Retry it after a lost connection or a conflict with another process.
 
         Raises LedgerFailed, and what `act` raises.
         """
@@ -192,22 +193,22 @@ class SharedPass:
 
 
 def split_input(rows: JobInput, watch: HeartbeatMonitor) -> list[InputPart]:
-    """Divide the input; files that have to be read to be counted are counted in the cluster. Raises EnrichError."""
+    """Split the input into parts. The cluster counts rows of files that must be read to do so. Raises EnrichError."""
     return rows.parts(partial(_count_in_cluster, rows.input_schema, watch))
 
 
 def map_blocks(
     rows: JobInput, parts: Sequence[InputPart], work: Callable[[JobInput], T], watch: HeartbeatMonitor
 ) -> Iterator[T]:
-    """Do some work on the rows of every block, and yield what comes of it, in any order.
+    """Run a function on the rows of every block and yield the results, in any order.
 
-    A block may be worked on again when a machine is lost. Raises what the work and the watch raise, and ClusterFailed.
+    A block may be processed again when a machine is lost. Raises what `work` and `watch` raise, and ClusterFailed.
     """
     _configure_ray_data()
     source = PartSource(parts, rows.input_schema, watch.heartbeats)
     work_on = partial(_process_block, sample=rows.without_rows(), work=work, presence=watch.heartbeats)
     for packed in _results(source, work_on, watch):
-        done = pickle.loads(packed)  # noqa: S301 - of our own making
+        done = pickle.loads(packed)  # noqa: S301 - pickled by enrich
         if isinstance(done, EnrichError):
             raise done
         yield from done
@@ -215,13 +216,13 @@ def map_blocks(
 
 @lru_cache(maxsize=1)
 def _cached_ledger(packed: bytes) -> Ledger:
-    """Open a ledger once in a process, which does many blocks."""
+    """Open the ledger once per process, which processes many blocks."""
     opening: Callable[[], Ledger] = cloudpickle.loads(packed)
     return opening()
 
 
 def _reconnected(ledger: Ledger, failure: BaseException) -> bool:
-    """Wait for the ledger's server; tell whether it is back."""
+    """Wait for the ledger's server; return whether it is back."""
     try:
         return ledger.reconnect(failure) is not None
     except DATABASE_ERRORS:
@@ -231,18 +232,18 @@ def _reconnected(ledger: Ledger, failure: BaseException) -> bool:
 def _process_block(
     block: ArrowTable, *, sample: JobInput, work: Callable[[JobInput], T], presence: Heartbeats
 ) -> ArrowTable:
-    """Work on a block; tell what came of it, or what went wrong."""
+    """Process a block; return a block with the results or the error."""
     done: list[T] | EnrichError
     try:
         with presence.sending():
             done = [work(sample.for_frame(first, frame)) for first, frame in from_block(block, sample.all_columns)]
-    except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
+    except Exception as error:  # noqa: BLE001 - raised in the run's process
         done = as_enrich_error(error)
     return single_cell_block(RESULT_COLUMN, done)
 
 
-def _dataset(source: PartSource, work_on: Callable[..., ArrowTable]) -> Any:  # noqa: ANN401 - Ray has no types that hold
-    """Put both in one task, which holds a block or two: what was read need not travel."""
+def _dataset(source: PartSource, work_on: Callable[..., ArrowTable]) -> Any:  # noqa: ANN401 - Ray has no usable type hints
+    """Read and process in one task, so that blocks are not sent around. A task holds a block or two."""
     blocks = max(1, len(source.groups))
     return ray.data.read_datasource(source, override_num_blocks=blocks, num_cpus=1).map_batches(
         work_on, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=1
@@ -250,9 +251,9 @@ def _dataset(source: PartSource, work_on: Callable[..., ArrowTable]) -> Any:  # 
 
 
 def _results(source: PartSource, work_on: Callable[..., ArrowTable], watch: HeartbeatMonitor) -> Iterator[bytes]:
-    """Yield what the tasks tell, and listen meanwhile to whoever wants to stop.
+    """Yield the tasks' results, and check for stop requests meanwhile.
 
-    Who stops does not wait: tasks that were begun before any told something end with Ray.
+    A stop does not wait: tasks that have started but not returned anything end with Ray.
     """
     datasets: list[Any] = []
     found: queue.SimpleQueue[Sequence[bytes] | Exception] = queue.SimpleQueue()
@@ -266,7 +267,7 @@ def _results(source: PartSource, work_on: Callable[..., ArrowTable], watch: Hear
                     return
                 found.put(batch.column(RESULT_COLUMN).to_pylist())
             found.put(())
-        except Exception as error:  # noqa: BLE001 - it is raised by who listens
+        except Exception as error:  # noqa: BLE001 - raised by `_next`
             found.put(error)
 
     threading.Thread(target=run, name="cluster", daemon=True).start()
@@ -292,7 +293,7 @@ def _next(found: queue.SimpleQueue[Sequence[bytes] | Exception], watch: Heartbea
 
 
 def _cluster_error(error: Exception) -> EnrichError:
-    """Tell what Ray says in a line."""
+    """Shorten Ray's error to one line."""
     if isinstance(error, EnrichError):
         return error
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -325,16 +326,16 @@ def _count_rows(leaf: InputFile, shape: InputSchema, presence: Heartbeats) -> in
     try:
         with presence.sending(on=str(leaf)), as_refused():
             return count_file_rows(leaf, shape, LocalCopies())
-    except Exception as error:  # noqa: BLE001 - it is raised where somebody listens
+    except Exception as error:  # noqa: BLE001 - raised in the run's process
         return as_enrich_error(error)
 
 
 def _configure_ray_data() -> None:
-    """Let Ray Data say nothing on the terminal, and leave the division of the input to us."""
+    """Keep Ray Data from printing to the terminal and from splitting the input itself."""
     context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    # The watch knows better.
+    # HeartbeatMonitor detects stalls more reliably.
     context.execution_no_progress_timeout_s = -1
     logger = logging.getLogger("ray.data")
     logger.handlers = [each for each in logger.handlers if not isinstance(each, logging.StreamHandler)]

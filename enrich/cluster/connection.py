@@ -1,6 +1,6 @@
-"""Starts Ray on this machine, or connects to a cluster, for as long as a run needs it: quietly, and deaf to signals.
+"""Starts Ray on this machine or connects to a cluster for one run, without Ray's output and signal handlers.
 
-Ray reads its settings when it is imported, so nothing here does that before they are made.
+Ray reads its settings when it is imported, so this module sets them first and imports Ray later.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from typing import Any
 from enrich.errors import ClusterFailed, ExitCode, Interrupted
 from enrich.run.signals import EXIT_CODE_BY_SIGNAL, handled_signals
 
-#: Ray's own settings, where the person has none. It would start itself again in a thread that outlives its end.
+#: Ray's settings, unless the user has set them. With auto-connect a thread that outlives Ray would start it again.
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
-#: So many seconds a cluster that does not answer is asked again.
+#: How long to retry a cluster's port, in seconds.
 PORT_TIMEOUT_S = 10
-#: Somebody who answers, but not as Ray does, is waited for so long; Ray itself would wait for minutes.
+#: How long to wait for a port that answers, but not like Ray, in seconds. Ray itself would wait for minutes.
 CONNECT_TIMEOUT_S = 20.0
-#: Who is silent is given up by the crew and by the watch over the blocks, not by Ray.
+#: A timeout that never expires, in seconds: the worker pool and the heartbeat monitor detect silent machines, not Ray.
 NO_TIMEOUT_S = 10**8
-#: So long the end of a connection may take; what was done is in the ledger by then.
+#: How long disconnecting may take, in seconds. All results are in the ledger by then.
 DISCONNECT_TIMEOUT_S = 10.0
-#: Ray sets handlers of its own in the middle of its calls: so often ours are set again, in seconds.
+#: How often our signal handlers are installed again, in seconds, because Ray replaces them during its calls.
 SIGNAL_CHECK_S = 0.02
-#: What our signals are to a run, they are not to the Ray that it starts: SIGTERM is what Ray itself ends with.
+#: Signals for the run that a local Ray must not receive. SIGTERM is not blocked: Ray ends its own processes with it.
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
 def connect_ray(address: str | None) -> Iterator[int]:
-    """Be connected to the cluster at an address, or to one of this machine alone; tell how many CPUs it has.
+    """Connect to the cluster at an address, or start Ray on this machine (None). Yield the number of CPUs.
 
-    Nothing that Ray says comes to stdout or stderr. A signal is heard when Ray has begun, and is nothing to its end:
-    what was done by then is still to be told. Raises ClusterFailed when it can't be reached or started.
+    Ray's output does not reach stdout or stderr. A signal while connecting takes effect once Ray has started, a second
+    one at once. Signals during the disconnect are ignored, because the results are still to be reported. Raises
+    ClusterFailed when Ray cannot be reached or started, and Interrupted.
     """
     with ExitStack() as stack:
         nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-        # Ray prints there what becomes of its workers; the crew tells it in its own words.
+        # Ray prints the end of its workers to stdout. The worker pool reports that itself.
         stack.enter_context(redirect_stdout(nowhere))
-        # Only the main thread hears signals. The processes that Ray starts end with the thread that started them.
+        # Only the main thread receives signals. Ray's processes inherit the blocked signals and end with this thread.
         thread = ThreadPoolExecutor(1, "ray", signal.pthread_sigmask, (signal.SIG_BLOCK, BLOCKED_SIGNALS))
         stack.callback(thread.shutdown, wait=False)
         with _silenced(nowhere.fileno()):
@@ -65,19 +66,19 @@ def connect_ray(address: str | None) -> Iterator[int]:
             raise Interrupted(heard[0])
         try:
             cpus, _ = connecting.result(timeout=0)
-        except Exception as error:  # whatever Ray raises, the run has not begun
+        except Exception as error:  # any error of Ray: the run has not started
             raise _connection_error(address, error) from error
         yield cpus
 
 
 def _connect(address: str | None) -> tuple[int, Path | None]:
-    """Start Ray or connect to it; tell how many CPUs it has, and where the files are of one that was started for us."""
+    """Start Ray or connect to it. Return the number of CPUs, and the session folder if Ray was started here."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address is not None:
         _check_port(address)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PORT_TIMEOUT_S))
-        # A minute after the head was lost Ray would end this process from within, without a receipt; and it says much.
+        # Ray would end this process a minute after the head node is lost, without a run summary, and log a lot.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(NO_TIMEOUT_S))
         if _has_token():
@@ -85,10 +86,10 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
     logger = logging.getLogger("ray")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    import ray.data  # noqa: PLC0415 - it reads its settings when it is imported
+    import ray.data  # noqa: PLC0415 - Ray reads its settings when it is imported
 
     context = ray.init(
-        address or "local",  # else RAY_ADDRESS would have a say
+        address or "local",  # None would let RAY_ADDRESS decide
         log_to_driver=False,
         configure_logging=False,
         **({} if address else {"include_dashboard": False}),
@@ -98,7 +99,7 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
 
 
 def _disconnect(connecting: Future[tuple[int, Path | None]]) -> None:
-    """Leave the cluster; one that was started for us ends, and the folder of its session goes with it."""
+    """Disconnect. A Ray that was started here is stopped and its session folder deleted."""
     import ray  # noqa: PLC0415 - as above
 
     ray.shutdown()
@@ -108,7 +109,7 @@ def _disconnect(connecting: Future[tuple[int, Path | None]]) -> None:
 
 
 def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[ExitCode]:
-    """Wait for the end of a call into Ray, or until so many signals came; tell which came."""
+    """Wait for a call into Ray, up to `at_most_s` seconds or `signals` signals; return the signals' exit codes."""
     heard: list[ExitCode] = []
     latest = time.monotonic() + at_most_s
     handlers = {number: signal.getsignal(number) for number in EXIT_CODE_BY_SIGNAL}
@@ -129,7 +130,7 @@ def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exi
 
 @contextmanager
 def _silenced(nowhere: int) -> Iterator[None]:
-    """Start processes that write files of our own (0600), and say nothing on stderr."""
+    """Redirect stderr, and let processes that are started in this block create files with mode 0600."""
     sys.stderr.flush()
     stderr, umask = os.dup(2), os.umask(0o077)
     os.dup2(nowhere, 2)
@@ -142,17 +143,17 @@ def _silenced(nowhere: int) -> Iterator[None]:
 
 
 def _check_port(address: str) -> None:
-    """Raise OSError when nobody is there: Ray would try for minutes."""
+    """Raise OSError when the port does not accept connections: Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), PORT_TIMEOUT_S):
         pass
 
 
 def _has_token() -> bool:
-    """Tell whether a token for Ray's authentication lies where Ray looks for one."""
+    """Return whether a token for Ray's authentication exists where Ray looks for one."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
-    with suppress(OSError, RuntimeError):  # nobody knows a home
+    with suppress(OSError, RuntimeError):  # no home directory is known
         return (Path.home() / ".ray" / "auth_token").is_file()
     return False
 

@@ -1,7 +1,7 @@
-"""Whoever does blocks gives signs of life, so that nobody waits for a cluster that has no room, or can't do them.
+"""Heartbeats of tasks in the cluster. They show whether the cluster has resources for the input and can process it.
 
-A block takes as long as it takes: a large file is read to its end, a database that is away is waited for. So what comes
-back says little about who is at work.
+The duration of a block is unlimited: a large file is read to its end, and an unreachable database is retried. So the
+flow of results does not show whether anything is running.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from enrich import __version__
 from enrich.errors import ClusterFailed, JobError
 from enrich.run.cluster import ClusterCallbacks
 
-#: How often who is at work gives a sign, in seconds.
+#: How often a running task sends a heartbeat, in seconds.
 HEARTBEAT_EVERY_S = 5.0
-#: How often it is looked whether somebody is, and whether the boss wants to stop.
+#: How often heartbeats and stop requests are checked, in seconds.
 CHECK_EVERY_S = 0.2
-#: The person is told when nobody was at work for so long; when the time is up, no longer is waited.
+#: After how many seconds without a heartbeat the user is warned; also the limit when the run is aborting.
 WARN_AFTER_S = 30.0
-#: A cluster that has no room for so long is given up.
+#: After how many seconds without a heartbeat the run gives up.
 CAPACITY_TIMEOUT_S = 300.0
-#: What ended its process so often is not begun again; Ray itself would go on for ever.
+#: A task that ended its process this many times is not started again. Ray itself would retry forever.
 MAX_ATTEMPTS = 4
 RUN_AGAIN_HINT = "run again: what is done is not done twice"
 
 
 class HeartbeatCounter:
-    """Hears the signs of all, on whatever machine of the cluster."""
+    """Counts heartbeats from all machines of the cluster. An actor."""
 
     def __init__(self) -> None:
         self._heard = 0
         self._begun: Counter[str] = Counter()
 
     def hear(self) -> None:
-        """Hear a sign."""
+        """Count a heartbeat."""
         self._heard += 1
 
     def begun(self, on: str) -> int:
-        """Hear that somebody begins; tell for the how manieth time."""
+        """Record that a task starts. Return how often it has started."""
         self._begun[on] += 1
         return self._begun[on]
 
     def heard(self) -> int:
-        """Tell how many were heard."""
+        """Return the number of heartbeats."""
         return self._heard
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeats:
-    """What travels to those who do the blocks of a step."""
+    """What a task needs to send heartbeats: the counter, a unique id of the phase (`step`), and the run's version."""
 
     counter: Any
     step: str = field(default_factory=lambda: uuid4().hex)
@@ -65,9 +65,10 @@ class Heartbeats:
 
     @contextmanager
     def sending(self, on: str | None = None) -> Iterator[None]:
-        """Give signs while the block runs, which begins `on` something or goes on.
+        """Send heartbeats while the block runs. `on` names the task that starts here; None: it continues one.
 
-        Raises JobError where another version is than that of the run, and ClusterFailed when it was begun too often.
+        Raises JobError when this machine has another version of enrich than the run, and ClusterFailed when the task
+        was started too often.
         """
         require_same_version(self.version)
         if on is not None and ray.get(self.counter.begun.remote(f"{self.step} {on}")) > MAX_ATTEMPTS:
@@ -88,26 +89,29 @@ class Heartbeats:
             over.set()
 
 
-def new_heartbeat_counter() -> Any:  # noqa: ANN401 - an actor of Ray
-    """Have an ear, for as long as somebody knows it. One serves all steps: without its head a cluster makes none."""
+def new_heartbeat_counter() -> Any:  # noqa: ANN401 - a Ray actor
+    """Start a counter that exists as long as it is referenced.
+
+    One counter serves all phases, because a cluster without its head node cannot start another.
+    """
     return ray.remote(HeartbeatCounter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
 
 
 @dataclass(slots=True)
 class HeartbeatMonitor:
-    """Looks after the blocks of one step, which others do, for a boss."""
+    """Monitors the heartbeats of the blocks of one phase."""
 
     heartbeats: Heartbeats
     callbacks: ClusterCallbacks = field(default_factory=ClusterCallbacks)
-    #: How many signs were heard, and at how many looks since then none.
+    #: The last count of heartbeats, and the number of checks since then without a new one.
     _count: int = 0
     _silent_checks: int = 0
     _asked: Any = None
 
     def check(self) -> None:
-        """Look once; to be called every LOOK_S. Raises ClusterFailed, and what the boss raises to give up."""
+        """Check once; call it every CHECK_EVERY_S. Raises ClusterFailed, and what `raise_if_stopped` raises."""
         self.callbacks.raise_if_stopped()
-        # Looks are counted, not seconds: all are silent while the machine sleeps.
+        # Count checks instead of seconds: while the machine is suspended, there are no heartbeats either.
         self._silent_checks = 0 if self._has_new_heartbeat() else self._silent_checks + 1
         if self._silent_checks == round(WARN_AFTER_S / CHECK_EVERY_S):
             self.callbacks.on_message(
@@ -120,23 +124,23 @@ class HeartbeatMonitor:
             )
 
     def reset(self) -> None:
-        """Hear that something was done: looks follow each other quickly then."""
+        """Reset the count after a result, because checks can follow each other quickly then."""
         self._silent_checks = 0
 
     def _has_new_heartbeat(self) -> bool:
-        """Tell whether a sign came since the last look."""
+        """Return whether there was a new heartbeat since the last check."""
         before, ear = self._count, self.heartbeats.counter
         if self._asked is None:
             self._asked = ear.heard.remote()
         done, _ = ray.wait([self._asked], timeout=0)
         if done:
-            with suppress(RayError):  # it was lost with its machine, and is made again
+            with suppress(RayError):  # the actor was lost with its machine, and Ray restarts it
                 self._count = ray.get(self._asked)
             self._asked = None
         return self._count != before
 
 
 def require_same_version(version: str) -> None:
-    """Raise JobError when this machine has another version than that of the run."""
+    """Raise JobError when this machine has another version of enrich than the run."""
     if version != __version__:
         raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")

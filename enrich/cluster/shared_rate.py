@@ -1,8 +1,8 @@
-"""One pace for processes on several machines: its state is a row of the ledger, by the clock of its server.
+"""One rate limit for processes on several machines. Its state is a row of the ledger, by the clock of its server.
 
-A process takes slots for the next moment, a few at a time, and tells at the same time what it heard since. A slot that
-was not used in its time is gone, so that nobody who was held up sends all at once: in any second no more leave than the
-rate allows for LATE_S more than that, and what `Pace` lets catch up.
+A process takes a few slots at a time for the next moment, and reports the responses since its last update. A slot
+that is not used in time expires, so that a process that was held up does not send a burst. In any second, all processes
+together send at most what the rate allows in 1 s + SLOT_LIFETIME_S, plus the burst that `AdaptiveRateLimiter` allows.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.shared_rate import SharedRateRow
 from enrich.run.rate_limit import AdaptiveRateLimiter
 
-#: Slots are taken for so many seconds ahead at most, and by one process for so many seconds of the rate at once.
+#: How many seconds ahead slots are taken at most, and how many seconds of the rate one process takes at once.
 MAX_LOOKAHEAD_S, MAX_BATCH_S = 0.2, 0.1
-#: Between two looks at the row at least so many seconds.
+#: The shortest time between two updates of the row, in seconds.
 SYNC_EVERY_S = 0.02
-#: A slot may be used so late: the row's answer, a timer and a processor may keep us waiting.
+#: How late a slot may be used, in seconds: the database, a timer or the CPU may delay the process.
 SLOT_LIFETIME_S = 0.1
-#: What was heard is told after so many seconds at most.
+#: Responses are reported after this many seconds at most.
 REPORT_EVERY_S = 0.2
 
-#: The times of a pace.
+#: The attributes of a limiter that are times.
 _TIME_ATTRIBUTES = ("_next_free", "_blocked_until", "_consumed_at", "_forget_at")
 
 
 class RateEvent(NamedTuple):
-    """What is told of a request that was answered, and of one that was not: the name of the method of `Pace`."""
+    """A response, or a request without one: the method of `AdaptiveRateLimiter` to call, and its argument."""
 
     method: str
     retry_after: float | None = None
 
 
 class SlotGrant(NamedTuple):
-    """What a look at the row brought: in how many seconds each slot begins, and for how many nothing may leave."""
+    """The result of an update: seconds until each slot begins, and for how many seconds nothing may be sent."""
 
     slots: list[float]
     blocked_s: float
@@ -53,7 +53,7 @@ class SlotGrant(NamedTuple):
 
 @dataclass(slots=True)
 class SlotQueue:
-    """The slots that a process has, by its own clock."""
+    """The slots that a process has taken, by its own clock."""
 
     _times: deque[float] = field(default_factory=deque)
 
@@ -61,30 +61,30 @@ class SlotQueue:
         return len(self._times)
 
     def add(self, asked: float, waits: Iterable[float]) -> None:
-        """Take on slots that begin so many seconds after we asked: never earlier than the row says."""
+        """Add slots that begin `waits` seconds after `asked`, and so never earlier than the row allows."""
         self._times.extend(asked + wait for wait in waits)
 
     def delay(self, now: float) -> float | None:
-        """Tell how long to wait for the next, 0: it may be used; None: there is none whose time is not over."""
+        """Return the seconds until the next slot; 0: use it now; None: no unexpired slot is left."""
         while self._times and self._times[0] < now - SLOT_LIFETIME_S:
             self._times.popleft()
         return max(0.0, self._times[0] - now) if self._times else None
 
     def consume(self) -> None:
-        """Use the next."""
+        """Use the next slot."""
         self._times.popleft()
 
     def refund(self, now: float, slots: int) -> None:
-        """Have so many more after all that are to be used now."""
+        """Return this many unused slots, to be used now."""
         self._times.extendleft([now] * slots)
 
     def clear(self) -> None:
-        """Have none any more."""
+        """Drop all slots."""
         self._times.clear()
 
 
 def take_slots(state: str | None, now: float, events: Iterable[RateEvent], wanted: int) -> tuple[str, SlotGrant]:
-    """Tell the pace of a row what was heard, and take slots; return what is to be written there, and what was taken."""
+    """Apply events to the stored limiter and take slots. Return the new state of the row, and the slots."""
     limiter = AdaptiveRateLimiter(None) if state is None else load_limiter(state)
     for what, retry_after in events:
         if what == "record_throttled":
@@ -100,7 +100,7 @@ def take_slots(state: str | None, now: float, events: Iterable[RateEvent], wante
 
 
 def dump_limiter(limiter: AdaptiveRateLimiter, ahead: float) -> str:
-    """Write the state of a pace (JSON), whose clock is so many seconds behind the one that all share."""
+    """Return the state of a limiter (JSON), whose clock is `ahead` seconds behind the shared clock."""
     state = {name: list(value) if isinstance(value, deque) else value for name, value in vars(limiter).items()}
     for name in _TIME_ATTRIBUTES:
         if (at := getattr(limiter, name)) is not None:
@@ -109,7 +109,7 @@ def dump_limiter(limiter: AdaptiveRateLimiter, ahead: float) -> str:
 
 
 def load_limiter(state: str, ahead: float = 0.0) -> AdaptiveRateLimiter:
-    """Read what `written` wrote."""
+    """Return the limiter that `dump_limiter` wrote."""
     attributes: dict[str, Any] = json.loads(state)
     limiter = AdaptiveRateLimiter(None)
     for name in _TIME_ATTRIBUTES:
@@ -119,17 +119,17 @@ def load_limiter(state: str, ahead: float = 0.0) -> AdaptiveRateLimiter:
 
 
 def start_sharing(location: PostgresLocation, limiter: AdaptiveRateLimiter) -> None:
-    """Begin to share a pace, as far as it has learned. Raises DatabaseFailed."""
+    """Start to share a limiter with all that it has learned. Raises DatabaseFailed."""
     row = SharedRateRow(location, open_timeout_s=OUTAGE_TIMEOUT_S)
     try:
-        # The person's ceiling is in it: lost, all would go by what the API allows.
+        # Durable, because the state holds the user's ceiling: without it only the API would limit the rate.
         row.update(lambda _, now: (dump_limiter(limiter, now - time.monotonic()), None), durable=True)
     finally:
         row.close()
 
 
 def stop_sharing(location: PostgresLocation) -> AdaptiveRateLimiter | None:
-    """Go on alone with what all have learned; None when nothing was shared, or the server is away."""
+    """Return the shared limiter with all it has learned. None: it was not shared, or the server is unreachable."""
     try:
         row = SharedRateRow(location)
     except CommandRefused:
@@ -145,10 +145,10 @@ def stop_sharing(location: PostgresLocation) -> AdaptiveRateLimiter | None:
 
 
 class SharedRateLimiter(AdaptiveRateLimiter):
-    """A pace that many share. Use as a context manager; see `Pace` for what the methods mean."""
+    """A rate limiter shared by several processes; a context manager. See AdaptiveRateLimiter for its methods."""
 
     def __init__(self, location: PostgresLocation) -> None:
-        """Connect. Raises Refused."""
+        """Connect. Raises CommandRefused."""
         super().__init__(None)
         self._row = SharedRateRow(location, open_timeout_s=OUTAGE_TIMEOUT_S)
         self._slots = SlotQueue()
@@ -176,16 +176,16 @@ class SharedRateLimiter(AdaptiveRateLimiter):
 
     @property
     def is_limiting(self) -> bool:
-        """Tell whether the rate is what holds us back."""
+        """Return whether the rate limit is what slows the run down."""
         return self._is_limiting
 
     def announce_demand(self, requested: int) -> None:
-        """Hear how many would leave now."""
+        """Set how many requests are ready to be sent."""
         with self._lock:
             self._wanted = requested
 
     def delay(self, now: float) -> float:
-        """Tell how long to wait before a look is worth it, in seconds; 0: one may leave now."""
+        """Return the seconds until the next check is useful; 0: a request may be sent now."""
         if self._failure is not None:
             raise LedgerFailed(f"the ledger cannot be written: {self._failure}", "then run the same command again")
         with self._lock:
@@ -199,28 +199,28 @@ class SharedRateLimiter(AdaptiveRateLimiter):
         return SYNC_EVERY_S / 2
 
     def consume(self, now: float) -> None:
-        """One request leaves."""
+        """Use a slot for a request."""
         del now
         with self._lock:
             self._slots.consume()
 
     def refund(self, slots: int) -> None:
-        """Nothing left in these slots after all: they are there for the next, for as long as they last."""
+        """Return unused slots. The next requests can use them until they expire."""
         with self._lock:
             self._slots.refund(time.monotonic(), slots)
 
     def record_answer(self, now: float) -> None:
-        """One request was answered, and not by 429."""
+        """Record an answer other than a 429."""
         del now
         self._report(RateEvent("record_answer"))
 
     def record_lost(self, now: float) -> None:
-        """One request got no answer, or one that says nothing about the rate."""
+        """Record a request without an answer, or with one that shows nothing about the rate."""
         del now
         self._report(RateEvent("record_lost"))
 
     def record_throttled(self, now: float, retry_after: float | None) -> None:
-        """Hear a 429: all others shall hear it at once, and what we have taken is void."""
+        """Record a 429: report it to the other processes at once and drop our slots."""
         with self._lock:
             self._throttled_count += 1
             self._block_until(now + SYNC_EVERY_S)
@@ -236,7 +236,7 @@ class SharedRateLimiter(AdaptiveRateLimiter):
             self._unreported.append(event)
 
     def _run_thread(self) -> None:
-        """Take slots when some are wanted, and tell what was heard."""
+        """Take slots when requests are waiting, and report responses."""
         try:
             while not self._stopping:
                 self._wake.wait(REPORT_EVERY_S)
@@ -256,7 +256,7 @@ class SharedRateLimiter(AdaptiveRateLimiter):
             return
 
         def take(state: str | None, now: float) -> tuple[str, tuple[float, SlotGrant]]:
-            # The server told its time before this: by our clock it is not later than now.
+            # The server read its clock before this, so its time is not later than ours now.
             asked = time.monotonic()
             state, taken = take_slots(state, now, heard, wanted)
             return state, (asked, taken)
@@ -271,5 +271,5 @@ class SharedRateLimiter(AdaptiveRateLimiter):
         with self._lock:
             if taken.blocked_s:
                 self._block_until(asked + taken.blocked_s)
-            if self._throttled_count == refused:  # else they were given before that was known
+            if self._throttled_count == refused:  # otherwise the slots were granted before this 429 was known
                 self._slots.add(asked, taken.slots)

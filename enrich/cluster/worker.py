@@ -1,6 +1,6 @@
-"""One of several workers over a ledger on a server: submits and polls, reports how far it is, and takes words.
+"""One of several workers on a PostgreSQL ledger: submits and polls, reports its status, and handles commands.
 
-It holds a lease of its own. It takes on what workers that are gone have left, and begins anew when its lease ran out.
+It holds its own lease. It takes over tasks of workers that are gone, and starts again after its lease has expired.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from enrich.run.poller import Poller
 from enrich.run.rate_limit import AdaptiveRateLimiter
 from enrich.run.state import RunCounters, RunState, Timeouts
 
-#: How often a worker looks for tasks that nobody holds, in seconds.
+#: How often a worker looks for tasks that no process holds, in seconds.
 TAKE_OVER_EVERY_S = 1.0
 
 
 class WorkerCommand(Enum):
-    """What a worker is told while it works."""
+    """A command to a running worker."""
 
-    STOP_SUBMITTING = auto()  # no new POST leaves
-    STOP_POLLING = auto()  # nothing more is asked
-    FINISH_EARLY = auto()  # every task is asked once more
-    ABORT = auto()  # nothing is waited for any more
+    STOP_SUBMITTING = auto()  # send no more POSTs
+    STOP_POLLING = auto()  # send nothing more
+    FINISH_EARLY = auto()  # poll every task once more
+    ABORT = auto()  # stop waiting for anything
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """What a worker is told at its start; it has an equal share of what may be in flight."""
+    """What a worker is started with. `max_open_tasks` is its equal share of the run's limit."""
 
     work_config: WorkConfig
     access: ApiAccess
@@ -50,13 +50,13 @@ class WorkerTask:
     max_open_tasks: int
     result_ttl_s: float
     poll_schedule: PollSchedule
-    #: The owner that leads the execution.
+    #: The owner that leads the run.
     leader_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How far a worker is; `ended` comes once, when all that it knew is in the ledger."""
+    """The status of a worker. `is_done` is set once, when all that it learned is in the ledger."""
 
     counters: RunCounters = field(default_factory=RunCounters)
     open_tasks: int = 0
@@ -69,10 +69,10 @@ class WorkerStatus:
 
 
 class Worker:
-    """Does one errand. May be told words, and asked how far it is, at any time."""
+    """Runs one worker task. Commands and status requests are possible at any time."""
 
     def __init__(self, worker_task: WorkerTask) -> None:
-        """Make ready; nothing is sent before `work`."""
+        """Prepare; nothing is sent before `run`."""
         self._task = worker_task
         self._poller: Poller | None = None
         self._finishing_early = False
@@ -87,7 +87,7 @@ class Worker:
         )
 
     def handle(self, command: WorkerCommand) -> None:
-        """Go on as the word says."""
+        """Execute a command."""
         run_state = self._state
         match command:
             case WorkerCommand.STOP_SUBMITTING:
@@ -105,13 +105,13 @@ class Worker:
                 run_state.abort_now()
 
     async def finish_orphaned(self, at_most_s: float) -> None:
-        """Without anybody to obey write down what is on the wire, and leave."""
+        """Stop because the run is gone: wait up to `at_most_s` seconds for running POSTs, store them, and abort."""
         self.handle(WorkerCommand.STOP_SUBMITTING)
         await self._state.wait_for_posts(at_most_s)
         self._state.abort_now()
 
     def status(self, *, is_done: bool = False) -> WorkerStatus:
-        """Tell how far it is."""
+        """Return the current status."""
         run_state = self._state
         return WorkerStatus(
             run_state.counters,
@@ -125,18 +125,18 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Do the errand; what goes wrong is told."""
+        """Run the task. Errors become exit reasons in the status."""
         execution = self._state
         try:
             with SharedRateLimiter(self._task.ledger) as execution.rate_limiter:
                 while not await self._run_with_lease() and not execution.stop_submitting.is_set():
                     execution.open_tasks = execution.posts_in_flight = 0
         except EnrichError as error:
-            # 5 promises that nothing was spent.
+            # Exit code REFUSED promises that nothing was spent, which is not certain here
             execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
 
     async def _run_with_lease(self) -> bool:
-        """Work for as long as one lease holds; tell whether there was nothing more to do before it was lost."""
+        """Work under one lease. Return False when it was lost before all work was done."""
         errand, run_state = self._task, self._state
         try:
             with open_leased(errand.ledger, leader_id=errand.leader_id) as (ledger, lease):
@@ -149,7 +149,7 @@ class Worker:
                     while tasks := await self._submit_and_poll(ledger_writer, client, tasks):
                         pass
         except RunEnded:
-            pass  # we were asleep, and may wake up long after
+            pass  # the machine was suspended, and the run has ended meanwhile
         except LeaseLost:
             return False
         return True
@@ -157,7 +157,7 @@ class Worker:
     async def _submit_and_poll(
         self, ledger_writer: LedgerWriter, client: Client, tasks: Sequence[Task]
     ) -> Sequence[Task]:
-        """Submit and poll, also what others leave behind meanwhile; return what they left in the last moment."""
+        """Submit and poll, also tasks that other workers leave. Return those taken over after the poller ended."""
         run_state, ended = self._state, asyncio.Event()
         late: list[Task] = []
         poller = self._poller = self._task.work_config.make_poller(run_state, ledger_writer, client)
@@ -184,7 +184,7 @@ class Worker:
         return late
 
     async def _take_over(self, ledger_writer: LedgerWriter) -> Sequence[Task]:
-        """Take tasks that nobody holds, as many as there is room for."""
+        """Take over as many tasks that no process holds as there are free slots."""
         run_state = self._state
         free_slots = run_state.max_open_tasks - run_state.open_tasks - run_state.posts_in_flight
         if free_slots <= 0 or self._finishing_early or run_state.stop_polling.is_set():

@@ -1,1 +1,1 @@
-"""Ledger."""
+"""The ledger: stores every request, task, answer and credit in SQLite or PostgreSQL."""

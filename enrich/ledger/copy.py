@@ -1,4 +1,4 @@
-"""Copies a ledger into another database, and proves that both say the same."""
+"""Copies a ledger into another database and verifies that both hold the same data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
 from enrich.ledger.verify import LedgerVerifier
 
-#: All that a ledger remembers, with what tells the rows of a table apart. Who refers to another is checked at the end.
+#: All copied tables, each with the columns that identify a row. References are checked after all tables are loaded.
 COPIED_TABLES = {
     "facts": ("name",),
     "waterfalls": ("identifier",),
@@ -33,26 +33,27 @@ COPIED_TABLES = {
     "delivered": ("job", "row_key"),
     "latencies": ("call", "seconds"),
 }
-#: Columns of text in which databases differ about what comes first.
+#: Text columns: SQLite and PostgreSQL sort these differently by default.
 _TEXT_KEY_COLUMNS = ("name", "identifier", "job", "call")
-#: Tells of the processes of an execution, and of nothing once it has ended; a file has no such column.
+#: Only meaningful while a run is active, and absent from SQLite ledgers.
 _UNCOPIED_COLUMNS = ("owner_id",)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """What was copied: how many rows of each table, and a hash of all they say, which is the same on both sides."""
+    """The result of a copy: rows per table, and a hash of all rows that is equal for source and target."""
 
     rows: dict[str, int]
     digest: str
-    #: Where the key to those who were forgotten lies now; None: nobody was.
+    #: Where the key for the hashes of forgotten people is now. None: there is no key.
     key: Path | None = None
 
 
 def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
-    """Copy a ledger that no run is at work with, all of it or nothing, to where no other is.
+    """Copy a whole ledger that no run is using, or nothing of it, to a location that holds no ledger data.
 
-    The key to those who were forgotten goes with it. Raises Refused, and LedgerLocked while a run holds either.
+    The key for the hashes of forgotten people is copied too. Raises CommandRefused, and LedgerLocked while a run holds
+    either ledger.
     """
     if source == target:
         raise CommandRefused(f"{target}: this is the ledger itself", "name another place for the copy")
@@ -74,15 +75,15 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
 
 
 class _SourceLedger(LedgerVerifier):
-    """A ledger that is read from end to end."""
+    """A ledger that is read completely."""
 
     def copied_columns(self, table: str) -> list[str]:
-        """Name the columns of a table that are copied."""
+        """Return the columns of a table that are copied."""
         described = self._db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
         return [column[0] for column in described if column[0] not in _UNCOPIED_COLUMNS]
 
     def all_rows(self, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-        """Yield all rows of a table, in an order that is the same everywhere."""
+        """Yield all rows of a table, in the same order in both databases."""
         order = ", ".join(
             name + (self._db.dialect.byte_order if name in _TEXT_KEY_COLUMNS else "") for name in COPIED_TABLES[table]
         )
@@ -90,20 +91,20 @@ class _SourceLedger(LedgerVerifier):
 
 
 class _TargetLedger(_SourceLedger):
-    """A ledger that is written from another."""
+    """A ledger that is filled from another one."""
 
     def __init__(self, location: LedgerLocation) -> None:
-        """Make it, unless it is there; one that is not empty stays as it is."""
+        """Create the ledger if it is missing. A ledger with data is left unchanged."""
         Database.__init__(self, location)
 
     def is_empty(self) -> bool:
-        """Tell whether it remembers nothing."""
+        """Return whether all copied tables are empty."""
         return not any(
             self._db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in COPIED_TABLES
         )
 
     def load_tables(self, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
-        """Write the columns and rows of each table; they may refer to those that come later."""
+        """Insert the rows of each table. Rows may refer to rows of tables that are loaded later."""
         with self._db.deferred_references():
             for table, (columns, rows) in tables.items():
                 self._db.load_rows(table, columns, rows)
@@ -111,7 +112,10 @@ class _TargetLedger(_SourceLedger):
 
 @contextmanager
 def _created_target(location: LedgerLocation) -> Iterator[_TargetLedger]:
-    """Have a ledger to write to; one that was made for that goes with what fails: empty, it would pay for all again."""
+    """Open the target ledger. If the copy fails, delete a ledger that was created here.
+
+    An empty ledger that stays behind would let a later run pay for every request again.
+    """
     is_new = not ledger_exists(location)
     try:
         with closing(_TargetLedger(location)) as writer:
@@ -123,7 +127,7 @@ def _created_target(location: LedgerLocation) -> Iterator[_TargetLedger]:
 
 
 def _copy_tables(reader: _SourceLedger, writer: _TargetLedger) -> CopyResult:
-    """Copy everything and read it again. Raises Refused when that is not the same, or not sound."""
+    """Copy all tables and read them back. Raises CommandRefused when the copy differs or violates an invariant."""
     if not writer.is_empty():
         raise CommandRefused(
             f"{writer.location}: this ledger is not empty", "a copy replaces nothing: choose another place"
@@ -155,13 +159,13 @@ def _copy_tables(reader: _SourceLedger, writer: _TargetLedger) -> CopyResult:
 
 @dataclass(slots=True)
 class _TableDigest:
-    """Counts rows and hashes what they say, as they pass."""
+    """Counts and hashes rows while they are streamed."""
 
     rows: int = 0
     hash: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
 
     def count_and_hash(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Pass rows on; PostgreSQL's text can't hold a NUL, of which a run makes what stands here, too."""
+        """Yield rows with NUL replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL."""
         for row in rows:
             plain = tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
             self.rows += 1
@@ -169,12 +173,12 @@ class _TableDigest:
             yield plain
 
     def result(self) -> tuple[int, str]:
-        """Tell what passed."""
+        """Return the row count and the hash."""
         return self.rows, self.hash.hexdigest()
 
 
 def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path | None:
-    """Copy the key to those who were forgotten (0600), if there is one; another is not replaced."""
+    """Copy the key for the hashes of forgotten people, if there is one (mode 0600). Never replace a different key."""
     source_path, target_path = key_path(source), key_path(target)
     if not source_path.exists():
         return None

@@ -1,4 +1,4 @@
-"""A ledger's database: a file, or a schema on a server; written in transactions."""
+"""Opens a ledger's database (a SQLite file or a PostgreSQL schema) and runs transactions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from enrich.models import Call
 
 
 def load_postgres() -> ModuleType:
-    """Load `enrich.ledger.postgres_schema`. Raises JobError when its driver was not installed."""
+    """Import `enrich.ledger.postgres_schema`. Raises JobError when psycopg is not installed."""
     try:
-        from enrich.ledger import postgres_schema  # noqa: PLC0415 - it would take its time from everybody
+        from enrich.ledger import postgres_schema  # noqa: PLC0415 - slow to import, and SQLite ledgers do not need it
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise
@@ -34,14 +34,14 @@ def load_postgres() -> ModuleType:
 
 
 T = TypeVar("T")
-#: So long a server that is away is waited for when nothing was begun yet.
+#: How long opening waits for an unreachable server, in seconds, when nothing has started yet.
 OPEN_TIMEOUT_S = 3.0
 
 
 class Database:
-    """One ledger, one connection."""
+    """One ledger over one connection."""
 
-    def __init__(  # noqa: PLR0913 - all but the place are exceptions
+    def __init__(  # noqa: PLR0913 - all but the location are exceptions
         self,
         location: LedgerLocation,
         *,
@@ -51,15 +51,15 @@ class Database:
         fencing_token: FencingToken | None = None,
         open_timeout_s: float = OPEN_TIMEOUT_S,
     ) -> None:
-        """Open the ledger, making it when it is not there; `read_only` looks while an execution is at work.
+        """Open the ledger and create it if it is missing. With `read_only` it can be read during a run.
 
-        `unchecked` leaves it to the caller to look for damage.
-        With a `fence` every transaction fails once its owner has lost the lease. A server that is away is waited for
-        `patience_s`. Raises Refused when this is no ledger,
-        when it is newer than this program or can't be written.
+        With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks
+        for damage. With a `fencing_token` every transaction fails once the owner has lost its lease. An unreachable
+        server is retried for `open_timeout_s` seconds. Raises CommandRefused when this is not a ledger, when it was
+        written by a newer version of enrich, or when it cannot be written.
         """
         self.location = location
-        #: Who writes, where processes hold what they are at by leases.
+        #: The owner that this connection writes as, where processes hold their work by leases. None: no leases.
         self.owner_id = None if fencing_token is None else fencing_token.owner_id
         if isinstance(location, PostgresLocation):
             self._db: Session = load_postgres().open_schema(
@@ -75,36 +75,36 @@ class Database:
             )
 
     def watch_files(self) -> None:
-        """Record which files the ledger is open in; the caller holds its lock."""
+        """Record which files the ledger is open in. The caller holds the ledger's lock."""
         if isinstance(self.location, Path):
             self._db.watch_files(self.location)
 
     def check_files(self) -> None:
-        """Raise LedgerMoved when one of them was removed or replaced."""
+        """Raise LedgerMoved when one of the recorded files was removed or replaced."""
         self._db.check_files()
 
     def close(self) -> None:
-        """Close the database; what was committed stays."""
+        """Close the connection. Committed data stays."""
         self._db.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """One commit; nothing of it stays when the block raises."""
+        """Run the block in one transaction. When it raises, everything it wrote is rolled back."""
         try:
             self._db.begin()
             yield
-            if self._db.in_transaction:  # unless the block has taken all of it back
+            if self._db.in_transaction:  # false when the block has rolled back
                 self._db.commit()
         except BaseException:
             self._db.rollback()
             raise
 
     def shorten_waits(self) -> None:
-        """Hear, from any thread, that nobody wants to wait long for a server any more."""
+        """Shorten all waits for an unreachable server. Can be called from any thread."""
         self._db.shorten_waits()
 
     def retry_on_disconnect(self, action: Callable[[], T]) -> T:
-        """Do what makes a transaction of its own; when the server was away, again, though it may have been done."""
+        """Run an action that is one transaction. Retry it after a lost connection, even if it may be committed."""
         while True:
             try:
                 return action()
@@ -113,12 +113,12 @@ class Database:
                     raise
 
     def rollback(self) -> None:
-        """Take back what a transaction wrote so far, and end it."""
+        """Roll back and end the current transaction."""
         self._db.rollback()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """See everything as it stands at this moment, though a run goes on."""
+        """Read from one snapshot, also during a run."""
         self._db.begin_snapshot()
         try:
             yield
@@ -126,38 +126,38 @@ class Database:
             self._db.rollback()
 
     def reconnect(self, failure: BaseException) -> bool | None:
-        """Be ready again after a failure in a transaction, whose whole block may be done again then.
+        """Recover after a failure in a transaction, so that its whole block can be run again.
 
-        Tell whether what it wrote is there all the same; None: the failure stays.
+        Return whether the failed transaction was committed after all. None: the failure is permanent.
         """
         return self._db.reconnect(failure)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """One move of many in a transaction: when it raises, the others stay."""
+        """Isolate one of several operations of a transaction: when it raises, only its own changes are rolled back."""
         self._db.execute("SAVEPOINT move")
         try:
             yield
         except BaseException:
-            if self._db.in_transaction:  # a full disk may have ended it
+            if self._db.in_transaction:  # false when a full disk has already ended the transaction
                 self._db.execute("ROLLBACK TO move")
                 self._db.execute("RELEASE move")
             raise
         self._db.execute("RELEASE move")
 
     def enable_secure_delete(self) -> None:
-        """Overwrite from now on what is deleted, where the database can."""
+        """Overwrite deleted data from now on, if the database supports it."""
         self._db.enable_secure_delete()
 
     def discard_erased_data(self) -> bool:
-        """Leave nothing of what was erased where the database keeps its past.
+        """Remove erased data from where the database keeps old versions.
 
-        Return whether that is done: not while somebody reads the ledger as it was before.
+        Return whether that is complete. It is not while another connection still reads an older snapshot.
         """
         return self._db.discard_erased_data()
 
     def _stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
-        """Yield rows that are too many to be held at once."""
+        """Stream the rows of a query that are too many to hold in memory."""
         names: list[str] = [column[0] for column in self._db.execute(f"{sql} LIMIT 0").description or ()]
         return (dict(zip(names, row, strict=True)) for row in self._db.stream(sql))
 
@@ -168,9 +168,9 @@ class Database:
 
 
 def ledger_exists(location: LedgerLocation) -> bool:
-    """Tell whether a ledger was ever made there.
+    """Return whether a ledger exists at this location.
 
-    Raises Refused when the server can't be asked, and when the path is a dangling link or no file.
+    Raises CommandRefused when the server cannot be reached, and when the path is a dangling link or not a file.
     """
     return (
         load_postgres().schema_exists(location)
@@ -180,7 +180,7 @@ def ledger_exists(location: LedgerLocation) -> bool:
 
 
 def delete_ledger(location: LedgerLocation) -> None:
-    """Remove a ledger for good. Raises Refused when the server can't be asked, and OSError."""
+    """Delete a ledger permanently. Raises CommandRefused when the server cannot be reached, and OSError."""
     if isinstance(location, PostgresLocation):
         load_postgres().drop_schema_tables(location)
         return
@@ -189,19 +189,19 @@ def delete_ledger(location: LedgerLocation) -> None:
 
 
 class LatencyQueries(Database):
-    """A ledger that remembers when it pays to ask."""
+    """A ledger that stores how long tasks take, for the poll schedule."""
 
     def load_latencies(self, call: Call, bulk_size: int | None = None) -> list[tuple[float, float]]:
-        """Tell how many answers took at most how many seconds, as it was remembered; nothing before the first.
+        """Return pairs (seconds, answers): how many answers took at most that many seconds. Empty before the first run.
 
-        `bulk`: those of tasks for so many requests.
+        With `bulk_size`, those of bulk tasks with that many requests.
         """
         return self._db.execute(
             "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (_call_key(call, bulk_size),)
         ).fetchall()
 
     def save_latencies(self, call: Call, learned: Iterable[tuple[float, float]], bulk_size: int | None = None) -> None:
-        """Remember this instead of what was remembered of the call."""
+        """Replace the stored durations of a call."""
         name = _call_key(call, bulk_size)
         self._db.execute("DELETE FROM latencies WHERE call = ?", (name,))
         self._db.executemany(

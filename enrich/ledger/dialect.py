@@ -1,4 +1,4 @@
-"""What the ledger asks of a database, whichever keeps it, and the few words in which the databases differ."""
+"""What the ledger needs from a database, and the parts of SQL that differ between SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -9,149 +9,149 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-#: A server that is away in the middle of a run is waited for so long, in seconds.
+#: How long a run waits for a server that became unreachable, in seconds.
 OUTAGE_TIMEOUT_S = 300.0
 
 
 class DatabaseFailed(Exception):
-    """The database of a ledger that is no file could not do what it was asked."""
+    """An operation on a PostgreSQL ledger failed."""
 
 
 class TransactionInterrupted(DatabaseFailed):
-    """Nothing of the transaction was written, or nobody knows: the connection was lost, or others were in the way."""
+    """The transaction was not written, or its result is unknown: connection lost, or conflict with another process."""
 
 
-#: What a database raises that could not do what it was asked.
+#: What a failed database operation raises.
 DATABASE_ERRORS = (sqlite3.Error, DatabaseFailed)
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Parts of SQL that are another in each database."""
+    """The parts of SQL that differ between databases."""
 
-    #: A number that counts up by itself, as the primary key.
+    #: Column definition of an auto-incremented primary key.
     serial_key: str
-    #: The type of bytes.
+    #: Column type for bytes.
     blob_type: str
-    #: Where a pass over the input is kept: it ends with the connection, or several processes share it.
+    #: Whether the tables of a pass over the input are shared by several processes. False: they end with the connection.
     passes_are_shared: bool
-    #: Whether processes hold what they are at by leases.
+    #: Whether processes hold the tasks they work on by leases.
     has_leases: bool
-    #: Rows that are read to be changed, which another may be about to change, too.
+    #: Suffix of SELECT: lock the rows that are about to be changed.
     for_update: str = ""
-    #: … and which are left to whoever holds them.
+    #: The same, but skip rows that another transaction has locked.
     skip_locked: str = ""
-    #: Keeps SQLite's planner from an index on what follows.
+    #: Prefix that keeps SQLite's planner from using an index on the following column.
     no_index: str = ""
-    #: Joins in the order in which they are written, where the planner would choose a worse one.
+    #: Joins tables in the written order, where the planner would choose a worse one.
     ordered_join: str = "JOIN"
-    #: Behind a column: read its text as JSON.
+    #: Suffix of a text column: read its content as JSON.
     as_json: str = ""
-    #: Behind a column of text that rows are sorted by: as its bytes are, whatever language the database has.
+    #: Suffix of a text column in ORDER BY: sort by bytes, whatever the collation of the database is.
     byte_order: str = ""
-    #: Puts all values of a group into one JSON list.
+    #: Collects all values of a group into one JSON list.
     json_list: str = ""
-    #: A column of text as its bytes, which need not be UTF-8.
+    #: Reads a text column as bytes, which may be invalid UTF-8.
     as_bytes: str = "{}"
-    #: Rows that refer to what is not there.
+    #: Selects rows that refer to missing rows.
     orphan_query: str = "SELECT 1 WHERE false"
-    #: Keeps others from comparing the same task ids (a JSON list of lists) until this transaction ends.
+    #: Keeps other transactions from comparing the same task ids (a JSON list of lists) until this one ends.
     lock_task_ids: str = ""
-    #: What no process is at any more: nobody began it with a lease, or the lease ran out, or it was us.
+    #: Condition for attempts that no other process holds: without an owner, with an ended lease, or our own.
     not_held_by_others: str = "true"
 
 
 class Cursor(Protocol):
-    """What a statement brought."""
+    """The result of a statement."""
 
     @property
     def rowcount(self) -> int:
-        """How many rows were changed."""
+        """The number of rows that were changed."""
 
     @property
     def description(self) -> Sequence[Any] | None:
-        """The columns, the name of each first."""
+        """The columns; the first item of each is its name."""
 
     def fetchone(self) -> Any:  # noqa: ANN401 - a row
         """Return the next row, None after the last."""
 
     def fetchall(self) -> list[Any]:
-        """Return all other rows."""
+        """Return all remaining rows."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class Session(Protocol):
-    """A connection to the database of one ledger. SQL has `?` or `?1` for its values."""
+    """A connection to the database of one ledger. SQL parameters are written as `?` or `?1`."""
 
     dialect: Dialect
 
     @property
     def in_transaction(self) -> bool:
-        """Tell whether a transaction was begun."""
+        """Return whether a transaction is open."""
 
     def watch_files(self, path: Path) -> None:
-        """Record the files of the ledger, which `check_files` compares from then on."""
+        """Record the files of the ledger that `check_files` compares from then on."""
 
     def check_files(self) -> None:
         """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
-        """Do one statement."""
+        """Run one statement."""
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> object:
-        """Do one statement for each of many rows."""
+        """Run one statement for each of many rows."""
 
     def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
-        """Yield the rows of a query that are too many to be held at once."""
+        """Yield the rows of a query that are too many to hold in memory."""
 
     def deferred_references(self) -> AbstractContextManager[None]:
-        """Let rows be loaded in any order, in a transaction: who refers to whom is checked at its end."""
+        """Allow rows to be loaded in any order within a transaction. References are checked at the end."""
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
-        """Add many rows to a table, with numbers of their own; those that come later count on from these."""
+        """Insert many rows with their own ids. Later ids continue after the highest one."""
 
     def begin(self) -> None:
         """Begin a transaction that writes."""
 
     def begin_snapshot(self) -> None:
-        """Begin a transaction that sees everything as it stands now."""
+        """Begin a transaction that reads from one snapshot."""
 
     def begin_temporary(self) -> None:
-        """Begin a transaction that writes to temporary tables alone."""
+        """Begin a transaction that writes only to temporary tables."""
 
     def commit(self) -> None:
-        """End it; what it wrote is durable."""
+        """Commit the transaction durably."""
 
     def rollback(self) -> None:
-        """Take back what it wrote, if one was begun and is there yet."""
+        """Roll back the open transaction, if there is one."""
 
     def reconnect(self, failure: BaseException) -> bool | None:
-        """Be ready again after a failure in a transaction.
+        """Recover the connection after a failure in a transaction.
 
-        Tell whether what it wrote is there all the same; None: the failure stays.
+        Return whether the failed transaction was committed after all. None: the failure is permanent.
         """
 
     def has_temporary_table(self, table: str) -> bool:
-        """Tell whether this connection has made a temporary table."""
+        """Return whether this connection has created the temporary table."""
 
     def shorten_waits(self) -> None:
-        """Hear, from any thread, that nobody wants to wait long any more."""
+        """Shorten all waits for the database. Can be called from any thread."""
 
     def clear_table(self, table: str) -> None:
-        """Empty a temporary table."""
+        """Delete all rows of a temporary table."""
 
     def analyze(self, table: str) -> None:
-        """Let the planner know how many rows a temporary table has."""
+        """Update the planner's statistics of a temporary table."""
 
     def integrity_problems(self) -> Iterator[str]:
-        """Read the whole database; yield what is not sound about it."""
+        """Read the whole database and yield each integrity problem."""
 
     def enable_secure_delete(self) -> None:
-        """Overwrite from now on what is deleted."""
+        """Overwrite deleted data from now on."""
 
     def discard_erased_data(self) -> bool:
-        """Leave nothing of what was erased where the database keeps its past; tell whether that is done."""
+        """Remove erased data from where the database keeps old versions. Return whether that is complete."""
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""

@@ -1,7 +1,7 @@
-"""From the input to the queue: what each row's question is to the ledger, and what an execution wants.
+"""Joins the input with the ledger: finds each row's request and decides which requests a run sends.
 
-A pass reads the input once, batch by batch. What it has seen lies in temporary tables, so that
-`enrich plan` decides by the same statements as a run, over a ledger that is only looked into.
+A pass reads the input once, batch by batch. Its state is in temporary tables, so that `enrich plan` decides with the
+same statements as a run, over a ledger that is opened read-only.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from enrich.models import (
 if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken
 
-#: Word for word the condition of the index `open_attempts`: without it SQLite would read all attempts.
+#: Exactly the condition of the index `open_attempts`. With other wording SQLite would read all attempts.
 OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
-#: Likewise of the index `queue`: what this execution may ask, whatever it has been asked before.
+#: Exactly the condition of the index `queue`: requests that this run may send, including those sent before.
 QUEUED = "position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"
-#: What a limit and a sample count: also what was asked since the plan that says them.
+#: The decisions that limit and sample count. They include requests sent since the plan was saved.
 _COUNTED_TOWARDS_LIMIT = (
     f"decision IN ({', '.join(repr(decision.value) for decision in (*DECISIONS_TO_SEND, Decision.PLANNED))})"
 )
 
-#: Where the number of a question of `batch b` is looked up.
+#: Joins that find the id of a request of `batch b`, in the ledger or among this pass's unknown requests.
 _KNOWN_REQUESTS = "requests k ON k.fingerprint = b.fingerprint"
 _UNKNOWN_REQUESTS = "(SELECT -id AS id, fingerprint FROM strangers) k ON k.fingerprint = b.fingerprint"
 
-#: More than SQLite's integers can't count.
+#: A LIMIT without effect. It fits into SQLite's 64-bit integers.
 MAX_ROWS = 2**62
 
 _PASS_TABLES = (
-    # The distinct questions of a batch, each with the first row that asks it.
+    # The distinct requests of a batch, each with the first row that has it.
     "CREATE TEMP TABLE batch (i BIGINT PRIMARY KEY, fingerprint {blob} NOT NULL, place BIGINT NOT NULL, grp TEXT)",
-    # Which requests they are. What the ledger does not know is a stranger, whose number is negative.
+    # The id of each request. A request that is not in the ledger goes to `strangers` and gets a negative id.
     "CREATE TEMP TABLE asks (i BIGINT PRIMARY KEY, id BIGINT NOT NULL)",
     "CREATE TEMP TABLE strangers (id {serial}, fingerprint {blob} NOT NULL UNIQUE)",
 )
-# By number rather than by fingerprint: a file's requests stand in the ledger nearly in its order.
+# The key is the id, not the fingerprint: the requests of a file are in the ledger nearly in the file's order.
 _SEEN_TABLE = """CREATE TEMP TABLE seen (id BIGINT PRIMARY KEY, position BIGINT NOT NULL, place BIGINT NOT NULL,
 grp TEXT, decision TEXT NOT NULL)"""
 
@@ -69,9 +69,9 @@ class EnrollQueries(LatencyQueries):
         fencing_token: FencingToken | None = None,
         open_timeout_s: float = OPEN_TIMEOUT_S,
     ) -> None:
-        """Open the ledger as Database does."""
+        """Open the ledger. For the parameters see Database."""
         super().__init__(location, read_only=read_only, fencing_token=fencing_token, open_timeout_s=open_timeout_s)
-        #: What was seen is known to all that work at this execution, and lies in the ledger.
+        #: The table `seen` is in the ledger, and all processes of the run share it.
         self._pass_is_shared = self._db.dialect.passes_are_shared and not read_only
         self._selection = RequestSelection()
         self._has_joined_pass = False
@@ -89,27 +89,27 @@ class EnrollQueries(LatencyQueries):
             self._create_pass_tables()
 
     def reconnect(self, failure: BaseException) -> bool | None:
-        """Do as Database does; temporary tables go with their connection."""
+        """Reconnect as Database does, and create the temporary tables again: they ended with the old connection."""
         was_committed = super().reconnect(failure)
         if was_committed is not None:
-            # The server may go away again.
+            # The connection may be lost again.
             self.retry_on_disconnect(self._recreate_pass_tables)
         return was_committed
 
     def begin_pass(self, selection: RequestSelection | None = None) -> None:
-        """Begin to read the input from its start: no request was seen yet."""
+        """Start reading the input from its beginning. No request has been seen yet."""
         self._selection = selection or RequestSelection()
         self._has_joined_pass = False
         self._db.clear_table("seen")
         self._db.clear_table("strangers")
 
     def join_pass(self, selection: RequestSelection) -> None:
-        """Take part in a pass that another process has begun, with the same wish."""
+        """Join a pass that another process has started with the same `selection`."""
         self._selection = selection
         self._has_joined_pass = True
 
     def preview(self, requests: Iterable[RowRequest]) -> None:
-        """See the requests of a batch; decide about those not seen before in this pass."""
+        """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged."""
         with self._temporary_transaction():
             self._load_batch(requests)
             self._db.execute(
@@ -120,7 +120,7 @@ class EnrollQueries(LatencyQueries):
             self._record_seen()
 
     def enroll(self, call: Call, requests: Iterable[RowRequest]) -> None:
-        """See the requests of a batch, making those that are new; `mark` puts what is wanted into the queue."""
+        """Read the requests of a batch and insert the new ones. `fill_queue` queues the selected ones afterwards."""
         params = self._load_batch(requests)
         rows = self._db.execute("SELECT fingerprint FROM batch WHERE i NOT IN (SELECT i FROM asks) ORDER BY i")
         new_fingerprints = [name for (name,) in rows]
@@ -131,7 +131,7 @@ class EnrollQueries(LatencyQueries):
             self._db.executemany(
                 "INSERT INTO requests (fingerprint, call_id, params, state) VALUES (?, ?, ?, 'pending') "
                 "ON CONFLICT DO NOTHING",
-                # Who enrolls the same at the same time does it in the same order, and nobody waits in a circle.
+                # Processes that enroll the same requests at once insert them in the same order: no deadlocks.
                 [
                     (name, call_id, params[name])
                     for name in (sorted(new_fingerprints) if self._pass_is_shared else new_fingerprints)
@@ -139,7 +139,7 @@ class EnrollQueries(LatencyQueries):
             )
             self._match_batch(_KNOWN_REQUESTS)
         self._record_seen()
-        # What was purged is known by its name alone until it is to be asked again.
+        # A purged request has no params. Restore them if it is to be sent again.
         purged = self._db.execute(
             "SELECT fingerprint, id FROM requests WHERE erased_ms IS NOT NULL "
             f"AND id IN (SELECT id FROM asks JOIN seen USING (id) WHERE {_TO_SEND})"
@@ -150,13 +150,13 @@ class EnrollQueries(LatencyQueries):
         )
 
     def apply_limits(self) -> None:
-        """Leave out what the wish leaves out, now that the whole input was seen: caps, then sample, then limit."""
+        """Exclude requests once the whole input was read: by per-group limit, then sample, then limit."""
         with self._temporary_transaction():
             self._apply_limits(self._selection)
 
     def _apply_limits(self, selection: RequestSelection) -> None:
         if selection.max_per_group is not None:
-            # What was asked before counts first.
+            # Requests sent before count towards the limit first.
             self._exclude(
                 Decision.CAPPED,
                 "SELECT id FROM (SELECT id, decision, row_number() OVER "
@@ -184,11 +184,11 @@ class EnrollQueries(LatencyQueries):
             )
 
     def fill_queue(self) -> None:
-        """Put what is wanted into the queue; a lead that left the file is forgotten there, and never paid for.
+        """Queue the selected requests. Leads that left the file are removed from the queue and never paid for.
 
-        The mark is a place in the queue; it ends with the execution, and so does the person's word. What is
-        at the API is marked, too: when it fails at no charge, it is asked again. Where the person said how
-        many are asked at most, that holds only for what this wish has asked itself.
+        The queue position is valid for this run only, and so is `--retry`. Running requests get a position too: if they
+        fail at no charge, they are sent again. When the user limits the number of requests, this applies only to
+        requests that this selection has sent.
         """
         self._db.execute(f"UPDATE requests SET position = NULL WHERE {QUEUED}")
         open_request_ids = f"(SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
@@ -201,9 +201,11 @@ class EnrollQueries(LatencyQueries):
         )
 
     def accept_in_doubt_as_failed(self) -> int:
-        """Settle what is in doubt as failed (edge f, by the person's word), of all that was seen in this pass.
+        """Mark unconfirmed (`in_doubt`) requests of this pass as failed (edge f, `--accept in_doubt`).
 
-        Its attempt stays in doubt on record.
+        Return how many.
+
+        Their attempts stay `in_doubt` on record.
         """
         accepted = self._db.execute(
             "UPDATE requests SET state = 'failed' WHERE state = 'in_doubt' AND id IN (SELECT id FROM seen)"
@@ -212,12 +214,12 @@ class EnrollQueries(LatencyQueries):
         return accepted
 
     def decision_counts(self) -> dict[Decision, int]:
-        """Count the distinct requests of this pass by what was decided about them."""
+        """Count the distinct requests of this pass by decision."""
         rows = self._db.execute("SELECT decision, count(*) FROM seen GROUP BY 1")
         return {Decision(decision): count for decision, count in rows}
 
     def oldest_answer_ms(self) -> int | None:
-        """Tell when the oldest answer came (ms) that is used again in this pass; None: there is none."""
+        """Return when the oldest answer reused in this pass was settled (ms). None: no answer is reused."""
         (oldest_ms,) = self._db.execute(
             "SELECT min(a.settled_ms) FROM seen s JOIN requests r ON r.id = s.id "
             "JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.decision IN ('found', 'not_found')"
@@ -225,7 +227,7 @@ class EnrollQueries(LatencyQueries):
         return None if oldest_ms is None else int(oldest_ms)
 
     def row_decisions(self, requests: Iterable[RowRequest]) -> Iterator[RowDecision]:
-        """Tell what was decided about each row of a batch, now that the whole input was seen."""
+        """Yield the decision for each row of a batch. Call it after the whole input was read."""
         rows = list(requests)
         with self._temporary_transaction():
             self._load_batch(rows)
@@ -243,7 +245,7 @@ class EnrollQueries(LatencyQueries):
                 yield RowDecision(row.position, *by_fingerprint[row.fingerprint])
 
     def enrolled_counts(self) -> dict[State, int]:
-        """Count the distinct requests of this pass by their state; those in the queue are pending."""
+        """Count the distinct requests of this pass by state. Queued requests count as pending."""
         rows = self._db.execute(
             "SELECT CASE WHEN r.position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
             "THEN 'pending' ELSE r.state END, count(*) "
@@ -252,14 +254,14 @@ class EnrollQueries(LatencyQueries):
         return {State(state): count for state, count in rows}
 
     def queued_count(self) -> int:
-        """Count what may be asked yet."""
+        """Count the queued requests that are not running."""
         (count,) = self._db.execute(f"SELECT count(*) FROM requests WHERE {QUEUED}").fetchone()
         return int(count)
 
     def request_results(self, requests: Iterable[RowRequest]) -> list[RequestResult]:
-        """Tell what is known of each request of a batch; one never enrolled is left out, unless it is capped."""
+        """Return the result of each request of a batch. Leave out those never enrolled, unless they are capped."""
         if self._has_joined_pass:
-            self._load_batch(requests)  # all of it was seen, and others may be looking
+            self._load_batch(requests)  # every request was seen already, and other processes may be reading `seen`
         else:
             self.preview(requests)
         rows = self._db.execute(
@@ -275,7 +277,7 @@ class EnrollQueries(LatencyQueries):
 
     @contextmanager
     def _temporary_transaction(self) -> Iterator[None]:
-        """Make one commit of it for who only looks, and has no transaction."""
+        """Use the open transaction, or open one that writes only to temporary tables."""
         if self._db.in_transaction:
             yield
             return
@@ -288,14 +290,14 @@ class EnrollQueries(LatencyQueries):
             raise
 
     def _load_batch(self, requests: Iterable[RowRequest]) -> dict[bytes, str]:
-        """Load the distinct questions of a batch, and find the requests that they are; return their params."""
+        """Load the distinct requests of a batch and find their ids. Return their params by fingerprint."""
         rows = list(requests)
-        # Of rows that ask the same, the first in the input says whose group, the first in the order of asking when.
+        # Of several rows with one request, the first row sets the group and the lowest queue position counts.
         distinct = {row.fingerprint: row for row in reversed(rows)}
         first = list(reversed(distinct.values()))
         self._db.clear_table("batch")
         self._db.clear_table("asks")
-        # A fifth of the time that a row at a time would take.
+        # Takes a fifth of the time of row-by-row inserts.
         self._db.execute(
             "INSERT INTO batch SELECT CAST(value AS BIGINT), substr(?2, CAST(16 * key + 1 AS INTEGER), 16), "
             "CAST(value AS BIGINT), NULL FROM json_each(CAST(?1 AS TEXT))",
@@ -311,7 +313,7 @@ class EnrollQueries(LatencyQueries):
                 [(queue_positions[row.fingerprint], row.group, row.position) for row in first],
             )
         self._db.analyze("batch")
-        # A stranger remains one in this pass, though somebody else may enroll it meanwhile.
+        # An unknown request stays unknown in this pass, even if another process enrolls it meanwhile.
         self._match_batch(_UNKNOWN_REQUESTS)
         self._match_batch(_KNOWN_REQUESTS)
         return {name: row.params for name, row in distinct.items()}
@@ -339,7 +341,7 @@ class EnrollQueries(LatencyQueries):
         )
 
     def _decision_sql(self) -> str:
-        """Write what is decided about a request before the whole input was seen."""
+        """Return the SQL for the decision about a request before the whole input was read."""
         selection = self._selection
         newest = "EXISTS (SELECT 1 FROM attempts a WHERE a.id = r.attempt_id AND {})".format
         cases: dict[str, Decision] = {}
@@ -347,7 +349,7 @@ class EnrollQueries(LatencyQueries):
             settled = newest(
                 f"a.settled_in > {selection.after_execution:d} AND a.execution_id <= {selection.after_execution:d}"
             )
-            # What waited when the plan was made is none of those that it said would be asked.
+            # Requests that were waiting when the plan was saved are not among those it counted to be sent.
             cases[f"r.state = 'pending' AND {settled}"] = Decision.WAITING
             cases[f"r.state <> 'pending' AND {newest(f'a.execution_id > {selection.after_execution:d}')}"] = (
                 Decision.PLANNED
@@ -355,7 +357,7 @@ class EnrollQueries(LatencyQueries):
             cases |= {f"r.state = '{state}' AND {settled}": Decision(state.value) for state in selection.retry}
         cases["r.state IS NULL OR r.state = 'pending'"] = Decision.NEW
         if selection.no_active_run:
-            # The next execution begins with putting it in doubt.
+            # The next run starts by marking these `in_doubt`.
             is_retried = State.IN_DOUBT in selection.retry
             cases["r.state = 'submitting'"] = Decision.RETRY if is_retried else Decision.IN_DOUBT
         cases[f"r.{OPEN_ATTEMPT}"] = Decision.WAITING
@@ -369,8 +371,8 @@ class EnrollQueries(LatencyQueries):
 
 
 def stratified_sample(count: int, sample: int, seed: int) -> list[int]:
-    """Choose `sample` of the numbers below `count`: one at random of each of as many equal stretches."""
+    """Choose `sample` of the numbers below `count`: one random number from each of `sample` equal ranges."""
     sample = min(sample, count)
-    rng = random.Random(seed)  # noqa: S311 - a sample is no secret
+    rng = random.Random(seed)  # noqa: S311 - sampling needs no cryptographic randomness
     stratum_bounds = [number * count // sample for number in range(sample + 1)] if sample else []
     return [rng.randrange(low, high) for low, high in pairwise(stratum_bounds)]

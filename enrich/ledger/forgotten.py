@@ -1,4 +1,4 @@
-"""Keyed hashes of forgotten people, and the file of their key."""
+"""Keyed hashes of forgotten people, and the file that holds the key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from enrich.job.locations import LedgerLocation, path_beside_ledger
 
 @dataclass(frozen=True, slots=True)
 class ForgottenRequests:
-    """What was asked about people who were forgotten, known by keyed hashes alone."""
+    """Requests about forgotten people. Only their keyed hashes are known."""
 
     key: bytes
     hashes: frozenset[bytes] = frozenset()
 
     def __contains__(self, params: str) -> bool:
-        """Tell whether this (JSON, as sent) was asked about one of them."""
+        """Return whether a request with these params (JSON, as sent) is about a forgotten person."""
         return bool(self.hashes) and keyed_hash(self.key, params.encode()) in self.hashes
 
 
@@ -29,12 +29,12 @@ _KEY_BYTES = 32
 
 
 def key_path(ledger: LedgerLocation) -> Path:
-    """Where the key to a ledger's hashes lies: beside it, so that a copy of the ledger alone tells nobody."""
+    """Return the path of the key file. It is beside the ledger, so a copy of the ledger alone identifies no person."""
     return path_beside_ledger(ledger, ".key")
 
 
 def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
-    """Read the key. Raises Refused when it is missing or another: who was forgotten would be asked about again."""
+    """Read the key. Raises CommandRefused when it is missing or wrong: forgotten people would be looked up again."""
     path = key_path(ledger)
     try:
         key = read_bounded(path)
@@ -51,7 +51,7 @@ def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
 
 
 def read_or_make_key(ledger: LedgerLocation) -> bytes:
-    """Read the key, or make one (0600), whole or not at all."""
+    """Read the key, or create it (mode 0600) atomically."""
     path = key_path(ledger)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +66,10 @@ def read_or_make_key(ledger: LedgerLocation) -> bytes:
 
 
 def keyed_hash(key: bytes, value: bytes) -> bytes:
-    """Hash what tells of a person so that nobody without the key can tell of whom."""
+    """Hash personal data so that it cannot be identified without the key."""
     return blake2b(value, key=key, digest_size=16, person=b"enrich-forgotten").digest()
 
 
 def key_id(key: bytes) -> str:
-    """Name a key without telling it."""
+    """Return an identifier of a key that does not reveal the key."""
     return blake2b(key, digest_size=16, person=b"enrich-key").hexdigest()

@@ -1,4 +1,4 @@
-"""What a ledger remembers of executions and of single leads: SQL that only reads, also while a run is at work."""
+"""Reads past runs and single leads from a ledger. Read-only, also during a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from enrich.models import State
 
 @dataclass(frozen=True, slots=True)
 class ExecutionRow:
-    """One execution; times in milliseconds since 1970 (UTC), credits in millionths, None: not known."""
+    """One run. Times are milliseconds since 1970 (UTC), credits are millionths; None: not known."""
 
     id: int
     started_ms: int
@@ -33,9 +33,10 @@ class ExecutionRow:
 
 @dataclass(frozen=True, slots=True)
 class LatestExecutionRow:
-    """The newest execution of a job; times in milliseconds since 1970 (UTC), credits in millionths.
+    """The newest run of a job. Times are milliseconds since 1970 (UTC), credits are millionths.
 
-    `newest` is that of all jobs of the ledger; `oldest_ms` is when that was sent which waits longest at the API.
+    `newest` is the id of the newest run of any job in the ledger. `oldest_ms` is when the oldest running task was
+    submitted.
     """
 
     id: int
@@ -55,7 +56,7 @@ class LatestExecutionRow:
 
 @dataclass(frozen=True, slots=True)
 class LedgerTotals:
-    """The whole ledger, all its jobs: credits in millionths, answers of unknown price, requests."""
+    """Totals of the whole ledger, all jobs: credits in millionths, answers of unknown price, unconfirmed, submitted."""
 
     spent: int
     unknown: int
@@ -65,7 +66,7 @@ class LedgerTotals:
 
 @dataclass(frozen=True, slots=True)
 class RequestRow:
-    """One request: where it stands, what was sent (JSON), and of whom it was asked."""
+    """One request: its state, the params sent (JSON), and the waterfall call it belongs to."""
 
     id: int
     fingerprint: bytes
@@ -78,7 +79,7 @@ class RequestRow:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRow:
-    """One attempt: a POST and what became of it."""
+    """One attempt: a POST and its outcome. Times are milliseconds since 1970 (UTC), credits are millionths."""
 
     id: int
     execution_id: int
@@ -94,7 +95,7 @@ class AttemptRow:
     provider: str | None
     error: str | None
     answer: str | None
-    #: How many were sent with it as one task, itself too, and the price of that task; None: it was sent alone.
+    #: Size and price (millionths) of the bulk task that it was part of. None: it was sent alone.
     bulk_size: int | None = None
     task_credits: int | None = None
 
@@ -104,22 +105,22 @@ _SELECT_REQUEST = "SELECT r.*, c.canonical FROM requests r JOIN calls c ON c.id 
 
 
 class LedgerReader(Database):
-    """A ledger that is only looked into."""
+    """A ledger that is opened read-only."""
 
     def __init__(self, location: LedgerLocation) -> None:
-        """Open it. Raises Refused when it is not there, is no ledger, or has another version."""
+        """Open the ledger. Raises CommandRefused when it is missing, not a ledger, or of another version."""
         if not ledger_exists(location):
             raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
         super().__init__(location, read_only=True)
 
     def begin_snapshot(self) -> None:
-        """See everything from now on as it stands at this moment."""
+        """Read from one snapshot from now on."""
         self._db.begin_snapshot()
 
     # Executions
 
     def executions(self, job: str) -> Iterator[ExecutionRow]:
-        """Yield the executions of a job, newest first."""
+        """Yield the runs of a job, newest first."""
         for row in self._rows("SELECT * FROM executions WHERE job = ? ORDER BY id DESC", job):
             receipt = json.loads(row["receipt"]) if row["receipt"] else {}
             yield ExecutionRow(
@@ -135,12 +136,12 @@ class LedgerReader(Database):
             )
 
     def newest_execution_id(self) -> int:
-        """Return the number of the newest execution of any job, 0 when there is none."""
+        """Return the id of the newest run of any job, 0 when there is none."""
         (number,) = self._db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
         return int(number)
 
     def latest_execution(self, job: str) -> LatestExecutionRow | None:
-        """Return the newest execution of a job, by next to no reading."""
+        """Return the newest run of a job. Reads only a few rows. None: the job has not run."""
         cursor = self._db.execute(
             "SELECT *, (SELECT max(id) FROM executions) AS newest, "
             f"(SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted') AS oldest_ms "
@@ -154,7 +155,7 @@ class LedgerReader(Database):
         return LatestExecutionRow(**{each.name: values[each.name] for each in fields(LatestExecutionRow)})
 
     def last_ended_ms(self, job: str, codes: Collection[int]) -> int | None:
-        """Return when an execution of a job last ended with one of these exit codes."""
+        """Return when a run of a job last ended with one of these exit codes (ms). None: never."""
         placeholders = ",".join("?" * len(codes))
         row = self._db.execute(
             f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders})", (job, *codes)
@@ -162,7 +163,7 @@ class LedgerReader(Database):
         return None if row[0] is None else int(row[0])
 
     def totals(self) -> LedgerTotals:
-        """Sum up the ledger."""
+        """Return the totals of the ledger."""
         row = self._db.execute(
             "SELECT coalesce(sum(paid), 0), "
             "count(*) FILTER (WHERE paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), "
@@ -174,15 +175,15 @@ class LedgerReader(Database):
     # One lead
 
     def find_request(self, fingerprint: bytes) -> RequestRow | None:
-        """Look up a request."""
+        """Find a request by fingerprint. None: the ledger does not have it."""
         return next(map(_request_row, self._rows(_SELECT_REQUEST + "WHERE r.fingerprint = ?", fingerprint)), None)
 
     def find_by_params(self, params: str) -> Iterator[RequestRow]:
-        """Yield the requests that sent the same, of whomever it was asked."""
+        """Yield the requests with the same params, of any waterfall call."""
         return map(_request_row, self._rows(_SELECT_REQUEST + "WHERE r.params = ? ORDER BY r.id", params))
 
     def find_by_any_param(self, params: Mapping[str, str]) -> Iterator[RequestRow]:
-        """Yield the requests that sent one of these values for its param, whatever the case of its letters."""
+        """Yield the requests with one of these values in the same param, ignoring case."""
         folded = {name: value.casefold() for name, value in params.items()}
         for row in self._stream_rows(_SELECT_REQUEST + "ORDER BY r.id"):
             sent = json.loads(row["params"])
@@ -190,7 +191,7 @@ class LedgerReader(Database):
                 yield _request_row(row)
 
     def attempts(self, request_id: int) -> list[AttemptRow]:
-        """Return every attempt of a request, in order."""
+        """Return every attempt of a request, oldest first."""
         rows = self._rows(
             "SELECT a.*, e.job, b.size AS together, b.credits AS task_credits FROM attempts a "
             "JOIN executions e ON e.id = a.execution_id LEFT JOIN bundles b ON b.id = a.bundle_id "
@@ -206,7 +207,7 @@ class LedgerReader(Database):
 
 
 def try_read(location: LedgerLocation, query: Callable[[LedgerReader], T]) -> T | None:
-    """Ask one question; None when the ledger is not there or can't be read."""
+    """Run one query. None when the ledger is missing or cannot be read."""
     try:
         with closing(LedgerReader(location)) as history:
             return query(history)

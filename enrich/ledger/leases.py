@@ -1,6 +1,6 @@
-"""A lease: says as long as this process lives that it does, and ends the leases of those who don't say so.
+"""A lease: shows other processes that this one is alive, and ends leases that were not renewed.
 
-It is a clock, too: what processes write down for each other has the times of the server.
+A lease is also a clock with the server's time, because processes compare the times they store.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
 from enrich.models import boottime
 
-#: So often in a lease its holder says that it lives.
+#: How often a lease is renewed within its duration.
 RENEWALS_PER_LEASE = 6
-#: The share of a lease after which its holder begins nothing new, unless it could say again that it lives.
+#: The share of the lease after which the holder starts nothing new until it has renewed the lease.
 SAFE_SHARE = 0.8
 
 
 class Lease:
-    """The lease of this process. Use as a context manager; what it holds is free when the block ends.
+    """The lease of this process. Use it as a context manager; its tasks are free for others when the block ends.
 
-    `follows`: the owner who leads the execution that we work for; None: it is us, and an execution stands and falls
-    with our lease. `idle_s`: after so long the server ends a transaction in which we say nothing, so that nobody waits
-    for us. Raises LeaderGone.
+    `leader_id`: the owner that leads the run we work for. None: we lead it, and the run ends when our lease ends.
+    `idle_timeout_s`: after this many idle seconds in a transaction the server ends it, so that others do not wait for
+    us. Raises RunEnded when the leader's lease has ended.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Lease:
         except RunEnded:
             self._ledger.close()
             raise
-        #: What those get that write as this owner.
+        #: For connections that write as this owner.
         self.fencing_token = FencingToken(owner_id, seconds if idle_timeout_s is None else idle_timeout_s)
         self._stop = threading.Event()
         self._lost = threading.Event()
@@ -62,25 +62,25 @@ class Lease:
         self._ledger.close()
 
     def is_valid(self) -> bool:
-        """Tell whether the lease surely lasts a while yet. Raises LeaseLost when it will not be renewed any more."""
+        """Return whether the lease surely lasts a while. Raises LeaseLost when it can no longer be renewed."""
         if self._lost.is_set():
             raise LeaseLost
         return boottime() < self._renewed_at + SAFE_SHARE * self._duration_s
 
     def monotonic(self) -> float:
-        """Seconds that never step, as a clock."""
+        """Return seconds from a clock that never steps."""
         return time.monotonic()
 
     def now_ms(self) -> int:
-        """Tell what time the server has, in milliseconds since 1970 (UTC), as a clock."""
+        """Return the server's time in milliseconds since 1970 (UTC)."""
         return int(boottime() * 1000) + self._offset_ms
 
     def earliest_ms(self) -> int:
-        """The same: this clock is the server's, whatever the API says."""
+        """Return the server's time. It does not depend on the API's time."""
         return self.now_ms()
 
     def observe(self, api_ms: int) -> None:
-        """Do nothing: all processes go by the server's clock."""
+        """Do nothing: all processes use the server's clock."""
 
     def _renew_until_stopped(self) -> None:
         ledger, owner_id = self._ledger, self.fencing_token.owner_id
@@ -94,7 +94,7 @@ class Lease:
                 ledger.release_lease(owner_id)
                 ledger.recover(ledger.now_ms())
         except (DatabaseFailed, LeaseLost):
-            pass  # it runs out by itself
+            pass  # the lease expires anyway
 
     def _acquire(self) -> int:
         with self._ledger.transaction():
@@ -113,5 +113,5 @@ class Lease:
         self._offset_ms = self._measure_offset_ms()
 
     def _measure_offset_ms(self) -> int:
-        """Tell how far the server's time is from ours: from one that nobody sets, as people set a machine's clock."""
+        """Return server time minus boot time (ms). Setting the machine's clock does not change boot time."""
         return self._ledger.now_ms() - int(boottime() * 1000)

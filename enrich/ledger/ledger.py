@@ -1,8 +1,8 @@
-"""The durable record of requests, tasks, results, credits and executions: all SQL, every move, no policy.
+"""The ledger stores requests, tasks, results, credits and runs: all SQL and every state transition, no policy.
 
-A method is one move inside the caller's transaction: `with ledger.transaction(): …`, or many of
-them in one commit through `journal.Journal`. Durable means `synchronous=FULL` in WAL mode: a
-committed move survives a power cut (SQLite docs: "Pragma synchronous").
+A method is one operation inside the caller's transaction (`with ledger.transaction(): …`). `LedgerWriter` runs many
+of them in one commit. Durable means `synchronous=FULL` in WAL mode: committed data survives a power cut (SQLite docs:
+"Pragma synchronous").
 """
 
 from __future__ import annotations
@@ -18,42 +18,43 @@ from enrich.models import to_json_text
 
 
 class Ledger(RescueQueries):
-    """What was asked, of whom, at what price, and what came of it; the caller holds the lock beside it."""
+    """Requests, their waterfall calls, prices and results. The caller holds the ledger's lock."""
 
     # What the ledger is bound to
 
     def read_fact(self, name: str) -> str | None:
-        """Look up what the ledger is bound to (`api_host`, `workspace`)."""
+        """Return what the ledger is bound to (`api_host`, `workspace`). None: not bound yet."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def rename_workspace(self, name: str) -> None:
-        """Bind a ledger that is bound to a workspace to its new name."""
+        """Rename the workspace that the ledger is bound to."""
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'workspace'", (name,))
 
     def waterfall(self, identifier: str) -> tuple[dict[str, Any], list[int] | None] | None:
-        """Return the waterfall as last described, and its default providers as first resolved."""
+        """Return the waterfall's latest description, and its default providers as first resolved."""
         row = self._db.execute(
             "SELECT description, providers FROM waterfalls WHERE identifier = ?", (identifier,)
         ).fetchone()
         return None if row is None else (json.loads(row[0]), None if row[1] is None else json.loads(row[1]))
 
     def save_waterfall(self, identifier: str, description: Mapping[str, Any], providers: Sequence[int]) -> None:
-        """Keep the description; the providers are replaced too, so pass the old ones to keep them."""
+        """Store the description and replace the providers. Pass the stored providers to keep them."""
         self._db.execute(
             "INSERT INTO waterfalls VALUES (?, ?, ?) ON CONFLICT (identifier) DO UPDATE "
             "SET description = excluded.description, providers = excluded.providers",
             (identifier, json.dumps(description, ensure_ascii=False), json.dumps(list(providers))),
         )
 
-    # Executions
+    # Runs
 
     def start_execution(
         self, job: str, cap: int | None, now_ms: int, balance: int | None = None, paths: Sequence[str] = ()
     ) -> int:
-        """Begin an execution. What is in flight from earlier ones settles in it, so it counts against its cap.
+        """Start a run and return its id. Tasks still open from earlier runs are settled in it and count against `cap`.
 
-        `paths` are the job's columns: whoever collects what this one leaves behind judges it by them.
+        `paths` are the job's columns. A later run that collects answers of this one uses them to decide what is a
+        match.
         """
         row = self._db.execute(
             "INSERT INTO executions (job, started_ms, cap, balance_before, paths, reserved) VALUES (?, ?, ?, ?, ?, "
@@ -63,7 +64,7 @@ class Ledger(RescueQueries):
         return int(row[0])
 
     def save_progress(self, execution_id: int, progress: str) -> None:
-        """Write down how far an execution is (JSON), unless it has ended."""
+        """Store the progress of a run (JSON), unless it has ended."""
         self._db.execute("UPDATE executions SET pulse = ? WHERE id = ? AND ended_ms IS NULL", (progress, execution_id))
 
     def end_execution(
@@ -74,31 +75,31 @@ class Ledger(RescueQueries):
         now_ms: int,
         balance: int | None = None,
     ) -> None:
-        """Write down how an execution ended."""
+        """Store how a run ended."""
         self._db.execute(
             "UPDATE executions SET ended_ms = ?, exit_code = ?, receipt = ?, balance_after = ? WHERE id = ?",
             (now_ms, exit_code, json.dumps(summary), balance, execution_id),
         )
 
     def execution(self, execution_id: int) -> Mapping[str, Any]:
-        """Return one execution, with `spent`, `reserved`, `unknown` and `submitted`."""
+        """Return one run, with `spent`, `reserved`, `unknown` and `submitted`."""
         return next(self._rows("SELECT * FROM executions WHERE id = ?", execution_id))
 
     def has_submitted(self, job: str | None = None) -> bool:
-        """Tell whether anything was ever submitted from this ledger (for a job)."""
+        """Return whether anything was ever submitted from this ledger, for one job if given."""
         sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
         row = self._db.execute(sql, (job,)).fetchone()
         return bool(row[0])
 
     def has_own_submissions(self) -> bool:
-        """Tell whether a run of this ledger had a POST accepted: what a rescue file brought is another ledger's."""
+        """Return whether a run of this ledger had a POST accepted. Attempts from a rescue file do not count."""
         row = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (receipt IS NOT NULL OR ended_ms IS NULL))"
         ).fetchone()
         return bool(row[0])
 
     def unknown_task_ids(self, task_ids: Sequence[str]) -> list[str]:
-        """Return those of these task ids that no attempt has."""
+        """Return the task ids that no attempt has."""
         rows = self._db.execute(
             "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
             "WHERE value->>0 NOT IN (SELECT task_id FROM attempts WHERE task_id IS NOT NULL)",
@@ -107,14 +108,17 @@ class Ledger(RescueQueries):
         return [task for (task,) in rows]
 
     def executions(self, job: str | None = None, last: int = MAX_ROWS) -> list[Mapping[str, Any]]:
-        """Return the newest `last` executions (of one job), newest first."""
+        """Return the newest `last` runs, of one job if given, newest first."""
         sql = "SELECT * FROM executions WHERE CAST(?1 AS TEXT) IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2"
         return list(self._rows(sql, job, last))
 
     # The change feed
 
     def undelivered_rows(self, job: str, feed_rows: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, str | None]]:
-        """Tell which rows (index, row key, attempt) a job's feed has not told yet, and the answer it told before."""
+        """Return the rows whose attempt is not in a job's feed yet: index, and the answer delivered before, if any.
+
+        `feed_rows` are (index, row key, attempt).
+        """
         self._db.execute(
             "CREATE TEMP TABLE IF NOT EXISTS told "
             f"(i BIGINT PRIMARY KEY, row_key {self._db.dialect.blob_type}, attempt_id BIGINT)"
@@ -128,17 +132,17 @@ class Ledger(RescueQueries):
         ).fetchall()
 
     def mark_delivered(self, job: str, feed_rows: Iterable[tuple[int, bytes, int]]) -> None:
-        """Remember what a job's feed has told."""
+        """Record what a job's feed has delivered."""
         self._db.executemany(
             "INSERT INTO delivered VALUES (?, ?, ?) ON CONFLICT (job, row_key) DO UPDATE "
             "SET attempt_id = excluded.attempt_id",
             ((job, key, attempt) for _, key, attempt in feed_rows),
         )
 
-    # Forgetting
+    # Forget and purge
 
     def load_forgotten(self) -> ForgottenRequests:
-        """Tell who was forgotten. Raises Refused when the key to it is missing, or another."""
+        """Return the hashes of forgotten requests. Raises CommandRefused when their key is missing or another one."""
         hashes = frozenset(row[0] for row in self._db.execute("SELECT hash FROM forgotten"))
         return (
             ForgottenRequests(read_key(self.location, self.read_fact("forgotten_key")), hashes)
@@ -147,11 +151,11 @@ class Ledger(RescueQueries):
         )
 
     def forget(self, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int) -> None:
-        """Erase requests (id, fingerprint, params) with all that was answered.
+        """Erase requests (id, fingerprint, params) and all their answers.
 
-        What stays is hashes under the key, states and credits.
+        Hashes under the key, states and credits stay.
         """
-        self.begin_pass()  # at a server what the last one saw is there yet, with the names of groups
+        self.begin_pass()  # In PostgreSQL the rows of the last pass are still there, with group names
         self.bind({"forgotten_key": key_id(key)})
         for request_id, fingerprint, params in requests:
             hashed = keyed_hash(key, fingerprint)
@@ -167,7 +171,7 @@ class Ledger(RescueQueries):
                 "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)",
                 (request_id,),
             )
-            # What the API said of a whole task may be about anybody in it.
+            # The API's message about a whole task may concern anyone in it.
             self._db.execute(
                 "UPDATE attempts SET answer = NULL, error = 'failed; what the API said was erased with a person of the "
                 "same task' WHERE state = 'failed' AND task_id IS NOT NULL "
@@ -185,7 +189,10 @@ class Ledger(RescueQueries):
             )
 
     def purge(self, before_ms: int, now_ms: int) -> int:
-        """Drop params, answers and errors of what was settled before a time; that it was paid for is remembered."""
+        """Erase params, answers and errors of requests settled before `before_ms`; return how many.
+
+        States and credits stay.
+        """
         self.begin_pass()
         purged = self._db.execute(
             "UPDATE requests SET params = '{}', erased_ms = ? WHERE erased_ms IS NULL AND position IS NULL "
@@ -198,7 +205,7 @@ class Ledger(RescueQueries):
             "AND request_id IN (SELECT id FROM requests WHERE erased_ms = ?1)",
             (now_ms,),
         )
-        # The answer of a whole task lies with its first request, which may have been asked again since.
+        # The answer of a whole task is stored with its first request, which may have been sent again since.
         self._db.execute(
             "UPDATE attempts SET answer = NULL WHERE state IN ('failed', 'expired') AND answer IS NOT NULL "
             "AND bundle_id IN (SELECT id FROM bundles WHERE settled_ms < ?)",
@@ -207,7 +214,7 @@ class Ledger(RescueQueries):
         return purged
 
     def requests_with_answers(self) -> Iterator[Mapping[str, Any]]:
-        """Yield all requests that were not erased: id, fingerprint, state, params and `answers` (a JSON list)."""
+        """Yield all requests that were not forgotten: id, fingerprint, state, params and `answers` (a JSON list)."""
         answers = self._db.dialect.json_list.format("a.answer")
         return self._stream_rows(
             f"SELECT r.id, r.fingerprint, r.state, r.params, (SELECT {answers} FROM attempts a "

@@ -1,4 +1,4 @@
-"""One writer per ledger, by a lock that dies with its process."""
+"""Locks a ledger for one writer. The lock is released when its process ends."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 @contextmanager
 def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
-    """Hold the lock of a ledger; wait for it so many seconds, -1: as long as it takes; at a server a moment at least.
+    """Hold the lock of a ledger. Wait up to `wait_s` seconds for it; -1 waits without limit.
 
-    Raises LedgerLocked when another execution holds it.
+    For PostgreSQL it waits a few seconds at least. Raises LedgerLocked when another run holds the lock.
     """
     if isinstance(ledger, PostgresLocation):
         with load_postgres().advisory_lock(ledger, wait_s):
             yield
         return
-    ledger_file_exists(ledger)  # refuses what can be no ledger
+    ledger_file_exists(ledger)  # raises for a path that cannot be a ledger
     path = lock_path(ledger)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file_lock = FileLock(path, timeout=wait_s, mode=0o600)
         file_lock.acquire()
         while not _is_file_at(file_lock.lock_file, file_lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions
-            # Removed while it was waited for: another run may hold the one that is there now.
+            # The file was removed while we waited: another run may hold the file that is there now.
             file_lock.release()
             file_lock.acquire()
     except Timeout:
@@ -54,7 +54,7 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
 
 
 def _is_file_at(path: str, descriptor: int | None) -> bool:
-    """Tell whether a descriptor is that of the file at a path."""
+    """Return whether a descriptor refers to the file at this path."""
     try:
         return descriptor is not None and os.path.samestat(os.fstat(descriptor), Path(path).stat())
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def _is_file_at(path: str, descriptor: int | None) -> bool:
 
 
 def is_locked(ledger: LedgerLocation) -> bool | None:
-    """Tell whether an execution holds the lock, without touching it; None where the system doesn't tell."""
+    """Return whether a run holds the lock, without touching it. None: the system does not provide this."""
     if isinstance(ledger, PostgresLocation):
         return bool(load_postgres().is_locked(ledger))
     path = lock_path(ledger)
@@ -74,18 +74,18 @@ def is_locked(ledger: LedgerLocation) -> bool | None:
         inode = path.stat().st_ino
     except OSError:
         return False
-    # `1: FLOCK  ADVISORY  WRITE 708 08:01:1311 0 EOF`; the device is left out: file systems disagree on it.
+    # Example: `1: FLOCK  ADVISORY  WRITE 708 08:01:1311 0 EOF`. File systems disagree on the device, so it is ignored.
     locks = (line.split() for line in lock_table.splitlines())
     return any(lock[1] == "FLOCK" and lock[5].endswith(f":{inode}") for lock in locks)
 
 
-#: Who leads an execution reads the input in one transaction, and may wait for a slow disk meanwhile.
+#: The leader of a run reads the input in one transaction and may wait for a slow disk meanwhile, in seconds.
 INPUT_IDLE_TIMEOUT_S = 600.0
 
 
 @contextmanager
 def open_for_run(location: LedgerLocation) -> Iterator[tuple[Ledger, Lease | None]]:
-    """Open a ledger to write; what is on a server is written as long as the lease holds. The caller holds the lock."""
+    """Open a ledger for writing. On PostgreSQL with a lease: writes fail once it is lost. The caller holds the lock."""
     if not isinstance(location, PostgresLocation):
         with closing(Ledger(location)) as ledger:
             ledger.watch_files()
@@ -99,9 +99,9 @@ def open_for_run(location: LedgerLocation) -> Iterator[tuple[Ledger, Lease | Non
 def open_leased(
     location: PostgresLocation, *, leader_id: int | None = None, idle_timeout_s: float | None = None
 ) -> Iterator[tuple[Ledger, Lease]]:
-    """Open a ledger to write as long as a lease holds; see there. Raises JobError when the driver is missing."""
-    load_postgres()  # says so
-    from enrich.ledger.leases import Lease  # noqa: PLC0415 - few need it
+    """Open a ledger for writing under a lease (see `Lease`). Raises JobError when psycopg is not installed."""
+    load_postgres()  # raises JobError without psycopg
+    from enrich.ledger.leases import Lease  # noqa: PLC0415 - only needed for PostgreSQL
 
     with (
         Lease(location, leader_id=leader_id, idle_timeout_s=idle_timeout_s) as lease,
@@ -112,9 +112,9 @@ def open_leased(
 
 @contextmanager
 def open_exclusive(location: LedgerLocation) -> Iterator[FencingToken | None]:
-    """Hold a ledger with which nobody is at work, and let no run begin meanwhile; yield what fences our own writing.
+    """Hold a ledger that nothing else uses, and keep runs from starting. Yield the fencing token for writes, if any.
 
-    A worker may be at work though nobody holds the lock: one whose run was killed. Raises LedgerLocked.
+    A worker may still be active without the lock, when its run was killed. Raises LedgerLocked.
     """
     with lock_ledger(location, 0):
         if not isinstance(location, PostgresLocation):

@@ -20,7 +20,7 @@ _FILE_KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """Paths with the device and inode of the file at each; None: no file was there."""
+    """Paths with the device and inode of the file at each. None: there was no file."""
 
     files: tuple[tuple[Path, tuple[int, int] | None], ...]
 
@@ -30,7 +30,7 @@ class OpenFiles:
         return cls(tuple((path, _identity(path)) for path in paths))
 
     def changed(self) -> Path | None:
-        """Return the first path at which no file or another file is now."""
+        """Return the first path where the file is missing or another one now. None: nothing has changed."""
         return next((path for path, identity in self.files if _identity(path) != identity), None)
 
 
@@ -43,9 +43,9 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def ledger_file_exists(path: Path) -> bool:
-    """Tell whether a ledger's file exists. Raises Refused for anything that cannot be one.
+    """Return whether a ledger's file exists. Raises CommandRefused for anything that cannot be one.
 
-    A dangling link would make a new ledger in another place, and opening a pipe may never return.
+    A dangling link would create a new ledger elsewhere, and opening a pipe may block forever.
     """
     try:
         file_stat = path.stat()

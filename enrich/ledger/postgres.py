@@ -1,4 +1,4 @@
-"""A ledger in a schema of a PostgreSQL database: a session that comes back after the server was away (psycopg 3)."""
+"""A session with a ledger in a PostgreSQL schema. It reconnects after the server was unreachable (psycopg 3)."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
 
 CONNECT_TIMEOUT_S = 10
-#: A server that is away is looked for so often, in seconds.
+#: How often an unreachable server is retried, in seconds.
 RETRY_EVERY_S = 0.25
-#: … and waited for so long when we are about to leave.
+#: How long it is retried when the run is ending, in seconds.
 SHORT_OUTAGE_TIMEOUT_S = 5.0
-#: A connection is known to be dead after about so many seconds of silence (ms, `tcp_user_timeout`).
+#: A dead connection is detected after about this many seconds of silence (`tcp_user_timeout` in ms).
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
-#: The same for the server's end.
+#: The same settings for the server's side of the connection.
 SERVER_KEEPALIVE = {name if name.startswith("tcp") else f"tcp_{name}": str(value) for name, value in KEEPALIVE.items()}
-#: So long those are waited for that still see what is to be erased, and where that is.
+#: How long an erase waits for connections that still read the erased rows, in seconds, and the tables to vacuum.
 VACUUM_TIMEOUT_S = 5.0
 TABLES_WITH_ERASED_DATA = ("requests", "attempts", "delivered")
-#: Writes down who writes what; nobody ends the lease of its owner before the commit: that would delete the row.
+#: Records the writer's transaction, and locks the owner's row: its lease cannot be deleted before the commit.
 RECORD_TRANSACTION = (
     "WITH begun AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
     "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = now()) "
     "SELECT id FROM owners WHERE id = %s FOR KEY SHARE"
 )
-#: What a writer wrote last. `pg_xact_status` can't tell: after a crash others get the numbers that were lost.
+#: The last transaction of a writer. `pg_xact_status` is no alternative: after a crash the lost ids are used again.
 LAST_TRANSACTION = (
     "INSERT INTO commits (writer, number) VALUES (%s, 0) ON CONFLICT (writer) DO UPDATE SET at = now() RETURNING number"
 )
-#: Removes what is of no use any more, also that of those who were killed.
+#: Removes records that are no longer needed, also those of killed processes.
 DELETE_WRITER = "DELETE FROM commits WHERE writer = %s OR at < now() - interval '1 day'"
-#: Rows that come from the server at once when there are many.
+#: Rows per fetch of a streamed query.
 FETCH_SIZE = 10_000
 
 DIALECT = Dialect(
@@ -63,16 +63,16 @@ DIALECT = Dialect(
     "(SELECT DISTINCT value->>0 AS id FROM json_each(CAST(? AS TEXT)) ORDER BY 1) AS ids",
     not_held_by_others="(owner_id IS NULL OR owner_id = nullif(current_setting('enrich.owner', true), '')::bigint "
     "OR NOT EXISTS (SELECT FROM owners WHERE owners.id = owner_id))",
-    # Not `FOR UPDATE`: whoever refers to the row holds it, too, and may be about to change it. Each would wait for the
-    # other, until the server ends one of them (PostgreSQL docs: "Row-Level Locks").
+    # Not `FOR UPDATE`: a transaction that refers to the row holds it too, and may be about to change it. Each would
+    # wait for the other until the server ends one of them (PostgreSQL docs: "Row-Level Locks").
     for_update="FOR NO KEY UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
-#: Others were in the way: the transaction is done again.
+#: A conflict with another transaction: run this one again.
 _CONFLICT_ERRORS = (errors.DeadlockDetected, errors.SerializationFailure)
-#: The server is not there, or goes away, or comes back only now.
+#: The server is unreachable, shutting down or starting up.
 _CONNECTION_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, errors.IdleInTransactionSessionTimeout)
-#: No waiting helps against these.
+#: Retrying does not help against these.
 PERMANENT_ERRORS = (
     errors.InvalidPassword,
     errors.InvalidAuthorizationSpecification,
@@ -83,14 +83,14 @@ PERMANENT_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class FencingToken:
-    """Who writes: an owner whose lease must hold; `idle_s`: a transaction that rests longer is ended by the server."""
+    """The owner that writes, whose lease must be valid. The server ends transactions idle for `idle_timeout_s`."""
 
     owner_id: int
     idle_timeout_s: float
 
 
 class PostgresSession:
-    """One connection to a ledger's schema, and the next one after it is lost."""
+    """A connection to a ledger's schema. It is replaced when it is lost."""
 
     dialect = DIALECT
 
@@ -101,9 +101,9 @@ class PostgresSession:
         self.location = location
         self.fencing_token = fencing_token
         self.read_only = read_only
-        #: Not so where a transaction may read only, though it may write temporary rows.
+        #: A read-only transaction may write temporary rows but not truncate.
         self._may_truncate = not read_only
-        #: Who writes, by chance, and the number of the transaction that does.
+        #: A random id of this writer, and the number of its current transaction.
         self._writer_id = secrets.randbits(62)
         self._transaction_number = 0
         self._open_transaction: int | None = None
@@ -113,24 +113,24 @@ class PostgresSession:
 
     @property
     def in_transaction(self) -> bool:
-        """Tell whether a transaction was begun."""
+        """Return whether a transaction is open."""
         return self._connection.info.transaction_status is not psycopg.pq.TransactionStatus.IDLE
 
-    def execute(self, text: str, values: Sequence[Any] = (), /) -> Any:  # noqa: ANN401 - a cursor, whose rows are known
-        """Do one statement. Raises DatabaseFailed."""
+    def execute(self, text: str, values: Sequence[Any] = (), /) -> Any:  # noqa: ANN401 - a cursor with rows of any type
+        """Run one statement. Raises DatabaseFailed."""
         query, is_numbered = to_psycopg_sql(text)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
         with as_database_errors():
             return self._connection.execute(query, parameters)
 
     def executemany(self, text: str, rows: Iterable[Sequence[Any]], /) -> object:
-        """Do one statement for each of many rows. Raises DatabaseFailed."""
+        """Run one statement for each of many rows. Raises DatabaseFailed."""
         with as_database_errors(), self._connection.cursor() as cursor:
             cursor.executemany(to_psycopg_sql(text)[0], rows)
         return None
 
     def stream(self, text: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
-        """Yield the rows of a query, held by the server. Raises DatabaseFailed."""
+        """Yield the rows of a query from a server-side cursor. Raises DatabaseFailed."""
         query, is_numbered = to_psycopg_sql(text)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
         name = f"rows{next(self._cursor_numbers)}"
@@ -140,7 +140,7 @@ class PostgresSession:
 
     @contextmanager
     def deferred_references(self) -> Iterator[None]:
-        """Let rows be loaded in any order: references are taken away, and checked at the end all at once."""
+        """Allow rows to be loaded in any order: drop the foreign keys, and add and check them again at the end."""
         references = self.execute(
             "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
             "WHERE contype = 'f' AND connamespace = current_schema()::regnamespace"
@@ -152,7 +152,7 @@ class PostgresSession:
             self.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}")
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
-        """Add many rows to a table; the next number is above theirs. Raises DatabaseFailed."""
+        """Insert many rows. The next generated id is above theirs. Raises DatabaseFailed."""
         copy_sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
         with as_database_errors(), self._connection.cursor() as cursor, cursor.copy(copy_sql) as copy:
             for row in rows:
@@ -162,7 +162,7 @@ class PostgresSession:
         self.execute(f"ANALYZE {table}")
 
     def begin(self) -> None:
-        """Begin a transaction that writes. Raises LeaseLost when its owner may write no more."""
+        """Begin a transaction that writes. Raises LeaseLost when the owner's lease has ended."""
         self._open_transaction = None
         self._transaction_number += 1
         owner_id = None if self.fencing_token is None else self.fencing_token.owner_id
@@ -177,32 +177,35 @@ class PostgresSession:
             raise LeaseLost
 
     def begin_snapshot(self) -> None:
-        """Begin a transaction that sees everything as it stands now."""
+        """Begin a transaction that reads from one snapshot."""
         self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
 
     def begin_temporary(self) -> None:
-        """Begin a transaction that writes to temporary tables alone."""
+        """Begin a transaction that writes only to temporary tables."""
         self.execute("BEGIN READ WRITE")
         self._may_truncate = True
 
     def commit(self) -> None:
-        """End it; what it wrote is durable."""
+        """Commit the transaction durably."""
         self.execute("COMMIT")
         self._open_transaction = None
         self._may_truncate = not self.read_only
 
     def rollback(self) -> None:
-        """Take back what it wrote; a lost connection has done that already."""
+        """Roll back the open transaction. A lost connection has done that already."""
         self._may_truncate = not self.read_only
         if not self._connection.closed and self.in_transaction:
             self.execute("ROLLBACK")
 
     def reconnect(self, failure: BaseException) -> bool | None:
-        """Wait for the server, and ask it what became of the transaction. Raises Refused when it does not come back."""
+        """Wait for the server and find out whether the transaction was committed.
+
+        Raises DatabaseFailed when the server does not come back.
+        """
         if not isinstance(failure, TransactionInterrupted):
             return None
         if not self._connection.closed and not self._connection.broken:
-            # What the server refuses for other reasons, such as no memory, it refuses again.
+            # Anything else that the server refuses, such as for lack of memory, it would refuse again.
             return False if isinstance(failure.__cause__, _CONFLICT_ERRORS) else None
         deadline = time.monotonic() + OUTAGE_TIMEOUT_S
         while True:
@@ -219,24 +222,24 @@ class PostgresSession:
             time.sleep(RETRY_EVERY_S)
 
     def watch_files(self, _: Path) -> None:
-        """Do nothing: a server keeps its files itself."""
+        """Do nothing: the server manages its own files."""
 
     def check_files(self) -> None:
-        """Do nothing: a server keeps its files itself."""
+        """Do nothing: the server manages its own files."""
 
     def shorten_waits(self) -> None:
-        """Hear, from any thread, that nobody wants to wait long any more."""
+        """Shorten all waits for the server. Can be called from any thread."""
         self._waits_shortened.set()
 
     def _was_committed(self) -> bool:
-        """Tell whether the transaction was committed whose end we did not hear; wait while the server is at it."""
+        """Return whether the open transaction was committed. Waits while the server is still committing it."""
         if self._open_transaction is None:
             return False
         (last_transaction,) = self._connection.execute(LAST_TRANSACTION, (self._writer_id,)).fetchone()  # type: ignore[misc]
         return bool(last_transaction == self._open_transaction)
 
     def is_connected(self) -> bool:
-        """Tell whether the connection is there, without a word to the server."""
+        """Return whether the connection is up, without a round trip to the server."""
         try:
             if select.select([self._connection.fileno()], [], [], 0)[0]:
                 self._connection.pgconn.consume_input()
@@ -245,32 +248,32 @@ class PostgresSession:
         return self._connection.pgconn.status == psycopg.pq.ConnStatus.OK
 
     def execute_ddl(self, statement: str) -> None:
-        """Do one statement as it is written, without values. Raises DatabaseFailed."""
+        """Run one statement without parameters, as written. Raises DatabaseFailed."""
         with as_database_errors():
             self._connection.execute(statement)
 
     def has_temporary_table(self, table: str) -> bool:
-        """Tell whether this connection has made a temporary table."""
+        """Return whether this connection has created the temporary table."""
         (table_oid,) = self.execute("SELECT to_regclass(?)", (f"pg_temp.{table}",)).fetchone()
         return table_oid is not None
 
     def clear_table(self, table: str) -> None:
-        """Empty a table: deleted rows would lie in a temporary one for ever."""
+        """Empty a table. Deleted rows would stay in a temporary table forever, so it is truncated."""
         self.execute(f"TRUNCATE {table}" if self._may_truncate else f"DELETE FROM {table}")
 
     def integrity_problems(self) -> Iterator[str]:
-        """Say nothing: the server looks after its files, and refuses rows that refer to nothing."""
+        """Report nothing: the server checks its files and enforces references."""
         return iter(())
 
     def analyze(self, table: str) -> None:
-        """Let the planner know how many rows a temporary table has: nobody else looks after those."""
+        """Update the statistics of a temporary table, which autovacuum does not process."""
         self.execute(f"ANALYZE {table}")
 
     def enable_secure_delete(self) -> None:
-        """Do nothing yet: what is deleted goes with `empty_journal`."""
+        """Do nothing: `discard_erased_data` removes what was deleted."""
 
     def discard_erased_data(self) -> bool:
-        """Give up the room of what was erased; not while somebody still sees it."""
+        """Vacuum the erased rows. Return whether all are gone: not while another connection still sees them."""
         deadline = time.monotonic() + VACUUM_TIMEOUT_S
         while True:
             self.execute(f"VACUUM {', '.join(TABLES_WITH_ERASED_DATA)}")
@@ -284,9 +287,9 @@ class PostgresSession:
             time.sleep(RETRY_EVERY_S)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection."""
         with suppress(psycopg.Error):
-            # The server notices only later that we are gone; who comes next is not to wait for that.
+            # The server notices a closed connection late. The next process should not wait for the lock until then.
             self._connection.execute("SELECT pg_advisory_unlock_all()")
             if self._transaction_number:
                 self._connection.execute(DELETE_WRITER, (self._writer_id,))
@@ -294,7 +297,7 @@ class PostgresSession:
 
     @property
     def _idle_timeout_s(self) -> float:
-        """After so long the server ends a transaction that rests: others wait for what it holds; 0: never."""
+        """When the server ends an idle transaction, whose locks block others, in seconds. 0: never."""
         if self.fencing_token is not None:
             return self.fencing_token.idle_timeout_s
         return 0.0 if self.read_only else self.location.lease_s
@@ -313,15 +316,15 @@ class PostgresSession:
         adapters.register_dumper(str, _TextDumper)
         settings = {
             "search_path": self.location.schema,
-            # The server's own choice may be to forget the last moments (PostgreSQL docs: "Asynchronous Commit").
+            # The server's default may lose the latest commits (PostgreSQL docs: "Asynchronous Commit").
             "synchronous_commit": "on",
             "idle_in_transaction_session_timeout": f"{self._idle_timeout_s * 1000:.0f}",
-            # Whoever gives up waiting would only begin again.
+            # Giving up a wait would only start it again.
             "statement_timeout": "0",
             "lock_timeout": "0",
             "default_transaction_read_only": "on" if self.read_only else "off",
             "enrich.owner": "" if self.fencing_token is None else str(self.fencing_token.owner_id),
-            # A machine that lost its power holds no lock for hours.
+            # Otherwise a machine that lost power would hold its locks for hours.
             **SERVER_KEEPALIVE,
         }
         for name, value in settings.items():
@@ -330,23 +333,23 @@ class PostgresSession:
 
 
 class _NumberLoader(Loader):
-    """Sums and averages as Python's numbers; a sum of integers is one."""
+    """Loads numeric values as Python numbers; a sum of integers becomes an int."""
 
-    def load(self, data: Any) -> int | float:  # noqa: ANN401 - bytes of some kind
+    def load(self, data: Any) -> int | float:  # noqa: ANN401 - bytes or a buffer
         text = bytes(data)
         return float(text) if b"." in text or b"N" in text else int(text)
 
 
 class _TextDumper(StrDumper):
-    """PostgreSQL's text can't hold a NUL."""
+    """Replaces NUL in text by U+FFFD: PostgreSQL text cannot hold NUL."""
 
-    def dump(self, obj: str) -> Any:  # noqa: ANN401 - bytes of some kind
+    def dump(self, obj: str) -> Any:  # noqa: ANN401 - bytes or a buffer
         return super().dump(obj.replace("\0", "\ufffd") if "\0" in obj else obj)
 
 
 @lru_cache(maxsize=1024)
 def to_psycopg_sql(text: str) -> tuple[str, bool]:
-    """Write `?` and `?1` as psycopg does; tell whether the values have numbers."""
+    """Convert `?` and `?1` to psycopg's placeholders. Return also whether they are numbered."""
     text = text.replace("%", "%%")
     if re.search(r"\?\d", text):
         return re.sub(r"\?(\d+)", r"%(p\1)s", text), True
@@ -355,7 +358,7 @@ def to_psycopg_sql(text: str) -> tuple[str, bool]:
 
 @contextmanager
 def as_database_errors() -> Iterator[None]:
-    """Tell psycopg's errors in words of the store: what may be done again is Disturbed."""
+    """Raise psycopg's errors as DatabaseFailed, and as TransactionInterrupted when a retry may help."""
     try:
         yield
     except psycopg.Error as error:
@@ -366,13 +369,13 @@ def as_database_errors() -> Iterator[None]:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Tell whether the server is not there now, and may be soon."""
+    """Return whether the server is unreachable now but may come back."""
     return isinstance(error, TransactionInterrupted) or (
         isinstance(error, _CONNECTION_ERRORS) and not isinstance(error, PERMANENT_ERRORS)
     )
 
 
 def error_text(error: BaseException) -> str:
-    """Say what the server or the driver said, on one line, without what a statement held."""
+    """Return the message of the server or driver on one line, without values of the statement."""
     primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     return " ".join((primary or str(error)).split())

@@ -1,4 +1,4 @@
-"""A ledger's schema on a PostgreSQL server: is it there, is it ours, may we write it, and who has its lock."""
+"""Checks, creates and locks a ledger's schema on a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from enrich.ledger import schema
 from enrich.ledger.dialect import DatabaseFailed, TransactionInterrupted
 from enrich.ledger.postgres import RETRY_EVERY_S, FencingToken, PostgresSession, error_text, is_unreachable
 
-#: The name of our advisory locks among those of others: "enri".
+#: Class id of our advisory locks: "enri" in ASCII.
 _LOCK_CLASS_ID = 0x656E7269
-#: The schema has tables, but not ours.
+#: Version of a schema whose tables are not a ledger's.
 _FOREIGN = -1
-#: A server that is busy takes so long at most to see that a client was killed, and to free its lock.
+#: The longest time, in seconds, that a busy server needs to notice a killed client and release its lock.
 LOCK_RELEASE_TIMEOUT_S = 3.0
 
 
 def schema_exists(location: PostgresLocation) -> bool:
-    """Tell whether a ledger was ever made there. Raises Refused when the server can't be asked."""
+    """Return whether a ledger exists at this location. Raises CommandRefused when the server cannot be reached."""
     with _as_refused(location):
         session = PostgresSession(location)
         try:
@@ -35,7 +35,7 @@ def schema_exists(location: PostgresLocation) -> bool:
 
 
 def drop_schema_tables(location: PostgresLocation) -> None:
-    """Remove a ledger's tables; the schema stays, which may have been made for us. Raises Refused."""
+    """Drop a ledger's tables. The schema stays, because an administrator may have created it. Raises CommandRefused."""
     with _as_refused(location):
         session = PostgresSession(location)
         try:
@@ -52,9 +52,9 @@ def open_schema(
     fencing_token: FencingToken | None = None,
     open_timeout_s: float = 0.0,
 ) -> PostgresSession:
-    """Open a ledger, making its schema when it is not there; a server that is away is waited for.
+    """Open a ledger and create its schema if it is missing. Retry an unreachable server for `open_timeout_s` seconds.
 
-    Raises Refused when the schema is no ledger, is newer than this program or can't be written.
+    Raises CommandRefused when the schema is not a ledger, has a newer version than this program, or cannot be written.
     """
     deadline = time.monotonic() + open_timeout_s
     while True:
@@ -82,7 +82,7 @@ def _open_session(
 def _check_and_migrate(
     session: PostgresSession, location: PostgresLocation, *, read_only: bool, any_version: bool
 ) -> None:
-    """Hold the schema against what this program knows; bring it up to date when we may write."""
+    """Check the version of the schema, and migrate an older one unless `read_only` or `any_version`."""
     version = _version(session)
     if version is None and read_only:
         raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
@@ -106,7 +106,7 @@ def _check_and_migrate(
 
 
 def _version(session: PostgresSession) -> int | None:
-    """Return the version of the schema; None: there is nothing in it, _FOREIGN: something else is."""
+    """Return the version of the schema. None: it has no tables; _FOREIGN: its tables are not a ledger's."""
     found = session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (session.location.schema,))
     tables = {name for (name,) in found.fetchall()}
     if "ledger" in tables and "attempts" in tables:
@@ -116,7 +116,7 @@ def _version(session: PostgresSession) -> int | None:
 
 
 def _migrate(session: PostgresSession) -> None:
-    """Bring the schema up to date, making it when it is not there; two that do so at once take turns."""
+    """Migrate the schema, and create it if it is missing. A lock serializes two processes that do so at once."""
     name = session.location.schema
     session.execute("BEGIN")
     try:
@@ -135,7 +135,7 @@ def _migrate(session: PostgresSession) -> None:
 
 
 def _unmake(session: PostgresSession) -> None:
-    """Remove all that `_migrate` made in the schema, but not the schema."""
+    """Drop everything that `_migrate` created in the schema, but keep the schema."""
     name = session.location.schema
     session.execute("BEGIN")
     try:
@@ -150,7 +150,7 @@ def _unmake(session: PostgresSession) -> None:
 
 @contextmanager
 def _as_refused(location: PostgresLocation) -> Iterator[None]:
-    """Tell a person that the ledger can't be opened."""
+    """Raise database errors as CommandRefused: the ledger cannot be opened."""
     try:
         yield
     except (psycopg.Error, DatabaseFailed) as error:
@@ -170,7 +170,7 @@ def _hint(error: BaseException) -> str:
 
 @contextmanager
 def advisory_lock(location: PostgresLocation, wait_s: float) -> Iterator[None]:
-    """Hold the lock of a ledger, which dies with its connection; see `lock.hold`."""
+    """Hold the lock of a ledger. The server releases it when the connection ends. See `lock.lock_ledger`."""
     with _as_refused(location):
         session = PostgresSession(location)
     try:
@@ -202,7 +202,7 @@ def _try_lock(session: PostgresSession) -> bool:
 
 
 def _keep_locked_until(session: PostgresSession, stop: threading.Event) -> None:
-    """Take the lock again when the server was restarted; a run that began meanwhile sees that ours lives."""
+    """Take the lock again after a server restart. A run that started meanwhile sees our lease."""
     lock_held = True
     while not stop.wait(RETRY_EVERY_S):
         try:
@@ -215,7 +215,7 @@ def _keep_locked_until(session: PostgresSession, stop: threading.Event) -> None:
 
 
 def is_locked(location: PostgresLocation) -> bool:
-    """Tell whether an execution holds the lock."""
+    """Return whether a run holds the lock."""
     with _as_refused(location):
         session = PostgresSession(location)
         try:

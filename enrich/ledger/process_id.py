@@ -1,4 +1,4 @@
-"""Names a process so that others on the same machine can tell for sure that it is gone (proc(5))."""
+"""Names a process so that other processes on the same machine can detect reliably that it has ended (proc(5))."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 
 PROC = Path("/proc")
-#: When a process began that is there, and may not be looked at (proc(5): "hidepid").
+#: Start time of a process that exists but cannot be read (proc(5): "hidepid").
 HIDDEN_START_TIME = "hidden"
 
 
 def current_process_name() -> str:
-    """Name this process; '' where the system does not tell enough."""
+    """Return a name for this process. Empty when the system does not provide enough information."""
     machine, pid = _boot_and_namespace(), os.getpid()
     start_time = _process_start_time(pid)
     return "" if machine is None or start_time is None else f"{machine} {pid} {start_time}"
 
 
 def is_gone(name: str) -> bool:
-    """Tell whether a process was of this machine, as it runs now, and is there no more."""
+    """Return whether the process ran on this machine, since its last boot, and has ended."""
     machine, _, rest = name.partition(" ")
     pid, _, start_time = rest.partition(" ")
     return (
@@ -29,7 +29,7 @@ def is_gone(name: str) -> bool:
 
 
 def _boot_and_namespace() -> str | None:
-    """Name this start of the system, and the space in which its processes have their numbers."""
+    """Return the boot id of the system and the PID namespace. None: not available."""
     try:
         boot_id = (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot_id}/{(PROC / 'self/ns/pid').readlink()}"
@@ -38,7 +38,7 @@ def _boot_and_namespace() -> str | None:
 
 
 def _process_start_time(pid: int) -> str | None:
-    """Tell when a process began, so that another with its number is not taken for it; None: there is none."""
+    """Return the start time of a process, to distinguish it from a later one with the same PID. None: no process."""
     try:
         stat_fields = (
             (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -54,5 +54,5 @@ def _pid_exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # it belongs to another user
     return True

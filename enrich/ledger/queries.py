@@ -1,4 +1,4 @@
-"""What a ledger adds up to: counts, credits, experience. Looks only."""
+"""Read-only queries: counts, credits and history of a ledger."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from enrich.ledger.enroll import OPEN_ATTEMPT, EnrollQueries
 from enrich.models import Call, SettledAttempt, State
 
-#: So many of the newest attempts tell what a request costs today.
+#: How many of the newest attempts are used to estimate the current price of a request.
 PRICE_SAMPLE_SIZE = 100_000
-#: Attempts stand in the order of their executions: those of ?1 and later ones are found without reading millions.
+#: Attempt ids follow the order of runs, so the attempts of run ?1 and later are found without reading all of them.
 SINCE_EXECUTION = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
 
 
 class InDoubtSummary(NamedTuple):
-    """Requests in doubt: `most` is what they may have cost (millionths), the oldest is of `execution` at `since_ms`."""
+    """Unconfirmed (`in_doubt`) requests: their maximum cost (millionths), and the run and time (ms) of the oldest."""
 
     number: int
     max_cost: int
@@ -25,11 +25,11 @@ class InDoubtSummary(NamedTuple):
 
 
 class CountQueries(EnrollQueries):
-    """A ledger that can be counted."""
+    """A ledger with queries for counts and credits."""
 
     def state_counts(self) -> dict[State, int]:
         """Count all requests by state."""
-        # To group millions would sort them, and most are of two states.
+        # Grouping millions of rows would sort them, and most of them have one of two states.
         count, found, not_found = self._db.execute(
             "SELECT count(*), count(*) FILTER (WHERE state = 'found'), count(*) FILTER (WHERE state = 'not_found') "
             "FROM requests"
@@ -43,22 +43,22 @@ class CountQueries(EnrollQueries):
         return {state: number for state, number in counts.items() if number}
 
     def spent_totals(self) -> tuple[int, int]:
-        """Sum the known credits of all answers (millionths), and count those whose price is not known."""
-        # Each execution has its sums; to read all answers would take long.
+        """Return the known credits of all answers (millionths), and the number of answers with an unknown price."""
+        # Each run stores its sums. Reading all answers would take long.
         row = self._db.execute("SELECT coalesce(sum(spent), 0), coalesce(sum(unknown), 0) FROM executions").fetchone()
         return int(row[0]), int(row[1])
 
     def execution_outcome_counts(self, execution_id: int) -> dict[State, int]:
-        """Count what the new requests of an execution have come to; POSTs that the API refused are none."""
+        """Count the new requests of a run by state, without POSTs that the API refused."""
         rows = self._db.execute(
-            f"SELECT state, count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 AND state <> 'refused' "
-            "AND came_from = 'pending' GROUP BY state",
+            f"SELECT state, count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 "
+            "AND state <> 'refused' AND came_from = 'pending' GROUP BY state",
             (execution_id,),
         )
         return {State(state): count for state, count in rows}
 
     def sent_since(self, execution_id: int, job: str) -> int:
-        """Count the requests that were asked for a job after an execution; what is pending again is none of them."""
+        """Count the requests sent for a job after a run. Requests that are pending again do not count."""
         (count,) = self._db.execute(
             "SELECT count(*) FROM requests r JOIN attempts a ON a.id = r.attempt_id "
             "JOIN executions e ON e.id = a.execution_id WHERE e.id > ? AND e.job = ? AND r.state <> 'pending'",
@@ -67,7 +67,7 @@ class CountQueries(EnrollQueries):
         return int(count)
 
     def settled_attempts(self, job: str, execution_id: int | None = None) -> Iterator[SettledAttempt]:
-        """Yield the attempts that the executions of a job settled, or one of them, execution by execution."""
+        """Yield the attempts settled by the runs of a job, or by one run, in the order of runs."""
         rows = self._db.stream(
             "SELECT a.settled_in, a.state, c.canonical, r.params, a.paid, a.answer, "
             "a.erased_ms IS NOT NULL OR r.erased_ms IS NOT NULL "
@@ -80,12 +80,12 @@ class CountQueries(EnrollQueries):
         return map(SettledAttempt._make, rows)
 
     def open_reservations(self) -> int:
-        """Sum up what those may cost that are at the API (millionths): they settle in the next execution."""
+        """Return the maximum price of all running tasks (millionths). They are settled in the next run."""
         row = self._db.execute(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}").fetchone()
         return int(row[0])
 
     def has_open_since(self, since_ms: float) -> bool:
-        """Tell whether anything that was asked since then (ms) has no answer yet."""
+        """Return whether a request sent after `since_ms` still has no answer."""
         row = self._db.execute(
             f"SELECT EXISTS (SELECT 1 FROM attempts WHERE {OPEN_ATTEMPT} "
             "AND (state = 'submitting' OR submitted_ms > ?))",
@@ -94,7 +94,7 @@ class CountQueries(EnrollQueries):
         return bool(row[0])
 
     def average_price(self, call: Call) -> tuple[int, float | None]:
-        """Count the newest answers to a call whose price is known, and average what they cost (millionths)."""
+        """Return the number and average price (millionths) of the newest answers to a call whose price is known."""
         row = self._db.execute(
             "SELECT count(*), avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
             "ORDER BY id DESC LIMIT ?) a "
@@ -106,7 +106,7 @@ class CountQueries(EnrollQueries):
         return int(row[0]), row[1]
 
     def polls_per_task(self) -> float | None:
-        """Tell how often a task was polled so far, on average; None before the first."""
+        """Return the average number of polls per task. None: nothing was submitted yet."""
         (polls, submitted) = self._db.execute(
             f"SELECT sum(CAST(receipt{self._db.dialect.as_json}->>'polls' AS BIGINT)), sum(submitted) "
             "FROM executions WHERE receipt IS NOT NULL"
@@ -117,7 +117,7 @@ class CountQueries(EnrollQueries):
         return polls / max(1, submitted - additional_rows) if submitted else None
 
     def cost_overruns(self, execution_id: int) -> tuple[int, int]:
-        """Count the tasks settled in an execution that cost more than was reserved, and sum up by how much."""
+        """Return how many tasks settled in a run cost more than their maximum price, and by how much (millionths)."""
         row = self._db.execute(
             "SELECT count(*), coalesce(sum(risen), 0) FROM (SELECT sum(paid) - sum(reserved) AS risen FROM billed "
             "WHERE settled_in = ? AND paid IS NOT NULL GROUP BY coalesce(bundle_id, -id)) AS tasks WHERE risen > 0",
@@ -126,7 +126,7 @@ class CountQueries(EnrollQueries):
         return int(row[0]), int(row[1])
 
     def in_doubt_summary(self) -> InDoubtSummary | None:
-        """Sum up the requests in doubt, of all executions; None: there is none."""
+        """Return a summary of the unconfirmed requests of all runs. None: there are none."""
         row = self._db.execute(
             "SELECT count(*), coalesce(sum(a.reserved), 0), min(a.execution_id), min(a.claimed_ms) "
             "FROM requests r JOIN attempts a ON a.id = r.attempt_id WHERE r.state = 'in_doubt'"
@@ -134,13 +134,15 @@ class CountQueries(EnrollQueries):
         return InDoubtSummary(*map(int, row)) if row[0] else None
 
     def credit_movements(self, since: int) -> list[tuple[str, bool, int, int, int]]:
-        """Sum up the attempts that were made or settled since an execution.
+        """Return totals of the attempts that were made or settled since a run.
 
-        Rows are (`known` when the price is, else the attempt's state; was it made since; number; credits; reserved).
+        Rows are ('known' if the price is known, else the attempt's state; whether it was made since; count; credits;
+        reserved). Credits are millionths.
         """
         return self._db.execute(
             "SELECT CASE WHEN paid IS NOT NULL THEN 'known' ELSE state END, execution_id >= ?1, "
-            f"count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed WHERE state <> 'refused' AND ({SINCE_EXECUTION} "
+            "count(*), coalesce(sum(paid), 0), sum(reserved) FROM billed "
+            f"WHERE state <> 'refused' AND ({SINCE_EXECUTION} "
             f"OR settled_in >= ?1 OR ({OPEN_ATTEMPT} AND state = 'submitted')) "
             "GROUP BY 1, 2",
             (since,),
@@ -148,7 +150,7 @@ class CountQueries(EnrollQueries):
 
 
 _SETTLED_BY_JOB = "a.settled_in IN (SELECT id FROM executions WHERE job = ?1)"
-#: A failure at no charge that was taken back is no fate of its request: another attempt tells it.
+#: Failures at no charge whose request was queued again: a later attempt has the outcome of the request.
 _RETRIED_FAILURE = (
     "a.state = 'failed' AND (EXISTS (SELECT 1 FROM attempts b WHERE b.request_id = a.request_id "
     "AND b.previous_id = a.id AND b.came_from = 'pending') "
@@ -157,7 +159,7 @@ _RETRIED_FAILURE = (
 
 
 class ReportedExecutionRow(NamedTuple):
-    """One execution; times in milliseconds since 1970 (UTC), credits in millionths, JSON as text; None: not known."""
+    """One run. Times are milliseconds since 1970 (UTC), credits are millionths, JSON is text; None: not known."""
 
     id: int
     started_ms: int
@@ -173,32 +175,32 @@ class ReportedExecutionRow(NamedTuple):
 
 
 class HistoryQueries(CountQueries):
-    """A ledger that can be looked back at."""
+    """A ledger with queries for past runs."""
 
     def job_executions(self, job: str) -> list[ReportedExecutionRow]:
-        """Return the executions of a job, oldest first."""
+        """Return the runs of a job, oldest first."""
         rows = self._db.execute(
             f"SELECT {', '.join(ReportedExecutionRow._fields)} FROM executions WHERE job = ? ORDER BY id", (job,)
         )
         return list(map(ReportedExecutionRow._make, rows))
 
     def newest_execution_id(self) -> int:
-        """Return the number of the newest execution of any job, 0 when there is none."""
+        """Return the id of the newest run of any job, 0 when there is none."""
         (number,) = self._db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
         return int(number)
 
     def outcome_counts(self, job: str) -> list[tuple[int, str, int]]:
-        """Count the requests that each execution of a job settled: execution, state, number."""
+        """Count the requests that each run of a job settled: run id, state, count."""
         return self._db.execute(
-            f"SELECT a.settled_in, a.state, count(*) FROM attempts a WHERE {_SETTLED_BY_JOB} AND NOT ({_RETRIED_FAILURE}) "
-            "GROUP BY 1, 2",
+            "SELECT a.settled_in, a.state, count(*) FROM attempts a "
+            f"WHERE {_SETTLED_BY_JOB} AND NOT ({_RETRIED_FAILURE}) GROUP BY 1, 2",
             (job,),
         ).fetchall()
 
     def latencies(self, job: str) -> Iterator[int]:
-        """Yield how long the tasks of a job took from the POST to the answer (ms), the shortest first.
+        """Yield the time from POST to answer of a job's tasks (ms), shortest first.
 
-        What a later execution fetched is left out: it tells when we came back, not how long it took.
+        Answers fetched by a later run are left out: their time depends on when that run started.
         """
         rows = self._db.stream(
             "SELECT a.settled_ms - a.submitted_ms FROM attempts a WHERE a.settled_in = a.execution_id "
@@ -209,7 +211,7 @@ class HistoryQueries(CountQueries):
         return (int(wait) for (wait,) in rows)
 
     def throughput(self, execution_id: int, start_ms: int, width_ms: int) -> tuple[dict[int, int], dict[int, int]]:
-        """Count what an execution submitted and what it settled, for each stretch of its time."""
+        """Count what a run submitted and settled per time bin of `width_ms`, starting at `start_ms`."""
         submitted = self._db.execute(
             f"SELECT {_time_bin('submitted_ms')}, count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 "
             "AND submitted_ms IS NOT NULL GROUP BY 1",
@@ -222,17 +224,18 @@ class HistoryQueries(CountQueries):
         return dict(submitted), dict(settled)
 
     def last_answer_ms(self, execution_id: int) -> int | None:
-        """Tell when an execution last wrote down an answer (ms)."""
+        """Return when a run last stored an answer (ms). None: never."""
         (at_ms,) = self._db.execute(
             "SELECT max(settled_ms) FROM attempts WHERE settled_in = ?", (execution_id,)
         ).fetchone()
         return None if at_ms is None else int(at_ms)
 
     def answered_params(self, job: str, execution_id: int | None = None) -> Iterator[tuple[str, bool, float | None]]:
-        """Yield the params (JSON, as sent) that a job got an answer to, or one of its executions; the last one counts.
+        """Yield the params (JSON, as sent) that were answered in a job's runs, or in one run of it.
 
-        With each: was it found, and what it cost in millionths (None: not known); of a task of many an equal part.
-        What was forgotten or purged is left out.
+        Of several entries with the same params the last one counts. With each: whether it was found, and its cost in
+        millionths (None: not known), for a bulk task the average per request. Forgotten and purged requests are left
+        out.
         """
         rows = self._db.stream(
             "SELECT r.params, a.state = 'found', "
@@ -246,16 +249,16 @@ class HistoryQueries(CountQueries):
         return ((params, bool(found), credits_) for params, found, credits_ in rows)
 
     def waterfalls(self) -> dict[str, Any]:
-        """Return all waterfalls as last described, by identifier."""
+        """Return the latest description of all waterfalls by identifier."""
         rows = self._db.execute("SELECT identifier, description FROM waterfalls")
         return {identifier: json.loads(description) for identifier, description in rows}
 
     def has_other_jobs(self, job: str) -> bool:
-        """Tell whether another job has run with this ledger."""
+        """Return whether another job has run with this ledger."""
         row = self._db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE job <> ?)", (job,)).fetchone()
         return bool(row[0])
 
 
 def _time_bin(column: str) -> str:
-    """Write which stretch of ?3 ms since ?2 a time is in."""
+    """Return the SQL for the number of a time bin: ?3 ms long, counted from ?2."""
     return f"CASE WHEN {column} > ?2 THEN ({column} - ?2) / ?3 ELSE 0 END"

@@ -1,8 +1,8 @@
-"""The moves of requests from the queue to their answers: the SQL of every edge of the state diagram.
+"""The transitions of requests from the queue to their answers: the SQL of every edge of the state diagram.
 
-A move takes all that came together, in a few statements however many they are; each of them must
-stand where it is thought to, or nothing of the move stays. Requests that are sent as one task
-(`dispatch: bulk`) share a bundle: its price is known for the whole of it alone.
+An operation takes a list of attempts and needs a few statements, whatever the length of the list. Every attempt must be
+in the expected state, or the whole operation is rolled back. Requests sent as one bulk task (`dispatch: bulk`) share a
+row of `bundles`: the price is known only for the whole task.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from enrich.ledger.enroll import OPEN_ATTEMPT, QUEUED
 from enrich.ledger.task_ids import JSON_NUMBERS, TaskIdQueries
 from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, Claim, State, Task, to_json_text
 
-#: Word for word the condition of the index `written_off`.
+#: Exactly the condition of the index `written_off`.
 WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0"
-#: An attempt, what is told of it, and when (ms).
+#: An attempt id, its new value (task id or error), and when (ms).
 AttemptUpdate = tuple[int, str, int]
-#: An attempt in doubt, the reason, when (ms), and the task id that the API's answer carried, if any.
+#: An unconfirmed attempt, the reason, when (ms), and the task id of the API's answer, if it had one.
 InDoubtUpdate = tuple[int, str, int, str | None]
 
-#: The attempt `a`, or one of its bundle, is of a request that is about to be asked again.
+#: The request of attempt `a`, or of another attempt of the same bulk task, is queued to be sent again.
 _QUEUED_AGAIN = (
     "EXISTS (SELECT 1 FROM attempts q JOIN requests s ON s.id = q.request_id WHERE (q.id = a.id OR "
     "q.bundle_id = a.bundle_id) AND s.position IS NOT NULL AND s.attempt_id = q.id "
@@ -32,18 +32,18 @@ _QUEUED_AGAIN = (
 
 
 class CapReached(Exception):
-    """The budget has no room for another request now; what is in flight may free some."""
+    """The credit cap has no room for another request now. Running tasks may free some of it when they settle."""
 
 
 class QueueTransitions(TaskIdQueries):
-    """A ledger whose requests are submitted and settled."""
+    """A ledger with the transitions for submitting and settling."""
 
-    #: The names of the facts that are known to be in the ledger.
+    #: Names of facts that are certainly in the ledger.
     _known_facts: frozenset[str] = frozenset()
 
     # Submit: pending → submitting → submitted
 
-    def claim(  # noqa: PLR0913 - its budget, and which
+    def claim(  # noqa: PLR0913 - the budget and the selection
         self,
         execution_id: int,
         max_price: int,
@@ -53,10 +53,10 @@ class QueueTransitions(TaskIdQueries):
         only_new: bool = False,
         bulk: bool = False,
     ) -> list[Claim]:
-        """Take the next `room` wanted requests (edge a), the worst price of each reserved; none: the queue is empty.
+        """Claim the next `count` queued requests (edge a) and reserve `max_price` (millionths) for each.
 
-        `only_new` passes over those that were answered before; `bulk` makes them one bundle. Raises CapReached when
-        the cap has no room for `price` now.
+        Empty: the queue is empty. `only_new` skips requests that were answered before; `bulk` makes one bulk task of
+        them. Raises CapReached when the cap has no room for `max_price` now.
         """
         dialect = self._db.dialect
         only_new_sql = f"AND {dialect.no_index}state = ?2 " if only_new else ""
@@ -98,9 +98,9 @@ class QueueTransitions(TaskIdQueries):
         return [Claim(attempt_id, params, bulk_task_id) for attempt_id, params in sorted(rows)]
 
     def record_accepted(self, updates: Sequence[AttemptUpdate], facts: Mapping[str, str | None]) -> list[Acceptance]:
-        """Write down task ids (edge b) and, with the first of them, what the ledger is bound to.
+        """Store task ids (edge b) and, with the first of them, what the ledger is bound to.
 
-        An id that an attempt of another question has is no acceptance (edge d). Returns what each id means.
+        An id that an attempt of another request already has is not accepted (edge d). Returns what each id means.
         """
         acceptances = self._check_task_ids({attempt: task_id for attempt, task_id, _ in updates})
         conflicting_updates = [each for each in updates if acceptances[each[0]] is Acceptance.CONFLICT]
@@ -125,7 +125,10 @@ class QueueTransitions(TaskIdQueries):
         return [acceptances[attempt] for attempt, _, _ in updates]
 
     def record_refused(self, updates: Sequence[AttemptUpdate]) -> None:
-        """Nothing was accepted (edge c): back to where they stood, in the queue, at no cost and not counted."""
+        """Return requests that the API did not accept (edge c) to their previous state, free and not counted.
+
+        They stay in the queue.
+        """
         self._transition(
             updates,
             "submitting",
@@ -136,7 +139,7 @@ class QueueTransitions(TaskIdQueries):
         self._release_reservations(updates)
 
     def record_rejected(self, updates: Sequence[AttemptUpdate]) -> None:
-        """Fail the requests whose params the API refused (edge c): it costs nothing."""
+        """Fail the requests whose params the API refused (edge c). They cost nothing."""
         self._transition(
             updates,
             "submitting",
@@ -146,9 +149,10 @@ class QueueTransitions(TaskIdQueries):
         self._release_reservations(updates)
 
     def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
-        """It is not known whether it was charged (edges d, e): the reservations stay.
+        """Mark attempts as unconfirmed: they may have been charged (edges d, e), so the reservations stay.
 
-        An id that the answer carried is kept and asked for later; one that another question has is kept in words only.
+        A task id from the API's answer is stored and polled later. An id that another request has is only mentioned in
+        the error.
         """
         task_ids = {attempt: task_id for attempt, _, _, task_id in updates if task_id is not None}
         acceptances = self._check_task_ids(task_ids) if task_ids else {}
@@ -171,21 +175,23 @@ class QueueTransitions(TaskIdQueries):
     # Settle: submitted → an answer
 
     def submitted_tasks(self) -> list[Task]:
-        """Return all tasks that wait for their answer and that no other process is at, nearest expiry first."""
-        # Who only looks sees all of them.
+        """Return all tasks that wait for their answer and that no other process holds, nearest expiry first."""
+        # A reader that did not open the ledger for writing sees the tasks of all processes.
         condition = self._db.dialect.not_held_by_others if self._pass_is_shared else "true"
         return self._read_tasks(f"a.state = 'submitted' AND a.{OPEN_ATTEMPT} AND {condition}")
 
     def written_off_tasks(self, since_ms: int, *, only_queued: bool = False) -> list[Task]:
-        """Return tasks in doubt, or expired by a 404, whose fate a free question may tell, nearest expiry first.
+        """Return written-off tasks whose result a free GET may find, nearest expiry first.
 
-        `since_ms`: submitted after that (ms); `queued`: whose request is about to be asked again. Their ids belong to
-        no other attempt. A bundle is left out when a request of it was asked again meanwhile.
+        These are tasks in doubt, and tasks that expired by a 404.
+
+        `since_ms`: submitted after that (ms). `only_queued`: only those whose request is queued to be sent again. No
+        other attempt has the task's id. A bulk task is left out when one of its requests was sent again meanwhile.
         """
         queued_condition = f"AND {_QUEUED_AGAIN}" if only_queued else ""
         return self._read_tasks(
             f"a.{WRITTEN_OFF} AND a.credits IS NULL AND coalesce(a.submitted_ms, a.claimed_ms) > ? {queued_condition} "
-            # A doubt that the person has accepted as lost is not in doubt any more.
+            # Requests that the user accepted as failed are no longer in doubt.
             "AND (r.state = a.state OR r.attempt_id <> a.id) AND NOT EXISTS (SELECT 1 FROM attempts o "
             "WHERE o.task_id = a.task_id AND o.id <> a.id AND coalesce(o.bundle_id <> a.bundle_id, true)) "
             "AND (SELECT credits FROM bundles WHERE id = a.bundle_id) IS NULL "
@@ -221,15 +227,15 @@ class QueueTransitions(TaskIdQueries):
         return tasks
 
     def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
-        """Write down that the API knows the tasks."""
+        """Record that the API has acknowledged the tasks of these attempts."""
         self._db.execute(
             f"UPDATE attempts SET seen_alive = 1 WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(attempt_ids),)
         )
 
     def settle(self, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int) -> list[State]:
-        """Write down answers (edge e), each with its time (ms); a failure at no charge goes back (edge g).
+        """Store answers (edge e), each with its time (ms). A failure at no charge goes back to the queue (edge g).
 
-        Returns the states that the requests have now.
+        Returns the new states of the requests.
         """
         answers = self._charge_once(answers)
         states = self._write_answers(answers, execution_id, max_attempts)
@@ -245,7 +251,7 @@ class QueueTransitions(TaskIdQueries):
         max_attempts: int,
         credits_: int | None,
     ) -> list[State]:
-        """Write down the answers of one task, whose price is known for all of them together, or not at all."""
+        """Store the answers of one bulk task. `credits_` is the price of the whole task; None: not known."""
         if credits_ and self._is_task_paid(answers[0][0]):
             credits_ = 0
         states = self._write_answers(answers, execution_id, max_attempts)
@@ -281,10 +287,10 @@ class QueueTransitions(TaskIdQueries):
             "submitted",
             set_attempt="state = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
             "credits = CAST(value->>3 AS BIGINT), provider = value->>4, "
-            # What could not be read is kept, though there is no answer in the end.
+            # Keep an earlier answer that could not be read, even if the task ends without an answer.
             f"error = value->>5, answer = coalesce(value->>6, answer), gone = CAST(value->>8 AS INTEGER), "
             f"settled_in = {execution_id:d}",
-            # What came to its end leaves the queue; what failed for nothing keeps its place.
+            # Settled requests leave the queue. A failure at no charge keeps its place.
             set_request=f"state = CASE WHEN {retry_condition} THEN 'pending' ELSE value->>1 END, "
             f"position = CASE WHEN {retry_condition} THEN position END, "
             "answer_id = CASE WHEN value->>1 = 'found' THEN a.id ELSE answer_id END",
@@ -298,10 +304,10 @@ class QueueTransitions(TaskIdQueries):
         )
         return [State(row[0]) for row in rows]
 
-    # Free questions: what was written off is asked for once more
+    # Free polls of tasks that were written off
 
     def revive(self, attempt_ids: Sequence[int], execution_id: int) -> None:
-        """Wait again for a task that an earlier execution wrote off, and that the API knows after all (edge i)."""
+        """Wait again for tasks that an earlier run wrote off but the API still has (edge i)."""
         ids_json = to_json_text(attempt_ids)
         self._unsettle(ids_json)
         self._db.execute(
@@ -327,7 +333,7 @@ class QueueTransitions(TaskIdQueries):
         )
 
     def _unsettle(self, ids_json: str) -> None:
-        """Take back that executions settled these attempts (a JSON list) at a price that was not known."""
+        """Undo the settlement of attempts (a JSON list of ids) that was made at an unknown price."""
         condition = f"id IN ({JSON_NUMBERS.format('?')})"
         self._db.execute(
             "UPDATE executions SET unknown = unknown - late.number FROM (SELECT settled_in, count(*) AS number "
@@ -342,7 +348,7 @@ class QueueTransitions(TaskIdQueries):
         )
 
     def settle_superseded(self, attempt_id: int, answer: Answer, now_ms: int, execution_id: int) -> None:
-        """Write down what an attempt cost whose request was asked again meanwhile; the request stays as it is."""
+        """Store the cost of an attempt whose request was sent again meanwhile. The request stays unchanged."""
         self._unsettle(to_json_text([attempt_id]))
         self._db.execute(
             "UPDATE attempts SET credits = ?, answer = ?, provider = ?, settled_ms = ?, settled_in = ? WHERE id = ?",
@@ -352,13 +358,13 @@ class QueueTransitions(TaskIdQueries):
         self._charge(execution_id, answer.credits or 0, 0, [])
 
     def mark_result_deleted(self, attempt_ids: Sequence[int]) -> None:
-        """Write down that the API has deleted a result: it is not asked for any more."""
+        """Record that the API has deleted a result, so that it is not polled again."""
         self._db.execute(
             f"UPDATE attempts SET gone = 1 WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(attempt_ids),)
         )
 
     def save_unusable_answer(self, attempt_ids: Sequence[int], reason: str, raw: str | None) -> None:
-        """Keep an answer that could not be read, or does not count, with the reason; its task stays open."""
+        """Store an answer that could not be read or does not count, with the reason. Its task stays open."""
         self._db.execute(
             f"UPDATE attempts SET error = ? WHERE state = 'submitted' AND id IN ({JSON_NUMBERS.format('?')})",
             (reason, to_json_text(attempt_ids)),
@@ -369,29 +375,29 @@ class QueueTransitions(TaskIdQueries):
         )
 
     def remove_from_queue(self, attempt_ids: Sequence[int]) -> None:
-        """Do not ask the requests of these attempts again in this execution."""
+        """Keep the requests of these attempts from being sent again in this run."""
         self._db.execute(
             f"UPDATE requests SET position = NULL WHERE attempt_id IN ({JSON_NUMBERS.format('?')})",
             (to_json_text(attempt_ids),),
         )
 
     def bind(self, facts: Mapping[str, str | None]) -> None:
-        """Bind the ledger, once: what is bound stays."""
+        """Bind the ledger to facts. A fact that is already bound stays unchanged."""
         new_facts = [
             (name, value) for name, value in facts.items() if value is not None and name not in self._known_facts
         ]
         if not new_facts:
             return
-        # What was read is there to stay; what we write may be taken back.
+        # Facts that were read are permanent. Our own insert may still be rolled back.
         self._known_facts = frozenset(name for (name,) in self._db.execute("SELECT name FROM facts").fetchall())
         self._db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", new_facts)
 
     def _transition(
         self, updates: Sequence[tuple[Any, ...]], *from_states: str, set_attempt: str, set_request: str
     ) -> None:
-        """Change attempts and their requests, which must stand alike, where they are thought to.
+        """Change attempts and their requests. Both must be in the same one of `from_states`.
 
-        What is told is `value`, the attempt is `a`.
+        In the SQL, `value` is the JSON list of an update and `a` is the attempt.
         """
         updates_json = to_json_text(updates)
         from_states_sql = ", ".join(f"'{state}'" for state in from_states)
@@ -412,7 +418,7 @@ class QueueTransitions(TaskIdQueries):
             raise AssertionError(f"the attempts {numbers} and their requests are not all {' or '.join(from_states)}")
 
     def _release_reservations(self, updates: Sequence[AttemptUpdate]) -> None:
-        """Give the reservations of attempts back to the executions that made them."""
+        """Return the reservations of attempts to the runs that made them."""
         self._db.execute(
             "UPDATE executions SET reserved = executions.reserved - freed.reserved FROM (SELECT execution_id, "
             f"sum(reserved) AS reserved FROM attempts WHERE id IN ({JSON_NUMBERS.format('?')}) GROUP BY 1) freed "
@@ -421,7 +427,7 @@ class QueueTransitions(TaskIdQueries):
         )
 
     def _charge(self, execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> None:
-        """Count what was spent; the attempts whose price is known need their reservation no more."""
+        """Add `spent` credits and `unknown` prices to a run; release the reservations of `priced_ids`."""
         self._db.execute(
             "UPDATE executions SET spent = spent + ?2, unknown = unknown + ?3, reserved = reserved - (SELECT "
             f"coalesce(sum(reserved), 0) FROM attempts WHERE id IN ({JSON_NUMBERS.format('?4')})) WHERE id = ?1",

@@ -1,4 +1,4 @@
-"""What was paid for while the ledger could not be written: kept beside it, and taken in by the next run."""
+"""Imports rescue files: paid results that could not be written to the ledger, which the next run takes in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enrich.ledger.takeover import LeaseQueries
 from enrich.ledger.task_ids import JSON_NUMBERS
 from enrich.models import Answer, State, to_json_text
 
-#: Attempts whose answer would be charged again without them.
+#: Attempts that would be charged again if they were lost.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"
 _ANSWERED = (
     "a.state IN ('found', 'not_found', 'failed', 'expired') AND a.id IN (r.attempt_id, r.answer_id) "
@@ -28,7 +28,7 @@ _UNKNOWN_ANSWER_ERROR = "the ledger could not be written, and the answer to the 
 _COLUMNS = (
     "a.id AS attempt, r.fingerprint, c.canonical AS call, r.params, e.paths, a.state, a.task_id, a.claimed_ms, "
     "a.submitted_ms, a.settled_ms, a.reserved, a.seen_alive, "
-    # The price of a task of many is known for all of it: it stands with its first request.
+    # A bulk task has one price. It is stored with its first request.
     "CASE WHEN a.bundle_id IS NULL THEN a.credits WHEN a.place = 0 THEN b.credits ELSE b.credits * 0 END AS credits, "
     "a.provider, a.error, a.answer, a.bundle_id AS bundle, a.place, b.size"
 )
@@ -36,7 +36,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class RescueImport:
-    """What came of the attempts of a rescue file, by what they are in the ledger now; `known`: it had them already."""
+    """How many attempts of a rescue file now have each state in the ledger. `known`: the ledger already had them."""
 
     submitted: int = 0
     in_doubt: int = 0
@@ -56,18 +56,18 @@ class RescueImport:
 
 
 class RescueQueries(LeaseQueries):
-    """A ledger whose attempts can be written to a rescue file, and taken in from one."""
+    """A ledger that exports attempts for a rescue file and imports them."""
 
     def rescued_attempts(self, attempt_ids: Collection[int]) -> list[RescuedAttempt]:
-        """Return these attempts, as far as they are in the ledger."""
+        """Return these attempts. Ids that are not in the ledger are skipped."""
         return list(self._rescued_attempts(f"a.id IN ({JSON_NUMBERS.format('?')})", to_json_text(list(attempt_ids))))
 
     def open_attempts(self) -> list[RescuedAttempt]:
-        """Return what is at the API or in doubt."""
+        """Return the attempts that are running or unconfirmed."""
         return list(self._rescued_attempts(_OPEN))
 
     def answered_attempts(self) -> Iterator[RescuedAttempt]:
-        """Yield the answers that count."""
+        """Yield the attempts whose answers are current."""
         return self._rescued_attempts(_ANSWERED)
 
     def _rescued_attempts(self, condition: str, *values: object) -> Iterator[RescuedAttempt]:
@@ -75,7 +75,8 @@ class RescueQueries(LeaseQueries):
             self._db.execute("SELECT name, value FROM facts WHERE name IN ('api_host', 'workspace')").fetchall()
         )
         rows = self._rows(
-            f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+            f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id "
+            "JOIN calls c ON c.id = r.call_id "
             f"JOIN executions e ON e.id = a.execution_id LEFT JOIN bundles b ON b.id = a.bundle_id WHERE {condition} "
             "ORDER BY a.id",
             *values,
@@ -86,15 +87,15 @@ class RescueQueries(LeaseQueries):
             yield RescuedAttempt(ledger=str(self.location), **values_by_field | {"seen_alive": bool(row["seen_alive"])})
 
     def import_rescued(self, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> RescueImport:
-        """Take in the attempts of a rescue file; what the ledger has already stays, so that it may be done again.
+        """Import the attempts of a rescue file. Data that the ledger already has stays, so an import can be repeated.
 
-        Raises Refused when they belong to another API host or workspace.
+        Raises CommandRefused when they belong to another API host or workspace.
         """
         self._check_binding(lines)
         counts: Counter[str] = Counter()
         holders = self._task_holders(lines)
         rest = [line for line in lines if not self._update_existing(line, holders, now_ms, counts)]
-        # What is still `submitting` was left by a kill: that attempt is in doubt before its request gets another one.
+        # A killed run left attempts in `submitting`. Mark them `in_doubt` before their requests get another attempt.
         self.recover(now_ms)
         rest = [line for line in rest if line.state != "refused"]
         best = _best_lines(rest, holders)
@@ -118,7 +119,7 @@ class RescueQueries(LeaseQueries):
                 )
 
     def _task_holders(self, lines: Iterable[RescuedAttempt]) -> dict[str, list[_TaskHolder]]:
-        """Find the attempts of the ledger that have the task ids of these lines."""
+        """Return the attempts of the ledger that have the task ids of these lines."""
         tasks = [line.task_id for line in lines if line.task_id is not None]
         rows = self._db.execute(
             "SELECT a.task_id, r.fingerprint, a.claimed_ms, a.bundle_id IS NOT NULL FROM attempts a "
@@ -134,7 +135,7 @@ class RescueQueries(LeaseQueries):
     def _update_existing(
         self, line: RescuedAttempt, holders: dict[str, list[_TaskHolder]], now_ms: int, counts: Counter[str]
     ) -> bool:
-        """Complete the very attempt that a line is about; return False when the ledger does not have it."""
+        """Update the attempt that a line describes. Return False when the ledger does not have it."""
         row = self._db.execute(
             "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bundle_id IS NOT NULL "
             "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
@@ -167,7 +168,7 @@ class RescueQueries(LeaseQueries):
     def _mark_submitted(
         self, attempt_id: int, execution_id: int, line: RescuedAttempt, *, already_counted: bool
     ) -> None:
-        """Make an attempt `submitted` that was `submitting`, or in doubt (and counted then)."""
+        """Change an attempt from `submitting` or `in_doubt` to `submitted`. `already_counted`: it was `in_doubt`."""
         self._db.execute(
             "UPDATE attempts SET state = 'submitted', task_id = ?, submitted_ms = ?, settled_ms = NULL, error = NULL, "
             "seen_alive = ? WHERE id = ?",
@@ -185,9 +186,9 @@ class RescueQueries(LeaseQueries):
         self.bind({"api_host": line.api_host, "workspace": line.workspace})
 
     def _settle_if_answered(self, attempt_id: int, execution_id: int, line: RescuedAttempt) -> bool:
-        """Write down the answer of a line, if it has one, for an attempt that is `submitted`.
+        """Store the answer of a line, if it has one, for a `submitted` attempt. Return whether it was stored.
 
-        A task of many is asked for again: its price belongs to all of its requests.
+        A bulk task is polled again, because its price belongs to all of its requests.
         """
         if line.state not in SETTLED_STATES or line.bundle is not None:
             return False
@@ -203,7 +204,7 @@ class RescueQueries(LeaseQueries):
         now_ms: int,
         counts: Counter[str],
     ) -> None:
-        """Make attempts for lines of one job of which the ledger has none, in an execution of their own."""
+        """Insert attempts for lines of one job that the ledger does not have, in a run record of their own."""
         found = [(line, self._find_or_create_request(line)) for line in lines]
         new_lines = [(line, request) for line, request in found if self._is_news(line, request, holders)]
         counts["known"] += len(found) - len(new_lines)
@@ -216,7 +217,7 @@ class RescueQueries(LeaseQueries):
         bulk_task_ids: dict[int, int] = {}
         for line, request in new_lines:
             state = "in_doubt" if line.state == "submitting" else line.state
-            # The answers of a task of many go by their places: without all of them none can be assigned.
+            # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
             is_incomplete = line.bundle is not None and rows_per_bulk_task[line.bundle] != line.size
             if state == "submitted" and (is_incomplete or _has_conflicting_task(line, holders)):
                 state = "in_doubt"
@@ -231,7 +232,7 @@ class RescueQueries(LeaseQueries):
             counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
     def _find_or_create_request(self, line: RescuedAttempt) -> _RequestState:
-        """Find a line's request; it is made when it is not there."""
+        """Return the request of a line. Create it if it is missing."""
         fingerprint = bytes.fromhex(line.fingerprint)
         find = "SELECT id, state, attempt_id FROM requests WHERE fingerprint = ?"
         row = self._db.execute(find, (fingerprint,)).fetchone()
@@ -246,7 +247,7 @@ class RescueQueries(LeaseQueries):
         return _RequestState(*row)
 
     def _is_news(self, line: RescuedAttempt, request: _RequestState, holders: Mapping[str, list[_TaskHolder]]) -> bool:
-        """Tell whether a line knows more about its request than the ledger does."""
+        """Return whether a line adds to what the ledger has about its request."""
         if _is_in_doubt(line, holders):
             return request.state == "pending"
         (known,) = self._db.execute(
@@ -257,7 +258,7 @@ class RescueQueries(LeaseQueries):
         return request.state in ("pending", "in_doubt") and not known
 
     def _create_execution(self, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
-        """Record the run that made these attempts; it has ended without a receipt, unlike any run of this ledger."""
+        """Record the run that made these attempts: ended without a run summary, unlike any run of this ledger."""
         row = self._db.execute(
             "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
             f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
@@ -327,7 +328,7 @@ class _RequestState(NamedTuple):
 
 
 class _TaskHolder(NamedTuple):
-    """An attempt that has a task."""
+    """An attempt that has a task id."""
 
     fingerprint: str
     claimed_ms: int
@@ -339,7 +340,7 @@ class _TaskHolder(NamedTuple):
 
 
 def _best_lines(lines: Iterable[RescuedAttempt], holders: Mapping[str, list[_TaskHolder]]) -> list[RescuedAttempt]:
-    """Choose one of several lines about a request: an answer before a task, a task before a doubt."""
+    """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
     best: dict[str, tuple[int, RescuedAttempt]] = {}
     for line in lines:
         rank = _BEST_STATE_FIRST.index("in_doubt" if _is_in_doubt(line, holders) else line.state)
@@ -349,14 +350,14 @@ def _best_lines(lines: Iterable[RescuedAttempt], holders: Mapping[str, list[_Tas
 
 
 def _is_in_doubt(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
-    """Tell whether a line brings neither an answer nor a task that can be asked for."""
+    """Return whether a line has neither an answer nor a task that can be polled."""
     return line.state in ("in_doubt", "submitting") or (
         line.state == "submitted" and _has_conflicting_task(line, holders)
     )
 
 
 def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
-    """Tell whether the task of a line is that of another request, which was not sent together with it."""
+    """Return whether the task id of a line belongs to another request that was not in the same bulk task."""
     return any(
         other.fingerprint != line.fingerprint
         and not (other.is_bulk and line.bundle is not None and other.claimed_ms == line.claimed_ms)
@@ -367,9 +368,9 @@ def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_Task
 def import_rescue_files(
     ledger: RescueQueries, other_folders: Sequence[Path], job: str, now_ms: int
 ) -> list[tuple[Path, RescueImport]]:
-    """Take in the rescue files of a ledger, in the caller's transaction; the caller removes them after its commit.
+    """Import the rescue files of a ledger in the caller's transaction. The caller removes them after its commit.
 
-    `others` are the folders in which one may lie beside that of the ledger. Raises Refused for one that is damaged.
+    `other_folders` are the folders besides the ledger's where one may be. Raises CommandRefused for a damaged file.
     """
     location = ledger.location
     if not isinstance(location, Path):
@@ -377,7 +378,7 @@ def import_rescue_files(
     imported = []
     for path in find_rescue_files(location, other_folders):
         lines = read_rescue_file(path)
-        # Beside an output there may be that of another ledger of the same name.
+        # The output folder may also hold a rescue file of another ledger with the same name.
         if path.parent != location.parent and any(line.ledger != str(location) for line in lines):
             continue
         try:
@@ -388,7 +389,7 @@ def import_rescue_files(
 
 
 def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> list[tuple[Path, RescueImport]]:
-    """Remove the files that were taken in, and return them. Raises Refused for one that can't be removed."""
+    """Remove the imported files and return them. Raises CommandRefused for one that cannot be removed."""
     removed = []
     for path, result in imported:
         try:

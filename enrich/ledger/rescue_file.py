@@ -1,7 +1,7 @@
-"""The rescue file: what was paid for while the ledger could not be written, one JSON object a line.
+"""The rescue file: paid results that could not be written to the ledger, one JSON object per line.
 
-It lies beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run takes
-it in and removes it. Room for it is reserved when a run begins, so that a full disk does not lose task ids.
+It is beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run imports
+and removes it. Disk space for it is reserved when a run starts, so that a full disk does not lose task ids.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from enrich.errors import CommandRefused
 from enrich.files.atomic import fsync_dir
 
-#: Appended to the ledger's name; a second file of the same ledger has `.2` behind it, and so on.
+#: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"
-#: Bytes that are reserved: each of 32 POSTs writes a line of some 600 bytes twice at most.
+#: Reserved bytes: each of 32 POSTs writes a line of about 600 bytes, at most twice.
 RESERVED_BYTES = 128 * 1024
 _HINT = "restore it, or move it away: what is in it is paid for, and would be charged again"
 
@@ -36,14 +36,14 @@ class RescuedAttempt(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1] = 1
-    #: The ledger that it belongs to.
+    #: The ledger that the attempt belongs to.
     ledger: str
     api_host: str | None = None
     workspace: str | None = None
-    #: Names the attempt in that ledger: a later line about the same attempt replaces the earlier one.
+    #: Id of the attempt in that ledger. A later line with the same id replaces the earlier one.
     attempt: int
     fingerprint: str = Field(pattern="^[0-9a-f]{32}$")
-    #: As in the ledger: the canonical call, the params as sent, both JSON.
+    #: As in the ledger: the canonical call and the params as sent, both JSON.
     call: Json
     params: Json
     paths: list[str] = []
@@ -58,19 +58,19 @@ class RescuedAttempt(BaseModel):
     provider: str | None = None
     error: str | None = None
     answer: str | None = None
-    #: Requests that were sent as one task: its number in that ledger, the place in the task, their count.
+    #: For requests sent as one bulk task: its id in that ledger, the index in the task, and the number of requests.
     bundle: int | None = None
     place: int | None = Field(None, ge=0)
     size: int | None = Field(None, ge=1)
 
     def to_line(self) -> bytes:
-        """Write it as a line of the file."""
+        """Return the attempt as a line of the file."""
         content = self.model_dump(exclude_defaults=True) | {"format": 1}
         return json.dumps(content, ensure_ascii=True).encode() + b"\n"
 
 
 def find_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> list[Path]:
-    """Find the rescue files of a ledger, in its folder and in `others`."""
+    """Return the rescue files of a ledger in its folder and in `other_folders`."""
     found = []
     for folder in dict.fromkeys([ledger.parent, *other_folders]):
         try:
@@ -87,14 +87,14 @@ def _is_rescue_file_name(name: str, ledger: str) -> bool:
 
 
 def read_rescue_file(path: Path) -> list[RescuedAttempt]:
-    """Read a rescue file; of several lines about one attempt the last counts. Raises Refused when it is damaged."""
+    """Read a rescue file; the last line about an attempt counts. Raises CommandRefused when it is damaged."""
     try:
         if not path.is_file():
             raise CommandRefused(f"{path}: the rescue file cannot be read: it is not a file", _HINT)
         content = path.read_bytes()
     except OSError as error:
         raise CommandRefused(f"{path}: the rescue file cannot be read: {error.strerror}", _HINT) from error
-    # Behind the last line there may be reserved room, when the run was killed.
+    # A killed run leaves reserved space, zero bytes, after the last line.
     content = content.rstrip(b"\0")
     if not content.endswith(b"\n"):
         raise CommandRefused(f"{path}: the rescue file is damaged: its last line is not complete", _HINT)
@@ -118,7 +118,7 @@ def _check_line(attempt: RescuedAttempt) -> None:
         raise ValueError
     if attempt.state in ("found", "not_found") and attempt.answer is None:
         raise ValueError
-    # A doubt may have an id that came with an error.
+    # An unconfirmed attempt may have a task id that came with an error.
     if attempt.task_id is not None and attempt.submitted_ms is None and attempt.state != "in_doubt":
         raise ValueError
     if attempt.state in ("found", "not_found", "failed", "expired") and attempt.settled_ms is None:
@@ -128,21 +128,21 @@ def _check_line(attempt: RescuedAttempt) -> None:
 
 
 class RescueFile:
-    """Writes a rescue file; room for it is reserved beside the ledger before it is needed."""
+    """Writes a rescue file. Disk space for it is reserved beside the ledger in advance."""
 
     def __init__(self, ledger: Path, other_folders: Sequence[Path] = ()) -> None:
-        """Reserve the room; `others` are the folders that serve when that of the ledger is gone."""
+        """Reserve disk space. `other_folders` are used when the ledger's folder is gone."""
         self._ledger = ledger
         self._folders = list(dict.fromkeys([ledger.parent, *other_folders]))
         self._reserved_path = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
         self._file: int | None = None
         self._end = 0
-        #: Where it is, once something was written.
+        #: Path of the file, once something was written.
         self.path: Path | None = None
         self._reserve_space()
 
     def _reserve_space(self) -> None:
-        """Reserve the room; on a disk that has none already the run goes on without."""
+        """Reserve disk space. On a disk that is already full the run continues without."""
         try:
             self._remove_abandoned()
             self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
@@ -151,7 +151,7 @@ class RescueFile:
             self._drop_reserved()
 
     def _remove_abandoned(self) -> None:
-        """Remove the room of runs that were killed: the caller holds the lock of the ledger, or works for who does."""
+        """Remove space reserved by killed runs. The caller, or the process it works for, holds the ledger's lock."""
         for name in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
             pid = name.name.rpartition("-")[2]
             if not pid.isdecimal() or not Path("/proc", pid).exists():
@@ -165,14 +165,14 @@ class RescueFile:
             self._file = None
 
     def append(self, lines: Iterable[RescuedAttempt]) -> bool:
-        """Append lines and sync them; return False when no place could be found for them."""
+        """Append lines and fsync them. Return False when they could not be written anywhere."""
         content = b"".join(line.to_line() for line in lines)
         if not content:
             return True
         if self.path is not None and self._file is not None:
             if self._is_open_at(self.path) and self._write(content):
                 return True
-            # No room, or the file was removed: all of it in another place.
+            # The disk is full, or the file was removed: write everything to another place.
             content = os.pread(self._file, self._end, 0) + content
         return self._start_file(content)
 
@@ -181,7 +181,7 @@ class RescueFile:
             try:
                 self.path = _link_reserved(self._reserved_path, self._ledger)
             except OSError:
-                self._end = 0  # this file system has no links
+                self._end = 0  # this file system has no hard links
             else:
                 with suppress(OSError):
                     self._reserved_path.unlink()
@@ -197,7 +197,7 @@ class RescueFile:
         return False
 
     def _create(self, folder: Path, content: bytes) -> bool:
-        """Make a new file in a folder with all lines so far; leave nothing behind when that fails."""
+        """Create a new file in a folder with all lines so far. Leave nothing behind when that fails."""
         for number in range(1, 1000):
             path = folder / _file_name(self._ledger.name, number)
             try:
@@ -224,15 +224,15 @@ class RescueFile:
         return False
 
     def _is_open_at(self, path: Path) -> bool:
-        """Tell whether the open file is the one at a path."""
+        """Return whether the open file is the one at this path."""
         try:
             return self._file is not None and os.path.samestat(os.fstat(self._file), path.stat())
         except OSError:
             return False
 
     def _write(self, content: bytes) -> bool:
-        """Write behind the last line, and sync; nothing of it stays when it fails."""
-        assert self._file is not None  # noqa: S101 - the callers look
+        """Write after the last line and fsync. Truncate to the previous end when it fails."""
+        assert self._file is not None  # noqa: S101 - the callers check this
         try:
             written = 0
             while written < len(content):
@@ -246,7 +246,7 @@ class RescueFile:
         return True
 
     def close(self) -> None:
-        """Cut off the room that was not used; without a line no file stays."""
+        """Truncate the unused reserved space. Without any line, no file remains."""
         if self._file is not None:
             if self.path is not None:
                 with suppress(OSError):
@@ -263,7 +263,7 @@ def _file_name(ledger: str, number: int) -> str:
 
 
 def _link_reserved(reserved: Path, ledger: Path) -> Path:
-    """Give the reserved file its name, the first that is free. Raises OSError where the file system has no links."""
+    """Link the reserved file to the first free name. Raises OSError where the file system has no hard links."""
     for number in range(1, 1000):
         path = ledger.with_name(_file_name(ledger.name, number))
         try:

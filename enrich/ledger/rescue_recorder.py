@@ -1,4 +1,4 @@
-"""Takes the moves of a ledger that cannot be written, and keeps what was paid for in a rescue file."""
+"""Replaces a ledger that cannot be written: records paid results in a rescue file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from enrich.ledger.rescue import SETTLED_STATES, RescueQueries
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
 from enrich.models import Acceptance, Answer, State
 
-#: Lines that are written at a time.
+#: Lines per write.
 _LINES_PER_WRITE = 1000
-#: What reading a database that is broken may raise.
+#: Errors that reading a broken database may raise.
 _READ_ERRORS = (*DATABASE_ERRORS, ValueError, TypeError)
 
 
 @dataclass(slots=True)
 class RescueRecorder:
-    """The moves that could not be written. A move that would begin something new fails with `failure`."""
+    """Records operations that could not be written. One that would start something new fails with `failure`."""
 
-    #: The methods of the ledger that it has, too.
+    #: The methods of the ledger that this class replaces.
     OPERATIONS: ClassVar = frozenset(
         {
             "record_accepted",
@@ -44,15 +44,15 @@ class RescueRecorder:
     ledger: RescueQueries
     file: RescueFile
     failure: LedgerFailed
-    #: Nothing that is in the open database is at the ledger's path any more.
+    #: The ledger's path no longer leads to the open database.
     database_missing: bool
     _lines: dict[int, RescuedAttempt] = field(default_factory=dict)
     _changed: set[int] = field(default_factory=set)
-    #: Task ids that could be written nowhere.
+    #: Task ids that could not be written anywhere.
     _unsaved_task_ids: dict[int, str | None] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Keep what is at the API when the whole ledger is gone."""
+        """Record all running and unconfirmed attempts when the whole ledger is gone."""
         if self.database_missing:
             with suppress(*_READ_ERRORS):
                 self._lines = {line.attempt: line for line in self.ledger.open_attempts()}
@@ -62,7 +62,7 @@ class RescueRecorder:
     def record_accepted(
         self, updates: Sequence[tuple[int, str, int]], facts: Mapping[str, str | None]
     ) -> list[Acceptance]:
-        """Keep task ids; they are compared with others when they are taken in."""
+        """Record task ids. The import compares them with others."""
         for attempt, task_id, now_ms in updates:
             line_facts = {name: value for name, value in facts.items() if value is not None}
             self._update_line(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **line_facts)
@@ -71,40 +71,40 @@ class RescueRecorder:
         return [Acceptance.NEW] * len(updates)
 
     def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
-        """Keep what may or may not have been charged."""
+        """Record attempts that may have been charged."""
         for attempt, error, now_ms, task_id in updates:
             self._update_line(attempt, state="in_doubt", error=error, settled_ms=now_ms)
             if task_id is not None:
                 self._update_line(attempt, task_id=task_id)
 
     def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
-        """Keep that nothing was accepted, so that it does not become a doubt."""
+        """Record that nothing was accepted, so that these attempts do not become unconfirmed."""
         for attempt, error, now_ms in updates:
             self._update_line(attempt, state="refused", error=error, settled_ms=now_ms)
 
     def record_rejected(self, updates: Sequence[tuple[int, str, int]]) -> None:
-        """Keep that the API refused the params."""
+        """Record that the API refused the params."""
         for attempt, error, now_ms in updates:
             self._update_line(attempt, state="failed", error=error, settled_ms=now_ms, credits=0)
 
     def mark_acknowledged(self, attempt_ids: Sequence[int]) -> None:
-        """Keep that the API knows the tasks."""
+        """Record that the API has acknowledged the tasks."""
         for attempt in attempt_ids:
             if attempt in self._lines:
                 self._lines[attempt] = self._lines[attempt].model_copy(update={"seen_alive": True})
 
     def has_task(self, _task_id: str) -> bool:
-        """Answer without the ledger: no task is taken for unknown."""
+        """Return True without the ledger, so that no task counts as unknown."""
         return True
 
     def save_unusable_answer(self, _attempts: Sequence[int], _reason: str, _raw: str | None) -> None:
-        """Keep nothing: the task is asked for again by the next run."""
+        """Do nothing: the next run polls the task again."""
 
     def mark_result_deleted(self, _attempts: Sequence[int]) -> None:
-        """Keep nothing: the next run asks once more."""
+        """Do nothing: the next run polls once more."""
 
     def settle(self, answers: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int) -> list[State]:
-        """Keep answers."""
+        """Record answers."""
         for attempt, answer, now_ms in answers:
             self._record_answer(attempt, answer, answer.credits, now_ms)
         return [answer.state for _, answer, _ in answers]
@@ -112,13 +112,13 @@ class RescueRecorder:
     def settle_bulk_task(
         self, answers: Sequence[tuple[int, Answer, int]], _execution: int, _max_attempts: int, credits_: int | None
     ) -> list[State]:
-        """Keep the answers of a task of many; its price stands with the first."""
+        """Record the answers of a bulk task. Its price is stored with the first."""
         for bulk_index, (attempt, answer, now_ms) in enumerate(answers):
             self._record_answer(attempt, answer, credits_ if credits_ is None or not bulk_index else 0, now_ms)
         return [answer.state for _, answer, _ in answers]
 
     def _record_answer(self, attempt: int, answer: Answer, credits_: int | None, now_ms: int) -> None:
-        if not answer.free_failure:  # the task is asked for again, and is sent again then
+        if not answer.free_failure:  # the task of a free failure is polled again, and its request sent again then
             fields = {
                 "state": answer.state.value,
                 "error": answer.error,
@@ -136,7 +136,7 @@ class RescueRecorder:
             self._changed.add(attempt)
 
     def flush(self) -> None:
-        """Write down what changed; answers, which may be long, come at the end."""
+        """Write what changed. Answers may be long, so they are written at the end."""
         unanswered = [line for line in self._unwritten_lines() if line.state not in SETTLED_STATES]
         if self.file.append(unanswered):
             self._changed.difference_update(line.attempt for line in unanswered)
@@ -145,7 +145,7 @@ class RescueRecorder:
         return [self._lines[attempt] for attempt in sorted(self._changed)]
 
     def close(self) -> LedgerFailed:
-        """Write down the answers; return the failure with the place of all this."""
+        """Write the answers. Return the failure, with the path of the rescue file in its message."""
         self.flush()
         self._unsaved_task_ids |= {
             line.attempt: line.task_id for line in self._unwritten_lines() if line.state == "submitted"

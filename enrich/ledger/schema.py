@@ -1,19 +1,19 @@
-"""The ledger's tables: an SQL script for each database, and a script for each later version.
+"""The ledger's tables: one SQL script for each database, and a further script for each later version.
 
-The version of a ledger is the number of scripts it has had: `PRAGMA user_version` of a SQLite file, the table `ledger`
-of a PostgreSQL schema.
+The version of a ledger is the number of scripts that were applied. It is stored in `PRAGMA user_version` of a SQLite
+file and in the table `ledger` of a PostgreSQL schema.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
 
-#: `PRAGMA application_id` of a ledger: a SQLite file with another one belongs to another program.
+#: `PRAGMA application_id` of a ledger. A SQLite file with another one belongs to another program.
 APPLICATION_ID = 0x656E7231
-#: The same of ledgers that were made before the first release.
+#: The application id of ledgers made before the first release.
 UNRELEASED_MARK = 0x656E7269
 
-#: Columns of text that is JSON, by their tables.
+#: Text columns that hold JSON, by table.
 JSON_COLUMNS = {
     "waterfalls": ("description", "providers"),
     "calls": ("canonical",),
@@ -27,11 +27,11 @@ def _script(name: str) -> str:
     return (files("enrich.ledger") / name).read_text(encoding="utf-8")
 
 
-#: The scripts of a SQLite file and of a PostgreSQL schema; a new version of the tables is a new script at the end.
+#: The scripts for SQLite and PostgreSQL. Append a script for each new version of the tables.
 MIGRATIONS = [_script("schema.sql")]
 POSTGRES_MIGRATIONS = [_script("schema_postgres.sql")]
 
 
 def statements(script: str) -> list[str]:
-    """Split a script into its statements, which an empty line separates."""
+    """Split a script into its statements. An empty line separates them."""
     return [statement for part in script.split(";\n\n") if (statement := part.strip().removesuffix(";"))]

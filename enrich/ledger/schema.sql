@@ -1,4 +1,4 @@
--- The tables of a ledger in a SQLite file. Times are milliseconds since 1970 (UTC), credits millionths.
+-- The tables of a ledger in a SQLite file. Times are milliseconds since 1970 (UTC), credits are millionths.
 
 CREATE TABLE facts (            -- what the whole ledger is bound to: api_host, workspace
     name TEXT PRIMARY KEY,
@@ -11,7 +11,7 @@ CREATE TABLE waterfalls (       -- as the API last described them
     providers TEXT              -- JSON list of the default enrichments, resolved at first use
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE calls (            -- what is asked of whom: waterfall, enrichments, verifier
+CREATE TABLE calls (            -- distinct waterfall calls: waterfall, enrichments, verifier
     id INTEGER PRIMARY KEY,
     canonical TEXT NOT NULL UNIQUE
 ) STRICT;
@@ -20,33 +20,33 @@ CREATE TABLE executions (       -- one `enrich run` from start to exit
     id INTEGER PRIMARY KEY,
     job TEXT NOT NULL,
     started_ms INTEGER NOT NULL,
-    ended_ms INTEGER,           -- NULL: at work, or killed
+    ended_ms INTEGER,           -- NULL: running, or killed
     exit_code INTEGER,
     cap INTEGER,                -- credits it may spend; NULL: no cap
-    reserved INTEGER NOT NULL DEFAULT 0,  -- worst price of all whose price is not known yet
-    spent INTEGER NOT NULL DEFAULT 0,     -- settled and known
-    unknown INTEGER NOT NULL DEFAULT 0,   -- answers whose price is not known
+    reserved INTEGER NOT NULL DEFAULT 0,  -- maximum price of all tasks whose price is not known yet
+    spent INTEGER NOT NULL DEFAULT 0,     -- settled at a known price
+    unknown INTEGER NOT NULL DEFAULT 0,   -- answers of unknown price
     submitted INTEGER NOT NULL DEFAULT 0, -- POSTs accepted
-    balance_before INTEGER,     -- credits that the API told; NULL: it did not
+    balance_before INTEGER,     -- balance that the API reported; NULL: not reported
     balance_after INTEGER,
-    receipt TEXT,               -- JSON
-    paths TEXT NOT NULL DEFAULT '[]',     -- JSON: the job's columns decide what is found
-    pulse TEXT                  -- JSON: how far it is and how fast it went, written while it is running
+    receipt TEXT,               -- JSON: the run summary
+    paths TEXT NOT NULL DEFAULT '[]',     -- JSON: the job's columns, which decide what is a match
+    pulse TEXT                  -- JSON: progress and speed, written while it is running
 ) STRICT;
 
-CREATE TABLE requests (         -- one distinct paid question
+CREATE TABLE requests (         -- one distinct paid request
     id INTEGER PRIMARY KEY,
     fingerprint BLOB NOT NULL UNIQUE CHECK (length(fingerprint) = 16),
     call_id INTEGER NOT NULL REFERENCES calls,
     params TEXT NOT NULL,       -- JSON, as sent
     state TEXT NOT NULL CHECK (state IN
         ('pending', 'submitting', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
-    attempts INTEGER NOT NULL DEFAULT 0,  -- accepted or doubtful POSTs since the person's last word
+    attempts INTEGER NOT NULL DEFAULT 0,  -- accepted or unconfirmed POSTs since the last retry or refresh
     attempt_id INTEGER REFERENCES attempts,  -- the newest attempt
-    answer_id INTEGER REFERENCES attempts,   -- the newest that found something: its answer stands
-    position INTEGER,           -- place in the queue; NULL: the present execution does not want it
-    erased_ms INTEGER,          -- params were dropped
-    forgotten INTEGER NOT NULL DEFAULT 0  -- the fingerprint is a keyed hash of it
+    answer_id INTEGER REFERENCES attempts,   -- the newest attempt that found something: its answer is used
+    position INTEGER,           -- place in the queue; NULL: the current run does not select it
+    erased_ms INTEGER,          -- when the params were erased
+    forgotten INTEGER NOT NULL DEFAULT 0  -- 1: the fingerprint was replaced by its keyed hash
 ) STRICT;
 
 CREATE INDEX queue ON requests (position)
@@ -67,25 +67,25 @@ CREATE TABLE attempts (         -- one POST, never overwritten by the next
     id INTEGER PRIMARY KEY,
     request_id INTEGER NOT NULL REFERENCES requests,
     execution_id INTEGER NOT NULL REFERENCES executions,
-    came_from TEXT NOT NULL,       -- where the request stood before, and stands again when this one is refused
+    came_from TEXT NOT NULL,       -- state of the request before, restored when this attempt is refused
     previous_id INTEGER REFERENCES attempts,  -- the newest attempt before this one
     state TEXT NOT NULL CHECK (state IN
         ('submitting', 'refused', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
     task_id TEXT,
-    claimed_ms INTEGER NOT NULL,   -- the intent was written
-    submitted_ms INTEGER,          -- the task id came
-    settled_ms INTEGER,            -- the fate was known
+    claimed_ms INTEGER NOT NULL,   -- when the intent to send was stored
+    submitted_ms INTEGER,          -- when the task id arrived
+    settled_ms INTEGER,            -- when the outcome was known
     settled_in INTEGER REFERENCES executions,
-    seen_alive INTEGER NOT NULL DEFAULT 0,  -- the API has known the task at least once
-    reserved INTEGER NOT NULL,     -- worst price
-    credits INTEGER,               -- true price; NULL: not known
+    seen_alive INTEGER NOT NULL DEFAULT 0,  -- 1: the API has acknowledged the task at least once
+    reserved INTEGER NOT NULL,     -- maximum price
+    credits INTEGER,               -- actual price; NULL: not known
     provider TEXT,
     error TEXT,
     answer TEXT,                   -- the task as the API sent it, JSON
-    erased_ms INTEGER,             -- the answer was dropped
+    erased_ms INTEGER,             -- when the answer was erased
     bundle_id INTEGER REFERENCES bundles,
-    place INTEGER,                 -- place in the bundle's list, from 0
-    gone INTEGER NOT NULL DEFAULT 0  -- 1: the API deleted the result (410), so that it is not asked for again
+    place INTEGER,                 -- index in the bulk task's list, from 0
+    gone INTEGER NOT NULL DEFAULT 0  -- 1: the API deleted the result (410), so it is not polled again
 ) STRICT;
 
 CREATE INDEX attempts_of_request ON attempts (request_id);
@@ -101,9 +101,9 @@ CREATE INDEX task_ids ON attempts (task_id) WHERE task_id IS NOT NULL;
 CREATE INDEX written_off ON attempts (claimed_ms)
 WHERE state IN ('in_doubt', 'expired') AND task_id IS NOT NULL AND gone = 0;
 
-CREATE TABLE latencies (        -- how long the tasks of each call took lately
-    call TEXT NOT NULL,         -- as in calls.canonical; in bulk with the size
-    seconds REAL NOT NULL CHECK (seconds > 0),  -- at most this, and more than in the row before
+CREATE TABLE latencies (        -- how long the recent tasks of each call took
+    call TEXT NOT NULL,         -- as in calls.canonical; for bulk tasks with the size
+    seconds REAL NOT NULL CHECK (seconds > 0),  -- at most this, and more than in the previous row
     answers REAL NOT NULL CHECK (answers > 0),  -- how many took this long; old ones count less
     PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID;
@@ -116,10 +116,10 @@ CREATE TABLE delivered (        -- rows that the change feed of a job has contai
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE forgotten (        -- people for whom no request is sent any more
-    hash BLOB PRIMARY KEY       -- of the params, under the key that lies beside the ledger
+    hash BLOB PRIMARY KEY       -- of the params, under the key that is stored beside the ledger
 ) STRICT, WITHOUT ROWID;
 
--- each attempt with what it adds to the bill (`paid`; NULL: not known): the price of a bundle stands with its first
+-- each attempt with its part of the bill (`paid`; NULL: not known); the price of a bulk task is with its first attempt
 CREATE VIEW billed AS
 SELECT a.*, CASE WHEN b.credits IS NULL THEN a.credits ELSE iif(a.place = 0, b.credits, 0) END AS paid
 FROM attempts a LEFT JOIN bundles b ON b.id = a.bundle_id;

@@ -1,5 +1,5 @@
--- The tables of a ledger on PostgreSQL: as in schema.sql, where each column is explained. Only here are what several
--- processes need that work on one ledger: owners, attempts.owner_id, allowance, commits, seen.
+-- The tables of a ledger on PostgreSQL. Columns are explained in schema.sql. Only this schema has what several
+-- processes on one ledger need: owners, attempts.owner_id, allowance, commits, seen.
 
 CREATE TABLE ledger (version INTEGER NOT NULL);
 
@@ -84,7 +84,7 @@ CREATE TABLE attempts (
     bundle_id BIGINT REFERENCES bundles,
     place INTEGER,
     gone INTEGER NOT NULL DEFAULT 0,
-    -- who is at it; of no meaning once it came to its end
+    -- the process that holds it; meaningless once it is settled
     owner_id BIGINT DEFAULT nullif(current_setting('enrich.owner', true), '')::bigint
 );
 
@@ -119,27 +119,27 @@ CREATE TABLE latencies (
     PRIMARY KEY (call, seconds)
 );
 
-CREATE TABLE owners (           -- the processes that are at work; a row that is gone was given up or ran out
+CREATE TABLE owners (           -- the running processes; a deleted row was released or expired
     id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    name TEXT NOT NULL,         -- which machine and process, for people
-    process TEXT NOT NULL,      -- the same, so that others on that machine can tell that it is gone
-    leads BOOLEAN NOT NULL,     -- whether an execution stands and falls with it
-    seconds DOUBLE PRECISION NOT NULL,    -- how long a lease is
-    lease_until TIMESTAMPTZ NOT NULL      -- by the clock of this server, as all of its times
+    name TEXT NOT NULL,         -- machine and process, for people
+    process TEXT NOT NULL,      -- the same, so that other processes on that machine can detect that it has ended
+    leads BOOLEAN NOT NULL,     -- whether a run ends when its lease ends
+    seconds DOUBLE PRECISION NOT NULL,    -- duration of a lease
+    lease_until TIMESTAMPTZ NOT NULL      -- by the clock of this server, like all of its times
 );
 
-CREATE TABLE allowance (        -- the rate of all requests to the API, which the processes of an execution share
+CREATE TABLE allowance (        -- the rate of all requests to the API, shared by the processes of a run
     id INTEGER PRIMARY KEY CHECK (id = 1),
     state TEXT NOT NULL         -- JSON
 );
 
-CREATE TABLE commits (          -- the last transaction of each connection: was it committed, when nobody heard its end
+CREATE TABLE commits (          -- last transaction of each connection: was it committed when the connection was lost?
     writer BIGINT PRIMARY KEY,
     number BIGINT NOT NULL,
     at TIMESTAMPTZ NOT NULL DEFAULT now()
 ) WITH (fillfactor = 10);
 
-CREATE TABLE seen (             -- what the execution at work has seen of its input
+CREATE TABLE seen (             -- what the current run has read of its input
     id BIGINT PRIMARY KEY,
     position BIGINT NOT NULL,
     place BIGINT NOT NULL,
@@ -148,7 +148,7 @@ CREATE TABLE seen (             -- what the execution at work has seen of its in
 );
 
 CREATE FUNCTION json_each(list TEXT) RETURNS TABLE (key BIGINT, value JSONB) LANGUAGE sql IMMUTABLE ROWS 50 AS $$
-    -- PostgreSQL's text can't hold a NUL, and so can't its JSON.
+    -- PostgreSQL's text cannot hold NUL, and neither can its JSON.
     SELECT number - 1, item FROM jsonb_array_elements(
         (CASE WHEN strpos(list, '\u0000') = 0 THEN list
          ELSE regexp_replace(list, '(?<!\\)((?:\\\\)*)\\u0000', '\1\\ufffd', 'g') END)::jsonb

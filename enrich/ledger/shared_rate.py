@@ -1,4 +1,4 @@
-"""The row in which processes on several machines keep the rate that they share, and when."""
+"""The row that stores the request rate shared by processes on several machines."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import TypeVar
 from enrich.ledger.database import Database
 
 T = TypeVar("T")
-#: Who has the row and says nothing for so many seconds was stopped or cut off: the others go on.
+#: A process that holds the row idle for this many seconds was stopped or disconnected. The server then frees the row.
 IDLE_TIMEOUT_S = 1
 
 
 class SharedRateRow(Database):
-    """A connection of its own to the one row of `allowance`; its times are seconds of the server's clock."""
+    """A separate connection to the single row of `allowance`. Times are seconds of the server's clock."""
 
     def update(self, compute: Callable[[str | None, float], tuple[str, T]], *, durable: bool = False) -> T:
-        """Let a function change what is written there (None: nothing yet), at a time; return what it tells beside.
+        """Replace the stored state by means of `compute`, and return its result.
 
-        The others wait meanwhile. It may be called again when the server was away. What is not `durable` may be lost
-        when the server crashes. Raises DatabaseFailed.
+        `compute` gets the stored state (None: not set yet) and the time in seconds; it returns the new state and the
+        result. It may be called again after a lost connection. Other processes wait meanwhile. An update that is not
+        `durable` may be lost when the server crashes. Raises DatabaseFailed.
         """
         return self.retry_on_disconnect(lambda: self._update(compute, durable=durable))
 
     def _update(self, compute: Callable[[str | None, float], tuple[str, T]], *, durable: bool) -> T:
         with self.transaction():
-            if not durable:  # nobody waits for the disk
+            if not durable:  # do not wait for the disk
                 self._db.execute("SET LOCAL synchronous_commit = off")
             self._db.execute(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT_S:g}s'")
             self._db.execute("INSERT INTO allowance VALUES (1, '') ON CONFLICT DO NOTHING")
-            # The time is told when the row is ours, not when we began to wait for it.
+            # Read the clock once the row is locked, not when the wait for it began.
             state, now = self._db.execute(
                 "SELECT state, extract(epoch FROM clock_timestamp())::float8 "
                 "FROM (SELECT state FROM allowance FOR UPDATE) AS ours"

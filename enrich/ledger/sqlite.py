@@ -1,4 +1,4 @@
-"""A ledger in a SQLite file: opened with care, brought up to date."""
+"""Opens a ledger in a SQLite file: checks it first and migrates it to the current version."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
 from enrich.ledger.open_files import OpenFiles, ledger_file_exists
 
-#: A journal of the damaged ledger would be played into the backup.
+#: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
 
-#: So long another process is waited for that writes, or reads what is to be erased.
+#: How long to wait for another process that writes, or that reads data to be erased, in seconds.
 BUSY_TIMEOUT_S = 30.0
-#: A run asks again for the write lock after so many milliseconds.
+#: During a run the write lock is retried after this many milliseconds.
 RUN_BUSY_TIMEOUT_MS = 500
-#: What SQLite keeps beside a file, by the ends of the names.
+#: Suffixes of the files that SQLite keeps beside a database.
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 _DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
-#: How the errors of Python's decoder begin, which have no code and quote the text.
+#: Python's decoding errors start with this. They have no error code and quote the text.
 _DECODE_ERROR_PREFIX = "Could not decode to UTF-8"
-#: Files up to so many bytes are read through by every command, as that takes no time.
+#: Every command checks files up to this size (bytes), because that takes no time.
 ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
-#: Larger files (bytes) are not read through at every start; `enrich ledger check` does.
+#: Larger files (bytes) are not checked at each start. `enrich ledger check` checks them.
 CHECKED_AT_START_BYTES = 256 * 1024 * 1024
 
 
-#: What SQLite says of a damaged file quotes it: instead of its words these, the first that fits.
+#: SQLite's messages about damage quote the file's content. These texts replace them; the first matching pattern counts.
 _DAMAGE_TEXTS = (
     ("index|non-unique", "an index does not agree with its table"),
     ("constraint failed|value in", "a column has a value that it does not take"),
@@ -52,7 +52,7 @@ class Column(NamedTuple):
 
 @lru_cache(maxsize=1)
 def ledger_columns() -> tuple[Column, ...]:
-    """Return all columns of a ledger, as a new one has them."""
+    """Return all columns of a new ledger."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         for script in schema.MIGRATIONS:
@@ -64,7 +64,7 @@ def ledger_columns() -> tuple[Column, ...]:
 
 
 class SqliteSession(sqlite3.Connection):
-    """One SQLite file, one connection."""
+    """One SQLite file over one connection."""
 
     dialect = Dialect(
         serial_key="INTEGER PRIMARY KEY",
@@ -77,13 +77,13 @@ class SqliteSession(sqlite3.Connection):
         as_bytes="CAST({} AS BLOB)",
         orphan_query="SELECT 1 FROM pragma_foreign_key_check",
     )
-    #: The files that must stay at their paths, the lock file last, while a run uses the ledger.
+    #: Files that must stay at their paths while a run uses the ledger. The lock file is last.
     _files = OpenFiles(())
 
     def watch_files(self, path: Path) -> None:
-        """Record the files of the ledger, which `check_files` compares from then on; the caller holds its lock."""
-        self.execute("SELECT count(*) FROM requests").fetchone()  # makes the journals
-        # Instead of in SQLite the writer waits for another one in the journal, where a signal ends it.
+        """Record the files of the ledger that `check_files` compares from then on. The caller holds its lock."""
+        self.execute("SELECT count(*) FROM requests").fetchone()  # creates the journals
+        # Waits happen in the writer instead of in SQLite, because a signal can end them there.
         self.execute(f"PRAGMA busy_timeout = {RUN_BUSY_TIMEOUT_MS}")
         real = Path(os.path.realpath(path))
         journals = (real.with_name(f"{real.name}{end}") for end in ("-wal", "-shm"))
@@ -110,11 +110,11 @@ class SqliteSession(sqlite3.Connection):
         return self.execute(sql, values)
 
     def deferred_references(self) -> AbstractContextManager[None]:
-        """Do nothing: references are never held against their tables but by a check."""
+        """Do nothing: SQLite does not enforce references here. Only `enrich ledger check` verifies them."""
         return nullcontext()
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
-        """Add many rows to a table."""
+        """Insert many rows with their own ids."""
         values = ", ".join("?" * len(columns))
         self.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})", rows)
 
@@ -123,64 +123,64 @@ class SqliteSession(sqlite3.Connection):
         self.execute("BEGIN IMMEDIATE")
 
     def begin_snapshot(self) -> None:
-        """Begin a transaction that sees everything as it stands now."""
+        """Begin a transaction that reads from one snapshot."""
         self.execute("BEGIN")
 
     def begin_temporary(self) -> None:
-        """Begin a transaction that writes to temporary tables alone."""
+        """Begin a transaction that writes only to temporary tables."""
         self.execute("BEGIN")
 
     def commit(self) -> None:
-        """End it; what it wrote is durable."""
+        """Commit the transaction durably."""
         self.execute("COMMIT")
 
     def rollback(self) -> None:
-        """Take back what it wrote; a full disk may have done that already."""
+        """Roll back the open transaction. A full disk may have ended it already."""
         if self.in_transaction:
             self.execute("ROLLBACK")
 
     def reconnect(self, _: BaseException) -> bool | None:
-        """Do nothing: what a file refuses once it refuses again."""
+        """Return None: a failed file operation would fail again."""
         return None
 
     def has_temporary_table(self, _: str) -> bool:
-        """Say yes: there is one connection only."""
+        """Return True: the only connection has created all temporary tables."""
         return True
 
     def shorten_waits(self) -> None:
-        """Do nothing: a file is not waited for long."""
+        """Do nothing: waits for a file are short."""
 
     def clear_table(self, table: str) -> None:
-        """Empty a temporary table."""
+        """Delete all rows of a temporary table."""
         self.execute(f"DELETE FROM {table}")
 
     def analyze(self, table: str) -> None:
-        """Do nothing: the plans are good without it."""
+        """Do nothing: the query plans are good without statistics."""
 
     def integrity_problems(self) -> Iterator[str]:
-        """Read the whole file, with its indexes; yield what is wrong in words that quote nothing of it."""
+        """Check the whole file with its indexes. Yield each problem in words that quote none of its content."""
         messages = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
         problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, said)) for said in messages]
         yield from dict.fromkeys(problems)
 
     def enable_secure_delete(self) -> None:
-        """Overwrite from now on what is deleted (SQLite docs: "PRAGMA secure_delete")."""
+        """Overwrite deleted data from now on (SQLite docs: "PRAGMA secure_delete")."""
         self.execute("PRAGMA secure_delete = ON")
 
     def discard_erased_data(self) -> bool:
-        """Move all of the journal into the file, and empty it; not while somebody reads the ledger as it was before."""
+        """Move the whole journal into the file and truncate it. False: a connection still reads an older snapshot."""
         (busy, *_) = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
 
 
 def lock_path(path: Path) -> Path:
-    """Name the lock file of a ledger; links to one ledger share it."""
+    """Return the path of a ledger's lock file. All links to one ledger share it."""
     real = Path(os.path.realpath(path))
     return real.with_name(f"{real.name}.lock")
 
 
 def is_busy_error(error: BaseException | None) -> bool:
-    """Tell whether another program holds the write lock."""
+    """Return whether the error means that another program holds the write lock."""
     return (
         isinstance(error, sqlite3.Error)
         and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
@@ -188,7 +188,7 @@ def is_busy_error(error: BaseException | None) -> bool:
 
 
 def describe_write_error(error: BaseException) -> tuple[str, str]:
-    """Say why a database could not be written, without a word of its content, and what to do."""
+    """Describe why a database could not be written, without quoting its content, and what to do."""
     if is_damage_error(error):
         return "is damaged", RESTORE_HINT
     if is_busy_error(error):
@@ -200,31 +200,32 @@ def describe_write_error(error: BaseException) -> tuple[str, str]:
 
 
 def is_damage_error(error: BaseException | None) -> bool:
-    """Tell whether SQLite, or Python's decoder, could not make sense of the file."""
+    """Return whether the error means that SQLite or Python's decoder found damage in the file."""
     if isinstance(error, UnicodeDecodeError):
         return True
     if not isinstance(error, sqlite3.Error):
         return False
     code = getattr(error, "sqlite_errorcode", None) or 0
-    # The low byte is the kind of the error, the others say which of that kind.
+    # The low byte is the kind of error, the other bytes are its subtype.
     return bool({code, code & 0xFF} & _DAMAGE_CODES) or str(error).startswith(_DECODE_ERROR_PREFIX)
 
 
 def _is_content_error(error: BaseException) -> bool:
-    """Tell whether what fails while a ledger is opened can only be its content: our own SQL fits any sound ledger."""
+    """Return whether an error while opening can only come from the content: our own SQL fits every sound ledger."""
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_ERROR
 
 
 def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
-    """Say that a ledger is damaged. What SQLite says of it may quote personal data, and is never shown."""
+    """Return the error for a damaged ledger. SQLite's own message may quote personal data and is never shown."""
     return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", RESTORE_HINT)
 
 
 def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:
-    """Open a ledger, making it (0600) when it is not there; `read_only` looks while an execution is at work.
+    """Open a ledger and create it (mode 0600) if it is missing. With `read_only` it can be read during a run.
 
-    `unchecked` leaves it to the caller to look for damage. Raises Refused when the file is not a ledger, is damaged, is
-    newer than this program or can't be written.
+    With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks for
+    damage. Raises CommandRefused when the file is not a ledger, is damaged, has a newer version than this program, or
+    cannot be written.
     """
     try:
         file_exists = ledger_file_exists(path)
@@ -232,12 +233,12 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             path.parent.mkdir(parents=True, exist_ok=True)
             if not file_exists:
                 _create(path)
-            # SQLite would open a file that can't be written all the same, only to read.
+            # SQLite would silently open a read-only file for reading.
             os.close(os.open(path, os.O_RDWR))
         if path.is_file() and not path.stat().st_size:
             raise damaged_ledger_error(path, "it is empty")
         mode = "ro" if read_only else "rw"
-        # One thread at a time uses the connection, but not always the same one.
+        # Only one thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
@@ -250,10 +251,10 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             _check_application_id(db, path)
             _check_length(db, path)
             if not read_only:
-                # Readers look while we write; a committed move survives a power cut.
+                # WAL: others can read while we write. FULL: a commit survives a power cut.
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
-            # Requests are found by their fingerprints, which lie anywhere (KiB, as SQLite wants it: negative).
+            # Lookups by fingerprint hit random pages, so the cache is large (a negative number is KiB).
             db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
@@ -272,7 +273,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
 
 
 def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
-    """Return those of these task ids that the sandbox, whose file this is, has not given; all without a file."""
+    """Return the task ids that the sandbox with this state file did not issue. All of them if there is no file."""
     if not state.is_file():
         return list(tasks)
     try:
@@ -284,9 +285,9 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
 
 
 def _create(path: Path) -> None:
-    """Make a new ledger, whole or not at all: one that is empty has lost what it knew."""
+    """Create a new ledger atomically, so that an empty file always means lost data."""
     temporary = path.with_name(f".{path.name}.new")
-    # What a journal without its ledger says, SQLite would play into the new one.
+    # SQLite would apply a journal without its ledger to the new one.
     for stale in (temporary, *(Path(f"{base}{end}") for base in (temporary, path) for end in JOURNAL_SUFFIXES)):
         stale.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -304,16 +305,16 @@ def _create(path: Path) -> None:
 
 
 def _check_length(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file that lacks some bytes: SQLite would read zeros in their place."""
+    """Refuse a truncated file: SQLite would read the missing bytes as zeros."""
     (size,) = db.execute("PRAGMA page_size").fetchone()
     if path.stat().st_size % size:
         raise damaged_ledger_error(path, "the file is cut off")
 
 
 def _check_integrity(db: sqlite3.Connection, path: Path, max_bytes: int) -> None:
-    """Refuse a damaged ledger before anything is sent: what it forgot would be paid for again.
+    """Refuse a damaged ledger before anything is sent: lost requests would be paid for again.
 
-    The indexes are held against their tables, too: a stale journal may be played into pages that fit together.
+    Indexes are compared with their tables too: a stale journal can produce pages that are valid but inconsistent.
     """
     if path.stat().st_size > max_bytes:
         return

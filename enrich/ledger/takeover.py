@@ -1,8 +1,8 @@
-"""Who is at what: processes that share a ledger hold what they send and poll by leases (PostgreSQL).
+"""Leases in the ledger: processes that share a PostgreSQL ledger hold the tasks they send and poll.
 
-A process is an owner, whose lease lasts as long as it says now and then that it lives. What an owner holds whose lease
-ran out is in doubt when it was on the wire, and anybody's when it waits for its answer. In a file, which only one
-execution opens, everything is always ours.
+A process is an owner. Its lease is valid as long as it renews it. After a lease has expired, the attempts that its
+owner was sending become unconfirmed, and any process may take over its tasks that wait for an answer. A SQLite ledger
+is used by one run only, so everything in it belongs to that run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enrich.ledger.queue import QueueTransitions
 from enrich.ledger.task_ids import JSON_NUMBERS
 from enrich.models import Task, to_json_text
 
-#: A lease that ran out while the server was down goes on: nobody could say that he lived.
+#: A lease that expired during a server outage is extended: its owner could not renew it.
 _REMAINING_S = (
     "extract(epoch FROM greatest(lease_until, pg_postmaster_start_time() + seconds * interval '1 s') "
     "- clock_timestamp())"
@@ -26,7 +26,7 @@ _OWN_OWNER_ID = "nullif(current_setting('enrich.owner', true), '')::bigint"
 
 
 class LeaseHolder(NamedTuple):
-    """A process that holds a lease: for how many seconds yet, and until when by the server's clock (seconds)."""
+    """A process with a lease: the remaining seconds, and the expiry as seconds since 1970 by the server's clock."""
 
     id: int
     name: str
@@ -36,18 +36,19 @@ class LeaseHolder(NamedTuple):
 
 
 class LeaseQueries(QueueTransitions):
-    """A ledger that knows who is at what."""
+    """A ledger with queries for leases and takeover."""
 
     def recover(self, now_ms: int) -> int:
-        """Put what a crash left in `submitting` in doubt (edge d); return how many.
+        """Mark attempts that a crash left in `submitting` as `in_doubt` (edge d). Return how many.
 
-        What another process holds by its lease is none of it; what one held that is gone waits for any poller.
+        Attempts that another process holds by its lease are left alone. Tasks of an expired lease wait for any poller.
         """
         self.other_holders()
-        # What is left is told once: others may end a lease in any moment.
+        # Use RETURNING: leases may change between two statements.
         attempt_rows = self._db.execute(
             "UPDATE attempts SET state = 'in_doubt', settled_ms = ?, error = 'the program ended between the request "
-            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT} AND {self._db.dialect.not_held_by_others} RETURNING id",
+            f"and its answer' WHERE state = 'submitting' AND {OPEN_ATTEMPT} "
+            f"AND {self._db.dialect.not_held_by_others} RETURNING id",
             (now_ms,),
         ).fetchall()
         if attempt_rows:
@@ -59,10 +60,13 @@ class LeaseQueries(QueueTransitions):
         return len(attempt_rows)
 
     def take_over_tasks(self, limit: int | None = None) -> list[Task]:
-        """Take on tasks that wait for their answer and that nobody holds, nearest expiry first; return them."""
+        """Take over up to `limit` waiting tasks that no process holds, nearest expiry first; return them."""
         if not self._db.dialect.has_leases:
             return self.submitted_tasks()
-        unheld = f"state = 'submitted' AND {OPEN_ATTEMPT} AND {self._db.dialect.not_held_by_others} AND owner_id IS DISTINCT FROM {_OWN_OWNER_ID}"
+        unheld = (
+            f"state = 'submitted' AND {OPEN_ATTEMPT} AND {self._db.dialect.not_held_by_others} "
+            f"AND owner_id IS DISTINCT FROM {_OWN_OWNER_ID}"
+        )
         attempt_rows = self._db.execute(
             f"UPDATE attempts SET owner_id = {_OWN_OWNER_ID} WHERE id IN (SELECT id FROM attempts WHERE {unheld} "
             f"ORDER BY submitted_ms, bundle_id LIMIT ? FOR UPDATE SKIP LOCKED) RETURNING id, bundle_id",
@@ -73,20 +77,22 @@ class LeaseQueries(QueueTransitions):
         attempt_ids = {number for number, _ in attempt_rows}
         if bulk_task_ids := {bundle for _, bundle in attempt_rows if bundle is not None}:
             rows = self._db.execute(
-                f"UPDATE attempts SET owner_id = {_OWN_OWNER_ID} WHERE bundle_id = ANY(?) AND {OPEN_ATTEMPT} RETURNING id",
+                f"UPDATE attempts SET owner_id = {_OWN_OWNER_ID} WHERE bundle_id = ANY(?) AND {OPEN_ATTEMPT} "
+                "RETURNING id",
                 (sorted(bulk_task_ids),),
             ).fetchall()
             attempt_ids |= {number for (number,) in rows}
         return [task for task in self.submitted_tasks() if attempt_ids.issuperset(task.attempts)]
 
     def release_tasks(self) -> None:
-        """Leave what waits for its answer to other pollers."""
+        """Release our tasks that wait for an answer, so that other processes can poll them."""
         self._db.execute(
-            f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} AND owner_id = {_OWN_OWNER_ID}"
+            f"UPDATE attempts SET owner_id = NULL WHERE state = 'submitted' AND {OPEN_ATTEMPT} "
+            f"AND owner_id = {_OWN_OWNER_ID}"
         )
 
     def other_holders(self) -> list[LeaseHolder]:
-        """Return the other processes that may hold something, those that lead an execution first."""
+        """Return the other processes that may hold tasks, leaders of a run first."""
         if not self._db.dialect.has_leases:
             return []
         self._delete_expired_leases()
@@ -101,19 +107,19 @@ class LeaseQueries(QueueTransitions):
         ]
 
     def revoke_leases(self, holders: Iterable[LeaseHolder]) -> None:
-        """Let none of these renew its lease any more; they find out when they try."""
+        """Keep these processes from renewing their leases. They notice at the next attempt."""
         owner_ids = [owner.id for owner in holders]
         self._db.execute("UPDATE owners SET seconds = 0 WHERE id = ANY(?)", (owner_ids,))
 
     def now_ms(self) -> int:
-        """Tell what time the server has, in milliseconds since 1970 (UTC)."""
+        """Return the server's time in milliseconds since 1970 (UTC)."""
         (now_ms,) = self._db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
         return int(now_ms)
 
     def acquire_lease(self, name: str, seconds: float, *, leader_id: int | None = None) -> int:
-        """Become an owner; return its number. Without somebody whom it `follows` it leads an execution.
+        """Acquire a lease of `seconds` and return the owner id. Without a `leader_id` the owner leads a run.
 
-        Raises LeaderGone when whoever leads is an owner no more: nobody would wait for who begins only now.
+        Raises RunEnded when the leader is not an owner any more: it would not wait for a process that starts only now.
         """
         values = (name, current_process_name(), leader_id is None, float(seconds))
         insert = (
@@ -123,7 +129,7 @@ class LeaseQueries(QueueTransitions):
         if leader_id is None:
             row = self._db.execute(f"{insert} RETURNING id", values).fetchone()
         else:
-            # Its row is kept until ours is there: whoever looks for those who are left sees one of both.
+            # The leader's row stays locked until ours is inserted: a search for other owners sees one of the two.
             leader_condition = "FROM owners WHERE id = ?5 AND owners.seconds > 0 FOR KEY SHARE"
             row = self._db.execute(f"{insert} {leader_condition} RETURNING id", (*values, leader_id)).fetchone()
         if row is None:
@@ -131,7 +137,7 @@ class LeaseQueries(QueueTransitions):
         return int(row[0])
 
     def renew_lease(self, owner_id: int) -> bool:
-        """Say that an owner lives; return False when its lease was ended."""
+        """Renew an owner's lease. Return False when the lease has ended."""
         return bool(
             self._db.execute(
                 "UPDATE owners SET lease_until = clock_timestamp() + seconds * interval '1 s' "
@@ -141,20 +147,21 @@ class LeaseQueries(QueueTransitions):
         )
 
     def release_lease(self, owner_id: int) -> None:
-        """Be an owner no more: what it held is free at once."""
+        """Delete an owner's lease. Its tasks are free at once."""
         self._db.execute("DELETE FROM owners WHERE id = ?", (owner_id,))
 
     def _delete_expired_leases(self) -> None:
-        """End the leases that ran out. Who is in the middle of a transaction lives, whatever its lease says."""
+        """Delete expired leases. The owner of an open transaction is alive, so its lease stays."""
         if self._db.dialect.has_leases:
             self._db.execute(
-                f"DELETE FROM owners WHERE id IN (SELECT id FROM owners WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
+                "DELETE FROM owners WHERE id IN "
+                f"(SELECT id FROM owners WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
             )
 
     def _delete_lease_if_gone(self, owner_id: int, process: str) -> bool:
-        """End the lease of a process of this machine that is there no more; no need to wait until it runs out.
+        """Delete the lease of an ended process of this machine before it expires; return whether it was deleted.
 
-        Not yet while the server is at a transaction of it.
+        It stays while the server is still executing a transaction of that process.
         """
         return is_gone(process) and bool(
             self._db.execute(

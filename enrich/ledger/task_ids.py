@@ -1,4 +1,4 @@
-"""Compares task ids: each belongs to one question, whose answer costs once."""
+"""Compares task ids: each belongs to one request, whose answer is charged once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
 
 
 class TaskIdQueries(HistoryQueries):
-    """A ledger that compares task ids."""
+    """A ledger with comparisons of task ids."""
 
     def has_task(self, task_id: str) -> bool:
-        """Tell whether any attempt has this task id."""
+        """Return whether any attempt has this task id."""
         row = self._db.execute("SELECT EXISTS (SELECT 1 FROM attempts WHERE task_id = ?)", (task_id,)).fetchone()
         return bool(row[0])
 
     def _check_task_ids(self, task_ids: Mapping[int, str]) -> dict[int, Acceptance]:
-        """Compare the task ids that attempts were given with each other and with those in the ledger."""
+        """Compare the task ids of attempts with each other and with those in the ledger. Return what each means."""
         acceptances = dict.fromkeys(task_ids, Acceptance.NEW)
         ids = to_json_text([[task_id] for task_id in task_ids.values()])
         if self._db.dialect.lock_task_ids:
@@ -37,7 +37,7 @@ class TaskIdQueries(HistoryQueries):
         for task_id in sorted(shared_ids):
             attempt_ids = [attempt for attempt, its_id in task_ids.items() if its_id == task_id]
             rows = self._db.execute(
-                # The attempts of a bundle are one POST, and share its id. Those that have the id come first.
+                # The attempts of a bulk task are one POST and share its id. Attempts that have the id come first.
                 "SELECT coalesce(-a.bundle_id, a.id), a.id, a.place, r.call_id, r.params FROM attempts a "
                 f"JOIN requests r ON r.id = a.request_id WHERE a.task_id = ?1 OR a.id IN ({JSON_NUMBERS.format('?2')}) "
                 "ORDER BY a.task_id IS NULL, a.id",
@@ -55,7 +55,7 @@ class TaskIdQueries(HistoryQueries):
         return acceptances
 
     def _charge_once(self, answers: Sequence[tuple[int, Answer, int]]) -> list[tuple[int, Answer, int]]:
-        """Let a task that two attempts have (the API's cache) cost once."""
+        """Charge a task that two attempts share (the API's cache) only once."""
         charged_ids = [attempt_id for attempt_id, answer, _ in answers if answer.credits]
         if not charged_ids:
             return list(answers)
@@ -76,7 +76,7 @@ class TaskIdQueries(HistoryQueries):
         return charged_once
 
     def _is_task_paid(self, attempt_id: int) -> bool:
-        """Tell whether another bundle has the task of this one, and its price."""
+        """Return whether another bulk task has the same task id and a price."""
         row = self._db.execute(
             "SELECT EXISTS (SELECT 1 FROM attempts a JOIN attempts o ON o.task_id = a.task_id "
             "JOIN bundles b ON b.id = o.bundle_id WHERE a.id = ? AND b.id <> a.bundle_id AND b.credits > 0)",

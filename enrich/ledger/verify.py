@@ -1,4 +1,4 @@
-"""Reads a ledger for people: is it sound, and a copy of it. Never changes it, and disturbs no run."""
+"""Checks a ledger and makes backups. Never changes the ledger and does not disturb a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from enrich.ledger.sqlite import Column, damaged_ledger_error, is_damage_error, 
 
 @dataclass(frozen=True, slots=True)
 class LedgerCheck:
-    """What a check of a ledger found; a count is None where it cannot be read."""
+    """The result of a check. A count is None when it cannot be read."""
 
     problems: list[str]
     requests: int | None = None
@@ -30,7 +30,7 @@ class LedgerCheck:
 
 
 def check_ledger(location: LedgerLocation) -> LedgerCheck:
-    """Check a ledger's file and its invariants. Raises Refused when it is not there or cannot be opened."""
+    """Check a ledger's file and invariants. Raises CommandRefused when it is missing or cannot be opened."""
     try:
         verifier = LedgerVerifier(location)
     except LedgerDamaged as error:
@@ -40,7 +40,7 @@ def check_ledger(location: LedgerLocation) -> LedgerCheck:
 
 
 def is_damaged(location: Path) -> bool:
-    """Tell whether a ledger is there and not sound."""
+    """Return whether the ledger exists and is damaged."""
     try:
         return location.is_file() and bool(check_ledger(location).problems)
     except CommandRefused:
@@ -48,16 +48,19 @@ def is_damaged(location: Path) -> bool:
 
 
 class LedgerVerifier(Database):
-    """A ledger that is only looked into."""
+    """A ledger that is opened read-only."""
 
     def __init__(self, location: LedgerLocation, *, any_version: bool = False) -> None:
-        """Open it, though it be older with `any_version`. Raises Refused when it is not there or is no ledger."""
+        """Open the ledger; with `any_version` also an older one.
+
+        Raises CommandRefused when it is missing or not a ledger.
+        """
         if not ledger_exists(location):
             raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
         super().__init__(location, read_only=True, any_version=any_version, skip_integrity_check=True)
 
     def check(self) -> LedgerCheck:
-        """Look at everything as it stood at one moment, though a run may go on."""
+        """Check one snapshot of the ledger, also during a run."""
         with suppress(*DATABASE_ERRORS):
             self._db.begin_snapshot()
         try:
@@ -67,7 +70,7 @@ class LedgerVerifier(Database):
                 self._db.rollback()
 
     def problems(self) -> Iterator[str]:
-        """Check the file, and when it is whole its invariants; yield what does not hold, in words."""
+        """Yield each problem as text: first of the file, then, if the file is sound, of the invariants."""
         has_damage = False
         try:
             for problem in self._db.integrity_problems():
@@ -90,7 +93,7 @@ class LedgerVerifier(Database):
                 yield f"{count:,} times: {invariant}"
 
     def _unreadable_values(self) -> Iterator[str]:
-        """Decode every value of the ledger, and parse what is JSON; name column and row of each that is broken."""
+        """Decode every value and parse every JSON column. Yield column and row of each broken value."""
         for table, group in groupby(ledger_columns(), key=lambda column: column.table):
             table_columns = list(group)
             expressions = [
@@ -116,9 +119,9 @@ class LedgerVerifier(Database):
         return None
 
     def backup(self, target: Path) -> None:
-        """Make a consistent copy (0600), whole or not at all, while a run may go on.
+        """Write a consistent copy (mode 0600) atomically, also during a run.
 
-        Raises Refused when the copy cannot be written or would replace what is no copy.
+        Raises CommandRefused when the copy cannot be written or would replace a file that is not a copy.
         """
         if isinstance(self.location, PostgresLocation):
             hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
@@ -130,8 +133,8 @@ class LedgerVerifier(Database):
             try:
                 os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 with closing(sqlite3.connect(temporary)) as copy:
-                    self._db.backup(copy)  # type: ignore[attr-defined] # a file, and so SQLite
-                    # A copy is one file: nothing of it lies in a journal beside it.
+                    self._db.backup(copy)  # type: ignore[attr-defined] # a path, therefore SQLite
+                    # The copy must be a single file without a journal beside it.
                     copy.execute("PRAGMA journal_mode = DELETE")
                 with temporary.open("rb") as written:
                     os.fsync(written.fileno())
@@ -153,7 +156,7 @@ class LedgerVerifier(Database):
 
 
 def _value_problem(column: Column, value: object) -> str | None:
-    """Say what is wrong with a value; None: nothing."""
+    """Return what is wrong with a value. None: nothing."""
     if value is None:
         return None
     if column.kind is not str:
@@ -188,26 +191,26 @@ def _check_target(target: Path, ledger: Path) -> None:
     if obstacle is not None:
         raise CommandRefused(f"{target}: this is {obstacle}", "choose another file for the copy")
     if target.with_name(target.name + "-wal").exists():
-        # SQLite would play it into the copy.
+        # SQLite would apply it to the copy.
         raise CommandRefused(f"{target}: beside it lies the journal of a database that is gone", "choose another file")
 
 
 def _remove_unfinished_copy(temporary: Path) -> None:
-    """Remove a copy that was not finished, with its journals: SQLite would play them into the next one."""
+    """Remove an unfinished copy with its journals, which SQLite would apply to the next copy."""
     for suffix in ("", "-journal", "-wal", "-shm"):
         temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
 
 
-#: Where SQLite keeps the application id in a file ("Database File Format", 1.2.20).
+#: Byte range of the application id in a SQLite file ("Database File Format", 1.2.20).
 _APPLICATION_ID_START, _APPLICATION_ID_END = 68, 72
 
-#: Stands for the query that each database has of its own.
+#: Placeholder for the query that differs between databases.
 _ORPHAN_QUERY = "orphans"
 
-#: What must hold, as queries for the rows in which it does not. Each reads a table a few times at most.
+#: Each invariant with a query for the rows that violate it. A query reads each table a few times at most.
 INVARIANTS = {
     "request whose state is not that of its newest attempt": (
-        # A failure at no charge waits again; of what a person gave up the attempt stays in doubt.
+        # After a failure at no charge the request waits again. After `--accept in_doubt` the attempt stays in_doubt.
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
         "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') "
         "WHEN 'failed' THEN coalesce(a.state, '') NOT IN ('failed', 'in_doubt') "
@@ -253,8 +256,8 @@ INVARIANTS = {
         "FROM attempts GROUP BY execution_id) a ON a.execution_id = e.id WHERE e.submitted <> coalesce(a.submitted, 0)"
     ),
     "execution that bought for more than its cap": (
-        # Beyond it may be what earlier executions left at the API, and what the API charges above its worst price.
-        # What a bundle cost is shared out evenly, as its rows reserve the same; the half is for rounding.
+        # Tasks left open by earlier runs, and charges above the maximum price, may exceed the cap. The cost of a bulk
+        # task is divided evenly, as its rows reserve the same amount. 0.5 allows for rounding.
         "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bundles b ON b.id = a.bundle_id "
         "WHERE e.cap IS NOT NULL GROUP BY e.id "
         "HAVING sum(CASE WHEN coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved) < a.reserved "

@@ -1,7 +1,7 @@
-"""Runs the ledger's moves on one thread, as many to a commit as have come together (group commit).
+"""Runs ledger operations on one thread and commits all that are waiting at once (group commit).
 
-A move's future is resolved only after its commit: who awaits it knows that it is on disk. When the ledger can't be
-written any more, or is no longer at its path, what was paid for goes into a rescue file instead.
+The future of an operation is resolved after its commit, so its result is on disk. When the ledger can no longer be
+written, or is no longer at its path, paid results go to a rescue file instead.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741 - an item
 
-#: How long the write lock of another program is waited for in a run, in seconds.
+#: How long a run waits for the write lock of another program, in seconds.
 LOCK_TIMEOUT_S = 300.0
-#: … when a signal or --max-time ends the run.
+#: The same after a signal or --max-time, in seconds.
 SHORT_LOCK_TIMEOUT_S = 2.0
-#: … before the person is told.
+#: After how many seconds the wait is reported to the user.
 ANNOUNCE_AFTER_S = 3.0
 
 
 class _Operation(Generic[T]):
-    """One move, and what came of it. `items`: what it tells, which others like it may tell in one with it."""
+    """One operation and its result. `items` can be merged with those of equal operations into one call."""
 
     __slots__ = ("args", "can_be_rescued", "error", "function", "future", "items", "kwargs", "result")
 
@@ -53,7 +53,7 @@ class _Operation(Generic[T]):
         self.args = args
         self.kwargs = kwargs or {}
         self.items = items
-        #: Made with what keeps the moves when the ledger can't be written, instead of failing.
+        #: Run it on the RescueRecorder when the ledger cannot be written, instead of failing.
         self.can_be_rescued = can_be_rescued
         self.result: T | None = None
         self.error: BaseException | None = None
@@ -62,7 +62,7 @@ class _Operation(Generic[T]):
         self.result = self.function(ledger, *self.args, **self.kwargs)
 
     def execute_on_rescue(self, recorder: RescueRecorder) -> None:
-        """Make the move where the ledger can't be written; one that begins something new fails."""
+        """Run the operation without the ledger. Operations that start something new fail."""
         self.error = None
         name = getattr(self.function, "__name__", "")
         if self.can_be_rescued:
@@ -79,11 +79,11 @@ class _Operation(Generic[T]):
         if self.error is not None:
             self.future.set_exception(self.error)
         else:
-            self.future.set_result(self.result)  # type: ignore[arg-type] # None only where T is
+            self.future.set_result(self.result)  # type: ignore[arg-type] # None only where T is None
 
 
 class LedgerWriter:
-    """The door to the ledger while an execution is at work. Use as an async context manager."""
+    """Writes to the ledger during a run. Use it as an async context manager."""
 
     def __init__(
         self,
@@ -94,28 +94,28 @@ class LedgerWriter:
     ) -> None:
         """Write to a ledger.
 
-        `rescue` makes the file for what can't be written; `lock_patience_s` is how long another program's write lock
-        is waited for beyond what the database does.
+        `new_rescue_file` creates the file for data that cannot be written to the ledger. `lock_timeout_s` is how long
+        to wait for another program's write lock, beyond the database's own wait.
         """
         self._ledger = ledger
         self._new_rescue_file = new_rescue_file
         self._lock_timeout_s = lock_timeout_s
-        #: Called once in the event loop when the ledger can't be written any more; nothing new may be begun then.
+        #: Called once in the event loop when the ledger can no longer be written. Nothing new may be started then.
         self.on_failure: Callable[[LedgerFailed], None] = lambda _: None
-        #: Called once in the event loop when another program's lock is waited for.
+        #: Called once in the event loop when the writer waits for another program's lock.
         self.on_lock_wait: Callable[[str], None] = lambda _: None
-        #: What was asked for in this round of the event loop; it goes to the thread in one piece.
+        #: Operations of this round of the event loop. They go to the thread together.
         self._pending: list[_Operation[Any]] = []
         self._batches: queue.SimpleQueue[list[_Operation[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_thread, name="ledger", daemon=True)
         self._error: BaseException | None = None
         self._rescue_recorder: RescueRecorder | None = None
         self._rescue_file: RescueFile | None = None
-        #: Since when the write lock is waited for, and since when nobody wants to wait for it any more.
+        #: Monotonic seconds since the wait for the write lock began, and since waits were shortened. None: not so.
         self._locked_since: float | None = None
         self._waits_shortened_since: float | None = None
         self._wait_announced = False
-        #: Whether anything was accepted, and whether the ledger turned out to be damaged.
+        #: Whether any task id was stored, and whether the ledger is damaged.
         self._has_accepted = False
         self._is_damaged = False
 
@@ -141,14 +141,14 @@ class LedgerWriter:
             self._rescue_file.close()
 
     def shorten_waits(self) -> None:
-        """Wait only a few seconds more for the write lock of another program."""
+        """Wait only a few more seconds for the write lock of another program."""
         if self._waits_shortened_since is None:
             self._waits_shortened_since = time.monotonic()
 
     def submit(
         self, function: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        """Make one move; the future is done when it is durable, or carries what the move raised."""
+        """Run one operation. The future is done when it is durable, or holds the exception that it raised."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._enqueue(_Operation(function, future, args, kwargs))
         return future
@@ -156,7 +156,7 @@ class LedgerWriter:
     def submit_or_rescue(
         self, function: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        """Make one move, as `do`; when the ledger can't be written it is given what keeps the moves instead."""
+        """Run one operation like `submit`. When the ledger cannot be written, run it on the RescueRecorder instead."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._enqueue(_Operation(function, future, args, kwargs, can_be_rescued=True))
         return future
@@ -168,9 +168,9 @@ class LedgerWriter:
         *args: P.args,
         **_: P.kwargs,
     ) -> asyncio.Future[T]:
-        """Make a move that tells of several items, in one with those that come at the same time with equal `args`.
+        """Run an operation on several items, merged with operations of the same time that have equal `args`.
 
-        What the move returns runs along its items, and so does each future's part of it; or it returns None.
+        The operation returns one result per item or None. Each future gets its part of the results.
         """
         future: asyncio.Future[T] = self._loop.create_future()
         self._enqueue(_Operation(function, future, args, items=items))
@@ -204,12 +204,12 @@ class LedgerWriter:
                 self._loop.call_soon_threadsafe(_resolve, operations)
 
     def _commit(self, batch: list[_Operation[Any]]) -> None:
-        """Commit the batch as one; after a commit that failed nothing is written into the ledger any more."""
+        """Commit the batch in one transaction. After a failed commit nothing is written to the ledger any more."""
         self._has_accepted = self._has_accepted or any(move.function is Ledger.record_accepted for move in batch)
         if self._error is None:
             try:
                 self._commit_with_retries(batch)
-            except BaseException as error:  # noqa: BLE001 - it is handed to who asked for the moves
+            except BaseException as error:  # noqa: BLE001 - passed on to the futures
                 self._fail(error)
             else:
                 return
@@ -222,7 +222,7 @@ class LedgerWriter:
             self._rescue_recorder.flush()
 
     def _fail(self, error: BaseException) -> None:
-        """Write nothing into the ledger from now on; keep what was paid for, where there is a file for it."""
+        """Stop writing to the ledger, and record paid results in the rescue file if there is one."""
         if isinstance(error, (*DATABASE_ERRORS, UnicodeDecodeError)):
             self._is_damaged = is_damage_error(error)
             reason, hint = describe_write_error(error)
@@ -237,7 +237,7 @@ class LedgerWriter:
             self._loop.call_soon_threadsafe(self.on_failure, error)
 
     def _commit_with_retries(self, batch: list[_Operation[Any]]) -> None:
-        """Commit the batch; when a server was away in the middle, find out whether it did, and do it again if not."""
+        """Commit the batch. After a lost connection find out whether it was committed, and if not, run it again."""
         while True:
             try:
                 self._commit_once(batch)
@@ -253,7 +253,7 @@ class LedgerWriter:
             return
 
     def _should_retry_lock(self, failure: BaseException) -> bool:
-        """Tell whether the lock of another program is worth another try; say once that it is waited for."""
+        """Return whether another program's lock is worth a retry. Report the wait once."""
         if not is_busy_error(failure):
             return False
         now = time.monotonic()
@@ -273,10 +273,10 @@ class LedgerWriter:
         groups = _group_batchable(batch)
         for operation in batch:
             operation.error = None
-        # What is alone in its transaction needs no other bounds.
+        # An operation that is alone in its transaction needs no savepoint.
         savepoint = self._ledger.savepoint if len(groups) > 1 else contextlib.nullcontext
         with self._ledger.transaction():
-            # Behind the write lock: a run that begins on another lock file comes before all this, or after it.
+            # Check with the write lock held: a run that uses another lock file comes before or after this transaction.
             self._ledger.check_files()
             for operations in groups:
                 try:
@@ -284,17 +284,17 @@ class LedgerWriter:
                         _execute_group(operations, self._ledger)
                 except (*DATABASE_ERRORS, UnicodeDecodeError, LeaseLost, LedgerMoved):
                     raise
-                except Exception as error:  # noqa: BLE001 - it is handed to who asked for the move
+                except Exception as error:  # noqa: BLE001 - passed on to the futures
                     for operation in operations:
                         operation.error = error
                     if len(groups) == 1:
                         self._ledger.rollback()
-        # What was written into a file that is no longer there is not durable.
+        # Data written to a file that is no longer at its path is not durable.
         self._ledger.check_files()
 
 
 def _group_batchable(batch: list[_Operation[Any]]) -> list[list[_Operation[Any]]]:
-    """Put moves that can be made in one together; otherwise the order stays."""
+    """Group operations that can be merged into one call. Otherwise the order stays."""
     groups: list[list[_Operation[Any]]] = []
     for operation in batch:
         matching = (
