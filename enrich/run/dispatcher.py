@@ -170,7 +170,7 @@ class Dispatcher:
                 return
             self._unsent_attempts.difference_update(attempts)
             if not run_state.lease_valid():
-                # Other processes may take this one for dead. A POST sent now could become unconfirmed and be sent again.
+                # Others may take this process for dead. A POST sent now could become unconfirmed and be sent again.
                 await self.ledger_writer.submit_batch(
                     Ledger.record_refused, [(one, "not sent", run_state.clock.now_ms()) for one in attempts]
                 )
