@@ -26,7 +26,7 @@ class Reconciliation:
     """The change of the balance since a run began, in credits, and its parts.
 
     `spent` is exact. `earlier` are requests that were submitted before that run and settled since: the API may have
-    reserved their price before it. Requests that are running, in doubt, expired or of unknown price may have cost
+    reserved their price before it. `at_the_api`, `in_doubt`, `expired` and `unknown_price` may have cost
     anything up to their highest price. `unexplained` is what the parts cannot explain: above 0 it was spent elsewhere,
     below 0 it was added from elsewhere.
     """

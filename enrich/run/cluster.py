@@ -42,7 +42,7 @@ class EnrollCounts:
 
 @dataclass(frozen=True, slots=True)
 class ClusterCallbacks:
-    """Callbacks of the run that has a phase done by a cluster.
+    """Callbacks of a run for a phase that a cluster does.
 
     `raise_if_stopped` is called often and may raise to stop the phase. `on_message` gets messages for the user. When
     `is_aborting` returns true, running work may finish, but work that has not begun is not waited for.

@@ -64,7 +64,7 @@ class OpenTask:
     acknowledged: bool
     #: Time of submission by the monotonic clock, in seconds.
     submitted_at_s: float
-    #: The task was counted as lost. Polling it is free, and the API need not know it any more.
+    #: The task was counted as lost. Polling it is free, and the API may have deleted it.
     written_off: bool = False
     #: Age in seconds when a poll last found it running.
     last_running_age_s: float = 0.0
@@ -108,7 +108,7 @@ class Poller:
     answers_only: bool = False
     #: Written-off tasks that could not be polled now.
     unpolled_tasks: list[Task] = field(default_factory=list)
-    #: Number of written-off tasks that the API still knows.
+    #: Number of written-off tasks that still exist at the API.
     revived_requests: int = 0
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Poller:
             self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
     def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool = False) -> None:
-        """Poll written-off tasks once more. Tasks that the API still knows are waited for again."""
+        """Poll written-off tasks once more. Tasks that still exist at the API are waited for again."""
         for open_task in self._open_tasks_of(tasks):
             open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted
             self._schedule(open_task, 0.0)

@@ -1,7 +1,7 @@
 """Calls, matches and credits per provider, as reported by the answers. Pure, except for reading their JSON.
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
-waterfall calls its providers in turn until one has a match, so for such an answer every provider was called whose
+waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
 inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price.
 """
 

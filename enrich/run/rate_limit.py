@@ -1,7 +1,7 @@
 """Adaptive rate limiter: when the next request may be sent. Pure, time is passed in.
 
-Requests are never faster than the configured ceiling and otherwise as fast as the API allows. The rate follows CUBIC
-(RFC 9438), applied to a rate and relative to the limit: after a 429 the rate is cut a little, returns quickly to just
+The rate never exceeds the configured ceiling, and is otherwise as high as the API allows. It follows CUBIC (RFC 9438),
+applied to a rate and relative to the limit: after a 429 the rate is cut a little, returns quickly to just
 below the refused rate, stays near it, and then probes for more at a growing pace. Until the first 429 the rate grows as
 in slow start, but is never far above what was just proven (RFC 7661, and the adaptive mode of the AWS SDKs).
 """
@@ -28,7 +28,7 @@ RESTING_SHARE = 0.98
 PROBE_GAIN = 0.2
 RETURN_S = 4.0
 MAX_RETURN_S = 60.0
-#: Probing for more costs some 429s, and pauses when the API asks for them. The next probe is delayed until 429s are
+#: Probing for more costs some 429s, and pauses when the API requests them. The next probe is delayed until 429s are
 #: about the first share of the requests, and pauses about the second share of the time.
 THROTTLED_SHARE, BLOCKED_SHARE = 0.01, 1 / 15
 

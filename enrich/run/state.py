@@ -199,7 +199,7 @@ class RunState:
             return 0
 
     def _seconds_until_outage(self, now: float) -> float:
-        """Return in how many seconds a pause that the API asked for counts as an outage. Gives up when it is one."""
+        """Return in how many seconds a pause requested by the API counts as an outage. Gives up when it is one."""
         if self.failing_since is None or self._last_failure is None:
             return self.timeouts.outage_s
         left = self.failing_since + self.timeouts.outage_s - now
