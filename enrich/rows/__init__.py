@@ -1,1 +1,1 @@
-"""Rows."""
+"""Rows of the input: reading, requests, lookup, suppression."""

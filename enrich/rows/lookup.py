@@ -1,4 +1,4 @@
-"""Leads of the input by their number or by a cell: what they ask with, and who else asks the same."""
+"""Finds leads of the input by row number or by a cell, with their requests and the rows that share a request."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch, param_values
 from enrich.rows.template import RequestTemplate
 
-#: So many leads are told of at most.
+#: Most leads to show.
 MAX_LEADS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """A row of the input, counted from 1, with what it asks."""
+    """A row of the input, counted from 1, with its request."""
 
     number: int
     cells: Mapping[str, str]
@@ -33,14 +33,14 @@ class Lead:
 
 @dataclass(slots=True)
 class LeadMatches:
-    """What was found in the input: leads, at most SHOWN of them, and how many there are."""
+    """The matching leads, at most MAX_LEADS_SHOWN of them, and how many there are."""
 
     leads: list[Lead] = field(default_factory=list)
     count: int = 0
 
 
 def parse_match(match: str, columns: list[str]) -> tuple[str, str]:
-    """Take `COLUMN=VALUE` apart; a column's name may have an equals sign in it."""
+    """Split `COLUMN=VALUE`; a column's name may contain an equals sign. Raises JobError."""
     candidates = [column for column in columns if match.startswith(f"{column}=")]
     if not candidates:
         column, equals, _ = match.partition("=")
@@ -52,7 +52,7 @@ def parse_match(match: str, columns: list[str]) -> tuple[str, str]:
 
 
 def find_by_number(job: Job, job_input: JobInput, template: RequestTemplate, number: int) -> LeadMatches:
-    """Find a row by its number. Raises JobError when there are not so many."""
+    """Find a row by its number. Raises JobError when the input has fewer rows."""
     row_count = 0
     for batch in job_input.batches(template):
         row_count = batch.first_position + batch.frame.height
@@ -64,7 +64,7 @@ def find_by_number(job: Job, job_input: JobInput, template: RequestTemplate, num
 
 
 def find_by_cell(job_input: JobInput, template: RequestTemplate, column: str, value: str) -> LeadMatches:
-    """Find the rows whose cell is this value, but for outer blanks and the case of letters."""
+    """Find the rows whose cell is this value. Ignores case and surrounding whitespace."""
     found, folded = LeadMatches(), value.strip().casefold()
     for batch in job_input.batches(template):
         for index, cell in enumerate(
@@ -91,7 +91,7 @@ def _make_lead(batch: RowBatch, index: int) -> Lead:
 def rows_by_request(
     job_input: JobInput, template: RequestTemplate, fingerprints: Collection[bytes]
 ) -> dict[bytes, list[int]]:
-    """Tell which rows ask each of these requests."""
+    """Return the numbers (from 1) of the rows that have each of these requests."""
     row_numbers: dict[bytes, list[int]] = {}
     for batch in job_input.batches(template) if fingerprints else ():
         for row in batch.requests():
@@ -101,7 +101,7 @@ def rows_by_request(
 
 
 def params_from_cell(job: Job, column: str, value: str) -> dict[str, str]:
-    """Tell what each param would be if it came from this cell."""
+    """Return each param that reads this column, as it would be sent for this cell."""
     params = {
         name: param.model_copy(update={"columns": [column]})
         for name, param in job.model.params.items()

@@ -1,4 +1,4 @@
-"""The input as batches of rows, each with the question it asks; read alike for asking and for joining."""
+"""The input as batches of rows, each with its request. Sending and joining read it the same way."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from enrich.rows.where import (
     expression_problem,
 )
 
-#: A number at the start of a cell as people write it: `1,200`, `-5`, `$ 5.50`, `51-200` (its 51).
+#: A number at the start of a cell, in common notations: `1,200`, `-5`, `$ 5.50`, `51-200` (its 51).
 _SIGN, _SYMBOL = r"(-?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
 _NUMBER = rf"^{_SIGN}{_SYMBOL}(-?)(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
 
 
 def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
-    """Make the keys by which the rows of a frame are compared: for each column its number, then its text.
+    """Return the sort keys of the rows: for each column its number, then its text.
 
-    What is a number and nothing else has no text: `1,200` and `1200` are equal.
+    A cell that is a number and nothing else has no text: `1,200` and `1200` are equal.
     """
     keys = []
     for number, column_index in enumerate(column_indexes):
@@ -51,7 +51,7 @@ def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
 
 
 def rank_rows(keys: pl.DataFrame) -> pl.Series:
-    """Give each row its place in the order of asking: largest first, blanks last, equal ones as in the input."""
+    """Return each row's place in the send order: largest first, blanks last, equal ones in input order."""
     sorted_rows = keys.with_row_index("row").sort(keys.columns, descending=True, nulls_last=True, maintain_order=True)
     return sorted_rows.select("row").with_row_index("place").sort("row").get_column("place")
 
@@ -65,26 +65,26 @@ class JobInput:
     def __init__(self, job: Job, forgotten: ForgottenRequests | None = None) -> None:
         """Read the header and check the job against it.
 
-        Raises Refused when the input can't be read, JobError when the job names what it lacks.
+        Raises CommandRefused when the input cannot be read, JobError when the job names a column that it does not have.
         """
         self._job = job
         self._forgotten = forgotten or ForgottenRequests(b"")
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
         self._table: InputTable | PartReader | InMemoryRows = InputTable(job.input_path, job.input)
-        #: All columns that can be named, with their types.
+        #: All columns that a job can name, with their types.
         self.all_columns = self._table.schema
         self._header = list(self.all_columns)
-        #: The columns that are written back; a blank of text is `""` or null.
+        #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in ENRICH_COLUMNS}
         self.columns = list(self.schema)
         self._check_columns()
         self._check_where()
 
     def why_not_parallel(self) -> str | None:
-        """Say why what is asked depends on all rows, so that no part can be asked by itself; None: it doesn't.
+        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
 
-        `dedupe: false` holds for collecting, too; the order only for asking.
+        `dedupe: false` matters for collecting, too; the order only for sending.
         """
         if not self._job.model.dedupe:
             return "`dedupe: false` counts equal rows from the first to the last"
@@ -93,43 +93,43 @@ class JobInput:
         return None
 
     def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
-        """Divide the rows; `counting` counts those of files that do not say it themselves. Raises Refused."""
+        """Divide the rows. `row_counter` counts files that do not store their row count. Raises CommandRefused."""
         return self._full_table.parts(row_counter)
 
     def for_part(self, part: InputPart) -> JobInput:
-        """Return the rows of one part, with their places in the whole; needs nothing but the part's file."""
+        """Return the rows of one part, with their positions in the whole input. Reads only the part's file."""
         return self._with_table(PartReader(part, self.input_schema))
 
     def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
-        """Return rows that were read already, the first of which has this place in the whole."""
+        """Return an input of rows in memory, the first of which has this position in the whole input."""
         return self._with_table(InMemoryRows(first_position, frame))
 
     @property
     def input_schema(self) -> InputSchema:
-        """What the files are read as."""
+        """The schema that the files are read with."""
         return self._full_table.input_schema
 
     @property
     def _full_table(self) -> InputTable:
-        assert isinstance(self._table, InputTable)  # noqa: S101 - what is asked of a part is an error of ours
+        assert isinstance(self._table, InputTable)  # noqa: S101 - calling this on a part is a bug
         return self._table
 
     @property
     def first_position(self) -> int:
-        """The place of the first row in the whole."""
+        """The position of the first row in the whole input."""
         return self._table.first_position
 
     def without_rows(self) -> JobInput:
-        """Return no rows of it, to be sent where blocks are read."""
+        """Return this input without rows, to be sent to where blocks are read."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
     def _with_table(self, table: PartReader | InMemoryRows) -> JobInput:
         job_input = copy(self)
-        job_input._table = table  # noqa: SLF001 - that of our own copy
+        job_input._table = table  # noqa: SLF001 - of our own copy
         return job_input
 
     def file_versions(self) -> object:
-        """Identity of the input's files: one was replaced, changed, added or is gone when this differs."""
+        """Identity of the input's files: it differs when a file was replaced, changed, added or removed."""
         return self._full_table.file_versions()
 
     def digest(self) -> str:
@@ -142,7 +142,7 @@ class JobInput:
         return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
 
     def check_new_columns(self, template: RequestTemplate) -> None:
-        """Refuse new columns that the input has already."""
+        """Raise JobError for new columns that the input already has."""
         for name in template.columns:
             if name in ENRICH_COLUMNS:
                 raise self._job.error(["columns", name], "this name is taken by the status columns", "choose another")
@@ -154,7 +154,7 @@ class JobInput:
                 )
 
     def queue_order(self) -> pl.Series | None:
-        """Read the input once to give each row its place in the order of asking; None: the input's order."""
+        """Read the input once and return each row's place in the send order; None: the order of the input."""
         if self._job.model.order_by is None:
             return None
         column_indexes = list(map(self._header.index, self._job.model.order_by))
@@ -162,7 +162,7 @@ class JobInput:
         return rank_rows(pl.concat(keys)) if keys else None
 
     def batches(self, template: RequestTemplate, queue_order: pl.Series | None = None) -> Iterator[RowBatch]:
-        """Read the whole input once. Raises Refused that names file, row and remedy."""
+        """Read the whole input once. Raises CommandRefused with file, row and remedy."""
         builder = RequestBuilder(self._job, template, self._header, self._forgotten)
         kept_columns = [place for place, name in enumerate(self._header) if name in self.schema]
         first_position = self._table.first_position
@@ -181,7 +181,7 @@ class JobInput:
 
     @property
     def change_key(self) -> list[str]:
-        """The columns that tell in the change feed which lead; default: those that are asked with."""
+        """The columns that identify a lead in the change feed. Default: the columns that the params read."""
         model = self._job.model
         if model.changes is not None and model.changes.key is not None:
             return model.changes.key
@@ -220,7 +220,7 @@ class JobInput:
         raise self._job.error(key_path, f"the input has no column `{column}` ({self._job.input_path})", hint)
 
     def _check_where(self) -> None:
-        """Try `where` on no rows; it must look at one row at a time, for rows come in batches."""
+        """Try `where` on no rows. It must look at one row at a time, because rows come in batches."""
         expression = self._job.model.where
         if expression is None:
             return
@@ -247,7 +247,7 @@ class JobInput:
         )
 
     def _selected_rows(self, frame: pl.DataFrame) -> pl.Series:
-        """Tell which rows `where` and `only_if_empty` leave in."""
+        """Return which rows `where` and `only_if_empty` keep."""
         column_indexes = map(self._header.index, self._job.model.only_if_empty)
         blank = [pl.nth(place).str.strip_chars() == "" for place in column_indexes]
         selected = frame.select(

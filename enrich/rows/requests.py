@@ -1,4 +1,4 @@
-"""What the rows of a batch ask: params as sent, fingerprints, or why they ask nothing."""
+"""Turns the rows of a batch into requests: params as sent, fingerprints, or why a row has no request."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from enrich.ledger.forgotten import ForgottenRequests
 from enrich.models import RowRequest, RowStatus
 from enrich.rows.template import RequestTemplate
 
-#: No top-level domain is a number: what ends in one is a date, an amount or an IP address.
+#: No top-level domain is a number: a text that ends in one is a date, an amount or an IP address.
 _HOST_PATTERN = r"^(?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*$"
 
 
 def extract_domain(text: pl.Expr) -> pl.Expr:
-    """Take the domain of a URL, an e-mail address or a bare host, without `www.`; '' when there is none."""
+    """Extract the domain of a URL, an email address or a bare host, without `www.`; '' when there is none."""
     host = (
         text.str.strip_chars()
         .str.to_lowercase()
@@ -38,11 +38,11 @@ def extract_domain(text: pl.Expr) -> pl.Expr:
 
 
 def _blank_non_hosts(texts: pl.Series) -> pl.Series:
-    """Blank what is no host."""
+    """Blank the texts that are not a host."""
     return texts.set(~texts.str.contains(_HOST_PATTERN), "")
 
 
-#: The columns that we add behind the job's own; an earlier output's are replaced.
+#: The columns that enrich adds after the job's own. Those of an earlier output are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_status": pl.String(),
     "enrich_error": pl.String(),
@@ -52,18 +52,18 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_at": pl.String(),
 }
 
-#: In a dataset, whose parts may be read in any order: a row's place in the input, from 0.
+#: A row's position in the input, from 0. Only in a dataset, whose parts may be read in any order.
 INDEX_COLUMN = "enrich_index"
 ENRICH_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
 
-#: The columns of the change feed behind its key.
+#: The columns of the change feed after its key.
 CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
-#: What JSON does not write as it stands.
+#: Characters that JSON escapes.
 _NEEDS_ESCAPING = r'["\\\x00-\x1f]'
-#: One `@` with something before it and a dot behind it.
+#: One `@` with something before it and a dot after it.
 _EMAIL = r"^[^@]+@[^@]*\.[^@]*$"
-#: What Python's `str.isspace` takes for a blank.
+#: Whitespace as Python's `str.isspace` defines it.
 _WHITESPACE = r"[\s\x1c-\x1f]"
 
 #: Why a row is filtered, where the job's expressions are not the reason.
@@ -73,11 +73,11 @@ FORGOTTEN_REASON = "forgotten at the person's wish"
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Some rows in the input's order. `first` is the position of the first, from 0.
+    """Some rows in the input's order. `first_position` is the position of the first, from 0.
 
-    `frame` has the input's columns in their types, as they are written back. The lists run along it: a row either
-    has a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason.
-    `groups` are what `caps` counts, `places` the order of asking; None: the input's.
+    `frame` has the input's columns in their types, as they are written to the output. The lists run parallel to it: a
+    row has either a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason
+    in `errors`. `groups` has the values that `caps` counts. `queue_order` is the send order; None: that of the input.
     """
 
     first_position: int
@@ -90,14 +90,14 @@ class RowBatch:
     queue_order: list[int] | None = None
 
     def requests(self) -> Iterator[RowRequest]:
-        """Yield what the rows ask that ask something."""
+        """Yield the requests of those rows that have one."""
         queue_order = self.queue_order or repeat(None)
         rows = zip(count(self.first_position), self.fingerprints, self.params, queue_order, self.groups, strict=False)
         return (RowRequest._make(row) for row in rows if row[1] is not None)
 
 
 class RequestBuilder:
-    """Maps rows to questions; remembers the occurrences that `dedupe: false` tells apart."""
+    """Maps rows to requests. Counts equal requests for `dedupe: false`, which sends each of them."""
 
     def __init__(self, job: Job, template: RequestTemplate, header: list[str], forgotten: ForgottenRequests) -> None:
         params = job.model.params
@@ -120,8 +120,8 @@ class RequestBuilder:
         suppressed: pl.Series | None,
         queue_order: list[int] | None,
     ) -> RowBatch:
-        """Ask for a frame whose first row has this position; `wanted` and `suppressed` run along it."""
-        # Named by number, so that no param is in the way of another column.
+        """Build the batch of a frame that begins at this position. `selected` and `suppressed` run parallel to it."""
+        # Columns are numbered, so that the name of a param cannot collide with another column.
         values = pl.DataFrame(
             {str(i): param_values(param, frame, self._header) for i, param in enumerate(self._params)}
         )
@@ -155,7 +155,7 @@ class RequestBuilder:
         )
 
     def _make_fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
-        """Name requests by what is sent; stable over versions, machines and the job file's order of params."""
+        """Hash what is sent. Hashes are stable over versions, machines and the order of params in the job file."""
         prefix, occurrences = self._hash_prefix, self._occurrences
         fingerprints: list[bytes | None] = []
         for text in params:
@@ -175,7 +175,7 @@ class RequestBuilder:
         return fingerprints
 
     def _group_values(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
-        """Tell what `caps` counts: a param as it is sent, or a column; None where it is blank."""
+        """Return the value that `caps` counts: a param as it is sent, or a column; None where it is blank."""
         if self._group_by is None:
             return [None] * frame.height
         if self._group_by in self._names:
@@ -187,14 +187,14 @@ class RequestBuilder:
         )
 
 
-#: By the numbers that a frame has for them.
+#: Row statuses by their number in `row_states`.
 _STATUS_BY_CODE = (None, RowStatus.FILTERED, RowStatus.INVALID)
 _IS_FILTERED = ~pl.col("wanted") | pl.col("vetoed")
 _FILTER_REASON = pl.when("wanted").then(pl.lit(SUPPRESSED_REASON))
 
 
 def _invalid_reason_of(names: list[str], params: Mapping[str, Param], template: RequestTemplate) -> pl.Expr:
-    """Say why a row cannot be asked, whose params are the columns `0`, `1` …; null where it can."""
+    """Return why a row cannot be sent, with the params as columns `0`, `1` …; null where it can."""
 
     def value_and_source(name: str) -> tuple[pl.Expr, str]:
         return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
@@ -212,7 +212,7 @@ def _invalid_reason_of(names: list[str], params: Mapping[str, Param], template: 
 
 
 def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
-    """Write the params of each row as one JSON object, just as `json.dumps` does; one that is '' is left out.
+    """Write the params of each row as one JSON object, just as `json.dumps` does. An empty param is left out.
 
     The columns of `values` are named by the number of each param.
     """
@@ -231,15 +231,15 @@ def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
 
 
 def param_values(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
-    """Compute a param: NFC, without outer blanks; '' where nothing is to be sent."""
+    """Compute a param: NFC, without surrounding whitespace; '' where nothing is to be sent."""
     if param.value is not None:
         return pl.select(normalize(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
     text = pl.repeat("", frame.height, dtype=pl.String, eager=True)
     for column in param.columns:
-        # Most rows have their value in the first column: the others are computed for the rest alone.
+        # Most rows have their value in the first column, so the others are computed for the remaining rows only.
         unfilled = (text == "").arg_true()
         if len(unfilled):
-            # Without its name: polars would take one like `^a.*$` for a pattern.
+            # Unnamed: polars would take a name such as `^a.*$` for a pattern.
             cells = frame.to_series(header.index(column)).alias("")
             value = pl.nth(0)
             for transform in param.transform:
@@ -250,7 +250,7 @@ def param_values(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Ser
 
 
 def normalize(text: pl.Expr) -> pl.Expr:
-    """Normalise (Unicode NFC) and cut outer blanks."""
+    """Normalize to Unicode NFC and strip surrounding whitespace."""
     return text.str.normalize("NFC").str.strip_chars()
 
 

@@ -1,4 +1,4 @@
-"""Who is never asked about: what `suppress` lists, and who was forgotten."""
+"""The suppression list of a job (`suppress`): addresses and domains that are never sent."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_text
 from enrich.rows.requests import extract_domain
 
-#: An e-mail address, alone in a cell or among other text.
+#: An email address, alone in a cell or within other text.
 _EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
 
-#: What stands around an address in a sentence, and signs that nobody sees.
+#: Marks around an address in a sentence, and invisible characters.
 _SURROUNDING_MARKS = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|[.!?…*_`]+$|^[*_`]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Suppression:
-    """E-mail addresses and domains that are never sent, in lower case and NFC."""
+    """Email addresses and domains that are never sent, in lower case and NFC."""
 
     addresses: frozenset[str]
     domains: frozenset[str]
 
     def suppressed_rows(self, frame: pl.DataFrame, param_columns: Collection[int]) -> pl.Series:
-        """Tell which rows hold a suppressed address in any cell, or a suppressed domain in a cell that is asked with.
+        """Return which rows have a suppressed address in any cell, or a suppressed domain in a cell that a param reads.
 
-        A domain stands for all addresses at it, and for the domains below it. `asked_with` are places of columns.
+        A domain covers all its addresses and its subdomains. `param_columns` are indexes of columns.
         """
         suppressed = pl.repeat(value=False, n=frame.height, eager=True)
         for index, cells in enumerate(frame.iter_columns()):
@@ -47,7 +47,7 @@ class Suppression:
         return suppressed
 
     def contains(self, text: str) -> bool:
-        """Tell whether a constant is one of them."""
+        """Return whether a constant is suppressed."""
         return bool(self.suppressed_rows(pl.DataFrame({"": [text]}), [0]).any())
 
     def _contains_address(self, address: str) -> bool:
@@ -63,14 +63,14 @@ def _extract_domains(texts: pl.Series) -> pl.Series:
     return texts.alias("").to_frame().select(extract_domain(pl.nth(0))).to_series()
 
 
-#: Bytes of a list that is held in memory.
+#: Largest size of a list in bytes, because it is held in memory.
 MAX_LIST_BYTES = 1 << 28
 
 
 def read_suppression(path: Path) -> Suppression:
-    """Read a list of addresses and domains, one a line; `#` begins a comment.
+    """Read a list of addresses and domains, one per line; `#` begins a comment.
 
-    Raises Refused that names file and line.
+    Raises CommandRefused with file and line.
     """
     try:
         lines = read_text(path, MAX_LIST_BYTES).splitlines()

@@ -1,4 +1,4 @@
-"""Turns a job and a waterfall into what is asked: the call, its worst price, its params, its columns."""
+"""Turns a job and a waterfall into a request template: the call, its highest price, its params, its columns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from enrich.models import Call, to_micros
 
 @dataclass(frozen=True, slots=True)
 class RequestTemplate:
-    """What every request of a job has in common.
+    """What all requests of a job have in common.
 
-    `required` and `emails` name params; `columns` maps new columns to dotted paths;
-    `worst_price` is in millionths of a credit, None where the API names no price.
+    `required_params` and `email_params` are names of params. `columns` maps new columns to dotted paths. `worst_price`
+    is in millionths of a credit; None: the API gives no price.
     """
 
     call: Call
@@ -27,14 +27,14 @@ class RequestTemplate:
 
 
 def default_providers(waterfall: Waterfall) -> list[int]:
-    """The providers that the API enables by default, in its order."""
+    """Return the providers that the API enables by default, in its order."""
     return [provider.id for provider in waterfall.available_enrichments if provider.enabled_by_default]
 
 
 def make_request_template(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> RequestTemplate:
-    """Check the job against the waterfall. `providers` are asked when the job names none.
+    """Check the job against the waterfall. `providers` are used when the job names none.
 
-    Raises JobError that names the key and the nearest right name.
+    Raises JobError with the key and the nearest valid name.
     """
     model = job.model
     for problem in (*unknown_params(job, waterfall), *missing_params(job, waterfall)):
@@ -55,7 +55,7 @@ def make_request_template(job: Job, waterfall: Waterfall, providers: Iterable[in
 
 
 def unknown_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
-    """Yield what is wrong with each param that the waterfall does not know."""
+    """Yield an error for each param that the waterfall does not have."""
     known = [param.name for param in waterfall.input_params]
     for name in job.model.params if known else ():
         if name not in known:
@@ -106,7 +106,7 @@ def _chosen_verifier(job: Job, waterfall: Waterfall) -> Provider | None:
 
 
 def _worst_price(providers: list[Provider], verifier: Provider | None) -> int | None:
-    """Every provider asked, and what each found verified."""
+    """Return the price when every provider is called and each match verified; None: a price is unknown."""
     prices = [to_micros(provider.price) for provider in providers]
     checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
     known = [price for price in prices + checks if price is not None]

@@ -1,1 +1,1 @@
-"""Run."""
+"""One run: preflight, budget, submitting, polling, output, summary."""

@@ -1,4 +1,4 @@
-"""What explains the difference between two balances; pure."""
+"""Explains the difference between two balances. Pure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from enrich.models import to_credits
 
-#: Differences below this are rounding.
+#: Smaller differences are rounding.
 ROUNDING_CREDITS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class DifferencePart:
-    """A part of the difference: between `least` and `most` credits, for `number` requests."""
+    """One part of the difference: between `least` and `most` credits, for `number` requests."""
 
     number: int = 0
     least: float = 0.0
@@ -23,12 +23,12 @@ class DifferencePart:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """The difference of the balance since an execution began, in credits, and its parts.
+    """The change of the balance since a run began, in credits, and its parts.
 
-    `spent` is exact. `earlier` settled meanwhile what was submitted before: the API may have reserved
-    its price then. What is running, in doubt, expired or of unknown price may have cost anything up to
-    its worst price. `unexplained` is what the parts cannot make up: above 0 it went elsewhere, below 0
-    it came from elsewhere.
+    `spent` is exact. `earlier` are requests that were submitted before that run and settled since: the API may have
+    reserved their price before it. `at_the_api`, `in_doubt`, `expired` and `unknown_price` may have cost
+    anything up to their highest price. `unexplained` is what the parts cannot explain: above 0 it was spent elsewhere,
+    below 0 it was added from elsewhere.
     """
 
     since: int
@@ -44,19 +44,19 @@ class Reconciliation:
     unexplained: float
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the object that `--json` prints."""
         return asdict(self)
 
 
 def explain_balance(
     since: int, before: int, after: int, movements: Sequence[tuple[str, bool, int, int, int]]
 ) -> Reconciliation:
-    """Take the difference apart; amounts in millionths, `movements` as Ledger.movements gives them."""
+    """Split the difference into its parts. Amounts in millionths; `movements` from Ledger.credit_movements."""
 
     def part(*kinds: str, submitted_since: bool | None = None) -> DifferencePart:
         rows = [row for row in movements if row[0] in kinds and submitted_since in (None, bool(row[1]))]
         number = sum(count for _, _, count, _, _ in rows)
-        # What was submitted before may have been reserved before: then it can only give back.
+        # The price of an earlier request may have been reserved earlier. Then credits can only be returned.
         least = sum(-reserved for _, recent, _, _, reserved in rows if not recent)
         most = sum(reserved for _, recent, _, _, reserved in rows if recent)
         return DifferencePart(number, to_credits(least), to_credits(most))
@@ -88,10 +88,10 @@ def explain_balance(
 
 
 def choose_baseline(executions: Sequence[Mapping[str, Any]], oldest_in_doubt: int | None) -> Mapping[str, Any] | None:
-    """Choose the execution since which the balance is looked at: the last, or that of the oldest open doubt.
+    """Choose the run since which to compare the balance: the last, or the one with the oldest open in_doubt request.
 
-    `executions` are the newest first, `doubt` is the number of that execution. Only one that knows its balance counts:
-    the next older one, else the oldest. None: no execution does.
+    `executions` are in the order newest first, `oldest_in_doubt` is the id of that run. Only runs with a known balance
+    count: otherwise the next older one is chosen, else the oldest. Returns None when no run has a known balance.
     """
     known = [row for row in executions if row["balance_before"] is not None]
     if not known:

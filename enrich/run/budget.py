@@ -1,4 +1,4 @@
-"""What an execution may spend: the cap, and the worst price of one request."""
+"""What a run may spend: the cap, and the highest price of one request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enrich.rows.template import RequestTemplate
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What an execution may spend, in millionths of a credit; None: no cap. `reason` tells of the cap's end."""
+    """What a run may spend, in millionths of a credit. `cap` None: no cap. `stop_reason` is the message at its end."""
 
     cap: int | None
     max_request_price: int
@@ -25,9 +25,9 @@ class Budget:
 
 
 def make_budget(job: Job, template: RequestTemplate, balance: int | None, planned_cost: int | None = None) -> Budget:
-    """Keep `max_credits`, `min_balance` and what a plan said at most (millionths), whichever leaves least.
+    """Make the budget: the lowest of `max_credits`, `min_balance` and the plan's highest cost (millionths) is the cap.
 
-    Raises Refused when a cap is wished for that cannot be kept.
+    Raises CommandRefused for a cap that cannot be enforced.
     """
     limits = job.model.limits
     max_credits, min_balance = to_micros(limits.max_credits), to_micros(limits.min_balance)
@@ -53,14 +53,14 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
 def make_run_budget(
     ledger: Ledger, job: Job, template: RequestTemplate, balance: int | None, plan: tuple[int, int] | None
 ) -> tuple[Budget, CommandRefused | None]:
-    """Make the budget of an execution; `plan`: how many it sends, and the newest execution when it was made.
+    """Make the budget of a run. `plan`: how many requests it sends, and the newest run when it was made.
 
-    A cap that can't be kept is raised, or returned when something at the API has to be collected first.
+    A cap that cannot be enforced is raised, or returned when open tasks have to be collected first.
     """
     planned_cost = None
     if plan is not None and template.worst_price is not None:
         to_submit, since = plan
-        # What is at the API settles in this execution, so its reservations come on top.
+        # Open tasks settle in this run, so their reservations come on top.
         left = max(0, to_submit - ledger.sent_since(since, job.name))
         planned_cost = left * template.worst_price + ledger.open_reservations()
     try:
@@ -76,7 +76,7 @@ def _configured_limit(job: Job) -> str:
 
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
-    """Refuse when the balance is too low for one request, or for one that leaves `min_balance`."""
+    """Raise CommandRefused when the balance is too low for one request, or for one that leaves `min_balance`."""
     max_request_price = template.worst_price
     if balance is not None and balance < 0:
         raise CommandRefused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
@@ -90,20 +90,21 @@ def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> N
         )
     if min_balance is not None and balance - min_balance < max_request_price:
         raise CommandRefused(
-            f"{balance_text}, `min_balance` keeps {to_credits(min_balance):,g} of them and one request may cost {to_credits(max_request_price):g}",
+            f"{balance_text}, `min_balance` keeps {to_credits(min_balance):,g} of them "
+            f"and one request may cost {to_credits(max_request_price):g}",
             "top up the account, or lower `min_balance`",
         )
 
 
-#: Outcomes that say something; who is in doubt or still at the API says nothing.
+#: Outcomes that count for the canary. Requests that are unconfirmed or still running do not.
 _CONCLUSIVE = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED)
 
 
 def check_canary(canary: Canary, outcomes: Mapping[State, int]) -> CanaryStopped | None:
-    """Tell why the rest must not be sent; None when the first answers look right."""
+    """Return why the rest must not be sent; None when the first results look right."""
     conclusive = sum(outcomes.get(state, 0) for state in _CONCLUSIVE)
     found = outcomes.get(State.FOUND, 0)
-    # Not `found >= rate * judged`: 0.55 * 100 is more than 55.
+    # Not `found >= rate * conclusive`: as a float, 0.55 * 100 is more than 55.
     if conclusive and found / conclusive >= canary.min_hit_rate:
         return None
     others = ", ".join(f"{count:,} {state.value}" for state, count in outcomes.items() if state is not State.FOUND)

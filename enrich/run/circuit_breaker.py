@@ -1,10 +1,10 @@
-"""When an API that is ill is left alone: pure, time is passed in."""
+"""Pauses POSTs to a failing API. Pure, time is passed in."""
 
 from __future__ import annotations
 
 
 class CircuitBreaker:
-    """Stops the POSTs to an API that is ill: after a few bad answers in a row, one at a time with growing pauses."""
+    """Limits POSTs to a failing API: after a few failures in a row, one POST at a time with growing pauses."""
 
     FAILURE_THRESHOLD = 3
     FIRST_PAUSE_S = 1.0
@@ -17,11 +17,11 @@ class CircuitBreaker:
 
     @property
     def is_healthy(self) -> bool:
-        """Tell whether several POSTs may leave at once."""
+        """Whether several POSTs may be sent at once."""
         return self._failures < self.FAILURE_THRESHOLD
 
     def delay(self, now: float, posts_in_flight: int) -> float | None:
-        """Tell how long a POST must wait, in seconds; None: until one that is on the wire was answered."""
+        """Return how many seconds a POST must wait; None: until a POST in flight was answered."""
         if self.is_healthy:
             return 0.0
         if posts_in_flight:
@@ -29,9 +29,10 @@ class CircuitBreaker:
         return max(0.0, self._retry_at - now)
 
     def record_failure(self, now: float) -> None:
-        """Hear an answer that may or may not be one, or none at all.
+        """Record a POST without a clear answer, or without any.
 
-        POSTs that had left before a pause began say nothing new: a full wire is one hiccup, not thirty-two.
+        POSTs that were sent before a pause began give no new information: 32 POSTs that fail together count as one
+        failure.
         """
         if self.failing_since is None:
             self.failing_since = now
@@ -42,6 +43,6 @@ class CircuitBreaker:
         self._retry_at = now + min(self.MAX_PAUSE_S, pause)
 
     def record_success(self) -> None:
-        """Hear a clear answer."""
+        """Record a clear answer."""
         self._failures = 0
         self.failing_since = None

@@ -1,4 +1,4 @@
-"""What an execution asks of machines that carry its steps: all of it is done by one process where there are none."""
+"""Protocol: what a cluster does for a run. Without a cluster, one process does all of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from enrich.run.state import RunState
 
 @dataclass(frozen=True, slots=True)
 class EnrollCounts:
-    """What was read: rows, how many of them ask something, and why the others don't."""
+    """What was read: rows, how many of them have a request, and why the others have none."""
 
     rows: int = 0
     requests: int = 0
@@ -29,13 +29,13 @@ class EnrollCounts:
 
     @classmethod
     def from_batch(cls, batch: RowBatch) -> EnrollCounts:
-        """Tell what was read of one batch."""
+        """Count the rows of one batch."""
         requests = sum(fingerprint is not None for fingerprint in batch.fingerprints)
         row_decisions = Counter(Decision(status.value) for status in batch.statuses if status is not None)
         return cls(batch.frame.height, requests, row_decisions)
 
     def __add__(self, other: EnrollCounts) -> EnrollCounts:
-        """Add up what was read of several blocks."""
+        """Add the counts of several blocks."""
         return EnrollCounts(
             self.rows + other.rows, self.requests + other.requests, self.row_decisions + other.row_decisions
         )
@@ -43,9 +43,10 @@ class EnrollCounts:
 
 @dataclass(frozen=True, slots=True)
 class ClusterCallbacks:
-    """Whoever has a step carried: `check` is called often and may raise to give up, `tell` hears what to tell a person.
+    """Callbacks of a run for a phase that a cluster does.
 
-    When it is `late`, what is at work may come to its end, but nobody is waited for who would have to begin.
+    `raise_if_stopped` is called often and may raise to stop the phase. `on_message` gets messages for the user. When
+    `is_aborting` returns true, running work may finish, but work that has not begun is not waited for.
     """
 
     raise_if_stopped: Callable[[], None] = lambda: None
@@ -68,15 +69,15 @@ class WorkerPool(Protocol):
 
 
 class ClusterEngine(Protocol):
-    """Machines that carry the three steps, over a ledger that all of them reach."""
+    """Machines that do the three phases, over a ledger that all of them reach."""
 
     def make_worker_pool(
         self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
     ) -> WorkerPool | None:
-        """Make the workers for `requests` requests; None: there is no need of workers."""
+        """Make the workers for `requests` requests. None: no workers are needed."""
 
     def for_leader(self, owner_id: int) -> ClusterEngine:
-        """Do the same for an execution, until the lease of the process that leads it ends."""
+        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
 
     def enroll(
         self,
@@ -86,9 +87,9 @@ class ClusterEngine(Protocol):
         selection: RequestSelection,
         callbacks: ClusterCallbacks,
     ) -> EnrollCounts:
-        """Enroll all rows in a pass that was begun."""
+        """Enroll all rows in a pass that was begun before."""
 
-    def collect(  # noqa: PLR0913, PLR0917 - all of them travel
+    def collect(  # noqa: PLR0913, PLR0917 - every argument is sent to the workers
         self,
         job: Job,
         job_input: JobInput,
@@ -97,4 +98,4 @@ class ClusterEngine(Protocol):
         target: Location,
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
-        """Write the output, a dataset."""
+        """Write the output, which is a dataset."""

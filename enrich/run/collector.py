@@ -1,4 +1,4 @@
-"""Joins rows and answers into the output file, batch by batch; never talks to the API."""
+"""Joins rows and results into the output file, batch by batch. Never uses the API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from enrich.rows.template import RequestTemplate
 
 @dataclass(frozen=True, slots=True)
 class JoinedBatch:
-    """A batch with what is known of the requests of its rows, None where nothing is, and its new cells, by column."""
+    """A batch with the results of its rows' requests, None where there is none, and its new cells, by column."""
 
     batch: RowBatch
     results: Sequence[RequestResult | None]
@@ -42,15 +42,15 @@ class JoinedBatch:
 
 @dataclass(frozen=True, slots=True)
 class OutputCounts:
-    """Rows by the status that they have in the output, and by each new column in which a value was found."""
+    """Rows by their status in the output, and rows with a value by new column."""
 
     statuses: Counter[RowStatus] = field(default_factory=Counter)
     filled_by_column: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: OutputCounts) -> OutputCounts:
-        """Add up what was counted of several parts."""
+        """Add the counts of several parts."""
         total = OutputCounts(self.statuses.copy(), self.filled_by_column.copy())
-        # A sum of counters would forget the columns in which nothing was found.
+        # The sum of two Counters would drop the columns without a value.
         total.statuses.update(other.statuses)
         total.filled_by_column.update(other.filled_by_column)
         return total
@@ -65,7 +65,7 @@ class OutputCounts:
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """What the output is made of. `check` is called before every batch and may raise to give up."""
+    """Builds the output. `check_stopped` is called before every batch and may raise to stop."""
 
     ledger: Ledger
     job: Job
@@ -74,10 +74,10 @@ class Collector:
     check_stopped: Callable[[], None] = lambda: None
 
     def write(self, target: Location, *, partial: bool = True) -> OutputCounts:
-        """Write the output from the input and the ledger alone; return what is in it.
+        """Write the output from the input and the ledger alone. Returns its counts.
 
-        Raises Refused when the input can't be read, the output can't be written, or rows are pending that is not to be
-        `partial`.
+        Raises CommandRefused when the input cannot be read, the output cannot be written, or rows are pending and
+        `partial` is false.
         """
         counts = OutputCounts()
         with_index = is_dataset(target)
@@ -95,7 +95,7 @@ class Collector:
         return counts
 
     def frames(self, counts: OutputCounts, *, with_index: bool, formula_safe: bool = False) -> Iterator[pl.DataFrame]:
-        """Yield the rows of the output, and count them."""
+        """Yield the rows of the output, and add them to `counts`."""
         merged_columns = self.merged_columns
         new_columns = [name for name in new_column_types(self.template) if name not in merged_columns]
         for joined in self.joined_batches():
@@ -113,7 +113,7 @@ class Collector:
             yield frame.hstack([joined.cells[name] for name in new_columns] + index)
 
     def count_rows(self) -> OutputCounts:
-        """Count what would be in the output."""
+        """Count the rows that the output would have."""
         counts = OutputCounts()
         for joined in self.joined_batches():
             counts.add(joined)
@@ -121,11 +121,11 @@ class Collector:
 
     @property
     def merged_columns(self) -> list[str]:
-        """The job's columns that the input has already."""
+        """The job's columns that the input already has."""
         return [name for name in self.template.columns if name in self.job_input.columns]
 
     def joined_batches(self) -> Iterator[JoinedBatch]:
-        """Read the input once, each batch with its new cells."""
+        """Read the input once. Yield each batch with its new cells."""
         for batch in self.job_input.batches(self.template):
             self.check_stopped()
             results = self.ledger.request_results(batch.requests())
@@ -149,8 +149,8 @@ class Collector:
             )
 
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
-        """Complete a column of the input; what was not found never blanks what is there."""
-        # Without a name: polars would take one like `^a.*$` for a pattern.
+        """Fill in a column of the input. A missing result never blanks an existing cell."""
+        # Unnamed: polars would take a name such as `^a.*$` for a pattern.
         old = as_text(joined.batch.frame.get_column(name)).alias("")
         new = joined.cells[name].alias("")
         if formula_safe:
@@ -161,19 +161,19 @@ class Collector:
 
 
 def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index: bool) -> dict[str, pl.DataType]:
-    """Name the columns of the output, with their types; `indexed` adds the row's place in the input."""
+    """Return the columns of the output with their types. `with_index` adds the row's position in the input."""
     new = new_column_types(template)
-    # What is merged is text.
+    # Merged columns are text.
     old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in job_input.schema.items()}
     return old | new | ({INDEX_COLUMN: pl.Int64()} if with_index else {})
 
 
 def new_column_types(template: RequestTemplate) -> dict[str, pl.DataType]:
-    """Name the new columns, with their types."""
+    """Return the new columns with their types."""
     return {name: pl.String() for name in template.columns} | STATUS_COLUMNS
 
 
-#: What is used of a standing as it is.
+#: The fields of a RequestResult that are used unchanged.
 _RESULT_COLUMNS = {
     "position": pl.Int64,
     "first": pl.Int8,
@@ -197,10 +197,10 @@ def _iso_time(column: str) -> pl.Expr:
 def _new_cells(
     batch: RowBatch, results: Sequence[RequestResult], result_indexes: pl.Series, template: RequestTemplate
 ) -> dict[str, pl.Series]:
-    """Make the new cells of a batch; `places` tells for each row which of what is known is its own."""
+    """Build the new cells of a batch. `result_indexes` has the index of each row's result; null: it has none."""
     paths = list(template.columns.values())
     values = [_answer_values(row, paths) for row in results]
-    # Another job with other columns may have asked: this job's columns decide here what is found.
+    # Another job with other columns may have sent the request. This job's columns decide whether it counts as found.
     found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
     is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
     status_cells = (
@@ -214,14 +214,14 @@ def _new_cells(
         .with_columns(
             pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
             pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
-            # What an answer cost is shown once.
+            # The cost of a request is shown once.
             pl.when(is_first_row).then("enrich_credits").alias("enrich_credits"),
         )
     )
     nothing = [None] * len(paths)
     cells = zip(*(row or nothing for row in values), strict=True) if values else ((),) * len(paths)
     new = {
-        # Without its name: polars would take one like `^a.*$` for a pattern.
+        # Unnamed: polars would take a name such as `^a.*$` for a pattern.
         name: pl.Series("", column, pl.String).gather(result_indexes).alias(name)
         for name, column in zip(template.columns, cells, strict=True)
     }
@@ -229,7 +229,7 @@ def _new_cells(
 
 
 def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.DataFrame:
-    """Make the status columns of each request, beside its position; `found` is null where there is no answer."""
+    """Build the status columns of each request, with its position. `found` is null where there is no answer."""
     columns = dict(zip(RequestResult._fields, zip(*results, strict=True), strict=True)) if results else {}
     frame = pl.DataFrame({name: pl.Series(columns.get(name, ()), dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
     return frame.with_columns(found).select(
@@ -250,7 +250,7 @@ def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.Data
         .then("the answer was purged at " + _iso_time("erased_ms"))
         .otherwise("error")
         .alias("enrich_error"),
-        # What waits has no answer yet, so none of its marks; the last attempt may be at the API.
+        # A pending request has no answer yet, so it has no provider, credits or time. Its last attempt may be running.
         pl.when(~_IS_PENDING).then("provider").alias("enrich_provider"),
         pl.when(~_IS_PENDING & (pl.col("first") == 1))
         .then(pl.col("credits") / MICROS_PER_CREDIT)
@@ -261,7 +261,7 @@ def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.Data
 
 
 def _answer_values(result: RequestResult, paths: Sequence[str]) -> list[str | None] | None:
-    """Take the job's columns out of an answer; None where there is none to judge."""
+    """Read the job's columns from an answer; None when there is no answer to judge."""
     if result.answer is None or result.state not in (State.FOUND, State.NOT_FOUND):
         return None
     return answer_cells(result.answer, paths)
@@ -274,7 +274,7 @@ def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
     except orjson.JSONDecodeError:
         values = None
     if values is None or not all(value is None or isinstance(value, str) for value in values):
-        # More slowly, for every digit of a number counts, and what JSON has no word for.
+        # The slower parser keeps every digit of a number, and reads values that JSON does not have (NaN, Infinity).
         values = _values_at(json.loads(answer), paths)
     return list(map(to_cell, values))
 
@@ -285,20 +285,20 @@ def _values_at(task: Mapping[str, object], paths: Iterable[str]) -> list[object]
 
 
 def to_cell(value: object) -> str | None:
-    """Write a value of the result as a cell: text as it is, anything else as JSON, nothing as null."""
+    """Write a value of the result as a cell: text unchanged, anything else as JSON, a blank as null."""
     if is_blank(value):
         return None
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-#: Rows of these can be mended, or asked again.
+#: Rows with these statuses can be corrected or sent again.
 REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
-#: The columns of a reject behind those of the input; when it is fed back, they are replaced.
+#: The columns of a rejects file after those of the input. They are replaced when the file is used as input.
 REJECT_COLUMNS = ("enrich_status", "enrich_error")
 
 
 def write_rejects(collector: Collector, target: Location, output: Output) -> int:
-    """Write the rows that are invalid, failed or expired, as they were and why; return how many."""
+    """Write the invalid, failed and expired rows unchanged, with the reason. Returns how many."""
     count = 0
 
     def frames() -> Iterator[pl.DataFrame]:
@@ -323,9 +323,9 @@ def write_rejects(collector: Collector, target: Location, output: Output) -> int
 
 
 def write_changes(collector: Collector, target: Location, changes: Changes) -> int:
-    """Write what is new since the last feed, one line a field; return how many lines.
+    """Write what is new since the last change feed, one line per field. Returns the number of lines.
 
-    What is told is remembered in the caller's transaction: when that fails, it is told again.
+    Delivery is recorded in the caller's transaction: if that fails, the same changes are written again.
     """
     key = collector.job_input.change_key
     schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
@@ -351,7 +351,7 @@ def write_changes(collector: Collector, target: Location, changes: Changes) -> i
 
 
 def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
-    """Yield the changes of a page, and remember them as told."""
+    """Yield the changes of a batch, and record them as delivered."""
     job, columns = collector.job.name, collector.template.columns
     keys = joined.batch.frame.select(as_text(joined.batch.frame.get_column(name)) for name in key).rows()
     delivered: list[tuple[int, bytes, int]] = []

@@ -1,4 +1,4 @@
-"""What an execution is given: the job, the way to the API, the ledger, the person's wishes, a clock."""
+"""What a run is given: the job, access to the API, the ledger, the user's options, a clock."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from enrich.models import Clock, RequestSelection, State, SystemClock
 from enrich.run.plan_file import SavedPlan
 from enrich.run.state import Timeouts
 
-if TYPE_CHECKING:  # whoever only looks at a run need not wait for what carries one
+if TYPE_CHECKING:  # commands that only read runs need not import the cluster
     from enrich.run.cluster import ClusterEngine
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """Over which Ray cluster the work is spread: its address, None: one on this machine; None: as many as CPUs."""
+    """The Ray cluster that runs the work. `address` None: one on this machine; `workers` None: one per CPU."""
 
     address: str | None = None
     workers: int | None = None
@@ -30,9 +30,9 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What the person asked of this execution.
+    """The user's options for this run.
 
-    `confirm` is shown what it may cost and says whether to go on; `plan` is kept to.
+    `confirm` is given the expected cost as text and returns whether to continue. The run follows `plan`.
     """
 
     limit: int | None = None
@@ -42,20 +42,20 @@ class RunOptions:
     retry: frozenset[State] = frozenset()
     accept_doubts: bool = False
     update_providers: bool = False
-    #: The ledger's workspace has another name now.
+    #: The ledger's workspace has a new name.
     workspace_renamed: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: SavedPlan | None = None
-    #: Pay with a new ledger though an earlier output was paid for from another; else the person is asked, or refused.
+    #: Use a new ledger though an earlier output was paid for from another. Unset: ask the user, or refuse the run.
     new_ledger: bool = False
     confirm_new_ledger: Callable[[str], bool] | None = None
-    #: Let Ray carry the work.
+    #: Run the work on Ray.
     spread: ClusterOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an execution is, in requests; `spent` in credits, `total` None: not known yet."""
+    """Progress of a run, in requests. `spent` is in credits; `total` None: not known yet."""
 
     total: int | None
     done: int
@@ -69,9 +69,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What an execution works with; tests bring their own clock and patience.
+    """What a run works with. Tests pass their own clock and timeouts.
 
-    `tell` hears what a person should know at once, `show` is called often with how far it is.
+    `on_message` gets messages for the user at once; `on_progress` is called often.
     """
 
     job: Job
@@ -81,18 +81,18 @@ class RunContext:
     timeouts: Timeouts = field(default_factory=Timeouts)
     on_message: Callable[[str], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
-    #: Whether what we claimed is surely still ours, where several processes share a ledger.
+    #: Whether this process certainly still holds its claims, where several processes share a ledger.
     lease_valid: Callable[[], bool] = lambda: True
-    #: Who carries the steps; None: this machine alone.
+    #: The cluster that runs the phases; None: this machine alone.
     engine: ClusterEngine | None = None
 
     def results_kept_since_ms(self) -> int:
-        """Tell since when (ms) the API keeps the results of what was submitted."""
+        """Return the earliest time of submission (UTC, ms) whose results the API still keeps."""
         return self.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
 
 
 def rescue_folders(job: Job) -> tuple[Path, ...]:
-    """Where a rescue file may lie beside the ledger's folder: the output's, which has no date in it, and the job's."""
+    """Return where a rescue file may be besides the ledger's folder: the output's (its undated part) and the job's."""
     job_folder = job.document.path.resolve().parent
     if not isinstance(job.output_path(datetime.now().astimezone()), Path):
         return (job_folder,)
@@ -102,9 +102,9 @@ def rescue_folders(job: Job) -> tuple[Path, ...]:
 
 
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:
-    """Put together which requests an execution wants: by the job, and by the person's word.
+    """Build the selection of requests from the job and the user's options.
 
-    A plan is kept to as if it were still the time when it was made, so that it chooses the same requests.
+    A plan is applied as of the time when it was made, so that it selects the same requests.
     """
     plan = options.plan
     if plan is not None:

@@ -1,4 +1,7 @@
-"""Sends each pending request to the API, once: room, rate slot, budget, intent on disk, one POST."""
+"""Sends each pending request to the API once.
+
+Order of the steps: free capacity, rate-limit slot, budget, intent on disk, one POST.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +34,21 @@ from enrich.models import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Tas
 from enrich.run.budget import Budget
 from enrich.run.state import RunState
 
-#: How often to look again when nobody has told of a change.
+#: Seconds after which to check again when no change was signaled.
 IDLE_S = 1.0
 
 
 def max_posts_in_flight(bulk_size: int | None) -> int:
-    """Tell how many POSTs may be on the wire at once."""
+    """Return how many POSTs may be in flight at once."""
     return MAX_POSTS_IN_FLIGHT if bulk_size is None else MAX_BULK_POSTS_IN_FLIGHT
 
 
 @dataclass(slots=True)
 class Dispatcher:
-    """pending → submitted.
+    """Moves requests from pending to submitted.
 
-    `budget` has the price to reserve for each request; `limit` is how many requests the execution
-    may ask at most (a canary's); `on_task` is told of every task.
+    `budget` has the price to reserve for each request. `limit` is the highest number of requests that the run may send
+    (for a canary). `on_task_accepted` is called for every task.
     """
 
     run_state: RunState
@@ -56,33 +59,33 @@ class Dispatcher:
     bound_to: Mapping[str, str | None]
     on_task_accepted: Callable[[Task], None]
     limit: int | None = None
-    #: Pass over what was answered before.
+    #: Skip requests that were answered before.
     only_new: bool = False
-    #: Send up to so many requests as one task; None: each by itself.
+    #: Send at most this many requests as one task; None: each request as its own task.
     bulk_size: int | None = None
-    #: So many workers work at this queue, and share the POSTs on the wire.
+    #: Number of workers that share this queue and the limit of POSTs in flight.
     workers: int = 1
-    #: After so many seconds none of them waits for a task any more.
+    #: Seconds after which no worker waits for a task any more.
     patience_s: float = inf
-    #: Attempts that are claimed and provably not on the wire yet.
+    #: Attempts that are claimed and certainly not sent yet.
     _unsent_attempts: set[int] = field(default_factory=set)
-    #: Those of them that are being claimed now: a commit that failed is done again, with others.
+    #: Those of them in the current claim. A failed commit is repeated, and may then claim others.
     _claiming_attempts: set[int] = field(default_factory=set)
-    #: Requests that are claimed, and whose POST was not answered yet.
+    #: Claimed requests whose POST has no answer yet.
     _unanswered_requests: int = 0
-    #: How many requests a POST carries at most: fewer after one that was too dear, or wrong in rows nobody named.
+    #: Most requests per POST. Halved after a POST that cost too much, or had invalid rows that the API did not name.
     _current_bulk_size: int = field(init=False)
-    #: It grows again up to this: less once the credits were too few for more.
+    #: `_current_bulk_size` grows again up to this. Lowered once the credits were too few for more.
     _max_bulk_size: int = field(init=False)
     _body_prefix: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Write what all bodies begin with."""
+        """Serialize the common beginning of all request bodies."""
         self._current_bulk_size = self._max_bulk_size = self.bulk_size or 1
         self._body_prefix = json.dumps(self.call.body())[:-1] + ', "params": '
 
     async def run(self) -> None:
-        """Send until the queue is empty and nothing in flight can refill it, or the execution closes."""
+        """Send until the queue is empty and no open task can refill it, or submitting stops."""
         try:
             async with asyncio.TaskGroup() as posts:
                 while (post_slots := await self._acquire_post_slots()) and (
@@ -91,7 +94,7 @@ class Dispatcher:
                     for claims in batches:
                         posts.create_task(self._post(claims))
         finally:
-            # After the claims in the journal's order: also what was claimed while we were being cancelled.
+            # The writer runs this after all claims, including one that was made during the cancellation.
             await self.ledger_writer.submit_or_rescue(self._release_unsent, self.run_state.clock.now_ms())
 
     @property
@@ -99,7 +102,7 @@ class Dispatcher:
         return max_posts_in_flight(self.bulk_size) // self.workers
 
     async def _acquire_post_slots(self) -> int:
-        """Wait until a POST may leave; tell how many may, 0 when none may any more."""
+        """Wait until a POST may be sent. Returns how many may be sent; 0 when submitting is over."""
         run_state = self.run_state
         while not run_state.stop_submitting.is_set():
             post_slots = min(self._max_posts_in_flight - run_state.posts_in_flight, run_state.free_capacity)
@@ -123,9 +126,9 @@ class Dispatcher:
         return 0
 
     async def _claim(self, post_slots: int) -> list[list[Claim]] | None:
-        """Write down the intents of up to `room` POSTs; None when there is nothing more to send.
+        """Write the intents of up to `post_slots` POSTs to the ledger. Returns None when nothing is left to send.
 
-        They leave at once: these and no others are what a kill leaves in doubt.
+        These POSTs are sent at once: a kill leaves only them unconfirmed.
         """
         run_state = self.run_state
         bulk_size = self._current_bulk_size
@@ -141,7 +144,7 @@ class Dispatcher:
         except LeaseLost:
             raise
         except LedgerFailed as error:
-            run_state.stop(error.exit_code, error)  # what is on the wire is waited for
+            run_state.stop(error.exit_code, error)  # POSTs in flight are waited for
             return None
         self._claiming_attempts.clear()
         run_state.rate_limiter.refund(post_slots - len(posts))
@@ -157,7 +160,7 @@ class Dispatcher:
         return posts
 
     async def _post(self, claims: list[Claim]) -> None:
-        """Send one POST, exactly once, and write down what became of it."""
+        """Send one POST, exactly once, and record its result."""
         run_state = self.run_state
         attempts = tuple(claim.attempt_id for claim in claims)
         params = ",".join(claim.params for claim in claims)
@@ -167,7 +170,7 @@ class Dispatcher:
                 return
             self._unsent_attempts.difference_update(attempts)
             if not run_state.lease_valid():
-                # Somebody may think that we are gone: what we sent now could be in doubt, and sent again.
+                # Others may take this process for dead. A POST sent now could become unconfirmed and be sent again.
                 await self.ledger_writer.submit_batch(
                     Ledger.record_refused, [(one, "not sent", run_state.clock.now_ms()) for one in attempts]
                 )
@@ -198,7 +201,7 @@ class Dispatcher:
             run_state.notify_change()
 
     async def _handle_post_error(self, attempts: Sequence[int], error: ApiCallFailed) -> None:
-        """Decide by the kind of error alone; see the table in `client`."""
+        """Record a failed POST by the kind of error alone. `enrich.databar.replies` has the table."""
         run_state = self.run_state
         now, now_ms = run_state.clock.monotonic(), run_state.clock.now_ms()
         updates = [(attempt, error.message, now_ms) for attempt in attempts]
@@ -213,7 +216,7 @@ class Dispatcher:
                         run_state.record_post_throttled(error)
                     case OutOfCredits() if len(attempts) > 1:
                         run_state.record_success()
-                        self._shrink_bulk(len(attempts))  # fewer may be affordable
+                        self._shrink_bulk(len(attempts))  # the credits may suffice for fewer
                         self._max_bulk_size = self._current_bulk_size
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         run_state.stop(error.exit_code, error)
@@ -228,23 +231,23 @@ class Dispatcher:
         self._stop_after_outage(error)
 
     def _count_unconfirmed(self, requests: int, error: ApiCallFailed) -> None:
-        """Count a POST that may or may not have been accepted."""
+        """Count requests whose POST may or may not have been accepted."""
         run_state = self.run_state
         run_state.counters.unconfirmed += requests
         run_state.circuit_breaker.record_failure(run_state.clock.monotonic())
         run_state.record_failure(error)
 
     async def _fail_invalid_requests(self, attempts: Sequence[int], error: BadParams, now_ms: int) -> None:
-        """Fail the requests that are wrong. Nothing of the POST was accepted: the others are sent again."""
+        """Fail the invalid requests. The API accepted nothing of the POST, so the other requests are sent again."""
         if error.rows:
             self._grow_bulk()
         else:
-            self._shrink_bulk(len(attempts))  # some are wrong, and nobody says which: in smaller POSTs they are found
+            self._shrink_bulk(len(attempts))  # the API did not name the invalid rows: smaller POSTs find them
         invalid_updates = [(attempts[row], message, now_ms) for row, message in error.rows.items()]
         valid_updates = [
             (attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows
         ]
-        # Asked for at once, and so on disk in one commit.
+        # Submitted to the writer together, so that one commit holds both.
         transitions = [(Ledger.record_rejected, invalid_updates), (Ledger.record_refused, valid_updates)]
         await asyncio.gather(
             *(self.ledger_writer.submit_batch(transition, updates) for transition, updates in transitions if updates)
@@ -259,7 +262,7 @@ class Dispatcher:
         self._current_bulk_size = min(self._max_bulk_size, self._current_bulk_size * 2)
 
     def _stop_after_outage(self, error: ApiCallFailed) -> None:
-        """Send nothing more to an API that has taken no POST for too long; polling goes on."""
+        """Stop submitting when the API has accepted no POST for too long. Polling continues."""
         failing_since = self.run_state.circuit_breaker.failing_since
         now = self.run_state.clock.monotonic()
         if failing_since is not None and now - failing_since >= self.run_state.timeouts.outage_s:
@@ -268,9 +271,9 @@ class Dispatcher:
     def _claim_batches(
         self, ledger: Ledger, max_requests: int, bulk_size: int, now_ms: int
     ) -> tuple[list[list[Claim]], bool, bool]:
-        """Claim up to so many requests, in POSTs of at most that size.
+        """Claim up to `max_requests` requests, in POSTs of at most `bulk_size`.
 
-        Tell also whether the cap stood in the way, and whether what other workers wait for may yet free some.
+        Returns the POSTs, whether the cap stopped the claim, and whether tasks of other workers may free some budget.
         """
         posts: list[list[Claim]] = []
         self._unsent_attempts -= self._claiming_attempts
@@ -297,7 +300,7 @@ class Dispatcher:
         return posts, False, False
 
     def _release_unsent(self, ledger: Ledger, now_ms: int) -> None:
-        """Put back what was claimed and not sent: it would be in doubt otherwise. May be done again, as any move."""
+        """Return unsent claims to the queue; otherwise they would become unconfirmed. Safe to repeat."""
         if self._unsent_attempts:
             ledger.record_refused(
                 [(attempt, "not sent: the execution ended", now_ms) for attempt in sorted(self._unsent_attempts)]

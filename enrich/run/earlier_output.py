@@ -1,4 +1,4 @@
-"""Finds out whether an earlier output was paid for from another ledger: a new one would pay for its leads again."""
+"""Checks if an earlier output was paid for from another ledger: a new ledger would pay for the same leads again."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.sqlite import unknown_to_sandbox
 from enrich.ledger.writer import LedgerWriter
 
-#: `enrich_task_id`, and with steps one for each.
+#: `enrich_task_id`, and one column per step in jobs with steps.
 _TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")
-#: What strftime codes stand for in a name; a code that is not here may stand for anything.
+#: What the strftime codes in a name match. A code that is not listed matches anything.
 _STRFTIME_PATTERNS = {"Y": r"\d{4}", "y": r"\d\d", "j": r"\d{3}", "%": "%"} | dict.fromkeys("mdHMSIUWVuw", r"\d{1,2}")
 
 
 async def find_output_of_other_ledger(
     job: Job, ledger_writer: LedgerWriter, interruptible: Callable[[], AbstractContextManager[object]]
 ) -> tuple[Location | None, str | None]:
-    """Look for an earlier output with tasks that the ledger does not have; None: there is none.
+    """Look for an earlier output with tasks that the ledger does not have. Returns its location; None: there is none.
 
-    Beside it a note when the output cannot be read. `asking` lets a signal end what takes long.
+    The second value is a note when the output cannot be read. `interruptible` lets a signal end slow steps.
     """
     output: Location | None = None
     try:
@@ -62,7 +62,7 @@ async def find_output_of_other_ledger(
 
 
 def _without_sandbox_tasks(ledger: LedgerLocation, tasks: Iterable[str]) -> list[str]:
-    """Leave out the tasks of the sandbox, as its ledger and its own state know them."""
+    """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
     sandbox_ledger, unknown = sandbox_ledger_location(ledger), list(tasks)
     with suppress(EnrichError, *DATABASE_ERRORS):
         if ledger_exists(sandbox_ledger):
@@ -77,7 +77,7 @@ def _without_sandbox_tasks(ledger: LedgerLocation, tasks: Iterable[str]) -> list
 
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
-    """Yield the task ids of an output, batch by batch. Raises Refused when it cannot be read."""
+    """Yield the task ids of an output, batch by batch. Raises CommandRefused when it cannot be read."""
     path = f"{output}/" if is_dataset(output) and not str(output).endswith("/") else str(output)
     input_spec: dict[str, object] = {"path": path}
     if job.output.path.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
@@ -91,7 +91,7 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
 
 
 def _newest_output(job: Job) -> Location | None:
-    """Find the newest output of the job, of any date, that is not also its input."""
+    """Find the job's newest output, of any date, that is not also its input."""
     pattern = parse_location(job.output_base, job.output.path)
     if isinstance(pattern, ObjectUrl):
         return _newest_object(pattern)
@@ -110,7 +110,7 @@ def _is_input(job: Job, path: Path) -> bool:
 
 
 def _matching_paths(path_pattern: Path) -> list[Path]:
-    """Find the files that a name with strftime codes may stand for."""
+    """Find the files that a name with strftime codes matches."""
     found = [Path(path_pattern.anchor)]
     for part in path_pattern.parts[1:]:
         if "%" not in part:
@@ -137,7 +137,7 @@ def _name_pattern(part: str) -> re.Pattern[str]:
 
 
 def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
-    """Find the newest object; where the name has codes, the last by name, which dates sort by."""
+    """Find the newest object. For a name with codes this is the last by name, because dates sort by name."""
     if "%" not in url_pattern.key:
         return url_pattern if url_pattern.is_folder or object_store.object_version(url_pattern) is not None else None
     first, _, _ = url_pattern.key.partition("%")

@@ -1,4 +1,4 @@
-"""Dispatcher and poller side by side: what is sent, and how it is judged, in one process or in each worker."""
+"""Runs dispatcher and poller side by side, in one process or in each worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enrich.run.state import RunState
 
 @dataclass(frozen=True, slots=True)
 class WorkConfig:
-    """What dispatcher and poller need to know; see there. `workers`: so many work at the same queue."""
+    """Settings of dispatcher and poller; see there. `workers`: how many share the same queue."""
 
     call: Call
     budget: Budget
@@ -28,11 +28,11 @@ class WorkConfig:
     workers: int = 1
 
     def make_poller(self, run_state: RunState, ledger_writer: LedgerWriter, client: Client) -> Poller:
-        """Make the poller, to whom tasks that were left at the API are given before the work."""
+        """Make the poller. Add the tasks that earlier runs left open to it before `submit_and_poll`."""
         return Poller(run_state, ledger_writer, client, self.column_paths, self.max_attempts, self.patience_s)
 
     async def submit_and_poll(self, poller: Poller, limit: int | None = None, *, only_new: bool = False) -> None:
-        """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
+        """Submit and poll until `limit` requests (None: all selected ones) were sent and settled."""
         run_state = poller.run_state
         dispatcher = Dispatcher(
             run_state,

@@ -1,4 +1,4 @@
-"""The steps of one execution: rescue, enroll, dispatch and poll side by side, collect."""
+"""The phases of a run: collect open tasks, enroll, submit and poll, collect the output."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from enrich.run.signals import SignalHandler
 from enrich.run.state import RunState
 from enrich.run.summary import RunFinisher, RunSummary
 
-#: How often it is written down what was learned: a kill loses no more.
+#: Interval in seconds at which learned task durations are saved. A kill loses no more than that.
 SAVE_LATENCIES_EVERY_S = 30.0
-#: Counting the rows for the receipt of an interrupted run must not hold up its exit.
+#: An interrupted run counts the rows for its summary only up to this many, so that it exits quickly.
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
-#: How often the leases of lost workers are checked, in seconds.
+#: Interval in seconds at which the leases of lost workers are checked.
 LEASE_CHECK_EVERY_S = 0.5
-#: Requests whose answer is reused.
+#: States of requests whose stored result is reused.
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
-#: The share of --max-time that is kept at most for collecting what was submitted.
+#: Largest share of --max-time that is reserved for collecting submitted tasks.
 COLLECT_TIME_SHARE = 0.2
-#: The longest time in seconds for free questions at the start, and their largest share of --max-time.
+#: Limits for polling written-off tasks at the start, which is free: in seconds, and as a share of --max-time.
 REPOLL_S, REPOLL_SHARE = 60.0, 0.1
 
 
 @dataclass(slots=True)
 class RunPhases:
-    """The steps of one execution that has a connection."""
+    """The phases of one run, after its preflight."""
 
     context: RunContext
     options: RunOptions
@@ -59,49 +59,49 @@ class RunPhases:
     budget: Budget
     progress: ProgressReporter
     started_at_s: float = 0.0
-    #: Where the files beside the output go.
+    #: Locations of the files beside the output, by kind: `rejects`, `changes`.
     extra_output_paths: Mapping[str, Location] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    #: What was written there.
+    #: Summary fields of the rejects and changes files.
     extra_output_summary: dict[str, Any] = field(default_factory=dict)
     rows_read: int | None = None
-    #: What this execution was to cost once its input was read, and of that what it found at the API.
+    #: Expected cost of this run, set when the input was read; the second is the part for tasks that were already open.
     planned_cost: Cost | None = None
     open_tasks_cost: Cost | None = None
     enrolled: dict[State, int] | None = None
     requests_to_submit: int = 0
     new_requests: int = 0
-    #: What was decided about rows rather than requests.
+    #: Decisions about rows rather than requests.
     row_decisions: Counter[Decision] = field(default_factory=Counter)
     reused: int | None = None
     accepted_in_doubt: int = 0
     out_of_time: bool = False
-    #: The key may be another workspace's; see `Poller`.
+    #: The key may belong to another workspace; see `Poller.answers_only`.
     answers_only: bool = False
-    #: What was enrolled last.
+    #: The selection that was enrolled last.
     _selection: RequestSelection = field(default_factory=RequestSelection)
-    #: Who polls, and shall hurry when a signal came.
+    #: Poller to finish early on a signal.
     _active_poller: Poller | WorkerPool | None = None
     _background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def add_note(self, text: str) -> None:
-        """Tell the person, now and in the receipt."""
+        """Show a note to the user now, and add it to the run summary."""
         self.notes.append(text)
         self.context.on_message(text)
 
     def interrupt(self, code: ExitCode) -> None:
-        """Wind down after a signal: no new POST, answers on the wire are written down, ready results fetched."""
+        """Wind down after a signal: send no new POST, record answers to POSTs in flight, fetch ready results."""
         self.run_state.stop(code, Interrupted(code))
         self.ledger_writer.shorten_waits()
         self._background_tasks.add(asyncio.create_task(self._wind_down(self.context.timeouts.drain_posts_s)))
 
     def on_ledger_failed(self, error: LedgerFailed) -> None:
-        """Wind down when the ledger can't be written: nothing new is sent, what is on the wire is kept elsewhere."""
+        """Wind down when the ledger cannot be written: send nothing new; answers in flight go to the rescue file."""
         self.run_state.stop(error.exit_code, error)
         self._background_tasks.add(asyncio.create_task(self._wind_down(self.context.timeouts.post_s)))
 
     async def enforce_max_time(self) -> None:
-        """Stop submitting early enough to collect, and leave when --max-time is over and the wire is empty."""
+        """Stop submitting early enough to collect; abort when --max-time is over and no POST is in flight."""
         if self.options.max_time_s is None:
             return
         clock, deadline = self.context.clock, self.started_at_s + self.options.max_time_s
@@ -112,17 +112,17 @@ class RunPhases:
         self.run_state.notify_change()
         await asyncio.sleep(deadline - clock.monotonic())
         self.ledger_writer.shorten_waits()
-        # Cut off now, a slow POST would be in doubt.
+        # A slow POST that is cut off now would be unconfirmed.
         await self.run_state.wait_for_posts(self.context.timeouts.drain_posts_s)
         self.run_state.abort_now()
 
     def _collect_reserve_s(self) -> float:
-        """How long it may take to collect what is in flight, in seconds."""
+        """Return how many seconds to reserve for collecting the running tasks."""
         share = COLLECT_TIME_SHARE * (self.options.max_time_s or 0.0)
         return min(share, max(10.0, 4 * self.run_state.poll_schedule.median_s))
 
     async def collect_open_tasks(self) -> None:
-        """Ask once for everything that earlier executions left at the API, nearest expiry first."""
+        """Poll every task that earlier runs left open once, nearest expiry first; then poll written-off tasks."""
         if tasks := await self.ledger_writer.submit(Ledger.take_over_tasks):
             self.add_note(f"{len(tasks)} tasks of an earlier execution are collected first")
             self.open_tasks_cost = await self.ledger_writer.submit(
@@ -139,7 +139,7 @@ class RunPhases:
     async def _repoll_written_off(
         self, tasks: Sequence[Task], *, timeout_s: float = inf, to_be_resubmitted: bool
     ) -> Sequence[Task]:
-        """Ask for tasks that were written off: a free question. Return those that could not be asked for."""
+        """Poll tasks that were written off, which is free. Returns the tasks that could not be polled."""
         if not tasks or self.run_state.stop_polling.is_set():
             return tasks
         poller = self._new_poller()
@@ -150,12 +150,13 @@ class RunPhases:
             await self.run_state.run_until_abort(poller.run())
         if poller.revived_requests:
             self.add_note(
-                f"{pluralize(poller.revived_requests, 'request')} that had been written off: the API knows the task after all"
+                f"{pluralize(poller.revived_requests, 'request')} that had been written off: "
+                "the API knows the task after all"
             )
         return poller.unpolled_tasks
 
     async def _repoll_before_resubmitting(self) -> None:
-        """Ask for the tasks of what is to be bought again (`--retry`); what can't be asked for now is not bought."""
+        """Poll the old tasks of requests to be resent (`--retry`). What cannot be polled now is not resent."""
         tasks = await self.ledger_writer.submit(Ledger.written_off_tasks, 0, only_queued=True)
         queued = await self.ledger_writer.submit(Ledger.queued_count)
         unpolled = await self._repoll_written_off(tasks, to_be_resubmitted=True)
@@ -169,7 +170,7 @@ class RunPhases:
             self.enrolled = await self.ledger_writer.submit(Ledger.enrolled_counts)
 
     async def run_phases(self, job_input: JobInput, target: Location) -> RunSummary:
-        """Enroll, dispatch and poll, collect."""
+        """Enroll, submit and poll, then collect the output."""
         run_state, ledger_writer = self.run_state, self.ledger_writer
         stamp = job_input.file_versions()
         await self._enroll(job_input, select_requests(self.context.job, self.options, self.context.clock.earliest_ms()))
@@ -195,7 +196,7 @@ class RunPhases:
         return await self._collect(job_input, target)
 
     async def _enroll(self, job_input: JobInput, selection: RequestSelection) -> None:
-        """Mark what this input wants; nothing is spent before it was read to its end without error."""
+        """Mark the requests of this input. Nothing is spent before the whole input was read without error."""
         template = self.preflight.template
         await self.progress.start_phase(Phase.ENROLL)
 
@@ -226,7 +227,7 @@ class RunPhases:
             self.reused = sum(self.enrolled.get(state, 0) for state in REUSED_STATES)
 
     async def _enroll_locally(self, job_input: JobInput, selection: RequestSelection) -> tuple[EnrollCounts, int]:
-        """Enroll the input in one process, and in one transaction."""
+        """Enroll the input in this process, in one transaction."""
         template = self.preflight.template
 
         def enroll(ledger: Ledger) -> tuple[EnrollCounts, int]:
@@ -243,21 +244,21 @@ class RunPhases:
     async def _enroll_on_cluster(
         self, engine: ClusterEngine, job_input: JobInput, selection: RequestSelection
     ) -> tuple[EnrollCounts, int]:
-        """Enroll the input in many processes; what they did before a kill is done again."""
+        """Enroll the input in many processes. Work done before a kill is repeated."""
         await self.ledger_writer.submit(Ledger.begin_pass, selection)
         template, callbacks = self.preflight.template, self._cluster_callbacks()
         enrolled = await asyncio.to_thread(engine.enroll, self.context.job, job_input, template, selection, callbacks)
         return enrolled, await self.ledger_writer.submit(self._apply_selection)
 
     def _apply_selection(self, ledger: Ledger) -> int:
-        """Decide about what was seen, now that the whole input was; tell how many doubts were given up."""
+        """Decide what to send, once the whole input was read. Returns how many unconfirmed requests became failed."""
         accepted_in_doubt = ledger.accept_in_doubt_as_failed() if self.options.accept_doubts else 0
         ledger.apply_limits()
         ledger.fill_queue()
         return accepted_in_doubt
 
     def _cluster_callbacks(self) -> ClusterCallbacks:
-        """Let who carries a step in another thread know of us."""
+        """Return the callbacks for a phase that runs in another thread."""
         loop = asyncio.get_running_loop()
         return ClusterCallbacks(
             self.signals.raise_if_received,
@@ -266,12 +267,12 @@ class RunPhases:
         )
 
     def _cost_of_open_tasks(self, ledger: Ledger, requests: int) -> Cost:
-        """Price what earlier executions left at the API."""
+        """Return the expected cost of the tasks that earlier runs left open."""
         likely = Cost.for_requests(requests, ledger.average_price(self.preflight.template.call)[1], None).likely
         return Cost(likely, to_credits(ledger.open_reservations()))
 
     async def _check_before_spending(self, job_input: JobInput) -> None:
-        """Refuse when the plan no longer holds, the balance is too low for one request, or the person says no."""
+        """Refuse when the plan no longer holds, the balance is too low for one request, or the user declines."""
         template, balance = self.preflight.template, self.preflight.balance
         if self.options.plan is not None:
             now = gather_plan_inputs(self.context.job, template, self.preflight.waterfall, job_input)
@@ -295,13 +296,13 @@ class RunPhases:
         return build_plan(self.context.job, self.preflight, ledger, self.rows_read or 0, decisions, self.budget.cap)
 
     async def _submit_and_poll(self) -> None:
-        """Send what is wanted; the first of it alone, when a canary judges the answers."""
+        """Submit the selected requests. With a canary, submit its rows first and check their results."""
         canary, progress = self.context.job.model.canary, self.progress
         open_requests = sum(len(task.attempts) for task in await self.ledger_writer.submit(Ledger.submitted_tasks))
         progress.total_requests = progress.done_requests + self.requests_to_submit + open_requests
         if canary is not None and self.new_requests > canary.rows:
             progress.phase = Phase.CANARY
-            # What is asked again says nothing: the misses of last month will be misses again.
+            # Resent requests prove nothing: requests without a match last month will have none again.
             await self._submit_and_poll_locally(canary.rows, only_new=True)
             canary_error = check_canary(
                 canary, await self.ledger_writer.submit(Ledger.execution_outcome_counts, self.run_state.execution_id)
@@ -315,14 +316,14 @@ class RunPhases:
             await self._submit_and_poll_locally()
 
     async def _submit_and_poll_locally(self, limit: int | None = None, *, only_new: bool = False) -> None:
-        """Submit and poll until `limit` requests were asked, or all that are wanted, and answered."""
+        """Submit and poll until `limit` requests (None: all selected ones) were sent and settled."""
         poller = self._new_poller()
         await self.ledger_writer.submit(Ledger.take_over_tasks)
         poller.add_earlier_tasks(await self.ledger_writer.submit(Ledger.submitted_tasks), polled_before=True)
         await self._work_config().submit_and_poll(poller, limit, only_new=only_new)
 
     async def _submit_and_poll_with_workers(self) -> bool:
-        """Do as `_send` does, by workers; tell whether nothing is left to do here."""
+        """Submit and poll with workers. Returns whether nothing is left to do in this process."""
         if (engine := self.context.engine) is None:
             return False
         requests = self.requests_to_submit + len(await self.ledger_writer.submit(Ledger.submitted_tasks))
@@ -348,7 +349,7 @@ class RunPhases:
         await self.ledger_writer.submit(Ledger.recover, run_state.clock.now_ms())
 
     async def _collect(self, job_input: JobInput, target: Location) -> RunSummary:
-        """Write the output when the exit code says so, and tell how the rows stand."""
+        """Write the output if the exit code allows it, and count the rows by status."""
         context = self.context
         settled = self.run_state.counters.settled
         some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or self.accepted_in_doubt)
@@ -363,7 +364,7 @@ class RunPhases:
         )
         counted = await self._write(collector, job_input, target)
         await self._write_extra_outputs(collector)
-        # A row of a request in doubt may still show an older answer.
+        # A row whose request is unconfirmed may still show an older result.
         unconfirmed = counted.statuses[RowStatus.IN_DOUBT] or (
             await self.ledger_writer.submit(Ledger.enrolled_counts)
         ).get(State.IN_DOUBT)
@@ -371,7 +372,7 @@ class RunPhases:
         return await self.finish(self.run_state.exit_code(conditions), counted, target)
 
     async def _write(self, collector: Collector, job_input: JobInput, target: Location) -> OutputCounts:
-        """Write the output: a dataset in many processes, where there are any."""
+        """Write the output. With a cluster engine, many processes write a dataset."""
         context = self.context
         if context.engine is None or not is_dataset(target) or not context.job.model.dedupe:
             return await self.ledger_writer.submit(lambda _: collector.write(target))
@@ -381,7 +382,7 @@ class RunPhases:
         )
 
     async def _write_extra_outputs(self, collector: Collector) -> None:
-        """Write the files beside the output; what the change feed has told is remembered with it."""
+        """Write the rejects and changes files. The ledger records which changes were written."""
         rejects, changes = self.context.job.model.rejects, self.context.job.model.changes
         if rejects is not None:
             target = self.extra_output_paths["rejects"]
@@ -400,7 +401,7 @@ class RunPhases:
     async def finish(
         self, code: ExitCode, counted: OutputCounts | None = None, output: Location | None = None
     ) -> RunSummary:
-        """Write the receipt, here and in the ledger."""
+        """Complete the run summary and store it in the ledger."""
         reason, enrolled = self.run_state.exit_reasons.get(code), self.enrolled
         await self._save_latencies()
         self._note_cached()
@@ -450,14 +451,14 @@ class RunPhases:
         self.context.ledger.shorten_waits()
 
     async def save_latencies_periodically(self) -> None:
-        """Write down now and then what was learned, so that a kill does not lose it."""
-        with suppress(LedgerFailed):  # whoever writes next tells it
+        """Save the learned task durations periodically, so that a kill does not lose them."""
+        with suppress(LedgerFailed):  # the next write reports it
             while True:
                 await asyncio.sleep(SAVE_LATENCIES_EVERY_S)
                 await self._save_latencies()
 
     async def _save_latencies(self) -> None:
-        """Write down how long tasks take, for the next execution."""
+        """Save how long tasks take, for the next run."""
         schedule = self.run_state.poll_schedule
         if schedule.answers_recorded:
             await self.ledger_writer.submit(
@@ -470,7 +471,7 @@ class RunPhases:
 
 @contextmanager
 def _call_after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Call a function once when the block is still at work after that time; inf: never."""
+    """Call a function once if the block is still running after `seconds`; inf: never."""
     timer = asyncio.get_running_loop().call_later(seconds, call) if seconds < inf else None
     try:
         yield

@@ -1,4 +1,4 @@
-"""One execution from the open ledger to the receipt: what it begins with, and how it ends."""
+"""One run, from the open ledger to the run summary: startup checks, phases, shutdown."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ from enrich.run.state import RunState
 from enrich.run.summary import RunSummary
 
 T = TypeVar("T")
-#: How often it is looked whether others are gone.
+#: Seconds between checks whether the processes of an earlier run are gone.
 RECHECK_S = 0.5
 
 
 def run(context: RunContext, options: RunOptions) -> RunSummary:
-    """Run a job; the caller holds the lock of its ledger.
+    """Run a job. The caller must hold the lock of the job's ledger.
 
-    Raises EnrichError for what went wrong before an execution came to be.
+    Raises EnrichError for failures before the run is recorded in the ledger.
     """
     return asyncio.run(_run_async(context, options))
 
 
 async def _run_async(context: RunContext, options: RunOptions) -> RunSummary:
     task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - asyncio.run made it
+    assert task is not None  # noqa: S101 - asyncio.run created it
     signals = SignalHandler(on_first_signal=lambda _: task.cancel())
     timing = context.timeouts
     try:
@@ -72,7 +72,7 @@ async def _run_async(context: RunContext, options: RunOptions) -> RunSummary:
 
 
 def _open_ledger_writer(context: RunContext) -> LedgerWriter:
-    """Open the journal; what a file does not take goes into a rescue file beside it."""
+    """Open the ledger writer. For SQLite, what cannot be written to the ledger goes to a rescue file next to it."""
     location = context.ledger.location
     if not isinstance(location, Path):
         return LedgerWriter(context.ledger)
@@ -83,9 +83,9 @@ def _open_ledger_writer(context: RunContext) -> LedgerWriter:
 
 
 async def _import_rescue_files(context: RunContext, ledger_writer: LedgerWriter) -> list[str]:
-    """Take in what an earlier run could not write into the ledger; return it in words.
+    """Import what an earlier run could not write into the ledger. Returns one note per rescue file.
 
-    Raises Refused for a rescue file that is damaged.
+    Raises CommandRefused for a damaged rescue file.
     """
     job = context.job
     imported = await ledger_writer.submit(import_rescue_files, rescue_folders(job), job.name, context.clock.now_ms())
@@ -130,16 +130,17 @@ async def _execute(
             reason = failure if isinstance(failure, EnrichError) else damaged_ledger_error(job.ledger)
             code = reason.exit_code
             if code is ExitCode.REFUSED and run_state.counters.submitted:
-                code = ExitCode.BUG  # 5 promises that nothing was spent
+                code = ExitCode.BUG  # exit code 5 promises that nothing was spent
             run_state.exit_reasons.setdefault(code, reason)
             await phases.progress.start_phase(Phase.COLLECT)
             return await phases.finish(run_state.exit_code({}))
 
 
 async def _wait_for_other_processes(context: RunContext, ledger_writer: LedgerWriter) -> None:
-    """Wait until no process of an earlier execution is at work; in a file none can be.
+    """Wait until the processes of earlier runs are gone. A SQLite ledger never has any.
 
-    Raises LedgerLocked when one leads an execution and lives: the server lost its lock when it was restarted.
+    Raises LedgerLocked when another run's leader renews its lease: it is alive, and it lost the server's lock when the
+    server restarted.
     """
     first_seen: dict[int, LeaseHolder] = {}
     while others := await ledger_writer.submit(Ledger.other_holders):
@@ -158,7 +159,7 @@ async def _wait_for_other_processes(context: RunContext, ledger_writer: LedgerWr
 
 @contextmanager
 def _in_background(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
-    """Let loops run for as long as the block."""
+    """Run `loops` as tasks during the block, and cancel them at its end."""
     tasks = [asyncio.create_task(loop) for loop in loops]
     try:
         yield
@@ -169,7 +170,7 @@ def _in_background(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The input, and where the output and the files beside it go."""
+    """The input, and the locations of the output and of the files written beside it."""
 
     job_input: JobInput
     target: Location
@@ -177,18 +178,18 @@ class RunFiles:
 
 
 async def _open_files(context: RunContext, signals: SignalHandler, ledger_writer: LedgerWriter) -> RunFiles:
-    """Open the input and prepare the places of all files. Raises EnrichError when one of them cannot be used."""
+    """Open the input and prepare the location of every file. Raises EnrichError when one of them cannot be used."""
     job, now = context.job, datetime.now().astimezone()
     job.report_path(now)
     target, extra_output_paths = job.output_path(now), job.extra_output_paths(now)
     forgotten = await ledger_writer.submit(Ledger.load_forgotten)
-    with signals.interruptible():  # a pipe or a storage may let us wait
+    with signals.interruptible():  # a pipe or object storage may block
         for kind, location in {"output": target, **extra_output_paths}.items():
             prepare_file(location, job.input_path, job.name, kind)
         return RunFiles(JobInput(job, forgotten), target, extra_output_paths)
 
 
-async def _run_preflight(  # noqa: PLR0913, PLR0917 - all of them are needed once
+async def _run_preflight(  # noqa: PLR0913, PLR0917 - every argument is used once
     context: RunContext,
     options: RunOptions,
     client: Client,
@@ -196,7 +197,7 @@ async def _run_preflight(  # noqa: PLR0913, PLR0917 - all of them are needed onc
     binding: LedgerBinding,
     files: RunFiles | None,
 ) -> Preflight:
-    """Ask the API what a run must know. Raises EnrichError when job, input, API and ledger do not fit together."""
+    """Query the API before the run. Raises EnrichError when job, input, API and ledger do not match."""
     job = context.job
     result = await preflight(
         client,
@@ -217,14 +218,18 @@ async def _run_preflight(  # noqa: PLR0913, PLR0917 - all of them are needed onc
 
 @dataclass(slots=True)
 class StartupErrors:
-    """What refuses a run. Each is kept until what was paid for is collected; without such it is raised at once."""
+    """Errors that stop a run from starting.
+
+    An error is kept while the API may hold paid results, so that these are collected first. Otherwise it is raised at
+    once.
+    """
 
     context: RunContext
     ledger_writer: LedgerWriter
     errors: list[EnrichError] = field(default_factory=list)
 
     async def try_step(self, work: Awaitable[T]) -> T | None:
-        """Do a part of the preparations; None when it refuses the run."""
+        """Await one startup step. Returns None when it fails and the error is kept."""
         try:
             return await work
         except Interrupted:
@@ -237,14 +242,17 @@ class StartupErrors:
 
 
 def _has_open_tasks(ledger: Ledger, context: RunContext) -> bool:
-    """Tell whether the API may have an answer that was paid for."""
+    """Return whether the API may still hold a result that was paid for."""
     return bool(ledger.submitted_tasks() or ledger.written_off_tasks(context.results_kept_since_ms()))
 
 
 async def _check_new_ledger(
     context: RunContext, options: RunOptions, signals: SignalHandler, ledger_writer: LedgerWriter, notes: list[str]
 ) -> None:
-    """Raise Refused for a new ledger when an earlier output was paid for from another one, unless the person agrees."""
+    """Refuse a new ledger when an earlier output was paid for from another one, unless the user agrees.
+
+    Raises CommandRefused. Appends a note to `notes` when an earlier output cannot be read.
+    """
     if options.new_ledger or await ledger_writer.submit(Ledger.has_own_submissions):
         return
     output, note = await find_output_of_other_ledger(context.job, ledger_writer, signals.interruptible)
@@ -263,7 +271,7 @@ async def _check_new_ledger(
     raise error
 
 
-async def _start_run(  # noqa: PLR0913, PLR0917 - all of them are needed once
+async def _start_run(  # noqa: PLR0913, PLR0917 - every argument is used once
     context: RunContext,
     options: RunOptions,
     signals: SignalHandler,
@@ -273,7 +281,7 @@ async def _start_run(  # noqa: PLR0913, PLR0917 - all of them are needed once
     startup_errors: StartupErrors,
     started_at_s: float,
 ) -> RunPhases:
-    """Write down that an execution begins, with the budget that it has; without a connection it only collects."""
+    """Record the start of the run with its budget. Without `preflight_result` the run only collects open tasks."""
     job, clock = context.job, context.clock
     effective_preflight = preflight_result or offline_preflight(job)
     if preflight_result is None:

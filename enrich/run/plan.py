@@ -1,4 +1,4 @@
-"""Makes the plan: what a run would ask and cost, and why each row is or isn't paid for. Pays and changes nothing."""
+"""Builds the plan: what a run would send and cost, and the decision for each row. Spends and changes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from enrich.run.plan_file import ProviderPrice, SavedPlan, gather_plan_inputs, p
 from enrich.run.preflight import Preflight, preflight, read_binding
 from enrich.run.state import Timeouts
 
-#: Polls that a request takes, as long as the ledger has no experience.
+#: Polls per task, as long as the ledger has no experience.
 DEFAULT_POLLS_PER_TASK = 1.5
 
 DECISION_REASONS = {
@@ -67,9 +67,9 @@ _ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What requests are to cost, in credits; `likely` is None before the ledger has any experience.
+    """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
 
-    `most`: every provider asked, and what each found verified; None where a price is not known.
+    `maximum`: every provider is called, and what each found is verified. None when a price is unknown.
     """
 
     likely: float | None
@@ -77,13 +77,13 @@ class Cost:
 
     @classmethod
     def for_requests(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
-        """Price requests; prices are in millionths."""
+        """Return the cost of requests. Prices are in millionths."""
         likely = None if likely_price is None else to_credits(round(likely_price * requests))
         most = None if worst_price is None else to_credits(worst_price * requests)
         return cls(likely if requests else 0.0, most if requests else 0.0)
 
     def __add__(self, other: Cost) -> Cost:
-        """Add up what is known."""
+        """Add two costs. The sum is None where one of them is unknown."""
         return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
 
     def as_json(self) -> dict[str, float | None]:
@@ -97,11 +97,11 @@ def _add_known(one: float | None, other: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do. Credits in millionths; None: not known, or not set.
+    """What a run would do. Credits in millionths. None: unknown, or not set.
 
-    `decisions` counts requests, but rows for what is said of rows alone. `likely_price` is what a request
-    has cost so far on average, `reserved` what those may cost that are at the API; `providers` and `verifier`
-    come with their names.
+    `decisions` counts requests, but rows for decisions about rows alone. `likely_price` is the average cost of a
+    request so far. `reserved` is the highest cost of the running tasks. `providers` and `verifier` come with their
+    names.
     """
 
     job: str
@@ -130,24 +130,24 @@ class Plan:
 
     @property
     def requests(self) -> int:
-        """How many distinct requests the input wants."""
+        """How many distinct requests the input has."""
         return sum(count for decision, count in self.decisions.items() if decision not in _ROW_DECISIONS)
 
     @property
     def cost(self) -> Cost:
-        """What it costs."""
+        """The expected cost."""
         return Cost.for_requests(self.to_submit, self.likely_price, self.worst_price)
 
     @property
     def cap_allows(self) -> int | None:
-        """How many requests the cap allows even at their worst price; None: there is no cap, or no price."""
+        """How many requests the cap allows even at their highest price; None: there is no cap, or no price."""
         if self.cap is None or not self.worst_price:
             return None
         return min(self.to_submit, max(0, self.cap - self.reserved) // self.worst_price)
 
     @property
     def duration_s(self) -> float | None:
-        """How long it takes at the job's rate; None when the job sets none."""
+        """How many seconds the run takes at the job's rate; None when the job sets none."""
         if self.requests_per_second is None:
             return None
         polls = DEFAULT_POLLS_PER_TASK if self.polls_per_task is None else self.polls_per_task
@@ -177,10 +177,10 @@ class Plan:
         }
 
 
-def build_plan(  # noqa: PLR0913, PLR0917 - all of them are needed once
+def build_plan(  # noqa: PLR0913, PLR0917 - every argument is used once
     job: Job, preflight: Preflight, ledger: Ledger, rows: int, decisions: dict[Decision, int], cap: int | None
 ) -> Plan:
-    """Put together what is known once the whole input was seen in a pass of the ledger."""
+    """Build the plan, after the whole input was read in a pass of the ledger."""
     template, waterfall = preflight.template, preflight.waterfall
     providers, verifier = provider_prices(template, waterfall)
     provider_names = {each.id: each.name for each in waterfall.available_enrichments}
@@ -212,7 +212,7 @@ def _provider_json(provider: ProviderPrice, name: str) -> dict[str, Any]:
 
 
 def format_plan(plan: Plan) -> Iterator[str]:
-    """Write the plan for a person."""
+    """Yield the plan as lines of text."""
     yield f"{plan.job}: {plan.rows:,} rows, {plan.requests:,} distinct requests: {plan.to_submit:,} would be sent"
     for decision, why in DECISION_REASONS.items():
         if count := plan.decisions.get(decision):
@@ -221,7 +221,9 @@ def format_plan(plan: Plan) -> Iterator[str]:
                 if decision is Decision.FOUND and plan.oldest_answer_ms
                 else ""
             )
-            yield f"  {decision.value:<12}{count:>9,}  {'pay' if decision in DECISIONS_TO_SEND else '   '}  {why}{oldest}"
+            yield (
+                f"  {decision.value:<12}{count:>9,}  {'pay' if decision in DECISIONS_TO_SEND else '   '}  {why}{oldest}"
+            )
     yield from _cost_lines(plan)
     if plan.duration_s is not None:
         polls = "guessed" if plan.polls_per_task is None else "so far"
@@ -273,7 +275,7 @@ PLAN_COLUMNS = {
 def make_plan(
     job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
 ) -> tuple[Plan, SavedPlan]:
-    """Plan a run, for a person and to be kept to; write each row's decision to `rows_file`, if there is one.
+    """Plan a run. Returns the plan to show and the plan to save. Writes each row's decision to `rows_file`, if given.
 
     Raises what a run would raise before it spends.
     """
@@ -338,7 +340,7 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
 
 @contextmanager
 def _open_ledger(job: Job) -> Iterator[Ledger]:
-    """Look into the job's ledger, or into an empty one where there is none yet."""
+    """Open the job's ledger read-only, or an empty one where there is none yet."""
     with TemporaryDirectory() as folder:
         is_known = ledger_exists(job.ledger)
         ledger = Ledger(job.ledger if is_known else Path(folder) / "none.db", read_only=is_known)
@@ -361,7 +363,7 @@ async def _preflight(job: Job, access: ApiAccess, ledger: Ledger, options: RunOp
 def _write_rows(
     target: Path, job: Job, job_input: JobInput, ledger: Ledger, template_and_time: tuple[RequestTemplate, int]
 ) -> None:
-    """Write the input with each row's decision; `now` is the question and the time (ms)."""
+    """Write the input with each row's decision. The time is in ms (UTC)."""
     template, now_ms = template_and_time
     filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
     filtered_reason = f"left out by {' or '.join(filters)}"

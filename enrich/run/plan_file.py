@@ -1,4 +1,4 @@
-"""A frozen plan: what it stood on, and whether that still holds."""
+"""A saved plan: what it is based on, and whether that still holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from enrich.rows.template import RequestTemplate
 
 
 class ProviderPrice(BaseModel):
-    """A provider or the verifier, with its price in millionths of a credit; None: not known."""
+    """A provider or the verifier, with its price in millionths of a credit; None: unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,7 +30,7 @@ class ProviderPrice(BaseModel):
 
 
 class PlanInputs(BaseModel):
-    """What a plan stands on: digests of the job, the input and the list of `suppress`; who is asked at what price."""
+    """What a plan is based on: digests of job, input and `suppress` list; the providers and their prices."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,7 +43,7 @@ class PlanInputs(BaseModel):
 
 
 class SavedPlan(BaseModel):
-    """What `enrich plan -o FILE` writes and `enrich run --plan FILE` keeps to."""
+    """What `enrich plan -o FILE` writes and `enrich run --plan FILE` follows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,7 +56,7 @@ class SavedPlan(BaseModel):
     retry: list[State]
     max_credits: float | None
     to_submit: int
-    #: The newest execution when it was made: what later ones asked was asked for it.
+    #: The newest run when the plan was made. Requests of later runs count as sent for this plan.
     after_execution: int
 
 
@@ -77,7 +77,7 @@ def gather_plan_inputs(job: Job, template: RequestTemplate, waterfall: Waterfall
 def provider_prices(
     template: RequestTemplate, waterfall: Waterfall
 ) -> tuple[list[ProviderPrice], ProviderPrice | None]:
-    """Price the providers that are asked, and the verifier."""
+    """Return the prices of the providers in the call, and of its verifier."""
     providers = {provider.id: provider for provider in waterfall.available_enrichments}
     verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
     verifier = template.call.email_verifier
@@ -92,7 +92,7 @@ def _provider_price(provider_id: int, provider: Provider | None) -> ProviderPric
 
 
 def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
-    """Name what is no longer as it was."""
+    """Return the names of the inputs that changed."""
     changed = []
     if planned.job != current.job:
         changed.append("the job file, or the options")
@@ -112,7 +112,7 @@ def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
 
 
 def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
-    """Raise Refused when something changed since the plan was made."""
+    """Raise CommandRefused when something changed since the plan was made."""
     if changed := changed_inputs(plan.ground, current):
         description = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
         raise CommandRefused(
@@ -122,7 +122,7 @@ def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
 
 
 def write_plan(path: Path, plan: SavedPlan) -> None:
-    """Write a plan (0600), whole or not at all. Raises JobError when that would replace what is no plan."""
+    """Write a plan (mode 0600), whole or not at all. Raises JobError when the file exists and is not a plan."""
     if path.exists() and not path.is_file():
         raise CommandRefused(f"{path}: the plan cannot be written: it is no file")
     try:
@@ -141,7 +141,7 @@ def write_plan(path: Path, plan: SavedPlan) -> None:
 
 
 def read_plan(path: Path) -> SavedPlan:
-    """Read a plan. Raises Refused when it is not there, JobError when it is none."""
+    """Read a plan. Raises CommandRefused when the file cannot be read, JobError when it is not a plan."""
     try:
         return SavedPlan.model_validate_json(read_text(path))
     except OSError as error:

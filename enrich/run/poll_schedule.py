@@ -1,11 +1,11 @@
-"""When to ask how a task is: learned from how long the last ones took; pure.
+"""When to poll a task, learned from the durations of recent tasks. Pure.
 
-How long a task took is known only as an interval: it still ran at one poll and was done at the next. The
-distribution that is most likely for such intervals is found by self-consistency (Turnbull, "The Empirical
-Distribution Function with Arbitrarily Grouped, Censored and Truncated Data", 1976), one answer at a time, the older
-ones fading: so our own poll times do not bend it, and a laptop that slept teaches nothing wrong. The times to ask are
-those that cost least on average, when a poll has a price and each second of delay costs one (Barlow, Hunter and
-Proschan, "Optimum Checking Procedures", 1963).
+The duration of a task is known only as an interval: it was running at one poll and done at the next. The most likely
+distribution for such intervals is found by self-consistency (Turnbull, "The Empirical Distribution Function with
+Arbitrarily Grouped, Censored and Truncated Data", 1976), one answer at a time, with fading older answers. So the times
+of the polls do not bias it, and a laptop that slept does not distort it. The poll times are those of the lowest average
+cost, where a poll has a price and each second of delay costs one (Barlow, Hunter and Proschan, "Optimum Checking
+Procedures", 1963).
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from enum import Enum
 from itertools import accumulate, pairwise
 from math import inf
 
-#: The ages that are told apart, in seconds: each a twelfth above the one before, from 0.05 s to an hour and a half.
+#: The ages that are distinguished, in seconds: each 8% above the one before, from 0.05 s to an hour and a half.
 AGES_S = tuple(0.05 * 1.08**step for step in range(151))
 _MIDDLES_S = (AGES_S[0] / 2, *((low + high) / 2 for low, high in pairwise(AGES_S)))
 
-#: The latest answers, fading, weigh together as much as so many.
+#: Answers fade with age. All of them together weigh as much as this many new ones.
 EFFECTIVE_ANSWERS = 60
-#: Weights below this are not worth keeping; above that they are scaled down.
+#: Weights below the first are dropped. Above the second, all weights are scaled down.
 MIN_WEIGHT, MAX_WEIGHT = 0.005, 1e9
-#: What other nights taught weighs at most as much as so many answers of this one.
+#: Durations from earlier runs weigh at most as much as this many answers of this run.
 MAX_STORED_WEIGHT = 15.0
-#: What is believed before anything is known: each age has this weight.
+#: The weight of each age before the first answer.
 PRIOR_WEIGHT = 1 / len(AGES_S)
-#: With fewer answers nothing is planned.
+#: With fewer answers there is no plan.
 MIN_ANSWERS = 4.0
 REPLAN_EVERY = 16
-#: Tasks that outlive all but this share are asked ever less often.
+#: A task that runs longer than all but this share is polled at growing intervals.
 TAIL_SHARE = 0.05
-#: One task in so many is asked long before its time: else an API that has become faster would never be noticed.
+#: One task in this many is polled early, at this share of its delay. Otherwise a faster API would go unnoticed.
 PROBE_EVERY, PROBE_AT_SHARE = 20, 0.5
-#: When that finds one done, though less than this share should be, what was learned shrinks to so many answers.
+#: If a task is done though fewer than this share should be, the learned weights shrink to this many answers.
 SURPRISE_SHARE, WEIGHT_AFTER_SURPRISE = 0.02, 1.0
 HIGH_CAPACITY_SHARE, LOW_CAPACITY_SHARE = 0.5, 0.1
 
 
 class PollCost(Enum):
-    """What a poll costs: as much as so many typical latencies of delay."""
+    """The cost of a poll, as a multiple: how many typical task durations of delay it equals."""
 
-    LOW = 0.05  # no submit can leave before an answer came, and slots are left over
+    LOW = 0.05  # no submit can be sent before an answer comes, and slots are left over
     NORMAL = 0.6
-    HIGH = 3.0  # it takes the slot of a submit
+    HIGH = 3.0  # the poll takes the slot of a submit
 
     @classmethod
     def choose(cls, *, rate_is_limiting: bool, free_share: float) -> PollCost:
-        """Choose by whether all slots are used, and the share of what may be at the API that is free.
+        """Choose by whether all slots are used, and by the free share of the capacity for open requests.
 
-        Either the slots or the room is what makes a run long; a poll costs the one and makes the other.
+        Either slots or capacity limit the speed of a run. A poll uses a slot, and may free capacity.
         """
         if rate_is_limiting:
             return cls.HIGH if free_share > HIGH_CAPACITY_SHARE else cls.NORMAL
@@ -59,7 +59,7 @@ class PollCost(Enum):
 
 
 class PollSchedule:
-    """When to ask how a task is."""
+    """When to poll tasks, by their age."""
 
     FIRST_GUESS_S = 1.0
     GROWTH = 0.35
@@ -67,19 +67,19 @@ class PollSchedule:
     MAX_DELAY_S = 30.0
 
     def __init__(self, weights_by_age: Iterable[tuple[float, float]] = ()) -> None:
-        """Begin with what `learned` told on another night."""
-        #: Divided by the newest answer's weight, they tell how many answers took how long.
+        """Start with the `weights_by_age` of an earlier run."""
+        #: Divided by the weight of the newest answer: the number of answers per age.
         self._weights = [0.0] * len(AGES_S)
         self._newest_weight = 1.0
         self._answers_recorded = 0
         self._tasks_started = 0
-        #: The share of tasks that are done before each age; empty: nothing is planned.
+        #: The share of tasks that are done before each age; empty: there is no plan.
         self._done_shares: list[float] = []
-        #: For each age at which a task may still run the next at which to ask, as indexes of AGES.
+        #: For each age at which a task may still be running, the next age to poll, as indexes of AGES_S.
         self._plans: dict[PollCost, list[int]] = {}
         self._median_s: float | None = None
         for seconds, answers in weights_by_age:
-            if 0 < seconds < inf and 0 < answers < MAX_WEIGHT:  # the file is the person's to change
+            if 0 < seconds < inf and 0 < answers < MAX_WEIGHT:  # users can edit the stored values
                 self._weights[_age_index(seconds)] += answers
         stored_weight = sum(self._weights)
         if stored_weight > MAX_STORED_WEIGHT:
@@ -88,12 +88,12 @@ class PollSchedule:
 
     @property
     def answers_recorded(self) -> int:
-        """How many answers taught something since the beginning."""
+        """How many answers were recorded since the start."""
         return self._answers_recorded
 
     @property
     def weights_by_age(self) -> list[tuple[float, float]]:
-        """How many answers took at most how many seconds (and longer than the age before); old ones count less."""
+        """How many answers took at most each age (seconds), but longer than the age before; old answers count less."""
         pairs = zip(AGES_S, self._weights, strict=True)
         return [
             (age, weight / self._newest_weight) for age, weight in pairs if weight > MIN_WEIGHT * self._newest_weight
@@ -101,12 +101,12 @@ class PollSchedule:
 
     @property
     def median_s(self) -> float:
-        """How long a task takes, in seconds: the median."""
+        """The median duration of a task, in seconds."""
         return self.FIRST_GUESS_S if self._median_s is None else self._median_s
 
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
-        """Hear that a task still ran at one age (0: was not asked before) and was done at another, in seconds."""
-        if done_at_s <= running_at_s:  # a clock was set
+        """Record that a task was running at one age (0: not polled before) and done at another, in seconds."""
+        if done_at_s <= running_at_s:  # the clock was changed
             return
         first = bisect_right(_MIDDLES_S, running_at_s)
         last = max(bisect_right(_MIDDLES_S, done_at_s), first + 1)
@@ -127,14 +127,14 @@ class PollSchedule:
             self._replan()
 
     def first_delay_s(self, cost: PollCost = PollCost.NORMAL) -> float:
-        """Tell in how many seconds a task that was submitted just now is worth a poll; now and then feel earlier."""
+        """Return in how many seconds a new task is worth its first poll. One task in PROBE_EVERY is polled earlier."""
         self._tasks_started += 1
         return self.next_delay_s(0.0, cost) * (
             PROBE_AT_SHARE if self._done_shares and not self._tasks_started % PROBE_EVERY else 1.0
         )
 
     def next_delay_s(self, age_s: float, cost: PollCost = PollCost.NORMAL) -> float:
-        """Tell in how many seconds a task of this age is worth a poll."""
+        """Return in how many seconds a task of this age is worth a poll."""
         if self._done_shares:
             if cost not in self._plans:
                 self._plans[cost] = _cheapest_plan(self._done_shares, cost.value * self.median_s)
@@ -161,11 +161,11 @@ def _age_index(seconds: float) -> int:
 
 
 def _cheapest_plan(done_shares: list[float], poll_cost: float) -> list[int]:
-    """Tell for each age the next at which to ask, that a task costs least: `price` a poll, one a second of delay.
+    """Return for each age the next age to poll at the lowest cost: `poll_cost` a poll, one a second of delay.
 
-    `done[i]` is the share of tasks that are done before the age AGES[i]. Worked out from the oldest age down: a task
-    that is asked next at some age costs a poll, the delay of those that were done before it, and then what a task of
-    that age costs.
+    `done_shares[i]` is the share of tasks that are done before the age AGES_S[i]. Computed from the oldest age down: to
+    poll a task next at some age costs a poll, the delay of the tasks that were done before it, and then the cost of a
+    task of that age.
     """
     last = bisect_left(done_shares, 1 - TAIL_SHARE)
     weighted_ages = [

@@ -1,4 +1,4 @@
-"""Brings the answer of each submitted request: asks when it pays, nearest expiry first."""
+"""Polls each submitted task until it settles: when a poll is worth its cost, nearest expiry first."""
 
 from __future__ import annotations
 
@@ -36,50 +36,50 @@ IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0
 YOUNG_TASK_POLL_S = 5.0
 FAILED_POLL_S = 2.0
-#: A 404 is believed after so many in a row, over `Timing.young_s` at least; so is an answer that can't be read.
+#: A 404 counts after this many in a row, over at least `Timeouts.young_task_s`. So does an unreadable answer.
 CONFIRMING_REPLIES = 5
-#: An answer with a task that the ledger does not have is believed after so many that are the same.
+#: An answer about a task that the ledger does not have counts after this many identical ones.
 CONFIRMING_FOREIGN_REPLIES = 3
 
 
 @dataclass(slots=True)
 class RepeatedReply:
-    """An answer that is not believed at once: what it is, how often it came in a row, and since when (monotonic)."""
+    """A reply that needs confirmation: what it is, how often it came in a row, and since when (monotonic, seconds)."""
 
     description: str
     since: float
     count: int = 0
 
     def is_conclusive(self, now: float, min_duration_s: float) -> bool:
-        """Tell whether it came often enough, over long enough."""
+        """Return whether the reply came often enough, over at least `min_duration_s` seconds."""
         return self.count >= CONFIRMING_REPLIES and now - self.since >= min_duration_s
 
 
 @dataclass(slots=True)
 class OpenTask:
-    """A task whose answer is not there yet. `fresh`: submitted by this execution, so its age teaches something."""
+    """A task without a result yet. The poll schedule learns only from tasks with `submitted_in_this_run`."""
 
     task: Task
     submitted_in_this_run: bool
     acknowledged: bool
-    #: When it was submitted, by the monotonic clock.
+    #: Time of submission by the monotonic clock, in seconds.
     submitted_at_s: float
-    #: It was taken for lost: a free question, which the API need not be able to answer.
+    #: The task was counted as lost. Polling it is free, and the API may have deleted it.
     written_off: bool = False
-    #: How old it was in seconds when it was last seen at work.
+    #: Age in seconds when a poll last found it running.
     last_running_age_s: float = 0.0
     no_data_since: float | None = None
-    #: The next poll goes over a connection of its own.
+    #: Send the next poll over a new connection.
     needs_new_connection: bool = False
     repeated_reply: RepeatedReply | None = None
-    #: The last answer with a task that the ledger does not have, and how often it came in a row.
+    #: The last answer about a task that the ledger does not have, and how often it came in a row.
     last_foreign_reply: str = ""
     foreign_reply_count: int = 0
-    #: It is about to be bought again, so its 404 is believed no sooner than any other.
+    #: The request is about to be resent, so a 404 needs as many confirmations as for any other task.
     to_be_resubmitted: bool = False
 
     def count_repeat(self, description: str, now: float) -> RepeatedReply:
-        """Count an answer that is not believed at once."""
+        """Count a reply that needs confirmation."""
         if self.repeated_reply is None or self.repeated_reply.description != description:
             self.repeated_reply = RepeatedReply(description, now)
         self.repeated_reply.count += 1
@@ -88,9 +88,10 @@ class OpenTask:
 
 @dataclass(slots=True)
 class Poller:
-    """submitted → settled. `paths` are the job's columns: they decide between found and not found.
+    """Moves tasks from submitted to settled.
 
-    A task that another job left behind is judged by that job's.
+    `column_paths` are the paths of the job's columns, which decide between found and not found. A task that another job
+    left open is judged by that job's paths.
     """
 
     run_state: RunState
@@ -99,15 +100,15 @@ class Poller:
     column_paths: tuple[str, ...]
     max_attempts: int
     patience_s: float
-    #: Ask each task once more and go.
+    #: Poll each task once more, then finish.
     poll_once_more: bool = False
-    #: Nobody will bring new tasks.
+    #: No new tasks will be added.
     no_new_tasks: bool = False
-    #: The key may be another workspace's: only answers count, and no task is lost because of what it can't see.
+    #: The key may belong to another workspace: only answers count, and a task that the key cannot see is not lost.
     answers_only: bool = False
-    #: Tasks that were written off, and that could not be asked for now.
+    #: Written-off tasks that could not be polled now.
     unpolled_tasks: list[Task] = field(default_factory=list)
-    #: How many of them the API knows after all.
+    #: Number of written-off tasks that still exist at the API.
     revived_requests: int = 0
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
@@ -116,7 +117,7 @@ class Poller:
     _sequence: count[int] = field(default_factory=count)
 
     def add_task(self, task: Task) -> None:
-        """Take on a task that was submitted just now."""
+        """Add a task that was submitted just now."""
         now = self.run_state.clock.monotonic()
         self._schedule(
             OpenTask(task, submitted_in_this_run=True, acknowledged=task.acknowledged, submitted_at_s=now),
@@ -124,12 +125,12 @@ class Poller:
         )
 
     def add_earlier_tasks(self, tasks: Iterable[Task], *, polled_before: bool) -> None:
-        """Take on what earlier executions left at the API; ask at once unless that was done just now."""
+        """Add tasks that earlier runs left open. They are polled at once unless `polled_before` (just now)."""
         for open_task in self._open_tasks_of(tasks):
             self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
     def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool = False) -> None:
-        """Ask once more for tasks that were written off; those that the API knows after all are waited for again."""
+        """Poll written-off tasks once more. Tasks that still exist at the API are waited for again."""
         for open_task in self._open_tasks_of(tasks):
             open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted
             self._schedule(open_task, 0.0)
@@ -147,7 +148,7 @@ class Poller:
             )
 
     def stop_repolling(self) -> None:
-        """Leave alone what was written off and not asked for yet."""
+        """Drop the written-off tasks that were not polled yet."""
         skipped = [waiting for *_, waiting in (*self._scheduled, *self._ready) if waiting.written_off]
         self._scheduled = [each for each in self._scheduled if not each[2].written_off]
         self._ready = [each for each in self._ready if not each[2].written_off]
@@ -158,13 +159,13 @@ class Poller:
         self.run_state.notify_change()
 
     def finish_early(self) -> None:
-        """Ask every task once more, now, and go."""
+        """Poll every task once more, now, then finish."""
         self.poll_once_more = True
         self._scheduled = sorted((0.0, number, open_task) for _, number, open_task in self._scheduled)
         self.run_state.notify_change()
 
     async def run(self) -> None:
-        """Poll until no task waits and none can come, or the execution gives up."""
+        """Poll until no task is open and none can come, or polling stops."""
         stop = self.run_state.stop_polling
         async with asyncio.TaskGroup() as polls:
             while not stop.is_set():
@@ -185,7 +186,7 @@ class Poller:
                     await self.run_state.wait_for_change(min(wait, IDLE_S))
 
     def _bring_polls_forward(self) -> None:
-        """Ask sooner than was meant while each poll took the slot of a submit: none waits any more."""
+        """No submits left: bring the remaining polls forward. They were late because each took the slot of a submit."""
         self._polls_brought_forward = True
         now = self.run_state.clock.monotonic()
         self._scheduled = [
@@ -195,7 +196,7 @@ class Poller:
         heapq.heapify(self._scheduled)
 
     def _poll_delay_s(self, age_s: float) -> float:
-        """Tell in how many seconds a task of this age is worth a poll, before its result or our patience is gone."""
+        """Return in how many seconds a task of this age is worth a poll, before its result or `patience_s` expires."""
         run_state = self.run_state
         no_submits_left = self.no_new_tasks or self.poll_once_more or run_state.stop_submitting.is_set()
         cost = PollCost.NORMAL if no_submits_left else run_state.poll_cost
@@ -210,7 +211,7 @@ class Poller:
         self.run_state.notify_change()
 
     def _move_due_to_ready(self) -> float:
-        """Put what is due in the order of its expiry; tell in how many seconds the next will be due."""
+        """Move due tasks to the ready queue, in order of expiry. Returns the seconds until the next one is due."""
         now = self.run_state.clock.monotonic()
         while self._scheduled and self._scheduled[0][0] <= now:
             _, number, open_task = heapq.heappop(self._scheduled)
@@ -218,7 +219,7 @@ class Poller:
         return self._scheduled[0][0] - now if self._scheduled else IDLE_S
 
     async def _poll(self, open_task: OpenTask) -> None:
-        """Ask how one task is, and write down what came of it."""
+        """Poll one task and record the result."""
         run_state = self.run_state
         try:
             run_state.counters.polls += 1
@@ -228,7 +229,7 @@ class Poller:
         except RateLimited as error:
             run_state.record_throttled(error)
             if self.poll_once_more:
-                self._schedule(open_task, 0.0)  # this was not the one answer that it is owed
+                self._schedule(open_task, 0.0)  # a 429 does not count as the one poll
             else:
                 self._poll_again(open_task, 0.0)
         except Unauthorized as error:
@@ -288,7 +289,7 @@ class Poller:
             await self._settle_bulk_task(open_task, *read_bulk_answers(reply, phase, size, column_paths))
 
     def _handle_running(self, open_task: OpenTask, age_s: float) -> None:
-        if open_task.to_be_resubmitted:  # it is not bought then, and what is must not wait for it
+        if open_task.to_be_resubmitted:  # it is not resent then, and the requests that are must not wait for it
             self.run_state.open_tasks -= 1
         else:
             self._poll_again(open_task, self._poll_delay_s(age_s))
@@ -300,7 +301,7 @@ class Poller:
         self.run_state.open_tasks -= 1
 
     async def _settle_superseded(self, open_task: OpenTask, reply: TaskReply, phase: TaskPhase) -> None:
-        """Write down what a task cost whose request was asked again meanwhile."""
+        """Record the cost of a task whose request was sent again in the meantime."""
         run_state = self.run_state
         answer = read_answer(reply, phase, open_task.task.column_paths or self.column_paths)
         run_state.open_tasks -= 1
@@ -312,12 +313,12 @@ class Poller:
             run_state.counters.spent += answer.credits
 
     async def _handle_invalid_response(self, open_task: OpenTask, error: InvalidPollResponse) -> None:
-        """Ask again over a connection of its own; after enough such answers let go of the task until the next run."""
+        """Poll again over a new connection. After enough such replies, leave the task to the next run."""
         run_state = self.run_state
         open_task.needs_new_connection = True
         if not error.new_connection:
             run_state.record_success()
-            self._schedule(open_task, 0.0)  # what came may be the answer to an earlier request
+            self._schedule(open_task, 0.0)  # the reply may belong to an earlier request on this connection
             return
         run_state.record_failure(error)
         now = run_state.clock.monotonic()
@@ -338,12 +339,12 @@ class Poller:
             self._poll_again(open_task, FAILED_POLL_S)
 
     async def _defer_to_next_run(self, open_task: OpenTask, error: InvalidPollResponse, *, is_foreign: bool) -> None:
-        """Keep what the API said, and let the next run ask for the task again."""
+        """Store the API's reply, and leave the task to the next run."""
         run_state = self.run_state
         if open_task.written_off:
             self._skip_written_off(open_task)
         else:
-            # What belongs to another request is not kept here.
+            # The data of another request is not stored here.
             raw = error.raw if is_foreign or error.task_id is None else None
             reason = f"{error.message}, which the ledger does not have" if is_foreign else error.message
             await self.ledger_writer.submit(Ledger.save_unusable_answer, open_task.task.attempts, reason, raw)
@@ -353,18 +354,21 @@ class Poller:
         if is_foreign:
             run_state.counters.unknown_tasks += 1
             if run_state.counters.unknown_tasks >= MAX_UNKNOWN_TASKS:
-                message = f"the API answered {run_state.counters.unknown_tasks} polls with tasks that the ledger does not have"
+                message = (
+                    f"the API answered {run_state.counters.unknown_tasks} polls with tasks "
+                    "that the ledger does not have"
+                )
                 run_state.stop(
                     ExitCode.API, EnrichError(message, "is there a proxy between, or another client with this key?")
                 )
 
     def _skip_written_off(self, open_task: OpenTask) -> None:
-        """Leave a task that was written off as it is."""
+        """Leave a written-off task as it is."""
         self.unpolled_tasks.append(open_task.task)
         self.run_state.open_tasks -= 1
 
     async def _handle_task_unknown(self, open_task: OpenTask) -> None:
-        """Judge a 404: too young to be known, never accepted after all, or gone."""
+        """Handle a 404: the task is too young to be visible, was never accepted, or has expired."""
         run_state = self.run_state
         now, young_task_s = run_state.clock.monotonic(), run_state.timeouts.young_task_s
         if open_task.written_off and not open_task.to_be_resubmitted:
@@ -409,7 +413,7 @@ class Poller:
         self._count_settled(states, credits_)
 
     def _count_settled(self, states: list[State], credits_: int | None) -> None:
-        """Count a task that is settled."""
+        """Count a settled task."""
         self.run_state.open_tasks -= 1
         self.run_state.counters.spent += credits_ or 0
         for state in states:
@@ -417,7 +421,7 @@ class Poller:
                 self.run_state.counters.count_settled(state)
 
     def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
-        """Ask again later, unless the person's patience is at its end."""
+        """Poll again later, unless the task is older than `patience_s`."""
         if open_task.written_off:
             self._skip_written_off(open_task)
         elif self.poll_once_more or self._age_s(open_task) > self.patience_s:
@@ -429,5 +433,5 @@ class Poller:
             self._schedule(open_task, seconds)
 
     def _age_s(self, open_task: OpenTask) -> float:
-        """How old a task is in seconds."""
+        """Return a task's age in seconds."""
         return self.run_state.clock.monotonic() - open_task.submitted_at_s

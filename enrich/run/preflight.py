@@ -1,4 +1,4 @@
-"""Asks the API who we are and what the waterfall is, and holds both against the job and the ledger."""
+"""Fetches account and waterfall from the API before a run, and checks them against the job and the ledger."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ MAX_PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What was learned. `balance` in millionths, None when the API does not say; `notes` are for the person.
+    """What the API returned. `balance` in millionths; None: the API does not give it. `notes` are for the user.
 
-    `providers` are those enabled by default when the waterfall was first used.
+    `providers` are those that were enabled by default when the waterfall was first used.
     """
 
     template: RequestTemplate
@@ -53,9 +53,9 @@ class Preflight:
 
 
 async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
-    """Ask an unpaid question again until it is answered.
+    """Repeat a free call until it is answered.
 
-    Raises ApiUnreachable after `at_most_s` seconds, and at once when the certificate is not trusted.
+    Raises ApiUnreachable after `timeout_s` seconds, and at once when the certificate is not trusted.
     """
 
     def pause(state: tenacity.RetryCallState) -> float:
@@ -90,7 +90,7 @@ def _is_retryable(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LedgerBinding:
-    """What a ledger knows that matters here; `used`: an execution was begun from it."""
+    """What the preflight needs from the ledger. `has_runs`: a run was started with this ledger before."""
 
     bound_to: Mapping[str, str | None]
     waterfall: tuple[dict[str, Any], list[int] | None] | None
@@ -98,13 +98,13 @@ class LedgerBinding:
 
 
 def read_binding(ledger: Ledger, identifier: str) -> LedgerBinding:
-    """Look up what the ledger is bound to, and a waterfall."""
+    """Read what the ledger is bound to, and its copy of a waterfall."""
     bound_to = {name: ledger.read_fact(name) for name in ("api_host", "workspace")}
     return LedgerBinding(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
 
 
 def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
-    """Raise JobError when the ledger belongs to another API host: nothing of it is sent there."""
+    """Raise JobError when the ledger belongs to another API host, so that nothing of it is sent there."""
     bound_host = binding.bound_to.get("api_host")
     if bound_host not in (None, host):
         raise JobError(
@@ -113,7 +113,7 @@ def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
         )
 
 
-async def preflight(  # noqa: PLR0913 - all of them are needed once
+async def preflight(  # noqa: PLR0913 - every argument is used once
     client: Client,
     binding: LedgerBinding,
     job: Job,
@@ -123,10 +123,10 @@ async def preflight(  # noqa: PLR0913 - all of them are needed once
     update_providers: bool,
     workspace_renamed: bool = False,
 ) -> Preflight:
-    """Learn what the run needs to know before it may spend.
+    """Fetch what the run needs before it may spend.
 
-    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not fit together;
-    OtherWorkspace unless the person says that it was renamed.
+    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not match. Raises
+    WorkspaceMismatch for another workspace unless `workspace_renamed`.
     """
     check_api_host(binding, job, host)
     try:
@@ -149,7 +149,7 @@ async def preflight(  # noqa: PLR0913 - all of them are needed once
 
 
 def offline_preflight(job: Job) -> Preflight:
-    """Make do without the API's description: enough to collect what earlier runs left there, not to ask anything."""
+    """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
     model = job.model
     call = Call(model.waterfall, tuple(model.enrichments or ()), model.email_verifier)
     template = RequestTemplate(call, required_params=(), email_params=(), columns=model.columns or {}, worst_price=None)
@@ -169,7 +169,7 @@ async def _fetch_waterfall(client: Client, job: Job, timeout_s: float) -> Waterf
 def _choose_providers(
     binding: LedgerBinding, job: Job, waterfall: Waterfall, *, update_providers: bool
 ) -> tuple[list[int], list[str]]:
-    """Keep the default providers of the first use: a change of the vendor's is told, not followed."""
+    """Keep the default providers of the first use. A change by the vendor is noted, not followed."""
     offered = default_providers(waterfall)
     first = binding.waterfall[1] if binding.waterfall is not None else None
     if first is None or update_providers:
@@ -189,7 +189,7 @@ def _join_ids(providers: list[int]) -> str:
 
 
 def _note_other_ledgers(job: Job) -> list[str]:
-    """Announce a new ledger beside others: a renamed job would pay again."""
+    """Return a note when a new ledger is created beside others: a renamed job would pay again."""
     if isinstance(job.ledger, PostgresLocation):
         return []
     sandbox = job.ledger.name.endswith(SANDBOX_SUFFIX)
@@ -208,9 +208,9 @@ def _note_other_ledgers(job: Job) -> list[str]:
 
 
 def template_from_ledger(ledger: Ledger, job: Job) -> RequestTemplate:
-    """Make the question again without the API, from what the ledger keeps.
+    """Build the request template from the ledger, without the API.
 
-    Raises Refused when this waterfall was never asked from this ledger.
+    Raises CommandRefused when this waterfall was never used with this ledger.
     """
     known = ledger.waterfall(job.model.waterfall)
     if known is None:
@@ -221,7 +221,7 @@ def template_from_ledger(ledger: Ledger, job: Job) -> RequestTemplate:
 
 @dataclass(slots=True)
 class _ClockOffsetProbe(SystemClock):
-    """Hears by how much the API's clock is ahead, however little."""
+    """Records by how many ms the API's clock is ahead, however little."""
 
     api_ahead_ms: int | None = None
 
@@ -232,7 +232,7 @@ class _ClockOffsetProbe(SystemClock):
 
 @dataclass(frozen=True, slots=True)
 class ApiSnapshot:
-    """What the API says now. `ahead_s` is its clock before ours, None when it tells no time."""
+    """What the API returns now. `clock_ahead_s`: its clock minus ours, in seconds; None: it sends no time."""
 
     user: User
     waterfall: Waterfall
@@ -240,7 +240,7 @@ class ApiSnapshot:
 
 
 def query_api(access: ApiAccess, identifier: str, environ: Mapping[str, str] = os.environ) -> ApiSnapshot:
-    """Ask about the account and a waterfall; nothing is paid. Raises JobError, ApiUnreachable, Unauthorized."""
+    """Fetch the account and a waterfall; this is free. Raises JobError, ApiUnreachable, Unauthorized."""
     return asyncio.run(_query_api(access, identifier, environ))
 
 

@@ -1,4 +1,4 @@
-"""The heartbeat of an execution: while it is at work, it is shown and written down how far it is."""
+"""Progress of a run: shown and stored in the ledger while the run is active."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from enrich.models import State, SystemClock, to_credits
 from enrich.run.context import Progress, RunContext
 from enrich.run.state import RunState
 
-#: More bins are merged, so that a night of hours is no longer than a minute.
+#: With more bins than this, bins are merged, so that a run of hours stores no more than a short one.
 MAX_BINS = 240
-#: A speed is told over at least so many seconds, if there were as many.
+#: Speeds are measured over at least this many seconds, if the run is that old.
 SPEED_WINDOW_S = 10.0
 
 
 class Phase(StrEnum):
-    """What an execution is at."""
+    """The phase of a run."""
 
     RESCUE = "collecting what was left at the API"
     ENROLL = "reading the input"
@@ -35,12 +35,12 @@ class Phase(StrEnum):
 
     @property
     def blocks_snapshots(self) -> bool:
-        """Whether the ledger is busy with one long move, so that no pulse can be written."""
+        """Whether one long transaction keeps the ledger busy, so that no snapshot can be stored."""
         return self in (Phase.ENROLL, Phase.COLLECT)
 
 
 class TrafficCounts(NamedTuple):
-    """What happened since the start of the execution."""
+    """Counts since the start of the run."""
 
     submitted: int = 0
     answered: int = 0
@@ -49,7 +49,7 @@ class TrafficCounts(NamedTuple):
 
 
 class Traffic(BaseModel):
-    """What was sent and heard: counts for each `width_s` seconds from the start."""
+    """What was sent and answered: counts for each `width_s` seconds from the start."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,18 +64,18 @@ class Traffic(BaseModel):
         return TrafficCounts(sum(self.submitted), sum(self.answered), sum(self.polls), sum(self.rate_limited))
 
     def recent(self, elapsed_s: float) -> tuple[TrafficCounts, float]:
-        """Add up the last bins, and tell how many seconds of the `elapsed_s` since the start they cover."""
-        # The last bin has only begun, so as many before it are taken as it needs.
+        """Add up the last bins. Also returns how many seconds of the `elapsed_s` since the start they cover."""
+        # The last bin is not complete, so enough bins before it are added.
         first = max(0, int((elapsed_s - SPEED_WINDOW_S) // self.width_s))
         series = (self.submitted, self.answered, self.polls, self.rate_limited)
         return TrafficCounts(*(sum(bins[first:]) for bins in series)), elapsed_s - first * self.width_s
 
 
 class ProgressSnapshot(BaseModel):
-    """How far an execution was at a moment; requests, `spent` in millionths of a credit.
+    """Progress of a run at one moment, in requests; `spent` in millionths of a credit.
 
-    `at_ms` is of the machine's own clock (UTC), not corrected by the API's: who watches has the same one. `elapsed_s`,
-    like the bins, is of the clock that never steps and stands still while the machine sleeps.
+    `at_ms` is from the machine's own clock (UTC), not corrected by the API's: a watching process has the same clock.
+    `elapsed_s` and the bins are from the monotonic clock, which never jumps and stands still while the machine sleeps.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -83,19 +83,19 @@ class ProgressSnapshot(BaseModel):
     at_ms: int
     elapsed_s: float
     doing: Phase
-    #: How many the execution brings to an end if nothing comes between; None: not known yet.
+    #: How many requests the run completes if nothing intervenes; None: not known yet.
     total: int | None
     done: int
     found: int
     spent: int
     in_flight: int
-    #: What is done, by state.
+    #: Completed requests by state.
     states: Mapping[str, int]
     traffic: Traffic
 
 
 def read_snapshot(text: str | None) -> ProgressSnapshot | None:
-    """Read what an execution wrote down; None when there is nothing, or nothing that we understand."""
+    """Read a stored snapshot; None when there is none, or when this version cannot read it."""
     if text is None:
         return None
     try:
@@ -106,7 +106,7 @@ def read_snapshot(text: str | None) -> ProgressSnapshot | None:
 
 @dataclass(slots=True)
 class TrafficRecorder:
-    """Sorts what happens into bins of time; is told now and then how much happened since the start."""
+    """Sorts events into time bins. `record` is called now and then with the counts since the start."""
 
     width_s: float = 1.0
     _bins: tuple[list[int], ...] = field(default_factory=lambda: tuple([] for _ in TrafficCounts._fields))
@@ -114,7 +114,7 @@ class TrafficRecorder:
     _latest_s: float = 0.0
 
     def record(self, elapsed_s: float, counts: TrafficCounts) -> None:
-        """Hear of all that happened in the seconds since the start; what is new falls into the bin of now."""
+        """Record the counts `elapsed_s` seconds after the start. New events go into the current bin."""
         self._latest_s = max(self._latest_s, elapsed_s)
         while self._latest_s // self.width_s >= MAX_BINS:
             self._merge()
@@ -125,7 +125,7 @@ class TrafficRecorder:
         self._last_counts = TrafficCounts(*map(max, self._last_counts, counts))
 
     def traffic(self) -> Traffic:
-        """Tell all that was counted."""
+        """Return all counts."""
         submitted, answered, polls, rate_limited = map(tuple, self._bins)
         return Traffic(
             width_s=self.width_s, submitted=submitted, answered=answered, polls=polls, rate_limited=rate_limited
@@ -143,29 +143,29 @@ STORE_INTERVAL_S = 2.0
 
 @dataclass(slots=True)
 class ProgressReporter:
-    """Tells how far an execution is. `started` is the monotonic time of its start."""
+    """Reports the progress of a run. `started_at_s` is the monotonic time of its start."""
 
     context: RunContext
     run_state: RunState
     ledger_writer: LedgerWriter
     started_at_s: float
     phase: Phase = Phase.RESCUE
-    #: How many requests it brings to an end; None: not known yet.
+    #: How many requests the run completes; None: not known yet.
     total_requests: int | None = None
     _traffic: TrafficRecorder = field(default_factory=TrafficRecorder)
 
     async def report_periodically(self) -> None:
-        """Show and write for as long as it is at work; is cancelled at its end."""
+        """Show and store the progress until cancelled at the end of the run."""
         await asyncio.gather(self._show_periodically(), self._store_periodically())
 
     @property
     def done_requests(self) -> int:
-        """How many requests came to their end; a doubt is one for this execution."""
+        """How many requests are complete. An unconfirmed request is complete for this run."""
         counters = self.run_state.counters
         return sum(counters.settled.values()) + counters.unconfirmed
 
     async def start_phase(self, phase: Phase) -> None:
-        """Go on to the next step, and write down all that happened before."""
+        """Start the next phase, and store the progress so far."""
         self.phase = phase
         await self._store()
 
@@ -197,7 +197,7 @@ class ProgressReporter:
 
     async def _store(self) -> None:
         self._show()
-        with suppress(LedgerFailed):  # whoever writes next tells it
+        with suppress(LedgerFailed):  # the next write reports it
             await self.ledger_writer.submit(
                 Ledger.save_progress, self.run_state.execution_id, self._snapshot().model_dump_json()
             )

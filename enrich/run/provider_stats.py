@@ -1,8 +1,8 @@
-"""Which provider was asked, found, and cost how much, told by the answers; pure, but for reading their JSON.
+"""Calls, matches and credits per provider, as reported by the answers. Pure, except for reading their JSON.
 
-An answer with `steps` tells whom the waterfall asked. Many misses come without: a waterfall asks in turn until one
-knows the answer, so every provider was asked then whose inputs were sent. That is *presumed*, counted apart, and no
-price is made up for it.
+An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
+waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
+inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from enrich.models import SettledAttempt, State, to_credits, to_micros
 class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
-    `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked. `rejected` of its finds
-    were turned down by the verifier. Whom it did not satisfy went on to the next: `passed_on`.
+    `asked` is reported by the answers. `presumed` is inferred for answers without a match that do not report their
+    providers. `rejected` is how many of its matches the verifier turned down. `passed_on` leads went to the next
+    provider.
     """
 
     name: str
@@ -39,26 +40,26 @@ class ProviderStat:
 
     @property
     def passed_on(self) -> int:
-        """How many leads it was asked for and did not find; a verifier looks for none."""
+        """How many leads it was called for without a match; 0 for a verifier, which searches for none."""
         return 0 if self.verifies else self.asked + self.presumed - self.found
 
     @property
     def cost_per_hit(self) -> int | None:
-        """What a find of its own cost on average, in millionths; None before the first, and of a verifier."""
+        """Average cost of one of its matches, in millionths; None before the first, and for a verifier."""
         return round(self.credits / self.found) if self.found else None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as the receipt has it, in credits."""
+        """Return the object of the run summary, in credits."""
         costs = {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
         return asdict(self) | costs
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderTotals:
-    """All providers in the order they are asked, and what the answers do not tell; credits in millionths.
+    """All providers in the order of their calls, and what the answers do not report; credits in millionths.
 
-    `answers` were counted; of `untold` nobody knows whom they asked. `elsewhere` was paid and is in no step; below
-    0 the steps tell more than was paid. Answers of unknown price are in neither.
+    `answers` were counted; for `not_reported` of them the providers are unknown. `unattributed` was paid and is in no
+    step; below 0 the steps report more than was paid. Answers of unknown price are in neither.
     """
 
     providers: Sequence[ProviderStat] = ()
@@ -77,13 +78,13 @@ class _ProviderCounter:
     found: int = 0
     rejected: int = 0
     credits: int = 0
-    #: The sum of its places in the cascades that were told, from 0.
+    #: Sum of its positions in the waterfalls that the answers report, from 0.
     position_sum: int = 0
 
 
 @dataclass(slots=True)
 class ProviderStats:
-    """Adds up answers. `offers` are the waterfalls as last described, by identifier."""
+    """Adds up answers. `waterfalls` are the waterfalls as last described, by identifier."""
 
     waterfalls: Mapping[str, Waterfall]
     _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class ProviderStats:
     _attributed: int = 0
 
     def add(self, settled: SettledAttempt) -> None:
-        """Count one answer; what has none, as it expired or is in doubt, adds only what it cost."""
+        """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost."""
         self._spent += settled.paid or 0
         if settled.state not in (State.FOUND, State.NOT_FOUND, State.FAILED):
             return
@@ -109,7 +110,7 @@ class ProviderStats:
             self._not_reported += 1
 
     def totals(self) -> ProviderTotals:
-        """Add it all up."""
+        """Return the totals."""
         names = sorted(self._counters, key=self._sort_key)
         providers = [
             ProviderStat(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
@@ -140,7 +141,7 @@ class ProviderStats:
             else:
                 asked[name] = None
                 previous = name
-        # Who verified an answer has not found it: that was the one before.
+        # A verifier does not find the answer. The provider before it did.
         winner = previous if parsed.provider in verifiers else parsed.provider
         found = winner if settled.state == State.FOUND else None
         if found is not None and found not in asked:
@@ -157,12 +158,12 @@ class ProviderStats:
             self._counters[found].found += 1
 
     def _infer_providers(self, settled: SettledAttempt, provider: str | None) -> bool:
-        """Count whom a waterfall must have asked for an answer without steps; tell whether that is known."""
+        """Infer the providers that a waterfall called for an answer without steps. Returns whether they are known."""
         providers, _ = self._call_providers(settled.call)
         found = settled.state == State.FOUND
         if settled.erased or not providers or (found and provider not in dict(providers)):
             return False
-        sent = frozenset(json.loads(settled.params))  # its keys
+        sent = frozenset(json.loads(settled.params))  # the names of the params
         for position, (name, needed) in enumerate(providers):
             if needed <= sent or name == provider:
                 count = self._counters.setdefault(name, _ProviderCounter())
@@ -174,7 +175,7 @@ class ProviderStats:
         return True
 
     def _call_providers(self, call: str) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
-        """Name the providers of a call in their order, each with the inputs it needs, and its verifier."""
+        """Return the providers of a call in their order, each with the inputs it needs, and its verifier."""
         if call not in self._providers_by_call:
             self._providers_by_call[call] = self._find_providers(json.loads(call))
         return self._providers_by_call[call]
@@ -191,7 +192,7 @@ class ProviderStats:
         return providers, verifiers.get(call.get("email_verifier", 0)) or None
 
     def _sort_key(self, name: str) -> tuple[bool, float, str]:
-        """Verifiers stand last, providers where they are asked on average."""
+        """Sort providers by their average position; verifiers come last."""
         count = self._counters[name]
         return count.verifies, count.position_sum / max(1, count.asked + count.presumed), name
 
@@ -201,11 +202,11 @@ def _is_name(provider: object) -> bool:
 
 
 def load_task(answer: str | None) -> Mapping[str, Any]:
-    """Read a task as the ledger keeps it; empty where there is none or nobody can read it."""
+    """Read a task as the ledger stores it; empty when there is none or it cannot be read."""
     try:
         try:
             task = orjson.loads(answer) if answer else {}
-        except orjson.JSONDecodeError:  # a number that is too large for it, or half a character
+        except orjson.JSONDecodeError:  # a number that is too large for orjson, or a lone surrogate
             task = json.loads(answer or "{}")
     except (ValueError, RecursionError):
         return {}
@@ -213,7 +214,7 @@ def load_task(answer: str | None) -> Mapping[str, Any]:
 
 
 def load_waterfalls(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:
-    """Read waterfalls as they were last described; a description that can't be read is as good as none."""
+    """Read waterfalls as last described. A description that cannot be read is left out."""
     known = {}
     for identifier, description in descriptions.items():
         with suppress(ValidationError):

@@ -1,4 +1,4 @@
-"""`enrich collect`: the output again, from input and ledger alone."""
+"""`enrich collect`: rebuilds the output from input and ledger alone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from enrich.run.summary import RunSummary
 
 
 def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
-    """Write the output; the caller holds the lock.
+    """Write the output. The caller must hold the ledger's lock.
 
-    Raises Refused when rows are pending and `partial` is not set, or when the job never ran.
+    Raises CommandRefused when rows are pending and `partial` is not set, or when the job never ran.
     """
     if not ledger_exists(job.ledger):
         raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
@@ -29,7 +29,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()
         target = job.output_path(now)
-        job.extra_output_paths(now)  # refuses an output that is one of them
+        job.extra_output_paths(now)  # raises when the output is one of these files
         prepare_file(target, job.input_path, job.name)
         counts = prepare_collector(ledger, job, template).write(target, partial=partial)
     finally:
@@ -41,7 +41,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
 
 
 def prepare_collector(ledger: Ledger, job: Job, template: RequestTemplate) -> Collector:
-    """Make ready to join the present input with the ledger alone. Raises EnrichError when the input can't be read."""
+    """Prepare to join the current input with the ledger alone. Raises EnrichError when the input cannot be read."""
     job_input = JobInput(job, ledger.load_forgotten())
     job_input.check_new_columns(template)
     ledger.begin_pass(select_requests(job, RunOptions(), 0))

@@ -1,4 +1,4 @@
-"""The first signal winds an execution down, the second leaves at once."""
+"""Signal handling: the first signal winds a run down, the second exits at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXIT_CODE_BY_SIGNAL = {
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
-    """The signals that end a run: not those that were ignored when the program started (`nohup`, a shell's `&`)."""
+    """Return the signals that end a run, without those ignored at the program's start (`nohup`, a shell's `&`)."""
     return tuple(number for number in EXIT_CODE_BY_SIGNAL if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 @dataclass(slots=True)
 class SignalHandler:
-    """What was heard so far; `on_first` is called once, in the event loop."""
+    """Handles the signals of a run. `on_first_signal` is called once, in the event loop."""
 
     on_first_signal: Callable[[ExitCode], object]
     received: ExitCode | None = field(default=None, init=False)
@@ -33,7 +33,7 @@ class SignalHandler:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Listen while the block runs."""
+        """Handle signals while the block runs."""
         self._install()
         try:
             yield
@@ -42,7 +42,7 @@ class SignalHandler:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let signals end what blocks the event loop, such as a question to the person."""
+        """Let signals interrupt a block that blocks the event loop, such as a prompt to the user."""
         self._uninstall()
         try:
             yield
@@ -52,20 +52,20 @@ class SignalHandler:
             self._install()
 
     def raise_if_received(self) -> None:
-        """Raise Interrupted when a signal came."""
+        """Raise Interrupted when a signal was received."""
         if self.received is not None:
             raise Interrupted(self.received)
 
     def _install(self) -> None:
         for number in self._signals:
-            with suppress(ValueError, RuntimeError):  # only the main thread's loop can
+            with suppress(ValueError, RuntimeError):  # possible in the main thread's loop only
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, EXIT_CODE_BY_SIGNAL[number])
 
     def _uninstall(self) -> None:
         for number in self._signals:
             with suppress(ValueError, RuntimeError):
                 asyncio.get_running_loop().remove_signal_handler(number)
-                if number != signal.SIGINT:  # which raises KeyboardInterrupt by itself
+                if number != signal.SIGINT:  # Python raises KeyboardInterrupt for it
                     signal.signal(number, _raise_interrupted)
 
     def _on_signal(self, code: ExitCode) -> None:

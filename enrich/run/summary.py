@@ -1,4 +1,4 @@
-"""What an execution came to: the object that `--json` prints."""
+"""The run summary: the object that `--json` prints, and its text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from enrich.run.state import RunState
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Counts and credits as they happened; None: not known. Rows by the status that they have in the output.
+    """Counts and credits of a run; None: unknown. Rows are counted by their status in the output.
 
-    `credits_over_cap` is what was spent beyond the cap because prices rose while requests were at the API.
-    `planned` is what the execution was to cost when it had read its input (`min`, `likely`, `max`). `answers` counts
-    the requests that it settled, `columns` the rows that have a value; `cost_per_hit` holds what was settled in this
-    execution against what it found. `providers` are those of its answers, in the order they were asked;
-    `providers_untold` answers do not say whom they asked, and `credits_elsewhere` were paid to nobody that an answer
-    names. `difference` takes apart what the balance lost, where that is not what was spent.
+    `credits_over_cap` is what was spent beyond the cap because prices rose while requests were running. `planned` is
+    the expected cost when the input had been read (`min`, `likely`, `max`). `answers` counts the requests that the run
+    settled, `columns` the rows that have a value. `cost_per_hit` is the cost of what the run settled, divided by its
+    matches. `providers` are those of its answers, in the order of their calls. `providers_untold` answers do not report
+    their providers, and `credits_elsewhere` were paid to no provider that an answer names. `difference` explains the
+    change of the balance where it differs from what was spent.
     """
 
     job: str
@@ -73,7 +73,7 @@ class RunSummary:
     hint: str | None = None
 
     def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
-        """Add the rows by status, and those that have a value in the new columns."""
+        """Add the rows by status, and the rows that have a value in each new column."""
         return replace(
             self,
             found=counts.get(RowStatus.FOUND, 0),
@@ -93,15 +93,15 @@ class RunSummary:
         return {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
 
 
-#: The answers of a run that was told to leave are read again only when that is quick.
+#: After a signal, the answers of a run are read again only up to this many, so that the exit is quick.
 MAX_READ_WHEN_INTERRUPTED = 100_000
-#: The balance is asked for within so many seconds, or not told.
+#: Seconds to wait for the balance. After that it is left out.
 BALANCE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class RunFinisher:
-    """Closes the books of one execution."""
+    """Completes the summary of a run, and ends the run in the ledger."""
 
     run_state: RunState
     preflight: Preflight
@@ -110,7 +110,7 @@ class RunFinisher:
     signals: SignalHandler
 
     async def finish_run(self, summary: RunSummary) -> RunSummary:
-        """Complete a receipt that knows the rows, and write down that the execution ended."""
+        """Complete a summary that has the row counts, and record the end of the run."""
         run_state, clock = self.run_state, self.run_state.clock
         counters = run_state.counters
         await self.ledger_writer.submit(Ledger.recover, clock.now_ms())
@@ -141,7 +141,7 @@ class RunFinisher:
         return summary
 
     async def _with_overrun(self, summary: RunSummary, cap: int | None, spent: int) -> RunSummary:
-        """Say by how much the cap was overrun, where a price that rose in flight is the reason."""
+        """Add by how much the cap was exceeded, if prices that rose while requests were running are the reason."""
         if cap is None or spent <= cap:
             return summary
         number, price_rise = await self.ledger_writer.submit(Ledger.cost_overruns, self.run_state.execution_id)
@@ -155,7 +155,7 @@ class RunFinisher:
         return replace(summary, credits_over_cap=to_credits(overrun), notes=[*summary.notes, note])
 
     async def _balance(self) -> int | None:
-        """Ask for the balance after the run; a run that had to leave asks for nothing more."""
+        """Fetch the balance after the run. Returns None without a request when the run was stopped, or on failure."""
         if self.run_state.stop_polling.is_set() or self.signals.received is not None:
             return None
         try:
@@ -165,7 +165,7 @@ class RunFinisher:
             return None
 
     async def _provider_fields(self, summary: RunSummary) -> dict[str, Any]:
-        """Tell which provider was asked, found and was paid, by the answers of this execution."""
+        """Return calls, matches and credits per provider, by the answers of this run."""
         totals = await self.ledger_writer.submit(self._read_provider_totals, summary) if summary.answers else None
         if totals is None:
             return {}
@@ -176,7 +176,7 @@ class RunFinisher:
         }
 
     def _read_provider_totals(self, ledger: Ledger, summary: RunSummary) -> ProviderTotals | None:
-        """Read the answers of this execution; None when a signal came and they are too many."""
+        """Read the answers of this run; None when a signal came and there are too many."""
         stats = ProviderStats(load_waterfalls(ledger.waterfalls()))
         for settled in ledger.settled_attempts(summary.job, summary.execution):
             if self.signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED:
@@ -185,7 +185,7 @@ class RunFinisher:
         return stats.totals()
 
     async def _balance_change(self, before: int | None, after: int | None, spent: int) -> dict[str, Any] | None:
-        """Take apart what the balance lost; when that is what was spent, nothing needs to be looked up."""
+        """Explain the change of the balance. When it equals what was spent, returns None and reads nothing."""
         if before is None or after is None:
             return None
         if abs(to_credits(before - after - spent)) < ROUNDING_CREDITS:
@@ -194,7 +194,7 @@ class RunFinisher:
         return asdict(explain_balance(self.run_state.execution_id, before, after, movements))
 
 
-#: What is to be said of rows of a status.
+#: Remarks on rows of a status.
 STATUS_REMARKS = {
     RowStatus.FAILED: "the API says why: see enrich_error",
     RowStatus.EXPIRED: "gone before they were fetched",
@@ -202,7 +202,7 @@ STATUS_REMARKS = {
     RowStatus.INVALID: "never sent: see enrich_error",
     RowStatus.PENDING: "the next run goes on",
 }
-#: The colours of a terminal that say how good a status is.
+#: Terminal colors of the statuses.
 STATUS_COLORS = {
     RowStatus.FOUND: "green",
     RowStatus.FAILED: "red",
@@ -210,10 +210,10 @@ STATUS_COLORS = {
     RowStatus.IN_DOUBT: "red",
     RowStatus.PENDING: "yellow",
 }
-#: The narrowest and the widest first column.
+#: Smallest and largest width of the first column.
 MIN_LABEL_WIDTH, MAX_LABEL_WIDTH = 12, 14
 
-#: Puts a text into a colour, or into `bold`.
+#: Formats a text in a color, or in `bold`.
 Styler = Callable[[str, str], str]
 
 
@@ -222,7 +222,7 @@ def _unstyled(text: str, _: str) -> str:
 
 
 def format_summary(summary: RunSummary, style: Styler = _unstyled) -> list[str]:
-    """Write the receipt; only paths may make a line longer than 80 columns."""
+    """Return the lines of the summary. Only paths can make a line longer than 80 columns."""
     longest = max(map(_display_width, summary.columns or ()), default=0)
     formatter = _SummaryFormatter(summary, style, min(max(longest + 1, MIN_LABEL_WIDTH), MAX_LABEL_WIDTH))
     parts = [
@@ -240,7 +240,7 @@ def format_summary(summary: RunSummary, style: Styler = _unstyled) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _SummaryFormatter:
-    """The parts of a receipt; `width` is that of the first column."""
+    """Formats the parts of a summary. `label_width` is the width of the first column."""
 
     summary: RunSummary
     style: Styler
@@ -327,7 +327,7 @@ class _SummaryFormatter:
 
 
 def _planned_remark(planned: Mapping[str, float | None] | None) -> str:
-    """Say what the credits are to be held against."""
+    """Return the remark on the credits: the planned cost."""
     if planned is None or planned["max"] == 0:
         return "spent in this execution"
     most = "at an unknown price" if planned["max"] is None else f"at most {format_credits(planned['max'])}"
@@ -336,7 +336,7 @@ def _planned_remark(planned: Mapping[str, float | None] | None) -> str:
 
 
 def _difference_parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Take the difference of the balance apart."""
+    """Yield the parts of the balance's difference: amount and label."""
     for name, label in PART_LABELS.items():
         part = difference[name]
         if part["number"]:
@@ -349,8 +349,8 @@ def _difference_parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]
 
 
 def _pad(name: str, width: int) -> str:
-    """Fit a name into its column of a terminal; what would move the cursor is left out."""
-    # Any number of accents takes no room.
+    """Fit a name into its column of a terminal. Characters that would move the cursor are replaced."""
+    # Combining accents take no width, so the number of characters is limited, too.
     clean = "".join(letter if letter.isprintable() else " " for letter in name[: 4 * width])
     if _display_width(clean) >= width or len(name) > len(clean):
         while _display_width(clean) > width - 2:
@@ -360,7 +360,7 @@ def _pad(name: str, width: int) -> str:
 
 
 def _display_width(name: str) -> int:
-    """Count the columns of a terminal that a name takes: ideographs and emoji two, accents on their own none."""
+    """Return how many terminal columns a name takes: ideographs and emoji two, accents on their own none."""
     return sum(map(_character_width, name))
 
 
