@@ -206,7 +206,7 @@ def measure(
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.million", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--questions", type=int, help="distinct ones (default: every row asks its own)")

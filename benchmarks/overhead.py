@@ -4,9 +4,9 @@
 
 A row is one POST and one GET. `httpx` is a loop over plain httpx, `transport` the same loop over the transport of
 `enrich`, and `aiohttp` the loop without httpx, as a reference. `enrich run` is the whole command: it reads the leads,
-keeps a durable ledger and writes the output. `at work` is rows/s without the interpreter's start; `of httpx` and `of
-ours` compare it with the best `httpx` and `transport` loop. A run starts slowly because it has to find the API's rate
-limit. Its steady state is the speed of the rows that the long run has more than the short run.
+keeps a durable ledger and writes the output. `at work` is rows/s without the interpreter's start; `of httpx` and
+`of ours` compare it with the best `httpx` and `transport` loop. A run starts slowly because it has to find the API's
+rate limit. Its steady state is the speed of the extra rows of the long run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def best_loop_rate(results: list[Result], kind: str) -> float:
 
 
 def steady_state(results: list[Result]) -> tuple[float, float]:
-    """Return rows/s, and CPU seconds per 1,000 rows, of the rows that the long run has more than the short one.
+    """Return rows/s, and CPU seconds per 1,000 rows, for the rows by which the long run exceeds the short one.
 
     The rate is nan after a single round, because a disturbed short run would make it look too fast.
     """

@@ -114,7 +114,7 @@ def _to_svg(chart: AltairChart, frame: ChartFrame, label: str) -> Markup:
     start_tag = (
         Markup('<svg class="chart {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">')
     ).format(frame.size.name, label, frame.size.width, round(frame.height), frame.size.width, round(frame.height))
-    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - written by Vega, which escapes
+    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - Vega escapes text
 
 
 def _clean_tag(tag: str) -> str:

@@ -38,7 +38,7 @@ def render_report(report: Report) -> str:
     comparison = report.comparison
     return template.render(
         report=report,
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - a file of this package
         night=report.nights[-1] if report.nights else None,
         tiles=list(make_tiles(report)),
         waterfall=sections.waterfall_figure(report.waterfall),

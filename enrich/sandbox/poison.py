@@ -1,4 +1,4 @@
-"""Makes a task's body hard to process; its facts about the task stay correct (except for odd-credits and long-id)."""
+"""Makes a task's body hard to process; its status and result stay correct."""
 
 import gzip
 import json

@@ -261,5 +261,5 @@ class SandboxStore:
             " GROUP BY question ORDER BY question"
         ).fetchall()
 
-    def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row is what the SQL says
+    def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row's types depend on the SQL
         return self._db.execute(sql, tuple(values)).fetchone()
