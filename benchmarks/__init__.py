@@ -1,1 +1,1 @@
-"""Measurements that anyone can run: `python -m benchmarks.NAME`; each compares in one run, since machines differ."""
+"""Benchmarks: `python -m benchmarks.NAME`. Each one compares within one run, because machines differ."""

@@ -1,7 +1,7 @@
-"""Runs the benchmarks one after another, each within its time, and prints their tables; `make bench`.
+"""Runs the benchmarks one after another, each with a time limit, and prints their tables; `make bench`.
 
-`python -m benchmarks --only overhead compare --write` also puts the tables into BENCHMARKS.md, each below the words of
-its script.
+`python -m benchmarks --only overhead compare --write` also writes the tables into BENCHMARKS.md, each below the
+docstring of its script.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One file of this folder, its options, and how many seconds it may take."""
+    """A script of this folder, its options, and its time limit in seconds."""
 
     name: str
     options: tuple[str, ...]
@@ -37,16 +37,16 @@ class Script:
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """The script's file."""
         return HERE / f"{self.name}.py"
 
     @property
     def docstring(self) -> str:
-        """What it says about itself."""
+        """The script's module docstring."""
         return ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or ""
 
 
-#: Together under five minutes, and that is when nothing else is at work; each is ended when it takes longer than this.
+#: Together under five minutes on an idle machine. A script is killed at its time limit.
 SCRIPTS = (
     Script("overhead", ("--rows", "10000", "--seconds", "110"), 165),
     Script("compare", ("--rows", "5000", "--seconds", "30"), 55),
@@ -57,9 +57,9 @@ SCRIPTS = (
 
 
 def run_script(script: Script) -> str:
-    """Run a script and return what it prints; one that takes too long is ended, with all that it started.
+    """Run a script and return its output. At the time limit, it is killed with all processes that it started.
 
-    Raises RuntimeError when it did not come to its end.
+    Raises RuntimeError when it timed out or failed.
     """
     command = [sys.executable, "-m", f"benchmarks.{script.name}", *script.options]
     with subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, process_group=0) as process:
@@ -76,7 +76,7 @@ def run_script(script: Script) -> str:
 
 
 def describe_machine() -> str:
-    """Say when and on what this was measured."""
+    """Return the date and the machine of this measurement."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     kernel = platform.release().partition("-")[0]
     return (
@@ -86,12 +86,15 @@ def describe_machine() -> str:
 
 
 def format_section(script: Script, table: str) -> str:
-    """Write one table below the words of its script."""
-    return f"## {script.name.capitalize()}\n\n{script.docstring}\n\nMeasured {describe_machine()}:\n\n```text\n{table}\n```\n\n"
+    """Return the section of a script: its docstring, then its table."""
+    return (
+        f"## {script.name.capitalize()}\n\n{script.docstring}\n\n"
+        f"Measured {describe_machine()}:\n\n```text\n{table}\n```\n\n"
+    )
 
 
 def insert_tables(document: str, sections: Sequence[str]) -> str:
-    """Put sections into a document, in place of those with the same heading; others stay."""
+    """Insert sections into a document; they replace those with the same heading."""
 
     def merge_sections(found: re.Match[str]) -> str:
         parts = [part for part in SECTION.split(found[0]) if part.strip()]
@@ -101,7 +104,7 @@ def insert_tables(document: str, sections: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Run them all."""
+    """Run the chosen scripts."""
     present = {script.name: script for script in SCRIPTS if script.path.exists()}
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=present, default=list(present))

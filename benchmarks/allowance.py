@@ -1,7 +1,7 @@
-"""How much of an allowance that nobody told is used, and how many requests are answered 429.
+"""How much of an unpublished rate limit `enrich` uses, and how many requests get a 429.
 
-`python -m benchmarks.allowance` plays the program's pace against servers of several kinds on a virtual clock: the
-same numbers on every machine. `--real` then runs the program itself over loopback, most of a minute for each allowance.
+`python -m benchmarks.allowance` simulates the rate limiter against several kinds of servers on a virtual clock, so the
+numbers are the same on every machine. `--real` also runs the program over loopback, almost a minute for each rate.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from benchmarks.leads import write_job
 from benchmarks.server import start_server
 from enrich.run.rate_limit import AdaptiveRateLimiter
 
-#: Requests a second at some moment.
+#: Returns the allowed (or sent) requests per second at a time.
 RateAt = Callable[[float], float]
 
 
 class Server(Protocol):
-    """Says yes or 429."""
+    """A server with a rate limit."""
 
     def accepts(self, now: float) -> bool:
-        """Say whether one more request is allowed now."""
+        """Return True when it accepts one more request now, False for a 429."""
 
 
 class TokenBucket:
-    """A token bucket: `allowed` a second, `burst` at once; at least one."""
+    """A token bucket: `allowed` requests per second, `burst` (at least 1) at once."""
 
     def __init__(self, allowed: RateAt, burst: float) -> None:
         self._allowed, self._burst = allowed, burst
         self._tokens, self._at = burst, 0.0
 
     def accepts(self, now: float) -> bool:
-        """Say whether one more request is allowed now."""
+        """Return True when it accepts one more request now, False for a 429."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._allowed(now))
         self._at = now
         if self._tokens < 1 - 1e-9:
@@ -55,14 +55,14 @@ class TokenBucket:
 
 
 class FixedWindow:
-    """So many in each second of the server's clock, and when they are used up none until the next second."""
+    """Allows `allowed` requests in each second of the server's clock, and none after that until the next second."""
 
     def __init__(self, allowed: RateAt) -> None:
         self._allowed = allowed
         self._second, self._used = -1, 0
 
     def accepts(self, now: float) -> bool:
-        """Say whether one more request is allowed now."""
+        """Return True when it accepts one more request now, False for a 429."""
         if int(now) != self._second:
             self._second, self._used = int(now), 0
         if self._used >= self._allowed(now):
@@ -72,14 +72,14 @@ class FixedWindow:
 
 
 class SlidingWindow:
-    """So many in any second."""
+    """Allows `allowed` requests in any one second."""
 
     def __init__(self, allowed: RateAt) -> None:
         self._allowed = allowed
         self._taken: deque[float] = deque()
 
     def accepts(self, now: float) -> bool:
-        """Say whether one more request is allowed now."""
+        """Return True when it accepts one more request now, False for a 429."""
         while self._taken and self._taken[0] <= now - 1:
             self._taken.popleft()
         if len(self._taken) >= self._allowed(now):
@@ -101,9 +101,9 @@ RATES = (20.0, 100.0, 500.0)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a night: requests accepted and refused, and how many could have been accepted.
+    """The result of a scenario: requests accepted and refused, and how many could have been accepted.
 
-    `silent`: requests that left before a Retry-After was over.
+    `sent_too_early`: requests sent before a Retry-After was over.
     """
 
     accepted: int
@@ -113,21 +113,21 @@ class Outcome:
 
     @property
     def used_share(self) -> float:
-        """The share of the allowance that was used."""
+        """Accepted requests as a share of the limit."""
         return self.accepted / self.possible
 
     @property
     def refused_share(self) -> float:
-        """The share of the requests that was answered 429."""
+        """Share of the requests that got a 429."""
         return self.refused / (self.accepted + self.refused)
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What a pace is played against; times in seconds.
+    """The conditions of one simulation; times in seconds.
 
-    `others`: requests a second that somebody else sends. `late`: how late a timer is at most. `wire`: how many
-    requests can be on the wire.
+    `other_rate`: requests per second of another client. `max_timer_delay_s`: how late a timer fires at most.
+    `max_in_flight`: how many requests can be open at once. `ceiling`: the limiter's own limit, requests per second.
     """
 
     allowed: RateAt
@@ -142,7 +142,7 @@ class Scenario:
 
 
 def simulate(scenario: Scenario) -> Outcome:
-    """Send as much as the pace allows, all night."""
+    """Send as many requests as the rate limiter allows until the scenario ends."""
     rng = random.Random(1)
     limiter, server, others = (
         AdaptiveRateLimiter(scenario.ceiling),
@@ -189,14 +189,14 @@ def simulate(scenario: Scenario) -> Outcome:
 
 @dataclass(slots=True)
 class OtherClient:
-    """Somebody else who sends at a steady rate, whatever is answered."""
+    """Another client of the same account: sends at its rate, whatever the responses."""
 
     rate: RateAt
     refused: int = 0
     next_at: float = 0.0
 
     def send(self, server: Server, until: float) -> None:
-        """Send what is due."""
+        """Send the requests that are due."""
         while self.next_at <= until:
             rate = self.rate(self.next_at)
             self.refused += bool(rate) and not server.accepts(self.next_at)
@@ -204,22 +204,22 @@ class OtherClient:
 
 
 def steady_rate(rate: float) -> RateAt:
-    """Allow the same all night."""
+    """Return a constant rate."""
     return lambda _: rate
 
 
 def changing_rate(first: float, then: float, at: float) -> RateAt:
-    """Allow something else from some moment on."""
+    """Return a rate that changes from `first` to `then` at a time."""
     return lambda now: first if now < at else then
 
 
 def rate_between(rate: float, start: float, end: float) -> RateAt:
-    """Send so much for a while."""
+    """Return a rate that applies from `start` to `end`, and is 0 otherwise."""
     return lambda now: rate if start <= now < end else 0.0
 
 
 def scenarios(rate: float) -> dict[str, Callable[[Callable[[RateAt], Server]], Scenario]]:
-    """List the stories that the table tells about an allowance."""
+    """Return the scenarios of the table for one rate, by name."""
     return {
         "steady, 60 s": lambda server: Scenario(steady_rate(rate), server),
         "steady, Retry-After 1 s": lambda server: Scenario(steady_rate(rate), server, retry_after=1.0),
@@ -232,9 +232,10 @@ def scenarios(rate: float) -> dict[str, Callable[[Callable[[RateAt], Server]], S
 
 
 def measure_real_run(rate: float, rows: int, retry_after: int | None) -> None:
-    """Run the program against a server that allows so many requests a second, and print what came of it.
+    """Run the program against a server that allows `rate` requests per second, and print the result.
 
-    The time is that from the first POST to the last: starting, and waiting for the last answers, use no allowance.
+    The measured time is from the first POST to the last one, because the start and the wait for the last answers
+    don't use the limit.
     """
     options = ["--rate", str(rate), *(["--retry-after", str(retry_after)] if retry_after else [])]
     with tempfile.TemporaryDirectory(prefix="allowance-") as name, start_server(*options) as server:

@@ -1,11 +1,11 @@
-"""`enrich run` against what one would use instead: a plain httpx loop, and the vendor's SDK.
+"""`enrich run` compared with the alternatives: a plain httpx loop, and the vendor's SDK.
 
 `python -m benchmarks.compare --rows 5000 --seconds 60`
 
-All on the same server, each a process of its own, from its start to its end. Only `enrich` keeps a ledger and writes
-an output; the others keep their answers in memory and throw them away. The SDK asks a row at a time in 50 threads, as
-soon as it can (`poll_interval_s=0`); its bulk command sends everything in one POST, sends that again when the answer is
-lost, and remembers nothing.
+All use the same server. Each runs as a separate process and is measured from its start to its end. Only `enrich` keeps
+a ledger and writes an output; the others keep their answers in memory and discard them. The SDK sends one row at a time
+in 50 threads and polls without a pause (`poll_interval_s=0`). Its bulk command sends all rows in one POST, repeats that
+POST when the response is lost, and stores nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ HEADER = ("who", "rows", "rows/s", "median", "spread", "CPU s/1,000", "peak MiB"
 
 
 def sdk_case(name: str, rows: int, *options: str) -> BenchmarkCase:
-    """Make a contender of the vendor's SDK, see `benchmarks.vendor`."""
+    """Make a case of the vendor's SDK, see `benchmarks.vendor`."""
     command = [sys.executable, "-m", "benchmarks.vendor", "--rows", str(rows), *options]
     return BenchmarkCase(name, rows, lambda _, url: [*command, "--base-url", url])
 
 
 def make_cases(rows: int) -> list[BenchmarkCase]:
-    """Choose who runs: the slow ones with fewer rows, so that all take about as long."""
+    """Return the cases; slow ones get fewer rows, so that all take about the same time."""
     bulk = [enrich_case(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if supports_bulk() else []
     sdk = [
         sdk_case("databar SDK, 50 threads", max(1, rows // 5), "--threads", "50"),
@@ -49,7 +49,7 @@ def make_cases(rows: int) -> list[BenchmarkCase]:
 
 
 def result_cells(result: Result) -> list[str]:
-    """Write down what one contender took."""
+    """Return the table cells of one case."""
     return [
         *result.speed_cells,
         f"{result.cpu_per_1000:.2f}",

@@ -1,9 +1,9 @@
-"""A dataset of millions of rows on Ray and PostgreSQL: time, memory and rows/s by workers, and what the ledger costs.
+"""Millions of rows on Ray and PostgreSQL: time, memory and rows/s by number of workers, and the ledger's cost.
 
 `python -m benchmarks.dataset --rows 2000000 --questions 20000 --workers 1,2,4`
 
-The dataset is made here: Parquet, partitioned by country. The API is `benchmarks.server`, which is never the limit
-unless `--rate` says so; each run begins with an empty ledger. `--make FOLDER` only writes the dataset.
+The script makes the dataset: Parquet, partitioned by country. The API is `benchmarks.server`, which is never the limit
+unless `--rate` sets one. Each run begins with an empty ledger. `--make FOLDER` only writes the dataset.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ limits: {{requests_per_second: {rate}, in_flight: {in_flight}}}
 HEADER = ("workers", "rows", "questions", "enroll", "work", "collect", "whole run", "rows/s", "questions/s", "polls",
           "statements a question", "bytes a question", "busiest s", "boss MiB", "worker MiB", "block MiB")  # fmt: skip
 MIB = 1024 * 1024
-#: What Ray calls the processes that work for us: those that send and poll, and those that read and write blocks.
+#: Kinds of Ray processes: workers that send and poll, and tasks that read and write blocks.
 WORKER, BLOCK = "worker", "block"
 
 
 @dataclass
 class MemoryMonitor:
-    """The peak memory of each kind of process below one, looked at now and then; in MiB, without what is shared."""
+    """Peak memory of each kind of process at and below `root`, sampled every 0.2 s; in MiB, without shared memory."""
 
     root: int
     peaks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
     def monitoring(self) -> Iterator[None]:
-        """Look for as long as the block."""
+        """Sample until the block ends."""
         ended = threading.Event()
 
         def poll() -> None:
@@ -114,7 +114,7 @@ def _anonymous_mib(pid: int) -> float:
 
 @dataclass(frozen=True)
 class RunMeasurement:
-    """What one run took: seconds of its steps, and what the server and the API counted."""
+    """The measurements of one run: seconds of its phases, and the counts of database and API."""
 
     summary: dict[str, Any]
     phase_seconds: tuple[float, float, float]
@@ -125,7 +125,7 @@ class RunMeasurement:
     peaks: dict[str, float]
 
     def cells(self, workers: int) -> list[str]:
-        """Write it as a line of the table."""
+        """Return the cells of its line in the table."""
         rows, questions = self.summary["rows"], self.summary["requests"]
         return [
             *(f"{number:,}" for number in (workers, rows, questions)),
@@ -143,7 +143,7 @@ class RunMeasurement:
 def measure_run(
     folder: Path, database: PostgresServer, api: RunningServer, workers: int, **limits: str | int
 ) -> RunMeasurement:
-    """Run the job with an empty ledger."""
+    """Run the job once with an empty ledger."""
     ledger = database.ledger_url()
     schema = ledger.rpartition("=")[2]
     job = folder / "job.yaml"

@@ -1,11 +1,11 @@
-"""The leads and the job that the benchmarks share: invented people who all differ."""
+"""The leads and the job that the benchmarks share: invented people, all different."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
-#: The providers that the job and the loops name: what is sent is the same.
+#: The job and the loops name the same providers, so that they send the same requests.
 ENRICHMENTS = [833, 966]
 
 JOB = """\
@@ -27,12 +27,12 @@ limits:
 
 
 def lead_params(number: int) -> dict[str, str]:
-    """What is sent for one lead."""
+    """Return the params of one lead."""
     return {"first_name": f"First{number}", "last_name": f"Last{number}", "company": f"company{number}.example"}
 
 
 def write_job(folder: Path, rows: int, bulk: int | None = None) -> Path:
-    """Write a job and its leads into a folder; `bulk`: so many requests to a task."""
+    """Write a job and its leads into a folder; `bulk`: requests per task."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["Lead", "First Name", "Last Name", "Company", "Note"])

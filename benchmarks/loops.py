@@ -1,9 +1,9 @@
-"""What a person would write in an afternoon: POST, then GET the answer, side by side. No ledger, no output.
+"""A simple hand-written loop: POST, then GET the answer, in concurrent tasks. No ledger, no output.
 
 `python -m benchmarks.loops httpx --tasks 10 --rows 2000 --base-url http://127.0.0.1:8000/v1`
 
-The same loop over httpx as it is installed, over httpx with our transport, and over aiohttp alone; for a server that
-has every answer at once. It prints one JSON object: how many rows were answered, in how many seconds after the imports.
+The same loop over plain httpx, over httpx with the transport of `enrich`, and over aiohttp alone; for a server without
+latency. It prints one JSON object: the number of answered rows, and the seconds this took after the imports.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from benchmarks.leads import ENRICHMENTS, lead_params
 from benchmarks.server import API_KEY, WATERFALL
 
 HEADERS = {"x-apikey": API_KEY}
-#: Sends a method, a URL and a body; returns the answer's JSON.
+#: Sends a method, a URL and a body; returns the response's JSON.
 SendRequest = Callable[[str, str, Any], Awaitable[Any]]
 
 
 def enrich_transport(connections: int) -> httpx.AsyncBaseTransport:
-    """The transport of `enrich`: the only place here that knows how it is made."""
-    from enrich.databar.transport import Transport  # noqa: PLC0415 - the other loops need not have it in memory
+    """Create the transport of `enrich`."""
+    from enrich.databar.transport import Transport  # noqa: PLC0415 - keeps it out of the other loops' memory
 
     return Transport(connections, 10.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
 
 @asynccontextmanager
 async def open_httpx(transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[SendRequest]:
-    """Ask with httpx; None: over its own transport."""
+    """Send requests with httpx; None: with its own transport."""
     async with httpx.AsyncClient(headers=HEADERS, transport=transport, timeout=30) as client:
 
         async def send(method: str, url: str, body: Any) -> Any:
@@ -51,7 +51,7 @@ async def open_httpx(transport: httpx.AsyncBaseTransport | None) -> AsyncIterato
 
 @asynccontextmanager
 async def open_aiohttp() -> AsyncIterator[SendRequest]:
-    """Ask with aiohttp alone."""
+    """Send requests with aiohttp alone."""
     async with aiohttp.ClientSession(headers=HEADERS) as session:
 
         async def send(method: str, url: str, body: Any) -> Any:
@@ -63,7 +63,7 @@ async def open_aiohttp() -> AsyncIterator[SendRequest]:
 
 
 async def worker(send: SendRequest, base_url: str, numbers: Iterator[int]) -> int:
-    """Take leads until none is left; return how many were answered."""
+    """Process leads until none is left; return how many have an answer."""
     answered = 0
     for number in numbers:
         body = {"params": lead_params(number), "enrichments": ENRICHMENTS}
@@ -76,7 +76,7 @@ async def worker(send: SendRequest, base_url: str, numbers: Iterator[int]) -> in
 
 
 async def enrich_rows(kind: str, base_url: str, tasks: int, rows: int) -> int:
-    """Enrich so many rows with so many tasks side by side."""
+    """Enrich `rows` rows in `tasks` concurrent tasks; return how many have an answer."""
     numbers = iter(range(rows))
     open_client = {
         "httpx": lambda: open_httpx(None),
@@ -88,7 +88,7 @@ async def enrich_rows(kind: str, base_url: str, tasks: int, rows: int) -> int:
 
 
 def main() -> None:
-    """Run one loop and tell what it did."""
+    """Run one loop and print its result."""
     parser = argparse.ArgumentParser(prog="benchmarks.loops", description=__doc__)
     parser.add_argument("kind", choices=("httpx", "transport", "aiohttp"))
     parser.add_argument("--base-url", required=True)

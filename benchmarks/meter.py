@@ -1,6 +1,6 @@
-"""Runs contenders as processes of their own, in turn and as often as there is time, and tells what each run took.
+"""Runs benchmark cases as separate processes, in turn and as often as time allows, and measures each run.
 
-The process that measures must stay small: on Linux a child's peak memory begins at its parent's.
+The measuring process must stay small: on Linux, a child's peak memory starts at its parent's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KIB_PER_MIB = 1024
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkCase:
-    """Somebody who enriches `rows` leads; `command` is called with an empty folder and the API's base URL."""
+    """A program that enriches `rows` leads; `command` is called with an empty folder and the API's base URL."""
 
     name: str
     rows: int
@@ -34,9 +34,9 @@ class BenchmarkCase:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one run took, as a process: from its start to its end, with the interpreter's own start.
+    """The measurements of one run of a process, from its start to its end, including the interpreter's start.
 
-    `working_s` is what the program itself says, `cpu_s` its processor time and that of its children.
+    `reported_s` is the time that the program itself reports, `cpu_s` the CPU time of the process and its children.
     """
 
     rows: int
@@ -49,71 +49,71 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All trials of one contender."""
+    """All trials of one case."""
 
     name: str
     trials: tuple[Trial, ...]
 
     @property
     def rows_per_s(self) -> list[float]:
-        """Rows per second, as a process, of each trial."""
+        """Rows per second of each trial, including the interpreter's start."""
         return [self.rows / trial.wall_s for trial in self.trials]
 
     @property
     def best_rate(self) -> float:
-        """Rows per second of the trial that was disturbed least."""
+        """Rows per second of the fastest trial, the least disturbed one."""
         return max(self.rows_per_s)
 
     @property
     def median_rate(self) -> float:
-        """Rows per second of the middle trial."""
+        """Median of the rows per second."""
         return median(self.rows_per_s)
 
     @property
     def rows(self) -> int:
-        """How many were answered in each trial."""
+        """Rows answered in each trial."""
         return self.trials[0].rows
 
     @property
     def reported_s(self) -> float:
-        """How long the best trial worked, without the interpreter's start, in seconds."""
+        """Seconds of the fastest trial, without the interpreter's start."""
         return min(trial.reported_s for trial in self.trials)
 
     @property
     def cpu_s(self) -> float:
-        """CPU seconds of the middle trial."""
+        """Median of the CPU seconds."""
         return median(trial.cpu_s for trial in self.trials)
 
     @property
     def cpu_per_1000(self) -> float:
-        """CPU seconds for 1,000 rows."""
+        """CPU seconds per 1,000 rows."""
         return 1000 * self.cpu_s / self.rows
 
     @property
     def speed_cells(self) -> list[str]:
-        """The cells that every table begins with: name, rows, the best rate, the middle one, how far apart they are."""
+        """The first cells of every table: name, rows, best rate, median rate, spread."""
         return [self.name, f"{self.rows:,}", f"{self.best_rate:,.0f}", f"{self.median_rate:,.0f}", self.spread]
 
     @property
     def spread(self) -> str:
-        """How far apart the trials are: the range of the rates as a share of their median."""
+        """The range of the rates as a share of their median; a dash for a single trial."""
         return (
             f"{(max(self.rows_per_s) - min(self.rows_per_s)) / self.median_rate:.0%}" if len(self.trials) > 1 else "-"
         )
 
     @property
     def peak_mib(self) -> float:
-        """Peak memory, of all trials."""
+        """Peak memory over all trials, in MiB."""
         return max(trial.peak_mib for trial in self.trials)
 
     @property
     def requests(self) -> float:
-        """API requests for each row."""
+        """API requests per row."""
         return median(trial.requests for trial in self.trials) / self.rows
 
 
 def loop_case(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> BenchmarkCase:
-    """Make a contender of a plain loop, see `benchmarks.loops`."""
+    """Make a case of a plain loop, see `benchmarks.loops`."""
     name = f"{kind}, {tasks} tasks" + (", uvloop" if uvloop else "")
     options = ["--tasks", str(tasks), "--rows", str(rows), *(["--uvloop"] if uvloop else [])]
     return BenchmarkCase(
@@ -122,7 +122,7 @@ def loop_case(kind: str, tasks: int, rows: int, *, uvloop: bool = False) -> Benc
 
 
 def enrich_case(name: str, rows: int, bulk: int | None = None) -> BenchmarkCase:
-    """Make a contender of `enrich run`, with a new ledger each time; `bulk`: so many requests to a task."""
+    """Make a case of `enrich run`, with a new ledger each time; `bulk`: requests per task."""
 
     def command(folder: Path, _: str) -> list[str]:
         job = write_job(folder, rows, bulk)
@@ -132,13 +132,13 @@ def enrich_case(name: str, rows: int, bulk: int | None = None) -> BenchmarkCase:
 
 
 def supports_bulk() -> bool:
-    """Tell whether this `enrich` knows `dispatch` in a job file."""
+    """Return True when this version of `enrich` supports `dispatch` in a job file."""
     schema = subprocess.run([sys.executable, "-m", "enrich", "schema"], capture_output=True, check=True)
     return "dispatch" in json.loads(schema.stdout)["properties"]
 
 
 def measure(case: BenchmarkCase, server: RunningServer) -> Trial:
-    """Run a contender once. Raises RuntimeError when it did not answer every row."""
+    """Run a case once. Raises RuntimeError when it failed or did not answer every row."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         command = case.command(folder, server.base_url)
@@ -167,9 +167,9 @@ def measure(case: BenchmarkCase, server: RunningServer) -> Trial:
 
 
 def measure_in_rounds(cases: Sequence[BenchmarkCase], server: RunningServer, seconds: float) -> list[Result]:
-    """Let all run in turn, for as many rounds as fit into `seconds`, at least one.
+    """Run all cases in turn, for as many rounds as fit into `seconds`, at least one.
 
-    In turn, because what disturbs the machine for a while shall disturb them all.
+    In turn, so that a temporary disturbance of the machine affects all of them.
     """
     trials: list[list[Trial]] = [[] for _ in cases]
     began = round_began = time.perf_counter()
@@ -184,7 +184,7 @@ def measure_in_rounds(cases: Sequence[BenchmarkCase], server: RunningServer, sec
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table, numbers to the right."""
+    """Format a Markdown table: first column left-aligned, the others right-aligned."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     marks = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -1,8 +1,8 @@
-"""What a million rows take that are all answered: to plan, for a night with nothing to do, and to collect.
+"""Time and memory for a million rows that are all answered: plan, a run with nothing to send, and collect.
 
-The input and the ledger are made here; each command runs as a process of its own, over CSV and over Parquet, and
-is measured beside a control: the same file read and written by Python's `csv`, and by polars without any thought.
-`--others` fills the ledger with other people's requests, to see what a file of some lines costs then.
+The script makes the input and the ledger. Each command runs as a separate process, over CSV and over Parquet. Controls
+are the same file read and written by Python's `csv`, and by polars without any processing. `--others` fills the ledger
+with unrelated requests, to measure what a small file of 100 rows then costs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ columns:
 limits: {requests_per_second: 1000}
 """
 HEADER = ["First Name", "Last Name", "Company", "Website", "Email", "Phone", "Country", "Note"]
-#: What the sandbox answers, without the task's number: found, and missed.
+#: The sandbox's answers without the task id: with a match, and with no match.
 FOUND_ANSWER = (
     '","status":"completed","data":[{"result":{"email":"ada.lovelace@company.example"},"result_field":["email"],'
     '"enrichment_data":{"Mailhound":{"email":"ada.lovelace@company.example","score":87}},"steps":[{"action":"search",'
@@ -54,7 +54,7 @@ NOT_FOUND_ANSWER = (
     '"Postbote","result":"not_found","details":null,"cost":"0","is_verified":false,'
     '"provider_logo":"https://logos.example/966.png"}]}],"credits_spent":0.0,"error":null}'
 )
-#: Ends each request that waits as the sandbox would have answered it, 7 of 10 found.
+#: Settles each pending request as the sandbox would have answered it: 7 of 10 found.
 SETTLE_SQL = """
 INSERT INTO attempts (id, request_id, execution_id, came_from, state, task_id, claimed_ms, submitted_ms, settled_ms,
                       settled_in, seen_alive, reserved, credits, provider, answer)
@@ -78,7 +78,7 @@ FROM others
 
 @dataclass(frozen=True, slots=True)
 class ProcessCost:
-    """What a process took: seconds, processor seconds, and its peak of memory in MiB."""
+    """The cost of a process: wall-clock seconds, CPU seconds, and peak memory in MiB."""
 
     wall_s: float
     cpu_s: float
@@ -86,7 +86,7 @@ class ProcessCost:
 
 
 def make_leads(rows: int, questions: int) -> Iterator[list[str]]:
-    """Make leads that ask so many distinct questions."""
+    """Make leads with `questions` distinct requests."""
     for row in range(rows):
         number = row % questions
         site = f"https://www.company{number}.example/about" if number % 3 else ""
@@ -103,8 +103,8 @@ def make_leads(rows: int, questions: int) -> Iterator[list[str]]:
 
 
 def write_leads(folder: Path, rows: int, questions: int) -> None:
-    """Write the input, as CSV and as Parquet, and its first 100 rows."""
-    import polars as pl  # noqa: PLC0415 - in a process of its own, whose memory is nobody's peak
+    """Write the input as CSV and as Parquet, and its first 100 rows as another CSV."""
+    import polars as pl  # noqa: PLC0415 - runs in a separate process, whose memory is not measured
 
     for name, some in (("leads.csv", rows), ("few.csv", min(rows, 100))):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
@@ -115,11 +115,11 @@ def write_leads(folder: Path, rows: int, questions: int) -> None:
 
 
 def write_ledger(job_file: Path, others: int) -> None:
-    """Answer all that the input asks, and as much else."""
+    """Settle all requests of the input, and `others` unrelated ones."""
     from enrich.job.job import load_job  # noqa: PLC0415
     from enrich.ledger.ledger import Ledger  # noqa: PLC0415
     from enrich.rows.reader import JobInput  # noqa: PLC0415
-    from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - likewise
+    from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - runs in a separate process
 
     job = load_job(job_file)
     with closing(Ledger(job.ledger)) as ledger, ledger.transaction():
@@ -140,20 +140,20 @@ def write_ledger(job_file: Path, others: int) -> None:
 
 
 def copy_with_csv(source: Path, target: Path) -> None:
-    """Read and write the file as Python does it, cell by cell."""
+    """Read and write the file with Python's `csv`, cell by cell."""
     with source.open(newline="", encoding="utf-8") as file, target.open("w", newline="", encoding="utf-8") as into:
         csv.writer(into).writerows(csv.reader(file))
 
 
 def copy_with_polars(source: Path, target: Path) -> None:
-    """Read and write the file as polars does it, in streams."""
-    import polars as pl  # noqa: PLC0415 - likewise
+    """Read and write the file with polars, streaming."""
+    import polars as pl  # noqa: PLC0415 - runs in a separate process
 
     pl.scan_csv(source, infer_schema=False).sink_csv(target)
 
 
 def run_in_process(function: Callable[..., None], *arguments: object) -> ProcessCost:
-    """Do something in a fresh process."""
+    """Run a function in a new process."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     begun = time.perf_counter()
     process.start()
@@ -162,7 +162,7 @@ def run_in_process(function: Callable[..., None], *arguments: object) -> Process
 
 
 def run_enrich(folder: Path, environ: dict[str, str], *words: str) -> ProcessCost:
-    """Run the program."""
+    """Run `enrich` with these arguments."""
     begun = time.perf_counter()
     with (folder / "said.txt").open("w") as output:
         actions = [(os.POSIX_SPAWN_DUP2, output.fileno(), 1), (os.POSIX_SPAWN_DUP2, output.fileno(), 2)]
@@ -182,7 +182,7 @@ def _wait_for_process(pid: int, begun: float) -> ProcessCost:
 def measure(
     folder: Path, rows: int, questions: int, others: int, only: Sequence[str]
 ) -> Iterator[tuple[str, ProcessCost]]:
-    """Make the input and the ledger, and time everything that is done with them."""
+    """Make the input and the ledger, and measure each command on them."""
     job = folder / "million.yaml"
     job.write_text(JOB, encoding="utf-8")
     run_in_process(write_leads, folder, rows, questions)
@@ -206,7 +206,7 @@ def measure(
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.million", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--questions", type=int, help="distinct ones (default: every row asks its own)")

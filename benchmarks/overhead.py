@@ -1,12 +1,12 @@
-"""What `enrich run` costs on top of its requests: against plain loops that keep nothing, in one run.
+"""What `enrich run` costs on top of its requests, compared with plain loops that store nothing.
 
 `python -m benchmarks.overhead --rows 5000 --seconds 120`
 
-A row is one POST and one GET. `httpx` is the plain loop over httpx as it is installed, `transport` the same loop over
-our own transport, `aiohttp` that loop without httpx, for scale. `enrich run` is the whole command: leads read, ledger
-durable, output written. `at work` are the rows/s without the interpreter's start; `of httpx` and `of ours` compare them
-with the best loop of that kind. A run begins slowly, for it does not know what the API allows: its steady state is what
-each row of the long run beyond the short run's takes.
+A row is one POST and one GET. `httpx` is a loop over plain httpx, `transport` the same loop over the transport of
+`enrich`, and `aiohttp` the loop without httpx, as a reference. `enrich run` is the whole command: it reads the leads,
+keeps a durable ledger and writes the output. `at work` is rows/s without the interpreter's start; `of httpx` and
+`of ours` compare it with the best `httpx` and `transport` loop. A run starts slowly because it has to find the API's
+rate limit. Its steady state is the speed of the extra rows of the long run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEADER = (
 
 
 def make_cases(rows: int) -> list[BenchmarkCase]:
-    """Choose who runs: the loops with so many rows that all take about as long."""
+    """Return the cases; slow loops get fewer rows, so that all take about the same time."""
     bulk = [enrich_case(f"enrich run, bulk {BULK}", 10 * rows, BULK)] if supports_bulk() else []
     return [
         loop_case("httpx", 10, max(1, rows // 4)),
@@ -60,14 +60,14 @@ def make_cases(rows: int) -> list[BenchmarkCase]:
 
 
 def best_loop_rate(results: list[Result], kind: str) -> float:
-    """Rows per second of the best loop of a kind, without the interpreter's start."""
+    """Return the rows per second of the best loop of a kind, without the interpreter's start."""
     return max(result.rows / result.reported_s for result in results if result.name.startswith(f"{kind}, "))
 
 
 def steady_state(results: list[Result]) -> tuple[float, float]:
-    """Rows per second, and CPU seconds for 1,000, of what the long run has beyond the short one.
+    """Return rows/s, and CPU seconds per 1,000 rows, for the rows by which the long run exceeds the short one.
 
-    Not known (nan) from one round: a short run that was disturbed would make it look fast.
+    The rate is nan after a single round, because a disturbed short run would make it look too fast.
     """
     by_name = {result.name: result for result in results}
     short, long = by_name[SHORT_RUN], by_name[LONG_RUN]
@@ -77,7 +77,7 @@ def steady_state(results: list[Result]) -> tuple[float, float]:
 
 
 def format_report(results: list[Result]) -> str:
-    """Write down what came of it: a line for each contender, and the steady state."""
+    """Return the report: a table with a line for each case, and the steady state."""
     plain, ours = best_loop_rate(results, "httpx"), best_loop_rate(results, "transport")
     lines = [
         [

@@ -10,7 +10,7 @@ COUNTRIES = ("AT", "CH", "DE", "ES", "FR", "GB", "IT", "US")
 
 
 def make_dataset(folder: Path, rows: int, questions: int, files: int) -> None:
-    """Write leads, partitioned by country; row r asks question r mod `questions`."""
+    """Write leads, partitioned by country; row r makes request number r mod `questions`."""
     per_file = -(-rows // files)
     for number in range(files):
         start, end = number * per_file, min(rows, (number + 1) * per_file)

@@ -1,6 +1,7 @@
-"""How many polls a row takes and how long after it was ready an answer is seen, against fixed intervals.
+"""Polls per row, and the delay between an answer being ready and being seen, compared with fixed intervals.
 
-`python -m benchmarks.polls` plays the program's poll times on a virtual clock: the same numbers on every machine.
+`python -m benchmarks.polls` simulates the program's poll schedule on a virtual clock, so the numbers are the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from enrich.run.poll_schedule import PollCost, PollSchedule
 
 IN_FLIGHT, PER_SECOND = 200, 20.0
 
-#: Draws how long a task takes, in seconds.
+#: Draws the duration of a task, in seconds.
 Latency = Callable[[random.Random], float]
 
 
 def lognormal(middle: float, sigma: float) -> Latency:
-    """Draw from a lognormal distribution, given its median."""
+    """Return a lognormal distribution with this median (seconds)."""
     return lambda rng: rng.lognormvariate(math.log(middle), sigma)
 
 
@@ -43,7 +44,7 @@ LATENCIES: dict[str, Latency] = {
 
 @dataclass(slots=True)
 class RunningTask:
-    """A task: when it was submitted, when it will be done, and how old it was when it was last seen at work."""
+    """A task: when it was submitted, when it will be ready, and its age when it was last seen running; in seconds."""
 
     submitted: float
     ready: float
@@ -51,76 +52,76 @@ class RunningTask:
 
 
 class PollStrategy(Protocol):
-    """Says when to ask."""
+    """Decides when to poll a task."""
 
     def next_delay_s(self, age_s: float) -> float:
-        """Tell in how many seconds a task of this age is worth a poll."""
+        """Return the seconds until the next poll of a task of this age."""
 
     def first_delay_s(self) -> float:
-        """Tell the same of a new task."""
+        """Return the seconds until the first poll of a new task."""
 
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
-        """Hear when a task ran and when it was done."""
+        """Record the ages at which a task was last seen running, and first seen done."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedHighCost:
-    """Asks as the program does while a poll takes the slot of a submit."""
+    """The program's schedule while each poll takes the slot of a submit."""
 
     times: PollSchedule
 
     def next_delay_s(self, age_s: float) -> float:
-        """Tell in how many seconds a task of this age is worth a poll."""
+        """Return the seconds until the next poll of a task of this age."""
         return self.times.next_delay_s(age_s, PollCost.HIGH)
 
     def first_delay_s(self) -> float:
-        """Tell the same of a new task."""
+        """Return the seconds until the first poll of a new task."""
         return self.times.first_delay_s(PollCost.HIGH)
 
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
-        """Hear when a task ran and when it was done."""
+        """Record the ages at which a task was last seen running, and first seen done."""
         self.times.record_duration(running_at_s, done_at_s)
 
 
 @dataclass(frozen=True, slots=True)
 class FixedInterval:
-    """Asks at fixed intervals."""
+    """Polls at fixed intervals."""
 
     seconds: float
 
     def next_delay_s(self, age_s: float) -> float:
-        """Tell in how many seconds a task of this age is worth a poll."""
+        """Return the interval."""
         del age_s
         return self.seconds
 
     def first_delay_s(self) -> float:
-        """Tell the same of a new task."""
+        """Return the interval."""
         return self.seconds
 
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
-        """Learn nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it: polls per row, and the delays until the answers were seen, in seconds."""
+    """The result: polls per row, and the delays until ready answers were seen, in seconds."""
 
     polls: float
     delays: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The delay of the median answer."""
+        """The median delay."""
         return median(self.delays)
 
     @property
     def p95(self) -> float:
-        """The delay that one answer in twenty exceeds."""
+        """The 95th percentile of the delays."""
         return quantiles(self.delays, n=20)[-1]
 
 
 def simulate(strategy: PollStrategy, latency: Latency, rows: int = 3000, seed: int = 1) -> Outcome:
-    """Submit rows at a steady rate, at most IN_FLIGHT at once, and ask for each until it is done."""
+    """Submit PER_SECOND rows per second, at most IN_FLIGHT at once, and poll each until it is done."""
     rng = random.Random(seed)
     polls, now, delays = 0, 0.0, list[float]()
     due: list[tuple[float, int, RunningTask]] = []

@@ -1,9 +1,9 @@
-"""A fake API that is never the limit: HTTP/1.1 by hand on uvloop, in a process of its own; `email_getter` only.
+"""A fake API that is fast enough not to be the limit: hand-written HTTP/1.1 on uvloop, in a separate process.
 
 `python -m benchmarks.server --port 8000 --latency "lognormal(4,0.6)" --rate 100 --retry-after 1`
 
-It prints its address when it listens. `GET /__counts` tells how many requests were answered, by endpoint and status;
-`GET /__busiest` the most that came in any second.
+It has the waterfall `email_getter` only. It prints its address once it listens. `GET /__counts` returns the number of
+answered requests by endpoint and status, `GET /__busiest` the largest number of requests in any one second.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRICE, BALANCE = 0.51, 1e9
 
 
 def _make_wrapper(name: str, email: str) -> str:
-    """Shape one answer as the vendor does: found by the second provider, about 500 bytes."""
+    """Return one result in the vendor's format: found by the second provider, about 500 bytes."""
     step = {"details": None, "is_verified": False, "provider_logo": "https://logos.example/833.png"}
     wrapper = {
         "result": {"email": email},
@@ -65,7 +65,7 @@ STATUS_TEXTS = {200: b"OK", 404: b"Not Found", 422: b"Unprocessable Entity", 429
 
 @dataclass(slots=True)
 class TokenBucket:
-    """A token bucket, full at first: `rate` requests per second, `burst` at once; 0: everybody may."""
+    """A token bucket, full at first: `rate` requests per second (0: no limit), `burst` at once."""
 
     rate: float
     burst: float
@@ -77,7 +77,7 @@ class TokenBucket:
         self._tokens = self.burst
 
     def accepts(self, now: float) -> bool:
-        """Say whether a request may pass at `now`, in seconds."""
+        """Return True when a request is allowed at `now` (seconds)."""
         if not self.rate:
             return True
         if self._at is not None:
@@ -91,7 +91,7 @@ class TokenBucket:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is answered, and as what it is counted."""
+    """A response, and the endpoint that it is counted for."""
 
     endpoint: str
     status: int
@@ -99,7 +99,7 @@ class Reply:
 
 
 class FakeApi:
-    """Takes runs and shows tasks. A task is the moments at which its rows are ready; a single run has one."""
+    """Accepts runs and returns tasks. A task is the time at which it is ready; of a bulk run, the times of its rows."""
 
     def __init__(self, sample: Latency, bucket: TokenBucket) -> None:
         self.counts: Counter[tuple[str, int]] = Counter()
@@ -145,7 +145,7 @@ class FakeApi:
         return Reply(endpoint, 200, b'{"task_id":"%s","request_id":"%s","status":"created"}' % (task, task))
 
     def _ready_time(self, now: float) -> float:
-        # The latency's distributions are open at both ends.
+        # The latency functions exclude 0 and 1.
         return now + self._sample(self._chance.uniform(1e-9, 1 - 1e-9))
 
     def _task_reply(self, task: bytes, now: float) -> Reply:
@@ -184,7 +184,7 @@ class FakeApi:
 
 
 def _route(method: bytes, path: bytes) -> tuple[str, bytes]:
-    """Name the endpoint, and the task that is asked for."""
+    """Return the endpoint's name, and the task id if there is one."""
     match method, path.partition(b"?")[0].split(b"/")[1:]:
         case b"GET", [b"v1", b"tasks", task]:
             return "task", task
@@ -200,7 +200,7 @@ def _route(method: bytes, path: bytes) -> tuple[str, bytes]:
 
 
 class HttpConnection(asyncio.Protocol):
-    """One connection: requests with a content-length or no body, answered in their order."""
+    """One connection; requests have a content-length or no body, and are answered in order."""
 
     def __init__(self, api: FakeApi) -> None:
         self._api = api
@@ -208,11 +208,11 @@ class HttpConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember whom to answer."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        """Store the transport."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are not a subclass
 
     def data_received(self, data: bytes) -> None:
-        """Answer every request that is complete."""
+        """Answer all complete requests."""
         assert self._transport is not None
         pending = self._pending + data
         while (end := pending.find(b"\r\n\r\n")) >= 0:
@@ -240,39 +240,39 @@ class HttpConnection(asyncio.Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that runs."""
+    """A running server."""
 
     url: str
 
     @property
     def base_url(self) -> str:
-        """What a client is given."""
+        """The base URL for clients."""
         return f"{self.url}/v1"
 
     @property
     def environ(self) -> dict[str, str]:
-        """The variables that point `enrich` to it."""
+        """The environment variables that make `enrich` use this server."""
         return {"DATABAR_BASE_URL": self.base_url, "DATABAR_API_KEY": API_KEY}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many requests were answered, by endpoint and status."""
+        """Return the number of answered requests, by endpoint and status."""
         with urlopen(f"{self.url}/__counts", timeout=10) as answer:  # noqa: S310 - loopback
             counts: dict[str, dict[str, int]] = json.load(answer)
         return counts
 
     def peak_requests_per_s(self) -> int:
-        """The most requests in any second."""
+        """Return the largest number of requests in any one second."""
         with urlopen(f"{self.url}/__busiest", timeout=10) as answer:  # noqa: S310 - loopback
             return int(answer.read())
 
     def request_count(self) -> int:
-        """How many requests were answered in all."""
+        """Return the total number of answered requests."""
         return sum(sum(by_status.values()) for by_status in self.counts().values())
 
 
 @contextmanager
 def start_server(*options: str) -> Iterator[RunningServer]:
-    """Start a server as a process, on a free port unless `options` name one; end it afterwards."""
+    """Start a server process, on a free port unless `options` name one; stop it when the block ends."""
     command = [sys.executable, "-m", "benchmarks.server", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,7 +1,7 @@
-"""Rows a second when the rate is the limit: each slot goes to a submit or to a poll.
+"""Rows per second when the rate limit is the bottleneck: each request slot is a submit or a poll.
 
-`python -m benchmarks.tight` plays it on a virtual clock: the same numbers on every machine. With one poll a row,
-which is the least, half of the slots are submits.
+`python -m benchmarks.tight` simulates it on a virtual clock, so the numbers are the same on every machine. With one
+poll per row, the minimum, half of the slots are submits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from enrich.run.poll_schedule import PollCost, PollSchedule
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it: rows and polls until the last submit, and the median delay of the answers in seconds."""
+    """The result: rates up to the last submit, the median delay of the answers in seconds, and the most open tasks."""
 
     rows_per_s: float
     polls_per_row: float
@@ -30,7 +30,7 @@ class Outcome:
 def simulate(
     strategy: PollSchedule | FixedInterval, latency: Latency, *, use_poll_cost: bool, rate: float, rows: int
 ) -> Outcome:
-    """Submit and poll through one door, in turn when both want it, at most 200 tasks in flight."""
+    """Submit and poll under one rate limit, alternating when both are due, with at most 200 open tasks."""
     rng, limit = random.Random(1), 200
     due: list[tuple[float, int, RunningTask]] = []
     ready: list[tuple[float, int, RunningTask]] = []

@@ -1,9 +1,9 @@
-"""The vendor's SDK as its users run it on a list: a call a row in a pool of threads, or everything in one bulk call.
+"""The vendor's SDK as users run it on a list: one call per row in a thread pool, or one bulk call for all rows.
 
 `python -m benchmarks.vendor --threads 50 --rows 1000 --base-url http://127.0.0.1:8000/v1`
 
-It asks for an answer as soon as it can (`poll_interval_s=0`). It keeps nothing and writes nothing. It prints one JSON
-object: how many rows were answered, in how many seconds after the imports.
+It polls without a pause (`poll_interval_s=0`). It stores nothing and writes no output. It prints one JSON object: the
+number of answered rows, and the seconds this took after the imports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.server import API_KEY, WATERFALL
 
 
 def main() -> None:
-    """Enrich and tell what was done."""
+    """Enrich the leads and print the result."""
     parser = argparse.ArgumentParser(prog="benchmarks.vendor", description=__doc__)
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--threads", type=int, default=50)

@@ -1,7 +1,7 @@
-"""All of a cluster on one machine: a PostgreSQL server, Ray with three workers, the sandbox, and a dataset of leads.
+"""A complete cluster on one machine: a PostgreSQL server, Ray with three workers, the sandbox, and a dataset of leads.
 
-Run it from a checkout: `make demo-cluster`. It takes about a minute. What is made lies in `out/cluster`; the server
-and Ray end with the demonstration.
+Run it from a checkout: `make demo-cluster`. It takes about a minute and writes its files to `out/cluster`. The server
+and Ray stop at the end.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ limits: {{requests_per_second: 200, in_flight: 200}}
 
 
 def run_enrich(server: PostgresServer, *words: str) -> int:
-    """Run the program as a person does, and show what is run."""
+    """Print a command and run it as a user does; return its exit code."""
     print(f"\n$ enrich {' '.join(words)}", flush=True)
     return subprocess.run([ENRICH, *words], env=os.environ | server.environ, check=False).returncode
 
 
 def main() -> None:
-    """Make the dataset, run the job twice, show what came of it."""
+    """Make the dataset, run the job twice, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--questions", type=int, default=1_000)

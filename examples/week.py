@@ -1,7 +1,7 @@
-"""Seven nights of two jobs against the sandbox, and whether the week's receipts are the vendor's bill.
+"""Simulates a week of nightly runs of two jobs, and compares the run summaries with the vendor's bill.
 
-Run it from a checkout: `.venv/bin/python examples/week.py`, or `make week`. It takes about half a minute. `--folder`
-keeps all that the week leaves behind: job files, leads, outputs, feeds, log, metrics and the ledger.
+Run it from a checkout: `.venv/bin/python examples/week.py`, or `make week`. It uses the sandbox and takes about half a
+minute. `--folder` keeps all files: job files, leads, outputs, feeds, log, metrics and the ledger.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import httpx
 
 JOBS = Path(__file__).with_name("jobs")
 ENRICH = Path(sys.executable).with_name("enrich")
-#: The program on a machine whose clock is as late as the vendor's: the week takes half a minute.
+#: Runs the program with its clock shifted to the sandbox's time, so that a week takes half a minute.
 SHIFTED_CLOCK_SCRIPT = """import sys, time
 ahead, clock = int(sys.argv.pop(1)), time.time_ns
 time.time_ns = lambda: clock() + ahead
@@ -35,8 +35,8 @@ from enrich.cli import main
 main()"""
 HOUR = 3600
 WEEK = 7 * 24 * HOUR
-MONDAY = 4 * 24 * HOUR  # the first one of Unix time
-#: How a night ends when all went well; 10: the vendor failed at some rows.
+MONDAY = 4 * 24 * HOUR  # the first Monday of Unix time
+#: Exit codes of a good run; 10: some rows failed at the vendor.
 SUCCESS_CODES = (0, 10)
 COUNTRIES = ("DE", "FR", "US", "GB", "")
 HEADER = ("night", "what", "exit", "rows", "submitted", "reused", "found", "credits", "sold twice")
@@ -44,7 +44,7 @@ TABLE = "{:<10}{:<38}{:>5}{:>6}{:>10}{:>8}{:>7}{:>9}{:>12}"
 
 
 def make_lead(number: int) -> list[str]:
-    """Invent a lead; every tenth works for one large company, every thirtieth lacks a name."""
+    """Invent a lead; every tenth works for the same large company, every thirtieth has no last name."""
     company = "big-oak" if number % 10 == 0 else f"company{number}"
     last = "" if number % 30 == 7 else f"Last{number}"
     country = COUNTRIES[number * 7 % 11 % len(COUNTRIES)]
@@ -53,7 +53,7 @@ def make_lead(number: int) -> list[str]:
 
 
 def write_leads(folder: Path, count: int, *, duplicates: int = 0, removed: int = 0) -> None:
-    """Export the CRM: `count` leads without the first `left`; `twice` of them are in it once more."""
+    """Export the CRM: `count` leads without the first `removed` ones; the last `duplicates` appear twice."""
     rows = [make_lead(number) for number in range(removed, count)]
     again = [["L-" + row[0], *row[1:]] for row in rows[-duplicates:]] if duplicates else []
     _write(
@@ -62,7 +62,7 @@ def write_leads(folder: Path, count: int, *, duplicates: int = 0, removed: int =
 
 
 def write_fair_guests(folder: Path) -> None:
-    """Export the guests of a fair, half of whom are in the CRM."""
+    """Export the guests of a trade fair; half of them are in the CRM."""
     guests = [
         [first, last, f"company{number}.example"]
         for number in range(51, 70)
@@ -79,13 +79,13 @@ def _write(path: Path, rows: list[list[str]], separator: str = ",") -> None:
 
 @dataclass(frozen=True)
 class SandboxApi:
-    """The sandbox, and its switches."""
+    """The sandbox's API and its controls."""
 
     base_url: str
     key: str
 
     def call(self, path: str, **body: Any) -> dict[str, Any]:
-        """Ask the API (`/v1/...`), or turn a switch (`/__...`)."""
+        """Call the API (`/v1/...`) or a control (`/__...`); return the response's JSON."""
         url = self.base_url.removesuffix("/v1") + path
         answer = httpx.request(
             "POST" if body else "GET", url, json=body or None, headers={"x-apikey": self.key}, trust_env=False
@@ -94,19 +94,19 @@ class SandboxApi:
         return result
 
     def wait_until(self, day: int, hour: int) -> None:
-        """Move the clock to that hour of the week; Monday is day 0."""
+        """Move the sandbox's clock to this hour of the week; Monday is day 0."""
         now = self.call("/__advance", seconds=0)["now"]
         seconds = (MONDAY + (day * 24 + hour) * HOUR - now) % WEEK
         self.call("/__advance", seconds=seconds)
 
     def inject_fault(self, name: str, times: int, scope: str = "", **params: float) -> None:
-        """Let the next requests meet a fault."""
+        """Apply a fault to the next `times` matching requests."""
         self.call("/__faults", name=name, next=times, scope=scope, params=params)
 
 
 @contextmanager
 def start_sandbox(folder: Path) -> Iterator[SandboxApi]:
-    """Serve the sandbox, as a process of its own, until the week is over."""
+    """Serve the sandbox as a separate process until the block ends."""
     database, month = folder / "vendor" / "books.db", str(30 * 24 * HOUR)
     options = ["--state", str(database), "--latency", "fixed(0.1)", "--miss-kind", "null_result", "--result-ttl", month]
     (folder / "vendor").mkdir()
@@ -121,7 +121,7 @@ def start_sandbox(folder: Path) -> Iterator[SandboxApi]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One `enrich run`: how it ended, what its receipt says, how many questions the vendor had sold twice by then."""
+    """One `enrich run`: its exit code, its summary, and how many lookups the vendor had charged twice by then."""
 
     day: str
     description: str
@@ -132,7 +132,7 @@ class RunResult:
     repeats_allowed: bool
 
     def __str__(self) -> str:
-        """The run's line of the table."""
+        """Return the run's line of the table."""
         counts = [self.summary.get(name) for name in ("rows", "submitted", "reused", "found")]
         cells = ["-" if count is None else count for count in counts]
         spent = f"{self.summary['credits_spent']:.2f}" if self.summary else "-"
@@ -142,7 +142,7 @@ class RunResult:
 
 @dataclass
 class Week:
-    """The folder of two jobs that share a ledger, the vendor, and what has happened."""
+    """The folder of two jobs that share a ledger, the vendor's API, the runs so far, and the checks that failed."""
 
     folder: Path
     api: SandboxApi
@@ -151,7 +151,7 @@ class Week:
     failed_checks: list[str] = field(default_factory=list)
 
     def start_enrich(self, *words: str) -> subprocess.Popen[str]:
-        """Start `enrich` as cron would: with next to nothing in its environment."""
+        """Start `enrich` as cron does: with a minimal environment."""
         environ = {"HOME": str(self.folder), "PATH": os.defpath, "DATABAR_BASE_URL": self.api.base_url}
         environ["DATABAR_API_KEY_FILE"] = str(self.folder / "key")
         ahead_ns = int((self.api.call("/__advance", seconds=0)["now"] - time.time()) * 1e9)
@@ -165,7 +165,7 @@ class Week:
         )
 
     def run_json(self, *words: str) -> dict[str, Any]:
-        """Run a command that is to succeed, and read what it prints."""
+        """Run a command that must succeed, and return its JSON output."""
         with self.start_enrich(*words, "--json") as process:
             output, complaint = process.communicate()
         self.check(process.returncode == 0, f"enrich {' '.join(words)}: exit {process.returncode}: {complaint}")
@@ -181,7 +181,7 @@ class Week:
         meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
         repeats_allowed: bool = False,
     ) -> RunResult:
-        """Run a job; `chosen`: a person wants some questions to be asked twice."""
+        """Run a job and check its exit code; `repeats_allowed`: the user chose to send some requests again."""
         with self.start_enrich("run", job, "--json", "--log-file", "enrich.log", *options) as process:
             if meanwhile is not None:
                 meanwhile(process)
@@ -205,24 +205,24 @@ class Week:
         return result
 
     def check(self, holds: bool, message: str) -> None:  # noqa: FBT001 - reads as a sentence
-        """Remember what should have held."""
+        """Record a check that failed."""
         if not holds:
             self.failed_checks.append(message)
 
 
 def monday(week: Week) -> None:
-    """The first run, with a plan that somebody has looked at."""
+    """The first run, from a saved plan."""
     write_leads(week.folder, 60)
     plan = week.run_json("plan", "leads.yaml", "-o", "monday.plan")
     run = week.run("first run, as planned", "--plan", "monday.plan")
-    # What failed at no charge was asked again.
+    # More than planned: requests that failed without a charge were sent again.
     week.check(run.summary["submitted"] >= plan["to_submit"], "Monday's run asks what its plan says")
     again = week.run("the same once more")
     week.check(not again.summary["submitted"], "what is known is not asked again")
 
 
 def tuesday(week: Week) -> None:
-    """The file has grown: new leads, some of them twice, and one has left. Another list knows half of them."""
+    """The file has new leads, some of them twice, and one was removed. Half of a second list is already enriched."""
     write_leads(week.folder, 80, duplicates=5, removed=1)
     week.run("20 new, 5 of them twice, one left")
     write_fair_guests(week.folder)
@@ -231,7 +231,7 @@ def tuesday(week: Week) -> None:
 
 
 def wednesday(week: Week) -> None:
-    """A power cut: two runs were accepted whose task nobody has heard of, others were on the wire and not accepted."""
+    """A power cut: two runs were accepted, but their task ids were lost; others were sent and not accepted."""
     write_leads(week.folder, 120, duplicates=5, removed=1)
     week.api.inject_fault("slow", 10, scope="post", seconds=0)
     week.api.inject_fault("silence-after", 2)
@@ -246,14 +246,14 @@ def wednesday(week: Week) -> None:
 
 
 def kill_when_silent(run: subprocess.Popen[str], api: SandboxApi) -> None:
-    """Kill the run as soon as five requests have met silence."""
+    """Kill the run once five requests got no response."""
     while run.poll() is None and api.call("/__faults")["happened"].get("silence-before", 0) < 5:
         time.sleep(0.05)
     run.kill()
 
 
 def thursday(week: Week) -> None:
-    """Wednesday's plan for tonight is refused, for the prices have changed."""
+    """The first plan is refused because the prices have changed since it was made."""
     write_leads(week.folder, 135, duplicates=5, removed=1)
     week.run_json("plan", "leads.yaml", "-o", "thursday.plan")
     week.api.call("/__prices", prices={"833": 0.75})
@@ -263,7 +263,7 @@ def thursday(week: Week) -> None:
 
 
 def friday(week: Week) -> None:
-    """The colleagues have spent nearly all of the credits."""
+    """Other users of the account have spent nearly all credits."""
     write_leads(week.folder, 150, duplicates=5, removed=1)
     week.api.call("/__topup", credits=14.5 - week.api.call("/__audit")["balance"])
     week.run("hardly any credits", expected=(12,))
@@ -273,11 +273,11 @@ def friday(week: Week) -> None:
 
 
 def saturday(week: Week) -> None:
-    """The vendor has a bad night: 429s, 5xx, resets, and one run that was accepted without a word."""
+    """The API has many failures: 429s, 5xx, resets, and one run that was accepted without a response."""
     write_leads(week.folder, 175, duplicates=5, removed=1)
     for name, times in (("rate-limit", 3), ("reset-before", 1), ("reset-after", 1), ("error-before-503", 1)):
         week.api.inject_fault(name, times, scope="post")
-        week.api.inject_fault("slow", 4, scope="post", seconds=0)  # some go well
+        week.api.inject_fault("slow", 4, scope="post", seconds=0)  # some succeed
     for name in ("html", "error-before", "reset-before"):
         week.api.inject_fault(name, 2, scope="get")
     in_doubt = week.run("429s, 5xx and resets", expected=(14,))
@@ -286,7 +286,7 @@ def saturday(week: Week) -> None:
 
 
 def sunday(week: Week) -> None:
-    """Nothing is new. In the afternoon Monday's misses are old enough to be asked again."""
+    """There are no new leads. In the afternoon, Monday's requests with no match are due for a refresh."""
     quiet = week.run("nothing new")
     week.check(not quiet.summary["submitted"], "nothing new is nothing paid")
     week.check(not quiet.summary["changed"], "nothing new is nothing in the change feed")
@@ -296,7 +296,7 @@ def sunday(week: Week) -> None:
 
 
 def check_report(week: Week) -> Iterator[str]:
-    """Put the week of the CRM's leads on a page, and hold it against the receipts."""
+    """Write the report of the CRM's leads, and compare it with the run summaries."""
     page = week.run_json("report", "leads.yaml", "-o", "report.html")
     spent = week.run_json("runs", "leads.yaml")["totals"]["credits_spent"]
     totals = [
@@ -309,7 +309,7 @@ def check_report(week: Week) -> Iterator[str]:
 
 
 def check_bill(week: Week) -> Iterator[str]:
-    """Hold the receipts against the vendor's books."""
+    """Compare the run summaries with the vendor's records."""
     audit = week.api.call("/__audit")
     totals = [week.run_json("runs", job)["totals"] for job in ("leads.yaml", "fair.yaml")]
     submitted, spent, unknown = (
@@ -334,7 +334,7 @@ DAYS = (monday, tuesday, wednesday, thursday, friday, saturday, sunday)
 
 
 def run_week(folder: Path) -> int:
-    """Live through the week; 0 when everything was as it should be."""
+    """Simulate the week; return 0 when all checks passed, else 1."""
     for job in JOBS.glob("*.yaml"):
         shutil.copy(job, folder)
     with start_sandbox(folder) as api:
@@ -353,7 +353,7 @@ def run_week(folder: Path) -> int:
 
 
 def main() -> int:
-    """Read the command line."""
+    """Parse the command line and run the week."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="an empty folder that keeps what the week leaves behind")
     folder = parser.parse_args().folder

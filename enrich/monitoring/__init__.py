@@ -1,1 +1,1 @@
-"""Monitoring."""
+"""Monitoring of a run: progress bar, log file, metrics, healthcheck and notifications."""

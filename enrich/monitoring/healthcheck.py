@@ -1,4 +1,4 @@
-"""Pings a healthcheck (healthchecks.io and its like): started, fine, failed. Never holds up the run."""
+"""Pings a healthcheck (healthchecks.io or compatible): start, success, failure. Never blocks the run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
 
 
 class BackgroundTask:
-    """Work in a thread that dies with the program."""
+    """Work in a daemon thread: it ends when the program ends."""
 
     def __init__(self, work: Callable[[], str | None]) -> None:
-        """Start it. `work` returns what went wrong, None when nothing did."""
+        """Start the thread. `work` returns a problem, or None."""
         self._work = work
         self._problem: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -28,11 +28,11 @@ class BackgroundTask:
     def _run(self) -> None:
         try:
             self._problem = self._work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not harm the run; its text may hold secrets
+        except Exception as error:  # noqa: BLE001 - no error may harm the run; the error's text may hold secrets
             self._problem = type(error).__name__
 
     def wait(self, seconds: float) -> str | None:
-        """Wait so long at most; return what went wrong. A signal ends the waiting, not the program."""
+        """Wait up to `seconds`; return the problem, or None. A signal ends the wait, not the program."""
         try:
             self._thread.join(max(0.0, seconds))
         except (KeyboardInterrupt, Interrupted):
@@ -43,15 +43,15 @@ class BackgroundTask:
 TRIES = 3
 REQUEST_TIMEOUT_S = 5.0
 RETRY_PAUSE_S = 0.5
-#: The end of a run waits so long for its pings.
+#: The end of a run waits this long for its pings.
 END_TIMEOUT_S = 10.0
 
 
 class Healthcheck:
-    """The pings of one run, which share a run id. Only the URL's host may be shown: its path is a secret."""
+    """The pings of one run, which share a run id. Only the URL's host may be shown: the path is a secret."""
 
     def __init__(self, url: str) -> None:
-        """Take the address. Raises ValueError, which does not show it, when nobody can be asked there."""
+        """Parse the URL. Raises ValueError, without the URL in its text, when it is invalid."""
         try:
             self._url = httpx.URL(url)
         except httpx.InvalidURL:
@@ -60,11 +60,11 @@ class Healthcheck:
         self._start_ping: BackgroundTask | None = None
 
     def start(self) -> None:
-        """Say that a run begins, without waiting."""
+        """Ping the start of a run, without waiting."""
         self._start_ping = BackgroundTask(lambda: self._ping("/start", ""))
 
     def end(self, code: int, text: str) -> str | None:
-        """Say how it ended; return what went wrong, None when all arrived."""
+        """Ping the end of a run with its exit code; return the problem, or None when all pings arrived."""
         if code in NEUTRAL_CODES:
             return None
         deadline = time.monotonic() + END_TIMEOUT_S
@@ -96,7 +96,7 @@ class Healthcheck:
                 try:
                     response = http.post(url, content=text.encode())
                 except httpx.HTTPError as error:
-                    problem = type(error).__name__  # its text may hold the URL
+                    problem = type(error).__name__  # the error's text may hold the URL
                     continue
                 problem = None if response.is_success else f"HTTP {response.status_code}"
                 if not response.is_server_error:

@@ -1,7 +1,7 @@
-"""The run log: one JSON object a line, versioned, UTC, rotated; no personal data, and no cell of any file.
+"""The run log: one JSON object per line, versioned, times in UTC, rotated; no personal data and no cells of any file.
 
-Several processes may write to one file. Each line is written under a lock on the file itself, by the file that has
-the name at that moment: whoever renames it (we at 10 MB, or logrotate) loses nobody's line.
+Several processes may write to one file. Each line is written under a lock on the file that has the path at that
+moment, so no line is lost when the file is renamed (by enrich at 10 MB, or by logrotate).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from enrich.run.context import Progress
 
 VERSION = 1
 PROGRESS_INTERVAL_S = 60.0
-MAX_BYTES = 10_000_000  # bytes
+MAX_BYTES = 10_000_000
 BACKUP_COUNT = 5
 
-#: What follows may quote what was sent (the API's own words), or a header, which is a lead where it is missing.
+#: Text after these phrases may quote sent data (the API's message) or a header. Without a header, line 1 is a lead.
 _MAY_QUOTE = re.compile(
     r"(HTTP \d{3}|names columns twice|its header differs from that of|cannot be computed|"
     r"not a polars SQL expression).*",
@@ -36,12 +36,12 @@ _MAY_QUOTE = re.compile(
 
 
 def redact_message(message: str) -> str:
-    """Cut off what an error message may quote; stderr has all of it."""
+    """Remove the part of an error message that may quote data; stderr shows the full message."""
     return _MAY_QUOTE.sub(r"\1", message)
 
 
 class RunLog:
-    """The lines of one run; without a handler there is no log."""
+    """Writes the log lines of one run; without a handler, nothing is written."""
 
     def __init__(self, handler: logging.Handler | None, job: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.job = job
@@ -51,7 +51,7 @@ class RunLog:
         self._last_progress = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
 
     def write_event(self, event: str, **values: object) -> None:
-        """Write a line; what is None is left out."""
+        """Write a line; values that are None are left out."""
         if self._handler is None:
             return
         present = {name: value for name, value in values.items() if value is not None}
@@ -61,7 +61,7 @@ class RunLog:
         self._handler.handle(record)
 
     def write_progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
-        """Write a line a minute; rates are those since the line before."""
+        """Write at most one line per minute; rates are per minute since the line before."""
         if self._handler is None or (interval_s := self._clock() - self._progress_at) < PROGRESS_INTERVAL_S:
             return
         before, self._last_progress = self._last_progress, progress
@@ -83,9 +83,9 @@ class RunLog:
 
 @contextmanager
 def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> Iterator[RunLog]:
-    """Log to a file (0600), or nowhere. `complain` hears once when it can't be written any more.
+    """Log to a file (mode 0600); no path: no log. `on_problem` is called once when a later write fails.
 
-    Raises Refused when it can't be written at the start.
+    Raises CommandRefused when the file can't be written at the start.
     """
     if path is None:
         yield RunLog(None, job)
@@ -93,7 +93,7 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_is_log(path)
-        # A link is followed: it would be rotated away, and the file that it leads to would grow.
+        # Resolve a symlink: otherwise rotation would rename the link, and its target would keep growing.
         handler = _LogHandler(path.resolve() if path.is_file() else path, on_problem)
     except OSError as error:
         raise CommandRefused(f"{path}: the log cannot be written: {error.strerror}") from error
@@ -105,7 +105,7 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
 
 
 def _check_is_log(path: Path) -> None:
-    """Refuse to write into, and to rotate away, what is no log: the leads, a ledger, a device."""
+    """Raise CommandRefused for a file that is not a log, such as leads, a ledger or a device."""
     if path.is_block_device() or (path.is_char_device() and not _is_terminal_or_null(path)):
         raise CommandRefused(f"{path}: the log cannot be written: it is a device", "choose another `--log-file`")
     if path.is_fifo():
@@ -120,7 +120,7 @@ def _check_is_log(path: Path) -> None:
 
 
 def _is_terminal_or_null(device: Path) -> bool:
-    """Tell a terminal and /dev/null from other devices."""
+    """Return True for a terminal and for /dev/null, False for other devices."""
     if device.samefile(os.devnull):
         return True
     descriptor = os.open(device, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -131,7 +131,7 @@ def _is_terminal_or_null(device: Path) -> bool:
 
 
 class _LogHandler(RotatingFileHandler):
-    """Appends whole lines, and rotates in turn with the other processes."""
+    """Appends whole lines, and takes turns with other processes for writing and rotating."""
 
     def __init__(self, path: Path, on_problem: Callable[[str], None]) -> None:
         self._on_problem = on_problem
@@ -139,7 +139,7 @@ class _LogHandler(RotatingFileHandler):
         super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUP_COUNT, encoding="utf-8")
 
     def _open(self) -> TextIOWrapper:
-        # A pipe that nothing reads from is refused: opened otherwise, it would be waited for.
+        # O_NONBLOCK: opening a pipe without a reader fails instead of blocking.
         descriptor = os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK, 0o600)
         os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, "a", encoding="utf-8")
@@ -150,7 +150,7 @@ class _LogHandler(RotatingFileHandler):
         return json.dumps({"v": VERSION, "at": at, **fields}, ensure_ascii=False, default=str)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line when it is our turn."""
+        """Write a line under the lock."""
         try:
             with self._lock():
                 super().emit(record)
@@ -159,11 +159,11 @@ class _LogHandler(RotatingFileHandler):
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Lock the file that has the name now."""
+        """Lock the file that has the path now."""
         while True:
             if self.stream is None:
                 self.stream = self._open()
-            # Its own descriptor: rotating closes the stream, and the turn must last longer.
+            # A separate descriptor, because rotating closes the stream and the lock must outlast that.
             lock = os.dup(self.stream.fileno())
             try:
                 with suppress(OSError):  # a pipe, or a file system without locks
@@ -187,7 +187,7 @@ class _LogHandler(RotatingFileHandler):
             return False
 
     def doRollover(self) -> None:  # noqa: N802 - logging's name
-        """Rotate, or go on in the same file where its folder does not let us."""
+        """Rotate, or continue in the same file when its folder does not allow that."""
         try:
             super().doRollover()
         except OSError as error:
@@ -195,7 +195,7 @@ class _LogHandler(RotatingFileHandler):
             self._report_once(f"cannot be rotated: {error.strerror}")
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
-        """Tell once; the run goes on without."""
+        """Report the first failure; the run continues without a log."""
         self._report_once("cannot be written any more")
 
     def _report_once(self, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""Tells people through Apprise (optional extra) when something needs them."""
+"""Sends notifications through Apprise (optional extra) when action is required."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ GROUP_AND_OTHERS = 0o077
 
 @dataclass(frozen=True, slots=True)
 class Notifier:
-    """Whom to tell. The addresses are secrets: only their file and line may be shown."""
+    """The recipients, as (line number, Apprise URL). The URLs are secrets: only their file and line may be shown."""
 
     path: Path
     addresses: list[tuple[int, str]]
 
     def send(self, title: str, text: str) -> str | None:
-        """Send it to all of them; return what went wrong, None when nothing did."""
+        """Send a message to all addresses; return the problem, or None."""
         if not self.addresses:
             return None
         problem = BackgroundTask(lambda: _send(self.addresses, title, text)).wait(SEND_TIMEOUT_S)
@@ -30,7 +30,7 @@ class Notifier:
 
 
 def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
-    """Read a file of Apprise URLs, one a line; tell what is wrong with it, without showing any."""
+    """Read a file of Apprise URLs, one per line; also return its problems, without any URL in their text."""
     problems = []
     if find_spec("apprise") is None:
         return Notifier(path, []), ["nobody can be notified without the extra: pip install 'databar-enrich[notify]'"]
@@ -51,10 +51,10 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
 
 
 def _send(addresses: list[tuple[int, str]], title: str, text: str) -> str | None:
-    import apprise  # noqa: PLC0415 - it takes long to import, and is optional
+    import apprise  # noqa: PLC0415 - optional, and slow to import
 
     logger = logging.getLogger("apprise")
-    # It would write its complaints, with the addresses, to stderr.
+    # Apprise would log its errors, with the addresses, to stderr.
     logger.propagate = False
     logger.addHandler(logging.NullHandler())
     invalid, failed = [], []

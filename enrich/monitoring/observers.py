@@ -1,4 +1,4 @@
-"""All who are told of a run's start, its notes and its end: log, metrics, healthcheck, people. None can break it."""
+"""Sends a run's start, notes and end to log, metrics, healthcheck and notifications. None can break the run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
 @dataclass(slots=True)
 class RunObservers:
-    """The witnesses of one run; a run of the sandbox has its log only.
+    """The observers of one run; a sandbox run has only its log.
 
-    `say` shows the person what one of them could not do; `target` is the job as advice names it.
+    `print_error` shows an observer's failure to the user. `job_arguments` is the job as suggested commands name it.
     """
 
     log: RunLog
@@ -44,7 +44,7 @@ class RunObservers:
     _ended: bool = False
 
     def start(self, job: Job, options: RunOptions, *, sandbox: bool) -> None:
-        """Hear which job it is, before anything happens. Raises JobError when a witness can't be told."""
+        """Set the job and log the start. Raises JobError when an observer's setting in the job file is unusable."""
         self.job = job
         self.log.job = job.name
         self.log.write_event("start", **_run_settings(job, options), sandbox=sandbox)
@@ -69,26 +69,26 @@ class RunObservers:
                 raise job.error(["metrics"], f"{self._metrics_path}: the metrics cannot be written: it is no file")
 
     def lock_acquired(self) -> None:
-        """Hear that the run holds its ledger: it begins now."""
+        """Ping the healthcheck: the run has locked its ledger and begins."""
         self._previous_execution = self._newest_execution()
         if self._healthcheck is not None:
             self._healthcheck.start()
 
     def note(self, text: str) -> None:
-        """Hear what the person should know."""
+        """Log a note that the user sees, too."""
         self.log.write_event("note", execution=self._execution_id(), text=text)
 
     def show_progress(self, progress: Progress) -> None:
-        """Hear how far the run is."""
+        """Log the progress of the run."""
         self.log.write_progress(progress, self._execution_id)
 
     def skipped(self, reason: str) -> None:
-        """Hear that the run left its turn to another (`--if-locked skip`): nobody else needs to know."""
+        """Log that this run was skipped because another one runs (`--if-locked skip`); nothing else is sent."""
         self._ended = True
         self.log.write_event("end", exit_code=int(ExitCode.OK), skipped=reason)
 
     def end(self, summary: RunSummary) -> None:
-        """Hear how an execution ended."""
+        """Log and send the end of an execution."""
         self._ended = True
         values = {name: value for name, value in summary.as_json().items() if name not in ("error", "hint")}
         error = None if summary.error is None else redact_message(summary.error)
@@ -100,7 +100,7 @@ class RunObservers:
         self._notify_all(summary.exit_code, prometheus.samples_from_summary(values), error, summary_lines, actions)
 
     def failed(self, code: int, message: str) -> None:
-        """Hear that the run ended before an execution could say how."""
+        """Log and send the failure of a run that ended without a summary."""
         if self._ended:
             return
         self._ended = True
@@ -117,7 +117,7 @@ class RunObservers:
         summary_lines: list[str],
         actions: list[exit_codes.RequiredAction],
     ) -> None:
-        """Tell those who are not here."""
+        """Write metrics, ping the healthcheck and send notifications."""
         if self.job is None:
             return
         name = self.job.name
@@ -152,7 +152,7 @@ class RunObservers:
             self.report_problem(f"{path}: the metrics cannot be written: {error.strerror}")
 
     def _ledger_samples(self) -> prometheus.Samples:
-        """Take what the ledger knows; nothing when it can't be read."""
+        """Return the samples of the whole ledger; empty when it can't be read."""
         job = self._require_job()
         totals = try_read(job.ledger, LedgerReader.totals)
         last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, exit_codes.SUCCESS_CODES))
@@ -160,7 +160,7 @@ class RunObservers:
         return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
     def _execution_id(self) -> int | None:
-        """The execution's number, once it has one."""
+        """Return the execution's id; None before it has one."""
         if self._execution is None and self._previous_execution is not None:
             newest = self._newest_execution()
             self._execution = newest if newest > self._previous_execution else None
@@ -170,18 +170,18 @@ class RunObservers:
         return try_read(self._require_job().ledger, LedgerReader.newest_execution_id) or 0
 
     def _require_job(self) -> Job:
-        assert self.job is not None  # noqa: S101 - all who ask have been told which it is
+        assert self.job is not None  # noqa: S101 - callers run after `start`
         return self.job
 
     def report_problem(self, problem: str | None) -> None:
-        """Hear what could not be done beside the run, if anything: the log and the person are told."""
+        """Log an observer's failure and show it to the user; None: no failure."""
         if problem is not None:
             self.log.write_event("note", text=problem)
             self.print_error(f"note: {problem}")
 
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
-    """What the run is given, without its secrets: no address, no key."""
+    """Return the settings of the run without secrets: no addresses, no key."""
     run_options = {
         each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("confirm", "plan")
     }

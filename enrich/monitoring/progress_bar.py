@@ -1,4 +1,4 @@
-"""Shows how far an execution is, on a terminal."""
+"""Shows the progress of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tqdm import tqdm
 from enrich.run.context import Progress
 
 UNIT = " requests"
-#: tqdm's own form without the speed.
+#: tqdm's default format without the rate.
 SHORT_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-#: Of a terminal that does not say how wide it is.
+#: Width of a terminal that does not report its width.
 DEFAULT_COLUMNS = 80
 
 
 @dataclass(frozen=True, slots=True)
 class BarLayout:
-    """How tqdm draws a bar: its `bar_format`, and what it says at the end."""
+    """How tqdm draws a bar: its `bar_format` (None: tqdm's default), and the text at the end."""
 
     bar_format: str | None
     postfix: str
 
 
 def choose_layout(progress: Progress, elapsed_s: float, columns: int) -> BarLayout:
-    """Tell as much as a bar of ten columns and the time to go leave room for; the speed goes first."""
+    """Choose the most detailed layout that fits beside a bar of ten columns; the rate is dropped first."""
     hits = f"{progress.found / progress.done:.0%}" if progress.done else "-"
     details = [f"{hits} hits", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
     layouts = [
@@ -36,7 +36,7 @@ def choose_layout(progress: Progress, elapsed_s: float, columns: int) -> BarLayo
     return next((layout for layout in layouts if len(render_bar(progress, elapsed_s, layout)) <= columns), layouts[-1])
 
 
-def render_bar(  # noqa: PLR0913 - a bar has these
+def render_bar(  # noqa: PLR0913 - all are options of the bar
     progress: Progress,
     elapsed_s: float,
     layout: BarLayout,
@@ -45,7 +45,7 @@ def render_bar(  # noqa: PLR0913 - a bar has these
     rate: float | None = None,
     ascii_only: bool = False,
 ) -> str:
-    """Draw a bar so wide, or as wide as it likes to be, `plain` without block letters; `rate` in requests/s."""
+    """Render a bar in `columns` (None: its natural width), `ascii_only` without blocks; `rate` in requests/s."""
     return tqdm.format_meter(
         progress.done,
         progress.total or 0,
@@ -60,13 +60,13 @@ def render_bar(  # noqa: PLR0913 - a bar has these
 
 
 class ProgressBar:
-    """A plain tqdm bar on stderr that knows requests, hits, credits and the time to go."""
+    """A tqdm bar on stderr with requests, match rate, credits and the remaining time."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Never] | None = None
 
     def show(self, progress: Progress) -> None:
-        """Draw the bar; it appears once there is something to do."""
+        """Draw the bar; it appears once the total is known and not 0."""
         if self._bar is None:
             if not progress.total:
                 return
@@ -82,6 +82,6 @@ class ProgressBar:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.close()

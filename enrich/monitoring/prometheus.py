@@ -1,4 +1,4 @@
-"""Gauges of the last run as a file for the textfile collector of Prometheus, whole or not at all."""
+"""Writes gauges of the last run as a file for Prometheus's textfile collector, atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from enrich.job.bounded_read import read_text
 from enrich.ledger.history import LedgerTotals
 from enrich.models import RowStatus, to_credits
 
-#: Every gauge: what it tells.
+#: Each gauge with its help text.
 GAUGES = {
     "enrich_last_start_timestamp_seconds": "When the last run started.",
     "enrich_last_end_timestamp_seconds": "When the last run ended.",
@@ -37,10 +37,10 @@ GAUGES = {
     "enrich_ledger_requests_at_the_api": "Requests whose answer is still waited for.",
 }
 
-#: The one that has a label beside `job`.
+#: The only gauge with a label besides `job`.
 ROWS_BY_STATUS = "enrich_rows"
 
-#: Name and status (blank but for BY_STATUS) to a value.
+#: (name, status) to value; the status is empty except for ROWS_BY_STATUS.
 Samples = dict[tuple[str, str], float]
 
 _SUMMARY_GAUGES = {
@@ -57,14 +57,14 @@ _SUMMARY_GAUGES = {
 
 
 def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
-    """Take the gauges from a receipt; what is not known has none."""
+    """Return the gauges of a run summary; unknown values are left out."""
     samples = {(name, ""): summary.get(field) for name, field in _SUMMARY_GAUGES.items()}
     samples |= {(ROWS_BY_STATUS, status.value): summary.get(status.value) for status in RowStatus}
     return {key: float(value) for key, value in samples.items() if value is not None}
 
 
 def samples_from_ledger(totals: LedgerTotals) -> Samples:
-    """Take the gauges of the whole ledger."""
+    """Return the gauges of the whole ledger."""
     return {
         ("enrich_ledger_credits_spent", ""): to_credits(totals.spent),
         ("enrich_ledger_answers_price_unknown", ""): totals.unknown,
@@ -74,7 +74,7 @@ def samples_from_ledger(totals: LedgerTotals) -> Samples:
 
 
 def read_metrics(path: Path) -> Samples:
-    """Read what an earlier run wrote; nothing when it can't be read."""
+    """Read the gauges that an earlier run wrote; empty when the file can't be read."""
     try:
         families = list(text_string_to_metric_families(read_text(path)))
     except (OSError, ValueError):
@@ -85,7 +85,7 @@ def read_metrics(path: Path) -> Samples:
 
 
 def format_metrics(job: str, samples: Samples) -> bytes:
-    """Write the gauges in Prometheus' text format."""
+    """Return the gauges in Prometheus's text format."""
     registry = CollectorRegistry()
     for name, help_text in GAUGES.items():
         by_status = {status: value for (gauge, status), value in samples.items() if gauge == name}
@@ -99,13 +99,13 @@ def format_metrics(job: str, samples: Samples) -> bytes:
 
 
 def write_metrics(path: Path, job: str, samples: Samples) -> None:
-    """Replace the file (0600) at once, as the collector may read at any moment. Raises OSError."""
+    """Replace the file (mode 0600) atomically: the collector may read at any time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(format_metrics(job, samples))
-        os.replace(part, path)  # noqa: PTH105 - the part is a name
+        os.replace(part, path)  # noqa: PTH105 - `part` is a str
     except BaseException:
-        os.unlink(part)  # noqa: PTH108 - likewise
+        os.unlink(part)  # noqa: PTH108 - `part` is a str
         raise

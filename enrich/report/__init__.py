@@ -1,1 +1,1 @@
-"""The report: one page that answers what was got, what it cost, who earned it and what needs a person."""
+"""The report: one HTML page with match rate, spend, provider performance, and anything that needs action."""

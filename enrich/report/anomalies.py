@@ -1,9 +1,9 @@
-"""What was not so before: the last night against the nights before it; pure.
+"""Finds anomalies: compares the last run with the runs before it; pure.
 
-Each rule asks two things: is the difference large enough to matter, and may it be chance. Chance is ruled out beyond
-three standard deviations, as on a control chart (Shewhart, Economic Control of Quality, 1931): shares by the
-two-proportion z-test (Fleiss, Levin, Paik: Statistical Methods for Rates and Proportions, ch. 3), the cost per hit as
-a ratio estimate (Cochran: Sampling Techniques, ch. 6), what is there or not by Fisher's exact test.
+Each rule checks two things: the difference is large enough to matter, and it is unlikely to be chance. A difference
+above three standard deviations is no chance, as on a control chart (Shewhart, Economic Control of Quality, 1931).
+Shares use the two-proportion z-test (Fleiss, Levin, Paik: Statistical Methods for Rates and Proportions, ch. 3), the
+cost per match a ratio estimate (Cochran: Sampling Techniques, ch. 6), and present or absent values Fisher's exact test.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State
 from enrich.report.data import Anomaly
 from enrich.run.provider_stats import load_task
 
-#: So many standard deviations are no chance.
+#: A difference above this many standard deviations is not chance.
 SIGMAS = 3.0
-#: So many answers (or hits) must be on both sides.
+#: Both sides need at least this many answers (or matches).
 MIN_ANSWERS = 20
-#: A share must have changed by so much, a cost per hit by this part of it.
+#: Smallest change that is reported: of a share, absolute; of a cost per match, relative to the earlier cost.
 MIN_RATE_CHANGE, MIN_COST_INCREASE = 0.05, 0.25
-#: What is there or not there by chance at most this often is no chance; there are many fields to look at.
+#: Absence is reported below this probability of chance. It is low because many fields are tested.
 MAX_CHANCE = 0.0001
-#: A value of a column is repeated when more hits than these have it.
+#: A value of a column counts as repeated when more matches than this (a count and a share) have it.
 REPEATED_COUNT, REPEATED_SHARE = 5, 0.02
-#: So many different values of a column and names of fields are kept; beyond that counts are a little too low.
+#: Different values of a column, and field names, that are kept; beyond these limits counts are slightly too low.
 MAX_VALUES = 10_000
 MAX_FIELDS = 500
 MAX_DEPTH = 6
-#: A longer or stranger name may be data.
+#: Names that don't match may be data: too long, or with other characters.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 
 
 class FrequencyCounter:
-    """Counts what is frequent in little memory (Misra, Gries: Finding repeated elements, 1982).
+    """Counts frequent values in little memory (Misra, Gries: Finding repeated elements, 1982).
 
-    Up to KEPT different values the counts are exact; with more, too low by one in KEPT of all at most.
+    Counts are exact up to MAX_VALUES different values. Above that, they are too low by at most total / MAX_VALUES.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class FrequencyCounter:
         self.total = 0
 
     def add(self, value: object) -> None:
-        """Count a value; only a hash of it is kept."""
+        """Count a value; only its hash is kept."""
         key = hash(value)
         self.total += 1
         if key in self._counts or len(self._counts) < MAX_VALUES:
@@ -58,24 +58,24 @@ class FrequencyCounter:
             self._counts = {key: count - 1 for key, count in self._counts.items() if count > 1}
 
     def top_two(self) -> list[int]:
-        """How often the two most frequent values were seen."""
+        """Return the counts of the two most frequent values; 0 where there is none."""
         return [*sorted(self._counts.values(), reverse=True), 0, 0][:2]
 
 
 @dataclass(slots=True)
 class AnswerStats:
-    """What some nights answered. `paths` are the job's columns."""
+    """Statistics of the answers of one or more runs. `column_paths`: output column to the path of its value."""
 
     column_paths: Mapping[str, str]
     found: int = 0
     not_found: int = 0
     failed: int = 0
-    #: Hits whose answer is still there.
+    #: Matches whose answer is still stored (not purged).
     stored_hits: int = 0
     values: dict[str, FrequencyCounter] = field(default_factory=dict)
     fields: Counter[str] = field(default_factory=Counter)
     status_words: Counter[str] = field(default_factory=Counter)
-    #: Of the answers of known price: their hits, and the sums of c, c² and c·h (c: millionths, h: 1 for a hit).
+    #: Over answers of known price: matches, and the sums of c, c² and c·h (c: price in millionths, h: 1 for a match).
     priced_hits: int = 0
     cost: int = 0
     cost_squared: int = 0
@@ -83,11 +83,11 @@ class AnswerStats:
 
     @property
     def answered(self) -> int:
-        """How many came to a hit or a clean miss."""
+        """Number of answers with a match or with no match; failures are not counted."""
         return self.found + self.not_found
 
     def add(self, settled: SettledAttempt) -> None:
-        """Count an answer."""
+        """Count one settled attempt, and its answer if it is stored."""
         found = settled.state == State.FOUND
         self.found += found
         self.not_found += settled.state == State.NOT_FOUND
@@ -120,12 +120,12 @@ class AnswerStats:
                 self.values.setdefault(column, FrequencyCounter()).add(value if isinstance(value, str) else repr(value))
 
     def value_count(self, column: str) -> int:
-        """How many hits have a value in a column."""
+        """Return how many matches have a value in a column."""
         return self.values[column].total if column in self.values else 0
 
 
 def _field_paths(value: object, before: str = "", depth: int = 0) -> Iterator[str]:
-    """Name what a result is made of, as dotted paths; a place in a list is `*`. Names that may be data have none."""
+    """Yield a result's fields as dotted paths; a list index is `*`. Names that may be data are left out."""
     if depth > MAX_DEPTH:
         return
     if isinstance(value, Mapping):
@@ -140,7 +140,7 @@ def _field_paths(value: object, before: str = "", depth: int = 0) -> Iterator[st
 
 
 def find_anomalies(last: AnswerStats, before: AnswerStats) -> list[Anomaly]:
-    """Hold the last night against those before it."""
+    """Compare the last run with the runs before it."""
     rules = (
         _hit_rate_anomalies,
         _failure_anomalies,
@@ -154,7 +154,7 @@ def find_anomalies(last: AnswerStats, before: AnswerStats) -> list[Anomaly]:
 
 
 def shares_z_score(count: int, of: int, count_before: int, of_before: int) -> float:
-    """How many standard deviations a share is above another, were both the same."""
+    """Return by how many standard deviations a share exceeds an earlier one, assuming that both are equal."""
     pooled = (count + count_before) / (of + of_before)
     deviation = sqrt(pooled * (1 - pooled) * (1 / of + 1 / of_before))
     difference = count / of - count_before / of_before
@@ -162,25 +162,25 @@ def shares_z_score(count: int, of: int, count_before: int, of_before: int) -> fl
 
 
 def cost_z_score(last: AnswerStats, before: AnswerStats) -> float:
-    """How many standard deviations the cost per hit is above what it was; each side needs a hit."""
+    """Return by how many standard deviations the cost per match exceeds the earlier one; each side needs a match."""
     variance = _cost_variance(last) + _cost_variance(before)
     difference = last.cost / last.priced_hits - before.cost / before.priced_hits
     return difference / sqrt(variance) if variance > 0 else inf * difference if difference else 0.0
 
 
 def _cost_variance(side: AnswerStats) -> float:
-    """The variance of a cost per hit R, by the spread of c - R·h over all answers."""
+    """Return the variance of a cost per match R, from the spread of c - R·h over all answers."""
     hits, cost = side.priced_hits, side.cost
-    # In whole numbers, times hits²: prices that never vary have no spread at all.
+    # Integers, multiplied by hits²: constant prices give a spread of exactly 0.
     spread = side.cost_squared * hits * hits - 2 * cost * hits * side.cost_of_hits + cost * cost * hits
     return spread / hits**4
 
 
 def absence_probability(present: int, of: int, other: int) -> float:
-    """How likely `there` of `of` have something and none of `other`, were it spread by chance (Fisher's exact test)."""
+    """Return the chance that `present` of `of` have something and none of `other` (Fisher's exact test)."""
     if not present:
         return 1.0
-    # Of all ways to choose who has it, those that choose among `of` alone.
+    # Of all ways to choose the ones that have it, the share that chooses from `of` only.
     return exp(_log_combinations(of, present) - _log_combinations(of + other, present))
 
 
@@ -223,12 +223,15 @@ def _empty_column_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[
     for column in last.column_paths:
         had = before.value_count(column)
         if not last.value_count(column) and absence_probability(had, before.stored_hits, last.stored_hits) < MAX_CHANCE:
-            text = f"the column `{column}` has no value in {last.stored_hits:,} hits; before, {had:,} of {before.stored_hits:,} had one"
+            text = (
+                f"the column `{column}` has no value in {last.stored_hits:,} hits; "
+                f"before, {had:,} of {before.stored_hits:,} had one"
+            )
             yield Anomaly("column_empty", text)
 
 
 def _repeated_value_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
-    """A value that many share; which columns repeat theirs by nature, such as a country, is told by what was before."""
+    """Report a value that many matches share, unless the column repeated as much before, as a country column does."""
     for column in last.column_paths:
         have, had = last.value_count(column), before.value_count(column)
         if not have:
@@ -241,7 +244,7 @@ def _repeated_value_anomalies(last: AnswerStats, before: AnswerStats) -> Iterato
             is_unusual = (
                 first / have - usual / had >= REPEATED_SHARE and shares_z_score(first, have, usual, had) > SIGMAS
             )
-        else:  # among values that all differ one is strange
+        else:  # one repeated value among values that otherwise all differ
             is_unusual = second <= 1 and have >= MIN_ANSWERS
         if is_unusual:
             text = f"the same value is in `{column}` of {first:,} different requests, {first / have:.1%} of the hits"
@@ -270,7 +273,7 @@ def _schema_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomal
 
 
 def _outermost_paths(names: Iterable[str]) -> list[str]:
-    """Leave out what lies within another one."""
+    """Leave out paths inside another path of the list."""
     all_names = set(names)
     return sorted(name for name in all_names if not any(name.startswith(f"{other}.") for other in all_names))
 
@@ -282,7 +285,7 @@ def _join_names(names: list[str]) -> str:
 
 
 def _status_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
-    """A word for how a task stands that was never said before, where another was said for the same."""
+    """Report a new task status, unless it stands for a phase that earlier runs never showed."""
     if sum(before.status_words.values()) < MIN_ANSWERS:
         return
     known_phases = {PHASE_BY_STATUS.get(word) for word in before.status_words}

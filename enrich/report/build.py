@@ -1,4 +1,4 @@
-"""Puts the report together from ledger and input alone: no network, nothing written, one view of one moment."""
+"""Builds the report from ledger and input only: no network, no writes, one snapshot of the ledger."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from enrich.run.progress import read_snapshot
 from enrich.run.provider_stats import ProviderStats, load_waterfalls
 from enrich.run.rebuild import prepare_collector
 
-#: A bar may stand for so many seconds; so many bars at most show all but the slowest.
+#: Possible widths of a bar in seconds. At most MAX_HISTOGRAM_BARS cover all but the slowest 1% of the tasks.
 BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
 MAX_HISTOGRAM_BARS = 24
 HISTOGRAM_SHARE = 0.99
-#: Stretches of a night's traffic, at most so many, in seconds.
+#: A run's traffic has at most this many bins, each with one of these widths in seconds.
 MAX_TRAFFIC_BINS = 120
 TRAFFIC_BIN_WIDTHS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 
@@ -58,7 +58,7 @@ def reported_runs(
     *,
     is_running: bool | None,
 ) -> list[ReportedRun]:
-    """Tell what each execution came to; `at_work`: is anybody now (None: not known), who is then the `newest`."""
+    """Summarize each execution. `is_running`: a run is active now, and it is `newest`; None: not known."""
     counts_by_run: dict[int, dict[str, int]] = {}
     for execution, state, number in outcome_counts:
         counts_by_run.setdefault(execution, {})[state] = number
@@ -101,13 +101,13 @@ def _unexplained_credits(summary: Mapping[str, Any]) -> float | None:
 
 
 def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:
-    """Sort waits (ms, ascending) into bars of equal width, the slowest into one more; None: there are none."""
+    """Group latencies (ms, ascending) into bars of equal width, the slowest into one extra bar; None: no latencies."""
     durations = array("q", latencies_ms)
     if not durations:
         return None
     reach, longest = quantile_s(durations, HISTOGRAM_SHARE), durations[-1] / 1000
     width = next((width for width in BAR_WIDTHS_S if reach < width * MAX_HISTOGRAM_BARS), reach / MAX_HISTOGRAM_BARS)
-    # In whole milliseconds, as the waits are.
+    # In whole milliseconds, like the latencies.
     step = ceil(1000 * width)
     counts = Counter(min(wait // step, MAX_HISTOGRAM_BARS) for wait in durations)
     drawn = [number for number in counts if number < MAX_HISTOGRAM_BARS]
@@ -123,12 +123,12 @@ def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:
 
 
 def quantile_s(durations: Sequence[int], share: float) -> float:
-    """Take the wait (ms, ascending) that this share of all does not exceed; in seconds."""
+    """Return the latency in seconds that this share of all (ms, ascending) does not exceed."""
     return durations[max(0, ceil(share * len(durations)) - 1)] / 1000
 
 
 def run_traffic(ledger: Ledger, executions: Sequence[ReportedExecutionRow], now_ms: int) -> Traffic | None:
-    """Tell the traffic of the newest execution that submitted something: by its pulse, else by its attempts' times."""
+    """Return the traffic of the newest execution with submits: from its progress snapshot, else from attempt times."""
     execution = next((row for row in reversed(executions) if row.submitted), None)
     if execution is None:
         return None
@@ -136,7 +136,7 @@ def run_traffic(ledger: Ledger, executions: Sequence[ReportedExecutionRow], now_
 
 
 def _traffic_from_snapshot(execution: int, text: str | None) -> Traffic | None:
-    """Read what an execution wrote down while it was at work; None when that is nothing of use."""
+    """Read the traffic from the snapshot that an execution stored while it ran; None when there is none."""
     snapshot = read_snapshot(text)
     if snapshot is None or not any(snapshot.traffic.totals()):
         return None
@@ -144,7 +144,7 @@ def _traffic_from_snapshot(execution: int, text: str | None) -> Traffic | None:
 
 
 def _traffic_from_attempts(ledger: Ledger, row: ReportedExecutionRow, now_ms: int) -> Traffic:
-    """Tell what the attempts know: of polls and 429s they know nothing."""
+    """Derive the traffic from the attempts' times; they hold no polls and no 429s."""
     end_ms = row.ended_ms or ledger.last_answer_ms(row.id) or now_ms
     lasted_s = max(0, end_ms - row.started_ms) / 1000
     width_s = next(
@@ -152,7 +152,7 @@ def _traffic_from_attempts(ledger: Ledger, row: ReportedExecutionRow, now_ms: in
         ceil(lasted_s / MAX_TRAFFIC_BINS),
     )
     submitted, answered = ledger.throughput(row.id, row.started_ms, width_s * 1000)
-    # A clock that jumped shows no more than this.
+    # Limits the number of bins when the clock jumped.
     length = min(max((*submitted, *answered), default=-1) + 1, 2 * MAX_TRAFFIC_BINS)
     return Traffic(
         row.id,
@@ -165,12 +165,12 @@ def _traffic_from_attempts(ledger: Ledger, row: ReportedExecutionRow, now_ms: in
 
 
 def reported_providers(earnings: provider_stats.ProviderTotals) -> list[ReportedProvider]:
-    """Tell what each provider and verifier came to."""
+    """Convert the totals of each provider and verifier."""
     return [ReportedProvider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
 
 
 def reported_waterfall(name: str, earnings: provider_stats.ProviderTotals) -> ReportedWaterfall:
-    """Tell what the waterfall came to."""
+    """Convert the totals of the waterfall."""
     return ReportedWaterfall(
         name=name,
         providers=reported_providers(earnings),
@@ -185,10 +185,10 @@ def reported_waterfall(name: str, earnings: provider_stats.ProviderTotals) -> Re
 def report_actions(
     last_run: ReportedRun | None, counts: Mapping[str, int], what: str, reasons_file: str, job_arguments: JobArguments
 ) -> Iterator[RequiredAction]:
-    """Yield what waits, the last night first.
+    """Yield the actions required, those of the last run first.
 
-    `counts` are rows by status, or requests by state where the input can't be read; `what` says which of both.
-    `told_in` is the file that says why a row is invalid.
+    `counts` are rows by status, or requests by state when the input can't be read; `what` is "row" or "request".
+    `reasons_file` is the file with the reason for each skipped row.
     """
     if last_run is not None:
         yield from _run_actions(last_run, job_arguments, has_in_doubt=bool(counts.get("in_doubt")))
@@ -206,7 +206,7 @@ def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_d
         )
     elif (
         code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt)
-    ):  # that is told with its rows
+    ):  # unconfirmed rows have an action of their own
         ended = f"execution {last_run.execution} ended with exit {code} ({exit_label(code)})"
         others = [RequiredAction("go on", (f"enrich run {job_arguments.run_args}",))]
         yield from (
@@ -214,14 +214,14 @@ def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_d
         )
 
 
-#: The last night is held against so many before it that were answered something.
+#: The last run is compared with up to this many earlier runs that have answers.
 COMPARED_RUNS = 7
 
 
 def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_rows: bool = False) -> Report:
-    """Put together what the report of a job tells at a time; `target` is the job as commands name it.
+    """Build the report of a job as of `now`; `job_arguments` is the job as commands name it.
 
-    What can't be read is not known, and a note says why. Raises Refused when the ledger can't be read.
+    Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
     """
     if not ledger_exists(job.ledger):
         return _make_report(job, now, notes=["this job has never run: nothing is known yet"])
@@ -235,7 +235,7 @@ def _build_from_ledger(
     now_ms = int(now.timestamp() * 1000)
     ledger_held = is_locked(job.ledger)
     executions = ledger.job_executions(job.name)
-    # A run may have begun just before this moment of the ledger, or ended just after it: neither was killed.
+    # Check twice: a run that began just before this snapshot, or ended just after it, was not killed.
     ledger_held = ledger_held or is_locked(job.ledger)
     runs = reported_runs(
         executions, ledger.outcome_counts(job.name), ledger.newest_execution_id(), is_running=ledger_held
@@ -273,7 +273,7 @@ def _build_from_ledger(
     )
 
 
-def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **fields: Any) -> Report:  # noqa: ANN401 - fields of it
+def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **fields: Any) -> Report:  # noqa: ANN401 - fields of Report
     nothing: dict[str, Any] = {
         "waterfall": ReportedWaterfall(job.model.waterfall, (), 0, 0, 0, 0.0, 0.0),
         "nights": (),
@@ -302,7 +302,7 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
 
 @dataclass(frozen=True, slots=True)
 class _UnreadInput:
-    """Why nothing is known of the rows, and whether somebody should look at that."""
+    """Why the rows can't be reported. An unexpected reason becomes a required action, an expected one a note."""
 
     reason: str | None = None
     is_expected: bool = True
@@ -323,7 +323,7 @@ class _UnreadInput:
 def _try_read_input(
     job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool
 ) -> tuple[InputStats | None, _UnreadInput]:
-    """Read the present input, or tell why it can't be read."""
+    """Read the current input, or return None and the reason why it can't be read."""
     if job.input_path == STDIN:
         return None, _UnreadInput("the input came through a pipe; --input names a file instead")
     try:
@@ -349,7 +349,7 @@ def _read_template(ledger: Ledger, job: Job) -> RequestTemplate:
 
 
 class _AnswerTotals:
-    """What all answers of the job add up to, each read once: who earned it, and what the nights were like."""
+    """Totals over all answers of the job, each read once: per provider, and for the comparison of runs."""
 
     def __init__(self, ledger: Ledger, job: Job, runs: Sequence[ReportedRun]) -> None:
         try:
@@ -378,7 +378,7 @@ def _planned_credits(receipt: str | None) -> Mapping[str, float | None] | None:
 
 
 def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased: int, *, others: bool) -> Iterator[str]:
-    """Say what the numbers do not tell by themselves."""
+    """Yield notes that explain missing or partial numbers."""
     if not runs:
         yield "this job has never run with this ledger"
     if others:

@@ -1,4 +1,4 @@
-"""The charts that compare: bars with names before and words behind them. None where there is nothing to draw."""
+"""Bar charts and the waterfall chart. Functions return None when there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from enrich.report import drawing, formatting
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 
-#: More bars than these are nobody's reading; the table has them all.
+#: More bars than this are unreadable; the table lists all rows.
 MAX_BARS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class BarRow:
-    """A row of a bar chart: its parts lie end to end, `text` says what they come to, `track` is what they may reach."""
+    """A row of a bar chart: `parts` are drawn end to end, `text` summarizes them, `track` is their possible maximum."""
 
     name: str
     parts: Sequence[tuple[float, ChartColor]]
@@ -28,7 +28,7 @@ class BarRow:
 
 
 def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
-    """Draw bars with names before and words behind them."""
+    """Draw bars with the name on the left and the text on the right; at most MAX_BARS."""
     shown = [row for row in rows[:MAX_BARS] if row.parts or row.track]
     longest = max((max(row.track, sum(value for value, _ in row.parts)) for row in shown), default=0.0)
     if not longest:
@@ -77,7 +77,7 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 
 
 def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart | None:
-    """Draw how many rows came to what."""
+    """Draw the number of rows by status."""
     whole = sum(count for _, count in counts)
     inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NOBODY, "failed": ChartColor.TROUBLE}
     inks |= {"expired": ChartColor.TROUBLE, "in_doubt": ChartColor.TROUBLE}
@@ -93,12 +93,13 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
 
 
 def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | None:
-    """Draw hit rates, each on a track that is all of what was answered."""
+    """Draw match rates, each on a track that stands for all answered rows."""
     rows = [
         BarRow(
             formatting.clean_text(each.name, "(blank)"),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
-            f"{formatting.format_percent(formatting.share_of(each.found, each.answered))} of {formatting.format_count(each.answered)}",
+            f"{formatting.format_percent(formatting.share_of(each.found, each.answered))}"
+            f" of {formatting.format_count(each.answered)}",
             track=1.0,
         )
         for each in hits
@@ -107,7 +108,7 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | Non
 
 
 def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
-    """Draw how old the answers are, hits first."""
+    """Draw the answers by age, matches first."""
     rows = [
         BarRow(
             formatting.clean_text(each.label),
@@ -121,15 +122,15 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
 
 
 NO_MATCH_LABEL = "Nobody found"
-#: The columns of numbers right of the bars, with their right edges.
+#: Number columns to the right of the bars, with their right edges in pixels.
 NUMBER_COLUMNS = {"asked": 82.0, "found": 164.0, "of asked": 226.0, "credits": 310.0, "per hit": 372.0}
-#: Names have so much room at most, and so much at least.
+#: Smallest and largest width of the names in pixels.
 NAME_WIDTHS = (110.0, 230.0)
 
 
 @dataclass(frozen=True, slots=True)
 class WaterfallStep:
-    """One row of the picture: `found` from `start` on, then what was passed on, the last part of it `presumed`."""
+    """A row of the waterfall chart: `found` leads from `start`, then those passed on, the last `presumed` inferred."""
 
     name: str
     start: int
@@ -140,7 +141,7 @@ class WaterfallStep:
 
 
 def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
-    """Put the finds of each provider behind those of the ones before it."""
+    """Start the bar of each provider where the matches of the previous ones end."""
     result: list[WaterfallStep] = []
     start = 0
     for each in waterfall.providers:
@@ -157,7 +158,7 @@ def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
 def waterfall_chart(
     waterfall: ReportedWaterfall, label: str, sizes: Sequence[ScreenSize] = (NARROW, MEDIUM, FULL)
 ) -> RenderedChart:
-    """Draw the staircase for narrow, middling and wide screens, or for less room."""
+    """Draw the waterfall for narrow, medium and wide screens, or for other sizes."""
     steps = waterfall_steps(waterfall)
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
@@ -167,7 +168,7 @@ def waterfall_chart(
 
 
 def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-    """Draw names left of the bars and columns of numbers right of them."""
+    """Draw names to the left of the bars and number columns to the right."""
     pitch, bar = 36.0, 22.0
     least, most = NAME_WIDTHS
     room = min(most, max(least, *(formatting.text_width(step.name, NAME_PX) + 18 for step in steps)))
@@ -196,7 +197,7 @@ def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[draw
 
 
 def _stacked_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-    """Draw each bar below its words, as there is no room beside it."""
+    """Draw each bar below its text, because there is no room beside it."""
     narrow = size is not MEDIUM
     bar, gap = 16.0, 14.0
     found, facts = [_found_text(step) for step in steps], [_facts_text(step) for step in steps]
@@ -223,7 +224,7 @@ def _text_rows(written: Sequence[str], tops: Sequence[float], px: float, below: 
 def _step_marks(
     steps: Sequence[WaterfallStep], tops: Sequence[float], bar: float, ticks: int, *, joined: bool = False
 ) -> list[alt.Chart]:
-    """Draw the bars at these heights, `joined` where no words are between them."""
+    """Draw the bars at these heights; `joined` connects them when no text is between them."""
     domain = (0.0, float(max(1, *(step.end for step in steps))))
     axis = drawing.make_axis("leads", ticks, orient="bottom", labelFlush=30, grid=joined)
     spans = list(zip(steps, tops, strict=True))

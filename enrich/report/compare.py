@@ -1,4 +1,4 @@
-"""Two executions, or two jobs, side by side: who found more for less, above all of the leads that both asked for."""
+"""Compares two executions or two jobs: matches and cost, above all for the leads that both requested."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
 from enrich.run.provider_stats import ProviderStats, load_waterfalls
 
-#: So probable a difference may be chance, and one less probable than that is none.
+#: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001
-#: Costs per hit are the same that differ by so little, in credits and of the cost.
+#: Costs per match count as equal within this difference: in credits, and as a share of the cost.
 SAME_COST_CREDITS, SAME_COST_SHARE = 0.005, 0.01
-#: Rows that are held as Python objects at once.
+#: Rows held as Python objects at a time.
 CHUNK_ROWS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
 class _SideData:
-    """One side with all that is compared. `leads`: a hash of the params, found, credits in millionths or null."""
+    """One side of a comparison. Columns of `leads`: hash of the params, found, credits in millionths or null."""
 
     side: ComparedSide
     providers: list[ReportedProvider]
@@ -39,9 +39,9 @@ class _SideData:
 
 
 def compare_executions(job: Job, execution: int) -> Comparison:
-    """Hold the newest execution that was answered anything against an earlier one.
+    """Compare the newest execution with answers to another one.
 
-    Raises JobError when that one is none of the job's, Refused when there are no two.
+    Raises JobError when the job has no such execution, CommandRefused when no other execution has answers.
     """
     with closing(_open_ledger(job)) as ledger, ledger.snapshot():
         known = [row.id for row in ledger.job_executions(job.name)]
@@ -56,7 +56,7 @@ def compare_executions(job: Job, execution: int) -> Comparison:
 
 
 def compare_jobs(job: Job, other: Job) -> Comparison:
-    """Hold a job against another one. Raises JobError when both are the same, Refused when one has no ledger."""
+    """Compare two jobs. Raises JobError when both are the same, CommandRefused when one has no ledger."""
     if (job.name, job.ledger) == (other.name, other.ledger):
         raise JobError(f"--compare {other.document.path}: that is this very job", "name another one, or an execution")
     labels = [each.document.path.name for each in (job, other)]
@@ -103,7 +103,7 @@ class _Totals:
 
 
 def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
-    """Keep some bytes of each lead; of several answers the last."""
+    """Keep an 8-byte hash of each lead's params; of several answers, keep the last."""
     schema = {"lead": pl.UInt64(), "found": pl.Boolean(), "credits": pl.Float64()}
     parts = [pl.DataFrame(schema=schema)]
     while chunk := list(islice(answered, CHUNK_ROWS)):
@@ -145,7 +145,7 @@ def _compare(left: _SideData, right: _SideData) -> Comparison:
 
 
 def write_verdict(comparison: Comparison, unknown: int = 0) -> str:
-    """Say who found more for less; `unknown` answers of leads that both asked for have no known price."""
+    """Return the verdict in one sentence; `unknown` answers to common leads have no known price."""
     if not comparison.common:
         return "no lead was answered on both sides: compare the rates with care, the leads differ"
     more, leads = comparison.only_right - comparison.only_left, pluralize(comparison.common, "lead")
@@ -179,14 +179,15 @@ def _cost_text(comparison: Comparison, unknown: int) -> str:
     return f" at {format_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per hit"
 
 
-#: Beyond so many the normal distribution is near enough.
+#: Above this many pairs, the normal distribution is close enough.
 _MAX_EXACT = 1_000
 
 
 def mcnemar_p_value(one: int, other: int) -> float:
-    """How likely so uneven a split of the leads that only one side found is, were both sides as good.
+    """Return the probability of a split at least as uneven as this, if both sides were equally good.
 
-    McNemar's test, exact: two-sided binomial with p = 1/2 on the discordant pairs.
+    `one` and `other` count the leads that only one side found. McNemar's test, exact: two-sided binomial with p = 1/2
+    on the discordant pairs.
     """
     both, fewer = one + other, min(one, other)
     if one == other:

@@ -1,6 +1,6 @@
-"""What the report tells, as plain facts. Credits are in credits, times in UTC; None: not known.
+"""The data of the report, as dataclasses. Amounts are in credits, times in UTC; None: not known.
 
-No lead is in them, unless its rows were asked for (`--with-rows`).
+The data holds no leads, except with `--with-rows`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from enrich.exit_codes import RequiredAction
 
 @dataclass(frozen=True, slots=True)
 class ReportedRun:
-    """One execution of the job. `found` … `failed` count the requests that it settled; `rows` is what its input had.
+    """One execution of the job. `found` … `expired` count the requests that it settled; `rows` are its input's rows.
 
-    `ended_at` and `exit_code` are None while it is at work, and for good when it was killed.
+    `ended_at` and `exit_code` are None while it runs, and stay None when it was killed.
     """
 
     execution: int
@@ -34,7 +34,7 @@ class ReportedRun:
     credits_unknown: int
     balance_before: float | None
     balance_after: float | None
-    #: What of the balance's difference neither the ledger nor the API explains.
+    #: The part of the balance's change that neither the ledger nor the API explains.
     unexplained: float | None
     polls: int | None
     rate_limited: int | None
@@ -42,25 +42,26 @@ class ReportedRun:
 
     @property
     def answered(self) -> int:
-        """How many requests came to a hit or a clean miss."""
+        """Number of requests with a match or with no match."""
         return self.found + self.not_found
 
     @property
     def hit_rate(self) -> float | None:
-        """The share of hits in what was answered."""
+        """Matches as a share of the answered requests; None without any."""
         return self.found / self.answered if self.answered else None
 
     @property
     def cost_per_hit(self) -> float | None:
-        """What a hit cost."""
+        """Credits per match; None without a match."""
         return self.credits_spent / self.found if self.found else None
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedProvider:
-    """A provider, or a verifier, over all answers of the job.
+    """A provider or verifier, over all answers of the job.
 
-    `asked` is told by the answers, `presumed` is added where a miss does not say whom it asked (enrich.run.provider_stats).
+    `asked` comes from the answers' steps. `presumed` is inferred for answers with no match and no steps
+    (enrich.run.provider_stats).
     """
 
     name: str
@@ -76,9 +77,9 @@ class ReportedProvider:
 
 @dataclass(frozen=True, slots=True)
 class ReportedWaterfall:
-    """Who was asked in turn: of `answers`, `found` found something, and of `untold` nobody knows whom they asked.
+    """The providers in the order they are asked. Of `answers`, `found` have a match and `untold` report no provider.
 
-    `spent` is the whole price of these answers, of which `elsewhere` is in nobody's steps.
+    `spent` is the total price of these answers; `elsewhere` is the part that no step accounts for.
     """
 
     name: str
@@ -92,7 +93,7 @@ class ReportedWaterfall:
 
 @dataclass(frozen=True, slots=True)
 class HitCounts:
-    """How many of the answered rows (found or not found) have a value, for a column or a group of rows."""
+    """For a column or a group of rows: how many of the answered rows (found or not found) have a value."""
 
     name: str
     rows: int
@@ -102,7 +103,7 @@ class HitCounts:
 
 @dataclass(frozen=True, slots=True)
 class GroupedHits:
-    """The rows by a column of the input; `rest` says how many further values the last group stands for."""
+    """Rows grouped by an input column. `rest` is the number of further values combined in the last group."""
 
     column: str
     groups: Sequence[HitCounts]
@@ -111,7 +112,7 @@ class GroupedHits:
 
 @dataclass(frozen=True, slots=True)
 class HistogramBar:
-    """A bar of a histogram: so many from `start` up to `end`."""
+    """A bar of a histogram: `count` values from `start` up to `end`."""
 
     start: float
     end: float
@@ -122,7 +123,7 @@ class HistogramBar:
 class LatencyHistogram:
     """How long tasks took from the POST to the answer, in seconds.
 
-    The bars are equally wide; one more, wider, may hold the slowest.
+    The bars have equal widths; one last, wider bar may hold the slowest tasks.
     """
 
     bars: Sequence[HistogramBar]
@@ -134,7 +135,7 @@ class LatencyHistogram:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one execution sent and heard: counts for each `width_s` seconds from its start."""
+    """Requests and responses of one execution: counts for each `width_s` seconds from its start."""
 
     execution: int
     width_s: float
@@ -146,7 +147,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class AnswerAge:
-    """Answers that are in use, by their age."""
+    """Answers in use, by age."""
 
     label: str
     found: int
@@ -155,7 +156,7 @@ class AnswerAge:
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
-    """Something that was not so before; `text` is a sentence without any lead in it."""
+    """A difference from earlier runs; `text` is a sentence without any lead data."""
 
     kind: str
     text: str
@@ -176,9 +177,9 @@ class ComparedSide:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two sides. `common` leads were answered on both: their hits and credits are compared like with like.
+    """Two sides. `common` leads were answered on both; the comparison of matches and credits uses only these.
 
-    `verdict` says in a sentence who found more for less, or that this can't be told.
+    `verdict` is one sentence: which side found more and at what cost, or why that is unknown.
     """
 
     left: ComparedSide
@@ -197,7 +198,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """The rows of the output with their cells: only when they were asked for."""
+    """Rows of the output with their cells (`--with-rows`). `left_out` counts the rows above the limit."""
 
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]
@@ -206,9 +207,9 @@ class OutputRows:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that the page tells. `statuses` counts rows of the present input, `requests` those of the ledger by state.
+    """The data of the page. `statuses` counts rows of the current input, `requests` those of the ledger by state.
 
-    `nights` are oldest first; the last one is what the page begins with. `credits_spent` is of all nights of the job.
+    `nights` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
     """
 
     job: str

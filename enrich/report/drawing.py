@@ -1,7 +1,7 @@
-"""How a picture comes to the page: an Altair chart becomes inline SVG whose colours are the page's.
+"""Renders Altair charts as inline SVG with the page's colors.
 
-A chart is drawn once for each size of screen, so that its text is never scaled to where nobody can read it; the style
-shows one of them. All lengths are given, so that nothing depends on the fonts of the machine that draws.
+A chart is drawn once for each screen size, because scaled text would become unreadable; the CSS shows one of them. All
+lengths are set explicitly, so the result does not depend on the fonts of the machine that draws.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from enrich.report import formatting
 
 NAME_PX = 13
 TEXT_PX = 12
-#: The room for the numbers of an axis on the left.
+#: Pixels for the numbers of an axis on the left.
 LEFT_MARGIN = 46.0
 
 
 class ChartColor(StrEnum):
-    """Colours that stand for the page's own: `--ink-…` in its style, in light, dark and print."""
+    """Placeholder colors, replaced by the page's CSS variables `--ink-…` (light, dark and print)."""
 
     TEXT = "#fe0001"
     MUTED = "#fe0002"
@@ -40,14 +40,14 @@ class ChartColor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScreenSize:
-    """A width in pixels and the screens it is for, as a class of the style."""
+    """A chart's width in pixels, and the CSS class of the screens it is for."""
 
     name: str
     width: int
 
 
 NARROW = ScreenSize("narrow", 350)
-#: Half the page, for all charts but the waterfall.
+#: Half of the page: all charts but the waterfall.
 HALF = ScreenSize("wide", 470)
 MEDIUM = ScreenSize("medium", 688)
 FULL = ScreenSize("wide", 980)
@@ -55,7 +55,7 @@ FULL = ScreenSize("wide", 980)
 
 @dataclass(frozen=True, slots=True)
 class RenderedChart:
-    """A chart in all its sizes; `height` is that on a narrow screen."""
+    """A chart in all its sizes; `height` in pixels is that of the first size, the narrow one."""
 
     svg: Markup
     height: float
@@ -76,7 +76,7 @@ _SVG = re.compile(r'<svg width="(\d+)" height="(\d+)" viewBox="[^"]*">')
 
 @dataclass(frozen=True, slots=True)
 class ChartFrame:
-    """Where the marks of a chart are inside of it: pixels around them, and the height of the whole."""
+    """Margins around the marks of a chart, and its total height, in pixels."""
 
     size: ScreenSize
     height: float
@@ -87,15 +87,15 @@ class ChartFrame:
 
     @property
     def inner_width(self) -> float:
-        """How wide the marks may become."""
+        """Width for the marks, without margins."""
         return self.size.width - self.left - self.right
 
 
 def render_chart(
     sizes: Sequence[ScreenSize], draw_at_size: Callable[[ScreenSize], tuple[AltairChart, ChartFrame]], label: str
 ) -> RenderedChart:
-    """Draw a chart in each of the sizes; `label` is what is said of it to those who can't see it."""
-    with debug_mode(arg=False):  # what is drawn here is no user's chart: to validate it takes longer than to draw it
+    """Draw a chart in each size; `label` is its text for screen readers."""
+    with debug_mode(arg=False):  # these charts are no user input, and validating takes longer than drawing
         drawn = [draw_at_size(size) for size in sizes]
         return RenderedChart(Markup("\n").join(_to_svg(*each, label) for each in drawn), drawn[0][1].height)
 
@@ -114,11 +114,11 @@ def _to_svg(chart: AltairChart, frame: ChartFrame, label: str) -> Markup:
     start_tag = (
         Markup('<svg class="chart {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">')
     ).format(frame.size.name, label, frame.size.width, round(frame.height), frame.size.width, round(frame.height))
-    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - written by Vega, which escapes
+    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - Vega escapes text
 
 
 def _clean_tag(tag: str) -> str:
-    """Take away what only an editor of SVG needs, and name the colours."""
+    """Remove attributes that only SVG editors need, shorten numbers, and insert the CSS colors."""
     tag = _INK.sub(lambda ink: f'"var(--ink-{ChartColor(ink[1]).name.lower()})"', _NOISE.sub("", tag))
     return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
 
@@ -128,9 +128,9 @@ def rect_marks(
     domain: tuple[float, float],
     axis: alt.Axis | None,
     ink: ChartColor,
-    **style: Any,  # noqa: ANN401 - what Altair takes
+    **style: Any,  # noqa: ANN401 - Altair's arguments
 ) -> alt.Chart:
-    """Bars that lie: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
+    """Draw horizontal bars: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
         x=x_scale(domain, axis),
         x2=alt.X2("x2:Q"),
@@ -139,8 +139,8 @@ def rect_marks(
     )
 
 
-def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.Chart:  # noqa: ANN401 - what Altair takes
-    """Texts at `px`, `py` in pixels from the marks' left upper corner."""
+def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.Chart:  # noqa: ANN401 - Altair's arguments
+    """Draw texts at `px`, `py` in pixels from the upper left corner of the marks."""
     style = {"align": "left", "baseline": "middle", "fontSize": TEXT_PX, **style}
     encoded = _make_marks(rows, alt.Chart.mark_text, ink, style)
     return encoded.encode(x=_pixel_channel("px", alt.X), y=_pixel_channel("py", alt.Y), text=alt.Text("text:N"))
@@ -151,9 +151,9 @@ def rule_marks(
     domain: tuple[float, float],
     axis: alt.Axis | None,
     ink: ChartColor,
-    **style: Any,  # noqa: ANN401 - what Altair takes
+    **style: Any,  # noqa: ANN401 - Altair's arguments
 ) -> alt.Chart:
-    """Rules that stand: at `x` in the domain, from `y` to `y2` in pixels."""
+    """Draw vertical lines: at `x` in the domain, from `y` to `y2` in pixels."""
     return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
         x=x_scale(domain, axis),
         y=_pixel_channel("y", alt.Y),
@@ -162,12 +162,12 @@ def rule_marks(
 
 
 def x_scale(domain: tuple[float, float], axis: alt.Axis | None) -> alt.X:
-    """Lay `x` out over just this domain."""
+    """Scale `x` to exactly this domain."""
     return alt.X("x:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=axis)
 
 
-def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
-    """Make a quiet axis; `more` as Altair has it."""
+def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 - Altair's arguments
+    """Make an axis without a line and without ticks; `more` are Altair's arguments."""
     return alt.Axis(
         **{
             "title": title,
@@ -190,8 +190,8 @@ def make_axis(title: str, ticks: int, **more: Any) -> alt.Axis:  # noqa: ANN401 
     )
 
 
-def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - what Altair takes
-    """Make a quiet axis on the left for values up to `most`, its title lying above it."""
+def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.Axis:  # noqa: ANN401 - Altair's arguments
+    """Make an axis on the left for values up to `largest`, its title horizontal and above it."""
     large = {"format": "~s"} if largest >= formatting.LARGE_CREDITS else {}
     placed = {"titleAngle": 0, "titleAlign": "left", "titleBaseline": "bottom", "titleX": -LEFT_MARGIN, "titleY": -13}
     return make_axis(title, ticks, orient="left", **{**placed, **large, **more})

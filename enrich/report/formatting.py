@@ -1,4 +1,4 @@
-"""How the page writes numbers, times and names. What is not known is written as a dash, never as 0."""
+"""Formats numbers, times and names for the page. An unknown value is a dash, never 0."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ DASH = "\N{EN DASH}"
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
-#: The last two code points of each plane of Unicode end so; they are no characters.
+#: The last two code points of each Unicode plane end in FFFE and FFFF; they are noncharacters.
 LAST_OF_PLANE = 0xFFFE
-#: From here on, a picture leaves the hundredths of credits away.
+#: From this amount on, charts show whole credits.
 LARGE_CREDITS = 10_000
 
 
 def format_count(number: float | None) -> str:
-    """Write a whole number."""
+    """Format a whole number."""
     return DASH if number is None else f"{number:,.0f}"
 
 
 def format_amount(amount: float | None) -> str:
-    """Write an amount of credits, without the unit."""
+    """Format an amount of credits, without the unit."""
     return DASH if amount is None else format_credits(amount)
 
 
 def format_amount_short(amount: float | None) -> str:
-    """Write an amount of credits where there is little room."""
+    """Format an amount of credits for narrow places: whole credits from LARGE_CREDITS on."""
     return format_amount(amount) if amount is None or abs(amount) < LARGE_CREDITS else format_count(amount)
 
 
 def format_percent(share: float | None) -> str:
-    """Write a share of 1."""
+    """Format a share (0 to 1) as a percentage."""
     return DASH if share is None else f"{share:.1%}"
 
 
 def format_seconds(time_s: float | None) -> str:
-    """Write a length of time; no line breaks within it."""
+    """Format a duration, with no-break spaces."""
     if time_s is None:
         return DASH
     if time_s < MINUTE_S:
@@ -55,41 +55,41 @@ def format_seconds(time_s: float | None) -> str:
 
 
 def share_of(part: float, whole: float) -> float | None:
-    """Return the part as a share of the whole; None where there is no whole."""
+    """Return the part as a share of the whole; None when the whole is 0."""
     return part / whole if whole else None
 
 
 def format_time(iso: str | None) -> str:
-    """Write a time to the minute; what is no time stays as it is."""
+    """Format an ISO time to the minute; other text stays as it is."""
     at = _parse_time(iso or "")
     return f"{at.day} {at:%b %Y, %H:%M}" if at else clean_text(iso or "", DASH)
 
 
 def format_day(iso: str) -> str:
-    """Write the day of a time."""
+    """Format the day of an ISO time, without the year."""
     at = _parse_time(iso)
     return f"{at.day} {at:%b}" if at else clean_text(iso, DASH)
 
 
 def format_date(iso: str) -> str:
-    """Write the day of a time, with its year."""
+    """Format the day of an ISO time, with the year."""
     at = _parse_time(iso)
     return f"{at.day}{NO_BREAK_SPACE}{at:%b}{NO_BREAK_SPACE}{at:%Y}" if at else clean_text(iso, DASH)
 
 
 def clean_text(text: str, otherwise: str = "(no name)") -> str:
-    """Return a name from outside without what XML forbids: the library that draws would end the process."""
+    """Remove the characters that XML forbids: they would make the drawing library abort the process."""
     printable = "".join(" " if _is_forbidden(each) else each for each in text)
     return " ".join(printable.split()) or otherwise
 
 
 def text_width(text: str, size: float) -> float:
-    """Estimate how wide a text becomes, in pixels, in any of the usual fonts: rather too wide than too narrow."""
+    """Estimate the width of a text in pixels for common fonts; it is more often too large than too small."""
     return sum(_em_width(each) for each in text) * size
 
 
 def fit_text(text: str, room: float, size: float) -> str:
-    """Shorten a name so that it fits."""
+    """Shorten a text with an ellipsis until it fits into `room` pixels."""
     if text_width(text, size) <= room:
         return text
     while text and text_width(f"{text}…", size) > room:
@@ -115,7 +115,7 @@ def _parse_time(iso: str) -> datetime | None:
 
 
 def _is_forbidden(character: str) -> bool:
-    """Tell controls, halves of characters, what will never be a character, and what turns the words after it around."""
+    """Return True for control characters, surrogates, noncharacters and marks that change the text direction."""
     if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & LAST_OF_PLANE == LAST_OF_PLANE:
         return True
     return unicodedata.bidirectional(character) in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}

@@ -1,4 +1,4 @@
-"""The rows of the present input, joined with the answers, as the output would have them."""
+"""Statistics of the current input, joined with the answers as in the output."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows
 from enrich.run.collector import Collector, JoinedBatch
 
-#: Ages of answers: at most so many days, and what is said then.
+#: Ages of answers: upper limit in days, and the label.
 AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
 OLDER_LABEL = "older"
 DAY_MS = 86_400_000
-#: So many values of a column are told by name, and only those that so many rows share: a single one may be a person.
+#: Limit of the values of a column that are named, and the rows that must share one: a unique value may be a person.
 MAX_NAMED_GROUPS, MIN_GROUP_ROWS = 15, 2
 BLANK_LABEL, REST_LABEL = "(blank)", "all others"
-#: A column of more different values than these makes no groups.
+#: A column with more different values than this is not grouped.
 MAX_GROUP_VALUES = 100_000
-#: So many rows are told at most, when they are asked for.
+#: Limit of the rows listed with `--with-rows`.
 MAX_LEAD_ROWS = 1_000
 ANSWERED_STATUSES = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
 
 
 @dataclass(slots=True)
 class InputStats:
-    """What the present input comes to.
+    """Totals of the current input.
 
-    Of `purged` rows nobody knows any more what the answer was; `ungrouped` columns have too many values for groups.
+    `purged` counts rows whose answer was purged. `ungrouped` lists the columns with too many values for groups.
     """
 
     rows: int = 0
@@ -87,7 +87,7 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
 
 
 def _answers_in_use(joined: JoinedBatch) -> Iterator[tuple[int, str]]:
-    """Yield when each answer that the rows show came (ms), once, and whether it found something."""
+    """Yield each answer in use once: when it was settled (ms), and its status (found or not_found)."""
     first = joined.batch.first_position
     for offset, (result, status) in enumerate(zip(joined.results, joined.cells["enrich_status"], strict=True)):
         if result is None or not result.first or result.position != first + offset:
@@ -97,14 +97,14 @@ def _answers_in_use(joined: JoinedBatch) -> Iterator[tuple[int, str]]:
 
 
 def _age_label(age_ms: int) -> str:
-    # 7.9 days are "1-7 days": a day counts when it is over.
+    # Only full days count: 7.9 days are "1-7 days".
     days = age_ms // DAY_MS
     return "today" if days < 1 else next((label for max_days, label in AGE_LABELS[1:] if days <= max_days), OLDER_LABEL)
 
 
 @dataclass(slots=True)
 class _GroupCounter:
-    """Rows by the values of a column, as long as these are not too many."""
+    """Counts rows by the values of a column; stops when there are more than MAX_GROUP_VALUES."""
 
     column: str
     _parts: list[pl.DataFrame] | None = field(default_factory=list)
@@ -131,7 +131,7 @@ class _GroupCounter:
         return whole if whole.height <= MAX_GROUP_VALUES else None
 
     def result(self) -> GroupedHits | None:
-        """Tell the largest groups by their names, and the others as one; None when there are too many values."""
+        """Return the largest groups by name and the others as one; None when there are too many values."""
         whole = self._merge_parts()
         if whole is None:
             return GroupedHits(self.column, ()) if self._parts == [] else None

@@ -1,4 +1,4 @@
-"""The file of a report: where it lies, and that it replaces nothing but an earlier report."""
+"""Writes the report's file: chooses its path, and replaces only an earlier report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
 
-#: The last line of every report that we write: what lacks it is somebody else's file.
+#: The last line of every report; a file without it was not written by enrich.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
-#: What a page is called.
+#: File name suffixes of a page.
 PAGE_SUFFIXES = (".html", ".htm")
 INSTALL_HINT = "pip install 'databar-enrich[report]'"
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 
 
 def is_extra_missing() -> bool:
-    """Tell whether the libraries are missing that draw a report."""
+    """Return True when a library for drawing a report is not installed."""
     return any(find_spec(name) is None for name in _LIBRARIES)
 
 
 def default_report_path(job: Job, now: datetime) -> Path:
-    """Say where the report of a job is written: where it says, else beside its output, else beside the job file."""
+    """Return the report's path: the job's own, else beside its output, else beside the job file."""
     named = job.report_path(now)
     if named is not None:
         return named
@@ -36,9 +36,9 @@ def default_report_path(job: Job, now: datetime) -> Path:
 
 
 def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
-    """Write a report (0600), whole or not at all.
+    """Write a report atomically (mode 0600).
 
-    Raises JobError when it would replace anything but a report, Refused when it can't be written.
+    Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
     """
     named = job.file_locations(now) | {"input": job.input_path}
     paths = ((key, place.resolve()) for key, place in named.items() if isinstance(place, Path))
@@ -52,10 +52,10 @@ def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(page.encode(errors="replace") + REPORT_MARKER)
-            os.replace(part, path)  # noqa: PTH105 - the part is a name
+            os.replace(part, path)  # noqa: PTH105 - `part` is a str
         except BaseException:
             with suppress(OSError):
-                os.unlink(part)  # noqa: PTH108 - likewise
+                os.unlink(part)  # noqa: PTH108 - `part` is a str
             raise
     except OSError as error:
         raise CommandRefused(
@@ -64,9 +64,9 @@ def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Tell whether a file is a report that we wrote, or an empty page.
+    """Return True for a report written by enrich, and for an empty HTML file.
 
-    What else is empty may be a lock that somebody holds, or the journal of a ledger.
+    Another empty file may be a lock in use, or the journal of a ledger.
     """
     if not path.is_file():
         return False

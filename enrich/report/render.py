@@ -1,4 +1,4 @@
-"""Writes the report as one HTML file that needs no network and no script. Equal facts make equal bytes."""
+"""Renders the report as one HTML file that needs no network and no script. Equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from enrich.report import formatting, sections, tables
 from enrich.report.data import Report, ReportedRun
 from enrich.report.tables import Cell
 
-#: So many nights stand open; older ones are folded away.
+#: The newest runs are shown; older ones are collapsed.
 RUNS_SHOWN = 14
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A key number with a note, and its change against the night before; `good` where that can be judged."""
+    """A key number with a note and its change since the run before; `good` is None where a change is neutral."""
 
     label: str
     cell: Cell
@@ -30,7 +30,7 @@ class Tile:
 
 
 def render_report(report: Report) -> str:
-    """Write the page."""
+    """Return the page as HTML."""
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -42,7 +42,7 @@ def render_report(report: Report) -> str:
     comparison = report.comparison
     return template.render(
         report=report,
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - a file of this package
         night=report.nights[-1] if report.nights else None,
         tiles=list(make_tiles(report)),
         waterfall=sections.waterfall_figure(report.waterfall),
@@ -61,7 +61,7 @@ def render_report(report: Report) -> str:
 
 
 def make_tiles(report: Report) -> Iterator[Tile]:
-    """Yield the key numbers of the last night."""
+    """Yield the key numbers of the last run."""
     if not report.nights:
         return
     run, about = report.nights[-1], f"night {report.nights[-1].execution}"
@@ -104,7 +104,7 @@ def make_tiles(report: Report) -> Iterator[Tile]:
 def _format_change(
     change: float | None, write: Callable[[float], str], *, better: int = 0
 ) -> tuple[str | None, bool | None]:
-    """Write a change, and judge it where `better` says which way is good."""
+    """Format a change. `better`: 1 if more is good, -1 if less is good, 0 for no judgment."""
     if change is None:
         return None, None
     size = write(abs(change))

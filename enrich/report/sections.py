@@ -1,4 +1,4 @@
-"""What the page is made of: each chart with the sentence that says what it shows, and its table."""
+"""The sections of the page: each chart with a sentence that states its result, and its table."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from enrich.report.data import (
 from enrich.report.drawing import HALF, NARROW, RenderedChart
 from enrich.report.tables import Table
 
-#: So many nights make a trend.
+#: A trend needs at least this many runs.
 MIN_TREND_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A chart: its title, what it shows in a sentence, its pictures for each size of screen, its table."""
+    """One or more charts with a title, their result in a sentence (`finding`), and a table."""
 
     title: str
     finding: str
@@ -37,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with its figures; `empty` is said where there are none."""
+    """A heading with its figures; `empty` is the text when there are none."""
 
     key: str
     title: str
@@ -46,7 +46,7 @@ class Section:
 
     @property
     def stacks(self) -> list[list[Figure]]:
-        """Put the figures into two columns of about the same height."""
+        """Distribute the figures over two columns of about the same height."""
         stacks: list[list[Figure]] = [[], []]
         for figure in self.figures:
             min(stacks, key=_stack_height).append(figure)
@@ -59,7 +59,7 @@ def _stack_height(stack: Sequence[Figure]) -> float:
 
 
 def make_sections(report: Report) -> Iterator[Section]:
-    """Yield what comes after the waterfall, in the order of the page."""
+    """Yield the sections after the waterfall, in the order of the page."""
     yield Section("rows", "What the rows came to", list(_row_figures(report)), "No row was looked at yet.")
     yield Section(
         "money",
@@ -109,13 +109,17 @@ def _waterfall_text(facts: ReportedWaterfall) -> str:
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
-        text += f" A hit costs most at {formatting.clean_text(most_expensive.name)}: {formatting.format_amount(most_expensive.cost_per_hit)} credits."
+        text += (
+            f" A hit costs most at {formatting.clean_text(most_expensive.name)}:"
+            f" {formatting.format_amount(most_expensive.cost_per_hit)} credits."
+        )
     return text
 
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'find')}: {formatting.format_amount(each.credits)} credits."
+        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'find')}:"
+        f" {formatting.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -164,7 +168,10 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return f"{formatting.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
     if high == low:
         return f"{equal}: {high}."
-    return f"From {low} ({formatting.clean_text(least.name, '(blank)')}) to {high} ({formatting.clean_text(best.name, '(blank)')})."
+    return (
+        f"From {low} ({formatting.clean_text(least.name, '(blank)')})"
+        f" to {high} ({formatting.clean_text(best.name, '(blank)')})."
+    )
 
 
 def _groups_text(groups: GroupedHits) -> str:

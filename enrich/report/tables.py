@@ -1,4 +1,4 @@
-"""The tables of the report: what the charts show, to the last number, and marked so that a program can read it."""
+"""The tables of the report: all numbers of the charts, marked up so that a program can read them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from enrich.report.data import (
     Traffic,
 )
 
-#: So many nights have a row in the tables below their charts; all are in the list of nights.
+#: Limit of runs in the tables below the charts; the list of runs has all of them.
 RECENT_RUNS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number of the facts: how it is written, its name in `--json`, and its value there."""
+    """A number of the report: its text, and its name and value in `--json`."""
 
     text: str
     name: str
@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of a table: what it is about as a program calls it, its head, and the cells after it."""
+    """A row of a table: `about` is its subject for programs, `head` its first cell."""
 
     about: str
     head: str
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table, of whose cells texts are set to the left and numbers to the right."""
+    """A table. Text cells are aligned left, numbers right."""
 
     caption: str
     heads: Sequence[str]
@@ -53,29 +53,29 @@ class Table:
 
     @property
     def sides(self) -> list[str]:
-        """Tell for each column whether it holds `words` or numbers (an empty text)."""
+        """For each column, `words` (text) or an empty string (numbers)."""
         cells = self.lines[0].cells if self.lines else ()
         return ["words", *("words" if isinstance(cell, str) else "" for cell in cells)]
 
 
 def count_cell(name: str, number: int | None) -> Cell:
-    """Make a cell of a count."""
+    """Make a cell with a count."""
     return Cell(formatting.format_count(number), name, number)
 
 
 def credits_cell(name: str, amount: float | None) -> Cell:
-    """Make a cell of an amount."""
+    """Make a cell with an amount of credits."""
     return Cell(formatting.format_amount(amount), name, amount)
 
 
 def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
-    """Make a cell of a share."""
+    """Make a cell with `part` as a share of `of`."""
     found = formatting.share_of(part, of)
     return Cell(formatting.format_percent(found), name, found)
 
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
-    """Tell what each provider and verifier was asked, found and cost."""
+    """List requests, matches and cost of each provider and verifier."""
     heads = ("Provider", "Asked", "of it presumed", "Found", "of asked", "Rejected", "Passed on", "Credits", "Per hit")
     lines = []
     for each in providers:
@@ -100,12 +100,12 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
 
 
 def waterfall_table(facts: ReportedWaterfall) -> Table:
-    """Tell the providers in the order in which they are asked, verifiers last."""
+    """List the providers in the order they are asked, verifiers last."""
     return provider_table(facts.providers, "Providers in the order they are asked; verifiers last")
 
 
 def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> Table:
-    """Tell counts by status."""
+    """List counts by status."""
     pairs = list(counts)
     total = sum(count for _, count in pairs)
     lines = [
@@ -116,7 +116,7 @@ def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> 
 
 
 def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: str) -> Table:
-    """Tell hit rates."""
+    """List match rates."""
     lines = [
         Line(
             f"{about} {each.name}",
@@ -134,13 +134,13 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
 
 
 def group_table(facts: GroupedHits) -> Table:
-    """Tell hit rates by the values of an input column."""
+    """List match rates by the values of an input column."""
     column = formatting.clean_text(facts.column)
     return hit_rate_table(facts.groups, f"Hit rate by {column}", column, f"group {facts.column}")
 
 
 def spending_table(runs: Sequence[ReportedRun]) -> Table:
-    """Tell what each night cost, newest first."""
+    """List the cost of each run, newest first."""
     total, lines = 0.0, []
     for run in runs:
         total += run.credits_spent
@@ -150,7 +150,7 @@ def spending_table(runs: Sequence[ReportedRun]) -> Table:
 
 
 def cost_per_hit_table(runs: Sequence[ReportedRun]) -> Table:
-    """Tell what a hit cost in each night, newest first."""
+    """List the cost per match of each run, newest first."""
     lines = [
         Line(
             f"cost_per_hit {run.execution}",
@@ -163,7 +163,7 @@ def cost_per_hit_table(runs: Sequence[ReportedRun]) -> Table:
 
 
 def run_hit_rate_table(runs: Sequence[ReportedRun]) -> Table:
-    """Tell the hit rate of each night, newest first."""
+    """List the match rate of each run, newest first."""
     lines = [
         Line(
             f"hit_rate {run.execution}",
@@ -176,7 +176,7 @@ def run_hit_rate_table(runs: Sequence[ReportedRun]) -> Table:
 
 
 def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
-    """Tell all that is kept of each night, newest first."""
+    """List all numbers of each run, newest first."""
     heads: tuple[str, ...] = ("Night", "Outcome", "Sent", "Found", "Not found", "Failed", "Expired", "Hit rate")
     heads += ("Credits", "Per hit", "Balance", "Polls", "429s", "Time")
     lines = [
@@ -205,7 +205,7 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
 
 
 def latency_table(times: LatencyHistogram) -> Table:
-    """Tell the bars of the histogram."""
+    """List the bars of the histogram."""
     lines = [
         Line(
             "latencies",
@@ -218,7 +218,7 @@ def latency_table(times: LatencyHistogram) -> Table:
 
 
 def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
-    """Tell what was sent and heard, in at most so many steps of equal length."""
+    """List requests and responses in at most `max_steps` steps of equal length."""
     series = {
         "submitted": facts.submitted,
         "answered": facts.answered,
@@ -240,7 +240,7 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
 
 
 def age_table(answers: Sequence[AnswerAge]) -> Table:
-    """Tell how old the answers in use are."""
+    """List the answers in use by age."""
     lines = [
         Line(
             "age",
@@ -253,7 +253,7 @@ def age_table(answers: Sequence[AnswerAge]) -> Table:
 
 
 def sides_table(comparison: Comparison) -> Table:
-    """Tell both sides of a comparison."""
+    """List the totals of both sides of a comparison."""
 
     def line(about: str, side: ComparedSide) -> Line:
         names = " → ".join(map(formatting.clean_text, side.providers)) or formatting.DASH
@@ -276,7 +276,7 @@ def sides_table(comparison: Comparison) -> Table:
 
 
 def common_leads_table(comparison: Comparison) -> Table:
-    """Tell what both sides came to on the leads that both have answered."""
+    """List the results of both sides for the leads that both have answered."""
 
     def line(about: str, side: ComparedSide, found: int, only: int, spent: float) -> Line:
         cells = (count_cell("common_found", found), rate_cell(found, comparison.common), count_cell("only", only))
@@ -304,7 +304,7 @@ def common_leads_table(comparison: Comparison) -> Table:
 
 
 def leads_table(rows: OutputRows) -> Table:
-    """Give the rows of the output, as they were asked for."""
+    """List the rows of the output (`--with-rows`)."""
     lines = [
         Line(
             "lead",

@@ -1,4 +1,4 @@
-"""The charts over time: nights, the wait for an answer, the minutes of a run. None where there is nothing to draw."""
+"""Charts over time: by run, by latency, over one run. Functions return None when there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from enrich.report import drawing, formatting
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
 from enrich.report.drawing import HALF, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 
-#: Fewer nights than these leave room for those to come.
+#: The axis of runs has at least this many places; free ones are left for future runs.
 MIN_SLOTS = 7
-#: More points than these on a line are a smear.
+#: Above this many, a line marks only its last point, and columns are drawn as one shape.
 MAX_POINTS = 40
-#: A bar that is so many times as wide as the others holds all that took longer.
+#: A bar wider than the first by this factor holds all slower tasks.
 WIDER_FACTOR = 1.01
-#: More steps than these are added up in pairs and more.
+#: With more steps than this, neighboring steps are added up.
 MAX_STEPS = 90
 PANEL_HEIGHT = 216.0
 
 
 def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
-    """Draw the credits of each night."""
+    """Draw the credits of each run."""
     rows = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": run.credits_spent} for index, run in enumerate(runs)]
     return _column_chart(rows, runs, "credits per night", label) if any(row["v2"] for row in rows) else None
 
 
 def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
-    """Draw the credits of all nights up to each."""
+    """Draw the cumulative credits up to each run."""
     total, rows = 0.0, []
     for index, run in enumerate(runs):
         total += run.credits_spent
@@ -39,17 +39,17 @@ def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> Rendere
 
 
 def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
-    """Draw what a hit cost in each night; nights without hits have none."""
+    """Draw the cost per match of each run; runs without matches are left out."""
     return _line_chart([run.cost_per_hit for run in runs], runs, "credits per hit", label)
 
 
 def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
-    """Draw the hit rate of each night; nights without answers have none."""
+    """Draw the match rate of each run; runs without answers are left out."""
     return _line_chart([run.hit_rate for run in runs], runs, "hit rate", label, format=".0%")
 
 
 def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
-    """Draw how long answers took; the median and the ninth decile are marked."""
+    """Draw the histogram of latencies; the median and the 90th percentile are marked."""
     if not times.count or not times.bars:
         return None
     width_s = times.bars[0].end - times.bars[0].start
@@ -93,7 +93,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
 
 
 def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw what was sent and what was answered over the run."""
+    """Draw requests sent and answered over the run."""
     sent, answered, width_s = (
         _merge_steps(traffic.submitted, traffic),
         _merge_steps(traffic.answered, traffic),
@@ -133,7 +133,7 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 
 def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw when the API asked to slow down."""
+    """Draw the 429 responses over the run."""
     counts, width_s = _merge_steps(traffic.rate_limited, traffic), _point_width_s(traffic)
     if not any(counts):
         return None
@@ -186,7 +186,7 @@ def _column_chart(
     label: str,
     ink: ChartColor = ChartColor.FOUND,
 ) -> RenderedChart:
-    """Draw a column for each night; those that touch, and very many, are drawn as one shape."""
+    """Draw a column for each run; touching columns, and more than MAX_POINTS, are drawn as one shape."""
     touching = len(rows) > MAX_POINTS or all(one["x2"] == other["x"] for one, other in pairwise(rows))
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
@@ -201,14 +201,14 @@ def _column_chart(
 
 
 def _column_marks(rows: Sequence[drawing.ChartRow], x: alt.X, axis: alt.Axis, ink: ChartColor) -> alt.Chart:
-    """Draw bars that stand, from `x` to `x2`."""
+    """Draw vertical bars from `x` to `x2`."""
     chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
     encoded: alt.Chart = chart.encode(x=x, x2=alt.X2("x2:Q"), y=alt.Y("v:Q", axis=axis), y2=alt.Y2("v2:Q"))
     return encoded
 
 
 def _run_axis(runs: Sequence[ReportedRun], size: ScreenSize) -> alt.X:
-    """Name a few nights by their days; equal days in a row by their executions."""
+    """Label a few runs with their day, or with their execution number when a day repeats."""
     slots = max(len(runs), MIN_SLOTS)
     room = max(1, (4 if size is NARROW else 6) - 1)
     step = max(1, -(-(len(runs) - 1) // room))
@@ -226,7 +226,7 @@ def _make_frame(size: ScreenSize, height: float = PANEL_HEIGHT, top: float = 26)
 
 
 def _time_unit(longest_s: float) -> tuple[float, str]:
-    """Choose what a time axis counts in."""
+    """Choose the unit of a time axis: its length in seconds, and its name."""
     if longest_s <= 5 * formatting.MINUTE_S:
         return 1.0, "seconds"
     if longest_s <= 5 * formatting.HOUR_S:
@@ -247,6 +247,6 @@ def _point_width_s(traffic: Traffic) -> float:
 
 
 def _merge_steps(counts: Sequence[int], traffic: Traffic) -> list[int]:
-    """Add neighbours up, so that a long run has no more points than a chart can show."""
+    """Add up neighboring steps, so that a long run has at most MAX_STEPS points."""
     step = _steps_per_point(traffic)
     return [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]

@@ -1,4 +1,4 @@
-"""The Databar API on loopback, with people, prices, latency and faults to choose; costs nothing and stands alone."""
+"""A fake Databar API on loopback with configurable people, prices, latency and faults; free, independent of enrich."""
 
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.settings import SandboxSettings

@@ -1,4 +1,4 @@
-"""Lets `python -m enrich.sandbox` serve the sandbox."""
+"""Serves the sandbox as `python -m enrich.sandbox`."""
 
 from enrich.sandbox.command import sandbox
 

@@ -1,4 +1,4 @@
-"""Works out what a run finds and costs, and shapes it as the `data` of a task."""
+"""Decides what a run finds and costs, and formats it as the `data` of a task."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from enrich.sandbox.people import Fields, SeededRandom, invent_fields
 from enrich.sandbox.questions import Lookup
 from enrich.sandbox.settings import SandboxSettings
 
-# `free` is a failure that costs nothing and goes away when asked again; `no_data` a miss that says so for a while.
+# `free`: a failure that costs nothing and ends when sent again. `no_data`: no match, with that status for a while.
 Outcome = Literal["found", "missed", "no_data", "failed", "free"]
 
-_VERIFIER_REJECT_SHARE = 0.1  # share of the finds that the verifier turns down
-_FAIL_TWICE_SHARE = 0.3  # share of the free failures that fail a second time
+_VERIFIER_REJECT_SHARE = 0.1  # probability of a wrong find, which the verifier rejects
+_FAIL_TWICE_SHARE = 0.3  # share of the free failures that fail twice
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a run comes to: JSON texts for the task's body, and the true cost in millionths.
+    """The result of a run: JSON texts for the task's body, and the true cost in millionths.
 
-    `steps` is a JSON list of who was asked, also where the body tells none: name, did it find the answer, millionths.
+    `steps` is a JSON list of [provider or verifier, found, millionths], also when the body has no steps.
     """
 
     outcome: Outcome
@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _CascadeTrace:
-    """What happened on the way down the cascade."""
+    """What the providers of a cascade returned."""
 
     cost: int = 0
     result: Fields | None = None
@@ -62,7 +62,7 @@ class _CascadeTrace:
 def make_answer(
     lookup: Lookup, attempt: int, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool = False
 ) -> Answer:
-    """Answer a question that is asked for the nth time; only free failures depend on n."""
+    """Return the answer to a lookup; only free failures depend on `attempt` (1 for the first request)."""
     if draw("fails") < settings.failure_rate:
         if draw("fails at a price") >= settings.free_failures:
             return _charged_failure(lookup, draw, settings, bulk=bulk)
@@ -78,7 +78,7 @@ def make_answer(
 
 
 def _run_cascade(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings) -> _CascadeTrace:
-    """Ask the providers in turn; the last one knows whoever is known, so that the hit rate holds for any cascade."""
+    """Ask the providers in turn. The last one finds all known people, so any cascade has the same hit rate."""
     trace = _CascadeTrace()
     verifier = lookup.cascade.verifier
     usable_providers = [
@@ -88,7 +88,7 @@ def _run_cascade(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings) 
     for provider in usable_providers:
         last = provider is usable_providers[-1]
         is_found = is_known and (last or draw(f"{provider.id} knows") < provider.coverage)
-        # With a verifier there are also wrong finds, which it turns down.
+        # With a verifier, some finds are wrong, and the verifier rejects them.
         is_wrong = verifier and not last and draw(f"{provider.id} is wrong") < _VERIFIER_REJECT_SHARE
         if not is_found and not is_wrong:
             trace.add_step("search", provider, "not_found", provider.cost if settings.charge_misses else 0)

@@ -1,4 +1,4 @@
-"""The routes: the API under `/v1` as its documents describe it, and the sandbox's own switches under `/__`."""
+"""The routes: the API under `/v1` as its documentation describes it, and the sandbox's controls under `/__`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -66,7 +66,7 @@ class _PricesBody(_StrictBody):
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What the routes of one server work on."""
+    """The objects that the routes of one server use."""
 
     databar: Databar
     settings: SandboxSettings
@@ -74,7 +74,7 @@ class _Context:
     faults: FaultInjector
 
 
-# Where the gate puts it: the routes are made once, for all servers of a process.
+# Key of the context in the ASGI scope: all servers of a process share the same routes.
 _CONTEXT_KEY = "enrich.box"
 
 
@@ -97,7 +97,7 @@ _API = APIRouter(prefix="/v1", dependencies=[Depends(_check_key)])
 
 
 def build_app(store: SandboxStore, settings: SandboxSettings) -> FaultMiddleware:
-    """Put the whole sandbox together, for one server."""
+    """Build the sandbox's application for one server."""
     databar = Databar(store, settings)
     faults = FaultInjector(settings.faults, settings.fault_seed)
 

@@ -1,4 +1,4 @@
-"""What the sandbox sells: its waterfalls, with invented providers, prices and coverages."""
+"""The sandbox's waterfalls, with invented providers, prices and coverages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from enrich.sandbox.money import to_micros
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One data provider of a waterfall; the price is a number or a text, as the API's own answers disagree."""
+    """A data provider of a waterfall. `price` is a number or a string: the API uses both. `cost` is in millionths."""
 
     id: int
     name: str
@@ -25,7 +25,7 @@ class Provider:
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """Checks whether a mailbox exists."""
+    """A service that checks whether a mailbox exists; `cost` is in millionths."""
 
     id: int
     name: str
@@ -38,7 +38,7 @@ class Verifier:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """A question that several providers are asked in turn."""
+    """A kind of lookup for which several providers are asked in turn."""
 
     identifier: str
     name: str
@@ -50,11 +50,11 @@ class Waterfall:
     verifiers: tuple[Verifier, ...] = ()
 
     def default_providers(self) -> list[int]:
-        """Give the providers that are asked when none are named."""
+        """Return the ids of the providers that are asked when a request names none."""
         return [provider.id for provider in self.providers if provider.enabled]
 
     def with_prices(self, prices: Mapping[int, float]) -> "Waterfall":
-        """Give the same waterfall at other prices, by the ids of providers and verifiers."""
+        """Return the waterfall with other prices, by the ids of providers and verifiers."""
         if not prices:
             return self
         return replace(
@@ -64,7 +64,7 @@ class Waterfall:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Describe it as `GET /v1/waterfalls/{id}` does."""
+        """Return the body of `GET /v1/waterfalls/{id}`."""
         inputs = [*((name, True) for name in self.required), *((name, False) for name in self.optional)]
         return {
             "identifier": self.identifier,

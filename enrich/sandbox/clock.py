@@ -1,4 +1,4 @@
-"""The sandbox's own time: the wall clock, plus what `/__advance` has added to it."""
+"""The sandbox's clock: the wall clock plus the seconds that `/__advance` added."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from email.utils import formatdate
 
 
 class Clock:
-    """Tells the time of day and how to write it as an HTTP date."""
+    """Returns the sandbox's time, and formats it as an HTTP date; offsets are in seconds."""
 
     def __init__(self, offset: float = 0, date_offset: float = 0, wall: Callable[[], float] = time.time) -> None:
         self.offset = offset
@@ -16,11 +16,11 @@ class Clock:
         self._date = b""
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the time in seconds since the epoch."""
         return self._wall() + self.offset
 
     def date(self) -> bytes:
-        """Give the `Date` header of this second."""
+        """Return the `Date` header of the current second."""
         second = int(self.now() + self._date_offset)
         if second != self._second:
             self._second = second
@@ -29,5 +29,5 @@ class Clock:
 
     @staticmethod
     def http_date(seconds: float) -> str:
-        """Write a moment the way HTTP headers do."""
+        """Format a time (seconds since the epoch) as an HTTP date."""
         return formatdate(seconds, usegmt=True)

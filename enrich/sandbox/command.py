@@ -24,7 +24,7 @@ _EXTRA = "the sandbox needs its extra: pip install 'databar-enrich[sandbox]'"
 
 
 def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
-    def convert(value: Any) -> Any:  # noqa: ANN401  # a text, or the default, which has its type already
+    def convert(value: Any) -> Any:  # noqa: ANN401  # a string, or the default, which is already converted
         try:
             return read(value) if isinstance(value, str) else value
         except ValueError as error:
@@ -34,7 +34,7 @@ def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
     return convert
 
 
-def _type_of(hint: Any) -> Any:  # noqa: ANN401  # from a Python type to what click takes for one
+def _type_of(hint: Any) -> Any:  # noqa: ANN401  # a Python type in, a click type out
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
         return _type_of(kinds[0])

@@ -1,4 +1,4 @@
-"""Does what Databar does with a request: takes runs, keeps tasks, counts credits. Knows nothing of HTTP."""
+"""Implements Databar's service: accepts runs, keeps tasks, counts credits. Independent of HTTP."""
 
 import json
 from collections import Counter
@@ -21,24 +21,24 @@ from enrich.sandbox.tasks import TaskRenderer
 
 
 class NotFoundError(Exception):
-    """There is no such waterfall or task."""
+    """The waterfall or task does not exist."""
 
 
 class NoCreditsError(Exception):
-    """The balance is below what the request can cost."""
+    """The balance is below the maximum cost of the request."""
 
 
 class ExpiredError(Exception):
-    """The result is not kept any more."""
+    """The result has expired."""
 
 
 class FinishedError(Exception):
-    """It is too late to cancel."""
+    """The task has finished and can't be canceled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a run or bulk-run asks for, before it is checked; empty enrichments mean the default cascade."""
+    """The content of a run or bulk-run before validation; empty `enrichments` mean the default cascade."""
 
     waterfall: Waterfall
     rows: Sequence[Mapping[str, Any]]
@@ -48,7 +48,7 @@ class Submission:
 
 
 class Databar:
-    """The service behind the API."""
+    """The service behind the API routes."""
 
     def __init__(self, store: SandboxStore, settings: SandboxSettings) -> None:
         self.clock = Clock(store.offset, settings.date_offset)
@@ -60,17 +60,17 @@ class Databar:
         self._first_polls: dict[str, float] = {}
 
     def waterfall(self, identifier: str) -> Waterfall:
-        """Find a waterfall."""
+        """Return a waterfall with its current prices. Raises NotFoundError."""
         if identifier not in WATERFALLS:
             raise NotFoundError("Waterfall not found")
         return WATERFALLS[identifier].with_prices(self._store.prices)
 
     def waterfalls(self) -> list[Waterfall]:
-        """List all that is sold."""
+        """Return all waterfalls."""
         return [self.waterfall(identifier) for identifier in WATERFALLS]
 
     def submit(self, submission: Submission, fault: Fault | None = None) -> str:
-        """Accept a run for each row, or none; it is on disk when this returns its task id."""
+        """Accept a run for each row, or none of them; they are stored on disk before this returns the task id."""
         limit = self._settings.bulk_limit
         if submission.bulk and limit is not None and len(submission.rows) > limit:
             raise Refused({"error": "BATCH_TOO_LARGE", "detail": f"At most {limit} rows are allowed."})
@@ -110,7 +110,7 @@ class Databar:
         return run, reply.steps
 
     def poll(self, task_id: str, *, partial: bool = False) -> bytes:
-        """Give the body of a task as it is now."""
+        """Return the current body of a task."""
         task, now = self._task(task_id), self.clock.now()
         if self._writer.is_expired(task, now):
             if self._settings.expired_as == "410":
@@ -124,7 +124,7 @@ class Databar:
         return self._writer.body(task, now, partial=partial)
 
     def cancel(self, task_id: str) -> bytes:
-        """Stop a task, refund what has not completed, and show the rest."""
+        """Cancel a task, refund the runs that have not completed, and return its body."""
         task, now = self._task(task_id), self.clock.now()
         if task.cancelled is not None or all(run.ready <= now for run in task.runs):
             raise FinishedError("Task has already finished")
@@ -147,7 +147,7 @@ class Databar:
         return now < self._first_polls[task.task_id] + task.fault.param
 
     def user(self) -> dict[str, Any]:
-        """Describe the owner of the key."""
+        """Return the account of the API key."""
         self._store.settle(self.clock.now())
         return {
             "first_name": "Sandra",
@@ -162,18 +162,18 @@ class Databar:
         self._store.top_up(money.to_micros(amount))
 
     def set_prices(self, prices: Mapping[int, float]) -> None:
-        """Change prices, by the ids of providers and verifiers; what was accepted keeps its own."""
+        """Change prices, by the ids of providers and verifiers; accepted runs keep theirs."""
         for seller_id, price in prices.items():
             self._store.set_price(seller_id, price)
 
     def advance(self, seconds: float) -> float:
-        """Move the clock forward for good, and tell the new time."""
+        """Move the clock forward permanently; return the new time."""
         self.clock.offset += seconds
         self._store.set_offset(self.clock.offset)
         return self.clock.now()
 
     def audit(self, *, runs: bool) -> dict[str, Any]:
-        """Tell what was accepted and charged, after settling what is due."""
+        """Settle the runs that are due, then return what was accepted and charged."""
         self._store.settle(self.clock.now())
         totals: dict[str, Any] = {
             **self._store.totals(),
@@ -201,5 +201,14 @@ class Databar:
                 "credits": money.to_number(cost),
                 "task_ids": task_ids.split(),
             }
-            for waterfall, params, enrichments, verifier, accepted, charged, cost, task_ids in self._store.lookup_totals()
+            for (
+                waterfall,
+                params,
+                enrichments,
+                verifier,
+                accepted,
+                charged,
+                cost,
+                task_ids,
+            ) in self._store.lookup_totals()
         ]

@@ -1,50 +1,52 @@
-"""Draws what goes wrong with which request.
+"""Defines the faults, and chooses the requests that get one.
 
-Named in the settings as `[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]`, or for the next N requests by `POST /__faults`.
-"Before" means that nothing was accepted; "after" means that the request was carried out, a run accepted and charged,
-and that only the answer is spoilt (an answer other than 200 is left alone, as nothing was carried out).
+The settings name them as `[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]`; `POST /__faults` injects them into the next N
+requests. "Before": the request is not carried out. "After": the request is carried out, a run is accepted and charged,
+and only the response is broken (a response other than 200 stays as it is, because nothing was carried out). "Task": the
+fault belongs to the accepted task.
 
 | name            | scope | moment | params, defaults | the client sees                                          |
 |-----------------|-------|--------|------------------|----------------------------------------------------------|
 | rate-limit      | all   | before | retry_after=1    | 429 with `Retry-After` in seconds                        |
 | rate-limit-date | all   | before | retry_after=1    | 429 with `Retry-After` as an HTTP date                   |
 | rate-limit-bare | all   | before |                  | 429 without that header                                  |
-| error-before    | all   | before | status=500       | a 5xx with a JSON body; also spelt `error-before-503`    |
-| error-after     | post  | after  | status=500       | the same, but paid for; also spelt `error-after-503`     |
+| error-before    | all   | before | status=500       | a 5xx with a JSON body; or named `error-before-503`      |
+| error-after     | post  | after  | status=500       | the same, but charged; or named `error-after-503`        |
 | html            | all   | before | status=502       | an HTML error page                                       |
 | html-200        | post  | after  |                  | 200 with an HTML page                                    |
 | reset-before    | post  | before |                  | the connection reset, no answer                          |
-| reset-after     | post  | after  |                  | the same, but paid for                                   |
-| silence-before  | post  | before | seconds=300      | nothing until it goes away, at last a reset              |
-| silence-after   | post  | after  | seconds=300      | the same, but paid for                                   |
+| reset-after     | post  | after  |                  | the same, but charged                                    |
+| silence-before  | post  | before | seconds=300      | no answer for that time, then a reset                    |
+| silence-after   | post  | after  | seconds=300      | the same, but charged                                    |
 | slow            | all   | before | seconds=2        | the right answer, late                                   |
 | broken-json     | post  | after  |                  | 200 with half of the body's JSON                         |
 | wrong-json      | post  | after  |                  | 200 with JSON of another shape, a list                   |
 | redirect        | all   | before | location=…       | 307 to that URL, or to `http://elsewhere.example/…`       |
 | no-task-id      | post  | after  |                  | 200 `{"status":"created"}`                               |
-| lost-task       | post  | task   |                  | an accepted task that is 404 for ever                    |
+| lost-task       | post  | task   |                  | an accepted task that is always 404                      |
 | late-task       | post  | task   | seconds=3        | an accepted task that is 404 at first                    |
-| odd-status      | post  | task   | polls=2          | statuses never seen before, for the first polls          |
+| odd-status      | post  | task   | polls=2          | unknown statuses in the first polls                      |
 | unauthorized    | all   | before |                  | 401                                                      |
 | forbidden       | all   | before |                  | 403                                                      |
 | no-credits      | post  | before |                  | 406                                                      |
-| unavailable     | all   | before | seconds=1        | 503, and so does everybody, for that long                |
+| unavailable     | all   | before | seconds=1        | 503 for all requests during that time                    |
 | other-success   | post  | after  | status=202       | the right answer with another 2xx                        |
-| flickering-task | post  | task   | seconds=5        | a task that is 404 for that long after it was known      |
-| odd-credits     | get   | after  | credits=NaN      | a task with such `credits_spent`                         |
-| invalid-utf8    | get   | after  |                  | the right answer, with bytes that are no text in it      |
-| long-id         | get   | after  | length=600       | the right answer under an id of that length              |
-| deep-json       | get   | after  | depth=100000     | the right answer, with lists nested that deep in it      |
-| many-steps      | get   | after  | steps=200000     | the right answer, with that many steps more              |
-| gzip-bomb       | get   | after  | mebibytes=64     | the right answer, that large when it is unpacked         |
-| wrong-date      | all   | after  | seconds=7200     | the right answer, `Date` ahead by so much; and `Age` when|
-|                 |       |        | age=0            | `age` is not 0                                           |
+| flickering-task | post  | task   | seconds=5        | a known task that becomes 404 for that long              |
+| odd-credits     | get   | after  | credits=NaN      | a task with this value of `credits_spent`                |
+| invalid-utf8    | get   | after  |                  | the right answer with bytes that are not UTF-8           |
+| long-id         | get   | after  | length=600       | the right answer with an id of that length               |
+| deep-json       | get   | after  | depth=100000     | the right answer with lists nested that deep             |
+| many-steps      | get   | after  | steps=200000     | the right answer with that many additional steps         |
+| gzip-bomb       | get   | after  | mebibytes=64     | the right answer, that large when unpacked               |
+| wrong-date      | all   | after  | seconds=7200     | the right answer with `Date` ahead by that time, and     |
+|                 |       |        | age=0            | with `Age` when `age` is not 0                           |
 
-The scope is the default one. Any other may be given, but no-task-id and those of moment "task" are of `post` alone.
-A flickering task is known while it runs, at the first poll; then, or at the first poll when it has finished, it is not.
-`post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` the list or one of them, and `all`
-everything under `/v1`. A slow request is carried out after its delay, even when the client has gone by then.
-Probabilities are drawn for each fault from its own series (`fault_seed`, the number of the matching request).
+The table shows the default scope. Any other may be given, except for no-task-id and the faults of moment "task", which
+apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` the list or one
+of them, `all` everything under `/v1`. A silence ends early when the client disconnects. A flickering task is known at
+the first poll if it still runs; from the next poll on, or from the first one if it has finished, it is 404. A slow
+request is carried out after its delay, even when the client has disconnected by then. Each fault has its own series of
+random numbers (from `fault_seed` and the number of the matching request).
 """
 
 import re
@@ -69,7 +71,7 @@ ENDPOINTS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class FaultKind:
-    """What a fault of one name is like, see the table above."""
+    """The defaults of a fault, as in the table above. `only_post`: no other scope is allowed."""
 
     scope: Scope
     moment: Moment
@@ -117,7 +119,7 @@ _WITH_STATUS = re.compile(r"(error-before|error-after)-(5\d\d)")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that may go wrong; `scope` and `params` left out are those of the table."""
+    """A fault with its probability; missing `scope` and `params` are filled from the table."""
 
     name: str
     probability: float = 0.0
@@ -146,20 +148,20 @@ class Fault:
 
     @property
     def moment(self) -> Moment:
-        """Say whether it comes before the request is carried out, after, or later with the task."""
+        """When it happens: before or after the request is carried out, or later with the task."""
         return FAULT_KINDS[self.name].moment
 
     def applies_to(self, endpoint: str) -> bool:
-        """Say whether a request to this endpoint can have it."""
+        """Return True when a request to this endpoint can have the fault."""
         return endpoint in ENDPOINTS[self.scope]
 
     def seconds(self) -> float:
-        """Give the param of that name."""
+        """Return the param `seconds`."""
         return float(self.params["seconds"])
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
-        """Read `[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]`."""
+        """Parse `[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]`. Raises ValueError."""
         head, *rest = text.split(",")
         name, equals, probability = head.partition("=")
         scope, _, name = name.rpartition(":")
@@ -179,7 +181,7 @@ def _parse_param(text: str) -> Param:
 
 
 class FaultInjector:
-    """Knows what is to go wrong, and what already went."""
+    """Chooses the fault of each request, and counts the faults applied."""
 
     def __init__(self, faults: Iterable[Fault], seed: int) -> None:
         self.applied_counts: Counter[str] = Counter()
@@ -188,20 +190,20 @@ class FaultInjector:
         self._injected: deque[Fault] = deque()
 
     def inject(self, fault: Fault, times: int) -> None:
-        """Have the next matching requests meet this fault."""
+        """Apply a fault to the next `times` matching requests."""
         self._injected.extend([fault] * times)
 
     def clear(self) -> None:
-        """Let nothing go wrong from now on."""
+        """Remove all faults."""
         self._injected.clear()
         self._random_faults.clear()
 
     def pending(self) -> list[str]:
-        """Name what was chosen and has not happened yet."""
+        """Return the names of the injected faults that have not been applied yet."""
         return [fault.name for fault in self._injected]
 
     def draw(self, endpoint: str) -> Fault | None:
-        """Say what goes wrong with this request; chosen faults go before chances."""
+        """Return the fault of this request, or None; injected faults come before random ones."""
         if not self._injected and not self._random_faults:
             return None
         fault = self._take_injected(endpoint) or self._draw_random(endpoint)

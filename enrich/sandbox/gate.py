@@ -1,4 +1,4 @@
-"""Stands before the routes: counts requests, limits their rate, and lets the faults happen on the wire."""
+"""ASGI middleware before the routes: counts requests, limits their rate, and applies faults."""
 
 import asyncio
 import re
@@ -23,9 +23,9 @@ Headers = list[tuple[bytes, bytes]]
 
 OK = 200
 
-# Where the server puts the connection, for the faults that need more than HTTP.
+# Scope key of the connection's transport, for faults that need more than HTTP.
 TRANSPORT_KEY = "enrich.transport"
-# Where the fault of moment "task" is handed to the run endpoints.
+# Scope key that passes a fault of moment "task" to the run endpoints.
 FAULT_KEY = "enrich.fault"
 
 _JSON: Headers = [(b"content-type", b"application/json")]
@@ -57,7 +57,7 @@ _ENDPOINTS = (
 
 
 def is_loopback(headers: Headers) -> bool:
-    """Tell whether a request names this machine as its host: a page elsewhere whose name leads here does not."""
+    """Return True when the Host header names this machine; stops web pages whose host name resolves to loopback."""
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     named = re.fullmatch(r"(?:\[([^]]*)\]|([^:\[\]]*))(?::[0-9]*)?", hosts[0]) if len(hosts) == 1 else None
     if named is None:
@@ -72,13 +72,13 @@ def is_loopback(headers: Headers) -> bool:
 
 
 def endpoint_of(method: str, path: str) -> str:
-    """Name the endpoint that a request is for."""
+    """Return the name of the endpoint that a request is for; empty when it has none."""
     target = f"{method} {path}"
     return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
 
 
 class TokenBucket:
-    """A token bucket: `rate` requests a second, and `burst` at once."""
+    """A token bucket: `rate` requests per second, `burst` at once."""
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
@@ -88,7 +88,7 @@ class TokenBucket:
         self._updated_at = clock()
 
     def try_consume(self) -> bool:
-        """Say whether one more request is allowed now."""
+        """Take a token; False when none is left."""
         now = self._clock()
         self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
         self._updated_at = now
@@ -99,7 +99,7 @@ class TokenBucket:
 
 
 class PeakRate:
-    """The most requests in any second so far."""
+    """The largest number of requests in any one second so far."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.peak = 0
@@ -107,7 +107,7 @@ class PeakRate:
         self._times: deque[float] = deque()
 
     def count(self) -> None:
-        """Count a request that comes now."""
+        """Count a request that arrives now."""
         now = self._clock()
         self._times.append(now)
         while self._times[0] <= now - 1:
@@ -116,7 +116,7 @@ class PeakRate:
 
 
 class FaultMiddleware:
-    """The outermost ASGI application; `requests` counts since its start."""
+    """The outermost ASGI application; `requests` counts requests by endpoint, and failures by status."""
 
     def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: FaultInjector) -> None:
         self.requests: Counter[str] = Counter()
@@ -129,11 +129,11 @@ class FaultMiddleware:
         self._bucket = TokenBucket(settings.rate, settings.burst) if settings.rate else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Let a request through, or let something happen to it."""
+        """Pass a request on, or answer it with a limit or a fault."""
 
         async def send_with_date(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if all(name != b"date" for name, _ in message["headers"]):  # a fault may have put another there
+                if all(name != b"date" for name, _ in message["headers"]):  # a fault may have set another date
                     message["headers"] = [*message["headers"], (b"date", self._clock.date())]
                 if endpoint and message["status"] != OK:
                     self.requests[str(message["status"])] += 1
@@ -171,7 +171,7 @@ class FaultMiddleware:
             else:
                 await answer.forward(send)
         elif fault.name == "slow":
-            # Read first: a client that has gone by then would take its body with it.
+            # Read the body first: it is lost if the client disconnects during the delay.
             read = await _buffer_request(receive)
             await asyncio.sleep(fault.seconds())
             await self._app(scope, read, send)
@@ -230,7 +230,7 @@ class FaultMiddleware:
 
 
 class _BufferedResponse:
-    """Keeps what the routes answer, instead of sending it."""
+    """Buffers the response of the routes instead of sending it."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -248,7 +248,7 @@ class _BufferedResponse:
 
 
 async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> None:
-    """Break the connection without an answer, at once or when the client has waited long enough."""
+    """Reset the connection without an answer: at once, or after a silence, unless the client disconnects first."""
     if fault.name.startswith("silence"):
         try:
             async with asyncio.timeout(fault.seconds()):
@@ -259,10 +259,10 @@ async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> N
             return
     transport: asyncio.Transport = scope[TRANSPORT_KEY]
     connection = transport.get_extra_info("socket")
-    # Lingering for no time at all makes the kernel say RST rather than FIN.
+    # With a linger time of 0, the kernel sends RST instead of FIN.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
-    # Whoever runs us would answer 500 if we came back before it knows.
+    # The server would answer 500 if this returned before it noticed the disconnect.
     await _wait_for_disconnect(receive)
 
 
@@ -272,13 +272,13 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read the request to its end, so that the connection can be used again."""
+    """Read the request to its end, so that the connection can be reused."""
     while (await receive()).get("more_body"):
         pass
 
 
 async def _buffer_request(receive: Receive) -> Receive:
-    """Read the request to its end; return what gives it again."""
+    """Read the request to its end; return a `receive` that replays it."""
     messages = [await receive()]
     while messages[-1].get("more_body"):
         messages.append(await receive())

@@ -1,11 +1,11 @@
-"""Says how long a task takes: a distribution written as text, such as `lognormal(1.2,0.6)`."""
+"""Parses the duration of a task: a distribution written as text, such as `lognormal(1.2,0.6)`."""
 
 import math
 import re
 from collections.abc import Callable
 from statistics import NormalDist
 
-# From a draw, above 0 and below 1, to seconds.
+# Maps a random number (above 0, below 1) to seconds.
 Latency = Callable[[float], float]
 
 _FORM = re.compile(r"\s*(lognormal|uniform|fixed)\s*\(([^()]*)\)\s*")
@@ -13,7 +13,7 @@ _NORMAL = NormalDist()
 
 
 def parse_latency(text: str) -> Latency:
-    """Read `lognormal(median,sigma)`, `uniform(low,high)` or `fixed(seconds)`."""
+    """Parse `lognormal(median,sigma)`, `uniform(low,high)` or `fixed(seconds)`. Raises ValueError."""
     match = _FORM.fullmatch(text)
     try:
         name, values = (match[1], [float(value) for value in match[2].split(",")]) if match else ("", [])

@@ -1,4 +1,4 @@
-"""Counts credits in whole millionths, so that sums come out even, and shows them as the API does."""
+"""Converts credits to whole millionths, so that sums are exact, and back to the API's formats."""
 
 from decimal import Decimal
 
@@ -6,15 +6,15 @@ MILLION = 1_000_000
 
 
 def to_micros(amount: Decimal | float | str) -> int:
-    """Take an amount as the API or a person writes it."""
+    """Convert credits, as the API or a user writes them, to millionths."""
     return int((Decimal(str(amount)) * MILLION).to_integral_value())
 
 
 def to_number(amount: int) -> float:
-    """Show an amount as a JSON number."""
+    """Convert millionths to credits as a JSON number."""
     return amount / MILLION
 
 
 def to_text(amount: int) -> str:
-    """Show an amount as the steps of a result do, such as `1.0`."""
+    """Convert millionths to credits as text, as in the steps of a result: `1.0`."""
     return str(amount / MILLION)

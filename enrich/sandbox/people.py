@@ -1,4 +1,4 @@
-"""Makes up who the sandbox knows: each answer follows from the seed and the question alone."""
+"""Invents people and companies: each result depends only on the seed and the lookup."""
 
 import re
 import unicodedata
@@ -20,28 +20,28 @@ AREA_CODES = ("202", "303", "404", "512", "617", "702", "808", "916")
 
 
 class SeededRandom:
-    """Gives a number between 0 and 1 for each label, always the same one for the same seed and subject."""
+    """Returns a number between 0 and 1 for each label; always the same one for the same seed and subject."""
 
     def __init__(self, seed: int, subject: str) -> None:
         self._key = blake2b(f"{seed}\n{subject}".encode(), digest_size=32).digest()
 
     def __call__(self, label: str) -> float:
-        """Draw for a label; never 0 and never 1."""
+        """Return the number of a label; never 0 and never 1."""
         digest = blake2b(label.encode(), key=self._key, digest_size=8).digest()
         return ((int.from_bytes(digest) >> 12) + 0.5) / 2**52
 
     def pick(self, label: str, choices: Sequence[T]) -> T:
-        """Draw one of several."""
+        """Return one of the choices."""
         return choices[int(self(label) * len(choices))]
 
 
 def invent_fields(waterfall: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
-    """Answer a waterfall's question about a person or company that is known."""
+    """Invent the result of a waterfall for a known person or company."""
     return _INVENTORS[waterfall](params, draw)
 
 
 def ascii_name(text: str) -> str:
-    """Spell a name with the letters of an email address: `Zoë` is `zoe`, `Łukasz` is `lukasz`, `김` is `gim`."""
+    """Spell a name in the ASCII letters of an email address: `Zoë` is `zoe`, `Łukasz` is `lukasz`, `김` is `gim`."""
     return "".join(_ascii_letter(character) for character in unicodedata.normalize("NFC", text))
 
 
@@ -49,13 +49,13 @@ def _ascii_letter(character: str) -> str:
     plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isalnum())
     if plain or not character.isalpha():
         return plain.lower()
-    # A letter without an ASCII base goes by the end of its Unicode name: ZHE, HANGUL SYLLABLE GIM, IDEOGRAPH-674E.
+    # Letters without an ASCII base: the last word of the Unicode name, as in ZHE, HANGUL SYLLABLE GIM, IDEOGRAPH-674E.
     name = re.sub(r" WITH .*", "", unicodedata.name(character, "x"))
     return re.sub(r"[^a-z0-9]", "", re.split(r"[ -]", name)[-1].lower())
 
 
 def domain_of(company: str) -> str:
-    """Give the company's domain: its own when it is written as one, an invented one otherwise."""
+    """Return the company's domain: the text itself if it is a domain or URL, else an invented one."""
     bare = re.sub(r"^[a-z]+://", "", company.strip().lower()).split("/")[0].removeprefix("www.")
     if re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+", bare):
         return bare
@@ -63,7 +63,7 @@ def domain_of(company: str) -> str:
 
 
 def invent_email(params: Mapping[str, str], draw: SeededRandom) -> Fields:
-    """Make a work address out of the name."""
+    """Invent a work email address from the name."""
     first = ascii_name(params["first_name"]) or "info"
     last = ascii_name(params["last_name"]) or "office"
     local = draw.pick("pattern", (f"{first}.{last}", f"{first}.{last}", f"{first[0]}{last}", f"{first}_{last[0]}"))

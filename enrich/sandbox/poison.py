@@ -1,4 +1,4 @@
-"""Makes of the body of a task one that is hard to swallow; what it says of the task stays true."""
+"""Makes a task's body hard to process; its status and result stay correct."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def _many_steps(body: bytes, params: Mapping[str, Param]) -> bytes:
     return _to_json(task)
 
 
-#: By the name of the fault.
+#: Fault name to the function that changes the body.
 BODY_FAULTS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
     "odd-credits": _odd_credits,
     "invalid-utf8": _invalid_utf8,
@@ -52,7 +52,7 @@ BODY_FAULTS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
 
 
 def gzip_bomb(body: bytes, mebibytes: int) -> bytes:
-    """Pack a body that is so large when it is unpacked."""
+    """Compress a body that is larger by `mebibytes` MiB when it is unpacked."""
     return gzip.compress(body + b" " * (mebibytes * _MEBIBYTE), compresslevel=1)
 
 

@@ -1,4 +1,4 @@
-"""Checks what was asked, and gives equal questions one key."""
+"""Validates requests, and gives equal lookups the same key."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from typing import Any
 
 from enrich.sandbox.catalogue import Provider, Verifier, Waterfall
 
-# Half a surrogate pair: JSON can spell it, but it is no text.
+# Half of a surrogate pair: JSON can encode it, but it is not valid text.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Param name to what is wrong with it.
+# Param name to its errors.
 Mistakes = dict[str, list[str]]
 
 
 class Refused(Exception):
-    """A 400, with its body."""
+    """A 400 response with its body."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(body)
@@ -28,7 +28,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Cascade:
-    """Whom to ask, and who checks."""
+    """The providers to ask in turn, and the verifier (None: no verification)."""
 
     waterfall: Waterfall
     providers: tuple[Provider, ...]
@@ -36,21 +36,21 @@ class Cascade:
 
     @cached_property
     def worst_case(self) -> int:
-        """Millionths that one run can cost at most."""
+        """The maximum cost of one run, in millionths."""
         check = self.verifier.cost if self.verifier else 0
         return sum(provider.cost + check for provider in self.providers)
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """One paid question: a cascade and its normalised params."""
+    """One paid lookup: a cascade and its normalized params."""
 
     cascade: Cascade
     params: Mapping[str, str]
 
     @cached_property
     def canonical(self) -> tuple[str, str, str, int | None]:
-        """Waterfall, params, enrichments and verifier, as text that is equal for equal questions."""
+        """Waterfall, params (JSON), enrichments (JSON) and verifier id; equal for equal lookups."""
         verifier = self.cascade.verifier
         return (
             self.cascade.waterfall.identifier,
@@ -61,18 +61,18 @@ class Lookup:
 
     @property
     def key(self) -> bytes:
-        """Name the question in 16 bytes."""
+        """The lookup's key, 16 bytes."""
         return blake2b(repr(self.canonical).encode(), digest_size=16).digest()
 
     @property
     def subject(self) -> str:
-        """Name the person or company it is about, whoever is asked."""
+        """The person or company that the lookup is about, the same for any providers."""
         waterfall = self.cascade.waterfall
         return "\n".join((waterfall.identifier, *(self.params[name].casefold() for name in waterfall.required)))
 
 
 def make_cascade(waterfall: Waterfall, enrichments: Sequence[int], verifier: int | None) -> Cascade:
-    """Find the providers and the verifier; empty enrichments mean the default cascade."""
+    """Find the providers and the verifier; empty enrichments mean the default cascade. Raises Refused."""
     providers = {provider.id: provider for provider in waterfall.providers}
     provider_ids = enrichments or waterfall.default_providers()
     if unknown := [number for number in provider_ids if number not in providers]:
@@ -90,7 +90,7 @@ def make_cascade(waterfall: Waterfall, enrichments: Sequence[int], verifier: int
 def make_lookups(
     requested_cascade: Cascade, rows: Iterable[Mapping[str, Any]], *, bulk: bool, error_shape: str
 ) -> list[Lookup]:
-    """Turn each row of params into a question, or refuse them all."""
+    """Turn each row of params into a lookup. Raises Refused for all rows when one of them is invalid."""
     rows = list(rows)
     mistakes = [_mistakes(requested_cascade.waterfall, params) for params in rows]
     if any(mistakes):

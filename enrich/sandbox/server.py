@@ -1,4 +1,4 @@
-"""Serves the sandbox on loopback: beside a test in a thread of its own, or as a process in the foreground."""
+"""Serves the sandbox on loopback: in a background thread, for tests, or in the foreground."""
 
 import asyncio
 import signal
@@ -23,7 +23,7 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class SandboxEndpoint:
-    """Where the sandbox listens, and the key it accepts."""
+    """The sandbox's base URL, and the API key it accepts."""
 
     base_url: str
     api_key: str = field(repr=False)
@@ -31,7 +31,7 @@ class SandboxEndpoint:
 
 @contextmanager
 def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[SandboxEndpoint]:
-    """Serve in the background until the block ends; the state file outlives it."""
+    """Serve in a background thread until the block ends; the state file remains."""
     with _bind(port) as listener:
         store = SandboxStore(state, money.to_micros(settings.balance))
         try:
@@ -49,16 +49,16 @@ def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int
 
 
 def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> None:
-    """Serve in the foreground until SIGTERM or SIGINT; says on stdout where, once it listens."""
+    """Serve in the foreground until SIGTERM or SIGINT; prints URL and key on stdout once it listens."""
     with _bind(port) as listener:
         store = SandboxStore(state, money.to_micros(settings.balance))
 
         def announce() -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup, or a shell's &
+                if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or a shell's `&`
                     asyncio.get_running_loop().add_signal_handler(number, server.stop)
             lines = f"DATABAR_BASE_URL={_url(listener)}\nDATABAR_API_KEY={settings.api_key}\n"
-            print(lines, end="", flush=True)  # noqa: T201  # what the command is for
+            print(lines, end="", flush=True)  # noqa: T201  # the command's output
 
         try:
             server = _Server(store, settings, announce)
@@ -68,7 +68,7 @@ def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> N
 
 
 def _bind(port: int) -> socket.socket:
-    # asyncio switches Nagle off, without which each answer waits 40 ms, only when the protocol is named.
+    # Name the protocol: only then does asyncio turn off Nagle's algorithm, which delays each answer by 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,7 +84,7 @@ def _url(listener: socket.socket) -> str:
 
 
 class _Protocol(H11Protocol):
-    """Hands the connection to the application, which breaks it when a fault says so."""
+    """Passes the connection to the application, which breaks it for some faults."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -98,7 +98,7 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn that starts and stops at once, and leaves signals to whoever runs it."""
+    """A uvicorn server that starts and stops at once, and leaves signals to its caller."""
 
     def __init__(
         self, store: SandboxStore, settings: SandboxSettings, announce: Callable[[], None] = lambda: None
@@ -122,7 +122,7 @@ class _Server(uvicorn.Server):
         try:
             super().run(sockets)
         finally:
-            # A failed start must leave nobody waiting.
+            # Also after a failed start: the thread that waits for it must continue.
             self.ready.set()
 
     @contextmanager
@@ -130,7 +130,7 @@ class _Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Stop soon; from any thread."""
+        """Request the stop; callable from any thread."""
         self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def main_loop(self) -> None:
@@ -139,8 +139,8 @@ class _Server(uvicorn.Server):
         self.ready.set()
         await self._stopping.wait()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002  # uvicorn's
-        """Drop every connection: a client that waits for a silent answer must not keep us."""
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002  # uvicorn's signature
+        """Drop every connection: a client that waits during a silence must not delay the stop."""
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):

@@ -1,4 +1,4 @@
-"""Every knob of the sandbox; each is also an option of `enrich sandbox`, with its help text from here."""
+"""The settings of the sandbox; each is also an option of `enrich sandbox`, with its help text from here."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,13 +12,13 @@ ErrorShape = Literal["new", "fields", "old", "old_short"]
 
 MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
 
-# Median and sigma that an asynchronous API of several providers could have.
+# A plausible median (seconds) and sigma for an asynchronous API with several providers.
 _DEFAULT_LATENCY = "lognormal(1.2,0.6)"
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxSettings:
-    """How the sandbox behaves. The defaults are a well-behaved API as the newest documents describe it."""
+    """How the sandbox behaves. The defaults: an API without faults, as its newest documentation describes it."""
 
     api_key: Annotated[str, "The key it accepts."] = "sandbox-key"
     wrong_key: Annotated[Literal["403", "401"], "Status for another key."] = "403"

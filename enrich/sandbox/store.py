@@ -1,7 +1,7 @@
 """Keeps tasks, runs and credits in one SQLite file; all SQL is here.
 
-A task is what the API names by a task id; it has one run (single) or many (bulk). A run is one paid question. A run is
-reserved at its worst case, and settled at its true cost, or refunded when its task is cancelled before.
+A task has a task id of the API, and one run (single) or many (bulk). A run is one paid lookup. It reserves its maximum
+cost, and is settled at its true cost, or refunded when its task is canceled before.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# "sbox" and the version of the schema; a file that says otherwise is somebody else's.
+# "sbox" in ASCII, and the schema version; a file with other values is not a sandbox state.
 _APPLICATION_ID = 0x73626F78
 _VERSION = 1
 
@@ -61,26 +61,26 @@ FROM runs;
 """
 
 
-# Who was asked for a run: a JSON list of name, found, millionths. A state of before has none of it.
+# The providers asked in a run: a JSON list of [name, found, millionths]. Older state files lack this table.
 _STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES runs, told TEXT NOT NULL) STRICT"
 
 
 class TaskFault(NamedTuple):
-    """What is odd about a task: the name of a fault of moment "task", or nothing."""
+    """A task's fault of moment "task", and its param; an empty name: no fault."""
 
     name: str
     param: float
 
 
 class LookupCount(NamedTuple):
-    """A question on record, and how often it has been asked by now."""
+    """The id of a stored lookup, and how often it was requested so far."""
 
     id: int
     count_so_far: int
 
 
 class Run(NamedTuple):
-    """One paid question of a task, with its answer."""
+    """One paid lookup of a task, with its answer; `ready` in seconds since the epoch, amounts in millionths."""
 
     ready: float
     outcome: str
@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task with its runs in the order of the request."""
+    """A task with its runs, in the order of the request; times in seconds since the epoch."""
 
     id: int
     task_id: str
@@ -106,11 +106,11 @@ class Task:
 
 
 class SandboxStore:
-    """The state file. `spent` and `reserved` are its totals in millionths, kept beside the commits that change them."""
+    """The state file. `spent` and `reserved` are totals in millionths, updated with each change of the runs."""
 
     def __init__(self, path: Path, balance: int) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        # One connection used by one thread at a time: opened by the caller of `embedded`, used by its server thread.
+        # One thread at a time uses the connection: `serve_in_thread` opens it, then only the server's thread uses it.
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.2)
         try:
             self._open(path, balance)
@@ -119,7 +119,7 @@ class SandboxStore:
             raise
 
     def _open(self, path: Path, balance: int) -> None:
-        # Two sandboxes on one file would each keep their own totals.
+        # Exclusive: two sandboxes on one file would keep separate totals.
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         new = self._one("SELECT count(*) FROM sqlite_master")[0] == 0
         version_found = (self._one("PRAGMA application_id")[0], self._one("PRAGMA user_version")[0])
@@ -127,7 +127,7 @@ class SandboxStore:
             raise ValueError(f"{path} is no state of this sandbox; choose a new file")
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode = WAL")
-        # Only a crash of the machine can lose what was committed.
+        # Without syncs, only a crash of the machine can lose commits.
         self._db.execute("PRAGMA synchronous = OFF")
         if new:
             marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_VERSION};"
@@ -150,36 +150,36 @@ class SandboxStore:
         )
 
     def close(self) -> None:
-        """Close the file; everything accepted is in it."""
+        """Close the file; all accepted runs are stored."""
         self._db.close()
 
     @property
     def balance(self) -> int:
-        """Millionths that are neither spent nor reserved."""
+        """Available credits, in millionths: not spent and not reserved."""
         return self.balance_at_start + self.topped_up - self.spent - self.reserved
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Commit at the end, or roll back on an error."""
+        """Begin a transaction; it commits at the end of the block, or rolls back on an error."""
         self._db.execute("BEGIN IMMEDIATE")
         return self._db
 
     def top_up(self, amount: int) -> None:
-        """Add credits."""
+        """Add credits, in millionths."""
         self.topped_up += amount
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'topped_up'", [self.topped_up])
 
     def set_offset(self, offset: float) -> None:
-        """Remember how far the clock was moved."""
+        """Store the seconds by which the clock was moved."""
         self.offset = offset
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
 
     def set_price(self, seller_id: int, price: float) -> None:
-        """Remember that a provider or verifier has another price."""
+        """Store the new price of a provider or verifier."""
         self.prices[seller_id] = price
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
     def count_lookup(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> LookupCount:
-        """Record that a question is asked once more."""
+        """Count one more request for a lookup."""
         row = self._one(
             "INSERT INTO questions (key, waterfall, params, enrichments, email_verifier, asked)"
             " VALUES (?, ?, ?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
@@ -190,7 +190,7 @@ class SandboxStore:
     def add_task(
         self, task_id: str, runs: Iterable[tuple[Run, str]], fault: TaskFault, *, bulk: bool, now: float
     ) -> None:
-        """Accept a task with its runs, each with its steps (JSON), and reserve what they can cost."""
+        """Store a task with its runs, each with its steps (JSON), and reserve their maximum costs."""
         task = self._db.execute(
             "INSERT INTO tasks (task_id, bulk, created, quirk, quirk_param) VALUES (?, ?, ?, ?, ?)",
             [task_id, bulk, now, *fault],
@@ -205,7 +205,7 @@ class SandboxStore:
             self.reserved += run.reserved
 
     def task(self, task_id: str) -> Task | None:
-        """Find a task and its runs."""
+        """Return a task with its runs; None when there is none."""
         rows = self._db.execute(
             "SELECT tasks.id, bulk, created, quirk, quirk_param, cancelled,"
             " ready, outcome, data, error, reserved, cost, state, question"
@@ -219,25 +219,25 @@ class SandboxStore:
         return Task(number, task_id, bool(bulk), created, TaskFault(name, param), cancelled, runs)
 
     def settle(self, now: float) -> None:
-        """Charge what has completed by now."""
+        """Charge the runs that have completed by now."""
         due = "state = 'running' AND ready <= ?"
-        freed, spent, count = self._one(f"SELECT total(reserved), total(cost), count(*) FROM runs WHERE {due}", [now])  # noqa: S608  # no text from outside
+        freed, spent, count = self._one(f"SELECT total(reserved), total(cost), count(*) FROM runs WHERE {due}", [now])  # noqa: S608  # constant SQL
         if count:
-            self._db.execute(f"UPDATE runs SET state = 'settled' WHERE {due}", [now])  # noqa: S608  # likewise
+            self._db.execute(f"UPDATE runs SET state = 'settled' WHERE {due}", [now])  # noqa: S608  # constant SQL
             self.reserved -= int(freed)
             self.spent += int(spent)
 
     def cancel(self, task: Task, now: float) -> None:
-        """Refund what has not completed; the rest must be settled before."""
+        """Refund the runs that have not completed; the caller settles the others before."""
         running = "task = ? AND state = 'running'"
         with self.transaction():
-            freed = self._one(f"SELECT total(reserved) FROM runs WHERE {running}", [task.id])[0]  # noqa: S608  # likewise
-            self._db.execute(f"UPDATE runs SET state = 'refunded' WHERE {running}", [task.id])  # noqa: S608  # likewise
+            freed = self._one(f"SELECT total(reserved) FROM runs WHERE {running}", [task.id])[0]  # noqa: S608  # constant SQL
+            self._db.execute(f"UPDATE runs SET state = 'refunded' WHERE {running}", [task.id])  # noqa: S608  # constant SQL
             self._db.execute("UPDATE tasks SET cancelled = ? WHERE id = ?", [now, task.id])
         self.reserved -= int(freed)
 
     def totals(self) -> dict[str, int]:
-        """Count accepted runs and questions, and how many of these were bought twice."""
+        """Count accepted runs and lookups, and how many lookups were paid twice."""
         row = self._one(
             "SELECT total(accepted), total(charged), count(*), total(accepted > 1), total(charged > 1) FROM"
             " (SELECT count(*) AS accepted, sum(charged) AS charged FROM bought GROUP BY question)"
@@ -246,14 +246,14 @@ class SandboxStore:
         return dict(zip(names, map(int, row), strict=True))
 
     def provider_totals(self) -> list[tuple[str, int, int, int]]:
-        """Add up by provider and verifier what was charged: name, runs that it was asked for, finds, millionths."""
+        """Return for each provider and verifier the settled runs: name, runs, finds, millionths."""
         return self._db.execute(
             "SELECT value->>0 AS name, count(DISTINCT run), sum(value->>1), sum(value->>2)"
             " FROM steps JOIN runs ON runs.id = run JOIN json_each(told) WHERE state = 'settled' GROUP BY 1 ORDER BY 1"
         ).fetchall()
 
     def lookup_totals(self) -> list[tuple[Any, ...]]:
-        """List what was asked: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""
+        """List all lookups: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""
         return self._db.execute(
             "SELECT waterfall, params, enrichments, email_verifier, count(*), sum(charged), sum(spent),"
             " group_concat(task_id, ' ')"
@@ -261,5 +261,5 @@ class SandboxStore:
             " GROUP BY question ORDER BY question"
         ).fetchall()
 
-    def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row is what the SQL says
+    def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row's types depend on the SQL
         return self._db.execute(sql, tuple(values)).fetchone()

@@ -1,4 +1,4 @@
-"""Writes the body of `GET /v1/tasks/{task_id}` from what is stored, for this moment."""
+"""Renders the body of `GET /v1/tasks/{task_id}` from the stored task, as of a given time."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MISSES = ("missed", "no_data")
 
 
 class _TaskBody(NamedTuple):
-    """What a body says; the texts are JSON already."""
+    """The values of a body; `data`, `error` and `progress` are JSON already, `cost` is in millionths."""
 
     status: str
     data: str = "null"
@@ -24,27 +24,27 @@ class _TaskBody(NamedTuple):
 
 
 class TaskRenderer:
-    """Shows tasks in the spelling that the settings ask for."""
+    """Renders tasks with the spellings chosen in the settings."""
 
     def __init__(self, settings: SandboxSettings) -> None:
         self._settings = settings
         self._completed, self._failed = ("success", "error") if settings.aliases else ("completed", "failed")
 
     def is_expired(self, task: Task, now: float) -> bool:
-        """Say whether the result is gone by now."""
+        """Return True when the result has expired."""
         finished = task.cancelled if task.cancelled is not None else max(run.ready for run in task.runs)
         return now - finished > self._settings.result_ttl
 
     def expired_body(self, task: Task) -> bytes:
-        """Show an expired task in the form of a 200."""
+        """Return the body of an expired task, for a 200 response."""
         return self._write_body(task, _TaskBody("gone", error='"Task data has expired"'))
 
     def odd_status_body(self, task: Task, poll: int) -> bytes:
-        """Show a status that no document names."""
+        """Return a body with a status that the API's documentation does not name."""
         return self._write_body(task, _TaskBody(ODD_STATUSES[poll % len(ODD_STATUSES)]))
 
     def body(self, task: Task, now: float, *, partial: bool = False) -> bytes:
-        """Show a task that has not expired."""
+        """Return the body of a task that has not expired."""
         return self._write_body(
             task, self._bulk_body(task, now, partial=partial) if task.bulk else self._single_body(task, now)
         )
@@ -73,13 +73,13 @@ class TaskRenderer:
             "failed": len(failed),
             "processing": running,
         }
-        # Before July 2026 it was the hits alone, in no order.
+        # Before July 2026, the API returned only the rows with a match, in no order.
         listed_runs = (
             done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
         )
         progress, data = json.dumps(counts), f"[{','.join(run.data for run in listed_runs)}]"
         if running:
-            # As nobody says how the finished rows of a running task are aligned, they are not.
+            # Not aligned: the documentation defines no order for the finished rows of a running task.
             return _TaskBody("processing", data if partial else "null", progress=progress)
         if task.cancelled is not None:
             status = "cancelled"
