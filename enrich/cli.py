@@ -20,7 +20,8 @@ from enrich import __version__
 from enrich.commands import LEDGER_META_KEY
 from enrich.commands.streams import flush_error, guard_streams
 from enrich.databar.outside_text import clean_text
-from enrich.errors import EnrichError, ExitCode, Interrupted
+from enrich.errors import EnrichError, Interrupted
+from enrich.exit_codes import ExitCode
 
 
 def main() -> None:

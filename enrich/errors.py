@@ -32,49 +32,8 @@ EnrichError                        message, hint and exit code
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntEnum
 
-
-class ExitCode(IntEnum):
-    """The exit codes. Each has one meaning, which must not change because users' cron jobs depend on it."""
-
-    OK = 0
-    BUG = 1
-    USAGE = 2
-    KEY = 3
-    API = 4
-    REFUSED = 5
-    SOME_FAILED = 10
-    LOCKED = 11
-    CREDITS = 12
-    TIME = 13
-    IN_DOUBT = 14
-    CANARY = 15
-    INTERRUPTED = 130
-    TERMINATED = 143
-
-
-#: If several exit codes apply, the first in this order wins. LOCKED (11) is raised before any other could apply.
-EXIT_PRECEDENCE = (
-    ExitCode.BUG,
-    ExitCode.INTERRUPTED,
-    ExitCode.TERMINATED,
-    ExitCode.KEY,
-    ExitCode.USAGE,
-    ExitCode.REFUSED,
-    ExitCode.CANARY,
-    ExitCode.CREDITS,
-    ExitCode.API,
-    ExitCode.TIME,
-    ExitCode.IN_DOUBT,
-    ExitCode.SOME_FAILED,
-    ExitCode.OK,
-)
-
-#: Exit codes with which the output is written. With any other code the old file stays.
-OUTPUT_WRITING_CODES = frozenset(
-    {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
-)
+from enrich.exit_codes import ExitCode
 
 
 class EnrichError(Exception):

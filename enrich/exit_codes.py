@@ -1,14 +1,59 @@
-"""What an exit code means for those who watch: its word, whether it is fine, and the command that helps."""
+"""The exit codes: what each means, which one wins, and the command that helps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from enrich.models import RowStatus, format_credits, pluralize
 
-#: Exit 15, the canary, belongs to the pipeline; here it is only told.
+
+class ExitCode(IntEnum):
+    """The exit codes. Each has one meaning, which must not change because users' cron jobs depend on it."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    KEY = 3
+    API = 4
+    REFUSED = 5
+    SOME_FAILED = 10
+    LOCKED = 11
+    CREDITS = 12
+    TIME = 13
+    IN_DOUBT = 14
+    CANARY = 15
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+#: If several exit codes apply, the first in this order wins. LOCKED (11) is raised before any other could apply.
+EXIT_PRECEDENCE = (
+    ExitCode.BUG,
+    ExitCode.INTERRUPTED,
+    ExitCode.TERMINATED,
+    ExitCode.KEY,
+    ExitCode.USAGE,
+    ExitCode.REFUSED,
+    ExitCode.CANARY,
+    ExitCode.CREDITS,
+    ExitCode.API,
+    ExitCode.TIME,
+    ExitCode.IN_DOUBT,
+    ExitCode.SOME_FAILED,
+    ExitCode.OK,
+)
+
+
+#: Exit codes with which the output is written. With any other code the old file stays.
+OUTPUT_WRITING_CODES = frozenset(
+    {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
+)
+
+
+#: What each exit code means, in a word or two.
 EXIT_LABELS = {
     0: "ok",
     1: "bug or disk",
@@ -28,12 +73,12 @@ EXIT_LABELS = {
 
 _IN_DOUBT_CODE = 14
 
-#: The leads are enriched as far as it goes tonight: 10 is told by its counts, 13 goes on by itself.
+#: No action is required: the counts show the failures of 10, and the next run continues after 13.
 SUCCESS_CODES = frozenset({0, 10, 13})
-#: Says nothing about this job's nights: another run is at work (it will tell), or somebody stopped this one.
+#: Says nothing about the health of the job: another run holds the ledger, or a person stopped this one.
 NEUTRAL_CODES = frozenset({11, 130, 143})
 
-#: The commands that help, by exit code; {run} is the job with all its paths, {look} with its ledger only.
+#: The commands that help, by exit code. `{run}` is the job with all its paths, `{look}` with its ledger only.
 _COMMANDS = {
     1: ("enrich ledger check {look}", "enrich run {run}"),
     2: ("enrich run {run}",),
@@ -57,25 +102,25 @@ _INSTRUCTIONS = {
 
 
 def exit_label(code: int) -> str:
-    """Say what an exit code means in a word or two."""
+    """Return what an exit code means in a word or two."""
     return EXIT_LABELS.get(code, "unknown")
 
 
 def outcome_label(code: int | None, *, is_running: bool | None) -> str:
-    """Say how an execution ended; one without an exit code is at work, or was killed (None: nobody knows which)."""
+    """Return how a run ended. Without an exit code it is running or was killed; `is_running` None: not known which."""
     if code is not None:
         return exit_label(code)
     return {True: "at work now", False: "killed", None: "at work, killed"}[is_running]
 
 
 def requires_action(code: int) -> bool:
-    """Tell whether somebody should look."""
+    """Return whether the exit code requires an action."""
     return code not in SUCCESS_CODES | NEUTRAL_CODES
 
 
 @dataclass(frozen=True, slots=True)
 class JobArguments:
-    """The job as the shell takes it: after `enrich run`, and after commands that only look."""
+    """The job as arguments of a shell command: of `enrich run`, and of commands that only read the ledger."""
 
     run_args: str
     ledger_args: str
@@ -83,13 +128,13 @@ class JobArguments:
 
 @dataclass(frozen=True, slots=True)
 class RequiredAction:
-    """What waits for a person, and the exact commands that help."""
+    """An action that is required, and the exact commands for it."""
 
     text: str
     commands: tuple[str, ...]
 
 
-#: What rows of a status need, and the exit code whose commands help; without one the run asks them again.
+#: What rows of each status require, and the commands for it.
 _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
     RowStatus.IN_DOUBT: (f"in doubt: {_INSTRUCTIONS[14]}", _COMMANDS[14]),
     RowStatus.FAILED: ("failed: ask again (costs again)", ("enrich run {run} --retry failed",)),
@@ -100,12 +145,13 @@ _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
 def required_actions(
     code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "row"
 ) -> list[RequiredAction]:
-    """Tell what to do, and the exact commands: for an exit code, and for rows (or `what` is counted) by status."""
+    """Return the required actions for an exit code and for the number of rows (or of another `noun`) by status."""
     actions = []
     if code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
         actions.append((_INSTRUCTIONS[code], _COMMANDS[code]))
     if credits_over_cap := rows.get("credits_over_cap"):
-        text = f"the credits cap was overrun by {format_credits(credits_over_cap)}, because a price rose: look at the prices"
+        overrun = format_credits(credits_over_cap)
+        text = f"the credits cap was overrun by {overrun}, because a price rose: look at the prices"
         actions.append((text, ("enrich plan {run}",)))
     for status, (text, commands) in _ACTIONS_BY_STATUS.items():
         if count := rows.get(status):
@@ -117,7 +163,7 @@ def required_actions(
 
 
 def format_actions(actions: Iterable[RequiredAction]) -> list[str]:
-    """Write needs as lines."""
+    """Format the actions as lines."""
     return [
         line for action in actions for line in (f"{action.text}:", *(f"  {command}" for command in action.commands))
     ]

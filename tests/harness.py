@@ -24,13 +24,13 @@ import pytest
 from pydantic import SecretStr
 
 from enrich.cli import run_command
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.models import SystemClock
 from enrich.run.context import Progress, RunContext, RunOptions
 from enrich.run.pipeline import run
 from enrich.run.poll_schedule import PollSchedule

@@ -11,9 +11,10 @@ from typing import Any
 
 from enrich.databar.answers import TaskReply
 from enrich.databar.client import Client
+from enrich.databar.clock import Clock, SystemClock
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import Call, Clock, SystemClock
+from enrich.models import Call
 from enrich.run.budget import Budget
 from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.dispatcher import Dispatcher

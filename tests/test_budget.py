@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.sandbox import Fault
 from tests.harness import SHORT_TIMEOUTS, Workspace, make_leads, serve_api
 

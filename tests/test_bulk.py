@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
-from enrich.errors import EnrichError, ExitCode
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
 from enrich.ledger.verify import check_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.job.spec import Canary
 from enrich.models import State
 from enrich.run.budget import check_canary

@@ -13,6 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.error_bodies import wrong_params
 from enrich.errors import (
@@ -28,7 +29,6 @@ from enrich.errors import (
     Unauthorized,
     UnexpectedResponse,
 )
-from enrich.models import SystemClock
 from tests.cases import in_turn
 from tests.harness import SandboxApi, serve_api
 from tests.wire import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port

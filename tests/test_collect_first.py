@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from enrich.databar.clock import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.models import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, State, SystemClock
+from enrich.models import State
 from enrich.run import poller
 from enrich.run.context import RunContext, RunOptions
 from enrich.run.pipeline import run as run_job

@@ -15,10 +15,11 @@ from pydantic import SecretStr
 from enrich.cluster import worker_pool
 from enrich.cluster.worker import WorkerCommand, WorkerStatus, WorkerTask
 from enrich.cluster.worker_pool import REPLACEMENTS_PER_WORKER, WorkerHandle, WorkerPool, posts_in_flight
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation as Server
-from enrich.models import Call, SystemClock
+from enrich.models import Call
 from enrich.run.budget import Budget
 from enrich.run.loops import WorkConfig
 from enrich.run.poll_schedule import PollSchedule

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from enrich.databar.client import MAX_POSTS_IN_FLIGHT
-from enrich.errors import EnrichError, ExitCode, LedgerFailed
+from enrich.errors import EnrichError, LedgerFailed
+from enrich.exit_codes import ExitCode
 from enrich.ledger.ledger import Ledger
 from enrich.models import Call, RowRequest, State
 from enrich.run.rate_limit import BURST_S

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.run import poller
 from enrich.run.state import Timeouts
 from enrich.sandbox import Fault

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from enrich.errors import ExitCode, LedgerLocked, RunEnded
+from enrich.errors import LedgerLocked, RunEnded
+from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
 from enrich.ledger.copy import copy_ledger

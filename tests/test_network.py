@@ -15,10 +15,10 @@ import pytest
 from pydantic import SecretStr
 
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.network import Proxy, find_proxy, load_certificates
 from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
-from enrich.models import SystemClock
 from enrich.run.preflight import retry_until
 from tests.cases import first_quick, in_turn
 from tests.harness import SandboxApi, Workspace, make_leads, serve_api

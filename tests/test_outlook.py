@@ -24,7 +24,7 @@ from enrich.commands.doctor.system import (
     parse_env_lines,
     startup_error,
 )
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT
 from tests.cases import in_turn
 

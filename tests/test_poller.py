@@ -12,9 +12,11 @@ from unittest.mock import patch
 
 import pytest
 
-from enrich.errors import EnrichError, ExitCode
+from enrich.databar.clock import SystemClock
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
 from enrich.ledger.ledger import Ledger
-from enrich.models import MICROS_PER_CREDIT, State, SystemClock
+from enrich.models import MICROS_PER_CREDIT, State
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.state import RunState, Timeouts
 from enrich.sandbox.faults import Fault

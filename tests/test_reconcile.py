@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from enrich.databar.waterfall import User
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT, State, read_balance
 from enrich.run.balance import explain_balance
 from enrich.run.context import Progress, RunOptions

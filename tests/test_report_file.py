@@ -13,7 +13,8 @@ from unittest.mock import patch
 import pytest
 from polars.exceptions import PanicException
 
-from enrich.errors import ExitCode, Interrupted, JobError
+from enrich.errors import Interrupted, JobError
+from enrich.exit_codes import ExitCode
 from enrich.report.data import Report
 from enrich.report.page_file import REPORT_MARKER
 from tests.cases import first_quick

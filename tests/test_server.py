@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import CommandRefused, ExitCode
+from enrich.errors import CommandRefused
+from enrich.exit_codes import ExitCode
 from enrich.ledger import schema
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked, lock_ledger

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import ExitCode
-from enrich.exit_codes import JobArguments, format_actions, required_actions
+from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.models import RowStatus
 from enrich.run.balance import explain_balance
 from enrich.run.signals import SignalHandler

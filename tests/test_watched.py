@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from enrich import exit_codes
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.ledger.lock import lock_ledger
 from enrich.monitoring import healthcheck, notifications
 from tests.cases import first_quick

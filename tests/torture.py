@@ -27,7 +27,7 @@ from threading import Event, Thread
 from typing import Any
 
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.sandbox import Fault, SandboxSettings
 from tests.harness import JOB, SandboxApi, Workspace, make_leads, serve_api
 from tests.out_of_step import ProxyFaultKind, faulty_proxy, random_faults

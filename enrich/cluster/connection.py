@@ -19,7 +19,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from enrich.errors import ClusterFailed, ExitCode, Interrupted
+from enrich.errors import ClusterFailed, Interrupted
+from enrich.exit_codes import ExitCode
 from enrich.run.signals import EXIT_CODE_BY_SIGNAL, handled_signals
 
 #: Ray's settings, unless the user has set them. With auto-connect a thread that outlives Ray would start it again.

@@ -12,13 +12,15 @@ from enum import Enum, auto
 
 from enrich.cluster.shared_rate import SharedRateLimiter
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.errors import EnrichError, ExitCode, LeaseLost, RunEnded
+from enrich.errors import EnrichError, LeaseLost, RunEnded
+from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import SystemClock, Task
+from enrich.models import Task
 from enrich.run.loops import WorkConfig
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller

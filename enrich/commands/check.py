@@ -18,7 +18,8 @@ from enrich.commands.paths import path_exists, path_problems
 from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field, Waterfall, waterfall_changes
 from enrich.databar.waterfall import Param as Offered
-from enrich.errors import EXIT_PRECEDENCE, CommandRefused, EnrichError, ExitCode, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, ObjectUrl, PostgresLocation
 from enrich.job.spec import Param

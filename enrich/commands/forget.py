@@ -15,6 +15,7 @@ import click
 from enrich.commands import options
 from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.databar.answers import is_blank, parse_data, value_at
+from enrich.databar.clock import SystemClock
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.job import Job, suggest_name
@@ -24,7 +25,7 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import find_rescue_files
-from enrich.models import OPEN_STATES, SystemClock
+from enrich.models import OPEN_STATES
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders

@@ -11,7 +11,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger.copy import copy_ledger
 from enrich.ledger.sqlite import RESTORE_HINT

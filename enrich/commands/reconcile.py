@@ -11,12 +11,13 @@ import click
 
 from enrich.commands import options
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.ledger import Ledger
-from enrich.models import SystemClock, read_balance
+from enrich.models import read_balance
 from enrich.run.balance import (
     PART_LABELS,
     ROUNDING_CREDITS,

@@ -16,13 +16,14 @@ import click
 from enrich.commands import options
 from enrich.commands.options import make_job_arguments
 from enrich.commands.report import write_run_report
-from enrich.errors import EnrichError, ExitCode, JobError, LedgerLocked
-from enrich.exit_codes import JobArguments, format_actions, required_actions
+from enrich.databar.clock import SystemClock
+from enrich.errors import EnrichError, JobError, LedgerLocked
+from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
-from enrich.models import State, SystemClock
+from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.monitoring.progress_bar import ProgressBar

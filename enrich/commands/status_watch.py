@@ -14,12 +14,13 @@ import click
 
 from enrich.commands.run_view import RunStatus, RunView, format_view, format_view_line, run_status
 from enrich.commands.streams import flush_error
-from enrich.errors import ExitCode, Interrupted
+from enrich.databar.clock import SystemClock
+from enrich.errors import Interrupted
+from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.history import LatestExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
-from enrich.models import SystemClock
 from enrich.run.progress import read_snapshot
 
 #: A run writes its pulse every 2 s; on a busy disk it may take a while.

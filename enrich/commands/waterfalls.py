@@ -10,11 +10,11 @@ import click
 
 from enrich.commands import options
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.waterfall import Provider, Waterfall
 from enrich.errors import JobError, JobRejected
 from enrich.job.job import suggest_name
-from enrich.models import SystemClock
 from enrich.run.preflight import retry_until
 from enrich.run.state import Timeouts
 

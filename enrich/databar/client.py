@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
 from enrich.databar.answers import TaskReply
+from enrich.databar.clock import Clock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.databar.outside_text import clean_line, clean_text
@@ -30,7 +31,6 @@ from enrich.errors import (
     SubmissionUnconfirmed,
     UnexpectedResponse,
 )
-from enrich.models import Clock
 
 #: Maximum number of concurrent POSTs, and so of the requests that a kill can leave unconfirmed.
 MAX_POSTS_IN_FLIGHT = 32

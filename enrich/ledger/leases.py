@@ -10,13 +10,13 @@ import socket
 import threading
 import time
 
+from enrich.databar.clock import boottime
 from enrich.errors import LeaseLost, RunEnded
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.database import OPEN_TIMEOUT_S
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
-from enrich.models import boottime
 
 #: How often a lease is renewed within its duration.
 RENEWALS_PER_LEASE = 6

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from enrich.errors import ExitCode, LeaseLost, LedgerFailed, LedgerMoved
+from enrich.errors import LeaseLost, LedgerFailed, LedgerMoved
+from enrich.exit_codes import ExitCode
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.rescue_file import RescueFile

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from enrich import __version__, exit_codes
-from enrich.errors import ExitCode
+from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
 from enrich.ledger.history import LedgerReader, try_read
 from enrich.models import iso_time

@@ -14,8 +14,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from enrich.errors import CommandRefused, EnrichError, ExitCode
-from enrich.exit_codes import SUCCESS_CODES, JobArguments, RequiredAction, exit_label, outcome_label, required_actions
+from enrich.errors import CommandRefused, EnrichError
+from enrich.exit_codes import (
+    SUCCESS_CODES,
+    ExitCode,
+    JobArguments,
+    RequiredAction,
+    exit_label,
+    outcome_label,
+    required_actions,
+)
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.ledger.database import ledger_exists

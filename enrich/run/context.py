@@ -9,10 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.ledger.ledger import Ledger
-from enrich.models import Clock, RequestSelection, State, SystemClock
+from enrich.models import RequestSelection, State
 from enrich.run.plan_file import SavedPlan
 from enrich.run.state import Timeouts
 

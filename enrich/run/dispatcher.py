@@ -17,7 +17,6 @@ from enrich.errors import (
     ApiCallFailed,
     BadParams,
     EnrichError,
-    ExitCode,
     JobRejected,
     LeaseLost,
     LedgerFailed,
@@ -27,6 +26,7 @@ from enrich.errors import (
     SubmissionUnconfirmed,
     Unauthorized,
 )
+from enrich.exit_codes import ExitCode
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.queue import CapReached
 from enrich.ledger.writer import LedgerWriter

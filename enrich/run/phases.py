@@ -11,7 +11,8 @@ from math import inf
 from typing import Any
 
 from enrich.databar.client import Client
-from enrich.errors import OUTPUT_WRITING_CODES, CommandRefused, EnrichError, ExitCode, Interrupted, LedgerFailed
+from enrich.errors import CommandRefused, EnrichError, Interrupted, LedgerFailed
+from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter

@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from enrich.databar.client import Client
-from enrich.errors import (
-    LOCKED_HINT,
-    CommandRefused,
-    EnrichError,
-    ExitCode,
-    Interrupted,
-    LedgerLocked,
-    WorkspaceMismatch,
-)
+from enrich.errors import LOCKED_HINT, CommandRefused, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
+from enrich.exit_codes import ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.locations import Location
 from enrich.ledger.ledger import Ledger

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError
 from enrich.files.writer import prepare_file, write_file
@@ -27,7 +28,6 @@ from enrich.models import (
     Decision,
     RowDecision,
     RowStatus,
-    SystemClock,
     format_duration,
     iso_time,
     to_credits,

@@ -17,15 +17,8 @@ from enrich.databar.answers import (
     task_phase,
 )
 from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
-from enrich.errors import (
-    EnrichError,
-    ExitCode,
-    InvalidPollResponse,
-    RateLimited,
-    RequestNotAccepted,
-    TaskUnknown,
-    Unauthorized,
-)
+from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
+from enrich.exit_codes import ExitCode
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.waterfall import User, Waterfall
 from enrich.errors import (
@@ -29,7 +30,7 @@ from enrich.errors import (
 from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.ledger import Ledger
-from enrich.models import Call, SystemClock, read_balance
+from enrich.models import Call, read_balance
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
 from enrich.run.state import Timeouts
 

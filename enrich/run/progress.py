@@ -11,10 +11,11 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from enrich.databar.clock import SystemClock
 from enrich.errors import LedgerFailed
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import State, SystemClock, to_credits
+from enrich.models import State, to_credits
 from enrich.run.context import Progress, RunContext
 from enrich.run.state import RunState
 

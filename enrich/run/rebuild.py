@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from enrich.errors import CommandRefused, ExitCode
+from enrich.errors import CommandRefused
+from enrich.exit_codes import ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
 from enrich.ledger.database import ledger_exists

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from enrich.errors import ExitCode, Interrupted
+from enrich.errors import Interrupted
+from enrich.exit_codes import ExitCode
 
 EXIT_CODE_BY_SIGNAL = {
     signal.SIGINT: ExitCode.INTERRUPTED,

@@ -9,8 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode, RateLimited
-from enrich.models import Clock, State
+from enrich.databar.clock import Clock
+from enrich.errors import EnrichError, RateLimited
+from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.models import State
 from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.rate_limit import AdaptiveRateLimiter

@@ -8,9 +8,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from enrich.errors import EnrichError, ExitCode
+from enrich.databar.clock import CLOCK_TOLERANCE_MS
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
 from enrich.job.locations import Location
-from enrich.models import CLOCK_TOLERANCE_MS, iso_time, to_credits
+from enrich.models import iso_time, to_credits
 
 DAY_S = 86_400.0
 #: An export that did not change for this long is asked after.

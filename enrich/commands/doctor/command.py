@@ -23,7 +23,8 @@ from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
 from enrich.databar.credentials import ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
-from enrich.errors import EXIT_PRECEDENCE, EnrichError, ExitCode
+from enrich.errors import EnrichError
+from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.database import ledger_exists
