@@ -207,6 +207,7 @@ def test_few_false_alarms_in_simulation() -> None:
     assert alarms <= 4
 
 
+@pytest.mark.long
 def test_bad_run_is_detected_in_simulation() -> None:
     """The same simulation with a provider that is down: told in nearly all of a hundred weeks."""
     chance = random.Random(7)
@@ -230,6 +231,7 @@ def test_frequency_sketch_is_exact_for_few_values(values: list[int]) -> None:
     assert often.top_two() == [*counts, 0, 0][:2]
 
 
+@pytest.mark.long
 @given(st.lists(st.integers(0, 400), max_size=600), st.integers(2, 40))
 def test_frequency_sketch_error_bound(values: list[int], kept: int) -> None:
     """By one in `kept` of all at most, and never too high."""
@@ -243,6 +245,7 @@ def test_frequency_sketch_error_bound(values: list[int], kept: int) -> None:
     assert most - len(values) / kept <= often.top_two()[0] <= most
 
 
+@pytest.mark.long
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_hypergeometric_probability_of_zero(there: int, others: int, other: int) -> None:
     """Counted out."""

@@ -57,6 +57,7 @@ COMPRESSED = {
 }
 
 
+@pytest.mark.long
 @in_turn(("encoding", "data"), COMPRESSED.values(), ids=COMPRESSED.keys())
 @in_turn("chunk", [0, 1, 1000])
 def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk: int) -> None:

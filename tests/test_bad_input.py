@@ -121,7 +121,8 @@ def test_header_without_rows(api: SandboxApi, workspace: Workspace, data: bytes)
     assert workspace.read_output() == []
 
 
-@pytest.mark.parametrize("broken", first_quick(1, [b"", HEADER_LINE + VALID_ROW + b"\na,b\n", b"Name\nx\n", None]))
+@pytest.mark.long
+@pytest.mark.parametrize("broken", [b"", HEADER_LINE + VALID_ROW + b"\na,b\n", b"Name\nx\n", None])
 def test_open_tasks_collected_despite_bad_input(tmp_path: Path, workspace: Workspace, broken: bytes | None) -> None:
     """Tonight's file is broken, but yesterday's tasks would expire: they are fetched, and nothing new is bought."""
     workspace.write_leads(make_leads(4))
@@ -156,23 +157,20 @@ def assert_rows_preserved(workspace: Workspace, summary: RunSummary, rows: list[
     assert [row[: len(header)] for row in written[1:]] == rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "dialect",
-    first_quick(
-        3,
-        [
-            ("utf-8", "\ufeff", ",", "\r\n"),
-            ("utf-8", "", ";", "\n"),
-            ("utf-8", "", "\t", "\n"),
-            ("utf-8", "", "|", "\n"),
-            ("utf-8", "", ",", "\r"),
-            ("cp1252", "", ";", "\r\n"),
-            ("utf-16", "", "\t", "\r\n"),
-            ("utf-16-le", "\ufeff", ",", "\n"),
-            ("latin-1", "", ",", "\n"),
-        ],
-        single=True,
-    ),
+    [
+        ("utf-8", "\ufeff", ",", "\r\n"),
+        ("utf-8", "", ";", "\n"),
+        ("utf-8", "", "\t", "\n"),
+        ("utf-8", "", "|", "\n"),
+        ("utf-8", "", ",", "\r"),
+        ("cp1252", "", ";", "\r\n"),
+        ("utf-16", "", "\t", "\r\n"),
+        ("utf-16-le", "\ufeff", ",", "\n"),
+        ("latin-1", "", ",", "\n"),
+    ],
     ids=repr,
 )
 def test_spreadsheet_dialects(api: SandboxApi, workspace: Workspace, dialect: tuple[str, str, str, str]) -> None:
@@ -194,6 +192,7 @@ def test_spreadsheet_dialects(api: SandboxApi, workspace: Workspace, dialect: tu
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"Jürgen", "Ada"}
 
 
+@pytest.mark.long
 def test_unusual_cells_are_preserved(api: SandboxApi, workspace: Workspace) -> None:
     """Leading zeros, phones, blanks, quotes, line ends in cells, formulas and very long texts."""
     notes = [
@@ -224,6 +223,7 @@ def test_unusual_headers_are_preserved(api: SandboxApi, workspace: Workspace) ->
     assert api.audit()["runs"][0]["params"] == {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
+@pytest.mark.long
 def test_unusual_new_column_names(api: SandboxApi, workspace: Workspace) -> None:
     """Even what polars would take for a pattern."""
     workspace.write_job(columns='{"^new.*$": email, "*": email, new: email}')
@@ -236,6 +236,7 @@ def test_unusual_new_column_names(api: SandboxApi, workspace: Workspace) -> None
     assert any("@" in cell for cells in result for cell in cells)
 
 
+@pytest.mark.long
 def test_blank_lines_are_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Spreadsheets leave empty lines at the end; they are neither asked nor written."""
     path = workspace.write_leads(make_leads(3))
@@ -247,6 +248,7 @@ def test_blank_lines_are_ignored(api: SandboxApi, workspace: Workspace) -> None:
     assert_rows_preserved(workspace, summary, make_leads(3), HEADER)
 
 
+@pytest.mark.long
 def test_invalid_rows_are_free(api: SandboxApi, workspace: Workspace) -> None:
     """A required param without a value, or none that is one: the row says why and is never sent."""
     workspace.write_leads(
@@ -283,6 +285,7 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxApi]
         yield served
 
 
+@pytest.mark.long
 @settings(max_examples=examples(15), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(NAMES, NAMES, CELLS, CELLS, CELLS), max_size=8))
 def test_any_cell_text_is_preserved(shared_api: SandboxApi, rows: list[tuple[str, ...]]) -> None:

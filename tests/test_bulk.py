@@ -197,7 +197,7 @@ def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace
     assert (by_word.exit_code, by_word.json_output["submitted"]) == (0, BULK_SIZE)
 
 
-@pytest.mark.parametrize("fault", ["rate-limit-bare", "redirect"])
+@pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "redirect"]))
 def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """All of its rows, once."""
     api.inject_fault(fault, 2, "post")
@@ -206,7 +206,9 @@ def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: s
     assert_consistent_with_audit(api, workspace, summary)
 
 
-@pytest.mark.parametrize(("fault", "code"), [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
+@pytest.mark.parametrize(
+    ("fault", "code"), first_quick(1, [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
+)
 def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace, fault: str, code: ExitCode) -> None:
     """401 and 406 mean what they mean for single runs."""
     api.inject_fault(fault, 99, "post")
@@ -229,6 +231,7 @@ def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) 
     assert runs[-1].exit_code == ExitCode.OK
 
 
+@pytest.mark.long
 def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
     """A task that was too dear teaches for the whole run: POSTs that buy nothing use the allowance, too."""
     workspace.write_job(dispatch="{bulk: 64}")
@@ -240,6 +243,7 @@ def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
         assert request_count(api, "406") <= 6 * 8
 
 
+@pytest.mark.long
 def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
     """Too many at once is a mistake of the job file: nothing is bought, and the API's words are told."""
     workspace.write_leads(make_leads(2 * BULK_SIZE))
@@ -288,6 +292,7 @@ def test_invalid_rows_fail_and_rest_is_resent(
     assert failed == dict.fromkeys(rejected_leads, "company: Bad.")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["new", "old_short"])
 def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any) -> None:
     """Every row is failed, and nothing was bought."""
@@ -301,6 +306,7 @@ def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: 
 # Answers
 
 
+@pytest.mark.long
 def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> None:
     """Hits alone, in no order, as the API once did: nobody gets another's address, and the price is told."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
@@ -313,6 +319,7 @@ def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> No
     assert not any(row["work_email"] for row in workspace.read_output())
 
 
+@pytest.mark.long
 def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> None:
     """`explain` does not show the first address of the task as the first row's."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
@@ -326,6 +333,7 @@ def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> N
     assert "credits for all 10 of the task" in line
 
 
+@pytest.mark.long
 def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """An empty list is aligned with anything."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.0) as api:
@@ -333,6 +341,7 @@ def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace
     assert (summary.exit_code, summary.not_found) == (0, LEADS)
 
 
+@pytest.mark.long
 def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
     """What was found is found; a row without an answer is failed where some failed, and says so."""
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0, hit_rate=0.6) as api:
@@ -344,6 +353,7 @@ def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
     assert any("failed or not found" in row["enrich_error"] for row in workspace.read_output())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attempts", [1, 5])
 def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attempts: int) -> None:
     """All of its rows, up to `max_attempts`; rows that fail in a task that cost something are not."""
@@ -361,6 +371,7 @@ def task_counts(workspace: Workspace) -> list[int]:
     return [count for (count,) in workspace.sql("SELECT count(task_id) FROM attempts GROUP BY request_id")]
 
 
+@pytest.mark.long
 def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
     """Every row of the task counts as of unknown price and keeps its reservation."""
     with serve_api(tmp_path / "api.db", hide_credits=True) as api:
@@ -372,6 +383,7 @@ def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspace) -> None:
     """`reconcile` counts each task's credits once."""
     api.inject_fault("error-after", 1, "post")
@@ -383,7 +395,8 @@ def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspac
     assert (output["in_doubt"]["number"], output["unexplained"]) == (BULK_SIZE, 0)
 
 
-@pytest.mark.parametrize("how", first_quick(1, ["410", "gone"]))
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["410", "gone"])
 def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
     """Every row of the task, at an unknown price, whatever the body says."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
@@ -400,9 +413,10 @@ def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "code", "in_doubt"),
-    first_quick(1, [("lost-task=1", 14, BULK_SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)]),
+    [("lost-task=1", 14, BULK_SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
 )
 def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: str, code: int, in_doubt: int) -> None:
     """Never known since: in doubt; known late, or with a status never seen: waited for."""
@@ -452,6 +466,7 @@ def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None
 # What limits a run
 
 
+@pytest.mark.long
 def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
     """No more is reserved than the cap has room for; what came cheaper makes room again."""
     workspace.write_job(limits=f"{{max_credits: {7 * MAX_PRICE + 1}}}", dispatch=f"{{bulk: {BULK_SIZE}}}")
@@ -466,12 +481,14 @@ def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
     assert 6 * MAX_PRICE < summary.credits_spent <= 7 * MAX_PRICE + 1
 
 
+@pytest.mark.long
 def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
     """`--limit` counts requests, not tasks."""
     summary = workspace.run_job(api, RunOptions(limit=13))
     assert (summary.submitted, summary.pending, request_count(api, "bulk_run")) == (13, LEADS - 13, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hit_rate", "code", "bought"), [(1.0, 0, LEADS), (0.0, 15, 4)])
 def test_canary_is_a_separate_task(
     tmp_path: Path, workspace: Workspace, hit_rate: float, code: int, bought: int
@@ -527,6 +544,7 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 @FILE_ONLY  # a server has its own time
 def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> None:
     """`policy.refresh` and `--retry` work on bundles, too, and a refused refresh leaves the old answer."""
@@ -579,7 +597,8 @@ def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
         assert_consistent_with_audit(api, workspace, summary)
 
 
-@pytest.mark.parametrize("first", first_quick(1, ["bulk", "single"]))
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["bulk", "single"])
 def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace, first: str) -> None:
     """Tasks in flight are collected as what they are, however the job sends now."""
     jobs: dict[str, dict[str, str]] = {"bulk": {"dispatch": f"{{bulk: {BULK_SIZE}}}"}, "single": {}}
@@ -599,6 +618,7 @@ def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace,
         assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, FEW_LEADS + 7)
 
 
+@pytest.mark.long
 def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspace) -> None:
     """Whichever job of the same ledger collects it."""
     workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
@@ -612,6 +632,7 @@ def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspac
     assert (summary.exit_code, summary.found, summary.submitted) == (0, LEADS, 0)
 
 
+@pytest.mark.long
 def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace) -> None:
     """Receipts, and what the doubts cost, are the vendor's bill; every run is sold once."""
     faults = tuple(
@@ -634,6 +655,7 @@ def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace)
 # People
 
 
+@pytest.mark.long
 def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> None:
     """The answer of a task whose rows can't be told apart names them all."""
     workspace.write_leads(make_leads(BULK_SIZE))
@@ -650,6 +672,7 @@ def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> N
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) -> None:
     """Where each row has its own answer, hers alone is erased."""
     workspace.run_job(api)
@@ -664,6 +687,7 @@ def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) 
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """Also when the first of the task was asked again since."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:

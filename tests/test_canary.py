@@ -84,6 +84,7 @@ def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace)
     assert (summary.exit_code, summary.submitted, summary.pending) == (0, 10, LEADS - 10)
 
 
+@pytest.mark.long
 def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
     """An API that fails every task is asked six times, although each of them could be asked again."""
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
@@ -92,6 +93,7 @@ def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace
     assert (summary.exit_code, summary.submitted, summary.pending) == (15, 6, LEADS)
 
 
+@pytest.mark.long
 def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace) -> None:
     """When nothing is known of the first, nothing more is risked."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -102,6 +104,7 @@ def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace
     assert "no answer came" in str(summary.error)
 
 
+@pytest.mark.long
 def test_canary_counts_rejected_rows(
     tmp_path: Path, canary_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +120,7 @@ def test_canary_counts_rejected_rows(
     assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
 
 
+@pytest.mark.long
 def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Beyond the patience nothing was seen: exit 15, and the next run collects what was bought."""
     canary_workspace.write_job(canary=CANARY_YAML, policy="{patience: 1s}")
@@ -129,6 +133,7 @@ def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) ->
         assert api.audit()["accepted"] == 6
 
 
+@pytest.mark.long
 def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace) -> None:
     """A 429 is no answer about a lead."""
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
@@ -138,6 +143,7 @@ def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace)
     assert (summary.exit_code, summary.submitted) == (15, 6)
 
 
+@pytest.mark.long
 def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Who ran out of credits among the first is told that."""
     canary_workspace.write_job(canary=CANARY_YAML, limits="{requests_per_second: 1000, max_credits: 4, in_flight: 1}")
@@ -196,6 +202,7 @@ def test_canary_excludes_refreshes(tmp_path: Path, canary_workspace: Workspace) 
     assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, len(hits))
 
 
+@pytest.mark.long
 def test_canary_uses_new_leads_only(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Due answers that come back do not hide that the new leads find nothing."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:

@@ -221,6 +221,7 @@ def test_json_is_one_object(workspace: Workspace) -> None:
     assert output["error"] == output["problems"][0]["message"]
 
 
+@pytest.mark.long
 def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi) -> None:
     """Against what the ledger remembers."""
     workspace.write_leads(make_leads(1))

@@ -266,6 +266,7 @@ def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspa
 # Paths on the command line
 
 
+@pytest.mark.long
 def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: SandboxApi, workspace: Workspace) -> None:
     """The job file's own paths are relative to the job file, wherever the command is called from."""
     workspace.write_leads(make_leads(2))
@@ -281,6 +282,7 @@ def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: Sa
     assert (other_server.folder / "here.db").is_file()
 
 
+@pytest.mark.long
 def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, workspace: Workspace) -> None:
     """The key may come from a file that cron may read, or from where `databar login` puts it."""
     workspace.write_leads(make_leads(1))
@@ -295,6 +297,7 @@ def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, wo
     assert from_file.exit_code == from_config.exit_code == 0
 
 
+@pytest.mark.long
 def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container the user may have neither HOME nor an entry in passwd: with a key in a variable that is fine."""
 
@@ -331,7 +334,7 @@ def test_sandbox_prints_environment(workspace: Workspace) -> None:
         )
     finally:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=90)
 
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["submitted"] == 3
@@ -406,11 +409,12 @@ def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tupl
     os.write(ours, answer.encode())
     shown += read_terminal(ours)
     os.close(ours)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=90)
     assert out == b""
     return process.returncode, shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.long
 def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
     """`--quiet` leaves the receipt out even when the exit code is not 0."""
     workspace.write_leads(make_leads(2))
@@ -421,6 +425,7 @@ def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (14, "", "")
 
 
+@pytest.mark.long
 def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> None:
     """`enrich schema | head -1` ends without a complaint."""
     process = workspace.start_subprocess("schema")
@@ -430,11 +435,12 @@ def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> Non
     err = process.stderr.read()
     process.stderr.close()
 
-    assert process.wait(10) == 0
+    assert process.wait(timeout=90) == 0
     assert err == ""
     assert httpx.get(api.base_url.removesuffix("/v1") + "/health").status_code == 200
 
 
+@pytest.mark.long
 def test_interrupt_during_import_exit_code(tmp_path: Path) -> None:
     """Classes are made by `exec`, out of which `python -m` takes a KeyboardInterrupt for one that nobody handled."""
     (tmp_path / "importing.py").write_text("""
@@ -452,7 +458,7 @@ cli.main()
 """)
     command = [sys.executable, "-m", "importing"]
     result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False, preexec_fn=reset_signals
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False, preexec_fn=reset_signals
     )
     assert (result.returncode, result.stderr) == (130, "")
 

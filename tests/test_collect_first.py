@@ -293,6 +293,7 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -
     assert request_states(workspace) == ["found"] * 2
 
 
+@pytest.mark.long
 def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
     """A task that says it is done and has cost something may not have its data yet."""
     scripted_api = ScriptedApi()
@@ -305,6 +306,7 @@ def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
     assert (summary.exit_code, summary.found, len(scripted_api.polls)) == (0, 1, 2)
 
 
+@pytest.mark.long
 def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
     """Each open task is asked for before such a run leaves, and it leaves when an outage would end it."""
     scripted_api = ScriptedApi()
@@ -354,7 +356,8 @@ UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = 
 }
 
 
-@pytest.mark.parametrize("poison", first_quick(2, UNUSABLE_ANSWERS, single=True))
+@pytest.mark.long
+@pytest.mark.parametrize("poison", UNUSABLE_ANSWERS)
 def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> None:
     """The other leads get theirs, the row says what is wrong, and the run is not held."""
     scripted_api = ScriptedApi()
@@ -383,6 +386,7 @@ def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> N
     assert len(scripted_api.posts) == 3
 
 
+@pytest.mark.long
 def test_unknown_task_ids_stop_submitting(workspace: Workspace) -> None:
     """Somebody else's tasks, again and again: kept raw, and after 20 nothing more is bought."""
     scripted_api = ScriptedApi()

@@ -154,6 +154,7 @@ def test_bulk_cost_is_split_by_lead(api: SandboxApi, workspace: Workspace) -> No
     assert "found as many of the 5 leads" in comparison.verdict
 
 
+@pytest.mark.long
 def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> None:
     """Nobody knows any more whom they were about: they are no common lead of each other."""
     workspace.write_leads(make_leads(6))
@@ -191,6 +192,7 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
     assert "third.yaml" in message
 
 
+@pytest.mark.long
 def test_comparison_has_no_personal_data(api: SandboxApi, workspace: Workspace) -> None:
     """It is part of a report that may be passed on."""
     workspace.write_leads(make_leads(4))

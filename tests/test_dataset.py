@@ -120,6 +120,7 @@ def test_dataset_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.long
 def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> None:
     """In any order, on any machine, again if need be; parts of those who were taken for lost don't count."""
     mine = begin_dataset(dataset_location)
@@ -132,7 +133,8 @@ def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> 
     assert len(file_names(folder)) == 4
 
 
-@pytest.mark.parametrize("firsts", first_quick(2, [(0, 4), (2,), (0, 0), (0, 1)], single=True))
+@pytest.mark.long
+@pytest.mark.parametrize("firsts", [(0, 4), (2,), (0, 0), (0, 1)])
 def test_missing_or_duplicate_rows_are_refused(
     dataset_location: Location, tmp_path: Path, firsts: tuple[int, ...]
 ) -> None:
@@ -217,6 +219,7 @@ def test_kill_during_swap(tmp_path: Path, moment: str, rows: int) -> None:
     assert row_indexes(target) == list(range(rows))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_leftover_objects_are_removed(tmp_path: Path) -> None:
     """Whatever looks like a part of ours, and only where a manifest says that the dataset is; it says what counts."""
@@ -231,6 +234,7 @@ def test_leftover_objects_are_removed(tmp_path: Path) -> None:
         prepare_file(ObjectUrl("s3", BUCKET, "copied/"), Path("/leads.csv"), "job")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
     """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
@@ -260,9 +264,8 @@ def test_failed_swap_keeps_old_dataset(tmp_path: Path) -> None:
     assert file_names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(
-    "strange", first_quick(2, ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
-)
+@pytest.mark.long
+@pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
 @pytest.mark.parametrize("known", [True, False])
 def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str, *, known: bool) -> None:
     """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
@@ -296,6 +299,7 @@ def test_empty_folder_is_replaced(tmp_path: Path) -> None:
     assert row_indexes(tmp_path / "out") == [0]
 
 
+@pytest.mark.long
 def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_path: Path) -> None:
     """Of a job of its name, with another ledger: nothing is published that lacks parts, or has those of the other."""
     mine = begin_dataset(dataset_location)
@@ -311,6 +315,7 @@ def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_pat
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [100, 101]
 
 
+@pytest.mark.long
 def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: Path) -> None:
     """Each publishes its own, or fails."""
     prepare_file(dataset_location, Path("/leads.csv"), "job")
@@ -331,7 +336,8 @@ def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: 
         assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("whose", first_quick(1, ["this run", "a run that was killed"]))
+@pytest.mark.long
+@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
 def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, whose: str) -> None:
     """Neither parts that count already nor what a later run writes; what he leaves, the next start removes."""
     lost = begin_dataset(dataset_location)
@@ -348,6 +354,7 @@ def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path,
         assert file_names(dataset_location.parent) == ["leads"]
 
 
+@pytest.mark.long
 def test_late_part_during_finish(dataset_location: Location, tmp_path: Path) -> None:
     """The run finishes meanwhile."""
     draft = begin_dataset(dataset_location)
@@ -396,6 +403,7 @@ def test_output_must_not_overlap_input(tmp_path: Path, source: str, output: str)
             prepare_file(ObjectUrl("s3", BUCKET, f"{output}/"), url, "job")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", ["ledger: out/memory.db", "rejects: out/rejects.csv", "report: out/report.html"])
 def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: SandboxApi, line: str) -> None:
     """It would be lost: exit 2 with the line, before anything is spent."""
@@ -411,6 +419,7 @@ def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: Sandbox
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
     """All that a job does beside it works as with a file; read as input its own columns are replaced."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
@@ -444,6 +453,7 @@ def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
     assert read_table(part)[0] == [*HEADER, "work_email", "mail", *header[-7:]]
 
 
+@pytest.mark.long
 def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
     """As in a file."""
     workspace.write_leads(make_leads(2))
@@ -455,6 +465,7 @@ def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
     assert any("@" in row[3] for row in rows)
 
 
+@pytest.mark.long
 def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi) -> None:
     """Rows are pending that are not to be partial."""
     workspace.write_leads(make_leads(2))
@@ -468,6 +479,7 @@ def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi
     assert row_indexes(workspace.folder / "out") == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_dataset_in_object_storage(
     workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -17,7 +17,6 @@ from enrich.errors import CommandRefused
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.verify import LedgerVerifier
 from tests.books import CommittingLedger
-from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 OLD_OUTPUT = "the output of an older night\n"
@@ -171,7 +170,8 @@ def corrupt_header(content: bytearray) -> None:
     content[:100] = random.Random(3).randbytes(100)
 
 
-@pytest.mark.parametrize("damage", first_quick(1, [truncate, clear, corrupt_pages, corrupt_header]))
+@pytest.mark.long
+@pytest.mark.parametrize("damage", [truncate, clear, corrupt_pages, corrupt_header])
 def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage: Callable[[bytearray], None]) -> None:
     """What it forgot would be paid for again: the way out is a backup, and it works."""
     workspace.write_leads(make_leads(60))
@@ -250,7 +250,7 @@ def test_output_folder_removed(tmp_path: Path, workspace: Workspace) -> None:
         process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
         wait_until(lambda: api.audit()["accepted"] == 5)
         shutil.rmtree(workspace.folder / "out")
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
         result = ProgramResult(process.returncode, out, err)
 
         assert result.exit_code == 0, result.stderr

@@ -208,6 +208,7 @@ class TestAnswers:
 
         asyncio.run(scene())
 
+    @pytest.mark.long
     def test_circuit_breaker_closes(self, api: SandboxApi, tmp_path: Path) -> None:
         """One good answer closes the breaker, and the rest is sent side by side."""
         api.inject_fault("error-before", 34, "post")
@@ -265,18 +266,16 @@ class TestAnswers:
 
         asyncio.run(scene())
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("call", "fault", "code"),
-        first_quick(
-            2,
-            [
-                (Call("nothing_getter", (833,)), None, ExitCode.USAGE),
-                (Call("email_getter", (4711,)), None, ExitCode.USAGE),
-                (CALL, "unauthorized", ExitCode.KEY),
-                (CALL, "forbidden", ExitCode.KEY),
-                (CALL, "no-credits", ExitCode.CREDITS),
-            ],
-        ),
+        [
+            (Call("nothing_getter", (833,)), None, ExitCode.USAGE),
+            (Call("email_getter", (4711,)), None, ExitCode.USAGE),
+            (CALL, "unauthorized", ExitCode.KEY),
+            (CALL, "forbidden", ExitCode.KEY),
+            (CALL, "no-credits", ExitCode.CREDITS),
+        ],
         ids=["404", "400", "401", "403", "406"],
     )
     def test_fatal_error_stops_run(
@@ -297,6 +296,7 @@ class TestAnswers:
         asyncio.run(scene())
         assert api.audit()["accepted"] == 0
 
+    @pytest.mark.long
     def test_free_failure_is_resent(self, tmp_path: Path) -> None:
         """Edge g: while something is in flight the dispatcher waits for what may come back."""
 
@@ -378,6 +378,7 @@ class TestEnding:
         with serve_api(tmp_path / "api.db", faults=delay_posts(30)) as api:
             asyncio.run(scene(api))
 
+    @pytest.mark.long
     def test_ledger_error_stops_dispatcher(self, api: SandboxApi, tmp_path: Path) -> None:
         """The first commit that fails is the last: its error comes out bare, and no POST leaves any more."""
 
@@ -399,7 +400,8 @@ class TestEnding:
         ledger.wrapped.close()
         assert counts[State.PENDING] + sent >= 2000
 
-    @pytest.mark.parametrize("waiting_for", first_quick(1, ["room", "cap", "queue", "rate"]))
+    @pytest.mark.long
+    @pytest.mark.parametrize("waiting_for", ["room", "cap", "queue", "rate"])
     def test_waiting_uses_no_cpu(self, tmp_path: Path, waiting_for: str) -> None:
         """While slow tasks run the loops sleep, whatever they wait for."""
         leads = range(60) if waiting_for != "queue" else range(20)

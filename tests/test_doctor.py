@@ -11,7 +11,6 @@ import pytest
 
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import lock_ledger
-from tests.cases import first_quick
 from tests.harness import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
 
@@ -119,6 +118,7 @@ def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert run_doctor(ready_workspace, api, "--offline").exit_code == 0
 
 
+@pytest.mark.long
 def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi) -> None:
     """A warning with its remedy."""
     (ready_workspace.folder / "key").chmod(0o644)
@@ -127,6 +127,7 @@ def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi
     assert findings_with_mark(result, "warn")["key"].endswith(f"chmod 600 {ready_workspace.folder}/key")
 
 
+@pytest.mark.long
 def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exit 4."""
     away = SandboxApi("http://127.0.0.1:9/v1", "key")
@@ -145,19 +146,17 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert "key" in findings_with_mark(result, "ok")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changed", "said", "code"),
-    first_quick(
-        2,
-        [
-            ({"input": "none.csv"}, "does not exist", 5),
-            ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
-            ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
-            ({"output": "leads.csv"}, "the same file", 2),
-            ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
-            ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
-        ],
-    ),
+    [
+        ({"input": "none.csv"}, "does not exist", 5),
+        ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
+        ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
+        ({"output": "leads.csv"}, "the same file", 2),
+        ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
+        ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
+    ],
 )
 def test_predicts_exit_code_of_run(
     ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], said: str, code: int
@@ -169,6 +168,7 @@ def test_predicts_exit_code_of_run(
     assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
 
 
+@pytest.mark.long
 def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Warnings leave exit 0."""
     ready_workspace.write_job()
@@ -180,6 +180,7 @@ def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) 
     assert "max_credits is not set" in findings_with_mark(result, "warn")["cap"]
 
 
+@pytest.mark.long
 def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
     """It holds the lock; nobody is disturbed."""
     ready_workspace.run_in_process("run", "job.yaml", api=api)
@@ -189,6 +190,7 @@ def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert "a run holds the ledger now" in findings_with_mark(result, "warn")["lock"]
 
 
+@pytest.mark.long
 def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: Path) -> None:
     """What waits for a person, and what waits at the API until it is gone."""
     with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
@@ -206,6 +208,7 @@ def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: 
     assert "2 expire before the next run" in findings_with_mark(late, "warn")["results"]
 
 
+@pytest.mark.long
 def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The rest was left pending."""
     ready_workspace.write_leads(make_leads(20))
@@ -216,6 +219,7 @@ def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) ->
     assert "1 of the last 1 runs stopped for credits" in findings_with_mark(result, "warn")["cap"]
 
 
+@pytest.mark.long
 def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Its locks cannot be trusted."""
     mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
@@ -225,6 +229,7 @@ def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxA
     assert "network file system (nfs4)" in findings_with_mark(result, "warn")["ledger"]
 
 
+@pytest.mark.long
 def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Against the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
@@ -245,6 +250,7 @@ def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> N
     assert "in ascii" in findings_with_mark(result, "fail")["names"]
 
 
+@pytest.mark.long
 def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The findings with marks, messages and remedies."""
     output = run_doctor(ready_workspace, api, "--json").json_output
@@ -257,6 +263,7 @@ def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None
     }
 
 
+@pytest.mark.long
 def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     """For a first look; nothing is left behind."""
     before = sorted(ready_workspace.folder.rglob("*"))
@@ -264,6 +271,7 @@ def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     assert (result.exit_code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
 
 
+@pytest.mark.long
 def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxApi) -> None:
     """The doctor lives in cron's for a moment only."""
     with patch.dict(os.environ, {"MINE": "1"}):

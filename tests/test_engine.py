@@ -100,6 +100,7 @@ def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) 
     assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
 def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """The next run resumes: exit 4, and nothing was sent."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from enrich.ledger.verify import check_ledger
-from tests.cases import first_quick
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads, serve_api
 
 
@@ -50,6 +49,7 @@ def forget_matching(workspace: Workspace, *matches: str) -> int:
     return int(result.json_output["requests"])
 
 
+@pytest.mark.long
 def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
     """Params, answer, task and error are overwritten, not only unlinked; the books still balance."""
     email = workspace.read_output()[1]["work_email"]
@@ -69,6 +69,7 @@ def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi) -> None:
     """What a run has seen of its input says by whom its leads were capped."""
     workspace.write_job(caps="{by: Note, max: 1}")
@@ -77,6 +78,7 @@ def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi
     assert b"note 1" not in ledger_bytes(workspace)
 
 
+@pytest.mark.long
 def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long report, say: that is told, and the same command takes her out when it has ended."""
     words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
@@ -111,6 +113,7 @@ def test_forgotten_lead_is_not_sent_again(workspace: Workspace, api: SandboxApi)
     assert now == pytest.approx(audit["credits_charged"]) != spent
 
 
+@pytest.mark.long
 def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
     """By a param, by the column it came from, and by the e-mail that was found."""
     by_answer = workspace.read_output()[2]["work_email"]
@@ -122,11 +125,13 @@ def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
     assert forget_matching(workspace, f"Email={by_answer}") == 0
 
 
+@pytest.mark.long
 def test_multiple_matches_are_combined_with_and(workspace: Workspace) -> None:
     """One person's first name with another's last name is nobody."""
     assert forget_matching(workspace, "First Name=First1", "Last Name=Last2") == 0
 
 
+@pytest.mark.long
 def test_no_match_is_an_error(workspace: Workspace) -> None:
     """A typo must not pass for `nothing to erase`."""
     result = workspace.run_in_process("forget", "job.yaml", "--match", "Frist Name=First1", "--yes")
@@ -134,9 +139,8 @@ def test_no_match_is_an_error(workspace: Workspace) -> None:
     assert workspace.run_in_process("forget", "job.yaml", "--match", "First1", "--yes").exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "words", first_quick(1, [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")], single=True)
-)
+@pytest.mark.long
+@pytest.mark.parametrize("words", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
 def test_forget_requires_yes_without_terminal(workspace: Workspace, words: tuple[str, ...]) -> None:
     """Nobody is there to be asked."""
     result = workspace.run_subprocess(words[0], "job.yaml", *words[1:])
@@ -144,6 +148,7 @@ def test_forget_requires_yes_without_terminal(workspace: Workspace, words: tuple
     assert b"First1" in ledger_bytes(workspace)
 
 
+@pytest.mark.long
 def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
     """The answer would come back; it is collected first."""
     workspace = Workspace(tmp_path)
@@ -155,6 +160,7 @@ def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
     assert (result.exit_code, "wait at the API" in result.stderr) == (5, True)
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> None:
     """Those who were forgotten could not be told from new leads."""
@@ -167,7 +173,8 @@ def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> N
     assert api.audit()["accepted"] == 3
 
 
-@pytest.mark.parametrize("key", first_quick(1, [None, b"", b"x" * 100, bytes(32)]))
+@pytest.mark.long
+@pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
 @FILE_ONLY
 def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: bytes | None) -> None:
     """Neither a run nor the next wish to be forgotten goes on with it: the first would be asked about again."""
@@ -186,9 +193,8 @@ def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: b
     assert api.audit()["accepted"] == 3
 
 
-@pytest.mark.parametrize(
-    "change", first_quick(1, [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
-)
+@pytest.mark.long
+@pytest.mark.parametrize("change", [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
 def test_duplicates_of_forgotten_lead(workspace: Workspace, api: SandboxApi, change: dict[str, str]) -> None:
     """Whoever is asked, and however often she is in the file, the question is about her."""
     forget_matching(workspace, "First Name=First1")
@@ -201,6 +207,7 @@ def test_duplicates_of_forgotten_lead(workspace: Workspace, api: SandboxApi, cha
     assert sum(run["accepted"] for run in api.audit()["runs"] if run["params"]["first_name"] == "First1") == 1
 
 
+@pytest.mark.long
 def test_purged_lead_can_be_forgotten(workspace: Workspace, api: SandboxApi) -> None:
     """Her row of the input tells what was sent, when the ledger does not any more."""
     workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes")
@@ -225,6 +232,7 @@ def test_purged_answers_are_not_resent(workspace: Workspace, api: SandboxApi) ->
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) -> None:
     """When policy.refresh asks again, the params come from the input once more."""
     before = workspace.read_output()
@@ -238,6 +246,7 @@ def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) 
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@pytest.mark.long
 def test_purge_keeps_recent_answers(workspace: Workspace) -> None:
     """Nothing is purged before its time."""
     assert (
@@ -247,6 +256,7 @@ def test_purge_keeps_recent_answers(workspace: Workspace) -> None:
     assert b"First1" in ledger_bytes(workspace)
 
 
+@pytest.mark.long
 def test_explain_purged_answers(workspace: Workspace) -> None:
     """Its story is known, but for what was said."""
     workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes")

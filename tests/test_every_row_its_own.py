@@ -111,10 +111,11 @@ def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> Ch
     return choose
 
 
-@pytest.mark.parametrize("after_s", first_quick(1, [0.03, 0.0]), ids=["30 ms later", "at once"])
+@pytest.mark.long
+@pytest.mark.parametrize("after_s", [0.03, 0.0], ids=["30 ms later", "at once"])
 @pytest.mark.parametrize(
     ("kinds", "share"),
-    first_quick(1, [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)]),
+    [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)],
     ids=["all", "POST", "GET", "each 4th"],
 )
 def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
@@ -160,7 +161,8 @@ def test_swapped_polls(tmp_path: Path) -> None:
         assert scenario.proxy.fault_counts["GET swap"]
 
 
-@pytest.mark.parametrize("times", first_quick(1, [1, 3]))
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 3])
 def test_poll_gets_other_task(tmp_path: Path, times: int) -> None:
     """However often: the task is polled until its own answer comes."""
     with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK))) as scenario:
@@ -175,7 +177,7 @@ def test_polls_get_other_task_permanently(tmp_path: Path) -> None:
     with make_scenario(
         tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK)), leads=12
     ) as scenario:
-        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=2.0))
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=5.0))
         assert first.exit_code in UNFINISHED_EXIT_CODES
         assert scenario.statuses()["pending"] >= 10
         scenario.proxy.clear_faults()
@@ -243,6 +245,7 @@ def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
     return lambda exchange: ProxyFault(act) if exchange.is_post and 2 <= exchange.number <= 4 else None
 
 
+@pytest.mark.long
 def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
     """The first keeps it; the others are in doubt and stay so, as nobody knows their own ids."""
     with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AFTER_POLL), leads=8) as scenario:
@@ -268,6 +271,7 @@ def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
         assert scenario.api.audit()["accepted_more_than_once"] == 0
 
 
+@pytest.mark.long
 def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
     """All leads of a bulk task whose id another has are in doubt."""
     job = f"{JOB}dispatch: {{bulk: 4}}\n"
@@ -281,6 +285,7 @@ def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
         assert (summary.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 8)
 
 
+@pytest.mark.long
 def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
     """The ledger remembers whose an id is."""
     with make_scenario(
@@ -294,6 +299,7 @@ def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
         assert (second.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 4)
 
 
+@pytest.mark.long
 def test_same_task_id_for_same_request(tmp_path: Path) -> None:
     """An API that remembers what it answered gives the id again: that is no doubt."""
     with make_scenario(
@@ -322,7 +328,8 @@ def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: 
         assert (summary.exit_code, summary.submitted, scenario.answered_count()) == (0, 10, 10)
 
 
-@pytest.mark.parametrize("kind", first_quick(1, ["POST", "GET"]))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["POST", "GET"])
 def test_truncated_responses(tmp_path: Path, kind: str) -> None:
     """A POST is in doubt then; a poll is made again."""
     with make_scenario(tmp_path, every_nth(4, ProxyFault(ProxyFaultKind.TRUNCATED), kind)) as scenario:
@@ -331,6 +338,7 @@ def test_truncated_responses(tmp_path: Path, kind: str) -> None:
         assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
 
 
+@pytest.mark.long
 def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
     """However soon they come and however little is waited for: four in a row say nothing of a task."""
     with make_scenario(
@@ -340,6 +348,7 @@ def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
         assert (summary.exit_code, scenario.answered_count()) == (0, 6)
 
 
+@pytest.mark.long
 def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
     """A 404 is believed in the end, but the next run asks once more, which costs nothing, and fetches the answer."""
     with make_scenario(
@@ -367,8 +376,9 @@ UNUSABLE_BODIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
-@pytest.mark.parametrize("what", first_quick(1, UNUSABLE_BODIES, single=True))
+@pytest.mark.parametrize("what", UNUSABLE_BODIES)
 def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, what: str) -> None:
     """What is no answer to it is asked for again: the run goes on as if it had not come."""
     if (where, what) == ("/user/me", "an account"):
@@ -389,6 +399,7 @@ def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, wha
         assert (scripted_api, second.exit_code, second.submitted, scenario.answered_count()) == ([where], 0, 4, 8)
 
 
+@pytest.mark.long
 def test_duplicated_user_and_waterfall_responses(tmp_path: Path) -> None:
     """What the API says of the account and the waterfall is no answer to a poll, nor the other way round."""
     with make_scenario(

@@ -79,6 +79,7 @@ def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
     assert seen == {"found", "not_found", "failed"}
 
 
+@pytest.mark.long
 def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
     """What it asks with and from which cell, the intent, the task, the answer, the price, and what comes next."""
     workspace.write_leads(make_leads(12))
@@ -97,6 +98,7 @@ def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
     assert "stays as it is: the job has no policy.refresh for found" in text
 
 
+@pytest.mark.long
 def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Invalid names the param, filtered names the rule."""
     workspace.write_job(only_if_empty="[Email]", where="Note <> 'out'")
@@ -136,6 +138,7 @@ def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     assert "the same is asked by row 1, 4; paid once" in explain_text(workspace, "--row", "3")
 
 
+@pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """With `dedupe: false` each occurrence is a request, and none is another's other question."""
     workspace.write_job(dedupe="false")
@@ -169,6 +172,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
     assert not workspace.ledger_path.parent.exists()
 
 
+@pytest.mark.long
 def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None:
     """The job has run, this row has not."""
     workspace.write_leads(make_leads(1))
@@ -178,6 +182,7 @@ def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None
     assert "never asked so far; the next run asks" in explain_text(workspace, "--row", "2")
 
 
+@pytest.mark.long
 def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     """The doubt, what may have been lost, and both ways out; a retry is the next attempt of the same story."""
     workspace.write_leads(make_leads(1))
@@ -198,6 +203,7 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert attempts[0] == doubt
 
 
+@pytest.mark.long
 def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     """The attempt stays in doubt on record, the request has failed by the person's word."""
     workspace.write_leads(make_leads(1))
@@ -212,6 +218,7 @@ def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     assert "taken for lost by --accept in_doubt" in row["request"]["outlook"]
 
 
+@pytest.mark.long
 @FILE_ONLY  # a server has its own time
 def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -> None:
     """Each with its execution; the last hit stands, and the next refresh has its day."""
@@ -230,6 +237,7 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
     assert row["request"]["outlook"].endswith("by policy.refresh (found: 90d)")
 
 
+@pytest.mark.long
 @FILE_ONLY  # a server has its own time
 def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """The row is found, as in the output; the story has the miss, too."""
@@ -247,6 +255,7 @@ def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace)
     assert [attempt["state"] for attempt in row["request"]["attempts"]] == ["found", "not_found"]
 
 
+@pytest.mark.long
 def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
     """By a column that the job asks with, through its transforms; the rows that are there are not gone."""
     workspace.write_leads(make_leads(3))
@@ -266,6 +275,7 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
     assert explain_json(workspace, "--match", "Note=note 0")["gone"] == []
 
 
+@pytest.mark.long
 def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) -> None:
     """Other providers make another request; both belong to the lead's story."""
     workspace.write_leads(make_leads(1))
@@ -325,6 +335,7 @@ def test_column_name_with_equals_sign(workspace: Workspace) -> None:
     assert [row["row"] for row in explain_json(workspace, "--match", "a=b=2")["rows"]] == [1]
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """It needs neither the lock nor the network, and leaves the ledger as it is."""

@@ -93,17 +93,12 @@ QUICK = {
     "rate-limit",
     "no-credits",
     "unauthorized",
-    "error-before-503",
     "reset-after",
     "silence-after",
     "no-task-id",
     "lost-task",
-    "odd-status",
-    "get:reset-before",
     "get:wrong-json",
     "get:unauthorized",
-    "other-success,status=202",
-    "wrong-date,seconds=7200",
 }
 
 

@@ -41,6 +41,7 @@ def run_and_read_changes(workspace: Workspace, api: SandboxApi, *words: str) -> 
     return changes
 
 
+@pytest.mark.long
 def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxApi) -> None:
     """They have the input's columns and the reason; mended, they are asked and nobody else is."""
     workspace.write_job(rejects="rejects.csv")
@@ -105,6 +106,7 @@ def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api:
     assert api.audit()["accepted"] == 5
 
 
+@pytest.mark.long
 def test_change_feed_after_refresh(workspace: Workspace, api: SandboxApi) -> None:
     """Only what is another value now is a change."""
     workspace.write_job(changes="changes.csv")
@@ -114,6 +116,7 @@ def test_change_feed_after_refresh(workspace: Workspace, api: SandboxApi) -> Non
     assert run_and_read_changes(workspace, api) == []
 
 
+@pytest.mark.long
 def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     """With merge the feed compares with the cell that the CRM has."""
     rows = make_leads(6)
@@ -131,6 +134,7 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     }
 
 
+@pytest.mark.long
 def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi) -> None:
     """What nobody could read was not told."""
     workspace.write_job(changes="feeds/changes.csv")
@@ -140,6 +144,7 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
     assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["changed"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("replaced", "words"),
     [
@@ -164,6 +169,7 @@ def test_invalid_change_feed_config(
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxApi) -> None:
     """An output from the command line must not replace the rejects."""
     workspace.write_job(rejects="rejects.csv")

@@ -18,7 +18,7 @@ from enrich.job.job import load_job
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
 from tests.buckets import BUCKET, put_object
-from tests.cases import first_quick, in_turn
+from tests.cases import in_turn
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
 from tests.tables import INPUTS, write_table
 
@@ -189,6 +189,7 @@ def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
 # In a storage
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
     """As on a disk; what else begins like its name is none of them."""
@@ -237,8 +238,9 @@ def test_changed_object_is_detected(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("ending", first_quick(1, ["parquet", "csv", "tsv.gz"]))
+@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv.gz"])
 def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns, and of Parquet the number of rows; unless that little does not say it."""
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
@@ -263,6 +265,7 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
     assert f"s3://{BUCKET}/in/c.{ending}" in read_error(url).message
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_dataset_manifest_selects_parts() -> None:
     """Parts of a writer that is at work are none of it; a part that is missing is told."""

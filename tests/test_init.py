@@ -248,6 +248,7 @@ def test_yaml_scalars_roundtrip(text: str) -> None:
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=10)
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=examples(30))
 @given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
 def test_any_header_makes_valid_job(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:

@@ -18,7 +18,7 @@ from enrich.files.writer import prepare_file
 from enrich.job.job import Overrides, load_job
 from enrich.job.locations import STDIN, ObjectUrl, parse_location
 from enrich.job.spec import Input
-from tests.cases import first_quick, in_turn
+from tests.cases import in_turn
 from tests.harness import HEADER, ProgramResult, SandboxApi, Workspace, make_leads, reset_signals, serve_api, wait_until
 from tests.tables import INPUTS, read_table, write_table
 
@@ -185,7 +185,8 @@ def test_file_added_during_run(tmp_path: Path) -> None:
 # Through a pipe
 
 
-@pytest.mark.parametrize("packed", first_quick(1, ["plain", "gzip"]))
+@pytest.mark.long
+@pytest.mark.parametrize("packed", ["plain", "gzip"])
 def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) -> None:
     """They are in the format of the job's input; the copy on disk is gone at the end."""
     workspace.write_job(input="leads.jsonl", output="out.jsonl")
@@ -275,7 +276,7 @@ def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waitin
         process.stdin.flush()
         wait_until(lambda: process.poll() is not None or any((workspace.folder / "tmp").iterdir()))
         process.terminate()
-        _, result = process.communicate(timeout=30)
+        _, result = process.communicate(timeout=90)
         assert (process.returncode, b"Traceback" in result) == (143, False)
         assert api.audit()["requests"] == asked
     assert list((workspace.folder / "tmp").iterdir()) == []

@@ -315,6 +315,7 @@ class TestOrder:
         """Whatever stands in the cells."""
         assert sorted(sorted_rows(cells)) == list(range(len(cells)))
 
+    @pytest.mark.long
     @given(numbers=st.lists(st.integers(-(10**9), 10**9)), commas=st.booleans())
     def test_whole_numbers_are_sorted_by_size(self, numbers: list[int], *, commas: bool) -> None:
         """With and without commas."""

@@ -23,7 +23,7 @@ from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive, open_for_run, open_leased
 from enrich.ledger.verify import check_ledger
 from tests.books import MAX_PRICE, CommittingLedger, run_sql
-from tests.cases import first_quick, in_turn
+from tests.cases import in_turn
 from tests.harness import SandboxApi, Workspace, make_leads
 from tests.postgres import PostgresServer
 
@@ -98,6 +98,7 @@ def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
 # What a crash leaves
 
 
+@pytest.mark.long
 def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
     """What its holder was at is in doubt with its request, or neither yet: nothing is torn."""
     assert isinstance(ledger_location, Place)
@@ -148,6 +149,7 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
 # What is done to a ledger that no run is at work with
 
 
+@pytest.mark.long
 def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
     """Though nobody holds its lock: it may send yet what it has claimed."""
     assert worker[1].is_valid()
@@ -161,6 +163,7 @@ def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
         assert [owner.is_leader for owner in other.other_holders()] == [True]
 
 
+@pytest.mark.long
 def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
     """What it buys in the old ledger the new one would buy again."""
     assert worker[1].is_valid()
@@ -265,7 +268,8 @@ def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
     assert str(found).partition("?")[0] == f"postgresql://{url.partition('://')[2].partition('?')[0]}"
 
 
-@pytest.mark.parametrize("command", first_quick(1, ["status", "runs", "explain", "report"]))
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["status", "runs", "explain", "report"])
 def test_ledger_option_finds_server_ledger(api: SandboxApi, workspace: Workspace, command: str) -> None:
     """An option names it as the job file would."""
     workspace.write_leads(make_leads(2))

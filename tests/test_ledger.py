@@ -98,6 +98,7 @@ class TestTransitions:
         assert ledger.state_of(1) is answer.state
         assert ledger.execution_counters == (answer.credits, 0, 0, 1)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED])
     def test_unknown_price_keeps_reservation(self, ledger: CommittingLedger, state: State) -> None:
         """Edge e: what is not known is counted as not known, never as 0."""
@@ -117,6 +118,7 @@ class TestTransitions:
         assert ledger.execution_counters == (0, MAX_PRICE, 0, 1)
         assert ledger.query_one("SELECT attempts FROM requests") == (1,)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_retry_requeues_state(self, ledger: CommittingLedger, state: State) -> None:
         """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
@@ -174,6 +176,7 @@ class TestTransitions:
         assert ledger.claim().params == params(2)
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
+    @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_retry_lasts_one_execution(self, ledger: CommittingLedger, state: State) -> None:
         """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
@@ -201,6 +204,7 @@ class TestTransitions:
 
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
+    @pytest.mark.long
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
     def test_refresh_requeues_old_answers(self, ledger: CommittingLedger, answer: Answer) -> None:
         """Edge h: only what came before the given time, and only where the policy names its state."""
@@ -268,6 +272,7 @@ class TestStandingAnswer:
         ledger.enroll([1], stale=dict.fromkeys((State.FOUND, State.NOT_FOUND), ledger.now))
         return ledger.submit()
 
+    @pytest.mark.long
     def test_found_answer_is_kept_until_replaced(self, ledger: CommittingLedger) -> None:
         """A found answer outlives the question, a miss and a doubt; a newer one replaces it."""
         ledger.settle(ledger.start_and_enroll(1).submit())

@@ -203,6 +203,7 @@ def test_existing_target_is_refused(
     assert not ledger_exists(taken)
 
 
+@pytest.mark.long
 def test_failed_copy_leaves_nothing(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_missing_source_is_refused(
         assert not ledger_exists(target)
 
 
+@pytest.mark.long
 def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerLocation) -> None:
     """Equal to what is wrong is wrong, too: it is told, and nothing stays."""
     filled_ledger.query_all("UPDATE executions SET spent = spent + 1")
@@ -248,6 +250,7 @@ def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_locat
     assert not ledger_exists(server_location)
 
 
+@pytest.mark.long
 def test_differences_are_detected(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +274,7 @@ def test_differences_are_detected(
 # The command
 
 
+@pytest.mark.long
 def test_job_moves_to_server_without_resending(
     api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer
 ) -> None:
@@ -293,6 +297,7 @@ def test_job_moves_to_server_without_resending(
     assert api.audit()["paid_twice"] == 0
 
 
+@pytest.mark.long
 def test_hash_key_is_copied(
     api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer, tmp_path: Path
 ) -> None:

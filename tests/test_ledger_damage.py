@@ -110,7 +110,8 @@ def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace
         assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
 
 
-@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 @pytest.mark.parametrize(
     "statement",
     [
@@ -249,6 +250,7 @@ def test_special_files_are_refused(
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_symlinked_ledger_shares_lock(api: SandboxApi, workspace: Workspace) -> None:
     """It is used where it is, its lock too, so that no other run gets at it by another name."""
     workspace.write_leads(make_leads(3))

@@ -113,6 +113,7 @@ def test_input_formulas_are_unchanged(tmp_path: Path) -> None:
     assert pl.read_parquet(tmp_path / "out.parquet")["Note"].to_list()[:3] == ["=1+1"] * 3
 
 
+@pytest.mark.long
 def test_merged_output_as_next_input(workspace: Workspace, api: SandboxApi) -> None:
     """Fed back, it asks nothing new and stays as it is."""
     workspace.write_job(MERGE_JOB, merge="fill_empty")

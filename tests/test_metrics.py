@@ -137,6 +137,7 @@ def test_last_success_from_file_or_ledger(api: SandboxApi, metrics_workspace: Wo
     assert read_gauges(metrics_workspace)[SUCCESS] == pytest.approx(good, abs=2)
 
 
+@pytest.mark.long
 def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -> None:
     """They are counted, and an alert can stand on them."""
     api.inject_fault("no-task-id")
@@ -147,6 +148,7 @@ def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -
     assert SUCCESS not in metrics
 
 
+@pytest.mark.long
 def test_open_tasks_are_counted(tmp_path: Path, metrics_workspace: Workspace) -> None:
     """Exit 13 is a night that goes on by itself: a success, with what is still at the API."""
     with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:

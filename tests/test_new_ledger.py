@@ -89,6 +89,7 @@ def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, n
     assert_refused(workspace, api)
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
     """As the job writes them."""
@@ -99,6 +100,7 @@ def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Wo
     assert_refused(workspace, api)
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """An older one may be of any ledger."""
@@ -113,10 +115,11 @@ def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None
     assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
+@pytest.mark.long
 @FILE_ONLY
 @pytest.mark.parametrize(
     "text",
-    first_quick(1, ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n']),
+    ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n'],
     ids=["empty", "another file", "no ids", "blank"],
 )
 def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, text: str) -> None:
@@ -126,6 +129,7 @@ def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, 
     assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """The run goes on, and the receipt says what is not known."""
@@ -137,6 +141,7 @@ def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> N
     assert any("not known" in note for note in result.json_output["notes"])
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Neither is a rehearsal after a real run."""
@@ -148,6 +153,7 @@ def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> Non
     assert api.audit()["accepted"] == 10
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Its columns are replaced, as ever."""
@@ -159,6 +165,7 @@ def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> Non
     assert workspace.run_in_process(*RUN, api=api).exit_code == 0
 
 
+@pytest.mark.long
 def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """No: one line, exit 5, no run on record. Yes: it pays."""
     workspace.run_job(api)

@@ -113,6 +113,7 @@ def test_removed_pending_lead_is_not_sent(api: SandboxApi, workspace: Workspace)
     assert api.audit()["accepted"] == 6
 
 
+@pytest.mark.long
 def test_removed_open_lead_is_collected(tmp_path: Path, workspace: Workspace) -> None:
     """What was bought is fetched although tonight's file does not want it, for it may come back."""
     workspace.write_leads(make_leads(4))
@@ -130,6 +131,7 @@ def test_removed_open_lead_is_collected(tmp_path: Path, workspace: Workspace) ->
     assert (back.submitted, back.reused, audit["accepted"]) == (0, 4, 4)
 
 
+@pytest.mark.long
 def test_limit_follows_file_order(api: SandboxApi, workspace: Workspace) -> None:
     """`--limit N` asks the first N that are new; night by night the file is done."""
     workspace.write_leads(make_leads(9))
@@ -166,6 +168,7 @@ def test_open_tasks_collected_with_zero_limit(tmp_path: Path, workspace: Workspa
     assert any("collected first" in note for note in summary.notes)
 
 
+@pytest.mark.long
 def test_expired_result_is_not_resent(tmp_path: Path, workspace: Workspace) -> None:
     """The API keeps a result for a day: who comes too late is told, and only `--retry expired` pays again."""
     workspace.write_leads(make_leads(3))
@@ -221,6 +224,7 @@ def test_free_failures_are_retried(tmp_path: Path, workspace: Workspace) -> None
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
+@pytest.mark.long
 def test_max_attempts_limits_free_failures(tmp_path: Path, workspace: Workspace) -> None:
     """With `max_attempts: 1` a free failure is a failure."""
     workspace.write_job(policy="{max_attempts: 1}")
@@ -245,6 +249,7 @@ def test_in_doubt_needs_retry(api: SandboxApi, workspace: Workspace) -> None:
     assert api.audit()["accepted_more_than_once"] == 2
 
 
+@pytest.mark.long
 def test_retry_only_for_rows_in_input(api: SandboxApi, workspace: Workspace) -> None:
     """A doubt about a lead that is gone stays a doubt; nobody pays for it."""
     workspace.write_leads(make_leads(4))
@@ -258,6 +263,7 @@ def test_retry_only_for_rows_in_input(api: SandboxApi, workspace: Workspace) -> 
     assert api.audit()["accepted"] == 5
 
 
+@pytest.mark.long
 def test_retry_is_not_remembered_after_refusal(tmp_path: Path, workspace: Workspace) -> None:
     """A person's word is for one run: when that is refused for lack of credits, tomorrow's cron does not act on it."""
     workspace.write_leads(make_leads(4))
@@ -276,6 +282,7 @@ def test_retry_is_not_remembered_after_refusal(tmp_path: Path, workspace: Worksp
     assert audit["accepted_more_than_once"] == 0
 
 
+@pytest.mark.long
 def test_retry_of_shared_request_once(api: SandboxApi, workspace: Workspace) -> None:
     """Rows that share a doubtful request are all answered by one new run."""
     workspace.write_leads(make_leads(2) * 3)
@@ -290,6 +297,7 @@ def test_retry_of_shared_request_once(api: SandboxApi, workspace: Workspace) -> 
 # The age of answers
 
 
+@pytest.mark.long
 def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
     """`policy.refresh` has an age for hits and one for misses; by default answers are good for ever."""
     state = tmp_path / "api.db"
@@ -308,6 +316,7 @@ def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
     assert all_of_them.submitted == 20
 
 
+@pytest.mark.long
 def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) -> None:
     """A refresh that misses or fails does not take an address away that was paid for."""
     state = tmp_path / "api.db"
@@ -328,6 +337,7 @@ def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) ->
         assert after[name]["work_email"] == before[name]["work_email"]
 
 
+@pytest.mark.long
 def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
     """An old miss asked again without an answer is a doubt: the row and the exit code say so."""
     workspace.write_leads(make_leads(3))
@@ -346,6 +356,7 @@ def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
 # Files that come back
 
 
+@pytest.mark.long
 def test_output_as_next_input(api: SandboxApi, workspace: Workspace) -> None:
     """Fed back in, nothing is paid again, our status columns are replaced, all other columns are kept."""
     workspace.write_leads(make_leads(8))
@@ -377,6 +388,7 @@ def test_output_as_input_with_column_clash(api: SandboxApi, workspace: Workspace
         workspace.run_job(api)
 
 
+@pytest.mark.long
 def test_where_uses_status_columns(api: SandboxApi, workspace: Workspace) -> None:
     """`where` may look at an earlier output's status columns."""
     workspace.write_leads(make_leads(12))
@@ -392,6 +404,7 @@ def test_where_uses_status_columns(api: SandboxApi, workspace: Workspace) -> Non
 # Whose ledger it is
 
 
+@pytest.mark.long
 def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> None:
     """Trying a job for free neither answers the real run nor costs it anything."""
     workspace.write_leads(make_leads(4))
@@ -406,6 +419,7 @@ def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> No
     }
 
 
+@pytest.mark.long
 def test_sandbox_reuses_answers(workspace: Workspace) -> None:
     """The second free run pays no pretended credits either."""
     workspace.write_leads(make_leads(4))
@@ -429,6 +443,7 @@ def test_ledger_bound_to_workspace(api: SandboxApi, workspace: Workspace) -> Non
     assert "sandbox" in result.stderr
 
 
+@pytest.mark.long
 def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
     """The same for another API; what was never used is bound to nothing."""
     other_server = dataclasses.replace(api, base_url=api.base_url.replace("127.0.0.1", "localhost"))
@@ -440,6 +455,7 @@ def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
         workspace.run_job(api)
 
 
+@pytest.mark.long
 def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Workspace) -> None:
     """A job that was renamed would pay for everything again: the receipt says so."""
     workspace.write_leads(make_leads(2))
@@ -454,6 +470,7 @@ def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Worksp
     assert any("job.db" in note for note in result.json_output["notes"])
 
 
+@pytest.mark.long
 def test_first_and_sandbox_ledgers_are_not_reported(api: SandboxApi, workspace: Workspace) -> None:
     """A job that was tried in the sandbox first has nothing to be warned of."""
     workspace.write_leads(make_leads(2))
@@ -464,6 +481,7 @@ def test_first_and_sandbox_ledgers_are_not_reported(api: SandboxApi, workspace: 
     assert first.json_output["notes"] == result.json_output["notes"] == []
 
 
+@pytest.mark.long
 def test_shared_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """`ledger:` makes two jobs pay once for the same question."""
     workspace.write_job(ledger="shared.db")
@@ -490,6 +508,7 @@ def _request_counts(api: SandboxApi) -> set[tuple[int, ...]]:
     return {tuple(run["enrichments"]) for run in api.audit()["runs"]}
 
 
+@pytest.mark.long
 def test_changed_provider_defaults_are_reported(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +529,7 @@ def test_changed_provider_defaults_are_reported(
     assert _request_counts(api) == {(833, 966, 701, 745), (833, 113)}
 
 
+@pytest.mark.long
 def test_explicit_providers_ignore_default_changes(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -537,7 +557,7 @@ def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
         while api.audit()["accepted"] < 6:
             pass
         changed.append(workspace.write_leads(make_leads(8)))
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
         second = workspace.run_job(api)
 
     summary = json.loads(out)
@@ -554,6 +574,7 @@ def _execute_sql(workspace: Workspace, sql: str, values: Sequence[object] = ()) 
     db.close()
 
 
+@pytest.mark.long
 def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger remembers each night's receipt."""
     workspace.write_leads(make_leads(2))
@@ -568,6 +589,7 @@ def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> Non
     assert [json.loads(row["receipt"]) for row in kept] == output
 
 
+@pytest.mark.long
 def test_run_without_new_requests(api: SandboxApi, workspace: Workspace) -> None:
     """A night with nothing to do asks the API who we are and what it offers, and nothing else."""
     workspace.write_leads(make_leads(4))

@@ -512,6 +512,7 @@ def output_tables(draw: st.DrawFn) -> list[list[str]]:
     return [header, *draw(st.lists(st.lists(TEXT, min_size=width, max_size=width), max_size=6))]
 
 
+@pytest.mark.long
 @given(table=output_tables())
 @settings(deadline=None)
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])

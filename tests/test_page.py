@@ -88,6 +88,7 @@ def test_page_contains_machine_readable_values() -> None:
         assert reports.marked_values(page, "statuses", status)[:1] == ([float(count)] if count else [])
 
 
+@pytest.mark.long
 def test_unknown_values_are_dashes() -> None:
     """A balance that nobody told is a dash, and an amount of unknown price is named."""
     page = rendered_page(reports.no_match_report)
@@ -126,6 +127,7 @@ def test_comparison_section_position() -> None:
     assert "compared" not in rendered_page(reports.typical_report)
 
 
+@pytest.mark.long
 def test_rows_only_on_request() -> None:
     """Without `--with-rows` no lead is on the page."""
     assert "ada@northwind.example" in rendered_page(reports.full_report)
@@ -151,6 +153,7 @@ def test_provider_staircase_chart() -> None:
     assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
 
 
+@pytest.mark.long
 def test_verifiers_not_in_chart() -> None:
     """A verifier finds nothing: it stands in the table and in the words."""
     assert "Mailproof" not in [step.name for step in charts.waterfall_steps(reports.typical_report().waterfall)]
@@ -189,6 +192,7 @@ def test_long_names_are_shortened(name: str, room: int) -> None:
     assert fitted == name or fitted.endswith("…")
 
 
+@pytest.mark.long
 def test_page_has_no_external_resources() -> None:
     """Nothing in it can be loaded or run: no script, no address but those of the SVG format itself."""
     page = rendered_page(reports.full_report)

@@ -154,6 +154,7 @@ def test_undividable_inputs(tmp_path: Path) -> None:
     assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").why_not_parallel() or "")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_parts_of_objects(tmp_path: Path) -> None:
     """It is fetched there; another object in its place is none of the run's."""
@@ -176,6 +177,7 @@ def test_parts_of_objects(tmp_path: Path) -> None:
         described_rows(rows.for_part(divided[-1]).batches(TEMPLATE))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("name", ["leads.parquet", "leads[1].parquet"])
 def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:

@@ -428,6 +428,7 @@ def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
     return "night.plan"
 
 
+@pytest.mark.long
 def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
     """The second time nothing is left of it; the file is readable by its owner only."""
     workspace.write_leads(make_leads(9))
@@ -449,6 +450,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", list(CHANGES))
 def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace, what: str) -> None:
     """The input, the job, the providers, the list of those never sent: exit 5, named, nothing sent."""
@@ -504,6 +506,7 @@ def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
     assert (result.exit_code, result.json_output["submitted"]) == (12, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
 def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
     """Options that would choose otherwise are refused."""
@@ -523,6 +526,7 @@ def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) 
     assert (result.exit_code, "no plan of this version" in result.stderr) == (JobError.exit_code, True)
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
     """`-o` with the name of the input, the job or the ledger destroys nothing."""

@@ -79,7 +79,8 @@ class TestAnswers:
             assert assert_counts(harness, not_found=3)
             assert harness.ledger.execution_counters[:3] == (0, 0, 0)
             assert len(harness.request_log.polled_task_ids) >= polls
-            assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
+            if lasting is None:  # else a busy machine may ask when it is over
+                assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
             run_scenario(tmp_path, api, scene, leads=range(3))
@@ -220,6 +221,7 @@ class TestOrder:
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(40))
 
+    @pytest.mark.long
     def test_last_round_repeats_after_429(self, api: SandboxApi, tmp_path: Path) -> None:
         """Each task of an earlier execution is really asked before anything new is bought."""
 
@@ -293,6 +295,7 @@ class TestTimeouts:
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scene, leads=range(1))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare"])
     def test_outage_ends_polling(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """Without one good answer for long, the run ends with exit 4 and the tasks stay for the next."""
@@ -306,6 +309,7 @@ class TestTimeouts:
 
         run_scenario(tmp_path, api, scene, leads=range(3), timing=ILL)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("fault", ["unauthorized", "forbidden"])
     def test_wrong_key_waits_for_posts_in_flight(self, tmp_path: Path, fault: str) -> None:
         """The POSTs on the wire are written down first: cut off, they would be in doubt."""
@@ -386,6 +390,9 @@ class TestTimeouts:
                 harness.run_state.poll_schedule.record_duration(0.9 * latency, latency)
             assert harness.run_state.poll_cost is PollCost.HIGH
             await harness.make_dispatcher(poller := harness.make_poller(), limit=3).run()
+            tasks, poller._scheduled = [task for _, _, task in poller._scheduled], []
+            for task in tasks:  # all of them now, however long the submitting took
+                poller._schedule(task, poller._poll_delay_s(poller._age_s(task)))
             meant = min(due for due, _, _ in poller._scheduled)
             poller.no_new_tasks = True
             poller._bring_polls_forward()
@@ -394,6 +401,7 @@ class TestTimeouts:
         with serve_api(tmp_path / "api.db") as api:
             run_scenario(tmp_path, api, scene, leads=range(3), rate=20.0)
 
+    @pytest.mark.long
     def test_ledger_error_stops_poller(self, api: SandboxApi, tmp_path: Path) -> None:
         """An answer that cannot be written is not counted; the error comes out bare."""
 

@@ -89,6 +89,7 @@ def test_durations_are_relearned() -> None:
     assert times.next_delay_s(0.0) > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(30.0, 2.0), (4.0, 1.0), (2.0, 30.0)])
 def test_duration_changes_are_noticed(before: float, after: float) -> None:
     """Also when every answer is there at the time at which it was expected: one in twenty is looked for earlier."""
@@ -152,6 +153,7 @@ def test_stored_durations_have_low_weight() -> None:
     assert 2.0 <= times.next_delay_s(0.0) < 2.5
 
 
+@pytest.mark.long
 @given(
     intervals=st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=40),
     age=st.floats(0, 1e6),
@@ -202,6 +204,7 @@ def test_submits_share_of_tight_rate() -> None:
         assert seen.polls_per_row <= 1.1
 
 
+@pytest.mark.long
 def test_cheap_polls_free_open_task_limit() -> None:
     """Answers that are fetched sooner make room for the next submits."""
     latency = LATENCIES["lognormal(60 s, 0.6)"]

@@ -148,6 +148,7 @@ def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) ->
     assert (snapshot.found, snapshot.in_flight, snapshot.doing) == (summary.found, 0, Phase.COLLECT)
 
 
+@pytest.mark.long
 def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """What an earlier execution left is heard by this one; a run that its canary ends has its pulse."""
     workspace.write_leads(make_leads(3))

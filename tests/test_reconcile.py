@@ -13,7 +13,7 @@ from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT, State, read_balance
 from enrich.run.balance import explain_balance
 from enrich.run.context import Progress, RunOptions
-from tests.cases import first_quick, in_turn
+from tests.cases import in_turn
 from tests.harness import BOTH_BACKENDS_SERVER_LONG, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 from tests.wire import ReceivedRequest, Reply, http_reply, serve_replies
 
@@ -171,6 +171,7 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
         assert "beyond the credits spent" in workspace.run_in_process("status", "job.yaml").stdout
 
 
+@pytest.mark.long
 def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> None:
     """With a slow allowance and results that expire soon, few are in flight, whatever `in_flight` allows."""
     workspace.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
@@ -187,6 +188,7 @@ def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> N
     assert 0 < max(seen) <= 40 * 1 * 0.25
 
 
+@pytest.mark.long
 def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> None:
     """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
     workspace.write_leads(make_leads(4))
@@ -253,7 +255,8 @@ def test_cap_overrun_is_explained(workspace: Workspace) -> None:
     assert "because a price rose" in err
 
 
-@pytest.mark.parametrize("balance", first_quick(2, [-3, -0.5, "-3.5", "-1e3", "-0.000001"]))
+@pytest.mark.long
+@pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
 def test_negative_balance(workspace: Workspace, balance: object) -> None:
     """It is shown, and no run begins with it."""
     workspace.write_leads(make_leads(2))

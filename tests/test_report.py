@@ -22,7 +22,6 @@ from enrich.models import Answer, RowStatus, State
 from enrich.report.build import build_report, latency_histogram
 from enrich.report.data import Report
 from tests.books import FREE_FAILURE, NO_MATCH, CommittingLedger
-from tests.cases import first_quick
 from tests.harness import (
     BOTH_BACKENDS_SERVER_LONG,
     INSTANT_API,
@@ -195,6 +194,7 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
     assert (report["waterfall"]["untold"], report["waterfall"]["elsewhere"]) == (0, 0)
 
 
+@pytest.mark.long
 def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
     """One of them in bulk: each is told what it spent, together they are the bill."""
     workspace.write_leads(make_leads(12), name="alpha.csv")
@@ -229,6 +229,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
     assert not workspace.ledger_path.parent.exists()
 
 
+@pytest.mark.long
 def test_missing_input(finished_run: Workspace) -> None:
     """Its rows are not known; nights, credits and providers are."""
     whole = report_json(finished_run)
@@ -245,18 +246,16 @@ def test_missing_input(finished_run: Workspace) -> None:
     assert report["needs"][0]["commands"] == [f"enrich check {finished_run.folder}/job.yaml"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
-    first_quick(
-        1,
-        [
-            {"params": "{first_name: Gone, last_name: Last Name, company: Website}"},
-            {"waterfall": "phone_getter"},
-            {"input": '"-"'},
-            {"only_if_empty": "[Gone]"},
-            {"email_verifier": "77"},
-        ],
-    ),
+    [
+        {"params": "{first_name: Gone, last_name: Last Name, company: Website}"},
+        {"waterfall": "phone_getter"},
+        {"input": '"-"'},
+        {"only_if_empty": "[Gone]"},
+        {"email_verifier": "77"},
+    ],
 )
 def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str]) -> None:
     """It says why the rows are not known; where that is no pipe, somebody should look."""
@@ -270,6 +269,7 @@ def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str
     assert len(report["nights"]) == 1
 
 
+@pytest.mark.long
 def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
     """As in the output that the next run would write."""
     finished_run.write_job(columns="{nothing: phone, mail: email}")
@@ -281,6 +281,7 @@ def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
     ]
 
 
+@pytest.mark.long
 def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     """One that nobody understands is as good as none: then nothing is presumed."""
     finished_run.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
@@ -290,6 +291,7 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     assert report["waterfall"]["untold"] == report["requests"]["not_found"]
 
 
+@pytest.mark.long
 def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     """That they were paid for is; what they answered is no zero."""
     before = report_json(finished_run)
@@ -346,6 +348,7 @@ def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
     assert fates == [(1, 1, 0), (0, 0, 1), (1, 0, 0)]
 
 
+@pytest.mark.long
 def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
     """Failed rows, doubts and rows that were never sent."""
     workspace.write_leads([*make_leads(8), ["", "", "", "", "nobody"]])
@@ -365,6 +368,7 @@ def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
     assert f"{workspace.folder}/rejects.csv says why" in report.needs[-1].text
 
 
+@pytest.mark.long
 def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None:
     """They can be pasted anywhere."""
     workspace.write_leads(make_leads(3), name="other file.csv")
@@ -388,6 +392,7 @@ def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     assert need.commands == ("enrich run job.yaml --output out.csv",)
 
 
+@pytest.mark.long
 def test_answer_ages(finished_run: Workspace) -> None:
     """Each that the output shows, once, whatever asks for it."""
     leads = make_leads(12)
@@ -402,6 +407,7 @@ def test_answer_ages(finished_run: Workspace) -> None:
         assert ages[label] == 12
 
 
+@pytest.mark.long
 def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     """The largest first; what only one row has may be a person, and is no group of its own."""
     notes = ["DE"] * 3 + ["", " "] + ["FR"] * 2 + ["Ada", "Bea"]
@@ -430,6 +436,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
     ]
 
 
+@pytest.mark.long
 def test_rows_only_on_request(finished_run: Workspace) -> None:
     """Personal data is in no report else; at most a thousand rows, the rest is counted."""
     plain = json.dumps(report_json(finished_run))
@@ -445,6 +452,7 @@ def test_rows_only_on_request(finished_run: Workspace) -> None:
     assert (len(shown["cells"]), shown["left_out"]) == (5, 7)
 
 
+@pytest.mark.long
 def test_traffic_from_progress(finished_run: Workspace) -> None:
     """Its pulse, when there is one; else what its attempts tell, and polls are not known."""
     received = report_json(finished_run)

@@ -67,11 +67,10 @@ def test_report_destinations(finished_run: Workspace) -> None:
     assert not (finished_run.folder / "job_report.html").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
-    first_quick(
-        2, ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"]
-    ),
+    ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"],
 )
 def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
     """Neither a file of the job, there or to come, nor the lock of its ledger (which is empty), nor somebody's page."""
@@ -97,6 +96,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
     assert "page.html: the report cannot be written" in refused.stderr
 
 
+@pytest.mark.long
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """And a hint how to get it; a job that wants a page of every run is told before the night."""
     pip = "pip install 'databar-enrich[report]'"
@@ -124,6 +124,7 @@ def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
 # The run's own report
 
 
+@pytest.mark.long
 def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
     """After a good night and after a bad one, and after the sandbox's."""
     workspace.write_leads(make_leads(3))
@@ -167,6 +168,7 @@ def test_failing_report_is_a_note(api: SandboxApi, workspace: Workspace, error: 
     assert note.removeprefix("note: ") in (workspace.folder / "run.log").read_text()
 
 
+@pytest.mark.long
 def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """It stays, and one note says so; the check has told before."""
     workspace.write_leads(make_leads(2))
@@ -194,7 +196,7 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
         try:
             wait_until(lambda: workspace.open_task_count() == 2)
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=90)
         finally:
             kill_process(process)
     assert process.returncode == 143
@@ -204,6 +206,7 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
 # The key in the job file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("report", "said"),
     [
@@ -250,6 +253,7 @@ def test_unwritable_path_found_by_check(workspace: Workspace) -> None:
     assert "`report` cannot be written" in result.stderr
 
 
+@pytest.mark.long
 def test_report_with_only_groups(api: SandboxApi, workspace: Workspace) -> None:
     """`by` alone says how `enrich report` groups."""
     workspace.write_leads(make_leads(2))

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
 RUN = ("run", "job.yaml", "--json")
@@ -118,9 +117,8 @@ LOST_AT_ONCE = [remove_database, remove_folder, move_folder]
 LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
 
 
-@pytest.mark.parametrize(
-    "how", first_quick(1, [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
-)
+@pytest.mark.long
+@pytest.mark.parametrize("how", [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
 def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
     """Exit 1, nothing more is sent; the next run takes in the rescue file and pays for nothing again."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)

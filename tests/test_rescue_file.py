@@ -19,7 +19,6 @@ from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_fi
 from enrich.ledger.verify import check_ledger
 from enrich.models import State
 from tests.books import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
-from tests.cases import first_quick
 from tests.harness import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 RUN = ("run", "job.yaml", "--json")
@@ -282,25 +281,23 @@ def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
 VALID_LINE = rescue_record(1).to_line()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "content",
-    first_quick(
-        3,
-        [
-            b"",
-            b"\n",
-            VALID_LINE[:-1],
-            VALID_LINE[:-20] + b"\n",
-            VALID_LINE.replace(b'"format": 1', b'"format": 2'),
-            VALID_LINE.replace(b"fingerprint", b"footprint"),
-            VALID_LINE.replace(b'"claimed_ms": 1000', b'"claimed_ms": "1000"'),
-            VALID_LINE + b"{}\n",
-            VALID_LINE + b"\xff\n",
-            VALID_LINE.replace(b'"submitted"', b'"pending"'),
-            rescue_record(1, "found").to_line().replace(b'"answer"', b'"error"'),
-            b"[" * 100_000 + b"\n",
-        ],
-    ),
+    [
+        b"",
+        b"\n",
+        VALID_LINE[:-1],
+        VALID_LINE[:-20] + b"\n",
+        VALID_LINE.replace(b'"format": 1', b'"format": 2'),
+        VALID_LINE.replace(b"fingerprint", b"footprint"),
+        VALID_LINE.replace(b'"claimed_ms": 1000', b'"claimed_ms": "1000"'),
+        VALID_LINE + b"{}\n",
+        VALID_LINE + b"\xff\n",
+        VALID_LINE.replace(b'"submitted"', b'"pending"'),
+        rescue_record(1, "found").to_line().replace(b'"answer"', b'"error"'),
+        b"[" * 100_000 + b"\n",
+    ],
 )
 def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, content: bytes) -> None:
     """By run, forget and purge, with its name and without its content; nothing is sent."""

@@ -232,7 +232,7 @@ def test_api_restart_during_run(tmp_path: Path, workspace: Workspace) -> None:
     time.sleep(0.5)
     with serve_api(state, port=port, latency="fixed(0.5)") as api:
         try:
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=90)
         finally:
             kill_process(process)
         summary = workspace.run_job(api)
@@ -269,5 +269,5 @@ def test_concurrent_starts(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def _wait_for_end(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     return process.returncode

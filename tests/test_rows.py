@@ -407,6 +407,7 @@ def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
     assert sent_params(batch) == [{"a": "2", "literal": "c"}, None]
 
 
+@pytest.mark.long
 def test_positions_count_over_batches(tmp_path: Path) -> None:
     """A position is a row's place in the file, whatever the batch."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
@@ -512,6 +513,7 @@ def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in clean.items() if value}
 
 
+@pytest.mark.long
 @given(leads=st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=8))
 @settings(deadline=None)
 def test_fingerprint_equality(tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]) -> None:

@@ -51,6 +51,7 @@ def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
     assert sum(float(row["enrich_credits"] or 0) for row in output) == audit["credits_charged"]
 
 
+@pytest.mark.long
 def test_second_run_is_free(api: SandboxApi, workspace: Workspace) -> None:
     """The same command again answers from the ledger and writes the same output."""
     workspace.write_leads(make_leads(20))
@@ -99,6 +100,7 @@ def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     """`.csv.gz` is read and written by its name alone."""
     workspace.write_job(input="leads.csv.gz", output="out.csv.gz")
@@ -115,6 +117,7 @@ def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     assert {row["enrich_status"] for row in rows} <= {"found", "not_found"}
 
 
+@pytest.mark.long
 def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     """A Parquet output has all columns of the input as text, nulls for what is not known, and numeric credits."""
     workspace.write_job(output="out.parquet")
@@ -134,6 +137,7 @@ def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     assert stat.S_IMODE((workspace.folder / "out.parquet").stat().st_mode) == 0o600
 
 
+@pytest.mark.long
 def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
     """Found, not found, failed, expired, in doubt, invalid, filtered and pending rows stand side by side."""
     state = tmp_path / "api.db"
@@ -168,6 +172,7 @@ def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
     assert audit["paid_twice"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat", "flat_list"])
 def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) -> None:
     """The documents disagree about the shape of a result; each gives the same e-mail and the same bill."""
@@ -183,6 +188,7 @@ def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) 
     assert sum(float(row["enrich_credits"]) for row in output) == audit["credits_charged"] == summary.credits_spent
 
 
+@pytest.mark.long
 def test_nested_and_json_values(api: SandboxApi, workspace: Workspace) -> None:
     """A column takes a field of a nested result; objects and lists are written as JSON, numbers as they are."""
     workspace.write_job(
@@ -203,6 +209,7 @@ def test_nested_and_json_values(api: SandboxApi, workspace: Workspace) -> None:
         assert json.loads(row["stack"])[0] == row["first"]
 
 
+@pytest.mark.long
 def test_default_columns(api: SandboxApi, workspace: Workspace) -> None:
     """Without `columns` the output has the waterfall's output fields."""
     workspace.write_job(waterfall="person_getter", params="{email: Email}")
@@ -218,6 +225,7 @@ def test_default_columns(api: SandboxApi, workspace: Workspace) -> None:
     assert row["linkedin_url"].startswith("https://")
 
 
+@pytest.mark.long
 def test_charged_no_matches(tmp_path: Path, workspace: Workspace) -> None:
     """Providers may charge for nothing found: the column shows it and sums to the bill."""
     workspace.write_leads(make_leads(12))
@@ -241,6 +249,7 @@ def test_unknown_price_is_blank(tmp_path: Path, workspace: Workspace) -> None:
     assert {row["enrich_credits"] for row in workspace.read_output()} == {""}
 
 
+@pytest.mark.long
 def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) -> None:
     """Where the API hides the sum but shows its parts, the parts are added up."""
     workspace.write_leads(make_leads(9))
@@ -252,6 +261,7 @@ def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) 
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
+@pytest.mark.long
 def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> None:
     """`enrichments` and `email_verifier` go to the API as they stand, and the output names who knew."""
     workspace.write_job(enrichments="[966, 833]", email_verifier="10")
@@ -294,6 +304,7 @@ def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None
     assert sum(float(row["enrich_credits"] or 0) for row in output) == audit["credits_charged"]
 
 
+@pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """`dedupe: false` runs and pays for each row, once: the second night still pays nothing."""
     workspace.write_job(dedupe="false")
@@ -338,6 +349,7 @@ def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, mon
     assert {row["work_email"] for row in output} == {"", '\'=HYPERLINK("http://evil.example")'}
 
 
+@pytest.mark.long
 def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
     """Accents, other alphabets and emoji pass through unharmed, in the question and in the output."""
     names = [["Zoë", "Müller-Ünal"], ["김", "민준"], ["Ольга", "Иванова"], ["🦊", "O'Brien"]]
@@ -381,6 +393,7 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
     }
 
 
+@pytest.mark.long
 def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     """Each night adds its lines; none overwrites the last."""
     workspace.write_leads(make_leads(2))
@@ -392,6 +405,7 @@ def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     assert [line["receipt"]["execution"] for line in lines if line["event"] == "end"] == [1, 2]
 
 
+@pytest.mark.long
 def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     """Codes of strftime are filled in with local time and missing folders are made."""
     workspace.write_job(output="'results/%Y/leads-%Y.csv'")
@@ -404,6 +418,7 @@ def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     assert Path(summary.output).match("results/20??/leads-20??.csv")
 
 
+@pytest.mark.long
 def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     """Without `output` it is `<input>_enriched.csv`."""
     text = workspace.job_file.read_text().replace("output: out.csv\n", "")
@@ -415,6 +430,7 @@ def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     assert len(workspace.read_output("leads_enriched.csv")) == 1
 
 
+@pytest.mark.long
 def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> None:
     """The input says how it is written, the output how it is to be."""
     workspace.write_job(
@@ -446,6 +462,7 @@ def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) ->
     assert [path.name for path in workspace.folder.glob("*part*")] == []
 
 
+@pytest.mark.long
 def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
     """429s slow the run down and cost nothing twice."""
     workspace.write_job(limits="{requests_per_second: 60}")

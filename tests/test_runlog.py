@@ -130,7 +130,7 @@ def test_two_processes_share_log(tmp_path: Path, workspace: Workspace) -> None:
         wait_until(lambda: api.audit()["accepted"] == 2)
         second = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
         first.send_signal(signal.SIGTERM)
-        first.communicate(timeout=20)
+        first.communicate(timeout=90)
 
     assert (second.exit_code, first.returncode) == (11, 143)
     lines = log_lines(workspace)
@@ -404,6 +404,7 @@ def test_progress_event_per_minute(tmp_path: Path, log_warnings: list[str]) -> N
     )
 
 
+@pytest.mark.long
 @in_turn("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
 def test_foreign_file_is_not_appended(tmp_path: Path, name: str) -> None:
     """A slip of the pen must not append to the leads, or rotate a ledger away."""

@@ -110,6 +110,7 @@ def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, 
     assert (summary.submitted, summary.found) == (0, 3)
 
 
+@pytest.mark.long
 def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """What a job left pending is its own affair, even after it was killed before it could send."""
     alpha.write_leads(make_leads(6))
@@ -128,6 +129,7 @@ def test_jobs_exclude_each_other(api: SandboxApi, alpha: Workspace, beta: Worksp
         assert beta.run_in_process("run", "beta.yaml", api=api).exit_code == LedgerLocked.exit_code
 
 
+@pytest.mark.long
 def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """Between the plan and its run the other job answers a part: only the rest is asked."""
     alpha.write_leads(make_leads(6))
@@ -139,6 +141,7 @@ def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace
     assert (summary["exit_code"], summary["submitted"], summary["pending"]) == (0, 1, 2)
 
 
+@pytest.mark.long
 def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """That another job has spent before is no leave for this one."""
     asked: list[str] = []

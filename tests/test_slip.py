@@ -279,6 +279,7 @@ def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
     assert "1  25.0%  never sent: see enrich_error" in plain
 
 
+@pytest.mark.long
 def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
     """With the paths as they were typed: they work where they are read."""
     workspace.write_leads(make_leads(30))
@@ -289,6 +290,7 @@ def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
         assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
 
 
+@pytest.mark.long
 def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> None:
     """Its command can be pasted all the same."""
     workspace.write_leads(make_leads(3))

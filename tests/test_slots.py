@@ -103,6 +103,7 @@ def test_shared_rate_never_exceeded(rate: float, seed: int, lags: list[tuple[flo
     assert busiest_second(simulate(rate, seed, lags)) <= rate * (1 + SLOT_LIFETIME_S + BURST_S) + 1
 
 
+@pytest.mark.long
 @in_turn("processes", [1, 2, 5])
 @in_turn("rate", [20.0, 100.0, 400.0])
 def test_shared_rate_is_used(rate: float, processes: int) -> None:

@@ -33,7 +33,7 @@ def run_job(
         stdin=stdin,
         capture_output=True,
         text=True,
-        timeout=45,
+        timeout=90,
         check=False,
     )
     assert "Traceback" not in process.stderr
@@ -62,7 +62,7 @@ KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
 @pytest.mark.parametrize(
     ("use", "code"),
     first_quick(
-        2,
+        1,
         [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
     ),
 )
@@ -150,7 +150,7 @@ def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
     os.write(theirs, KEY[:4].encode())
     os.write(theirs, KEY[4:].encode() + b"\n")
     os.close(theirs)
-    assert process.wait(45) == 0
+    assert process.wait(timeout=90) == 0
 
 
 @pytest.mark.long

@@ -52,6 +52,7 @@ def row_statuses(workspace: Workspace) -> list[str]:
 # order_by
 
 
+@pytest.mark.long
 def test_order_by_largest_first(api: SandboxApi, workspace: Workspace) -> None:
     """Night by night, in the order of the column; the output keeps the file's order."""
     workspace.write_job(order_by="Size")
@@ -120,6 +121,7 @@ def test_cap_by_constant_param(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_job(api).submitted == 3
 
 
+@pytest.mark.long
 def test_cap_ignores_retries_and_refreshes(tmp_path: Path, workspace: Workspace) -> None:
     """Both were paid for before: the cap is about new leads."""
     workspace.write_job(caps="{by: company, max: 1}")
@@ -133,6 +135,7 @@ def test_cap_ignores_retries_and_refreshes(tmp_path: Path, workspace: Workspace)
     assert row_statuses(workspace)[0] == "capped"
 
 
+@pytest.mark.long
 def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Workspace) -> None:
     """With an order, a limit and a lead that came after the last run."""
     workspace.write_job(caps="{by: company, max: 2}", order_by="Note")
@@ -158,6 +161,7 @@ def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Worksp
 # --sample and --limit
 
 
+@pytest.mark.long
 def test_sample_is_spread(api: SandboxApi, workspace: Workspace) -> None:
     """One of each stretch; a sample larger than the file is the file."""
     workspace.write_leads(make_leads(40))
@@ -168,6 +172,7 @@ def test_sample_is_spread(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_job(api, RunOptions(sample=10**15)).submitted == 36
 
 
+@pytest.mark.long
 def test_caps_sample_and_limit_together(api: SandboxApi, workspace: Workspace) -> None:
     """Caps, then the sample of what they leave, then the largest of it up to the limit."""
     workspace.write_job(caps="{by: company, max: 1}", order_by="Size")
@@ -182,6 +187,7 @@ def test_caps_sample_and_limit_together(api: SandboxApi, workspace: Workspace) -
     assert all(int(name.removeprefix("First")) % 2 for name in requested_leads(api))
 
 
+@pytest.mark.long
 def test_very_large_limits(api: SandboxApi, workspace: Workspace) -> None:
     """All is all."""
     workspace.write_job(caps=f"{{by: company, max: {10**30}}}", canary=f"{{rows: {10**30}, min_hit_rate: 1}}")
@@ -189,6 +195,7 @@ def test_very_large_limits(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_job(api, RunOptions(limit=10**30, seed=10**30)).submitted == 2
 
 
+@pytest.mark.long
 def test_limit_counts_requests_not_attempts(tmp_path: Path, workspace: Workspace) -> None:
     """A task that failed at no charge is asked again in the same run: all that the limit allows come to an end."""
     workspace.write_job(policy="{max_attempts: 9}")
@@ -233,6 +240,7 @@ def test_min_balance_refused_at_start(tmp_path: Path, workspace: Workspace) -> N
         assert workspace.run_job(api, RunOptions(limit=0)).exit_code == 0
 
 
+@pytest.mark.long
 def test_tighter_limit_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     """`max_credits` and `min_balance` hold side by side."""
     workspace.write_leads(make_leads(9))
@@ -243,6 +251,7 @@ def test_tighter_limit_is_reported(tmp_path: Path, workspace: Workspace) -> None
             assert (summary.exit_code, says in str(summary.error)) == (12, True), summary
 
 
+@pytest.mark.long
 def test_unknown_price_with_cap_collects_only(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

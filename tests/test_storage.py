@@ -18,7 +18,6 @@ from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
 from tests.buckets import BUCKET, SECRET, download_object, put_object
-from tests.cases import first_quick
 from tests.harness import HEADER, SandboxApi, Workspace, make_leads
 from tests.tables import read_table, write_table
 
@@ -29,9 +28,10 @@ def storage_environ(bucket: dict[str, str]) -> dict[str, str]:
     return bucket
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names",
-    first_quick(1, [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")], single=True),
+    [("a b.csv", "out-%Y.csv"), ("a.parquet", "o.xlsx"), ("a.jsonl.gz", "o.parquet")],
     ids=" to ".join,
 )
 def test_run_with_storage_input_and_output(
@@ -124,19 +124,17 @@ def test_multipart_upload(tmp_path: Path) -> None:
     assert [row[0] for row in read_table(download_object(tmp_path, "out.csv"))[1:]] == frame["A"].to_list()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("url", "told"),
-    first_quick(
-        2,
-        [
-            (f"s3://{BUCKET}/none.csv", " does not exist"),
-            ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
-            (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
-            (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
-            (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
-            ("az://box/a.csv", ": there are no credentials for the storage"),
-        ],
-    ),
+    [
+        (f"s3://{BUCKET}/none.csv", " does not exist"),
+        ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
+        (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
+        (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
+        (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
+        ("az://box/a.csv", ": there are no credentials for the storage"),
+    ],
 )
 def test_storage_errors_before_spending(
     workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, told: str

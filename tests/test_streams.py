@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import first_quick
 from tests.harness import ProgramResult, SandboxApi, Workspace, make_leads, reset_signals
 
 NO_SPACE = "note: stdout cannot be written: No space left on device\n"
@@ -66,7 +65,8 @@ STREAMS: list[dict[str, tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("streams", first_quick(1, STREAMS, single=True), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("streams", STREAMS, ids=str)
 def test_run_without_standard_streams(
     api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
 ) -> None:
@@ -130,7 +130,7 @@ def test_closed_reader_does_not_stop_run(
     message = other.read()
     other.close()
 
-    assert process.wait(30) == 0
+    assert process.wait(timeout=90) == 0
     assert "Traceback" not in message
     assert "cannot be written" not in message
     if arguments[0] == "run":
@@ -146,7 +146,7 @@ def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Worksp
     assert process.stdout is not None
     assert process.stdout.readline()
     process.stdout.close()
-    assert process.wait(30) == 0
+    assert process.wait(timeout=90) == 0
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()

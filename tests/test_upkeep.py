@@ -128,7 +128,7 @@ def test_check_imports_are_light(workspace: Workspace) -> None:
     """Who looks into a ledger need not wait for polars."""
     Ledger(workspace.folder / "other.db").close()
     process = workspace.start_subprocess("ledger", "check", "other.db", PYTHONPROFILEIMPORTTIME="1")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
 
     assert (process.returncode, out) == (0, "ok: 0 requests, 0 attempts, 0 executions\n")
     assert "polars" not in err
@@ -262,6 +262,7 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
     assert assert_sound(workspace).json_output["executions"] == 2
 
 
+@pytest.mark.long
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
     """Doubts, refusals, failures, free failures, a cap; then retries and a refresh of all that is old."""
     workspace.write_leads(make_leads(30))
@@ -357,6 +358,7 @@ def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
     assert_sound(workspace)
 
 
+@pytest.mark.long
 def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
     """In the ledger's place it is the ledger: what it knows is not bought again."""
     workspace.write_leads(make_leads(8))
@@ -385,6 +387,7 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
     assert check_ledger(target) == check_ledger(filled_ledger.path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "word"),
     [
@@ -430,7 +433,7 @@ def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, work
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
         f"sys.exit(run_command(['ledger', 'backup', {str(filled_ledger.path)!r}, {str(copy)!r}]))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=False)
 
     assert result.returncode == 5
     assert "copy.db: the copy cannot be written" in result.stderr

@@ -14,7 +14,6 @@ from enrich import exit_codes
 from enrich.exit_codes import ExitCode
 from enrich.ledger.lock import lock_ledger
 from enrich.monitoring import healthcheck, notifications
-from tests.cases import first_quick
 from tests.harness import SandboxApi, Workspace, serve_api, wait_until
 from tests.watch import (
     RequestRecorder,
@@ -81,6 +80,7 @@ def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: 
     assert recorder.requests[2].body == "job: exit 3 (key refused)"
 
 
+@pytest.mark.long
 def test_failed_rows_and_timeout_ping_success(
     tmp_path: Path, pinging_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
@@ -122,7 +122,7 @@ def test_interrupted_run_sends_start_only(
         process = pinging_workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        process.communicate(timeout=90)
 
     assert process.returncode == 143
     assert recorder.paths == ["/secret-path/start"]
@@ -153,7 +153,8 @@ def test_invalid_ping_url_is_not_retried(
     assert "secret" not in (pinging_workspace.folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("way", first_quick(1, ["down", "hanging", "nowhere"]))
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["down", "hanging", "nowhere"])
 def test_unresponsive_server_does_not_block_run(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
@@ -175,7 +176,8 @@ def test_unresponsive_server_does_not_block_run(
     assert "secret" not in result.stderr + (pinging_workspace.folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("value", first_quick(1, ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["]))
+@pytest.mark.long
+@pytest.mark.parametrize("value", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["])
 def test_loopback_ping_ignores_proxy(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, value: str
 ) -> None:
@@ -187,7 +189,8 @@ def test_loopback_ping_ignores_proxy(
     assert len(recorder.requests) == 2
 
 
-@pytest.mark.parametrize("scheme", first_quick(1, ["http", "https"]))
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: str) -> None:
     """One that cannot be used is a note by name, without its password."""
     pinging_workspace.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
@@ -231,6 +234,7 @@ def notifying_workspace(workspace: Workspace, recorder: RequestRecorder) -> Work
     return workspace
 
 
+@pytest.mark.long
 def test_notification_for_unconfirmed_requests(
     api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
@@ -268,6 +272,7 @@ def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: 
     assert f"enrich run {notifying_workspace.job_file}" in output["message"]
 
 
+@pytest.mark.long
 def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Nor does the sandbox."""
     assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
@@ -278,6 +283,7 @@ def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Worksp
     assert recorder.requests == []
 
 
+@pytest.mark.long
 def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """One clear note at the start; the run is unaffected."""
     monkeypatch.setattr(notifications, "find_spec", lambda _: None)
@@ -291,6 +297,7 @@ def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, m
     ]
 
 
+@pytest.mark.long
 def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Workspace) -> None:
     """They are secrets."""
     (notifying_workspace.folder / "people.txt").chmod(0o644)
@@ -302,8 +309,9 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
     assert log_lines(notifying_workspace)[1]["event"] == "note"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("content", "words"), first_quick(1, [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")])
+    ("content", "words"), [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")]
 )
 def test_empty_notifications_file(
     api: SandboxApi, notifying_workspace: Workspace, content: str | bytes | None, words: str

@@ -51,7 +51,7 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
         summary = workspace.run_subprocess("run", "job.yaml", "--json", api=api).json_output
         audit = api.audit()
-    result = [watcher.communicate(timeout=20) for watcher in watchers]
+    result = [watcher.communicate(timeout=90) for watcher in watchers]
 
     assert ("there is no ledger yet" in first[0], json.loads(first[1])["sign"]) == (True, "no ledger")
     assert [watcher.returncode for watcher in watchers] == [0, 0]
@@ -94,7 +94,7 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
         wait_until(lambda: "no sign of life" in result.getvalue())
         api.advance(601)
         assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
-        watching.join(timeout=20)
+        watching.join(timeout=90)
 
     assert json_lines(result.getvalue())[0]["sign"] == "no sign of life"
     assert (json_lines(result.getvalue())[-1]["execution"], json_lines(result.getvalue())[-1]["exit_code"]) == (2, 0)
@@ -117,7 +117,7 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
     shown = read_terminal(ours, up_to=WAITING_TEXT.encode()[:30])
     process.send_signal(signal.SIGINT)
     shown += read_terminal(ours)
-    assert process.wait(timeout=20) == 130
+    assert process.wait(timeout=90) == 130
     os.close(ours)
 
     text = shown.decode()

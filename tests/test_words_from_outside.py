@@ -236,6 +236,7 @@ def test_task_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> Non
         check_all_outputs(hostile_workspace, server)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("escape", ["raw", "escaped"])
 def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str) -> None:
     """Also where every letter of it is an escape."""

@@ -48,6 +48,7 @@ FAULTS_AFTER_ACCEPTANCE: list[tuple[str, int, ResponseCheck]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "params", "status", "see"), FAULTS_BEFORE_ACCEPTANCE)
 def test_fault_before_acceptance(
     api: SandboxClient, name: str, params: dict[str, Any], status: int, see: ResponseCheck
@@ -115,6 +116,7 @@ def test_slow(api: SandboxClient) -> None:
     assert time.monotonic() - start >= 0.2
 
 
+@pytest.mark.long
 def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
     """A time-out that is charged afterwards: what makes a repeated POST pay twice."""
     api.inject_fault("slow", seconds=2)
@@ -215,6 +217,7 @@ def test_deep_json(api: SandboxClient) -> None:
         json.loads(body)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat"])
 def test_many_steps(start: StartSandbox, shape: str) -> None:
     """The list of steps is longer than any; what was found is there."""
@@ -304,6 +307,7 @@ def test_fault_for_next_n_requests(api: SandboxClient) -> None:
     assert api.audit()["requests"] == {"me": 3, "500": 2}
 
 
+@pytest.mark.long
 def test_faults_are_drawn_by_seed(start: StartSandbox) -> None:
     """Which requests meet a fault follows from the fault seed, whatever else is asked between."""
 
@@ -381,6 +385,7 @@ def test_rate_and_burst_limit(start: StartSandbox) -> None:
     assert (totals["accepted"], totals["requests"]["429"]) == (3, 2)
 
 
+@pytest.mark.long
 def test_rate_refills(start: StartSandbox) -> None:
     """The rate lets requests through again after a while, and may say nothing of when."""
     api = start(rate=0.5, burst=1, retry_after=None)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from enrich.sandbox.catalogue import WATERFALLS
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
@@ -36,6 +38,7 @@ def test_whitespace_and_normal_form_ignored(api: SandboxClient) -> None:
     assert api.audit()["distinct"] == 1
 
 
+@pytest.mark.long
 def test_hit_rate(start: StartSandbox) -> None:
     """About 70 % of 500 people are found, whatever providers are asked."""
     api = start(**REALISTIC)

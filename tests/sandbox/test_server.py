@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from enrich.sandbox.command import sandbox
 from enrich.sandbox.server import serve_in_thread
 from enrich.sandbox.settings import SandboxSettings
-from tests.cases import first_quick, in_turn
+from tests.cases import in_turn
 from tests.harness import reset_signals
 from tests.sandbox.conftest import SandboxClient, make_leads
 
@@ -70,6 +70,7 @@ def test_restart_keeps_state(tmp_path: Path) -> None:
         assert api.advance(0)["now"] >= now
 
 
+@pytest.mark.long
 def test_kill_keeps_accepted_tasks(tmp_path: Path) -> None:
     """What was answered before a kill -9 is there after it."""
     state = tmp_path / "state.db"
@@ -145,7 +146,8 @@ def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
     assert len(failures) == 1
 
 
-@pytest.mark.parametrize("number", first_quick(1, [signal.SIGTERM, signal.SIGINT]))
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_the_server(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it with success, after two lines on stdout and not a word more."""
     with start_process() as (running, api):
