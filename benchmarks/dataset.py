@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.meter import format_table
 from benchmarks.partitions import make_dataset
 from benchmarks.server import RunningServer, start_server
-from tests.postgres import PostgresServer, dedicated_server
+from tests.support.postgres import PostgresServer, dedicated_server
 
 JOB = """\
 version: 1

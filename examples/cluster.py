@@ -19,7 +19,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.partitions import make_dataset
-from tests.postgres import NOT_INSTALLED, PostgresServer, dedicated_server, find_binaries
+from tests.support.postgres import NOT_INSTALLED, PostgresServer, dedicated_server, find_binaries
 
 ENRICH = Path(sys.executable).with_name("enrich")
 JOB = """\

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import settings
 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from tests import postgres as servers
-from tests.books import CommittingLedger
-from tests.cases import FULL
-from tests.harness import SandboxApi, Workspace, make_leads, serve_api
-from tests.postgres import PostgresServer
+from tests.support import postgres as servers
+from tests.support.cases import FULL
+from tests.support.ledger import CommittingLedger
+from tests.support.postgres import PostgresServer
+from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
 
 # On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
@@ -88,7 +88,7 @@ def workspace(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> W
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """Serve a storage."""
-    from tests.buckets import serve_s3  # noqa: PLC0415 - few tests need it, and it is slow to import
+    from tests.support.object_storage import serve_s3  # noqa: PLC0415 - few tests need it, and it is slow to import
 
     with serve_s3() as url:
         yield url
@@ -97,7 +97,7 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[dict[str, str]]:
     """Make a bucket in the storage; what points to it is in the environment."""
-    from tests.buckets import make_bucket  # noqa: PLC0415 - likewise
+    from tests.support.object_storage import make_bucket  # noqa: PLC0415 - likewise
 
     with make_bucket(endpoint) as variables:
         yield variables

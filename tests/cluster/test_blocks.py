@@ -1,0 +1,623 @@
+"""Enrolling and collecting on Ray: the same as in one process, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+
+from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
+from enrich.files import object_store
+from enrich.files.reader import InputTable
+from enrich.job.job import load_job
+from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
+from enrich.job.spec import Input
+from enrich.ledger.ledger import Ledger
+from enrich.models import Call, Decision, RequestSelection, RowStatus
+from enrich.rows.reader import JobInput
+from enrich.rows.template import RequestTemplate
+from enrich.run.cluster import ClusterCallbacks
+from enrich.run.collector import Collector
+from tests.support import postgres as servers
+from tests.support.ledger import FOUND, NO_MATCH, CommittingLedger
+from tests.support.object_storage import BUCKET, put_object, storage_environ
+from tests.support.table_files import read_table, write_table
+from tests.support.workspace import wait_until
+
+# Ray warns of what Ray does.
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
+JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A}\ninput: leads/\noutput: out/\n"
+NAMES = [f"person {number % 40}" for number in range(150)]
+
+
+@pytest.fixture(scope="module")
+def _ray(endpoint: str) -> Iterator[None]:
+    """Start Ray on this machine, with two processes at work that find the storage."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray  # noqa: PLC0415 - it reads its settings when it is imported
+
+    with patch.dict(os.environ, storage_environ(endpoint)):
+        ray.init(
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=100 << 20,
+        )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide even small inputs."""
+    from enrich.cluster import blocks  # noqa: PLC0415 - as above
+    from enrich.files import reader  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(reader, "ROWS_PER_PART", 25)
+    monkeypatch.setattr(blocks, "ROWS_PER_PART", 25)
+
+
+def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+    """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
+    os.environ.update(environ)
+    if seen is not None:
+        with seen.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    return Ledger(ledger_location)
+
+
+def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] = NAMES) -> None:
+    """Write leads in three files."""
+    for number, country in enumerate(("DE", "DE", "FR")):
+        path = folder / "leads" / f"country={country}" / f"{number}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(path, ["A", "B"], [[name, f"{number}"] for name in names[number * 50 : (number + 1) * 50]])
+
+
+def open_rows(folder: Path, more: str = "") -> JobInput:
+    """Open the leads of a job."""
+    (folder / "job.yaml").write_text(JOB + more)
+    return JobInput(load_job(folder / "job.yaml"))
+
+
+def begin_enrollment(
+    folder: Path, ledger: CommittingLedger, selection: RequestSelection, environ: dict[str, str] | None = None
+) -> Any:
+    """Make the pass that blocks take part in."""
+    from enrich.cluster.blocks import SharedPass  # noqa: PLC0415 - as above
+
+    opening = partial(
+        open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
+    )
+    return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
+
+
+def monitor_heartbeats(boss: ClusterCallbacks | None = None) -> Any:
+    """Watch over a step."""
+    from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter  # noqa: PLC0415 - as above
+
+    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), boss or ClusterCallbacks())
+
+
+def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> tuple[int, Counter[str]]:
+    """Enroll in this process."""
+    of_rows: Counter[str] = Counter()
+    height = 0
+    with ledger.wrapped.transaction():
+        ledger.wrapped.begin_pass(selection)
+        for batch in rows.batches(TEMPLATE):
+            ledger.wrapped.enroll(TEMPLATE.call, batch.requests())
+            of_rows.update(status.value for status in batch.statuses if status is not None)
+            height += batch.frame.height
+        ledger.wrapped.apply_limits()
+        ledger.wrapped.fill_queue()
+    return height, of_rows
+
+
+def enroll_blocks(
+    folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection, **options: Any
+) -> Any:
+    """Enroll on Ray."""
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
+
+    ledger.commit(Ledger.begin_pass, selection)
+    found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
+    with ledger.wrapped.transaction():
+        ledger.wrapped.apply_limits()
+        ledger.wrapped.fill_queue()
+    return found
+
+
+def queued_requests(ledger: CommittingLedger) -> list[Any]:
+    """Look at what is to be asked, in its order."""
+    rows = ledger.query_all(
+        "SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position"
+    )
+    return [(bytes(row[0]), *row[1:]) for row in rows]
+
+
+def answer_queued(ledger: CommittingLedger, but: int = 5) -> None:
+    """Answer what is in the queue, each third a miss; leave the last."""
+    for number in range(len(queued_requests(ledger)) - but):
+        ledger.settle(ledger.submit(f"task {number}"), FOUND if number % 3 else NO_MATCH)
+
+
+@pytest.fixture
+def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
+    """Name the place of a ledger: several processes share one only on a server."""
+    return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_enrollment_matches_single_process(
+    tmp_path: Path, ledger: CommittingLedger, postgres: servers.PostgresServer, kind: str
+) -> None:
+    """The same requests in the same order, the same left out and for the same reasons."""
+    write_input_files(tmp_path, kind, ["" if number % 30 == 7 else name for number, name in enumerate(NAMES)])
+    rows = open_rows(tmp_path, "where: B <> '1'\ncaps: {by: country, max: 25}\n")
+    selection = RequestSelection(max_per_group=25, limit=30)
+    other = CommittingLedger.open(parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path))
+    with closing(other.wrapped):
+        ledger.start_execution()
+        other.start_execution()
+        height, of_rows = enroll_locally(rows, other, selection)
+        result: list[int] = []
+        found = enroll_blocks(tmp_path, rows, ledger, selection, tell=lambda so_far: result.append(so_far.rows))
+        assert (found.rows, found.of_rows) == (height, {Decision(name): count for name, count in of_rows.items()})
+        assert found.asked == height - sum(of_rows.values())
+        assert sum(ledger.wrapped.decision_counts().values()) == sum(other.wrapped.decision_counts().values())
+        assert ledger.wrapped.decision_counts() == other.wrapped.decision_counts()
+        assert queued_requests(ledger) == queued_requests(other) != []
+        assert result == sorted(result)
+        assert result[-1] == 150
+        processes = (tmp_path / "seen").read_text().splitlines()
+        assert len(processes) == len(set(processes)), "each process opens the ledger once"
+
+
+def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """The same table, and the same counts; a price stands on the first row that asked, wherever the others are."""
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path, "where: B <> '1'\n")
+    ledger.start_execution()
+    enroll_locally(rows, ledger, RequestSelection())
+    answer_queued(ledger)
+    result: list[int] = []
+    counted = collect_on_ray(
+        rows,
+        begin_enrollment(tmp_path, ledger, RequestSelection()),
+        tmp_path / "out",
+        monitor_heartbeats(),
+        on_progress=lambda so_far: result.append(so_far.statuses.total()),
+    )
+    one = Collector(ledger.wrapped, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
+    assert one.write(tmp_path / "one") == counted
+    assert counted.statuses[RowStatus.PENDING]
+    parts = sorted((tmp_path / "out").glob("part-*.parquet"))
+    assert len(parts) == len(result) == 6
+    assert [row for part in parts for row in read_table(part)[1:]] == read_table(
+        next((tmp_path / "one").glob("*.parquet"))
+    )[1:]
+    assert {part.stat().st_mode & 0o777 for part in parts} == {0o600}
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.usefixtures("bucket")
+def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedger, kind: str) -> None:
+    """Every task fetches what it reads, and sends what it writes."""
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path, kind)
+    for path in (tmp_path / "leads").rglob(f"*.{kind}"):
+        put_object(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    (tmp_path / "job.yaml").write_text(JOB.replace("leads/", f"s3://{BUCKET}/leads/"))
+    rows = JobInput(load_job(tmp_path / "job.yaml"))
+    ledger.start_execution()
+    assert enroll_blocks(tmp_path, rows, ledger, RequestSelection()).rows == 150
+    target = ObjectUrl("s3", BUCKET, "out/")
+    for _ in range(2):
+        counted = collect_on_ray(
+            rows, begin_enrollment(tmp_path, ledger, RequestSelection()), target, monitor_heartbeats()
+        )
+        assert counted.statuses == {RowStatus.PENDING: 150}
+    source = InputTable(target, Input(path=str(target)))
+    written = pl.concat(source.batches())
+    assert written["enrich_index"].to_list() == list(range(150))
+    assert written["A"].to_list() == NAMES
+    assert len(list(object_store.list_objects(target))) == len(source.input_files) + 1
+
+
+def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """With its columns."""
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
+
+    (tmp_path / "leads").mkdir()
+    write_table(tmp_path / "leads" / "a.csv", ["A", "B"], [])
+    rows = open_rows(tmp_path)
+    ledger.start_execution()
+    assert enroll_blocks(tmp_path, rows, ledger, RequestSelection()).rows == 0
+    counted = collect_on_ray(
+        rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
+    )
+    assert counted.statuses.total() == 0
+    (part,) = (tmp_path / "out").glob("part-*.parquet")
+    assert read_table(part)[0][:3] == ["A", "B", "email"]
+
+
+def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """With its file, its row and its remedy, and no word of Ray; nothing is queued."""
+    write_input_files(tmp_path, "csv")
+    with (tmp_path / "leads" / "country=FR" / "2.csv").open("a") as file:
+        file.write("one cell\n")
+    rows = open_rows(tmp_path)
+    with pytest.raises(CommandRefused, match=r"country=FR/2.csv: row 51 \(line 52\) has 1 cell") as caught:
+        enroll_blocks(tmp_path, rows, ledger, RequestSelection())
+    assert type(caught.value) is CommandRefused
+    write_input_files(tmp_path, "csv", [*NAMES[:-1], "7"])
+    rows = open_rows(tmp_path, "where: CAST(A AS INT) > 1\n")
+    with pytest.raises(JobError, match=r"job.yaml:6: where: cannot be computed") as failed:
+        enroll_blocks(tmp_path, rows, ledger, RequestSelection())
+    assert (failed.value.hint or "").startswith("cells are text")
+    assert "person" not in f"{failed.value.message}{failed.value.hint}"
+
+
+def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """The caller does it in one process."""
+    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    for more in ("dedupe: false\n", "order_by: B\n"):
+        with pytest.raises(CommandRefused, match=r"can't be enrolled part by part: `(dedupe|order_by)"):
+            enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, RequestSelection())
+    rows = open_rows(tmp_path, "dedupe: false\n")
+    with pytest.raises(CommandRefused, match="can't be collected part by part: `dedupe"):
+        collect_on_ray(
+            rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
+        )
+
+
+class InterruptedByTestError(Exception):
+    """What a signal raises."""
+
+
+def wait_in_block(flag: Path, rows: JobInput) -> int:
+    """Be slow but for the first block: say that the work has begun, and wait."""
+    if rows.first_position:
+        flag.touch()
+        time.sleep(60)
+    return rows.first_position
+
+
+def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
+    """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    flag = tmp_path / "begun"
+
+    result: list[int] = []
+
+    def check() -> None:
+        if result and flag.exists():
+            raise InterruptedByTestError
+
+    watch = monitor_heartbeats(ClusterCallbacks(check))
+    found = map_blocks(rows, split_input(rows, watch), partial(wait_in_block, flag), watch)
+    result.append(next(found))
+    with pytest.raises(InterruptedByTestError):
+        result.append(next(found))
+    import ray  # noqa: PLC0415 - as above
+
+    wait_until(lambda: ray.available_resources().get("CPU") == 2, 30)
+
+
+def kill_process_once(flag: Path, rows: JobInput) -> tuple[int, int]:
+    """Be killed in the middle, the first time."""
+    height = sum(batch.frame.height for batch in rows.batches(TEMPLATE))
+    if rows.first_position == 50 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows.first_position, height
+
+
+def test_lost_block_is_retried(tmp_path: Path) -> None:
+    """What comes of it is told once."""
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    watch = monitor_heartbeats()
+    result = sorted(map_blocks(rows, split_input(rows, watch), partial(kill_process_once, tmp_path / "flag"), watch))
+    assert result == [(first, 25) for first in range(0, 150, 25)]
+    assert (tmp_path / "flag").exists()
+
+
+def kill_process(rows: JobInput) -> int:
+    """Be killed, as for want of memory."""
+    if rows.first_position < 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows.first_position
+
+
+def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
+    """It would never come to an end; the next run resumes."""
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
+    with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
+        list(map_blocks(rows, split_input(rows, watch), kill_process, watch))
+
+
+@pytest.fixture
+def _full_cluster(_ray: None) -> Iterator[None]:
+    """Let others have all of the cluster."""
+    import ray  # noqa: PLC0415 - as above
+
+    held = ray.util.placement_group([{"CPU": 2}])
+    ray.get(held.ready(), timeout=60)
+    yield
+    ray.util.remove_placement_group(held)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.usefixtures("_full_cluster")
+def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
+    """It is told soon, and at once when the time is up; others may need the machines the whole night."""
+    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(presence, "WARN_AFTER_S", 1.0)
+    monkeypatch.setattr(presence, "CAPACITY_TIMEOUT_S", 60.0 if late else 3.0)
+    write_input_files(tmp_path, kind)
+    result: list[str] = []
+    rows, watch = (
+        open_rows(tmp_path),
+        monitor_heartbeats(ClusterCallbacks(on_message=result.append, is_aborting=lambda: late)),
+    )
+    with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
+        list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
+    assert len(result) == 1
+    assert result[0].startswith("the cluster has no room for the input: waiting")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """However long a block takes, and though it is late."""
+    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(presence, "WARN_AFTER_S", 15.0)
+    write_input_files(tmp_path, kind)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats(ClusterCallbacks(is_aborting=lambda: True))
+    assert sorted(map_blocks(rows, split_input(rows, watch), process_slowly, watch))
+
+
+def process_slowly(rows: JobInput) -> int:
+    """Be slow with one block."""
+    time.sleep(0 if rows.first_position else 18)
+    return rows.first_position
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
+    """It might ask other questions, and pay for them."""
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path, kind)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
+    watch.presence = replace(watch.presence, version="0.0.1")
+    with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
+        list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
+
+
+def raise_unexpected(how: str, rows: JobInput) -> int:
+    """Fail as nobody foresaw."""
+    raise ValueError(f"{how} {next(rows.batches(TEMPLATE)).frame.row(0)}")
+
+
+def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
+    """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
+    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
+    rows, watch = open_rows(tmp_path), monitor_heartbeats()
+    with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
+        list(map_blocks(rows, split_input(rows, watch), partial(raise_unexpected, "it was"), watch))
+    import ray  # noqa: PLC0415 - as above
+
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [path for path in (folder / "logs").rglob("*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if b"Nobody-Knows-Me" in path.read_bytes()]
+
+
+def test_enrollment_survives_database_restart(
+    tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was in the middle is done again."""
+    from enrich.cluster import blocks  # noqa: PLC0415 - as above
+    from enrich.files import reader  # noqa: PLC0415 - likewise
+
+    monkeypatch.setattr(reader, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(blocks, "ROWS_PER_PART", 2)
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    ledger = CommittingLedger.open(parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path))
+    restarting: list[threading.Thread] = []
+
+    def restart(_: object) -> None:
+        if not restarting:
+            restarting.append(threading.Thread(target=own_postgres.restart, args=("immediate",)))
+            restarting[0].start()
+
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
+
+    ledger.commit(Ledger.begin_pass, RequestSelection())
+    found = enroll_on_ray(
+        rows,
+        begin_enrollment(tmp_path, ledger, RequestSelection(), own_postgres.environ),
+        monitor_heartbeats(),
+        on_progress=restart,
+    )
+    restarting[0].join()
+    assert (found.rows, found.requests) == (150, 150)
+    assert ledger.query_all("SELECT count(*) FROM requests") == [(40,)]
+    assert ledger.query_all("SELECT count(*) FROM seen") == [(40,)]
+    ledger.wrapped.close()
+
+
+def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """As in one process, with what to do."""
+    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
+
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    (tmp_path / "none").touch()
+    opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
+    broken = replace(begin_enrollment(tmp_path, ledger, RequestSelection()), opening=opening)
+    with pytest.raises(EnrichError) as caught:
+        enroll_on_ray(rows, broken, monitor_heartbeats())
+    assert "ledger" in caught.value.message
+    assert isinstance(caught.value, CommandRefused | LedgerFailed)
+
+
+CELLS: dict[str, Any] = {
+    "text": ["a", None, ""],
+    "^x.*$": ["007", "ö", "\n"],
+    "whole": [1, None, -(2**62)],
+    "float": [0.1, None, float("inf")],
+    "truth": [True, None, False],
+    "day": [date(2026, 1, 1), None, date(1, 1, 1)],
+    "moment": [datetime(2026, 1, 1, 1, 2, 3, 456, UTC), None, datetime(1970, 1, 1, tzinfo=UTC)],
+    "while": [timedelta(seconds=1), None, timedelta(days=-1)],
+    "money": [Decimal("1.10"), None, Decimal("-2.00")],
+    "bytes": [b"\0\xff", None, b""],
+    "list": [["a", None], None, []],
+    "struct": [{"x": 1, "y": ["z"]}, None, {"x": None, "y": None}],
+    "nothing": [None, None, None],
+}
+
+
+def test_column_types_survive_blocks(tmp_path: Path) -> None:
+    """As it went in, whatever Arrow calls it."""
+    from enrich.cluster.blocks import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
+    from enrich.files.values import json_column  # noqa: PLC0415 - likewise
+
+    frame = pl.DataFrame(CELLS).with_columns(
+        pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
+        pl.Series("sort", ["x", None, "y"], pl.Categorical()),
+        pl.Series("short", [0.1, None, 2.5], pl.Float32()),
+        pl.Series("huge", [2**100, None, -1], pl.Int128()),
+        json_column(["1.0", None, "[1,2]"]).alias("json"),
+    )
+    schema = dict(frame.schema)
+    ((first, back),) = from_block(to_block(7, frame), schema)
+    assert first == 7
+    assert back.equals(frame)
+    assert back.schema == frame.schema
+    frame.drop("json").write_parquet(tmp_path / "leads.parquet")
+    (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
+    rows = JobInput(load_job(tmp_path / "job.yaml"))
+    import ray  # noqa: PLC0415 - as above
+
+    heartbeats = monitor_heartbeats().presence
+    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.input_schema, heartbeats), override_num_blocks=1)
+    block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
+    ((_, back),) = from_block(block, rows.all_columns)
+    assert back.equals(frame.drop("json"))
+    assert next(read_group((rows.parts()[0],), rows.input_schema, heartbeats)).num_rows == 3
+
+
+def test_merged_blocks_are_split() -> None:
+    """Each stretch of rows that follow one another has its place."""
+    import pyarrow as pa  # noqa: PLC0415 - comes with Ray
+
+    from enrich.cluster.blocks import error_block, from_block, to_block  # noqa: PLC0415 - as above
+
+    schema = {"A": pl.String()}
+    blocks = [to_block(first, pl.DataFrame({"A": [f"{first}", "x"]})) for first in (4, 6, 2)]
+    found = [(first, frame["A"].to_list()) for first, frame in from_block(pa.concat_tables(blocks), schema)]
+    assert found == [(4, ["4", "x", "6", "x"]), (2, ["2", "x"])]
+    assert list(from_block(to_block(0, pl.DataFrame(schema=schema)), schema)) == []
+    mixed = pa.concat_tables(
+        [*blocks, error_block(CommandRefused("the file is gone", "look"))], promote_options="default"
+    )
+    with pytest.raises(CommandRefused, match="the file is gone") as caught:
+        list(from_block(mixed, schema))
+    assert caught.value.hint == "look"
+
+
+def test_errors_can_be_pickled() -> None:
+    """Every error comes back as it was."""
+    for error in (CommandRefused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
+        back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
+
+
+QUIET_SCRIPT = """
+import os
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from enrich.cluster.connection import connected
+from enrich.cluster.engine import enroll_on_ray
+from enrich.cluster.blocks import SharedPass
+from enrich.models import RequestSelection
+from enrich.job.spec import Input
+from enrich.ledger.ledger import Ledger
+from enrich.tables import storage
+from enrich.files.reader import InputTable
+from tests.cluster.test_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
+from enrich.job.job import load_job
+import sys
+
+folder = Path(sys.argv[1])
+rows = open_rows(folder)
+Ledger(folder / "quiet.db").close()
+with connected(None):
+    open_ledger = partial(open_ledger_remotely, folder / "quiet.db", {})
+    taken = SharedPass(load_job(folder / "job.yaml"), TEMPLATE, RequestSelection(), open_ledger)
+    assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150
+"""
+
+
+def test_no_terminal_output(tmp_path: Path) -> None:
+    """Neither a bar nor a log line: success is silent."""
+    write_input_files(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", QUIET_SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,35 @@
+"""The torture of `tests.support.cluster_torture`, in short: several workers share a ledger, and machines are what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster_torture import ClusterTortureReport, run_torture
+from tests.support.postgres import PostgresServer
+
+SHORT_INJECTIONS = {
+    "workers killed": 4,
+    "workers stopped for longer than a lease": 1,
+    "restarts of the server": 1,
+    "crashes of the server": 1,
+    "runs killed": 1,
+}
+
+
+def assert_promises_kept(report: ClusterTortureReport) -> None:
+    """Check that every promise was kept, and that there was something to keep it against."""
+    assert report.passed, report.as_markdown()
+    assert report.injected.total() >= 5, report.as_markdown()
+    assert report.faults > 15
+    assert report.accepted >= report.rows - report.in_doubt
+    # How evenly requests arrive is the machine's, too; who did not share the allowance would take it times three.
+    assert report.busiest_second < 2 * report.rate, report.as_markdown()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: PostgresServer) -> None:
+    """Actors of a Ray cluster: killed, stopped past their leases, their server restarted and crashed."""
+    assert_promises_kept(run_torture(tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5))

@@ -1,0 +1,321 @@
+"""`--engine ray`: what is said when it can't be, and a run whose three steps Ray carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+
+from enrich.run.summary import RunSummary
+from tests.support.cluster_torture import ON_RAY, worker_pids
+from tests.support.postgres import PostgresServer
+from tests.support.workspace import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+
+needs_ray = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
+]
+RUN = ("run", "job.yaml", "--json")
+THREE = (*ON_RAY, "3")
+
+#: What Ray says of itself.
+RAY_MESSAGE = re.compile(r"\bray(let)?\b", re.IGNORECASE)
+
+
+@pytest.fixture
+def postgres_workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
+    """Make an office whose ledger is on the server."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    made = Workspace(folder, f"{postgres.ledger_url()}&lease=2", postgres.environ)
+    made.write_job(limits="{requests_per_second: 100}")
+    return made
+
+
+# What can't be
+
+
+def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
+    """Told with the file, the line, the key and what to do."""
+    workspace.write_job(ledger="leads.db")
+    workspace.write_leads(make_leads(2))
+    result = workspace.run_in_process(*RUN, "--engine", "ray", api=api)
+
+    assert result.exit_code == 2
+    line = workspace.job_file.read_text(encoding="utf-8").splitlines().index("ledger: leads.db") + 1
+    assert f"job.yaml:{line}: ledger: --engine ray needs a ledger that all workers reach" in result.stderr
+    assert "hint: keep it in PostgreSQL: `ledger: postgresql://host/database`" in result.stderr
+
+
+@pytest.mark.long
+def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -> None:
+    """It is said how to get it."""
+    postgres_workspace.write_leads(make_leads(2))
+    with patch("enrich.commands.options.find_spec", return_value=None):
+        result = postgres_workspace.run_in_process(*RUN, "--engine", "ray", api=api)
+
+    assert result.exit_code == 2
+    assert "hint: pip install 'databar-enrich[cluster]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--processes", "2"], "No such option"),
+        (["--workers", "2"], "are for --engine ray"),
+        (["--address", "127.0.0.1:6379"], "are for --engine ray"),
+        (["--engine", "ray", "--address", "somewhere"], "must be HOST:PORT"),
+        (["--engine", "ray", "--address", "ray://127.0.0.1:10001"], "without `ray://`"),
+    ],
+)
+def test_incompatible_options(options: list[str], said: str, api: SandboxApi, workspace: Workspace) -> None:
+    """They are errors of usage, told before anything begins."""
+    workspace.write_leads(make_leads(2))
+    result = workspace.run_in_process(*RUN, *options, api=api)
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
+    """The others of a cluster do not see what came through it."""
+    result = postgres_workspace.run_in_process(
+        *RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api
+    )
+
+    assert result.exit_code == 2
+    assert "what comes through a pipe is not seen by the machines at --address: put it into a file" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
+def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Workspace) -> None:
+    """The next run resumes: exit 4, and nothing was sent."""
+    postgres_workspace.write_leads(make_leads(2))
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        result = postgres_workspace.run_in_process(
+            *RUN, "--engine", "ray", "--address", f"127.0.0.1:{taken.getsockname()[1]}", api=api
+        )
+
+    assert result.exit_code == 4
+    assert "the Ray cluster at 127.0.0.1" in result.stderr
+    assert "can't be reached" in result.stderr
+    assert accepted(api) == 0
+
+
+# Ray itself, in processes of its own
+
+
+@pytest.fixture
+def cluster(postgres_workspace: Workspace) -> Iterator[tuple[str, int]]:
+    """Start a Ray cluster that was there before the run, and stays after it; return its address and its process."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [ray, *words, "--disable-usage-stats"],
+        cwd=postgres_workspace.folder,
+        env=postgres_workspace.environment() | {"RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        wait_until(lambda: is_listening(port), 40)
+        yield f"127.0.0.1:{port}", head.pid
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+
+
+def is_listening(port: int) -> bool:
+    """Tell whether somebody listens there."""
+    with closing(socket.socket()) as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
+
+
+def accepted(api: SandboxApi) -> int:
+    """Count the runs that the API has taken."""
+    return int(api.audit()["accepted"])
+
+
+def alive(number: int) -> bool:
+    """Tell whether a process is there."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def at_work(
+    far: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Start a run, wait until its three actors have bought enough; whatever happens, it is not left."""
+    process = far.start_subprocess(*THREE, *more, api=api, group=group)
+    try:
+        wait_until(lambda: accepted(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
+        yield process, list(worker_pids(process.pid))
+    finally:
+        kill_process(process) if process.poll() is None else None
+
+
+def wait_for_summary(process: subprocess.Popen[str]) -> RunSummary:
+    """Wait for the end of a run that says nothing but its receipt on stdout."""
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in err
+    assert not RAY_MESSAGE.search(err)
+    return RunSummary(**json.loads(out))
+
+
+def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: RunSummary) -> None:
+    """Hold a receipt against the API's books."""
+    audit = api.audit()
+    assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
+    assert summary.pending == 0
+    assert leads - (summary.in_doubt or 0) <= audit["accepted"] <= leads
+
+
+class TestOnRay:
+    """Runs that Ray carries."""
+
+    pytestmark = needs_ray
+
+    @pytest.mark.parametrize("dispatch", ["{bulk: null}", "{bulk: 7}"])
+    def test_ray_matches_single_process(
+        self, tmp_path: Path, postgres_workspace: Workspace, postgres: PostgresServer, dispatch: str
+    ) -> None:
+        """The same rows with the same answers, here as a dataset; rate, canary and limit count for all workers."""
+        canary, limits = "{rows: 5, min_hit_rate: 0.01}", "{requests_per_second: 50}"
+        postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
+        postgres_workspace.write_leads(make_leads(120))
+        outcomes = []
+        for words in (RUN, THREE):
+            more = ("--limit", "100", "--ledger", f"{postgres.ledger_url()}&lease=2", "--new-ledger")
+            with serve_api(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
+                result = wait_for_summary(postgres_workspace.start_subprocess(*words, *more, api=api))
+                assert api.audit()["paid_twice"] == 0
+            rows = pl.read_parquet(postgres_workspace.folder / "out" / "leads" / "*.parquet").sort("enrich_index")
+            outcomes.append((result.exit_code, result.credits_spent, rows.drop("enrich_task_id", "enrich_at").rows()))
+            assert (result.pending, result.rate_limited) == (20, 0)
+
+        assert outcomes[0] == outcomes[1]
+
+    def test_killed_actor_is_replaced(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
+        """The others inherit, another comes in its place; no file of Ray has the key."""
+        postgres_workspace.write_leads(make_leads(200))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(postgres_workspace, api) as (process, workers):
+                files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108 - Ray's
+                assert not any(api.api_key.encode() in each.read_bytes() for each in files)
+                os.kill(workers[0], signal.SIGKILL)
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, summary)
+
+        assert summary.exit_code == (14 if summary.in_doubt else 0)
+        assert any("an actor of the cluster died" in note for note in summary.notes)
+
+    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Workspace) -> None:
+        """What it had reserved stays so until its tasks are answered; none stops while some may come free."""
+        far.write_job(limits="{requests_per_second: 120, max_credits: 15}")
+        far.write_leads(make_leads(200))
+        with (
+            serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
+            at_work(far, api, enough=5) as (process, workers),
+        ):
+            os.kill(workers[0], signal.SIGKILL)
+            receipt = wait_for_summary(process)
+            audit = api.audit()
+        (worst,) = far.sql("SELECT max(reserved) FROM attempts")[0]
+        unknown = receipt.in_doubt or 0
+
+        assert (receipt.exit_code, audit["paid_twice"]) == (12, 0)
+        assert 15 - (1 + unknown) * worst / 1e6 < audit["credits_charged"] <= 15
+
+    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Workspace) -> None:
+        """Its tasks are the others' meanwhile; woken up it overwrites nothing, and helps again."""
+        far.write_job(limits="{requests_per_second: 40}")
+        far.write_leads(make_leads(300))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(far, api) as (process, workers):
+                leases = ("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {workers[0]}")
+                wait_until(lambda: far.sql(*leases) == [(1,)])
+                os.kill(workers[0], signal.SIGSTOP)
+                wait_until(lambda: far.sql(*leases) == [(0,)])
+                os.kill(workers[0], signal.SIGCONT)
+                wait_until(lambda: far.sql(*leases) == [(1,)])
+                receipt = wait_for_summary(process)
+            assert_consistent_with_audit(api, 300, receipt)
+
+        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
+        assert not any("lost" in note for note in receipt.notes)
+
+    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Workspace) -> None:
+        """The run ends without it."""
+        far.write_leads(make_leads(200))
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            with at_work(far, api) as (process, workers):
+                os.kill(workers[0], signal.SIGSTOP)
+                receipt = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, receipt)
+
+        assert not alive(workers[0])
+        assert any("said nothing any more" in note for note in receipt.notes)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+    def test_signals_stop_actors_cleanly(
+        self, tmp_path: Path, postgres_workspace: Workspace, number: signal.Signals
+    ) -> None:
+        """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt.
+
+        Ctrl-C reaches every process of the terminal.
+        """
+        postgres_workspace.write_leads(make_leads(150))
+        code = 128 + number
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            with at_work(postgres_workspace, api, group=True) as (process, left):
+                (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+                summary = wait_for_summary(process)
+            assert postgres_workspace.open_task_count() == accepted(api)
+
+        assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
+        assert not any(map(alive, left))
+
+    def test_actors_exit_when_driver_is_killed(
+        self, tmp_path: Path, postgres_workspace: Workspace, cluster: tuple[str, int]
+    ) -> None:
+        """They write down what is on the wire; the next run goes on, on the same cluster."""
+        postgres_workspace.write_leads(make_leads(300))
+        address, head = cluster
+        words = (*THREE, "--address", address)
+        with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
+            process = postgres_workspace.start_subprocess(*words, api=api)
+            wait_until(lambda: accepted(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
+            kill_process(process)
+            wait_until(lambda: not list(worker_pids(head)), 40)
+            wait_until(lambda: postgres_workspace.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)
+            assert postgres_workspace.sql(
+                "SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')"
+            ) == [(0,)]
+            summary = wait_for_summary(postgres_workspace.start_subprocess(*words, api=api))
+            assert not list(worker_pids(head))
+            assert_consistent_with_audit(api, 300, summary)
+
+        assert (summary.exit_code, summary.in_doubt) == (0, 0)

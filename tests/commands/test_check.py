@@ -1,0 +1,291 @@
+"""`enrich check`: all that is wrong with a job, before it runs and without network."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from enrich.databar.waterfall import Waterfall, waterfall_changes
+from enrich.sandbox.catalogue import WATERFALLS
+from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
+
+
+def test_valid_job_output(workspace: Workspace) -> None:
+    """Rows, what can be asked, and where the waterfall's description comes from."""
+    workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
+    result = workspace.run_in_process("check", "job.yaml")
+    assert (result.exit_code, result.stderr) == (0, "")
+    message = "ok: job: 4 rows, 3 can be asked, email_getter as known from the documentation of 2026-11\n"
+    assert result.stdout == message
+
+
+def test_leaves_no_files(workspace: Workspace) -> None:
+    """Neither a ledger nor a lock nor an output."""
+    workspace.write_leads(make_leads(1))
+    before = sorted(workspace.folder.rglob("*"))
+    assert workspace.run_in_process("check", "job.yaml").exit_code == 0
+    assert workspace.run_in_process("check", "job.yaml", "--sandbox", "--online").exit_code == 0
+    assert sorted(workspace.folder.rglob("*")) == before
+
+
+def test_needs_no_network_or_key(workspace: Workspace) -> None:
+    """An address where nobody answers changes nothing; one that tells the key in the clear is refused."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://127.0.0.1:9/v1").exit_code == 0
+    assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://api.example/v1").exit_code == 2
+
+
+def test_all_problems_are_listed(workspace: Workspace) -> None:
+    """Params, columns, expressions, paths: each with its line, in one go."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(
+        params="{first_name: Frist Name, last_name: Surname, company: {column: [Website, Mail], transform: [domain]}}",
+        only_if_empty="[Email, Phone]",
+        where="Country = 'DE'",
+        rejects="leads.csv",
+        suppress="nobody.txt",
+    )
+    result = workspace.run_in_process("check", "job.yaml")
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    problems = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    for message in (
+        "`Frist Name`",
+        "`Surname`",
+        "`Mail`",
+        "`Phone`",
+        "`Country`",
+        "`rejects` and `input`",
+        "`suppress`",
+    ):
+        assert sum(message in problem for problem in problems) == 1, message
+    assert len(problems) == 7
+    assert "did you mean `First Name`?" in result.stderr
+    assert re.search(r"job.yaml:\d+: only_if_empty.1:", result.stderr)
+
+
+def test_missing_required_params(workspace: Workspace) -> None:
+    """By the documentation, when the ledger knows nothing yet."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(params="{first_name: First Name}")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
+    assert "requires `last_name`" in result.stderr
+    assert "requires `company`" in result.stderr
+
+
+def test_unknown_param_is_a_note(workspace: Workspace) -> None:
+    """The documentation may be older than the API."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(JOB.replace("columns:\n", "  linkedin: Note\ncolumns:\n"))
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 0
+    assert "note: " in result.stderr
+    assert "linkedin" in result.stderr
+
+
+def test_undocumented_waterfall_is_a_note(workspace: Workspace) -> None:
+    """It may exist all the same."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(waterfall="moon_getter")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 0
+    assert "--online" in result.stderr
+
+
+def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: SandboxApi) -> None:
+    """After a run what the API said counts, not the documentation: a param that it does not know is an error."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert "as known from the API at the last run" in workspace.run_in_process("check", "job.yaml", api=api).stdout
+
+    workspace.write_job(
+        JOB.replace("columns:\n", "  linkedn: Note\ncolumns:\n"), email_verifier="99", enrichments="[7]"
+    )
+    result = workspace.run_in_process("check", "job.yaml", api=api)
+    assert result.exit_code == 2
+    assert "did you mean `linkedin`?" in result.stderr
+    assert "no provider 7" in result.stderr
+
+
+def test_ledger_of_other_api_is_refused(workspace: Workspace, api: SandboxApi) -> None:
+    """It holds the answers of somebody else."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_in_process("run", "job.yaml", api=api)
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
+    assert "belongs to another api host: 127.0.0.1, not api.databar.ai" in result.stderr
+
+
+def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> None:
+    """Before a night is lost to it."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_in_process("run", "job.yaml", api=api)
+    for path in workspace.ledger_path.parent.glob("job.db*"):
+        path.write_bytes(b"SQLite format 3\0" + b"\x17" * 4096)
+    result = workspace.run_in_process("check", "job.yaml", api=api)
+    assert result.exit_code == 5
+    assert "damaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said", "code"),
+    [
+        ({"output": "leads.csv"}, "`output` and `input` are the same file", 2),
+        ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "written twice", 2),
+        ({"ledger": "out.csv"}, "`output` and `ledger` are the same file", 2),
+        ({"output": "leads.csv/out.csv"}, "is no folder", 5),
+        ({"notify": "nobody.txt"}, "`notify` cannot be read", 5),
+        ({"input": "none.csv"}, "does not exist", 5),
+    ],
+)
+def test_invalid_paths(workspace: Workspace, changed: dict[str, str], said: str, code: int) -> None:
+    """Found before the run, with the run's exit code."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(**changed)
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == code
+    assert said in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(workspace: Workspace) -> None:
+    """The night would end with exit 5."""
+    workspace.write_leads(make_leads(1))
+    (workspace.folder / "out").mkdir(mode=0o500)
+    workspace.write_job(output="out/leads.csv")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 5
+    assert "`output` cannot be written" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_unreadable_ledger(workspace: Workspace) -> None:
+    """It is no new one: that would pay for everything again."""
+    workspace.write_leads(make_leads(1))
+    (workspace.folder / ".enrich").mkdir(mode=0o000)
+    checked = workspace.run_in_process("check", "job.yaml")
+    doctored = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
+    (workspace.folder / ".enrich").chmod(0o700)
+    assert (checked.exit_code, doctored.exit_code) == (5, 5)
+    assert "Permission denied" in checked.stderr
+    assert "Permission denied" in doctored.stdout
+
+
+def test_input_is_read_completely(workspace: Workspace) -> None:
+    """A row that is too long is found wherever it stands."""
+    workspace.write_leads([*make_leads(30), ["too", "many", "", "", "", "cells"]])
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 5
+    assert "row 31" in result.stderr
+
+
+def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None:
+    """As a run counts them: a blank required param, an address that is none; by documentation and by ledger alike."""
+    workspace.write_leads([["", "", "", mail, ""] for mail in ("ada@engine.example", "none", "")])
+    workspace.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
+    for _ in range(2):
+        assert "3 rows, 1 can be asked" in workspace.run_in_process("check", "job.yaml", api=api).stdout
+        assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["invalid"] == 2
+
+
+def test_failing_expression_is_reported(workspace: Workspace) -> None:
+    """Its columns are there; its cells cannot be computed."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(where="CAST(Note AS INT) > 1")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
+    assert "TRY_CAST" in result.stderr
+
+
+def test_json_is_one_object(workspace: Workspace) -> None:
+    """Also when something is wrong."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("check", "job.yaml", "--json").json_output == {
+        "exit_code": 0,
+        "job": "job",
+        "rows": 1,
+        "can_be_asked": 1,
+        "waterfall": "email_getter",
+        "described_by": "the documentation of 2026-11",
+        "changes": [],
+        "notes": [],
+        "problems": [],
+    }
+    workspace.write_job(only_if_empty="[Phone]")
+    output = workspace.run_in_process("check", "job.yaml", "--json").json_output
+    assert output["exit_code"] == 2
+    assert output["error"] == output["problems"][0]["message"]
+
+
+@pytest.mark.long
+def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi) -> None:
+    """Against what the ledger remembers."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_in_process("run", "job.yaml", api=api)
+    same = workspace.run_in_process("check", "job.yaml", "--online", api=api)
+    assert (same.exit_code, same.stderr) == (0, "")
+    assert "as known from the API now" in same.stdout
+
+    from enrich.ledger.ledger import Ledger  # noqa: PLC0415
+
+    ledger = Ledger(workspace.ledger_path)
+    described, providers = ledger.waterfall("email_getter") or ({}, None)
+    described["available_enrichments"][0]["price"] = 0.25
+    ledger.save_waterfall("email_getter", described, providers or [])
+    ledger.close()
+
+    changed = workspace.run_in_process("check", "job.yaml", "--online", api=api)
+    assert changed.exit_code == 0
+    assert "note: provider 833 Mailhound: 0.25 credits before, 0.5 credits now (dearer)" in changed.stderr
+
+
+@pytest.mark.parametrize(("environ", "code"), [({"DATABAR_API_KEY": "wrong"}, 3), ({"DATABAR_API_KEY": ""}, 3)])
+def test_online_needs_a_key(workspace: Workspace, api: SandboxApi, environ: dict[str, str], code: int) -> None:
+    """With the run's exit code."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("check", "job.yaml", "--online", api=api, **environ).exit_code == code
+
+
+def test_waterfall_change_messages() -> None:
+    """Params, fields, providers, verifiers, prices, defaults."""
+    before = WATERFALLS["email_getter"].to_json()
+    now = WATERFALLS["email_getter"].to_json()
+    assert list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
+    now["input_params"] = [*now["input_params"][1:3], {"name": "country", "required": True}]
+    now["input_params"][0]["required"] = False
+    now["output_fields"] = [{"name": "score"}]
+    mailhound, peoplegrid, _, profilewell, apex = now["available_enrichments"]
+    now["available_enrichments"] = [
+        mailhound | {"price": "0.50"},
+        peoplegrid | {"price": 0.4},
+        profilewell | {"price": None},
+        apex | {"enabled_by_default": True},
+        {"id": 5, "name": "Newcomer", "price": 9},
+    ]
+    now["email_verifiers"] = now["email_verifiers"][:1]
+
+    result = list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now)))
+
+    assert result == [
+        "param country: new, required",
+        "param first_name: removed",
+        "param last_name: no longer required",
+        "param linkedin: removed",
+        "field email: removed",
+        "field score: new",
+        "provider 966 Peoplegrid: 1 credits before, 0.4 credits now (cheaper)",
+        "provider 701 Inboxly: removed",
+        "provider 745 Profilewell: 2 credits before, price unknown now",
+        "provider 5 Newcomer: new, 9 credits",
+        "verifier 12 Bouncewatch: removed",
+        "default providers: now 833, 966, 745, 113, 5; runs keep the old ones",
+    ]
+
+
+def test_missing_job_file(workspace: Workspace, tmp_path: Path) -> None:
+    """Exit 2, as everywhere."""
+    assert workspace.run_in_process("check", str(tmp_path / "none.yaml")).exit_code == 2

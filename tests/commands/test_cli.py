@@ -1,0 +1,472 @@
+"""The command line: every command, its help, its words on stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import httpx
+import pytest
+
+from enrich import __version__
+from enrich.cli import cli
+from enrich.run.context import RunOptions
+from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api
+
+CONTEXT = click.Context(cli)
+COMMANDS = sorted(cli.list_commands(CONTEXT))
+
+
+def test_all_commands_exist() -> None:
+    """The commands people have in their scripts."""
+    assert set(COMMANDS) >= {"run", "collect", "status", "waterfalls", "sandbox", "schema"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(workspace: Workspace, name: str) -> None:
+    """`--help` says what the command does and what each option means; it needs nothing else."""
+    result = workspace.run_in_process(name, "--help")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"enrich {name}" in result.stdout
+    command = cli.get_command(CONTEXT, name)
+    assert command is not None
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert max(parameter.opts, key=len) in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
+    """The first page names every command, each with a line of its own."""
+    result = workspace.run_in_process(option)
+
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert re.search(rf"^  {name}\s+\S", result.stdout, re.MULTILINE)
+
+
+def test_the_first_page_fits_a_terminal(workspace: Workspace) -> None:
+    """No command's line is cut off at 80 columns."""
+    assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Set up:")[2]
+
+
+def test_version_option(workspace: Workspace) -> None:
+    """`--version` for reports of bugs."""
+    assert __version__ in workspace.run_in_process("--version").stdout
+
+
+def test_no_command_shows_help_with_exit_2(workspace: Workspace) -> None:
+    """Nothing asked is a wrong usage, but a helpful one."""
+    result = workspace.run_in_process()
+
+    assert result.exit_code == 2
+    assert "Set up:" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["schema", "extra"]])
+def test_unknown_command_is_exit_2(workspace: Workspace, arguments: list[str]) -> None:
+    """The error names it and where help is, on stderr; stdout stays clean."""
+    result = workspace.run_in_process(*arguments)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "--help" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["collect", "no.yaml"]])
+def test_json_errors(workspace: Workspace, arguments: list[str]) -> None:
+    """Scripts read one object, whatever happens."""
+    result = workspace.run_in_process(*arguments, "--json")
+
+    assert result.exit_code == 2
+    assert result.json_output.keys() == {"exit_code", "error"}
+    assert result.json_output["exit_code"] == 2
+
+
+def test_misspelled_option_suggestion(workspace: Workspace) -> None:
+    """A typing mistake gets the right word."""
+    assert "--max-credits" in workspace.run_in_process("run", "job.yaml", "--max-credit", "5").stderr
+
+
+def test_schema_is_json(workspace: Workspace) -> None:
+    """`enrich schema` prints a JSON Schema that names every key of a job file with its meaning."""
+    result = workspace.run_in_process("schema")
+
+    schema = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["properties"]) >= {"version", "input", "output", "waterfall", "params", "limits", "policy"}
+    assert schema["additionalProperties"] is False
+    assert all("description" in value or "$ref" in value or "allOf" in value for value in schema["properties"].values())
+
+
+# waterfalls
+
+
+def test_waterfalls_list(api: SandboxApi, workspace: Workspace) -> None:
+    """One line each for a person, one list for a program."""
+    text = workspace.run_in_process("waterfalls", api=api)
+    listed = workspace.run_in_process("waterfalls", "--json", api=api)
+
+    assert text.exit_code == listed.exit_code == 0
+    known = [item["identifier"] for item in json.loads(listed.stdout)]
+    assert [line.split()[0] for line in text.stdout.splitlines()] == known
+    assert "email_getter" in text.stdout
+
+
+def test_waterfall_details(api: SandboxApi, workspace: Workspace) -> None:
+    """Params, fields, providers, verifiers and prices of the one that is asked for."""
+    text = workspace.run_in_process("waterfalls", "email_getter", api=api)
+    shown = workspace.run_in_process("waterfalls", "email_getter", "--json", api=api)
+
+    for word in ("first_name", "required", "email", "833", "Mailhound", "0.5 credits", "only when named", "Mailproof"):
+        assert word in text.stdout
+    assert shown.json_output["available_enrichments"][0]["id"] == 833
+
+
+def test_unknown_waterfall_suggestion(api: SandboxApi, workspace: Workspace) -> None:
+    """Exit 2 and the name that was perhaps meant."""
+    result = workspace.run_in_process("waterfalls", "email_geter", "--json", api=api)
+
+    assert result.exit_code == result.json_output["exit_code"] == 2
+    assert "did you mean `email_getter`?" in result.stderr
+
+
+def test_sandbox_waterfalls_need_no_key(workspace: Workspace) -> None:
+    """`--sandbox` shows what can be tried."""
+    result = workspace.run_in_process("waterfalls", "--sandbox")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "phone_getter" in result.stdout
+
+
+def test_waterfalls_with_a_wrong_key_is_exit_3(api: SandboxApi, workspace: Workspace) -> None:
+    """The same exit codes as everywhere."""
+    assert workspace.run_in_process("waterfalls", api=SandboxApi(api.base_url, "wrong")).exit_code == 3
+
+
+# status
+
+
+def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> None:
+    """Counts, credits, what expires when and the past executions, with the names of the receipt."""
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
+        workspace.run_job(api, RunOptions(max_time_s=3.0, limit=5))
+        waiting = workspace.run_in_process("status", "job.yaml", "--json").json_output
+        api.advance(60)
+        summary = workspace.run_job(api, RunOptions(limit=0))
+
+    assert (waiting["pending"], waiting["at_the_api"], waiting["credits_spent"]) == (12, 5, 0)
+    assert waiting["next_expiry"] <= waiting["last_expiry"]
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
+    assert (status["found"], status["not_found"], status["pending"]) == (summary.found, summary.not_found, 7)
+    assert (status["requests"], status["at_the_api"], status["next_expiry"]) == (12, 0, None)
+    assert status["credits_spent"] == summary.credits_spent
+    assert [run["exit_code"] for run in status["executions"]] == [0, 13]
+    text = workspace.run_in_process("status", "job.yaml")
+    assert (text.exit_code, text.stderr) == (0, "")
+    for word in ("job: 12 requests", "found", "pending", "credits", "execution"):
+        assert word in text.stdout
+
+
+def test_status_of_new_job(workspace: Workspace) -> None:
+    """No ledger is no error, and none is made by looking."""
+    result = workspace.run_in_process("status", "job.yaml", "--json")
+
+    assert (result.exit_code, result.json_output["requests"], result.json_output["executions"]) == (0, 0, [])
+    assert workspace.run_in_process("status", "job.yaml").exit_code == 0
+    assert not workspace.ledger_path.parent.exists()
+
+
+def test_status_needs_neither_key_nor_network(api: SandboxApi, workspace: Workspace) -> None:
+    """The ledger alone is asked, even while the API is away, and the sandbox's is another one."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+
+    assert (
+        workspace.run_in_process("status", "job.yaml", "--json", DATABAR_BASE_URL="nonsense").json_output["requests"]
+        == 2
+    )
+    assert workspace.run_in_process("status", "job.yaml", "--json", "--sandbox").json_output["requests"] == 0
+
+
+# collect
+
+
+def test_collect_from_ledger_only(api: SandboxApi, workspace: Workspace) -> None:
+    """The lost output comes back word for word, without key or network."""
+    workspace.write_leads(make_leads(9))
+    workspace.run_job(api)
+    path = workspace.folder / "out.csv"
+    written = path.read_bytes()
+    path.unlink()
+    polls = api.audit()["requests"]
+
+    result = workspace.run_in_process("collect", "job.yaml", "--json")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert path.read_bytes() == written
+    assert result.json_output["rows"] == 9
+    assert result.json_output["output"] == str(path)
+    assert api.audit()["requests"] == polls
+
+
+def test_collect_requires_partial_for_pending_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """Pending rows: exit 5 and the old file stays; `--partial` writes what is there."""
+    workspace.write_leads(make_leads(5))
+    workspace.run_job(api, RunOptions(limit=2))
+    path = workspace.folder / "out.csv"
+    path.write_text("old\n")
+
+    refused = workspace.run_in_process("collect", "job.yaml", "--json")
+
+    assert refused.exit_code == refused.json_output["exit_code"] == 5
+    assert "3 rows are pending" in refused.stderr
+    assert "--partial" in refused.stderr
+    assert path.read_text() == "old\n"
+    partial = workspace.run_in_process("collect", "job.yaml", "--partial", "--json")
+    assert (partial.exit_code, partial.json_output["pending"]) == (0, 3)
+    assert len(workspace.read_output()) == 5
+
+
+def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
+    """There is nothing to collect from, and no ledger is left behind."""
+    workspace.write_leads(make_leads(1))
+
+    result = workspace.run_in_process("collect", "job.yaml", "--json")
+
+    assert result.exit_code == 5
+    assert "never run" in result.stderr
+    assert not workspace.ledger_path.exists()
+
+
+def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
+    """Answers that were bought serve any file that asks the same."""
+    workspace.write_leads(make_leads(5))
+    workspace.run_job(api)
+    workspace.write_leads(make_leads(3), name="few.csv")
+
+    result = workspace.run_in_process(
+        "collect", "job.yaml", "--input", "few.csv", "--output", "few_out.parquet", "--json"
+    )
+
+    assert (result.exit_code, result.json_output["rows"]) == (0, 3)
+    assert (workspace.folder / "few_out.parquet").is_file()
+
+
+# Paths on the command line
+
+
+@pytest.mark.long
+def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: SandboxApi, workspace: Workspace) -> None:
+    """The job file's own paths are relative to the job file, wherever the command is called from."""
+    workspace.write_leads(make_leads(2))
+    other_server = Workspace(workspace.folder.parent)
+
+    from_job = other_server.run_in_process("run", "office/job.yaml", "--json", api=api)
+    from_here = other_server.run_in_process(
+        *("run", "office/job.yaml", "--json", "--output", "here.csv", "--ledger", "here.db"), api=api
+    )
+
+    assert from_job.json_output["output"] == str(workspace.folder / "out.csv")
+    assert from_here.json_output["output"] == str(other_server.folder / "here.csv")
+    assert (other_server.folder / "here.db").is_file()
+
+
+@pytest.mark.long
+def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, workspace: Workspace) -> None:
+    """The key may come from a file that cron may read, or from where `databar login` puts it."""
+    workspace.write_leads(make_leads(1))
+    (workspace.folder / "key").write_text(f"{api.api_key}\n")
+    url = api.base_url
+
+    from_file = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY_FILE="key")
+    (workspace.folder / ".databar").mkdir()
+    (workspace.folder / ".databar" / "config").write_text(f"api_key={api.api_key}\n")
+    from_config = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=url, DATABAR_API_KEY="")
+
+    assert from_file.exit_code == from_config.exit_code == 0
+
+
+@pytest.mark.long
+def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the user may have neither HOME nor an entry in passwd: with a key in a variable that is fine."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    workspace.write_leads(make_leads(1))
+    monkeypatch.setattr(Path, "home", homeless)
+
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert workspace.run_in_process("run", "job.yaml").exit_code == 3
+
+
+# The sandbox
+
+
+@pytest.mark.long
+def test_sandbox_prints_environment(workspace: Workspace) -> None:
+    """What it prints is all the environment that a run needs, and it ends without a word."""
+    workspace.write_leads(make_leads(3))
+    process = workspace.start_subprocess("sandbox")
+    assert process.stdout is not None
+    try:
+        environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
+        assert list(environ) == ["DATABAR_BASE_URL", "DATABAR_API_KEY"]
+        result = subprocess.run(
+            [sys.executable, "-m", "enrich", "run", "job.yaml", "--json"],
+            cwd=workspace.folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=90)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["submitted"] == 3
+    assert (out, err, process.returncode) == ("", "", 0)
+
+
+def test_sandbox_options_are_validated(workspace: Workspace) -> None:
+    """A wrong setting is exit 2 before anything is served."""
+    result = workspace.run_in_process("sandbox", "--latency", "soon")
+
+    assert result.exit_code == 2
+    assert "lognormal" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arguments", [["sandbox"], ["run", "job.yaml", "--sandbox"], ["waterfalls", "--sandbox"]])
+def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> None:
+    """An installation without FastAPI is told what to install, without a traceback."""
+    workspace.write_leads(make_leads(1))
+    block = "import sys; sys.modules['fastapi'] = None; from enrich.cli import run_command; "
+    result = subprocess.run(
+        [sys.executable, "-c", f"{block}sys.exit(run_command({arguments!r}))"],
+        cwd=workspace.folder,
+        env={"PATH": os.defpath, "HOME": str(workspace.folder), "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "pip install 'databar-enrich[sandbox]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# A terminal
+
+
+@pytest.mark.long
+def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> None:
+    """On a terminal the first run without a cap asks; the receipt fits a small screen; stdout stays clean."""
+    workspace.write_leads(make_leads(5))
+    with serve_api(tmp_path / "api.db") as api:
+        refused = _run_on_terminal(workspace, api, "n\n")
+        assert api.audit()["accepted"] == 0
+        agreed = _run_on_terminal(workspace, api, "y\n")
+        assert api.audit()["accepted"] == 5
+
+    assert refused[0] == 5
+    assert "5 distinct requests: 5 would be sent" in refused[1]
+    assert "0.00 to 17.55 credits" in refused[1]
+    assert agreed[0] == 0
+    assert "job: 5 rows, 5 distinct requests" in agreed[1]
+    summary = agreed[1][agreed[1].rindex("job: 5 rows") :]
+    assert max(map(len, summary.splitlines()[:-1])) <= 80
+
+
+def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tuple[int, str]:
+    """Run the program with a terminal for stdin and stderr; answer its question; tell exit code and what it showed."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", "run", "job.yaml"],
+        cwd=workspace.folder,
+        env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "dumb", "COLUMNS": "80", **api.environ},
+        stdin=theirs,
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+    )
+    os.close(theirs)
+    shown = read_terminal(ours, up_to=b"Go on?")
+    os.write(ours, answer.encode())
+    shown += read_terminal(ours)
+    os.close(ours)
+    out, _ = process.communicate(timeout=90)
+    assert out == b""
+    return process.returncode, shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.long
+def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
+    """`--quiet` leaves the receipt out even when the exit code is not 0."""
+    workspace.write_leads(make_leads(2))
+    api.inject_fault("no-task-id")
+
+    result = workspace.run_in_process("run", "job.yaml", "--quiet", api=api)
+
+    assert (result.exit_code, result.stdout, result.stderr) == (14, "", "")
+
+
+@pytest.mark.long
+def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> None:
+    """`enrich schema | head -1` ends without a complaint."""
+    process = workspace.start_subprocess("schema")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    process.stderr.close()
+
+    assert process.wait(timeout=90) == 0
+    assert err == ""
+    assert httpx.get(api.base_url.removesuffix("/v1") + "/health").status_code == 200
+
+
+@pytest.mark.long
+def test_interrupt_during_import_exit_code(tmp_path: Path) -> None:
+    """Classes are made by `exec`, out of which `python -m` takes a KeyboardInterrupt for one that nobody handled."""
+    (tmp_path / "importing.py").write_text("""
+import os, signal, time
+from enrich import cli
+
+def run(_):
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    except (KeyboardInterrupt, cli.Interrupted):
+        return cli.ExitCode.INTERRUPTED
+
+cli.run_command = run
+cli.main()
+""")
+    command = [sys.executable, "-m", "importing"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False, preexec_fn=reset_signals
+    )
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.long
+def test_cluster_dependencies_load_lazily() -> None:
+    """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
+    code = "import sys, enrich.run.pipeline, enrich.cluster.worker, enrich.report.build; print({'psycopg', 'ray'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout == "set()\n"

@@ -1,0 +1,290 @@
+"""`enrich doctor`: what will go wrong tonight, seen with the eyes of cron."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
+from tests.support.workspace import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
+
+
+@pytest.fixture
+def ready_workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
+    """An office whose nights will be good."""
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(limits="{max_credits: 50}")
+    key = workspace.folder / "key"
+    key.write_text(api.api_key, encoding="utf-8")
+    key.chmod(0o600)
+    return workspace
+
+
+def run_doctor(
+    workspace: Workspace, api: SandboxApi, *more: str, shell_environ: dict[str, str] | None = None
+) -> ProgramResult:
+    """Ask the doctor, with what the crontab sets; `beside` is set in the shell alone."""
+    env = {"HOME": str(workspace.folder), "DATABAR_BASE_URL": api.base_url}
+    env["DATABAR_API_KEY_FILE"] = str(workspace.folder / "key")
+    given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
+    return workspace.run_in_process("doctor", "job.yaml", *given, *more, api=None, **(shell_environ or {}))
+
+
+def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
+    """The lines with a mark, by their subject."""
+    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    return {subject: said for found, subject, said in lines if found == mark}
+
+
+def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """All marks are ok; nothing is written, nothing is paid."""
+    before = {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")}
+    result = run_doctor(ready_workspace, api)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert {line.split()[0] for line in result.stdout.splitlines()} == {"ok"}
+    assert {"key", "api", "clock", "job", "ledger", "disk", "balance", "program"} <= findings_with_mark(
+        result, "ok"
+    ).keys()
+    assert {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")} == before
+    assert api.audit()["accepted"] == 0
+
+
+def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """The ledger is looked into, and is as it was."""
+    assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    before = ready_workspace.ledger_path.read_bytes()
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "3 requests in" in findings_with_mark(result, "ok")["ledger"]
+    assert ready_workspace.ledger_path.read_bytes() == before
+    assert api.audit()["accepted"] == 3
+
+
+def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """The classic: it works by hand and never at night."""
+    result = ready_workspace.run_in_process(
+        "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
+    )
+    assert result.exit_code == 3
+    assert (
+        "DATABAR_API_KEY is set in this shell only: cron will not have it" in findings_with_mark(result, "fail")["key"]
+    )
+    assert "DATABAR_BASE_URL is set in this shell only" in findings_with_mark(result, "warn")["api"]
+    assert api.api_key not in result.stdout
+
+
+def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """As systemd's EnvironmentFile."""
+    text = (
+        f"# cron\nDATABAR_BASE_URL={api.base_url}\nDATABAR_API_KEY_FILE='{ready_workspace.folder}/key'\nHOME=/nowhere\n"
+    )
+    (ready_workspace.folder / "env").write_text(text, encoding="utf-8")
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env").exit_code == 0
+    (ready_workspace.folder / "env").write_text("nonsense", encoding="utf-8")
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env").exit_code == 2
+    assert ready_workspace.run_in_process("doctor", "job.yaml", "--env", "nonsense").exit_code == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://p.example"), ("SSL_CERT_FILE", "/nowhere")])
+def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, name: str, value: str) -> None:
+    """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
+    way = ["--env", "DATABAR_BASE_URL=https://api.example/v1", "--env", f"{name}={value}", "--offline"]
+    result = run_doctor(ready_workspace, api, *way)
+    assert result.exit_code == 2
+    assert findings_with_mark(result, "fail")["api"].startswith(f"{name}: ")
+    result = run_doctor(ready_workspace, api, shell_environ={name: value})
+    assert result.exit_code == 0
+    assert f"{name} is set in this shell only" in findings_with_mark(result, "warn")["api"]
+
+
+def test_missing_key(ready_workspace: Workspace) -> None:
+    """Exit 3, as the run."""
+    result = ready_workspace.run_in_process("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
+    assert result.exit_code == 3
+    assert "no API key" in findings_with_mark(result, "fail")["key"]
+
+
+def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Exit 3; offline nobody can tell."""
+    (ready_workspace.folder / "key").write_text("old", encoding="utf-8")
+    assert run_doctor(ready_workspace, api).exit_code == 3
+    assert run_doctor(ready_workspace, api, "--offline").exit_code == 0
+
+
+@pytest.mark.long
+def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """A warning with its remedy."""
+    (ready_workspace.folder / "key").chmod(0o644)
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert findings_with_mark(result, "warn")["key"].endswith(f"chmod 600 {ready_workspace.folder}/key")
+
+
+@pytest.mark.long
+def test_unreachable_api(ready_workspace: Workspace) -> None:
+    """Exit 4."""
+    away = SandboxApi("http://127.0.0.1:9/v1", "key")
+    with patch("enrich.run.preflight.Timeouts", lambda: AWAY):
+        result = run_doctor(ready_workspace, away)
+    assert result.exit_code == 4
+    assert "unreachable" in findings_with_mark(result, "fail")["api"]
+
+
+def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Exit 2, and the key is looked at all the same."""
+    ready_workspace.write_job(watrfall="x")
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 2
+    assert "watrfall" in findings_with_mark(result, "fail")["job"]
+    assert "key" in findings_with_mark(result, "ok")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("changed", "said", "code"),
+    [
+        ({"input": "none.csv"}, "does not exist", 5),
+        ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
+        ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
+        ({"output": "leads.csv"}, "the same file", 2),
+        ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
+        ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
+    ],
+)
+def test_predicts_exit_code_of_run(
+    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], said: str, code: int
+) -> None:
+    """With the exit code that the run would have."""
+    ready_workspace.write_job(**changed)
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == code
+    assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
+
+
+@pytest.mark.long
+def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Warnings leave exit 0."""
+    ready_workspace.write_job()
+    three_days_ago = time.time() - 3 * 86_400
+    os.utime(ready_workspace.folder / "leads.csv", (three_days_ago, three_days_ago))
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "is the export still running?" in findings_with_mark(result, "warn")["input"]
+    assert "max_credits is not set" in findings_with_mark(result, "warn")["cap"]
+
+
+@pytest.mark.long
+def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """It holds the lock; nobody is disturbed."""
+    ready_workspace.run_in_process("run", "job.yaml", api=api)
+    with lock_ledger(ready_workspace.ledger_path, 0):
+        result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "a run holds the ledger now" in findings_with_mark(result, "warn")["lock"]
+
+
+@pytest.mark.long
+def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: Path) -> None:
+    """What waits for a person, and what waits at the API until it is gone."""
+    with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
+        (ready_workspace.folder / "key").write_text(slow.api_key, encoding="utf-8")
+        ready_workspace.submit_without_collecting(slow)
+        ledger = Ledger(ready_workspace.ledger_path)
+        with ledger.transaction():
+            ledger.mark_in_doubt([(ledger.submitted_tasks()[0].attempts[0], "reset", 1, None)])
+        ledger.close()
+        result = run_doctor(ready_workspace, slow, "--at", "23:59")
+        ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
+        late = run_doctor(ready_workspace, slow)
+    assert "1 requests are in doubt" in findings_with_mark(result, "warn")["doubts"]
+    assert "2 paid requests wait at the API" in result.stdout
+    assert "2 expire before the next run" in findings_with_mark(late, "warn")["results"]
+
+
+@pytest.mark.long
+def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """The rest was left pending."""
+    ready_workspace.write_leads(make_leads(20))
+    ready_workspace.write_job(limits="{max_credits: 5}")
+    assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
+    result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "1 of the last 1 runs stopped for credits" in findings_with_mark(result, "warn")["cap"]
+
+
+@pytest.mark.long
+def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Its locks cannot be trusted."""
+    mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
+    with patch("enrich.commands.doctor.system.read_mountinfo", lambda: mounts):
+        result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "network file system (nfs4)" in findings_with_mark(result, "warn")["ledger"]
+
+
+@pytest.mark.long
+def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Against the API's."""
+    an_hour_ago = time.time_ns() - 3_600 * 10**9
+    with patch("enrich.run.preflight.time.time_ns", lambda: an_hour_ago):
+        result = run_doctor(ready_workspace, api)
+    assert result.exit_code == 0
+    assert "behind the API's" in findings_with_mark(result, "warn")["clock"]
+
+
+@pytest.mark.long
+def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """Only where the locale forbids UTF-8."""
+    ready_workspace.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
+    assert run_doctor(ready_workspace, api).exit_code == 0
+    old = ("--env", "PYTHONUTF8=0", "--env", "PYTHONCOERCECLOCALE=0", "--env", "LC_ALL=C")
+    result = run_doctor(ready_workspace, api, *old)
+    assert result.exit_code == 5
+    assert "in ascii" in findings_with_mark(result, "fail")["names"]
+
+
+@pytest.mark.long
+def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """The findings with marks, messages and remedies."""
+    output = run_doctor(ready_workspace, api, "--json").json_output
+    assert output["exit_code"] == 0
+    assert output["findings"][0] == {
+        "mark": "ok",
+        "subject": "key",
+        "message": "cron will find it",
+        "remedy": None,
+    }
+
+
+@pytest.mark.long
+def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
+    """For a first look; nothing is left behind."""
+    before = sorted(ready_workspace.folder.rglob("*"))
+    result = ready_workspace.run_in_process("doctor", "job.yaml", "--sandbox")
+    assert (result.exit_code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
+
+
+@pytest.mark.long
+def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """The doctor lives in cron's for a moment only."""
+    with patch.dict(os.environ, {"MINE": "1"}):
+        before = dict(os.environ)
+        run_doctor(ready_workspace, api)
+        assert dict(os.environ) == before
+
+
+@pytest.mark.long
+def test_as_subprocess_with_empty_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """What cron would say when it asked the doctor itself."""
+    result = ready_workspace.run_subprocess(
+        "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
+    )
+    assert result.exit_code == 3
+    assert "cron will not have it" in result.stdout

@@ -1,0 +1,259 @@
+"""What the doctor makes of the facts, without a machine: clocks, money, expiry, names, mounts, locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.commands.doctor import checks
+from enrich.commands.doctor.checks import Finding
+from enrich.commands.doctor.system import (
+    file_name_encoding,
+    file_system_type,
+    is_accessible_by_others,
+    is_lock_held,
+    is_network_file_system,
+    parse_env_lines,
+    startup_error,
+)
+from enrich.exit_codes import ExitCode
+from enrich.models import MICROS_PER_CREDIT
+from tests.support.cases import in_turn
+
+NOW = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:27 / /mnt/nas rw,relatime shared:2 master:1 - nfs4 nas:/volume rw,vers=4.2
+31 30 8:17 / /mnt/nas/local rw - xfs /dev/sdb1 rw
+32 22 0:40 / /mnt/with\\040blank rw - cifs //nas/share rw
+33 22 0:41 / /mnt/keys rw - fuse.sshfs me@host:/ rw
+34 22 0:42 / /mnt/twice rw - nfs nas:/old rw
+35 22 8:33 / /mnt/twice rw - ext4 /dev/sdc1 rw
+nonsense
+"""
+
+
+@in_turn(
+    ("path", "kind", "network"),
+    [
+        ("/srv/leads", "ext4", False),
+        ("/mnt/nas/leads/.enrich/leads.db", "nfs4", True),
+        ("/mnt/nas", "nfs4", True),
+        ("/mnt/nasty", "ext4", False),
+        ("/mnt/nas/local/leads.db", "xfs", False),
+        ("/mnt/with blank/leads.db", "cifs", True),
+        ("/mnt/keys/x", "fuse.sshfs", True),
+        ("/mnt/twice/x", "ext4", False),
+    ],
+)
+def test_file_system_of_path(path: str, kind: str, network: bool) -> None:  # noqa: FBT001 - a table
+    """The nearest mount counts, and of several at one place the last."""
+    assert file_system_type(MOUNTS, Path(path)) == kind
+    assert is_network_file_system(kind) is network
+
+
+@in_turn("kind", ["smb3", "smbfs", "nfs", "9p", "fuse.rclone", "fuse.s3fs", "ceph"])
+def test_network_file_systems(kind: str) -> None:
+    """SQLite's locks cannot be trusted there."""
+    assert is_network_file_system(kind)
+
+
+@in_turn("kind", ["btrfs", "overlay", "tmpfs", "fuseblk", "fuse.lxcfs", "apfs", None])
+def test_local_file_systems(kind: str | None) -> None:
+    """No warning without reason."""
+    assert not is_network_file_system(kind)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_malformed_mountinfo(text: str) -> None:
+    """Another kernel may say anything."""
+    file_system_type(text, Path("/srv"))
+    file_system_type(f"1 2 3 / / {text} - ext4", Path("/srv"))
+
+
+def test_missing_mountinfo() -> None:
+    """On other systems than Linux."""
+    assert file_system_type("", Path("/srv")) is None
+
+
+def test_lock_detection(tmp_path: Path) -> None:
+    """Only while a process holds it."""
+    lock = tmp_path / "job.db.lock"
+    assert not is_lock_held(lock)
+    assert not lock.exists()
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    assert not is_lock_held(lock)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert is_lock_held(lock)
+    os.close(descriptor)
+    assert not is_lock_held(lock)
+
+
+def test_environment_file_syntax() -> None:
+    """Comments, quotes, `export`; nothing else."""
+    text = "# for cron\n\nexport A=1\nB='two words' # why\nC=\"x=y\"\nD=\n"
+    assert parse_env_lines(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
+    for wrong in ("A", "1A=2", "A = 2", "A='2"):
+        with pytest.raises(ValueError, match="line 2: "):
+            parse_env_lines(["X=1", wrong])
+
+
+def test_program_start_errors(tmp_path: Path) -> None:
+    """In its own words, or in the system's."""
+    assert startup_error([sys.executable, "-m", "enrich"], {}) is None
+    assert "No such file" in (startup_error([str(tmp_path / "enrich")], {}) or "")
+    assert "no_such_module" in (startup_error([sys.executable, "-m", "no_such_module"], {}) or "")
+
+
+def test_python_encoding_detection() -> None:
+    """An empty environment is UTF-8 today, unless that is forbidden."""
+    assert file_name_encoding({}) == "utf-8"
+    assert file_name_encoding({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}) == "ascii"
+
+
+def test_file_permissions(tmp_path: Path) -> None:
+    """Group and others."""
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    assert not is_accessible_by_others(key)
+    for mode in (0o640, 0o604, 0o620):
+        key.chmod(mode)
+        assert is_accessible_by_others(key)
+
+
+@in_turn(
+    ("ahead_s", "mark", "said"),
+    [
+        (None, "ok", "no time"),
+        (0.0, "ok", "agrees"),
+        (-299.0, "ok", "agrees"),
+        (301.0, "warn", "0:05:01 behind the API's"),
+        (-7200.0, "warn", "2:00:00 ahead of the API's"),
+    ],
+)
+def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
+    """More than five minutes are told, with their direction."""
+    finding = checks.check_clock(ahead_s)
+    assert finding.mark == mark
+    assert said in finding.message
+
+
+def only_finding(findings: Any) -> Finding:
+    """The only finding."""
+    (finding,) = findings
+    assert isinstance(finding, Finding)
+    return finding
+
+
+@in_turn(
+    ("credits_", "last", "mark", "code"),
+    [
+        ((None, 10, 5), [1], "ok", 0),
+        ((100, None, 5), [50], "ok", 0),
+        ((100, 100, None), [], "ok", 0),
+        ((99, 100, None), [], "fail", 5),
+        ((4, None, 5), [], "fail", 5),
+        ((104, 100, 5), [], "fail", 5),
+        ((40, None, 5), [10, 50], "warn", 0),
+        ((140, 100, 5), [50], "warn", 0),
+    ],
+)
+def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
+    """The balance against what must stay, one request's worst price, and what a past run spent."""
+    balance, least, worst = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
+    finding = only_finding(checks.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
+    assert (finding.mark, finding.exit_code) == (mark, code)
+
+
+@in_turn(
+    ("cap", "worst", "nights", "mark", "code"),
+    [
+        (None, 5, [], "warn", 0),
+        (100, 5, [], "ok", 0),
+        (100, 5, [(0, 99), (10, 20)], "ok", 0),
+        (100, 5, [(0, 120)], "warn", 0),
+        (100, 5, [(0, 1), (12, 98)], "warn", 0),
+        (4, 5, [], "fail", 12),
+    ],
+)
+def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
+    """Below a request's price, below what the last nights needed, or none at all."""
+    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in nights]
+    finding = only_finding(
+        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
+    )
+    assert (finding.mark, finding.exit_code) == (mark, code)
+
+
+def test_expiring_results_finding() -> None:
+    """With how many are gone already."""
+    hour = 3_600_000
+    submitted = [-30 * hour, -20 * hour, -1 * hour]
+    late = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
+    assert late.mark == "warn"
+    assert "3 paid requests wait at the API, 2 expire" in late.message
+    assert "1 of them should be gone already" in late.message
+    assert checks.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
+    assert checks.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
+
+
+def test_old_input_finding() -> None:
+    """After two days."""
+    day = 86_400
+    assert checks.check_input_age(0, day).mark == "ok"
+    old = checks.check_input_age(0, 5 * day)
+    assert (old.mark, old.message, old.remedy) == ("warn", "did not change for 5 days", "is the export still running?")
+
+
+@in_turn(
+    ("name", "mark", "said"),
+    [
+        ("out.csv", "ok", "each run replaces"),
+        ("out-%Y-%m-%d.csv", "ok", "a file of its own"),
+        ("out-%H%M.csv", "ok", "each run replaces"),
+        ("out-%A.csv", "warn", "after 7 nights"),
+        ("out-%d.csv", "warn", "comes again after 30 nights"),
+        ("out-%m-%d.csv", "warn", "comes again after 365 nights"),
+    ],
+)
+def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
+    """Codes that are the same after some nights let an older output be replaced."""
+    finding = checks.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
+    assert finding.mark == mark
+    assert said in finding.message
+
+
+def test_output_name_clash_finding() -> None:
+    """It would be refused only that night."""
+    finding = checks.check_output_names(
+        lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
+    )
+    assert (finding.mark, finding.exit_code) == ("fail", 2)
+    assert "in 7 nights" in finding.message
+
+
+@in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
+def test_disk_space_finding(free: int, mark: str) -> None:
+    """The output is certain, the ledger's growth is an estimate."""
+    assert checks.check_free_space(Path("/srv"), free, 100, 50).mark == mark
+
+
+def test_next_run_time() -> None:
+    """Later today, or tomorrow."""
+    assert checks.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
+    assert checks.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
+    assert checks.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
+
+
+def test_a_finding_is_one_line() -> None:
+    """Whatever its message."""
+    assert str(Finding("warn", "job", "a\nb", "c")) == "warn  job       a b -> c"

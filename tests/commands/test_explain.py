@@ -1,0 +1,368 @@
+"""The story of one lead: everything that happened to it, told from input and ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enrich.commands.explain import describe_next_step
+from enrich.job.spec import Policy, Refresh
+from enrich.ledger.lock import lock_ledger
+from enrich.models import State
+from enrich.run.context import RunOptions
+from tests.support.cases import in_turn
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    FILE_ONLY,
+    SandboxApi,
+    Workspace,
+    clock_ahead,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+
+DAY = 86_400
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:
+    """Ask as a program would."""
+    result = workspace.run_in_process("explain", "job.yaml", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    return result.json_output
+
+
+def explain_text(workspace: Workspace, *options: str) -> str:
+    """Ask as a person would."""
+    result = workspace.run_in_process("explain", "job.yaml", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def only_row(explanation: dict[str, Any]) -> dict[str, Any]:
+    """The one row that was told of."""
+    (row,) = explanation["rows"]
+    found: dict[str, Any] = row
+    return found
+
+
+def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
+    """Found, missed and failed: status, provider, price, task, time and answer are those of the output."""
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
+        workspace.run_job(api)
+
+    seen = set()
+    for number, output in enumerate(workspace.read_output(), start=1):
+        row = only_row(explain_json(workspace, "--row", str(number)))
+        seen.add(output["enrich_status"])
+        assert row["status"] == output["enrich_status"]
+        attempt = row["request"]["attempts"][-1]
+        assert attempt["task_id"] == output["enrich_task_id"]
+        assert attempt["settled_at"] == output["enrich_at"]
+        assert (attempt["provider"] or "") == output["enrich_provider"]
+        assert attempt["credits"] == float(output["enrich_credits"])
+        assert ((attempt["answer"] or {}).get("email") or "") == output["work_email"]
+        assert (row["why"] or "") == output["enrich_error"]
+        assert row["params"]["first_name"] == output["First Name"]
+        if number > 12 and len(seen) == 3:
+            break
+    assert seen == {"found", "not_found", "failed"}
+
+
+@pytest.mark.long
+def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
+    """What it asks with and from which cell, the intent, the task, the answer, the price, and what comes next."""
+    workspace.write_leads(make_leads(12))
+    workspace.run_job(api)
+    number = next(n for n, row in enumerate(workspace.read_output(), start=1) if row["work_email"])
+    output = workspace.read_output()[number - 1]
+
+    text = explain_text(workspace, "--row", str(number))
+
+    assert text.startswith(f"row {number}: found\n")
+    assert f"company{number - 1}.example'  from Website: 'https://www.company{number - 1}.example/about'" in text
+    for word in ("intent written", "credits reserved at most", f"accepted as task {output['enrich_task_id']}"):
+        assert word in text
+    assert f"{float(output['enrich_credits']):,.2f} credits, by {output['enrich_provider']}" in text
+    assert f"email: {output['work_email']}" in text
+    assert "stays as it is: the job has no policy.refresh for found" in text
+
+
+@pytest.mark.long
+def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """Invalid names the param, filtered names the rule."""
+    workspace.write_job(only_if_empty="[Email]", where="Note <> 'out'")
+    workspace.write_leads(
+        [
+            ["Ada", "", "engine.example", "", ""],
+            ["Ada", "King", "engine.example", "ada@engine.example", ""],
+            ["Ada", "King", "engine.example", "", "out"],
+            ["Ada", "King", "engine.example", "", ""],
+        ]
+    )
+    workspace.run_job(api)
+
+    result = [only_row(explain_json(workspace, "--row", str(number))) for number in (1, 2, 3, 4)]
+
+    assert [row["status"] for row in result[:3]] == ["invalid", "filtered", "filtered"]
+    assert result[0]["why"] == "last_name is empty (Last Name)"
+    assert result[1]["why"] == "only_if_empty: Email has a value"
+    assert result[2]["why"] == "where: Note <> 'out'"
+    assert [row["request"] for row in result[:3]] == [None, None, None]
+    assert result[3]["request"] is not None
+    assert "row 2: filtered, only_if_empty: Email has a value" in explain_text(workspace, "--row", "2")
+    assert "first_name  not asked  from First Name: 'Ada'" in explain_text(workspace, "--row", "1")
+
+
+def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """Several rows match, whatever the case of the letters and the blanks around; all are told."""
+    first, second = make_leads(2)
+    workspace.write_leads([first, second, first, [" First0 ", *first[1:]]])
+    workspace.run_job(api)
+
+    result = explain_json(workspace, "--match", "First Name=fIRST0 ")
+
+    assert [(row["row"], row["shared_with"]) for row in result["rows"]] == [(1, [3, 4]), (3, [1, 4]), (4, [1, 3])]
+    assert (result["matches"], result["gone"]) == (3, [])
+    assert len({row["fingerprint"] for row in result["rows"]}) == 1
+    assert "the same is asked by row 1, 4; paid once" in explain_text(workspace, "--row", "3")
+
+
+@pytest.mark.long
+def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
+    """With `dedupe: false` each occurrence is a request, and none is another's other question."""
+    workspace.write_job(dedupe="false")
+    workspace.write_leads(make_leads(1) * 2)
+    workspace.run_job(api)
+
+    first, second = explain_json(workspace, "--match", "First Name=First0")["rows"]
+
+    assert first["request"]["attempts"][0]["task_id"] != second["request"]["attempts"][0]["task_id"]
+    assert first["shared_with"] == second["shared_with"] == first["other_questions"] == []
+
+
+def test_at_most_twenty_rows(workspace: Workspace) -> None:
+    """The number of all is told."""
+    workspace.write_leads([[*row[:2], "engine.example", "", "same"] for row in make_leads(25)])
+
+    result = explain_json(workspace, "--match", "Note=same")
+
+    assert (result["matches"], len(result["rows"])) == (25, 20)
+    assert "25 rows match; the first 20:" in explain_text(workspace, "--match", "Note=same")
+
+
+def test_job_without_runs(workspace: Workspace) -> None:
+    """The row is there, and nothing was ever asked; looking makes no ledger."""
+    workspace.write_leads(make_leads(2))
+
+    text = explain_text(workspace, "--row", "2")
+
+    assert "job has never run: nothing was ever asked" in text
+    assert "row 2: pending" in text
+    assert not workspace.ledger_path.parent.exists()
+
+
+@pytest.mark.long
+def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None:
+    """The job has run, this row has not."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    workspace.write_leads(make_leads(2))
+
+    assert "never asked so far; the next run asks" in explain_text(workspace, "--row", "2")
+
+
+@pytest.mark.long
+def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
+    """The doubt, what may have been lost, and both ways out; a retry is the next attempt of the same story."""
+    workspace.write_leads(make_leads(1))
+    api.inject_fault("no-task-id")
+    workspace.run_job(api)
+
+    row = only_row(explain_json(workspace, "--row", "1"))
+    assert row["status"] == "in_doubt"
+    assert "--retry in_doubt" in row["request"]["outlook"]
+    assert "--accept in_doubt" in row["request"]["outlook"]
+    (doubt,) = row["request"]["attempts"]
+    assert (doubt["task_id"], doubt["credits"]) == (None, None)
+    assert "price not known" in explain_text(workspace, "--row", "1")
+
+    workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT})))
+    attempts = only_row(explain_json(workspace, "--row", "1"))["request"]["attempts"]
+    assert [attempt["execution"] for attempt in attempts] == [1, 2]
+    assert attempts[0] == doubt
+
+
+@pytest.mark.long
+def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
+    """The attempt stays in doubt on record, the request has failed by the person's word."""
+    workspace.write_leads(make_leads(1))
+    api.inject_fault("no-task-id")
+    workspace.run_job(api)
+    workspace.run_job(api, RunOptions(accept_doubts=True))
+
+    row = only_row(explain_json(workspace, "--row", "1"))
+
+    assert row["status"] == "failed"
+    assert row["request"]["attempts"][0]["state"] == "in_doubt"
+    assert "taken for lost by --accept in_doubt" in row["request"]["outlook"]
+
+
+@pytest.mark.long
+@FILE_ONLY  # a server has its own time
+def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -> None:
+    """Each with its execution; the last hit stands, and the next refresh has its day."""
+    workspace.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        for number in range(3):
+            workspace.run_job(api, clock=clock_ahead(number * 100 * DAY))
+            api.advance(100 * DAY)
+
+    row = only_row(explain_json(workspace, "--row", "1"))
+
+    assert [attempt["execution"] for attempt in row["request"]["attempts"]] == [1, 2, 3]
+    assert {attempt["state"] for attempt in row["request"]["attempts"]} == {"found"}
+    assert row["request"]["outlook"].startswith("would be asked again on ")
+    assert row["request"]["outlook"].endswith("by policy.refresh (found: 90d)")
+
+
+@pytest.mark.long
+@FILE_ONLY  # a server has its own time
+def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace) -> None:
+    """The row is found, as in the output; the story has the miss, too."""
+    workspace.write_job(policy="{refresh: {found: 90d}}")
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+        api.advance(100 * DAY)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        workspace.run_job(api, clock=clock_ahead(100 * DAY))
+
+    row = only_row(explain_json(workspace, "--row", "1"))
+
+    assert row["status"] == workspace.read_output()[0]["enrich_status"] == "found"
+    assert [attempt["state"] for attempt in row["request"]["attempts"]] == ["found", "not_found"]
+
+
+@pytest.mark.long
+def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
+    """By a column that the job asks with, through its transforms; the rows that are there are not gone."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_job(api)
+    workspace.write_leads(make_leads(2, start=1))
+
+    for match in ("First Name=first0", "Website=http://COMPANY0.example/"):
+        result = explain_json(workspace, "--match", match)
+        assert (result["matches"], result["rows"]) == (0, [])
+        (gone,) = result["gone"]
+        assert gone["params"]["last_name"] == "Last0"
+        assert len(gone["attempts"]) == 1
+    text = explain_text(workspace, "--match", "First Name=first0")
+    assert "no row of" in text
+    assert "not in the input any more, but in the ledger:" in text
+    assert explain_json(workspace, "--match", "First Name=First1")["gone"] == []
+    assert explain_json(workspace, "--match", "Note=note 0")["gone"] == []
+
+
+@pytest.mark.long
+def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) -> None:
+    """Other providers make another request; both belong to the lead's story."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    workspace.write_job(enrichments="[833]")
+    workspace.run_job(api)
+
+    row = only_row(explain_json(workspace, "--match", "Last Name=Last0"))
+
+    assert row["request"]["enrichments"] == [833]
+    (other,) = row["other_questions"]
+    assert len(other["enrichments"]) > 1
+    assert "also asked as another question" in explain_text(workspace, "--row", "1")
+
+
+@pytest.mark.long
+def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
+    """What waits at the API says until when; after a kill it waits for the next run."""
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
+        wait_until(lambda: api.audit()["accepted"] == 1)
+        wait_until(lambda: workspace.open_task_count() == 1)
+        text = explain_text(workspace, "--row", "1")
+        kill_process(process)
+
+    assert text.startswith("row 1: pending\n")
+    assert "waits at the API, which keeps the result until about " in text
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "words"),
+    [
+        ([], 2, "--row N or --match"),
+        (["--row", "1", "--match", "Note=x"], 2, "--row N or --match"),
+        (["--row", "0"], 2, "--row"),
+        (["--row", "3"], 2, "the input has 2 rows"),
+        (["--match", "Email"], 2, "COLUMN=VALUE"),
+        (["--match", "First_Name=x"], 2, "did you mean `First Name`"),
+    ],
+)
+def test_invalid_selection_is_exit_2(workspace: Workspace, which: list[str], code: int, words: str) -> None:
+    """The message says what is right."""
+    workspace.write_leads(make_leads(2))
+
+    result = workspace.run_in_process("explain", "job.yaml", *which)
+
+    assert result.exit_code == code
+    assert words in result.stderr
+
+
+def test_column_name_with_equals_sign(workspace: Workspace) -> None:
+    """The longest name counts."""
+    workspace.write_job(params="{first_name: a, last_name: a=b, company: c}")
+    workspace.write_leads([["1", "2", "3"], ["b=2", "x", "y"]], header=["a", "a=b", "c"])
+
+    assert [row["row"] for row in explain_json(workspace, "--match", "a=b=2")["rows"]] == [1]
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
+    """It needs neither the lock nor the network, and leaves the ledger as it is."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+    before = workspace.ledger_path.read_bytes()
+    calls = api.audit()["requests"]
+
+    with lock_ledger(workspace.ledger_location, 0):
+        explain_text(workspace, "--row", "1")
+
+    assert workspace.ledger_path.read_bytes() == before
+    assert api.audit()["requests"] == calls
+
+
+@in_turn(
+    ("state", "at_work", "words"),
+    [
+        (State.PENDING, None, "asked by the next run"),
+        (State.SUBMITTING, True, "right now"),
+        (State.SUBMITTING, False, "the next run puts it in doubt"),
+        (State.SUBMITTING, None, "or was when the program ended"),
+        (State.FAILED, None, "only by --retry failed"),
+        (State.EXPIRED, None, "only by --retry expired"),
+        (State.FOUND, None, "no policy.refresh for found"),
+    ],
+)
+def test_every_state_has_next_step(state: State, at_work: bool | None, words: str) -> None:  # noqa: FBT001 - a table
+    """Nobody is left without a word of what comes next."""
+    assert words in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=at_work)

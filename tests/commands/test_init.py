@@ -1,0 +1,270 @@
+"""`enrich init`: from a CSV to a job file that can be checked and run at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.commands.init.column_matching import describe_column
+from enrich.commands.init.sample import Sample, take_sample
+from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
+from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
+from enrich.files.text import TableFile
+from enrich.job.job import load_job
+from enrich.job.spec import json_schema
+from tests.support.cases import examples, first_quick
+from tests.support.workspace import AWAY, SandboxApi, Workspace, make_leads
+
+LEADS = Path(__file__).parents[2] / "sample_data" / "leads.csv"
+
+
+@pytest.fixture
+def sample_workspace(workspace: Workspace) -> Workspace:
+    """An office with the leads that ship, and no job."""
+    shutil.copy(LEADS, workspace.folder)
+    workspace.job_file.unlink()
+    return workspace
+
+
+def test_init_check_run_with_sample(sample_workspace: Workspace) -> None:
+    """init, check, run: nothing to write by hand."""
+    made = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--sandbox")
+    checked = sample_workspace.run_in_process("check", "leads.yaml", "--sandbox")
+    ran = sample_workspace.run_in_process("run", "leads.yaml", "--sandbox", "--limit", "3", "--json")
+
+    assert (made.exit_code, made.stdout, made.stderr) == (0, "", "")
+    assert checked.exit_code == 0
+    assert checked.stdout.startswith("ok: leads: 263 rows, 243 can be asked")
+    assert (ran.exit_code, ran.json_output["submitted"], ran.json_output["failed"]) == (0, 3, 0)
+    assert (sample_workspace.folder / "leads.yaml").stat().st_mode & 0o777 == 0o600
+
+
+def test_match_confidence_is_shown(sample_workspace: Workspace) -> None:
+    """By which header, by which values; the names of the new columns do not clash."""
+    text = sample_workspace.run_in_process(
+        "init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-"
+    ).stdout
+
+    assert "first_name: First Name # sure: by its header" in text
+    assert re.search(r"company: \{column: \[Website, Email\], transform: \[domain\]\} # sure: .*web addresses", text)
+    assert "found_email: email" in text
+    assert "the public documentation of 2026-11" in text
+    assert sorted(path.name for path in sample_workspace.folder.iterdir()) == ["leads.csv"]
+
+
+def test_commented_keys_are_valid(sample_workspace: Workspace) -> None:
+    """Each key that is offered may be used by taking the # away."""
+    text = sample_workspace.run_in_process(
+        "init", "leads.csv", "--waterfall", "email_getter", "--sandbox", "-o", "-"
+    ).stdout
+    usable = re.sub(r"^# (?=\w+: )(?!yaml|Email finder|More)", "", text, flags=re.MULTILINE)
+    usable = re.sub(r"^# (limits|policy):$", r"\1:", usable, flags=re.MULTILINE)
+    usable = re.sub(r"^#   (\w+:)", r"  \1", usable, flags=re.MULTILINE)
+    (sample_workspace.folder / "job.yaml").write_text(usable, encoding="utf-8")
+
+    model = load_job(sample_workspace.folder / "job.yaml").model
+
+    offered = {
+        "order_by",
+        "caps",
+        "canary",
+        "suppress",
+        "dispatch",
+        "rejects",
+        "changes",
+        "metrics",
+        "healthcheck",
+        "notify",
+    }
+    assert offered <= model.model_fields_set
+    assert model.limits.min_balance == 50
+    assert model.email_verifier == 10
+
+
+def test_param_without_column(workspace: Workspace) -> None:
+    """The file loads; check says line, key and what to put there."""
+    workspace.write_leads([["Ada", "Lovelace"]], header=["First Name", "Last Name"])
+    made = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    checked = workspace.run_in_process("check", "leads.yaml")
+
+    assert made.exit_code == 0
+    assert "REQUIRED: no column looks like it" in (workspace.folder / "leads.yaml").read_text(encoding="utf-8")
+    assert checked.exit_code == 2
+    assert re.search(r"leads.yaml:\d+: params.company: is still to be filled in", checked.stderr)
+    assert "put the name of the column there" in checked.stderr
+
+
+def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
+    """The job file may hold an evening's work."""
+    (sample_workspace.folder / "leads.yaml").write_text("mine", encoding="utf-8")
+    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+
+    refused = sample_workspace.run_in_process(*ask)
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
+    assert sample_workspace.run_in_process(*ask, "--force").exit_code == 0
+    assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
+
+
+def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
+    """Exit 2 with a hint, the best first."""
+    workspace.write_leads([["https://linkedin.example/in/ada"]], header=["LinkedIn"])
+    result = workspace.run_in_process("init", "leads.csv", "--offline")
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    listed = re.findall(r"^  (\w+)  +(\d) of (\d)", result.stderr, re.MULTILINE)
+    assert {name for name, found, needed in listed if found == needed} == {"person_by_link", "phone_getter"}
+    assert listed[-1][0] == "email_getter"
+    assert "--waterfall ID" in result.stderr
+
+
+def test_unknown_waterfall_suggestion(sample_workspace: Workspace) -> None:
+    """A typing mistake."""
+    result = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "email_geter", "--offline")
+    assert result.exit_code == 2
+    assert "did you mean `email_getter`?" in result.stderr
+
+
+def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -> None:
+    """The file says whom it was asked of, and when."""
+    text = sample_workspace.run_in_process(
+        "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api
+    ).stdout
+    assert re.search(r"those of the API at 127.0.0.1, asked on \d{4}-\d\d-\d\d", text)
+    assert "833 Mailhound: 0.5 credits" in text
+
+
+def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
+    """It is said, in the file too."""
+    gone = SandboxApi("http://127.0.0.1:9/v1", "key")
+    with patch("enrich.commands.waterfalls.Timeouts", lambda: AWAY):
+        result = sample_workspace.run_in_process(
+            "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone
+        )
+    assert result.exit_code == 0
+    assert "unreachable" in result.stderr
+    assert "the public documentation" in result.stdout
+
+
+def test_documentation_used_without_key(sample_workspace: Workspace) -> None:
+    """A newcomer has none."""
+    result = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "person_getter", "-o", "-")
+    assert result.exit_code == 0
+    assert "no API key" in result.stderr
+    assert "email: {column: Email, transform: [lower]}" in result.stdout
+
+
+def test_schema_comment_only_if_present(sample_workspace: Workspace) -> None:
+    """An editor must not complain of a file that is not there."""
+    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
+    schema = sample_workspace.folder / "schema.json"
+    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    schema.write_text("{}", encoding="utf-8")
+    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    schema.write_text(sample_workspace.run_in_process("schema").stdout, encoding="utf-8")
+    assert sample_workspace.run_in_process(*ask).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert json_schema()
+
+
+@pytest.mark.parametrize("separator", first_quick(2, [",", ";", "\t", "|"]))
+@pytest.mark.parametrize("encoding", first_quick(2, ["utf-8", "utf-8-sig", "cp1252", "utf-16"]))
+def test_separator_and_encoding_detected(workspace: Workspace, separator: str, encoding: str) -> None:
+    """As spreadsheets of many countries save them; the job reads the file as it is."""
+    rows = [["Vorname", "Nachname", "Firma, Ort", "Webseite"], ["Jürgen", "Groß", "Ä; B| C", "https://a.example"]]
+    text = "\n".join(separator.join(f'"{cell}"' for cell in row) for row in rows)
+    (workspace.folder / "leads.csv").write_text(text, encoding=encoding)
+
+    made = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
+    result = workspace.run_in_process("check", "leads.yaml")
+
+    assert made.exit_code == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("ok: leads: 1 row, 1 can be asked")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"a,b\n1,2,3\n", "has 3 cells, but the header has 2 columns"),
+        (b"a,a\n1,2\n", "names columns twice"),
+        (b'a,b\n"1,2\n', "never closed"),
+        (b"PK\x03\x04rest", "Excel"),
+        (None, "does not exist"),
+    ],
+)
+def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, said: str) -> None:
+    """With the reason that a run would give, exit 5."""
+    if content is not None:
+        (workspace.folder / "leads.csv").write_bytes(content)
+    result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    assert result.exit_code == 5
+    assert said in result.stderr
+
+
+def test_job_in_other_folder(workspace: Workspace) -> None:
+    """The paths of a job file are relative to it."""
+    workspace.write_leads(make_leads(2))
+    made = workspace.run_in_process(
+        "init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "jobs/night.yaml"
+    )
+    assert made.exit_code == 0
+    assert "input: ../leads.csv" in (workspace.folder / "jobs" / "night.yaml").read_text(encoding="utf-8")
+    assert workspace.run_in_process("check", "jobs/night.yaml").exit_code == 0
+
+
+def test_percent_sign_in_file_name(workspace: Workspace) -> None:
+    """The output is named after the input, whatever that is called."""
+    workspace.write_leads(make_leads(1), name="100%d leads.csv")
+    assert (
+        workspace.run_in_process("init", "100%d leads.csv", "--waterfall", "email_getter", "--offline").exit_code == 0
+    )
+    job = load_job(workspace.folder / "100%d leads.yaml")
+
+    assert job.output_path(datetime.now(UTC)).name == "100%d leads_enriched.csv"
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1))
+def test_yaml_scalars_roundtrip(text: str) -> None:
+    """Any text survives YAML, on one line."""
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        return
+    written = yaml_scalar(text)
+    assert "\n" not in written
+    assert yaml.safe_load(f"key: {written} # comment") == {"key": text}
+    assert yaml.safe_load(f"key: [{written}, {written}]") == {"key": [text, text]}
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=10)
+
+
+@pytest.mark.long
+@settings(deadline=None, max_examples=examples(30))
+@given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
+def test_any_header_makes_valid_job(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
+    """Whatever a column is called, the file is YAML and names it rightly."""
+    path = tmp_path_factory.getbasetemp() / "strange.yaml"
+    sample = Sample(TableFile(Path("leads.csv"), ";", "utf-8"), [describe_column(name, ["x"]) for name in header], 1)
+    for waterfall in DOCUMENTED_WATERFALLS.values():
+        path.write_text(
+            render_job_file(JobDraft(sample, waterfall, "nobody", "leads.csv", "out.csv")), encoding="utf-8"
+        )
+        model = load_job(path).model
+        assert model.params
+        assert all(set(param.columns) <= {*header, "FILL THIS IN"} for param in model.params.values())
+
+
+def test_samples_first_rows_only(workspace: Workspace) -> None:
+    """A large file is not read through for its columns."""
+    workspace.write_leads(make_leads(1_200))
+    assert take_sample(workspace.folder / "leads.csv").rows == 1_000

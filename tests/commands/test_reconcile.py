@@ -1,0 +1,293 @@
+"""The balance against the ledger, and what the person may decide of a doubt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from enrich.databar.waterfall import User
+from enrich.exit_codes import ExitCode
+from enrich.models import MICROS_PER_CREDIT, State, read_balance
+from enrich.run.balance import explain_balance
+from enrich.run.context import Progress, RunOptions
+from tests.support.cases import in_turn
+from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    SHORT_TIMEOUTS,
+    SandboxApi,
+    Workspace,
+    make_leads,
+    serve_api,
+)
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def credits_(amount: float) -> int:
+    """Write credits as millionths."""
+    return int(amount * MICROS_PER_CREDIT)
+
+
+def test_known_prices_explain_difference() -> None:
+    """Answers of known price alone: nothing is left to explain."""
+    comparison = explain_balance(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
+
+    assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
+
+
+@in_turn("gone", [10.0, 12.0, 14.0])
+def test_unconfirmed_cost_range(gone: float) -> None:
+    """Between nothing and the worst price everything is explained, and no part is said to be the one."""
+    movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
+
+    comparison = explain_balance(1, credits_(100), credits_(100 - gone), movements)
+
+    assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
+
+
+def test_external_changes_are_separated() -> None:
+    """Above what all parts could cost it went elsewhere; below what they must cost it came from elsewhere."""
+    movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
+
+    assert explain_balance(1, credits_(100), credits_(80), movements).unexplained == 8
+    assert explain_balance(1, credits_(100), credits_(95), movements).unexplained == -5
+
+
+def test_earlier_reservations_can_be_returned() -> None:
+    """A task of an earlier execution had its price reserved already: settled now, the balance may rise."""
+    movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
+
+    comparison = explain_balance(2, credits_(100), credits_(102), movements)
+
+    assert (comparison.earlier.least, comparison.earlier.most) == (-2, 1)
+    assert (comparison.at_the_api.least, comparison.at_the_api.most) == (-3, 0)
+    assert comparison.unexplained == 0
+
+
+def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace) -> None:
+    """The command tells the difference, its parts, and who must decide; it changes nothing."""
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db") as api:
+        api.inject_fault("error-after", 2, "post", status=502)
+        summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+        result = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api)
+
+        output = result.json_output
+        assert summary.exit_code == ExitCode.IN_DOUBT
+        assert result.exit_code == 0
+        assert output["difference"] == pytest.approx(api.audit()["credits_charged"])
+        assert output["spent"]["most"] == pytest.approx(summary.credits_spent)
+        assert output["in_doubt"]["number"] == 2
+        assert output["unexplained"] == 0
+        message = workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
+        assert "--retry in_doubt" in message
+        assert "--accept in_doubt" in message
+        assert api.audit()["accepted"] == 12
+
+
+@pytest.mark.long
+def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspace) -> None:
+    """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
+    workspace.write_leads(make_leads(5))
+    other = Workspace(workspace.folder / "other")
+    other.folder.mkdir()
+    other.write_job()
+    other.write_leads(make_leads(5, start=100))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+        theirs = other.run_job(api).credits_spent
+
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+        assert output["unexplained"] == pytest.approx(theirs)
+        assert "other users" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
+
+        api.top_up(1_000)
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+        assert output["unexplained"] == pytest.approx(theirs - 1_000)
+        assert "came in" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
+
+
+def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:
+    """Where the API hides what an answer cost, the difference is explained by their worst price."""
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
+        workspace.run_job(api)
+
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+
+    assert output["unknown_price"]["number"] == 4
+    assert output["unexplained"] == 0
+
+
+def test_reconcile_without_runs(api: SandboxApi, workspace: Workspace) -> None:
+    """A job that never ran, and an execution that is not there, are refused."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("reconcile", "job.yaml", api=api).exit_code == ExitCode.REFUSED
+    workspace.run_job(api)
+    assert workspace.run_in_process("reconcile", "job.yaml", "--since", "99", api=api).exit_code == ExitCode.REFUSED
+    assert workspace.run_in_process("reconcile", "job.yaml", "--since", "1", api=api).exit_code == ExitCode.OK
+
+
+def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
+    """`--accept in_doubt` makes it failed: told once with exit 10, never asked again by itself."""
+    workspace.write_leads(make_leads(6))
+    with serve_api(tmp_path / "api.db") as api:
+        api.inject_fault("error-after", 1, "post", status=500)
+        assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.IN_DOUBT
+
+        accepted = workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
+
+        assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (ExitCode.SOME_FAILED, 0, 1)
+        assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.OK
+        assert api.audit()["accepted"] == 6
+        with_word = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
+        assert (with_word.exit_code, with_word.submitted) == (ExitCode.OK, 1)
+
+
+def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> None:
+    """Both at once is a mistake of the command line."""
+    workspace.write_leads(make_leads(1))
+    result = workspace.run_in_process("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
+    assert result.exit_code == ExitCode.USAGE
+    assert api.audit()["accepted"] == 0
+
+
+def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace) -> None:
+    """The balance before and after, and what of it is not the credits spent."""
+    workspace.write_leads(make_leads(8))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.inject_fault("error-after", 1, "post", status=500)
+        result = workspace.run_in_process("run", "job.yaml", api=api)
+
+        assert "7 answers of known price" in result.stderr
+        assert "1 in doubt, or 0.00" in result.stderr
+        assert "enrich reconcile job.yaml" in result.stderr
+        execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
+        gone = execution["balance_before"] - execution["balance_after"]
+        assert gone == pytest.approx(api.audit()["credits_charged"])
+        assert gone > execution["credits_spent"]
+        assert "beyond the credits spent" in workspace.run_in_process("status", "job.yaml").stdout
+
+
+@pytest.mark.long
+def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> None:
+    """With a slow allowance and results that expire soon, few are in flight, whatever `in_flight` allows."""
+    workspace.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
+    workspace.write_leads(make_leads(40))
+    seen: list[int] = []
+
+    def show(progress: Progress) -> None:
+        seen.append(progress.in_flight)
+
+    with serve_api(tmp_path / "api.db", latency="fixed(0.3)") as api:
+        summary = workspace.run_job(api, on_progress=show)
+
+    assert summary.exit_code == ExitCode.OK
+    assert 0 < max(seen) <= 40 * 1 * 0.25
+
+
+@pytest.mark.long
+def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> None:
+    """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)  # before there is any doubt
+        workspace.write_leads(make_leads(8))
+        api.inject_fault("error-after", 1, "post", status=500)
+        in_doubt = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+        workspace.write_leads(make_leads(12))
+        workspace.run_job(api, timing=SHORT_TIMEOUTS)
+        workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+        assert (output["since"], output["in_doubt"]["number"], output["unexplained"]) == (in_doubt.execution, 1, 0)
+        assert (
+            workspace.run_in_process("reconcile", "job.yaml", "--since", "4", "--json", api=api).json_output["since"]
+            == 4
+        )
+        status = workspace.run_in_process("status", "job.yaml", "--json").json_output
+        assert status["doubts"]["number"] == 1
+        assert status["doubts"]["oldest_execution"] == in_doubt.execution
+        assert status["doubts"]["credits_at_most"] > 0
+        assert status["doubts"]["oldest_age_s"] >= 0
+        assert status["balance"]["since_execution"] == in_doubt.execution
+        missing = status["balance"]["before"] - status["balance"]["after"] - status["balance"]["credits_spent"]
+        assert 0 < missing <= status["doubts"]["credits_at_most"]
+        shown = workspace.run_in_process("status", "job.yaml").stdout
+        assert "may have cost up to" in shown
+        assert f"of execution {in_doubt.execution}" in shown
+
+        workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
+        assert workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output["since"] == 5
+        status = workspace.run_in_process("status", "job.yaml", "--json").json_output
+        assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
+
+
+def test_cap_overrun_is_explained(workspace: Workspace) -> None:
+    """Prices that rose while requests were at the API: how much, why, and what to look at."""
+    workspace.write_leads(make_leads(4))
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 20}", enrichments="[833]")
+    with serve_api(workspace.folder / "api.db") as api:
+        waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
+
+    def answer(request: ReceivedRequest) -> Reply:
+        if request.line.startswith("POST"):
+            return http_reply(200, {"task_id": f"t-{json.loads(request.body)['params']['first_name']}"})
+        if "/tasks/" in request.line:
+            task_id = request.line.split()[1].rpartition("/")[2]
+            result = {"task_id": task_id, "status": "completed", "credits_spent": 9, "data": {"email": "a@x.example"}}
+            return http_reply(200, result)
+        return http_reply(200, {"balance": 100, "workspace": "w"} if "/user/me" in request.line else waterfall)
+
+    with serve_replies(answer) as server:
+        result = workspace.run_in_process(
+            "run", "job.yaml", "--json", "--receipt", api=SandboxApi(server.base_url, "sandbox-key")
+        )
+    summary, err = result.json_output, result.stderr
+
+    over = summary["credits_spent"] - 20
+    assert over > 0
+    assert summary["credits_over_cap"] == pytest.approx(over)
+    assert f"cap was overrun by {over:,.2f}" in summary["notes"][-1]
+    assert "over cap" in err
+    assert "because a price rose" in err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
+def test_negative_balance(workspace: Workspace, balance: object) -> None:
+    """It is shown, and no run begins with it."""
+    workspace.write_leads(make_leads(2))
+    with serve_api(workspace.folder / "api.db") as api:
+        waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
+
+    def answer(request: ReceivedRequest) -> Reply:
+        return http_reply(200, {"balance": balance, "workspace": 7} if "/user/me" in request.line else waterfall)
+
+    with serve_replies(answer) as server:
+        api = SandboxApi(server.base_url, "sandbox-key")
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert (result.exit_code, result.json_output["balance_before"]) == (
+            ExitCode.REFUSED,
+            pytest.approx(float(str(balance))),
+        )
+        assert "the balance is -" in result.stderr
+        planned = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        assert planned["balance"] == pytest.approx(float(str(balance)))
+        assert any("would be refused: the balance is -" in note for note in planned["notes"])
+        assert all(seen.line.startswith("GET") for seen in server.requests)
+
+
+@in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
+def test_unreadable_balance_is_unknown(balance: object) -> None:
+    """It is never 0."""
+    assert read_balance(User.model_validate({"balance": balance}).balance) is None

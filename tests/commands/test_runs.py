@@ -1,0 +1,142 @@
+"""The list of executions: what each came to, newest first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from enrich.commands.runs import format_runs, read_runs
+from enrich.job.job import load_job
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
+from tests.support.ledger import NO_MATCH, CommittingLedger
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def open_ledger(workspace: Workspace) -> CommittingLedger:
+    """Open the ledger of the office's job."""
+    return CommittingLedger.open(load_job(workspace.job_file).ledger)
+
+
+def test_job_without_runs(workspace: Workspace) -> None:
+    """No ledger is made by looking."""
+    result = workspace.run_in_process("runs", "job.yaml")
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("job has never run")
+    assert not workspace.ledger_path.parent.exists()
+
+
+def test_executions_are_listed_newest_first(tmp_path: Path, workspace: Workspace) -> None:
+    """Each with its time, its exit code in words, its rows, its share of hits, its credits and the balance."""
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
+        summaries = [workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output for _ in range(2)]
+
+    output = workspace.run_in_process("runs", "job.yaml", "--json").json_output
+
+    assert [run["execution"] for run in output["executions"]] == [2, 1]
+    newest, first = output["executions"]
+    assert (newest["exit_code"], newest["outcome"]) == (0, "ok")
+    assert (first["exit_code"], first["outcome"]) == (10, "some failed")
+    for run, summary in zip((first, newest), summaries, strict=True):
+        for name in ("rows", "submitted", "found", "credits_spent", "credits_unknown", "balance_after"):
+            assert run[name] == summary[name]
+        assert run["found_share"] == pytest.approx(summary["found"] / 20)
+    assert output["totals"]["executions"] == 2
+    assert output["totals"]["credits_spent"] == pytest.approx(summaries[0]["credits_spent"])
+
+    shown = workspace.run_in_process("runs", "job.yaml").stdout.splitlines()
+    assert len(shown) == 4
+    assert "10 some failed" in shown[2]
+    assert f"{summaries[0]['balance_after']:,.2f}" in shown[2]
+    assert shown[3].startswith("in all 2 executions: ")
+
+
+def test_last_option(workspace: Workspace) -> None:
+    """`--last N`; executions of another job that shares the ledger are not ours."""
+    ledger = open_ledger(workspace)
+    for number in range(4):
+        ledger.start_and_enroll(number)
+        ledger.settle(ledger.submit())
+        ledger.commit(Ledger.end_execution, ledger.execution, 0, {"rows": 1, "found": 1}, ledger.now + 3_723_000)
+    ledger.commit(Ledger.start_execution, "other", None, ledger.now)
+    ledger.wrapped.close()
+
+    output = workspace.run_in_process("runs", "job.yaml", "--last", "2", "--json").json_output
+
+    assert [run["execution"] for run in output["executions"]] == [4, 3]
+    assert (output["totals"]["executions"], output["totals"]["submitted"]) == (4, 4)
+    assert "1:02:03" in workspace.run_in_process("runs", "job.yaml").stdout
+
+
+def test_killed_or_running_execution(workspace: Workspace) -> None:
+    """Whoever holds the lock is at work; all others that have no end were killed."""
+    ledger = open_ledger(workspace)
+    ledger.start_execution()
+    ledger.start_execution()
+    ledger.wrapped.close()
+
+    with lock_ledger(workspace.ledger_location, 0):
+        at_work = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+    killed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+
+    assert [run["outcome"] for run in at_work] == ["at work now", "killed"]
+    assert [run["outcome"] for run in killed] == ["killed", "killed"]
+    assert killed[0]["exit_code"] is killed[0]["ended_at"] is killed[0]["found_share"] is None
+    assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
+
+
+def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is one of both."""
+    ledger = open_ledger(workspace)
+    ledger.start_execution()
+    ledger.wrapped.close()
+    monkeypatch.setattr("enrich.commands.runs.is_locked", lambda _: None)
+
+    (run,) = read_runs(load_job(workspace.job_file), 5)["executions"]
+
+    assert run["outcome"] == "at work, killed"
+
+
+def test_inspection_takes_no_lock(workspace: Workspace) -> None:
+    """A run that starts at that moment must not be refused."""
+    assert is_locked(workspace.ledger_location) is False
+    with lock_ledger(workspace.ledger_location, 0):
+        assert is_locked(workspace.ledger_location) is True
+    assert is_locked(workspace.ledger_location) is False
+
+
+def test_line_width(workspace: Workspace) -> None:
+    """Also with large numbers: at most 100 columns, all columns under their heads."""
+    ledger = open_ledger(workspace).start_and_enroll(1)
+    ledger.settle(ledger.submit(), NO_MATCH)
+    summary = {"rows": 1_234_567, "found": 1_234_567}
+    ledger.commit(Ledger.end_execution, ledger.execution, 13, summary, ledger.now + 86_400_000 * 4, 999_999_900_000)
+    ledger.wrapped.close()
+
+    shown = list(format_runs(read_runs(load_job(workspace.job_file), 5)))
+
+    assert max(map(len, shown)) <= 100
+    assert "1,234,567" in shown[1]
+    assert len(shown[0]) == len(shown[1])
+
+
+def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:
+    """It waits for nobody."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_in_process("run", "job.yaml", api=api)
+    ledger = Ledger(workspace.ledger_location)
+    with ledger.transaction():
+        ledger.start_execution("job", None, 1)
+        output = workspace.run_in_process("runs", "job.yaml", "--json").json_output
+    ledger.close()
+
+    assert [run["execution"] for run in output["executions"]] == [1]

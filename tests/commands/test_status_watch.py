@@ -1,0 +1,296 @@
+"""`enrich status --watch`: what is seen of a run from outside, how, and that the run does not notice."""
+
+from __future__ import annotations
+
+import io
+import re
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.commands.run_view import RunStatus, RunView, format_headline, format_view, format_view_line
+from enrich.commands.status_watch import (
+    ENTER_SCREEN,
+    LEAVE_SCREEN,
+    NO_HEARTBEAT_TEXT,
+    WAITING_TEXT,
+    LineDisplay,
+    RunWatcher,
+    TerminalDisplay,
+    watch_job,
+)
+from enrich.job.job import load_job
+from enrich.ledger.history import LatestExecutionRow
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
+from enrich.models import iso_time
+from enrich.monitoring.progress_bar import choose_layout, render_bar
+from enrich.run.context import Progress
+from enrich.run.progress import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
+from tests.support.ledger import CommittingLedger
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
+
+NOW = 1_795_000_000_000
+RUN = LatestExecutionRow(
+    id=7,
+    started_ms=NOW - 252_000,
+    ended_ms=None,
+    exit_code=None,
+    cap=100_000_000,
+    reserved=30_000_000,
+    spent=41_200_000,
+    unknown=0,
+    submitted=200,
+    balance_after=None,
+    pulse=None,
+    newest=7,
+    oldest_ms=NOW - 60_000,
+)
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
+    """Make the pulse of an execution that has sent 12 and heard 10 requests a second, for twenty seconds."""
+    traffic = TrafficRecorder()
+    for second in range(20):
+        traffic.record(second + 0.5, TrafficCounts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
+    return ProgressSnapshot(
+        at_ms=NOW - 1_000,
+        elapsed_s=20.0,
+        doing=doing,
+        total=total,
+        done=200,
+        found=140,
+        spent=41_000_000,
+        in_flight=40,
+        states={"found": 140, "not_found": 58, "failed": 2},
+        traffic=traffic.traffic(),
+    )
+
+
+def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot | None = None, **run: Any) -> RunView:
+    """Make a picture of execution 7."""
+    return RunView(
+        "leads",
+        Path("/jobs/.enrich/leads.db"),
+        86_400_000,
+        NOW,
+        status,
+        replace(RUN, **run),
+        progress or make_progress(),
+    )
+
+
+# What is shown
+
+
+def test_view_contents() -> None:
+    """How far, how fast, what it cost, what expires, whether it breathes."""
+    shown = list(format_view(make_view(), 79))
+
+    assert shown[0] == f"leads: execution 7, at work since {iso_time(RUN.started_ms)} (0:04:12): asking"
+    text = "\n".join(shown)
+    for message in (
+        "200/500",
+        "70% hits, 41.20 credits, 40 in flight",
+        "200 of 500: 140 found, 58 not_found, 2 failed",
+        "41.20 of 100.00 at most spent; 30.00 more are reserved",
+        "12.0 submitted/s, 10.0 answered/s in the last 10 s",
+        "200 submitted, 400 polls, 3 answers 429",
+        "40 at the API; the first result expires at",
+        "1 s ago",
+    ):
+        assert message in text
+    assert "0:00:30 to go" in format_view_line(make_view())
+    assert "\n" not in format_view_line(make_view())
+
+
+def test_unknown_values_are_omitted() -> None:
+    """An execution that just began, or of an older version, has no counts; null in JSON."""
+    unborn = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
+    text = "\n".join(format_view(unborn, 79))
+
+    assert "not known" in text
+    assert "%" not in text
+    result = unborn.as_json()
+    assert (
+        result["done"] is result["total"] is result["polls"] is result["submitted_per_s"] is result["to_go_s"] is None
+    )
+    reading = make_view(progress=make_progress(Phase.ENROLL, total=None))
+    assert "reading the input" in format_headline(reading)
+    assert reading.remaining_s is None
+
+
+def test_silent_run_shows_last_progress() -> None:
+    """Its counts are of its last word, and it is waited for."""
+    silent = make_view(RunStatus.NO_HEARTBEAT)
+
+    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(format_view(silent, 99))
+    out = io.StringIO()
+    LineDisplay(out, as_json=False).show(silent, waiting=True)
+    assert "killed, asleep or stopped while asking" in out.getvalue()
+    assert out.getvalue().endswith(f"; {NO_HEARTBEAT_TEXT}\n")
+
+
+VIEWS = (
+    make_view(),
+    make_view(RunStatus.NO_HEARTBEAT),
+    make_view(RunStatus.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
+    make_view(progress=make_progress(Phase.RESCUE, total=None)),
+    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NO_LEDGER),
+    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NEVER_RUN),
+)
+
+
+@given(st.sampled_from(VIEWS), st.integers(20, 200))
+def test_line_width(shown: RunView, columns: int) -> None:
+    """Down to twenty columns."""
+    assert max(map(len, format_view(shown, columns))) <= columns
+
+
+@given(
+    st.builds(Progress, *[st.integers(1, 10_000_000)] * 3, st.floats(0, 100_000), st.integers(0, 5_000)),
+    st.floats(0, 100_000),
+)
+def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
+    """In 80 columns with the hits, in 40 at least how far it is."""
+    progress = replace(progress, done=min(progress.done, progress.total or 0))
+    for columns in (80, 40):
+        chosen = choose_layout(progress, elapsed_s, columns)
+        drawn = render_bar(progress, elapsed_s, chosen, columns=columns)
+        assert len(drawn) <= columns
+        assert f"{progress.done}/{progress.total}" in drawn or columns == 40
+    assert "hits" in choose_layout(replace(progress, total=500, done=100, found=50), 60.0, 80).postfix
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Press Ctrl-C after so many pauses."""
+    pauses = iter(range(after))
+
+    def sleep(_: float) -> None:
+        if next(pauses, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("enrich.commands.status_watch.time.sleep", sleep)
+
+
+def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more lines than the window has, and drawn again when that changes its size."""
+    sizes = [(80, 24)]
+    out = Terminal()
+    screen = TerminalDisplay(out, use_color=False, size=lambda: sizes[-1])
+    screen.show(make_view(RunStatus.ENDED, ended_ms=NOW), waiting=True)
+    first = out.getvalue()
+    monkeypatch.setattr("enrich.commands.status_watch.time.sleep", lambda _: sizes.append((30, 4)))
+    screen.pause(0.01)
+
+    assert "\x1b[2J" not in out.getvalue()
+    assert WAITING_TEXT in first
+    second = out.getvalue()[len(first) :].split("\x1b[H")[1]
+    shown = re.sub(r"\x1b\[\w", "", second).split("\r\n")
+    assert len(shown) == 4
+    assert max(map(len, shown)) < 30
+
+
+@pytest.mark.parametrize(
+    ("environ", "draws", "colours"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_terminal_capabilities(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], *, draws: bool, colours: bool
+) -> None:
+    """A dumb one gets lines; NO_COLOR is honoured; Ctrl-C leaves it as it was, without a word."""
+    interrupt_after(monkeypatch, after=0)
+    out = Terminal()
+    code = watch_job(RunWatcher(load_job(workspace.job_file)), out, environ, 1.0, as_json=False)
+
+    assert code == 130
+    assert out.getvalue().startswith(ENTER_SCREEN) == out.getvalue().endswith(LEAVE_SCREEN) == draws
+    assert ("\x1b[1m" in out.getvalue()) == colours
+    assert ("\x1b" in out.getvalue()) == draws
+
+
+# What is told of a run that gives no sign
+
+
+def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> CommittingLedger:
+    """Open a ledger with an execution that has this pulse."""
+    ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
+    ledger.now = NOW
+    ledger.start_execution()
+    ledger.commit(Ledger.save_progress, ledger.execution, progress.model_dump_json())
+    return ledger
+
+
+def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
+    """A pulse of another time is not believed, unless it changes; when it stops to change it is."""
+    now = 0.0
+    result = make_progress()
+    ledger = ledger_with_progress(workspace, result)
+    watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=15.0, clock=lambda: now)
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+
+    now = 2.0
+    ledger.commit(Ledger.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json())
+    assert watcher.read_view().status is RunStatus.RUNNING
+    now = 17.0
+    assert watcher.read_view().status is RunStatus.RUNNING
+    now = 17.1
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    ledger.commit(Ledger.end_execution, ledger.execution, 0, {}, NOW)
+    assert watcher.read_view().status is RunStatus.ENDED
+    ledger.wrapped.close()
+
+
+def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
+    """As long as it holds its ledger it is believed; without the lock it was killed."""
+    ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
+    watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
+    with lock_ledger(workspace.ledger_location, 0):
+        assert watcher.read_view().status is RunStatus.RUNNING
+        ledger.commit(Ledger.start_execution, "other", None, NOW)
+        assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    ledger.wrapped.close()
+
+
+@FILE_ONLY
+def test_watch_takes_no_lock(workspace: Workspace) -> None:
+    """A run may start at any moment, and what it wrote can be tidied up."""
+    job = load_job(workspace.job_file)
+    watcher = RunWatcher(job)
+    assert watcher.read_view().status is RunStatus.NO_LEDGER
+    assert not workspace.ledger_path.parent.exists()
+    ledger = ledger_with_progress(workspace, make_progress())
+    watcher.read_view()
+
+    assert not list(workspace.ledger_path.parent.glob("*.lock"))
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    ledger.wrapped.close()

@@ -1,0 +1,331 @@
+"""What a task says, in every shape that was ever seen, and in those that nobody has seen yet."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.databar.answers import (
+    TaskPhase,
+    TaskReply,
+    error_text,
+    is_blank,
+    parse_data,
+    read_answer,
+    task_phase,
+    value_at,
+)
+from enrich.models import Answer, State
+from tests.support.cases import in_turn
+
+EMAIL = "ada@engine.example"
+PATHS = ["email"]
+
+
+def step(provider: str, cost: object = "1.0", result: object = None, *, is_verified: object = None) -> dict[str, Any]:
+    """Write a step of a cascade as the API does."""
+    return {"action": "x", "provider": provider, "result": result, "cost": cost, "is_verified": is_verified}
+
+
+def wrapper(result: object, *steps: dict[str, Any], by_provider: object = None) -> dict[str, Any]:
+    """Write the wrapper of a result."""
+    return {"result": result, "result_field": ["email"], "enrichment_data": by_provider, "steps": list(steps)}
+
+
+def parse_answer(**task: Any) -> Answer:
+    """Judge a task."""
+    return read_answer(TaskReply(task, json.dumps(task)), task_phase(task), PATHS)
+
+
+@in_turn(
+    ("status", "phase"),
+    [
+        ("created", TaskPhase.RUNNING),
+        ("processing", TaskPhase.RUNNING),
+        ("completed", TaskPhase.COMPLETED),
+        ("success", TaskPhase.COMPLETED),
+        ("partially_completed", TaskPhase.COMPLETED),
+        ("no_data", TaskPhase.NO_DATA),
+        ("failed", TaskPhase.FAILED),
+        ("error", TaskPhase.FAILED),
+        ("cancelled", TaskPhase.FAILED),
+        ("gone", TaskPhase.GONE),
+        ("COMPLETED", TaskPhase.COMPLETED),
+        (" Completed\n", TaskPhase.COMPLETED),
+        ("queued_again", TaskPhase.RUNNING),
+        ("", TaskPhase.RUNNING),
+        (None, TaskPhase.RUNNING),
+        (1, TaskPhase.RUNNING),
+        (["completed"], TaskPhase.RUNNING),
+    ],
+)
+def test_status_mapping(status: object, phase: TaskPhase) -> None:
+    """Aliases and capitals count; what was never seen before counts as running, for a task must not be lost."""
+    assert task_phase({"status": status}) is phase
+
+
+def test_missing_status_means_running() -> None:
+    """Nothing is known of it."""
+    assert task_phase({}) is TaskPhase.RUNNING
+
+
+@in_turn(
+    "data",
+    [
+        [wrapper({"email": EMAIL}, step("A"))],
+        wrapper({"email": EMAIL}, step("A")),
+        {"result": {"email": EMAIL}, "steps": None},
+        {"result": {"email": EMAIL}, "enrichment_data": {}},
+        {"result": {"email": EMAIL}, "result_field": ["email"]},
+        {"result": EMAIL, "result_field": ["email"], "steps": []},
+        {"result": EMAIL, "result_field": "email", "steps": []},
+        {"email": EMAIL},
+        [{"email": EMAIL}],
+        [None, {"email": EMAIL}],
+    ],
+)
+@in_turn("status", ["completed", "SUCCESS", "partially_completed", "no_data"])
+def test_match_found_in_every_shape(status: str, data: object) -> None:
+    """The documents contradict each other about the shape; what was paid for is found in all of them."""
+    answer = parse_answer(status=status, data=data, credits_spent=2.5)
+    assert (answer.state, answer.credits) == (State.FOUND, 2_500_000)
+    assert value_at(parse_data(data).fields, "email") == EMAIL
+
+
+@in_turn(
+    "data",
+    [
+        None,
+        [],
+        {},
+        [None],
+        [None, None],
+        [[]],
+        [{}],
+        {"email": None},
+        {"email": ""},
+        {"email": " "},
+        {"email": []},
+        {"email": {}},
+        {"score": 91},
+        wrapper(None),
+        wrapper([]),
+        wrapper(""),
+        wrapper({"email": None}, step("A", "0")),
+        [wrapper({"email": ""}, by_provider={"A": {}})],
+        "nothing",
+        17,
+        True,
+    ],
+)
+@in_turn("status", ["completed", "no_data"])
+def test_no_match_found_in_every_shape(status: str, data: object) -> None:
+    """It cost what it cost, and it is no failure."""
+    answer = parse_answer(status=status, data=data, credits_spent=0)
+    assert (answer.state, answer.error, answer.provider, answer.credits) == (State.NOT_FOUND, None, None, 0)
+
+
+@in_turn("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
+def test_zero_and_false_are_values(value: object) -> None:
+    """Nought and false are answers; blank are only null, blank text, [] and {}."""
+    assert not is_blank(value)
+    assert parse_answer(status="completed", data={"email": value}).state is State.FOUND
+
+
+@in_turn(
+    ("path", "value"),
+    [
+        ("email", EMAIL),
+        ("person.name", "Ada"),
+        ("person.emails.0", "a@b.c"),
+        ("person.emails.1.x", 2),
+        ("person.emails", ["a@b.c", {"x": 2}]),
+        ("a.b", "dotted"),
+        ("person.emails.2", None),
+        ("person.emails.-1", None),
+        ("person.emails.x", None),
+        ("person.name.first", None),
+        ("email.", None),
+        ("", None),
+        (".", None),
+        ("nobody", None),
+        ("person.nobody.name", None),
+    ],
+)
+def test_dotted_path_lookup(path: str, value: object) -> None:
+    """Through objects and lists; a name that has the dots itself wins; what leads nowhere is null."""
+    fields = {
+        "email": EMAIL,
+        "person": {"name": "Ada", "emails": ["a@b.c", {"x": 2}]},
+        "a.b": "dotted",
+        "a": {"b": "nested"},
+    }
+    assert value_at(fields, path) == value
+
+
+def test_job_columns_decide_match() -> None:
+    """A value that no column asks for makes no hit; any of the columns makes one."""
+    task = {"status": "completed", "data": {"email": None, "phone": "1"}}
+    assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email"]).state is State.NOT_FOUND
+    assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email", "phone"]).state is State.FOUND
+
+
+@in_turn(
+    ("spent", "micros"),
+    [
+        (2, 2_000_000),
+        (0.01, 10_000),
+        ("1.5", 1_500_000),
+        (" 2 ", 2_000_000),
+        (0, 0),
+        ("0.000001", 1),
+        (-1, None),
+        ("-0.5", None),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("", None),
+        ("free", None),
+        (True, None),
+        (None, None),
+        ([], None),
+        ({"amount": 1}, None),
+    ],
+)
+def test_credits_parsing(spent: object, micros: int | None) -> None:
+    """Number or text; what is not an amount is not taken for 0."""
+    assert parse_answer(status="completed", data=None, credits_spent=spent).credits == micros
+    assert parse_answer(status="failed", credits_spent=spent).credits == micros
+
+
+def test_missing_credits_are_unknown() -> None:
+    """Without steps there is nothing to sum."""
+    assert parse_answer(status="completed", data={"email": EMAIL}).credits is None
+    assert parse_answer(status="completed", data=wrapper({"email": EMAIL})).credits is None
+
+
+def test_step_costs_replace_missing_credits() -> None:
+    """Their costs are text and are summed; one that cannot be read leaves the sum unknown."""
+    steps = [step("A", "1.0"), step("B", 0.5), step("C", "0")]
+    assert parse_answer(status="completed", data=wrapper({}, *steps)).credits == 1_500_000
+    assert parse_answer(status="completed", data=wrapper({}, *steps), credits_spent=9).credits == 9_000_000
+    assert parse_answer(status="completed", data=wrapper({}, *steps, step("D", None))).credits is None
+
+
+@in_turn(
+    ("task", "is_free"),
+    [
+        ({"credits_spent": 0}, True),
+        ({"credits_spent": "0.0"}, True),
+        ({"credits_spent": 0, "data": wrapper(None, step("A", "0"), step("B", 0))}, True),
+        ({}, False),
+        ({"credits_spent": None}, False),
+        ({"credits_spent": "free"}, False),
+        ({"credits_spent": 0.01}, False),
+        ({"credits_spent": 0, "data": wrapper(None, step("A", "0"), step("B", "0.5"))}, False),
+        ({"credits_spent": 0, "data": wrapper(None, step("A", "unknown"))}, False),
+        ({"data": wrapper(None, step("A", "0"))}, False),
+    ],
+)
+def test_free_failure_requires_zero_credits(task: dict[str, Any], *, is_free: bool) -> None:
+    """Free ones are asked again by themselves, so 0 must be said, and no step may have a cost."""
+    answer = parse_answer(status="failed", error="boom", **task)
+    assert answer.state is State.FAILED
+    assert answer.free_failure is is_free
+
+
+@in_turn("status", ["completed", "no_data", "gone"])
+def test_free_no_match_is_final(status: str) -> None:
+    """A miss that cost nothing is an answer, and is not asked again."""
+    assert not parse_answer(status=status, credits_spent=0).free_failure
+
+
+@in_turn(
+    ("error", "text"),
+    [
+        ("boom", "boom"),
+        ("  two\n lines ", "two lines"),
+        (["a", "b"], "a; b"),
+        (["a", None, "", ["b", {"code": 1}]], 'a; b; {"code": 1}'),
+        ({"code": 1, "message": "Größe"}, '{"code": 1, "message": "Größe"}'),
+        (404, "404"),
+        (None, None),
+        ("", None),
+        (" ", None),
+        ([], None),
+        ({}, None),
+        ([None, ""], None),
+    ],
+)
+def test_error_is_one_line(error: object, text: str | None) -> None:
+    """Text, a list of texts or an object; a failure that says nothing says its status."""
+    assert error_text(error) == text
+    assert parse_answer(status="Cancelled", error=error).error == (text or "the API says: Cancelled")
+
+
+def test_expired_result() -> None:
+    """What it cost is not known then."""
+    answer = parse_answer(status="gone")
+    assert (answer.state, answer.credits) == (State.EXPIRED, None)
+    assert "expired" in (answer.error or "")
+
+
+@in_turn(
+    ("data", "provider"),
+    [
+        (wrapper({"email": EMAIL}, by_provider={"A": {"email": "x"}, "B": {"email": EMAIL}}), "B"),
+        (wrapper({"email": EMAIL}, by_provider={"A": EMAIL}), "A"),
+        (wrapper({"email": EMAIL}, step("A"), step("B", result=EMAIL), step("C")), "B"),
+        (wrapper({"email": EMAIL}, step("A"), step("B", is_verified=True), step("C")), "B"),
+        (wrapper({"email": EMAIL}, step("A"), step("B")), "B"),
+        (wrapper({"email": EMAIL}, step("A"), step(""), {"cost": 1}), "A"),
+        (wrapper({"email": EMAIL}, step("A"), by_provider={"B": {"email": "x"}}), "A"),
+        (wrapper({"email": EMAIL}), None),
+        (wrapper({"email": None}, step("A"), by_provider={"B": {"email": None}}), None),
+        ({"email": EMAIL}, None),
+    ],
+)
+def test_provider_of_match(data: object, provider: str | None) -> None:
+    """By its own data first, then by the steps; nobody is named for a miss."""
+    assert parse_answer(status="completed", data=data).provider == provider
+
+
+def test_raw_answer_is_kept() -> None:
+    """What was paid for is in the ledger as it came, readable by a person."""
+    task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
+    written = json.dumps(task, ensure_ascii=False, indent=1)
+    assert read_answer(TaskReply(task, written), TaskPhase.COMPLETED, PATHS).raw == written
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(width=32) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+#: Objects with the names that the parser looks for, and anything behind them.
+TASK_BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        name: JSON | st.lists(st.fixed_dictionaries({}, optional={"provider": JSON, "cost": JSON, "result": JSON}))
+        for name in ("result", "result_field", "steps", "enrichment_data", "email")
+    },
+)
+
+
+@given(
+    status=st.sampled_from(["completed", "failed", "gone", "no_data", "processing"]) | JSON,
+    data=JSON | TASK_BODIES | st.lists(TASK_BODIES, max_size=2),
+    error=JSON,
+    spent=JSON,
+)
+def test_any_json_is_parsed(status: object, data: object, error: object, spent: object) -> None:
+    """Any JSON at all is judged, and what comes of it can be written down."""
+    task = {"status": status, "data": data, "error": error, "credits_spent": spent}
+    answer = read_answer(TaskReply(task, json.dumps(task)), task_phase(task), ["email", "result", "a.0.b"])
+    assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}
+    assert isinstance(answer.raw, str)
+    assert answer.credits is None or answer.credits >= 0
+    assert answer.error is None or ("\n" not in answer.error and answer.error)
+    assert (answer.state is State.FAILED) or not answer.free_failure

@@ -1,0 +1,227 @@
+"""What a bulk task and a refused bulk POST say, in every shape, and in those that nobody has seen yet."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from enrich.databar.answers import TaskPhase, TaskReply, read_bulk_answers, task_phase
+from enrich.databar.error_bodies import wrong_params, wrong_rows
+from enrich.models import Answer, State
+from tests.support.cases import in_turn
+
+ADA = {"email": "ada@engine.example"}
+INVALID_PARAM = {"company": ["This field is required."]}
+INVALID_PARAM_MESSAGE = "company: This field is required."
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def parse_bulk_answer(size: int, **task: Any) -> tuple[list[Answer], int | None]:
+    """Judge a task."""
+    return read_bulk_answers(TaskReply(task, json.dumps(task)), task_phase(task), size, ["email"])
+
+
+def state_names(answers: list[Answer]) -> list[str]:
+    """Name the states of answers."""
+    return [answer.state.value for answer in answers]
+
+
+# The answer of a task
+
+
+def test_rows_get_their_own_answer() -> None:
+    """In the order sent; a wrapper, flat fields and a list of one are read as for a single run."""
+    wrapper = {"result": ADA, "steps": [{"provider": "Mailhound", "cost": "1.0"}], "enrichment_data": {}}
+    answers, price = parse_bulk_answer(4, status="completed", data=[wrapper, None, ADA, [ADA]], credits_spent=2.5)
+
+    assert state_names(answers) == ["found", "not_found", "found", "found"]
+    assert (price, [answer.credits for answer in answers]) == (2_500_000, [None] * 4)
+    assert answers[0].provider == "Mailhound"
+    assert json.loads(answers[2].raw or "") == {"data": ADA}
+
+
+@in_turn("data", [None, [], {}, [None, None], [{}, []]])
+def test_empty_data_is_no_match(data: object) -> None:
+    """However the API writes that it found nothing."""
+    assert state_names(parse_bulk_answer(2, status="completed", data=data, credits_spent=0)[0]) == ["not_found"] * 2
+
+
+@in_turn("data", [[ADA], [ADA, ADA, ADA], ADA, "text", 7, True])
+def test_unaligned_data_fails_all_rows(data: object) -> None:
+    """Nobody's answer is shown as another's; what came is kept once, and not as the first row's own."""
+    answers, price = parse_bulk_answer(2, status="completed", data=data, credits_spent=1)
+
+    assert state_names(answers) == ["failed", "failed"]
+    assert "nobody can tell which is whose" in str(answers[1].error)
+    assert (price, answers[0].free_failure) == (1_000_000, False)
+    assert json.loads(answers[0].raw or "")["bundle"]["data"] == data
+    assert answers[1].raw is None
+
+
+@in_turn(
+    ("failed", "rest", "free"),
+    [
+        (0, "not_found", False),
+        (1, "failed", False),
+        (2, "failed", True),
+        (9, "failed", True),
+        ("2", "not_found", False),
+    ],
+)
+def test_missing_rows_in_partial_failure(failed: object, rest: str, *, free: bool) -> None:
+    """Which of them failed nobody says; only when all did at no charge they are asked again."""
+    progress = {"total": 3, "failed": failed}
+    answers, _ = parse_bulk_answer(
+        3, status="partially_completed", data=[ADA, None, None], progress=progress, credits_spent=0
+    )
+
+    assert state_names(answers) == ["found", rest, rest]
+    assert answers[1].free_failure is free
+    if failed == 1:
+        assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
+
+
+@in_turn(
+    ("status", "data", "credits_", "free"),
+    [
+        ("failed", None, 0, True),
+        ("failed", [None, None], 0, True),
+        ("cancelled", [], 0, True),
+        ("cancelled", [ADA], 0, False),
+        ("failed", None, 1, False),
+        ("failed", None, None, False),
+    ],
+)
+def test_failed_task_fails_all_rows(status: str, data: object, credits_: object, *, free: bool) -> None:
+    """At no charge only when the API says so, and gave nothing."""
+    answers, _ = parse_bulk_answer(2, status=status, data=data, credits_spent=credits_, error=["no", "way"])
+
+    assert state_names(answers) == ["failed"] * 2
+    assert [answer.free_failure for answer in answers] == [free] * 2
+    assert answers[1].error == "no; way"
+
+
+def test_expired_task_has_unknown_price() -> None:
+    """The zero in the body of an expired task is no price."""
+    answers, price = parse_bulk_answer(2, status="gone", data=None, credits_spent=0)
+
+    assert (state_names(answers), price) == (["expired"] * 2, None)
+
+
+@given(
+    task=st.dictionaries(
+        st.sampled_from(["status", "data", "error", "progress", "credits_spent"]),
+        json_values | st.lists(json_values, min_size=3, max_size=3),
+    ),
+    phase=st.sampled_from([phase for phase in TaskPhase if phase is not TaskPhase.RUNNING]),
+)
+@example(task={"data": [[[]] * 9, {"a": 10**400}, {"\ud800": "\udfff"}]}, phase=TaskPhase.COMPLETED)
+def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
+    """An answer for each row, that the ledger can hold and read again, and no price of a row."""
+    answers, price = read_bulk_answers(TaskReply(task, "{}"), phase, 3, ["email"])
+
+    assert len(answers) == 3
+    assert price is None or price >= 0
+    for answer in answers:
+        assert answer.credits is None
+        assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}
+        assert (answer.raw is not None) or answer.state in {State.FAILED, State.EXPIRED}
+        if answer.raw is not None:
+            json.loads(answer.raw.encode())
+
+
+@pytest.mark.parametrize(("depth", "state"), [(300, "not_found"), (1_000, "failed")])
+def test_deeply_nested_answer(depth: int, state: str) -> None:
+    """What can't be written down is no answer; the others are not harmed."""
+    deep: list[Any] = []
+    for _ in range(depth):
+        deep = [deep]
+
+    answers, _ = read_bulk_answers(TaskReply({"data": [deep, ADA]}, "{}"), TaskPhase.COMPLETED, 2, ["email"])
+
+    assert state_names(answers) == [state, "found"]
+
+
+# A refused POST
+
+
+@in_turn(
+    "body",
+    [
+        {"error": "INVALID_PARAMS", "detail": "Row 2: …", "rows": [{"position": 2, "fields": INVALID_PARAM}]},
+        {"detail": [{}, INVALID_PARAM, {}]},
+        {"detail": [{"loc": ["body", "params", 1, "company"], "msg": "This field is required."}]},
+    ],
+    ids=["new", "old", "FastAPI"],
+)
+def test_invalid_row_is_identified(body: object) -> None:
+    """In each generation of the body."""
+    assert wrong_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
+
+
+@in_turn(
+    "body",
+    [
+        {"rows": [{"position": 0, "fields": INVALID_PARAM}]},
+        {"rows": [{"position": 4, "fields": INVALID_PARAM}, {"position": 1, "fields": INVALID_PARAM}]},
+        {"rows": [{"fields": INVALID_PARAM}]},
+        {"rows": [{"position": "1", "fields": INVALID_PARAM}]},
+        {"rows": [{"position": True, "fields": INVALID_PARAM}]},
+        {"detail": [INVALID_PARAM]},
+        {"detail": INVALID_PARAM},
+        {"fields": INVALID_PARAM},
+        {"detail": [{"loc": ["body", "params", -1, "company"], "msg": "x"}]},
+        {"detail": [{"loc": ["body", "params", "company"], "msg": "x"}]},
+    ],
+)
+def test_error_without_row_index(body: object) -> None:
+    """Something is wrong with some of them; of a POST with one row it is that one."""
+    assert wrong_rows(body, 3) == {}
+    assert wrong_rows(body, 1) == wrong_params(body) != {}
+
+
+@in_turn(
+    "body",
+    [
+        None,
+        [],
+        {"detail": "Row 1: company: This field is required."},
+        {"error": "BATCH_TOO_LARGE", "detail": "At most 50 rows are allowed."},
+        {"detail": {"enrichments": ["5 is not part of this waterfall."]}},
+        {"detail": [{"loc": ["body", "params"], "msg": "too many"}]},
+        {"rows": []},
+    ],
+)
+def test_error_not_about_rows(body: object) -> None:
+    """The job is wrong, or the API."""
+    assert wrong_rows(body, 3) is None
+    assert wrong_rows(body, 1) is None
+
+
+@given(
+    body=json_values
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "detail": json_values
+            | st.lists(st.fixed_dictionaries({"loc": st.lists(json_values | st.just("params")), "msg": json_values})),
+            "rows": st.lists(st.fixed_dictionaries({"position": json_values, "fields": json_values})),
+            "fields": json_values,
+        },
+    ),
+    size=st.integers(1, 5),
+)
+def test_any_error_body_is_parsed(body: object, size: int) -> None:
+    """Only rows that were sent are named, each with words."""
+    named = wrong_rows(body, size)
+
+    assert named is None or all(0 <= row < size and isinstance(said, str) for row, said in named.items())

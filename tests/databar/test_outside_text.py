@@ -1,0 +1,89 @@
+"""What the filter for text from outside does to JSON, to words and to the key in them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.databar.outside_text import MASK, clean_json, clean_line, clean_text
+from tests.support.cases import in_turn
+
+KEY = 'k-1/"x\\7'
+REMOVED = "\u202a\u202e\u2066\u2069\u200e\u200f\u061c"
+BLANKED = "\0\x01\x08\x0b\x0c\x1b\x1f\x7f\x80\x9b\x9f\u2028\u2029"
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just(f"<{KEY}>"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just(KEY), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def expected(value: Any) -> Any:
+    """Clean parsed JSON string by string."""
+    if isinstance(value, dict):
+        return {expected(name): expected(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(expected, value))
+    return clean_text(value, KEY) if isinstance(value, str) else value
+
+
+@given(value=JSON, ascii_only=st.booleans())
+def test_json_strings_are_cleaned(value: Any, *, ascii_only: bool) -> None:
+    """However the strings are written, the values are those that cleaning each string gives."""
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    assert json.loads(clean_json(body, KEY)) == expected(json.loads(body))
+
+
+@given(body=st.binary(max_size=60) | st.text('{}[]":,\\ub6f\0\u202e' + KEY, max_size=60).map(str.encode))
+def test_broken_json_is_cleaned(body: bytes) -> None:
+    """Whatever the bytes are, neither the key nor a control character is left, and cleaning twice changes nothing."""
+    clean = clean_json(body, KEY)
+    assert KEY.encode() not in clean
+    assert json.dumps(KEY)[1:-1].encode() not in clean
+    if b"\\" not in clean and b"\0" not in body:
+        assert clean_text(clean.decode(errors="replace")) == clean.decode(errors="replace")
+
+
+@in_turn(
+    "written",
+    ["key-0000-0001", r"\u006bey-0000-0001", r"\u006Bey\u002d0000-0001", r"key\u202e-0000-0001", "key-0000-\u200f0001"],
+)
+def test_key_is_found_in_all_spellings(written: str) -> None:
+    """As an escape, as an object's key, and with invisible characters within."""
+    for body in (f'{{"a": ["x{written}y"]}}', f'{{"{written}": 1}}', f'{{"a": "x{written}'):
+        clean = clean_json(body.encode(), "key-0000-0001").decode()
+        assert "0001" not in clean
+        assert MASK in clean
+
+
+def test_clean_text_is_unchanged() -> None:
+    """The very bytes, with long numbers, accents and emoji, line breaks and tabs."""
+    body = '{"n": 12345678901234567890123, "s": "caf\u00e9 \\u00e9 \\ud83d\\ude00 😀\\n\\t \u2019", "f": 1.10}'.encode()
+    assert clean_json(body, KEY) == body
+
+
+def test_numeric_key_keeps_numbers() -> None:
+    """It is replaced in strings only, so that JSON stays JSON."""
+    assert clean_json(b'{"a": 12345678, "b": "12345678"}', "12345678") == b'{"a": 12345678, "b": "[key]"}'
+
+
+def test_utf16_and_utf32_json_is_cleaned() -> None:
+    """UTF-16 and UTF-32 hold the key in other bytes."""
+    for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
+        assert json.loads(clean_json(json.dumps({"a": f"{KEY}\u202e"}).encode(encoding), KEY)) == {"a": MASK}
+
+
+def test_deep_nesting_is_cleaned() -> None:
+    """Nothing recurses."""
+    clean = clean_json(b"[" * 100_000 + json.dumps(KEY).encode(), KEY)
+    assert clean == b"[" * 100_000 + json.dumps(MASK).encode()
+
+
+def test_control_and_bidi_characters() -> None:
+    """In text; line breaks and tabs stay unless it must be one line."""
+    assert clean_text(f"a{REMOVED}b{BLANKED}c\r\n\td\ud800") == f"ab{' ' * len(BLANKED)}c\r\n\td?"
+    assert clean_line(f" a\n{BLANKED}b\t\u200bc\ud800 {KEY}", KEY) == f"a b c? {MASK}"

@@ -1,0 +1,498 @@
+"""The proxy and the certificates of the environment: what is used, and what is refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import shutil
+import subprocess
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from enrich.databar.client import Client
+from enrich.databar.clock import SystemClock
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.network import Proxy, find_proxy, load_certificates
+from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
+from enrich.run.preflight import retry_until
+from tests.databar.test_client import BODY, CREATED, KEY
+from tests.support.cases import first_quick, in_turn
+from tests.support.connect_proxy import Certificate, make_certificate, serve_connect_proxy
+from tests.support.raw_server import http_reply, serve_replies, unused_port
+from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
+
+HOST = "api.enrich.example"
+API = f"https://{HOST}/v1"
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates with openssl")
+
+LOOPBACK = [
+    "http://127.0.0.1:8000/v1",
+    "http://127.9.9.9/v1",
+    "http://localhost:8000/v1",
+    "http://LOCALHOST/v1",
+    "https://localhost./v1",
+    "http://[::1]:8000/v1",
+    "http://[0:0:0:0:0:0:0:1]/v1",
+    "https://[::ffff:127.0.0.1]/v1",
+]
+INVALID_PROXIES = ["socks5://127.0.0.1:9", "http://", "http://[", "http://proxy.example:http", "://", "nonsense://x"]
+
+
+@in_turn("base_url", LOOPBACK)
+@in_turn("value", [*INVALID_PROXIES, "http://proxy.example:3128"])
+def test_loopback_ignores_proxy(base_url: str, value: str) -> None:
+    """The demo runs behind any corporate proxy, and even beside a broken variable."""
+    names = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]
+    assert find_proxy(dict.fromkeys(names, value), base_url) is None
+
+
+@in_turn(
+    ("environ", "url"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://p.example:3128"}, "http://p.example:3128"),
+        ({"HTTPS_PROXY": "http://p.example:3128/"}, "http://p.example:3128"),
+        ({"HTTPS_PROXY": "HTTP://P.example:3128/path?x#y"}, "http://p.example:3128"),
+        ({"https_proxy": "p.example:3128"}, "http://p.example:3128"),
+        ({"https_proxy": " p.example:3128 "}, "http://p.example:3128"),
+        ({"https_proxy": "p.example"}, "http://p.example:1080"),
+        ({"https_proxy": "https://p.example"}, "https://p.example:443"),
+        ({"https_proxy": "https://p.example:8443"}, "https://p.example:8443"),
+        ({"https_proxy": "[2001:db8::7]:3128"}, "http://[2001:db8::7]:3128"),
+        ({"https_proxy": "127.0.0.1:3128"}, "http://127.0.0.1:3128"),
+        ({"https_proxy": "a.example:1", "HTTPS_PROXY": "b.example:1"}, "http://a.example:1"),
+        ({"https_proxy": "", "HTTPS_PROXY": "b.example:1"}, "http://b.example:1"),
+        ({"https_proxy": "", "HTTPS_PROXY": ""}, None),
+        ({"https_proxy": " ", "all_proxy": "", "ALL_PROXY": ""}, None),
+        ({"all_proxy": "a.example:1"}, "http://a.example:1"),
+        ({"ALL_PROXY": "a.example:1"}, "http://a.example:1"),
+        ({"all_proxy": "a.example:1", "ALL_PROXY": "b.example:1"}, "http://a.example:1"),
+        ({"all_proxy": "a.example:1", "HTTPS_PROXY": "b.example:1"}, "http://b.example:1"),
+        ({"https_proxy": "", "all_proxy": "a.example:1"}, "http://a.example:1"),
+        ({"http_proxy": "a.example:1", "HTTP_PROXY": "a.example:1", "ftp_proxy": "a.example:1"}, None),
+        ({"all_proxy": "socks5://a.example:1", "HTTPS_PROXY": "b.example:1"}, "http://b.example:1"),
+        ({"http_proxy": "socks5://a.example:1", "HTTPS_PROXY": "b.example:1"}, "http://b.example:1"),
+    ],
+)
+def test_proxy_variable_precedence(environ: Mapping[str, str], url: str | None) -> None:
+    """Lower case first, the scheme's before `all_proxy`; empty is none, without a scheme it is http."""
+    proxy = find_proxy(environ, API)
+    assert (proxy.url if proxy else None) == url
+
+
+@in_turn(
+    ("no_proxy", "direct", "proxied"),
+    [
+        ("*", [HOST, "10.1.2.3"], []),
+        ("a.example, *", [HOST], []),
+        (HOST, [HOST, f"{HOST}:8443", f"x.{HOST}", HOST.upper(), f"{HOST}."], ["enrich.example", f"x{HOST}"]),
+        ("enrich.example", [HOST, "enrich.example"], ["notenrich.example", "enrich.example.org"]),
+        (".enrich.example", [HOST, "enrich.example"], ["notenrich.example"]),
+        ("*.enrich.example", [HOST], ["notenrich.example"]),
+        ("ENRICH.example.", [HOST], ["other.example"]),
+        ("example", [HOST], ["api.example.org"]),
+        (f"{HOST}:443", [HOST, f"{HOST}:443"], [f"{HOST}:8443"]),
+        ("enrich.example:8443", [f"{HOST}:8443"], [HOST]),
+        ("a.example b.example,,\tenrich.example ,", [HOST], ["c.example"]),
+        ("", [], [HOST]),
+        (" , ,", [], [HOST]),
+        (".", [], [HOST]),
+        ("10.1.2.3", ["10.1.2.3", "10.1.2.3:8443"], ["10.1.2.30", "10.1.2.4"]),
+        ("10.1.2.3:443", ["10.1.2.3"], ["10.1.2.3:8443"]),
+        ("10.0.0.0/8", ["10.1.2.3", "10.255.0.1:8443", "[::ffff:10.1.2.3]"], ["11.0.0.1", HOST, "[2001:db8::7]"]),
+        ("10.9.9.9/8", ["10.1.2.3"], ["11.0.0.1"]),
+        ("10.0.0.0/255.0.0.0", ["10.1.2.3"], ["11.0.0.1"]),
+        ("10.0.0.0/33 10.0.0.0/x /8 10.0.0/8", [], ["10.1.2.3"]),
+        ("2001:db8::7", ["[2001:db8::7]", "[2001:db8:0::7]:8443"], ["[2001:db8::8]"]),
+        ("[2001:db8::7]", ["[2001:db8::7]"], ["[2001:db8::8]"]),
+        ("[2001:DB8::7]:8443", ["[2001:db8::7]:8443"], ["[2001:db8::7]"]),
+        ("2001:db8::/32", ["[2001:db8::7]"], ["[2001:db9::7]", "10.1.2.3"]),
+        ("[2001:db8::]/32", ["[2001:db8::7]"], ["[2001:db9::7]"]),
+        ("1.2.3", [], ["10.1.2.3"]),
+    ],
+)
+@in_turn("name", ["no_proxy", "NO_PROXY"])
+def test_no_proxy_matching(no_proxy: str, direct: list[str], proxied: list[str], name: str) -> None:
+    """Hosts, their domains, ports, addresses and networks, with commas or blanks between them."""
+    environ = {"https_proxy": "http://p.example:3128", name: no_proxy}
+    assert [host for host in direct if find_proxy(environ, f"https://{host}/v1")] == []
+    assert [host for host in proxied if not find_proxy(environ, f"https://{host}/v1")] == []
+
+
+def test_lower_case_no_proxy_first() -> None:
+    """Unless it is empty, which is as if it were not there."""
+    environ = {"https_proxy": "p.example:1", "NO_PROXY": "*"}
+    assert find_proxy(environ, API) is None
+    assert find_proxy(environ | {"no_proxy": "a.example"}, API) is not None
+    assert find_proxy(environ | {"no_proxy": ""}, API) is None
+
+
+@in_turn(
+    ("userinfo", "pair"),
+    [
+        ("ada:s3cret", b"ada:s3cret"),
+        ("ada:p%40ss%3A%2F%23word", b"ada:p@ss:/#word"),
+        ("dom%5Cada:x", b"dom\\ada:x"),
+        ("ada", b"ada:"),
+        (":s3cret", b":s3cret"),
+        ("ad%C3%A4:%E2%82%AC", "adä:€".encode()),
+        ("a:b%0D%0Ax: y", b"a:b\r\nx: y"),
+        ("a@b:c", b"a@b:c"),
+    ],
+)
+def test_proxy_credentials_become_header(userinfo: str, pair: bytes) -> None:
+    """They are in no URL and no repr from then on."""
+    proxy = find_proxy({"https_proxy": f"http://{userinfo}@p.example:3128"}, API)
+    assert proxy is not None
+    assert proxy.url == "http://p.example:3128"
+    assert proxy.authorization == SecretStr("Basic " + base64.b64encode(pair).decode())
+    shown = repr(proxy) + str(proxy)
+    assert base64.b64encode(pair).decode() not in shown
+    assert "s3cret" not in shown
+
+
+@in_turn("scheme", ["socks", "socks4", "socks4a", "socks5", "SOCKS5H", "ftp", "quic", "file", ""])
+@in_turn("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+def test_unsupported_proxy_kinds(scheme: str, name: str) -> None:
+    """Ignored, the key would take a way that its owner did not want."""
+    with pytest.raises(JobError, match=f"^{name}: ") as caught:
+        find_proxy({name: f"{scheme}://ada:s3cret@p.example:1080"}, API)
+    message = f"{caught.value} {caught.value.hint}"
+    assert scheme.lower() in message
+    assert "no_proxy" in message
+    assert "s3cret" not in message
+    assert find_proxy({name: f"{scheme}://p.example:1080", "no_proxy": HOST}, API) is None
+
+
+@in_turn(
+    "value",
+    [
+        "http://",
+        "http://ada:s3cret@",
+        "http://ada:s3#cret@p.example:3128",
+        "http://ada:s3/cret@p.example:3128",
+        "http://p.example:0",
+        "http://p.example:99999",
+        "http://p.example:s3cret",
+        "http://s3 cret.example:1",
+        "http://[::1",
+        "http://[s3cret]:1",
+        "ada:s3cret",
+    ],
+)
+def test_invalid_proxy_url_is_not_shown(value: str) -> None:
+    """A password with a sign that should have been percent-encoded is not printed."""
+    with pytest.raises(JobError, match=r"^https_proxy: not the address of a proxy$") as caught:
+        find_proxy({"https_proxy": value}, API)
+    assert "s3" not in "".join(traceback.format_exception(caught.value))
+
+
+# Over real connections.
+
+
+def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -> str:
+    """Post a run and poll it once, with this environment."""
+
+    async def asking() -> str:
+        access = ApiAccess(base_url, SecretStr(KEY))
+        async with Client(
+            access, SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds, environ=environ
+        ) as client:
+            task_id = await client.submit("email_getter", BODY)
+            await client.poll_task(task_id)
+            return task_id
+
+    return asyncio.run(asking())
+
+
+def answer_post_or_get(line: str) -> object:
+    """Answer a POST with a task, a GET with its answer."""
+    return {"task_id": "t-1", "status": "created" if line.startswith("POST") else "processing"}
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    """A certificate of the API's host."""
+    return make_certificate(tmp_path, f"DNS:{HOST}")
+
+
+@pytest.fixture
+def proxy_certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """A certificate of a proxy on loopback."""
+    return make_certificate(tmp_path_factory.mktemp("proxy"), "IP:127.0.0.1")
+
+
+@needs_openssl
+@pytest.mark.parametrize("value", ["http://127.0.0.1:{}", "127.0.0.1:{}", "http://ada:s3%2Fcret@127.0.0.1:{}/"])
+def test_api_through_proxy(certificate: Certificate, value: str) -> None:
+    """The proxy is asked for a tunnel only, and sees neither the request nor the key."""
+    with (
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port) as proxy,
+    ):
+        environ = {"HTTPS_PROXY": value.format(proxy.port), "SSL_CERT_FILE": str(certificate.file)}
+        assert post_and_poll(environ) == "t-1"
+        assert [seen.line.split()[:2] for seen in server.requests] == [
+            ["POST", "/v1/waterfalls/email_getter/run"],
+            ["GET", "/v1/tasks/t-1"],
+        ]
+        assert [head.partition("\r\n")[0] for head in proxy.request_heads] == [f"CONNECT {HOST}:443 HTTP/1.1"] * 2
+        basic = base64.b64encode(b"ada:s3/cret").decode()
+        for head in proxy.request_heads:
+            assert KEY not in head
+            assert (f"proxy-authorization: basic {basic}".lower() in head.lower()) is ("@" in value)
+        assert not any("authorization" in seen.head.lower() for seen in server.requests)
+
+
+@needs_openssl
+@pytest.mark.parametrize("scheme", ["https", "HTTPS"])
+def test_proxy_over_tls(certificate: Certificate, proxy_certificate: Certificate, scheme: str) -> None:
+    """TLS to the proxy, and in it TLS to the API."""
+    bulk_task = certificate.file.parent / "both.pem"
+    bulk_task.write_bytes(certificate.file.read_bytes() + proxy_certificate.file.read_bytes())
+    with (
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port, tls=proxy_certificate.server()) as proxy,
+    ):
+        environ = {"all_proxy": f"{scheme}://ada:x@127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(bulk_task)}
+        assert post_and_poll(environ) == "t-1"
+        assert len(proxy.request_heads) == len(server.requests) == 2
+        assert "proxy-authorization" in proxy.request_heads[0].lower()
+
+
+def failed_post(environ: Mapping[str, str], base_url: str = API) -> ApiCallFailed:
+    """Post a run that fails; no secret is in what is written of it, nor in what it was raised from."""
+    with pytest.raises(ApiCallFailed) as caught:
+        post_and_poll(environ, base_url)
+    error: BaseException | None = caught.value
+    written = "".join(traceback.format_exception(caught.value)) + str(caught.value.hint)
+    while error is not None:
+        written += repr(error) + repr(error.args) + str(error)
+        error = error.__cause__ or error.__context__
+    for secret in ("s3cret", "s3%63ret", base64.b64encode(b"ada:s3cret").decode(), KEY):
+        assert secret not in written
+    return caught.value
+
+
+@in_turn("status", [200, 301, 401, 403, 407, 502, 599])
+def test_proxy_refuses_tunnel(status: int) -> None:
+    """The error names the variable and the status, and shows neither user nor password."""
+    refusal = b"HTTP/1.1 %d s3cret\r\nproxy-authenticate: s3cret\r\nconnection: close\r\n\r\ns3cret" % status
+    with serve_connect_proxy(0, refusal=refusal) as proxy:
+        error = failed_post({"https_proxy": f"http://ada:s3%63ret@127.0.0.1:{proxy.port}"})
+        assert type(error) is RequestNotAccepted
+        assert f"http://127.0.0.1:{proxy.port} of https_proxy" in error.message
+        if status != 200:
+            assert f"HTTP {status}" in error.message
+
+
+@in_turn("refusal", [b"garbage s3cret\r\n\r\n", b"HTTP/1.1 200", b"\x00" * 99_999, b"HTTP/1.1 200 OK\r\n"])
+def test_proxy_without_http(refusal: bytes) -> None:
+    """What it says is not quoted."""
+    with serve_connect_proxy(0, refusal=refusal) as proxy:
+        assert type(failed_post({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is RequestNotAccepted
+
+
+def test_unreachable_proxy() -> None:
+    """It is named, with its variable: the API itself may be well."""
+    port = unused_port()
+    error = failed_post({"ALL_PROXY": f"ada:s3cret@127.0.0.1:{port}"})
+    assert type(error) is RequestNotAccepted
+    assert f"http://127.0.0.1:{port} of ALL_PROXY" in error.message
+
+
+@in_turn("name", ["HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"])
+def test_run_on_loopback_without_proxy(name: str) -> None:
+    """Neither for POSTs nor for polls, whatever the environment says."""
+    with serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line))) as server:
+        assert post_and_poll({name: "http://127.0.0.1:1"}, server.base_url) == "t-1"
+
+
+@needs_openssl
+@pytest.mark.parametrize("by_proxy", ["proxy", "no proxy"])
+def test_netrc_is_ignored(
+    certificate: Certificate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_proxy: str
+) -> None:
+    """Its passwords are for other programs."""
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(
+        "".join(f"machine {host} login ada password s3cret\n" for host in (HOST, "127.0.0.1", "localhost"))
+        + "default login ada password s3cret\n"
+    )
+    netrc.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(netrc))
+    tls = certificate.server() if by_proxy == "proxy" else None
+    with (
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=tls) as server,
+        serve_connect_proxy(server.port) as proxy,
+    ):
+        through = {"https_proxy": f"127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(certificate.file)}
+        post_and_poll(os.environ | through, API if tls else server.base_url)
+        assert len(server.requests) == 2
+        for head in [seen.head for seen in server.requests] + proxy.request_heads:
+            assert "authorization" not in head.lower()
+
+
+# Certificates.
+
+
+def test_default_certificates() -> None:
+    """None: whatever comes with the program; an empty variable is none."""
+    assert load_certificates({}) is None
+    assert load_certificates({"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}) is None
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    "kind", first_quick(2, ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"])
+)
+def test_invalid_certificate_file(certificate: Certificate, tmp_path: Path, kind: str) -> None:
+    """Nothing takes its place in silence; a pipe and a device are not read at all."""
+    path = tmp_path / "named.pem"
+    match kind:
+        case "empty":
+            path.touch()
+        case "text":
+            path.write_text("this is no certificate")
+        case "key":
+            path.write_bytes(certificate.key.read_bytes())
+        case "broken":
+            path.write_bytes(certificate.file.read_bytes().replace(b"A", b"B"))
+        case "folder":
+            path.mkdir()
+        case "unreadable":
+            path = Path("/proc/self/mem")
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path = Path("/dev/zero")
+    with pytest.raises(JobError, match=f"^SSL_CERT_FILE: {path}: ") as caught:
+        load_certificates({"SSL_CERT_FILE": str(path)})
+    assert caught.value.hint
+
+
+@needs_openssl
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "unhashed"])
+def test_invalid_certificate_folder(certificate: Certificate, tmp_path: Path, kind: str) -> None:
+    """OpenSSL would find nothing in it and say nothing of it."""
+    path = tmp_path / "certificates"
+    if kind == "file":
+        path.touch()
+    elif kind != "missing":
+        path.mkdir()
+    if kind == "unhashed":
+        shutil.copy(certificate.file, path)
+    with pytest.raises(JobError, match=f"^SSL_CERT_DIR: {path}: "):
+        load_certificates({"SSL_CERT_DIR": str(path)})
+    with pytest.raises(JobError, match=r"^SSL_CERT_DIR: "):
+        load_certificates({"SSL_CERT_DIR": str(path), "SSL_CERT_FILE": str(certificate.file)})
+
+
+@pytest.mark.long
+@needs_openssl
+@pytest.mark.parametrize("separated", ["{}", "/nowhere:{}"])
+def test_certificate_folder(certificate: Certificate, tmp_path: Path, separated: str) -> None:
+    """Several folders are one list."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    shutil.copy(certificate.file, folder)
+    subprocess.run(["openssl", "rehash", str(folder)], check=True, capture_output=True)
+    with (
+        serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
+        serve_connect_proxy(server.port) as proxy,
+    ):
+        environ = {"https_proxy": f"127.0.0.1:{proxy.port}", "SSL_CERT_DIR": separated.format(folder)}
+        assert post_and_poll(environ) == "t-1"
+
+
+@pytest.mark.long
+@needs_openssl
+@pytest.mark.parametrize("kind", ["unknown", "expired", "another host"])
+@pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
+def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> None:
+    """Asking again changes nothing; the words name the certificate and SSL_CERT_FILE. Nothing was sent."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    mine, its = ("IP:127.0.0.1", f"DNS:{HOST}") if whose == "the API's" else (f"DNS:{HOST}", "IP:127.0.0.1")
+    name = "DNS:other.example" if kind == "another host" else its
+    bad = make_certificate(tmp_path / "bad", name, -1 if kind == "expired" else 1)
+    good = make_certificate(tmp_path / "good", mine)
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(good.file.read_bytes() + (b"" if kind == "unknown" else bad.file.read_bytes()))
+    api, front = (bad, good) if whose == "the API's" else (good, bad)
+    tries = 0
+
+    async def user() -> None:
+        nonlocal tries
+        tries += 1
+        async with Client(ApiAccess(API, SecretStr(KEY)), SystemClock(), environ=environ) as client:
+            await client.get_user()
+
+    with (
+        serve_replies(CREATED, tls=api.server()) as server,
+        serve_connect_proxy(server.port, tls=front.server()) as proxy,
+    ):
+        environ = {"https_proxy": f"https://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(trusted)}
+        assert type(failed_post(environ)) is CertificateUntrusted
+        with pytest.raises(ApiUnreachable, match="certificate") as caught:
+            asyncio.run(retry_until(user, 20.0))
+        assert tries == 1
+        assert "SSL_CERT_FILE" in (caught.value.hint or "")
+        assert not server.requests
+
+
+# The whole program.
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """Make a job and two leads."""
+    workspace = Workspace(tmp_path)
+    workspace.write_job()
+    workspace.write_leads(make_leads(2))
+    return workspace
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[SandboxApi]:
+    """Serve the sandbox on loopback."""
+    with serve_api(tmp_path / "api.db") as api:
+        yield api
+
+
+@pytest.mark.long
+def test_loopback_with_broken_network_settings(workspace: Workspace, api: SandboxApi) -> None:
+    """A broken proxy variable and a missing certificate file are nothing to it."""
+    broken = {"HTTP_PROXY": "socks5://x", "https_proxy": "http://[", "ALL_PROXY": "://", "SSL_CERT_FILE": "/nowhere"}
+    assert workspace.run_in_process("run", "job.yaml", api=api, **broken).exit_code == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("https_proxy", "socks5://127.0.0.1:9"), ("ALL_PROXY", "http://ada:s3#cret@x"), ("SSL_CERT_FILE", "/nowhere")],
+)
+@pytest.mark.parametrize("command", [("run", "job.yaml"), ("plan", "job.yaml"), ("waterfalls",)])
+def test_invalid_network_settings_are_exit_2(
+    workspace: Workspace, variable: str, value: str, command: tuple[str, ...]
+) -> None:
+    """With the variable's name, without a traceback, before anything is sent."""
+    environ = {"DATABAR_BASE_URL": API, "DATABAR_API_KEY": KEY, variable: value}
+    result = workspace.run_in_process(*command, api=None, **environ)
+    assert result.exit_code == 2
+    assert f"error: {variable}: " in result.stderr
+    assert "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "cret" not in result.stderr + result.stdout
+
+
+def test_proxy_password_is_hidden() -> None:
+    """Whatever prints it."""
+    proxy = Proxy("http://p.example:1", "https_proxy", SecretStr("Basic s3cret"))
+    assert "s3cret" not in f"{proxy} {proxy!r}"

@@ -1,0 +1,263 @@
+"""How much of an answer is read, and in which encodings: one answer costs that answer, not the memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import zlib
+from typing import Any
+
+import httpx
+import pytest
+
+from enrich.databar.transport import KEPT_START_BYTES, AnswerTooLarge
+from enrich.databar.unpacking import MAX_MEMBERS
+from tests.support.cases import in_turn
+from tests.support.raw_server import ConnectionAction, Reply, http_reply, serve_replies
+from tests.support.transport_client import Sender, send_get, with_transport
+
+MIB = 1024 * 1024
+SMALL = 256 * 1024
+BODY = json.dumps({"task_id": "a", "data": [{"email": f"lead-{number}@engine.example"} for number in range(5000)]})
+TEXT = BODY.encode()
+
+
+def deflate_raw(data: bytes) -> bytes:
+    """Pack without zlib's header."""
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def chunked(data: bytes, size: int) -> bytes:
+    """Write a body in chunks."""
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def compressed_zeros(times: int, level: int = 9) -> bytes:
+    """Pack so many MiB of zeros, with a wrong checksum, in no time."""
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15)
+    block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + block * times + packer.flush() + bytes(8)
+
+
+COMPRESSED = {
+    "gzip": ("gzip", gzip.compress(TEXT)),
+    "gzip by its old name": ("x-gzip", gzip.compress(TEXT)),
+    "gzip in other letters, with blanks": (" GZip , identity ", gzip.compress(TEXT)),
+    "gzip members": ("gzip", gzip.compress(TEXT[:100]) + gzip.compress(b"") + gzip.compress(TEXT[100:])),
+    "gzip, not compressed": ("gzip", gzip.compress(TEXT, 0)),
+    "zlib": ("deflate", zlib.compress(TEXT)),
+    "zlib, hardly compressed": ("deflate", zlib.compress(TEXT, 1)),
+    "raw deflate": ("deflate", deflate_raw(TEXT)),
+    "identity": ("identity", TEXT),
+    "an empty name": ("", TEXT),
+}
+
+
+@pytest.mark.long
+@in_turn(("encoding", "data"), COMPRESSED.values(), ids=COMPRESSED.keys())
+@in_turn("chunk", [0, 1, 1000])
+def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk: int) -> None:
+    """In whole or in chunks of any size; nobody unpacks them again, the header is gone."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %b\r\n" % encoding.encode()
+    if chunk:
+        reply = head + b"transfer-encoding: chunked\r\n\r\n" + chunked(data, chunk)
+    else:
+        reply = head + b"content-length: %d\r\n\r\n" % len(data) + data
+    with serve_replies(Reply(reply)) as server:
+        response = send_get(server.base_url)
+        assert response.content == TEXT
+        assert "content-encoding" not in response.headers
+
+
+def test_highly_compressed_body_is_complete() -> None:
+    """Much comes out of few bytes, some of it after the last was read."""
+    for size in (0, 1, 64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1, 3 * MIB + 7):
+        for encoding, pack in (("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", deflate_raw)):
+            with serve_replies(http_reply(200, pack(bytes(size)), content_encoding=encoding)) as server:
+                assert send_get(server.base_url).content == bytes(size)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_empty_compressed_body(encoding: str) -> None:
+    """A 429 without a body may say that it is packed."""
+    with serve_replies(http_reply(429, b"", content_encoding=encoding)) as server:
+        response = send_get(server.base_url)
+        assert (response.status_code, response.content) == (429, b"")
+
+
+CORRUPT = {
+    "gzip cut": ("gzip", gzip.compress(TEXT)[:-9]),
+    "gzip without its checksum": ("gzip", gzip.compress(TEXT)[:-1]),
+    "gzip header alone": ("gzip", gzip.compress(TEXT)[:5]),
+    "one byte of gzip": ("gzip", b"\x1f"),
+    "second member cut": ("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:-20]),
+    "a wrong checksum": ("gzip", gzip.compress(TEXT)[:-8] + bytes(8)),
+    "bytes behind gzip": ("gzip", gzip.compress(TEXT) + b"more"),
+    "no gzip": ("gzip", TEXT),
+    "too many members": ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1)),
+    "zlib cut": ("deflate", zlib.compress(TEXT)[:-3]),
+    "one byte of deflate": ("deflate", b"\x78"),
+    "raw deflate cut": ("deflate", deflate_raw(TEXT)[:-3]),
+    "bytes behind zlib": ("deflate", zlib.compress(TEXT) + zlib.compress(TEXT)),
+    "no deflate": ("deflate", TEXT),
+    "brotli": ("br", b"\x0b\x02\x80{}\x03"),
+    "zstd": ("zstd", b"\x28\xb5\x2f\xfd"),
+    "packed twice": ("gzip, gzip", gzip.compress(gzip.compress(TEXT))),
+    "a name that nobody has heard of": ("enrich", TEXT),
+}
+
+
+@in_turn(("encoding", "data"), CORRUPT.values(), ids=CORRUPT.keys())
+@in_turn("status", [200, 500])
+def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int) -> None:
+    """It is said in words; what came is not shown as an answer, and the next request has another connection."""
+
+    async def two(send: Sender) -> str:
+        with pytest.raises(httpx.ReadError) as caught:
+            await send("/a")
+        assert type(caught.value) is httpx.ReadError
+        await send("/b")
+        return str(caught.value)
+
+    with serve_replies(
+        lambda seen: http_reply(status, data, content_encoding=encoding) if "/a" in seen.line else http_reply(200, {})
+    ) as server:
+        words = with_transport(server.base_url, two)
+        assert words in {
+            "the answer is packed, and damaged",
+            "the answer is packed, and its end is missing",
+            "the answer is packed, and more follows its end",
+            "the answer is in an encoding that was not asked for",
+        }
+
+
+@in_turn("over", [-1, 0, 1, 1000])
+@in_turn("packed", [True, False])
+def test_response_size_limit_is_exact(over: int, packed: bool) -> None:  # noqa: FBT001 - a case
+    """An answer of the bound is read, one byte more is too much; its start is kept."""
+    data = (TEXT * 2)[: SMALL - 200 + over] if not packed else bytes(SMALL + over)
+    if packed:
+        reply = http_reply(200, gzip.compress(data), content_encoding="gzip")
+        bound = SMALL
+    else:
+        reply = http_reply(200, data)
+        bound = len(reply.data) - over
+    with serve_replies(reply) as server:
+        if over <= 0:
+            assert send_get(server.base_url, max_bytes=bound).content == data
+            return
+        with pytest.raises(AnswerTooLarge, match="larger than") as caught:
+            send_get(server.base_url, max_bytes=bound)
+        assert data.startswith(caught.value.start)
+
+
+ENDLESS = {
+    "a body": b"HTTP/1.1 200 OK\r\ncontent-length: 999999999999\r\n\r\n" + TEXT * 9,
+    "a body without length": b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + TEXT * 9,
+    "chunks": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + (b"3e8\r\n" + TEXT[:1000] + b"\r\n") * 900,
+    "chunks of a byte": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * 100_000,
+    "what a chunk says of itself": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;" + b"x" * 900_000,
+    "trailers": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 100_000,
+    "interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 40_000,
+    "empty lines": b"\r\n" * 400_000,
+    "packed": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 99999999\r\n\r\n" + compressed_zeros(9),
+    "a header": b"HTTP/1.1 200 OK\r\nx: " + b"x" * 4_000_000,
+    "a header's name": b"HTTP/1.1 200 OK\r\n" + b"x" * 4_000_000,
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"x-some: thing\r\n" * 100_000,
+    "a reason": b"HTTP/1.1 200 " + b"x" * 4_000_000,
+    "digits of a length": b"HTTP/1.1 200 OK\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n",
+    "digits of a chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"0" * 900_000,
+}
+
+
+@in_turn("data", ENDLESS.values(), ids=ENDLESS.keys())
+def test_endless_response_is_cut_at_limit(data: bytes) -> None:
+    """Wherever it has no end, it is cut off, long before its time is over; the connection is not used again."""
+
+    async def two(send: Sender) -> httpx.Response:
+        with pytest.raises(httpx.ReadError) as caught:
+            await send("/a", seconds=60)
+        assert "no answer in" not in str(caught.value)
+        return await send("/b")
+
+    with serve_replies(
+        lambda seen: Reply(data, ConnectionAction.HANG) if "/a" in seen.line else http_reply(200, {"b": 1})
+    ) as server:
+        assert with_transport(server.base_url, two, max_bytes=SMALL).json() == {"b": 1}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT001 - a case
+    """64 KiB of it, unpacked: it shows what came."""
+    data = TEXT * 20
+    reply = http_reply(200, gzip.compress(data), content_encoding="gzip") if packed else http_reply(200, data)
+    with serve_replies(reply) as server:
+        with pytest.raises(AnswerTooLarge) as caught:
+            send_get(server.base_url, max_bytes=SMALL)
+        assert caught.value.start == data[:KEPT_START_BYTES]
+
+
+@in_turn("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])
+def test_invalid_content_length_is_an_error(length: bytes) -> None:
+    """Nor are two that differ: nobody knows where that answer ends."""
+    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", ConnectionAction.CLOSE)
+    with serve_replies(reply) as server, pytest.raises(httpx.ReadError):
+        send_get(server.base_url)
+
+
+def test_truncated_body_is_an_error() -> None:
+    """The connection was cut off, or an intermediary was."""
+    reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}", ConnectionAction.CLOSE)
+    with serve_replies(reply) as server, pytest.raises(httpx.ReadError, match="too early"):
+        send_get(server.base_url)
+
+
+#: Asks for something side by side, in a process of its own, and prints how many failed and the most memory, in KiB.
+MEASURE_SCRIPT = """
+import asyncio, json, resource, sys
+from tests.support.transport_client import Sender, with_transport
+
+async def ask(send: Sender) -> list[object]:
+    return await asyncio.gather(*(send("/a", seconds=60) for _ in range(int(sys.argv[2]))), return_exceptions=True)
+
+answers = with_transport(sys.argv[1], ask)
+failed = [type(answer).__name__ for answer in answers if isinstance(answer, Exception)]
+del answers
+print(json.dumps([failed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def measure(reply: Reply, times: int) -> tuple[list[str], float]:
+    """Tell how `times` such answers at once fail, and how much memory they take, in MiB."""
+    with serve_replies(reply) as server:
+        process = subprocess.run(
+            [sys.executable, "-c", MEASURE_SCRIPT, server.base_url, str(times)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    failed: list[str]
+    failed, kib = json.loads(process.stdout)
+    return failed, kib / 1024
+
+
+def compressed_reply(data: bytes, **headers: Any) -> Reply:
+    """Answer with something packed already."""
+    return http_reply(200, data, content_encoding="gzip", **headers)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 32])
+def test_decompression_bomb_memory_limit(times: int) -> None:
+    """10 GiB of zeros in 10 MiB, one or 32 at once; and such that grow more slowly."""
+    rows = json.dumps([{"email": f"lead-{number}@engine.example"} for number in range(60_000)]).encode()
+    slow = gzip.compress(rows) * 30
+    _, without = measure(http_reply(200, {"task_id": "a"}), times)
+    for bomb in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
+        failed, memory = measure(bomb, times)
+        assert failed == ["AnswerTooLarge"] * times
+        assert memory - without < 100

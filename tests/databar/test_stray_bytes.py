@@ -1,0 +1,197 @@
+"""Which bytes count as the answer of which request, when an API or a proxy sends more than was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests.support.cases import in_turn
+from tests.support.raw_server import ConnectionAction, RawServer, ReceivedRequest, Reply, http_reply, serve_replies
+from tests.support.transport_client import Sender, with_transport
+from tests.support.workspace import wait_until
+
+STRAY_REPLY = http_reply(200, {"task_id": "another"}).data
+#: What an API, a proxy or a load balancer may send without being asked.
+STRAY_REPLIES = {
+    "an answer again": STRAY_REPLY,
+    "an answer of another kind": http_reply(500, {"task_id": "another"}).data,
+    "an answer without a body": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "a 408 with its end": b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+    "an interim answer": b"HTTP/1.1 103 Early Hints\r\n\r\n",
+    "a chunked answer": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "half a head": b"HTTP/1.1 200 OK\r\ncontent-le",
+    "half a body": b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{",
+    "the first byte of an answer": b"H",
+    "garbage": b"\x00\xff garbage",
+    "text": b"Service Unavailable\r\n\r\n",
+    "an empty line": b"\r\n",
+}
+each_stray = pytest.mark.parametrize("stray", STRAY_REPLIES.values(), ids=STRAY_REPLIES.keys())
+
+
+def requested_path(request: ReceivedRequest) -> str:
+    """Name what was asked for."""
+    return request.line.split()[1].rpartition("/")[2]
+
+
+def echo(request: ReceivedRequest) -> bytes:
+    """Answer with what was asked for."""
+    return http_reply(200, {"task_id": requested_path(request)}).data
+
+
+async def wait_until_closed(server: RawServer, number: int) -> None:
+    """Wait until a connection is over."""
+    await asyncio.to_thread(wait_until, lambda: number in server.closed_connections)
+
+
+@each_stray
+def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
+    """They come 30 ms after the answer, while nothing is asked: the connection is closed at once."""
+
+    async def two(send: Sender) -> list[object]:
+        first = await send("/a")
+        await wait_until_closed(server, 1)
+        return [first.json(), (await send("/b")).json()]
+
+    with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=stray if seen.connection == 1 else b"")) as server:
+        assert with_transport(server.base_url, two) == [{"task_id": "a"}, {"task_id": "b"}]
+        assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (2, "b")]
+
+
+@each_stray
+@pytest.mark.parametrize("body", [b"", b'{"task_id": "a"}'])
+@pytest.mark.parametrize("apart", ["in one piece", "the end apart"])
+def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apart: str) -> None:
+    """Head, body and stray bytes come in one piece, or the body's last byte with them: all kinds end the connection.
+
+    Garbage right behind an answer may spoil that answer, which is asked for again.
+    """
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    whole = head + body + stray
+    cut = len(whole) - len(stray) - 1
+    first = Reply(whole[:cut], stray_bytes=whole[cut:]) if apart == "the end apart" else Reply(whole)
+
+    async def several(send: Sender) -> list[bytes]:
+        try:
+            contents = [(await send("/a")).content]
+        except httpx.ReadError:
+            contents = [body]
+        return contents + [(await send("/b")).content for _ in range(3)]
+
+    with serve_replies(lambda seen: first if requested_path(seen) == "a" else Reply(echo(seen))) as server:
+        assert with_transport(server.base_url, several) == [body] + [b'{"task_id": "b"}'] * 3
+        if stray != b"\r\n":  # some servers end a body with it
+            assert {seen.connection for seen in server.requests if requested_path(seen) == "b"}.isdisjoint({1})
+
+
+@in_turn("stray", [STRAY_REPLY, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"220 mail.example"])
+def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
+    """What is there when the connection stands is no answer: the request is not sent on it."""
+
+    async def slow_down() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+            if server.greeting_sent.wait(0.2):  # blocks the loop, as a busy machine would
+                return
+
+    async def one(send: Sender) -> None:
+        slow = asyncio.create_task(slow_down())
+        with pytest.raises(httpx.ConnectError, match="before the request"):
+            await send("/a", method="POST")
+        await slow
+
+    with serve_replies(lambda seen: Reply(echo(seen)), greeting=stray) as server:
+        with_transport(server.base_url, one, reuse=False)
+        assert not server.requests
+
+
+def test_no_reuse_uses_new_connections() -> None:
+    """So a POST never reads what an earlier exchange left, nor meets a server that closes an idle connection."""
+
+    async def three(send: Sender) -> list[tuple[object, object]]:
+        answers = [await send(f"/{name}", method="POST") for name in "abc"]
+        return [(answer.json()["task_id"], answer.extensions["fresh"]) for answer in answers]
+
+    with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=STRAY_REPLY)) as server:
+        assert with_transport(server.base_url, three, reuse=False) == [("a", True), ("b", True), ("c", True)]
+        assert [seen.connection for seen in server.requests] == [1, 2, 3]
+
+
+def test_fresh_connection_on_demand() -> None:
+    """It is told of each answer whether its connection carried another request before."""
+
+    async def several(send: Sender) -> list[object]:
+        answers = [await send("/a"), await send("/a"), await send("/a", fresh=True), await send("/a")]
+        return [answer.extensions["fresh"] for answer in answers]
+
+    with serve_replies(lambda seen: Reply(echo(seen))) as server:
+        assert with_transport(server.base_url, several) == [True, False, True, False]
+        assert [seen.connection for seen in server.requests] == [1, 1, 2, 1]
+
+
+def test_fresh_requests_do_not_queue() -> None:
+    """They have connections of their own: 32 silent polls hold up none."""
+
+    async def both(send: Sender) -> object:
+        silent = [asyncio.create_task(send("/silent")) for _ in range(32)]
+        await asyncio.to_thread(wait_until, lambda: len(server.requests) == 32)
+        answer = await send("/a", fresh=True)
+        for task in silent:
+            task.cancel()
+        await asyncio.gather(*silent, return_exceptions=True)
+        return answer.json()["task_id"]
+
+    def answer(request: ReceivedRequest) -> Reply:
+        return Reply(action=ConnectionAction.HANG) if requested_path(request) == "silent" else Reply(echo(request))
+
+    with serve_replies(answer) as server:
+        assert with_transport(server.base_url, both) == "a"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_close_connection_of_response(times: int) -> None:
+    """As for an answer that has another's task id; once more does no harm."""
+
+    async def two(send: Sender) -> object:
+        answer = await send("/a")
+        for _ in range(times):
+            answer.extensions["close"]()
+        await wait_until_closed(server, 1)
+        return (await send("/b")).json()["task_id"]
+
+    with serve_replies(lambda seen: Reply(echo(seen))) as server:
+        assert with_transport(server.base_url, two) == "b"
+        assert [seen.connection for seen in server.requests] == [1, 2]
+
+
+def test_closed_connection_fails_its_request() -> None:
+    """That request's answer would come from a connection that mixes them up; it is asked again on another."""
+
+    async def two(send: Sender) -> object:
+        first = await send("/a")
+        second = asyncio.create_task(send("/b"))
+        await asyncio.to_thread(wait_until, lambda: len(server.requests) == 2)
+        first.extensions["close"]()
+        return (await second).json()["task_id"]
+
+    def answer(request: ReceivedRequest) -> Reply:
+        silent = requested_path(request) == "b" and request.connection == 1
+        return Reply(action=ConnectionAction.HANG) if silent else Reply(echo(request))
+
+    with serve_replies(answer) as server:
+        assert with_transport(server.base_url, two) == "b"
+        assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (1, "b"), (2, "b")]
+
+
+def test_interim_responses_are_skipped() -> None:
+    """1xx may come before it, any number of them."""
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + b"HTTP/1.1 103 Early Hints\r\nlink: <x>\r\n\r\n"
+
+    async def two(send: Sender) -> list[object]:
+        return [(await send(f"/{name}")).json()["task_id"] for name in "ab"]
+
+    with serve_replies(lambda seen: Reply(interim + echo(seen))) as server:
+        assert with_transport(server.base_url, two) == ["a", "b"]
+        assert [seen.connection for seen in server.requests] == [1, 1]

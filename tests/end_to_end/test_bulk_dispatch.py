@@ -1,0 +1,704 @@
+"""`dispatch: bulk`: many requests as one task, with the promises of single runs, by the API's own books."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
+from enrich.ledger.verify import check_ledger
+from enrich.models import State
+from enrich.run.context import RunOptions
+from enrich.run.dispatcher import Dispatcher
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
+from enrich.sandbox import Fault, questions
+from tests.commands.test_forget_and_purge import forget_matching, ledger_bytes
+from tests.support.cases import examples, first_quick
+from tests.support.run_loops import open_loops
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    FILE_ONLY,
+    SHORT_TIMEOUTS,
+    SILENT,
+    SandboxApi,
+    Workspace,
+    clock_ahead,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+
+LEADS, BULK_SIZE = 25, 10
+#: So many single runs are submitted within a second on any machine.
+FEW_LEADS = 6
+#: What one request of the standard job may cost at worst, in credits.
+MAX_PRICE = 3.51
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+@pytest.fixture
+def workspace(workspace: Workspace) -> Workspace:
+    """Make a job that sends ten requests as one task, with 25 leads."""
+    workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}")
+    workspace.write_leads(make_leads(LEADS))
+    return workspace
+
+
+def status_counts(workspace: Workspace) -> Counter[str]:
+    """Count the rows by status."""
+    return Counter(row["enrich_status"] for row in workspace.read_output())
+
+
+def request_count(api: SandboxApi, name: str) -> int:
+    """Count the requests of a kind that the API has seen."""
+    return int(api.audit()["requests"].get(name, 0))
+
+
+def accepted_counts(api: SandboxApi) -> dict[str, int]:
+    """Tell how many runs of each lead were accepted."""
+    return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
+
+
+def bulk_tasks(workspace: Workspace) -> list[tuple[Any, ...]]:
+    """Look at the bundles as a person does: size, credits, states."""
+    return workspace.sql("SELECT size, credits, states FROM readable_bundles ORDER BY id")
+
+
+def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary: RunSummary) -> None:
+    """Nothing twice, nothing lost, the receipt is the vendor's bill, and the ledger agrees with itself."""
+    audit = api.audit()
+    assert audit["paid_twice"] == 0
+    assert summary.credits_spent == pytest.approx(audit["credits_charged"])
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+# One task for many
+
+
+def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace) -> None:
+    """Three POSTs for 25 leads; each row has its answer, its task, and no price of its own."""
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted, summary.credits_unknown) == (0, LEADS, 0)
+    assert (request_count(api, "bulk_run"), request_count(api, "run"), request_count(api, "task")) == (
+        3,
+        0,
+        summary.polls,
+    )
+    output = workspace.read_output()
+    assert len({row["enrich_task_id"] for row in output}) == 3
+    assert {row["enrich_credits"] for row in output} == {""}
+    assert {row["enrich_status"] for row in output} == {"found", "not_found"}
+    assert_consistent_with_audit(api, workspace, summary)
+
+
+def test_task_price_is_stored_once(api: SandboxApi, workspace: Workspace) -> None:
+    """Once, beside its bundle: status, runs, plan and a person with `sqlite3` see the same sum."""
+    summary = workspace.run_job(api)
+
+    sizes = [size for size, _, _ in bulk_tasks(workspace)]
+    assert sizes == [10, 10, 5]
+    assert sum(float(credits_) for _, credits_, _ in bulk_tasks(workspace)) == pytest.approx(summary.credits_spent)
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
+    assert (status["credits_spent"], status["credits_unknown"]) == (summary.credits_spent, 0)
+    runs = workspace.run_in_process("runs", "job.yaml", "--json").json_output
+    assert runs["totals"]["credits_spent"] == summary.credits_spent
+    workspace.write_leads(make_leads(2 * LEADS))
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    assert plan["cost"]["likely"] == pytest.approx(summary.credits_spent, abs=1e-4)
+
+
+def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> None:
+    """Ten requests in a POST take a tenth of the time."""
+    workspace.write_job(limits="{requests_per_second: 1}", dispatch="{bulk: 25}")
+    assert workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output["seconds"] == 2.5
+    assert (
+        "polls a task of 25"
+        in workspace.run_in_process("plan", "job.yaml", api=api).stderr
+        + workspace.run_in_process("plan", "job.yaml", api=api).stdout
+    )
+
+
+def test_second_run_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
+    """Answers are reused, and more leads are a new task."""
+    workspace.run_job(api)
+    workspace.write_leads(make_leads(LEADS + 3))
+
+    summary = workspace.run_job(api)
+
+    assert (summary.submitted, summary.reused, request_count(api, "bulk_run")) == (3, LEADS, 4)
+    assert set(accepted_counts(api).values()) == {1}
+
+
+@pytest.mark.long
+@settings(max_examples=examples(4), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(1, 1000),
+    size=st.integers(2, 20),
+    shape=st.sampled_from(["wrapped", "wrapper_object", "flat", "flat_list"]),
+    hit_rate=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: float) -> None:
+    """But for credits, task ids and times."""
+    outputs = []
+    for bulk in (None, size):
+        with tempfile.TemporaryDirectory() as folder:
+            workspace = Workspace(Path(folder))
+            workspace.write_job(**({"dispatch": f"{{bulk: {bulk}}}"} if bulk else {}))
+            workspace.write_leads(make_leads(12))
+            with serve_api(workspace.folder / "api.db", seed=seed, shape=shape, hit_rate=hit_rate) as api:
+                assert workspace.run_job(api).exit_code == ExitCode.OK
+            differ = {"enrich_credits", "enrich_task_id", "enrich_at"}
+            outputs.append([{k: v for k, v in row.items() if k not in differ} for row in workspace.read_output()])
+    assert outputs[0] == outputs[1]
+
+
+# POSTs that go wrong
+
+
+@pytest.mark.parametrize(
+    "fault",
+    first_quick(
+        2, ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+    ),
+)
+def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """They are never sent again by themselves; a person's word buys them as a task again."""
+    api.inject_fault(fault, 1, "post")
+    summary = workspace.run_job(api, timing=SILENT if fault == "silence-after" else SHORT_TIMEOUTS)
+    assert (summary.exit_code, summary.in_doubt, summary.submitted) == (ExitCode.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
+    before = accepted_counts(api)
+
+    again = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (again.exit_code, again.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+    by_word = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
+    assert (by_word.exit_code, by_word.json_output["submitted"]) == (0, BULK_SIZE)
+
+
+@pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "redirect"]))
+def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """All of its rows, once."""
+    api.inject_fault(fault, 2, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, LEADS, LEADS)
+    assert_consistent_with_audit(api, workspace, summary)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), first_quick(1, [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
+)
+def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace, fault: str, code: ExitCode) -> None:
+    """401 and 406 mean what they mean for single runs."""
+    api.inject_fault(fault, 99, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (summary.exit_code, summary.pending, summary.in_doubt) == (code, LEADS, 0)
+    api.clear_faults()
+    assert workspace.run_job(api).exit_code == ExitCode.OK
+    assert api.audit()["accepted"] == LEADS
+
+
+def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) -> None:
+    """Where a whole task is too dear (406), smaller ones are sent; no night buys nothing, or anything twice."""
+    with serve_api(tmp_path / "api.db", balance=8 * MAX_PRICE, hit_rate=1.0) as api:
+        runs = [workspace.run_job(api)]
+        while runs[-1].exit_code == ExitCode.CREDITS:
+            assert runs[-1].submitted > 0
+            runs.append(workspace.run_job(api))
+        assert request_count(api, "406") > 0
+        assert accepted_counts(api) == dict.fromkeys(lead_names(range(LEADS)), 1)
+    assert runs[-1].exit_code == ExitCode.OK
+
+
+@pytest.mark.long
+def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
+    """A task that was too dear teaches for the whole run: POSTs that buy nothing use the allowance, too."""
+    workspace.write_job(dispatch="{bulk: 64}")
+    workspace.write_leads(make_leads(400))
+    with serve_api(tmp_path / "api.db", balance=30 * MAX_PRICE, hit_rate=1.0) as api:
+        summary = workspace.run_job(api)
+        assert summary.exit_code == ExitCode.CREDITS
+        # Six times halved, and some on the wire each time; were nothing learned, it would be hundreds.
+        assert request_count(api, "406") <= 6 * 8
+
+
+@pytest.mark.long
+def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
+    """Too many at once is a mistake of the job file: nothing is bought, and the API's words are told."""
+    workspace.write_leads(make_leads(2 * BULK_SIZE))
+    with serve_api(tmp_path / "api.db", bulk_limit=5) as api:
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert (result.exit_code, result.json_output["submitted"], api.audit()["accepted"]) == (ExitCode.USAGE, 0, 0)
+        assert "At most 5 rows" in result.stderr
+        workspace.write_job(dispatch="{bulk: 5}")
+        assert workspace.run_job(api).exit_code == ExitCode.OK
+
+
+@pytest.fixture
+def rejected_leads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Let the API refuse the leads of this set, which our own check takes for good."""
+    refused: set[str] = set()
+    judge = questions._mistakes
+
+    def mistakes(waterfall: Any, params: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"company": ["Bad."]} if params["first_name"] in refused else judge(waterfall, params)
+
+    monkeypatch.setattr(questions, "_mistakes", mistakes)
+    return refused
+
+
+def lead_names(numbers: Iterable[int]) -> set[str]:
+    """Name leads."""
+    return {f"First{number}" for number in numbers}
+
+
+@pytest.mark.parametrize("shape", first_quick(1, ["new", "fields", "old", "old_short"]))
+@pytest.mark.parametrize("numbers", [(3,), (0, 9, 10, 24), tuple(range(8, 15))])
+def test_invalid_rows_fail_and_rest_is_resent(
+    tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any, numbers: tuple[int, ...]
+) -> None:
+    """In each generation of the API's body, also when it does not say which rows it means."""
+    rejected_leads |= lead_names(numbers)
+    with serve_api(tmp_path / "api.db", error_shape=shape) as api:
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+        assert accepted_counts(api) == dict.fromkeys(lead_names(range(LEADS)) - rejected_leads, 1)
+
+    assert (summary.exit_code, summary.failed) == (ExitCode.SOME_FAILED, len(rejected_leads))
+    failed = {
+        row["First Name"]: row["enrich_error"] for row in workspace.read_output() if row["enrich_status"] == "failed"
+    }
+    assert failed == dict.fromkeys(rejected_leads, "company: Bad.")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", ["new", "old_short"])
+def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any) -> None:
+    """Every row is failed, and nothing was bought."""
+    rejected_leads |= lead_names(range(LEADS))
+    with serve_api(tmp_path / "api.db", error_shape=shape) as api:
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, summary.failed, api.audit()["accepted"]) == (ExitCode.SOME_FAILED, LEADS, 0)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+# Answers
+
+
+@pytest.mark.long
+def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> None:
+    """Hits alone, in no order, as the API once did: nobody gets another's address, and the price is told."""
+    with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+
+    assert (summary.exit_code, summary.failed, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, 0)
+    assert summary.credits_spent > 0
+    assert all("nobody can tell which is whose" in row["enrich_error"] for row in workspace.read_output())
+    assert not any(row["work_email"] for row in workspace.read_output())
+
+
+@pytest.mark.long
+def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> None:
+    """`explain` does not show the first address of the task as the first row's."""
+    with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
+        workspace.run_job(api)
+    output = workspace.run_in_process("explain", "job.yaml", "--row", "1", "--json").json_output
+    (attempt,) = output["rows"][0]["request"]["attempts"]
+    assert (attempt["answer"], attempt["credits"], attempt["together"]) == (None, None, BULK_SIZE)
+    assert attempt["task_credits"] > 0
+    line = workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
+    assert "with 9 others" in line
+    assert "credits for all 10 of the task" in line
+
+
+@pytest.mark.long
+def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace) -> None:
+    """An empty list is aligned with anything."""
+    with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.0) as api:
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.not_found) == (0, LEADS)
+
+
+@pytest.mark.long
+def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
+    """What was found is found; a row without an answer is failed where some failed, and says so."""
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0, hit_rate=0.6) as api:
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+
+    assert summary.exit_code == ExitCode.SOME_FAILED
+    assert summary.found
+    assert any("failed or not found" in row["enrich_error"] for row in workspace.read_output())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attempts", [1, 5])
+def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attempts: int) -> None:
+    """All of its rows, up to `max_attempts`; rows that fail in a task that cost something are not."""
+    workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy=f"{{max_attempts: {attempts}}}")
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, hit_rate=1.0) as api:
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+    assert set(task_counts(workspace)) == {min(attempts, 2)}
+    assert bool(summary.found) is (attempts > 1)
+    assert summary.failed == LEADS - (summary.found or 0) > 0
+
+
+def task_counts(workspace: Workspace) -> list[int]:
+    """Count the tasks of each request."""
+    return [count for (count,) in workspace.sql("SELECT count(task_id) FROM attempts GROUP BY request_id")]
+
+
+@pytest.mark.long
+def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
+    """Every row of the task counts as of unknown price and keeps its reservation."""
+    with serve_api(tmp_path / "api.db", hide_credits=True) as api:
+        summary = workspace.run_job(api)
+        output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+
+    assert (summary.credits_spent, summary.credits_unknown) == (0, LEADS)
+    assert (output["unknown_price"]["number"], output["unexplained"]) == (LEADS, 0)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspace) -> None:
+    """`reconcile` counts each task's credits once."""
+    api.inject_fault("error-after", 1, "post")
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
+
+    assert output["spent"]["number"] == LEADS - BULK_SIZE
+    assert output["spent"]["most"] == pytest.approx(summary.credits_spent)
+    assert (output["in_doubt"]["number"], output["unexplained"]) == (BULK_SIZE, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["410", "gone"])
+def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
+    """Every row of the task, at an unknown price, whatever the body says."""
+    with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
+        workspace.submit_without_collecting(api)
+        status = workspace.run_in_process("status", "job.yaml")
+        assert "25  requests at the API" in status.stdout
+        crontab = [f"--env={name}={value}" for name, value in workspace.environ.items()]
+        assert "25 paid requests wait" in workspace.run_in_process("doctor", "job.yaml", *crontab, api=api).stdout
+        api.advance(200_000)
+        summary = workspace.run_job(api)
+        assert api.audit()["accepted"] == LEADS
+
+    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, LEADS)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "code", "in_doubt"),
+    [("lost-task=1", 14, BULK_SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
+)
+def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: str, code: int, in_doubt: int) -> None:
+    """Never known since: in doubt; known late, or with a status never seen: waited for."""
+    with serve_api(tmp_path / "api.db") as api:
+        parsed = Fault.parse(fault)
+        api.inject_fault(parsed.name, 1, "post", **parsed.params)
+        summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (summary.exit_code, summary.in_doubt) == (code, in_doubt)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> None:
+    """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
+    with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
+        workspace.submit_without_collecting(api)
+    # Old enough to be known by now.
+    assert workspace.sql("SELECT count(*) FROM attempts WHERE seen_alive = 1") == [(LEADS,)]
+    workspace.sql("UPDATE attempts SET submitted_ms = submitted_ms - 600000")
+    with serve_api(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
+        summary = workspace.run_job(other, timing=replace(Timeouts(), young_task_s=0.5))
+        assert other.audit()["accepted"] == 0
+    assert (summary.exit_code, summary.expired, summary.credits_unknown) == (ExitCode.SOME_FAILED, LEADS, LEADS)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None:
+    """It failed; at no charge, so it is asked again, and paid for once."""
+    with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
+        workspace.submit_without_collecting(api)
+        ((task_id,),) = workspace.sql("SELECT task_id FROM attempts WHERE place = 0 LIMIT 1")
+        url = f"{api.base_url}/tasks/{task_id}/cancel"
+        httpx.post(url, headers={"x-apikey": api.api_key}, trust_env=False).raise_for_status()
+        api.advance(1_000)
+        summary = workspace.run_job(api, RunOptions(max_time_s=2.0))
+        assert (summary.exit_code, summary.submitted, status_counts(workspace)["pending"]) == (
+            ExitCode.TIME,
+            BULK_SIZE,
+            BULK_SIZE,
+        )
+        api.advance(1_000)
+        assert workspace.run_job(api).exit_code == ExitCode.OK
+        assert api.audit()["paid_twice"] == 0
+
+
+# What limits a run
+
+
+@pytest.mark.long
+def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
+    """No more is reserved than the cap has room for; what came cheaper makes room again."""
+    workspace.write_job(limits=f"{{max_credits: {7 * MAX_PRICE + 1}}}", dispatch=f"{{bulk: {BULK_SIZE}}}")
+    workspace.write_leads(make_leads(200))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+
+    assert bulk_tasks(workspace)[0][0] == 7
+    assert max(size for size, _, _ in bulk_tasks(workspace)) == 7
+    assert summary.exit_code == ExitCode.CREDITS
+    assert 6 * MAX_PRICE < summary.credits_spent <= 7 * MAX_PRICE + 1
+
+
+@pytest.mark.long
+def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
+    """`--limit` counts requests, not tasks."""
+    summary = workspace.run_job(api, RunOptions(limit=13))
+    assert (summary.submitted, summary.pending, request_count(api, "bulk_run")) == (13, LEADS - 13, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("hit_rate", "code", "bought"), [(1.0, 0, LEADS), (0.0, 15, 4)])
+def test_canary_is_a_separate_task(
+    tmp_path: Path, workspace: Workspace, hit_rate: float, code: int, bought: int
+) -> None:
+    """Its rows are judged before the others are sent."""
+    workspace.write_job(canary="{rows: 4, min_hit_rate: 0.5}", dispatch=f"{{bulk: {BULK_SIZE}}}")
+    with serve_api(tmp_path / "api.db", hit_rate=hit_rate) as api:
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, api.audit()["accepted"], bulk_tasks(workspace)[0][0]) == (code, bought, 4)
+
+
+@pytest.mark.long
+def test_bulk_posts_in_flight_limit(tmp_path: Path, workspace: Workspace) -> None:
+    """All requests of a POST are in doubt when it is lost, so at most four leave at once."""
+    workspace.write_job(dispatch="{bulk: 2}")
+    workspace.write_leads(make_leads(60))
+    with serve_api(tmp_path / "api.db", faults=(Fault("slow", 1.0, "post", {"seconds": 0.4}),)) as api:
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
+        try:
+            wait_until(lambda: request_count(api, "bulk_run") >= 1)
+            seen = max(posts_in_flight(workspace) for _ in range(100))
+        finally:
+            kill_process(process)
+    assert 2 <= seen <= 2 * MAX_BULK_POSTS_IN_FLIGHT
+
+
+def posts_in_flight(workspace: Workspace) -> int:
+    """Count the requests whose POST was not answered yet."""
+    ((count,),) = workspace.sql("SELECT count(*) FROM attempts WHERE state = 'submitting'")
+    return int(count)
+
+
+def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the execution closes between the claim and the POST, nothing is in doubt and nothing set aside."""
+    claim = Dispatcher._claim
+
+    async def claim_and_close(dispatcher: Dispatcher, room: int) -> Any:
+        claims = await claim(dispatcher, room)
+        dispatcher.run_state.stop(ExitCode.API, EnrichError("enough"))
+        return claims
+
+    monkeypatch.setattr(Dispatcher, "_claim", claim_and_close)
+
+    async def scene() -> None:
+        async with open_loops(api, tmp_path / "ledger.db", range(LEADS)) as harness:
+            await harness.run_loops(bulk=BULK_SIZE)
+            assert harness.ledger.wrapped.state_counts() == {State.PENDING: LEADS}
+            assert harness.ledger.execution_counters == (0, 0, 0, 0)
+            assert [size for (size,) in harness.ledger.query_all("SELECT size FROM bundles")] == [10, 10, 5]
+        assert check_ledger(tmp_path / "ledger.db").problems == []
+
+    asyncio.run(scene())
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+@FILE_ONLY  # a server has its own time
+def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> None:
+    """`policy.refresh` and `--retry` work on bundles, too, and a refused refresh leaves the old answer."""
+    workspace.run_job(api)
+    misses = status_counts(workspace)["not_found"]
+    workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy="{refresh: {not_found: 1d}}")
+    api.advance(3 * 86_400)
+    api.inject_fault("rate-limit-bare", 1, "post")
+
+    summary = workspace.run_job(api, clock=clock_ahead(3 * 86_400))
+
+    assert (summary.exit_code, summary.submitted) == (0, misses)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+# Interrupted, and continued otherwise
+
+
+@pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
+def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """What had left is in doubt, at most four POSTs of it; everything else is bought once."""
+    workspace.write_leads(make_leads(100))
+    api.inject_fault(fault, MAX_BULK_POSTS_IN_FLIGHT)
+    process = workspace.start_subprocess("run", "job.yaml", api=api)
+    try:
+        wait_until(lambda: api.audit()["faults"].get(fault, 0) == MAX_BULK_POSTS_IN_FLIGHT)
+    finally:
+        kill_process(process)
+    api.clear_faults()
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.in_doubt) == (ExitCode.IN_DOUBT, MAX_BULK_POSTS_IN_FLIGHT * BULK_SIZE)
+    assert summary.submitted == 100 - MAX_BULK_POSTS_IN_FLIGHT * BULK_SIZE
+    assert (api.audit()["accepted_more_than_once"], api.audit()["paid_twice"]) == (0, 0)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
+    """The next run collects the bundles first, and buys nothing again."""
+    with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
+        try:
+            wait_until(lambda: request_count(api, "bulk_run") == 3 and posts_in_flight(workspace) == 0)
+        finally:
+            kill_process(process)
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, LEADS)
+        assert_consistent_with_audit(api, workspace, summary)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", ["bulk", "single"])
+def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace, first: str) -> None:
+    """Tasks in flight are collected as what they are, however the job sends now."""
+    jobs: dict[str, dict[str, str]] = {"bulk": {"dispatch": f"{{bulk: {BULK_SIZE}}}"}, "single": {}}
+    second = "single" if first == "bulk" else "bulk"
+    with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
+        workspace.write_job(**jobs[first])
+        workspace.write_leads(make_leads(FEW_LEADS))
+        workspace.submit_without_collecting(api)
+        workspace.write_job(**jobs[second])
+        workspace.write_leads(make_leads(FEW_LEADS + 7))
+        later = workspace.run_job(api, RunOptions(max_time_s=3.0))
+        assert (later.exit_code, later.submitted) == (ExitCode.TIME, 7)
+        api.advance(60)
+        workspace.write_job(**jobs[first])
+        summary = workspace.run_job(api)
+        assert_consistent_with_audit(api, workspace, summary)
+        assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, FEW_LEADS + 7)
+
+
+@pytest.mark.long
+def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspace) -> None:
+    """Whichever job of the same ledger collects it."""
+    workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
+    with serve_api(tmp_path / "api.db", latency="fixed(30)", hit_rate=1.0) as api:
+        workspace.submit_without_collecting(api)
+        api.advance(60)
+        workspace.write_job(ledger="shared.db", columns="{other: no_such_field}", name="other")
+        assert workspace.run_job(api).not_found == LEADS
+        workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.found, summary.submitted) == (0, LEADS, 0)
+
+
+@pytest.mark.long
+def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace) -> None:
+    """Receipts, and what the doubts cost, are the vendor's bill; every run is sold once."""
+    faults = tuple(
+        map(Fault.parse, ["reset-after=0.15", "post:error-before=0.1", "post:rate-limit-bare=0.2", "broken-json=0.1"])
+    )
+    spent = 0.0
+    with serve_api(tmp_path / "api.db", faults=faults, failure_rate=0.1, fault_seed=4) as api:
+        for run_number in range(1, 4):
+            workspace.write_leads(make_leads(40 * run_number))
+            spent += workspace.run_job(api, timing=SHORT_TIMEOUTS).credits_spent
+            assert check_ledger(workspace.ledger_location).problems == []
+        audit = api.audit()
+    known = {task_id for (task_id,) in workspace.sql("SELECT task_id FROM attempts")}
+    in_doubt_rows = sum(run["credits"] for run in audit["runs"] if not known.issuperset(run["task_ids"]))
+    assert audit["faults"]["reset-after"] > 0
+    assert audit["paid_twice"] == 0
+    assert spent + in_doubt_rows == pytest.approx(audit["credits_charged"])
+
+
+# People
+
+
+@pytest.mark.long
+def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> None:
+    """The answer of a task whose rows can't be told apart names them all."""
+    workspace.write_leads(make_leads(BULK_SIZE))
+    with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
+        workspace.run_job(api)
+    raw, *_ = (raw for (raw,) in workspace.sql("SELECT answer FROM attempts WHERE answer IS NOT NULL"))
+    emails = [row["email"] for row in json.loads(raw)["bundle"]["data"]]
+    assert emails
+    assert all(email.encode() in ledger_bytes(workspace) for email in emails)
+
+    assert forget_matching(workspace, "First Name=First7") == 1
+
+    assert not any(email.encode() in ledger_bytes(workspace) for email in emails)
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) -> None:
+    """Where each row has its own answer, hers alone is erased."""
+    workspace.run_job(api)
+    before = {row["First Name"]: row["work_email"] for row in workspace.read_output()}
+    name = next(name for name, email in before.items() if email)
+
+    assert forget_matching(workspace, f"First Name={name}") == 1
+
+    workspace.run_in_process("collect", "job.yaml")
+    after = {row["First Name"]: row["work_email"] for row in workspace.read_output()}
+    assert after == before | {name: ""}
+    assert check_ledger(workspace.ledger_location).problems == []
+
+
+@pytest.mark.long
+def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
+    """Also when the first of the task was asked again since."""
+    with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
+        workspace.run_job(api)
+        workspace.sql("UPDATE attempts SET settled_ms = settled_ms - 864000000")
+        workspace.sql("UPDATE bundles SET settled_ms = settled_ms - 864000000")
+        workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED}), limit=1))
+    result = workspace.run_in_process("purge", "job.yaml", "--older-than", "5d", "--yes", "--json")
+
+    assert result.exit_code == 0, result.stderr
+    left = workspace.sql(
+        "SELECT b.size FROM attempts a JOIN bundles b ON b.id = a.bundle_id WHERE a.answer IS NOT NULL"
+    )
+    assert left == [(1,)]

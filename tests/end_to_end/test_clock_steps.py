@@ -1,0 +1,122 @@
+"""A clock that steps by hours: what the launcher does, and that no run is led astray by it, nor by a wrong `Date`."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.answer_check import ANSWER_STATUSES
+from tests.support.stepping_clock import SteppingClock, start_with_clock
+from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api, wait_until
+
+LEADS = 8
+each_clock_step = pytest.mark.parametrize("hours", [30, 2, -2, -30])
+
+
+def test_clock_steps_both_ways(tmp_path: Path) -> None:
+    """The time is off by what the file says now; without a file it is right."""
+    path = tmp_path / "clock"
+    clock = SteppingClock(path)
+    assert abs(clock.time() - time.time()) < 60
+    for hours in (5, -30, 0):
+        path.write_text(str(hours * 3600))
+        clock._read_at = float("-inf")
+        assert abs(clock.time() - time.time() - hours * 3600) < 60
+        assert abs(clock.time_ns() - time.time_ns() - hours * 3600 * 10**9) < 60 * 10**9
+    path.write_text("")
+    clock._read_at = float("-inf")
+    assert abs(clock.time() - time.time()) < 60
+
+
+@pytest.mark.long
+def test_program_runs_with_stepping_clock(api: SandboxApi, workspace: Workspace) -> None:
+    """The ledger's times are the clock's, if it is off by little; arguments and exit code pass through."""
+    workspace.write_leads(make_leads(3))
+    (workspace.folder / "clock").write_text("-240")
+    process = start_with_clock(workspace, api, workspace.folder / "clock")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    (started_at,) = workspace.sql("SELECT min(claimed_ms) FROM attempts")[0]
+    assert time.time() - 300 < started_at / 1000 < time.time() - 200
+    process = start_with_clock(workspace, api, workspace.folder / "clock", "--nonsense")
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+
+
+def submitted_count(workspace: Workspace) -> int:
+    """Count the tasks that ever had an id."""
+    if not workspace.ledger_path.exists():
+        return 0
+    try:
+        (count,) = workspace.sql("SELECT count(*) FROM attempts WHERE task_id IS NOT NULL")[0]
+    except sqlite3.OperationalError:  # its tables are being made
+        return 0
+    return int(count)
+
+
+def assert_run_completes(
+    workspace: Workspace, api: SandboxApi, hours: float | None, *options: str
+) -> dict[str, object]:
+    """Run the job, stepping the clock once all is submitted, if by any hours; every lead must get its answer."""
+    clock = workspace.folder / "clock"
+    process = start_with_clock(workspace, api, clock, *options)
+    if hours is not None:
+        wait_until(lambda: submitted_count(workspace) == LEADS, 60)
+        clock.write_text(str(hours * 3600))
+    out, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert {row["enrich_status"] for row in workspace.read_output()} <= ANSWER_STATUSES
+    summary: dict[str, object] = json.loads(out)
+    return summary
+
+
+@pytest.mark.long
+@each_clock_step
+def test_clock_step_with_flickering_task(tmp_path: Path, workspace: Workspace, hours: float) -> None:
+    """A task that is not known for some seconds is no older for a clock that stepped, and patience is no shorter."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", latency="fixed(3)") as api:
+        api.inject_fault("flickering-task", LEADS, "post", seconds=4)
+        assert_run_completes(workspace, api, hours)
+        assert api.audit()["accepted"] == LEADS
+
+
+@pytest.mark.long
+@each_clock_step
+def test_clock_step_between_runs(tmp_path: Path, workspace: Workspace, hours: float) -> None:
+    """What an earlier run left is fetched, though it seems to be of tomorrow, or long gone, and flickers."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", latency="fixed(6)") as api:
+        api.inject_fault("flickering-task", LEADS, "post", seconds=3)
+        workspace.submit_without_collecting(api)
+        (workspace.folder / "clock").write_text(str(hours * 3600))
+        assert assert_run_completes(workspace, api, None)["submitted"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("age", [0, 93_600])
+@pytest.mark.parametrize("hours", [26, -26])
+def test_wrong_date_headers(tmp_path: Path, workspace: Workspace, hours: int, age: int) -> None:
+    """An answer with a wrong `Date`, alone or of a cache with its age, writes no task off that flickers."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
+        api.inject_fault("flickering-task", LEADS, "post", seconds=3)
+        api.inject_fault("wrong-date", LEADS // 2, "get", seconds=hours * 3600, age=age)
+        assert_run_completes(workspace, api, None)
+        assert api.audit()["accepted"] == LEADS
+
+
+@pytest.mark.long
+def test_clock_step_during_retry_after(tmp_path: Path, workspace: Workspace) -> None:
+    """A `Retry-After` date is measured by the clock of the answer that has it, not by ours."""
+    workspace.write_leads(make_leads(LEADS))
+    (workspace.folder / "clock").write_text(str(-7 * 3600))
+    with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
+        api.inject_fault("rate-limit-date", 2, "post", retry_after=1)
+        elapsed = assert_run_completes(workspace, api, None)["elapsed_s"]
+        assert isinstance(elapsed, float)
+        assert elapsed < 60

@@ -1,0 +1,262 @@
+"""The disk under a run: full, read-only, damaged, gone. Told, never guessed; nothing is sent that is not remembered."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enrich.errors import CommandRefused
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import LedgerVerifier
+from tests.support.ledger import CommittingLedger
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
+
+OLD_OUTPUT = "the output of an older night\n"
+MAX_POSTS_IN_FLIGHT = 64  # the most that may be in doubt when the ledger can't remember any more
+
+
+def run_with_file_limit(workspace: Workspace, api: SandboxApi, max_file_bytes: int, *arguments: str) -> ProgramResult:
+    """Run the program where no file grows beyond `room` bytes, as on a full disk."""
+    return workspace.run_subprocess(*arguments, api=api, max_file_bytes=max_file_bytes)
+
+
+def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
+    """Expect an exit: its code here and in the JSON object, these words on stderr, a hint, no trace."""
+    assert result.exit_code == code, result.stderr
+    assert result.json_output["exit_code"] == code
+    assert "Traceback" not in result.stderr
+    for word in (*messages, "hint: "):
+        assert word in result.stderr
+    return result.json_output
+
+
+def known_task_count(workspace: Workspace) -> int:
+    """Count the tasks whose id the ledger has."""
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
+        count: int = db.execute("SELECT count(*) FROM attempts WHERE task_id IS NOT NULL").fetchone()[0]
+    return count
+
+
+def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
+    """Run again where there is room: every lead is answered or in doubt, and nothing was bought twice."""
+    summary = workspace.run_job(api)
+    audit = api.audit()
+    rows = workspace.read_output()
+    assert summary.exit_code in (0, 14)
+    assert (summary.pending, len(rows)) == (0, leads)
+    assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
+    assert (audit["paid_twice"], audit["accepted_more_than_once"]) == (0, 0)
+    told_tasks = {row["enrich_task_id"] for row in rows}
+    in_doubt = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
+    for run in audit["runs"]:
+        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= told_tasks
+    assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
+
+
+# Full
+
+
+@pytest.mark.long
+def test_disk_full_during_run_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
+    """Once the ledger can't remember, nothing is sent any more; with room again the run goes on."""
+    workspace.write_leads(make_leads(150))
+    (workspace.folder / "out.csv").write_text(OLD_OUTPUT)
+
+    result = run_with_file_limit(workspace, api, 150_000, "run", "job.yaml", "--json")
+
+    assert_exit(result, 1, "the ledger cannot be written", "make room")
+    audit = api.audit()
+    assert 0 < audit["accepted"] < 150
+    assert audit["accepted"] - known_task_count(workspace) <= MAX_POSTS_IN_FLIGHT
+    assert (workspace.folder / "out.csv").read_text() == OLD_OUTPUT
+    assert_resumes(workspace, api, 150)
+
+
+@pytest.mark.long
+def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
+    """No ledger can be made: refused before anything is sent, and no half of one stays in the way."""
+    workspace.write_leads(make_leads(5))
+
+    result = run_with_file_limit(workspace, api, 8_000, "run", "job.yaml", "--json")
+
+    assert_exit(result, 5, "job.db: the ledger cannot be opened")
+    assert api.audit()["accepted"] == 0
+    assert_resumes(workspace, api, 5)
+
+
+@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
+def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
+    """Told with the way out; `collect` writes it without paying when there is room."""
+    # Room that the ledger's journal never needs, however many commits a slow machine makes.
+    room = 3_000_000
+    leads = [
+        [*lead[:4], random.Random(number).randbytes(4_000).hex()] for number, lead in enumerate(make_leads(10) * 100)
+    ]
+    workspace.write_leads(leads)
+    workspace.write_job(output=name)
+    (workspace.folder / name).write_text(OLD_OUTPUT)
+
+    result = run_with_file_limit(workspace, api, room, "run", "job.yaml", "--json")
+
+    assert_exit(result, 1, f"{name}: the output cannot be written", "enrich collect")
+    assert (workspace.folder / name).read_text() == OLD_OUTPUT
+    assert not list(workspace.folder.glob(".*part*"))
+    assert api.audit()["accepted"] == known_task_count(workspace) == 10
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    assert (workspace.folder / name).stat().st_size > room
+    assert api.audit()["accepted"] == 10
+
+
+# Read-only
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what: str) -> None:
+    """Seen before anything is sent."""
+    workspace.write_leads(make_leads(3))
+    Ledger(workspace.ledger_path).close()
+    place, mode = (workspace.ledger_path, 0o400) if what == "file" else (workspace.ledger_path.parent, 0o500)
+    place.chmod(mode)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    place.chmod(0o700)
+    assert (result.exit_code, result.json_output["exit_code"]) == (5, 5)
+    assert "job.db" in result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """What binds root as well: a folder in the journal's place."""
+    workspace.write_leads(make_leads(3))
+    Ledger(workspace.ledger_path).close()
+    workspace.ledger_path.with_name("job.db-wal").mkdir()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "job.db: the ledger cannot be opened")
+    assert api.audit()["accepted"] == 0
+
+
+# Damaged
+
+
+def truncate(content: bytearray) -> None:
+    """Lose the second half."""
+    del content[len(content) // 2 :]
+
+
+def clear(content: bytearray) -> None:
+    """Lose everything."""
+    content.clear()
+
+
+def corrupt_pages(content: bytearray) -> None:
+    """Find noise where the newest pages were: the file opens all the same."""
+    content[-12_288:-4_096] = random.Random(3).randbytes(8_192)
+
+
+def corrupt_header(content: bytearray) -> None:
+    """Find noise where the header was."""
+    content[:100] = random.Random(3).randbytes(100)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", [truncate, clear, corrupt_pages, corrupt_header])
+def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage: Callable[[bytearray], None]) -> None:
+    """What it forgot would be paid for again: the way out is a backup, and it works."""
+    workspace.write_leads(make_leads(60))
+    workspace.run_job(api)
+    workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db")
+    content = bytearray(workspace.ledger_path.read_bytes())
+    damage(content)
+    workspace.ledger_path.write_bytes(content)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "job.db", "restore a backup")
+    assert workspace.ledger_path.read_bytes() == content
+    assert api.audit()["accepted"] == 60
+    for path in workspace.ledger_path.parent.glob("job.db*"):
+        path.unlink()
+    shutil.copyfile(workspace.folder / "copy.db", workspace.ledger_path)
+    assert workspace.run_job(api).reused == 60
+    assert api.audit()["accepted"] == 60
+
+
+def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
+    """SQLite plays the killed run's journal into it: that is seen before anything is sent."""
+    ledger = CommittingLedger.open(tmp_path / "job.db").start_and_enroll(*range(300))
+    with closing(LedgerVerifier(ledger.path)) as records:
+        records.backup(tmp_path / "copy.db")
+    for number in range(200):
+        ledger.settle(ledger.submit(str(number)))
+    (tmp_path / "restored.db-wal").write_bytes((tmp_path / "job.db-wal").read_bytes())
+    (tmp_path / "copy.db").rename(tmp_path / "restored.db")
+    ledger.wrapped.close()
+
+    with pytest.raises(CommandRefused, match=r"damaged|malformed") as refusal:
+        Ledger(tmp_path / "restored.db")
+
+    assert "-wal" in str(refusal.value.hint)
+
+
+def test_newer_ledger_is_unchanged(api: SandboxApi, workspace: Workspace) -> None:
+    """Refused by every command that opens it, to the byte the same afterwards."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    content = workspace.ledger_path.read_bytes()
+
+    for command in (["run"], ["collect"], ["status"], ["ledger", "check"]):
+        assert_exit(workspace.run_in_process(*command, "job.yaml", "--json", api=api), 5, "newer")
+
+    assert workspace.ledger_path.read_bytes() == content
+    assert api.audit()["accepted"] == 2
+
+
+def test_kill_during_ledger_creation(api: SandboxApi, workspace: Workspace) -> None:
+    """What a kill left of a ledger that was being made is no ledger, and in nobody's way."""
+    workspace.write_leads(make_leads(2))
+    workspace.ledger_path.parent.mkdir()
+    part = workspace.ledger_path.with_name(".job.db.new")
+    part.write_text("half a led")
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted) == (0, 2)
+    assert not part.exists()
+
+
+# Gone
+
+
+@pytest.mark.long
+def test_output_folder_removed(tmp_path: Path, workspace: Workspace) -> None:
+    """Removed while the run was at work it is made again; removed afterwards, `collect` makes it again."""
+    workspace.write_leads(make_leads(5))
+    workspace.write_job(output="out/out.csv")
+    with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
+        wait_until(lambda: api.audit()["accepted"] == 5)
+        shutil.rmtree(workspace.folder / "out")
+        out, err = process.communicate(timeout=90)
+        result = ProgramResult(process.returncode, out, err)
+
+        assert result.exit_code == 0, result.stderr
+        written = workspace.read_output("out/out.csv")
+        assert "pending" not in {row["enrich_status"] for row in written}
+        shutil.rmtree(workspace.folder / "out")
+        assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+        assert workspace.read_output("out/out.csv") == written
+        assert api.audit()["accepted"] == 5

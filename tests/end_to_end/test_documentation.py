@@ -1,0 +1,123 @@
+"""The documents are true: what they show is run, what they name is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from enrich.cli import cli
+from enrich.job.job import load_job
+from enrich.job.spec import JobModel
+from tests.support.cases import in_turn
+from tests.support.documents import (
+    ALL_DOCUMENTS,
+    DOCUMENTS,
+    ROOT,
+    check_console,
+    code_text,
+    enrich_invocations,
+    fenced_blocks,
+    make_checkout,
+    relative_links,
+)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def keys_of_a_job() -> set[str]:
+    """All keys that a job file may have, at any depth."""
+    schema = JobModel.model_json_schema()
+    models = [schema, *schema["$defs"].values()]
+    return {key for model in models for key in model["properties"]}
+
+
+def parse_command_line(arguments: list[str]) -> None:
+    """Read arguments as the command line does; raises click.UsageError for a command or an option that is not there."""
+    command: click.Command = cli
+    while isinstance(command, click.Group) and arguments:
+        name, *arguments = arguments
+        if name in ("-h", "--help", "--version"):
+            return
+        known = command.get_command(click.Context(command), name)
+        if known is None:
+            raise click.UsageError(f"there is no command {name}")
+        command = known
+    command.make_parser(click.Context(command)).parse_args(arguments)
+
+
+@pytest.mark.long
+@in_turn("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_console_blocks_match_output(document: Path, tmp_path: Path) -> None:
+    """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""
+    shown = document.read_text(encoding="utf-8").count("\n$ ")
+    assert check_console(document, make_checkout(tmp_path)) == shown
+
+
+@each_document
+def test_documented_jobs_load(document: Path, tmp_path: Path) -> None:
+    """Every block that is a whole job file is a right one; parts of one have keys that there are."""
+    for number, block in enumerate(fenced_blocks(document, "yaml")):
+        if re.search(r"^version:", block, re.MULTILINE):
+            path = tmp_path / f"job{number}.yaml"
+            path.write_text(block, encoding="utf-8")
+            load_job(path)
+        elif isinstance(part := yaml.safe_load(block), dict) and "apiVersion" in part:
+            parse_command_line(shlex.split(part["spec"]["entrypoint"])[1:])  # another program's file
+        elif isinstance(part, dict):
+            assert part.keys() <= JobModel.model_fields.keys()
+
+
+def test_shipped_jobs_load() -> None:
+    """The examples' jobs and those of `jobs/` are right."""
+    jobs = [*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "examples" / "jobs").glob("*.yaml")]
+    assert len(jobs) >= 4
+    for job in jobs:
+        load_job(job)
+
+
+def test_all_job_keys_are_documented() -> None:
+    """No key of the job file is unknown to the documents."""
+    shown = "\n".join(map(code_text, DOCUMENTS))
+    alone = {key for path in re.findall(r"^[\w.]+$", shown, re.MULTILINE) for key in path.split(".")}
+    assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
+
+
+@each_document
+def test_documented_commands_exist(document: Path) -> None:
+    """Every `enrich …` in a block or in a sentence names a command and options that exist."""
+    wrong = []
+    for arguments in enrich_invocations(code_text(document)):
+        try:
+            parse_command_line(arguments)
+        except click.UsageError as error:
+            wrong.append(f"enrich {' '.join(arguments)}: {error.format_message()}")
+    assert not wrong
+
+
+def test_unknown_commands_are_detected() -> None:
+    """The check itself: wrong commands and options are told, in all the forms in which documents show them."""
+    shown = (
+        "enrich rnu job\nX=y enrich run job --max-tiem 5h | tee x\n15 2 * * * K=/k /opt/bin/enrich ledger chekc J; ls"
+    )
+    found = list(enrich_invocations(shown))
+    assert len(found) == 3
+    for arguments in found:
+        with pytest.raises(click.UsageError):
+            parse_command_line(arguments)
+
+
+@in_turn("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(document: Path) -> None:
+    """Relative links point to files that are there, and to headings that they have."""
+    for link in relative_links(document):
+        name, _, heading = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}

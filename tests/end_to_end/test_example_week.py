@@ -1,0 +1,25 @@
+"""The week of `examples/week.py`: seven nights whose receipts are the vendor's bill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WEEK = Path(__file__).parents[2] / "examples" / "week.py"
+
+pytestmark = pytest.mark.long
+
+
+def test_week_summaries_match_bill(tmp_path: Path) -> None:
+    """Every credit of seven nights is in a receipt or was in doubt, and nothing is paid twice unasked."""
+    result = subprocess.run(
+        [sys.executable, WEEK, "--folder", tmp_path], capture_output=True, text=True, timeout=170, check=False
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    runs = {line.split()[0] for line in result.stdout.splitlines() if "day " in line}
+    assert runs == {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
+    assert not (tmp_path / "vendor" / "books.db-wal").exists(), "the sandbox has ended"

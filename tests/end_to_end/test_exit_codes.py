@@ -1,0 +1,935 @@
+"""Every exit code of the contract: when it comes, what it says, whether the output was written, what it cost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enrich.errors import ApiUnreachable
+from enrich.ledger.lock import lock_ledger
+from enrich.models import State
+from enrich.run.context import RunOptions
+from enrich.run.state import Timeouts
+from enrich.sandbox import Fault
+from enrich.sandbox.databar import Databar, NotFoundError
+from enrich.sandbox.questions import Refused as ApiRefusal
+from tests.support.cases import first_quick
+from tests.support.workspace import (
+    AWAY,
+    ILL,
+    SHORT_TIMEOUTS,
+    ProgramResult,
+    SandboxApi,
+    Workspace,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+
+OLD_OUTPUT = "the output of an older night\n"
+
+
+@pytest.fixture
+def old_output(workspace: Workspace) -> Path:
+    """Put an output there that only a finished execution may replace."""
+    path = workspace.folder / "out.csv"
+    path.write_text(OLD_OUTPUT)
+    return path
+
+
+def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the program, run in this process, the patience of `AWAY`."""
+    values = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
+    monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
+
+
+def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
+    """Expect an exit: its code, one JSON object that agrees, an error on stderr with these words, no traceback."""
+    assert result.exit_code == code, result.stderr
+    assert result.stdout.count("\n") == 1
+    summary = result.json_output
+    assert summary["exit_code"] == code
+    for word in messages:
+        assert word in result.stderr
+        assert code == 10 or word in summary["error"] + summary.get("hint", "") + result.stderr
+    assert "Traceback" not in result.stderr
+    return summary
+
+
+# 2: the command or the job is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
+        (["run", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
+        (["run"], ["JOB"]),
+        (["walk", "job.yaml"], ["walk"]),
+        (["run", "job.yaml", "--retry", "found"], ["`found`", "failed, expired, in_doubt"]),
+        (["run", "job.yaml", "--max-time", "5"], ["30m"]),
+        (["run", "job.yaml", "--limit", "-1"], ["--limit"]),
+        (["run", "job.yaml", "--max-credits", "-1"], ["--max-credits"]),
+        (["run", "job.yaml", "--if-locked", "ignore"], ["wait=10m"]),
+        (["run", "job.yaml", "--output", "leads.csv"], ["would replace the input"]),
+        (["run", "job.yaml", "--output", "out.docx"], ["out.docx", ".parquet"]),
+    ],
+)
+def test_usage_error_is_exit_2(api: SandboxApi, workspace: Workspace, arguments: list[str], words: list[str]) -> None:
+    """What is wrong on the command line is named, and the JSON error is there all the same."""
+    workspace.write_leads(make_leads(1))
+
+    result = workspace.run_in_process(*arguments, "--json", api=api)
+
+    assert_exit(result, 2, *words)
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"waterfall": "email_geter"}, ["job.yaml:4", "email_geter", "did you mean `email_getter`?"]),
+        ({"params": "{first_nam: First Name}"}, ["job.yaml:5", "first_nam", "did you mean `first_name`?"]),
+        ({"params": "{first_name: First Name}"}, ["job.yaml:5", "requires `last_name`"]),
+        ({"enrichments": "[833, 999]"}, ["999", "833 Mailhound"]),
+        ({"enrichments": "[833, 833]"}, ["833", "twice"]),
+        ({"email_verifier": "11"}, ["11", "10 Mailproof"]),
+        ({"columns": "{Note: email}"}, ["job.yaml:9", "columns.Note", "leads.csv"]),
+        ({"columns": "{enrich_status: email}"}, ["enrich_status"]),
+        ({"only_if_empty": "[Emial]"}, ["Emial", "did you mean `Email`?", "leads.csv"]),
+        ({"where": "Contry = 'DE'"}, ["Contry", "leads.csv"]),
+        ({"where": "Note ="}, ["where"]),
+        ({"where": "count(Note) > 1"}, ["where"]),
+        ({"where": "CAST(Note AS INT) > 1"}, ["where", "TRY_CAST"]),
+        ({"input": "out.csv"}, ["would replace the input"]),
+        ({"colour": "red"}, ["job.yaml:12", "colour", "unknown key"]),
+        ({"version": "2"}, ["job.yaml:1", "version"]),
+        ({"api_key": "sk-123"}, ["api_key", "DATABAR_API_KEY"]),
+        ({"limits": "{max_credits: lots}"}, ["limits.max_credits"]),
+        ({"params": "[unclosed"}, ["job.yaml:"]),
+    ],
+)
+def test_job_error_is_exit_2(api: SandboxApi, workspace: Workspace, replaced: dict[str, str], words: list[str]) -> None:
+    """What is wrong in the job file is named with its line, its key and the nearest right name; nothing is sent."""
+    workspace.write_leads(make_leads(1))
+    if replaced == {"input": "out.csv"}:
+        workspace.write_leads(make_leads(1), name="out.csv")
+    workspace.write_job(**replaced)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 2, *words)
+    assert "sk-123" not in result.stderr + result.stdout
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.parametrize("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
+def test_insecure_base_url_is_exit_2(workspace: Workspace, base_url: str) -> None:
+    """The key travels over https or loopback only."""
+    workspace.write_leads(make_leads(1))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=base_url, DATABAR_API_KEY="key-77")
+
+    assert_exit(result, 2, "DATABAR_BASE_URL")
+    assert "key-77" not in result.stderr
+
+
+def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
+    """Written there, it would destroy the memory of what was paid for."""
+    workspace.write_job(ledger="memory.csv")
+    workspace.write_leads(make_leads(2))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--output", "memory.csv", api=api)
+
+    assert_exit(result, 2, "ledger")
+    assert api.audit()["accepted"] == 0
+
+
+def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
+    """A wrong path in DATABAR_BASE_URL is named as what it is."""
+    workspace.write_leads(make_leads(1))
+    other_server = replace(api, base_url=api.base_url.replace("/v1", "/v2"))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=other_server)
+
+    assert_exit(result, 2, "404", "DATABAR_BASE_URL")
+
+
+@pytest.mark.long
+def test_waterfall_404_is_exit_2(
+    api: SandboxApi, workspace: Workspace, old_output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 404 to a POST is about the job, not the row: the run stops, and the rows stay to be asked."""
+
+    def submit(*_: object) -> str:
+        raise NotFoundError("Waterfall not found")
+
+    workspace.write_leads(make_leads(40))
+    monkeypatch.setattr(Databar, "submit", submit)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    summary = assert_exit(result, 2, "404", "Waterfall not found")
+    assert (summary["pending"], summary["submitted"], summary["in_doubt"]) == (40, 0, 0)
+    assert old_output.read_text() == OLD_OUTPUT
+    monkeypatch.undo()
+    assert workspace.run_job(api).submitted == 40
+
+
+# 3: the key
+
+
+def test_a_missing_key_is_exit_3(workspace: Workspace, old_output: Path) -> None:
+    """Without a key nothing starts, and the three places to put it are named."""
+    workspace.write_leads(make_leads(1))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_API_KEY="")
+
+    assert_exit(result, 3, "DATABAR_API_KEY", "DATABAR_API_KEY_FILE", "~/.databar/config", "--sandbox")
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_wrong_key_is_exit_3(tmp_path: Path, workspace: Workspace, old_output: Path, status: str) -> None:
+    """The API refuses the key: nothing was spent, and the key is in no message and no file."""
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", wrong_key=status) as api:
+        wrong = replace(api, api_key="wrong-key-5c2")
+
+        result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "log", api=wrong)
+
+        assert api.audit()["accepted"] == 0
+    assert_exit(result, 3, status, "key")
+    assert old_output.read_text() == OLD_OUTPUT
+    for text in (
+        result.stderr,
+        result.stdout,
+        *(path.read_bytes().decode("latin-1") for path in _file_names(workspace)),
+    ):
+        assert "wrong-key-5c2" not in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("scope", "accepted"), [("post", 0), ("get", 40)])
+def test_key_revoked_during_run_is_exit_3(
+    api: SandboxApi, workspace: Workspace, old_output: Path, scope: str, accepted: int
+) -> None:
+    """A key that is withdrawn stops the run; what was bought is collected when there is a key again."""
+    workspace.write_leads(make_leads(40))
+    api.inject_fault("unauthorized", 100, scope)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    summary = assert_exit(result, 3, "401", "key")
+    assert summary["pending"] == 40
+    assert summary["submitted"] <= accepted
+    assert old_output.read_text() == OLD_OUTPUT
+    api.clear_faults()
+    assert workspace.run_job(api).exit_code == 0
+    audit = api.audit()
+    assert (audit["accepted"], audit["paid_twice"]) == (40, 0)
+
+
+# 4: the API
+
+
+def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unreachable at the start: no execution comes to be, nothing was spent, the old output stays."""
+    use_short_timeouts(monkeypatch)
+    workspace.write_leads(make_leads(1))
+    unassigned = SandboxApi("http://127.0.0.1:9/v1", "key")
+    started_at = time.monotonic()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=unassigned)
+
+    assert_exit(result, 4, "unreachable", "again later")
+    assert result.json_output.keys() == {"exit_code", "error"}
+    assert time.monotonic() - started_at < 15
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+def test_short_outage_at_start_is_retried(api: SandboxApi, workspace: Workspace) -> None:
+    """A short outage at the start is sat out."""
+    workspace.write_leads(make_leads(2))
+    api.inject_fault("unavailable", 1, "all", seconds=0.4)
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted) == (0, 2)
+
+
+@pytest.mark.parametrize("fault", first_quick(1, ["html", "error-before", "rate-limit-bare", "redirect"]))
+def test_failing_api_at_start_is_exit_4(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """An API that answers nonsense is as good as none."""
+    workspace.write_leads(make_leads(1))
+    api.inject_fault(fault, 100, "me")
+
+    with pytest.raises(ApiUnreachable) as raised:
+        workspace.run_job(api, timing=AWAY)
+
+    assert raised.value.exit_code == 4
+
+
+@pytest.mark.long
+def test_outage_while_polling_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
+    """An outage in the middle: the output is written with the rest pending, and the next run collects it."""
+    workspace.write_leads(make_leads(20))
+    api.inject_fault("unavailable", 1, "get", seconds=60)
+
+    summary = workspace.run_job(api, timing=ILL)
+
+    assert summary.exit_code == 4
+    assert summary.error is not None
+    assert "503" in summary.error
+    assert summary.pending == sum(row["enrich_status"] == "pending" for row in workspace.read_output()) > 0
+    api.clear_faults()
+    second = workspace.run_job(api)
+    assert (second.pending, second.submitted) == (0, 20 - summary.submitted - (summary.in_doubt or 0))
+    assert api.audit()["accepted_more_than_once"] == 0
+
+
+def test_failing_posts_are_exit_4(api: SandboxApi, workspace: Workspace) -> None:
+    """5xx to POSTs are doubts, each of them; the run stops making more of them and leaves."""
+    workspace.write_job(limits="{in_flight: 4}")
+    workspace.write_leads(make_leads(100))
+    api.inject_fault("error-before", 1000, "post", status=503)
+    started_at = time.monotonic()
+
+    summary = workspace.run_job(api, timing=ILL)
+
+    assert summary.exit_code == 4
+    assert 0 < (summary.in_doubt or 0) <= 10
+    assert summary.pending == 100 - (summary.in_doubt or 0)
+    assert time.monotonic() - started_at < 40
+    assert len(workspace.read_output()) == 100
+
+
+@pytest.mark.long
+def test_short_post_failure_recovers(api: SandboxApi, workspace: Workspace) -> None:
+    """Half a second of 5xx with the wire full is one bad moment: the pauses grow from a second, not from a minute."""
+    workspace.write_leads(make_leads(60))
+    api.inject_fault("unavailable", 1, "post", seconds=0.5)
+    started_at = time.monotonic()
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.pending) == (14, 0)
+    assert 0 < (summary.in_doubt or 0) <= 32
+    assert time.monotonic() - started_at < 40
+
+
+@pytest.mark.long
+def test_endless_429_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
+    """Being told to wait, again and again, is no good answer."""
+    workspace.write_leads(make_leads(5))
+    api.inject_fault("rate-limit-bare", 100_000, "post")
+
+    summary = workspace.run_job(api, timing=ILL)
+
+    assert (summary.exit_code, summary.in_doubt, summary.pending) == (4, 0, 5)
+
+
+# 5: refused before spending
+
+
+def test_a_missing_input_is_exit_5(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
+    """No file of leads: nothing is sent and the old output stays."""
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "leads.csv")
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+def test_insufficient_balance_is_exit_5(tmp_path: Path, workspace: Workspace, old_output: Path) -> None:
+    """Refused before anything is spent, with both amounts."""
+    workspace.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", balance=3.5) as api:
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+        assert api.audit()["accepted"] == 0
+    assert_exit(result, 5, "balance", "3.5", "3.51")
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+@pytest.mark.long
+def test_low_balance_without_new_requests(tmp_path: Path, workspace: Workspace) -> None:
+    """When all answers are in the ledger, an empty account does not matter."""
+    workspace.write_leads(make_leads(3))
+    state = tmp_path / "api.db"
+    with serve_api(state, balance=11) as api:
+        first = workspace.run_job(api)
+        assert first.exit_code == 0
+        api.top_up(-api.audit()["balance"])
+
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert assert_exit(result, 0)["reused"] == 3
+
+
+def test_unwritable_output_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """A folder in the output's place is seen before the first POST."""
+    workspace.write_leads(make_leads(1))
+    (workspace.folder / "out.csv").mkdir()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "out.csv")
+    assert api.audit()["accepted"] == 0
+
+
+def test_not_a_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """A ledger's place that is taken by something else is left alone."""
+    workspace.write_leads(make_leads(1))
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.write_text("this is a diary, not a database, and longer than a header of SQLite is " * 3)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "job.db")
+    assert "diary" in workspace.ledger_path.read_text()
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_newer_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """An older program does not touch what a newer one wrote."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    with sqlite3.connect(workspace.ledger_path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 5, "newer")
+
+
+# 10: some rows failed
+
+
+def test_failed_rows_are_exit_10(tmp_path: Path, workspace: Workspace) -> None:
+    """The output is written and says which rows failed and why; tomorrow that is no news any more."""
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
+        first = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        second = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    summary = assert_exit(first, 10)
+    failed = [row for row in workspace.read_output() if row["enrich_status"] == "failed"]
+    assert summary["failed"] == len(failed) > 0
+    assert all("response" in row["enrich_error"] for row in failed)
+    assert "--retry failed" in first.stderr
+    assert assert_exit(second, 0)["failed"] == len(failed)
+
+
+@pytest.mark.long
+def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 400 that names a param is about that row: it failed at no cost, the others go on."""
+    submit = Databar.submit
+
+    def picky(self: Databar, order: Any, quirk: Any = None) -> str:
+        if order.rows[0]["first_name"] == "First3":
+            raise ApiRefusal({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
+        return submit(self, order, quirk)
+
+    monkeypatch.setattr(Databar, "submit", picky)
+    workspace.write_leads(make_leads(6))
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.failed, summary.submitted) == (10, 1, 5)
+    assert workspace.read_output()[3]["enrich_error"] == "company: Bad."
+    assert workspace.read_output()[3]["enrich_credits"] in ("", "0")
+
+
+# 11: the lock
+
+
+def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
+    """One at a time: who comes second leaves at once and touches nothing."""
+    workspace.write_leads(make_leads(1))
+    with lock_ledger(workspace.ledger_path, 0):
+        fails = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        skips = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
+        waits = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait=1s", api=api)
+
+    assert_exit(fails, 11, "another execution", "--if-locked")
+    assert skips.exit_code == skips.json_output["exit_code"] == 0
+    assert_exit(waits, 11)
+    assert old_output.read_text() == OLD_OUTPUT
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_if_locked_wait(api: SandboxApi, workspace: Workspace) -> None:
+    """`--if-locked wait` starts when the first one is done."""
+    workspace.write_leads(make_leads(1))
+    holding, release = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with lock_ledger(workspace.ledger_path, 0):
+            holding.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    holding.wait(10)
+    threading.Timer(0.5, release.set).start()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait", api=api)
+
+    thread.join()
+    assert assert_exit(result, 0)["submitted"] == 1
+
+
+@pytest.mark.long
+def test_lock_released_by_killed_process(api: SandboxApi, workspace: Workspace) -> None:
+    """A killed execution locks nobody out."""
+    workspace.write_leads(make_leads(1))
+    api.inject_fault("silence-before")
+    process = workspace.start_subprocess("run", "job.yaml", api=api)
+    wait_until(lambda: api.audit()["faults"].get("silence-before", 0) == 1)
+    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).exit_code == 11
+
+    kill_process(process)
+
+    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).exit_code == 14
+
+
+# 12: credits
+
+
+def test_cap_reached_is_exit_12(api: SandboxApi, workspace: Workspace) -> None:
+    """Never more than `--max-credits`, what is in flight included; the rest is pending and bought another night."""
+    workspace.write_leads(make_leads(20))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--max-credits", "8", api=api)
+
+    summary = assert_exit(result, 12, "cap", "max_credits")
+    assert 0 < summary["submitted"] < 20
+    assert summary["credits_spent"] == pytest.approx(api.audit()["credits_charged"])
+    assert summary["credits_spent"] <= 8
+    assert summary["pending"] == sum(row["enrich_status"] == "pending" for row in workspace.read_output()) > 0
+    assert workspace.run_job(api).pending == 0
+    assert api.audit()["paid_twice"] == 0
+
+
+def test_zero_cap_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
+    """`--max-credits 0` collects and writes, and sends nothing."""
+    workspace.write_leads(make_leads(2))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--max-credits", "0", api=api)
+
+    assert_exit(result, 12)
+    assert api.audit()["accepted"] == 0
+
+
+def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None:
+    """406 from the API stops the buying; topped up, the next run goes on where this one stopped."""
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", balance=15) as api:
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+        summary = assert_exit(result, 12, "406", "credits")
+        assert 0 < summary["submitted"] < 30
+        assert summary["pending"] == 30 - summary["submitted"]
+        assert summary["in_doubt"] == 0
+        assert len(workspace.read_output()) == 30
+        api.top_up(1000)
+        assert workspace.run_job(api).exit_code == 0
+        audit = api.audit()
+    assert (audit["accepted"], audit["paid_twice"]) == (30, 0)
+
+
+# 13: time
+
+
+def test_max_time_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
+    """`--max-time` ends the run with the output written; what was bought is collected by the next one."""
+    workspace.write_leads(make_leads(5))
+    state = tmp_path / "api.db"
+    with serve_api(state, latency="fixed(30)") as api:
+        started_at = time.monotonic()
+        result = workspace.run_in_process("run", "job.yaml", "--json", "--max-time", "3s", api=api)
+        assert time.monotonic() - started_at < 25
+        api.advance(60)
+        second = workspace.run_job(api)
+        audit = api.audit()
+
+    summary = assert_exit(result, 13, "--max-time")
+    assert summary["pending"] == 5
+    assert summary["submitted"] > 0
+    assert (second.exit_code, second.submitted, second.pending) == (0, 5 - summary["submitted"], 0)
+    assert (audit["accepted"], audit["paid_twice"]) == (5, 0)
+
+
+@pytest.mark.long
+def test_max_time_waits_for_posts_in_flight(tmp_path: Path, workspace: Workspace) -> None:
+    """What is on the wire when the time is over is waited for, as after a signal."""
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=4"),)) as api:
+        summary = workspace.run_job(api, RunOptions(max_time_s=2.5))
+    assert summary.submitted > 0
+    assert summary.in_doubt == 0
+
+
+@pytest.mark.long
+def test_max_time_applies_to_earlier_tasks(tmp_path: Path, workspace: Workspace) -> None:
+    """Collecting what is outstanding counts as well: a slow API does not stretch the window."""
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        workspace.write_job(limits="{requests_per_second: 1}")
+        started_at = time.monotonic()
+        summary = workspace.run_job(api, RunOptions(max_time_s=1.0))
+
+    assert time.monotonic() - started_at < 15
+    assert (summary.exit_code, summary.pending) == (13, 20)
+
+
+@pytest.mark.long
+def test_run_within_max_time_is_exit_0(api: SandboxApi, workspace: Workspace) -> None:
+    """A run that is done before its time is over is a success."""
+    workspace.write_leads(make_leads(5))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--max-time", "1m", api=api)
+
+    assert_exit(result, 0)
+
+
+@pytest.mark.long
+def test_task_timeout_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
+    """A task that hangs no longer holds the run: the rest is written, the next run asks it first."""
+    workspace.write_job(policy="{patience: 1s}")
+    workspace.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(300)") as api:
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        api.advance(400)
+        second = workspace.run_job(api)
+
+    summary = assert_exit(result, 13, "still running")
+    assert summary["pending"] == 3
+    assert (second.exit_code, second.pending, second.submitted) == (0, 0, 0)
+
+
+# 14: in doubt
+
+
+@pytest.mark.parametrize(
+    "fault",
+    first_quick(3, ["no-task-id", "error-after", "html-200", "broken-json", "wrong-json", "reset-after", "lost-task"]),
+)
+def test_in_doubt_is_exit_14(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """Nobody can tell whether it was charged: the row says so, and it is not asked again by itself, ever."""
+    workspace.write_leads(make_leads(4))
+    api.inject_fault(fault)
+
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    second = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+    assert (summary.exit_code, summary.in_doubt) == (14, 1)
+    assert (second.exit_code, second.in_doubt, second.submitted) == (14, 1, 0)
+    row = next(row for row in workspace.read_output() if row["enrich_status"] == "in_doubt")
+    assert row["enrich_error"]
+    assert row["enrich_credits"] == ""
+    audit = api.audit()
+    assert (audit["accepted"], audit["accepted_more_than_once"]) == (4, 0)
+
+
+@pytest.mark.long
+def test_summary_explains_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
+    """The receipt on stderr says what a person may do."""
+    workspace.write_leads(make_leads(2))
+    api.inject_fault("no-task-id")
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 14)
+    assert "--retry in_doubt" in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["rate-limit", "rate-limit-date", "redirect"])
+def test_rejected_post_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
+    """What provably was not accepted is simply sent again."""
+    workspace.write_leads(make_leads(3))
+    api.inject_fault(fault, 2, "post")
+
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.in_doubt, summary.submitted) == (0, 0, 3)
+    assert api.audit()["accepted_more_than_once"] == 0
+
+
+# 130 and 143: signals
+
+
+def run_and_signal(
+    workspace: Workspace, api: SandboxApi, number: signal.Signals, ready: Callable[[], bool]
+) -> tuple[ProgramResult, float]:
+    """Start the program, send it a signal once it is `ready`, tell how it ended and after how many seconds."""
+    process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
+    wait_until(ready)
+    started_at = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=90)
+    return ProgramResult(process.returncode, out, err), time.monotonic() - started_at
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_signal_stops_run_cleanly(
+    tmp_path: Path, workspace: Workspace, old_output: Path, number: signal.Signals, code: int
+) -> None:
+    """No new POST, every answer on the wire is written down, the old output stays, the next run goes on."""
+    workspace.write_leads(make_leads(150))
+    workspace.write_job(limits="{requests_per_second: 1000, in_flight: 60}")
+    state = tmp_path / "api.db"
+    with serve_api(state, latency="fixed(60)") as api:
+        api.inject_fault("slow", 500, "post", seconds=1)
+
+        result, seconds = run_and_signal(workspace, api, number, lambda: api.audit()["requests"].get("run", 0) >= 20)
+
+        audit = api.audit()
+        summary = assert_exit(result, code)
+        assert seconds < 20
+        assert old_output.read_text() == OLD_OUTPUT
+        assert summary["submitted"] == audit["accepted"] < 150
+        assert (summary["in_doubt"], summary["pending"]) == (0, 150)
+        assert (audit["accepted_more_than_once"], summary["output"]) == (0, None)
+        api.clear_faults()
+        api.advance(100)
+    with serve_api(state) as api:
+        assert workspace.run_job(api).exit_code == 0
+        audit = api.audit()
+    assert (audit["accepted"], audit["accepted_more_than_once"]) == (150, 0)
+
+
+@pytest.mark.long
+def test_signal_with_silent_api(api: SandboxApi, workspace: Workspace) -> None:
+    """POSTs that are never answered are in doubt after the exit, which comes all the same."""
+    workspace.write_leads(make_leads(40))
+    api.inject_fault("silence-after", 40)
+    received: list[float] = []
+
+    def interrupt() -> None:
+        wait_until(lambda: api.audit()["faults"].get("silence-after", 0) >= 32)
+        received.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    summary = workspace.run_job(api, timing=replace(SHORT_TIMEOUTS, post_s=60.0))
+    seconds = time.monotonic() - received[0]
+    thread.join()
+
+    assert summary.exit_code == 143
+    assert SHORT_TIMEOUTS.drain_posts_s < seconds < 30
+    assert Timeouts().drain_posts_s + Timeouts().ready_results_s < 10
+    assert (summary.in_doubt, summary.pending) == (32, 8)
+    assert api.audit()["accepted"] == 32
+
+
+@pytest.mark.long
+def test_signal_collects_ready_results(tmp_path: Path, workspace: Workspace) -> None:
+    """Results that are there at the signal are written down before the exit."""
+    workspace.write_leads(make_leads(6))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        result, _ = run_and_signal(workspace, api, signal.SIGINT, lambda: _posts_accepted(api, 6))
+
+        summary = assert_exit(result, 130)
+        assert summary["found"] + summary["not_found"] == 6
+        assert summary["credits_spent"] == pytest.approx(api.audit()["credits_charged"])
+
+
+def _posts_accepted(api: SandboxApi, accepted: int) -> bool:
+    if api.audit()["accepted"] < accepted:
+        return False
+    api.advance(100)
+    return True
+
+
+@pytest.mark.long
+def test_second_signal_exits_at_once(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
+    """Who presses Ctrl-C twice does not wait; the POST on the wire is in doubt at the next start."""
+    workspace.write_leads(make_leads(1))
+    api.inject_fault("silence-after")
+    process = workspace.start_subprocess("run", "job.yaml", api=api)
+    wait_until(lambda: api.audit()["faults"].get("silence-after", 0) == 1)
+    started_at = time.monotonic()
+
+    while process.poll() is None:  # a busy machine may not have heard the first before the second comes
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    process.communicate(timeout=90)
+
+    assert process.returncode == 130
+    assert time.monotonic() - started_at < Timeouts().drain_posts_s
+    assert old_output.read_text() == OLD_OUTPUT
+    summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.in_doubt, summary.submitted) == (14, 1, 0)
+
+
+@pytest.mark.long
+def test_signal_before_first_post(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
+    """Interrupted while the API is still being asked who we are: out at once."""
+    workspace.write_leads(make_leads(5))
+    api.inject_fault("slow", 1, "me", seconds=20)
+
+    result, seconds = run_and_signal(workspace, api, signal.SIGTERM, lambda: api.audit()["requests"].get("me", 0) == 1)
+
+    assert_exit(result, 143)
+    assert seconds < 15
+    assert api.audit()["accepted"] == 0
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+@pytest.mark.long
+def test_signal_while_writing_output(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
+    """The half-written file goes, the old one stays, and the exit is quick however long the file is."""
+    workspace.write_leads(make_leads(10) * 3_000)
+    part = workspace.folder / ".job.enrich-part"
+
+    result, seconds = run_and_signal(workspace, api, signal.SIGTERM, part.exists)
+
+    assert_exit(result, 143)
+    assert seconds < 15
+    assert not part.exists()
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+@pytest.mark.long
+def test_signal_during_retry_after(api: SandboxApi, workspace: Workspace) -> None:
+    """An API that asks for an hour's pause does not keep the program from leaving."""
+    workspace.write_leads(make_leads(5))
+    api.inject_fault("rate-limit", 100, "post", retry_after=3600)
+
+    result, seconds = run_and_signal(workspace, api, signal.SIGTERM, lambda: api.audit()["requests"].get("429", 0) > 0)
+
+    assert_exit(result, 143)
+    assert seconds < 30
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_signal_while_waiting_for_lock(
+    api: SandboxApi, workspace: Workspace, number: signal.Signals, code: int
+) -> None:
+    """Every exit prints the object, also the one before an execution came to be."""
+    workspace.write_leads(make_leads(1))
+    with lock_ledger(workspace.ledger_path, 0):
+        process = workspace.start_subprocess(
+            "run", "job.yaml", "--json", "--if-locked", "wait", "--log-file", "log", api=api
+        )
+        wait_until((workspace.folder / "log").exists)
+        time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=90)
+
+    assert_exit(ProgramResult(process.returncode, out, err), code)
+
+
+# When several hold
+
+
+def test_exit_code_precedence(tmp_path: Path, workspace: Workspace) -> None:
+    """Failed rows, doubts and the cap together: the cap; without it the doubts; without them the failures."""
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
+        api.inject_fault("no-task-id")
+        capped = workspace.run_in_process("run", "job.yaml", "--json", "--max-credits", "20", api=api)
+        in_doubt = workspace.run_job(api)
+        failed = workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT, State.FAILED})))
+
+    summary = assert_exit(capped, 12)
+    assert summary["in_doubt"] == 1
+    assert summary["failed"] > 0
+    assert (in_doubt.exit_code, in_doubt.in_doubt) == (14, 1)
+    assert (failed.exit_code, failed.in_doubt) == (10, 0)
+
+
+@pytest.mark.long
+def test_wrong_key_precedes_outage_and_cap(api: SandboxApi, workspace: Workspace) -> None:
+    """401 while doubts are there: the key comes first, and the output is not written."""
+    workspace.write_leads(make_leads(5))
+    api.inject_fault("no-task-id", 2)
+    api.inject_fault("unauthorized", 50, "get")
+
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+    assert (summary.exit_code, summary.output) == (3, None)
+
+
+def test_outage_precedes_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
+    """5xx to every POST: exit 4, with the doubts counted."""
+    workspace.write_leads(make_leads(5))
+    api.inject_fault("error-after", 50)
+
+    summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+    assert summary.exit_code in (4, 14)
+    assert summary.in_doubt == 5
+
+
+# 1: a bug
+
+
+def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw pages somebody, and the JSON object is there."""
+    workspace.write_leads(make_leads(1))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("enrich.run.pipeline.preflight", broken)
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert (result.exit_code, result.json_output["exit_code"]) == (1, 1)
+    assert "ZeroDivisionError" in result.stderr
+    assert "bug" in result.stderr
+    assert api.api_key not in result.stderr
+
+
+def test_ledger_write_error_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
+    """A full disk in the middle: nothing more is sent, and the program says so instead of spending blindly."""
+    workspace.write_leads(make_leads(100))
+    workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api)
+    with sqlite3.connect(workspace.ledger_path) as db:
+        db.execute(
+            "CREATE TRIGGER full BEFORE UPDATE OF task_id ON attempts WHEN (SELECT count(*) FROM attempts) > 20 "
+            "BEGIN SELECT raise(ABORT, 'database or disk is full'); END"
+        )
+    db.close()
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_exit(result, 1, "ledger", "full")
+    assert api.audit()["accepted"] <= 64
+    with sqlite3.connect(workspace.ledger_path) as db:
+        db.execute("DROP TRIGGER full")
+    db.close()
+    assert workspace.run_job(api).exit_code == 0
+    assert api.audit()["accepted_more_than_once"] == 0
+
+
+def _file_names(workspace: Workspace) -> list[Path]:
+    return [path for path in workspace.folder.rglob("*") if path.is_file()]

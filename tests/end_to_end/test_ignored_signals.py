@@ -1,0 +1,121 @@
+"""Signals that were ignored when the program started, as under `nohup` or a shell's `&`, stay ignored to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.workspace import (
+    SandboxApi,
+    Workspace,
+    make_leads,
+    read_terminal,
+    reset_signals,
+    serve_api,
+    wait_until,
+)
+
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_ignored_signal_does_not_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
+    """At its start, while tasks are at the API, and until the output is written; others still end it."""
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        api.inject_fault("slow", 1, "me", seconds=1)
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, ignoring=[number])
+        wait_until(lambda: api.audit()["requests"].get("me", 0) == 1)
+        process.send_signal(number)
+        wait_until(lambda: api.audit()["accepted"] == 20)
+        process.send_signal(number)
+        process.send_signal(number)
+        api.advance(100)
+        out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, err) == (0, "")
+    assert '"pending": 0' in out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
+    """Only what was ignored is."""
+    workspace.write_leads(make_leads(5))
+    others = [other for other in NUMBERS if other != number]
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, ignoring=others)
+        wait_until(lambda: api.audit()["accepted"] == 5)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
+    """A pipe that is slow is read with the program's own dispositions."""
+    workspace.write_leads(make_leads(3))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | {"TMPDIR": str(workspace.folder)},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(reset_signals, [number]),
+    )
+    leads = (workspace.folder / "leads.csv").read_bytes()
+    assert process.stdin is not None
+    process.stdin.write(leads[:20])
+    process.stdin.flush()
+    wait_until(lambda: any(workspace.folder.glob("enrich-*")))
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(leads[20:], timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert len(workspace.read_output()) == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", NUMBERS, ids=str)
+def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
+    """While the person is asked on a terminal, too."""
+    workspace.write_leads(make_leads(3))
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", "run", "job.yaml"],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | {"TERM": "dumb"},
+        stdin=theirs,
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=partial(reset_signals, [number]),
+    )
+    os.close(theirs)
+    read_terminal(ours, up_to=b"Go on?")
+    process.send_signal(number)
+    os.write(ours, b"y\n")
+    read_terminal(ours)
+    os.close(ours)
+    assert process.wait(60) == 0
+
+
+@pytest.mark.long
+def test_ignored_signal_does_not_stop_sandbox(workspace: Workspace) -> None:
+    """`enrich sandbox &` in a script is not ended by the script's Ctrl-C."""
+    process = workspace.start_subprocess("sandbox", ignoring=[signal.SIGINT, signal.SIGHUP])
+    assert process.stdout is not None
+    environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
+    assert SandboxApi(environ["DATABAR_BASE_URL"], environ["DATABAR_API_KEY"]).audit()["accepted"] == 0
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode == 0

@@ -1,0 +1,270 @@
+"""The ledger under a run: removed, replaced, locked or without room. What was paid for reaches the next run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.workspace import (
+    ProgramResult,
+    SandboxApi,
+    Workspace,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+
+RUN = ("run", "job.yaml", "--json")
+LEADS = 60
+
+
+@pytest.fixture
+def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
+    """Serve an API whose tasks take a second."""
+    with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:
+        yield api
+
+
+@pytest.fixture
+def workspace(workspace: Workspace) -> Workspace:
+    """Let a run take some seconds for its leads."""
+    workspace.write_leads(make_leads(LEADS))
+    workspace.write_job(limits="{requests_per_second: 25}")
+    return workspace
+
+
+def wait_for_end(process: subprocess.Popen[str]) -> ProgramResult:
+    """Wait for the end of a run."""
+    out, err = process.communicate(timeout=60)
+    return ProgramResult(process.returncode, out, err)
+
+
+def rescue_files(workspace: Workspace) -> list[Path]:
+    """Find the rescue files."""
+    return sorted(workspace.folder.rglob("*.rescue*"))
+
+
+def rescue_lines(*files: Path) -> list[dict[str, Any]]:
+    """Read rescue files; the last line about an attempt counts."""
+    result = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            paid = json.loads(line)
+            result[file, paid["attempt"]] = paid
+    return list(result.values())
+
+
+def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int = 0) -> None:
+    """Expect every charged task in the output, each lead sent once, and a sound ledger."""
+    audit = api.audit()
+    assert (audit["paid_twice"], audit["accepted_more_than_once"], audit["accepted"]) == (0, 0, LEADS)
+    rows = workspace.read_output()
+    assert [row["First Name"] for row in rows] == [f"First{number}" for number in range(LEADS)]
+    assert sum(row["enrich_status"] == "in_doubt" for row in rows) == doubtful
+    assert not {"pending", "failed", "expired"} & {row["enrich_status"] for row in rows}
+    tasks = {row["First Name"]: row["enrich_task_id"] for row in rows}
+    for run in audit["runs"]:
+        assert tasks[run["params"]["first_name"]] in (*run["task_ids"], "")
+    assert workspace.run_in_process("ledger", "check", "job.yaml").stdout.startswith("ok")
+
+
+def remove_database(workspace: Workspace) -> None:
+    """Remove the database alone."""
+    workspace.ledger_path.unlink()
+
+
+def remove_wal(workspace: Workspace) -> None:
+    """Remove what was written since the last checkpoint."""
+    workspace.ledger_path.with_name("job.db-wal").unlink()
+
+
+def remove_shm(workspace: Workspace) -> None:
+    """Remove the file by which connections agree on the journal."""
+    workspace.ledger_path.with_name("job.db-shm").unlink()
+
+
+def remove_folder(workspace: Workspace) -> None:
+    """Remove the ledger with its folder."""
+    shutil.rmtree(workspace.ledger_path.parent)
+
+
+def move_folder(workspace: Workspace) -> None:
+    """Rename the ledger's folder."""
+    workspace.ledger_path.parent.rename(workspace.folder / "elsewhere")
+
+
+def replace_with_old_copy(workspace: Workspace) -> None:
+    """Put an older copy in the ledger's place."""
+    shutil.copy(workspace.ledger_path, workspace.folder / "old.db")
+    (workspace.folder / "old.db").replace(workspace.ledger_path)
+    for end in ("-wal", "-shm"):
+        workspace.ledger_path.with_name(f"job.db{end}").unlink()
+
+
+def replace_with_link(workspace: Workspace) -> None:
+    """Put a link to another file in the ledger's place."""
+    workspace.ledger_path.unlink()
+    other = workspace.folder / "other"
+    other.mkdir()
+    workspace.ledger_path.symlink_to(other / "job.db")
+    shutil.copy(workspace.folder / "leads.csv", other / "job.db")
+
+
+LOST_AT_ONCE = [remove_database, remove_folder, move_folder]
+LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
+def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
+    """Exit 1, nothing more is sent; the next run takes in the rescue file and pays for nothing again."""
+    slow_api.inject_fault("slow", 200, "post", seconds=0.3)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
+    wait_until(lambda: slow_api.audit()["accepted"] >= 20)
+
+    how(workspace)
+    result = wait_for_end(process)
+
+    assert result.exit_code == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "removed or replaced" in result.stderr
+    assert "hint: put the ledger back" in result.stderr
+    assert result.json_output["exit_code"] == 1
+    accepted = slow_api.audit()["accepted"]
+    assert accepted < LEADS
+    assert not (workspace.folder / "out.csv").exists()
+    (file,) = rescue_files(workspace)
+    assert file.name in result.stderr
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    known = rescue_lines(file)
+    assert {line["task_id"] for line in known if line.get("task_id")} == {
+        task for run in slow_api.audit()["runs"] for task in run["task_ids"]
+    }
+    slow_api.clear_faults()
+
+    again = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
+
+    assert again.exit_code == 0, again.stderr
+    assert any(file.name in note for note in again.json_output["notes"])
+    assert not rescue_files(workspace)
+    assert_nothing_lost(workspace, slow_api)
+
+
+@pytest.mark.long
+def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """Taking in what it knows already changes nothing."""
+    process = workspace.start_subprocess(*RUN, api=slow_api)
+    wait_until(lambda: slow_api.audit()["accepted"] >= 20)
+    move_folder(workspace)
+    assert wait_for_end(process).exit_code == 1
+    (workspace.folder / "elsewhere").rename(workspace.ledger_path.parent)
+
+    again = workspace.run_subprocess(*RUN, api=slow_api)
+
+    assert again.exit_code == 0, again.stderr
+    assert not rescue_files(workspace)
+    assert_nothing_lost(workspace, slow_api)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("another", [False, True])
+def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace, *, another: bool) -> None:
+    """No assertion; a run that begins meanwhile pays for nothing twice."""
+    slow_api.inject_fault("slow", 200, "post", seconds=0.3)
+    process = workspace.start_subprocess(*RUN, api=slow_api)
+    wait_until(lambda: slow_api.audit()["accepted"] >= 20)
+
+    workspace.ledger_path.with_name("job.db.lock").unlink()
+    second = workspace.start_subprocess(*RUN, api=slow_api) if another else None
+    result = wait_for_end(process)
+
+    assert result.exit_code == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "job.db.lock: the lock file was removed or replaced" in result.stderr
+    if second is not None:
+        assert wait_for_end(second).exit_code in (0, 14)
+    slow_api.clear_faults()
+    again = workspace.run_subprocess(*RUN, api=slow_api)
+    assert again.exit_code == 0, again.stderr
+    assert not rescue_files(workspace)
+    assert_nothing_lost(workspace, slow_api)
+
+
+@pytest.mark.long
+def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
+    process = workspace.start_subprocess(*RUN, api=slow_api)
+    wait_until(lambda: slow_api.audit()["accepted"] >= 20)
+    with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        wait_until(lambda: len({slow_api.audit()["accepted"] for _ in range(30)}) == 1)
+        before = slow_api.audit()["accepted"]
+        assert process.poll() is None
+        other.execute("ROLLBACK")
+    result = wait_for_end(process)
+
+    assert result.exit_code == 0, result.stderr
+    assert before < LEADS
+    assert_nothing_lost(workspace, slow_api)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("end", [signal.SIGTERM, None])
+def test_foreign_lock_with_signal_or_max_time(
+    slow_api: SandboxApi, workspace: Workspace, end: signal.Signals | None
+) -> None:
+    """A signal and --max-time wait some seconds; the task ids go into the rescue file."""
+    slow_api.inject_fault("slow", 200, "post", seconds=0.5)
+    more = () if end else ("--max-time", "4s")
+    process = workspace.start_subprocess(*RUN, *more, api=slow_api)
+    wait_until(lambda: slow_api.audit()["accepted"] >= 10)
+    with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        if end:
+            process.send_signal(end)
+        result = wait_for_end(process)
+        other.execute("ROLLBACK")
+
+    assert result.exit_code == 1, result.stderr
+    assert "another program has locked it" in result.stderr
+    assert "Traceback" not in result.stderr
+    slow_api.clear_faults()
+    assert workspace.run_subprocess(*RUN, api=slow_api).exit_code == 0
+    assert not rescue_files(workspace)
+    assert_nothing_lost(workspace, slow_api)
+
+
+@pytest.mark.long
+def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None:
+    """The reserved room takes the task ids of all POSTs on the wire."""
+    workspace.write_job()
+    result = workspace.run_subprocess(*RUN, api=api, max_file_bytes=150_000)
+
+    assert result.exit_code == 1, result.stderr
+    assert "the ledger cannot be written" in result.stderr
+    assert "make room" in result.stderr
+    again = workspace.run_subprocess(*RUN, api=api)
+    assert again.exit_code == 0, again.stderr
+    assert_nothing_lost(workspace, api)
+
+
+@pytest.mark.long
+def test_successful_run_leaves_no_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
+    """Neither the reserved room nor a rescue file, also after a kill and another run."""
+    process = workspace.start_subprocess(*RUN, api=api)
+    wait_until(lambda: api.audit()["accepted"] >= 5)
+    kill_process(process)
+    assert workspace.run_subprocess(*RUN, api=api).exit_code in (0, 14)
+
+    assert {path.name for path in workspace.ledger_path.parent.iterdir()} == {"job.db", "job.db.lock"}

@@ -1,0 +1,467 @@
+"""Whatever connections deliver to whom: every row has its own answer or none, and nothing is paid twice."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from enrich.run import poller
+from enrich.run.context import RunOptions
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
+from enrich.sandbox import SandboxSettings
+from tests.support.answer_check import ANSWER_STATUSES, misassigned_rows
+from tests.support.cases import examples, first_quick
+from tests.support.faulty_proxy import ChooseFault, Exchange, FaultyProxy, ProxyFault, ProxyFaultKind, faulty_proxy
+from tests.support.workspace import INSTANT_API, JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
+
+LEADS = 40
+#: Longer than any machine needs, but for a task that is not known.
+TIMEOUTS = replace(SHORT_TIMEOUTS, outage_s=15.0)
+#: So that a 404 is not believed because of the time that passed.
+NO_YOUNG_TIMEOUTS = replace(TIMEOUTS, young_task_s=60.0)
+#: How a run may end that cannot fetch all answers.
+UNFINISHED_EXIT_CODES = {4, 13}
+DUPLICATE_ID_MESSAGE = "the API gave a task id twice"
+
+
+@pytest.fixture(autouse=True)
+def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again soon after a poll that failed."""
+    monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1, raising=False)
+
+
+@dataclass
+class Scenario:
+    """An office whose API is behind a proxy; `api` is the API itself."""
+
+    workspace: Workspace
+    api: SandboxApi
+    proxy: FaultyProxy
+    settings: SandboxSettings = INSTANT_API
+    bulk: bool = False
+
+    def run_job(self, timing: Timeouts = TIMEOUTS, options: RunOptions | None = None) -> RunSummary:
+        """Run the job through the proxy; no row may have another's answer, whatever happens."""
+        summary = self.workspace.run_job(replace(self.api, base_url=self.proxy.base_url), options, timing)
+        self.check_output()
+        return summary
+
+    def check_output(self) -> None:
+        """Hold the output against the API: no row with another's answer, nothing paid twice, nothing lost."""
+        audit, rows = self.api.audit(), self.workspace.read_output()
+        assert misassigned_rows(rows, audit, self.settings, bulk=self.bulk) == {}
+        assert (audit["accepted_more_than_once"], audit["paid_twice"]) == (0, 0)
+        accepted = {run["params"]["first_name"] for run in audit["runs"]}
+        unsent = {row["First Name"] for row in rows if row["enrich_status"] == "pending"} - accepted
+        assert {row["First Name"] for row in rows} == accepted | unsent | self.leads_in_doubt()
+
+    def statuses(self) -> Counter[str]:
+        """Count the rows by status."""
+        return Counter(row["enrich_status"] for row in self.workspace.read_output())
+
+    def answered_count(self) -> int:
+        """Count the rows that have an answer."""
+        return sum(count for status, count in self.statuses().items() if status in ANSWER_STATUSES)
+
+    def leads_in_doubt(self) -> set[str]:
+        """Name the leads in doubt."""
+        return {row["First Name"] for row in self.workspace.read_output() if row["enrich_status"] == "in_doubt"}
+
+
+@contextmanager
+def make_scenario(
+    folder: Path, choose_fault: ChooseFault, leads: int = LEADS, job: str = JOB, **api: object
+) -> Iterator[Scenario]:
+    """Set the scene: a job, its leads, and what the proxy does."""
+    settings = replace(INSTANT_API, **api)  # type: ignore[arg-type]
+    (folder / "office").mkdir()
+    workspace = Workspace(folder / "office")
+    workspace.write_job(job)
+    workspace.write_leads(make_leads(leads))
+    with serve_api(folder / "api.db", settings) as served, faulty_proxy(served.base_url, choose_fault) as proxy:
+        yield Scenario(workspace, served, proxy, settings, bulk="bulk" in job)
+
+
+def every_nth(number: int, fault: ProxyFault, *kinds: str) -> ChooseFault:
+    """Play a trick with each so many-th request of these kinds, or of both."""
+    concerned = kinds or ("POST", "GET")
+    return lambda exchange: fault if exchange.kind in concerned and not exchange.number % number else None
+
+
+def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> ChooseFault:
+    """Play a trick with the first polls of each task."""
+    polls: Counter[str] = Counter()
+
+    def choose(exchange: Exchange) -> ProxyFault | None:
+        if not exchange.is_poll:
+            return None
+        polls[exchange.task_id] += 1
+        return make(exchange) if polls[exchange.task_id] <= number else None
+
+    return choose
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after_s", [0.03, 0.0], ids=["30 ms later", "at once"])
+@pytest.mark.parametrize(
+    ("kinds", "share"),
+    [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)],
+    ids=["all", "POST", "GET", "each 4th"],
+)
+def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
+    """A connection that says its answer again gives it to no other; a poll that it spoils is made again."""
+    with make_scenario(tmp_path, every_nth(share, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
+        first = scenario.run_job()
+        # An API all of whose POSTs are spoilt is left alone after a while.
+        assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS or first.exit_code == 4
+        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // share)
+        scenario.proxy.clear_faults()
+        scenario.run_job()
+        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // share)
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
+
+
+@pytest.mark.long
+def test_duplicated_responses_subprocess(tmp_path: Path) -> None:
+    """The program as a person starts it does the same."""
+    with make_scenario(tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.03))) as scenario:
+        api = replace(scenario.api, base_url=scenario.proxy.base_url)
+        result = scenario.workspace.run_subprocess("run", "job.yaml", "--json", api=api)
+        scenario.check_output()
+        assert result.exit_code in (0, 14), result.stderr
+        assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS
+
+
+@pytest.mark.parametrize("after_s", first_quick(1, [0.02, 0.0]), ids=["20 ms later", "at once"])
+@pytest.mark.parametrize("status", first_quick(2, [200, 404, 408, 429, 503]))
+def test_unsolicited_responses(tmp_path: Path, status: int, after_s: float) -> None:
+    """What comes on an idle connection answers no request: none is refused or repeated because of it."""
+    with make_scenario(tmp_path, every_nth(3, ProxyFault(ProxyFaultKind.UNSOLICITED, after_s, status))) as scenario:
+        scenario.run_job(NO_YOUNG_TIMEOUTS)
+        assert len(scenario.leads_in_doubt()) <= LEADS // 3
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
+        assert scenario.api.audit()["requests"]["run"] == LEADS
+
+
+def test_swapped_polls(tmp_path: Path) -> None:
+    """Two polls that get each other's answer are both made again."""
+    with make_scenario(tmp_path, fault_first_polls(2, lambda _: ProxyFault(ProxyFaultKind.SWAP))) as scenario:
+        scenario.run_job()
+        assert scenario.answered_count() == LEADS
+        assert scenario.proxy.fault_counts["GET swap"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 3])
+def test_poll_gets_other_task(tmp_path: Path, times: int) -> None:
+    """However often: the task is polled until its own answer comes."""
+    with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK))) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count()) == (0, LEADS)
+        assert scenario.proxy.fault_counts["GET another"]
+
+
+@pytest.mark.long
+def test_polls_get_other_task_permanently(tmp_path: Path) -> None:
+    """The tasks are left at the API, and fetched when it is well again."""
+    with make_scenario(
+        tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK)), leads=12
+    ) as scenario:
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=5.0))
+        assert first.exit_code in UNFINISHED_EXIT_CODES
+        assert scenario.statuses()["pending"] >= 10
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, 12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 2])
+def test_poll_gets_unknown_task(tmp_path: Path, times: int) -> None:
+    """An id that was never given is no answer."""
+    with make_scenario(
+        tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.UNKNOWN_TASK))
+    ) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count()) == (0, LEADS)
+
+
+@pytest.mark.long
+def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
+    """Its row stays unanswered and says why; the others are answered; it is answered when the API is well again."""
+    victims: list[str] = []
+
+    def choose(exchange: Exchange) -> ProxyFault | None:
+        if not exchange.is_poll:
+            return None
+        if len(victims) < 3 and exchange.task_id not in victims:
+            victims.append(exchange.task_id)
+        return (
+            ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
+            if exchange.task_id in victims
+            else None
+        )
+
+    with make_scenario(tmp_path, choose) as scenario:
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=10.0))
+        assert first.exit_code in UNFINISHED_EXIT_CODES
+        assert scenario.statuses()["pending"] == 3
+        unanswered = [row for row in scenario.workspace.read_output() if row["enrich_status"] == "pending"]
+        assert all(row["enrich_error"] for row in unanswered)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, LEADS)
+
+
+@pytest.mark.long
+def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
+    """An API that answers for tasks that nobody has gets no more leads; what it has is fetched later."""
+    job = JOB.replace("1000}", "1000, in_flight: 25}")
+    strange = fault_first_polls(
+        10_000, lambda exchange: ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
+    )
+    with make_scenario(tmp_path, strange, leads=80, job=job) as scenario:
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=20.0))
+        assert first.exit_code == 4
+        assert first.submitted < 80
+        assert scenario.answered_count() == 0
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, first.submitted + second.submitted, scenario.answered_count()) == (0, 80, 80)
+
+
+def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
+    """Answer the second to fourth POST with the first one's id."""
+    return lambda exchange: ProxyFault(act) if exchange.is_post and 2 <= exchange.number <= 4 else None
+
+
+@pytest.mark.long
+def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
+    """The first keeps it; the others are in doubt and stay so, as nobody knows their own ids."""
+    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AFTER_POLL), leads=8) as scenario:
+        first = scenario.run_job()
+        assert (first.exit_code, len(scenario.leads_in_doubt())) == (14, 3)
+        errors = [row["enrich_error"] for row in scenario.workspace.read_output() if row["enrich_status"] == "in_doubt"]
+        assert all(DUPLICATE_ID_MESSAGE in error for error in errors), errors
+        assert scenario.answered_count() == 5
+        in_doubt = scenario.leads_in_doubt()
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.leads_in_doubt()) == (14, 0, in_doubt)
+
+
+def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
+    """Nothing shows whose it is: at most one of the four has its answer."""
+    with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AT_ONCE), leads=8) as scenario:
+        scenario.workspace.run_job(replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
+        rows = [row for row in scenario.workspace.read_output() if row["enrich_status"] in ANSWER_STATUSES]
+        assert max(Counter(row["enrich_task_id"] for row in rows).values()) == 1
+        assert max(Counter(row["work_email"] for row in rows if row["work_email"]).values(), default=1) == 1
+        assert len(scenario.leads_in_doubt()) >= 3
+        assert scenario.api.audit()["accepted_more_than_once"] == 0
+
+
+@pytest.mark.long
+def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
+    """All leads of a bulk task whose id another has are in doubt."""
+    job = f"{JOB}dispatch: {{bulk: 4}}\n"
+    with make_scenario(
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.is_post and one.number > 1 else None,
+        12,
+        job,
+    ) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 8)
+
+
+@pytest.mark.long
+def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
+    """The ledger remembers whose an id is."""
+    with make_scenario(
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 4 and one.is_post else None,
+        leads=4,
+    ) as scenario:
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_leads(make_leads(8))
+        second = scenario.run_job()
+        assert (second.exit_code, scenario.answered_count(), len(scenario.leads_in_doubt())) == (14, 4, 4)
+
+
+@pytest.mark.long
+def test_same_task_id_for_same_request(tmp_path: Path) -> None:
+    """An API that remembers what it answered gives the id again: that is no doubt."""
+    with make_scenario(
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 1 and one.is_post else None,
+        leads=1,
+        hit_rate=0.0,
+    ) as scenario:
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_job(policy="{refresh: {not_found: 0d}}")
+        api = replace(scenario.api, base_url=scenario.proxy.base_url)
+        second = scenario.workspace.run_job(api, timing=TIMEOUTS)
+        assert (second.exit_code, second.submitted) == (0, 1)
+        assert scenario.statuses() == {"not_found": 1}
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("status", first_quick(1, [201, 202, 203, 206, 299]))
+def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: bool) -> None:
+    """The task was accepted, whichever 2xx says so."""
+    job = f"{JOB}dispatch: {{bulk: 5}}\n" if bulk else JOB
+    with make_scenario(
+        tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.STATUS, status=status), "POST"), 10, job
+    ) as scenario:
+        summary = scenario.run_job()
+        assert (summary.exit_code, summary.submitted, scenario.answered_count()) == (0, 10, 10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["POST", "GET"])
+def test_truncated_responses(tmp_path: Path, kind: str) -> None:
+    """A POST is in doubt then; a poll is made again."""
+    with make_scenario(tmp_path, every_nth(4, ProxyFault(ProxyFaultKind.TRUNCATED), kind)) as scenario:
+        scenario.run_job()
+        assert len(scenario.leads_in_doubt()) == (LEADS // 4 if kind == "POST" else 0)
+        assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
+
+
+@pytest.mark.long
+def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
+    """However soon they come and however little is waited for: four in a row say nothing of a task."""
+    with make_scenario(
+        tmp_path, fault_first_polls(4, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
+    ) as scenario:
+        summary = scenario.run_job(replace(TIMEOUTS, young_task_s=0.05))
+        assert (summary.exit_code, scenario.answered_count()) == (0, 6)
+
+
+@pytest.mark.long
+def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
+    """A 404 is believed in the end, but the next run asks once more, which costs nothing, and fetches the answer."""
+    with make_scenario(
+        tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
+    ) as scenario:
+        first = scenario.run_job(replace(TIMEOUTS, young_task_s=0.2))
+        assert (first.exit_code, len(scenario.leads_in_doubt())) == (14, 6)
+        scenario.proxy.clear_faults()
+        second = scenario.run_job()
+        assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, 6)
+
+
+#: What comes for a question about the account or the waterfall.
+UNUSABLE_BODIES = {
+    "a task": {"task_id": "x", "request_id": "x", "status": "completed", "data": [{"email": "x@elsewhere.example"}]},
+    "another waterfall": {
+        "identifier": "phone_getter",
+        "name": "Phone",
+        "available_enrichments": [],
+        "email_verifiers": [],
+    },
+    "an account": {"first_name": "Sandra", "balance": 5.0, "plan": "sandbox", "workspace": "sandbox"},
+    "a list": [],
+    "nothing": {},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
+@pytest.mark.parametrize("what", UNUSABLE_BODIES)
+def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, what: str) -> None:
+    """What is no answer to it is asked for again: the run goes on as if it had not come."""
+    if (where, what) == ("/user/me", "an account"):
+        pytest.skip("an answer to it")
+    scripted_api: list[str] = []
+
+    def choose(exchange: Exchange) -> ProxyFault | None:
+        if not exchange.path.endswith(where) or where in scripted_api:
+            return None
+        scripted_api.append(where)
+        return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[what]).encode())
+
+    with make_scenario(tmp_path, lambda _: None, leads=4) as scenario:
+        assert scenario.run_job().exit_code == 0
+        scenario.workspace.write_leads(make_leads(8))
+        scenario.proxy.choose_fault = choose
+        second = scenario.run_job()
+        assert (scripted_api, second.exit_code, second.submitted, scenario.answered_count()) == ([where], 0, 4, 8)
+
+
+@pytest.mark.long
+def test_duplicated_user_and_waterfall_responses(tmp_path: Path) -> None:
+    """What the API says of the account and the waterfall is no answer to a poll, nor the other way round."""
+    with make_scenario(
+        tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.02), "OTHER", "GET"), leads=8
+    ) as scenario:
+        first = scenario.run_job()
+        scenario.workspace.write_leads(make_leads(16))
+        second = scenario.run_job()
+        assert (first.exit_code, second.exit_code, scenario.answered_count()) == (0, 0, 16)
+        assert first.balance_after is not None
+
+
+FAULT_KINDS = {
+    "POST": (
+        ProxyFaultKind.REPEAT,
+        ProxyFaultKind.UNSOLICITED,
+        ProxyFaultKind.OTHER_TASK,
+        ProxyFaultKind.TRUNCATED,
+        ProxyFaultKind.STATUS,
+    ),
+    "GET": (
+        ProxyFaultKind.REPEAT,
+        ProxyFaultKind.UNSOLICITED,
+        ProxyFaultKind.OTHER_TASK,
+        ProxyFaultKind.SWAP,
+        ProxyFaultKind.UNKNOWN_TASK,
+        ProxyFaultKind.TRUNCATED,
+    ),
+}
+
+
+@st.composite
+def proxy_faults(draw: st.DrawFn, kind: str) -> ProxyFault | None:
+    """Draw what happens to an answer of this kind, if anything."""
+    if draw(st.booleans()):
+        return None
+    act = draw(st.sampled_from(FAULT_KINDS[kind]))
+    status = draw(st.sampled_from((408, 429, 503) if act is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
+    return ProxyFault(act, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
+
+
+@pytest.mark.long
+# Each example is a whole run: to make one smaller would take minutes.
+@settings(max_examples=examples(10), phases=[Phase.explicit, Phase.generate])
+@given(
+    posts=st.lists(proxy_faults("POST"), min_size=12, max_size=12),
+    gets=st.lists(proxy_faults("GET"), min_size=20, max_size=60),
+)
+def test_random_response_faults(posts: list[ProxyFault | None], gets: list[ProxyFault | None]) -> None:
+    """A row is answered with its own, or in doubt where its POST was disturbed; the next run only makes it better."""
+
+    def choose(exchange: Exchange) -> ProxyFault | None:
+        drawn = {"POST": posts, "GET": gets}.get(exchange.kind, [])
+        return drawn[exchange.number - 1] if exchange.number <= len(drawn) else None
+
+    disturbed = sum(trick is not None and trick.kind is not ProxyFaultKind.STATUS for trick in posts)
+    with tempfile.TemporaryDirectory() as folder, make_scenario(Path(folder), choose, leads=12) as scenario:
+        scenario.run_job(NO_YOUNG_TIMEOUTS)
+        in_doubt = scenario.leads_in_doubt()
+        assert scenario.answered_count() + len(in_doubt) == 12
+        assert len(in_doubt) <= disturbed
+        scenario.proxy.clear_faults()
+        second = scenario.run_job(NO_YOUNG_TIMEOUTS)
+        assert second.submitted == 0
+        assert scenario.leads_in_doubt() <= in_doubt

@@ -1,0 +1,191 @@
+"""A new ledger beside an output that another ledger paid for: refused, or asked about; never paid again in silence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from enrich.errors import CommandRefused
+from enrich.run.context import RunOptions
+from tests.support.cases import first_quick
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
+
+RUN = ("run", "job.yaml", "--json")
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+@pytest.fixture
+def workspace(workspace: Workspace) -> Workspace:
+    """Have some leads."""
+    workspace.write_leads(make_leads(5))
+    return workspace
+
+
+def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
+    """Expect that nothing is sent off a terminal, however often it is tried, and that the ways out are named."""
+    before = api.audit()["accepted"]
+    for _ in range(2):
+        result = workspace.run_in_process(*RUN, *more, "--yes", api=api)
+        assert (result.exit_code, result.json_output["exit_code"]) == (5, 5), result.stderr
+        assert "was paid for from another ledger" in result.stderr
+        assert "--new-ledger pays again" in result.stderr
+    assert api.audit()["accepted"] == before
+
+
+@FILE_ONLY
+@pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
+def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, how: str) -> None:
+    """However it came to be new; with --new-ledger it pays."""
+    workspace.run_job(api)
+    more: tuple[str, ...] = ()
+    match how:
+        case "ledger removed":
+            workspace.ledger_path.unlink()
+        case "folder removed":
+            shutil.rmtree(workspace.ledger_path.parent)
+        case "another ledger":
+            more = ("--ledger", "other.db")
+        case _:
+            workspace.write_job(name="renamed")
+
+    assert_refused(workspace, api, *more)
+
+    result = workspace.run_in_process(*RUN, *more, "--new-ledger", api=api)
+    assert (result.exit_code, result.json_output["submitted"]) == (0, 5)
+    assert workspace.run_in_process(*RUN, *more, api=api).json_output["reused"] == 5
+
+
+def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:
+    """The output was written from a file before, or from another schema."""
+    workspace.run_job(api)
+    assert_refused(
+        workspace, api, "--ledger", f"{workspace.server_url or 'other.db'}".replace("schema=", "schema=other_")
+    )
+
+
+@FILE_ONLY
+@pytest.mark.parametrize(
+    "name",
+    first_quick(
+        2, ["o.csv.gz", "o.tsv", "o.jsonl", "o.parquet", "o.xlsx", "parts/", "o-%Y-%m-%d.csv", "runs/%Y/%m/o.csv"]
+    ),
+)
+def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, name: str) -> None:
+    """Also one of another day."""
+    workspace.write_job(output=name)
+    assert workspace.run_job(api).exit_code == 0
+    if "%d" in name:
+        (found,) = workspace.folder.glob("o-*.csv")
+        found.rename(workspace.folder / "o-2024-02-29.csv")
+    shutil.rmtree(workspace.ledger_path.parent)
+
+    assert_refused(workspace, api)
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
+    """As the job writes them."""
+    workspace.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
+    assert workspace.run_job(api).exit_code == 0
+    shutil.rmtree(workspace.ledger_path.parent)
+
+    assert_refused(workspace, api)
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
+    """An older one may be of any ledger."""
+    workspace.write_job(output="o-%Y-%m-%d.csv")
+    assert workspace.run_job(api).exit_code == 0
+    (paid,) = workspace.folder.glob("o-*.csv")
+    paid.rename(workspace.folder / "o-2024-01-01.csv")
+    os.utime(workspace.folder / "o-2024-01-01.csv", (1, 1))
+    (workspace.folder / "o-2024-01-02.csv").write_text("Name\nAda\n")
+    shutil.rmtree(workspace.ledger_path.parent)
+
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+
+
+@pytest.mark.long
+@FILE_ONLY
+@pytest.mark.parametrize(
+    "text",
+    ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n'],
+    ids=["empty", "another file", "no ids", "blank"],
+)
+def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, text: str) -> None:
+    """It was not paid for; an empty or broken one is replaced."""
+    (workspace.folder / "out.csv").write_text(text)
+
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
+    """The run goes on, and the receipt says what is not known."""
+    (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
+
+    result = workspace.run_in_process(*RUN, api=api)
+
+    assert result.exit_code == 0, result.stderr
+    assert any("not known" in note for note in result.json_output["notes"])
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
+    """Neither is a rehearsal after a real run."""
+    assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+    assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
+    (workspace.ledger_path.parent / "job.db").unlink()
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+    assert api.audit()["accepted"] == 10
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
+    """Its columns are replaced, as ever."""
+    workspace.run_job(api)
+    (workspace.folder / "out.csv").rename(workspace.folder / "leads.csv")
+    workspace.write_job(merge="fill_empty")
+    shutil.rmtree(workspace.ledger_path.parent)
+
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+
+
+@pytest.mark.long
+def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
+    """No: one line, exit 5, no run on record. Yes: it pays."""
+    workspace.run_job(api)
+    other = Workspace(
+        workspace.folder,
+        workspace.server_url and workspace.server_url.replace("schema=", "schema=other_"),
+        workspace.environ,
+    )
+    other.write_job(name="other", ledger=other.server_url or ".enrich/other.db")
+    asked: list[str] = []
+
+    def confirm(text: str) -> bool:
+        asked.append(text)
+        return len(asked) > 1
+
+    with pytest.raises(CommandRefused) as no:
+        other.run_job(api, RunOptions(confirm_new_ledger=confirm))
+    assert (no.value.message, no.value.hint) == ("cancelled: nothing was sent", None)
+    summary = other.run_job(api, RunOptions(confirm_new_ledger=confirm))
+
+    assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
+    assert len(asked) == 2
+    assert "out.csv was paid for from another ledger" in asked[0]

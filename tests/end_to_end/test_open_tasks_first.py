@@ -1,0 +1,455 @@
+"""What was paid for is collected before anything refuses a run, and is written off only when that is sure."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from enrich.databar.clock import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, SystemClock
+from enrich.databar.credentials import ApiAccess
+from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger, open_for_run
+from enrich.models import State
+from enrich.run import poller
+from enrich.run.context import RunContext, RunOptions
+from enrich.run.pipeline import run as run_job
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
+from tests.support.cases import first_quick
+from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
+from tests.support.workspace import SHORT_TIMEOUTS, Workspace, make_leads
+
+TIMEOUTS = replace(SHORT_TIMEOUTS, startup_s=3.0, young_task_s=0.4, outage_s=10.0, no_data_s=0.1)
+WATERFALL = {
+    "identifier": "email_getter",
+    "name": "E-mail",
+    "input_params": [{"name": name, "required": True} for name in ("first_name", "last_name", "company")],
+    "output_fields": [{"name": "email"}],
+    "available_enrichments": [{"id": 833, "name": "Mailhound", "price": "0.5"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again soon after an answer that does not count."""
+    monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1)
+
+
+@dataclass
+class ScriptedApi:
+    """An API whose answers a test can exchange; tasks are named after the lead, and answered by `task`."""
+
+    user: Reply = field(default_factory=lambda: http_reply(200, {"balance": 100, "workspace": "ours"}))
+    waterfall: Reply = field(default_factory=lambda: http_reply(200, WATERFALL))
+    post: Callable[[str], Reply] = lambda name: http_reply(200, {"task_id": f"t-{name}", "status": "created"})
+    task: Callable[[str], Reply] = lambda name: completed_reply(name)  # noqa: PLW0108 - it is defined below
+    posts: list[str] = field(default_factory=list)
+    polls: list[str] = field(default_factory=list)
+
+    def __call__(self, request: ReceivedRequest) -> Reply:
+        """Answer."""
+        path = request.line.split()[1]
+        if request.line.startswith("POST"):
+            name = re.findall(rb'"first_name": ?"(\w+)"', request.body)[0].decode()
+            self.posts.append(name)
+            return self.post(name)
+        if "/tasks/" in path:
+            name = path.rpartition("-")[2]
+            self.polls.append(name)
+            return self.task(name)
+        if path.endswith("/waterfalls/"):
+            return http_reply(200, [WATERFALL])
+        return self.user if path.endswith("/me") else self.waterfall
+
+    def take_requests(self) -> None:
+        """Forget what was asked so far."""
+        self.posts.clear()
+        self.polls.clear()
+
+
+def completed_reply(name: str, **more: Any) -> Reply:
+    """Say that a task found the lead's address."""
+    body = {"task_id": f"t-{name}", "status": "completed", "data": [{"email": f"{name.lower()}@found.example"}]}
+    return http_reply(200, body | {"credits_spent": 0.5} | more)
+
+
+def running_reply(name: str) -> Reply:
+    """Say that a task is at work."""
+    return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
+
+
+def run_once(
+    workspace: Workspace, base_url: str, options: RunOptions | None = None, timing: Timeouts = TIMEOUTS
+) -> RunSummary:
+    """Run the job against an odd API."""
+    job = load_job(workspace.job_file)
+    with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
+        around = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
+        return run_job(around, options or RunOptions())
+
+
+def request_states(workspace: Workspace) -> list[str]:
+    """Tell where the requests stand, in the order of the input."""
+    return [state for (state,) in workspace.sql("SELECT state FROM requests ORDER BY id")]
+
+
+def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: str, leads: int = 3) -> None:
+    """Buy for some leads, and leave while all tasks run."""
+    workspace.write_leads(make_leads(leads))
+    scripted_api.task = running_reply
+    workspace.write_job(policy="{patience: 1s}")
+    assert run_once(workspace, base_url).exit_code == 13
+    assert request_states(workspace) == ["submitted"] * leads
+    workspace.write_job()
+    scripted_api.task = completed_reply
+    scripted_api.take_requests()
+
+
+REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
+    "the waterfall is gone": (lambda odd, _: setattr(odd, "waterfall", http_reply(404, {"detail": "no"})), 2),
+    "the waterfall is another": (
+        lambda odd, _: setattr(odd, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
+        4,
+    ),
+    "the waterfall wants more": (
+        lambda odd, _: setattr(
+            odd, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
+        ),
+        2,
+    ),
+    "the account is unknown": (lambda odd, _: setattr(odd, "user", http_reply(404, {"detail": "no"})), 2),
+    "the account is no JSON": (lambda odd, _: setattr(odd, "user", http_reply(200, b"<html>")), 4),
+    "the account fails": (lambda odd, _: setattr(odd, "user", http_reply(500, {"detail": "no"})), 4),
+    "the account is a list": (lambda odd, _: setattr(odd, "user", http_reply(200, [1])), 4),
+    "the workspace is another": (
+        lambda odd, _: setattr(odd, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
+        2,
+    ),
+    "the input is broken": (lambda _, office: (office.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
+    "the input is missing": (lambda _, office: (office.folder / "leads.csv").unlink(), 5),
+    "the changes would replace the input": (
+        lambda _, office: office.write_job(changes="{path: leads.csv, key: [Email]}"),
+        2,
+    ),
+    "a rescue file is damaged": (
+        lambda _, office: office.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
+        5,
+    ),
+    "the job names an unknown waterfall": (lambda _, office: office.write_job(waterfall="none_such"), 4),
+}
+
+
+@pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
+def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str) -> None:
+    """Each open task is asked for and its answer kept; nothing new is sent, and the run says why."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        spoil, code = REFUSALS[refusal]
+        spoil(scripted_api, workspace)
+
+        summary = run_once(workspace, server.base_url)
+
+    assert (summary.exit_code, scripted_api.posts) == (code, [])
+    assert request_states(workspace) == ["found"] * 3
+    assert summary.error
+
+
+NOT_FOUND_REPLIES = [
+    http_reply(404, {}),
+    http_reply(410, {}),
+    http_reply(401, {}),
+    http_reply(403, {}),
+    http_reply(200, {"status": "gone"}),
+]
+
+
+@pytest.mark.parametrize("answer", first_quick(1, NOT_FOUND_REPLIES, single=True))
+def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -> None:
+    """A key that cannot see the tasks proves nothing about them."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.user = http_reply(200, {"balance": 1, "workspace": "theirs"})
+        scripted_api.task = lambda name: answer if name != "First1" else completed_reply(name)
+
+        summary = run_once(workspace, server.base_url)
+
+        assert (summary.exit_code, scripted_api.posts) == (2, [])
+        assert "--workspace-renamed" in (summary.hint or "")
+        assert request_states(workspace) == ["submitted", "found", "submitted"]
+
+        scripted_api.task = completed_reply
+        renamed = run_once(workspace, server.base_url, RunOptions(workspace_renamed=True))
+        again = run_once(workspace, server.base_url)
+
+    assert (renamed.exit_code, again.exit_code, scripted_api.posts) == (0, 0, [])
+    assert request_states(workspace) == ["found"] * 3
+
+
+def test_no_requests_to_other_host(workspace: Workspace) -> None:
+    """Not even the free questions: the ledger's task ids are not that host's business."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        workspace.sql("UPDATE facts SET value = 'api.other.example' WHERE name = 'api_host'")
+
+        with pytest.raises(Exception, match=r"api\.other\.example"):
+            run_once(workspace, server.base_url)
+
+        assert (scripted_api.posts, scripted_api.polls) == ([], [])
+
+
+# When a task is lost
+
+
+@given(pattern=st.lists(st.booleans(), min_size=0, max_size=12))
+def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
+    """A task that flickers is never written off, however often it is unknown in between."""
+    from enrich.models import Task  # noqa: PLC0415
+    from enrich.run.poller import OpenTask  # noqa: PLC0415 - the rule alone
+
+    waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
+    believed, run, since = False, 0, 0.0
+    for missing in pattern:
+        now += 17.0
+        if not missing:
+            waiting.repeated_reply, run = None, 0
+            continue
+        since = now if not run else since
+        run += 1
+        believed = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
+        assert believed == (run >= 5 and now - since >= 60.0)
+
+
+def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
+    """The API that does not know a task for a while is asked again by the next run."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.task = lambda _: http_reply(404, {})
+
+        summary = run_once(workspace, server.base_url, RunOptions(max_time_s=0.9), replace(TIMEOUTS, young_task_s=60.0))
+        assert summary.exit_code == 13
+        assert request_states(workspace) == ["submitted"] * 3
+
+        scripted_api.task = completed_reply
+        assert run_once(workspace, server.base_url).exit_code == 0
+
+    assert (request_states(workspace), scripted_api.posts) == (["found"] * 3, [])
+
+
+def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
+    """A 404 that was believed and a doubt with an id: the next run asks before a person has to pay."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url)
+        scripted_api.task = lambda _: http_reply(404, {})
+        assert run_once(workspace, server.base_url).exit_code == 10
+        assert request_states(workspace) == ["expired"] * 3
+        scripted_api.task, scripted_api.polls = completed_reply, []
+
+        summary = run_once(workspace, server.base_url)
+
+    assert (summary.exit_code, summary.submitted, scripted_api.posts) == (0, 0, [])
+    assert request_states(workspace) == ["found"] * 3
+    assert summary.credits_spent == 1.5
+
+
+@pytest.mark.parametrize("then", first_quick(1, ["completed", "running", "unknown", "gone"]))
+def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -> None:
+    """`--retry` pays for what the API does not have, and for nothing else."""
+    scripted_api, office_leads = ScriptedApi(), make_leads(2)
+    workspace.write_leads(office_leads)
+    scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
+    with serve_replies(scripted_api) as server:
+        assert run_once(workspace, server.base_url).exit_code == 14
+        assert workspace.sql("SELECT state, task_id FROM attempts ORDER BY id") == [
+            ("in_doubt", "t-First0"),
+            ("in_doubt", "t-First1"),
+        ]
+        scripted_api.post = ScriptedApi.post
+        scripted_api.take_requests()
+        still = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = {
+            "completed": completed_reply,
+            "running": lambda name: next(still, completed_reply(name)) if name == "First0" else completed_reply(name),
+            "unknown": lambda name: http_reply(404, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
+            "gone": lambda name: http_reply(410, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
+        }[then]
+
+        summary = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
+
+    bought = 2 if then in ("unknown", "gone") else 0
+    assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
+    assert request_states(workspace) == ["found"] * 2
+
+
+@pytest.mark.long
+def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
+    """A task that says it is done and has cost something may not have its data yet."""
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(1))
+    first = iter([completed_reply("First0", data=None)])
+    scripted_api.task = lambda name: next(first, completed_reply(name))
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url)
+
+    assert (summary.exit_code, summary.found, len(scripted_api.polls)) == (0, 1, 2)
+
+
+@pytest.mark.long
+def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
+    """Each open task is asked for before such a run leaves, and it leaves when an outage would end it."""
+    scripted_api = ScriptedApi()
+    with serve_replies(scripted_api) as server:
+        submit_and_leave(workspace, scripted_api, server.base_url, leads=1)
+        workspace.write_leads(make_leads(3))
+        scripted_api.post = lambda _: http_reply(429, {}, retry_after="3600")
+        asked = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = lambda name: next(asked, completed_reply(name))
+
+        summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=1.5))
+
+    assert summary.exit_code == 4
+    assert request_states(workspace) == ["found", "pending", "pending"]
+
+
+# Poison
+
+UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = {
+    "negative credits": (lambda name: completed_reply(name, credits_spent=-5), "found", None),
+    "too many credits": (lambda name: completed_reply(name, credits_spent=1_000_001), "found", None),
+    "credits as text": (lambda name: completed_reply(name, credits_spent="NaN"), "found", None),
+    "credits as NaN": (
+        lambda name: Reply(completed_reply(name).data.replace(b'"credits_spent": 0.5', b'"credits_spent": NaN')),
+        "found",
+        None,
+    ),
+    "credits as an object": (lambda name: completed_reply(name, credits_spent={"amount": 1}), "found", None),
+    "many steps": (
+        lambda name: completed_reply(
+            name, data=[{"result": {"email": "a@b.example"}, "steps": [{"provider": "P", "cost": "0"}] * 20_000}]
+        ),
+        "found",
+        0.5,
+    ),
+    "deep": (
+        lambda name: http_reply(
+            200, b'{"task_id":"t-%s","status":"completed","data":%s}' % (name.encode(), b"[" * 5000 + b"]" * 5000)
+        ),
+        "submitted",
+        None,
+    ),
+    "no JSON": (lambda _: http_reply(200, b"<html>busy</html>"), "submitted", None),
+    "no status": (lambda name: http_reply(200, {"task_id": f"t-{name}"}), "submitted", None),
+    "another task": (lambda _: completed_reply("First1"), "submitted", None),
+    "a long id": (lambda name: completed_reply(name, task_id="x" * 600), "submitted", None),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("poison", UNUSABLE_ANSWERS)
+def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> None:
+    """The other leads get theirs, the row says what is wrong, and the run is not held."""
+    scripted_api = ScriptedApi()
+    answer, state, spent = UNUSABLE_ANSWERS[poison]
+    workspace.write_leads(make_leads(3))
+    scripted_api.task = lambda name: answer(name) if name == "First0" else completed_reply(name)
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url)
+        rows = workspace.read_output()
+        healed = run_once(workspace, server.base_url) if state == "submitted" else summary
+        scripted_api.task = completed_reply
+        last = run_once(workspace, server.base_url)
+
+    assert summary.exit_code == (13 if state == "submitted" else 0)
+    assert [row["enrich_status"] for row in rows[1:]] == ["found", "found"]
+    assert rows[1]["work_email"] == "first1@found.example"
+    assert healed.exit_code in (0, 13)
+    if state == "found":
+        assert rows[0]["enrich_status"] == "found"
+        assert rows[0]["enrich_credits"] == ("" if spent is None else str(spent))
+    else:
+        assert rows[0]["enrich_status"] == "pending"
+        assert rows[0]["enrich_error"]
+    assert last.exit_code == 0
+    assert request_states(workspace) == ["found"] * 3
+    assert len(scripted_api.posts) == 3
+
+
+@pytest.mark.long
+def test_unknown_task_ids_stop_submitting(workspace: Workspace) -> None:
+    """Somebody else's tasks, again and again: kept raw, and after 20 nothing more is bought."""
+    scripted_api = ScriptedApi()
+    workspace.write_job(limits="{requests_per_second: 1000, in_flight: 25}")
+    workspace.write_leads(make_leads(80))
+    scripted_api.task = lambda name: completed_reply(name, task_id=f"alien-{name}")
+    with serve_replies(scripted_api) as server:
+        summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=60.0))
+
+    assert summary.exit_code == 4
+    assert len(scripted_api.posts) < 80
+    assert set(request_states(workspace)) <= {"submitted", "pending"}
+    kept = workspace.sql("SELECT count(*) FROM attempts WHERE answer LIKE '%alien-%' AND state = 'submitted'")
+    assert kept[0][0] >= 20
+
+
+# Clocks
+
+
+@given(steps=st.lists(st.integers(-72, 72), min_size=1, max_size=5))
+def test_local_clock_steps_are_ignored(steps: list[int]) -> None:
+    """The clock of a run is the one it began with, counted on."""
+    clock = SystemClock()
+    before = clock.now_ms()
+    with pytest.MonkeyPatch.context() as patch:
+        for hours in steps:
+            patch.setattr("time.time_ns", lambda hours=hours: hours * 3_600_000_000_000)
+            patch.setattr("time.time", lambda hours=hours: hours * 3_600)
+            assert 0 <= clock.now_ms() - before < 60_000
+
+
+@given(offsets=st.lists(st.integers(-(10**8), 10**8), min_size=0, max_size=8))
+def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
+    """One answer, or several that differ, leave the clock as it is."""
+    clock = SystemClock()
+    for number, offset in enumerate(offsets):
+        before = clock.offset_ms
+        clock.observe(clock._local_ms() + offset)
+        last = offsets[max(0, number + 1 - CLOCK_SAMPLES) : number + 1]
+        agree = len(last) == CLOCK_SAMPLES and max(last) - min(last) <= CLOCK_SAMPLE_SPREAD_MS - 100
+        differ = len(last) < CLOCK_SAMPLES or max(last) - min(last) > CLOCK_SAMPLE_SPREAD_MS + 100
+        if differ:
+            assert clock.offset_ms == before
+        if agree and abs(max(last)) > 301_000:
+            assert abs(clock.offset_ms - max(last)) < 2_000
+        assert clock.earliest_ms() <= clock.now_ms() + 5
+
+
+def test_cached_date_header_is_ignored() -> None:
+    """An `Age` header says that the answer is old."""
+    from enrich.databar.client import Client  # noqa: PLC0415 - the header alone
+
+    received: list[int] = []
+
+    class Heard(SystemClock):
+        def observe(self, api_ms: int) -> None:
+            received.append(api_ms)
+
+    async def asking(base_url: str) -> None:
+        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), Heard()) as client:
+            await client.get_user()
+
+    for more in ({}, {"age": "7200"}):
+        with serve_replies(http_reply(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as server:
+            asyncio.run(asking(server.base_url))
+    assert received == [1_793_534_400_000]

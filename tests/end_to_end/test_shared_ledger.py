@@ -1,0 +1,158 @@
+"""Several jobs with one ledger: an answer serves them all, executions and receipts stay apart."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import LedgerLocked
+from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger
+from enrich.models import State
+from enrich.run.context import RunOptions
+from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
+
+LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}", "ledger": "shared.db"}
+
+
+def workspace_for(workspace: Workspace, name: str) -> Workspace:
+    """Another job of the same folder; its outputs are called like it."""
+
+    class Other(Workspace):
+        """An office that works on another job file."""
+
+        @property
+        def job_file(self) -> Path:
+            return self.folder / f"{name}.yaml"
+
+        @property
+        def ledger_path(self) -> Path:
+            return self.folder / "shared.db"
+
+    other = Other(workspace.folder)
+    other.write_job(ledger="shared.db", output=f"{name}.csv")
+    return other
+
+
+@pytest.fixture
+def alpha(workspace: Workspace) -> Workspace:
+    """Make a job."""
+    return workspace_for(workspace, "alpha")
+
+
+@pytest.fixture
+def beta(workspace: Workspace) -> Workspace:
+    """Make another job with the same ledger."""
+    return workspace_for(workspace, "beta")
+
+
+def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """The same question of another job is reused, under other columns too."""
+    beta.write_job(ledger="shared.db", output="beta.csv", columns="{mail: email}")
+    alpha.write_leads(make_leads(5))
+    first = alpha.run_job(api)
+    alpha.write_leads(make_leads(7))
+
+    second = beta.run_job(api)
+
+    assert (first.submitted, second.submitted, second.reused) == (5, 2, 5)
+    answers = {row["First Name"]: row["work_email"] for row in alpha.read_output("alpha.csv")}
+    assert {row["First Name"]: row["mail"] for row in beta.read_output("beta.csv")[:5]} == answers
+    assert any(answers.values())
+
+
+def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """`status` shows a job its own executions."""
+    alpha.write_leads(make_leads(2))
+    alpha.run_job(api)
+    beta.run_job(api)
+    alpha.run_job(api)
+
+    shown = {
+        name: office.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
+        for name, office in (("alpha", alpha), ("beta", beta))
+    }
+
+    assert [each["execution"] for each in shown["alpha"]] == [3, 1]
+    assert [each["execution"] for each in shown["beta"]] == [2]
+    assert {each["receipt"]["job"] for each in shown["alpha"]} == {"alpha"}
+
+
+def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
+    """Collected by a job that looks for another field, it is found all the same, for who asked for it."""
+    alpha.write_job(columns="{industry: industry}", output="alpha.csv", **LOOKUP)
+    beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
+    alpha.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        alpha.submit_without_collecting(api)
+        api.advance(90)
+        collected = beta.run_job(api)
+        again = alpha.run_job(api)
+        assert api.audit()["accepted"] == 4
+
+    with closing(alpha.open_ledger()) as ledger:
+        assert ledger.state_counts() == {State.FOUND: 4}
+    assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
+    assert (again.submitted, again.found) == (0, 4)
+
+
+def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
+    """The same question at the API is not asked twice; the plan says that it waits."""
+    alpha.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        alpha.submit_without_collecting(api)
+        output = beta.run_in_process("plan", "beta.yaml", "--json", api=api).json_output
+        api.advance(90)
+        summary = beta.run_job(api)
+    assert (output["to_submit"], output["decisions"]["waiting"]) == (0, 3)
+    assert (summary.submitted, summary.found) == (0, 3)
+
+
+@pytest.mark.long
+def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """What a job left pending is its own affair, even after it was killed before it could send."""
+    alpha.write_leads(make_leads(6))
+    alpha.run_job(api, RunOptions(limit=2))
+    alpha.write_leads(make_leads(1, start=50))
+
+    summary = beta.run_job(api)
+
+    assert (summary.submitted, api.audit()["accepted"]) == (1, 3)
+
+
+def test_jobs_exclude_each_other(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """The ledger is locked for all of its jobs."""
+    alpha.write_leads(make_leads(1))
+    with lock_ledger(load_job(alpha.job_file).ledger, 0):
+        assert beta.run_in_process("run", "beta.yaml", api=api).exit_code == LedgerLocked.exit_code
+
+
+@pytest.mark.long
+def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """Between the plan and its run the other job answers a part: only the rest is asked."""
+    alpha.write_leads(make_leads(6))
+    assert alpha.run_in_process("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).exit_code == 0
+    beta.run_job(api, RunOptions(limit=3))
+
+    summary = alpha.run_in_process("run", "alpha.yaml", "--plan", "alpha.plan", "--json", api=api).json_output
+
+    assert (summary["exit_code"], summary["submitted"], summary["pending"]) == (0, 1, 2)
+
+
+@pytest.mark.long
+def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """That another job has spent before is no leave for this one."""
+    asked: list[str] = []
+
+    def refuse(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    alpha.write_leads(make_leads(2))
+    alpha.run_job(api)
+    alpha.write_leads(make_leads(4))
+    assert beta.run_job(api, RunOptions(confirm=refuse)).exit_code == 5
+    assert alpha.run_job(api, RunOptions(confirm=refuse)).submitted == 2
+    assert len(asked) == 1

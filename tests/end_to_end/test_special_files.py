@@ -1,0 +1,172 @@
+"""Pipes without a peer, devices and folders in the place of files: refused in words at once, never waited for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from enrich.job.bounded_read import MAX_BYTES
+from tests.support.cases import first_quick
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads
+
+KEY = "sandbox-key"
+
+
+def run_job(
+    workspace: Workspace,
+    api: SandboxApi,
+    *options: str,
+    stdin: int = subprocess.DEVNULL,
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> ProgramResult:
+    """Run the job as a process, so that one that hangs can be ended."""
+    process = subprocess.run(
+        [sys.executable, "-m", "enrich", *(options or ("run", "job.yaml"))],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | dict(environ),
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert "Traceback" not in process.stderr
+    return ProgramResult(process.returncode, process.stdout, process.stderr)
+
+
+def make_special_file(workspace: Workspace, kind: str) -> str:
+    """Make what is no file; return its name."""
+    if kind.startswith("/dev/"):
+        return kind
+    path = workspace.folder / f"{kind}.prom"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(MAX_BYTES + 1)
+    return str(path)
+
+
+KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
+
+
+@pytest.mark.parametrize("kind", first_quick(1, [*KINDS, "huge"]))
+@pytest.mark.parametrize(
+    ("use", "code"),
+    first_quick(
+        1,
+        [("key", 3), ("suppress", 5), ("log", 5), ("plan", 5), ("job", 2), ("metrics", 2), ("input", 5), ("ledger", 5)],
+    ),
+)
+def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: str, code: int, kind: str) -> None:
+    """With words that name it, and nothing is bought."""
+    if kind == "huge" and use not in ("key", "plan", "job"):
+        pytest.skip("a file may be large")
+    workspace.write_leads(make_leads(2))
+    name = make_special_file(workspace, kind)
+    environ: dict[str, str] = {}
+    options = ["run", "job.yaml"]
+    match use:
+        case "key":
+            environ = {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": name}
+        case "log" | "plan":
+            options += [f"--{use.replace('log', 'log-file')}", name]
+        case "ledger" if kind == "folder":
+            pytest.skip("told by SQLite")
+        case "ledger":
+            options += ["--ledger", name]
+        case "job":
+            options = ["run", name]
+        case "input":
+            options += ["--input", name]
+            if kind == "folder":
+                pytest.skip("a folder of files is an input")
+        case "metrics" if kind.startswith("/dev/"):
+            pytest.skip("its name has no .prom")
+        case _:
+            workspace.write_job(**{use: name})
+
+    result = run_job(workspace, api, *options, environ=environ)
+
+    # click refuses folders as options before we see them.
+    assert result.exit_code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), result.stderr
+    assert Path(name).name in result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
+def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Workspace, kind: str) -> None:
+    """They are no reason not to run."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(notify=make_special_file(workspace, kind))
+    result = run_job(workspace, api)
+    assert result.exit_code == 0
+    assert "nobody can be notified: it " in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stdin", ["/dev/zero", "/dev/urandom"])
+def test_device_as_stdin(api: SandboxApi, workspace: Workspace, stdin: str) -> None:
+    """Only pipes and files are."""
+    workspace.write_leads(make_leads(1))
+    with open(stdin, "rb") as device:  # noqa: PTH123 - for its descriptor
+        result = run_job(workspace, api, "run", "job.yaml", "--input", "-", stdin=device.fileno())
+    assert result.exit_code == 5
+    assert "standard input is a device" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "check", "explain --row 1", "status", "doctor --offline"])
+@pytest.mark.parametrize("use", ["suppress", "metrics", "notify", "input", "output"])
+@pytest.mark.long
+def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Workspace, use: str, command: str) -> None:
+    """Whatever they say, they end."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(**{use: make_special_file(workspace, "fifo")})
+    name, *options = command.split()
+    assert run_job(workspace, api, name, "job.yaml", *options).exit_code in (0, 1, 2, 3, 5)
+
+
+@pytest.mark.long
+def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
+    """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late its writer is."""
+    workspace.write_leads(make_leads(1))
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", "run", "job.yaml"],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
+        pass_fds=[ours],
+    )
+    os.close(ours)
+    os.write(theirs, KEY[:4].encode())
+    os.write(theirs, KEY[4:].encode() + b"\n")
+    os.close(theirs)
+    assert process.wait(timeout=90) == 0
+
+
+@pytest.mark.long
+def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
+    """A log may be read by another program while it is written."""
+    workspace.write_leads(make_leads(1))
+    fifo = make_special_file(workspace, "fifo")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo).exit_code == 0
+    assert b'"event": "end"' in os.read(reader, 1 << 16)
+    os.close(reader)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/stderr"])
+def test_log_to_null_or_stderr(api: SandboxApi, workspace: Workspace, name: str) -> None:
+    """They are devices, too, but take lines."""
+    workspace.write_leads(make_leads(1))
+    assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).exit_code == 0

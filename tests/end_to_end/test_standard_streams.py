@@ -1,0 +1,164 @@
+"""Standard streams that are closed, full or left by their reader: a run does its work all the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, reset_signals
+
+NO_SPACE = "note: stdout cannot be written: No space left on device\n"
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture
+def stream_workspace(workspace: Workspace) -> Iterator[Workspace]:
+    """Make a job with leads, and a log, rejects and report beside the output."""
+    workspace.write_leads(make_leads(5))
+    workspace.write_job(rejects="rejects.csv", report="report.html")
+    yield workspace
+    for descriptor in (0, 1, 2):
+        os.fstat(descriptor)
+
+
+def run_with_streams(
+    workspace: Workspace, api: SandboxApi, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
+) -> ProgramResult:
+    """Run the program with descriptors that are closed, or on a full disk; what is neither is captured."""
+
+    def prepare() -> None:
+        reset_signals()
+        for descriptor in full:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+        for descriptor in closed:
+            os.close(descriptor)
+
+    process = subprocess.run(
+        [sys.executable, "-m", "enrich", *arguments],
+        cwd=workspace.folder,
+        env=workspace.environment(api),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=prepare,
+    )
+    return ProgramResult(process.returncode, process.stdout, process.stderr)
+
+
+STREAMS: list[dict[str, tuple[int, ...]]] = [
+    {"closed": (1,)},
+    {"closed": (2,)},
+    {"closed": (1, 2)},
+    {"closed": (0, 1, 2)},
+    {"full": (1,)},
+    {"full": (2,)},
+    {"full": (1, 2)},
+    {"closed": (1,), "full": (2,)},
+    {"closed": (0,)},
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("streams", STREAMS, ids=str)
+def test_run_without_standard_streams(
+    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
+) -> None:
+    """The exit code is that of the leads, every file is whole, and nothing of it is in the files of others."""
+    result = run_with_streams(
+        stream_workspace, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams
+    )
+
+    assert result.exit_code == 0
+    assert [row["enrich_status"] for row in stream_workspace.read_output()].count("found") > 0
+    assert all((stream_workspace.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
+    assert (stream_workspace.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
+    assert "Traceback" not in result.stderr
+    unusable = streams.get("closed", ()) + streams.get("full", ())
+    assert bool(result.stdout) == (1 not in unusable)
+    assert ("job: 5 rows" in result.stderr) == (2 not in unusable)
+    assert result.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("streams", STREAMS[:4], ids=str)
+def test_exit_codes_without_streams(
+    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
+) -> None:
+    """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
+    api.inject_fault("no-task-id")
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 14
+    stream_workspace.write_job(where="no sql")
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 2
+
+
+COMMANDS = [["--help"], ["--version"], [], ["schema"], ["run", "--help"], ["status", "job.yaml"], ["plan", "job.yaml"]]
+COMMANDS += [["runs", "job.yaml", "--json"], ["explain", "job.yaml", "--row", "1"], ["waterfalls"], ["nonsense"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_other_commands_without_streams(api: SandboxApi, stream_workspace: Workspace, command: list[str]) -> None:
+    """A full disk is told in a line, a closed stream not at all; neither changes the exit code."""
+    plain = run_with_streams(stream_workspace, api, *command)
+    for streams in STREAMS[:7]:
+        result = run_with_streams(stream_workspace, api, *command, **streams)
+        assert result.exit_code == plain.exit_code
+        assert result.stderr.removesuffix(NO_SPACE) == ("" if 2 in sum(streams.values(), ()) else plain.stderr)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--receipt"], ["schema"]], ids=" ".join)
+@pytest.mark.parametrize("left", ["stdout", "stderr"])
+def test_closed_reader_does_not_stop_run(
+    api: SandboxApi, stream_workspace: Workspace, arguments: list[str], left: str
+) -> None:
+    """`… | head -1` ends the reading, not the run."""
+    process = stream_workspace.start_subprocess(*arguments, api=api)
+    streams = {"stdout": process.stdout, "stderr": process.stderr}
+    stream = streams.pop(left)
+    assert stream is not None
+    stream.close()
+    (other,) = streams.values()
+    assert other is not None
+    message = other.read()
+    other.close()
+
+    assert process.wait(timeout=90) == 0
+    assert "Traceback" not in message
+    assert "cannot be written" not in message
+    if arguments[0] == "run":
+        assert len(stream_workspace.read_output()) == 5
+        assert (stream_workspace.folder / "report.html").exists()
+
+
+@pytest.mark.long
+def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Workspace) -> None:
+    """`status --watch | head -1` does not watch for ever."""
+    assert stream_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    process = stream_workspace.start_subprocess("status", "job.yaml", "--watch", "--every", "1s")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=90) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_nonblocking_stdout() -> None:
+    """A pipe in non-blocking mode that is full for a moment loses nothing."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    code = "from enrich.commands.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs) as process:
+        os.close(theirs)
+        with open(ours, "rb") as reader:  # noqa: PTH123 - a descriptor
+            assert reader.read() == (b"x" * 99 + b"\n") * 9999
+    assert process.returncode == 0

@@ -1,0 +1,109 @@
+"""The torture of `tests.support.torture`, in short; and whether its judge would notice."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support.cases import in_turn
+from tests.support.torture import MAX_IN_DOUBT, TortureReport, remove_ledger, run_torture
+from tests.support.workspace import Workspace
+
+pytestmark = pytest.mark.long
+
+
+def test_torture_single(tmp_path: Path) -> None:
+    """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
+    report = run_torture(tmp_path, rows=80, kills=6, seed=3)
+
+    assert report.passed, report.as_markdown()
+    assert report.kills.total() == 6
+    assert report.stops >= 1
+    assert report.faults > 15
+    assert report.proxy_faults.total() > 5
+    assert report.clock_steps > 5
+    assert report.ledger_away == 1
+    assert report.max_in_flight_at_kill <= MAX_IN_DOUBT
+    assert report.accepted >= 80 - report.in_doubt
+
+
+def test_torture_bulk(tmp_path: Path) -> None:
+    """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
+    report = run_torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
+
+    assert report.passed, report.as_markdown()
+    assert report.kills.total() == 5
+    assert report.faults > 5
+    assert report.accepted >= 120 - report.in_doubt
+
+
+#: Of the jobs that are falsified: enough for some to be found.
+ROWS = 12
+
+
+def _falsify_request(workspace: Workspace, sql: str) -> bool:
+    """Change one request of those who stay that found something; tell whether there was one."""
+    if not workspace.ledger_path.exists():
+        return False
+    stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
+    chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {stays})"
+    with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
+        another = f"(SELECT answer FROM attempts WHERE state = 'found' AND id <> {chosen})"
+        return db.execute(sql.format(chosen, another=another)).rowcount == 1
+
+
+@in_turn(
+    ("sql", "noticed"),
+    [
+        ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
+        ("UPDATE attempts SET task_id = 'another' WHERE id = {}", "lost"),
+        ("UPDATE attempts SET answer = {another} WHERE id = {}", "misassigned_rows"),
+        ("UPDATE requests SET state = 'expired', answer_id = NULL WHERE attempt_id = {}", "lost"),
+    ],
+    ids=["bought again", "forgotten", "another's", "not fetched"],
+)
+def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed: str) -> None:
+    """A ledger that was falsified between two nights does not pass."""
+    report = run_torture(
+        tmp_path,
+        rows=ROWS,
+        kills=1,
+        seed=5,
+        faults=(),
+        extra_faults=False,
+        tamper=lambda office: _falsify_request(office, sql),
+    )
+
+    assert not report.passed
+    result = getattr(report, noticed)
+    assert (result if isinstance(result, int) else len(result)) == 1, report.as_markdown()
+
+
+@in_turn(
+    ("code", "not_missed"),
+    [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
+)
+@in_turn("replaced", [False, True])
+def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_missed: int, *, replaced: bool) -> None:
+    """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
+    workspace, report = Workspace(tmp_path), TortureReport(1, 1)
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.write_text("the ledger")
+    put = f"from sys import *; from pathlib import *; Path({str(workspace.ledger_path)!r}).write_text('new'); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"input(); {put}{code}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    process.stdin.write("\n")
+    remove_ledger(workspace, process, report, replaced=replaced)
+    assert (report.ledger_away, report.missing_ledger_ignored) == (1, not_missed)
+    assert workspace.ledger_path.read_text() == "the ledger"

@@ -1,0 +1,380 @@
+"""Leads in every format: they come back as they were, or a problem says where and what."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused
+from enrich.files import excel_format
+from enrich.files.reader import InputTable
+from enrich.files.writer import write_file
+from enrich.job.locations import Format
+from enrich.job.spec import Input, Output
+from tests.support.cases import examples, in_turn
+from tests.support.table_files import INPUTS, OUTPUTS, read_table, write_table
+
+HOSTILE_CELLS = [
+    "007",
+    "+49 30 1234",
+    "=1+1",
+    " a ",
+    '"',
+    ",",
+    "\t",
+    "\n",
+    "\r\n",
+    "\r",
+    "'",
+    "NULL",
+    "true",
+    "1e5",
+    "1.0",
+]
+HOSTILE_CELLS += [
+    "12345678901234567890",
+    "0.1000",
+    "_x0041_",
+    "\u2028",
+    "\ufeffa",
+    "日本😀",
+    "\x01",
+    "null",
+    "{}",
+    "a" * 9000,
+]
+TEXT = st.sampled_from(HOSTILE_CELLS) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufffe\uffff"), max_size=8
+)
+
+
+@st.composite
+def hostile_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
+    """Draw a header and rows of its width, of which none is all blank."""
+    name = TEXT.map("h".__add__) | st.sampled_from(["", "^h.*$", "*", "column_0"])
+    header = draw(st.lists(name, min_size=1, max_size=3, unique=True).filter(any))
+    cells = st.tuples(TEXT.map("x".__add__), *[TEXT | st.just("")] * (len(header) - 1)).map(list)
+    return header, draw(st.lists(cells, min_size=1, max_size=5))
+
+
+def read_rows(source: InputTable) -> list[list[Any]]:
+    """Read a source's rows as they are."""
+    return [list(row) for frame in source.batches() for row in frame.rows()]
+
+
+def copy_table(source: Path, target: Path, **options: Any) -> Path:
+    """Read a file and write its rows to another, with a new column."""
+    table = InputTable(source, Input(path=str(source), **options))
+    frames = (frame.with_columns(new=pl.lit("=new")) for frame in table.batches())
+    schema = {**table.schema, "new": pl.String()}
+    write_file(target, Output(path=str(target)), job="job", schema=schema, frames=frames, new_columns=1)
+    return target
+
+
+def read_error(path: Path, **options: Any) -> str:
+    """Read a file that can't be read; return what is told, without its path."""
+    with pytest.raises(CommandRefused) as caught:
+        read_rows(InputTable(path, Input(path=str(path), **options)))
+    return f"{caught.value.message} / {caught.value.hint}".replace(str(path), "FILE")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("given_as", INPUTS)
+@given(table=hostile_tables())
+@settings(max_examples=examples(12), deadline=None)
+def test_values_survive_every_format_pair(
+    tmp_path_factory: pytest.TempPathFactory, given_as: str, table: tuple[list[str], list[list[str]]]
+) -> None:
+    """Every cell's very text through every pair of formats; only in CSV the new value is kept from being run."""
+    folder = tmp_path_factory.mktemp("pairs")
+    header, rows = table
+    leads = write_table(folder / f"leads.{given_as}", header, rows)
+    for wanted_as in OUTPUTS:
+        found = read_table(copy_table(leads, folder / f"out.{wanted_as}"))
+        new = "'=new" if wanted_as[:3] in ("csv", "tsv") else "=new"
+        assert found == [[*header, "new"], *([*row, new] for row in rows)], wanted_as
+
+
+@in_turn("wanted_as", [*OUTPUTS, "jsonl.gz", "tsv.gz"])
+def test_outputs_are_deterministic(tmp_path: Path, wanted_as: str) -> None:
+    """No time and no name is inside."""
+    leads = write_table(tmp_path / "leads.csv", ["A"], [["1"], [""], ["2"]])
+    one, other = copy_table(leads, tmp_path / f"one.{wanted_as}"), copy_table(leads, tmp_path / f"other.{wanted_as}")
+    assert one.read_bytes() == other.read_bytes()
+
+
+@in_turn("given_as", ["csv", "jsonl", "parquet", "xlsx"])
+def test_explicit_format_ignores_extension(tmp_path: Path, given_as: Format) -> None:
+    """The ending says nothing then."""
+    leads = write_table(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
+    assert read_rows(InputTable(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
+
+
+# Parquet
+
+NOON = datetime.fromisoformat("2026-01-02T12:00")
+TYPED = {
+    "text": pl.Series(["007", None], dtype=pl.String),
+    "^x.*$": pl.Series([1, None], dtype=pl.Int64),
+    "big": pl.Series([2**64 - 1, 0], dtype=pl.UInt64),
+    "float": pl.Series([12.0, float("nan")], dtype=pl.Float64),
+    "short": pl.Series([0.1, 1e15], dtype=pl.Float32),
+    "yes": pl.Series([True, None], dtype=pl.Boolean),
+    "day": pl.Series([date(2026, 1, 2), None], dtype=pl.Date),
+    "stamp": pl.Series([NOON.replace(microsecond=60), None], dtype=pl.Datetime("ns")),
+    "zoned": pl.Series([datetime(2026, 1, 2, 3, tzinfo=UTC), None], dtype=pl.Datetime("us", "Europe/Berlin")),
+    "time": pl.Series([time(3, 4), None], dtype=pl.Time),
+    "span": pl.Series([timedelta(hours=30), None], dtype=pl.Duration("us")),
+    "money": pl.Series([Decimal("1.50"), None], dtype=pl.Decimal(10, 2)),
+    "kind": pl.Series(["a", None], dtype=pl.Enum(["a", "b"])),
+    "bytes": pl.Series([b"caf\xc3\xa9", b"\xff"], dtype=pl.Binary),
+    "list": pl.Series([["a", "é"], None], dtype=pl.List(pl.String)),
+    "nested": pl.Series([{"n": 1, "on": date(2026, 1, 2)}, None], dtype=pl.Struct({"n": pl.Int8, "on": pl.Date})),
+}
+AS_TEXT = [
+    ["007", "1", "18446744073709551615", "12", "0.1", "true", "2026-01-02", "2026-01-02T12:00:00.000060"],
+    ["", "", "0", "", "1000000000000000", "", "", ""],
+]
+AS_TEXT[0] += ["2026-01-02T04:00:00+01:00", "03:04:00", "P1DT6H", "1.50", "a", "café", '["a","é"]']
+AS_TEXT[0] += ['{"n":1,"on":"2026-01-02"}']
+AS_TEXT[1] += ["", "", "", "", "", "ff", "", ""]
+
+
+def test_parquet_types_are_kept(tmp_path: Path) -> None:
+    """Nested ones, too, under names that polars would take for patterns; nulls stay nulls."""
+    frame = pl.DataFrame(TYPED)
+    frame.write_parquet(tmp_path / "leads.parquet")
+    found = pl.read_parquet(copy_table(tmp_path / "leads.parquet", tmp_path / "out.parquet"))
+    assert found.drop("new").schema == frame.schema
+    assert found.drop("new").equals(frame)
+
+
+@in_turn("wanted_as", ["csv", "tsv", "xlsx"])
+def test_parquet_values_as_text(tmp_path: Path, wanted_as: str) -> None:
+    """Whole numbers without a point, dates as ISO 8601, nested values as JSON, nulls blank."""
+    pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
+    found = read_table(copy_table(tmp_path / "leads.parquet", tmp_path / f"out.{wanted_as}"))
+    assert [row[:-1] for row in found] == [list(TYPED), *AS_TEXT]
+
+
+def test_parquet_values_as_json(tmp_path: Path) -> None:
+    """Numbers and booleans are such; what JSON has no type for is the text of above."""
+    pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
+    first, second = copy_table(tmp_path / "leads.parquet", tmp_path / "out.jsonl").read_text().splitlines()
+    typed: dict[str, Any] = {"^x.*$": 1, "big": 2**64 - 1, "float": 12.0, "short": 0.1, "yes": True, "money": 1.5}
+    typed |= {"list": ["a", "é"], "nested": {"n": 1, "on": "2026-01-02"}}
+    assert json.loads(first) == dict(zip(TYPED, AS_TEXT[0], strict=True)) | typed | {"new": "=new"}
+    blank = dict.fromkeys(TYPED) | {"big": 0, "short": 1e15, "bytes": "ff", "new": "=new"}
+    assert json.loads(second) == blank
+
+
+def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
+    """In the order of the file."""
+    pl.DataFrame({"n": range(50_000)}).write_parquet(tmp_path / "leads.parquet", row_group_size=7_000)
+    source = InputTable(tmp_path / "leads.parquet", Input(path="leads.parquet"))
+    heights = [frame.height for frame in source.batches()]
+    assert (sum(heights), max(heights)) == (50_000, 20_000)
+    assert [row[0] for row in read_rows(source)] == list(range(50_000))
+
+
+@in_turn("content", [b"", b"PAR1", b"A,B\n1,2\n", b"PAR1" + b"x" * 100 + b"PAR1"])
+def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
+    """Whatever is wrong with it."""
+    (tmp_path / "leads.parquet").write_bytes(content)
+    assert read_error(tmp_path / "leads.parquet").startswith("FILE is not a sound Parquet file")
+
+
+# JSON Lines
+
+LINES = r"""
+{"Email": "ada@lovelace.example", "n": 1.0}
+
+{"n": 1e23, "Email": null, "more": {"k": [1, 2.50, "\u00e9"]}}
+{"Email": "", "n": "text", "flag": false, "😀": "\ud83d\ude00"}
+"""
+
+
+def test_jsonl_values_as_text(tmp_path: Path) -> None:
+    """Keys are columns in order of appearance, numbers as they are written, nothing is blank."""
+    (tmp_path / "leads.ndjson").write_text(LINES)
+    assert read_table(copy_table(tmp_path / "leads.ndjson", tmp_path / "out.csv")) == [
+        ["Email", "n", "more", "flag", "😀", "new"],
+        ["ada@lovelace.example", "1.0", "", "", "", "'=new"],
+        ["", "1e23", '{"k":[1,2.50,"é"]}', "", "", "'=new"],
+        ["", "text", "", "false", "😀", "'=new"],
+    ]
+
+
+def test_jsonl_roundtrip(tmp_path: Path) -> None:
+    """Numbers to the digit, booleans, null; a key that a line lacks is null."""
+    (tmp_path / "leads.jsonl").write_text(LINES)
+    assert copy_table(tmp_path / "leads.jsonl", tmp_path / "out.jsonl").read_text().splitlines() == [
+        '{"Email": "ada@lovelace.example", "n": 1.0, "more": null, "flag": null, "😀": null, "new": "=new"}',
+        '{"Email": null, "n": 1e23, "more": {"k":[1,2.50,"é"]}, "flag": null, "😀": null, "new": "=new"}',
+        '{"Email": "", "n": "text", "more": null, "flag": false, "😀": "😀", "new": "=new"}',
+    ]
+
+
+@in_turn(
+    ("content", "told"),
+    [
+        ("", "FILE is empty"),
+        ("\n \n", "FILE is empty"),
+        ("{}\n{}\n", "FILE is empty"),
+        ('{"a": 1}\n\n{"a": 1,}\n', "FILE: row 2 (line 3) is not JSON: "),
+        ('{"a": 1} {"a": 2}\n', "FILE: row 1 (line 1) is not JSON: Extra data (character 10)"),
+        ('"a"\n', "FILE: row 1 (line 1) is no JSON object / Write one object a line"),
+        ('[{"a": 1}]\n', "FILE: row 1 (line 1) is no JSON object / It looks like one JSON array"),
+        ('{"a": NaN}\n', "FILE: row 1 (line 1) is not JSON: NaN is no number"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}\n', "FILE: row 1 (line 1) has a key twice: `c`"),
+        (r'{"a": "\u0000"}', "FILE: row 1 (line 1) has a NUL character"),
+        (r'{"a": "\ud83d"}', "FILE: row 1 (line 1) has half a character"),
+        (r'{"a": ["\udc00"]}', "FILE: row 1 (line 1) has half a character"),
+        ('{"a": ' + "[" * 9999 + "]" * 9999 + "}", "FILE: row 1 (line 1) is nested too deeply"),
+        ('{"a": ' + "[" * 500 + "]" * 500 + "}", "FILE: row 1 (line 1) is nested too deeply"),
+        (b'{"a": "\xe9"}\n', "FILE is not `utf-8` text: byte 8 (line 1)"),
+        (b"PK\x03\x04", "FILE is not JSON Lines but a zip archive"),
+    ],
+)
+def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, told: str) -> None:
+    """File, row, line and what; no value is quoted."""
+    (tmp_path / "leads.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+    assert read_error(tmp_path / "leads.jsonl").startswith(told)
+
+
+def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
+    """Its keys were collected first."""
+    path = tmp_path / "leads.jsonl"
+    path.write_text('{"a": "1"}\n')
+    source = InputTable(path, Input(path="leads.jsonl"))
+    for line in ('{"a": 1}\n', '{"b": "1"}\n'):
+        path.write_text(line)
+        with pytest.raises(CommandRefused, match="changed while it was read"):
+            read_rows(source)
+
+
+# Excel
+
+
+def write_workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> Path:
+    """Write a workbook by another library."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    sheet.title = title
+    for row in rows:
+        sheet.append(row)
+    book.save(path)
+    return path
+
+
+def test_excel_cell_text(tmp_path: Path) -> None:
+    """Numbers without idle noughts, dates as ISO 8601, short rows filled up, empty rows only dropped at the end."""
+    rows: list[list[Any]] = [
+        ["n", "when", "x"],
+        [12, date(2026, 1, 2), "007"],
+        [12.5, NOON, True],
+    ]
+    rows += [
+        [0.1 + 0.2, time(3, 4, 5)],
+        [],
+        [1234567890123456, timedelta(hours=30), False],
+        [1e20],
+        [None, " a "],
+        [""],
+    ]
+    path = write_workbook(tmp_path / "leads.xlsx", rows)
+    assert read_rows(InputTable(path, Input(path="leads.xlsx"))) == [
+        ["12", "2026-01-02", "007"],
+        ["12.5", "2026-01-02T12:00:00", "TRUE"],
+        ["0.3", "03:04:05", ""],
+        ["", "", ""],
+        ["1234567890123456", "30:00:00", "FALSE"],
+        ["100000000000000000000", "", ""],
+        ["", " a ", ""],
+    ]
+
+
+def test_excel_sheet_selection(tmp_path: Path) -> None:
+    """The first without one; a wrong name is told with the right ones."""
+    book = openpyxl.Workbook()
+    for name in ("One", "Two"):
+        sheet = book.create_sheet(name)
+        sheet["C3"], sheet["C4"] = "A", name  # empty rows above and columns beside are nothing
+    del book["Sheet"]
+    book.save(tmp_path / "leads.xlsx")
+    path = tmp_path / "leads.xlsx"
+    assert read_rows(InputTable(path, Input(path="leads.xlsx"))) == [["One"]]
+    assert read_rows(InputTable(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
+    assert read_error(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
+
+
+@in_turn(
+    ("rows", "told"),
+    [
+        ([], "FILE: sheet `Sheet` is empty"),
+        ([["A", "B", "A"]], "FILE: the header (row 1 of sheet `Sheet`) names columns twice: `A` at A, C"),
+        (
+            [[], ["A", None, None], [1, 2, 3]],
+            "FILE: the header (row 2 of sheet `Sheet`) names columns twice: the blank",
+        ),
+    ],
+)
+def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], told: str) -> None:
+    """By row and column, as the spreadsheet calls them."""
+    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
+
+
+@in_turn("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])
+def test_damaged_workbook(tmp_path: Path, content: bytes) -> None:
+    """Whatever is wrong with it."""
+    (tmp_path / "leads.xlsx").write_bytes(content)
+    assert read_error(tmp_path / "leads.xlsx").startswith("FILE is not a sound Excel workbook")
+
+
+def test_excel_output_formatting(tmp_path: Path) -> None:
+    """All cells are text, no formula among them; the header is bold, frozen and filters."""
+    leads = write_table(
+        tmp_path / "leads.csv", ["A", "B"], [["=1+1", "00123456789012345678"], ["https://a.example", ""]]
+    )
+    sheet = openpyxl.load_workbook(copy_table(leads, tmp_path / "out.xlsx")).active
+    assert sheet is not None
+    assert (sheet.freeze_panes, sheet.auto_filter.ref) == ("A2", "A1:C3")
+    assert all(cell.font.b for cell in sheet[1])
+    assert [[cell.data_type for cell in row] for row in sheet["A2:B2"]] == [["s", "s"]]
+    assert [cell.value for cell in sheet[2]] == ["=1+1", "00123456789012345678", "=new"]
+    assert sheet["A3"].hyperlink is None
+
+
+def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too long a cell, too many rows or columns; the limit of rows is made smaller here."""
+    target = tmp_path / "out.xlsx"
+    target.write_text("the old one")
+    longest = "x" * 32_767
+    leads = write_table(tmp_path / "leads.csv", ["A"], [[longest], ["x" + longest]])
+    with pytest.raises(
+        CommandRefused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"
+    ):
+        copy_table(leads, target)
+    leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # of two units each, as Excel counts
+    with pytest.raises(CommandRefused, match="row 1, column `A`"):
+        copy_table(leads, target)
+    write_table(leads, [str(number) for number in range(16_384)], [])
+    with pytest.raises(CommandRefused, match="no more than 16,384 columns"):
+        copy_table(leads, target)
+    monkeypatch.setattr(excel_format, "MAX_ROWS", 3)
+    write_table(leads, ["A"], [["1"], ["2"], ["3"]])
+    with pytest.raises(CommandRefused, match="no more than 2 rows under its header"):
+        copy_table(leads, target)
+    assert target.read_text() == "the old one"
+    write_table(leads, ["A"], [["1"], ["2"]])
+    assert len(read_table(copy_table(leads, target))) == 3

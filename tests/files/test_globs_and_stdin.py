@@ -1,0 +1,362 @@
+"""Leads from several files and through a pipe; asking and joining see the same rows in the same order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import CommandRefused, JobError
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file
+from enrich.job.job import Overrides, load_job
+from enrich.job.locations import STDIN, ObjectUrl, parse_location
+from enrich.job.spec import Input
+from tests.support.cases import in_turn
+from tests.support.table_files import INPUTS, read_table, write_table
+from tests.support.workspace import (
+    HEADER,
+    ProgramResult,
+    SandboxApi,
+    Workspace,
+    make_leads,
+    reset_signals,
+    serve_api,
+    wait_until,
+)
+
+
+def run_with_stdin(
+    workspace: Workspace, api: SandboxApi, data: bytes | None, *arguments: str, **environ: str
+) -> ProgramResult:
+    """Run the program with what comes through a pipe; None: nothing is open there."""
+    process = subprocess.run(
+        [sys.executable, "-m", "enrich", *arguments],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | environ,
+        input=data,
+        preexec_fn=(lambda: os.close(0)) if data is None else None,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return ProgramResult(process.returncode, process.stdout.decode(), process.stderr.decode())
+
+
+# Several files
+
+
+def write_inputs(folder: Path, *tables: list[list[str]], ending: str = "csv") -> Path:
+    """Write a.csv, b.csv … and return the pattern that matches them."""
+    for name, (header, *rows) in zip("abcdef", tables, strict=False):
+        write_table(folder / f"{name}.{ending}", header, rows)
+    return folder / f"*.{ending}"
+
+
+def read_rows(pattern: Path, **options: str) -> list[tuple[object, ...]]:
+    """Read all rows."""
+    source = InputTable(pattern, Input.model_validate({"path": str(pattern), **options}))
+    return [row for frame in source.batches() for row in frame.rows()]
+
+
+@in_turn("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
+def test_glob_reads_matching_files(tmp_path: Path, ending: str) -> None:
+    """In the order of their names; hidden files and folders are none of them."""
+    pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
+    (tmp_path / f".hidden.{ending}").write_text("?")
+    (tmp_path / f"folder.{ending}").mkdir()
+    assert read_rows(pattern) == [("1", "2"), ("3", "4"), ("5", "6")]
+
+
+@in_turn(
+    ("header", "difference"),
+    [
+        (["A"], "`B` is missing"),
+        (["A", "b"], "`B` is missing, `b` is new"),
+        (["A", "B", "C"], "`C` is new"),
+        (["B", "A"], "column 1 is `B`, not `A`"),
+    ],
+)
+@in_turn("ending", ["csv", "parquet", "xlsx"])
+def test_different_header_is_reported(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
+    """With the difference; silently shifted columns would be paid for."""
+    pattern = write_inputs(
+        tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending
+    )
+    with pytest.raises(CommandRefused) as caught:
+        read_rows(pattern)
+    there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
+    assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
+
+
+def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
+    """As the lines of one file have."""
+    (tmp_path / "a.jsonl").write_text('{"A": "1"}\n')
+    (tmp_path / "b.jsonl").write_text('{"A": 2, "B": true}\n')
+    source = InputTable(tmp_path / "*.jsonl", Input(path="*.jsonl"))
+    assert list(source.schema) == ["A", "B"]
+    assert sum(frame.height for frame in source.batches()) == 2
+
+
+def test_pattern_without_extension(tmp_path: Path) -> None:
+    """Which must be the same."""
+    write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
+    assert read_rows(tmp_path / "*") == [("1", "2"), ("3", "4")]
+    write_table(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
+    with pytest.raises(CommandRefused, match=f"{tmp_path}/c.jsonl is JSON Lines, but {tmp_path}/a.tsv.gz is not"):
+        read_rows(tmp_path / "*")
+
+
+def test_error_names_file_and_line(tmp_path: Path) -> None:
+    """Rows and lines count from the beginning of that file."""
+    pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
+    with pytest.raises(CommandRefused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
+        read_rows(pattern)
+
+
+def test_pattern_without_match(workspace: Workspace, api: SandboxApi) -> None:
+    """Perhaps the export has not come yet: exit 5, and nothing is spent."""
+    workspace.write_job(input='"in/*.csv"')
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (
+        5,
+        f"error: {workspace.folder}/in/*.csv: no file matches",
+    )
+
+
+@in_turn("kind", INPUTS)
+def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
+    """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
+    folder = tmp_path / "old [1]"
+    folder.mkdir()
+    write_table(folder / f"leads[1].{kind}", ["A"], [["1"]])
+    job = "version: 1\nwaterfall: w\nparams: {a: A}\ninput: "
+    for named, name in ((f"leads[1].{kind}", "leads[1]_enriched.csv"), (f'"*.{kind}"', "job_enriched.csv")):
+        (folder / "job.yaml").write_text(job + named)
+        loaded = load_job(folder / "job.yaml")
+        assert [row for frame in InputTable(loaded.input_path, loaded.input).batches() for row in frame.rows()] == [
+            ("1",)
+        ]
+        assert loaded.output.path == name
+
+
+@pytest.mark.parametrize("output", ["leads/out.csv", "leads/%Y.csv", "soft.csv", "leads/../leads/x.csv"])
+def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, output: str) -> None:
+    """Exit 2 with its name, before anything is spent or read."""
+    (workspace.folder / "leads").mkdir()
+    leads = write_table(workspace.folder / "leads" / "a.csv", HEADER, make_leads(1))
+    (workspace.folder / "soft.csv").symlink_to(leads)
+    workspace.write_job(input='"leads/*.csv"', output=output)
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {workspace.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
+    assert api.audit()["accepted"] == 0
+
+
+def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
+    """The message says which key to change."""
+    with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
+        prepare_file(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
+    assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
+
+
+def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -> None:
+    """Row positions run on; the output has the rows of all files."""
+    (workspace.folder / "in").mkdir()
+    workspace.write_job(input='"in/*.csv"')
+    write_table(workspace.folder / "in" / "2026-11-01.csv", HEADER, make_leads(3))
+    assert workspace.run_job(api).submitted == 3
+    write_table(workspace.folder / "in" / "2026-10-31.csv", HEADER, make_leads(2, start=2))  # one of them is known
+    summary = workspace.run_job(api)
+    assert (summary.rows, summary.submitted, summary.reused) == (5, 1, 3)
+    assert [row["First Name"][5:] for row in workspace.read_output()] == ["2", "3", "0", "1", "2"]
+    assert api.audit()["accepted"] == 4
+
+
+def test_file_added_during_run(tmp_path: Path) -> None:
+    """As a change of the only file is."""
+    pattern = write_inputs(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
+    source = InputTable(pattern, Input(path="*.csv"))
+    before = source.file_versions()
+    assert source.file_versions() == before
+    write_table(tmp_path / "c.csv", ["A"], [])
+    assert source.file_versions() != before
+    (tmp_path / "c.csv").unlink()
+    assert source.file_versions() == before
+
+
+# Through a pipe
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packed", ["plain", "gzip"])
+def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) -> None:
+    """They are in the format of the job's input; the copy on disk is gone at the end."""
+    workspace.write_job(input="leads.jsonl", output="out.jsonl")
+    (workspace.folder / "tmp").mkdir()
+    lines = "".join(json.dumps({**dict(zip(HEADER, lead, strict=True)), "n": 1.0}) + "\n" for lead in make_leads(3))
+    data = gzip.compress(lines.encode()) if packed == "gzip" else lines.encode()
+
+    result = run_with_stdin(
+        workspace, api, data, "run", "job.yaml", "--input", "-", "--json", TMPDIR=str(workspace.folder / "tmp")
+    )
+
+    assert (result.exit_code, result.json_output["rows"], result.json_output["submitted"]) == (0, 3, 3)
+    assert [row[5] for row in read_table(workspace.folder / "out.jsonl")[1:]] == [1.0] * 3
+    assert list((workspace.folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.long
+def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> None:
+    """CSV, when nothing else is said; the output has a name all the same."""
+    (workspace.folder / "job.yaml").write_text(
+        'version: 1\ninput: "-"\nwaterfall: email_getter\n'
+        "params: {first_name: A, last_name: B, company: {value: a.example}}\n"
+    )
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "run", "job.yaml").exit_code == 0
+    assert len(workspace.read_output("stdin_enriched.csv")) == 1
+    assert run_with_stdin(workspace, api, b"A,B\nAda,Lovelace\n", "collect", "job.yaml").exit_code == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "error: standard input is empty"),
+        (b"First Name\nx,y\n", "error: "),
+        (",".join(HEADER).encode() + b"\n1,2\n", "error: standard input: row 1 (line 2) has 2 cells"),
+        (None, "error: standard input is a terminal, or closed"),
+    ],
+)
+def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, told: str) -> None:
+    """Nothing is spent."""
+    result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
+    assert (result.exit_code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> None:
+    """Whoever forgot the pipe is told so."""
+    ours, theirs = os.openpty()
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+            cwd=workspace.folder,
+            env=workspace.environment(api),
+            stdin=theirs,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 5
+    assert process.stderr.startswith(b"error: standard input is a terminal")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("waiting_at_the_api", [0, 2])
+def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waiting_at_the_api: int) -> None:
+    """Whatever is to be collected: the exit code says so, nothing is asked, and what came so far is removed."""
+    (workspace.folder / "tmp").mkdir()
+    workspace.write_leads(make_leads(waiting_at_the_api))
+    with serve_api(tmp_path / "slow.db", latency="fixed(60)") as api:
+        if waiting_at_the_api:
+            workspace.submit_without_collecting(api)
+        asked = api.audit()["requests"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
+            cwd=workspace.folder,
+            env=workspace.environment(api) | {"TMPDIR": str(workspace.folder / "tmp")},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=reset_signals,
+        )
+        assert process.stdin is not None
+        process.stdin.write(b"First Name\n")
+        process.stdin.flush()
+        wait_until(lambda: process.poll() is not None or any((workspace.folder / "tmp").iterdir()))
+        process.terminate()
+        _, result = process.communicate(timeout=90)
+        assert (process.returncode, b"Traceback" in result) == (143, False)
+        assert api.audit()["requests"] == asked
+    assert list((workspace.folder / "tmp").iterdir()) == []
+
+
+def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Personal data; it goes with the object that reads it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (tmp_path / "leads.csv").open("w+") as file:
+        file.write("A\n1\n")
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", file)
+        source = InputTable(STDIN, Input(path="-"))
+    (folder,) = tmp_path.glob("enrich-*")
+    (copy,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, copy.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert source.file_versions() == source.file_versions()
+    del source
+    assert not folder.exists()
+
+
+# What the job file and the command line say
+
+
+@in_turn(
+    ("job", "given", "kind", "separator"),
+    [
+        ("leads.csv", None, "csv", ","),
+        ("leads.TSV.gz", None, "csv", "\t"),
+        ("leads.txt", None, "csv", ","),
+        ("leads.ndjson.gz", None, "jsonl", ","),
+        ("leads.parquet", None, "parquet", ","),
+        ("leads.xlsx", None, "xlsx", ","),
+        ("{path: export, format: xlsx, sheet: New}", None, "xlsx", ","),
+        ('{path: "-", format: jsonl}', None, "jsonl", ","),
+        ("leads.tsv", "-", "csv", "\t"),
+        ("leads.jsonl", "-", "jsonl", ","),
+        ("leads.jsonl", "other.csv", "csv", ","),
+        ("{path: leads.csv, separator: ;}", "other.tsv", "csv", ";"),
+        ("{path: export, format: xlsx, sheet: New}", "other.csv", "csv", ","),
+        ("{path: export, format: jsonl}", "other", "jsonl", ","),
+    ],
+)
+def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: str, separator: str) -> None:
+    """Unless it is said; another input from the command line brings its own."""
+    text = f"version: 1\ninput: {job}\nwaterfall: w\nparams: {{a: A}}\n"
+    (tmp_path / "job.yaml").write_text(text.replace(";}", '";"}'))
+    result = load_job(tmp_path / "job.yaml", Overrides(input=given)).input
+    assert (result.format, result.separator) == (kind, separator)
+
+
+@in_turn(
+    ("line", "told"),
+    [
+        ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
+        ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
+        ("input: ftp://a/b.csv", "2: input: `ftp://` is no storage that is known: use s3://, gs://, az://"),
+        ("input: s3://bucket", "2: input: a storage URL names a bucket and an object: s3://bucket/leads.csv"),
+        ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
+    ],
+)
+def test_input_option_errors(tmp_path: Path, line: str, told: str) -> None:
+    """With file, line and key."""
+    (tmp_path / "job.yaml").write_text(f"version: 1\n{line}\nwaterfall: w\nparams: {{a: A}}\n")
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / "job.yaml")
+    assert caught.value.message == f"{tmp_path}/job.yaml:{told}"
+
+
+def test_path_or_url_parsing(tmp_path: Path) -> None:
+    """URLs have no working directory and keep their slashes."""
+    assert parse_location(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
+    assert parse_location(tmp_path, "S3://bucket/a//b.csv") == ObjectUrl("s3", "bucket", "a//b.csv")
+    assert str(ObjectUrl("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"

@@ -1,0 +1,537 @@
+"""The output: whole or not at all, ours only, every cell of the input as it was, every new one safe and true."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.databar.answers import TaskReply, read_answer, task_phase
+from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files.writer import prepare_file, temporary_path, write_file
+from enrich.job.job import Job, load_job
+from enrich.job.spec import Output
+from enrich.ledger.ledger import Ledger
+from enrich.models import Call, RowStatus, State
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import STATUS_COLUMNS
+from enrich.rows.template import RequestTemplate
+from enrich.run.collector import Collector, to_cell
+from tests.support.cases import first_quick, in_turn
+
+CALL = Call("email_getter", (833,))
+STATUS = list(STATUS_COLUMNS)
+NAMES = ["out.csv", "out.csv.gz", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.parquet", "out.xlsx"]
+JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
+
+
+def write_output(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.String, **options: str) -> Path:
+    """Write a file of one column of the input, which says the same, and one of ours."""
+    frame = pl.DataFrame({"old": [str(value) for value in values], "new": pl.Series(values, dtype=kind)})
+    output = Output(path=target.name, **options)
+    write_file(target, output, job="job", schema=frame.schema, frames=iter([frame]), new_columns=1)
+    return target
+
+
+def read_cells(path: Path, encoding: str = "utf-8", separator: str = ",") -> list[list[str]]:
+    """Read a CSV file."""
+    with path.open(newline="", encoding=encoding) as file:
+        return list(csv.reader(file, delimiter=separator, strict=True))
+
+
+@contextmanager
+def limit_file_size(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class InterruptedByTestError(Exception):
+    """What a signal raises between two batches."""
+
+
+@in_turn("name", NAMES)
+@in_turn("error", [CommandRefused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()], ids=repr)
+def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: BaseException) -> None:
+    """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
+    frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
+    target = tmp_path / name
+    target.write_text("the old one")
+
+    def frames() -> Iterator[pl.DataFrame]:
+        yield frame
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        write_file(target, Output(path=name), job="job", schema=frame.schema, frames=frames(), new_columns=1)
+    assert caught.value is error
+    assert target.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+KILLED_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import polars as pl
+from enrich.job.spec import Output
+from enrich.files.writer import write
+
+def frames():
+    for _ in range(3):
+        yield pl.DataFrame({"old": ["x"] * 20_000, "new": ["y"] * 20_000})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+target = Path(sys.argv[1])
+schema = dict.fromkeys(["old", "new"], pl.String())
+write(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new=1)
+"""
+
+
+@pytest.mark.long
+@in_turn("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
+def test_kill_keeps_old_file(tmp_path: Path, name: str) -> None:
+    """And at most one part beside it, which the next start removes."""
+    target = tmp_path / "out" / name
+    target.parent.mkdir()
+    target.write_text("the old one")
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # where a workbook grows: what a kill leaves there is ours alone
+    process = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, str(target)], env=environ, check=False, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_text() == "the old one"
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("enrich-*")} <= {0o700}
+    prepare_file(target, tmp_path / "leads.csv", "job")
+    assert list(target.parent.iterdir()) == [target]
+
+
+@in_turn("name", NAMES)
+def test_disk_full_keeps_old_file(tmp_path: Path, name: str) -> None:
+    """It is told, and the answers are in the ledger all the same."""
+    target = tmp_path / name
+    target.write_text("the old one")
+    with (
+        limit_file_size(1000),
+        pytest.raises(CommandRefused, match=f"{name}: the output cannot be written: .*File too large"),
+    ):
+        write_output(target, [os.urandom(50).hex() for _ in range(500)])
+    assert target.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@in_turn("name", NAMES)
+def test_output_permissions(tmp_path: Path, name: str) -> None:
+    """Personal data; also when the old file was open to all and a killed run left a part."""
+    target = tmp_path / name
+    target.write_text("old")
+    target.chmod(0o644)
+    temporary_path(target, "job").write_text("stale")
+    write_output(target, ["x"])
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftover_parts_are_removed(tmp_path: Path) -> None:
+    """Whatever the date in the name of the next output; nothing else is touched."""
+    temporary_path(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
+    other = temporary_path(tmp_path / "out.csv", "other")
+    other.write_text("another job's")
+    prepare_file(tmp_path / "out-2026-11-01.csv", tmp_path / "leads.csv", "job")
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
+    """When another run has replaced the part that we write, ours fails rather than publish theirs."""
+    target = tmp_path / "out.csv"
+    frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
+
+    def frames() -> Iterator[pl.DataFrame]:
+        yield frame
+        temporary_path(target, "job").unlink()
+        temporary_path(target, "job").write_text("theirs, half")
+
+    with pytest.raises(CommandRefused, match="another run of a job of this name"):
+        write_file(target, Output(path="out.csv"), job="job", schema=frame.schema, frames=frames(), new_columns=1)
+    assert not target.exists()
+
+
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    """At the start, not after the night."""
+    target = tmp_path / "a/b/out.csv"
+    prepare_file(target, tmp_path / "leads.csv", "job")
+    write_output(target, ["x"])
+    assert target.exists()
+
+
+def test_output_never_replaces_input(tmp_path: Path) -> None:
+    """Under whatever name the input goes: the same path, a symbolic link, a hard link, a detour."""
+    leads = tmp_path / "leads.csv"
+    leads.write_text("A\n1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "soft.csv").symlink_to(leads)
+    (tmp_path / "hard.csv").hardlink_to(leads)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("leads.csv", "folder/../leads.csv", "./leads.csv", "soft.csv", "hard.csv", "link/leads.csv"):
+        (tmp_path / "job.yaml").write_text(f"{JOB}output: {name}\nparams: {{a: A}}\n")
+        job = load_job(tmp_path / "job.yaml")
+        with pytest.raises(JobError, match="the output would replace the input"):
+            prepare_file(tmp_path / job.output.path, job.input_path, job.name)
+    assert leads.read_text() == "A\n1\n"
+
+
+def test_output_never_replaces_ledger(tmp_path: Path) -> None:
+    """This job's or another's: it would destroy the memory of what was paid for."""
+    path = tmp_path / "memory.csv"
+    Ledger(path).close()
+    with pytest.raises(JobError, match="the output would replace a ledger"):
+        prepare_file(path, tmp_path / "leads.csv", "job")
+
+
+@in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
+def test_invalid_output_refused_before_spending(tmp_path: Path, name: str) -> None:
+    """A file where a folder should be, a folder where the file should be, a name that is too long."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(CommandRefused, match="the output cannot be written"):
+        prepare_file(tmp_path / name, tmp_path / "leads.csv", "job")
+
+
+FORMULAS = [
+    "=1",
+    "=cmd|'/c calc'!A0",
+    "@x",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "-x",
+    "+x",
+    "-",
+    "+",
+    "-2+3",
+    "+49 30 1234 x",
+    "-5e3",
+]
+FORMULAS += ["- item", "+1;=1", "+1\n=cmd()", "--5", "+(x)", "=", "-A1", "-5%"]
+HARMLESS_CELLS = [
+    "+49 30 1234",
+    "-5",
+    "+1 (202) 555-0100 ext. 5",
+    "+1 202.555.0100 x12",
+    "+49 (0)30/1234-5",
+    "-5.25",
+    "-1,000",
+]
+HARMLESS_CELLS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", "", "1-2", "(1)", "null"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
+def test_formula_injection_is_escaped(tmp_path: Path, name: str) -> None:
+    """It gets an apostrophe; numbers, phones and all cells of the input are left alone."""
+    path = write_output(tmp_path / name, [*FORMULAS, *HARMLESS_CELLS])
+    if name.endswith(".gz"):
+        path = path.with_suffix("")
+        path.write_bytes(gzip.decompress((tmp_path / name).read_bytes()))
+    assert read_cells(path) == [
+        ["old", "new"],
+        *([value, "'" + value] for value in FORMULAS),
+        *([value, value] for value in HARMLESS_CELLS),
+    ]
+
+
+def test_parquet_values_are_not_escaped(tmp_path: Path) -> None:
+    """Nobody runs it: values and types are as they are, null is null."""
+    path = write_output(tmp_path / "out.parquet", [*FORMULAS, None])
+    assert pl.read_parquet(path)["new"].to_list() == [*FORMULAS, None]
+    path = write_output(tmp_path / "credits.parquet", [1.5, None, 0.0], pl.Float64)
+    assert pl.read_parquet(path)["new"].to_list() == [1.5, None, 0.0]
+
+
+def test_number_formatting(tmp_path: Path) -> None:
+    """Without exponents and idle noughts, to the millionth that the ledger knows; what is not known is blank."""
+    path = write_output(tmp_path / "out.csv", [0.0, 1.0, 2.5, 0.000001, 1234567.0, 0.1 + 0.2, 100.0, None], pl.Float64)
+    assert [row[1] for row in read_cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
+
+
+@in_turn(("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")])
+def test_output_separator_and_encoding(tmp_path: Path, separator: str, encoding: str) -> None:
+    """The separator inside a value is quoted, and a spreadsheet finds the mark it needs."""
+    values = [f"Größe{separator}1,5", '"', "a\r\nb", "a\rb"]
+    path = write_output(tmp_path / "out.csv", values, separator=separator, encoding=encoding)
+    assert read_cells(path, encoding, separator) == [["old", "new"], *([value, value] for value in values)]
+
+
+def test_unencodable_character_error(tmp_path: Path) -> None:
+    """The old file stays; nothing is replaced by question marks."""
+    target = tmp_path / "out.csv"
+    with pytest.raises(CommandRefused, match="row 2, column `old`: `cp1252` has no sign") as caught:
+        write_output(target, ["ö", "日本"], encoding="cp1252")
+    assert "encoding: utf-8" in (caught.value.hint or "")
+    assert not target.exists()
+
+
+def test_outputs_are_deterministic(tmp_path: Path) -> None:
+    """A compressed file holds neither its name nor the time."""
+    assert (
+        write_output(tmp_path / "a.csv.gz", ["x"]).read_bytes()
+        == write_output(tmp_path / "b.csv.gz", ["x"]).read_bytes()
+    )
+
+
+@in_turn(
+    ("value", "text"),
+    [
+        ("ada@x.example", "ada@x.example"),
+        (" padded ", " padded "),
+        (5, "5"),
+        (1.5, "1.5"),
+        (0, "0"),
+        (True, "true"),
+        (False, "false"),
+        (["a", "ö"], '["a", "ö"]'),
+        ({"a": None}, '{"a": null}'),
+        (None, None),
+        ("", None),
+        (" ", None),
+        ([], None),
+        ({}, None),
+    ],
+)
+def test_result_value_as_cell(value: object, text: str | None) -> None:
+    """Text as it is, anything else as JSON, nothing as nothing."""
+    assert to_cell(value) == text
+
+
+# The collector
+
+
+def write_job_and_leads(
+    folder: Path, leads: Sequence[Sequence[str]], job: str
+) -> tuple[Job, JobInput, RequestTemplate]:
+    """Write a job and its leads, header first."""
+    with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(leads)
+    (folder / "job.yaml").write_text(JOB + job, encoding="utf-8")
+    loaded = load_job(folder / "job.yaml")
+    return loaded, JobInput(loaded), RequestTemplate(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
+
+
+def enroll_and_settle(
+    ledger: Ledger, rows: JobInput, template: RequestTemplate, tasks: Sequence[dict[str, Any] | None]
+) -> None:
+    """Ask all rows and settle the distinct requests, in their order, with these tasks; None leaves one pending."""
+    with ledger.transaction():
+        execution = ledger.start_execution("job", None, 0)
+        ledger.begin_pass()
+        for batch in rows.batches(template):
+            ledger.enroll(template.call, batch.requests())
+        ledger.fill_queue()
+        for number, task in enumerate(tasks):
+            (claim,) = ledger.claim(execution, 0, 0)
+            if task is None:
+                ledger.record_refused([(claim.attempt_id, "not now", 0)])
+                return
+            ledger.record_accepted([(claim.attempt_id, f"t-{number}", 0)], {})
+            written = json.dumps(task, ensure_ascii=False)
+            answer = read_answer(TaskReply(task, written), task_phase(task), tuple(template.columns.values()))
+            ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
+
+
+@pytest.fixture
+def open_ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Open a ledger."""
+    opened = Ledger(tmp_path / "ledger.db")
+    yield opened
+    opened.close()
+
+
+def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None:
+    """Rows that ask the same share the answer; what it cost is shown once, on the first of them."""
+    leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
+    job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
+    loaded, rows, template = write_job_and_leads(tmp_path, leads, job)
+    steps = [{"provider": "Mailhound", "cost": "1"}]
+    tasks: list[dict[str, Any] | None] = [
+        {
+            "status": "completed",
+            "credits_spent": 1.5,
+            "data": {"result": {"email": "=a@b.c", "person": {"tags": ["x"]}}, "steps": steps},
+        },
+        {"status": "completed", "credits_spent": 0, "data": None},
+        {"status": "failed", "error": ["-boom", "bang"], "credits_spent": None},
+        None,
+    ]
+    enroll_and_settle(open_ledger, rows, template, tasks)
+    target = tmp_path / "out.csv"
+
+    counted = Collector(open_ledger, loaded, template, rows).write(target)
+
+    at = "2026-11-01T12:00:00Z"
+    assert read_cells(target) == [
+        ["A", "Skip", "mail", "more", *STATUS],
+        ["ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "1.5", "t-0", at],
+        ["bob", "", "", "", "not_found", "", "", "0", "t-1", at],
+        [" ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "", "t-0", at],
+        ["", "", "", "", "invalid", "a is empty (A)", "", "", "", ""],
+        ["x", "yes", "", "", "filtered", "", "", "", "", ""],
+        ["cyd", "", "", "", "failed", "'-boom; bang", "", "", "t-2", at],
+        ["dan", "", "", "", "pending", "not now", "", "", "", ""],
+    ]
+    assert counted.statuses == {
+        RowStatus.FOUND: 2,
+        RowStatus.NOT_FOUND: 1,
+        RowStatus.INVALID: 1,
+        RowStatus.FILTERED: 1,
+        RowStatus.FAILED: 1,
+        RowStatus.PENDING: 1,
+    }
+    assert counted.filled_by_column == {"mail": 2, "more": 2}
+    assert Collector(open_ledger, loaded, template, rows).count_rows() == counted
+
+
+def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) -> None:
+    """The ledger keeps the whole answer: another column is another look at it, and costs nothing."""
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    enroll_and_settle(
+        open_ledger, rows, template, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}]
+    )
+    assert Collector(open_ledger, loaded, template, rows).count_rows().statuses == {RowStatus.NOT_FOUND: 1}
+    other = RequestTemplate(CALL, (), (), {"phone": "phone"}, None)
+    assert Collector(open_ledger, loaded, other, rows).count_rows().statuses == {RowStatus.FOUND: 1}
+
+
+@pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
+@pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
+def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: str, value: object) -> None:
+    """New columns are text, whatever the API sends."""
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": value}}])
+    target = tmp_path / name
+    Collector(open_ledger, loaded, template, rows).write(target)
+    found = pl.read_parquet(target)["email"].to_list() if name.endswith("parquet") else [read_cells(target)[1][1]]
+    assert found == [value if isinstance(value, str) else json.dumps(value)]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
+def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, name: str) -> None:
+    """With all its columns, in their types: the next step of a pipeline need not know."""
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
+    assert Collector(open_ledger, loaded, template, rows).write(tmp_path / name).statuses == {}
+    columns = ["A", "", "email", *STATUS]
+    if name.endswith(".parquet"):
+        schema = pl.read_parquet_schema(tmp_path / name)
+        assert list(schema) == columns
+        assert schema["enrich_credits"] == pl.Float64
+    else:
+        data = (tmp_path / name).read_bytes()
+        text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
+        assert text == ",".join(columns) + "\n"
+
+
+def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
+    """The status columns are replaced and not added again."""
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": "x"}}])
+    Collector(open_ledger, loaded, template, rows).write(tmp_path / "first.csv")
+    job = "params: {a: A}\ncolumns: {again: email}\n"
+    loaded, rows, template = write_job_and_leads(tmp_path, read_cells(tmp_path / "first.csv"), job)
+    Collector(open_ledger, loaded, template, rows).write(tmp_path / "second.csv")
+    header, row = read_cells(tmp_path / "second.csv")
+    assert header == ["A", "mail", "again", *STATUS]
+    assert row[:4] == ["ada", "x", "x", "found"]
+
+
+def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
+    """`check` is asked before every batch."""
+
+    def check() -> None:
+        raise InterruptedByTestError
+
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    target = tmp_path / "out.csv"
+    target.write_text("old")
+    with pytest.raises(InterruptedByTestError):
+        Collector(open_ledger, loaded, template, rows, check).write(target)
+    assert target.read_text() == "old"
+
+
+def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
+    """It is told as a fault of the input."""
+    loaded, rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
+    target = tmp_path / "out.parquet"
+    with pytest.raises(EnrichError, match="row 2"):
+        Collector(open_ledger, loaded, template, rows).write(target)
+    assert not target.exists()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
+    [
+        "007",
+        "+49 30 1",
+        "=1+1",
+        " a ",
+        '"',
+        '""',
+        ",",
+        "\r",
+        "\n",
+        "\r\n",
+        "'",
+        "NULL",
+        "1e5",
+        "\ufeff",
+        "\x1a",
+        "\u2028",
+        "ä",
+    ]
+)
+#: A header begins with a letter: a byte order mark before the first name is the file's own.
+NAME = TEXT.map("h".__add__) | st.sampled_from(["", " ", "^h.*$", "*", "column_0", "wanted", "literal", "a.b"])
+
+
+@st.composite
+def output_tables(draw: st.DrawFn) -> list[list[str]]:
+    """Draw a header and rows of its width."""
+    header = draw(st.lists(NAME, min_size=1, max_size=4, unique=True))
+    width = len(header)
+    return [header, *draw(st.lists(st.lists(TEXT, min_size=width, max_size=width), max_size=6))]
+
+
+@pytest.mark.long
+@given(table=output_tables())
+@settings(deadline=None)
+@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
+def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]) -> None:
+    """Any text in any cell under any name: the very text, the very order, and the new columns behind."""
+    folder = tmp_path_factory.getbasetemp()
+    ledger = Ledger(folder / "cells.db")
+    try:
+        loaded, rows, template = write_job_and_leads(folder, table, "params: {a: {value: x}}\n")
+        counted = Collector(ledger, loaded, template, rows).write(folder / name)
+    finally:
+        ledger.close()
+    if name.endswith(".parquet"):
+        frame = pl.read_parquet(folder / name)
+        back = [frame.columns, *map(list, frame.rows())]
+    else:
+        back = read_cells(folder / name)
+    width = len(table[0])
+    assert back[0] == [*table[0], "email", *STATUS]
+    assert [row[:width] for row in back] == table
+    assert counted.statuses.total() == len(table) - 1
+    assert {row[width + 1] for row in back[1:]} <= {State.PENDING.value}

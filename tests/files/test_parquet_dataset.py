@@ -1,0 +1,495 @@
+"""The output as a folder of parts: whole or not at all, ours only, the order of its rows in a column."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+
+from enrich.errors import CommandRefused, JobError
+from enrich.files import object_store, parquet_dataset
+from enrich.files.manifest import MANIFEST
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file, write_file
+from enrich.job.locations import Location, ObjectUrl
+from enrich.job.spec import Input, Output
+from tests.support.cases import first_quick, in_turn
+from tests.support.object_storage import BUCKET, download_object, put_object
+from tests.support.table_files import read_table, write_table
+from tests.support.workspace import HEADER, SandboxApi, Workspace, make_leads
+
+SCHEMA = {"A": pl.String(), "enrich_index": pl.Int64()}
+
+
+def frames(*rows: int, start: int = 0) -> Iterator[pl.DataFrame]:
+    """Make frames of so many rows."""
+    first = start
+    for height in rows:
+        index = range(first, first + height)
+        yield pl.DataFrame({"A": [f"row {number}" for number in index], "enrich_index": index}, SCHEMA)
+        first += height
+
+
+def write_dataset(target: Location, *rows: int) -> None:
+    """Write a dataset as a run does, from its start."""
+    prepare_file(target, Path("/leads.csv"), "job")
+    write_file(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(*rows), new_columns=1)
+
+
+def begin_dataset(target: Location) -> parquet_dataset.DatasetWriter:
+    """Begin a dataset as a run does, from its start."""
+    prepare_file(target, Path("/leads.csv"), "job")
+    return parquet_dataset.begin_dataset(target, "job")
+
+
+def write_late_part(draft: parquet_dataset.DatasetWriter) -> None:
+    """Write a part as somebody does who was taken for lost: nobody hears of it, nor what came of it."""
+    with suppress(CommandRefused):
+        draft.write_part(0, SCHEMA, frames(2, start=100))
+
+
+def file_names(folder: Path) -> list[str]:
+    """List a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def row_indexes(folder: Path) -> list[int]:
+    """Return the places of the rows, in the order of the parts."""
+    return pl.concat(pl.read_parquet(path) for path in sorted(folder.glob("part-*.parquet")))["enrich_index"].to_list()
+
+
+@pytest.fixture(params=["disk", "storage"])
+def dataset_location(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """Say where the dataset goes."""
+    if request.param == "disk":
+        return tmp_path / "out" / "leads"
+    request.getfixturevalue("bucket")
+    return ObjectUrl("s3", BUCKET, "out/leads/")
+
+
+def download_dataset(target: Location, into: Path) -> Path:
+    """Bring a dataset to the disk, as its manifest has it."""
+    if isinstance(target, Path):
+        return target
+    into.mkdir(exist_ok=True)
+    for path in into.iterdir():
+        path.unlink()
+    for key, _ in object_store.list_objects(target):
+        download_object(into, key)
+    return into
+
+
+def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: Path) -> None:
+    """A part is named for its first row; they are replaced as one, and no other file is left."""
+    with patch.object(parquet_dataset, "ROWS_PER_PART", 5):
+        write_dataset(dataset_location, 3, 3, 4, 1)
+    folder = download_dataset(dataset_location, tmp_path / "fetched")
+    assert [name[:15] for name in file_names(folder)] == [MANIFEST, "part-0000000000", "part-0000000006"]
+    assert row_indexes(folder) == list(range(11))
+    output = json.loads((folder / MANIFEST).read_bytes())
+    assert (output["dataset_of"], output["rows"], [part["rows"] for part in output["parts"]]) == ("job", 11, [6, 5])
+    write_dataset(dataset_location, 2)
+    folder = download_dataset(dataset_location, tmp_path / "fetched")
+    assert [name[:15] for name in file_names(folder)] == [MANIFEST, "part-0000000000"]
+    assert row_indexes(folder) == [0, 1]
+    if isinstance(dataset_location, Path):
+        assert file_names(dataset_location.parent) == ["leads"]
+
+
+def test_empty_dataset_has_columns(dataset_location: Location, tmp_path: Path) -> None:
+    """Whoever reads it finds the same table."""
+    write_dataset(dataset_location)
+    (part,) = download_dataset(dataset_location, tmp_path / "fetched").glob("*.parquet")
+    assert dict(pl.read_parquet_schema(part)) == SCHEMA
+
+
+def test_dataset_permissions(tmp_path: Path) -> None:
+    """Personal data."""
+    write_dataset(tmp_path / "out", 1)
+    assert [path.stat().st_mode & 0o777 for path in sorted((tmp_path / "out").iterdir())] == [0o600, 0o600]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.long
+def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> None:
+    """In any order, on any machine, again if need be; parts of those who were taken for lost don't count."""
+    mine = begin_dataset(dataset_location)
+    draft = pickle.loads(pickle.dumps(mine))  # noqa: S301 - our own
+    parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in (4, 0, 2, 0)]
+    draft.write_part(1, SCHEMA, frames(7, start=1))
+    mine.finish(parts[:3])
+    folder = download_dataset(dataset_location, tmp_path / "fetched")
+    assert row_indexes(folder) == [0, 1, 2, 3, 4, 5]
+    assert len(file_names(folder)) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("firsts", [(0, 4), (2,), (0, 0), (0, 1)])
+def test_missing_or_duplicate_rows_are_refused(
+    dataset_location: Location, tmp_path: Path, firsts: tuple[int, ...]
+) -> None:
+    """The old dataset stays."""
+    write_dataset(dataset_location, 1)
+    draft = begin_dataset(dataset_location)
+    parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in firsts]
+    with pytest.raises(CommandRefused, match="the parts of the output do not follow one another"):
+        draft.finish(parts)
+    written_before = download_dataset(dataset_location, tmp_path / "fetched")
+    output = json.loads((written_before / MANIFEST).read_bytes())
+    assert [part["rows"] for part in output["parts"]] == [1]
+
+
+class InterruptedByTestError(Exception):
+    """What a signal raises between two batches."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    first_quick(2, [CommandRefused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()]),
+    ids=repr,
+)
+def test_unfinished_dataset_is_not_published(dataset_location: Location, tmp_path: Path, error: BaseException) -> None:
+    """The old one counts, and the next start removes what is left."""
+    write_dataset(dataset_location, 1)
+
+    def some() -> Iterator[pl.DataFrame]:
+        yield from frames(6)
+        raise error
+
+    with patch.object(parquet_dataset, "ROWS_PER_PART", 5), pytest.raises(type(error)) as caught:
+        write_file(dataset_location, Output(path="out/"), job="job", schema=SCHEMA, frames=some(), new_columns=1)
+    assert caught.value is error
+    prepare_file(dataset_location, Path("/leads.csv"), "job")
+    assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0]
+
+
+KILLED_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from unittest.mock import patch
+from enrich.tables import dataset, folder
+from enrich.files.writer import prepare
+from tests.files.test_parquet_dataset import SCHEMA, frames
+
+target, moment = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+prepare(target, Path("/leads.csv"), "job")
+draft = dataset.begin(target, "job")
+part = draft.write_part(0, SCHEMA, frames(3))
+if moment == "parts":
+    die()
+rename = Path.rename
+def renamed(path, to):
+    if moment == "between" and to == target:
+        die()
+    return rename(path, to)
+with patch.object(Path, "rename", renamed), patch.object(folder, "_remove_old_dataset", die):
+    draft.finish([part])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("moment", "rows"),
+    [
+        pytest.param("parts", 2, marks=pytest.mark.long),
+        ("between", 2),
+        pytest.param("after", 3, marks=pytest.mark.long),
+    ],
+)
+def test_kill_during_swap(tmp_path: Path, moment: str, rows: int) -> None:
+    """The next start mends the moment in which neither was there."""
+    target = tmp_path / "out" / "2026-11-24"
+    write_dataset(target, 2)
+    killed = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, str(target), moment], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert target.exists() == (moment != "between")
+    prepare_file(tmp_path / "out" / "2026-11-25", Path("/leads.csv"), "job")
+    assert file_names(tmp_path / "out") == ["2026-11-24"]
+    assert row_indexes(target) == list(range(rows))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("bucket")
+def test_leftover_objects_are_removed(tmp_path: Path) -> None:
+    """Whatever looks like a part of ours, and only where a manifest says that the dataset is; it says what counts."""
+    target = ObjectUrl("s3", BUCKET, "out/")
+    write_dataset(target, 2)
+    parquet_dataset.begin_dataset(target, "job").write_part(0, SCHEMA, frames(3))
+    prepare_file(target, Path("/leads.csv"), "job")
+    assert row_indexes(download_dataset(target, tmp_path / "fetched")) == [0, 1]
+    (part,) = [key for key, _ in object_store.list_objects(target) if "part-" in key]
+    put_object(part.replace("out/", "copied/"), b"precious")
+    with pytest.raises(JobError, match="would go among other objects"):
+        prepare_file(ObjectUrl("s3", BUCKET, "copied/"), Path("/leads.csv"), "job")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("bucket")
+def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
+    """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
+    target = ObjectUrl("s3", BUCKET, "out/")
+    write_dataset(target, 2)
+    with patch.object(object_store, "delete_objects", side_effect=CommandRefused("the storage failed")):
+        write_file(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new_columns=1)
+    assert len(list(object_store.list_objects(target))) == 3
+    assert [frame.height for frame in InputTable(target, Input(path=str(target))).batches()] == [3]
+    prepare_file(target, Path("/leads.csv"), "job")
+    assert row_indexes(download_dataset(target, tmp_path / "fetched")) == [0, 1, 2]
+
+
+def test_failed_swap_keeps_old_dataset(tmp_path: Path) -> None:
+    """At once, not only after the next start."""
+    write_dataset(tmp_path / "out", 2)
+    rename = Path.rename
+
+    def full(path: Path, to: Path) -> Path:
+        if to == tmp_path / "out" and "enrich-parts" in str(path):
+            raise OSError(28, "No space left on device")
+        return rename(path, to)
+
+    with patch.object(Path, "rename", full), pytest.raises(CommandRefused, match="No space left"):
+        write_file(tmp_path / "out", Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new_columns=1)
+    assert row_indexes(tmp_path / "out") == [0, 1]
+    assert file_names(tmp_path) == ["out"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
+@pytest.mark.parametrize("known", [True, False])
+def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str, *, known: bool) -> None:
+    """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
+    if known:
+        write_dataset(dataset_location, 2)
+    mine = (
+        parquet_dataset.begin_dataset(dataset_location, "job") if known and isinstance(dataset_location, Path) else None
+    )
+    if isinstance(dataset_location, ObjectUrl):
+        put_object(f"{dataset_location.key}{strange}", b"precious")
+    else:
+        (dataset_location / strange).parent.mkdir(parents=True, exist_ok=True)
+        (dataset_location / strange).write_text("precious")
+    if mine is not None:
+        with pytest.raises(CommandRefused, match="the output would replace a folder that has other files in it"):
+            mine.finish([mine.write_part(0, SCHEMA, frames(1))])
+        mine.discard()
+    with pytest.raises(JobError) as caught:
+        prepare_file(dataset_location, Path("/leads.csv"), "job")
+    assert f"{dataset_location}".rstrip("/") + f"/{strange.partition('/')[0]}" in caught.value.message
+    if isinstance(dataset_location, Path):
+        assert (dataset_location / strange).read_text() == "precious"
+    else:
+        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{strange}")) == b"precious"
+
+
+def test_empty_folder_is_replaced(tmp_path: Path) -> None:
+    """Somebody made it beforehand."""
+    (tmp_path / "out").mkdir()
+    write_dataset(tmp_path / "out", 1)
+    assert row_indexes(tmp_path / "out") == [0]
+
+
+@pytest.mark.long
+def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_path: Path) -> None:
+    """Of a job of its name, with another ledger: nothing is published that lacks parts, or has those of the other."""
+    mine = begin_dataset(dataset_location)
+    part = mine.write_part(0, SCHEMA, frames(2))
+    theirs = begin_dataset(dataset_location)
+    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    with pytest.raises(CommandRefused, match="another run"):
+        mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    with pytest.raises(CommandRefused, match="another run"):
+        mine.finish([part])
+    mine.discard()
+    theirs.finish([others])
+    assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [100, 101]
+
+
+@pytest.mark.long
+def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: Path) -> None:
+    """Each publishes its own, or fails."""
+    prepare_file(dataset_location, Path("/leads.csv"), "job")
+    mine, theirs = (
+        parquet_dataset.begin_dataset(dataset_location, "job"),
+        parquet_dataset.begin_dataset(dataset_location, "job"),
+    )
+    part = mine.write_part(0, SCHEMA, frames(2))
+    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
+    if isinstance(dataset_location, Path):
+        theirs.finish([others])
+        assert row_indexes(dataset_location) == [100, 101]
+    else:
+        with pytest.raises(CommandRefused, match="another run"):
+            theirs.finish([others])
+        assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
+def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, whose: str) -> None:
+    """Neither parts that count already nor what a later run writes; what he leaves, the next start removes."""
+    lost = begin_dataset(dataset_location)
+    draft = lost if whose == "this run" else begin_dataset(dataset_location)
+    write_late_part(lost)
+    part = draft.write_part(0, SCHEMA, frames(2))
+    write_late_part(lost)
+    draft.finish([part])
+    write_late_part(lost)
+    prepare_file(dataset_location, Path("/leads.csv"), "job")
+    folder = download_dataset(dataset_location, tmp_path / "fetched")
+    assert (row_indexes(folder), len(file_names(folder))) == ([0, 1], 2)
+    if isinstance(dataset_location, Path):
+        assert file_names(dataset_location.parent) == ["leads"]
+
+
+@pytest.mark.long
+def test_late_part_during_finish(dataset_location: Location, tmp_path: Path) -> None:
+    """The run finishes meanwhile."""
+    draft = begin_dataset(dataset_location)
+    part = draft.write_part(0, SCHEMA, frames(2))
+
+    def slowly() -> Iterator[pl.DataFrame]:
+        yield from frames(2, start=100)
+        draft.finish([part])
+
+    with suppress(CommandRefused):
+        draft.write_part(0, SCHEMA, slowly())
+    prepare_file(dataset_location, Path("/leads.csv"), "job")
+    folder = download_dataset(dataset_location, tmp_path / "fetched")
+    assert (row_indexes(folder), len(file_names(folder))) == ([0, 1], 2)
+
+
+def test_invalid_location_refused_before_spending(tmp_path: Path) -> None:
+    """A file where its folder should be, or the folder above."""
+    (tmp_path / "file").touch()
+    for name in ("file", "file/out"):
+        with pytest.raises(CommandRefused, match="the output cannot be written"):
+            prepare_file(tmp_path / name, Path("/leads.csv"), "job")
+
+
+@in_turn(
+    ("source", "output"),
+    [
+        ("leads", "leads/new"),
+        ("leads", "leads"),
+        ("leads/a.csv", "leads"),
+        ("leads/*.parquet", "leads"),
+        ("*/*.parquet", "out"),
+    ],
+)
+def test_output_must_not_overlap_input(tmp_path: Path, source: str, output: str) -> None:
+    """The folder has the leads in it, or lies among them."""
+    (tmp_path / "leads").mkdir()
+    for name in ("a.csv", "a.parquet"):
+        write_table(tmp_path / "leads" / name, HEADER, make_leads(1))
+    with pytest.raises(JobError, match=r"the output would (replace|be read as) (the )?input"):
+        prepare_file(tmp_path / output, tmp_path / source, "job")
+    base = f"s3://{BUCKET}"
+    url = ObjectUrl("s3", BUCKET, source + ("/" if source == "leads" else ""))
+    if source != "leads/a.csv":
+        with pytest.raises(JobError, match=f"{base}/{output}/: the output would be read as input"):
+            prepare_file(ObjectUrl("s3", BUCKET, f"{output}/"), url, "job")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", ["ledger: out/memory.db", "rejects: out/rejects.csv", "report: out/report.html"])
+def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: SandboxApi, line: str) -> None:
+    """It would be lost: exit 2 with the line, before anything is spent."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(output="out/", **dict([line.split(": ")]))
+    for command in (("run", "job.yaml"), ("check", "job.yaml")):
+        result = workspace.run_in_process(*command, api=api)
+        key = line.partition(":")[0]
+        assert result.exit_code == 2
+        assert f"job.yaml:3: output: {workspace.folder}/out is replaced as a whole by every run, and has `{key}`" in (
+            result.stderr + result.stdout
+        )
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
+    """All that a job does beside it works as with a file; read as input its own columns are replaced."""
+    workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
+    workspace.write_job(output="out/", rejects="rejects.csv", changes="{path: changes.csv, key: [First Name]}")
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert (result.exit_code, result.json_output["output"], result.json_output["rows"]) == (
+        0,
+        f"{workspace.folder}/out",
+        4,
+    )
+    (part,) = (workspace.folder / "out").glob("*.parquet")
+    header, *rows = read_table(part)
+    assert header[-2:] == ["enrich_at", "enrich_index"]
+    assert [(row[0], row[-1]) for row in rows] == [("First0", 0), ("First1", 1), ("First2", 2), ("", 3)]
+    assert len(workspace.read_output("rejects.csv")) == 1
+    assert workspace.run_in_process("collect", "job.yaml", api=api).exit_code == 0
+    assert workspace.run_in_process("status", "job.yaml", api=api).exit_code == 0
+    assert workspace.run_in_process("check", "job.yaml", api=api).exit_code == 0
+    assert "First1" in workspace.run_in_process("explain", "job.yaml", "--row", "2", api=api).stdout
+    assert workspace.run_in_process("report", "job.yaml", "-o", "report.html", api=api).exit_code == 0
+
+    again = workspace.run_in_process("run", "job.yaml", "--json", "--input", "out/", "--output", "next/", api=api)
+    assert (again.exit_code, "columns.work_email: the input has a column of this name already" in again.stderr) == (
+        2,
+        True,
+    )
+    workspace.write_job(workspace.job_file.read_text().replace("work_email: email", "mail: email"))
+    again = workspace.run_in_process("run", "job.yaml", "--json", "--input", "out/", "--output", "next/", api=api)
+    assert (again.exit_code, again.json_output["submitted"], again.json_output["rows"]) == (0, 0, 4)
+    (part,) = (workspace.folder / "next").glob("*.parquet")
+    assert read_table(part)[0] == [*HEADER, "work_email", "mail", *header[-7:]]
+
+
+@pytest.mark.long
+def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
+    """As in a file."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(output="out/", merge="fill_empty", columns="{Email: email}")
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    (part,) = (workspace.folder / "out").glob("*.parquet")
+    header, *rows = read_table(part)
+    assert header[: len(HEADER) + 1] == [*HEADER, "enrich_status"]
+    assert any("@" in row[3] for row in rows)
+
+
+@pytest.mark.long
+def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi) -> None:
+    """Rows are pending that are not to be partial."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(output="out/")
+    workspace.run_in_process("run", "job.yaml", api=api)
+    workspace.write_leads(make_leads(3))
+    result = workspace.run_in_process("collect", "job.yaml")
+    assert (result.exit_code, "1 rows are pending" in result.stderr) == (5, True)
+    assert row_indexes(workspace.folder / "out") == [0, 1]
+    assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
+    assert row_indexes(workspace.folder / "out") == [0, 1, 2]
+
+
+@pytest.mark.long
+def test_dataset_in_object_storage(
+    workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
+) -> None:
+    """And takes it as its input; what lies there beside it is read by nobody."""
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(output=f"s3://{BUCKET}/out/")
+    for _ in range(2):
+        assert workspace.run_in_process("run", "job.yaml", api=api, **bucket).exit_code == 0
+    folder = download_dataset(ObjectUrl("s3", BUCKET, "out/"), tmp_path / "fetched")
+    assert (len(file_names(folder)), row_indexes(folder)) == (2, [0, 1, 2])
+    put_object("out/notes.txt", b"mine")
+    result = workspace.run_in_process("run", "job.yaml", api=api, **bucket)
+    assert (result.exit_code, f"s3://{BUCKET}/out/notes.txt" in result.stderr) == (2, True)

@@ -1,0 +1,52 @@
+"""How long tasks take is kept in the ledger from night to night."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import check_ledger
+from tests.support.ledger import CALL, CommittingLedger
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, Workspace, make_leads, serve_api
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
+    """Another call has its own latencies; the newest replace the older ones."""
+    ledger = CommittingLedger.open(tmp_path / "ledger.db")
+    other = type(CALL)(CALL.waterfall, (*CALL.enrichments, 99))
+    ledger.commit(Ledger.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
+    ledger.commit(Ledger.save_latencies, other, [(9.0, 1.0)])
+    ledger.commit(Ledger.save_latencies, CALL, [(4.0, 2.0)])
+    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
+    assert ledger.wrapped.load_latencies(other) == [(9.0, 1.0)]
+    ledger.commit(Ledger.save_latencies, CALL, [(30.0, 1.0)], 100)
+    assert ledger.wrapped.load_latencies(CALL, 100) == [(30.0, 1.0)]
+    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
+    assert check_ledger(ledger.path).problems == []
+    ledger.wrapped.close()
+
+
+@pytest.mark.long
+def test_second_run_uses_stored_latencies(tmp_path: Path) -> None:
+    """It asks for each row about once, when the first had to find out."""
+    workspace = Workspace(tmp_path)
+    workspace.write_job()
+    polls = []
+    with serve_api(tmp_path / "api.db", latency="fixed(0.8)") as api:
+        for run_number in range(2):
+            workspace.write_leads(make_leads(30, start=100 * run_number))
+            summary = workspace.run_job(api)
+            polls.append(summary.polls)
+    assert polls[1] < polls[0]
+    assert polls[1] <= 1.5 * 30
+    ((rows, seconds),) = workspace.sql("SELECT count(*), sum(seconds * answers) / sum(answers) FROM latencies")
+    assert rows < 151
+    assert 0.5 < seconds < 1.5

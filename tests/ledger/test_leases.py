@@ -1,0 +1,286 @@
+"""Who works for a run works no longer than it does, and what is done to a ledger waits for all of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enrich.errors import LedgerLocked, RunEnded
+from enrich.exit_codes import ExitCode
+from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.job.locations import PostgresLocation as Place
+from enrich.ledger.copy import copy_ledger
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.dialect import DatabaseFailed
+from enrich.ledger.leases import Lease
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import open_exclusive, open_for_run, open_leased
+from enrich.ledger.verify import check_ledger
+from tests.support.cases import in_turn
+from tests.support.ledger import MAX_PRICE, CommittingLedger, run_sql
+from tests.support.postgres import PostgresServer
+from tests.support.workspace import SandboxApi, Workspace, make_leads
+
+
+@pytest.fixture
+def backend() -> str:
+    """Only at a server are there leases."""
+    return "server"
+
+
+@pytest.fixture
+def server_ledger(ledger_location: LedgerLocation) -> Place:
+    """Make a ledger on a server."""
+    assert isinstance(ledger_location, Place)
+    Ledger(ledger_location).close()
+    return ledger_location
+
+
+@pytest.fixture
+def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
+    """Be a worker whose run was killed: nobody holds the lock, and the lease of who led has ended."""
+    with ExitStack() as run, ExitStack() as stack:
+        _, leader = run.enter_context(open_for_run(server_ledger))
+        assert leader is not None
+        worker = stack.enter_context(open_leased(server_ledger, leader_id=leader.fencing_token.owner_id))
+        run.close()
+        yield worker
+
+
+# A worker and who leads it
+
+
+def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
+    """It was asleep, and wakes up when the next run may be at work already."""
+    with open_for_run(server_ledger) as (_, leader):
+        assert leader is not None
+        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (mine, lease):
+            assert lease.is_valid()
+            assert [other.is_leader for other in mine.other_holders()] == [True]
+    with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
+        pass
+    assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
+
+
+def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
+    """Another has ended the lease of who led, and waits for those who are left."""
+    with open_for_run(server_ledger) as (mine, leader):
+        assert leader is not None
+        other = Ledger(server_ledger)
+        other.revoke_leases(other.other_holders())
+        other.close()
+        with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
+            pass
+        assert mine.owner_id == leader.fencing_token.owner_id
+
+
+def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
+    """Also while a worker is about to begin, whose leader's lease has run out: nobody goes on as if alone."""
+    leader, beginner, looker = (Ledger(server_ledger) for _ in range(3))
+    with leader.transaction():
+        number = leader.acquire_lease("leader", 30)
+    run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
+    beginner._db.begin()
+    beginner.acquire_lease("worker", 30, leader_id=number)
+    assert [owner.name for owner in looker.other_holders()] == ["leader"]
+    beginner._db.commit()
+    assert [owner.name for owner in looker.other_holders()] == ["worker"]
+    for each in (leader, beginner, looker):
+        each.close()
+
+
+# What a crash leaves
+
+
+@pytest.mark.long
+def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """What its holder was at is in doubt with its request, or neither yet: nothing is torn."""
+    assert isinstance(ledger_location, Place)
+    ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8)
+    result = 0
+    for moment in range(1, 5):
+        with open_for_run(ledger_location) as (_, leader):
+            assert leader is not None
+            holder = Ledger(ledger_location, fencing_token=leader.fencing_token)
+            with holder.transaction():
+                holder.claim(ledger.execution, MAX_PRICE, ledger.now)
+            _before_statement(ledger.wrapped, moment, lambda: run_sql(ledger_location, "DELETE FROM owners"))
+            ledger.commit(Ledger.recover, ledger.now)
+            assert check_ledger(ledger_location).problems == []
+            holder.close()
+        result += ledger.commit(Ledger.recover, ledger.now)
+        assert check_ledger(ledger_location).problems == []
+    assert ledger.query_all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
+    assert result < 4  # some were found by the first look
+
+
+def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[], object]) -> None:
+    """Let something happen before one of the next statements of a ledger."""
+    execute, left = ledger._db.execute, [statement_number]
+
+    def told(sql: str, values: Sequence[Any] = (), /) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            action()
+        return execute(sql, values)
+
+    ledger._db.execute = told  # type: ignore[method-assign]
+
+
+# Several at once
+
+
+def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
+    ledger.start_and_enroll(1, 2)
+    attempt = ledger.submit()
+    with closing(Ledger(ledger_location)) as other, other.transaction():
+        other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (ledger.execution, attempt))
+        ledger.wrapped._db.execute("SET lock_timeout = '5s'")
+        assert ledger.claim()
+
+
+# What is done to a ledger that no run is at work with
+
+
+@pytest.mark.long
+def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
+    """Though nobody holds its lock: it may send yet what it has claimed."""
+    assert worker[1].is_valid()
+    with pytest.raises(LedgerLocked, match="left processes behind"), open_exclusive(server_ledger):
+        pass
+
+
+def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
+    """Also when the server has lost its lock: who is alone has a lease, as one who leads."""
+    with open_exclusive(server_ledger), closing(Ledger(server_ledger)) as other:
+        assert [owner.is_leader for owner in other.other_holders()] == [True]
+
+
+@pytest.mark.long
+def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
+    """What it buys in the old ledger the new one would buy again."""
+    assert worker[1].is_valid()
+    with pytest.raises(LedgerLocked):
+        copy_ledger(server_ledger, tmp_path / "copy.db")
+    assert not ledger_exists(tmp_path / "copy.db")
+
+
+@pytest.mark.parametrize("command", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "0s")])
+def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, command: tuple[str, ...]) -> None:
+    """It would be told of again by what comes yet."""
+    workspace.write_leads(make_leads(2))
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    assert isinstance(workspace.ledger_location, Place)
+    with open_for_run(workspace.ledger_location) as (_, leader):
+        assert leader is not None
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:], "--yes")
+    again = workspace.run_in_process(command[0], "job.yaml", *command[1:], "--yes")
+
+    assert (result.exit_code, again.exit_code) == (ExitCode.LOCKED, 0), (result.stderr, again.stderr)
+
+
+# A clock that nobody sets
+
+
+def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes write down for each other has one time."""
+    with open_for_run(server_ledger) as (mine, lease):
+        assert lease is not None
+        hours_ago = time.time_ns() - 10**9 * 7200
+        monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
+        assert abs(lease.now_ms() - mine.now_ms()) < 60_000
+
+
+def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
+    """The connection serves the next one."""
+    ledger.query_all("ALTER TABLE commits RENAME TO gone")
+    with pytest.raises(DatabaseFailed), ledger.wrapped.transaction():
+        pass
+    ledger.query_all("ALTER TABLE gone RENAME TO commits")
+    ledger.start_and_enroll(1)
+
+
+# Its name
+
+
+SECRETS = (
+    "postgresql://enrich:hunter2@{}/enrich",
+    "postgresql://enrich:hun/ter2@{}/enrich",
+    "postgresql://enrich:12#hunter2@{}/enrich",
+    "postgresql://enrich:12?hunter2@{}/enrich",
+    "postgresql://{}/enrich?password=hunter2",
+    "postgresql://{}/enrich?PASSWORD=hunter2",
+    "postgresql://{}/enrich?sslpassword=hunter2",
+    "postgresql://{}/en#hunter2",
+    "host=127.0.0.1 password=hunter2",
+)
+
+
+@pytest.mark.parametrize("url", [*SECRETS[:2], *(pytest.param(url, marks=pytest.mark.long) for url in SECRETS[2:])])
+def test_password_in_url_is_refused(
+    workspace: Workspace, api: SandboxApi, postgres: PostgresServer, tmp_path: Path, url: str
+) -> None:
+    """In the job file, as an option, in the environment, as an argument; and nobody repeats it."""
+    url = url.format(f"127.0.0.1:{postgres.port}")
+    workspace.write_leads(make_leads(1))
+    plain = Workspace(workspace.folder)
+    result = [
+        plain.run_in_process("run", "job.yaml", "--log-file", "log", "--ledger", url, api=api),
+        plain.run_in_process("status", "job.yaml", "--ledger", url),
+        plain.run_in_process("run", "job.yaml", "--log-file", "log", api=api, ENRICH_LEDGER=url),
+        plain.run_in_process("cron", "job.yaml", "--at", "02:00", ENRICH_LEDGER=url),
+        plain.run_in_process("ledger", "check", url),
+        plain.run_in_process("ledger", "copy", url, "copy.db"),
+    ]
+    plain.write_job(ledger=f'"{url}"')
+    result.append(plain.run_in_process("run", "job.yaml", "--log-file", "log", api=api))
+
+    assert [done.exit_code for done in result] == [ExitCode.USAGE] * len(result), [done.stderr for done in result]
+    assert all("set PGPASSWORD" in done.stderr for done in result)
+    message = "".join(done.stdout + done.stderr for done in result)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != plain.job_file)
+    assert "hunter2" not in message
+    assert "ter2" not in message
+    assert b"ter2" not in written
+    assert api.audit()["accepted"] == 0
+
+
+@in_turn(
+    "url",
+    [
+        "postgresql:///enrich",
+        "postgresql://enrich@/enrich?host=/var/run/postgresql",
+        "postgresql://en%40rich@[::1]:5432/enrich?sslmode=require",
+        "postgres://one:5432,two:5433/enrich?target_session_attrs=read-write&schema=leads&lease=5",
+    ],
+)
+def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
+    """As long as nothing secret is in it."""
+    found = parse_ledger_location(tmp_path, url, tmp_path)
+    assert isinstance(found, Place)
+    assert str(found).partition("?")[0] == f"postgresql://{url.partition('://')[2].partition('?')[0]}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["status", "runs", "explain", "report"])
+def test_ledger_option_finds_server_ledger(api: SandboxApi, workspace: Workspace, command: str) -> None:
+    """An option names it as the job file would."""
+    workspace.write_leads(make_leads(2))
+    url = str(workspace.server_url)
+    plain = Workspace(workspace.folder, environ=workspace.environ)
+    plain.write_job()
+    assert plain.run_in_process("run", "job.yaml", "--ledger", url, api=api).exit_code == 0
+    which = ("--row", "1") if command == "explain" else ()
+
+    result = plain.run_in_process(command, "job.yaml", "--ledger", url, "--json", *which)
+
+    assert result.exit_code == 0, result.stderr
+    assert "found" in result.stdout
+    assert not (plain.folder / f"postgresql:{os.sep}").exists()

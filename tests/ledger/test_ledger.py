@@ -1,0 +1,737 @@
+"""The ledger: every move with its money, what it survives, and who may open it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import CommandRefused
+from enrich.ledger import schema
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
+from enrich.models import Answer, RowRequest, State, Task
+from tests.support.cases import in_turn
+from tests.support.ledger import (
+    BINDING,
+    CALL,
+    COST,
+    FOUND,
+    FREE_FAILURE,
+    MAX_PRICE,
+    NO_MATCH,
+    CommittingLedger,
+    params,
+    row_requests,
+    sqlite_connection,
+)
+from tests.support.workspace import BOTH_BACKENDS
+
+
+@pytest.fixture(params=BOTH_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+class TestTransitions:
+    """The lettered edges, each with what it does to the money."""
+
+    def test_claim_reserves_price(self, ledger: CommittingLedger) -> None:
+        """Edge a: the request is `submitting` and its price is set aside."""
+        claim = ledger.start_and_enroll(1).claim()
+
+        assert claim.params == params(1)
+        assert ledger.state_of(1) is State.SUBMITTING
+        assert ledger.execution_counters == (0, MAX_PRICE, 0, 0)
+        assert ledger.query_one("SELECT state, reserved FROM attempts") == ("submitting", MAX_PRICE)
+
+    def test_accept_keeps_reservation(self, ledger: CommittingLedger) -> None:
+        """Edge b: the task id is written down; nothing is spent yet."""
+        ledger.start_and_enroll(1).submit("task-1")
+
+        assert ledger.state_of(1) is State.SUBMITTED
+        assert ledger.execution_counters == (0, MAX_PRICE, 0, 1)
+        assert ledger.query_one("SELECT task_id, submitted_ms FROM attempts") == ("task-1", ledger.now)
+        assert ledger.query_one("SELECT attempts FROM requests") == (1,)
+
+    def test_refused_request_is_released(self, ledger: CommittingLedger) -> None:
+        """Edge c: the reservation is released and the attempt does not count."""
+        claim = ledger.start_and_enroll(1).claim()
+        ledger.commit(Ledger.record_refused, [(claim.attempt_id, "HTTP 429", ledger.now)])
+
+        assert ledger.state_of(1) is State.PENDING
+        assert ledger.execution_counters == (0, 0, 0, 0)
+        assert ledger.query_one("SELECT attempts FROM requests") == (0,)
+        assert ledger.query_one("SELECT state, error, credits FROM attempts") == ("refused", "HTTP 429", 0)
+        assert ledger.claim().attempt_id != claim.attempt_id
+
+    def test_rejected_request_fails_free(self, ledger: CommittingLedger) -> None:
+        """Edge c: a param that the API names fails the request, at no cost."""
+        claim = ledger.start_and_enroll(1).claim()
+        ledger.commit(Ledger.record_rejected, [(claim.attempt_id, "company: unknown", ledger.now)])
+
+        assert ledger.state_of(1) is State.FAILED
+        assert ledger.execution_counters == (0, 0, 0, 0)
+
+    def test_in_doubt_keeps_reservation(self, ledger: CommittingLedger) -> None:
+        """Edge d: nobody can tell whether it was charged, so the price stays set aside."""
+        claim = ledger.start_and_enroll(1).claim()
+        ledger.commit(Ledger.mark_in_doubt, [(claim.attempt_id, "no answer", ledger.now, None)])
+
+        assert ledger.state_of(1) is State.IN_DOUBT
+        assert ledger.execution_counters == (0, MAX_PRICE, 0, 0)
+        assert ledger.wrapped.spent_totals() == (0, 0)
+
+    @pytest.mark.parametrize("answer", [FOUND, NO_MATCH, Answer(State.FAILED, "broken", credits=1)])
+    def test_answer_settles_reservation(self, ledger: CommittingLedger, answer: Answer) -> None:
+        """Edge e: the true price is spent and the rest of the reservation is free."""
+        attempt = ledger.start_and_enroll(1).submit()
+
+        assert ledger.settle(attempt, answer) is answer.state
+        assert ledger.state_of(1) is answer.state
+        assert ledger.execution_counters == (answer.credits, 0, 0, 1)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("state", [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED])
+    def test_unknown_price_keeps_reservation(self, ledger: CommittingLedger, state: State) -> None:
+        """Edge e: what is not known is counted as not known, never as 0."""
+        attempt = ledger.start_and_enroll(1).submit()
+        ledger.settle(attempt, Answer(state))
+
+        assert ledger.state_of(1) is state
+        assert ledger.execution_counters == (0, MAX_PRICE, 1, 1)
+        assert ledger.wrapped.spent_totals() == (0, 1)
+
+    def test_lost_task_is_in_doubt(self, ledger: CommittingLedger) -> None:
+        """Edge e: a lost task keeps its reservation, as it may have been charged."""
+        attempt = ledger.start_and_enroll(1).submit()
+        ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+
+        assert ledger.state_of(1) is State.IN_DOUBT
+        assert ledger.execution_counters == (0, MAX_PRICE, 0, 1)
+        assert ledger.query_one("SELECT attempts FROM requests") == (1,)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
+    def test_retry_requeues_state(self, ledger: CommittingLedger, state: State) -> None:
+        """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
+        attempt = ledger.start_and_enroll(1).submit()
+        if state is State.IN_DOUBT:
+            ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+        else:
+            ledger.settle(attempt, Answer(state, "gone"))
+        ledger.enroll([1])
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+        ledger.enroll([1], retry={state})
+
+        assert ledger.state_of(1) is state
+        assert ledger.wrapped.enrolled_counts() == {State.PENDING: 1}
+        assert ledger.submit("again") != attempt
+        assert ledger.query_all("SELECT task_id FROM attempts ORDER BY id") == [(f"task-{attempt}",), ("again",)]
+
+    def test_free_failure_is_requeued(self, ledger: CommittingLedger) -> None:
+        """Edge g: at no charge the request goes back to its place in the queue by itself."""
+        attempt = ledger.start_and_enroll(1, 2).submit()
+
+        assert ledger.settle(attempt, FREE_FAILURE) is State.PENDING
+        assert ledger.execution_counters == (0, 0, 0, 1)
+        assert ledger.claim().params == params(1)
+
+    def test_free_failure_respects_max_attempts(self, ledger: CommittingLedger) -> None:
+        """Edge g ends at `max_attempts`; what the API refused does not count."""
+        ledger.start_and_enroll(1)
+        for _ in range(2):
+            ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
+
+        outcomes = [ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=3) for _ in range(3)]
+
+        assert outcomes == [State.PENDING, State.PENDING, State.FAILED]
+
+    def test_retry_resets_attempt_count(self, ledger: CommittingLedger) -> None:
+        """Edge f: the person's word allows `max_attempts` tries again."""
+        ledger.start_and_enroll(1)
+        assert ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1) is State.FAILED
+
+        ledger.enroll([1], retry={State.FAILED})
+
+        assert ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=2) is State.PENDING
+        assert ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=2) is State.FAILED
+
+    def test_retry_only_for_rows_in_input(self, ledger: CommittingLedger) -> None:
+        """Edge f: a lead that left the file is not sent back."""
+        ledger.start_and_enroll(1, 2)
+        for _ in range(2):
+            ledger.settle(ledger.submit(), Answer(State.FAILED, credits=0))
+
+        ledger.enroll([2], retry={State.FAILED})
+
+        assert ledger.claim().params == params(2)
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
+    def test_retry_lasts_one_execution(self, ledger: CommittingLedger, state: State) -> None:
+        """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
+        attempt = ledger.start_and_enroll(1).submit()
+        if state is State.IN_DOUBT:
+            ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+        else:
+            ledger.settle(attempt, Answer(state, "gone"))
+        ledger.enroll([1], retry={state})
+        ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
+
+        assert ledger.state_of(1) is state
+        assert ledger.wrapped.enrolled_counts() == {State.PENDING: 1}
+        ledger.start_execution()
+        ledger.enroll([1])
+        assert ledger.wrapped.enrolled_counts() == {state: 1}
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    def test_failed_retry_is_not_repeated(self, ledger: CommittingLedger) -> None:
+        """Edge f: the person's word is good for one try, not for a circle that pays for ever."""
+        ledger.start_and_enroll(1)
+        ledger.settle(ledger.submit(), Answer(State.FAILED, credits=COST))
+        ledger.enroll([1], retry={State.FAILED})
+        ledger.settle(ledger.submit("again"), Answer(State.FAILED, credits=COST))
+
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
+    def test_refresh_requeues_old_answers(self, ledger: CommittingLedger, answer: Answer) -> None:
+        """Edge h: only what came before the given time, and only where the policy names its state."""
+        ledger.start_and_enroll(1, 2)
+        ledger.settle(ledger.submit(), answer)
+        ledger.now += 10
+        ledger.settle(ledger.submit(), answer)
+
+        ledger.enroll([1, 2], stale={answer.state: ledger.now})
+
+        assert ledger.wrapped.enrolled_counts() == {State.PENDING: 1, answer.state: 1}
+        assert ledger.claim().params == params(1)
+        other = State.NOT_FOUND if answer.state is State.FOUND else State.FOUND
+        ledger.enroll([1, 2], stale={other: ledger.now + 1})
+        assert ledger.state_of(2) is answer.state
+
+    @pytest.mark.parametrize(
+        "move",
+        [
+            lambda ledger, attempt: ledger.record_refused([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.record_rejected([(attempt, "x", 1)]),
+            lambda ledger, attempt: ledger.record_accepted([(attempt, "other", 1)], BINDING),
+            lambda ledger, attempt: ledger.mark_in_doubt([(attempt, "x", 1, None)]),
+            lambda ledger, attempt: ledger.settle([(attempt, FOUND, 1)], 1, 3),
+        ],
+        ids=["refused", "rejected", "accepted", "doubt", "settle"],
+    )
+    def test_illegal_transition_changes_nothing(
+        self, ledger: CommittingLedger, move: Callable[[Ledger, int], object]
+    ) -> None:
+        """A request that is settled cannot be moved, and the money stays as it is."""
+        attempt = ledger.start_and_enroll(1).submit()
+        ledger.settle(attempt)
+        before = ledger.query_all("SELECT * FROM attempts, requests, executions")
+
+        with pytest.raises(AssertionError), ledger.wrapped.transaction():
+            move(ledger.wrapped, attempt)
+
+        assert ledger.query_all("SELECT * FROM attempts, requests, executions") == before
+
+    def test_late_transition_of_old_attempt(self, ledger: CommittingLedger) -> None:
+        """A late word about a refused attempt does not touch the attempt that followed it."""
+        first = ledger.start_and_enroll(1).claim()
+        ledger.commit(Ledger.record_refused, [(first.attempt_id, "HTTP 429", ledger.now)])
+        ledger.claim()
+
+        with pytest.raises(AssertionError), ledger.wrapped.transaction():
+            ledger.wrapped.record_accepted([(first.attempt_id, "late", ledger.now)], BINDING)
+
+        assert ledger.state_of(1) is State.SUBMITTING
+
+
+class TestStandingAnswer:
+    """What a row is told while its request is asked again."""
+
+    def current_result(self, ledger: CommittingLedger, number: int = 1) -> tuple[State, str | None]:
+        """Tell the state and the answer that the row of a lead has."""
+        ledger.commit(Ledger.begin_pass)
+        (known,) = ledger.wrapped.request_results(row_requests([number]))
+        return State(known.state), known.answer
+
+    def refresh(self, ledger: CommittingLedger) -> int:
+        """Ask again what is old; return the new attempt."""
+        ledger.now += 10
+        ledger.enroll([1], stale=dict.fromkeys((State.FOUND, State.NOT_FOUND), ledger.now))
+        return ledger.submit()
+
+    @pytest.mark.long
+    def test_found_answer_is_kept_until_replaced(self, ledger: CommittingLedger) -> None:
+        """A found answer outlives the question, a miss and a doubt; a newer one replaces it."""
+        ledger.settle(ledger.start_and_enroll(1).submit())
+        old = (State.FOUND, FOUND.raw)
+
+        attempt = self.refresh(ledger)
+        assert self.current_result(ledger) == old
+        ledger.settle(attempt, NO_MATCH)
+        assert ledger.state_of(1) is State.NOT_FOUND
+        assert self.current_result(ledger) == old
+        ledger.settle(self.refresh(ledger), Answer(State.FOUND, credits=1, raw="{}"))
+
+        assert self.current_result(ledger) == (State.FOUND, "{}")
+
+    def test_no_match_does_not_hide_in_doubt(self, ledger: CommittingLedger) -> None:
+        """Only a found answer stands: a miss that is asked again and gets lost is in doubt, and says so."""
+        ledger.settle(ledger.start_and_enroll(1).submit(), NO_MATCH)
+        assert self.current_result(ledger) == (State.NOT_FOUND, NO_MATCH.raw)
+
+        attempt = self.refresh(ledger)
+        assert self.current_result(ledger)[0] is State.SUBMITTED
+        ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+
+        assert self.current_result(ledger)[0] is State.IN_DOUBT
+
+    def test_unknown_request_has_no_result(self, ledger: CommittingLedger) -> None:
+        """The ledger says nothing of what it does not know."""
+        ledger.start_and_enroll(1)
+
+        assert [known.position for known in ledger.wrapped.request_results(row_requests([9, 1]))] == [1]
+
+    def test_first_row_of_request_is_marked(self, ledger: CommittingLedger) -> None:
+        """On a second pass each batch tells a request once, and `first` holds once, across batches."""
+        ledger.start_and_enroll(1, 2)
+        ledger.settle(ledger.submit())
+        ledger.commit(Ledger.begin_pass)
+
+        batches = [row_requests([2, 1, 2]), row_requests([1, 2, 1], 3)]
+        firsts = [(known.position, known.first) for batch in batches for known in ledger.wrapped.request_results(batch)]
+
+        assert firsts == [(0, True), (1, True), (3, False), (4, False)]
+
+
+def fail_after(_: object) -> None:
+    """Fail when a move was made."""
+    raise ZeroDivisionError
+
+
+class TestQueue:
+    """From the input to the claims."""
+
+    def test_duplicates_share_request(self, ledger: CommittingLedger) -> None:
+        """Within a batch and across batches, a question is enrolled once."""
+        ledger.start_execution()
+        ledger.enroll([1, 2, 1], [2, 3, 3, 1])
+
+        assert ledger.wrapped.enrolled_counts() == {State.PENDING: 3}
+        assert ledger.query_all("SELECT position FROM requests ORDER BY id") == [(0,), (1,), (4,)]
+
+    def test_claims_follow_input_order(self, ledger: CommittingLedger) -> None:
+        """The file's order decides, not the order in which the ledger learned of the leads."""
+        ledger.start_and_enroll(1, 2, 3)
+        ledger.enroll([3, 5], [1, 4, 2])
+
+        assert [ledger.claim().params for _ in range(5)] == [params(number) for number in (3, 5, 1, 4, 2)]
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    def test_lead_not_in_input_is_not_claimed(self, ledger: CommittingLedger) -> None:
+        """Only what this execution wants is paid for."""
+        ledger.start_and_enroll(1, 2)
+        ledger.enroll([2])
+
+        assert ledger.claim().params == params(2)
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    def test_free_failure_not_in_input_is_not_resent(self, ledger: CommittingLedger) -> None:
+        """Edge g puts it to pending, and there it waits until a file wants it."""
+        attempt = ledger.start_and_enroll(1).submit()
+        ledger.enroll([2])
+        ledger.settle(attempt, FREE_FAILURE)
+
+        assert ledger.claim().params == params(2)
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+    def test_answered_requests_are_not_claimed(self, ledger: CommittingLedger) -> None:
+        """Found, missed, failed and doubtful requests are reused, not claimed."""
+        ledger.start_and_enroll(1, 2, 3, 4)
+        for answer in (FOUND, NO_MATCH, Answer(State.FAILED)):
+            ledger.settle(ledger.submit(), answer)
+        ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+
+        ledger.enroll([1, 2, 3, 4])
+
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.wrapped.enrolled_counts() == dict.fromkeys(
+            (State.FOUND, State.NOT_FOUND, State.FAILED, State.IN_DOUBT), 1
+        )
+
+    def test_cap_is_never_exceeded(self, ledger: CommittingLedger) -> None:
+        """What is reserved counts against the cap; what is freed may be claimed again."""
+        ledger.start_and_enroll(*range(9), cap=2 * MAX_PRICE + COST)
+        first = ledger.submit()
+        ledger.submit()
+        with pytest.raises(CapReached), ledger.wrapped.transaction():
+            ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
+        assert ledger.execution_counters[:2] == (0, 2 * MAX_PRICE)
+
+        ledger.settle(first)
+        ledger.claim()
+
+        assert ledger.execution_counters[:2] == (COST, 2 * MAX_PRICE)
+        with pytest.raises(CapReached), ledger.wrapped.transaction():
+            ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
+
+    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, ledger: CommittingLedger) -> None:
+        """A worker that met the cap waits for what others may free, but not for what is no longer waited for."""
+        told = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
+        claim = ledger.claim()
+        told.append(ledger.commit(Ledger.has_open_since, 0))
+        ledger.commit(Ledger.record_accepted, [(claim.attempt_id, "task", 5_000)], BINDING)
+        told += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
+
+        assert told == [False, True, True, False]
+
+    def test_empty_queue_is_not_cap_reached(self, ledger: CommittingLedger) -> None:
+        """With nothing left to ask, a cap of 0 is not reached."""
+        ledger.start_and_enroll(cap=0)
+
+        assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+
+class TestExecutions:
+    """What one execution leaves to the next."""
+
+    def test_recovery_marks_submitting_in_doubt(self, ledger: CommittingLedger) -> None:
+        """Edge d: `submitting` at the start means killed; all else stays as it was."""
+        ledger.start_and_enroll(1, 2, 3)
+        ledger.submit("living")
+        ledger.claim()
+        ledger.reopen()
+
+        assert ledger.commit(Ledger.recover, 7) == 1
+        assert [ledger.state_of(number) for number in (1, 2, 3)] == [State.SUBMITTED, State.IN_DOUBT, State.PENDING]
+        assert ledger.commit(Ledger.recover, 8) == 0
+        assert ledger.query_one("SELECT settled_ms, error IS NOT NULL FROM attempts WHERE state = 'in_doubt'") == (7, 1)
+        assert ledger.query_one("SELECT attempts FROM requests WHERE state = 'in_doubt'") == (1,)
+
+    def test_open_reservations_are_adopted(self, ledger: CommittingLedger) -> None:
+        """What is in flight settles in the new execution, so it counts against its cap; doubts stay behind."""
+        attempt = ledger.start_and_enroll(1, 2, 3).submit()
+        ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+        first = ledger.execution
+
+        second = ledger.start_execution(cap=2 * MAX_PRICE - 1)
+        ledger.enroll([1, 2, 3])
+        assert ledger.execution_counters == (0, MAX_PRICE, 0, 0)
+        with pytest.raises(CapReached), ledger.wrapped.transaction():
+            ledger.wrapped.claim(second, MAX_PRICE, ledger.now)
+        ledger.settle(attempt)
+
+        assert ledger.execution_counters == (COST, 0, 0, 0)
+        assert ledger.query_one("SELECT execution_id, settled_in FROM attempts WHERE id = ?", attempt) == (
+            first,
+            second,
+        )
+        assert ledger.claim().params == params(3)
+
+    def test_execution_ends_with_summary(self, ledger: CommittingLedger) -> None:
+        """The newest come first, and each job sees its own."""
+        ledger.start_execution()
+        ledger.commit(Ledger.start_execution, "other", 3, ledger.now)
+        ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 2}, 77)
+
+        assert [row["job"] for row in ledger.wrapped.executions()] == ["other", "job"]
+        (row,) = ledger.wrapped.executions("job", 5)
+        assert (row["ended_ms"], row["exit_code"], row["receipt"]) == (77, 10, '{"rows": 2}')
+
+    def test_ledger_used_flag(self, ledger: CommittingLedger) -> None:
+        """Used means that the API accepted something."""
+        ledger.start_and_enroll(1)
+        ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
+        assert not ledger.wrapped.has_submitted()
+
+        ledger.submit()
+
+        assert ledger.wrapped.has_submitted()
+
+    def test_tasks_ordered_by_expiry(self, ledger: CommittingLedger) -> None:
+        """The task that was submitted first expires first, whatever its row."""
+        ledger.start_and_enroll(1, 2, 3)
+        claims = [ledger.claim() for _ in range(3)]
+        for at, claim in zip((30, 10, 20), claims, strict=True):
+            ledger.commit(Ledger.record_accepted, [(claim.attempt_id, f"t{at}", at)], BINDING)
+        ledger.commit(Ledger.mark_acknowledged, [claims[2].attempt_id])
+
+        assert ledger.wrapped.submitted_tasks() == [
+            Task((claims[1].attempt_id,), "t10", 10),
+            Task((claims[2].attempt_id,), "t20", 20, acknowledged=True),
+            Task((claims[0].attempt_id,), "t30", 30),
+        ]
+
+    def test_ledger_binding_is_set_once(self, ledger: CommittingLedger) -> None:
+        """The first accepted POST binds it; what is unknown binds nothing."""
+        ledger.start_and_enroll(1, 2)
+        ledger.commit(
+            Ledger.record_accepted, [(ledger.claim().attempt_id, "t", 1)], {"api_host": "first", "workspace": None}
+        )
+        ledger.commit(
+            Ledger.record_accepted, [(ledger.claim().attempt_id, "u", 1)], {"api_host": "second", "workspace": "ours"}
+        )
+
+        assert ledger.wrapped.read_fact("api_host") == "first"
+        assert ledger.wrapped.read_fact("workspace") == "ours"
+        assert ledger.wrapped.read_fact("other") is None
+
+    def test_stored_waterfall_is_replaced(self, ledger: CommittingLedger) -> None:
+        """The newest description replaces the old one."""
+        assert ledger.wrapped.waterfall("w") is None
+        ledger.commit(Ledger.save_waterfall, "w", {"name": "é"}, [1])
+        ledger.commit(Ledger.save_waterfall, "w", {"name": "new"}, [2, 1])
+
+        assert ledger.wrapped.waterfall("w") == ({"name": "new"}, [2, 1])
+
+
+class TestTransactions:
+    """What stays and what does not, and what others see."""
+
+    def test_transaction_rolls_back(self, ledger: CommittingLedger) -> None:
+        """A transaction that raises leaves nothing."""
+        ledger.start_and_enroll(1)
+        with pytest.raises(ZeroDivisionError), ledger.wrapped.transaction():
+            fail_after(ledger.wrapped.claim(ledger.execution, MAX_PRICE, 1))
+
+        assert ledger.state_of(1) is State.PENDING
+        assert ledger.execution_counters == (0, 0, 0, 0)
+
+    def test_savepoint_rolls_back_one_transition(self, ledger: CommittingLedger) -> None:
+        """When one move of a transaction raises, the others stay."""
+        ledger.start_and_enroll(1, 2)
+        with ledger.wrapped.transaction():
+            ledger.wrapped.claim(ledger.execution, MAX_PRICE, 1)
+            with pytest.raises(ZeroDivisionError), ledger.wrapped.savepoint():
+                fail_after(ledger.wrapped.claim(ledger.execution, MAX_PRICE, 1))
+
+        assert (ledger.state_of(1), ledger.state_of(2)) == (State.SUBMITTING, State.PENDING)
+
+    def test_readers_do_not_block(self, ledger: CommittingLedger) -> None:
+        """A reader sees what is committed, waits for nobody and can change nothing."""
+        ledger.start_and_enroll(1, 2)
+        ledger.submit()
+        with ledger.wrapped.transaction():
+            ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
+            reader = Ledger(ledger.location, read_only=True)
+            assert reader.state_counts() == {State.SUBMITTED: 1, State.PENDING: 1}
+            with pytest.raises(DATABASE_ERRORS, match=r"read-?only"):
+                reader.recover(1)
+        assert reader.state_counts() == {State.SUBMITTED: 1, State.SUBMITTING: 1}
+        reader.close()
+
+    def test_invalid_fingerprint_length_fails(self, ledger: CommittingLedger) -> None:
+        """A question that cannot be named must not get lost."""
+        with pytest.raises(DATABASE_ERRORS), ledger.wrapped.transaction():
+            ledger.wrapped.enroll(CALL, [RowRequest(0, b"short", "{}")])
+
+
+class TestFile:
+    """Who may open a file, who may read it, what survives."""
+
+    @pytest.fixture
+    def backend(self) -> str:
+        """Ask of a file alone."""
+        return "file"
+
+    def test_ledger_files_are_0600(self, tmp_path: Path) -> None:
+        """The ledger holds personal data: also its -wal and -shm are for its owner alone."""
+        before = os.umask(0)
+        try:
+            ledger = CommittingLedger.open(tmp_path / "new" / "ledger.db").start_and_enroll(1)
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in ledger.path.parent.iterdir()}
+            ledger.wrapped.close()
+        finally:
+            os.umask(before)
+
+        assert modes == dict.fromkeys(("ledger.db", "ledger.db-wal", "ledger.db-shm"), 0o600)
+
+    def test_commits_are_durable(self, ledger: CommittingLedger) -> None:
+        """WAL with synchronous=FULL: every commit is synced before it counts."""
+        (synchronous,) = ledger.wrapped._db.execute("PRAGMA synchronous").fetchone()
+
+        assert synchronous == 2
+        assert ledger.query_one("PRAGMA journal_mode") == ("wal",)
+
+    def test_newer_ledger_is_refused(self, ledger: CommittingLedger) -> None:
+        """A ledger of a later version is neither written nor read."""
+        ledger.wrapped._db.execute("PRAGMA user_version = 99")
+
+        for read_only in (True, False):
+            with pytest.raises(CommandRefused, match=r"ledger\.db: .*newer") as refusal:
+                Ledger(ledger.path, read_only=read_only)
+            assert "99" in str(refusal.value.hint)
+
+    def test_older_ledger_is_migrated_by_writer(
+        self, ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Reading never changes the file; the next run migrates it, once and as a whole."""
+        first = schema.MIGRATIONS
+        column, index = "CREATE TABLE more (x INTEGER) STRICT", "CREATE INDEX mores ON more (x)"
+        monkeypatch.setattr(schema, "MIGRATIONS", [*first, f"{column};\n\nCREATE INDEX mores ON more (y)"])
+        with pytest.raises(CommandRefused, match=r"ledger\.db: .*older"):
+            Ledger(ledger.path, read_only=True)
+        with pytest.raises(CommandRefused, match=r"ledger\.db"):
+            Ledger(ledger.path)
+        assert ledger.query_one("PRAGMA user_version") == (len(first),)
+
+        monkeypatch.setattr(schema, "MIGRATIONS", [*first, f"{column};\n\n{index};\n"])
+        Ledger(ledger.path).close()
+
+        assert ledger.query_one("PRAGMA user_version") == (len(first) + 1,)
+        assert ledger.query_all("SELECT * FROM more") == []
+
+    def test_a_ledger_from_before_the_first_release_is_refused(self, ledger: CommittingLedger) -> None:
+        """Its columns may be others: it is neither read nor changed, and the error says what to do."""
+        ledger.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
+
+        for read_only in (True, False):
+            with pytest.raises(CommandRefused, match=r"ledger\.db: .*before its first release") as refusal:
+                Ledger(ledger.path, read_only=read_only)
+            assert "another file" in str(refusal.value.hint)
+
+    @in_turn("read_only", [True, False])
+    @in_turn("content", [b"First Name,Last Name\n" * 99, b"SQLite format 3\x00" + b"\xff" * 4080])
+    def test_not_a_database_is_refused(self, tmp_path: Path, content: bytes, *, read_only: bool) -> None:
+        """It is named and stays as it was."""
+        path = tmp_path / "leads.csv"
+        path.write_bytes(content)
+
+        with pytest.raises(CommandRefused, match=r"leads\.csv"):
+            Ledger(path, read_only=read_only)
+
+        assert path.read_bytes() == content
+
+    @pytest.mark.parametrize("version", [0, 1])
+    def test_foreign_database_is_refused(self, tmp_path: Path, version: int) -> None:
+        """Nothing is added to it, whatever version it says that it has."""
+        path = tmp_path / "other.db"
+        db = sqlite3.connect(path)
+        db.executescript(f"CREATE TABLE theirs (x); PRAGMA user_version = {version}")
+        db.close()
+        content = path.read_bytes()
+
+        for read_only in (True, False):
+            with pytest.raises(CommandRefused, match=r"other\.db"):
+                Ledger(path, read_only=read_only)
+
+        assert path.read_bytes() == content
+
+    def test_truncated_ledger_is_refused(self, tmp_path: Path) -> None:
+        """Half a ledger is no ledger: what it forgot would be paid for again."""
+        path = tmp_path / "ledger.db"
+        Ledger(path).close()
+        os.truncate(path, path.stat().st_size // 2)
+
+        with pytest.raises(CommandRefused, match=r"ledger\.db"):
+            Ledger(path)
+
+    def test_invalid_path_is_refused(self, tmp_path: Path) -> None:
+        """A folder, a folder below a file, and a place where nobody can write."""
+        (tmp_path / "file").touch()
+        for path in (tmp_path, tmp_path / "file" / "ledger.db", Path("/proc/enrich/ledger.db")):
+            with pytest.raises(CommandRefused, match=re.escape(str(path))):
+                Ledger(path)
+        for path in (tmp_path, tmp_path / "nothing.db"):
+            with pytest.raises(CommandRefused, match=re.escape(str(path))):
+                Ledger(path, read_only=True)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_unwritable_ledger_is_refused(self, ledger: CommittingLedger) -> None:
+        """The message names the file."""
+        ledger.path.chmod(0o400)
+        with pytest.raises(CommandRefused, match=re.escape(str(ledger.path))):
+            Ledger(ledger.path)
+
+    def test_views_are_readable_with_sqlite3(self, ledger: CommittingLedger) -> None:
+        """The views show credits as credits and times as times."""
+        ledger.now = 1_750_000_000_000
+        ledger.start_and_enroll(1, cap=2_500_000)
+        ledger.commit(Ledger.record_accepted, [(ledger.claim(2_000_000).attempt_id, "t", ledger.now)], BINDING)
+        ledger.settle(1, Answer(State.FOUND, provider="Mailhound", credits=1_500_000))
+
+        assert ledger.query_one("SELECT state, provider, credits, task_id, settled_at FROM readable_requests") == (
+            "found",
+            "Mailhound",
+            1.5,
+            "t",
+            "2025-06-15T15:06:40Z",
+        )
+        assert ledger.query_one("SELECT state, reserved, credits, claimed_at FROM readable_attempts") == (
+            "found",
+            2.0,
+            1.5,
+            "2025-06-15T15:06:40Z",
+        )
+        assert ledger.query_one(
+            "SELECT job, credits_spent, credits_reserved, max_credits FROM readable_executions"
+        ) == (
+            "job",
+            1.5,
+            0.0,
+            2.5,
+        )
+
+    def test_transitions_use_indexes(self, ledger: CommittingLedger) -> None:
+        """With millions of requests, every move finds its rows by an index."""
+        statements: dict[str, None] = {}
+        sqlite_connection(ledger.wrapped).set_trace_callback(statements.setdefault)
+        ledger.commit(Ledger.recover, 1)
+        ledger.start_execution()
+        ledger.enroll([1, 2, 3], retry={State.FAILED}, stale={State.FOUND: 1})
+        ledger.settle(ledger.submit())
+        ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "", 1)])
+        ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "", 1, None)])
+        ledger.enroll([2], retry={State.IN_DOUBT})
+        ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "", 1)])
+        ledger.wrapped.submitted_tasks()
+        list(ledger.wrapped.request_results(row_requests([1])))
+        sqlite_connection(ledger.wrapped).set_trace_callback(None)
+
+        plans: dict[str, list[str]] = {}
+        for sql in statements:
+            if sql.split()[0] in ("SELECT", "UPDATE", "INSERT"):
+                plans[sql] = [str(row[3]) for row in ledger.wrapped._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        used = {match for plan in plans.values() for step in plan for match in re.findall(r"INDEX (\w+)", step)}
+
+        assert {"queue", "open_attempts"} <= used
+        # Clearing the queue reads the queue, which holds no more than the last input.
+        scans = {step for plan in plans.values() for step in plan if re.match(r"SCAN (requests|attempts|r|a)\b", step)}
+        assert scans <= {"SCAN requests USING INDEX queue"}
+
+    def test_progress_query_uses_indexes(self, ledger: CommittingLedger) -> None:
+        """What an execution made, what it settled and what is left there; not the millions before it."""
+        ledger.start_and_enroll(1, 2, 3)
+        ledger.settle(ledger.submit("old"))
+        carried = ledger.submit("carried")
+        ledger.submit("left")
+        ledger.start_and_enroll(4, 5)
+        ledger.settle(carried)
+        ledger.settle(ledger.submit("new"))
+        statements: dict[str, None] = {}
+        sqlite_connection(ledger.wrapped).set_trace_callback(statements.setdefault)
+        moved = ledger.wrapped.credit_movements(ledger.execution)
+        sqlite_connection(ledger.wrapped).set_trace_callback(None)
+
+        assert sorted(moved) == [
+            ("known", 0, 1, COST, MAX_PRICE),
+            ("known", 1, 1, COST, MAX_PRICE),
+            ("submitted", 0, 1, 0, MAX_PRICE),
+        ]
+        assert len(ledger.wrapped.credit_movements(1)) == 2
+        (sql,) = statements
+        steps = [str(row[3]) for row in ledger.wrapped._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        assert "MULTI-INDEX OR" in steps
+        assert "SCAN a" not in steps

@@ -1,0 +1,335 @@
+"""`enrich ledger copy`: from a file to a server and back, all of it or nothing, and both say the same."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused, LedgerLocked
+from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
+from enrich.ledger import copy
+from enrich.ledger.copy import COPIED_TABLES, copy_ledger
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.forgotten import key_path, read_or_make_key
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger
+from enrich.ledger.verify import check_ledger
+from tests.support import postgres as servers
+from tests.support.cases import examples
+from tests.support.ledger import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Copy from both kinds of ledgers."""
+    return str(request.param)
+
+
+@pytest.fixture
+def server_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
+    """Name a place on the server where nothing is."""
+    return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path / "keys")
+
+
+@pytest.fixture
+def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
+    """Make a ledger with something in every table."""
+    ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
+    ledger.settle(ledger.submit("a"))
+    ledger.settle(ledger.submit("b"), NO_MATCH)
+    ledger.submit("c")
+    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(Ledger.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
+    ledger.settle(ledger.submit("d"), FREE_FAILURE)
+    ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
+    ledger.commit(Ledger.save_waterfall, "email_getter", {"name": "é"}, [1, 2])
+    ledger.commit(Ledger.mark_delivered, "job", [(0, b"key", 1)])
+    ledger.commit(Ledger.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
+    ledger.commit(Ledger.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
+    ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    return ledger
+
+
+def table_contents(ledger_location: LedgerLocation) -> dict[str, list[str]]:
+    """Read all that a ledger remembers, in any order."""
+    return {
+        table: sorted(map(repr, run_sql(ledger_location, f"SELECT {_columns(ledger_location, table)} FROM {table}")))
+        for table in COPIED_TABLES
+    }
+
+
+def _columns(ledger_location: LedgerLocation, table: str) -> str:
+    if isinstance(ledger_location, Path):
+        names = run_sql(ledger_location, "SELECT name FROM pragma_table_info(?)", table)
+    else:
+        names = run_sql(
+            ledger_location,
+            "SELECT column_name FROM information_schema.columns WHERE table_schema = ? AND table_name = ?",
+            ledger_location.schema,
+            table,
+        )
+    return ", ".join(sorted(name for (name,) in names if name != "owner_id"))
+
+
+def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
+    """Whoever adds a table says whether it is copied; the night has something in each."""
+    if isinstance(filled_ledger.location, PostgresLocation):
+        named = {
+            name
+            for (name,) in filled_ledger.query_all(
+                "SELECT tablename FROM pg_tables WHERE schemaname = ?", filled_ledger.location.schema
+            )
+        }
+        named -= {"ledger", "owners", "allowance", "seen", "commits"}
+    else:
+        named = {name for (name,) in filled_ledger.query_all("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert named == set(COPIED_TABLES)
+    assert all(table_contents(filled_ledger.location).values())
+
+
+def test_copy_roundtrip_is_identical(
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
+) -> None:
+    """Every number, text and key arrives, on the server and in a file again; what was copied stays as it was."""
+    before, back = table_contents(filled_ledger.location), tmp_path / "back" / "ledger.db"
+
+    there = copy_ledger(filled_ledger.location, server_location)
+    again = copy_ledger(server_location, back)
+
+    assert replace(there, key=None) == replace(again, key=None)
+    assert table_contents(filled_ledger.location) == table_contents(server_location) == table_contents(back) == before
+    assert (
+        key_path(filled_ledger.location).read_bytes()
+        == key_path(server_location).read_bytes()
+        == key_path(back).read_bytes()
+    )
+    assert key_path(back).stat().st_mode & 0o777 == 0o600
+    assert check_ledger(filled_ledger.location) == check_ledger(server_location) == check_ledger(back)
+
+
+def test_copy_can_be_used(filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path) -> None:
+    """New requests, attempts and executions get numbers of their own, and what was at the API settles."""
+    for target in (server_location, tmp_path / "copy.db"):
+        copy_ledger(filled_ledger.location, target)
+        ledger = CommittingLedger.open(target)
+        (task,) = [task for task in ledger.wrapped.submitted_tasks() if task.task_id == "c"]
+        ledger.start_and_enroll(7, 20, 21)
+        ledger.settle(task.attempts[0])
+        ledger.settle(ledger.submit("new"))
+        ledger.submit_bulk(1)
+        ledger.wrapped.close()
+        assert check_ledger(target).problems == []
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+JSON = st.recursive(st.none() | st.integers() | TEXT, lambda inner: st.lists(inner, max_size=3)).map(json.dumps)
+NUMBER = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(
+    facts=st.dictionaries(TEXT.filter(lambda name: "\0" not in name), TEXT | JSON, max_size=4),
+    asked=st.lists(TEXT | JSON, max_size=4),
+    latencies=st.dictionaries(st.floats(min_value=5e-324, allow_infinity=False), st.floats(5e-324, 1e308), max_size=3),
+    hashes=st.sets(st.binary(max_size=20), max_size=4),
+    balance=NUMBER,
+)
+@settings(max_examples=examples(30), suppress_health_check=list(HealthCheck))
+@pytest.mark.long
+def test_any_values_are_copied(
+    postgres: servers.PostgresServer,
+    *,
+    facts: dict[str, str],
+    asked: list[str],
+    latencies: dict[float, float],
+    hashes: set[bytes],
+    balance: int,
+) -> None:
+    """Signs of all alphabets, JSON with a NUL in it, the largest numbers; a bare NUL becomes what stands for it."""
+    with tempfile.TemporaryDirectory() as name:
+        first, back = Path(name) / "first.db", Path(name) / "back.db"
+        server = parse_ledger_location(Path(name), postgres.ledger_url(), Path(name))
+        ledger = CommittingLedger.open(first)
+        ledger.start_and_enroll(*range(len(asked)))
+        with ledger.wrapped.transaction():
+            db = ledger.wrapped._db
+            db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+            db.executemany("UPDATE requests SET params = ? WHERE id = ?", [(it, n) for n, it in enumerate(asked, 1)])
+            db.executemany("INSERT INTO forgotten VALUES (?)", [(it,) for it in hashes])
+            db.execute("UPDATE executions SET balance_before = ?", (balance,))
+            ledger.wrapped.save_latencies(CALL, latencies.items())
+        ledger.wrapped.close()
+
+        assert copy_ledger(first, server).digest == copy_ledger(server, back).digest
+
+        assert table_contents(server) == table_contents(back)
+        postgres.drop_schemas()
+        plain = {
+            table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in table_contents(first).items()
+        }
+        stands = {
+            table: [row.replace("\\x00", "\ufffd") for row in rows] for table, rows in table_contents(back).items()
+        }
+        assert {table: sorted(rows) for table, rows in plain.items()} == {
+            table: sorted(rows) for table, rows in stands.items()
+        }
+
+
+def test_existing_target_is_refused(
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
+) -> None:
+    """A ledger in which something stands stays as it is, and so does the key of another."""
+    for target in (server_location, tmp_path / "other.db"):
+        ledger = CommittingLedger.open(target).start_and_enroll(1)
+        ledger.wrapped.close()
+        before = table_contents(target)
+        with pytest.raises(CommandRefused, match="not empty"):
+            copy_ledger(filled_ledger.location, target)
+        assert table_contents(target) == before
+    taken = tmp_path / "taken.db"
+    key_path(taken).write_bytes(b"another")
+    with pytest.raises(CommandRefused, match=r"taken\.db\.key: here lies the key of another ledger"):
+        copy_ledger(filled_ledger.location, taken)
+    assert key_path(taken).read_bytes() == b"another"
+    assert not ledger_exists(taken)
+
+
+@pytest.mark.long
+def test_failed_copy_leaves_nothing(
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is there as a whole or not at all."""
+    for target in (server_location, tmp_path / "copy.db"):
+        with monkeypatch.context() as broken:
+            broken.setattr(copy, "_copy_forgotten_key", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                copy_ledger(filled_ledger.location, target)
+        assert not ledger_exists(target)
+        copy_ledger(filled_ledger.location, target)
+        assert table_contents(target) == table_contents(filled_ledger.location)
+
+
+@pytest.mark.parametrize("held", ["source", "target"])
+def test_copy_refused_during_run(filled_ledger: CommittingLedger, server_location: LedgerLocation, held: str) -> None:
+    """While one is at work with either, nothing is copied."""
+    with lock_ledger(filled_ledger.location if held == "source" else server_location, 0), pytest.raises(LedgerLocked):
+        copy_ledger(filled_ledger.location, server_location)
+
+
+def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
+    """However it is named."""
+    with pytest.raises(CommandRefused, match="the ledger itself"):
+        copy_ledger(filled_ledger.location, filled_ledger.location)
+
+
+def test_missing_source_is_refused(
+    ledger_location: LedgerLocation, server_location: LedgerLocation, tmp_path: Path
+) -> None:
+    """It is told, and no empty copy is made of it."""
+    for target in (server_location, tmp_path / "copy.db"):
+        with pytest.raises(CommandRefused, match="no such ledger"):
+            copy_ledger(ledger_location, target)
+        assert not ledger_exists(target)
+
+
+@pytest.mark.long
+def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerLocation) -> None:
+    """Equal to what is wrong is wrong, too: it is told, and nothing stays."""
+    filled_ledger.query_all("UPDATE executions SET spent = spent + 1")
+    with pytest.raises(CommandRefused, match="execution whose spending is not the sum"):
+        copy_ledger(filled_ledger.location, server_location)
+    assert not ledger_exists(server_location)
+
+
+@pytest.mark.long
+def test_differences_are_detected(
+    filled_ledger: CommittingLedger, server_location: LedgerLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not arrive, or arrives as something else, is no copy."""
+    take = copy._TargetLedger.load_tables
+
+    def lose(new: copy._TargetLedger, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
+        take(
+            new,
+            {
+                table: (columns, islice(rows, int(table == "delivered"), None))
+                for table, (columns, rows) in tables.items()
+            },
+        )
+
+    monkeypatch.setattr(copy._TargetLedger, "load_tables", lose)
+    with pytest.raises(CommandRefused, match="delivered differs"):
+        copy_ledger(filled_ledger.location, server_location)
+
+
+# The command
+
+
+@pytest.mark.long
+def test_job_moves_to_server_without_resending(
+    api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer
+) -> None:
+    """Its ledger is copied, the job file says so, and the next run uses every answer again; likewise back."""
+    workspace.write_leads(make_leads(6))
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    url = postgres.ledger_url()
+
+    there = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
+    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    moved.write_job()
+    ran = moved.run_job(api)
+    back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
+
+    assert (there.exit_code, back.exit_code) == (0, 0), there.stderr + back.stderr
+    assert (there.json_output["to"], there.json_output["key"], there.json_output["rows"]["requests"]) == (url, None, 6)
+    assert (ran.reused, ran.submitted) == (6, 0)
+    assert back.stdout.startswith("ok: ")
+    assert "run no more with the old one" in back.stdout
+    assert api.audit()["paid_twice"] == 0
+
+
+@pytest.mark.long
+def test_hash_key_is_copied(
+    api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer, tmp_path: Path
+) -> None:
+    """Whoever was forgotten is not asked about again, from whichever folder the copy was made."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_job(api)
+    assert workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes").exit_code == 0
+    url, away = postgres.ledger_url(), Workspace(tmp_path, environ=postgres.environ)
+
+    result = away.run_in_process("ledger", "copy", str(workspace.job_file), url)
+    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    moved.write_job()
+
+    assert result.exit_code == 0, result.stderr
+    assert f"is {key_path(moved.ledger_location)}" in result.stdout
+    ran = moved.run_job(api)
+    assert (ran.reused, ran.submitted) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("job.yaml", "job.yaml"), 5, "the ledger itself"),
+        (("job.yaml", "copy.db"), 5, "no such ledger"),
+        (("job.yaml", "mysql://x/y"), 2, "keeps no ledger"),
+        (("job.yaml",), 2, "TO"),
+        (("nothing.yaml", "copy.db"), 2, "nothing.yaml"),
+    ],
+)
+def test_copy_errors_have_exit_codes(workspace: Workspace, arguments: tuple[str, ...], code: int, word: str) -> None:
+    """With the exit code of its kind, never a trace."""
+    result = workspace.run_in_process("ledger", "copy", *arguments)
+
+    assert (result.exit_code, word in result.stderr) == (code, True), result.stderr
+    assert not (workspace.folder / "copy.db").exists()

@@ -1,0 +1,264 @@
+"""A damaged ledger, or a path that can be no ledger: words and exit 5 from every command, and nothing quoted."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.verify import check_ledger
+from tests.support.cases import first_quick
+from tests.support.ledger import CommittingLedger
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api
+
+SECRET = "Zaphira"
+COMMANDS = [
+    ["run", "job.yaml", "--limit", "0", "--json"],
+    ["plan", "job.yaml", "--json"],
+    ["status", "job.yaml", "--json"],
+    ["runs", "job.yaml", "--json"],
+    ["explain", "job.yaml", "--row", "1", "--json"],
+    ["collect", "job.yaml", "--json"],
+    ["report", "job.yaml", "-o", "report.html"],
+    ["reconcile", "job.yaml", "--json"],
+    ["forget", "job.yaml", "--match", f"First Name={SECRET}7", "--yes"],
+    ["purge", "job.yaml", "--older-than", "1d", "--yes"],
+    ["ledger", "check", "job.yaml", "--json"],
+    ["ledger", "backup", "job.yaml", "copy.db"],
+    ["ledger", "copy", "job.yaml", "other.db"],
+]
+NAMES = [" ".join(command[:2]).removesuffix(" job.yaml") for command in COMMANDS]
+
+
+@pytest.fixture(scope="module")
+def paid_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SandboxApi, Workspace, bytes]]:
+    """Make a ledger with thirty leads, and keep its bytes."""
+    folder = tmp_path_factory.mktemp("damage")
+    workspace = Workspace(folder / "office")
+    workspace.folder.mkdir()
+    workspace.write_job()
+    workspace.write_leads([[f"{SECRET}{number}", *lead[1:]] for number, lead in enumerate(make_leads(30))])
+    with serve_api(folder / "api.db") as api:
+        assert workspace.run_job(api).exit_code == 0
+        yield api, workspace, workspace.ledger_path.read_bytes()
+
+
+def write_ledger(workspace: Workspace, content: bytes) -> None:
+    """Put other bytes in the ledger's place, and nothing beside it."""
+    shutil.rmtree(workspace.ledger_path.parent)
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.write_bytes(content)
+    for name in ("other.db", "copy.db"):
+        (workspace.folder / name).unlink(missing_ok=True)
+
+
+def assert_error_without_content(result: ProgramResult, *codes: int) -> None:
+    """Expect one of these exits, without a trace and without a word of the content."""
+    assert "Traceback" not in result.stderr
+    assert result.exit_code in codes, result.stderr
+    if result.exit_code:
+        assert SECRET not in result.stderr + result.stdout
+    if result.exit_code == 5 and "forgotten" not in result.stderr:
+        assert "damaged" in result.stderr + result.stdout, result.stderr
+
+
+def execute_raw(path: Path, *statements: str) -> None:
+    """Write what no program of ours would."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA writable_schema = ON")
+        for statement in statements:
+            db.execute(statement)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
+@pytest.mark.parametrize("lost", [1, 4095, 4097, 40_000])
+def test_truncated_file_is_reported(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], lost: int
+) -> None:
+    """Whatever is missing at its end, by every command."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content[:-lost])
+
+    assert_error_without_content(workspace.run_in_process(*command, api=api), 5)
+
+
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS, single=True), ids=NAMES)
+def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str]) -> None:
+    """Anywhere, also in the pages of the schema: damage is told where it is seen, and nothing is quoted."""
+    api, workspace, content = paid_ledger
+    chance = random.Random(len(command[0]))
+    for start, length in [
+        (0, 100),
+        (20, 4),
+        (150, 300),
+        *((chance.randrange(len(content) - 400), 300) for _ in range(6)),
+    ]:
+        write_ledger(workspace, content[:start] + chance.randbytes(length) + content[start + length :])
+
+        assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"UPDATE requests SET params = CAST(x'7b22{SECRET.encode().hex()}ff223a317d' AS TEXT)",
+        f"UPDATE attempts SET answer = '{{\"{SECRET}'",
+        f"UPDATE attempts SET provider = CAST(x'{SECRET.encode().hex()}ff' AS TEXT)",
+        f"UPDATE executions SET paths = '[\"{SECRET}'",
+        f"UPDATE executions SET receipt = '{SECRET}'",
+        f"UPDATE waterfalls SET description = '{{{SECRET}'",
+        f"UPDATE calls SET canonical = '{{{SECRET}'",
+    ],
+    ids=["params", "answer", "provider", "paths", "receipt", "description", "call"],
+)
+def test_invalid_text_is_reported(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], statement: str
+) -> None:
+    """No trace, and nothing of the text is shown."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content)
+    execute_raw(workspace.ledger_path, statement)
+
+    assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
+
+
+def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, bytes]) -> None:
+    """Each text is decoded, and each JSON parsed."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content)
+    execute_raw(
+        workspace.ledger_path,
+        "UPDATE requests SET params = CAST(x'7b22ff' AS TEXT) WHERE id = 3",
+        f"UPDATE attempts SET answer = '{SECRET}' WHERE id = 5",
+        "UPDATE facts SET value = CAST(x'ff' AS TEXT) WHERE name = 'workspace'",
+    )
+
+    result = workspace.run_in_process("ledger", "check", "job.yaml", api=api)
+
+    assert result.exit_code == 5
+    assert "requests.params, id 3: not UTF-8" in result.stdout
+    assert "attempts.answer, id 5: not JSON" in result.stdout
+    assert "facts.value, row 2: not UTF-8" in result.stdout
+    assert SECRET not in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def small_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a ledger of a few pages."""
+    ledger = CommittingLedger.open(tmp_path_factory.mktemp("sound") / "sound.db").start_and_enroll(*range(30))
+    for number in range(20):
+        ledger.settle(ledger.submit(str(number)))
+    ledger.wrapped.close()
+    return ledger.path
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_truncation_is_refused(small_ledger: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    """A file of any shorter length is refused as damaged, by those who write and those who read."""
+    content = small_ledger.read_bytes()
+    length = int(share * len(content))
+    path = tmp_path_factory.mktemp("cut") / "job.db"
+    for read_only in (True, False):
+        path.write_bytes(content[:length])
+        with pytest.raises(CommandRefused, match="damaged"):
+            Ledger(path, read_only=read_only).close()
+    assert check_ledger(path).problems
+
+
+@given(start=st.floats(0, 1), noise=st.binary(min_size=1, max_size=300))
+def test_check_of_random_damage(
+    small_ledger: Path, tmp_path_factory: pytest.TempPathFactory, start: float, noise: bytes
+) -> None:
+    """Wherever bytes are overwritten, the check ends with findings in our own words."""
+    content = small_ledger.read_bytes()
+    at = int(start * (len(content) - len(noise)))
+    path = tmp_path_factory.mktemp("noise") / "job.db"
+    path.write_bytes(content[:at] + noise + content[at + len(noise) :])
+
+    try:
+        found = check_ledger(path)
+    except CommandRefused as refused:
+        assert refused.message.startswith(str(path))  # noqa: PT017 - both ways out are right
+        return
+    assert all("example" not in problem and "F1" not in problem for problem in found.problems)
+
+
+# What can be no ledger
+
+
+def make_fifo(path: Path) -> None:
+    """Make a named pipe that nothing writes to."""
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    """Make a socket."""
+    here = Path.cwd()
+    os.chdir(path.parent)
+    with closing(socket.socket(socket.AF_UNIX)) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+def make_dangling_link(path: Path) -> None:
+    """Make a link to a file that is not there."""
+    path.symlink_to(path.with_name("gone.db"))
+
+
+def make_link_loop(path: Path) -> None:
+    """Make a link to itself."""
+    path.symlink_to(path)
+
+
+def make_device_link(path: Path) -> None:
+    """Make a link to a device."""
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
+@pytest.mark.parametrize(
+    "make", [make_fifo, make_socket, make_dangling_link, make_link_loop, make_device_link, Path.mkdir]
+)
+def test_special_files_are_refused(
+    api: SandboxApi, workspace: Workspace, make: Callable[[Path], None], command: list[str]
+) -> None:
+    """At once, with the reason; no ledger is made in another place."""
+    workspace.write_leads(make_leads(3))
+    workspace.ledger_path.parent.mkdir()
+    make(workspace.ledger_path)
+
+    result = workspace.run_in_process(*command, api=api)
+
+    assert result.exit_code == 5, result.stderr
+    assert "Traceback" not in result.stderr
+    assert str(workspace.ledger_path) in result.stderr
+    assert not workspace.ledger_path.with_name("gone.db").exists()
+    assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_symlinked_ledger_shares_lock(api: SandboxApi, workspace: Workspace) -> None:
+    """It is used where it is, its lock too, so that no other run gets at it by another name."""
+    workspace.write_leads(make_leads(3))
+    assert workspace.run_job(api).exit_code == 0
+    (workspace.folder / "link.db").symlink_to(workspace.ledger_path)
+
+    result = workspace.run_in_process("run", "job.yaml", "--ledger", "link.db", "--json", api=api)
+
+    assert result.exit_code == 0, result.stderr
+    assert result.json_output["reused"] == 3
+    assert not (workspace.folder / "link.db.lock").exists()

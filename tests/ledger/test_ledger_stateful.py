@@ -1,0 +1,563 @@
+"""The ledger against a small model: whatever happens in whatever order, money and fates agree."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
+from enrich.models import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
+from tests.support.cases import examples
+from tests.support.ledger import BINDING, CommittingLedger, params, row_requests
+from tests.support.postgres import PostgresServer
+
+LEADS = range(6)
+PRICES = st.integers(1, 9)
+MAX_ATTEMPTS = 2
+
+
+@dataclass
+class AttemptModel:
+    """An attempt as the model sees it."""
+
+    lead: int
+    execution: int
+    state: str
+    reserved: int
+    at: int
+    previous_state: State = State.PENDING
+    previous_attempt: int | None = None
+    credits: int | None = None
+    execution_charged: int | None = None  # the execution whose reservation it holds
+    bulk_id: int | None = None  # what it was sent with
+    task_id: str | None = None
+    settled_execution: int | None = None  # the execution that settled it at an unknown price
+    deleted_at_api: bool = False
+
+
+@dataclass
+class RequestModel:
+    """A request as the model sees it."""
+
+    state: State = State.PENDING
+    queue_position: int | None = None
+    attempts: int = 0
+    newest_attempt: int | None = None
+    current_attempt: int | None = None
+
+    @property
+    def queued(self) -> bool:
+        """May it be claimed."""
+        return self.queue_position is not None and self.state not in (State.SUBMITTING, State.SUBMITTED)
+
+
+@dataclass
+class LedgerModel:
+    """All that the ledger should know."""
+
+    requests: dict[int, RequestModel] = field(default_factory=dict)
+    attempts: dict[int, AttemptModel] = field(default_factory=dict)
+    caps: dict[int, int | None] = field(default_factory=dict)
+    adopted: dict[int, int] = field(default_factory=dict)
+    spent: Counter[int] = field(default_factory=Counter)
+    unknown: Counter[int] = field(default_factory=Counter)
+    #: What free questions brought into executions, beside their cap.
+    settled_late: Counter[int] = field(default_factory=Counter)
+    #: What bundles have cost; None: not known.
+    bulk_tasks: dict[int, int | None] = field(default_factory=dict)
+
+    def reserved(self, execution: int) -> int:
+        """Sum what an execution has set aside."""
+        return sum(post.reserved for post in self.attempts.values() if post.execution_charged == execution)
+
+    def attempts_in(self, *states: str) -> list[int]:
+        """List the attempts in these states."""
+        return [number for number, post in self.attempts.items() if post.state in states]
+
+    def attempts_in_task(self, number: int) -> list[int]:
+        """List the attempts that were sent with one as one task, itself too."""
+        bulk_task = self.attempts[number].bulk_id
+        return (
+            [number]
+            if bulk_task is None
+            else [other for other, post in self.attempts.items() if post.bulk_id == bulk_task]
+        )
+
+    def request_key(self, number: int) -> tuple[bool, list[int]]:
+        """Tell what was asked with one attempt: in bulk or alone, and for which leads, in the order sent."""
+        return self.attempts[number].bulk_id is not None, [
+            self.attempts[other].lead for other in self.attempts_in_task(number)
+        ]
+
+    def task_id_conflicts(self, numbers: list[int], task_id: str) -> bool:
+        """Tell whether a task id that the API gave to a POST is another question's."""
+        holders = [
+            number for number, post in self.attempts.items() if post.task_id == task_id and number not in numbers
+        ]
+        return any(self.request_key(holder) != self.request_key(numbers[0]) for holder in holders)
+
+    def price_already_charged(self, numbers: list[int]) -> bool:
+        """Tell whether another attempt has the same task, and its price."""
+        post = self.attempts[numbers[0]]
+        alike = [
+            other for other, each in self.attempts.items() if each.task_id == post.task_id and other not in numbers
+        ]
+        if post.bulk_id is None:
+            return any(self.attempts[other].credits is not None for other in alike)
+        return any(self.bulk_tasks.get(self.attempts[other].bulk_id or 0) is not None for other in alike)
+
+    def written_off(self) -> list[list[int]]:
+        """List the POSTs that were written off, and whose fate a free question may tell."""
+        posts = {tuple(self.attempts_in_task(number)) for number in self.attempts_in("in_doubt", "expired")}
+        return sorted(list(post) for post in posts if self._is_written_off(post))
+
+    def written_off_before(self, execution: int) -> list[list[int]]:
+        """List those of them that earlier executions have written off."""
+        return [post for post in self.written_off() if self.attempts[post[0]].execution_charged != execution]
+
+    def _is_written_off(self, numbers: tuple[int, ...]) -> bool:
+        posts = [self.attempts[number] for number in numbers]
+        alone = not any(
+            each.task_id == posts[0].task_id for other, each in self.attempts.items() if other not in numbers
+        )
+        priced = posts[0].credits is not None or self.bulk_tasks.get(posts[0].bulk_id or 0) is not None
+        if posts[0].task_id is None or priced or not alone or any(post.deleted_at_api for post in posts):
+            return False
+        newest = [
+            self.requests[post.lead].newest_attempt == number for number, post in zip(numbers, posts, strict=True)
+        ]
+        if posts[0].bulk_id is None:
+            return True
+        return all(newest) and all(post.state in ("in_doubt", "expired") for post in posts)
+
+
+class LedgerStateMachine(RuleBasedStateMachine):
+    """Nights of one job: files come and go, the program is killed, the API does what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.books = CommittingLedger.open(self.ledger_location(Path(self.folder.name)))
+        self.model = LedgerModel()
+        self.before: dict[int, State] = {}
+        self.begin(None)
+
+    @classmethod
+    def ledger_location(cls, folder: Path) -> LedgerLocation:
+        """Say where the ledger is to be."""
+        return folder / "ledger.db"
+
+    def teardown(self) -> None:
+        """Close the ledger."""
+        self.books.wrapped.close()
+        self.folder.cleanup()
+
+    def begin(self, cap: int | None) -> None:
+        """Start an execution, as the program does: recover first."""
+        self.recover()
+        number = self.books.start_execution(cap)
+        for post in self.model.attempts.values():
+            if post.state == "submitted":
+                post.execution_charged = number
+        self.model.caps[number] = cap
+        self.model.adopted[number] = self.model.reserved(number)
+
+    def recover(self) -> None:
+        """Put in doubt what was on the wire."""
+        lost = self.model.attempts_in("submitting")
+        assert self.books.commit(Ledger.recover, self.books.now) == len(lost)
+        for number in lost:
+            self.settle_attempt(number, State.IN_DOUBT)
+
+    def settle_attempt(self, number: int, after: State, outcome: str | None = None) -> None:
+        """Move an attempt and its request in the model."""
+        post = self.model.attempts[number]
+        lead = self.model.requests[post.lead]
+        if post.state == "submitting" and after in (State.IN_DOUBT, State.SUBMITTED) and outcome != "refused":
+            lead.attempts += 1
+        post.state = outcome or after.value
+        post.at = self.books.now
+        lead.state = after
+        if post.state == "refused":
+            if after is not State.PENDING:
+                lead.newest_attempt = post.previous_attempt
+        elif after not in (State.PENDING, State.SUBMITTED):
+            lead.queue_position = None
+
+    # What happens
+
+    @rule(seconds=st.integers(1, 50))
+    def advance_clock(self, seconds: int) -> None:
+        """Let the clock go on."""
+        self.books.now += seconds
+
+    @rule(cap=st.none() | st.integers(0, 60))
+    def start_new_execution(self, cap: int | None) -> None:
+        """End this execution in order and begin the next."""
+        self.recover()
+        self.books.commit(Ledger.end_execution, self.books.execution, 0, {}, self.books.now)
+        self.begin(cap)
+
+    @rule(cap=st.none() | st.integers(0, 60))
+    def crash_and_restart(self, cap: int | None) -> None:
+        """Kill the program in the middle of a commit, and start it again."""
+        db = self.books.wrapped._db
+        db.begin()
+        db.execute("UPDATE requests SET state = 'found'")
+        db.execute("UPDATE attempts SET state = 'failed' WHERE state = 'submitted'")
+        self.books.reopen()
+        self.begin(cap)
+
+    @rule(
+        batches=st.lists(st.lists(st.sampled_from(LEADS), max_size=6), max_size=3),
+        retry=st.sets(st.sampled_from(sorted(RETRYABLE_STATES)), max_size=2),
+        stale=st.dictionaries(st.sampled_from([State.FOUND, State.NOT_FOUND]), st.integers(0, 60)),
+    )
+    def enroll_rows(self, batches: list[list[int]], retry: set[State], stale: dict[State, int]) -> None:
+        """Enroll any leads in any order, with the person's wishes."""
+        before = {state: self.books.now - age for state, age in stale.items()}
+        self.books.enroll(*batches, retry=retry, stale=before)
+        for lead in self.model.requests.values():
+            lead.queue_position = None
+        flat = [number for batch in batches for number in batch]
+        for position, number in enumerate(flat):
+            if number in flat[:position]:
+                continue
+            lead = self.model.requests.setdefault(number, RequestModel())
+            old = lead.newest_attempt is not None and self.model.attempts[lead.newest_attempt].at < before.get(
+                lead.state, -1
+            )
+            if old or lead.state in {*retry, State.PENDING, State.SUBMITTING, State.SUBMITTED}:
+                lead.queue_position = position
+        leads = [self.model.requests[number] for number in set(flat)]
+        assert self.books.wrapped.enrolled_counts() == Counter(
+            State.PENDING if lead.queued else lead.state for lead in leads
+        )
+
+    @rule(price=PRICES, room=st.integers(1, 4), bulk=st.booleans())
+    def claim_requests(self, price: int, room: int, *, bulk: bool) -> None:
+        """Claim the first of the queue, as many as there are and the cap has room for, alone or as one task."""
+        if not any(lead.queued for lead in self.model.requests.values()):
+            self.enroll_rows([list(LEADS)], {State.IN_DOUBT}, {})
+            self.requests_match_model()
+        queue = sorted((lead.queue_position, number) for number, lead in self.model.requests.items() if lead.queued)
+        execution = self.books.execution
+        cap = self.model.caps[execution]
+        if cap is not None:
+            left = cap - self.model.spent[execution] - self.model.reserved(execution)
+            if queue and price > left:
+                with pytest.raises(CapReached):
+                    self.books.commit(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+                return
+            room = min(room, left // price)
+        claims = self.books.commit(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+        for claim, (_, number) in zip(claims, queue[:room], strict=True):
+            assert claim.params == params(number)
+            assert claim.attempt_id not in self.model.attempts
+            assert (claim.bulk_task_id is not None) is bulk
+            lead = self.model.requests[number]
+            post = AttemptModel(number, execution, "submitting", price, self.books.now, lead.state, lead.newest_attempt)
+            post.execution_charged, post.bulk_id = execution, claim.bulk_task_id
+            self.model.attempts[claim.attempt_id] = post
+            if lead.state is not State.PENDING:
+                lead.attempts = 0
+            lead.state, lead.newest_attempt = State.SUBMITTING, claim.attempt_id
+
+    @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
+    def answer_post(self, data: Any, answer: str) -> None:
+        """Bring one of the four fates of a POST; of one with several rows some may be wrong."""
+        if not self.model.attempts_in("submitting"):
+            self.claim_requests(1, 3, bulk=data.draw(st.booleans()))
+            self.requests_match_model()
+        if not self.model.attempts_in("submitting"):
+            return
+        numbers = self.model.attempts_in_task(data.draw(st.sampled_from(self.model.attempts_in("submitting"))))
+        ledger = self.books
+        task_id = self.draw_task_id(data, numbers[0])
+        if answer == "accepted":
+            taken = self.model.task_id_conflicts(numbers, task_id)
+            means = ledger.commit(
+                Ledger.record_accepted, [(number, task_id, ledger.now) for number in numbers], BINDING
+            )
+            assert {each is Acceptance.CONFLICT for each in means} == {taken}
+            for number in numbers:
+                self.settle_attempt(number, State.IN_DOUBT if taken else State.SUBMITTED)
+                self.model.attempts[number].task_id = None if taken else task_id
+        elif answer == "doubt":
+            message = data.draw(st.sampled_from([None, task_id]))
+            kept = None if message is None or self.model.task_id_conflicts(numbers, message) else message
+            ledger.commit(Ledger.mark_in_doubt, [(number, "reset", ledger.now, message) for number in numbers])
+            for number in numbers:
+                self.settle_attempt(number, State.IN_DOUBT)
+                self.model.attempts[number].task_id = kept
+        else:
+            wrong = data.draw(st.sets(st.sampled_from(numbers), min_size=1)) if answer == "rejected" else set()
+            for number in numbers:
+                post = self.model.attempts[number]
+                post.credits, post.execution_charged = 0, None
+                if number in wrong:
+                    ledger.commit(Ledger.record_rejected, [(number, "400", ledger.now)])
+                    self.settle_attempt(number, State.FAILED)
+                else:
+                    ledger.commit(Ledger.record_refused, [(number, "429", ledger.now)])
+                    self.settle_attempt(number, post.previous_state, "refused")
+
+    def draw_task_id(self, data: Any, number: int) -> str:
+        """Draw the id that the API gives: mostly a new one, now and then one that it gave before."""
+        known = sorted({post.task_id for post in self.model.attempts.values() if post.task_id is not None})
+        return str(data.draw(st.sampled_from([f"task-{number}", f"task-{number}", *known])))
+
+    @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
+    def poll_written_off(self, data: Any, paid: int, answer: str) -> None:
+        """Ask for what was written off: the API knows it after all, or has deleted it."""
+        ledger, model = self.books, self.model
+        if not model.written_off_before(ledger.execution):
+            self.lose_task(data)
+            self.requests_match_model()
+            self.start_new_execution(None)
+        assert sorted(list(task.attempts) for task in ledger.wrapped.written_off_tasks(0)) == model.written_off()
+        left = model.written_off_before(ledger.execution)
+        if not left:
+            return
+        numbers = data.draw(st.sampled_from(left))
+        lead = model.requests[model.attempts[numbers[0]].lead]
+        if answer == "gone":
+            ledger.commit(Ledger.mark_result_deleted, numbers)
+            for number in numbers:
+                model.attempts[number].deleted_at_api = True
+            return
+        for number in numbers:
+            post = model.attempts[number]
+            if post.settled_execution is not None:
+                model.unknown[post.settled_execution] -= 1
+                post.settled_execution = None
+        if lead.newest_attempt != numbers[0]:
+            (number,) = numbers
+            late = Answer(State.FOUND, credits=paid, raw="{}")
+            ledger.commit(Ledger.settle_superseded, number, late, ledger.now, ledger.execution)
+            post = model.attempts[number]
+            model.spent[ledger.execution] += paid
+            post.credits, post.execution_charged, post.at = paid, None, ledger.now
+            model.settled_late[ledger.execution] += paid
+            return
+        ledger.commit(Ledger.revive, numbers, ledger.execution)
+        for number in numbers:
+            post = model.attempts[number]
+            if post.execution != ledger.execution:
+                model.settled_late[ledger.execution] += post.reserved
+            post.state, post.execution_charged = "submitted", ledger.execution
+            model.requests[post.lead].state = State.SUBMITTED
+
+    @rule(
+        data=st.data(),
+        state=st.sampled_from([State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]),
+        share=st.none() | st.integers(0, 3),
+        free=st.booleans(),
+    )
+    def settle_task(self, data: Any, state: State, share: int | None, *, free: bool) -> None:
+        """Bring an answer of any kind, whose price is known or not."""
+        if not self.model.attempts_in("submitted"):
+            self.answer_post(data, "accepted")
+            self.requests_match_model()
+        if not self.model.attempts_in("submitted"):
+            return
+        number = data.draw(st.sampled_from(self.model.attempts_in("submitted")))
+        ledger, post = self.books, self.model.attempts[number]
+        if post.bulk_id is not None:
+            self.settle_bulk_task(data, self.model.attempts_in_task(number), share)
+            return
+        lead = self.model.requests[post.lead]
+        free = free and state is State.FAILED
+        paid = 0 if free else None if share is None else post.reserved * share // 3
+        result = paid
+        if paid and self.model.price_already_charged([number]):
+            paid = 0
+        after = State.PENDING if free and lead.attempts < MAX_ATTEMPTS else state
+        answer = Answer(state, credits=result, raw=f"{number}", free_failure=free)
+        assert ledger.settle(number, answer, MAX_ATTEMPTS) is after
+        self.settle_attempt(number, after, state.value)
+        post.credits = paid
+        self.model.spent[ledger.execution] += paid or 0
+        if paid is None:
+            self.model.unknown[ledger.execution] += 1
+            post.settled_execution = ledger.execution
+        else:
+            post.execution_charged = None
+        if state is State.FOUND:
+            lead.current_attempt = number
+
+    def settle_bulk_task(self, data: Any, numbers: list[int], share: int | None) -> None:
+        """Bring the answers of a task of several, each of any kind, at one price."""
+        ledger, model = self.books, self.model
+        fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
+        answers = [
+            Answer(state, raw=f"{number}", free_failure=state is State.FAILED and share == 0)
+            for number, state in zip(
+                numbers, data.draw(st.tuples(*[st.sampled_from(fates)] * len(numbers))), strict=True
+            )
+        ]
+        paid = None if share is None else sum(model.attempts[number].reserved for number in numbers) * share // 3
+        after = [
+            State.PENDING
+            if answer.free_failure and model.requests[model.attempts[number].lead].attempts < MAX_ATTEMPTS
+            else answer.state
+            for number, answer in zip(numbers, answers, strict=True)
+        ]
+        result = [(number, answer, ledger.now) for number, answer in zip(numbers, answers, strict=True)]
+        assert ledger.commit(Ledger.settle_bulk_task, result, ledger.execution, MAX_ATTEMPTS, paid) == after
+        if paid and model.price_already_charged(numbers):
+            paid = 0
+        bulk_task = model.attempts[numbers[0]].bulk_id
+        assert bulk_task is not None
+        model.bulk_tasks[bulk_task] = paid
+        model.spent[ledger.execution] += paid or 0
+        for number, answer, state in zip(numbers, answers, after, strict=True):
+            post = model.attempts[number]
+            self.settle_attempt(number, state, answer.state.value)
+            if paid is None:
+                model.unknown[ledger.execution] += 1
+                post.settled_execution = ledger.execution
+            else:
+                post.execution_charged = None
+            if state is State.FOUND:
+                model.requests[post.lead].current_attempt = number
+
+    @rule(data=st.data())
+    def lose_task(self, data: Any) -> None:
+        """Let the API never have known a task."""
+        if not self.model.attempts_in("submitted"):
+            self.answer_post(data, "accepted")
+            self.requests_match_model()
+        if not self.model.attempts_in("submitted"):
+            return
+        numbers = self.model.attempts_in_task(data.draw(st.sampled_from(self.model.attempts_in("submitted"))))
+        self.books.commit(Ledger.mark_in_doubt, [(number, "404", self.books.now, None) for number in numbers])
+        for number in numbers:
+            self.settle_attempt(number, State.IN_DOUBT)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data(), move=st.sampled_from(["accepted", "refused", "rejected", "doubt", "settle"]))
+    def late_transition(self, data: Any, move: str) -> None:
+        """Try any move on any attempt that is settled: it raises and changes nothing."""
+        settled = [
+            number for number in self.model.attempts if number not in self.model.attempts_in("submitting", "submitted")
+        ]
+        if not settled:
+            return
+        number, ledger = data.draw(st.sampled_from(settled)), self.books
+        moves: dict[str, Callable[[], object]] = {
+            "accepted": lambda: ledger.commit(Ledger.record_accepted, [(number, "x", ledger.now)], BINDING),
+            "refused": lambda: ledger.commit(Ledger.record_refused, [(number, "x", ledger.now)]),
+            "rejected": lambda: ledger.commit(Ledger.record_rejected, [(number, "x", ledger.now)]),
+            "doubt": lambda: ledger.commit(Ledger.mark_in_doubt, [(number, "x", ledger.now, None)]),
+            "settle": lambda: ledger.settle(number, Answer(State.FOUND, credits=1)),
+        }
+        with pytest.raises(AssertionError):
+            moves[move]()
+
+    # What always holds
+
+    @invariant()
+    def requests_match_model(self) -> None:
+        """States, counts and places in the queue are the model's, and each move is one of the drawing's."""
+        rows = self.books.query_all(
+            "SELECT fingerprint, state, attempts, attempt_id, answer_id, position FROM requests"
+        )
+        known = {int.from_bytes(key): (State(state), *rest) for key, state, *rest in rows}
+        states = {number: state for number, (state, *_) in known.items()}
+        moves = {(self.before[number], states[number]) for number in self.before}
+        assert all(before is after or (before, after) in TRANSITIONS for before, after in moves)
+        self.before = states
+        assert known == {
+            number: (lead.state, lead.attempts, lead.newest_attempt, lead.current_attempt, lead.queue_position)
+            for number, lead in self.model.requests.items()
+        }
+
+    @invariant()
+    def attempts_match_model(self) -> None:
+        """An attempt is never overwritten by the next: spending can be reconciled for ever."""
+        rows = self.books.query_all("SELECT id, state, execution_id, reserved, credits FROM attempts")
+        assert {row[0]: row[1:] for row in rows} == {
+            number: (post.state, post.execution, post.reserved, post.credits)
+            for number, post in self.model.attempts.items()
+        }
+
+    @invariant()
+    def credits_match_model(self) -> None:
+        """Spent, unknown and reserved are what the attempts say, and the cap holds."""
+        model = self.model
+        for row in self.books.wrapped.executions():
+            number = row["id"]
+            assert row["spent"] == model.spent[number]
+            assert row["unknown"] == model.unknown[number]
+            if number == self.books.execution:
+                assert row["reserved"] == model.reserved(number) >= 0
+            assert (
+                row["cap"] is None
+                or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number]) + model.settled_late[number]
+            )
+        spent, unknown = self.books.wrapped.spent_totals()
+        alone = sum(post.credits or 0 for post in model.attempts.values())
+        assert spent == alone + sum(paid or 0 for paid in model.bulk_tasks.values()) == sum(model.spent.values())
+        assert unknown == sum(model.unknown.values())
+
+    @invariant()
+    def results_match_model(self) -> None:
+        """The last found answer stands; without one, the newest fate is told."""
+        self.books.commit(Ledger.begin_pass)
+        for known in self.books.wrapped.request_results(row_requests(LEADS)):
+            lead = self.model.requests[known.position]
+            stands = lead.current_attempt if lead.current_attempt is not None else lead.newest_attempt
+            assert known.state == (State.FOUND if lead.current_attempt is not None else lead.state)
+            if stands is not None:
+                assert known.credits == self.model.attempts[stands].credits
+            assert known.first
+        assert self.books.wrapped.state_counts() == Counter(lead.state for lead in self.model.requests.values())
+        tasks = self.books.wrapped.submitted_tasks()
+        assert sorted(number for task in tasks for number in task.attempts) == self.model.attempts_in("submitted")
+        assert all(list(task.attempts) == self.model.attempts_in_task(task.attempts[0]) for task in tasks)
+
+
+TestLedger = LedgerStateMachine.TestCase
+TestLedger.settings = settings(
+    max_examples=examples(40),
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class PostgresStateMachine(LedgerStateMachine):
+    """The same nights, with the ledger on a server."""
+
+    server: ClassVar[PostgresServer]
+
+    @classmethod
+    def ledger_location(cls, folder: Path) -> LedgerLocation:
+        """Say where the ledger is to be."""
+        return parse_ledger_location(folder, cls.server.ledger_url(), folder)
+
+    def teardown(self) -> None:
+        """Close the ledger and drop it."""
+        super().teardown()
+        self.server.drop_schemas()
+
+
+@pytest.mark.long
+def test_stateful_postgres(postgres: PostgresServer) -> None:
+    """Fewer nights than in a file: each move takes longer."""
+    PostgresStateMachine.server = postgres
+    few = settings(TestLedger.settings, max_examples=examples(8), stateful_step_count=25)
+    run_state_machine_as_test(PostgresStateMachine, settings=few)

@@ -1,0 +1,290 @@
+"""The journal: what it says is done is on disk, in order, many moves to a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from enrich.errors import EnrichError, LedgerFailed
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.queue import CapReached
+from enrich.ledger.writer import LedgerWriter
+from enrich.models import State
+from tests.support.ledger import (
+    BINDING,
+    COST,
+    FOUND,
+    FREE_FAILURE,
+    MAX_PRICE,
+    NO_MATCH,
+    CommittingLedger,
+    record_statements,
+)
+from tests.support.workspace import BOTH_BACKENDS
+
+
+@pytest.fixture(params=BOTH_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+@pytest.fixture
+def ledger(ledger: CommittingLedger) -> CommittingLedger:
+    """Begin an execution that wants a hundred."""
+    return ledger.start_and_enroll(*range(100))
+
+
+def slow_move(_: Ledger) -> None:
+    """Keep the journal busy, so that moves come together behind it."""
+    time.sleep(0.05)
+
+
+def fill_disk(ledger: Ledger) -> None:
+    """Write more than a full disk takes."""
+    ledger.save_waterfall("big", {"description": "x" * 10_000_000}, [])
+
+
+def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
+    """Who awaited a move finds it through another connection, at once."""
+
+    async def one(writer: LedgerWriter, number: int) -> None:
+        await asyncio.sleep(number % 7 / 1000)
+        execution = await writer.submit(Ledger.start_execution, f"job {number}", None, number)
+        assert ledger.query_one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
+
+    async def scene() -> None:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            await asyncio.gather(*(one(writer, number) for number in range(100)))
+
+    asyncio.run(scene())
+
+
+@pytest.mark.long
+def test_transitions_keep_order(ledger: CommittingLedger) -> None:
+    """First asked, first made, first resolved."""
+    resolved: list[int] = []
+
+    async def scene() -> list[int]:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            futures = [writer.submit(Ledger.start_execution, "job", None, number) for number in range(50)]
+            for number, future in enumerate(futures):
+                future.add_done_callback(partial(lambda number, _: resolved.append(number), number))
+            return await asyncio.gather(*futures)
+
+    made = asyncio.run(scene())
+
+    assert made == sorted(made)
+    assert resolved == list(range(50))
+
+
+@pytest.mark.long
+def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None:
+    """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
+    statements: list[str] = []
+    begun, asked = threading.Event(), threading.Event()
+
+    def slow(_: Ledger) -> None:
+        begun.set()
+        asked.wait(10)
+
+    async def scene() -> None:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.submit(slow)]
+            await asyncio.to_thread(begun.wait, 10)
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
+            await asyncio.sleep(0)
+            asked.set()
+            await asyncio.gather(*moves)
+
+    record_statements(ledger.wrapped, statements)
+    asyncio.run(scene())
+
+    assert statements.count("COMMIT") == 2
+    assert ledger.wrapped.state_counts() == {State.SUBMITTING: 100}
+
+
+def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:
+    """Its own changes are taken back, the others of its batch stay."""
+
+    def failing_move(raw_ledger: Ledger) -> None:
+        raw_ledger.claim(ledger.execution, MAX_PRICE, 1)
+        raise CapReached
+
+    async def scene() -> list[object]:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            moves: list[asyncio.Future[Any]] = [writer.submit(slow_move)]
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1), writer.submit(failing_move)]
+            moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
+            return list(await asyncio.gather(*moves, return_exceptions=True))
+
+    results = asyncio.run(scene())
+
+    assert [type(result).__name__ for result in results] == ["NoneType", "list", "CapReached", "list", "list"]
+    assert ledger.execution_counters == (0, 3 * MAX_PRICE, 0, 0)
+
+
+def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
+    """Each asker gets its own part of what the move returned, though it was made once for all."""
+    attempts = [ledger.submit(f"task {number}") for number in range(4)]
+    answers = [NO_MATCH, FOUND, FREE_FAILURE, FOUND]
+    statements: list[str] = []
+
+    async def scene() -> list[list[State]]:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            asked = threading.Event()
+            slow = writer.submit(lambda _: asked.wait(10))
+            result = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
+            parts = [result[:1], result[1:3], result[3:]]
+            states = [writer.submit_batch(Ledger.settle, part, ledger.execution, 3) for part in parts]
+            await asyncio.sleep(0)  # all are handed over
+            asked.set()
+            await slow
+            return list(await asyncio.gather(*states))
+
+    record_statements(ledger.wrapped, statements)
+    assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
+    assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
+    assert ledger.execution_counters == (2 * COST, 0, 0, 4)
+
+
+def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
+    """Other arguments, or another move: a group of its own, in the order asked for."""
+    attempts = [ledger.submit(f"task {number}") for number in range(3)]
+
+    async def scene() -> list[object]:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            last, again = (
+                writer.submit_batch(Ledger.settle, [(attempt, FREE_FAILURE, 5)], ledger.execution, max_attempts)
+                for attempt, max_attempts in zip(attempts, (1, 2), strict=False)
+            )
+            lost = writer.submit_batch(Ledger.mark_in_doubt, [(attempts[2], "404", 5, None)])
+            return list(await asyncio.gather(last, again, lost))
+
+    assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
+
+
+@pytest.mark.long
+def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
+    """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
+    first, second, third = (ledger.submit(f"task {number}") for number in range(3))
+    ledger.settle(third)
+
+    async def scene() -> list[object]:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            moves: list[asyncio.Future[Any]] = [
+                writer.submit_batch(Ledger.settle, [(first, FOUND, 5)], ledger.execution, 3),
+                writer.submit_batch(Ledger.settle, [(third, FOUND, 5)], ledger.execution, 3),
+                writer.submit_batch(Ledger.mark_in_doubt, [(second, "404", 5, None)]),
+            ]
+            return list(await asyncio.gather(*moves, return_exceptions=True))
+
+    results = asyncio.run(scene())
+
+    assert [type(result).__name__ for result in results] == ["AssertionError", "AssertionError", "NoneType"]
+    assert [ledger.state_of(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
+    assert ledger.execution_counters == (COST, 2 * MAX_PRICE, 0, 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bulk", [False, True])
+def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> None:
+    """From the claim over the task ids to the answers: what comes at once is written at once."""
+    statements: list[str] = []
+
+    async def scene() -> None:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            claims = await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
+            attempts = [claim.attempt_id for claim in claims]
+            accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
+            await asyncio.gather(*(writer.submit_batch(Ledger.record_accepted, [told], BINDING) for told in accepted))
+            if bulk:
+                result = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
+                await writer.submit(Ledger.settle_bulk_task, result, ledger.execution, 3, 32 * COST)
+            else:
+                moves = (
+                    writer.submit_batch(Ledger.settle, [(attempt, FOUND, 3)], ledger.execution, 3)
+                    for attempt in attempts
+                )
+                await asyncio.gather(*moves)
+
+    record_statements(ledger.wrapped, statements)
+    asyncio.run(scene())
+
+    assert len(statements) < 32, statements
+    assert ledger.wrapped.state_counts() == {State.PENDING: 68, State.FOUND: 32}
+    assert ledger.execution_counters == (32 * COST, 0, 0, 32)
+
+
+def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> None:
+    """What was asked for is written down, though its asker was cancelled and the journal is being closed."""
+
+    async def scene() -> None:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            writer.submit(slow_move)
+            abandoned = asyncio.ensure_future(writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1))
+            abandoned.cancel()
+            writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
+
+    asyncio.run(scene())
+
+    assert ledger.wrapped.state_counts()[State.SUBMITTING] == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["file"])
+@pytest.mark.parametrize("trouble", ["full", "locked"])
+def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
+    """Every move of the batch fails with LedgerFailed, and so does every later one, though the trouble be over."""
+    pages = ledger.query_one("PRAGMA page_count")[0]
+    db = ledger.wrapped._db
+    other = sqlite3.connect(ledger.path, isolation_level=None)
+    if trouble == "full":
+        db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    else:
+        db.execute("PRAGMA busy_timeout = 50")
+        other.execute("BEGIN IMMEDIATE")
+
+    async def scene() -> None:
+        async with LedgerWriter(ledger.wrapped) as writer:
+            batch: list[asyncio.Future[Any]] = [
+                writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1),
+                writer.submit(fill_disk),
+            ]
+            batch.append(writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1))
+            for result in await asyncio.gather(*batch, return_exceptions=True):
+                assert isinstance(result, LedgerFailed)
+                assert trouble in result.message
+            if trouble == "full":
+                db.execute("PRAGMA max_page_count = 1000000")
+            else:
+                other.execute("ROLLBACK")
+            with pytest.raises(EnrichError, match=trouble):
+                await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
+
+    try:
+        asyncio.run(scene())
+    finally:
+        other.close()
+
+    assert ledger.wrapped.state_counts() == {State.PENDING: 100}
+    assert ledger.execution_counters == (0, 0, 0, 0)
+
+
+def test_idle_writer_uses_no_cpu(ledger: CommittingLedger) -> None:
+    """An idle journal sleeps."""
+
+    async def scene() -> float:
+        async with LedgerWriter(ledger.wrapped):
+            before = time.process_time()
+            await asyncio.sleep(0.5)
+            return time.process_time() - before
+
+    assert asyncio.run(scene()) < 0.25

@@ -1,0 +1,272 @@
+"""A ledger on a server: how it is found and let in, who may have it, and what a person is told when it is not so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import CommandRefused
+from enrich.exit_codes import ExitCode
+from enrich.ledger import schema
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.ledger.verify import check_ledger
+from tests.support.postgres import PostgresServer
+from tests.support.workspace import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+
+
+@pytest.fixture
+def backend() -> str:
+    """Ask of a ledger on a server."""
+    return "server"
+
+
+# The password
+
+
+@pytest.mark.long
+def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> None:
+    """PGPASSWORD, as for every program that speaks to PostgreSQL; it stands in no file of ours and in no output."""
+    workspace.write_leads(make_leads(3))
+
+    result = workspace.run_subprocess("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
+
+    assert (result.exit_code, result.json_output["found"] + result.json_output["not_found"]) == (0, 3), result.stderr
+    secret = workspace.environ["PGPASSWORD"]
+    assert secret not in result.stdout + result.stderr
+    assert all(secret.encode() not in path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("named", [True, False])
+def test_password_from_file(api: SandboxApi, workspace: Workspace, postgres: PostgresServer, *, named: bool) -> None:
+    """~/.pgpass, or the one that PGPASSFILE names."""
+    workspace.write_leads(make_leads(1))
+    secrets = workspace.folder / ("secrets" if named else ".pgpass")
+    secrets.write_text(f"127.0.0.1:{postgres.port}:enrich:enrich:{postgres.password}\n")
+    secrets.chmod(0o600)
+
+    variables = {"PGPASSFILE": str(secrets)} if named else {}
+    result = replace(workspace, environ=variables).run_subprocess("run", "job.yaml", api=api)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("url", ["postgresql://enrich:secret@{}/enrich", "postgresql://{}/enrich?password=secret"])
+def test_password_in_job_is_refused(workspace: Workspace, api: SandboxApi, postgres: PostgresServer, url: str) -> None:
+    """It is not repeated either."""
+    workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
+
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert (result.exit_code, "a URL holds no password" in result.stderr, "secret" in result.stderr) == (2, True, False)
+    assert "job.yaml:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"PGPASSWORD": "wrong"}, ["password authentication failed", "hint: set PGPASSWORD"]),
+        ({}, ["no password supplied", "hint: set PGPASSWORD"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_login_failure(
+    api: SandboxApi, workspace: Workspace, command: str, variables: dict[str, str], words: list[str]
+) -> None:
+    """Exit 5 and what to do, whichever command; nothing was asked of the API that costs."""
+    workspace.write_leads(make_leads(1))
+
+    result = replace(workspace, environ=variables).run_in_process(command, "job.yaml", api=api)
+
+    assert result.exit_code == ExitCode.REFUSED
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+# Other places
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("postgresql://enrich@127.0.0.1:1/enrich", "refused"),
+        ("postgresql://enrich@{}/nothing", 'database "nothing" does not exist'),
+        ("postgresql://nobody@{}/enrich", "authentication failed"),
+    ],
+)
+def test_unreachable_server(
+    api: SandboxApi, workspace: Workspace, postgres: PostgresServer, url: str, word: str
+) -> None:
+    """With the place and a hint; who only looks does not wait for it."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
+
+    result = workspace.run_in_process("status", "job.yaml", api=api)
+
+    assert (result.exit_code, word in result.stderr, "hint: " in result.stderr) == (ExitCode.REFUSED, True, True), (
+        result.stderr
+    )
+
+
+def test_foreign_schema_is_refused(api: SandboxApi, workspace: Workspace, postgres: PostgresServer) -> None:
+    """What has tables that are not ours is no ledger, and none is made of it."""
+    schema = postgres.ledger_url().rpartition("=")[2]
+    with closing(postgres.connect()) as db:
+        db.execute(f"CREATE SCHEMA {schema}")
+        db.execute(f"CREATE TABLE {schema}.theirs AS SELECT 1 AS number")
+        workspace.write_leads(make_leads(1))
+        workspace.write_job(ledger=postgres.ledger_url(schema))
+
+        result = workspace.run_in_process("run", "job.yaml", api=api)
+
+        assert (result.exit_code, "this schema is no ledger of enrich" in result.stderr) == (ExitCode.REFUSED, True), (
+            result.stderr
+        )
+        tables = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)).fetchall()
+        assert tables == [("theirs",)]
+
+
+@pytest.fixture
+def guest_role(postgres: PostgresServer) -> Iterator[str]:
+    """Make a role that may log in, with the password `guest`, and make nothing."""
+    role = f"guest_{postgres.ledger_url().rpartition('=')[2]}"
+    with closing(postgres.connect("postgres")) as db:
+        db.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
+        yield role
+        db.execute(f"DROP OWNED BY {role} CASCADE")
+        db.execute(f"DROP ROLE {role}")
+
+
+def test_prepared_schema_is_used(
+    api: SandboxApi, workspace: Workspace, postgres: PostgresServer, guest_role: str
+) -> None:
+    """Whoever may not make schemas gets an empty one from whoever may, and is told so without."""
+    schema = postgres.ledger_url().rpartition("=")[2]
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(ledger=postgres.ledger_url(schema, guest_role))
+    refused = workspace.run_in_process("run", "job.yaml", api=api, PGPASSWORD="guest")
+    with closing(postgres.connect("postgres")) as db:
+        db.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {guest_role}")
+    taken = workspace.run_in_process("run", "job.yaml", api=api, PGPASSWORD="guest")
+
+    assert (refused.exit_code, "permission denied" in refused.stderr) == (ExitCode.REFUSED, True), refused.stderr
+    assert "hint: grant CREATE on the database" in refused.stderr
+    assert (taken.exit_code, taken.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("version", "word"), [(99, "newer version"), (0, "older version")])
+def test_ledger_of_other_version(workspace: Workspace, version: int, word: str) -> None:
+    """Whoever only looks neither reads what it cannot know nor changes it."""
+    Ledger(workspace.ledger_location).close()
+    workspace.sql("UPDATE ledger SET version = ?", version)
+
+    result = workspace.run_in_process("report", "job.yaml")
+
+    assert (result.exit_code, word in result.stderr) == (ExitCode.REFUSED, True), result.stderr
+    assert workspace.sql("SELECT version FROM ledger") == [(version,)]
+
+
+def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next who writes; several at once take turns, and all of them find it whole."""
+    Ledger(workspace.ledger_location).close()
+    step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
+    monkeypatch.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, step])
+
+    with ThreadPoolExecutor() as several:
+        for ledger in several.map(lambda _: Ledger(workspace.ledger_location), range(4)):
+            ledger.close()
+
+    assert workspace.sql("SELECT version FROM ledger") == [(len(schema.POSTGRES_MIGRATIONS),)]
+    assert workspace.sql("SELECT id FROM remarks") == [(1,)]
+
+
+def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps to the newest version are one transaction."""
+    Ledger(workspace.ledger_location).close()
+    version = workspace.sql("SELECT version FROM ledger")
+    steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
+    with monkeypatch.context() as newer:
+        newer.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, *steps])
+        with pytest.raises(CommandRefused, match="division by zero"):
+            Ledger(workspace.ledger_location)
+
+    assert workspace.sql("SELECT version FROM ledger") == version
+    assert workspace.sql("SELECT to_regclass('remarks')") == [(None,)]
+    Ledger(workspace.ledger_location).close()
+
+
+def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServer) -> None:
+    """What play money bought lies beside the real thing, and is found again."""
+    workspace.write_leads(make_leads(2))
+
+    first = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
+    second = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
+
+    assert (first.json_output["submitted"], second.json_output["submitted"], second.json_output["reused"]) == (2, 0, 2)
+    name = str(workspace.server_url).rpartition("=")[2]
+    with closing(postgres.connect()) as db:
+        rows = db.execute("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, %s)", (name,)).fetchall()
+    assert rows == [(f"{name}_sandbox",)]
+
+
+def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
+    """`ENRICH_LEDGER` instead of the job file's: the same job on a laptop and in a cluster."""
+    url = str(workspace.server_url)
+    plain = Workspace(workspace.folder, environ=workspace.environ)
+    plain.write_job()
+    plain.write_leads(make_leads(2))
+
+    result = plain.run_in_process("run", "job.yaml", "--json", api=api, ENRICH_LEDGER=url)
+
+    assert (result.exit_code, result.json_output["submitted"]) == (0, 2)
+    assert not plain.ledger_path.exists()
+    assert workspace.sql("SELECT count(*) FROM requests") == [(2,)]
+
+
+# One at a time
+
+
+def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None:
+    """One execution at a time holds the ledger, wherever the second is started."""
+    workspace.write_leads(make_leads(20))
+    with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api, lock_ledger(workspace.ledger_location, 0):
+        assert is_locked(workspace.ledger_location)
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == ExitCode.LOCKED
+        assert workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", api=api).exit_code == ExitCode.OK
+    assert not is_locked(workspace.ledger_location)
+
+
+def test_restart_right_after_kill(workspace: Workspace) -> None:
+    """Who starts a killed run again at once is not turned away by the run that is no more."""
+    dead = lock_ledger(workspace.ledger_location, 0)
+    dead.__enter__()
+    noticed = threading.Timer(0.7, dead.__exit__, (None, None, None))
+    noticed.start()
+    with lock_ledger(workspace.ledger_location, 0):
+        pass
+    noticed.join()
+
+
+@pytest.mark.long
+def test_lock_released_by_killed_run(tmp_path: Path, workspace: Workspace) -> None:
+    """It dies with its connection; the next run finds what was on the wire in doubt and buys nothing twice."""
+    workspace.write_job(ledger=f"{workspace.server_url}&lease=1")
+    workspace.write_leads(make_leads(60))
+    with serve_api(tmp_path / "api.db", latency="uniform(0.2,0.6)") as api:
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
+        wait_until(lambda: api.audit()["requests"].get("run", 0) >= 20)
+        kill_process(process)
+        result = workspace.run_subprocess("run", "job.yaml", "--json", api=api)
+        audit = api.audit()
+
+    assert result.exit_code in {ExitCode.OK, ExitCode.IN_DOUBT}, result.stderr
+    assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
+    assert check_ledger(workspace.ledger_location).problems == []

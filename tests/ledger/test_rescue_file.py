@@ -1,0 +1,396 @@
+"""The rescue file: taken in once, whatever the ledger has meanwhile; refused when damaged; erased with the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.rescue import import_rescue_files, remove_imported_files
+from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
+from enrich.ledger.verify import check_ledger
+from enrich.models import State
+from tests.support.ledger import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
+from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until
+
+RUN = ("run", "job.yaml", "--json")
+
+
+def rescue_record(number: int, state: str = "submitted", task: str | None = "task", **more: Any) -> RescuedAttempt:
+    """Write about the request of a lead."""
+    result: dict[str, Any] = {
+        "ledger": "/somewhere/leads.db",
+        "attempt": number,
+        "fingerprint": fingerprint(number).hex(),
+        "call": CALL.canonical(),
+        "params": params(number),
+        "paths": ["email"],
+        "state": state,
+        "task_id": task,
+        "claimed_ms": 1_000,
+        "submitted_ms": None if task is None else 2_000,
+        "settled_ms": None if state in ("submitting", "submitted") else 3_000,
+        "reserved": 5,
+    }
+    if state in ("found", "not_found"):
+        result |= {"answer": (FOUND if state == "found" else NO_MATCH).raw, "credits": 2}
+    return RescuedAttempt(**{**BINDING, **result, **more})
+
+
+def import_lines(ledger: CommittingLedger, *lines: RescuedAttempt) -> str:
+    """Take in lines; say what came of them."""
+    return str(ledger.commit(Ledger.import_rescued, lines, "job", 9_000))
+
+
+def request_states(ledger: CommittingLedger) -> dict[int, str]:
+    """Tell where each lead's request stands."""
+    rows = ledger.wrapped._db.execute("SELECT fingerprint, state FROM requests").fetchall()
+    return {int.from_bytes(name): state for name, state in rows}
+
+
+def assert_sound(ledger: CommittingLedger) -> None:
+    """Expect that all invariants hold."""
+    assert check_ledger(ledger.location).problems == []
+
+
+# Into the ledger
+
+
+def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
+    """Open tasks are asked for again, answers count, doubts stay doubts; what was not accepted is free to be sent."""
+    lines = [
+        rescue_record(1, task="a"),
+        rescue_record(2, "found", task="b"),
+        rescue_record(3, "not_found", task="c"),
+        rescue_record(4, "in_doubt", task=None),
+        rescue_record(5, "submitting", task=None),
+        rescue_record(6, "refused", task=None),
+        rescue_record(7, "failed", task="d", credits=0),
+    ]
+
+    message = import_lines(ledger, *lines)
+
+    assert message == "1 tasks to fetch, 3 answers, 2 unconfirmed requests (in_doubt)"
+    assert request_states(ledger) == {
+        1: "submitted",
+        2: "found",
+        3: "not_found",
+        4: "in_doubt",
+        5: "in_doubt",
+        7: "failed",
+    }
+    (task,) = ledger.wrapped.submitted_tasks()
+    assert (task.task_id, task.column_paths) == ("a", ("email",))
+    assert ledger.wrapped.read_fact("workspace") == BINDING["workspace"]
+    assert_sound(ledger)
+    assert import_lines(ledger, *lines).endswith("already known")
+    assert_sound(ledger)
+
+
+def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
+    """The file says `submitting`; the rescue file has what the API said."""
+    ledger.start_and_enroll(1, 2, 3, 4)
+    claims = [ledger.claim() for _ in range(4)]
+    assert claims
+    lines = [
+        rescue_record(1, task="a"),
+        rescue_record(2, "found", task="b"),
+        rescue_record(3, "refused", task=None),
+        rescue_record(4, "in_doubt", task=None),
+    ]
+
+    message = import_lines(ledger, *lines)
+
+    assert (
+        message == "1 tasks to fetch, 1 answers, 1 unconfirmed requests (in_doubt), 1 requests that were not accepted"
+    )
+    assert request_states(ledger) == {1: "submitted", 2: "found", 3: "pending", 4: "in_doubt"}
+    assert_sound(ledger)
+
+
+def test_in_doubt_is_resolved_by_task_id(ledger: CommittingLedger) -> None:
+    """A run between has put it in doubt."""
+    ledger.start_and_enroll(1)
+    ledger.claim()
+    ledger.commit(Ledger.recover, 1_500)
+
+    import_lines(ledger, rescue_record(1, task="a"))
+
+    assert request_states(ledger) == {1: "submitted"}
+    assert ledger.query_one("SELECT count(*) FROM attempts") == (1,)
+    assert_sound(ledger)
+
+
+def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
+    """An answer is not replaced, a task that another request has is not asked for in its place."""
+    ledger.start_and_enroll(1, 2)
+    ledger.settle(ledger.submit("a"))
+    ledger.submit("b")
+
+    import_lines(
+        ledger,
+        rescue_record(1, task="z", claimed_ms=500),
+        rescue_record(2, task="b", claimed_ms=500),
+        rescue_record(3, task="a"),
+    )
+
+    assert request_states(ledger) == {1: "found", 2: "submitted", 3: "in_doubt"}
+    assert [task.task_id for task in ledger.wrapped.submitted_tasks()] == ["b"]
+    assert_sound(ledger)
+
+
+def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
+    """All of them or none: answers go by their places."""
+    whole = [rescue_record(number, task="t", bundle=1, place=number, size=3) for number in range(3)]
+    torn = [
+        rescue_record(number, task="u", bundle=2, place=number - 10, size=3, claimed_ms=1_001) for number in (10, 11)
+    ]
+
+    import_lines(ledger, *whole, *torn)
+
+    (task,) = ledger.wrapped.submitted_tasks()
+    assert (task.task_id, len(task.attempts)) == ("t", 3)
+    assert request_states(ledger) == dict.fromkeys(range(3), "submitted") | dict.fromkeys((10, 11), "in_doubt")
+    assert_sound(ledger)
+
+
+def test_other_workspace_is_refused(ledger: CommittingLedger) -> None:
+    """Nothing is taken in."""
+    ledger.start_and_enroll(1)
+    ledger.submit("a")
+
+    with pytest.raises(CommandRefused, match="another workspace"):
+        import_lines(ledger, rescue_record(2, workspace="theirs"))
+
+
+STATES = ["submitting", "submitted", "in_doubt", "refused", "found", "not_found", "failed", "expired"]
+
+
+@given(
+    moves=st.lists(st.sampled_from(["claim", "submit", "settle", "doubt"]), max_size=8),
+    told=st.lists(
+        st.tuples(st.integers(0, 7), st.sampled_from(STATES), st.integers(0, 5), st.sampled_from([1_000, 1_001]))
+    ),
+)
+def test_any_rescue_file_keeps_ledger_sound(
+    tmp_path_factory: pytest.TempPathFactory, moves: list[str], told: list[tuple[int, str, int, int]]
+) -> None:
+    """Taken in twice or in parts it changes nothing more, no task belongs to two requests, and no answer is lost."""
+    ledger = CommittingLedger.open(tmp_path_factory.mktemp("any") / "job.db").start_and_enroll(*range(8))
+    for number, move in enumerate(moves):
+        attempt = ledger.claim().attempt_id
+        if move != "claim":
+            ledger.commit(Ledger.record_accepted, [(attempt, f"task-{number}", ledger.now)], BINDING)
+        if move == "settle":
+            ledger.settle(attempt)
+        if move == "doubt":
+            ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+    before = request_states(ledger)
+    lines = [
+        rescue_record(
+            number,
+            state,
+            None if state in ("submitting", "in_doubt", "refused") else f"task-{task}",
+            attempt=at,
+            claimed_ms=claimed,
+        )
+        for at, (number, state, task, claimed) in enumerate(told)
+    ]
+
+    import_lines(ledger, *lines)
+
+    assert_sound(ledger)
+    after = request_states(ledger)
+    assert {name for name, state in before.items() if state == "found"} <= {
+        name for name, state in after.items() if state == "found"
+    }
+    open_tasks = [task.task_id for task in ledger.wrapped.submitted_tasks()]
+    assert len(open_tasks) == len(set(open_tasks))
+    counted = ledger.query_one("SELECT count(*) FROM attempts")
+    import_lines(ledger, *lines)
+    assert_sound(ledger)
+    assert (request_states(ledger), ledger.query_one("SELECT count(*) FROM attempts")) == (after, counted)
+    ledger.wrapped.close()
+
+
+# The file
+
+
+def test_rescue_file_roundtrip(tmp_path: Path) -> None:
+    """Of several lines about an attempt the last counts; room that was not used is no line."""
+    file = RescueFile(tmp_path / "job.db")
+    assert file.append([rescue_record(1, "submitting", task=None), rescue_record(2)])
+    assert file.append([rescue_record(1, "found", error="ü\n\u2028", answer='{"data": "\\u0000"}')])
+    assert file.path == tmp_path / "job.db.rescue"
+
+    lines = read_rescue_file(file.path)  # as a kill leaves it
+
+    assert [(line.attempt, line.state) for line in lines] == [(1, "found"), (2, "submitted")]
+    assert lines[0].error == "ü\n\u2028"
+    file.close()
+    assert read_rescue_file(file.path) == lines
+    assert b"\0" not in file.path.read_bytes()
+
+
+def test_second_file_does_not_replace_first(tmp_path: Path) -> None:
+    """What was not taken in yet stays."""
+    for number in range(3):
+        file = RescueFile(tmp_path / "job.db")
+        file.append([rescue_record(number)])
+        file.close()
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.db.rescue", "job.db.rescue.2", "job.db.rescue.3"]
+
+
+def test_fallback_location_beside_output(tmp_path: Path) -> None:
+    """With all that was written before."""
+    ledger, output = tmp_path / ".enrich" / "job.db", tmp_path / "out"
+    ledger.parent.mkdir()
+    output.mkdir()
+    file = RescueFile(ledger, [output])
+    file.append([rescue_record(1)])
+    ledger.parent.rename(tmp_path / "moved")
+
+    assert file.append([rescue_record(2)])
+    file.close()
+
+    assert file.path == output / "job.db.rescue"
+    assert [line.attempt for line in read_rescue_file(file.path)] == [1, 2]
+
+
+def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
+    """Two jobs may write into one folder."""
+    file = RescueFile(tmp_path / "gone" / "job.db", [tmp_path])
+    file.append([rescue_record(1)])
+    file.close()
+    (tmp_path / "here").mkdir()
+
+    with closing(Ledger(tmp_path / "here" / "job.db")) as ledger, ledger.transaction():
+        assert import_rescue_files(ledger, [tmp_path], "job", 1) == []
+    assert (tmp_path / "job.db.rescue").exists()
+
+
+VALID_LINE = rescue_record(1).to_line()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        VALID_LINE[:-1],
+        VALID_LINE[:-20] + b"\n",
+        VALID_LINE.replace(b'"format": 1', b'"format": 2'),
+        VALID_LINE.replace(b"fingerprint", b"footprint"),
+        VALID_LINE.replace(b'"claimed_ms": 1000', b'"claimed_ms": "1000"'),
+        VALID_LINE + b"{}\n",
+        VALID_LINE + b"\xff\n",
+        VALID_LINE.replace(b'"submitted"', b'"pending"'),
+        rescue_record(1, "found").to_line().replace(b'"answer"', b'"error"'),
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, content: bytes) -> None:
+    """By run, forget and purge, with its name and without its content; nothing is sent."""
+    workspace.write_leads(make_leads(2))
+    assert workspace.run_job(api).exit_code == 0
+    file = workspace.ledger_path.with_name("job.db.rescue")
+    file.write_bytes(content)
+
+    for command in (RUN, ("purge", "job.yaml", "--older-than", "1d", "--yes")):
+        result = workspace.run_in_process(*command, api=api)
+        assert result.exit_code == 5, result.stderr
+        assert "job.db.rescue" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert "first_name" not in result.stderr
+    assert file.read_bytes() == content
+    assert api.audit()["accepted"] == 2
+
+
+# With the program
+
+
+def run_without_ledger(workspace: Workspace, api: SandboxApi) -> Path:
+    """Lose the ledger under a run that has paid for three leads; return the rescue file."""
+    workspace.write_leads(make_leads(3))
+    process = workspace.start_subprocess(*RUN, api=api)
+    wait_until(lambda: workspace.open_task_count() == 3)
+    workspace.ledger_path.unlink()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    return workspace.ledger_path.with_name("job.db.rescue")
+
+
+@pytest.mark.long
+def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -> None:
+    """The next run takes it in again, and it changes nothing."""
+    with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
+        file = run_without_ledger(workspace, api)
+        content = file.read_bytes()
+        assert workspace.run_subprocess(*RUN, api=api).exit_code == 0
+        file.write_bytes(content)
+
+        result = workspace.run_subprocess(*RUN, api=api)
+
+        assert result.exit_code == 0, result.stderr
+        assert not file.exists()
+        assert any("3 already known" in note for note in result.json_output["notes"])
+        assert api.audit()["accepted"] == 3
+        assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
+
+
+@pytest.mark.long
+def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace) -> None:
+    """What is running is refused as ever; what was answered is erased; no file with it stays."""
+    with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
+        file = run_without_ledger(workspace, api)
+        forget = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+        gone = workspace.run_in_process(*forget, api=api)
+        assert (gone.exit_code, "job.db.rescue holds" in gone.stderr) == (5, True), gone.stderr
+        assert file.exists()
+        assert workspace.run_subprocess(*RUN, api=api).exit_code == 0
+        file.write_bytes(b"".join(line.to_line() for line in rescue_lines_of_ledger(workspace)))
+
+        assert workspace.run_in_process(*forget, api=api).exit_code == 0
+        assert not file.exists()
+        assert b"First1" not in workspace.ledger_path.read_bytes()
+
+
+def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[RescuedAttempt]:
+    """Write a rescue file about all that a ledger has."""
+    with closing(workspace.open_ledger()) as ledger:
+        return list(ledger.answered_attempts())
+
+
+def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -> None:
+    """A real run takes in nothing of a rehearsal."""
+    workspace.write_leads(make_leads(2))
+    (workspace.ledger_path.parent).mkdir()
+    workspace.ledger_path.with_name("job.sandbox.db.rescue").write_bytes(
+        rescue_record(1, workspace=None, api_host=None).to_line()
+    )
+    with serve_api(tmp_path / "api.db", INSTANT_API) as api:
+        assert workspace.run_job(api).exit_code == 0
+        assert workspace.ledger_path.with_name("job.sandbox.db.rescue").exists()
+        assert len(json.loads(json.dumps(workspace.read_output()))) == 2
+
+
+def test_failed_removal_is_reported(tmp_path: Path) -> None:
+    """A folder in its place is named."""
+    (tmp_path / "job.db.rescue").mkdir()
+    with pytest.raises(CommandRefused, match=r"job\.db\.rescue"):
+        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # what was in it does not matter
+
+
+def test_rescue_line_states() -> None:
+    """But `pending`, which is no attempt's."""
+    assert set(STATES) - {"refused"} == {state.value for state in State} - {"pending"}

@@ -1,0 +1,140 @@
+"""Who falls silent while others wait for what it holds on the server: they go on, and it finds out."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import LeaseLost
+from enrich.job.locations import PostgresLocation as Place
+from enrich.job.locations import parse_ledger_location
+from enrich.ledger import postgres_schema
+from enrich.ledger.dialect import TransactionInterrupted
+from enrich.ledger.leases import Lease
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.ledger.shared_rate import SharedRateRow
+from tests.support.ledger import run_sql
+from tests.support.postgres import PostgresServer
+from tests.support.workspace import wait_until
+
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def ledger_location(postgres: PostgresServer, tmp_path: Path) -> Place:
+    """Name a place with short leases."""
+    found = parse_ledger_location(tmp_path, f"{postgres.ledger_url()}&lease=1", tmp_path)
+    assert isinstance(found, Place)
+    return found
+
+
+def is_idle_in_transaction(ledger_location: Place, pid: int) -> bool:
+    """Tell whether a connection is in the middle of a transaction."""
+    return bool(run_sql(ledger_location, "SELECT 1 FROM pg_stat_activity WHERE pid = ?", pid))
+
+
+def test_idle_transaction_is_retried(ledger_location: Place) -> None:
+    """The server ended it; whoever wakes up in the middle of one is told so, and may try again."""
+    with Lease(ledger_location) as lease:
+        ledger = Ledger(ledger_location, fencing_token=lease.fencing_token)
+        ledger._db.begin()
+        pid = ledger._db._connection.info.backend_pid  # type: ignore[attr-defined]
+        wait_until(lambda: not is_idle_in_transaction(ledger_location, pid))
+        with pytest.raises(TransactionInterrupted) as failure:
+            ledger.newest_execution_id()
+        ledger.rollback()
+        assert ledger.reconnect(failure.value) is False
+        with ledger.transaction():
+            assert ledger.newest_execution_id() == 0
+        ledger.close()
+
+
+def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
+    """A process that was stopped while it had the row of the rate does not stop the others."""
+    silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
+    has_it, result = threading.Event(), threading.Event()
+
+    def rest(_: str | None, __: float) -> tuple[str, None]:
+        has_it.set()
+        result.wait(TIMEOUT_S)
+        return "silent", None
+
+    thread = threading.Thread(target=silent.update, args=(rest,))
+    thread.start()
+    has_it.wait()
+    waiting = threading.Thread(target=other.update, args=(lambda *_: ("other", None),))
+    waiting.start()
+    waiting.join(TIMEOUT_S / 2)
+    went_on = not waiting.is_alive()
+    result.set()
+    for each in (thread, waiting):
+        each.join()
+    assert went_on
+    assert run_sql(ledger_location, "SELECT state FROM allowance") == [("silent",)]
+    silent.close()
+    other.close()
+
+
+def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
+    """It sends nothing more, and does not wait for ever to be sure again."""
+    with Lease(ledger_location) as lease:
+        assert lease.is_valid()
+        run_sql(ledger_location, "DELETE FROM owners")
+        with pytest.raises(LeaseLost):
+            wait_until(lambda: not lease.is_valid())
+
+
+def test_lock_is_reacquired(ledger_location: Place) -> None:
+    """Another was quicker after the connection was lost, saw that ours lives, and left."""
+    ours = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
+
+    def in_line() -> bool:
+        return bool(
+            run_sql(ledger_location, f"SELECT 1 FROM pg_locks WHERE {ours} AND NOT granted", ledger_location.schema)
+        )
+
+    def other() -> None:
+        """Wait for it, have it for a while, and let go of it with the connection."""
+        run_sql(
+            ledger_location,
+            "SELECT pg_advisory_lock(?, hashtext(?)), pg_sleep(1)",
+            postgres_schema._LOCK_CLASS_ID,
+            ledger_location.schema,
+        )
+
+    with lock_ledger(ledger_location, 0):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        wait_until(in_line)
+        run_sql(
+            ledger_location,
+            f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {ours} AND granted",
+            ledger_location.schema,
+        )
+        waiting.join()
+        wait_until(lambda: is_locked(ledger_location) is True)
+    assert is_locked(ledger_location) is False
+
+
+@pytest.mark.long
+def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """Whoever lets go of it needs no server any more."""
+    ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
+    lost, leave = threading.Event(), threading.Event()
+
+    def lead() -> None:
+        with lock_ledger(ledger_location, 0):
+            lost.set()
+            leave.wait()
+
+    leader = threading.Thread(target=lead, daemon=True)
+    leader.start()
+    lost.wait()
+    own_postgres.stop()
+    leave.wait(1)  # until the lock is looked for
+    leave.set()
+    leader.join(TIMEOUT_S)
+    assert not leader.is_alive()

@@ -1,0 +1,369 @@
+"""The healthcheck and the notifications: who is told what, and that none of them can break or expose anything."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from enrich import exit_codes
+from enrich.exit_codes import ExitCode
+from enrich.ledger.lock import lock_ledger
+from enrich.monitoring import healthcheck, notifications
+from tests.support.raw_server import http_reply, serve_replies
+from tests.support.request_recorder import (
+    RequestRecorder,
+    assert_no_personal_data,
+    log_events,
+    log_lines,
+    record_requests,
+    searchable_leads,
+)
+from tests.support.workspace import SandboxApi, Workspace, serve_api, wait_until
+
+LOG_OPTIONS = ("--log-file", "run.log")
+# Apprise imports it where it is there.
+pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
+
+
+@pytest.fixture
+def recorder() -> Iterator[RequestRecorder]:
+    """A server that hears pings and notifications."""
+    with record_requests() as received:
+        yield received
+
+
+@pytest.fixture(autouse=True)
+def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once."""
+    monkeypatch.setattr(healthcheck, "RETRY_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def pinging_workspace(workspace: Workspace, recorder: RequestRecorder) -> Workspace:
+    """An office whose job has a healthcheck."""
+    workspace.write_job(healthcheck=recorder.url)
+    workspace.write_leads(searchable_leads(3))
+    return workspace
+
+
+# The healthcheck
+
+
+def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """Both carry the same run id; the second says in one line what came of it, and nobody's name."""
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert recorder.paths == ["/secret-path/start", "/secret-path"]
+    assert recorder.requests[0].query == recorder.requests[1].query
+    assert len(recorder.requests[0].query["rid"][0]) == 36
+    body = recorder.requests[1].body
+    assert body.startswith("job: exit 0 (ok); job: 3 rows")
+    assert "\n" not in body
+    assert_no_personal_data(body, pinging_workspace)
+    assert "secret-path" not in (pinging_workspace.folder / "run.log").read_text()
+
+
+def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """Doubts, and a key that is missing: the latter never began."""
+    api.inject_fault("no-task-id")
+    assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
+    assert recorder.paths == ["/secret-path/start", "/secret-path/fail"]
+
+    assert pinging_workspace.run_in_process("run", "job.yaml").exit_code == 3
+    assert recorder.paths[2:] == ["/secret-path/fail"]
+    assert recorder.requests[2].body == "job: exit 3 (key refused)"
+
+
+@pytest.mark.long
+def test_failed_rows_and_timeout_ping_success(
+    tmp_path: Path, pinging_workspace: Workspace, recorder: RequestRecorder
+) -> None:
+    """Exit 10 is told by its counts, exit 13 goes on by itself."""
+    pinging_workspace.write_leads(searchable_leads(12))
+    with serve_api(tmp_path / "f.db", failure_rate=0.5, free_failures=0.0) as api:
+        assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 10
+    with serve_api(tmp_path / "s.db", latency="fixed(3600)") as api:
+        code = pinging_workspace.run_in_process(
+            "run", "job.yaml", "--retry", "failed", "--max-time", "1s", api=api
+        ).exit_code
+
+    assert code == 13
+    assert recorder.paths == ["/secret-path/start", "/secret-path"] * 2
+
+
+def test_locked_out_run_sends_no_ping(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """The run that is at work will tell; a turn that was skipped is no failure."""
+    with lock_ledger(pinging_workspace.ledger_path, 0):
+        assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
+        assert pinging_workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", api=api).exit_code == 0
+
+    assert recorder.requests == []
+
+
+def test_sandbox_sends_no_ping(pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """Who tries something turns no dashboard green or red."""
+    assert pinging_workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
+
+    assert recorder.requests == []
+
+
+@pytest.mark.long
+def test_interrupted_run_sends_start_only(
+    tmp_path: Path, pinging_workspace: Workspace, recorder: RequestRecorder
+) -> None:
+    """It must leave quickly; the check itself notices that nothing more comes."""
+    with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:
+        process = pinging_workspace.start_subprocess("run", "job.yaml", api=api)
+        wait_until(lambda: api.audit()["accepted"] == 3)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=90)
+
+    assert process.returncode == 143
+    assert recorder.paths == ["/secret-path/start"]
+
+
+def test_ping_is_retried(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """A 5xx twice is no news."""
+    recorder.statuses += [500, 503]
+
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert recorder.paths == ["/secret-path/start"] * 3 + ["/secret-path"]
+
+
+def test_invalid_ping_url_is_not_retried(
+    api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder
+) -> None:
+    """One note for the run, with the host alone."""
+    recorder.statuses += [404, 404]
+
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+
+    assert result.exit_code == 0
+    assert result.stderr == "note: the healthcheck at 127.0.0.1 was not told: HTTP 404\n"
+    assert len(recorder.requests) == 2
+    assert log_events(pinging_workspace) == ["start", "end", "note"]
+    assert "secret" not in (pinging_workspace.folder / "run.log").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["down", "hanging", "nowhere"])
+def test_unresponsive_server_does_not_block_run(
+    api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The run does its work, says once that the ping was lost, and shows no secret."""
+    monkeypatch.setattr(healthcheck, "REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(healthcheck, "END_TIMEOUT_S", 1.0)
+    if way == "hanging":
+        recorder.release.clear()
+    else:
+        there = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
+        pinging_workspace.write_job(healthcheck=f"http://{there}/secret-path")
+
+    result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+
+    assert result.exit_code == 0
+    assert len(pinging_workspace.read_output()) == 3
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("note: the healthcheck at ")
+    assert "secret" not in result.stderr + (pinging_workspace.folder / "run.log").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("value", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "http://["])
+def test_loopback_ping_ignores_proxy(
+    api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, value: str
+) -> None:
+    """Whatever the proxy variables say."""
+    result = pinging_workspace.run_in_process(
+        "run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(recorder.requests) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: str) -> None:
+    """One that cannot be used is a note by name, without its password."""
+    pinging_workspace.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
+    with serve_replies(http_reply(502)) as proxy:
+        result = pinging_workspace.run_in_process(
+            "run", "job.yaml", api=api, all_proxy=f"ada:secret@127.0.0.1:{proxy.port}"
+        )
+        line = "POST http://hc.example/secret-path" if scheme == "http" else "CONNECT hc.example:443"
+        assert proxy.requests
+        assert all(seen.line.startswith(line) for seen in proxy.requests)
+    assert result.exit_code == 0
+    assert "note: the healthcheck at hc.example" in result.stderr
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api, ALL_PROXY="socks5://ada:secret@127.0.0.1:9")
+    assert result.exit_code == 0
+    assert "was not told: ALL_PROXY: " in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_invalid_url_is_exit_2(api: SandboxApi, pinging_workspace: Workspace) -> None:
+    """The line of the job file is named."""
+    pinging_workspace.write_job(healthcheck="https://1.2.3.999/secret-path")
+
+    result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert result.exit_code == 2
+    assert "job.yaml:12: healthcheck: must be an address" in result.stderr
+    assert "secret" not in result.stderr
+
+
+# Notifications
+
+
+@pytest.fixture
+def notifying_workspace(workspace: Workspace, recorder: RequestRecorder) -> Workspace:
+    """An office whose job notifies somebody."""
+    workspace.write_job(notify="people.txt")
+    workspace.write_leads(searchable_leads(3))
+    addresses = workspace.folder / "people.txt"
+    addresses.write_text(f"# on call\n\njson://127.0.0.1:{recorder.port}/secret-path\n")
+    addresses.chmod(0o600)
+    return workspace
+
+
+@pytest.mark.long
+def test_notification_for_unconfirmed_requests(
+    api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder
+) -> None:
+    """The title says what, the text has the receipt and the exact commands, and nobody's name."""
+    api.inject_fault("no-task-id")
+
+    where = ("--ledger", "my ledger.db", "--output", "out.csv")
+    result = notifying_workspace.run_in_process("run", "job.yaml", *where, *LOG_OPTIONS, api=api)
+
+    assert result.exit_code == 14
+    (received,) = recorder.requests
+    notification = json.loads(received.body)
+    assert notification["title"] == "enrich job: in doubt (exit 14)"
+    assert "in_doubt              1  33.3%" in notification["message"]
+    commands = [shlex.split(line) for line in notification["message"].splitlines() if line.startswith("  enrich ")]
+    job = [str(notifying_workspace.job_file), "--ledger", str(notifying_workspace.folder / "my ledger.db")]
+    output = ["--output", str(notifying_workspace.folder / "out.csv")]
+    assert commands == [
+        ["enrich", "reconcile", *job],
+        ["enrich", "run", *job, *output, "--retry", "in_doubt"],
+        ["enrich", "run", *job, *output, "--accept", "in_doubt"],
+    ]
+    assert [notifying_workspace.run_in_process(*command[1:], api=api).exit_code for command in commands] == [0, 0, 0]
+    assert_no_personal_data(notification["message"], notifying_workspace)
+    assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
+
+
+def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """What went wrong before an execution existed is told, too."""
+    assert notifying_workspace.run_in_process("run", "job.yaml").exit_code == 3
+
+    output = json.loads(recorder.requests[0].body)
+    assert output["title"] == "enrich job: key refused (exit 3)"
+    assert "DATABAR_API_KEY" in output["message"]
+    assert f"enrich run {notifying_workspace.job_file}" in output["message"]
+
+
+@pytest.mark.long
+def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """Nor does the sandbox."""
+    assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    with lock_ledger(notifying_workspace.ledger_path, 0):
+        assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
+    assert notifying_workspace.run_in_process("run", "job.yaml", "--sandbox", "--max-credits", "0").exit_code == 12
+
+    assert recorder.requests == []
+
+
+@pytest.mark.long
+def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clear note at the start; the run is unaffected."""
+    monkeypatch.setattr(notifications, "find_spec", lambda _: None)
+    api.inject_fault("no-task-id")
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", "--quiet", api=api)
+
+    assert result.exit_code == 14
+    assert [line for line in result.stderr.splitlines() if line.startswith("note:")] == [
+        "note: nobody can be notified without the extra: pip install 'databar-enrich[notify]'"
+    ]
+
+
+@pytest.mark.long
+def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Workspace) -> None:
+    """They are secrets."""
+    (notifying_workspace.folder / "people.txt").chmod(0o644)
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
+
+    assert result.exit_code == 0
+    assert "people.txt: others may read the addresses in it: chmod 600" in result.stderr
+    assert log_lines(notifying_workspace)[1]["event"] == "note"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")]
+)
+def test_empty_notifications_file(
+    api: SandboxApi, notifying_workspace: Workspace, content: str | bytes | None, words: str
+) -> None:
+    """Not only on the night when somebody is needed."""
+    path = notifying_workspace.folder / "people.txt"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert result.exit_code == 0
+    assert "people.txt: nobody can be notified" in result.stderr
+    assert words in result.stderr
+
+
+def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
+    """The address is in no message; the others are told all the same."""
+    path = notifying_workspace.folder / "people.txt"
+    path.write_text(f"secret-nonsense\n{path.read_text()}json://127.0.0.1:9/secret\n")
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS)
+
+    assert result.exit_code == 3
+    assert len(recorder.requests) == 1
+    assert "line 1 is no Apprise URL; line 5 did not take it" in result.stderr
+    assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
+
+
+def test_unresponsive_service_does_not_block_run(
+    notifying_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends, and says so."""
+    monkeypatch.setattr(notifications, "SEND_TIMEOUT_S", 0.2)
+    recorder.release.clear()
+
+    result = notifying_workspace.run_in_process("run", "job.yaml")
+
+    assert result.exit_code == 3
+    assert "people.txt: not everybody was notified: it took too long" in result.stderr
+
+
+# The table
+
+
+def test_exit_codes_have_text_and_advice() -> None:
+    """Nobody is woken without a command that helps, and no code is both fine and not."""
+    assert {int(code) for code in ExitCode} <= set(exit_codes.EXIT_LABELS)
+    for code in exit_codes.EXIT_LABELS:
+        assert bool(
+            exit_codes.required_actions(code, {}, exit_codes.JobArguments("job.yaml", "job.yaml"))
+        ) is exit_codes.requires_action(code)
+    assert [code for code in exit_codes.EXIT_LABELS if exit_codes.requires_action(code)] == [1, 2, 3, 4, 5, 12, 14, 15]

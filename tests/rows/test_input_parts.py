@@ -1,0 +1,206 @@
+"""The input in parts: each can be read by itself, elsewhere, and all of them are the whole."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused
+from enrich.files import reader
+from enrich.job.job import load_job
+from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
+from enrich.models import Call
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
+from tests.support.cases import in_turn
+from tests.support.object_storage import BUCKET, put_object
+from tests.support.table_files import write_table
+
+TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
+JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A, b: B}\n"
+
+
+def open_rows(
+    folder: Path, input_path: str = "leads/", more: str = "", forgotten: ForgottenRequests | None = None
+) -> JobInput:
+    """Open the leads of a job."""
+    (folder / "job.yaml").write_text(f"{JOB}input: {input_path}\n{more}")
+    return JobInput(load_job(folder / "job.yaml"), forgotten)
+
+
+def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
+    """List what is known of each row: its place, its cells, what it asks or why it doesn't."""
+    return [
+        row
+        for batch in batches
+        for row in zip(
+            range(batch.first_position, batch.first_position + batch.frame.height),
+            batch.frame.rows(),
+            batch.fingerprints,
+            batch.params,
+            batch.statuses,
+            batch.errors,
+            batch.groups,
+            strict=True,
+        )
+    ]
+
+
+def pickle_roundtrip(rows: JobInput) -> JobInput:
+    """Take it to another process."""
+    copied: JobInput = pickle.loads(pickle.dumps(rows))  # noqa: S301 - our own
+    return copied
+
+
+CELL = st.sampled_from(["", "x", "y", "ada@x.example", 'a"b', "ö\n"])
+FILE = st.tuples(st.sampled_from(["", "c=1/", "c=2/"]), st.lists(st.tuples(CELL, CELL), max_size=7))
+
+
+@pytest.mark.long
+@given(
+    files=st.lists(FILE, min_size=1, max_size=4),
+    kind=st.sampled_from(["parquet", "csv", "jsonl"]),
+    size=st.integers(1, 4),
+)
+def test_parts_equal_whole_input(
+    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, list[tuple[str, str]]]], kind: str, size: int
+) -> None:
+    """The same rows in the same places ask the same, whatever the files and the size of the parts."""
+    folder = tmp_path_factory.mktemp("parts")
+    # Either all files lie in folders that name a column, or none does.
+    deep = bool(files[0][0])
+    for number, (below, leads) in enumerate(files):
+        path = folder / "leads" / ((below or "c=3/") if deep else "") / f"{number}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
+    with patch.object(reader, "ROWS_PER_PART", size):
+        rows = open_rows(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
+        divided = rows.parts()
+        whole = described_rows(rows.batches(TEMPLATE))
+        assert sum(part.rows for part in divided) == len(whole)
+        assert [row for part in divided for row in described_rows(rows.for_part(part).batches(TEMPLATE))] == whole
+    if kind == "parquet":
+        assert all(0 < part.rows <= size for part in divided)
+
+
+def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
+    """Neither the job file nor the list of those who are never asked: they went with it."""
+    folder = tmp_path / "leads"
+    folder.mkdir()
+    people = [["Ada", "ada@x.example"], ["Bob", "bob@y.example"], ["Cyd", "cyd@z.example"]]
+    for name, lead in zip("abc", people, strict=True):
+        write_table(folder / f"{name}.csv", ["A", "B"], [lead])
+    (tmp_path / "never.txt").write_text("x.example\n")
+    forgotten = ForgottenRequests(b"key", frozenset([keyed_hash(b"key", b'{"a":"Bob","b":"bob@y.example"}')]))
+    rows = open_rows(tmp_path, more="suppress: never.txt\n", forgotten=forgotten)
+    whole, divided = described_rows(rows.batches(TEMPLATE)), rows.parts()
+    sent = [pickle_roundtrip(rows.for_part(part)) for part in divided]
+    for name in ("job.yaml", "never.txt", "leads/b.csv"):
+        (tmp_path / name).unlink()
+    assert [row[4] for row in whole] == ["filtered", "filtered", None]
+    assert described_rows(sent[0].batches(TEMPLATE)) + described_rows(sent[2].batches(TEMPLATE)) == [whole[0], whole[2]]
+    with pytest.raises(CommandRefused, match=f"{folder}/b.csv does not exist"):
+        described_rows(sent[1].batches(TEMPLATE))
+
+
+def test_part_errors_name_job_line(tmp_path: Path) -> None:
+    """With the line of the job file, though it isn't there, and with no cell."""
+    write_table(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
+    rows = pickle_roundtrip(
+        (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).for_part(whole.parts()[0])
+    )
+    (tmp_path / "job.yaml").unlink()
+    with pytest.raises(Exception, match=r"job.yaml:5: where: cannot be computed") as caught:
+        described_rows(rows.batches(TEMPLATE))
+    assert "'x'" not in str(caught.value)
+
+
+def test_in_memory_rows_keep_positions(tmp_path: Path) -> None:
+    """As a cluster brings them."""
+    write_table(tmp_path / "leads.csv", ["A", "B", "enrich_status"], [["x", "1", "found"], ["y", "2", "failed"]])
+    rows = open_rows(tmp_path, "leads.csv", "where: enrich_status = 'failed'\n")
+    frame = pl.DataFrame({"A": ["y"], "B": ["2"], "enrich_status": ["failed"]})
+    assert (
+        described_rows(pickle_roundtrip(rows.for_frame(1, frame)).batches(TEMPLATE))
+        == described_rows(rows.batches(TEMPLATE))[1:]
+    )
+
+
+@in_turn(("kind", "rows"), [("parquet", 0), ("parquet", 2), ("csv", 0), ("csv", 2), ("csv", 4)])
+def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> None:
+    """The rows behind it would have other places."""
+    path = write_table(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)
+    whole = open_rows(tmp_path, path.name)
+    (part,) = whole.parts()
+    write_table(path, ["A", "B"], [["1", "2"]] * rows)
+    with pytest.raises(CommandRefused, match=rf"leads.{kind} changed since the run began"):
+        described_rows(whole.for_part(part).batches(TEMPLATE))
+
+
+def test_undividable_inputs(tmp_path: Path) -> None:
+    """And says why."""
+    write_table(tmp_path / "leads.csv", ["A", "B"], [])
+    assert open_rows(tmp_path, "leads.csv").why_not_parallel() is None
+    assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").why_not_parallel() or "")
+    assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").why_not_parallel() or "")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("bucket")
+def test_parts_of_objects(tmp_path: Path) -> None:
+    """It is fetched there; another object in its place is none of the run's."""
+    leads = [[str(number), "x"] for number in range(5)]
+    data = write_table(tmp_path / "a.parquet", ["A", "B"], leads).read_bytes()
+    for name in ("in/c=1/a.parquet", "in/c=2/a.parquet"):
+        put_object(name, data)
+    rows = open_rows(tmp_path, f"s3://{BUCKET}/in/")
+    with patch.object(reader, "ROWS_PER_PART", 2):
+        divided = rows.parts()
+    assert [(part.first_position, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
+    whole = described_rows(rows.batches(TEMPLATE))
+    assert [
+        row for part in divided for row in described_rows(pickle_roundtrip(rows.for_part(part)).batches(TEMPLATE))
+    ] == whole
+    put_object(
+        "in/c=2/a.parquet", write_table(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes()
+    )
+    with pytest.raises(CommandRefused, match=r"c=2/a.parquet changed since the run began"):
+        described_rows(rows.for_part(divided[-1]).batches(TEMPLATE))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("name", ["leads.parquet", "leads[1].parquet"])
+def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
+    """Though it has as many rows: half of the output would be of the old one, and half of the new."""
+    data = write_table(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
+    put_object(name, data)
+    rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
+    with patch.object(reader, "ROWS_PER_PART", 2):
+        first, second = rows.parts()
+    assert len(described_rows(pickle_roundtrip(rows.for_part(first)).batches(TEMPLATE))) == 2
+    put_object(name, write_table(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
+    with pytest.raises(CommandRefused, match=rf"{re.escape(name)} changed since the run began"):
+        described_rows(pickle_roundtrip(rows.for_part(second)).batches(TEMPLATE))
+
+
+def test_row_counting_reads(tmp_path: Path) -> None:
+    """The others say it themselves."""
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / "leads").mkdir(exist_ok=True)
+        write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
+    rows = open_rows(tmp_path)
+    with patch.object(reader, "_read_batches", side_effect=AssertionError):
+        assert [(part.file.location.name, part.start_row, part.rows, part.first_position) for part in rows.parts()] == [
+            ("a.parquet", 0, 3, 0),
+            ("b.parquet", 0, 3, 3),
+        ]

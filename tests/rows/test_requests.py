@@ -1,0 +1,535 @@
+"""What each row of the input asks: transforms, params, filters, and the fingerprint that names the question."""
+
+from __future__ import annotations
+
+import csv
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused, JobError
+from enrich.job.job import load_job
+from enrich.models import Call, RowStatus
+from enrich.rows.reader import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
+from tests.support.cases import in_turn
+
+CALL = Call("email_getter", (833, 966), 10)
+
+
+def open_rows(folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = ()) -> JobInput:
+    """Write a job and its leads, and open them."""
+    with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *leads])
+    path = folder / "job.yaml"
+    path.write_text(f"version: 1\ninput: leads.csv\nwaterfall: email_getter\n{job}", encoding="utf-8")
+    return JobInput(load_job(path))
+
+
+def as_yaml(**keys: Any) -> str:
+    """Write keys of a job file."""
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in keys.items())
+
+
+def read_requests(
+    rows: JobInput, call: Call = CALL, required: Sequence[str] = (), emails: Sequence[str] = ()
+) -> RowBatch:
+    """Read the rows of a small input."""
+    template = RequestTemplate(call, tuple(required), tuple(emails), {"new": "email"}, None)
+    rows.check_new_columns(template)
+    (batch,) = list(rows.batches(template))
+    return batch
+
+
+def sent_params(batch: RowBatch) -> list[dict[str, str] | None]:
+    """Return what each row sends."""
+    return [None if params is None else json.loads(params) for params in batch.params]
+
+
+def job_error(
+    folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = (("x",) * 9,)
+) -> JobError:
+    """Return why the job does not fit its input."""
+    with pytest.raises(JobError) as caught:
+        read_requests(open_rows(folder, job, header, [row[: len(header)] for row in leads]))
+    assert caught.value.message.startswith(f"{folder / 'job.yaml'}:")
+    return caught.value
+
+
+@in_turn(
+    ("cell", "domain"),
+    [
+        ("https://www.Example.com/about?x=1#top", "example.com"),
+        ("HTTP://EXAMPLE.COM", "example.com"),
+        ("example.com", "example.com"),
+        ("//example.com/x", "example.com"),
+        ("ftp://example.com", "example.com"),
+        ("example.com:8080/x", "example.com"),
+        ("http://example.com:/x", "example.com"),
+        ("https://ada:secret@example.com:443/x", "example.com"),
+        ("https://example.com/@ada", "example.com"),
+        ("https://example.com?mail=ada@other.example", "example.com"),
+        ("https://example.com#ada@other.example", "example.com"),
+        ("ada@example.com", "example.com"),
+        ("ada.byron@mail.example.co.uk", "mail.example.co.uk"),
+        ("mailto:ada@example.com?subject=x@y.z", "example.com"),
+        ("  example.com \t", "example.com"),
+        ("example.com\u00a0", "example.com"),
+        ("example.com.", "example.com"),
+        ("example.com./x", "example.com"),
+        ("www.example.co.uk", "example.co.uk"),
+        ("www.de", "www.de"),
+        ("www2.example.com", "www2.example.com"),
+        ("MÜNCHEN.de", "münchen.de"),
+        ("mu\u0308nchen.de", "münchen.de"),
+        ("xn--mnchen-3ya.de", "xn--mnchen-3ya.de"),
+        ("例え.テスト", "例え.テスト"),
+        ("_dmarc.example.com", "_dmarc.example.com"),
+        ("example.com/a\nhttps://other.example", "example.com"),
+        ("", None),
+        (" ", None),
+        ("N/A", None),
+        ("n.a.", "n.a"),
+        ("-", None),
+        ("none", None),
+        ("Acme Inc.", None),
+        ("Acme, Inc", None),
+        ("localhost", None),
+        ("ada@localhost", None),
+        ("1.5", None),
+        ("24.12.2026", None),
+        ("192.168.0.1", None),
+        ("https://[::1]/", None),
+        ("http://", None),
+        ("https:", None),
+        ("example..com", None),
+        (".com", None),
+        ("example.com:port", None),
+        ("see example.com", None),
+        ("Ada <ada@example.com>", None),
+        ("+49 30 1234", None),
+    ],
+)
+def test_domain_transform(tmp_path: Path, cell: str, domain: str | None) -> None:
+    """A URL, an e-mail address or a bare host has one; what has none asks nothing."""
+    rows = open_rows(tmp_path, "params: {company: {column: A, transform: [domain]}, b: B}\n", ["A", "B"], [[cell, "x"]])
+    assert sent_params(read_requests(rows)) == [{"b": "x"} | ({"company": domain} if domain else {})]
+
+
+@in_turn(
+    ("transform", "cell", "sent"),
+    [
+        ("", " Ada  Byron\t", "Ada  Byron"),
+        ("", "\u00a0\u3000ADA\n", "ADA"),
+        ("", "Zoe\u0308", "Zoë"),
+        ("trim", " Ada ", "Ada"),
+        ("lower", "ÄDA Straße", "äda straße"),
+        ("trim, lower", " ADA ", "ada"),
+        ("lower, domain", "HTTPS://X.COM/", "x.com"),
+        ("", "007", "007"),
+        ("", "null", "null"),
+        ("", "'quoted'", "'quoted'"),
+        ("", "a\nb", "a\nb"),
+        ("", '{"a":1}', '{"a":1}'),
+    ],
+)
+def test_param_normalization(tmp_path: Path, transform: str, cell: str, sent: str) -> None:
+    """NFC, without outer blanks, case kept; the transforms come before, in their order."""
+    rows = open_rows(tmp_path, f"params: {{a: {{column: A, transform: [{transform}]}}}}\n", ["A"], [[cell]])
+    assert sent_params(read_requests(rows)) == [{"a": sent}]
+
+
+def test_first_non_blank_column(tmp_path: Path) -> None:
+    """A website that is no URL gives way to the e-mail address."""
+    job = "params: {company: {column: [Website, Email, Firm], transform: [domain]}, name: [Nick, Name], k: K}\n"
+    leads = [
+        ["https://a.example", "x@b.example", "c.example", "Ada", "Augusta", "k"],
+        ["N/A", "x@b.example", "c.example", " ", "Augusta", "k"],
+        ["", "", "c.example", "", "", "k"],
+        ["Acme Inc.", "none", "-", "\t", " ", "k"],
+    ]
+    rows = open_rows(tmp_path, job, ["Website", "Email", "Firm", "Nick", "Name", "K"], leads)
+    assert sent_params(read_requests(rows)) == [
+        {"company": "a.example", "name": "Ada", "k": "k"},
+        {"company": "b.example", "name": "Augusta", "k": "k"},
+        {"company": "c.example", "k": "k"},
+        {"k": "k"},
+    ]
+
+
+def test_constant_param(tmp_path: Path) -> None:
+    """It is normalised like a cell; alone it is a question too."""
+    rows = open_rows(tmp_path, "params: {country: {value: ' US '}, a: A}\n", ["A"], [["1"], ["2"]])
+    assert sent_params(read_requests(rows)) == [{"a": "1", "country": "US"}, {"a": "2", "country": "US"}]
+    rows = open_rows(tmp_path, "params: {country: {value: US}}\n", ["A"], [["1"], ["2"]])
+    assert sent_params(read_requests(rows)) == [{"country": "US"}] * 2
+
+
+def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
+    """It is never sent, and the reason names the param and its columns but no cell; an optional one is left out."""
+    job = "params: {first: First, company: {column: [Site, Mail], transform: [domain]}, opt: Opt}\n"
+    leads = [["Ada", "x.example", "", ""], ["Ada", "Secret Inc.", "none", "o"], [" ", "x.example", "", ""]]
+    batch = read_requests(
+        open_rows(tmp_path, job, ["First", "Site", "Mail", "Opt"], leads), required=["first", "company"]
+    )
+    assert sent_params(batch) == [{"first": "Ada", "company": "x.example"}, None, None]
+    assert batch.statuses == [None, RowStatus.INVALID, RowStatus.INVALID]
+    assert batch.errors == [None, "company is empty (Site, Mail)", "first is empty (First)"]
+    assert [fingerprint is None for fingerprint in batch.fingerprints] == [False, True, True]
+    assert [wanted.position for wanted in batch.requests()] == [0]
+
+
+def test_row_without_params_is_invalid(tmp_path: Path) -> None:
+    """Even when nothing is required."""
+    batch = read_requests(open_rows(tmp_path, "params: {a: A}\n", ["A", "B"], [["", "x"]]))
+    assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["no param has a value"])
+
+
+@in_turn("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
+def test_email_param(tmp_path: Path, good: str) -> None:
+    """The check is a coarse one: only the API knows which exist."""
+    batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
+    assert sent_params(batch) == [{"email": good.strip()}]
+
+
+@in_turn("bad", ["ada", "ada@x", "@x.example", "ada@", "a b@x.example", "a@b@c.d", "a@b.c,d@e.f g", "a@b .c"])
+def test_malformed_email_is_invalid(tmp_path: Path, bad: str) -> None:
+    """It is not paid for, and the reason does not quote it."""
+    batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[bad]]), emails=["email"])
+    assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["email is no e-mail address (E)"])
+
+
+HEADER = ["Name", "Country", "Team Size", 'q"t', "a.b", "leads", "over"]
+LEADS = [
+    ["Ada", "DE", "5", "1", "x", "l", "o"],
+    ["Bob", "de", "", "2", "", "l", "o"],
+    ["Cyd", "", "70", "1", "x", "l", ""],
+    ["Dan", "AT", "n/a", "", "x", "l", ""],
+]
+
+
+@in_turn(
+    ("where", "kept"),
+    [
+        ("Country = 'DE'", "Ada"),
+        ("Country <> ''", "Ada Bob Dan"),
+        ("Country IN ('DE', 'AT')", "Ada Dan"),
+        ("Country NOT IN ('DE')", "Bob Cyd Dan"),
+        ("UPPER(Country) = 'DE' AND \"Team Size\" = ''", "Bob"),
+        ("Name LIKE 'A%' OR Name ILIKE 'b%'", "Ada Bob"),
+        ('TRY_CAST("Team Size" AS INT) > 4', "Ada Cyd"),
+        ('NOT TRY_CAST("Team Size" AS INT) > 5', "Ada"),
+        ("CASE WHEN Country = 'DE' THEN TRUE END", "Ada"),
+        ("Country = NULL", ""),
+        ("TRUE", "Ada Bob Cyd Dan"),
+        ("1 = 2", ""),
+        ('"q""t" = \'1\' AND "a.b" = \'x\'', "Ada Cyd"),
+        ("leads = 'l' AND \"over\" = 'o'", "Ada Bob"),
+        ("Country = 'it''s over' OR Name = 'Select'", ""),
+        ("Country = 'DE' -- the home market", "Ada"),
+        ("LENGTH(Name) BETWEEN 1 AND 3", "Ada Bob Cyd Dan"),
+    ],
+)
+def test_where_filters_rows(tmp_path: Path, where: str, kept: str) -> None:
+    """SQL over text: blanks are '', and where the answer is null the row is left out."""
+    job = f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n"
+    batch = read_requests(open_rows(tmp_path, job, HEADER, LEADS))
+    assert " ".join(params["name"] for params in sent_params(batch) if params) == kept
+    assert set(batch.statuses) <= {None, RowStatus.FILTERED}
+    assert batch.errors == [None] * 4
+
+
+@in_turn(
+    ("where", "message", "hint"),
+    [
+        ("Contry = 'DE'", "the input has no column `Contry`", "did you mean `Country`?"),
+        ("country = 'DE'", "the input has no column `country`", "did you mean `Country`?"),
+        ("Name = 'x' AND \"Team size\" = ''", "the input has no column `Team size`", "did you mean `Team Size`?"),
+        ("Country = 'DE' AND", "not a polars SQL expression over the columns", ""),
+        ("Country =", "not a polars SQL expression over the columns", ""),
+        ("NO_SUCH(Country)", "not a polars SQL expression over the columns: unsupported function", ""),
+        ("Country > 5", "not a polars SQL expression over the columns: cannot compare string", ""),
+        ("Country; DROP TABLE leads", "not a polars SQL expression over the columns", ""),
+        ("x.Country = 'DE'", "not a polars SQL expression over the columns", ""),
+        ("Name", "must say yes or no for each row by itself", "Country = 'DE'"),
+        ("LENGTH(Name)", "must say yes or no for each row by itself", ""),
+        ("NULL", "must say yes or no for each row by itself", ""),
+        ("COUNT(*) > 1", "must say yes or no for each row by itself", ""),
+        ("MAX(Name) = 'Dan'", "must say yes or no for each row by itself", ""),
+        ("MAX(Name) = Name", "must say yes or no for each row by itself", ""),
+        ("Name = 'Ada' OR COUNT(*) > 1", "must say yes or no for each row by itself", ""),
+        ("ROW_NUMBER() OVER (ORDER BY Name) = 1", "must say yes or no for each row by itself", ""),
+        ("Name IN (SELECT Name FROM leads)", "must say yes or no for each row by itself", ""),
+        ("Name = 'a') AS x, (Name = 'b'", "must say yes or no for each row by itself", ""),
+    ],
+)
+def test_invalid_where(tmp_path: Path, where: str, message: str, hint: str) -> None:
+    """Before anything is spent, with the line; what looks at other rows is refused, for rows come in batches."""
+    error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
+    assert error.message.startswith(f"{tmp_path / 'job.yaml'}:5: where: {message}")
+    assert "\n" not in error.message
+    assert hint in (error.hint or "")
+
+
+@in_turn(
+    "where",
+    ['CAST("Team Size" AS INT) > 4', "CAST(Name AS DATE) > '2024-01-01'", "STRPTIME(Name, '%Y') IS NULL"],
+)
+def test_where_error_hides_cell(tmp_path: Path, where: str) -> None:
+    """Cells are about persons; the hint says how to cast what may be blank."""
+    error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
+    assert "where: cannot be computed" in error.message
+    assert "TRY_CAST" in (error.hint or "")
+    result = error.message.replace(str(tmp_path), "")  # which has numbers, and may have those of a cell
+    assert not any(cell in result for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
+
+
+def test_only_if_empty(tmp_path: Path) -> None:
+    """All of them, outer blanks not counting; together with `where` both must hold."""
+    leads = [["a", "", ""], ["b", " \t", ""], ["c", "x", ""], ["d", "", "y"], ["e", "", ""]]
+    job = "params: {n: N}\nonly_if_empty: [E, P]\n"
+    batch = read_requests(open_rows(tmp_path, job, ["N", "E", "P"], leads))
+    assert [params and params["n"] for params in sent_params(batch)] == ["a", "b", None, None, "e"]
+    batch = read_requests(open_rows(tmp_path, job + "where: N <> 'a'\n", ["N", "E", "P"], leads))
+    assert [params and params["n"] for params in sent_params(batch)] == [None, "b", None, None, "e"]
+
+
+def test_filtered_rows_have_no_reason(tmp_path: Path) -> None:
+    """What the job leaves out needs no reason."""
+    batch = read_requests(
+        open_rows(tmp_path, "params: {a: A}\nonly_if_empty: [B]\n", ["A", "B"], [["", "x"]]), required=["a"]
+    )
+    assert (batch.statuses, batch.errors) == ([RowStatus.FILTERED], [None])
+
+
+@in_turn(
+    ("job", "where", "hint"),
+    [
+        ("params: {a: Firt Name}\n", "4: params.a", "did you mean `First Name`?"),
+        (
+            "params:\n  a: First Name\n  b: {column: [Email, e-mail], transform: [trim]}\n",
+            "6: params.b",
+            "did you mean `Email`?",
+        ),
+        (
+            "params: {a: First Name}\nonly_if_empty:\n  - Email\n  - Phone\n",
+            "7: only_if_empty.1",
+            "known: First Name, Email",
+        ),
+    ],
+)
+def test_unknown_column(tmp_path: Path, job: str, where: str, hint: str) -> None:
+    """With the line of the job file, the input file, and the nearest column."""
+    error = job_error(tmp_path, job, ["First Name", "Email"])
+    assert error.message.startswith(f"{tmp_path / 'job.yaml'}:{where}: the input has no column")
+    assert str(tmp_path / "leads.csv") in error.message
+    assert error.hint == hint
+
+
+@in_turn(("separator", "shown"), [(";", '";"'), ("\t", '"\\t"'), ("|", '"|"')])
+def test_separator_hint(tmp_path: Path, separator: str, shown: str) -> None:
+    """The commonest mistake has a hint that can be copied, and following it helps."""
+    (tmp_path / "leads.csv").write_text(separator.join(["Name", "Email"]) + "\n" + separator.join(["Ada", "x"]) + "\n")
+    path = tmp_path / "job.yaml"
+    text = "version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: Name}\n"
+    path.write_text(text)
+    with pytest.raises(JobError) as caught:
+        JobInput(load_job(path))
+    assert caught.value.hint == f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
+    path.write_text(text.replace("leads.csv", f"{{path: leads.csv, separator: {shown}}}"))
+    assert sent_params(read_requests(JobInput(load_job(path)))) == [{"a": "Ada"}]
+
+
+def test_unreadable_input(tmp_path: Path) -> None:
+    """It is no mistake of the job file, and nothing was spent."""
+    path = tmp_path / "job.yaml"
+    path.write_text("version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: A}\n")
+    with pytest.raises(CommandRefused, match="does not exist"):
+        JobInput(load_job(path))
+    (tmp_path / "leads.csv").write_text("A,B\n1,2\n3\n")
+    rows = JobInput(load_job(path))
+    with pytest.raises(CommandRefused, match=r"row 2 \(line 3\) has 1 cell"):
+        read_requests(rows)
+
+
+def test_new_column_clash(tmp_path: Path) -> None:
+    """A clash is told with the line; the status columns have their names for themselves."""
+    rows = open_rows(tmp_path, "params: {a: A}\ncolumns:\n  A: email\n  enrich_at: x\n", ["A"])
+    for name, message in [
+        ("A", "6: columns.A: the input has a column"),
+        ("enrich_at", "7: columns.enrich_at: this name is"),
+    ]:
+        with pytest.raises(JobError) as caught:
+            rows.check_new_columns(RequestTemplate(CALL, (), (), {name: "email"}, None))
+        assert f"job.yaml:{message}" in caught.value.message
+
+
+def test_status_columns_are_replaced(tmp_path: Path) -> None:
+    """An output may be the next input: what we added does not come back twice, and can still be read."""
+    header = ["enrich_status", "A", "enrich_credits", "enrich_at"]
+    job = "params: {a: A, status: enrich_status}\nwhere: enrich_status <> 'found'\n"
+    rows = open_rows(tmp_path, job, header, [["failed", "x", "1", "t"], ["found", "y", "1", "t"]])
+    batch = read_requests(rows)
+    assert rows.columns == batch.frame.columns == ["A"]
+    assert batch.frame.rows() == [("x",), ("y",)]
+    assert sent_params(batch) == [{"a": "x", "status": "failed"}, None]
+
+
+@in_turn(
+    "header",
+    [
+        ["^x$", "x", "xx"],
+        ["^.*$", "*", "."],
+        ["", "column_0", "column_1"],
+        ["wanted", "literal", "params"],
+        ["0", "1", "2"],
+        ['a"b', "a.b", " a "],
+        ["a\nb", "a,b", "a;b"],
+        ["Größe", "📧", "\u200b"],
+        ["a", "A", "\uff21"],
+        ["len", "index", "count"],
+    ],
+)
+def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
+    """Names are names and never patterns, and none is in the way of ours."""
+    job = as_yaml(params={"a": header[1], "wanted": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
+    leads = [["1", "2", ""], ["4", "5", "6"]]
+    batch = read_requests(open_rows(tmp_path, job, header, leads))
+    assert batch.frame.columns == header
+    assert batch.frame.rows() == [tuple(row) for row in leads]
+    assert sent_params(batch) == [{"a": "2", "literal": "c"}, None]
+
+
+@pytest.mark.long
+def test_positions_count_over_batches(tmp_path: Path) -> None:
+    """A position is a row's place in the file, whatever the batch."""
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
+    batches = list(rows.batches(RequestTemplate(CALL, (), (), {"new": "x"}, None)))
+    assert [(batch.first_position, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
+    assert [wanted.position for batch in batches for wanted in batch.requests()] == list(range(20_001))
+
+
+def test_changed_input_changes_stamp(tmp_path: Path) -> None:
+    """Replaced, appended to or gone: the answer must not be joined to other rows."""
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
+    before = rows.file_versions()
+    assert before == rows.file_versions()
+    with (tmp_path / "leads.csv").open("a") as file:
+        file.write("2\n")
+    assert rows.file_versions() != before
+    (tmp_path / "leads.csv").unlink()
+    assert rows.file_versions() is None
+
+
+# Fingerprints
+
+
+def fingerprints_of(
+    folder: Path, leads: Sequence[Sequence[str]], job: str = "params: {first: F, company: C}\n", call: Call = CALL
+) -> list[str]:
+    """Return the fingerprints of rows with the columns F, C and N."""
+    batch = read_requests(open_rows(folder, job, ["F", "C", "N"], leads), call)
+    return [fingerprint.hex() for fingerprint in batch.fingerprints if fingerprint]
+
+
+def test_fingerprints_never_change(tmp_path: Path) -> None:
+    """Every ledger in the world stands on these very bytes: another value here means that everybody pays again."""
+    assert fingerprints_of(tmp_path, [["Ada", "engine.example", ""]]) == ["13a2745522ca047efcb51bda5339965d"]
+    assert fingerprints_of(tmp_path, [["Zoë", "größe.example", ""]], call=Call("email_getter", (833,))) == [
+        "20d77e6ed2160a4654c9c6deb12bf693"
+    ]
+
+
+def test_fingerprint_depends_only_on_request(tmp_path: Path) -> None:
+    """Not of the row's place, its other columns, the order of the params, or how a cell is written."""
+    first, second, third = fingerprints_of(
+        tmp_path, [["Ada", "x.example", "1"], ["Bob", "x.example", "2"], [" Ada", "x.example ", "3"]]
+    )
+    assert first == third != second
+    assert fingerprints_of(
+        tmp_path, [["Ada", "x.example", "4"]], "params:\n  company: C\n  first: [N, F]\nwhere: N <> ''\n"
+    ) != [first]
+    assert fingerprints_of(
+        tmp_path, [["Ada", "x.example", "4"]], "params:\n  company: C\n  first: F\nwhere: N <> ''\n"
+    ) == [first]
+    assert fingerprints_of(tmp_path, [["Ada", "-", ""]], "params: {first: F, company: {value: x.example}}\n") == [first]
+    composed, decomposed = fingerprints_of(tmp_path, [["Zoë", "x", ""], ["Zoe\u0308", "x", ""]])
+    assert composed == decomposed
+
+
+def test_blank_param_not_in_fingerprint(tmp_path: Path) -> None:
+    """What is not sent is not in the name either."""
+    (without,) = fingerprints_of(tmp_path, [["Ada", "x", ""]], "params: {first: F, company: C, note: N}\n")
+    assert fingerprints_of(tmp_path, [["Ada", "x", ""]]) == [without]
+
+
+@in_turn(
+    "call",
+    [
+        Call("email_getter", (966, 833), 10),
+        Call("email_getter", (833,), 10),
+        Call("email_getter", (833, 966), 11),
+        Call("email_getter", (833, 966)),
+        Call("person_getter", (833, 966), 10),
+    ],
+)
+def test_fingerprint_depends_on_call(tmp_path: Path, call: Call) -> None:
+    """The waterfall, the providers in their order, the verifier: each changes what comes back."""
+    lead = ["Ada", "x.example", ""]
+    assert fingerprints_of(tmp_path, [lead], call=call) != fingerprints_of(tmp_path, [lead])
+
+
+def test_fingerprints_without_dedupe(tmp_path: Path) -> None:
+    """The first of equal rows is the shared one; the others are told apart by their place among them."""
+    job = "params: {first: F, company: C}\ndedupe: false\n"
+    ada, bob = ["Ada", "x", ""], ["Bob", "x", ""]
+    (shared_ada, shared_bob) = fingerprints_of(tmp_path, [ada, bob])
+    found = fingerprints_of(tmp_path, [ada, bob, ada, ada, bob], job)
+    assert (found[0], found[1]) == (shared_ada, shared_bob)
+    assert len(set(found)) == 5
+    again = fingerprints_of(tmp_path, [bob, ada, ada, ["Cyd", "x", ""], bob, ada], job)
+    assert [again[0], again[1], again[2], again[4], again[5]] == [found[1], found[0], found[2], found[4], found[3]]
+    rows = open_rows(tmp_path, job, ["F", "C", "N"], [ada, ada])
+    assert read_requests(rows).fingerprints == read_requests(rows).fingerprints
+
+
+CELL = st.text(alphabet="aA bB\u00e9e\u0301\u00a0\"\\{},:'\n", max_size=4) | st.text(
+    # Without what Python and Rust see differently: four separators, and what one of them does not know yet.
+    st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0\x1c\x1d\x1e\x1f"),
+    max_size=6,
+)
+
+
+def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
+    """Say what the contract says is sent."""
+    clean = {name: unicodedata.normalize("NFC", cell).strip() for name, cell in cells.items()}
+    return {name: value for name, value in clean.items() if value}
+
+
+@pytest.mark.long
+@given(leads=st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=8))
+@settings(deadline=None)
+def test_fingerprint_equality(tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]) -> None:
+    """No cell can be made so that two different questions share an answer, or one is paid twice."""
+    rows = open_rows(tmp_path_factory.getbasetemp(), "params: {a: A, ab: B, b: C}\n", ["A", "B", "C"], leads)
+    batch = read_requests(rows)
+    named = list(zip(sent_params(batch), batch.fingerprints, strict=True))
+    for params, fingerprint in named:
+        for other, other_fingerprint in named:
+            assert (params == other) == (fingerprint == other_fingerprint)
+    expected = [expected_params(dict(zip(["a", "ab", "b"], lead, strict=True))) for lead in leads]
+    assert [params or {} for params in sent_params(batch)] == expected
+
+
+def test_column_pattern_in_where(tmp_path: Path) -> None:
+    """A pattern for a column name in `where` is beyond polars' SQL: that is told, too."""
+    job = as_yaml(params={"a": "x"}, where="\"^x.*$\" = 'p'")
+    with pytest.raises(JobError, match="where: not a polars SQL expression over the columns"):
+        open_rows(tmp_path, job, ["^x.*$", "x", "xy"], [["p", "q", "r"]])

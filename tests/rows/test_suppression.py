@@ -1,0 +1,148 @@
+"""`suppress`: who is listed is never sent, however the row names them."""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused
+from enrich.rows.suppression import Suppression, read_suppression
+from enrich.run.context import RunOptions
+from tests.support.cases import in_turn
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
+
+HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def read_list(folder: Path, text: str) -> Suppression:
+    """Read a list."""
+    path = folder / "never.txt"
+    path.write_text(text, encoding="utf-8")
+    return read_suppression(path)
+
+
+def is_suppressed(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
+    """Tell whether a row is suppressed that is asked with its website, and has a note."""
+    (answer,) = suppression.suppressed_rows(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
+    return bool(answer)
+
+
+ADDRESS = "Jane.Doe@acme.example"
+DOMAIN = "acme.example"
+
+
+@in_turn(
+    ("entry", "website", "note", "expected"),
+    [
+        (ADDRESS, "", "jane.doe@ACME.example", True),
+        (ADDRESS, "", " JANE.DOE@acme.example ", True),
+        (ADDRESS, "", "Jane Doe <jane.doe@acme.example>; bob@b.example", True),
+        (ADDRESS, "mailto:jane.doe@acme.example?subject=x", "", True),
+        (ADDRESS, "", "ask jane.doe@acme.example.", True),
+        (ADDRESS, "", "write to jane.doe@acme.example! (*jane.doe@acme.example*)", True),
+        (ADDRESS, "", "\u2068jane.doe@acme.example\u2069", True),
+        (DOMAIN, "", "jane.doe@acme.example\u200b", True),
+        (ADDRESS, "", "mary-jane.doe@acme.example", False),
+        (ADDRESS, "acme.example", "john@acme.example", False),
+        (DOMAIN, "https://www.Acme.example/team", "", True),
+        (DOMAIN, "shop.eu.acme.example", "", True),
+        (DOMAIN, "ACME.EXAMPLE.", "", True),
+        (DOMAIN, "notacme.example", "", False),
+        (DOMAIN, "acme.example.org", "", False),
+        (DOMAIN, "", "bob@mail.acme.example", True),
+        (DOMAIN, "", "acme.example", False),  # in a cell that is not asked with
+        ("shop.acme.example", "acme.example", "", False),
+        ("@acme.example", "acme.example", "", True),
+        ("*@acme.example", "", "bob@acme.example", True),
+        ("*.acme.example", "shop.acme.example", "", True),
+        ("https://www.acme.example/", "acme.example", "", True),
+        ("  ACME.example   # since May", "acme.example", "", True),
+        ("m\u00fcnchen.example", "http://mu\u0308nchen.example", "", True),
+        ("mu\u0308nchen.example", "http://M\u00dcNCHEN.example", "", True),
+    ],
+)
+def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, *, expected: bool) -> None:
+    """An address in any cell; a domain and what is below it where it is asked with, and all addresses at it."""
+    assert is_suppressed(read_list(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
+
+
+@in_turn(
+    "line",
+    ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
+)
+def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
+    """It is named with its file and line: a list that is misread must not be a list that is ignored."""
+    with pytest.raises(CommandRefused, match=r"never\.txt: line 2 is neither"):
+        read_list(tmp_path, f"acme.example\n{line}\n")
+
+
+def test_unreadable_suppression_list(api: SandboxApi, workspace: Workspace) -> None:
+    """Missing, a folder, no text: nobody is asked about."""
+    workspace.write_job(suppress="never.txt")
+    workspace.write_leads(make_leads(1))
+    path = workspace.folder / "never.txt"
+    message = [workspace.run_in_process("run", "job.yaml", api=api)]
+    path.mkdir()
+    message.append(workspace.run_in_process("run", "job.yaml", api=api))
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe\x00")
+    message.append(workspace.run_in_process("plan", "job.yaml", api=api))
+
+    assert [(done.exit_code, "never.txt" in done.stderr) for done in message] == [(5, True)] * 3
+    assert api.audit()["accepted"] == 0
+
+
+NAMES = st.text(string.ascii_lowercase, min_size=1, max_size=3)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=4), st.lists(NAMES, min_size=1, max_size=4), st.integers())
+def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: int) -> None:
+    """And nothing else, in whatever case."""
+    domain, host = ".".join([*listed_, "example"]), ".".join([*asked, "example"])
+    chance = random.Random(seed)
+    written = "".join(chance.choice((letter, letter.upper())) for letter in host)
+    expected = f".{host}".endswith(f".{domain}")
+
+    suppression = Suppression(frozenset(), frozenset({domain}))
+
+    assert is_suppressed(suppression, website=f"https://{written}/x") is expected
+    assert is_suppressed(suppression, note=f"someone@{written}") is expected
+
+
+def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> None:
+    """Their rows say so, in the output and in the plan; a lead that waited in the queue is taken out of it."""
+    workspace.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(make_leads(4))])
+    workspace.run_job(api, RunOptions(limit=1))
+    (workspace.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
+    workspace.write_job(suppress="never.txt")
+
+    workspace.run_job(api)
+
+    assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"First0", "First3"}
+    assert [(row["enrich_status"], row["enrich_error"]) for row in workspace.read_output()[1:3]] == [
+        ("filtered", "suppressed: listed as never to be sent")
+    ] * 2
+
+
+def test_suppressed_constant_param(api: SandboxApi, workspace: Workspace) -> None:
+    """When the company that all rows are asked with is listed, nothing is sent."""
+    params = "{first_name: First Name, last_name: Last Name, company: {value: www.acme.example}}"
+    workspace.write_job(params=params, suppress="never.txt")
+    (workspace.folder / "never.txt").write_text("acme.example\n")
+    workspace.write_leads(make_leads(3))
+
+    summary = workspace.run_job(api)
+
+    assert (summary.filtered, summary.submitted, api.audit()["accepted"]) == (3, 0, 0)

@@ -1,0 +1,225 @@
+"""The canary: the first answers are judged before the rest is bought."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from enrich.exit_codes import ExitCode
+from enrich.job.spec import Canary
+from enrich.models import State
+from enrich.run.budget import check_canary
+from enrich.run.context import RunOptions
+from enrich.sandbox.databar import Databar
+from enrich.sandbox.questions import Refused
+from tests.support.cases import first_quick, in_turn
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    Workspace,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
+
+LEADS = 30
+CANARY_YAML = "{rows: 6, min_hit_rate: 0.5}"
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+@pytest.fixture
+def canary_workspace(workspace: Workspace) -> Workspace:
+    """Make an office whose job has a canary of six."""
+    workspace.write_job(canary=CANARY_YAML)
+    workspace.write_leads(make_leads(LEADS))
+    return workspace
+
+
+def test_good_canary_continues(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Nobody notices a canary that lives."""
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run_job(api)
+    assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, LEADS)
+
+
+def test_bad_canary_stops_run(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Exit 15 with what was seen; only the first were paid, the rest is pending, the old output stays."""
+    (canary_workspace.folder / "out.csv").write_text("of yesterday\n")
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        result = canary_workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert api.audit()["accepted"] == 6
+
+    assert (result.exit_code, result.json_output["submitted"], result.json_output["pending"]) == (15, 6, LEADS - 6)
+    assert "0 of 6 answers found something (0%), at least 50% were wished for; 6 not_found" in result.stderr
+    assert (canary_workspace.folder / "out.csv").read_text() == "of yesterday\n"
+
+
+def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """What was asked stays answered; each start risks no more than the canary's rows."""
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        runs = [canary_workspace.run_job(api) for _ in range(3)]
+        assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (18, 0)
+    assert [(night.exit_code, night.submitted, night.reused) for night in runs] == [
+        (15, 6, 0),
+        (15, 6, 6),
+        (15, 6, 12),
+    ]
+
+
+@pytest.mark.parametrize(("leads", "limit"), first_quick(1, [(5, None), (6, None), (LEADS, 4), (LEADS, 6)]))
+def test_canary_skipped_for_small_runs(
+    tmp_path: Path, canary_workspace: Workspace, leads: int, limit: int | None
+) -> None:
+    """There is no rest to protect."""
+    canary_workspace.write_leads(make_leads(leads))
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        summary = canary_workspace.run_job(api, RunOptions(limit=limit))
+    assert (summary.exit_code, summary.submitted) == (0, limit or leads)
+
+
+def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """The canary's rows are among those that the limit allows."""
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run_job(api, RunOptions(limit=10))
+        assert api.audit()["accepted"] == 10
+    assert (summary.exit_code, summary.submitted, summary.pending) == (0, 10, LEADS - 10)
+
+
+@pytest.mark.long
+def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """An API that fails every task is asked six times, although each of them could be asked again."""
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
+        summary = canary_workspace.run_job(api)
+        assert api.audit()["accepted"] == 6
+    assert (summary.exit_code, summary.submitted, summary.pending) == (15, 6, LEADS)
+
+
+@pytest.mark.long
+def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """When nothing is known of the first, nothing more is risked."""
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.inject_fault("error-after", 100)
+        summary = canary_workspace.run_job(api)
+        assert api.audit()["accepted"] == 6
+    assert (summary.exit_code, summary.in_doubt) == (15, 6)
+    assert "no answer came" in str(summary.error)
+
+
+@pytest.mark.long
+def test_canary_counts_rejected_rows(
+    tmp_path: Path, canary_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapping that every row is refused for is noticed after six, not after all."""
+
+    def refuse(*_: object) -> str:
+        raise Refused({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
+
+    monkeypatch.setattr(Databar, "submit", refuse)
+    with serve_api(tmp_path / "api.db") as api:
+        summary = canary_workspace.run_job(api)
+        assert api.audit()["requests"]["run"] == 6
+    assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
+
+
+@pytest.mark.long
+def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Beyond the patience nothing was seen: exit 15, and the next run collects what was bought."""
+    canary_workspace.write_job(canary=CANARY_YAML, policy="{patience: 1s}")
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
+        summary = canary_workspace.run_job(api)
+        assert (summary.exit_code, summary.submitted) == (15, 6)
+        api.advance(120)
+        canary_workspace.write_leads(make_leads(6))
+        assert canary_workspace.run_job(api).found == 6
+        assert api.audit()["accepted"] == 6
+
+
+@pytest.mark.long
+def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """A 429 is no answer about a lead."""
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        api.inject_fault("rate-limit", 5, "post", retry_after=0)
+        summary = canary_workspace.run_job(api)
+        assert api.audit()["accepted"] == 6
+    assert (summary.exit_code, summary.submitted) == (15, 6)
+
+
+@pytest.mark.long
+def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Who ran out of credits among the first is told that."""
+    canary_workspace.write_job(canary=CANARY_YAML, limits="{requests_per_second: 1000, max_credits: 4, in_flight: 1}")
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        summary = canary_workspace.run_job(api)
+        assert api.audit()["credits_charged"] <= 4
+    assert summary.exit_code == ExitCode.CREDITS
+    assert summary.submitted < 6
+
+
+@pytest.mark.long
+def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Kill -9 in the middle of the canary: the next start collects its answers and judges six of its own."""
+    with serve_api(tmp_path / "api.db", hit_rate=0.0, latency="fixed(60)") as api:
+        process = canary_workspace.start_subprocess("run", "job.yaml", api=api)
+        try:
+            wait_until(lambda: api.audit()["accepted"] == 6)
+        finally:
+            kill_process(process)
+        api.advance(120)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        summary = canary_workspace.run_job(api)
+        assert (summary.exit_code, summary.submitted) == (15, 6)
+        assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (12, 0)
+
+
+@in_turn("of", [7, 20, 100])
+def test_hit_rate_threshold_is_inclusive(of: int) -> None:
+    """11 of 20 are 55 %, however a computer writes 0.55."""
+    for found in range(1, of + 1):
+        canary = Canary(rows=of, min_hit_rate=found / of)
+        assert check_canary(canary, {State.FOUND: found, State.NOT_FOUND: of - found}) is None
+        assert check_canary(canary, {State.FOUND: found - 1, State.NOT_FOUND: of - found + 1}) is not None
+
+
+@pytest.mark.long
+def test_canary_excludes_refreshes(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
+    with serve_api(tmp_path / "api.db", hit_rate=0.5) as api:
+        canary_workspace.write_job(ledger="scout.db", output="scout.csv")
+        canary_workspace.run_job(api)
+        found = {
+            row["Last Name"] for row in canary_workspace.read_output("scout.csv") if row["enrich_status"] == "found"
+        }
+        misses = [row for row in make_leads(LEADS) if row[1] not in found]
+        hits = [row for row in make_leads(LEADS) if row[1] in found]
+        assert min(len(misses), len(hits)) > 6
+        canary_workspace.write_leads(misses)
+        canary_workspace.write_job()
+        assert canary_workspace.run_job(api).not_found == len(misses)
+
+        canary_workspace.write_leads([*misses, *hits])
+        canary_workspace.write_job(canary=CANARY_YAML, policy="{refresh: {not_found: 0s}}")
+        summary = canary_workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, len(hits))
+
+
+@pytest.mark.long
+def test_canary_uses_new_leads_only(tmp_path: Path, canary_workspace: Workspace) -> None:
+    """Due answers that come back do not hide that the new leads find nothing."""
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        canary_workspace.write_job()
+        canary_workspace.run_job(api)
+    canary_workspace.write_leads([*make_leads(LEADS), *make_leads(10, start=LEADS)])
+    canary_workspace.write_job(canary=CANARY_YAML, policy="{refresh: {found: 0s}}")
+
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        stopped = canary_workspace.run_job(api)
+
+    assert (stopped.exit_code, stopped.submitted) == (15, 6)
+    assert "0 of 6 answers" in (stopped.error or "")

@@ -1,0 +1,566 @@
+"""`enrich plan`: what it says is what a run then does, and looking costs nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
+from enrich.job.job import load_job
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.lock import lock_ledger
+from enrich.models import DECISIONS_TO_SEND, Decision, State
+from enrich.run.context import RunOptions
+from enrich.run.plan import Plan, make_plan
+from enrich.run.plan_file import SavedPlan, read_plan, write_plan
+from tests.support.cases import examples
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    FILE_ONLY,
+    ProgramResult,
+    SandboxApi,
+    Workspace,
+    make_leads,
+    serve_api,
+)
+
+#: What one request of the standard job may cost at worst, in credits.
+MAX_PRICE = 3.51
+PAID_DECISIONS = {decision.value for decision in DECISIONS_TO_SEND}
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Ask the same of a ledger in a file and on a server."""
+    return str(request.param)
+
+
+def plan_in_process(
+    workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
+) -> Plan:
+    """Make a plan in this process."""
+    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[0]
+
+
+def saved_plan(
+    workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
+) -> SavedPlan:
+    """Make a plan to be kept to."""
+    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[1]
+
+
+def run_plan_command(workspace: Workspace, api: SandboxApi, *arguments: str) -> ProgramResult:
+    """Run `enrich plan` on the job."""
+    return workspace.run_in_process("plan", "job.yaml", *arguments, api=api)
+
+
+def read_decisions(path: Path) -> list[dict[str, str]]:
+    """Read what `--rows` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def accepted_counts(api: SandboxApi) -> dict[str, int]:
+    """Count the accepted runs by the question, which the first name tells."""
+    return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
+
+
+def alter_ledger(workspace: Workspace, sql: str) -> None:
+    """Change the ledger behind the program's back."""
+    workspace.sql(sql)
+
+
+# What a run does is what the plan said
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """Some leads by number (None: one that can't be asked), what happened before, and what is wished for now."""
+
+    leads: list[int | None]
+    history: list[tuple[str, int]] = field(default_factory=list)
+    options: RunOptions = field(default_factory=RunOptions)
+    job: dict[str, str] = field(default_factory=dict)
+
+
+CASES = st.builds(
+    PlanCase,
+    leads=st.lists(st.one_of(st.integers(0, 9), st.none()), max_size=14),
+    history=st.lists(
+        st.tuples(st.sampled_from(["limit", "sample", "doubt", "age", "submitting"]), st.integers(1, 4)), max_size=3
+    ),
+    options=st.builds(
+        RunOptions,
+        limit=st.one_of(st.none(), st.integers(0, 6)),
+        sample=st.one_of(st.none(), st.integers(1, 6), st.just(10**12)),
+        seed=st.integers(0, 3),
+        retry=st.frozensets(st.sampled_from([State.FAILED, State.IN_DOUBT])),
+    ),
+    job=st.fixed_dictionaries(
+        {},
+        optional={
+            "caps": st.sampled_from(["{by: Note, max: 1}", "{by: company, max: 2}"]),
+            "order_by": st.just("[Note, Website]"),
+            "where": st.just("Note <> 'g2'"),
+            "policy": st.just("{refresh: {found: 5d, not_found: 3d}}"),
+            "canary": st.just("{rows: 100, min_hit_rate: 1}"),
+        },
+    ),
+)
+
+
+@contextmanager
+def make_history(api: SandboxApi, case: PlanCase, number: int) -> Iterator[Workspace]:
+    """Set the scene: an office in which all this has happened; `number` keeps the leads of cases apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder))
+        workspace.write_leads([make_lead(number, each) for each in case.leads])
+        for what, count in case.history:
+            workspace.write_job()
+            if what == "doubt":
+                api.inject_fault("error-after", count)
+                workspace.run_job(api, RunOptions(limit=count))
+                api.clear_faults()
+            elif what in ("limit", "sample"):
+                workspace.run_job(api, RunOptions(limit=count) if what == "limit" else RunOptions(sample=count))
+            elif ledger_exists(workspace.ledger_location):
+                alter_ledger(workspace, HISTORY[what].format(count=count))
+        workspace.write_job(**case.job)
+        yield workspace
+
+
+HISTORY = {
+    "age": "UPDATE attempts SET settled_ms = settled_ms - 345600000 WHERE id % 3 <> {count} % 3",
+    # As a kill -9 leaves it: the intent is on disk, the POST on the wire.
+    "submitting": "UPDATE attempts SET state = 'submitting', settled_ms = NULL WHERE state = 'in_doubt' "
+    "AND id = (SELECT attempt_id FROM requests WHERE attempt_id = attempts.id AND state = 'in_doubt')",
+}
+
+
+def make_lead(case: int, number: int | None) -> list[str]:
+    """Make a row; half of the companies are shared by two leads."""
+    if number is None:
+        return ["Nobody", "", "https://nobody.example", "", "g0"]
+    return [f"P{case}x{number}", "Lead", f"https://c{number // 2}.example", "", f"g{number % 4}"]
+
+
+@pytest.fixture(scope="module")
+def mixed_api() -> Iterator[SandboxApi]:
+    """Serve an API that finds, misses and fails."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve_api(Path(folder) / "api.db", failure_rate=0.2, free_failures=0.0, hit_rate=0.6) as api,
+    ):
+        yield api
+
+
+_case_numbers = iter(range(10**6))
+
+
+@pytest.mark.long
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES, frozen=st.booleans())
+def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool) -> None:
+    """For any input and any past: the same rows, the same requests, no more credits than at most."""
+    with make_history(mixed_api, case, next(_case_numbers)) as workspace:
+        message, kept = make_plan(
+            load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
+        )
+        rows = read_decisions(workspace.folder / "rows.csv")
+        before, spent = accepted_counts(mixed_api), mixed_api.audit()["credits_charged"]
+        assert (message.rows, len(rows)) == (len(case.leads), len(case.leads))
+
+        summary = workspace.run_job(mixed_api, RunOptions(plan=kept) if frozen else case.options)
+
+        now = accepted_counts(mixed_api)
+        assert {name for name in now if now[name] != before.get(name, 0)} == {
+            row["First Name"] for row in rows if row["plan_decision"] in PAID_DECISIONS
+        }
+        assert sum(now.values()) - sum(before.values()) == message.to_submit == summary.submitted
+        assert (summary.rows, summary.requests) == (message.rows, message.requests)
+        assert message.cost.maximum is not None
+        assert mixed_api.audit()["credits_charged"] - spent <= message.cost.maximum + 1e-9
+        capped = sum(row["plan_decision"] == "capped" for row in rows)
+        shown = [row for row in workspace.read_output() if row["enrich_error"].startswith("capped")]
+        assert capped <= len(shown) == sum(row["enrich_status"] == "filtered" for row in shown)
+        if frozen:
+            assert workspace.run_job(mixed_api, RunOptions(plan=kept)).submitted == 0
+        written = (workspace.folder / "out.csv").read_bytes()
+        assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
+        assert (workspace.folder / "out.csv").read_bytes() == written
+
+
+@pytest.mark.long
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES)
+def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> None:
+    """Started again it asks what is left of the plan: in all the very requests that it named, each once."""
+    with make_history(mixed_api, case, next(_case_numbers)) as workspace:
+        message, kept = make_plan(
+            load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
+        )
+        before = accepted_counts(mixed_api)
+        mixed_api.inject_fault("no-credits", 1, "post")
+        runs = [workspace.run_job(mixed_api, RunOptions(plan=kept))]
+        mixed_api.clear_faults()
+        runs += [workspace.run_job(mixed_api, RunOptions(plan=kept)) for _ in range(2)]
+
+        now = accepted_counts(mixed_api)
+        assert {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)} == {
+            row["First Name"]: 1
+            for row in read_decisions(workspace.folder / "rows.csv")
+            if row["plan_decision"] in PAID_DECISIONS
+        }
+        assert sum(night.submitted for night in runs) == message.to_submit
+        assert runs[2].submitted == 0
+
+
+# Why a row is or isn't paid for
+
+
+def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """New, answered, duplicate, invalid with its param, filtered by what, beyond the limit."""
+    workspace.write_job(where="Note <> 'no'", suppress="never.txt")
+    (workspace.folder / "never.txt").write_text("company3.example\n")
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    old, other, gone, kept, late = make_leads(5)
+    unnamed = ["", "Last", "https://company9.example", "", ""]
+    workspace.write_leads([old, other, [*other[:4], "again"], unnamed, [*gone[:4], "no"], kept, late])
+
+    result = run_plan_command(workspace, api, "--rows", "rows.csv", "--limit", "1")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    decided = read_decisions(workspace.folder / "rows.csv")
+    assert [(row["plan_decision"], row["plan_why"], row["plan_same_as_row"]) for row in decided] == [
+        (decided[0]["plan_decision"], decided[0]["plan_why"], ""),
+        ("new", "never answered", ""),
+        ("duplicate", "asks what an earlier row asks: new", "2"),
+        ("invalid", "first_name is empty (First Name)", ""),
+        ("filtered", "left out by where", ""),
+        ("filtered", "suppressed: listed as never to be sent", ""),
+        ("over_limit", "beyond --limit", ""),
+    ]
+    assert decided[0]["plan_why"].startswith("answered before")
+    assert float(decided[0]["plan_age_days"]) < 1
+    assert decided[0]["plan_answered_at"].endswith("Z")
+
+
+def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
+    """A file that `--rows` wrote can be planned again."""
+    workspace.write_leads(make_leads(2))
+    run_plan_command(workspace, api, "--rows", "rows.csv")
+
+    result = run_plan_command(workspace, api, "--input", "rows.csv", "--rows", "again.csv")
+
+    assert result.exit_code == 0, result.stderr
+    assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
+
+
+@FILE_ONLY
+def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Workspace) -> None:
+    """Nor a ledger: exit 2, and the files stay."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+    for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
+        before = path.read_bytes()
+        assert run_plan_command(workspace, api, "--rows", str(path)).exit_code == 2
+        assert path.read_bytes() == before
+
+
+def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
+    """A task of an earlier run is collected; it is kept out of what the cap has room for."""
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 10}")
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        workspace.write_leads(make_leads(4))
+        made_plan = plan_in_process(workspace, api)
+
+    assert made_plan.decisions[Decision.WAITING] == 1
+    assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 has room for one at its worst price
+
+
+# What it says
+
+
+def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
+    """Counts, cost, balance, what the cap allows and the time at the set rate."""
+    workspace.write_job(limits="{requests_per_second: 10, max_credits: 8}")
+    workspace.write_leads(make_leads(4))
+
+    output = run_plan_command(workspace, api, "--json").json_output
+
+    assert (output["rows"], output["requests"], output["to_submit"], output["exit_code"]) == (4, 4, 4, 0)
+    assert output["cost"] == {"min": 0.0, "likely": None, "max": 4 * MAX_PRICE}
+    assert (output["balance"], output["max_credits"], output["cap_allows"]) == (10_000, 8, 2)
+    assert output["seconds"] == 1.0  # four requests and six polls, at ten a second
+
+
+def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None:
+    """The ledger's own credits per request, times what would be sent."""
+    workspace.write_leads(make_leads(12))
+    summary = workspace.run_job(api)
+    workspace.write_leads(make_leads(20))
+
+    made_plan = plan_in_process(workspace, api)
+
+    assert made_plan.to_submit == 8
+    assert made_plan.cost.likely == pytest.approx(summary.credits_spent / 12 * 8, abs=1e-5)
+
+
+def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cost and cap are null, and unknown in words; with a cap the plan is refused as the run would be."""
+    workspace.write_leads(make_leads(2))
+    monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
+
+    output = run_plan_command(workspace, api, "--json").json_output
+
+    assert (output["to_submit"], output["cost"]["max"], output["cap_allows"], output["worst_price"]) == (
+        2,
+        None,
+        None,
+        None,
+    )
+    assert "0.00 to an unknown number of credits" in run_plan_command(workspace, api).stdout
+    assert run_plan_command(workspace, api, "--max-credits", "5").exit_code == CommandRefused.exit_code
+
+
+def test_plan_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
+    """With `dedupe: false` equal rows are paid for each, and each has its own decision."""
+    workspace.write_job(dedupe="false")
+    workspace.write_leads(make_leads(2) * 3)
+    workspace.run_job(api, RunOptions(limit=3))
+
+    made_plan, kept = make_plan(
+        load_job(workspace.job_file), api.access, RunOptions(limit=2), workspace.folder / "rows.csv"
+    )
+    summary = workspace.run_job(api, RunOptions(plan=kept))
+
+    assert (made_plan.requests, made_plan.to_submit, summary.submitted) == (6, 2, 2)
+    rows = [row["plan_decision"] for row in read_decisions(workspace.folder / "rows.csv")]
+    assert rows[3:] == ["new", "new", "over_limit"]
+    assert set(rows[:3]) <= {"found", "not_found"}
+
+
+def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
+    """No POST, no ledger, no lock, no output."""
+    workspace.write_leads(make_leads(3))
+
+    result = run_plan_command(workspace, api)
+
+    assert result.exit_code == 0
+    assert "3 would be sent" in result.stdout
+    assert sorted(path.name for path in workspace.folder.iterdir()) == ["job.yaml", "leads.csv"]
+    assert api.audit()["accepted"] == 0
+
+
+@FILE_ONLY
+def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> None:
+    """Looking leaves every byte of it as it was."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_job(api, RunOptions(limit=1))
+    before = workspace.ledger_path.read_bytes()
+
+    run_plan_command(workspace, api, "--rows", "rows.csv", "-o", "night.plan")
+
+    assert workspace.ledger_path.read_bytes() == before
+
+
+def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
+    """The lock is the run's; the plan says that it may be overtaken, and none can be frozen."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_job(api, RunOptions(limit=1))
+    with lock_ledger(workspace.ledger_location, 0):
+        result = run_plan_command(workspace, api)
+        frozen = run_plan_command(workspace, api, "-o", "night.plan")
+
+    assert (result.exit_code, "a run is at work" in result.stdout, "2 would be sent" in result.stdout) == (
+        0,
+        True,
+        True,
+    )
+    assert frozen.exit_code == LedgerLocked.exit_code
+    assert not (workspace.folder / "night.plan").exists()
+
+
+@FILE_ONLY
+def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> None:
+    """It is not migrated by a look, and the hint says what does it without asking anything."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    alter_ledger(workspace, "PRAGMA user_version = 0")
+
+    result = run_plan_command(workspace, api)
+
+    assert result.exit_code == CommandRefused.exit_code
+    assert "older version" in result.stderr
+    assert "--limit 0" in result.stderr
+
+
+def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
+    """The plan is shown all the same, with what a run would say."""
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", balance=2.0) as api:
+        result = run_plan_command(workspace, api)
+    assert result.exit_code == 0
+    assert "a run would be refused: the balance is 2 credits" in result.stdout
+
+
+# Frozen plans
+
+
+def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
+    """Freeze a plan; return its name."""
+    result = run_plan_command(workspace, api, "-o", "night.plan", *arguments)
+    assert result.exit_code == 0, result.stderr
+    return "night.plan"
+
+
+@pytest.mark.long
+def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
+    """The second time nothing is left of it; the file is readable by its owner only."""
+    workspace.write_leads(make_leads(9))
+    name = save_plan(workspace, api, "--limit", "4")
+
+    runs = [
+        workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api).json_output for _ in range(2)
+    ]
+
+    assert [(night["exit_code"], night["submitted"], night["pending"]) for night in runs] == [(0, 4, 5), (0, 0, 5)]
+    assert (workspace.folder / name).stat().st_mode & 0o777 == 0o600
+
+
+CHANGES: dict[str, Any] = {
+    "the input": lambda office: office.write_leads(make_leads(8)),
+    "the job file, or the options": lambda office: office.write_job(suppress="never.txt", where="Note <> 'x'"),
+    "the providers": lambda office: alter_ledger(office, "UPDATE waterfalls SET providers = '[833]'"),
+    "the list of `suppress`": lambda office: (office.folder / "never.txt").write_text("other.example\n"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace, what: str) -> None:
+    """The input, the job, the providers, the list of those never sent: exit 5, named, nothing sent."""
+    workspace.write_job(suppress="never.txt")
+    (workspace.folder / "never.txt").write_text("gone.example\n")
+    workspace.write_leads(make_leads(9))
+    workspace.run_job(api, RunOptions(limit=0))
+    name = save_plan(workspace, api)
+    CHANGES[what](workspace)
+
+    result = workspace.run_in_process("run", "job.yaml", "--plan", name, api=api)
+
+    assert result.exit_code == CommandRefused.exit_code
+    assert f"{what} changed since the plan was made" in result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Workspace) -> None:
+    """What would cost other than it said is not bought."""
+    workspace.write_leads(make_leads(2))
+    made_plan = saved_plan(workspace, api)
+    first, *others = made_plan.ground.providers
+    dearer = [first.model_copy(update={"price": 1}), *others]
+    ground = made_plan.ground.model_copy(update={"providers": dearer})
+
+    summary = workspace.run_job(api, RunOptions(plan=made_plan.model_copy(update={"ground": ground})))
+
+    assert (summary.exit_code, summary.submitted) == (5, 0)
+    assert str(summary.error).startswith("the prices changed")
+
+
+def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> None:
+    """What is at the API from the first start counts once: the second asks all that is left."""
+    workspace.write_leads(make_leads(6))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        made_plan = saved_plan(workspace, api)
+        first = workspace.run_job(api, RunOptions(limit=3, max_time_s=2.0))
+        api.advance(90)
+    with serve_api(tmp_path / "api.db", latency="fixed(0)") as api:
+        summary = workspace.run_job(api, RunOptions(plan=made_plan))
+        assert (summary.exit_code, summary.submitted, summary.pending) == (0, 6 - first.submitted, 0)
+        assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (6, 0)
+
+
+def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
+    """With `--max-credits` frozen, the run keeps to it, whatever the job says."""
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 500}")
+    workspace.write_leads(make_leads(6))
+    name = save_plan(workspace, api, "--max-credits", "3")
+
+    result = workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api)
+
+    assert (result.exit_code, result.json_output["submitted"]) == (12, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
+def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
+    """Options that would choose otherwise are refused."""
+    workspace.write_leads(make_leads(2))
+    result = workspace.run_in_process("run", "job.yaml", "--plan", save_plan(workspace, api), *option, api=api)
+    assert (result.exit_code, "--plan has its own" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": 2}', "First Name\nÅ\n"])
+def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) -> None:
+    """It is named; no traceback."""
+    workspace.write_leads(make_leads(1))
+    (workspace.folder / "night.plan").write_text(content)
+
+    result = workspace.run_in_process("run", "job.yaml", "--plan", "night.plan", api=api)
+
+    assert (result.exit_code, "no plan of this version" in result.stderr) == (JobError.exit_code, True)
+
+
+@pytest.mark.long
+@FILE_ONLY
+def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
+    """`-o` with the name of the input, the job or the ledger destroys nothing."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+    for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
+        before = path.read_bytes()
+        result = run_plan_command(workspace, api, "-o", str(path))
+        assert (result.exit_code, "no plan" in result.stderr) == (2, True), result.stderr
+        assert path.read_bytes() == before
+    save_plan(workspace, api)
+    save_plan(workspace, api)
+
+
+def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
+    """What is read is what was written."""
+    workspace.write_leads(make_leads(2))
+    made_plan = saved_plan(workspace, api, RunOptions(sample=1, seed=7, retry=frozenset({State.FAILED})))
+    path = workspace.folder / "night.plan"
+
+    write_plan(path, made_plan)
+
+    assert read_plan(path) == made_plan
+    assert "First0" not in path.read_text()
+    assert json.loads(path.read_text())["version"] == 1
+    with pytest.raises(EnrichError):
+        write_plan(workspace.folder / "missing" / "night.plan", made_plan)
+
+
+def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -> None:
+    """A device or a pipe that is named by mistake stays what it is."""
+    workspace.write_leads(make_leads(1))
+    os.mkfifo(workspace.folder / "pipe.csv")
+    for words in (("-o", "pipe.csv"), ("--rows", "pipe.csv")):
+        result = run_plan_command(workspace, api, *words)
+        assert (result.exit_code, "it is no file" in result.stderr) == (5, True)
+    assert (workspace.folder / "pipe.csv").is_fifo()

@@ -1,0 +1,428 @@
+"""The poller: every answer is brought in time, none is made up, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from enrich.databar.clock import SystemClock
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
+from enrich.ledger.ledger import Ledger
+from enrich.models import MICROS_PER_CREDIT, State
+from enrich.run.poll_schedule import PollCost, PollSchedule
+from enrich.run.state import RunState, Timeouts
+from enrich.sandbox.faults import Fault
+from tests.support.run_loops import LoopHarness, open_loops, wait_until
+from tests.support.workspace import ILL, SHORT_TIMEOUTS, SandboxApi, serve_api
+
+LEDGER = "ledger.db"
+
+
+def run_scenario(
+    path: Path, api: SandboxApi, scenario: Callable[[LoopHarness], Coroutine[Any, Any, None]], **settings: Any
+) -> None:
+    """Play a scene on one execution."""
+
+    async def played() -> None:
+        async with open_loops(api, path / LEDGER, **settings) as harness:
+            await scenario(harness)
+
+    asyncio.run(played())
+
+
+def assert_counts(harness: LoopHarness, **counts: int) -> bool:
+    """Compare the ledger's counts."""
+    return harness.ledger.wrapped.state_counts() == {State(name): count for name, count in counts.items()}
+
+
+async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
+    """Submit requests as an earlier execution did, and forget them."""
+    await harness.make_dispatcher(harness.make_poller(), limit=count).run()
+    harness.run_state.open_tasks = 0
+    assert assert_counts(harness, submitted=count)
+
+
+class TestAnswers:
+    """What a task says, and what becomes of its request."""
+
+    def test_answers_settle_at_their_price(self, tmp_path: Path) -> None:
+        """Found, missed and failed: the ledger's credits are those that the API charged."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops()
+            assert harness.run_state.open_tasks == 0
+            counts = harness.ledger.wrapped.state_counts()
+            assert counts == harness.run_state.counters.settled
+            assert sum(counts.values()) == 60
+            spent, reserved, unknown, _ = harness.ledger.execution_counters
+            assert (spent, reserved, unknown) == (harness.run_state.counters.spent, 0, 0)
+            assert spent / MICROS_PER_CREDIT == pytest.approx(harness.api.audit()["credits_charged"])
+
+        with serve_api(tmp_path / "api.db", latency="uniform(0,0.2)", failure_rate=0.3) as api:
+            run_scenario(tmp_path, api, scene, leads=range(60))
+            assert api.audit()["paid_twice"] == 0
+
+    @pytest.mark.parametrize(("lasting", "polls"), [(None, 6), (0.1, 3)])
+    def test_no_data_becomes_no_match(self, tmp_path: Path, lasting: float | None, polls: int) -> None:
+        """It is asked again for a while; then it is a miss that is settled at its price."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops()
+            assert assert_counts(harness, not_found=3)
+            assert harness.ledger.execution_counters[:3] == (0, 0, 0)
+            assert len(harness.request_log.polled_task_ids) >= polls
+            if lasting is None:  # else a busy machine may ask when it is over
+                assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
+
+        with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
+            run_scenario(tmp_path, api, scene, leads=range(3))
+
+    def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
+        """An odd word is no end: the task is asked until it has one."""
+        api.inject_fault("odd-status", 3, "post", polls=3)
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops()
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert len(harness.request_log.polled_task_ids) == 12
+
+        run_scenario(tmp_path, api, scene, leads=range(3))
+
+    @pytest.mark.parametrize("expired_as", ["410", "gone"])
+    def test_late_result_is_expired(self, tmp_path: Path, expired_as: str) -> None:
+        """410 and the status `gone` say the same; the price is not known and stays reserved."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 2)
+            reserved = harness.ledger.execution_counters[1]
+            harness.api.advance(3 * 86_400)
+            await harness.poll_open_tasks(harness.make_poller())
+            assert assert_counts(harness, expired=2)
+            assert harness.ledger.execution_counters == (0, reserved, 2, 2)
+            assert harness.run_state.counters.settled == {State.EXPIRED: 2}
+
+        with serve_api(tmp_path / "api.db", expired_as=expired_as) as api:
+            run_scenario(tmp_path, api, scene, leads=range(2))
+
+    def test_unacknowledged_lost_task_is_in_doubt(self, api: SandboxApi, tmp_path: Path) -> None:
+        """404 is believed only when the task is no longer young, and then nobody knows whether it was charged."""
+        api.inject_fault("lost-task", 1, "post")
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops()
+            counts = harness.ledger.wrapped.state_counts()
+            assert (counts[State.IN_DOUBT], sum(counts.values())) == (1, 3)
+            assert harness.ledger.execution_counters[1] > 0
+            (age,) = harness.ledger.query_one("SELECT settled_ms - submitted_ms FROM attempts WHERE state = 'in_doubt'")
+            assert age >= SHORT_TIMEOUTS.young_task_s * 1000
+            assert harness.run_state.open_tasks == 0
+
+        run_scenario(tmp_path, api, scene, leads=range(3))
+
+    def test_acknowledged_lost_task_is_expired(self, api: SandboxApi, tmp_path: Path) -> None:
+        """The API knew it once, so it was accepted, and its result is gone."""
+
+        async def scene(harness: LoopHarness) -> None:
+            harness.add_open_tasks(("forgotten", 90.0), acknowledged=True)
+            await harness.poll_open_tasks(harness.make_poller())
+            assert assert_counts(harness, expired=1)
+
+        run_scenario(tmp_path, api, scene, leads=range(1))
+
+    def test_young_unknown_task_is_awaited(self, api: SandboxApi, tmp_path: Path) -> None:
+        """A young task may not be known yet."""
+        api.inject_fault("late-task", 2, "post", seconds=0.3)
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops()
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+
+        run_scenario(tmp_path, api, scene, leads=range(2))
+
+    def test_acknowledged_flag_is_stored(self, tmp_path: Path) -> None:
+        """The next execution knows that the API has known it."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops(harness.make_poller(patience_s=0.1))
+            assert [task.acknowledged for task in harness.ledger.wrapped.submitted_tasks()] == [True, True]
+
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(2))
+
+    @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare", "reset-before"])
+    def test_failed_poll_is_repeated(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
+        """Whatever happens to a GET costs nothing: it is repeated until the answer is there."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 3)
+            harness.api.inject_fault(fault, 3, "get")
+            await harness.poll_open_tasks(harness.make_poller())
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert harness.run_state.exit_reasons == {}
+
+        run_scenario(tmp_path, api, scene, leads=range(3), timing=SHORT_TIMEOUTS)
+
+    def test_free_failures_end_as_failed(self, tmp_path: Path) -> None:
+        """Edge g: asked again, in all `max_attempts` times, and then the API's word stands."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops(harness.make_poller(max_attempts=1))
+            assert assert_counts(harness, failed=4)
+            assert harness.request_log.posts == 4
+            assert harness.ledger.execution_counters[:3] == (0, 0, 0)
+
+        with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
+            run_scenario(tmp_path, api, scene, leads=range(4))
+
+
+class TestOrder:
+    """Who is asked when."""
+
+    def test_nearest_expiry_polled_first(self, api: SandboxApi, tmp_path: Path) -> None:
+        """Of the tasks that are due, the oldest goes first, whatever order they came in."""
+
+        async def scene(harness: LoopHarness) -> None:
+            ages = [30.0, 10.0, 50.0, 20.0, 40.0]
+            harness.add_open_tasks(*((f"task-{age:.0f}", age) for age in ages))
+            poller = harness.make_poller()
+            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks()[::-1], polled_before=False)
+            poller.poll_once_more = True
+            await harness.run_state.run_until_abort(poller.run())
+            # A 404 is asked for once more over a connection of its own.
+            assert list(dict.fromkeys(harness.request_log.polled_task_ids)) == [
+                "task-50",
+                "task-40",
+                "task-30",
+                "task-20",
+                "task-10",
+            ]
+
+        run_scenario(tmp_path, api, scene, leads=range(5), rate=50.0, timing=replace(SHORT_TIMEOUTS, young_task_s=60))
+
+    def test_last_round_polls_each_once(self, tmp_path: Path) -> None:
+        """What still runs is left for later and is no failure of this execution."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 40)
+            await harness.poll_once(harness.make_poller())
+            assert sorted(harness.request_log.polled_task_ids) == sorted(set(harness.request_log.polled_task_ids))
+            assert len(harness.request_log.polled_task_ids) == 40
+            assert assert_counts(harness, submitted=40)
+            assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
+
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(40))
+
+    @pytest.mark.long
+    def test_last_round_repeats_after_429(self, api: SandboxApi, tmp_path: Path) -> None:
+        """Each task of an earlier execution is really asked before anything new is bought."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 20)
+            harness.api.inject_fault("rate-limit-bare", 15, "get")
+            await harness.poll_once(harness.make_poller())
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+
+        run_scenario(tmp_path, api, scene, leads=range(20), timing=SHORT_TIMEOUTS)
+
+    def test_last_round_keeps_no_data_open(self, tmp_path: Path) -> None:
+        """Without its grace it is provisional: the next loop asks again."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 2)
+            await harness.poll_once(harness.make_poller())
+            assert assert_counts(harness, submitted=2)
+            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
+            assert assert_counts(harness, not_found=2)
+
+        with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=None) as api:
+            run_scenario(tmp_path, api, scene, leads=range(2))
+
+    def test_finish_early_polls_all_once(self, tmp_path: Path) -> None:
+        """After a signal even a task that is not due is asked, and then the loop ends."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 5)
+            poller = harness.make_poller()
+            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks(), polled_before=True)
+            harness.run_state.poll_schedule.MIN_DELAY_S = harness.run_state.poll_schedule.MAX_DELAY_S = 60.0
+            running = asyncio.create_task(poller.run())
+            await wait_until(lambda: len(harness.request_log.polled_task_ids) == 5 and not poller._open_polls)
+            poller.finish_early()
+            await asyncio.wait_for(running, 10)  # not the minute after which they are due
+            assert sorted(harness.request_log.polled_task_ids[:5]) == sorted(harness.request_log.polled_task_ids[5:])
+            assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
+
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(5))
+
+
+class TestTimeouts:
+    """When waiting ends."""
+
+    def test_task_timeout_ends_waiting(self, tmp_path: Path) -> None:
+        """Beyond the patience the run goes on without it, says so with exit 13, and the ledger keeps the task."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await harness.run_loops(harness.make_poller(patience_s=0.3))
+            assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
+            assert assert_counts(harness, submitted=3)
+            assert harness.run_state.open_tasks == 0
+
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(3))
+
+    def test_old_task_is_polled_once(self, tmp_path: Path) -> None:
+        """What an earlier execution lost patience with costs this one no more than another poll."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 1)
+            await harness.poll_once(harness.make_poller(patience_s=0.0))
+            await asyncio.sleep(0.01)
+            await harness.poll_open_tasks(harness.make_poller(patience_s=0.0), asked_before=True)
+            assert len(harness.request_log.polled_task_ids) == 2
+            assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
+            assert harness.run_state.open_tasks == 0
+
+        with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(1))
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare"])
+    def test_outage_ends_polling(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
+        """Without one good answer for long, the run ends with exit 4 and the tasks stay for the next."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 3)
+            harness.api.inject_fault(fault, 10_000, "get")
+            await harness.poll_open_tasks(harness.make_poller())
+            assert set(harness.run_state.exit_reasons) == {ExitCode.API}
+            assert assert_counts(harness, submitted=3)
+
+        run_scenario(tmp_path, api, scene, leads=range(3), timing=ILL)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("fault", ["unauthorized", "forbidden"])
+    def test_wrong_key_waits_for_posts_in_flight(self, tmp_path: Path, fault: str) -> None:
+        """The POSTs on the wire are written down first: cut off, they would be in doubt."""
+
+        async def scene(harness: LoopHarness) -> None:
+            work = asyncio.create_task(harness.run_loops())
+            await wait_until(lambda: harness.run_state.open_tasks > 0 and harness.request_log.posts_in_flight > 0)
+            harness.api.inject_fault(fault, 10_000, "get")
+            await work
+            assert set(harness.run_state.exit_reasons) == {ExitCode.KEY}
+            assert await harness.writer.submit(Ledger.recover, 1) == 0
+            counts = harness.ledger.wrapped.state_counts()
+            assert State.IN_DOUBT not in counts
+            assert counts[State.SUBMITTED] > 0
+            assert counts[State.PENDING] > 0
+
+        slow = (Fault("slow", 1.0, "post", {"seconds": 0.3}),)
+        with serve_api(tmp_path / "api.db", faults=slow, latency="fixed(60)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(200))
+
+    def test_clock_set_back(self, api: SandboxApi, tmp_path: Path) -> None:
+        """A task from the future is as new as can be, and is asked soon."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 2)
+            clock = harness.run_state.clock
+            assert isinstance(clock, ShiftedClock)
+            clock.offset_ms = -200_000
+            started = time.monotonic()
+            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
+            assert time.monotonic() - started < 60
+            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+
+        run_scenario(tmp_path, api, scene, leads=range(2), clock=ShiftedClock())
+
+    def test_abort_cancels_polls(self, tmp_path: Path) -> None:
+        """Even a poll whose answer does not come is dropped; its task stays."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 3)
+            work = asyncio.create_task(harness.poll_open_tasks(harness.make_poller()))
+            await wait_until(lambda: len(harness.request_log.polled_task_ids) == 3)
+            started = time.monotonic()
+            harness.run_state.abort_now()
+            await work
+            assert time.monotonic() - started < 3
+            assert assert_counts(harness, submitted=3)
+
+        slow = (Fault("slow", 1.0, "get", {"seconds": 5}),)
+        with serve_api(tmp_path / "api.db", faults=slow) as api:
+            run_scenario(tmp_path, api, scene, leads=range(3), timing=Timeouts())
+
+    @pytest.mark.long
+    def test_waiting_uses_no_cpu(self, tmp_path: Path) -> None:
+        """Between polls the loop sleeps, and polls become rare."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 50)
+            harness.run_state.poll_schedule = PollSchedule()
+            with patch.object(
+                RunState, "wait_for_change", autospec=True, side_effect=RunState.wait_for_change
+            ) as waits:
+                await harness.poll_open_tasks(harness.make_poller())
+            polls = len(harness.request_log.polled_task_ids)
+            assert polls <= 50 * 5
+            # Each poll begins and ends, and each second the loop looks around; it never turns in between.
+            assert waits.call_count <= 2 * polls + 60
+            assert State.SUBMITTED not in harness.ledger.wrapped.state_counts()
+
+        with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
+            run_scenario(tmp_path, api, scene, leads=range(50))
+
+    def test_deferred_polls_run_after_submits(self, tmp_path: Path) -> None:
+        """A poll that was put off for a slot's sake is not put off at the end of the run."""
+
+        async def scene(harness: LoopHarness) -> None:
+            for latency in (0.5, 1.0, 1.5, 2.0, 3.0) * 10:
+                harness.run_state.poll_schedule.record_duration(0.9 * latency, latency)
+            assert harness.run_state.poll_cost is PollCost.HIGH
+            await harness.make_dispatcher(poller := harness.make_poller(), limit=3).run()
+            tasks, poller._scheduled = [task for _, _, task in poller._scheduled], []
+            for task in tasks:  # all of them now, however long the submitting took
+                poller._schedule(task, poller._poll_delay_s(poller._age_s(task)))
+            meant = min(due for due, _, _ in poller._scheduled)
+            poller.no_new_tasks = True
+            poller._bring_polls_forward()
+            assert max(due for due, _, _ in poller._scheduled) < meant
+
+        with serve_api(tmp_path / "api.db") as api:
+            run_scenario(tmp_path, api, scene, leads=range(3), rate=20.0)
+
+    @pytest.mark.long
+    def test_ledger_error_stops_poller(self, api: SandboxApi, tmp_path: Path) -> None:
+        """An answer that cannot be written is not counted; the error comes out bare."""
+
+        async def scene(harness: LoopHarness) -> None:
+            await submit_as_earlier_run(harness, 40)
+            harness.ledger.wrapped._db.execute("PRAGMA query_only = 1")
+            with pytest.raises(EnrichError, match="cannot be written"):
+                await harness.poll_open_tasks(harness.make_poller())
+            assert harness.run_state.counters.settled == {}
+            harness.ledger.wrapped._db.execute("PRAGMA query_only = 0")
+            assert assert_counts(harness, submitted=40)
+
+        run_scenario(tmp_path, api, scene, leads=range(40))
+
+
+@dataclass(slots=True)
+class ShiftedClock(SystemClock):
+    """A machine's clock that somebody sets."""
+
+    offset_ms: int = 0
+
+    def now_ms(self) -> int:
+        """Tell the time as it was set."""
+        return time.time_ns() // 1_000_000 + self.offset_ms

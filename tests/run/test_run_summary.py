@@ -1,0 +1,304 @@
+"""The receipt as a person reads it: aligned, honest about what is not known, and within 80 columns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import unicodedata
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
+from enrich.models import RowStatus
+from enrich.run.balance import explain_balance
+from enrich.run.signals import SignalHandler
+from enrich.run.summary import RunFinisher, RunSummary, format_summary
+from tests.support.cases import in_turn
+from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
+
+TARGET = JobArguments("job.yaml", "job.yaml")
+NUMBERS = st.integers(0, 5_000_000)
+CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
+
+
+def make_provider(name: str, **known: Any) -> dict[str, Any]:
+    """A provider of a receipt."""
+    nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
+    return {"name": name, **nothing, "cost_per_hit": None, **known}
+
+
+def terminal_width(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.category(letter) in {"Mn", "Me"} for letter in text)
+
+
+@pytest.mark.long
+@given(st.data())
+def test_line_width(data: st.DataObject) -> None:
+    """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
+    names = st.text(min_size=1, max_size=60)
+    summary = RunSummary(
+        job=data.draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)),
+        exit_code=0,
+        execution=data.draw(st.integers(1, 99_999)),
+        rows=data.draw(NUMBERS),
+        requests=data.draw(NUMBERS),
+        submitted=data.draw(NUMBERS),
+        reused=data.draw(NUMBERS),
+        answers=data.draw(NUMBERS),
+        credits_spent=data.draw(CREDITS),
+        credits_unknown=data.draw(st.integers(0, 99)),
+        cost_per_hit=data.draw(st.none() | st.floats(0, 999)),
+        planned=data.draw(
+            st.none() | st.fixed_dictionaries({"min": CREDITS, "likely": st.none() | CREDITS, "max": CREDITS})
+        ),
+        balance_before=data.draw(CREDITS),
+        balance_after=data.draw(CREDITS),
+        polls=data.draw(NUMBERS),
+        rate_limited=data.draw(st.integers(0, 9_999)),
+        elapsed_s=data.draw(st.floats(0, 90_000)),
+        providers=[
+            make_provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
+            for name in data.draw(st.lists(names, max_size=4))
+        ],
+        providers_untold=data.draw(NUMBERS),
+        credits_elsewhere=data.draw(CREDITS),
+    ).with_row_counts(
+        {status: data.draw(NUMBERS) for status in RowStatus},
+        {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
+    )
+
+    for line in format_summary(summary):
+        assert terminal_width(line) <= 80
+        assert line == line.rstrip()
+        assert line.isprintable()
+
+
+def test_columns_are_aligned_in_any_script() -> None:
+    """Ideographs and emoji take two columns of a terminal, an accent of its own none."""
+    names = [
+        "plain",
+        "メールアドレス" * 3,
+        "電話",
+        "📧",
+        "Zoe\N{COMBINING DIAERESIS}",
+        "e" + "\N{COMBINING ACUTE ACCENT}" * 999,
+    ]
+    summary = RunSummary(
+        "leads", 0, rows=9, providers=[make_provider(name, asked=7, found=5) for name in names], providers_untold=1
+    ).with_row_counts({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
+
+    for share in ("55.6%", "71.4%"):
+        before = [terminal_width(line[: line.index(share)]) for line in format_summary(summary) if share in line]
+        assert before == [before[0]] * len(names)
+
+
+def test_small_amounts() -> None:
+    """Less than a hundredth of a credit is told as it is, and nothing has no sign."""
+    result = "\n".join(
+        format_summary(
+            RunSummary(
+                "leads",
+                0,
+                rows=1,
+                credits_spent=0.004,
+                cost_per_hit=0.000012,
+                providers=[make_provider("Inboxly", asked=1, credits=0.0)],
+                credits_elsewhere=-0.0000001,
+                providers_untold=1,
+            )
+        )
+    )
+    assert " 0.004 " in result
+    assert " 0.000012" in result
+    assert "-0.00" not in result
+    assert "1 answer more does not say who was asked" in result
+
+
+def test_unknown_values_are_omitted() -> None:
+    """No hits have no price, no plan has no figure, no balance has no line."""
+    summary = RunSummary("job", 0, rows=1, polls=3).with_row_counts({RowStatus.PENDING: 1}, {"a": 0})
+    words = [word for line in format_summary(summary) for word in line.split()]
+
+    assert "balance" not in words
+    assert "hit" not in words
+    assert "planned" not in words
+    assert "a" not in words  # nothing was answered, so nothing can be said of a column
+
+
+def test_unknown_prices_are_counted() -> None:
+    """What was spent is then at least so much."""
+    summary = RunSummary(
+        "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
+    )
+
+    text = "\n".join(format_summary(summary))
+    assert "planned 3.00, at an unknown price" in text
+    assert "2         answers of unknown price" in text
+
+
+def test_balance_difference() -> None:
+    """Any other is taken apart, to what nobody can explain."""
+    summary = RunSummary("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
+    movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
+    difference = explain_balance(1, 10_000_000, 2_000_000, movements)
+
+    text = "\n".join(format_summary(replace(summary, difference=difference.as_json())))
+
+    assert "3.00         2 answers of known price" in text
+    assert "2.00         1 in doubt, or 0.00" in text
+    assert "3.00         went elsewhere, not explained: enrich reconcile" in text
+    assert "known price" not in "\n".join(format_summary(replace(summary, balance_after=7)))
+
+
+@in_turn(
+    ("code", "rows", "commands"),
+    [
+        (0, {}, []),
+        (10, {"failed": 2}, ["enrich run job.yaml --retry failed"]),
+        (10, {"expired": 1}, ["enrich run job.yaml --retry expired"]),
+        (0, {"failed": 1, "invalid": 3, "not_found": 4}, ["enrich run job.yaml --retry failed"]),
+        (12, {"pending": 5}, ["enrich run job.yaml"]),
+        (13, {"pending": 5}, []),
+        (
+            14,
+            {"in_doubt": 1},
+            [
+                "enrich reconcile job.yaml",
+                "enrich run job.yaml --retry in_doubt",
+                "enrich run job.yaml --accept in_doubt",
+            ],
+        ),
+    ],
+)
+def test_commands_for_required_actions(code: int, rows: dict[str, int], commands: list[str]) -> None:
+    """Each once, ready to be pasted."""
+    needed = required_actions(code, rows, TARGET)
+
+    assert [command for need in needed for command in need.commands] == commands
+    assert [line.strip() for line in format_actions(needed) if line.startswith("  ")] == commands
+
+
+def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
+    """Providers, what is of no provider, and the columns: all of it is what the API charged and answered."""
+    workspace.write_leads(make_leads(80))
+    workspace.write_job(email_verifier="10")
+    with serve_api(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
+        summary = workspace.run_job(api)
+        audit = api.audit()
+
+    by_provider = sum(each["credits"] for each in summary.providers)
+    assert summary.credits_spent == pytest.approx(audit["credits_charged"])
+    assert by_provider + (summary.credits_elsewhere or 0) == pytest.approx(summary.credits_spent)
+    assert sum(each["found"] for each in summary.providers) == summary.found
+    assert summary.columns == {"work_email": summary.found}
+    assert summary.cost_per_hit == pytest.approx(summary.credits_spent / (summary.found or 0), abs=1e-6)
+    assert summary.planned is not None
+    assert summary.credits_spent <= (summary.planned["max"] or 0)
+    assert summary.difference is None
+    first, *others = [each for each in summary.providers if not each["verifies"]]
+    assert first["asked"] + first["presumed"] + (summary.providers_untold or 0) == audit["accepted"]
+    for before, after in zip([first, *others], others, strict=False):
+        passed_on = before["asked"] + before["presumed"] - before["found"]
+        assert after["asked"] + after["presumed"] <= passed_on
+
+
+@pytest.mark.long
+def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> None:
+    """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
+        workspace.submit_without_collecting(api)
+        waited = iter([601])
+        summary = workspace.run_job(
+            api, on_progress=lambda _: api.advance(next(waited, 0))
+        )  # once it knows its balance
+
+    assert summary.balance_before is not None
+    assert summary.balance_after is not None
+    assert summary.balance_before - summary.balance_after < summary.credits_spent
+    assert summary.difference is not None
+    assert summary.difference["unexplained"] == 0
+    assert "answers submitted before" in "\n".join(format_summary(summary))
+
+
+def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who earned it is then not known; a few answers are read all the same."""
+    workspace.write_leads(make_leads(3))
+    summary = workspace.run_job(api)
+    signals = SignalHandler(on_first_signal=lambda _: None)
+    ending = RunFinisher(Mock(), Mock(), Mock(), Mock(), signals)
+
+    with closing(workspace.open_ledger()) as ledger:
+        signals.received = ExitCode.TERMINATED
+        few = ending._read_provider_totals(ledger, summary)
+        monkeypatch.setattr("enrich.run.summary.MAX_READ_WHEN_INTERRUPTED", 2)
+        many = ending._read_provider_totals(ledger, summary)
+
+    assert few is not None
+    assert few.answers == 3
+    assert many is None
+
+
+def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> str:
+    """Run the job on a terminal of 80 columns and return what was shown."""
+    leader, follower = os.openpty()
+    variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
+    command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
+    with subprocess.Popen(
+        command, cwd=workspace.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
+    ) as run:
+        os.close(follower)
+        shown = read_terminal(leader)
+        run.wait(timeout=60)
+    os.close(leader)
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.long
+def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
+    """NO_COLOR and dumb terminals have the same words, plain."""
+    workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
+    workspace.run_job(api, timing=SHORT_TIMEOUTS)
+
+    coloured = run_on_terminal(workspace, api)
+    plain = run_on_terminal(workspace, api, NO_COLOR="1")
+
+    assert "\x1b[32mfound" in coloured
+    assert "\x1b[" not in plain[plain.index("job: 4 rows") :]
+    assert "\x1b[" not in run_on_terminal(workspace, api, TERM="dumb")
+    assert "1  25.0%  never sent: see enrich_error" in plain
+
+
+@pytest.mark.long
+def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
+    """With the paths as they were typed: they work where they are read."""
+    workspace.write_leads(make_leads(30))
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        result = workspace.run_in_process("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
+
+        assert result.exit_code == 10
+        assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
+
+
+@pytest.mark.long
+def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> None:
+    """Its command can be pasted all the same."""
+    workspace.write_leads(make_leads(3))
+    workspace.write_job().rename(workspace.folder / "-job.yaml")
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        result = workspace.run_in_process("run", "--receipt", "--", "-job.yaml", api=api)
+        (command,) = (line.split() for line in result.stderr.splitlines() if "--retry failed" in line)
+        again = workspace.run_in_process(*command[1:], api=api)
+
+    assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]
+    assert (result.exit_code, again.exit_code) == (10, 10)

@@ -1,0 +1,287 @@
+"""Lets several workers share one ledger on a server, and does to them what happens to machines.
+
+Workers are killed or stopped for longer than their leases, the server is restarted in order and as if it had crashed,
+the run itself is killed; the API goes wrong in all its ways. `python -m tests.support.cluster_torture` is the long form and
+prints its table; the suite runs short ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from enrich.sandbox import Fault, SandboxSettings
+from tests.support.answer_check import ANSWER_STATUSES
+from tests.support.postgres import PostgresServer, dedicated_server, find_binaries
+from tests.support.torture import FAULTS
+from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads, serve_api
+
+#: Seconds of a lease here, and for how long somebody is stopped: past it, and not until the crew gives him up.
+LEASE_S, STOP_S = 2, 3
+#: How a night that was not killed may end: 4 when the server was away at the wrong moment.
+ALLOWED_EXIT_CODES = frozenset({0, 4, 10, 12, 14})
+#: 429s that come by chance would let the rate fall far below what it shall be seen to keep.
+FAULTS_WITHOUT_RATE_LIMITS = tuple(fault for fault in FAULTS if not fault.startswith("rate-limit"))
+#: So many workers must be there to be struck at: others inherit.
+MIN_WORKERS = 2
+MAX_EXTRA_RUNS = 30
+ON_RAY = ("run", "job.yaml", "--json", "--engine", "ray", "--workers")
+
+
+@dataclass
+class ClusterTortureReport:
+    """What became of it; the sandbox's word, not ours."""
+
+    rows: int
+    workers: int
+    rate: int
+    cap: float
+    injected: Counter[str] = field(default_factory=Counter)
+    exit_codes: Counter[int] = field(default_factory=Counter)
+    faults: int = 0
+    accepted: int = 0
+    paid_twice: int = 0
+    lost: int = 0
+    in_doubt: int = 0
+    unanswered_rows: int = 0
+    busiest_second: int = 0
+    max_charged: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether every promise was kept; how busy the busiest second was, the machine decides, too."""
+        broken_promises = (
+            self.paid_twice,
+            self.lost,
+            self.unanswered_rows,
+            self.problems,
+            self.exit_codes.keys() - ALLOWED_EXIT_CODES,
+        )
+        return not any(broken_promises) and self.max_charged <= self.cap + 1e-6
+
+    def as_markdown(self) -> str:
+        """The report as a Markdown table."""
+        lines_by_name: dict[str, float] = {
+            "leads": self.rows,
+            "workers": self.workers,
+            **dict(sorted(self.injected.items())),
+            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.exit_codes.items())},
+            "faults met": self.faults,
+            "runs accepted by the API": self.accepted,
+            "paid twice": self.paid_twice,
+            "accepted, but neither answered nor in doubt": self.lost,
+            "in doubt at the end": self.in_doubt,
+            "unanswered otherwise": self.unanswered_rows,
+            f"most requests in any second, of {self.rate} allowed": self.busiest_second,
+            f"most credits charged in one run, of {self.cap:g} allowed": round(self.max_charged, 2),
+            "problems that `ledger check` finds": len(self.problems),
+        }
+        lines = (f"| {name} | {number:,} |" for name, number in lines_by_name.items())
+        return "\n".join(["| what | number |", "|---|---|", *lines])
+
+
+@dataclass
+class FaultInjector:
+    """Does something to a run now and then, until all of it is done."""
+
+    server: PostgresServer
+    rng: random.Random
+    report: ClusterTortureReport
+    remaining: list[str]
+
+    def inject_until_exit(self, run: subprocess.Popen[str]) -> None:
+        """Strike until the run ends."""
+        while self.remaining and run.poll() is None:
+            self._wait(run, self.rng.uniform(0.3, 1.5))
+            workers = list(worker_pids(run.pid))
+            if run.poll() is None and len(workers) >= MIN_WORKERS:
+                self._inject(self.remaining[0], run, workers)
+
+    def _inject(self, fault: str, run: subprocess.Popen[str], workers: list[int]) -> None:
+        worker_pid = self.rng.choice(workers)
+        with suppress(ProcessLookupError):  # it ended just now
+            match fault:
+                case "workers killed":
+                    os.kill(worker_pid, signal.SIGKILL)
+                case "workers stopped for longer than a lease":
+                    os.kill(worker_pid, signal.SIGSTOP)
+                    self._wait(run, STOP_S)
+                    with suppress(ProcessLookupError):  # the crew has given it up
+                        os.kill(worker_pid, signal.SIGCONT)
+                case "restarts of the server":
+                    self.server.restart("fast")
+                case "crashes of the server":
+                    self.server.restart("immediate")
+                case "runs killed":
+                    run.kill()
+            self.report.injected[fault] += 1
+            self.remaining.pop(0)
+
+    @staticmethod
+    def _wait(run: subprocess.Popen[str], seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(seconds)
+
+
+def worker_pids(pid: int) -> Iterator[int]:
+    """Find the workers of a run: actors of Ray below its process."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, OSError):  # no process, or one that is gone
+            number = int(entry.name)
+            parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
+    for number, title in titles.items():
+        if title.startswith("ray::Actor"):
+            above = number
+            while above in parents and above != pid:
+                above = parents[above]
+            if above == pid:
+                yield number
+
+
+def run_torture(
+    folder: Path,
+    server: PostgresServer,
+    *,
+    rows: int,
+    workers: int,
+    injections: dict[str, int],
+    seed: int,
+    rate: int = 60,
+    faults: Iterable[str] = FAULTS_WITHOUT_RATE_LIMITS,
+) -> ClusterTortureReport:
+    """Run the job, strike at it, until it has come to its end; judge it by the sandbox's audit."""
+    rng = random.Random(seed)
+    remaining = [name for name, count in injections.items() for _ in range(count)]
+    rng.shuffle(remaining)
+    cap = rows / 6  # in credits: some nights end with it
+    report = ClusterTortureReport(rows, workers, rate, cap)
+    workspace = Workspace(folder, f"{server.ledger_url()}&lease={LEASE_S}", server.environ)
+    limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"
+    workspace.write_job(JOB, limits=limits, policy="{max_attempts: 5}")
+    workspace.write_leads(make_leads(rows))
+    settings = SandboxSettings(
+        latency="lognormal(0.5,0.6)",
+        seed=seed,
+        fault_seed=seed,
+        balance=1_000_000,
+        no_data_seconds=0.5,
+        faults=tuple(map(Fault.parse, faults)),
+    )
+    injector = FaultInjector(server, rng, report, remaining)
+    started_at = time.monotonic()
+    with patch.dict(os.environ, server.environ), serve_api(folder / "api.db", settings) as api:
+        for _ in range(MAX_EXTRA_RUNS + len(remaining)):
+            run = workspace.start_subprocess(*ON_RAY, str(workers), api=api)
+            injector.inject_until_exit(run)
+            out, err = run.communicate(timeout=600)
+            if run.returncode == -signal.SIGKILL:
+                continue
+            report.exit_codes[run.returncode] += 1
+            assert "Traceback" not in err, err
+            summary = json.loads(out)
+            if "execution" not in summary:  # the server was away when it began
+                continue
+            report.max_charged = max(report.max_charged, _credits_bought(workspace, summary))
+            if run.returncode in (0, 10, 14) and not (remaining and summary["submitted"]):
+                break  # nothing is left to do, or to strike at
+        else:
+            raise AssertionError(f"it does not end:\n{report.as_markdown()}")
+        _check_audit(workspace, api, report)
+    report.seconds = time.monotonic() - started_at
+    return report
+
+
+def _credits_bought(workspace: Workspace, summary: dict[str, Any]) -> float:
+    """Sum up in credits what an execution has bought, at the worst price where the true one is not known.
+
+    What earlier ones left at the API settles in it, too, but was bought by them.
+    """
+    (row,) = workspace.sql(
+        "SELECT coalesce(sum(CASE WHEN state = 'refused' THEN 0 ELSE coalesce(credits, reserved) END), 0) / 1e6 "
+        "FROM attempts WHERE execution_id = ?",
+        summary["execution"],
+    )
+    return float(row[0])
+
+
+def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureReport) -> None:
+    """Hold output and ledger against the sandbox's audit."""
+    audit = api.audit()
+    report.accepted, report.paid_twice, report.busiest_second = (
+        audit["accepted"],
+        audit["paid_twice"],
+        audit["busiest_second"],
+    )
+    report.faults = sum(audit["faults"].values())
+    states = {
+        json.loads(params)["first_name"]: state for params, state in workspace.sql("SELECT params, state FROM requests")
+    }
+    known = {task for (task,) in workspace.sql("SELECT task_id FROM attempts")}
+    in_doubt = {
+        json.loads(params)["first_name"]
+        for (params,) in workspace.sql(
+            "SELECT params FROM requests r JOIN attempts a ON a.request_id = r.id WHERE a.state = 'in_doubt'"
+        )
+    }
+    for run in audit["runs"]:
+        name = run["params"]["first_name"]
+        report.lost += name not in in_doubt and (
+            states[name] not in ANSWER_STATUSES or not known.issuperset(run["task_ids"])
+        )
+    output = workspace.read_output()
+    assert [row["First Name"] for row in output] == [lead[0] for lead in make_leads(report.rows)]
+    report.in_doubt = sum(row["enrich_status"] == "in_doubt" for row in output)
+    report.unanswered_rows = sum(row["enrich_status"] not in ANSWER_STATUSES | {"in_doubt"} for row in output)
+    check = workspace.run_in_process("ledger", "check", "job.yaml", "--json")
+    report.problems = check.json_output["problems"]
+
+
+#: What is done to a run, with how often in the long form.
+INJECTIONS = {
+    "workers killed": 20,
+    "workers stopped for longer than a lease": 6,
+    "restarts of the server": 4,
+    "crashes of the server": 4,
+    "runs killed": 6,
+}
+
+
+def main() -> None:
+    """Torture a crew from the command line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--rows", type=int, default=4_000)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    if not find_binaries():
+        sys.exit("there is no PostgreSQL server on this machine")
+    with tempfile.TemporaryDirectory() as folder, dedicated_server(fsync="on") as server:
+        report = run_torture(
+            Path(folder), server, rows=given.rows, workers=given.workers, injections=INJECTIONS, seed=given.seed
+        )
+    print(report.as_markdown())
+    print(f"\n{report.seconds:.0f} s, {os.cpu_count()} cores", file=sys.stderr)
+    sys.exit(0 if report.passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The project's documents, taken apart, and a checkout in which their commands are run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+#: All that a user reads.
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+#: What only developers read as well.
+ALL_DOCUMENTS = [*DOCUMENTS, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "RELIABILITY", "CHANGELOG"))]
+
+
+def fenced_blocks(document: Path, kind: str) -> list[str]:
+    """Return the fenced blocks of one kind."""
+    text = document.read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def code_text(document: Path) -> str:
+    """Return everything that is written as code, in blocks or in lines."""
+    text = document.read_text(encoding="utf-8")
+    inside, outside = text.split("```")[1::2], "".join(text.split("```")[::2])
+    return "\n".join([*inside, *re.findall(r"`([^`]+)`", outside)])
+
+
+def relative_links(document: Path) -> list[str]:
+    """Return where its links to other files lead to."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    return [target for target in targets if "://" not in target]
+
+
+def enrich_invocations(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of each `enrich …` in lines of shell, or in code within a sentence."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        try:
+            words = [*lexer, ";"]
+        except ValueError:  # an apostrophe: prose, or another language
+            continue
+        while words:
+            end = next(index for index, word in enumerate(words) if set(word) <= set(";|&<>"))
+            command, words = words[:end], words[end + 1 :]
+            at = next((index for index, word in enumerate(command) if Path(word).name == "enrich"), None)
+            # Before it may stand variables, a prompt and the times of a crontab line, behind it a command or an option.
+            if at is not None and all("=" in word or set(word) <= set("$0123456789*/,-") for word in command[:at]):
+                arguments = command[at + 1 :]
+                if arguments and re.fullmatch(r"[a-z]+|--?[a-z].*", arguments[0]):
+                    yield arguments
+
+
+def make_checkout(folder: Path) -> Path:
+    """Make a checkout whose .venv is the one that runs the tests."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("jobs", "sample_data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".enrich"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def run_shell(command: str, folder: Path, **environ: str) -> str:
+    """Run a command of a document as a person would, and return what it says."""
+    # The checkout's .venv is there: make must not install it again.
+    command = command.replace("make demo", "make --old-file=.venv/run --no-print-directory demo")
+    path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-euc", command],
+        cwd=folder,
+        env={"PATH": path, "HOME": str(folder), "LANG": "C.UTF-8", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command} says:\n{result.stdout}"
+    return result.stdout.replace(f"{folder}/", "")
+
+
+def console_entries(block: str) -> Iterator[tuple[str, str]]:
+    """Yield each `$ command` of a console block with what stands below it."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, output = part.partition("\n")
+        yield command, output
+
+
+def output_pattern(shown: str) -> str:
+    """What must be said: all but times, random names, the number of polls and what an ellipsis leaves out."""
+    pattern = re.escape(shown.strip())
+    pattern = pattern.replace("…", ".*")
+    pattern = re.sub(r"\d{4}\\-\d\d\\-\d\dT\d\d:\d\d:\d\dZ", r"\\S{20}", pattern)
+    pattern = re.sub(r"polls(\\ )+\d+(\\ )+\d\\.\d\\ ", r"polls +\\d+ +\\d\\.\\d\\ ", pattern)
+    return re.sub(r"(?<=\\ )\d:\d\d:\d\d\b", r"\\d:\\d\\d:\\d\\d", pattern)
+
+
+def check_console(document: Path, folder: Path) -> int:
+    """Run every `$ command` of a document in its order; each must print what stands below it. Return how many."""
+    count = 0
+    for block in fenced_blocks(document, "console"):
+        for command, expected in console_entries(block):
+            output = run_shell(command, folder).strip()
+            assert re.fullmatch(output_pattern(expected), output, re.DOTALL), f"{command} says:\n{output}"
+            count += 1
+    return count

@@ -1,0 +1,192 @@
+"""The dispatcher and the poller over a real ledger, journal and client, against the sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from enrich.databar.answers import TaskReply
+from enrich.databar.client import Client
+from enrich.databar.clock import Clock, SystemClock
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
+from enrich.models import Call
+from enrich.run.budget import Budget
+from enrich.run.circuit_breaker import CircuitBreaker
+from enrich.run.dispatcher import Dispatcher
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.poller import Poller
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.state import RunState, Timeouts
+from tests.support.ledger import BINDING, CALL, CommittingLedger
+from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi
+
+#: What `CALL` costs at worst in the sandbox, in millionths.
+SANDBOX_MAX_PRICE = 3_510_000
+
+
+class FastPollSchedule(PollSchedule):
+    """Asks early: the sandbox answers at once."""
+
+    FIRST_GUESS_S = 0.05
+    MIN_DELAY_S = 0.1
+
+
+class FastCircuitBreaker(CircuitBreaker):
+    """Does not pause for long."""
+
+    FIRST_PAUSE_S = 0.05
+    MAX_PAUSE_S = 0.2
+
+
+@dataclass
+class RequestLog:
+    """What was seen of the requests."""
+
+    run_state: RunState
+    posts: int = 0
+    posts_in_flight: int = 0
+    max_posts_in_flight: int = 0
+    max_open_tasks: int = 0
+    #: No POST leaves before so many have been on the wire at once.
+    together: int = 0
+    polled_task_ids: list[str] = field(default_factory=list)
+
+
+class RecordingClient(Client):
+    """The real client; every request is seen."""
+
+    request_log: RequestLog
+
+    async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
+        """Count the POSTs, and those on the wire."""
+        log = self.request_log
+        log.posts += 1
+        log.posts_in_flight += 1
+        log.max_posts_in_flight = max(log.max_posts_in_flight, log.posts_in_flight)
+        open_tasks = log.run_state.posts_in_flight + log.run_state.open_tasks
+        log.max_open_tasks = max(log.max_open_tasks, open_tasks)
+        try:
+            await wait_until(lambda: log.max_posts_in_flight >= log.together)
+            return await super().submit(waterfall, body, rows)
+        finally:
+            log.posts_in_flight -= 1
+
+    async def poll_task(self, task_id: str, *, new_connection: bool = False) -> TaskReply:
+        """Remember who was asked, in order."""
+        self.request_log.polled_task_ids.append(task_id)
+        return await super().poll_task(task_id, new_connection=new_connection)
+
+
+@dataclass
+class LoopHarness:
+    """One execution at work."""
+
+    api: SandboxApi
+    ledger: CommittingLedger
+    run_state: RunState
+    writer: LedgerWriter
+    client: Client
+    request_log: RequestLog
+
+    def make_poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
+        """Make a poller that looks for an e-mail."""
+        return Poller(self.run_state, self.writer, self.client, ("email",), max_attempts, patience_s)
+
+    def make_dispatcher(
+        self,
+        poller: Poller,
+        limit: int | None = None,
+        call: Call = CALL,
+        price: int = SANDBOX_MAX_PRICE,
+        bulk: int | None = None,
+    ) -> Dispatcher:
+        """Make a dispatcher that hands its tasks to the poller."""
+        budget = Budget(None, price, "the credits cap is reached", "raise it")
+        return Dispatcher(
+            self.run_state, self.writer, self.client, call, budget, BINDING, poller.add_task, limit, bulk_size=bulk
+        )
+
+    async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
+        """Run a dispatcher to its end; then no more tasks can come."""
+        try:
+            await dispatcher.run()
+        finally:
+            poller.no_new_tasks = True
+            self.run_state.notify_change()
+
+    async def run_loops(self, poller: Poller | None = None, **dispatching: Any) -> None:
+        """Submit and poll side by side to the end, as the pipeline does."""
+        poller = poller or self.make_poller()
+        dispatcher = self.make_dispatcher(poller, **dispatching)
+        await self.run_state.run_until_abort(self.dispatch(dispatcher, poller), poller.run())
+
+    async def poll_once(self, poller: Poller) -> None:
+        """Ask once for what earlier executions left at the API."""
+        poller.poll_once_more = True
+        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=False)
+        await self.run_state.run_until_abort(poller.run())
+
+    def add_open_tasks(self, *tasks: tuple[str, float], acknowledged: bool = False) -> None:
+        """Put tasks of an earlier execution into the ledger: their ids, and how old they are in seconds."""
+        for task_id, age_s in tasks:
+            claim = self.ledger.claim()
+            at = self.run_state.clock.now_ms() - int(age_s * 1000)
+            self.ledger.commit(Ledger.record_accepted, [(claim.attempt_id, task_id, at)], BINDING)
+            if acknowledged:
+                self.ledger.commit(Ledger.mark_acknowledged, [claim.attempt_id])
+
+    async def poll_open_tasks(self, poller: Poller, *, asked_before: bool = False) -> None:
+        """Poll to the end what earlier executions left at the API."""
+        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=asked_before)
+        poller.no_new_tasks = True
+        await self.run_state.run_until_abort(poller.run())
+
+
+async def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Let the loops run until something holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is looked at tells nobody of a change
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def open_loops(
+    api: SandboxApi,
+    path: Path,
+    leads: Iterable[int] = (),
+    *,
+    cap: int | None = None,
+    in_flight: int = 200,
+    rate: float | None = 1000.0,
+    timing: Timeouts = SHORT_TIMEOUTS,
+    clock: Clock | None = None,
+) -> AsyncIterator[LoopHarness]:
+    """Open a ledger, start an execution that wants these leads, and connect to the API."""
+    ledger = CommittingLedger.open(path)
+    clock = clock or SystemClock()
+    ledger.now = clock.now_ms()
+    ledger.start_execution(cap)
+    ledger.enroll(leads)
+    execution = RunState(
+        ledger.execution,
+        clock,
+        AdaptiveRateLimiter(rate),
+        timing,
+        max_open_tasks=in_flight,
+        circuit_breaker=FastCircuitBreaker(),
+        poll_schedule=FastPollSchedule(),
+    )
+    if rate is not None:
+        execution.rate_limiter.rate = rate  # not felt for, as is right for a real API
+    client = RecordingClient(api.access, clock, post_timeout_s=timing.post_s, get_timeout_s=timing.get_s)
+    client.request_log = RequestLog(execution)
+    try:
+        async with client, LedgerWriter(ledger.wrapped) as writer:
+            yield LoopHarness(api, ledger, execution, writer, client, client.request_log)
+    finally:
+        ledger.wrapped.close()

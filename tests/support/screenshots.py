@@ -1,0 +1,35 @@
+"""Makes the pictures of the README: `python -m tests.support.screenshots`. They show what the sandbox sold, and nobody's leads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support.browser import Scheme, open_browser
+from tests.support.documents import ROOT, make_checkout, run_shell
+
+#: Name, colour scheme, the heading it begins with (None: the top of the page) and the first that is beyond it.
+SCREENSHOTS: tuple[tuple[str, Scheme, str | None, str], ...] = (
+    ("report-light", "light", None, "rows"),
+    ("report-dark", "dark", "rows", "speed"),
+)
+WIDTH = 1024
+
+
+def main() -> None:
+    """Run the demo and the week, and look at their reports."""
+    with tempfile.TemporaryDirectory() as folder, open_browser() as browser:
+        checkout, week = make_checkout(Path(folder)), Path(folder) / "week"
+        run_shell("make demo", checkout)
+        subprocess.run([sys.executable, ROOT / "examples" / "week.py", "--folder", week], check=True)
+        pages = checkout / "out" / "leads_report.html", week / "report.html"
+        for page, (name, scheme, from_id, until_id) in zip(pages, SCREENSHOTS, strict=True):
+            browser.open(page, WIDTH, scheme)
+            browser.evaluate(f"document.body.innerHTML = document.body.innerHTML.replaceAll('{folder}', '/srv')")
+            (ROOT / "docs" / f"{name}.png").write_bytes(browser.screenshot(from_id, until_id))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Runs `enrich` under a clock that steps: `python -m tests.support.stepping_clock run job.yaml …`.
+
+`time.time` and `time.time_ns` are off by the seconds that the file named in STEPPING_CLOCK says; it may change at any
+time. Not shifted: `datetime.now`, the clocks of the file system and of SQLite, and processes that `enrich` starts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # nothing of the program is imported before the clock is moved
+    from tests.support.workspace import SandboxApi, Workspace
+
+#: Names the file with the offset in seconds.
+CLOCK_VARIABLE = "STEPPING_CLOCK"
+#: How long an offset is remembered, in seconds.
+CACHE_S = 0.02
+
+
+class SteppingClock:
+    """The clock of this machine, moved; a file that is not there moves nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._time_ns = time.time_ns
+        self._offset_ns = 0
+        self._read_at = float("-inf")
+
+    def time_ns(self) -> int:
+        """Stand in for `time.time_ns`."""
+        now = time.monotonic()
+        if now - self._read_at > CACHE_S:
+            self._read_at = now
+            with suppress(OSError, ValueError):  # not written yet, or being written
+                self._offset_ns = int(float(self._path.read_text()) * 1e9)
+        return self._time_ns() + self._offset_ns
+
+    def time(self) -> float:
+        """Stand in for `time.time`."""
+        return self.time_ns() / 1e9
+
+
+def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *options: str) -> subprocess.Popen[str]:
+    """Start a run of an office's job under the clock that a file moves; the caller ends it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.stepping_clock", "run", "job.yaml", "--json", *options],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | {CLOCK_VARIABLE: str(clock), "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def main() -> None:
+    """Move the clock before anything of the program is imported, then run it."""
+    clock = SteppingClock(Path(os.environ[CLOCK_VARIABLE]))
+    time.time, time.time_ns = clock.time, clock.time_ns
+    from enrich.cli import main as enrich  # noqa: PLC0415 - after the clock was moved
+
+    sys.argv[0] = "enrich"
+    enrich()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""What the tests stand on: the sandbox over real HTTP, a folder with a job and leads, the program as a process."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from enrich.cli import run_command
+from enrich.databar.clock import SystemClock
+from enrich.databar.credentials import ApiAccess
+from enrich.job.job import load_job
+from enrich.job.locations import LedgerLocation, parse_ledger_location
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.lock import lock_ledger, open_for_run
+from enrich.run.context import Progress, RunContext, RunOptions
+from enrich.run.pipeline import run
+from enrich.run.poll_schedule import PollSchedule
+from enrich.run.state import Timeouts
+from enrich.run.summary import RunSummary
+from enrich.sandbox import SandboxSettings
+from enrich.sandbox.server import serve_in_thread
+from tests.support.ledger import run_sql
+
+#: An API that answers at once and never fails: what most tests want.
+INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
+#: Little patience with what tests wait for, but much with answers that come: a busy machine is late.
+SHORT_TIMEOUTS = Timeouts(
+    startup_s=20,
+    outage_s=20,
+    drain_posts_s=1.0,
+    ready_results_s=0.3,
+    no_data_s=0.3,
+    young_task_s=0.5,
+    post_s=20,
+    get_s=20,
+)
+#: The same for an API that is not there at the start, and …
+AWAY = replace(SHORT_TIMEOUTS, startup_s=0.5)
+#: … for one that gives no good answer any more in the middle.
+ILL = replace(SHORT_TIMEOUTS, outage_s=1.0)
+#: The same for POSTs that are never answered.
+SILENT = replace(SHORT_TIMEOUTS, post_s=2.0)
+
+JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+waterfall: email_getter
+params:
+  first_name: First Name
+  last_name: Last Name
+  company: {column: [Website, Email], transform: [domain]}
+columns:
+  work_email: email
+limits: {requests_per_second: 1000}
+"""
+HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
+
+
+@dataclass(frozen=True)
+class SandboxApi:
+    """A sandbox that serves, and its switches."""
+
+    base_url: str
+    api_key: str
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables that point the program to it."""
+        return {"DATABAR_BASE_URL": self.base_url, "DATABAR_API_KEY": self.api_key}
+
+    @property
+    def access(self) -> ApiAccess:
+        """The same, for code."""
+        return ApiAccess(self.base_url, SecretStr(self.api_key))
+
+    def _control(self, method: str, path: str, **body: Any) -> Any:
+        # Without certificates, which take long to read and are not needed on loopback.
+        with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
+            answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
+        answer.raise_for_status()
+        return answer.json()
+
+    def audit(self) -> dict[str, Any]:
+        """What was accepted, charged and paid twice."""
+        audit: dict[str, Any] = self._control("GET", "/__audit")
+        return audit
+
+    def advance(self, seconds: float) -> None:
+        """Move the API's clock."""
+        self._control("POST", "/__advance", seconds=seconds)
+
+    def inject_fault(self, name: str, count: int = 1, scope: str | None = None, **params: Any) -> None:
+        """Let the next requests of a scope meet a fault."""
+        body: dict[str, Any] = {"name": name, "next": count, "params": params}
+        self._control("POST", "/__faults", **body, **({"scope": scope} if scope else {}))
+
+    def top_up(self, credits_: float) -> None:
+        """Add credits to the account."""
+        self._control("POST", "/__topup", credits=credits_)
+
+    def set_prices(self, prices: dict[int, float]) -> None:
+        """Give providers or verifiers another price."""
+        self._control("POST", "/__prices", prices=prices)
+
+    def clear_faults(self) -> None:
+        """End all faults."""
+        self._control("POST", "/__faults", clear=True)
+
+
+@contextmanager
+def serve_api(
+    state: Path, settings: SandboxSettings = INSTANT_API, port: int = 0, **changes: Any
+) -> Iterator[SandboxApi]:
+    """Serve the sandbox in this process; `changes` are settings."""
+    with serve_in_thread(state, replace(settings, **changes), port) as server:
+        yield SandboxApi(server.base_url, server.api_key)
+
+
+#: Where the ledgers of a test lie, for a fixture `where`: in both places, or on the server among the long tests.
+BOTH_BACKENDS = ("file", "server")
+BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
+#: For a test that is about the file in a module that is about both.
+FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with a job and its leads; the job file says where the ledger is when that is a server."""
+
+    folder: Path
+    server_url: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def job_file(self) -> Path:
+        """The job file."""
+        return self.folder / "job.yaml"
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the job's ledger is."""
+        return self.folder / ".enrich" / "job.db"
+
+    @property
+    def ledger_location(self) -> LedgerLocation:
+        """Where the job's ledger is, file or server."""
+        return parse_ledger_location(self.folder, self.server_url or self.ledger_path, self.ledger_path.parent)
+
+    def sql(self, sql: str, *values: object) -> list[Any]:
+        """Look into the ledger, or change it."""
+        return run_sql(self.ledger_location, sql, *values)
+
+    def write_job(self, text: str = JOB, **replaced: str) -> Path:
+        """Write the job file; `replaced` maps a key to its new value, on one line (or a new key at the end)."""
+        lines = text.splitlines()
+        for key, value in replaced.items():
+            at = next((number for number, line in enumerate(lines) if line.startswith(f"{key}:")), len(lines))
+            end = at + 1
+            while end < len(lines) and lines[end].startswith(" "):
+                end += 1
+            lines[at:end] = [f"{key}: {value}"]
+        if self.server_url and not any(line.startswith("ledger:") for line in lines):
+            lines.append(f"ledger: {self.server_url}")
+        self.job_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return self.job_file
+
+    def write_leads(
+        self, rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER, name: str = "leads.csv"
+    ) -> Path:
+        """Write the input."""
+        path = self.folder / name
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        return path
+
+    def read_output(self, name: str = "out.csv") -> list[dict[str, str]]:
+        """Read the output."""
+        with (self.folder / name).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def open_ledger(self) -> Ledger:
+        """Look into the ledger."""
+        return Ledger(self.ledger_location, read_only=True)
+
+    def run_subprocess(
+        self, *arguments: str, api: SandboxApi | None = None, max_file_bytes: int | None = None, **environ: str
+    ) -> ProgramResult:
+        """Run the program to its end, as cron would: with next to nothing in its environment.
+
+        With `room` no file grows beyond so many bytes, as on a full disk.
+        """
+        if max_file_bytes is not None:  # Python would leave half of a compiled module behind
+            environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
+
+        def prepare() -> None:
+            reset_signals()
+            if max_file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
+        process = subprocess.run(
+            [sys.executable, "-m", "enrich", *arguments],
+            cwd=self.folder,
+            env=self.environment(api) | environ,
+            preexec_fn=prepare,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        return ProgramResult(process.returncode, process.stdout, process.stderr)
+
+    def run_in_process(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
+        """Run the program in this process: quicker to start, blind to signals."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            _fast_polling(),
+            chdir(self.folder),
+            patch.dict(os.environ, self.environment(api) | environ, clear=True),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            code = run_command(arguments)
+        return ProgramResult(int(code), out.getvalue(), err.getvalue())
+
+    def start_subprocess(
+        self,
+        *arguments: str,
+        api: SandboxApi | None = None,
+        ignoring: Iterable[signal.Signals] = (),
+        group: bool = False,
+        **environ: str,
+    ) -> subprocess.Popen[str]:
+        """Start the program, `ignoring` signals as under `nohup`, in a process group of its own; the caller ends it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "enrich", *arguments],
+            cwd=self.folder,
+            env=self.environment(api) | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=partial(reset_signals, ignoring),
+            process_group=0 if group else None,
+            text=True,
+        )
+
+    def run_job(
+        self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
+    ) -> RunSummary:
+        """Run the job in this process, with any patience."""
+        job = load_job(self.job_file)
+        with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
+            if lease is not None:
+                around = {"clock": lease, "lease_valid": lease.is_valid} | around
+            return run(
+                RunContext(job, api.access, ledger, timeouts=timing or Timeouts(), **around), options or RunOptions()
+            )
+
+    def open_task_count(self) -> int:
+        """Count the tasks that wait for their answer."""
+        if not ledger_exists(self.ledger_location):
+            return 0
+        with closing(self.open_ledger()) as ledger:
+            return len(ledger.submitted_tasks())
+
+    def environment(self, api: SandboxApi | None = None) -> dict[str, str]:
+        """All that is in the environment, as cron would have it."""
+        return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
+
+    def submit_without_collecting(self, api: SandboxApi) -> None:
+        """Buy what the job wants from an API that is slow, and leave before any answer is there."""
+        clock = JumpingClock()
+
+        def end_when_submitted(progress: Progress) -> None:
+            if progress.total and progress.submitted >= progress.total:
+                clock.jumped_s = 3600.0
+
+        summary = self.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
+        assert (summary.exit_code, summary.submitted, summary.pending) == (13, summary.requests, summary.rows)
+
+
+@dataclass(slots=True)
+class JumpingClock(SystemClock):
+    """A clock whose time since start can be moved forward, so that the time of a run is over at once."""
+
+    jumped_s: float = 0.0
+
+    def monotonic(self) -> float:
+        """Return the seconds since some moment, with the jump."""
+        return SystemClock.monotonic(self) + self.jumped_s
+
+
+@dataclass(frozen=True)
+class ProgramResult:
+    """How the program ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json_output(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        output: dict[str, Any] = json.loads(self.stdout)
+        return output
+
+
+def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
+    """Give a process that is being started the dispositions of a shell, however the tests were started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    for number in ignoring:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _fast_polling() -> Iterator[None]:
+    """Poll a sandbox that answers at once after 0.05 s instead of 0.9 s: hundreds of runs are waited for here."""
+    with patch.object(PollSchedule, "FIRST_GUESS_S", 0.05), patch.object(PollSchedule, "MIN_DELAY_S", 0.05):
+        yield
+
+
+def clock_ahead(seconds: float) -> SystemClock:
+    """Make this machine's clock as it will be: what the API's clock says alone makes no answer old."""
+    clock = SystemClock()
+    clock._boot_ms += int(seconds * 1000)
+    return clock
+
+
+def make_leads(count: int, start: int = 0) -> list[list[str]]:
+    """Make leads that all differ and can all be asked."""
+    return [
+        [f"First{number}", f"Last{number}", f"https://www.company{number}.example/about", "", f"note {number}"]
+        for number in range(start, start + count)
+    ]
+
+
+def read_terminal(terminal: int, up_to: bytes | None = None) -> bytes:
+    """Read what a pseudo-terminal is shown, `up_to` these words or until who writes to it has left."""
+    shown = b""
+    with suppress(OSError):  # the other side is closed
+        while (up_to is None or up_to not in shown) and (more := os.read(terminal, 65536)):
+            shown += more
+    return shown
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("it never came to be")
+        time.sleep(0.01)
+
+
+def kill_process(process: subprocess.Popen[str]) -> None:
+    """End a process as a power cut would."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
