@@ -143,7 +143,8 @@ NUMBER = st.integers(-(2**63), 2**63 - 1)
     hashes=st.sets(st.binary(max_size=20), max_size=4),
     balance=NUMBER,
 )
-@settings(max_examples=examples(30), suppress_health_check=list(HealthCheck))
+@pytest.mark.timeout(400)
+@settings(max_examples=examples(15), suppress_health_check=list(HealthCheck))
 @pytest.mark.long
 def test_any_values_are_copied(
     postgres: servers.PostgresServer,
