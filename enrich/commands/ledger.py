@@ -13,7 +13,6 @@ from enrich.commands import options
 from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.ledger.copy import copy_ledger
 from enrich.ledger.sqlite import RESTORE_HINT
 from enrich.ledger.verify import LedgerVerifier, check_ledger
 
@@ -88,6 +87,8 @@ def copy(source: str, target: str, as_json: bool) -> None:
 
     FROM and TO are ledgers or job files. TO must be new or empty; no run may be at work with either.
     """
+    from enrich.ledger.copy import copy_ledger  # it imports polars, which the other commands need not wait for
+
     job_folder = next((Path(place).absolute().parent for place in (source, target) if _is_job_file(place)), None)
     old, new = (_resolve_ledger(place, job_folder=job_folder) for place in (source, target))
     copied = copy_ledger(old, new)

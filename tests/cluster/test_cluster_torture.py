@@ -1,4 +1,4 @@
-"""The torture of `tests.support.cluster_torture`, in short: several workers share a ledger, and machines are what they are."""
+"""The short form of `tests.support.cluster_torture`: several workers share a ledger while machines fail."""
 
 from __future__ import annotations
 

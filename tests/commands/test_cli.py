@@ -466,7 +466,8 @@ cli.main()
 @pytest.mark.long
 def test_cluster_dependencies_load_lazily() -> None:
     """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
-    code = "import sys, enrich.run.pipeline, enrich.cluster.worker, enrich.report.build; print({'psycopg', 'ray'} & set(sys.modules))"
+    modules = "enrich.run.pipeline, enrich.cluster.worker, enrich.report.build"
+    code = f"import sys, {modules}; print({{'psycopg', 'ray'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""Makes the pictures of the README: `python -m tests.support.screenshots`. They show what the sandbox sold, and nobody's leads."""
+"""Makes the pictures of the README: `python -m tests.support.screenshots`. They show invented leads."""
 
 from __future__ import annotations
 
