@@ -23,8 +23,8 @@ from enrich.ledger.database import ledger_exists
 from enrich.ledger.forgotten import read_or_make_key
 from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive
-from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import find_rescue_files
+from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.models import OPEN_STATES
 from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate

@@ -6,12 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from enrich.errors import CommandRefused
 from enrich.ledger.enroll import OPEN_ATTEMPT
-from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
+from enrich.ledger.rescue_file import RescuedAttempt
 from enrich.ledger.takeover import LeaseQueries
 from enrich.ledger.task_ids import JSON_NUMBERS
 from enrich.models import Answer, State, to_json_text
@@ -363,40 +362,3 @@ def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_Task
         and not (other.is_bulk and line.bundle is not None and other.claimed_ms == line.claimed_ms)
         for other in holders.get(line.task_id or "", ())
     )
-
-
-def import_rescue_files(
-    ledger: RescueQueries, other_folders: Sequence[Path], job: str, now_ms: int
-) -> list[tuple[Path, RescueImport]]:
-    """Import the rescue files of a ledger in the caller's transaction. The caller removes them after its commit.
-
-    `other_folders` are the folders besides the ledger's where one may be. Raises CommandRefused for a damaged file.
-    """
-    location = ledger.location
-    if not isinstance(location, Path):
-        return []
-    imported = []
-    for path in find_rescue_files(location, other_folders):
-        lines = read_rescue_file(path)
-        # The output folder may also hold a rescue file of another ledger with the same name.
-        if path.parent != location.parent and any(line.ledger != str(location) for line in lines):
-            continue
-        try:
-            imported.append((path, ledger.import_rescued(lines, job, now_ms)))
-        except CommandRefused as error:
-            raise CommandRefused(f"{path}: {error.message}", error.hint) from error
-    return imported
-
-
-def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> list[tuple[Path, RescueImport]]:
-    """Remove the imported files and return them. Raises CommandRefused for one that cannot be removed."""
-    removed = []
-    for path, result in imported:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CommandRefused(
-                f"{path}: the rescue file cannot be removed: {error.strerror}", "remove it yourself"
-            ) from error
-        removed.append((path, result))
-    return removed

@@ -18,8 +18,8 @@ from enrich.exit_codes import ExitCode
 from enrich.files.writer import prepare_file
 from enrich.job.locations import Location
 from enrich.ledger.ledger import Ledger
-from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import RescueFile
+from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.takeover import LeaseHolder
 from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter

@@ -215,7 +215,7 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A task that flickers is never written off, however often it is unknown in between."""
     from enrich.models import Task  # noqa: PLC0415
-    from enrich.run.poller import OpenTask  # noqa: PLC0415 - the rule alone
+    from enrich.run.open_task import OpenTask  # noqa: PLC0415 - the rule alone
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
     believed, run, since = False, 0, 0.0

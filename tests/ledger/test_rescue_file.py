@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
 from enrich.ledger.ledger import Ledger
-from enrich.ledger.rescue import import_rescue_files, remove_imported_files
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
+from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
 from enrich.models import State
 from tests.support.ledger import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params

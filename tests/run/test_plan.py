@@ -16,13 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from enrich.commands.plan import make_plan
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.job.job import load_job
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger
 from enrich.models import DECISIONS_TO_SEND, Decision, State
 from enrich.run.context import RunOptions
-from enrich.run.plan import Plan, make_plan
+from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples
 from tests.support.workspace import (
