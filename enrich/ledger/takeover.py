@@ -13,8 +13,8 @@ from typing import NamedTuple
 from enrich.errors import RunEnded
 from enrich.ledger.enroll import OPEN_ATTEMPT
 from enrich.ledger.process_id import current_process_name, is_gone
-from enrich.ledger.queue import QueueTransitions
 from enrich.ledger.task_ids import JSON_NUMBERS
+from enrich.ledger.written_off import WrittenOffQueries
 from enrich.models import Task, to_json_text
 
 #: A lease that expired during a server outage is extended: its owner could not renew it.
@@ -35,7 +35,7 @@ class LeaseHolder(NamedTuple):
     expires_at_s: float
 
 
-class LeaseQueries(QueueTransitions):
+class LeaseQueries(WrittenOffQueries):
     """A ledger with queries for leases and takeover."""
 
     def recover(self, now_ms: int) -> int:
